@@ -1,0 +1,221 @@
+"""The draws store: what has been sampled already, what is missing. `registry/draws/<key>/part-*.parquet`, a row a draw."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ksweep.errors import RunError
+from ksweep.files import publish
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_UNIT = 64
+DRAWS_PER_UNIT = 16
+"""Work is cut on this grid whatever the number of ranks: a unit is published whole or not at all."""
+
+SCHEMA = pa.schema(
+    [
+        ("activation", pa.int64()),
+        ("draw", pa.int32()),
+        ("row_id", pa.string()),
+        ("document", pa.string()),
+        ("position", pa.int32()),
+        ("context", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("num_tokens", pa.int32()),
+        ("text", pa.string()),
+        ("explanation", pa.string()),
+        ("finish", pa.string()),
+        ("parse", pa.string()),
+        ("error", pa.float64()),
+        ("cosine", pa.float64()),
+        ("norm", pa.float64()),
+        ("log_probability", pa.float64()),
+        ("shuffled_error", pa.float64()),
+        ("shuffled_activation", pa.int64()),
+        ("reconstruction_sum", pa.list_(pa.float32())),
+    ]
+)
+"""`reconstruction_sum`, on the first draw of an activation in a part, is the sum of the scaled reconstructions of that
+part's successful draws: errors are quadratic, so retrieval by mean error against every activation needs no more."""
+
+PART = re.compile(r"^part-(\d+)-(\d+)-(\d+)-(\d+)\.parquet$")
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """A rectangle of work: activations [first_row, last_row) x draws [first_draw, last_draw)."""
+
+    first_row: int
+    last_row: int
+    first_draw: int
+    last_draw: int
+
+    @property
+    def num_draws(self) -> int:
+        """Draws in the rectangle."""
+        return (self.last_row - self.first_row) * (self.last_draw - self.first_draw)
+
+    @property
+    def file_name(self) -> str:
+        """The part that holds this unit."""
+        return f"part-{self.first_row:08d}-{self.last_row:08d}-{self.first_draw:05d}-{self.last_draw:05d}.parquet"
+
+
+class DrawsStore:
+    """All draws of one key: one autoencoder, one set of activations, one way of sampling."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        """`root` is registry/draws; nothing is created until something is published."""
+        self.key = key
+        self.path = root / key
+
+    def parts(self) -> list[Unit]:
+        """The units that are there, from the file names: a name exists only after its file was whole."""
+        if not self.path.is_dir():
+            return []
+        found = (PART.match(name) for name in os.listdir(self.path))
+        return sorted(Unit(*map(int, match.groups())) for match in found if match)
+
+    def coverage(self, num_activations: int, num_draws: int) -> np.ndarray:
+        """Boolean [activation, draw]: which draws are there."""
+        there = np.zeros((num_activations, num_draws), dtype=bool)
+        for part in self.parts():
+            there[part.first_row : part.last_row, part.first_draw : part.last_draw] = True
+        return there
+
+    def missing(self, num_activations: int, num_draws: int) -> list[Unit]:
+        """The rectangles still to be drawn, on the fixed grid."""
+        there = self.coverage(num_activations, num_draws)
+        units: list[Unit] = []
+        for row in range(0, num_activations, ROWS_PER_UNIT):
+            for draw in range(0, num_draws, DRAWS_PER_UNIT):
+                block = there[row : row + ROWS_PER_UNIT, draw : draw + DRAWS_PER_UNIT]
+                units += _rectangles(block, row, draw)
+        return units
+
+    def describe(self, identity: dict[str, Any]) -> None:
+        """Keep the readable identity beside the parts."""
+        target = self.path / "identity.json"
+        if not target.exists():
+            _guard_disk(self.path, lambda: publish(target, json.dumps(identity, indent=1, sort_keys=True).encode()))
+
+    def publish(self, unit: Unit, table: pa.Table) -> None:
+        """Write a unit beside its place and rename it into it.
+
+        Raises:
+            RunError: no room on the disk; nothing half-written is left.
+        """
+        assert table.num_rows == unit.num_draws, (table.num_rows, unit)
+        self.path.mkdir(parents=True, exist_ok=True)
+        _guard_disk(self.path, lambda: self._write(unit, table))
+
+    def _write(self, unit: Unit, table: pa.Table) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                # Page checksums: a flipped byte is an error when the part is read, not another number.
+                pq.write_table(table.cast(SCHEMA), file, compression="zstd", write_page_checksum=True)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / unit.file_name)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def read(self, num_activations: int, num_draws: int, columns: list[str] | None = None) -> pa.Table | None:
+        """The draws of the first activations, ordered by activation and draw; None where some are missing.
+
+        A damaged part is set aside with a message, and its draws count as missing.
+        """
+        wanted = None if columns is None else list(dict.fromkeys(["activation", "draw", *columns]))
+        tables = []
+        for part in self.parts():
+            if part.first_row < num_activations and part.first_draw < num_draws:
+                table = self._read_part(part, wanted)
+                if table is not None:
+                    tables.append(table)
+        return _square(pa.concat_tables(tables), num_activations, num_draws) if tables else None
+
+    def _read_part(self, part: Unit, columns: list[str] | None) -> pa.Table | None:
+        path = self.path / part.file_name
+        try:
+            table = pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
+            if table.num_rows == part.num_draws:
+                return table
+            reason = f"{table.num_rows} rows where its name says {part.num_draws}"
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        path.rename(aside)
+        log.warning("draws part %s is damaged (%s): set aside as %s, its draws are taken again", path, reason, aside.name)
+        return None
+
+    def controls(self) -> dict[str, Any] | None:
+        """What was measured once per key beside the draws (the AR's answer to an empty text)."""
+        try:
+            return json.loads((self.path / "controls.json").read_text())  # type: ignore[no-any-return]
+        except (OSError, ValueError):
+            return None
+
+    def publish_controls(self, controls: dict[str, Any]) -> None:
+        """Keep controls beside the draws."""
+        _guard_disk(self.path, lambda: publish(self.path / "controls.json", json.dumps(controls).encode()))
+
+
+def _rectangles(there: np.ndarray, row: int, draw: int) -> list[Unit]:
+    """The missing part of one grid block as few rectangles: neighbouring rows that lack the same run of draws go together."""
+    units: list[Unit] = []
+    for i, present in enumerate(there):
+        for first, last in _runs(~present):
+            for at, unit in enumerate(units):
+                if unit.last_row == row + i and (unit.first_draw, unit.last_draw) == (draw + first, draw + last):
+                    units[at] = Unit(unit.first_row, row + i + 1, unit.first_draw, unit.last_draw)
+                    break
+            else:
+                units.append(Unit(row + i, row + i + 1, draw + first, draw + last))
+    return units
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _square(table: pa.Table, num_activations: int, num_draws: int) -> pa.Table | None:
+    """Rows in order, each (activation, draw) once; None where one is missing."""
+    activation = table["activation"].to_numpy()
+    draw = table["draw"].to_numpy().astype(np.int64)
+    keep = np.flatnonzero((activation < num_activations) & (draw < num_draws))
+    _, first = np.unique(activation[keep] * num_draws + draw[keep], return_index=True)
+    if len(first) != num_activations * num_draws:
+        return None
+    return table.take(pa.array(keep[first]))
+
+
+def _guard_disk(path: Path, write: Any) -> None:
+    try:
+        write()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            near = next(p for p in (path, *path.parents) if p.exists())
+            free = shutil.disk_usage(near).free
+            raise RunError(
+                f"the disk of {path} is full ({free / 1e6:.1f} MB free): nothing half-written was left. "
+                "Free some room or point `registry` elsewhere, then run the same command again; finished draws are kept."
+            ) from error
+        raise

@@ -1,0 +1,122 @@
+"""Files: path or hub id -> local directory, directory -> content digest, bytes -> a file that is whole or absent.
+
+No torch here: the launcher plans with these before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from ksweep.errors import CheckpointError
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+
+CONTENT_SUFFIXES = (".safetensors", ".bin", ".pt", ".json", ".yaml", ".model", ".txt", ".jinja", ".parquet", ".jsonl", ".arrow")
+"""Files of a checkpoint directory that change what it computes. README, LICENSE and pictures do not."""
+
+
+def home() -> Path:
+    """Where downloads and remembered digests are kept: $KSWEEP_HOME, or ~/.cache/ksweep."""
+    return Path(os.environ.get("KSWEEP_HOME") or Path.home() / ".cache" / "ksweep")
+
+
+def resolve(source: str, what: str = "model") -> Path:
+    """Local directory or file of a path or hub id; a hub id is downloaded (or found in the hub cache) first.
+
+    Raises:
+        CheckpointError: nothing at the path, and not a hub id that can be had.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.resolve()
+    if home() in path.parents:
+        raise CheckpointError(f"no {what} at {source!r} yet: `make demo-model` (python scripts/fetch_demo_model.py) puts the demo's base there")
+    if source.startswith((".", "/", "~")) or not HUB_ID.match(source):
+        raise CheckpointError(
+            f"no {what} at {source!r}: expected an existing path, or a hub id such as owner/name or owner/name@revision. "
+            "Check the spelling, and that a relative path starts from the current directory."
+        )
+    return _hub_snapshot(source, what)
+
+
+def _hub_snapshot(source: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download  # heavy; only when a hub id is given
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = source.partition("@")
+    ignore = ["*.gguf", "*.onnx", "*.msgpack", "*.h5", "original/*"]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, ignore_patterns=ignore))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{what} {source!r} is neither a local path nor to be had from the model hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}). Check the spelling, log in for gated models (hf auth login), or pass a local directory."
+        ) from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over the names and contents of what matters at a path, as 32 hex digits. Remembered by (path, size, mtime)."""
+    if path.is_file():
+        return _file_digest(path)[:32]
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES and ".cache" not in p.parts)
+    if not files:
+        raise CheckpointError(f"{path} holds no model files ({', '.join(CONTENT_SUFFIXES[:3])}, ...): is it the right directory?")
+    lines = [f"{p.relative_to(path).as_posix()} {_file_digest(p)}" for p in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> str:
+    stat = path.stat()
+    # ctime changes on every rewrite, also when a copy tool sets mtime back.
+    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()[:32]
+    remembered = home() / "digests" / key
+    try:
+        text = remembered.read_text()
+        if re.fullmatch(r"[0-9a-f]{64}", text):
+            return text
+    except OSError:
+        pass
+    with path.open("rb") as file:
+        value = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        publish(remembered, value.encode())
+    except OSError:  # a read-only home only costs the time of hashing again
+        pass
+    return value
+
+
+def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file beside its place, flush it, and rename it into it: readers see all of it or none.
+
+    `durable=False` leaves out the flush to disk, for what is worth nothing after a crash (heartbeats).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, what: str) -> dict[str, object]:
+    """A JSON object from a file, or a CheckpointError that names it."""
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{what} {path} is not valid JSON ({error}); is the file whole?") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} {path} holds a {type(value).__name__}, expected a JSON object")
+    return value

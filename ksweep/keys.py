@@ -1,0 +1,110 @@
+"""The three keys of a cell: activations, draws, cell; each from what changes its content, and from nothing else.
+
+Nothing heavy is imported and no model is loaded: the launcher plans with these. Checkpoints are inspected on the way, so a
+wrong directory is refused before anything is submitted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksweep.activations.store import activations_key
+from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
+from ksweep.errors import SpecError
+from ksweep.files import resolve
+from ksweep.identity import fingerprint
+from ksweep.spec import Autoencoder, Cell
+
+SAMPLER_VERSION = 1
+"""Raised whenever the same seed would give other texts."""
+SCORER_VERSION = 1
+"""Raised whenever the same texts would give other errors."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What names a cell's results, with the readable identities they were hashed from."""
+
+    activations: str
+    draws: str
+    cell: str
+    layer: int
+    label: str
+    identity: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What a person reads in tables: the label, and enough of the key to be unique."""
+        return f"{self.label} @{self.cell[:8]}"
+
+
+def cell_keys(cell: Cell) -> Keys:
+    """Identify a cell.
+
+    Raises:
+        CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
+    """
+    av, ar = inspect_pair(cell.autoencoder)
+    layer = _layer(cell, av.layer, ar.layer)
+    activations, identity = activations_key(cell.activations, layer)
+    draws = {
+        "activations": activations,
+        "av": digest(av),
+        "ar": digest(ar),
+        "dtype": cell.autoencoder.dtype,
+        "temperature": cell.sampling.temperature,
+        "top_p": cell.sampling.top_p,
+        "max_new_tokens": cell.sampling.max_new_tokens,
+        "seed": cell.sampling.seed if cell.sampling.temperature > 0 else None,
+        "sampler_version": SAMPLER_VERSION,
+        "scorer_version": SCORER_VERSION,
+    }
+    draws_key = fingerprint(draws)
+    whole = {
+        "draws": draws_key,
+        "num_activations": cell.activations.num_activations,
+        "num_draws": cell.sampling.effective_num_draws,
+        "scoring": cell.scoring,
+    }
+    identity = {"activations": identity, "draws": draws, "layer": layer}
+    return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity)
+
+
+def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointInfo]:
+    """AV and AR, each checked by itself and against the other."""
+    av = inspect(resolve(autoencoder.av, "AV checkpoint"), "av", base=autoencoder.base)
+    ar = inspect(resolve(autoencoder.ar, "AR checkpoint"), "ar", base=autoencoder.base)
+    check_pair(av, ar)
+    return av, ar
+
+
+def _layer(cell: Cell, av: int | None, ar: int | None) -> int:
+    trained, asked = (ar if ar is not None else av), cell.activations.layer
+    if asked is not None and trained is not None and asked != trained:
+        raise SpecError(
+            f"activations.layer={asked}, but the autoencoder {cell.autoencoder.ar} was trained on layer {trained}: "
+            "leave activations.layer out, or use a pair of that layer"
+        )
+    layer = asked if asked is not None else trained
+    if layer is None:
+        raise SpecError("no sidecar of the autoencoder says which layer it was trained on: set activations.layer")
+    return layer
+
+
+def label(cell: Cell, layer: int) -> str:
+    """What a cell is, in a few words; the same in every sweep it is part of."""
+    parts = [f"{pair_name(cell.autoencoder)} L{layer}", f"T={cell.sampling.temperature:g}"]
+    if cell.sampling.top_p < 1:
+        parts.append(f"top_p={cell.sampling.top_p:g}")
+    return " ".join(parts)
+
+
+def pair_name(autoencoder: Autoencoder) -> str:
+    """A short name of a pair: the hub name without -av, or the directory that holds av/."""
+    path = Path(autoencoder.av.partition("@")[0])
+    if path.name.lower() in ("av", "nla-av", "actor"):
+        return path.resolve().parent.name if path.exists() else path.parent.name
+    return re.sub(r"^nla-|[-_]?av$", "", path.name, flags=re.IGNORECASE) or path.name

@@ -1,0 +1,79 @@
+"""What has to be done for each cell of a sweep, and why. Pure: it is told what is there and touches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["done", "missing"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is there for a cell."""
+
+    cell_key: str
+    activations_key: str
+    label: str
+    finished_run: str | None
+    """Newest run that finished with this cell's key."""
+    activations_present: int
+    activations_wanted: int
+    draws_present: int
+    draws_wanted: int
+    bytes_per_activation: int
+    bytes_per_draw: int
+    seconds_per_draw: float | None
+    """From past runs with the same draws key or autoencoder; None where nothing is known."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The plan for one cell."""
+
+    label: str
+    cell_key: str
+    state: State
+    reason: str
+    draws_to_sample: int
+    activations_to_extract: int
+    disk_bytes: int
+    seconds: float | None
+
+
+def plan(facts: Iterable[Facts]) -> list[Step]:
+    """One step a cell, in order. Activations that two cells share are counted for the first."""
+    steps: list[Step] = []
+    counted: set[str] = set()
+    for fact in facts:
+        step = _step(fact, extract=fact.activations_key not in counted)
+        if step.activations_to_extract:
+            counted.add(fact.activations_key)
+        steps.append(step)
+    return steps
+
+
+def _step(fact: Facts, extract: bool) -> Step:
+    if fact.finished_run is not None:
+        return Step(fact.label, fact.cell_key, "done", f"run {fact.finished_run}", 0, 0, 0, 0.0)
+    draws = fact.draws_wanted - fact.draws_present
+    activations = max(0, fact.activations_wanted - fact.activations_present) if extract and draws else 0
+    return Step(
+        label=fact.label,
+        cell_key=fact.cell_key,
+        state="missing",
+        reason=_reason(fact, draws),
+        draws_to_sample=draws,
+        activations_to_extract=activations,
+        disk_bytes=draws * fact.bytes_per_draw + activations * fact.bytes_per_activation,
+        seconds=None if fact.seconds_per_draw is None else draws * fact.seconds_per_draw,
+    )
+
+
+def _reason(fact: Facts, draws: int) -> str:
+    if draws == 0:
+        return "all draws are there, statistics are not"
+    if fact.draws_present:
+        return f"{fact.draws_present:,} of {fact.draws_wanted:,} draws are there"
+    return "no draws yet"

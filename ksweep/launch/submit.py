@@ -1,0 +1,158 @@
+"""Resources -> submitit executor -> jobs: on Slurm, on this machine one after another, or in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ksweep.errors import RunError, SpecError
+from ksweep.launch import worker
+from ksweep.launch.job import Ending, Job
+from ksweep.spec import Resources
+
+log = logging.getLogger(__name__)
+
+
+def resolve_cluster(resources: Resources) -> str:
+    """slurm, local or inprocess."""
+    if resources.cluster != "auto":
+        if resources.cluster == "slurm" and shutil.which("sbatch") is None:
+            raise SpecError("resources.cluster=slurm, but there is no sbatch here: log in to a submit node, or use cluster=local")
+        return resources.cluster
+    return "slurm" if shutil.which("sbatch") else "local"
+
+
+def num_gpus(resources: Resources) -> int:
+    """GPUs of one job on one node; None means one where this machine has any (a login node may have none: say it for Slurm)."""
+    if resources.gpus is not None:
+        return resources.gpus
+    return min(1, visible_gpus())
+
+
+def visible_gpus() -> int:
+    """GPUs that a process of this machine would see, without importing torch."""
+    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([d for d in shown.split(",") if d.strip() not in ("", "-1")])
+    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+
+
+def tasks_per_node(resources: Resources) -> int:
+    """Ranks on each node: one per GPU, or `tasks` on CPUs."""
+    return num_gpus(resources) or resources.tasks
+
+
+def num_ranks(resources: Resources) -> int:
+    """Ranks of one job."""
+    return tasks_per_node(resources) * resources.nodes
+
+
+@dataclass
+class Submitted:
+    """A job that was handed over."""
+
+    job: Job
+    handle: Any
+    """submitit's job, or None for a job that ran in this process."""
+    local: bool
+
+    def over(self) -> bool:
+        """Whether no process of the job is left, as far as submitit can tell."""
+        return self.handle is None or self.handle.done(force_check=not self.local)
+
+    def stop(self) -> None:
+        """Ask every rank to stop at the end of its unit (a second call ends them at once)."""
+        if self.handle is None:
+            return
+        if not self.local:
+            self.handle.cancel(check=False)
+            return
+        for heartbeat in self.job.heartbeats():
+            if worker.is_alive(heartbeat):
+                with suppress(ProcessLookupError):
+                    os.kill(heartbeat.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End what is left of a local job: its controller and every rank."""
+        if self.handle is None or not self.local:
+            return
+        with suppress(psutil.NoSuchProcess):
+            controller = psutil.Process(int(self.handle.job_id))
+            for process in [*controller.children(recursive=True), controller]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def stderr_tail(self, lines: int = 20) -> str:
+        """The last lines that the job's ranks wrote, whichever rank wrote them."""
+        found = [path.read_text(errors="replace") for path in sorted(self.job.path.glob("*_log.err")) if path.stat().st_size]
+        return "\n".join("\n".join(text.splitlines()[-lines:]) for text in found)
+
+
+def submit(job: Job, resources: Resources, name: str, on_report: Callable[..., None] | None = None) -> Submitted:
+    """Hand a job over; in-process jobs have ended when this returns."""
+    cluster = resolve_cluster(resources)
+    if cluster == "inprocess":
+        device = "cuda:0" if num_gpus(resources) else "cpu"
+        worker.run_here(job, device, on_report)
+        return Submitted(job, None, local=True)
+    executor = _executor(job.path, resources, cluster, name)
+    return Submitted(job, executor.submit(worker.run_rank, str(job.path)), local=cluster == "local")
+
+
+def _executor(folder: Path, resources: Resources, cluster: str, name: str) -> Any:
+    import submitit
+
+    gpus = num_gpus(resources)
+    if cluster == "local":
+        if resources.nodes > 1:
+            raise SpecError(f"resources.nodes={resources.nodes}: a local job has one node; use cluster=slurm")
+        if gpus > (there := visible_gpus()):
+            raise SpecError(f"resources.gpus={gpus}, but this machine has {there}: lower it, or gpus=0 for the CPU")
+        # LocalExecutor directly: AutoExecutor refuses visible_gpus (submitit 1.5.4).
+        local = submitit.LocalExecutor(folder=folder)
+        local.update_parameters(
+            timeout_min=resources.timeout_min, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus or None, name=name,
+            visible_gpus=tuple(range(gpus)) or (),
+        )  # fmt: skip
+        return local
+    parameters: dict[str, Any] = {
+        "timeout_min": resources.timeout_min, "nodes": resources.nodes, "tasks_per_node": tasks_per_node(resources),
+        "gpus_per_node": gpus or None, "cpus_per_task": resources.cpus_per_task, "mem_gb": resources.mem_gb, "name": name,
+        "slurm_partition": resources.partition, "slurm_account": resources.account, "slurm_qos": resources.qos,
+        "slurm_srun_args": ["--kill-on-bad-exit=1"], "slurm_additional_parameters": dict(resources.extra) or None,
+    }  # fmt: skip
+    slurm = submitit.AutoExecutor(folder=folder, cluster="slurm")
+    slurm.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
+    return slurm
+
+
+def outcome(submitted: Submitted, ranks: int) -> Ending | None:
+    """How the job as a whole ended, from the terminal records of its ranks; None while it runs."""
+    endings = {e.rank: e for e in submitted.job.endings()}
+    failed = [e for e in endings.values() if e.status == "failed"]
+    if failed and (submitted.over() or len(endings) == ranks):
+        # The first cause, not the ranks that fell with it.
+        return min(failed, key=lambda e: (e.kind == "dead rank", e.rank))
+    if len(endings) == ranks:
+        stopped = next((e for e in endings.values() if e.status == "stopped"), None)
+        return stopped or endings[0]
+    if submitted.over():
+        silent = [r for r in range(ranks) if r not in endings]
+        message = f"rank {', '.join(map(str, silent))} of {ranks} ended without a terminal record (killed from outside, or out of memory)"
+        return Ending(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=submitted.stderr_tail())
+    return None
+
+
+def raise_for(ending: Ending, job: Job) -> None:
+    """Turn a failed job into the error that the user sees."""
+    if ending.status == "failed":
+        log.debug("%s", ending.traceback)
+        raise RunError(f"job {job.id}: rank {ending.rank} failed ({ending.kind}): {ending.message}\n{ending.traceback}".rstrip())

@@ -1,0 +1,257 @@
+"""What submitit calls on every rank: process group, stop signal, heartbeat, watchdog, terminal record."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ksweep.errors import RequestError
+from ksweep.launch.job import Ending, Heartbeat, Job
+from ksweep.ranks import Ranks, Stopped
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 120.0
+"""A rank on another host that has been silent this long is taken for dead; on the same host its process is looked at."""
+COLLECTIVE_TIMEOUT = timedelta(days=2)
+"""Ranks may wait long for the last unit of another; the watchdog, not the collective, notices a dead one."""
+
+
+def run_rank(job_path: str) -> Any:
+    """One rank of a submitit job, from process group to terminal record."""
+    import submitit
+
+    job = Job(Path(job_path))
+    environment = submitit.JobEnvironment()
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {environment.global_rank} %(name)s: %(message)s", force=True)
+    pulse = Pulse(job, environment.global_rank, environment.num_tasks)
+    for name in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(name, pulse.ask_to_stop)
+    with pulse:
+        ending = guarded(environment.global_rank, lambda: _with_group(job, pulse, environment))
+        pulse.end(ending)
+    # A collective that waits for a dead rank would keep this process alive; everything worth keeping is on disk.
+    logging.shutdown()
+    if ending.status != "finished":
+        os._exit(1)
+    return ending.result
+
+
+def run_here(job: Job, device: str, on_report: Callable[..., None] | None = None) -> Ending:
+    """The same job as the only rank, in this process, for debugging; exceptions are recorded, not raised."""
+    from ksweep.ranks import Solo
+
+    spec = job.spec()
+    ending = guarded(0, lambda: load_entry(spec["entry"])(spec["argument"], Solo(device=device, on_report=on_report)))
+    job.end(ending)
+    return ending
+
+
+def load_entry(entry: str) -> Callable[[dict[str, Any], Ranks], Any]:
+    """The function behind "package.module:function"."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def guarded(rank: int, work: Callable[[], Any]) -> Ending:
+    """Run `work` and say how it ended; never raises."""
+    try:
+        return Ending(rank=rank, status="finished", result=work())
+    except Stopped as stop:
+        return Ending(rank=rank, status="stopped", message=str(stop))
+    except BaseException as error:
+        log.exception("rank %d failed", rank)
+        message = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
+        return Ending(rank=rank, status="failed", kind=classify(error), message=message, traceback=traceback.format_exc())
+
+
+def classify(error: BaseException) -> str:
+    """The class of a failure, for people and for the exit code."""
+    if isinstance(error, RequestError):
+        return "bad input"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return "out of memory"
+    if "disk" in str(error) and "full" in str(error):
+        return "disk full"
+    return "bug"
+
+
+def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    spec = job.spec()
+    if environment.num_tasks == 1:
+        return load_entry(spec["entry"])(spec["argument"], Group(pulse, _device(environment, torch)))
+    from submitit.helpers import TorchDistributedEnvironment
+
+    TorchDistributedEnvironment().export(overwrite=True)
+    device = _device(environment, torch)
+    if device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(environment)))
+    # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        return load_entry(spec["entry"])(spec["argument"], Group(pulse, device, _shared_store(dist)))
+    finally:
+        if not pulse.lost:
+            with suppress(Exception):
+                dist.destroy_process_group()
+
+
+def _device(environment: Any, torch: Any) -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    device = f"cuda:{environment.local_rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(device)
+    return device
+
+
+def _local_ranks(environment: Any) -> int:
+    return max(1, environment.num_tasks // max(1, environment.num_nodes))
+
+
+def _shared_store(dist: Any) -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+@dataclass
+class Group:
+    """The ranks of a torch.distributed job (or of a job with one rank)."""
+
+    pulse: Pulse
+    device: str
+    store: Any = None
+    taken: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.pulse.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the job."""
+        return self.pulse.world_size
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.store is not None:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def take(self, queue: str) -> int:
+        """The next number of a queue; the store of the process group counts, so a fast rank takes more."""
+        if self.store is not None:
+            return int(self.store.add(f"ksweep/{queue}", 1)) - 1
+        self.taken[queue] = self.taken.get(queue, -1) + 1
+        return self.taken[queue]
+
+    def should_stop(self) -> bool:
+        """Whether a stop signal has come."""
+        return self.pulse.stopping
+
+    def report(self, phase: str, done: int, total: int, **numbers: float) -> None:
+        """Progress, published with the next heartbeat."""
+        self.pulse.update(phase, done, total, numbers)
+
+
+class Pulse:
+    """Heartbeat and watchdog of one rank: a thread that says "alive" and ends the rank when another one has died."""
+
+    def __init__(self, job: Job, rank: int, world_size: int) -> None:
+        """Nothing runs until the context is entered."""
+        me = psutil.Process()
+        self.job, self.rank, self.world_size = job, rank, world_size
+        self.beat = Heartbeat(rank=rank, pid=me.pid, host=socket.gethostname(), process_started=me.create_time())
+        self.stopping = self.lost = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ksweep-pulse", daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self.job.beat(self.beat)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def ask_to_stop(self, number: int, _frame: object) -> None:
+        """Signal handler: the work loop stops at the next border; a second signal ends the rank at once."""
+        if self.stopping:
+            os._exit(128 + number)
+        log.warning("signal %d: stopping at the end of the unit at hand", number)
+        self.stopping = True
+
+    def update(self, phase: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        """What the next heartbeat will say."""
+        self.beat = replace(self.beat, phase=phase, done=done, total=total, numbers=numbers)
+
+    def end(self, ending: Ending) -> None:
+        """Publish the last heartbeat and the terminal record."""
+        self._ended.set()
+        self._say_alive()
+        self.job.end(ending)
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            self._say_alive()
+            for ending in self.job.endings():
+                if ending.status != "finished" and ending.rank != self.rank:
+                    self._follow(ending)
+            dead = self._dead_peer()
+            if dead is not None:
+                self._abort(dead)
+
+    def _say_alive(self) -> None:
+        with suppress(OSError):  # a full disk must not kill a rank that could still finish its unit
+            self.job.beat(replace(self.beat, time=time.time()))
+
+    def _dead_peer(self) -> Heartbeat | None:
+        ended = {e.rank for e in self.job.endings()}
+        peers = [h for h in self.job.heartbeats() if h.rank != self.rank and h.rank not in ended]
+        return next((h for h in peers if not is_alive(h)), None)
+
+    def _follow(self, ending: Ending) -> None:
+        """Another rank has failed or stopped: nothing that this one waits for will ever come."""
+        self.lost = True
+        if not self._ended.is_set():
+            self.job.end(Ending(rank=self.rank, status="stopped", message=f"rank {ending.rank} {ending.status}"))
+        os._exit(1)
+
+    def _abort(self, dead: Heartbeat) -> None:
+        self.lost = True
+        message = f"rank {dead.rank} (pid {dead.pid} on {dead.host}) died without a word during {dead.phase!r}"
+        log.error("%s: ending rank %d", message, self.rank)
+        self.job.end(Ending(rank=self.rank, status="failed", kind="dead rank", message=message))
+        os._exit(1)
+
+
+def is_alive(heartbeat: Heartbeat) -> bool:
+    """Whether the process behind a heartbeat still runs; on another host, whether it has spoken lately."""
+    if heartbeat.host != socket.gethostname():
+        return time.time() - heartbeat.time < SILENCE_SECONDS
+    try:
+        process = psutil.Process(heartbeat.pid)
+        same = abs(process.create_time() - heartbeat.process_started) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,290 @@
+"""What is measured: frozen dataclasses. A `Cell` is everything that changes the numbers; `Resources` is where it runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+from ksweep.errors import SpecError
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+PositionRule = Literal["random", "last", "all", "stride"]
+Cluster = Literal["auto", "slurm", "local", "inprocess"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """A verbalizer and a reconstructor that belong together."""
+
+    av: str
+    """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision")."""
+    ar: str
+    """Activation reconstructor: likewise."""
+    base: str | None = None
+    """Base model of PEFT adapters (path or hub id); None takes the one that adapter_config.json names."""
+    dtype: Dtype = "bfloat16"
+    """Compute precision of AV and AR. Scores are always taken in float32."""
+
+    def __post_init__(self) -> None:
+        _one_of("autoencoder.dtype", self.dtype, Dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Which vectors: a base model, a layer, a text and a rule for positions; or ready-made vectors."""
+
+    model: str | None = None
+    """Base language model: path or hub id. Not needed with `vectors`."""
+    layer: int | None = None
+    """Block whose output is taken (0-based; = hidden_states[layer + 1]). None: the layer that the autoencoder was trained on."""
+    text: str | None = None
+    """.txt (a document per blank-line-separated paragraph), .jsonl, .parquet, a `datasets` directory, or a hub dataset id."""
+    text_column: str = "text"
+    text_split: str = "train"
+    """Split of a hub dataset or a `datasets` directory of several splits."""
+    document_column: str | None = None
+    """Column that names the document a row belongs to: the cluster of the bootstrap. None: "document" where there is one, else each row is one."""
+    vectors: str | None = None
+    """Parquet file with an `activation_vector` column (public NLA datasets), used instead of model and text."""
+    num_activations: int = 1000
+    positions: PositionRule = "random"
+    positions_per_document: int = 1
+    """Positions drawn per row of text by "random"; ignored by the other rules."""
+    min_position: int = 50
+    """Positions below this are left out: early ones carry little context (50 is the public NLA rule)."""
+    stride: int = 16
+    """Distance of neighbouring positions for the rule "stride", tokens."""
+    max_length: int = 2048
+    """Rows are cut to this many tokens."""
+    seed: int = 42
+    dtype: Dtype = "bfloat16"
+    """Compute precision of the base model, and of the vectors on disk."""
+
+    def __post_init__(self) -> None:
+        _one_of("activations.positions", self.positions, PositionRule)
+        _one_of("activations.dtype", self.dtype, Dtype)
+        _at_least("activations.num_activations", self.num_activations, 1)
+        _at_least("activations.positions_per_document", self.positions_per_document, 1)
+        _at_least("activations.min_position", self.min_position, 0)
+        _at_least("activations.stride", self.stride, 1)
+        _at_least("activations.max_length", self.max_length, 1)
+        if self.layer is not None:
+            _at_least("activations.layer", self.layer, 0)
+        if self.vectors is None and (self.model is None or self.text is None):
+            raise SpecError(
+                f"activations need a model and a text (model={self.model!r}, text={self.text!r}), or ready-made vectors: "
+                "set activations.model and activations.text, or activations.vectors=FILE.parquet"
+            )
+        if self.min_position >= self.max_length:
+            raise SpecError(
+                f"activations.min_position={self.min_position} leaves nothing of rows cut to max_length={self.max_length} tokens"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How explanations are drawn."""
+
+    temperature: float = 1.0
+    """0 is greedy: every draw would be the same, so one is taken."""
+    top_p: float = 1.0
+    """Nucleus: the smallest set of tokens with at least this probability; 1 keeps all."""
+    max_new_tokens: int = 200
+    num_draws: int = 16
+    """Explanations per activation; every K up to this is read off the same draws."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise SpecError(f"sampling.temperature={self.temperature} must be a finite number >= 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise SpecError(f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
+        _at_least("sampling.max_new_tokens", self.max_new_tokens, 1)
+        _at_least("sampling.num_draws", self.num_draws, 1)
+        _at_least("sampling.seed", self.seed, 0)
+
+    @property
+    def effective_num_draws(self) -> int:
+        """Draws that are really taken: one when greedy, since all would be equal."""
+        return 1 if self.temperature == 0 else self.num_draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How draws become a curve."""
+
+    ks: tuple[int, ...] | None = None
+    """Values of K to report; None reports every K from 1 to num_draws."""
+    baseline: float | None = None
+    """Mean squared distance of the scaled activations from their mean; None measures it on the evaluated set, a number states it (the released pairs quote 0.7335, 0.0302, ...)."""
+    failed_error: float = 2.0
+    """Error of an activation all of whose draws failed: 2 is an orthogonal reconstruction."""
+    level: float = 0.95
+    """Coverage of the intervals."""
+    num_replicates: int = 2000
+    """Bootstrap replicates over documents."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ks is not None:
+            if not self.ks:
+                raise SpecError("scoring.ks is empty; leave it out (every K), or name at least one, e.g. scoring.ks=[1,2,4,8]")
+            for k in self.ks:
+                _at_least("scoring.ks", k, 1)
+            object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
+        if self.baseline is not None and not (math.isfinite(self.baseline) and self.baseline > 0):
+            raise SpecError(f"scoring.baseline={self.baseline} must be a finite number > 0, or None to measure it")
+        if not 0 < self.level < 1:
+            raise SpecError(f"scoring.level={self.level} must lie between 0 and 1, e.g. 0.95")
+        _at_least("scoring.num_replicates", self.num_replicates, 1)
+        if not math.isfinite(self.failed_error):
+            raise SpecError(f"scoring.failed_error={self.failed_error} must be finite (2.0 counts a failure as orthogonal)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One point of a sweep: everything that changes its numbers, and nothing else."""
+
+    autoencoder: Autoencoder
+    activations: Activations
+    sampling: Sampling = field(default_factory=Sampling)
+    scoring: Scoring = field(default_factory=Scoring)
+
+    def __post_init__(self) -> None:
+        ks, num_draws = self.scoring.ks, self.sampling.num_draws
+        if ks is not None and max(ks) > num_draws:
+            raise SpecError(
+                f"scoring.ks asks for K={max(ks)} but sampling.num_draws={num_draws}: best-of-K needs at least K draws. "
+                f"Raise sampling.num_draws to {max(ks)} or leave out the larger K."
+            )
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """Every K that is reported."""
+        n = self.sampling.effective_num_draws
+        asked = self.scoring.ks if self.scoring.ks is not None else range(1, n + 1)
+        return tuple(k for k in asked if k <= n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Where and how a sweep runs; never part of any identity."""
+
+    cluster: Cluster = "auto"
+    """auto: Slurm where sbatch exists, else local. inprocess: here, for debugging."""
+    gpus: int | None = None
+    """GPUs per job, one rank each; 0 runs on the CPU; None takes what the machine has, one GPU at most."""
+    tasks: int = 1
+    """Ranks per job when gpus=0."""
+    nodes: int = 1
+    cpus_per_task: int | None = None
+    mem_gb: float | None = None
+    timeout_min: int = 24 * 60
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    cells_per_job: int | None = None
+    """None: all cells that share an autoencoder, so that models are loaded once."""
+    batch_size: int = 512
+    """Most rows decoded or scored at once on one rank; does not change the numbers."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Any further sbatch option, passed through, e.g. {"constraint": "h100"}."""
+
+    def __post_init__(self) -> None:
+        _one_of("resources.cluster", self.cluster, Cluster)
+        if self.gpus is not None:
+            _at_least("resources.gpus", self.gpus, 0)
+        for name in ("tasks", "nodes", "timeout_min", "batch_size"):
+            _at_least(f"resources.{name}", getattr(self, name), 1)
+        if self.cells_per_job is not None:
+            _at_least("resources.cells_per_job", self.cells_per_job, 1)
+        if self.cpus_per_task is not None:
+            _at_least("resources.cpus_per_task", self.cpus_per_task, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A question: one cell, and the values along which it is varied."""
+
+    name: str
+    cell: Cell
+    axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Dotted field of the cell -> its values, e.g. {"sampling.temperature": (0.5, 1.0)}; cells are the product."""
+    question: str = ""
+    resources: Resources = field(default_factory=Resources)
+    registry: str = "registry"
+    """Directory of draws, landing files and the database."""
+    vector_cache: str = "vector_cache"
+    """Directory of the activation store."""
+
+    def __post_init__(self) -> None:
+        for path, values in self.axes.items():
+            if not values:
+                raise SpecError(f"axis {path!r} of sweep {self.name!r} has no values")
+        self.cells()
+
+    def cells(self) -> list[Cell]:
+        """The product of the axes, in order, duplicates left out."""
+        out = []
+        for values in itertools.product(*self.axes.values()):
+            cell = self.cell
+            for path, value in zip(self.axes, values, strict=True):
+                cell = replace_at(cell, path, value)
+            if cell not in out:
+                out.append(cell)
+        return out
+
+    def labels(self) -> list[str]:
+        """What tells the cells of this sweep apart, for legends: "temperature=0.5"."""
+        names = list(self.axes)
+        labels = {}
+        for values in itertools.product(*self.axes.values()):
+            cell = self.cell
+            for path, value in zip(names, values, strict=True):
+                cell = replace_at(cell, path, value)
+            label = ", ".join(f"{path.rpartition('.')[2]}={_short(v)}" for path, v in zip(names, values, strict=True))
+            labels.setdefault(cell, label or self.name)
+        return list(labels.values())
+
+
+def cell_from_dict(value: Mapping[str, Any]) -> Cell:
+    """The cell that `dataclasses.asdict` wrote (JSON turns its tuples into lists)."""
+    scoring = dict(value["scoring"])
+    if scoring.get("ks") is not None:
+        scoring["ks"] = tuple(scoring["ks"])
+    return Cell(
+        autoencoder=Autoencoder(**value["autoencoder"]),
+        activations=Activations(**value["activations"]),
+        sampling=Sampling(**value["sampling"]),
+        scoring=Scoring(**scoring),
+    )
+
+
+def replace_at(spec: Any, path: str, value: Any) -> Any:
+    """A copy of a (nested) spec with the field at a dotted path changed: `replace_at(cell, "sampling.seed", 1)`."""
+    head, _, rest = path.partition(".")
+    if not is_dataclass(spec) or head not in {f.name for f in fields(spec)}:
+        known = ", ".join(f.name for f in fields(spec)) if is_dataclass(spec) else "nothing below it"
+        raise SpecError(f"{type(spec).__name__} has no field {head!r}; it has {known}")
+    changed = replace_at(getattr(spec, head), rest, value) if rest else value
+    return replace(spec, **{head: changed})  # type: ignore[type-var]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Autoencoder):
+        return value.av.rstrip("/").rpartition("/")[2] if not value.av.endswith("/av") else value.av.rstrip("/").split("/")[-2]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _one_of(name: str, value: object, options: Any) -> None:
+    valid: Iterable[str] = options.__args__
+    if value not in valid:
+        raise SpecError(f"{name}={value!r} is not one of {', '.join(valid)}")
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise SpecError(f"{name}={value!r} must be a whole number >= {low}")

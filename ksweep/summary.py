@@ -1,0 +1,157 @@
+"""From the draws of a cell to its curve, its controls and its counts. Arrays in, tables out; no model, no file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ksweep import stats
+from ksweep.spec import Scoring
+
+RETRIEVAL_POOL = 2048
+"""Activations among which an activation's own draws must find it; the first ones where there are more."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a cell has come to."""
+
+    curve: list[dict[str, Any]]
+    """A row for each K."""
+    controls: list[dict[str, Any]]
+    counts: dict[str, Any]
+    """Failures by cause, distinct texts, tokens."""
+
+
+def summarise(
+    draws: pa.Table, vectors: np.ndarray, scoring: Scoring, ks: tuple[int, ...], empty_text: np.ndarray | None
+) -> Summary:
+    """Statistics of a cell.
+
+    Args:
+        draws: every draw, ordered by activation and draw (`DrawsStore.read`).
+        vectors: [activation, d_model] float32 targets.
+        scoring: baseline, failure policy, interval.
+        ks: values of K to report.
+        empty_text: [d_model] what the AR makes of an empty text.
+    """
+    num_activations = len(vectors)
+    grid = (num_activations, draws.num_rows // num_activations)
+    errors = draws["error"].to_numpy().reshape(grid)
+    documents = np.asarray(draws["document"].to_pylist(), dtype=object).reshape(grid)[:, 0]
+    baseline = stats.stated_baseline(scoring.baseline) if scoring.baseline else stats.evaluated_set_baseline(vectors)
+    bootstrap = {"num_replicates": scoring.num_replicates, "seed": scoring.seed, "level": scoring.level}
+    options = {"ks": ks, "failed_error": scoring.failed_error, **bootstrap}
+    curve = stats.fve_curve(errors, documents, baseline, **options)  # type: ignore[arg-type]
+    shuffled_errors, targets = _by_target(draws, grid)
+    shuffled = stats.fve_curve(shuffled_errors, documents[targets], baseline, **options)  # type: ignore[arg-type]
+    cosine = stats.best_of_k_select(draws["cosine"].to_numpy().reshape(grid), errors, ks, failed_value=0.0).mean(axis=0)
+    return Summary(
+        curve=_curve_rows(curve, shuffled, cosine),
+        controls=_controls(draws, vectors, grid, baseline, shuffled, empty_text),
+        counts=_counts(draws, curve),
+    )
+
+
+def _by_target(draws: pa.Table, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Errors of each activation's draws against another activation, and which one that is (of the first draw)."""
+    errors = draws["shuffled_error"].to_numpy().reshape(grid)
+    targets = draws["shuffled_activation"].to_numpy().reshape(grid)[:, 0]
+    # After a run has grown, targets of old and new draws need not be a permutation: then rows stay as drawn.
+    if len(np.unique(targets)) == grid[0] and targets.max() < grid[0]:
+        order = np.argsort(targets)
+        return errors[order], np.arange(grid[0])
+    return errors, np.minimum(targets, grid[0] - 1)
+
+
+def _curve_rows(curve: stats.FveCurve, shuffled: stats.FveCurve, cosine: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {
+            "k": int(k),
+            "fve": float(curve.fve[i]),
+            "fve_low": _number(curve.fve_low[i]),
+            "fve_high": _number(curve.fve_high[i]),
+            "level": curve.level,
+            "error": float(curve.error[i]),
+            "cosine": _number(cosine[i]),
+            "failure_rate": float(curve.failure_rate[i]),
+            "fve_over_successes": _number(curve.fve_over_successes[i]),
+            "num_activations": curve.num_activations,
+            "num_documents": curve.num_documents,
+            "num_draws": curve.num_draws,
+            "baseline": curve.baseline.value,
+            "baseline_kind": curve.baseline.kind,
+            "shuffled_fve": float(shuffled.fve[i]),
+        }
+        for i, k in enumerate(curve.k)
+    ]
+
+
+def _controls(
+    draws: pa.Table, vectors: np.ndarray, grid: tuple[int, int], baseline: stats.Baseline, shuffled: stats.FveCurve, empty: np.ndarray | None
+) -> list[dict[str, Any]]:
+    n = len(vectors)
+    rows = [_control("shuffled", float(fve), n, "FVE of draws of another activation", int(k)) for k, fve in zip(shuffled.k, shuffled.fve, strict=True)]
+    if empty is not None:
+        value = float(1 - stats.reconstruction_errors(empty[None], vectors).mean() / baseline.value)
+        rows.append(_control("empty_text", value, n, "FVE of the reconstruction of an empty text"))
+    if baseline.kind == "evaluated set":
+        value = 1 - stats.mean_vector_error(baseline) / baseline.value
+        rows.append(_control("mean_vector", value, n, "FVE of the scaled mean of the activations: the best constant"))
+    pool = min(n, RETRIEVAL_POOL)
+    if pool >= 2:
+        found = stats.retrieval(_mean_reconstructions(draws, grid)[:pool], vectors[:pool])
+        rows.append(_control("retrieval_top1", found.top_1_rate, pool, "share of activations that their own draws rank first, by mean error"))
+        rows.append(_control("retrieval_chance", found.chance, pool, "the same for draws that know nothing"))
+    return rows
+
+
+def _control(name: str, value: float, num_activations: int, note: str, k: int | None = None) -> dict[str, Any]:
+    return {"control": name, "k": k, "value": value, "num_activations": num_activations, "note": note}
+
+
+def _mean_reconstructions(draws: pa.Table, grid: tuple[int, int]) -> np.ndarray:
+    """[activation, d_model] mean scaled reconstruction over the successful draws; NaN where there is none."""
+    sums = draws["reconstruction_sum"].combine_chunks()
+    at = np.flatnonzero(sums.is_valid().to_numpy(zero_copy_only=False))
+    values = sums.drop_null().flatten().to_numpy()
+    width = len(values) // max(1, len(at))
+    total = np.zeros((grid[0], width))
+    np.add.at(total, at // grid[1], values.reshape(len(at), width))
+    successes = (~np.isnan(draws["error"].to_numpy().reshape(grid))).sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means: np.ndarray = total / successes[:, None]
+    means[successes == 0] = np.nan
+    return means
+
+
+def _counts(draws: pa.Table, curve: stats.FveCurve) -> dict[str, Any]:
+    parse = Counter(draws["parse"].to_pylist())
+    num_draws = draws.num_rows
+    explanations = draws["explanation"].drop_null()
+    pairs = set(zip(draws["activation"].to_pylist(), draws["text"].to_pylist(), strict=True))
+    return {
+        "num_draws_total": num_draws,
+        "failures": {cause: count for cause, count in sorted(parse.items()) if cause != "ok"},
+        "failure_rate": 1 - parse["ok"] / num_draws,
+        "cut_off_rate": Counter(draws["finish"].to_pylist())["length"] / num_draws,
+        "distinct_text_fraction": len(pairs) / num_draws,
+        "cjk_fraction": sum(map(_mostly_cjk, explanations.to_pylist())) / max(1, len(explanations)),
+        "mean_tokens": float(np.mean(draws["num_tokens"].to_numpy())),
+        "num_without_success": curve.num_without_success,
+        "few_documents": curve.few_documents,
+    }
+
+
+def _mostly_cjk(text: str) -> bool:
+    """Whether a text is mostly Chinese or Japanese: the known symptom of an injection that did not arrive."""
+    letters = [c for c in text if c.isalpha()]
+    return bool(letters) and sum("⺀" <= c <= "鿿" or "㐀" <= c <= "䶿" for c in letters) > len(letters) / 2
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,129 @@
+"""What a sweep says on the terminal: the plan before, the table and the places of the pictures after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ksweep.keys import Keys
+from ksweep.launch.plan import Step
+from ksweep.spec import Sweep
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN_KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def console() -> Console:
+    """Standard output; in a pipe as wide as the table needs, without colour."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=160, no_color=True)
+
+
+def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
+    """Each cell: done or missing and why, draws to sample, estimated disk and time."""
+    out = console()
+    table = Table(title=f"{sweep.name}: {sum(s.state != 'done' for s in steps)} of {len(steps)} cells to run", title_justify="left")
+    for name in ("cell", "state", "why"):
+        table.add_column(name)
+    for name in ("activations", "draws", "disk", "time"):
+        table.add_column(name, justify="right")
+    for step in steps:
+        table.add_row(
+            f"{step.label} @{step.cell_key[:8]}", step.state, step.reason, f"{step.activations_to_extract:,}",
+            f"{step.draws_to_sample:,}", _bytes(step.disk_bytes), _seconds(step.seconds),
+        )  # fmt: skip
+    out.print(table)
+    seconds = [s.seconds for s in steps]
+    total = sum(s for s in seconds if s is not None) if None not in seconds else None
+    out.print(
+        f"to extract: {sum(s.activations_to_extract for s in steps):,} activations; to sample: {sum(s.draws_to_sample for s in steps):,} draws; "
+        f"disk about {_bytes(sum(s.disk_bytes for s in steps))}; time {_seconds(total)} on one rank"
+        + (" (no earlier run of this pair to estimate it from)" if total is None else " (from the newest run of this pair)")
+    )
+
+
+def show(sweep: Sweep, keys: Sequence[Keys], *, computed: int, charts: bool) -> None:
+    """Bring the database up to date, print the table, write the pictures."""
+    from ksweep.registry.database import curves_of, database_path
+
+    registry = Path(sweep.registry)
+    labels = dict(zip([k.cell for k in keys], sweep.labels(), strict=True))
+    table = curves_of(registry, labels)
+    out = console()
+    out.print(results_table(sweep, table))
+    out.print(_footnote(table))
+    if charts:
+        for path in write_charts(sweep, table, registry / "charts" / sweep.name):
+            out.print(f"chart: {path}", soft_wrap=True)
+    out.print(f"computed {computed} of {len(keys)} cells; registry: {database_path(registry)}", soft_wrap=True)
+
+
+def results_table(sweep: Sweep, curves: pa.Table) -> Table:
+    """A row a cell: FVE with its interval at a few K, the control, failures."""
+    rows = curves.to_pylist()
+    ks = sorted({r["k"] for r in rows})
+    shown = [k for k in ks if k in SHOWN_KS or k == ks[-1]]
+    table = Table(title=f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)", title_justify="left")
+    table.add_column("cell")
+    for k in shown:
+        table.add_column(f"K={k}", justify="right")
+    for name in (f"shuffled K={ks[-1]}", "failed", "tokens/s"):
+        table.add_column(name, justify="right")
+    for label in dict.fromkeys(r["label"] for r in rows):
+        mine = {r["k"]: r for r in rows if r["label"] == label}
+        last = mine[max(mine)]
+        table.add_row(
+            label, *(_fve(mine.get(k)) for k in shown), _number(last["shuffled_fve"], ".3f"),
+            _number(last["failure_rate"], ".1%"), _number(last["tokens_per_second"], ",.0f"),
+        )  # fmt: skip
+    return table
+
+
+def write_charts(sweep: Sweep, curves: pa.Table, folder: Path) -> list[Path]:
+    """FVE by K, and by temperature where that varies; HTML, PNG and PDF."""
+    from ksweep import charts
+
+    written = charts.save(charts.fve_by_k(curves, title=sweep.question or sweep.name), folder / "fve_by_k")
+    if len(set(curves["temperature"].to_pylist())) > 1:
+        written += charts.save(charts.fve_by_temperature(curves), folder / "fve_by_temperature")
+    return written
+
+
+def _footnote(curves: pa.Table) -> str:
+    row: dict[str, Any] = curves.slice(0, 1).to_pylist()[0]
+    return (
+        f"{row['level']:.0%} intervals: bootstrap over {row['num_documents']} documents; N = {row['num_activations']} activations; "
+        f"baseline {row['baseline']:.4f} ({row['baseline_kind']}); shuffled: draws of another activation"
+    )
+
+
+def _fve(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["fve_low"] is None:
+        return f"{row['fve']:.3f}"
+    return f"{row['fve']:.3f} [{row['fve_low']:.3f}, {row['fve_high']:.3f}]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _bytes(count: int) -> str:
+    if count < 1000:
+        return f"{count} B"
+    power = min(4, int(math.log10(count) // 3))
+    return f"{count / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

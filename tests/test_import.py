@@ -1,0 +1,37 @@
+"""`import ksweep` and planning stay light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "submitit", "duckdb", "altair", "pyarrow", "datasets", "huggingface_hub", "scipy")
+
+
+def _loaded_after(code: str) -> tuple[set[str], float]:
+    script = f"import sys, time; t = time.perf_counter(); {code}; print(time.perf_counter() - t); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name.partition(".")[0] for name in out[1].split()}, float(out[0])
+
+
+def test_import_ksweep_loads_nothing_heavy() -> None:
+    loaded, _ = _loaded_after("import ksweep")
+    assert not loaded & set(HEAVY)
+
+
+def test_import_ksweep_takes_less_than_a_third_of_a_second() -> None:
+    # The best of five: other work on the machine only adds.
+    assert min(_loaded_after("import ksweep")[1] for _ in range(5)) < 0.3
+
+
+def test_planning_does_not_load_torch() -> None:
+    loaded, _ = _loaded_after("import ksweep.sweep, ksweep.keys, ksweep.draws, ksweep.presets, ksweep.registry.database")
+    assert not loaded & {"torch", "transformers", "peft", "altair"}
+
+
+@pytest.mark.parametrize("module", ["ksweep.stats"])
+def test_statistics_need_numpy_alone(module: str) -> None:
+    loaded, _ = _loaded_after(f"import {module}")
+    assert "numpy" in loaded and not loaded & set(HEAVY)

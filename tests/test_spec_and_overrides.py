@@ -1,0 +1,148 @@
+"""What a user may ask for, how it is spelled, and what a mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ksweep import Activations, Autoencoder, Cell, RequestError, Sampling, Scoring, Sweep, replace_at
+from ksweep.errors import SpecError
+from ksweep.overrides import apply_overrides
+from ksweep.spec import Resources, cell_from_dict
+
+
+@pytest.fixture
+def sweep() -> Sweep:
+    return Sweep(
+        name="temp",
+        cell=Cell(autoencoder=Autoencoder(av="av", ar="ar", base="b"), activations=Activations(model="m", text="t.txt")),
+        axes={"sampling.temperature": (0.5, 1.0)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("sampling.temperature", -1.0), "temperature=-1.0 must be a finite number >= 0"),
+        (("sampling.temperature", float("nan")), "finite"),
+        (("sampling.top_p", 0.0), r"top_p=0.0 must lie in \(0, 1\]"),
+        (("sampling.num_draws", 0), "num_draws=0 must be a whole number >= 1"),
+        (("sampling.num_draws", 2.5), "whole number"),
+        (("sampling.num_draws", True), "whole number"),
+        (("scoring.ks", (1, 32)), "K=32 but sampling.num_draws=16"),
+        (("scoring.ks", ()), "empty"),
+        (("scoring.baseline", 0.0), "baseline=0.0"),
+        (("scoring.level", 95.0), "level=95.0"),
+        (("activations.positions", "first"), "random, last, all, stride"),
+        (("activations.text", None), "model and a text"),
+        (("activations.min_position", 4096), "leaves nothing"),
+        (("autoencoder.dtype", "int8"), "bfloat16, float16, float32"),
+    ],
+)
+def test_a_spec_that_cannot_mean_anything_is_refused_with_what_to_do(sweep: Sweep, change: tuple[str, object], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        replace_at(sweep.cell, *change)
+
+
+def test_cells_are_the_product_of_the_axes_in_order_without_duplicates(sweep: Sweep) -> None:
+    grid = Sweep(name="g", cell=sweep.cell, axes={"sampling.temperature": (0.5, 1.0, 0.5), "sampling.seed": (0, 1)})
+    assert [(c.sampling.temperature, c.sampling.seed) for c in grid.cells()] == [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1)]
+    assert grid.labels()[1] == "temperature=0.5, seed=1"
+
+
+def test_greedy_takes_one_draw_and_reports_k_one(sweep: Sweep) -> None:
+    cell = replace_at(sweep.cell, "sampling.temperature", 0.0)
+    assert cell.sampling.effective_num_draws == 1 and cell.ks == (1,)
+
+
+def test_cell_survives_json(sweep: Sweep) -> None:
+    import json
+    from dataclasses import asdict
+
+    cell = replace_at(sweep.cell, "scoring.ks", (1, 4))
+    assert cell_from_dict(json.loads(json.dumps(asdict(cell)))) == cell
+
+
+def test_key_value_sets_nested_fields_with_their_types(sweep: Sweep) -> None:
+    changed = apply_overrides(sweep, ["sampling.num_draws=32", "sampling.seed=1", "scoring.baseline=0.7335", "activations.layer=null"])
+    assert changed.cell.sampling == Sampling(num_draws=32, seed=1)
+    assert changed.cell.scoring.baseline == 0.7335 and changed.cell.activations.layer is None
+
+
+def test_fields_that_depend_on_each_other_may_come_in_any_order(sweep: Sweep) -> None:
+    for arguments in (["scoring.ks=[1,32]", "sampling.num_draws=32"], ["sampling.num_draws=32", "scoring.ks=[1,32]"]):
+        assert apply_overrides(sweep, arguments).cell.scoring.ks == (1, 32)
+
+
+def test_one_value_for_an_axis_reduces_it_and_a_list_replaces_it(sweep: Sweep) -> None:
+    one = apply_overrides(sweep, ["sampling.temperature=0.7"])
+    assert [c.sampling.temperature for c in one.cells()] == [0.7]
+    many = apply_overrides(sweep, ["sampling.temperature=[0,0.3]"])
+    assert [c.sampling.temperature for c in many.cells()] == [0.0, 0.3]
+
+
+def test_a_list_for_a_single_value_makes_a_new_axis(sweep: Sweep) -> None:
+    changed = apply_overrides(sweep, ["sampling.seed=[0,1,2]"])
+    assert len(changed.cells()) == 6
+
+
+def test_short_keys_are_found_and_ambiguous_ones_are_refused(sweep: Sweep) -> None:
+    assert apply_overrides(sweep, ["cluster=inprocess"]).resources == Resources(cluster="inprocess")
+    with pytest.raises(SpecError, match=r"'seed' could be activations.seed or sampling.seed or scoring.seed"):
+        apply_overrides(sweep, ["seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("smapling.seed=1", r"unknown key 'smapling.seed': did you mean sampling.seed"),
+        ("sampling.temprature=1", "did you mean sampling.temperature"),
+        ("num_drawz=3", "did you mean sampling.num_draws"),
+        ("sampling.num_draws=many", "expected a whole number"),
+        ("sampling.num_draws=1.5", "expected a whole number"),
+        ("sampling.temperature=hot", "expected a number"),
+        ("resources.cluster=slrum", "expected one of auto, slurm, local, inprocess"),
+        ("sampling.seed", "neither an option nor key=value"),
+        ("autoencoder=3", "expected a mapping"),
+    ],
+)
+def test_a_mistyped_override_is_told_what_was_expected(sweep: Sweep, argument: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        apply_overrides(sweep, [argument])
+
+
+def test_yaml_is_laid_under_the_command_line(sweep: Sweep, tmp_path: Path) -> None:
+    config = tmp_path / "s.yaml"
+    config.write_text("sampling:\n  num_draws: 8\n  temperature: [0.1, 0.2]\nscoring.num_replicates: 100\nname: mine\n")
+    changed = apply_overrides(sweep, ["sampling.num_draws=4"], config)
+    assert changed.name == "mine" and changed.cell.sampling.num_draws == 4
+    assert changed.cell.scoring == Scoring(num_replicates=100) and len(changed.cells()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("sampling:\n  num_drawz: 3\n", "did you mean"), ("- a\n- b\n", "expected keys"), ("a: [1\n", "YAML"), ("sampling: 3\n", "sampling=3")],
+)
+def test_a_yaml_file_with_a_mistake_is_refused(sweep: Sweep, tmp_path: Path, text: str, words: str) -> None:
+    config = tmp_path / "s.yaml"
+    config.write_text(text)
+    with pytest.raises(SpecError, match=words):
+        apply_overrides(sweep, [], config)
+
+
+def test_a_missing_yaml_file_is_named(sweep: Sweep, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"no configuration file at .*nothing.yaml"):
+        apply_overrides(sweep, [], tmp_path / "nothing.yaml")
+
+
+def test_a_new_verbalizer_forgets_the_base_of_the_old_pair(sweep: Sweep) -> None:
+    assert apply_overrides(sweep, ["autoencoder.av=x", "autoencoder.ar=y"]).cell.autoencoder == Autoencoder(av="x", ar="y")
+    assert apply_overrides(sweep, ["autoencoder.av=x", "autoencoder.base=z"]).cell.autoencoder.base == "z"
+
+
+def test_an_axis_of_pairs_can_be_given_as_mappings(sweep: Sweep, tmp_path: Path) -> None:
+    config = tmp_path / "s.yaml"
+    config.write_text("autoencoder:\n- {av: a1, ar: r1}\n- {av: a2, ar: r2}\n")
+    changed = apply_overrides(sweep, ["sampling.temperature=1", "autoencoder.dtype=float32"], config)
+    assert [(c.autoencoder.av, c.autoencoder.dtype) for c in changed.cells()] == [("a1", "float32"), ("a2", "float32")]
