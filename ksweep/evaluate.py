@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONTEXT_CHARACTERS = 200
-"""How much of the text before a position is kept beside its draws."""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -124,10 +121,16 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
 
 
 def _activations(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) -> ActivationTable:
-    from ksweep.activations.store import ensure
+    from ksweep.activations.fill import ensure
+
+    def progress(done: int, total: int) -> None:
+        ranks.report("activations", done, total)
 
     with clock("activations"):
-        return ensure(cell.activations, keys.layer, place.vector_cache, ranks)
+        return ensure(
+            cell.activations, keys.layer, place.vector_cache, rank=ranks.rank, world_size=ranks.world_size,
+            barrier=ranks.barrier, device=ranks.device, progress=progress,
+        )  # fmt: skip
 
 
 def _sample(
@@ -177,7 +180,7 @@ class UnitWork:
         import torch
 
         targets = self.vectors.vectors(unit.first_row, unit.last_row)
-        draws = self._draw(unit, torch.from_numpy(np.ascontiguousarray(targets)))
+        draws = self._draw(unit, torch.from_numpy(targets.copy()))
         texts = [self.av.decode(d.text_token_ids) for d in draws]
         parsed = [self.av.parse(text, d.finish) for text, d in zip(texts, draws, strict=True)]
         owners = np.array([d.request.row for d in draws])
@@ -226,8 +229,7 @@ class UnitWork:
             scores["error"][good] = stats.reconstruction_errors(reconstructions, targets[mine])
             scores["cosine"][good] = 1 - scores["error"][good] / 2
             scores["norm"][good] = np.linalg.norm(reconstructions, axis=1)
-            partners = np.stack([self.vectors.vectors(int(i), int(i) + 1)[0] for i in others])
-            scores["shuffled_error"][good] = stats.reconstruction_errors(reconstructions, partners[mine])
+            scores["shuffled_error"][good] = stats.reconstruction_errors(reconstructions, self.vectors.take(others)[mine])
             np.add.at(sums, mine, stats.unit_scaled(reconstructions).astype(np.float32))
         scores["reconstruction_sum"] = sums
         return scores
@@ -246,8 +248,9 @@ class UnitWork:
         owners = [d.request.row for d in draws]
         rows = {
             name: self.vectors.column(name, unit.first_row, unit.last_row)
-            for name in ("row_id", "document", "position", "context")
+            for name in ("row_id", "document", "position")
         }
+        rows["context"] = self.vectors.column("window", unit.first_row, unit.last_row)
         first = {row: i for i, row in reversed(list(enumerate(owners)))}
         sums = [scores["reconstruction_sum"][row] if first[row] == i else None for i, row in enumerate(owners)]
         columns = {
@@ -318,7 +321,8 @@ def _land(
         num_draws_sampled=int(new.sum()),
         num_draws_reused=int(before.sum()),
         num_tokens_sampled=tokens,
-        tokens_per_second=tokens / clock.seconds["drawing"] if tokens else None,
+        # Rank 0 may have waited for another rank's last unit: that is drawing time of the job too.
+        tokens_per_second=tokens / (clock.seconds["drawing"] + clock.seconds["waiting"]) if tokens else None,
         failures=counts["failures"],
         failure_rate=counts["failure_rate"],
         cut_off_rate=counts["cut_off_rate"],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksweep.activations.store import activations_key
+from ksweep.activations.fill import activations_key
 from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
 from ksweep.errors import SpecError
 from ksweep.files import resolve
@@ -48,6 +48,7 @@ def cell_keys(cell: Cell) -> Keys:
         CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
     """
     av, ar = inspect_pair(cell.autoencoder)
+    check_pair(av, ar, activations_layer=cell.activations.layer, activations_base=cell.activations.model)
     layer = _layer(cell, av.layer, ar.layer)
     activations, identity = activations_key(cell.activations, layer)
     draws = {
@@ -82,13 +83,8 @@ def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointIn
 
 
 def _layer(cell: Cell, av: int | None, ar: int | None) -> int:
-    trained, asked = (ar if ar is not None else av), cell.activations.layer
-    if asked is not None and trained is not None and asked != trained:
-        raise SpecError(
-            f"activations.layer={asked}, but the autoencoder {cell.autoencoder.ar} was trained on layer {trained}: "
-            "leave activations.layer out, or use a pair of that layer"
-        )
-    layer = asked if asked is not None else trained
+    """check_pair has refused layers that differ."""
+    layer = next((x for x in (cell.activations.layer, ar, av) if x is not None), None)
     if layer is None:
         raise SpecError("no sidecar of the autoencoder says which layer it was trained on: set activations.layer")
     return layer

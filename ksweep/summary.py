@@ -44,31 +44,29 @@ def summarise(
     errors = draws["error"].to_numpy().reshape(grid)
     documents = np.asarray(draws["document"].to_pylist(), dtype=object).reshape(grid)[:, 0]
     baseline = stats.stated_baseline(scoring.baseline) if scoring.baseline else stats.evaluated_set_baseline(vectors)
-    bootstrap = {"num_replicates": scoring.num_replicates, "seed": scoring.seed, "level": scoring.level}
-    options = {"ks": ks, "failed_error": scoring.failed_error, **bootstrap}
-    curve = stats.fve_curve(errors, documents, baseline, **options)  # type: ignore[arg-type]
-    shuffled_errors, targets = _by_target(draws, grid)
-    shuffled = stats.fve_curve(shuffled_errors, documents[targets], baseline, **options)  # type: ignore[arg-type]
+    curve = stats.fve_curve(
+        errors, documents, baseline, ks=ks, failed_error=scoring.failed_error,
+        num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level,
+    )  # fmt: skip
+    shuffled = _shuffled_fve(draws, grid, ks, scoring.failed_error, baseline)
     cosine = stats.best_of_k_select(draws["cosine"].to_numpy().reshape(grid), errors, ks, failed_value=0.0).mean(axis=0)
     return Summary(
         curve=_curve_rows(curve, shuffled, cosine),
-        controls=_controls(draws, vectors, grid, baseline, shuffled, empty_text),
+        controls=_controls(draws, vectors, grid, baseline, empty_text),
         counts=_counts(draws, curve),
     )
 
 
-def _by_target(draws: pa.Table, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Errors of each activation's draws against another activation, and which one that is (of the first draw)."""
+def _shuffled_fve(draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], failed_error: float, baseline: stats.Baseline) -> np.ndarray:
+    """FVE of the best of K draws of another activation, chosen by their error against this one; unknown with one activation."""
+    if grid[0] < 2:
+        return np.full(len(ks), np.nan)
     errors = draws["shuffled_error"].to_numpy().reshape(grid)
-    targets = draws["shuffled_activation"].to_numpy().reshape(grid)[:, 0]
-    # After a run has grown, targets of old and new draws need not be a permutation: then rows stay as drawn.
-    if len(np.unique(targets)) == grid[0] and targets.max() < grid[0]:
-        order = np.argsort(targets)
-        return errors[order], np.arange(grid[0])
-    return errors, np.minimum(targets, grid[0] - 1)
+    best: np.ndarray = stats.best_of_k_errors(errors, ks, failed_error).mean(axis=0)
+    return 1 - best / baseline.value
 
 
-def _curve_rows(curve: stats.FveCurve, shuffled: stats.FveCurve, cosine: np.ndarray) -> list[dict[str, Any]]:
+def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray) -> list[dict[str, Any]]:
     return [
         {
             "k": int(k),
@@ -85,17 +83,17 @@ def _curve_rows(curve: stats.FveCurve, shuffled: stats.FveCurve, cosine: np.ndar
             "num_draws": curve.num_draws,
             "baseline": curve.baseline.value,
             "baseline_kind": curve.baseline.kind,
-            "shuffled_fve": float(shuffled.fve[i]),
+            "shuffled_fve": _number(shuffled[i]),
         }
         for i, k in enumerate(curve.k)
     ]
 
 
 def _controls(
-    draws: pa.Table, vectors: np.ndarray, grid: tuple[int, int], baseline: stats.Baseline, shuffled: stats.FveCurve, empty: np.ndarray | None
+    draws: pa.Table, vectors: np.ndarray, grid: tuple[int, int], baseline: stats.Baseline, empty: np.ndarray | None
 ) -> list[dict[str, Any]]:
     n = len(vectors)
-    rows = [_control("shuffled", float(fve), n, "FVE of draws of another activation", int(k)) for k, fve in zip(shuffled.k, shuffled.fve, strict=True)]
+    rows: list[dict[str, Any]] = []
     if empty is not None:
         value = float(1 - stats.reconstruction_errors(empty[None], vectors).mean() / baseline.value)
         rows.append(_control("empty_text", value, n, "FVE of the reconstruction of an empty text"))

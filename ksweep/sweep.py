@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ksweep import terminal
+from ksweep.activations.fill import plan as plan_activations
+from ksweep.draws import DrawsStore
 from ksweep.errors import RequestError, RunError, StoreError
 from ksweep.keys import Keys, cell_keys
 from ksweep.launch import submit as launch
@@ -22,6 +24,7 @@ from ksweep.launch.plan import Facts, Step, plan
 from ksweep.launch.watch import Watch
 from ksweep.overrides import apply_overrides
 from ksweep.provenance import provenance
+from ksweep.registry.questions import finished_runs, seconds_per_draw
 from ksweep.spec import Cell, Sweep
 
 ENTRY = "ksweep.evaluate:run_job"
@@ -58,7 +61,8 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     sweep = apply_overrides(sweep, rest, options.config)
     cells = sweep.cells()
     keys = [cell_keys(cell) for cell in cells]
-    steps = plan([_facts(sweep, cell, key) for cell, key in zip(cells, keys, strict=True)])
+    finished = finished_runs(Path(sweep.registry))
+    steps = plan([_facts(sweep, cell, key, finished.get(key.cell)) for cell, key in zip(cells, keys, strict=True)])
     if options.dry_run:
         terminal.print_plan(sweep, steps)
         return 0
@@ -84,12 +88,8 @@ def _parser(sweep: Sweep) -> argparse.ArgumentParser:
     return parser
 
 
-def _facts(sweep: Sweep, cell: Cell, keys: Keys) -> Facts:
+def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None) -> Facts:
     """Look up what is there for a cell; reads names and manifests only."""
-    from ksweep.activations.store import plan as plan_activations
-    from ksweep.draws import DrawsStore
-    from ksweep.registry.database import finished_run, seconds_per_draw
-
     registry = Path(sweep.registry)
     draws = DrawsStore(registry / "draws", keys.draws)
     wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
@@ -98,14 +98,14 @@ def _facts(sweep: Sweep, cell: Cell, keys: Keys) -> Facts:
         cell_key=keys.cell,
         activations_key=keys.activations,
         label=keys.label,
-        finished_run=finished_run(registry, keys.cell),
+        finished_run=finished_run,
         activations_present=needed.present,
         activations_wanted=cell.activations.num_activations,
         draws_present=int(draws.coverage(*wanted).sum()),
         draws_wanted=wanted[0] * wanted[1],
-        bytes_per_activation=needed.bytes_per_activation,
+        activation_bytes=needed.bytes_needed,
         bytes_per_draw=BYTES_PER_DRAW,
-        seconds_per_draw=seconds_per_draw(registry, keys.label.partition(" T=")[0]),
+        seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.av),
     )
 
 

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from ksweep.keys import Keys
 from ksweep.launch.plan import Step
+from ksweep.registry.database import DATABASE
+from ksweep.registry.questions import controls_of, curves_of
 from ksweep.spec import Sweep
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ SHOWN_KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 def console() -> Console:
     """Standard output; in a pipe as wide as the table needs, without colour."""
     plain = Console()
-    return plain if plain.is_terminal else Console(width=160, no_color=True)
+    return plain if plain.is_terminal else Console(width=240, no_color=True)
 
 
 def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
@@ -51,29 +53,29 @@ def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
 
 def show(sweep: Sweep, keys: Sequence[Keys], *, computed: int, charts: bool) -> None:
     """Bring the database up to date, print the table, write the pictures."""
-    from ksweep.registry.database import curves_of, database_path
-
     registry = Path(sweep.registry)
     labels = dict(zip([k.cell for k in keys], sweep.labels(), strict=True))
     table = curves_of(registry, labels)
     out = console()
-    out.print(results_table(sweep, table))
+    out.print(results_table(sweep, table, out.width))
     out.print(_footnote(table))
+    out.print(_controls_line(controls_of(registry, labels)))
     if charts:
         for path in write_charts(sweep, table, registry / "charts" / sweep.name):
             out.print(f"chart: {path}", soft_wrap=True)
-    out.print(f"computed {computed} of {len(keys)} cells; registry: {database_path(registry)}", soft_wrap=True)
+    out.print(f"computed {computed} of {len(keys)} cells; registry: {registry / DATABASE}", soft_wrap=True)
 
 
-def results_table(sweep: Sweep, curves: pa.Table) -> Table:
-    """A row a cell: FVE with its interval at a few K, the control, failures."""
+def results_table(sweep: Sweep, curves: pa.Table, width: int = 160) -> Table:
+    """A row a cell: FVE with its interval at as many K as the width has room for, the control, failures."""
     rows = curves.to_pylist()
     ks = sorted({r["k"] for r in rows})
-    shown = [k for k in ks if k in SHOWN_KS or k == ks[-1]]
-    table = Table(title=f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)", title_justify="left")
-    table.add_column("cell")
+    label_width = max(len(r["label"]) for r in rows)
+    shown = _spread([k for k in ks if k in SHOWN_KS or k == ks[-1]], max(1, (width - label_width - 45) // 20))
+    table = Table(title=f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)", title_justify="left", show_lines=True)
+    table.add_column("cell", no_wrap=True)
     for k in shown:
-        table.add_column(f"K={k}", justify="right")
+        table.add_column(f"K={k}", justify="right", no_wrap=True)
     for name in (f"shuffled K={ks[-1]}", "failed", "tokens/s"):
         table.add_column(name, justify="right")
     for label in dict.fromkeys(r["label"] for r in rows):
@@ -84,6 +86,15 @@ def results_table(sweep: Sweep, curves: pa.Table) -> Table:
             _number(last["failure_rate"], ".1%"), _number(last["tokens_per_second"], ",.0f"),
         )  # fmt: skip
     return table
+
+
+def _spread(values: list[int], most: int) -> list[int]:
+    """At most so many of the values, the first and the last among them."""
+    if len(values) <= most:
+        return values
+    if most < 2:
+        return values[-1:]
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def write_charts(sweep: Sweep, curves: pa.Table, folder: Path) -> list[Path]:
@@ -104,12 +115,22 @@ def _footnote(curves: pa.Table) -> str:
     )
 
 
+def _controls_line(controls: pa.Table) -> str:
+    """Controls that do not depend on K, each once where all cells share it, else as a range."""
+    values: dict[str, list[float]] = {}
+    for row in controls.to_pylist():
+        values.setdefault(row["control"], []).append(row["value"])
+    spans = {name: (min(v), max(v)) for name, v in values.items()}
+    words = [f"{name} {a:.3f}" if round(a, 3) == round(b, 3) else f"{name} {a:.3f} to {b:.3f}" for name, (a, b) in spans.items()]
+    return "controls: " + ", ".join(words)
+
+
 def _fve(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     if row["fve_low"] is None:
         return f"{row['fve']:.3f}"
-    return f"{row['fve']:.3f} [{row['fve_low']:.3f}, {row['fve_high']:.3f}]"
+    return f"{row['fve']:.3f}\n[{row['fve_low']:.3f}, {row['fve_high']:.3f}]"
 
 
 def _number(value: float | None, form: str) -> str:

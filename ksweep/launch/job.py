@@ -80,6 +80,7 @@ class Ending:
     message: str = ""
     traceback: str = ""
     result: Any = None
+    time: float = field(default_factory=time.time, compare=False)
 
 
 def create(logs: Path, entry: str, argument: dict[str, Any], num_ranks: int) -> Job:

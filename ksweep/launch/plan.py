@@ -22,7 +22,8 @@ class Facts:
     activations_wanted: int
     draws_present: int
     draws_wanted: int
-    bytes_per_activation: int
+    activation_bytes: int
+    """On disk, for the activations that are missing."""
     bytes_per_draw: int
     seconds_per_draw: float | None
     """From past runs with the same draws key or autoencoder; None where nothing is known."""
@@ -66,7 +67,7 @@ def _step(fact: Facts, extract: bool) -> Step:
         reason=_reason(fact, draws),
         draws_to_sample=draws,
         activations_to_extract=activations,
-        disk_bytes=draws * fact.bytes_per_draw + activations * fact.bytes_per_activation,
+        disk_bytes=draws * fact.bytes_per_draw + (fact.activation_bytes if activations else 0),
         seconds=None if fact.seconds_per_draw is None else draws * fact.seconds_per_draw,
     )
 

@@ -116,12 +116,10 @@ def _executor(folder: Path, resources: Resources, cluster: str, name: str) -> An
             raise SpecError(f"resources.nodes={resources.nodes}: a local job has one node; use cluster=slurm")
         if gpus > (there := visible_gpus()):
             raise SpecError(f"resources.gpus={gpus}, but this machine has {there}: lower it, or gpus=0 for the CPU")
-        # LocalExecutor directly: AutoExecutor refuses visible_gpus (submitit 1.5.4).
         local = submitit.LocalExecutor(folder=folder)
         local.update_parameters(
-            timeout_min=resources.timeout_min, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus or None, name=name,
-            visible_gpus=tuple(range(gpus)) or (),
-        )  # fmt: skip
+            timeout_min=resources.timeout_min, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus, name=name
+        )
         return local
     parameters: dict[str, Any] = {
         "timeout_min": resources.timeout_min, "nodes": resources.nodes, "tasks_per_node": tasks_per_node(resources),
@@ -140,7 +138,7 @@ def outcome(submitted: Submitted, ranks: int) -> Ending | None:
     failed = [e for e in endings.values() if e.status == "failed"]
     if failed and (submitted.over() or len(endings) == ranks):
         # The first cause, not the ranks that fell with it.
-        return min(failed, key=lambda e: (e.kind == "dead rank", e.rank))
+        return min(failed, key=lambda e: e.time)
     if len(endings) == ranks:
         stopped = next((e for e in endings.values() if e.status == "stopped"), None)
         return stopped or endings[0]

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 120.0
 """A rank on another host that has been silent this long is taken for dead; on the same host its process is looked at."""
+ECHO_SECONDS = 3.0
+"""How long a failing rank looks whether another one died first."""
 COLLECTIVE_TIMEOUT = timedelta(days=2)
 """Ranks may wait long for the last unit of another; the watchdog, not the collective, notices a dead one."""
 
@@ -43,7 +45,7 @@ def run_rank(job_path: str) -> Any:
     for name in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(name, pulse.ask_to_stop)
     with pulse:
-        ending = guarded(environment.global_rank, lambda: _with_group(job, pulse, environment))
+        ending = pulse.explained(guarded(environment.global_rank, lambda: _with_group(job, pulse, environment)))
         pulse.end(ending)
     # A collective that waits for a dead rank would keep this process alive; everything worth keeping is on disk.
     logging.shutdown()
@@ -108,12 +110,10 @@ def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(environment)))
     # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
     dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://", timeout=COLLECTIVE_TIMEOUT)
-    try:
-        return load_entry(spec["entry"])(spec["argument"], Group(pulse, device, _shared_store(dist)))
-    finally:
-        if not pulse.lost:
-            with suppress(Exception):
-                dist.destroy_process_group()
+    result = load_entry(spec["entry"])(spec["argument"], Group(pulse, device, _shared_store(dist)))
+    # Only after success: taking the group down makes the other ranks fail too, and their words would hide the cause.
+    dist.destroy_process_group()
+    return result
 
 
 def _device(environment: Any, torch: Any) -> str:
@@ -182,7 +182,7 @@ class Pulse:
         me = psutil.Process()
         self.job, self.rank, self.world_size = job, rank, world_size
         self.beat = Heartbeat(rank=rank, pid=me.pid, host=socket.gethostname(), process_started=me.create_time())
-        self.stopping = self.lost = False
+        self.stopping = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ksweep-pulse", daemon=True)
 
@@ -204,6 +204,21 @@ class Pulse:
     def update(self, phase: str, done: int, total: int, numbers: dict[str, float]) -> None:
         """What the next heartbeat will say."""
         self.beat = replace(self.beat, phase=phase, done=done, total=total, numbers=numbers)
+
+    def explained(self, ending: Ending) -> Ending:
+        """A failure that may only be the echo of another rank's (its connection closed) is given to that rank."""
+        if ending.kind != "bug" or self.world_size == 1:
+            return ending
+        deadline = time.monotonic() + ECHO_SECONDS
+        while time.monotonic() < deadline:
+            first = next((e for e in self.job.endings() if e.rank != self.rank and e.status != "finished"), None)
+            if first is not None:
+                return replace(ending, status="stopped", message=f"rank {first.rank} {first.status}")
+            dead = self._dead_peer()
+            if dead is not None:
+                return replace(ending, kind="dead rank", message=self._obituary(dead))
+            time.sleep(0.1)
+        return ending
 
     def end(self, ending: Ending) -> None:
         """Publish the last heartbeat and the terminal record."""
@@ -232,17 +247,18 @@ class Pulse:
 
     def _follow(self, ending: Ending) -> None:
         """Another rank has failed or stopped: nothing that this one waits for will ever come."""
-        self.lost = True
         if not self._ended.is_set():
             self.job.end(Ending(rank=self.rank, status="stopped", message=f"rank {ending.rank} {ending.status}"))
         os._exit(1)
 
     def _abort(self, dead: Heartbeat) -> None:
-        self.lost = True
-        message = f"rank {dead.rank} (pid {dead.pid} on {dead.host}) died without a word during {dead.phase!r}"
-        log.error("%s: ending rank %d", message, self.rank)
-        self.job.end(Ending(rank=self.rank, status="failed", kind="dead rank", message=message))
+        log.error("%s: ending rank %d", self._obituary(dead), self.rank)
+        self.job.end(Ending(rank=self.rank, status="failed", kind="dead rank", message=self._obituary(dead)))
         os._exit(1)
+
+    @staticmethod
+    def _obituary(dead: Heartbeat) -> str:
+        return f"rank {dead.rank} (pid {dead.pid} on {dead.host}) died without a word during {dead.phase!r} (killed, or out of memory)"
 
 
 def is_alive(heartbeat: Heartbeat) -> bool:

@@ -1,0 +1,31 @@
+"""Activations: which vectors, where they come from, and the store that never computes one twice.
+
+    plan(activations, layer, root)                  what is there and what is missing; no torch
+    table = ensure(activations, layer, root)        have it or compute it
+    table.vectors(0, 100), table.column("document")
+"""
+
+from ksweep.activations.fill import ActivationPlan, activations_key, ensure, fill, plan
+from ksweep.activations.store import ActivationStore, ActivationTable, estimate_bytes, free_bytes
+from ksweep.activations.text import TextRow, read_documents
+from ksweep.activations.units import Unit, UnitSource, activation_key
+from ksweep.activations.vectors import VectorsSidecar, read_sidecar
+
+__all__ = [
+    "ActivationPlan",
+    "ActivationStore",
+    "ActivationTable",
+    "TextRow",
+    "Unit",
+    "UnitSource",
+    "VectorsSidecar",
+    "activation_key",
+    "activations_key",
+    "ensure",
+    "estimate_bytes",
+    "fill",
+    "free_bytes",
+    "plan",
+    "read_documents",
+    "read_sidecar",
+]

@@ -1,0 +1,216 @@
+"""Base model + text -> residual-stream vectors. The output of block L is what is taken; nothing above block L runs.
+
+    hidden_states[L + 1] of transformers = output of block L (0-based), before the final norm.
+
+Public NLA data were made this way (stage0_extract.py: hook on layers[L], raw text, special tokens added, right padding, right
+truncation).
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ksweep.activations.model_config import cut_to_blocks, text_config
+from ksweep.activations.units import STORED_DTYPES
+from ksweep.errors import CheckpointError, RequestError
+from ksweep.files import resolve
+
+BATCH_TOKENS = 16_384
+"""Padded tokens in one forward pass. Changing it changes which rows share a batch, so the last bits: raise EXTRACTOR_VERSION."""
+
+WINDOW_CHARACTERS = 200
+WINDOW_TOKENS = 100
+"""Tokens decoded for a window: two characters a token is less than any tokenizer gives on prose."""
+
+BLOCK_LISTS = ("layers", "h", "blocks", "block", "decoder.layers", "transformer.h", "transformer.blocks")
+"""Where a decoder keeps its blocks: Llama, Qwen, Gemma, Mistral | GPT-2, Falcon, BLOOM | MPT, DBRX | RWKV | OPT | others."""
+
+
+class _Reached(Exception):
+    """Block L has run: the rest of the forward pass is not needed."""
+
+
+class BlockReader:
+    """The lower part of a causal language model, up to the output of block `layer`."""
+
+    def __init__(self, model: str, layer: int, dtype: str = "bfloat16", device: str | torch.device = "cpu") -> None:
+        """Load what is needed: embeddings and blocks 0..layer where the architecture can be cut, the whole backbone otherwise.
+
+        Raises:
+            RequestError: no such layer. CheckpointError: no such model, or one whose weights are not all there.
+        """
+        self.path = resolve(model, "base model")
+        self.layer = layer
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.tokenizer = _load_tokenizer(self.path)
+        backbone = _load_backbone(self.path, layer, getattr(torch, dtype))
+        self.decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
+        self.block = _blocks(self.decoder, self.path, layer)[layer]
+        self.decoder.to(self.device).eval().requires_grad_(False)
+        self.special_ids = frozenset(self.tokenizer.all_special_ids)
+
+    def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=True, truncation=True, max_length=max_length)
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    @torch.inference_mode()
+    def outputs(self, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Block output of right-padded rows: [row, token, d_model] in the compute dtype, on the device; padding holds rubbish.
+
+        No attention mask: a causal model cannot see padding on the right of a token, and without a mask the fast kernels apply.
+        """
+        ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
+        for row, one in enumerate(token_ids):
+            ids[row, : len(one)] = torch.tensor(one)
+        taken: list[torch.Tensor] = []
+
+        def take(module: nn.Module, inputs: Any, output: Any) -> None:
+            taken.append(output[0] if isinstance(output, tuple) else output)
+            raise _Reached
+
+        hook = self.block.register_forward_hook(take)
+        try:
+            self.decoder(input_ids=ids.to(self.device), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        assert taken, "the forward pass ended without reaching the block"
+        return taken[0].to(getattr(torch, self.dtype))
+
+    def vectors(self, token_ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> np.ndarray:
+        """Vectors at positions[i] of row i, rows one after the other: [activation, d_model] in the stored dtype.
+
+        Rows end at their last position (a causal model cannot see further) and run in batches of similar length.
+        """
+        needed = [list(ids[: max(p) + 1]) if p else [] for ids, p in zip(token_ids, positions, strict=True)]
+        parts: list[np.ndarray | None] = [None] * len(needed)
+        for batch in length_batches([len(ids) for ids in needed], BATCH_TOKENS):
+            hidden = self.outputs([needed[i] for i in batch])
+            for row, i in enumerate(batch):
+                parts[i] = _stored(hidden[row, torch.tensor(positions[i], device=hidden.device)])
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if found else np.empty((0, self.d_model), dtype=STORED_DTYPES[self.dtype])
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.decoder.config.get_text_config().hidden_size)
+
+    def close(self) -> None:
+        """Give the memory of the model back: the verbalizer needs it next."""
+        del self.decoder, self.block
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def window(self, token_ids: Sequence[int], position: int) -> str:
+        """The end of the text up to and including a position, for showing."""
+        tail = self.tokenizer.decode(token_ids[max(0, position + 1 - WINDOW_TOKENS) : position + 1], skip_special_tokens=True)
+        # Decoding may start in the middle of a character.
+        return str(tail).lstrip("\N{REPLACEMENT CHARACTER}")[-WINDOW_CHARACTERS:]
+
+
+def length_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Rows in batches of similar length, longest first, of at most `most_tokens` padded tokens; empty rows are left out."""
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= most_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _stored(vectors: torch.Tensor) -> np.ndarray:
+    """Vectors on the host in the stored dtype, bit for bit."""
+    host = vectors.contiguous().cpu()
+    return host.view(torch.int16).numpy().view(np.uint16) if host.dtype == torch.bfloat16 else host.numpy()
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises whatever the damaged file happens to cause
+        raise CheckpointError(f"base model {path} has no usable tokenizer ({type(error).__name__}: {error})") from error
+    # Gemma's is "left" by default; positions are indices from the left.
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
+    """The model without its head, and without the blocks above `layer` where that is easy. No weight in use is random."""
+    from transformers import AutoConfig, AutoModel
+
+    text_config(path, layer)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        cut_to_blocks(config.get_text_config(), layer + 1)
+        with _quiet_transformers():
+            model, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except RequestError:
+        raise
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"base model {path} cannot be loaded ({type(error).__name__}: {str(error)[:500]}): "
+            "expected a transformers causal language model with all its weight files"
+        ) from error
+    _refuse_missing(model, info["missing_keys"], path)
+    return model
+
+
+def _refuse_missing(model: Any, missing: Sequence[str], path: Path) -> None:
+    """A weight that is not in the file was filled at random. The final norm and a vision tower are not used and may be absent."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    inside = [key.removeprefix(prefix).lstrip(".") for key in missing if key.startswith(prefix)]
+    used = [key for key in inside if not re.match(r"(norm|final_layernorm|final_layer_norm|ln_f)\.", key)]
+    if used:
+        raise CheckpointError(
+            f"base model {path} lacks {len(used)} weights, among them {', '.join(sorted(used)[:3])}: "
+            "they would be random. Is a weight file missing, or is this an adapter or a checkpoint of another architecture?"
+        )
+
+
+def _blocks(decoder: nn.Module, path: Path, layer: int) -> nn.ModuleList:
+    """The list of blocks of a decoder."""
+    modules = dict(decoder.named_modules())
+    for name in BLOCK_LISTS:
+        found = modules.get(name)
+        if isinstance(found, nn.ModuleList) and len(found) > layer:
+            return found
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    raise CheckpointError(
+        f"base model {path} ({type(decoder).__name__}) keeps its blocks in none of {', '.join(BLOCK_LISTS)} "
+        f"(its module lists: {', '.join(lists[:5]) or 'none'}): this architecture is not supported yet"
+    )
+
+
+class _quiet_transformers:
+    """Without the report on the weights of the blocks that were left out on purpose."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self.logging, self.verbosity = hf_logging, hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        self.logging.set_verbosity(self.verbosity)
+        self.logging.enable_progress_bar()

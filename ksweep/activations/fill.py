@@ -1,0 +1,290 @@
+"""Have it or compute it: one question. The key of a set of activations, what of it is missing, and the loop that fills the rest.
+
+    plan(activations, layer, root)      -> present, missing, bytes     (no torch: what --dry-run prints)
+    ensure(activations, layer, root)    -> ActivationTable             (what a rank calls)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
+from ksweep.activations.positions import rule_identity
+from ksweep.activations.store import ActivationStore, ActivationTable, Shard, estimate_bytes, free_bytes
+from ksweep.activations.text import text_identity
+from ksweep.activations.units import UnitSource
+from ksweep.errors import DataError, RunError, SpecError
+from ksweep.files import digest, resolve
+from ksweep.identity import fingerprint
+from ksweep.spec import Activations
+
+log = logging.getLogger(__name__)
+
+EXTRACTOR_VERSION = 1
+"""Raised whenever the same request would give other vectors, other positions or other provenance."""
+
+PATIENCE = 900.0
+"""Seconds without news after which a waiting rank computes a missing unit itself."""
+
+Progress = Callable[[int, int], None]
+"""Called with (activations that are there, activations asked for)."""
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """What a request would find and what it would have to compute."""
+
+    key: str
+    present: int
+    """Activations that can be read now, at most the number asked for."""
+    missing: int
+    d_model: int
+    bytes_needed: int
+    """On disk, for the missing ones; whole units are computed, so up to a unit more."""
+    bytes_free: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for what is missing."""
+        return self.bytes_needed <= self.bytes_free
+
+
+def activations_key(activations: Activations, layer: int | None) -> tuple[str, dict[str, Any]]:
+    """Key and readable identity of a set of activations: what changes its content, and nothing else.
+
+    Not in it: how many, batch size, ranks, device, paths.
+
+    Raises:
+        RequestError: a model, layer, text or vector file that is not there or cannot be what it is given as.
+    """
+    identity = _vectors_identity(activations) if activations.vectors is not None else _text_identity(activations, layer)
+    return fingerprint(identity), identity
+
+
+def plan(activations: Activations, layer: int | None, root: str | Path) -> ActivationPlan:
+    """What of a request is there and what is missing. Does not import torch, loads no model, reads no text beyond its first row.
+
+    Raises:
+        RequestError: as `activations_key`.
+    """
+    key, identity = activations_key(activations, layer)
+    store = ActivationStore(root, key, identity)
+    shards = store.contiguous()
+    if shards and shards[-1].is_last:
+        _refuse_too_few(store, activations)
+    present = min(sum(shard.rows for shard in shards), activations.num_activations)
+    missing = activations.num_activations - present
+    d_model, dtype = _shape(activations)
+    return ActivationPlan(
+        key=key,
+        present=present,
+        missing=missing,
+        d_model=d_model,
+        bytes_needed=estimate_bytes(missing, d_model, dtype),
+        bytes_free=free_bytes(root),
+    )
+
+
+def ensure(
+    activations: Activations,
+    layer: int | None,
+    root: str | Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    device: Any = "cpu",
+    progress: Progress | None = None,
+) -> ActivationTable:
+    """The first `num_activations` activations, computing what is missing. Every rank calls it; `barrier` is called once by each.
+
+    Args:
+        layer: block whose output is taken; only ready-made vectors need none.
+        root: the vector cache.
+        device: where this rank runs the base model: a torch device or its name.
+
+    Raises:
+        RequestError: a bad model, layer or text; text or file with too few activations (DataError). RunError: no space left.
+    """
+    key, identity = activations_key(activations, layer)
+    store = ActivationStore(root, key, identity)
+    source = _source(activations, layer, device)
+    try:
+        fill(store, source, activations.num_activations, rank=rank, world_size=world_size, progress=progress)
+    finally:
+        source.close()
+    # After the barrier nobody sets a shard aside any more, and every rank sees the same.
+    barrier()
+    _refuse_too_few(store, activations)
+    if rank == 0:
+        named = {name: getattr(activations, name) for name in ("model", "text", "vectors")}
+        store.write_manifest({name: value for name, value in named.items() if value is not None})
+    return store.open(activations.num_activations)
+
+
+def fill(
+    store: ActivationStore,
+    source: UnitSource,
+    num_activations: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+    patience: float = PATIENCE,
+) -> None:
+    """Publish units until the first `num_activations` are there, or the source has ended; then compare checksums of this share.
+
+    Missing units go round the ranks. A rank looks only at the store to know what is missing: it needs no word from the others, a
+    unit that another job has published meanwhile is left alone, and one whose rank is gone is taken over in the end.
+    """
+    worker = _Filler(store, source, num_activations, rank, world_size, progress, patience)
+    store.clear_leftovers()
+    while True:
+        worker.fill_missing()
+        if not store.verify(worker.own_share()):
+            return
+
+
+@dataclass
+class _Filler:
+    """One rank at work on one store."""
+
+    store: ActivationStore
+    source: UnitSource
+    num_activations: int
+    rank: int
+    world_size: int
+    progress: Progress | None
+    patience: float
+
+    def fill_missing(self) -> None:
+        """Compute what falls to this rank, wait for the rest."""
+        waited, published = 0.0, -1
+        while missing := self.store.missing_units(self.num_activations, self.source.most_per_unit):
+            now = self._report()
+            if now != published:
+                waited, published = 0.0, now
+            mine = [unit for unit in missing if unit % self.world_size == self.rank]
+            if not mine and waited < self.patience:
+                pause = min(2.0, 0.05 + waited / 10)
+                time.sleep(pause)
+                waited += pause
+                continue
+            if not mine:
+                log.warning("no news of %d units for %.0f s: computing unit %d here", len(missing), waited, missing[0])
+            self._compute(mine or missing[:1])
+        self._report()
+
+    def _compute(self, units: list[int]) -> None:
+        """Publish units one by one. Those that another process has published meanwhile are left alone."""
+        for index, unit in self.source.units(unit for unit in units if not self.store.has(unit)):
+            shard = self.store.write_unit(index, unit, self.source.dtype)
+            self._report()
+            if shard.is_last:
+                return
+
+    def own_share(self) -> list[int]:
+        """This rank's units among those needed: it compares their checksums, and computes them again where one differs."""
+        rows, own = 0, []
+        for shard in self.store.contiguous():
+            if rows >= self.num_activations:
+                break
+            rows += shard.rows
+            if shard.unit % self.world_size == self.rank:
+                own.append(shard.unit)
+        return own
+
+    def _report(self) -> int:
+        """Tell the progress; returns how many shards there are."""
+        shards = self.store.shards()
+        if self.progress is not None:
+            self.progress(min(sum(shard.rows for shard in shards.values()), self.num_activations), self.num_activations)
+        return len(shards)
+
+
+def _refuse_too_few(store: ActivationStore, activations: Activations) -> None:
+    shards = store.contiguous()
+    found = sum(shard.rows for shard in shards)
+    if found >= activations.num_activations:
+        return
+    if not shards or not shards[-1].is_last:
+        raise RunError(
+            f"{store.directory} lost shards while it was being filled: {found} of {activations.num_activations} activations are "
+            "there. Is someone else removing files? Run again to have the rest computed."
+        )
+    raise DataError(f"activations.num_activations={activations.num_activations}, but {_shortage(activations, shards, found)}")
+
+
+def _shortage(activations: Activations, shards: list[Shard], found: int) -> str:
+    rows, skipped = sum(s.source_rows for s in shards), sum(s.skipped_rows for s in shards)
+    more = {"random": "raise activations.positions_per_document, ", "last": "set activations.positions=random or all, "}
+    advice = (
+        f"{more.get(activations.positions, '')}lower activations.min_position (now {activations.min_position}: rows of fewer "
+        "tokens give none), or give more text"
+    )
+    if found == 0:
+        return f"no row of {activations.text} ({rows} rows) has an allowed position: {advice}."
+    return (
+        f"{activations.text} gives {found} ({rows} rows, {skipped} of them without an allowed position): "
+        f"set activations.num_activations={found}, {advice}."
+    )
+
+
+def _source(activations: Activations, layer: int | None, device: Any) -> UnitSource:
+    if activations.vectors is not None:
+        from ksweep.activations.vectors import VectorUnits
+
+        return VectorUnits(activations.vectors)
+    from ksweep.activations.text_units import TextUnits
+
+    return TextUnits(activations, _layer(layer), device)
+
+
+def _layer(layer: int | None) -> int:
+    if layer is None:
+        raise SpecError("activations.layer is not known: set it, or give an autoencoder whose sidecar says its layer")
+    return layer
+
+
+def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any]:
+    layer = _layer(layer)
+    path = resolve(activations.model or "", "base model")
+    max_length = positions_limit(text_config(path, layer), activations)
+    return {
+        "kind": "text",
+        "extractor": {"version": EXTRACTOR_VERSION, "rows_per_unit": rows_per_unit(activations, max_length)},
+        "text": text_identity(activations),
+        "model": digest(path),
+        "layer": layer,
+        "positions": rule_identity(activations),
+        "max_length": max_length,
+        "dtype": activations.dtype,
+    }
+
+
+def _vectors_identity(activations: Activations) -> dict[str, Any]:
+    from ksweep.activations.vectors import ROWS_PER_UNIT, vectors_shape
+
+    path = Path(activations.vectors or "").expanduser()
+    rows, d_model = vectors_shape(path)
+    if rows < activations.num_activations:
+        raise DataError(
+            f"activations.num_activations={activations.num_activations}, but {path} has {rows} rows: "
+            f"set activations.num_activations={rows}, or take a larger file"
+        )
+    reader = {"version": EXTRACTOR_VERSION, "rows_per_unit": ROWS_PER_UNIT}
+    return {"kind": "vectors", "extractor": reader, "vectors": digest(path), "d_model": d_model}
+
+
+def _shape(activations: Activations) -> tuple[int, str]:
+    """Width and stored dtype, without loading anything."""
+    if activations.vectors is not None:
+        from ksweep.activations.vectors import vectors_shape
+
+        return vectors_shape(activations.vectors)[1], "float32"
+    return int(text_config(resolve(activations.model or "", "base model"))["hidden_size"]), activations.dtype

@@ -1,0 +1,78 @@
+"""What a model's config.json says about depth, width and context: enough to plan, and to leave blocks out. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ksweep.activations.positions import most_per_row
+from ksweep.errors import CheckpointError, RequestError, SpecError
+from ksweep.files import read_json
+from ksweep.spec import Activations
+
+CUTTABLE = frozenset({
+    "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3",
+    "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "starcoder2",
+})  # fmt: skip
+"""Architectures whose lower blocks do not depend on how many blocks there are. Others (Gemma 3n shares caches counted from the
+top) are loaded whole and stopped at the block."""
+
+MOST_PER_UNIT = 16_384
+"""Activations in a unit, at most: with every position of long rows 64 rows would be a gigabyte."""
+
+ROWS_PER_UNIT = 64
+
+
+def text_config(path: Path, layer: int | None = None) -> dict[str, Any]:
+    """The language model's part of config.json, with `num_hidden_layers` and `hidden_size` under these names.
+
+    Raises:
+        CheckpointError: no config.json, or one without depth or width. RequestError: `layer` is beyond the last block.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"base model {path} is a file; expected a directory with config.json, weights and tokenizer")
+    config: dict[str, Any] = read_json(path / "config.json", "model configuration")
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    depth = config.get("num_hidden_layers", config.get("n_layer", config.get("num_layers")))
+    width = config.get("hidden_size", config.get("n_embd", config.get("d_model")))
+    if not isinstance(depth, int) or not isinstance(width, int):
+        raise CheckpointError(f"{path / 'config.json'} does not say how many blocks there are or how wide: a language model?")
+    if layer is not None and not 0 <= layer < depth:
+        raise RequestError(
+            f"layer {layer} of base model {path} does not exist: it has {depth} blocks, so activations.layer is 0 to {depth - 1} "
+            f"(the output of block {depth - 1} is hidden_states[{depth}])"
+        )
+    return {**config, "num_hidden_layers": depth, "hidden_size": width}
+
+
+def positions_limit(config: dict[str, Any], activations: Activations) -> int:
+    """Tokens that rows are cut to: max_length, or the model's context where that is shorter.
+
+    Raises:
+        SpecError: min_position leaves nothing.
+    """
+    context = config.get("max_position_embeddings", config.get("n_positions"))
+    limit = min(activations.max_length, context) if isinstance(context, int) else activations.max_length
+    if activations.min_position >= limit:
+        raise SpecError(
+            f"activations.min_position={activations.min_position} leaves nothing: rows are cut to {limit} tokens "
+            f"(max_length={activations.max_length}, context of the model {context})"
+        )
+    return limit
+
+
+def rows_per_unit(activations: Activations, max_length: int) -> int:
+    """Rows of text in one unit: 64, fewer where rows give very many activations."""
+    return max(1, min(ROWS_PER_UNIT, MOST_PER_UNIT // most_per_row(activations, max_length)))
+
+
+def cut_to_blocks(config: Any, num_blocks: int) -> None:
+    """Lower the number of blocks of a transformers text configuration, per-block lists included, where known to be safe."""
+    if config.model_type not in CUTTABLE:
+        return
+    depth = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == depth:
+            setattr(config, name, list(value[:num_blocks]))
+    config.num_hidden_layers = num_blocks

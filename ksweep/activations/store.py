@@ -1,0 +1,495 @@
+"""The activation store: `vector_cache/<key>/`, content-addressed Arrow IPC shards, memory-mapped and checksummed.
+
+    shard-00012-<16 hex>.arrow   the rows of unit 12; named after its content
+    shard-00012.json             that file's name, rows, bytes, xxh3-128: *the* statement that unit 12 exists
+    manifest.json                readable summary, written last, rebuilt from the above at any time; nothing relies on it
+    *.damaged-<time>             what was set aside; *.part what a killed process left
+
+A shard is published by two atomic steps: its data file is renamed into place, then its JSON is linked there, which fails when
+another process was first. So a reader sees all of a shard or none of it, processes that fill one key agree on which bytes count,
+and there is no lock for a dead process to hold.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import mmap
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+import ksweep
+from ksweep.activations.units import STORED_DTYPES, Unit, keys_of, norms_of, to_float32
+from ksweep.errors import RunError, StoreError
+from ksweep.files import publish
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Int64
+
+log = logging.getLogger(__name__)
+
+Column = Literal["row_id", "document", "position", "token_id", "window", "activation_key", "norm"]
+
+BYTES_PER_ROW_BESIDE_VECTOR = 320
+"""Measured on English text: window ~205, ids and documents ~60, offsets, position, token, key and norm ~45."""
+
+LEFTOVER_AGE = 3600.0
+"""Seconds after which a *.part file belongs to nobody alive."""
+
+MOST_OPEN_SHARDS = 128
+"""A mapping holds a file descriptor; 1024 of them is a common limit."""
+
+_verified: set[tuple[str, int, int]] = set()
+"""(path, size, mtime) of shards whose checksum this process has compared."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a shard's JSON says."""
+
+    unit: int
+    file: str
+    rows: int
+    bytes: int
+    checksum: str
+    """xxh3-128 of the data file, hex."""
+    dtype: str
+    d_model: int
+    source_rows: int
+    """Rows of text (or of the vector file) that were looked at."""
+    skipped_rows: int
+    """Of these, without any activation: empty, or no allowed position."""
+    is_last: bool
+    """The source ends with this unit."""
+    producer: dict[str, str]
+    """Versions of what computed it."""
+
+
+class ActivationStore:
+    """The shards of one key."""
+
+    def __init__(self, root: str | Path, key: str, identity: Mapping[str, Any]) -> None:
+        """`root` is the vector cache; `identity` is the readable form of the key, kept in the manifest. Creates nothing."""
+        self.directory = Path(root).expanduser() / key
+        self.key = key
+        self.identity = dict(identity)
+        self._shards: dict[int, Shard] = {}
+
+    # ---- what is there
+
+    def shards(self) -> dict[int, Shard]:
+        """Published shards by unit, in order. Reads only the JSON of those not seen before; damaged ones are set aside."""
+        found = sorted(self.directory.glob("shard-*.json")) if self.directory.is_dir() else []
+        units = {int(path.stem.removeprefix("shard-")): path for path in found if re.fullmatch(r"shard-\d+", path.stem)}
+        self._shards = {unit: self._shards[unit] for unit in units if unit in self._shards}
+        for unit, path in units.items():
+            if unit not in self._shards and (shard := self._read_shard(path)) is not None:
+                self._shards[unit] = shard
+        return dict(sorted(self._shards.items()))
+
+    def contiguous(self) -> list[Shard]:
+        """Shards 0, 1, 2, ... up to the first gap or the end of the source."""
+        out: list[Shard] = []
+        for unit, shard in self.shards().items():
+            if unit != len(out) or (out and out[-1].is_last):
+                break
+            out.append(shard)
+        return out
+
+    def available(self) -> int:
+        """Activations that can be read: published, contiguous from the first."""
+        return sum(shard.rows for shard in self.contiguous())
+
+    def has(self, unit: int) -> bool:
+        """Whether a unit is published now, by whomever."""
+        return self._json(unit).exists()
+
+    def missing_units(self, num_activations: int, most_per_unit: int) -> list[int]:
+        """Units that are certainly needed for the first `num_activations` and not published.
+
+        A unit counts as needed as long as those before it cannot hold enough, each missing one taken to be as full as it can be.
+        So no unit is computed for nothing, and no rank needs to know what another is finding; as counts come in, more units may
+        turn out to be needed.
+        """
+        missing: list[int] = []
+        shards, most, unit = self.shards(), 0, 0
+        while most < num_activations:
+            shard = shards.get(unit)
+            if shard is None:
+                missing.append(unit)
+            most += most_per_unit if shard is None else shard.rows
+            if shard is not None and shard.is_last:
+                break
+            unit += 1
+        return missing
+
+    # ---- writing
+
+    def write_unit(self, index: int, unit: Unit, dtype: str) -> Shard:
+        """Publish a unit. If another process has published it meanwhile, its shard is the one that counts.
+
+        Raises:
+            RunError: no space left; nothing half-written stays.
+        """
+        data = _serialise(unit, dtype, {"key": self.key, "unit": str(index)})
+        checksum = xxhash.xxh3_128_hexdigest(data)
+        shard = Shard(
+            unit=index,
+            file=f"shard-{index:05d}-{checksum[:16]}.arrow",
+            rows=len(unit.vectors),
+            bytes=len(data),
+            checksum=checksum,
+            dtype=dtype,
+            d_model=unit.vectors.shape[1],
+            source_rows=unit.num_rows,
+            skipped_rows=unit.num_skipped,
+            is_last=unit.is_last,
+            producer=producer_versions(),
+        )
+        try:
+            publish(self.directory / shard.file, data)
+            ours = _publish_first(self._json(index), _json_bytes(asdict(shard)))
+            _sync_directory(self.directory)
+        except OSError as error:
+            raise self._no_space(error, len(data)) from error
+        if ours:
+            return shard
+        theirs = self._read_shard(self._json(index))
+        if theirs is not None and theirs.file != shard.file:
+            (self.directory / shard.file).unlink(missing_ok=True)
+        return theirs or shard
+
+    def _no_space(self, error: OSError, needed: int) -> Exception:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return RunError(f"cannot write activations to {self.directory} ({error.strerror}): is it yours to write to?")
+        why = "no space left" if error.errno == errno.ENOSPC else "disk quota exceeded"
+        return RunError(
+            f"{why} in {self.directory}: the next shard needs {needed:,} bytes and {free_bytes(self.directory):,} are free. The "
+            f"{len(self.shards())} shards written so far are whole and will be used. Free some space, or set vector_cache to a "
+            "directory on another disk, and run again."
+        )
+
+    def clear_leftovers(self) -> None:
+        """Remove what processes that were killed while writing have left, once it is old enough to be nobody's."""
+        for path in self.directory.glob(".*.part"):
+            try:
+                if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
+                    path.unlink()
+            except OSError:  # someone else was quicker
+                continue
+
+    # ---- integrity
+
+    def verify(self, units: Sequence[int]) -> list[int]:
+        """Compare checksums of units with their files; those that differ are set aside and returned. Once a process per file."""
+        shards = self.shards()
+        damaged = []
+        for unit in units:
+            if unit in shards and (problem := _problem(self.directory, shards[unit])):
+                self.quarantine(unit, problem)
+                damaged.append(unit)
+        return damaged
+
+    def quarantine(self, unit: int, problem: str) -> None:
+        """Set a damaged shard aside, so that it is never read and will be computed again."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        shard = self._shards.pop(unit, None)
+        paths = [self._json(unit)] + ([self.directory / shard.file] if shard else [])
+        for path in paths:
+            try:
+                path.rename(path.with_name(f"{path.name}.damaged-{stamp}"))
+            except FileNotFoundError:  # another process has set it aside, or that is the damage
+                continue
+        log.warning(
+            "shard %d of %s is damaged (%s): set aside as *.damaged-%s, to be computed anew", unit, self.directory, problem, stamp
+        )
+
+    def _read_shard(self, path: Path) -> Shard | None:
+        unit = int(path.stem.removeprefix("shard-"))
+        try:
+            shard = Shard(**json.loads(path.read_text()))
+            if shard.unit != unit or shard.dtype not in STORED_DTYPES:
+                raise ValueError(f"it describes unit {shard.unit} with dtype {shard.dtype}")
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            self.quarantine(unit, f"{path.name} is unreadable: {error}")
+            return None
+        if not (self.directory / shard.file).is_file():
+            self.quarantine(unit, f"{shard.file} is gone")
+            return None
+        return shard
+
+    def _json(self, unit: int) -> Path:
+        return self.directory / f"shard-{unit:05d}.json"
+
+    # ---- reading
+
+    def open(self, num_activations: int) -> ActivationTable:
+        """The first `num_activations` activations, memory-mapped; checksums are compared when a shard is first read.
+
+        Raises:
+            StoreError: fewer are there.
+        """
+        self._shards.clear()  # another process may have replaced a damaged shard since
+        shards = self.contiguous()
+        rows = sum(shard.rows for shard in shards)
+        if rows < num_activations:
+            raise StoreError(
+                f"{self.directory} holds {rows} activations and {num_activations} were asked for: let `ensure` compute the rest"
+            )
+        return ActivationTable(self, shards, num_activations)
+
+    # ---- manifest
+
+    def write_manifest(self, source: Mapping[str, Any] | None = None) -> None:
+        """Summarise what is there, for people and `ksweep cache`. Written only when it would say something new."""
+        shards = self.contiguous()
+        path = self.directory / "manifest.json"
+        listed = [{name: value for name, value in asdict(shard).items() if name != "producer"} for shard in shards]
+        try:
+            if json.loads(path.read_text())["shards"] == listed:
+                return
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        rows = sum(shard.rows for shard in shards)
+        table = ActivationTable(self, shards, rows)
+        producers = {json.dumps(shard.producer, sort_keys=True): shard.producer for shard in shards}
+        manifest = {
+            "key": self.key,
+            "identity": self.identity,
+            "source": dict(source or {}),
+            "num_activations": rows,
+            "num_documents": table.num_documents(),
+            "source_rows": sum(shard.source_rows for shard in shards),
+            "skipped_rows": sum(shard.skipped_rows for shard in shards),
+            "is_whole_source": bool(shards) and shards[-1].is_last,
+            "dtype": table.dtype,
+            "d_model": table.d_model,
+            "bytes": sum(shard.bytes for shard in shards),
+            "norms": _norm_summary(table.column("norm")),
+            "producers": list(producers.values()),
+            "shards": listed,
+        }
+        try:
+            publish(path, _json_bytes(manifest))
+        except OSError as error:
+            raise self._no_space(error, 4096) from error
+
+
+class ActivationTable:
+    """Activations 0..n-1 of a store: vectors and where they come from. Shards are opened when they are first touched."""
+
+    def __init__(self, store: ActivationStore, shards: Sequence[Shard], num_activations: int) -> None:
+        """Made by `ActivationStore.open`."""
+        self.key = store.key
+        self.directory = store.directory
+        self.dtype = shards[0].dtype if shards else "float32"
+        self.d_model = shards[0].d_model if shards else 0
+        self._store = store
+        self._shards = list(shards)
+        self._starts = np.concatenate([[0], np.cumsum([shard.rows for shard in shards], dtype=np.int64)])
+        self._num = num_activations
+        self._open: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._num
+
+    def vectors(self, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "activation d_model"]:
+        """Vectors of activations start..stop-1 as float32, exact values of what is stored."""
+        parts = [to_float32(part) for part in self.stored(start, stop)]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty((0, self.d_model), dtype=np.float32)
+
+    def stored(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """The same as read-only views into the memory map, one a shard, nothing copied: bfloat16 as uint16."""
+        for shard, low, high in self._spans(start, stop):
+            yield self._vectors_of(shard)[low:high]
+
+    def take(self, indices: Sequence[int] | Int64[np.ndarray, " activation"]) -> Float32[np.ndarray, "activation d_model"]:
+        """Vectors of any activations, in the order given."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self._num):
+            raise IndexError(f"activation {wanted.min() if wanted.min() < 0 else wanted.max()} is outside 0..{self._num - 1}")
+        out = np.empty((wanted.size, self.d_model), dtype=np.float32)
+        places = np.searchsorted(self._starts, wanted, side="right") - 1
+        for place in np.unique(places):
+            rows = np.flatnonzero(places == place)
+            out[rows] = to_float32(self._vectors_of(int(place))[wanted[rows] - self._starts[place]])
+        return out
+
+    def column(self, name: Column, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A provenance column of activations start..stop-1; an object array with None where something is unknown."""
+        arrays = [self._batch(shard).column(name).slice(low, high - low) for shard, low, high in self._spans(start, stop)]
+        if not arrays:
+            return np.empty(0, dtype=object)
+        whole = pa.chunked_array(arrays)
+        if pa.types.is_string(whole.type) or whole.null_count:
+            return np.array(whole.to_pylist(), dtype=object)
+        return np.asarray(whole.to_numpy())
+
+    def num_documents(self) -> int:
+        """Distinct documents: how many clusters the bootstrap has."""
+        names: set[str] = set()
+        for shard, low, high in self._spans(0, None):
+            names.update(pc.unique(self._batch(shard).column("document").slice(low, high - low)).to_pylist())
+        return len(names)
+
+    def _spans(self, start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
+        """(shard, first row in it, end row in it) of a range; as slices do, a range beyond the end is cut."""
+        start, stop, _ = slice(start, stop).indices(self._num)
+        for place in range(len(self._shards)):
+            low, high = max(start, int(self._starts[place])), min(stop, int(self._starts[place + 1]))
+            if low < high:
+                yield place, low - int(self._starts[place]), high - int(self._starts[place])
+
+    def _vectors_of(self, place: int) -> np.ndarray:
+        column = self._batch(place).column("vector")
+        return np.asarray(column.flatten().to_numpy(zero_copy_only=True)).reshape(-1, self.d_model)
+
+    def _batch(self, place: int) -> pa.RecordBatch:
+        if place in self._open:
+            self._open.move_to_end(place)
+            return self._open[place]
+        shard = self._shards[place]
+        if problem := _problem(self.directory, shard):
+            self._store.quarantine(shard.unit, problem)
+            raise StoreError(
+                f"shard {shard.unit} of {self.directory} is damaged ({problem}) and was set aside: run again to compute it anew"
+            )
+        self._open[place] = _read_batch(self.directory / shard.file)
+        if len(self._open) > MOST_OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[place]
+
+
+def estimate_bytes(num_activations: int, d_model: int, dtype: str) -> int:
+    """Bytes on disk of so many activations: the vectors exactly, their provenance about."""
+    return num_activations * (d_model * STORED_DTYPES[dtype].itemsize + BYTES_PER_ROW_BESIDE_VECTOR)
+
+
+def free_bytes(directory: str | Path) -> int:
+    """Free space for a directory that may not exist yet."""
+    path = Path(directory).expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def producer_versions() -> dict[str, str]:
+    """Versions of the packages that decide the bits."""
+    out = {"ksweep": ksweep.__version__}
+    for name in ("torch", "transformers", "pyarrow"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "unknown"
+    return out
+
+
+def _serialise(unit: Unit, dtype: str, metadata: dict[str, str]) -> pa.Buffer:
+    """A unit as one Arrow IPC file with one record batch: the same unit gives the same bytes."""
+    d_model = unit.vectors.shape[1]
+    assert unit.vectors.dtype == STORED_DTYPES[dtype], (unit.vectors.dtype, dtype)
+    flat = pa.array(np.ascontiguousarray(unit.vectors).reshape(-1))
+    columns: dict[str, pa.Array] = {
+        "vector": pa.FixedSizeListArray.from_arrays(flat, d_model),
+        "row_id": pa.array(unit.row_ids, pa.string()),
+        "document": pa.array(unit.documents, pa.string()),
+        "position": pa.array(unit.positions, pa.int32()),
+        "token_id": pa.array(unit.token_ids, pa.int32()),
+        "window": pa.array(unit.windows, pa.string()),
+        "activation_key": pa.array(keys_of(unit), pa.int64()),
+        "norm": pa.array(norms_of(unit.vectors), pa.float32()),
+    }
+    schema = pa.schema([pa.field(name, array.type) for name, array in columns.items()], metadata={"dtype": dtype, **metadata})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(list(columns.values()), schema=schema))
+    return sink.getvalue()
+
+
+def _read_batch(path: Path) -> pa.RecordBatch:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).get_batch(0)
+
+
+def _problem(directory: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard's data file, or None. Arrow reads a flipped byte without an error: hence the checksum."""
+    path = directory / shard.file
+    try:
+        stat = path.stat()
+        seen = (str(path), stat.st_size, stat.st_mtime_ns)
+        if stat.st_size != shard.bytes:
+            return f"{shard.file} has {stat.st_size:,} bytes instead of {shard.bytes:,}"
+        if seen in _verified:
+            return None
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            checksum = xxhash.xxh3_128_hexdigest(view)
+    except OSError as error:
+        return f"{shard.file}: {error.strerror}"
+    if checksum != shard.checksum:
+        return f"{shard.file} has checksum {checksum} instead of {shard.checksum}"
+    _verified.add(seen)
+    return None
+
+
+def _publish_first(path: Path, data: bytes) -> bool:
+    """Publish a file unless it is there already; says whether it was published."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            os.replace(temporary, path)  # a file system without hard links: the last one counts
+        return True
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make renames survive a power cut, where the file system can."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def _norm_summary(norms: np.ndarray) -> dict[str, float | int]:
+    """Mean, percentiles and how many are not finite: a norm that is far off tells of a wrong model or of normalised vectors."""
+    finite = norms[np.isfinite(norms)].astype(np.float64)
+    if not finite.size:
+        return {"num_not_finite": int(norms.size)}
+    points = {f"p{p:02d}": float(np.percentile(finite, p)) for p in (1, 5, 25, 50, 75, 95, 99)}
+    return {"mean": float(finite.mean()), **points, "num_not_finite": int(norms.size - finite.size)}
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()

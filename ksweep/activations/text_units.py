@@ -1,0 +1,104 @@
+"""Units of a base model running over text: rows -> tokens -> positions -> vectors. A model is loaded when one is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
+from ksweep.activations.positions import most_per_row, row_positions
+from ksweep.activations.text import TextRow, read_documents
+from ksweep.activations.units import Unit, refuse_unusable
+from ksweep.files import resolve
+from ksweep.spec import Activations
+
+if TYPE_CHECKING:
+    from ksweep.activations.extract import BlockReader
+
+
+@dataclass
+class TextUnits:
+    """The units of (model, layer, text, position rule)."""
+
+    activations: Activations
+    layer: int
+    device: Any = "cpu"
+    """torch device, or its name, that the model runs on."""
+
+    def __post_init__(self) -> None:
+        config = text_config(resolve(self.activations.model or "", "base model"))
+        self.max_length = positions_limit(config, self.activations)
+        self.rows_per_unit = rows_per_unit(self.activations, self.max_length)
+        self._reader: BlockReader | None = None
+        self._rows: Iterator[TextRow] = iter(())
+        self._next_unit: int | None = None
+        self._ahead: TextRow | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Of computation and of the vectors on disk."""
+        return self.activations.dtype
+
+    @property
+    def most_per_unit(self) -> int:
+        """When every row is long enough."""
+        return self.rows_per_unit * most_per_row(self.activations, self.max_length)
+
+    @property
+    def reader(self) -> BlockReader:
+        """The model, loaded when it is first asked for."""
+        if self._reader is None:
+            from ksweep.activations.extract import BlockReader  # torch: only when something has to be computed
+
+            self._reader = BlockReader(self.activations.model or "", self.layer, self.activations.dtype, self.device)
+        return self._reader
+
+    def close(self) -> None:
+        """Give the memory of the model back."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader, self._next_unit = None, None
+
+    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, Unit]]:
+        """Compute units; the text is streamed, going back starts it again.
+
+        Raises:
+            DataError: text that cannot be read, vectors that are not finite. CheckpointError: a model that cannot be loaded.
+        """
+        for index in indices:
+            rows, is_last = self._read_unit(index)
+            yield index, self._unit(rows, is_last)
+
+    def _read_unit(self, index: int) -> tuple[list[TextRow], bool]:
+        """Rows of a unit, and whether the text ends with it. Text is a stream: going back starts it again."""
+        if self._next_unit is None or index < self._next_unit:
+            self._rows, self._next_unit = read_documents(self.activations), 0
+            self._ahead = next(self._rows, None)
+        while True:
+            rows: list[TextRow] = []
+            while self._ahead is not None and len(rows) < self.rows_per_unit:
+                rows.append(self._ahead)
+                self._ahead = next(self._rows, None)
+            self._next_unit += 1
+            if self._next_unit > index:
+                return rows, self._ahead is None
+
+    def _unit(self, rows: Sequence[TextRow], is_last: bool) -> Unit:
+        reader = self.reader
+        ids = reader.tokenize([row.text for row in rows], self.max_length)
+        positions = [row_positions(i, row.row_id, reader.special_ids, self.activations) for i, row in zip(ids, rows, strict=True)]
+        places = [(r, p) for r, taken in enumerate(positions) for p in taken]
+        unit = Unit(
+            vectors=reader.vectors(ids, positions),
+            row_ids=[rows[r].row_id for r, _ in places],
+            documents=[rows[r].document for r, _ in places],
+            positions=[p for _, p in places],
+            token_ids=[ids[r][p] for r, p in places],
+            windows=[reader.window(ids[r], p) for r, p in places],
+            num_rows=len(rows),
+            num_skipped=sum(not taken for taken in positions),
+            is_last=is_last,
+        )
+        refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")
+        return unit

@@ -1,0 +1,328 @@
+"""Which family a checkpoint is of, whether it is whole and what it was given as, and its content digest. No weights are read, no torch is needed.
+
+The launcher runs these checks before anything is submitted; what needs weights or a tokenizer is checked when a rank loads the model (`nla.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ksweep import files
+from ksweep.autoencoder.headers import Tensor, check_blocks, model_tensors, read_header, some
+from ksweep.autoencoder.sidecar import Role, Sidecar, read_sidecar
+from ksweep.errors import CheckpointError, DataError
+
+__all__ = ["CheckpointInfo", "Role", "Sidecar", "check_pair", "digest", "family", "inspect"]
+
+Family = Literal["nla", "tae"]
+HEAD, ADAPTER, ADAPTER_CONFIG = "value_head.safetensors", "adapter_model.safetensors", "adapter_config.json"
+HEAD_DTYPES = ("F32", "BF16", "F16", "F64")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One AV or AR that passed every check that needs no weights."""
+
+    path: Path
+    sidecar: Sidecar
+    layer: int | None
+    """L, from the sidecar, or for an AR without one from its depth; None only for an AV that does not say."""
+    num_layers: int
+    """Blocks that will be loaded: all of an AV's, L + 1 of an AR's."""
+    config: Mapping[str, Any]
+    """config.json of the model, or under an adapter of its base; the language model's part of a multimodal one."""
+    base: Path | None
+    """Base model of an adapter; None: full weights."""
+    tensors: Mapping[str, Tensor]
+    """Headers of the weights (or adapter weights) in `path`, names as they are in the files."""
+
+    @property
+    def role(self) -> Role:
+        return self.sidecar.role
+
+    @property
+    def d_model(self) -> int:
+        return self.sidecar.d_model
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.base is not None
+
+    @property
+    def weights(self) -> Path:
+        """Directory that config.json and the full weights are in."""
+        return self.base or self.path
+
+
+def family(path: Path) -> Family:
+    """nla: a directory in the public layout; tae: a talkative-autoencoder .pt file.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if path.is_dir():
+        return "nla"
+    if path.is_file() and path.suffix in (".pt", ".pth", ".ckpt"):
+        return "tae"
+    found = "a file" if path.exists() else "not there"
+    raise CheckpointError(
+        f"{path} is {found}; expected an AV or AR directory with nla_meta.yaml, or a talkative-autoencoder .pt file. Check the "
+        f"path."
+    )
+
+
+def inspect(path: Path | str, expected_role: Role, base: str | None = None) -> CheckpointInfo:
+    """Check everything about an AV or AR directory that can be known from sidecar, configuration and weight headers.
+
+    Args:
+        path: directory, or hub id.
+        base: base model of an adapter, path or hub id; None takes the one that adapter_config.json names. Not used by full weights.
+
+    Raises:
+        CheckpointError: what is wrong, what was expected, what to do.
+    """
+    path = files.resolve(str(path), f"{expected_role.upper()} checkpoint")
+    if family(path) != "nla":
+        raise CheckpointError(
+            f"{path} is a talkative-autoencoder file; expected an {expected_role.upper()} directory with nla_meta.yaml. This "
+            f"version reads the public NLA layout only."
+        )
+    sidecar = read_sidecar(path, expected_role)
+    base_path = _base(path, base, sidecar) if (path / ADAPTER_CONFIG).exists() else None
+    config = _config(base_path or path)
+    _check_width(config, sidecar, base_path or path)
+    depth = _positive(config, "num_hidden_layers", base_path or path)
+    layer = _layer(sidecar, depth, path, is_adapter=base_path is not None)
+    num_layers = layer + 1 if expected_role == "ar" and layer is not None else depth
+    tensors = _adapter_tensors(path, num_layers) if base_path else model_tensors(path)
+    if base_path:
+        check_blocks(model_tensors(base_path), depth, base_path)
+    else:
+        check_blocks(tensors, depth, path)
+    if expected_role == "ar":
+        _check_head(path, sidecar.d_model)
+    return CheckpointInfo(path, sidecar, layer, num_layers, config, base_path, tensors)
+
+
+def check_pair(
+    av: CheckpointInfo,
+    ar: CheckpointInfo,
+    activations_layer: int | None = None,
+    activations_d_model: int | None = None,
+    activations_base: str | None = None,
+) -> None:
+    """AV, AR and the activations belong together: one layer, one width, one base model, one marker.
+
+    Args:
+        activations_layer, activations_d_model, activations_base: of the vectors; None is not checked. A base given as a local path is compared by
+            the digest of its weights where the sidecars have one, else not at all: a path says nothing about what lies there.
+
+    Raises:
+        CheckpointError: AV and AR do not fit. DataError: the activations fit neither.
+    """
+    a, b = av.sidecar, ar.sidecar
+    for what, ours, theirs in (
+        ("d_model", a.d_model, b.d_model),
+        ("layer", av.layer, ar.layer),
+        ("base model", _hub_name(a.base_checkpoint), _hub_name(b.base_checkpoint)),
+        ("base digest", a.base_digest, b.base_digest),
+        ("base directory", av.base, ar.base),
+        ("marker", a.marker, b.marker),
+        ("marker token id", a.marker_id, b.marker_id),
+    ):
+        if ours is not None and theirs is not None and ours != theirs:
+            raise CheckpointError(
+                f"AV {av.path} and AR {ar.path} do not belong together: {what} is {ours!r} in the AV and {theirs!r} in the AR. "
+                f"Pass both halves of one pair."
+            )
+    layer = ar.layer if ar.layer is not None else av.layer
+    if None not in (activations_layer, layer) and activations_layer != layer:
+        raise DataError(
+            f"the activations are of layer {activations_layer}, but AV {av.path} and AR {ar.path} were trained on layer "
+            f"{layer}. Extract layer {layer}, or use a pair of layer {activations_layer}."
+        )
+    if activations_d_model is not None and activations_d_model != av.d_model:
+        raise DataError(
+            f"the activations have {activations_d_model} dimensions, but AV {av.path} and AR {ar.path} take {av.d_model}. Use "
+            f"activations of the pair's base model ({a.base_checkpoint})."
+        )
+    if activations_base is not None:
+        _check_activations_base(av, ar, activations_base)
+
+
+def digest(info: CheckpointInfo) -> str:
+    """Content of a checkpoint as 32 hex digits; an adapter's includes its base, since they only mean something together."""
+    own = files.digest(info.path)
+    if info.base is None:
+        return own
+    return hashlib.sha256(f"{own} over {files.digest(info.base)}".encode()).hexdigest()[:32]
+
+
+def _base(path: Path, base: str | None, sidecar: Sidecar) -> Path:
+    """Local directory of an adapter's base model, its weights verified against the sidecar's base_digest."""
+    if (path / "model.safetensors").exists() or (path / "model.safetensors.index.json").exists():
+        raise CheckpointError(
+            f"{path} holds both full weights and {ADAPTER_CONFIG}: it is not clear which are meant. Keep one of the two in the "
+            f"directory."
+        )
+    config = files.read_json(path / ADAPTER_CONFIG, "adapter configuration")
+    source = base or config.get("base_model_name_or_path")
+    if not isinstance(source, str) or not source:
+        raise CheckpointError(
+            f"{path} is an adapter, and its {ADAPTER_CONFIG} names no base model. Set autoencoder.base to the base model's "
+            f"path or hub id."
+        )
+    try:
+        found = files.resolve(source, "base model")
+    except CheckpointError as error:
+        where = "autoencoder.base" if base else f"base_model_name_or_path in {path / ADAPTER_CONFIG}"
+        raise CheckpointError(
+            f"{path} is an adapter over a base model that cannot be had (from {where}): {error} Set autoencoder.base to where "
+            f"the base model is."
+        ) from error
+    if sidecar.base_digest is not None:
+        _check_base_digest(found, sidecar.base_digest, path)
+    return found
+
+
+def _check_base_digest(base: Path, expected: str, path: Path) -> None:
+    weights = base / "model.safetensors"
+    if not weights.exists():
+        raise CheckpointError(
+            f"{path} was trained over a base whose model.safetensors has digest {expected}; {base} has no such single file to "
+            f"compare. Use the base it was trained on (see set-up in the README)."
+        )
+    if (found := _weights_digest(weights)) != _short(expected):
+        raise CheckpointError(
+            f"{path} was trained over other base weights: expected model.safetensors with sha256 {_short(expected)}..., but "
+            f"{weights} has {found}... (requantised or another revision?). "
+            "An adapter means nothing over other weights: set autoencoder.base to the base it was trained on, or run the "
+            "set-up step again."
+        )
+
+
+def _weights_digest(weights: Path) -> str:
+    return files.digest(weights)
+
+
+def _short(expected: str) -> str:
+    """First 32 hex digits of "sha256:<hex>", what ksweep.files keeps."""
+    return expected.removeprefix("sha256:").lower()[:32]
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = files.read_json(directory / "config.json", "model configuration")
+    text = config.get("text_config")
+    return dict(text) if isinstance(text, dict) else config
+
+
+def _positive(config: Mapping[str, Any], key: str, directory: Path) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(
+            f"{directory / 'config.json'} has {key}={value!r}, expected a whole number >= 1: is it a causal language model's?"
+        )
+    return value
+
+
+def _check_width(config: Mapping[str, Any], sidecar: Sidecar, directory: Path) -> None:
+    width = _positive(config, "hidden_size", directory)
+    if width != sidecar.d_model:
+        raise CheckpointError(
+            f"the sidecar says d_model={sidecar.d_model}, but the model in {directory} has hidden_size={width}. Sidecar and "
+            f"weights are not of the same checkpoint, or the base is another model."
+        )
+
+
+def _layer(sidecar: Sidecar, depth: int, path: Path, is_adapter: bool) -> int | None:
+    """L; an AR of full weights is exactly L + 1 blocks deep, everything else at least."""
+    layer = sidecar.layer
+    if sidecar.role == "ar" and layer is None:
+        if is_adapter:
+            raise CheckpointError(
+                f"{path / 'nla_meta.yaml'} names no layer, so how many blocks of the base this AR adapter uses is unknown. Add "
+                f"critic.extraction_layer_index."
+            )
+        return depth - 1
+    if layer is not None and sidecar.role == "ar" and not is_adapter and depth != layer + 1:
+        raise CheckpointError(
+            f"AR {path} has num_hidden_layers={depth} in config.json, but its sidecar says layer {layer}, which needs "
+            f"{layer + 1} blocks (0 to {layer}). One block off costs half of the "
+            "variance explained and looks plausible: use the config.json and sidecar that were released together."
+        )
+    if layer is not None and layer >= depth:
+        raise CheckpointError(
+            f"{path} is of layer {layer}, but its model has {depth} blocks (0 to {depth - 1}). Sidecar and model are not of "
+            f"the same checkpoint."
+        )
+    return layer
+
+
+def _adapter_tensors(path: Path, num_layers: int) -> dict[str, Tensor]:
+    if not (path / ADAPTER).exists():
+        raise CheckpointError(
+            f"{path} has {ADAPTER_CONFIG} but no {ADAPTER}: the adapter's weights are missing (or saved as .bin: save them as "
+            f"safetensors). Download them again."
+        )
+    tensors = read_header(path / ADAPTER)
+    beyond = [name for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name)) and int(match[1]) >= num_layers]
+    if beyond or not tensors:
+        raise CheckpointError(
+            f"{path / ADAPTER} holds {'weights of blocks that are not used: ' + some(beyond) if beyond else 'no tensors'}; "
+            f"expected adapter weights of blocks 0 to {num_layers - 1}. "
+            "An AR adapter is made over the base cut to L + 1 blocks: check the layer in the sidecar, and that the right file "
+            "was saved."
+        )
+    return tensors
+
+
+def _check_head(path: Path, d_model: int) -> None:
+    file = path / HEAD
+    if not file.exists():
+        raise CheckpointError(
+            f"{path} has no {HEAD}, the d x d map that an AR ends with. Without it this is no AR: download it again, and check "
+            f"that an AV or base model was not given as `ar`."
+        )
+    head = read_header(file)
+    if set(head) != {"weight"}:
+        raise CheckpointError(
+            f"{file} holds the tensors {some(head) or '(none)'}; expected exactly one, named weight (no bias). Save the head "
+            f"as {{'weight': W}}, or download it again."
+        )
+    if head["weight"].shape != (d_model, d_model) or head["weight"].dtype not in HEAD_DTYPES:
+        raise CheckpointError(
+            f"{file}: weight is {head['weight'].dtype} of shape {list(head['weight'].shape)}; expected floating point of shape "
+            f"[{d_model}, {d_model}]. The head is half-saved, or of another model."
+        )
+
+
+def _hub_name(source: str | None) -> str | None:
+    """A hub id for comparison; None for what says nothing: a local path, or nothing."""
+    if source is None or source.startswith(("/", ".", "~")) or not files.HUB_ID.match(source):
+        return None
+    return source.partition("@")[0].lower()
+
+
+def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str) -> None:
+    path = Path(source).expanduser()
+    for info in (av, ar):
+        expected = info.sidecar.base_digest
+        if path.exists():
+            weights = path / "model.safetensors"
+            if expected and weights.exists() and _weights_digest(weights) != _short(expected):
+                raise DataError(
+                    f"the activations come from {source}, whose model.safetensors is not the one that {info.path} was trained "
+                    f"over ({expected}). Set activations.model to the pair's base model."
+                )
+            continue
+        theirs, ours = _hub_name(source), _hub_name(info.sidecar.base_checkpoint)
+        if theirs and ours and theirs != ours:
+            raise DataError(
+                f"the activations come from {source}, but {info.path} was trained on {info.sidecar.base_checkpoint}. Set "
+                f"activations.model to the pair's base model."
+            )

@@ -1,0 +1,73 @@
+"""Putting a vector into the AV's prompt: one row of the embedding module's output is replaced, in the prefill only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ksweep.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def check_vectors(vectors: torch.Tensor, d_model: int) -> None:
+    """Vectors are [activation, d_model], finite, and have a direction.
+
+    Raises:
+        DataError: naming the first row that is not.
+    """
+    if vectors.ndim != 2 or vectors.shape[1] != d_model:
+        raise DataError(
+            f"the AV takes vectors of shape [activation, {d_model}], got {list(vectors.shape)}. "
+            "Use activations of the base model and layer that the pair was trained on."
+        )
+    finite = torch.isfinite(vectors).all(dim=1)
+    for wrong, what in ((~finite, "NaN or infinite values"), (finite & (vectors == 0).all(dim=1), "nothing but zeros")):
+        if rows := wrong.nonzero()[:, 0].tolist():
+            raise DataError(
+                f"row {rows[0]} of the vectors holds {what} ({len(rows)} such rows of {len(vectors)}): it has no direction to "
+                f"inject. "
+                "Remove these rows, or extract them again in a wider dtype."
+            )
+
+
+def scaled(vectors: Float[torch.Tensor, "activation d_model"], scale: float) -> Float[torch.Tensor, "activation d_model"]:
+    """Each vector at norm `scale`, float32: v / (|v| / scale), the public code's order of operations. Direction only; |v| never reaches the AV."""
+    vectors = vectors.float()
+    return vectors / (torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12) / scale)
+
+
+@contextmanager
+def injecting(embedding: torch.nn.Module, rows: Float[torch.Tensor, "activation d_model"], position: int) -> Iterator[None]:
+    """While open, the embedding module's output has `rows` at `position`; open for exactly one forward pass.
+
+    The output is what the first block sees, after a Gemma's multiplication by sqrt(d_model), so the rows need no factor of their own
+    and the same code serves every architecture.
+
+    Raises:
+        CheckpointError: the module did not run exactly once, so the vectors did not get where they belong.
+    """
+    firings = 0
+
+    def replace(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        nonlocal firings
+        firings += 1
+        output = output.clone()
+        output[:, position] = rows.to(output)
+        return output
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if firings != 1:
+        raise CheckpointError(
+            f"the AV's embedding module ran {firings} times in one prefill, expected once: its architecture takes its input "
+            f"from elsewhere, "
+            "so vectors cannot be injected. Use a Qwen2, Llama or Gemma-3 text model."
+        )

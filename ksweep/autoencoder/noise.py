@@ -1,0 +1,196 @@
+"""Keyed sampling: draw k of activation i is the same token sequence on one GPU or on 64, alone or in a batch of 512.
+
+A token is drawn by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030): argmax over tokens of log
+weight + G with independent standard Gumbel G is an exact draw from the normalised weights. Two levels make it cheap: first a
+block of `BLOCK` neighbouring token ids by its summed weight, then a token within that block, because p(token) = p(block)
+p(token | block). A vocabulary of 49,152 needs 192 + 256 noise numbers a row instead of 49,152.
+
+The noise is a pure function of (seed, activation key, draw, step), counted through the splitmix64 generator (Steele et al.
+2014) in int64 tensor arithmetic, which wraps and is the same on every device. What is left to differ between batch shapes is
+the rounding of the logits, and with it the rare tie that rounding decides: a block's summed weight moves in its last digits,
+whereas the running sum of an inverse-CDF sampler would move every boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+BLOCK = 256
+"""Tokens per block. Part of the noise's definition, like the seed: another value gives other (equally good) draws. Never
+chosen from the batch, the vocabulary or the device. Near the square root of the vocabularies in use (49k .. 262k), where
+noise is cheapest."""
+
+UNIFORM_BITS = 23
+"""(n + 1/2) / 2^23 is exact in float32 and lies strictly inside (0, 1); with 24 bits the largest rounds to 1.0: infinite
+noise. Tokens below 2^-23 of their block, and blocks below 2^-23 of the row, are drawn less often than their weight says:
+together they hold less than (256 + blocks) 2^-23, some 1e-4 at the very most and in practice nothing."""
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_BLOCK_COUNTER = 1 << 32
+"""Counters of the block noise start here, those of the noise within a block at 0: the two never meet."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One token per row."""
+
+    token_ids: Int[torch.Tensor, " row"]
+    """int64; of a row whose logits are not finite it means nothing."""
+    log_probabilities: Float[torch.Tensor, " row"]
+    """float32: the model's own log probability of the token, at temperature 1 and without top_p, whatever it was drawn with:
+    so it can be compared between temperatures. NaN exactly where the logits hold NaN or +inf, or nothing but -inf."""
+
+
+def row_keys(
+    seed: int, activation_keys: Sequence[int], draws: Sequence[int], device: torch.device | str = "cpu"
+) -> Int[torch.Tensor, " row"]:
+    """What the noise of each (activation, draw) is counted from; activation keys are any 64-bit integers, signed or not."""
+    key = torch.full((len(activation_keys),), _signed(seed), dtype=torch.int64)
+    for part in (activation_keys, draws):
+        key = _mix(_mix(key + _GOLDEN) ^ torch.tensor([_signed(value) for value in part], dtype=torch.int64))
+    return key.to(device)
+
+
+def step_keys(rows: Int[torch.Tensor, " row"], step: int) -> Int[torch.Tensor, " row"]:
+    """Keys of one decoding step (0 draws the first token) out of `row_keys`."""
+    return _mix(_mix(rows + _GOLDEN) ^ step)
+
+
+def sample(
+    logits: Float[torch.Tensor, "row vocabulary"],
+    keys: Int[torch.Tensor, " row"],
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+) -> Sample:
+    """One token per row from softmax(logits / temperature), cut to the nucleus of top_p; `keys` come from `step_keys`.
+
+    Temperature 0 takes the largest logit, the lowest token id on ties, and uses neither noise nor top_p. No synchronisation
+    with the host, except with top_p < 1 (see `nucleus`).
+    """
+    size = _rows_at_once(logits)
+    parts = [
+        _sample_rows(rows.float(), row_key, temperature, top_p)
+        for rows, row_key in zip(torch.split(logits, size), torch.split(keys, size), strict=True)
+    ]
+    return Sample(torch.cat([tokens for tokens, _ in parts]), torch.cat([log_p for _, log_p in parts]))
+
+
+def nucleus(weights: Float[torch.Tensor, "row vocabulary"], top_p: float) -> Float[torch.Tensor, "row vocabulary"]:
+    """Normalised weights with those outside the nucleus set to 0 (top-p, Holtzman et al. 2020, arXiv 1904.09751).
+
+    The nucleus is the smallest set of most probable tokens whose probabilities sum to at least top_p; among equally probable
+    tokens the lower ids come first, so at the edge exactly as many of them stay as are needed. Sums are taken in float64 over
+    float32 probabilities. The edge is read off the 64 largest weights, and for the rows where these do not reach top_p off 8
+    times as many, and so on: sorting everything costs 40 times as much. Each such round asks the host once.
+    """
+    edge, kept_at_edge = _nucleus_edge(weights, top_p, 64)
+    at_edge = weights == edge[:, None]
+    keep = (weights > edge[:, None]) | (at_edge & (at_edge.cumsum(-1, dtype=torch.int32) <= kept_at_edge[:, None]))
+    return weights * keep
+
+
+def two_level_argmax(
+    weights: Float[torch.Tensor, "row vocabulary"], keys: Int[torch.Tensor, " row"]
+) -> Int[torch.Tensor, " row"]:
+    """A token id per row, drawn in proportion to non-negative weights of any scale: a block, then a token within it."""
+    vocabulary = weights.shape[1]
+    blocks = _block_sums(weights)
+    block = (blocks.log() + _gumbel(keys, blocks.shape[1], _BLOCK_COUNTER)).argmax(-1, keepdim=True)
+    ids = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    inside = weights.gather(1, ids.clamp(max=vocabulary - 1)).masked_fill(ids >= vocabulary, 0.0)
+    chosen = (inside.log() + _gumbel(keys, BLOCK, 0)).argmax(-1, keepdim=True)
+    return ids.gather(1, chosen).squeeze(1)
+
+
+def uniforms(keys: Int[torch.Tensor, " row"], count: int, first: int = 0) -> Float[torch.Tensor, "row count"]:
+    """Numbers `first` .. `first + count` of each key's stream, strictly between 0 and 1, float32."""
+    counters = torch.arange(first + 1, first + count + 1, device=keys.device) * _GOLDEN
+    bits = _shift_right(_mix(keys[:, None] + counters), 64 - UNIFORM_BITS)
+    return bits.float().add_(0.5).mul_(2.0**-UNIFORM_BITS)
+
+
+def _sample_rows(
+    logits: Float[torch.Tensor, "row vocabulary"], keys: Int[torch.Tensor, " row"], temperature: float, top_p: float
+) -> tuple[Int[torch.Tensor, " row"], Float[torch.Tensor, " row"]]:
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, _log_probabilities(logits, tokens)
+    weights = _probabilities(logits, temperature)
+    tokens = two_level_argmax(nucleus(weights, top_p) if top_p < 1 else weights, keys)
+    if temperature == 1:  # the softmax is there already: one pass over the vocabulary less
+        return tokens, weights.gather(1, tokens[:, None]).squeeze(1).log()
+    return tokens, _log_probabilities(logits, tokens)
+
+
+def _probabilities(logits: Float[torch.Tensor, "row vocabulary"], temperature: float) -> Float[torch.Tensor, "row vocabulary"]:
+    if temperature == 1:
+        return logits.softmax(-1)
+    # The largest logit is taken off first: a small temperature would blow up the rounding of logits / temperature.
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
+
+
+def _log_probabilities(
+    logits: Float[torch.Tensor, "row vocabulary"], tokens: Int[torch.Tensor, " row"]
+) -> Float[torch.Tensor, " row"]:
+    return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+
+
+def _block_sums(weights: Float[torch.Tensor, "row vocabulary"]) -> Float[torch.Tensor, "row block"]:
+    """Sums over blocks; the last one may be short, which is the same as padding it with zero weight."""
+    full = weights.shape[1] // BLOCK * BLOCK
+    sums = weights[:, :full].reshape(len(weights), -1, BLOCK).sum(-1) if full else weights[:, :0]
+    return sums if full == weights.shape[1] else torch.cat([sums, weights[:, full:].sum(-1, keepdim=True)], dim=1)
+
+
+def _nucleus_edge(
+    weights: Float[torch.Tensor, "row vocabulary"], top_p: float, candidates: int
+) -> tuple[Float[torch.Tensor, " row"], Int[torch.Tensor, " row"]]:
+    """Smallest weight in each row's nucleus, and how many tokens of exactly that weight belong to it."""
+    candidates = min(candidates, weights.shape[1])
+    largest = weights.topk(candidates).values  # its values are sorted and certain; its choice of ids among ties is neither
+    size = (largest.double().cumsum(-1) < top_p).sum(-1) + 1
+    last = (size.clamp(max=candidates) - 1)[:, None]
+    edge = largest.gather(1, last)
+    kept_at_edge = last.squeeze(1) + 1 - (largest > edge).sum(-1)
+    edge = edge.squeeze(1)
+    too_few = size > candidates
+    if candidates < weights.shape[1] and bool(too_few.any()):
+        edge[too_few], kept_at_edge[too_few] = _nucleus_edge(weights[too_few], top_p, 8 * candidates)
+    return edge, kept_at_edge
+
+
+def _gumbel(keys: Int[torch.Tensor, " row"], count: int, first: int) -> Float[torch.Tensor, "row count"]:
+    return uniforms(keys, count, first).log_().neg_().log_().neg_()
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014; variant 13 of Stafford): every input bit moves every output bit."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift of the 64 bits as an unsigned number; torch shifts the sign in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same low 64 bits."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _rows_at_once(logits: torch.Tensor) -> int:
+    # 16 rows of 49,152 floats stay in a CPU's cache: the softmax of 512 rows takes 16-23 ms there, 39 ms in chunks of 128.
+    # On a GPU fewer, larger kernels win, bounded by the memory of the float32 copies.
+    return 16 if logits.device.type == "cpu" else 256

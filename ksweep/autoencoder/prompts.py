@@ -1,0 +1,226 @@
+"""Prompts as token ids: the AV's, with the marker's place; the AR's, around each explanation; and reading an explanation back.
+
+Tokenizers drift silently (a dropped BOS costs Gemma's AR more than half of its variance explained), so every id that the sidecar states is compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ksweep import files
+from ksweep.autoencoder.checkpoint import CheckpointInfo
+from ksweep.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from ksweep.autoencoder.protocol import FinishReason, ParseOutcome
+
+EXPLANATION = re.compile(r"<explanation>(.*?)</explanation>", re.DOTALL)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+DRIFT = "The tokenizer is not the one that the checkpoint was trained with: use the tokenizer files that were released with it."
+
+
+def parse_explanation(text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
+    """What stands between the first <explanation> and the next </explanation>, stripped; or None and why there is nothing.
+
+    A draw that was cut off after its closing tag is complete and counts as ok: what was cut is never shown to the AR. (The public training code
+    counted such draws as failed, the public client did not.)
+    """
+    match = EXPLANATION.search(text)
+    if match:
+        explanation = match[1].strip()
+        return (explanation, "ok") if explanation else (None, "empty")
+    if finish == "length":
+        return None, "cut_off"
+    return None, "no_close_tag" if "<explanation>" in text else "no_open_tag"
+
+
+@dataclass(frozen=True)
+class AvPrompt:
+    """The AV's prompt: the same for every activation."""
+
+    ids: tuple[int, ...]
+    position: int
+    """Where the marker stands, whose row is replaced."""
+
+
+def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
+    """Chat-template the AV's message, and check the marker and its surroundings against the sidecar.
+
+    Raises:
+        CheckpointError: no chat template, BOS missing or doubled, the marker split, unknown, absent, repeated or between other neighbours.
+    """
+    sidecar = info.sidecar
+    assert sidecar.marker is not None and sidecar.marker_id is not None
+    found = tokenizer.encode(sidecar.marker, add_special_tokens=False)
+    if found != [sidecar.marker_id] or sidecar.marker_id == tokenizer.unk_token_id:
+        unknown = ", the unknown token" if found == [tokenizer.unk_token_id] else ""
+        raise CheckpointError(
+            f"AV {info.path}: the marker {sidecar.marker!r} is tokenized as {found}{unknown}; the sidecar says "
+            f"injection_token_id={sidecar.marker_id}. {DRIFT}"
+        )
+    ids = _chat_ids(info, tokenizer, [{"role": "user", "content": sidecar.av_message}])
+    _check_chat_bos(info, tokenizer, ids)
+    sites = [i for i, token in enumerate(ids) if token == sidecar.marker_id]
+    if len(sites) != 1 or not 0 < sites[0] < len(ids) - 1:
+        raise CheckpointError(
+            f"AV {info.path}: the marker {sidecar.marker!r} stands at positions {sites} of the {len(ids)} prompt tokens, "
+            f"expected exactly one place inside. "
+            "Use the chat template and prompt template that were released with the checkpoint."
+        )
+    around = (ids[sites[0] - 1], ids[sites[0] + 1])
+    if around != (sidecar.left_id, sidecar.right_id):
+        raise CheckpointError(
+            f"AV {info.path}: the marker stands between the tokens {around[0]} and {around[1]}; the sidecar says "
+            f"{sidecar.left_id} and {sidecar.right_id}. {DRIFT}"
+        )
+    return AvPrompt(tuple(ids), sites[0])
+
+
+def stop_token_ids(info: CheckpointInfo, tokenizer: Any) -> frozenset[int]:
+    """Every end-of-sequence id of tokenizer, config.json and generation_config.json (Gemma's <end_of_turn> is only in the last).
+
+    Nothing else is read of generation_config.json: its temperature, top_k and repetition penalty are the base model's, not the AV's.
+    """
+    found: list[Any] = [tokenizer.eos_token_id, info.config.get("eos_token_id")]
+    for directory in dict.fromkeys((info.path, info.weights)):
+        for name in ("generation_config.json", "config.json"):
+            if (directory / name).exists():
+                found.append(files.read_json(directory / name, "model configuration").get("eos_token_id"))
+    ids = {i for value in found for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+    if not ids:
+        raise CheckpointError(
+            f"AV {info.path}: neither tokenizer nor config.json nor generation_config.json names an end-of-sequence token, so "
+            f"no draw would ever end. "
+            "Add eos_token_id to config.json."
+        )
+    return frozenset(ids)
+
+
+class ArPrompts:
+    """Explanations -> token ids of the AR's prompt, each checked."""
+
+    def __init__(self, info: CheckpointInfo, tokenizer: Any, num_embeddings: int) -> None:
+        """Raises CheckpointError where a probe shows that BOS is missing, something is appended, or the suffix is not the sidecar's."""
+        self._info, self._tokenizer, self._num_embeddings = info, tokenizer, num_embeddings
+        self._before, self._after = info.sidecar.ar_affixes
+        self._limit: int | None = info.config.get("max_position_embeddings")
+        self._bos = _document_bos(info, tokenizer)
+        for probe in ("", "A probe."):
+            self._check_specials(probe)
+            self._check_suffix(probe, self.ids([probe], check_suffix=False)[0])
+
+    def ids(self, explanations: Sequence[str], check_suffix: bool = True) -> list[list[int]]:
+        """Token ids with special tokens, never truncated; the explanation is inserted verbatim, braces and all.
+
+        Raises:
+            DataError: a prompt longer than the model's context. CheckpointError: a token the model has no row for, another suffix.
+        """
+        if not explanations:
+            return []
+        prompts = [self._before + text + self._after for text in explanations]
+        rows: list[list[int]] = self._tokenizer(prompts, add_special_tokens=True, padding=False, truncation=False)["input_ids"]
+        for text, row in zip(explanations, rows, strict=True):
+            self._check_size(text, row)
+            if check_suffix:
+                self._check_suffix(text, row)
+        return rows
+
+    def _check_size(self, text: str, row: list[int]) -> None:
+        if self._limit is not None and len(row) > self._limit:
+            raise DataError(
+                f"an explanation of {len(text)} characters ({text[:60]!r}...) makes an AR prompt of {len(row)} tokens; AR "
+                f"{self._info.path} takes {self._limit} "
+                "at most, and cutting it would lose the place it reads from. Lower sampling.max_new_tokens."
+            )
+        if max(row) >= self._num_embeddings:
+            raise CheckpointError(
+                f"AR {self._info.path}: its tokenizer gives token {max(row)}, but the model has {self._num_embeddings} rows. "
+                f"{DRIFT}"
+            )
+
+    def _check_suffix(self, text: str, row: list[int]) -> None:
+        expected = self._info.sidecar.suffix_ids
+        if expected and tuple(row[-len(expected) :]) != expected:
+            raise CheckpointError(
+                f"AR {self._info.path}: the prompt of {text[:60]!r} ends with the tokens {row[-len(expected) :]}, the "
+                f"sidecar's critic_suffix_ids are {list(expected)}. {DRIFT}"
+            )
+
+    def _check_specials(self, probe: str) -> None:
+        text = self._before + probe + self._after
+        ids, plain = self._tokenizer.encode(text), self._tokenizer.encode(text, add_special_tokens=False)
+        if ids == ([] if self._bos is None else [self._bos]) + plain:
+            return
+        if self._bos is not None and ids[:1] != [self._bos]:
+            raise CheckpointError(
+                f"AR {self._info.path}: its tokenizer has the BOS token {self._tokenizer.bos_token!r} ({self._bos}) but does "
+                f"not put it before a text; prompts start with {ids[:3]}. "
+                "An AR trained with BOS loses most of its accuracy without it: restore the post_processor in tokenizer.json "
+                "(or say add_bos_token: false in "
+                "tokenizer_config.json if it was trained without)."
+            )
+        raise CheckpointError(
+            f"AR {self._info.path}: its tokenizer makes [{', '.join(map(str, ids[:2]))} ... {', '.join(map(str, ids[-2:]))}] "
+            f"of a prompt, expected {'one BOS and ' if self._bos is not None else ''}"
+            f"the text alone, ending in {plain[-2:]}. The AR reads at the last token: turn off add_eos_token and whatever else "
+            f"adds tokens."
+        )
+
+
+def tokenizer_directory(info: CheckpointInfo) -> Path:
+    """Where the tokenizer is: in the checkpoint, or with its base."""
+    return info.path if any((info.path / name).exists() for name in TOKENIZER_FILES) else info.weights
+
+
+def _chat_ids(info: CheckpointInfo, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise CheckpointError(
+            f"AV {info.path}: its tokenizer has no chat template, which the prompt is built with. Add chat_template.jinja, as "
+            f"released."
+        )
+    # transformers 5 returns a BatchEncoding unless told otherwise, and iterating over that gives its keys.
+    ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def _check_chat_bos(info: CheckpointInfo, tokenizer: Any, ids: list[int]) -> None:
+    bos, writes_bos = tokenizer.bos_token_id, "bos_token" in str(tokenizer.chat_template)
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise CheckpointError(
+            f"AV {info.path}: the prompt starts with two BOS tokens ({tokenizer.bos_token!r}). Use the chat template and "
+            f"tokenizer as released."
+        )
+    if writes_bos and (bos is None or ids[:1] != [bos]):
+        raise CheckpointError(
+            f"AV {info.path}: its chat template writes the BOS token, but the prompt starts with {ids[:3]} (BOS of the "
+            f"tokenizer: {tokenizer.bos_token!r}). {DRIFT}"
+        )
+
+
+def _document_bos(info: CheckpointInfo, tokenizer: Any) -> int | None:
+    """The BOS that every AR prompt must start with; None for models that have none, or whose "BOS" is a turn marker.
+
+    The public rule is "a tokenizer with a BOS must prepend it". SmolLM2 calls <|im_start|> its BOS and GPT-2 its end of text, and neither
+    starts a document with it; they are told by BOS = EOS, by a chat that holds it more than once, or by `add_bos_token: false`.
+    """
+    bos: int | None = tokenizer.bos_token_id
+    if bos is None or tokenizer.encode("x")[:1] == [bos]:
+        return bos
+    config = tokenizer_directory(info) / "tokenizer_config.json"
+    if bos in (tokenizer.eos_token_id, tokenizer.unk_token_id):
+        return None
+    if config.exists() and files.read_json(config, "tokenizer configuration").get("add_bos_token") is False:
+        return None
+    if tokenizer.chat_template:
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        if _count(tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False), bos) > 1:
+            return None
+    return bos
+
+
+def _count(ids: Iterable[int], token: int) -> int:
+    return sum(i == token for i in ids)

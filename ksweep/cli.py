@@ -1,0 +1,100 @@
+"""`ksweep ...`: ask the registry from the shell. Sweeps themselves are run as `python experiments/NAME.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ksweep.errors import RequestError, RunError, StoreError
+from ksweep.terminal import console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Best-of-K sweeps of natural-language autoencoders: ask past runs.")
+db = typer.Typer(no_args_is_help=True, help="The DuckDB file, an index over the landing files.")
+app.add_typer(db, name="db")
+
+Registry = Annotated[Path, typer.Option(help="Directory of landing files, draws and database.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+
+
+@app.command()
+def sql(question: str, registry: Registry = Path("registry"), as_json: Json = False) -> None:
+    """Ask the registry: ksweep sql "select cell, k, fve from curves where k in (1, 16)"."""
+    import duckdb
+
+    from ksweep.registry.database import connect
+
+    with connect(registry) as connection:
+        try:
+            table = connection.execute(question).to_arrow_table()
+        except duckdb.Error as error:
+            raise RequestError(f"DuckDB does not accept that: {error}") from error
+    _print(table.column_names, table.to_pylist(), as_json)
+
+
+@app.command()
+def ls(registry: Registry = Path("registry"), as_json: Json = False) -> None:
+    """Runs, newest first."""
+    from ksweep.registry.database import connect
+
+    question = """
+        SELECT run_id AS run, sweep, cell, status, num_activations, num_draws, num_draws_sampled, round(tokens_per_second) AS tokens_per_second,
+               (SELECT round(max(fve), 4) FROM run_curves AS c WHERE c.run_id = runs.run_id) AS best_fve, finished
+        FROM runs ORDER BY finished DESC
+    """
+    with connect(registry) as connection:
+        table = connection.execute(question).to_arrow_table()
+    _print(table.column_names, table.to_pylist(), as_json)
+
+
+@db.command()
+def ingest(registry: Registry = Path("registry")) -> None:
+    """Bring the database up to date with the landing files."""
+    from ksweep.registry import database
+
+    _say(database.ingest(registry))
+
+
+@db.command()
+def rebuild(registry: Registry = Path("registry")) -> None:
+    """Build the database from the landing files alone."""
+    from ksweep.registry import database
+
+    _say(database.rebuild(registry))
+
+
+def _say(report: Any) -> None:
+    print(f"{report.database}: {report.num_runs} runs, {report.num_new} new, {report.num_removed} removed, {report.seconds:.2f} s")
+    for bad in report.quarantined:
+        print(f"not believed: {bad.path}: {bad.reason}", file=sys.stderr)
+
+
+def _print(names: list[str], rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            print(json.dumps(row, default=str))
+        return
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*("" if row[name] is None else _short(row[name]) for name in names))
+    console().print(table)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Entry point of the `ksweep` command; exit code 2 for a mistake in the request, 1 for a failure."""
+    try:
+        app()
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (RunError, StoreError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

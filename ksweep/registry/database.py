@@ -1,0 +1,500 @@
+"""Landing files -> `registry/ksweep.duckdb`, an index that anyone may delete. The only module that imports duckdb.
+
+DuckDB allows one writing process or many readers of a file, and an open notebook is a reader. So the file at that name is never
+written: ingest builds the next one beside it and renames it into place. Open readers keep the snapshot they opened, nobody waits.
+
+* Which landing directories are new is a comparison of names; nothing is read twice, and nothing to do costs one short read.
+* Directories are read one by one: a bad one goes to the table `quarantine` with its reason; looked at again when it changes.
+* A removed landing directory disappears from the database: the files are what is true.
+* One ingester at a time, by flock on `registry/.ingest.lock`, which a dead process cannot hold. Where a file system has no such
+  locks two ingesters are harmless: each builds from the same immutable files; what the later rename lacks the next ingest adds.
+* The views over registry/draws hold its absolute path, because DuckDB resolves relative paths from the working directory of
+  whoever asks. When the registry has moved, the next ingest or connect writes the new path.
+* The storage version is pinned so that duckdb 1.4, and the `duckdb` command of PyPI's duckdb-cli (1.5), read the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ksweep.draws import SCHEMA as DRAWS_SCHEMA
+from ksweep.errors import RequestError, StoreError
+from ksweep.files import publish
+from ksweep.identity import canonical_json
+from ksweep.registry.landing import Landed, LandingError, read
+
+log = logging.getLogger(__name__)
+
+DATABASE = "ksweep.duckdb"
+STORAGE_VERSION = "v1.4.0"
+RUNS_PER_INSERT = 500
+"""Landing directories held in memory at once."""
+LOCK_TIMEOUT = 120.0
+"""Seconds to wait for another ingester; one that takes longer is stuck, and going on without the lock is harmless."""
+
+SPEC_COLUMNS = {
+    "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "max_new_tokens": "sampling.max_new_tokens",
+    "sampling_seed": "sampling.seed",
+    "av": "autoencoder.av",
+    "ar": "autoencoder.ar",
+    "base": "autoencoder.base",
+    "dtype": "autoencoder.dtype",
+    "model": "activations.model",
+    "text_source": "activations.text",
+    "vectors": "activations.vectors",
+    "positions": "activations.positions",
+}
+"""Columns of `runs` that are read out of the spec, and where they stand in it."""
+
+MEANINGS = {"best_draws": ("draws",), "controls": ("run_controls", "runs"), "v_latest": ("runs",)}
+"""Where the columns of a view get their comments from; for views that are not named here, run_curves and then runs."""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A landing directory that was not believed."""
+
+    run_id: str
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What an ingest did."""
+
+    database: Path
+    num_new: int = 0
+    """Runs added."""
+    num_removed: int = 0
+    """Runs whose landing directory is gone."""
+    num_runs: int = 0
+    """Runs in the database now."""
+    quarantined: tuple[Quarantined, ...] = ()
+    """Every directory in quarantine now, not only the new ones."""
+    rebuilt: str | None = None
+    """Why the database was built from nothing; None when it was added to."""
+    changed: bool = False
+    """Whether a new database file was published."""
+    seconds: float = 0.0
+
+
+def ingest(root: Path | str) -> IngestReport:
+    """Bring `<root>/ksweep.duckdb` up to date with the landing files; safe to call at any time, from any number of processes.
+
+    Raises:
+        RequestError: there is no such directory.
+    """
+    began = time.perf_counter()
+    root = _existing(root)
+    _keep_typed_empty_part(root)
+    plan = _plan(root)
+    if plan.work:
+        with _lock(root):
+            plan = _plan(root)  # whoever held the lock may have done it
+            if plan.work:
+                _publish_next(root, plan)
+                return _report(root, plan, began, changed=True)
+    return _report(root, plan, began, changed=False)
+
+
+def rebuild(root: Path | str) -> IngestReport:
+    """Build the database from the landing files alone, whatever is there now."""
+    began = time.perf_counter()
+    root = _existing(root)
+    _keep_typed_empty_part(root)
+    with _lock(root):
+        plan = _plan(root, from_nothing="asked for")
+        _publish_next(root, plan)
+        return _report(root, plan, began, changed=True)
+
+
+def connect(root: Path | str = "registry") -> duckdb.DuckDBPyConnection:
+    """A read-only connection to an up-to-date database: `connect().sql("from curves")`. Holding it open blocks nobody.
+
+    It keeps the snapshot it was opened on; connect again to see later runs. A registry that cannot be written is read as it is.
+    """
+    database = _existing(root) / DATABASE
+    try:
+        ingest(root)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not database.exists():
+            raise
+        log.warning("%s cannot be brought up to date (%s): reading it as it is", database, error.strerror)
+    return _open(database)
+
+
+# What a sweep asks before and after it runs
+
+
+def database_path(root: Path | str) -> Path:
+    """Where the database of a registry is."""
+    return Path(root) / DATABASE
+
+
+def finished_run(root: Path | str, cell_key: str) -> str | None:
+    """The newest finished run of a cell; None where there is none, or no registry yet."""
+    found = _first_row(root, "SELECT run_id FROM v_latest WHERE cell_key = ?", cell_key)
+    return None if found is None else str(found[0])
+
+
+def seconds_per_draw(root: Path | str, pair: str) -> float | None:
+    """Seconds of drawing and scoring per draw on one rank, from the newest run of the cells whose label is `<pair> T=...`."""
+    query = """
+        SELECT seconds['drawing'] * coalesce(num_ranks, 1) / num_draws_sampled FROM runs
+        WHERE starts_with(label, ? || ' T=') AND status = 'finished' AND num_draws_sampled > 0 AND seconds['drawing'] IS NOT NULL
+        ORDER BY finished DESC LIMIT 1"""
+    found = _first_row(root, query, pair)
+    return None if found is None else float(found[0])
+
+
+def curves_of(root: Path | str, labels: Mapping[str, str]) -> pa.Table:
+    """The newest finished curve of each cell, for tables and charts.
+
+    Args:
+        root: the registry.
+        labels: cell key -> what the cell is called here; rows come in this order, then by K.
+    """
+    asked = pa.table({"cell_key": list(labels), "asked_label": list(labels.values()), "place": list(range(len(labels)))})
+    with connect(root) as connection:
+        connection.register("asked", asked)
+        query = """
+            SELECT c.* REPLACE (asked.asked_label AS label), r.tokens_per_second
+            FROM asked JOIN curves AS c USING (cell_key) JOIN runs AS r USING (run_id) ORDER BY asked.place, c.k"""
+        return connection.sql(query).to_arrow_table()
+
+
+def _first_row(root: Path | str, query: str, value: str) -> tuple[Any, ...] | None:
+    if not Path(root).is_dir():
+        return None
+    with connect(root) as connection:
+        row: tuple[Any, ...] | None = connection.execute(query, [value]).fetchone()
+        return row
+
+
+# What is missing
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the present database holds."""
+
+    run_ids: frozenset[str]
+    quarantined: Mapping[str, Quarantined]
+    signatures: Mapping[str, str]
+    root: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What separates the database from the landing files."""
+
+    new: tuple[str, ...]
+    removed: tuple[str, ...]
+    """Run ids, in quarantine or not, whose rows have to go."""
+    rebuilt: str | None
+    moved: bool
+    """Whether the registry lies elsewhere than the views say."""
+
+    @property
+    def work(self) -> bool:
+        return bool(self.new or self.removed or self.rebuilt or self.moved)
+
+
+def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
+    landed = _landed(root)
+    state, reason = (None, from_nothing) if from_nothing else _state(root)
+    if state is None:
+        return _Plan(tuple(sorted(landed)), (), reason, False)
+    changed = {name for name in state.quarantined if name in landed and _signature(root, name) != state.signatures[name]}
+    known = (state.run_ids | state.quarantined.keys()) - changed
+    removed = ((state.run_ids | state.quarantined.keys()) - landed) | changed
+    return _Plan(tuple(sorted(landed - known)), tuple(sorted(removed)), None, state.root != str(root))
+
+
+def _landed(root: Path) -> set[str]:
+    """Names under landing/; those that begin with a dot are still being written."""
+    try:
+        return {name for name in os.listdir(root / "landing") if not name.startswith(".")}
+    except FileNotFoundError:
+        return set()
+
+
+def _state(root: Path) -> tuple[_State | None, str | None]:
+    """What the database holds; or None and why it has to be built from nothing."""
+    database = root / DATABASE
+    if not database.exists():
+        return None, "there was none"
+    try:
+        with _open(database) as connection:
+            return _read_state(root, connection)
+    except duckdb.Error as error:
+        return None, f"it could not be read: {str(error).splitlines()[0]}"
+
+
+def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_State | None, str | None]:
+    meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    if meta.get("schema") != _schema_fingerprint():
+        return None, "it was made by another version of ksweep"
+    run_ids = frozenset(name for (name,) in connection.execute("SELECT run_id FROM runs").fetchall())
+    rows = connection.execute("SELECT run_id, reason, signature FROM quarantine ORDER BY run_id").fetchall()
+    quarantined = {name: Quarantined(name, root / "landing" / name, reason) for name, reason, _ in rows}
+    return _State(run_ids, quarantined, {name: signature for name, _, signature in rows}, meta["root"]), None
+
+
+def _signature(root: Path, name: str) -> str:
+    """Names, sizes and times of what lies in a landing directory: changes when somebody repairs it."""
+    path = root / "landing" / name
+    found = sorted([path, *path.glob("*")])
+    return " ".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in found if (s := p.stat()))
+
+
+# Building the next file
+
+
+def _publish_next(root: Path, plan: _Plan) -> None:
+    next_file = root / f".{DATABASE}.{secrets.token_hex(8)}.next"
+    try:
+        if not plan.rebuilt:
+            shutil.copyfile(root / DATABASE, next_file)
+        _fill(next_file, root, plan)
+        _fsync(next_file)
+        os.replace(next_file, root / DATABASE)
+        _fsync(root)
+    finally:
+        next_file.unlink(missing_ok=True)
+        Path(f"{next_file}.wal").unlink(missing_ok=True)
+
+
+def _fill(database: Path, root: Path, plan: _Plan) -> None:
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH {_quoted(database)} AS ksweep (STORAGE_VERSION '{STORAGE_VERSION}')")
+        connection.execute("USE ksweep")
+        connection.begin()  # one flush to disk instead of one per statement
+        if plan.rebuilt:
+            connection.execute(_sql("schema.sql"))
+        _forget(connection, plan.removed)
+        for start in range(0, len(plan.new), RUNS_PER_INSERT):
+            _insert(connection, root, plan.new[start : start + RUNS_PER_INSERT])
+        _make_views(connection, root)
+        facts = {"schema": _schema_fingerprint(), "root": str(root)}
+        connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(facts.items()))
+        connection.commit()
+        connection.execute("USE memory")
+        connection.execute("DETACH ksweep")  # writes everything into the one file
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, run_ids: Sequence[str]) -> None:
+    for table in ("runs", "run_curves", "run_controls", "quarantine") if run_ids else ():
+        connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [list(run_ids)])
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[str]) -> None:
+    schema = _arrow_schema(connection, "runs")
+    runs, curves, controls, bad = [], [], [], []
+    for name in names:
+        try:
+            landed = read(root / "landing" / name)
+            runs.append(_run_row(landed, schema))
+        except (LandingError, pa.ArrowException, TypeError, ValueError) as error:
+            bad.append({"run_id": name, "reason": str(error), "signature": _signature(root, name)})
+            log.warning("landing %s is not believed: %s", root / "landing" / name, error)
+            continue
+        curves += [_with_run_id(landed.curve, name)] if landed.curve is not None else []
+        controls += [_with_run_id(landed.controls, name)] if landed.controls is not None else []
+    for table, rows in {"runs": runs, "run_curves": curves, "run_controls": controls}.items():
+        if rows:
+            _append(connection, table, pa.concat_tables(rows))
+    if bad:
+        _append(connection, "quarantine", pa.Table.from_pylist(bad))
+
+
+def _append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+    connection.register("landed_rows", rows)
+    connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM landed_rows")
+    connection.unregister("landed_rows")
+
+
+def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
+    """A row of `runs`, with its types checked: what does not fit raises here, not in the middle of an insert."""
+    record = landed.record
+    row = {f.name: getattr(record, f.name, None) for f in schema}
+    row |= {column: _at(record.spec, path) for column, path in SPEC_COLUMNS.items()}
+    row |= {name: getattr(record, name).replace(tzinfo=None) for name in ("started", "finished")}
+    row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages")}
+    row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
+    row["num_failed_draws"] = sum(record.failures.values()) if record.status == "finished" else None
+    return pa.table([pa.array([row[f.name]], f.type) for f in schema], schema=schema)
+
+
+def _at(spec: Mapping[str, Any], path: str) -> Any:
+    value: Any = spec
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _with_run_id(table: pa.Table, run_id: str) -> pa.Table:
+    return table.append_column("run_id", pa.array([run_id] * len(table), pa.string()))
+
+
+def _arrow_schema(connection: duckdb.DuckDBPyConnection, table: str) -> pa.Schema:
+    """The Arrow schema of a table: schema.sql is the one place where types are written."""
+    empty = connection.sql(f"SELECT * FROM {table} LIMIT 0").to_arrow_table()
+    return pa.schema([pa.field(f.name, getattr(f.type, "storage_type", f.type)) for f in empty.schema])
+
+
+def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
+    old = connection.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal AND database_name = 'ksweep'").fetchall()
+    for (name,) in old:
+        connection.execute(f"DROP VIEW {name}")
+    parts = f"{_glob_escaped(root)}/draws/*/part-*.parquet"
+    connection.execute(_sql("views.sql").replace("'DRAWS_PARTS'", _quoted(parts)))
+    _inherit_comments(connection)
+
+
+def _keep_typed_empty_part(root: Path) -> None:
+    """A part without rows, so that the view has its columns before the first draw, and in parts that lack one."""
+    path = root / "draws" / "_schema" / "part-empty.parquet"
+    if path.exists() and pq.read_schema(path).equals(DRAWS_SCHEMA):
+        return
+    sink = pa.BufferOutputStream()
+    pq.write_table(DRAWS_SCHEMA.empty_table(), sink)
+    publish(path, sink.getvalue().to_pybytes())
+
+
+def _inherit_comments(connection: duckdb.DuckDBPyConnection) -> None:
+    """A column of a view without a comment of its own means what the column of that name means where the view takes it from."""
+    columns = connection.execute(
+        "SELECT table_name, column_name, comment FROM duckdb_columns() WHERE database_name = 'ksweep' AND schema_name = 'main'"
+    ).fetchall()
+    comments = {(table, column): comment for table, column, comment in columns if comment}
+    views = connection.execute("SELECT view_name FROM duckdb_views() WHERE database_name = 'ksweep' AND NOT internal").fetchall()
+    for table, column, comment in columns:
+        found = [c for source in MEANINGS.get(table, ("run_curves", "runs")) if (c := comments.get((source, column)))]
+        if (table,) in views and not comment and found:
+            connection.execute(f"COMMENT ON COLUMN {table}.{column} IS {_quoted(found[0])}")
+
+
+# Files, locks and text
+
+
+def _open(database: Path) -> duckdb.DuckDBPyConnection:
+    """A connection of its own in which the database is attached for reading and in use.
+
+    Not `duckdb.connect(path)`, which within a process may hand out the instance that an earlier notebook cell still holds.
+    """
+    try:
+        return _attached(database)
+    except duckdb.IOException:
+        # Somebody opened the file for writing (the duckdb command does unless told -readonly) and locked it: read a copy.
+        with tempfile.TemporaryDirectory(prefix="ksweep-") as directory:
+            return _attached(Path(shutil.copyfile(database, Path(directory) / DATABASE)))
+
+
+def _attached(database: Path) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect()
+    try:
+        connection.execute(f"ATTACH {_quoted(database)} AS ksweep (READ_ONLY)")
+        connection.execute("USE ksweep")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextlib.contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """One ingester at a time. Given back by the kernel when its holder dies; left out where the file system has no locks."""
+    with (root / ".ingest.lock").open("a") as file:
+        if _locked(file.fileno()):
+            for leftover in root.glob(f".{DATABASE}.*.next*"):  # of an ingester that was killed
+                leftover.unlink(missing_ok=True)
+        yield
+
+
+def _locked(handle: int) -> bool:
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                log.warning("another ingester has held the registry for %.0f s: going on beside it", LOCK_TIMEOUT)
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return False
+
+
+def _existing(root: Path | str) -> Path:
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise RequestError(
+            f"no registry at {path}: expected a directory that a sweep has written to; check the path or run a sweep first"
+        )
+    return path.resolve()
+
+
+def _report(root: Path, plan: _Plan, began: float, *, changed: bool) -> IngestReport:
+    state, reason = _state(root)
+    if state is None:
+        raise StoreError(f"the database {root / DATABASE} that was just built cannot be used: {reason}")
+    bad = tuple(state.quarantined.values())
+    return IngestReport(
+        database=root / DATABASE,
+        num_new=len(set(plan.new) & state.run_ids) if changed else 0,
+        num_removed=len(set(plan.removed) - set(plan.new)) if changed else 0,
+        num_runs=len(state.run_ids),
+        quarantined=bad,
+        rebuilt=plan.rebuilt if changed else None,
+        changed=changed,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _sql(name: str) -> str:
+    return resources.files("ksweep.registry").joinpath(name).read_text(encoding="utf-8")
+
+
+def _schema_fingerprint() -> str:
+    """Changes with anything that changes what the database would hold: a database made otherwise is built again."""
+    text = "\n".join([_sql("schema.sql"), _sql("views.sql"), repr(SPEC_COLUMNS), str(DRAWS_SCHEMA)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _quoted(value: object) -> str:
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def _glob_escaped(path: Path) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in str(path))
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,334 @@
+"""What a run says when it ends: `landing/<run>/` with record.json, curve.parquet, controls.parquet. Written once, never changed.
+
+The directory is filled under another name, flushed, and renamed into place, so whoever sees it sees all of it. record.json
+carries the size and SHA-256 of its neighbours: a file cut short or altered later is refused by name, not read as numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ksweep.errors import StoreError
+from ksweep.files import publish
+
+Status = Literal["finished", "failed", "stopped"]
+
+CURVE = "curve.parquet"
+CONTROLS = "controls.parquet"
+FORMAT = 1
+"""Raised when files written before could be misread; a reader refuses a later format instead of guessing."""
+
+
+class LandingError(StoreError):
+    """A landing directory that cannot be believed: half-written, damaged, or not what it says it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run of one cell: what was asked, what happened, what came out. Unknown is None, never zero."""
+
+    run_id: str
+    cell: str
+    """Display name, unique to the cell: "demo T=0.7 @3fa9c1d2"."""
+    label: str
+    """What tells this cell from the others of its sweep, for legends: "temperature=0.7"."""
+    cell_key: str
+    draws_key: str | None = None
+    activations_key: str | None = None
+    sweep: str
+    spec: Mapping[str, Any]
+    """The cell as JSON."""
+    resources: Mapping[str, Any] = field(default_factory=dict)
+
+    status: Status
+    error_type: str | None = None
+    error_message: str | None = None
+    tracebacks: tuple[str, ...] = ()
+    """One per rank that failed, as text."""
+
+    started: datetime
+    finished: datetime
+    """When the run ended, whatever its status. Both in UTC."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall-clock seconds per phase of the slowest rank: {"sampling": 210.5, "scoring": 14.2}."""
+
+    host: str | None = None
+    device: str | None = None
+    num_ranks: int | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    """Whether tracked files differed from the commit."""
+    argv: tuple[str, ...] = ()
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Versions by package name."""
+
+    num_activations: int | None = None
+    num_documents: int | None = None
+    d_model: int | None = None
+    layer: int | None = None
+    """Block whose output was verbalised (0-based), after the spec's None has been resolved."""
+    num_draws: int | None = None
+    """Draws per activation."""
+    num_draws_sampled: int | None = None
+    """Draws that this run sampled, over all activations; the others were there before it."""
+    num_draws_reused: int | None = None
+    num_tokens_sampled: int | None = None
+    tokens_per_second: float | None = None
+
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Failed draws of the cell by cause, sampled now or before: {"no closing tag": 12}."""
+    failure_rate: float | None = None
+    """Fraction of the cell's draws that failed."""
+    cut_off_rate: float | None = None
+    """Fraction of draws that ended at max_new_tokens."""
+    distinct_text_fraction: float | None = None
+    """Distinct explanations of an activation over its draws, mean over activations."""
+    cjk_fraction: float | None = None
+    """Fraction of explanations that are mostly Chinese or Japanese: the known symptom of an injection that did not arrive."""
+    mean_tokens: float | None = None
+    """Mean length of a draw, tokens."""
+    fve_over_successes: float | None = None
+    """FVE at K = 1 when failed draws are left out."""
+    baseline: float | None = None
+    baseline_kind: str | None = None
+    """"evaluated set" or "stated constant"."""
+    baseline_num_activations: int | None = None
+    """Activations the baseline comes from; None for a stated constant."""
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"status={self.status!r} is not one of {', '.join(get_args(Status))}")
+        if not self.run_id or self.run_id.startswith(".") or Path(self.run_id).name != self.run_id:
+            raise ValueError(f"run_id={self.run_id!r} must be a plain directory name that does not start with a dot")
+        for name in ("started", "finished"):
+            if getattr(self, name).tzinfo is None:
+                raise ValueError(f"{name}={getattr(self, name)} has no time zone; use datetime.now(UTC)")
+            object.__setattr__(self, name, getattr(self, name).astimezone(UTC))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
+        """The record of a parsed record.json; keys that this version does not know are left out."""
+        known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        known |= {name: tuple(known[name]) for name in ("argv", "tracebacks") if name in known}
+        known |= {name: datetime.fromisoformat(known[name]) for name in ("started", "finished") if name in known}
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for record.json; a number that is not finite becomes null."""
+        value = asdict(self) | {"started": self.started.isoformat(), "finished": self.finished.isoformat()}
+        return {name: _finite(v) for name, v in value.items()}
+
+
+CURVE_SCHEMA = pa.schema(
+    [
+        pa.field("k", pa.int32(), nullable=False),
+        pa.field("fve", pa.float64(), nullable=False),
+        pa.field("fve_low", pa.float64()),
+        pa.field("fve_high", pa.float64()),
+        pa.field("level", pa.float64()),
+        pa.field("error", pa.float64(), nullable=False),
+        pa.field("cosine", pa.float64()),
+        pa.field("failure_rate", pa.float64()),
+        pa.field("fve_over_successes", pa.float64()),
+        pa.field("num_activations", pa.int64(), nullable=False),
+        pa.field("num_documents", pa.int64()),
+        pa.field("num_draws", pa.int32()),
+        pa.field("baseline", pa.float64(), nullable=False),
+        pa.field("baseline_kind", pa.string(), nullable=False),
+        pa.field("shuffled_fve", pa.float64()),
+    ]
+)
+"""One row per K; registry/schema.sql says what each column means (table run_curves)."""
+
+CONTROLS_SCHEMA = pa.schema(
+    [
+        pa.field("control", pa.string(), nullable=False),
+        pa.field("k", pa.int32()),
+        pa.field("value", pa.float64()),
+        pa.field("num_activations", pa.int64()),
+        pa.field("note", pa.string()),
+    ]
+)
+"""One row per control: "empty_text", "mean_vector" (an FVE), "retrieval_top1" (a fraction). `note` says what the value is."""
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A landing directory, read and checked."""
+
+    record: RunRecord
+    curve: pa.Table | None
+    """CURVE_SCHEMA; None unless the run finished."""
+    controls: pa.Table | None
+    """CONTROLS_SCHEMA, or None."""
+
+
+def new_run_id(cell_key: str) -> str:
+    """A name that sorts by time, tells the cell, and does not collide when many jobs end in the same second."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{cell_key[:8]}-{secrets.token_hex(4)}"
+
+
+def land(registry_root: Path | str, record: RunRecord, curve: pa.Table | None = None, controls: pa.Table | None = None) -> Path:
+    """Write what a run says into `<registry_root>/landing/<run_id>/`, all of it or nothing.
+
+    Raises:
+        ValueError: a finished run without a curve, an unfinished one with a curve, or columns that do not fit.
+        StoreError: this run has landed already.
+    """
+    _check_status_and_curve(record, curve)
+    tables = {
+        CURVE: None if curve is None else _checked_curve(_cast(curve, CURVE_SCHEMA, "curve")),
+        CONTROLS: None if controls is None else _cast(controls, CONTROLS_SCHEMA, "controls"),
+    }
+    landing = Path(registry_root) / "landing"
+    landing.mkdir(parents=True, exist_ok=True)
+    place = landing / record.run_id
+    temporary = landing / f".{record.run_id}.{secrets.token_hex(8)}.part"
+    temporary.mkdir()
+    try:
+        digests = {name: _write_parquet(temporary / name, table) for name, table in tables.items() if table is not None}
+        text = json.dumps({"format": FORMAT, "files": digests} | record.to_json(), indent=1, allow_nan=False)
+        publish(temporary / "record.json", text.encode())
+        _fsync(temporary)
+        _rename_into(temporary, place)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync(landing)
+    return place
+
+
+def read(path: Path | str) -> Landed:
+    """A landing directory, checked against what its record says about it.
+
+    Raises:
+        LandingError: what is wrong, with the file's name.
+    """
+    path = Path(path)
+    raw = _record_json(path)
+    try:
+        record = RunRecord.from_json(raw)
+    except (TypeError, ValueError) as error:
+        raise LandingError(f"record.json of {path.name} is not a run record: {error}") from error
+    if record.run_id != path.name:
+        raise LandingError(f"{path.name}/record.json is the record of {record.run_id}: was the directory renamed or copied?")
+    try:
+        curve = _stated_table(path / CURVE, raw["files"], CURVE_SCHEMA)
+        controls = _stated_table(path / CONTROLS, raw["files"], CONTROLS_SCHEMA)
+        _check_status_and_curve(record, curve)
+        return Landed(record, None if curve is None else _checked_curve(curve), controls)
+    except ValueError as error:
+        raise LandingError(f"{path.name}: {error}") from error
+
+
+def _record_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads((path / "record.json").read_bytes())
+    except OSError as error:
+        raise LandingError(f"{path.name}/record.json cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LandingError(f"{path.name}/record.json is not valid JSON ({error}): cut short or altered") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("format"), int) or not isinstance(raw.get("files"), dict):
+        raise LandingError(f"{path.name}/record.json has no format and file list: not written by ksweep")
+    if raw["format"] > FORMAT:
+        raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {FORMAT}: update ksweep")
+    return raw
+
+
+def _read_parquet(path: Path, stated: Mapping[str, Any]) -> pa.Table:
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != stated["sha256"]:
+            raise LandingError(f"{name} is not what was written ({len(data)} bytes, {stated['bytes']} expected, or altered)")
+        return pq.read_table(pa.BufferReader(data))
+    except OSError as error:
+        raise LandingError(f"{name} cannot be read: {error.strerror or error}") from error
+    except (pa.ArrowException, KeyError, TypeError) as error:
+        raise LandingError(f"{name} cannot be read: {error}") from error
+
+
+def _stated_table(path: Path, files: Mapping[str, Any], schema: pa.Schema) -> pa.Table | None:
+    return _cast(_read_parquet(path, files[path.name]), schema, path.name) if path.name in files else None
+
+
+def _cast(table: pa.Table, schema: pa.Schema, what: str) -> pa.Table:
+    """The table with exactly the schema's columns and types; NaN, which SQL would sort above every number, becomes null."""
+    missing, extra = set(schema.names) - set(table.column_names), set(table.column_names) - set(schema.names)
+    missing -= {f.name for f in schema if f.nullable}
+    if missing or extra:
+        raise ValueError(
+            f"{what} must have the columns {', '.join(schema.names)}; "
+            f"missing: {sorted(missing) or 'none'}, not known: {sorted(extra) or 'none'}"
+        )
+    columns = [_column(table, f) for f in schema]
+    for f, column in zip(schema, columns, strict=True):
+        if not f.nullable and column.null_count:
+            raise ValueError(f"{what} has {column.null_count} empty or NaN values in {f.name!r}, which is always known")
+    return pa.table(columns, schema=schema)
+
+
+def _column(table: pa.Table, f: pa.Field) -> pa.ChunkedArray:
+    if f.name not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), f.type)])
+    column = table[f.name].cast(f.type)
+    return pc.if_else(pc.is_finite(column), column, None) if pa.types.is_floating(f.type) else column
+
+
+def _checked_curve(curve: pa.Table) -> pa.Table:
+    ks = curve["k"].to_pylist()
+    if not ks or min(ks) < 1 or ks != sorted(set(ks)):
+        raise ValueError(f"a curve has one row per K, ascending from K >= 1; got K = {ks[:20]}")
+    return curve
+
+
+def _check_status_and_curve(record: RunRecord, curve: pa.Table | None) -> None:
+    if (record.status == "finished") != (curve is not None):
+        raise ValueError(f"a {record.status} run {'needs a' if curve is None else 'has no'} curve (run {record.run_id})")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write_parquet(path: Path, table: pa.Table) -> dict[str, Any]:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    publish(path, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _fsync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename_into(temporary: Path, place: Path) -> None:
+    try:
+        os.rename(temporary, place)  # fails on a directory that is there and not empty
+    except OSError as error:
+        if place.exists():
+            raise StoreError(f"run {place.name} has landed already in {place.parent}; a retry is a new run") from error
+        raise

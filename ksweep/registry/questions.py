@@ -1,0 +1,57 @@
+"""What the launcher asks the registry: which cells have finished, how fast the last run was, the curves to show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from ksweep.registry.database import connect
+
+
+def finished_runs(root: Path) -> dict[str, str]:
+    """Newest finished run of each cell key; empty where there is no registry yet."""
+    if not root.is_dir():
+        return {}
+    with connect(root) as connection:
+        return dict(connection.execute("SELECT cell_key, run_id FROM v_latest").fetchall())
+
+
+def seconds_per_draw(root: Path, av: str) -> float | None:
+    """Of the newest run that sampled with this verbalizer, times its ranks; None where there is none."""
+    if not root.is_dir():
+        return None
+    question = """
+        SELECT seconds['drawing'] * num_ranks / num_draws_sampled FROM runs
+        WHERE av = ? AND num_draws_sampled > 0 AND seconds['drawing'] IS NOT NULL ORDER BY finished DESC LIMIT 1
+    """
+    with connect(root) as connection:
+        row = connection.execute(question, [av]).fetchone()
+    return None if row is None else float(row[0])
+
+
+def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
+    """The curves of some cells, in the order and under the labels given (cell key -> label)."""
+    wanted = pa.table({"cell_key": list(labels), "wanted": list(labels.values()), "place": range(len(labels))})
+    with connect(root) as connection:
+        connection.register("wanted_cells", wanted)
+        return connection.sql(
+            """
+            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.cut_off_rate, r.distinct_text_fraction
+            FROM wanted_cells AS w JOIN curves AS c USING (cell_key) JOIN runs AS r USING (run_id) ORDER BY w.place, c.k
+            """
+        ).to_arrow_table()
+
+
+def controls_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
+    """The controls of some cells that do not depend on K, likewise."""
+    wanted = pa.table({"cell_key": list(labels), "wanted": list(labels.values()), "place": range(len(labels))})
+    with connect(root) as connection:
+        connection.register("wanted_cells", wanted)
+        return connection.sql(
+            """
+            SELECT w.wanted AS label, c.control, c.value, c.num_activations, c.note
+            FROM wanted_cells AS w JOIN controls AS c USING (cell_key) WHERE c.k IS NULL ORDER BY w.place, c.control
+            """
+        ).to_arrow_table()

@@ -1,0 +1,190 @@
+-- The data dictionary: every table of registry/ksweep.duckdb and what each column means. views.sql continues it.
+--
+--     select table_name, column_name, data_type, comment from duckdb_columns() where schema_name = 'main';
+--
+-- The database is an index over landing files: it can be deleted, and `rebuild` makes it again, row for row. Add own tables to a
+-- database of your own (ATTACH this one); they would not survive here. NULL is "not known", never zero.
+
+CREATE TABLE meta (
+    key VARCHAR PRIMARY KEY,
+    value VARCHAR NOT NULL
+);
+COMMENT ON TABLE meta IS 'What this database is: one row per fact.';
+COMMENT ON COLUMN meta.key IS 'schema: fingerprint of the SQL that made it; root: absolute path of the registry when it was made.';
+COMMENT ON COLUMN meta.value IS 'The fact, as text.';
+
+CREATE TABLE runs (
+    run_id VARCHAR PRIMARY KEY,
+    cell VARCHAR NOT NULL,
+    label VARCHAR NOT NULL,
+    sweep VARCHAR NOT NULL,
+    status VARCHAR NOT NULL,
+    started TIMESTAMP NOT NULL,
+    finished TIMESTAMP NOT NULL,
+    temperature DOUBLE,
+    top_p DOUBLE,
+    max_new_tokens INTEGER,
+    sampling_seed BIGINT,
+    num_draws INTEGER,
+    num_activations BIGINT,
+    num_documents BIGINT,
+    layer INTEGER,
+    d_model INTEGER,
+    av VARCHAR,
+    ar VARCHAR,
+    base VARCHAR,
+    dtype VARCHAR,
+    model VARCHAR,
+    text_source VARCHAR,
+    vectors VARCHAR,
+    positions VARCHAR,
+    baseline DOUBLE,
+    baseline_kind VARCHAR,
+    baseline_num_activations BIGINT,
+    fve_over_successes DOUBLE,
+    num_failed_draws BIGINT,
+    failure_rate DOUBLE,
+    failures MAP(VARCHAR, BIGINT),
+    cut_off_rate DOUBLE,
+    distinct_text_fraction DOUBLE,
+    cjk_fraction DOUBLE,
+    mean_tokens DOUBLE,
+    num_draws_sampled BIGINT,
+    num_draws_reused BIGINT,
+    num_tokens_sampled BIGINT,
+    tokens_per_second DOUBLE,
+    seconds MAP(VARCHAR, DOUBLE),
+    error_type VARCHAR,
+    error_message VARCHAR,
+    tracebacks VARCHAR[],
+    host VARCHAR,
+    device VARCHAR,
+    num_ranks INTEGER,
+    git_commit VARCHAR,
+    git_dirty BOOLEAN,
+    argv VARCHAR[],
+    packages MAP(VARCHAR, VARCHAR),
+    spec JSON NOT NULL,
+    resources JSON,
+    cell_key VARCHAR NOT NULL,
+    draws_key VARCHAR,
+    activations_key VARCHAR
+);
+COMMENT ON TABLE runs IS 'One row per run: a cell that was evaluated once, or the attempt that failed. All runs ever landed; v_latest keeps the newest finished one of each cell.';
+COMMENT ON COLUMN runs.run_id IS 'Name of the landing directory: UTC time, first digits of cell_key, random digits.';
+COMMENT ON COLUMN runs.cell IS 'Display name of the cell, unique to it.';
+COMMENT ON COLUMN runs.label IS 'What tells the cell from the others of its sweep, for legends: temperature=0.7.';
+COMMENT ON COLUMN runs.sweep IS 'Name of the sweep that asked for the run.';
+COMMENT ON COLUMN runs.status IS 'finished: there is a curve. failed: it ended with an error. stopped: it was told to stop (time limit, preemption) and can be carried on.';
+COMMENT ON COLUMN runs.started IS 'When the run began, UTC.';
+COMMENT ON COLUMN runs.finished IS 'When the run ended, whatever its status, UTC.';
+COMMENT ON COLUMN runs.temperature IS 'Sampling temperature of the AV; 0 is greedy.';
+COMMENT ON COLUMN runs.top_p IS 'Probability mass that sampling was restricted to; 1 keeps every token.';
+COMMENT ON COLUMN runs.max_new_tokens IS 'Longest explanation allowed, tokens; longer ones are cut off.';
+COMMENT ON COLUMN runs.sampling_seed IS 'Seed of the draws.';
+COMMENT ON COLUMN runs.num_draws IS 'Explanations drawn per activation; the largest K that can be reported.';
+COMMENT ON COLUMN runs.num_activations IS 'Activations evaluated.';
+COMMENT ON COLUMN runs.num_documents IS 'Documents the activations come from: the clusters of the bootstrap.';
+COMMENT ON COLUMN runs.layer IS 'Block of the base model whose output was verbalised, 0-based.';
+COMMENT ON COLUMN runs.d_model IS 'Width of the activations, dimensions.';
+COMMENT ON COLUMN runs.av IS 'Activation verbalizer as given: path or hub id.';
+COMMENT ON COLUMN runs.ar IS 'Activation reconstructor as given: path or hub id.';
+COMMENT ON COLUMN runs.base IS 'Base model of PEFT adapters as given; NULL: the one that the adapters name.';
+COMMENT ON COLUMN runs.dtype IS 'Compute precision of AV and AR.';
+COMMENT ON COLUMN runs.model IS 'Language model that the activations come from, as given; NULL for ready-made vectors.';
+COMMENT ON COLUMN runs.text_source IS 'Text that the activations come from, as given: file, directory or hub id.';
+COMMENT ON COLUMN runs.vectors IS 'Parquet file of ready-made activations, as given; NULL when they were extracted.';
+COMMENT ON COLUMN runs.positions IS 'Rule for the token positions: random, last, all, stride.';
+COMMENT ON COLUMN runs.baseline IS 'Mean squared distance of the (scaled) activations from their mean, per dimension: the error at FVE = 0.';
+COMMENT ON COLUMN runs.baseline_kind IS 'evaluated set: measured on these activations. stated constant: given in the spec.';
+COMMENT ON COLUMN runs.baseline_num_activations IS 'Activations the baseline was measured on; NULL for a stated constant.';
+COMMENT ON COLUMN runs.fve_over_successes IS 'FVE at K = 1 when failed draws are left out, fraction.';
+COMMENT ON COLUMN runs.num_failed_draws IS 'Draws of the cell without a usable explanation, all causes.';
+COMMENT ON COLUMN runs.failure_rate IS 'Draws of the cell without a usable explanation, fraction.';
+COMMENT ON COLUMN runs.failures IS 'Failed draws of the cell by cause: failures[''cut off''].';
+COMMENT ON COLUMN runs.cut_off_rate IS 'Draws that ended at max_new_tokens, fraction.';
+COMMENT ON COLUMN runs.distinct_text_fraction IS 'Distinct explanations of an activation over its draws, mean over activations, fraction.';
+COMMENT ON COLUMN runs.cjk_fraction IS 'Explanations that are mostly Chinese or Japanese, fraction: the known symptom of an injection that did not arrive.';
+COMMENT ON COLUMN runs.mean_tokens IS 'Mean length of a draw, tokens.';
+COMMENT ON COLUMN runs.num_draws_sampled IS 'Draws that this run sampled, over all activations.';
+COMMENT ON COLUMN runs.num_draws_reused IS 'Draws that were there before this run, over all activations.';
+COMMENT ON COLUMN runs.num_tokens_sampled IS 'Tokens that this run sampled.';
+COMMENT ON COLUMN runs.tokens_per_second IS 'Tokens sampled per second of sampling, all ranks together.';
+COMMENT ON COLUMN runs.seconds IS 'Wall-clock seconds by phase: seconds[''sampling''].';
+COMMENT ON COLUMN runs.error_type IS 'Class of the error that ended a failed run.';
+COMMENT ON COLUMN runs.error_message IS 'What the error said.';
+COMMENT ON COLUMN runs.tracebacks IS 'Tracebacks, one per rank that failed.';
+COMMENT ON COLUMN runs.host IS 'Machine of rank 0.';
+COMMENT ON COLUMN runs.device IS 'What it computed on: name of the GPU, or cpu.';
+COMMENT ON COLUMN runs.num_ranks IS 'Processes that shared the work.';
+COMMENT ON COLUMN runs.git_commit IS 'Commit of the code that ran.';
+COMMENT ON COLUMN runs.git_dirty IS 'Whether tracked files differed from the commit.';
+COMMENT ON COLUMN runs.argv IS 'Command line that started the sweep.';
+COMMENT ON COLUMN runs.packages IS 'Versions by package: packages[''torch''].';
+COMMENT ON COLUMN runs.spec IS 'The cell as JSON, everything that changes its numbers: spec->>''$.sampling.temperature''.';
+COMMENT ON COLUMN runs.resources IS 'Where and how it ran, as JSON; never changes the numbers.';
+COMMENT ON COLUMN runs.cell_key IS 'Identity of the cell: hash of all that changes its numbers.';
+COMMENT ON COLUMN runs.draws_key IS 'Identity of the draws, shared by cells that differ only in counts and scoring; directory under registry/draws.';
+COMMENT ON COLUMN runs.activations_key IS 'Identity of the activations; directory under vector_cache.';
+
+CREATE TABLE run_curves (
+    run_id VARCHAR NOT NULL,
+    k INTEGER NOT NULL,
+    fve DOUBLE NOT NULL,
+    fve_low DOUBLE,
+    fve_high DOUBLE,
+    level DOUBLE,
+    error DOUBLE NOT NULL,
+    cosine DOUBLE,
+    failure_rate DOUBLE,
+    fve_over_successes DOUBLE,
+    num_activations BIGINT NOT NULL,
+    num_documents BIGINT,
+    num_draws INTEGER,
+    baseline DOUBLE NOT NULL,
+    baseline_kind VARCHAR NOT NULL,
+    shuffled_fve DOUBLE
+);
+COMMENT ON TABLE run_curves IS 'One row per finished run and K, as landed. Ask curves (newest run of each cell) or curve_history (all runs) instead: they carry the names.';
+COMMENT ON COLUMN run_curves.run_id IS 'Run that measured it.';
+COMMENT ON COLUMN run_curves.k IS 'Draws that the best is taken from.';
+COMMENT ON COLUMN run_curves.fve IS 'Fraction of variance explained by the best of k draws: 1 - error / baseline. The AR that scores also selects (oracle).';
+COMMENT ON COLUMN run_curves.fve_low IS 'Lower end of the interval of fve: bootstrap over documents.';
+COMMENT ON COLUMN run_curves.fve_high IS 'Upper end of the interval of fve.';
+COMMENT ON COLUMN run_curves.level IS 'Coverage that the interval aims at, fraction: 0.95.';
+COMMENT ON COLUMN run_curves.error IS 'Mean over activations of the expected smallest error among k draws; NLA pairs: 2 (1 - cosine) per draw; a failed draw is never selected over a success.';
+COMMENT ON COLUMN run_curves.cosine IS 'Mean cosine of the selected draw with its activation.';
+COMMENT ON COLUMN run_curves.failure_rate IS 'Chance that all of k draws fail, mean over activations, fraction; at k = 1 the failure rate of draws.';
+COMMENT ON COLUMN run_curves.fve_over_successes IS 'FVE when activations count only with their successful draws.';
+COMMENT ON COLUMN run_curves.num_draws IS 'Draws per activation that the curve is read off: the largest k possible.';
+COMMENT ON COLUMN run_curves.num_activations IS 'Activations averaged over.';
+COMMENT ON COLUMN run_curves.num_documents IS 'Documents resampled by the bootstrap.';
+COMMENT ON COLUMN run_curves.baseline IS 'Mean squared distance of the (scaled) activations from their mean, per dimension: the error at FVE = 0.';
+COMMENT ON COLUMN run_curves.baseline_kind IS 'evaluated set: measured on these activations. stated constant: given in the spec.';
+COMMENT ON COLUMN run_curves.shuffled_fve IS 'Control: FVE of the best of k draws of another activation. Selection alone also climbs with k.';
+
+CREATE TABLE run_controls (
+    run_id VARCHAR NOT NULL,
+    control VARCHAR NOT NULL,
+    k INTEGER,
+    value DOUBLE,
+    num_activations BIGINT,
+    note VARCHAR
+);
+COMMENT ON TABLE run_controls IS 'One row per run and control, as landed. Ask controls (newest run of each cell) instead.';
+COMMENT ON COLUMN run_controls.run_id IS 'Run that measured it.';
+COMMENT ON COLUMN run_controls.control IS 'shuffled: draws of another activation. empty_text, mean_vector: what is reached without an explanation. retrieval_top1: how often own draws rank an activation first among others; retrieval_chance: by chance.';
+COMMENT ON COLUMN run_controls.k IS 'Draws the control takes the best of; NULL where K plays no part.';
+COMMENT ON COLUMN run_controls.value IS 'FVE; for retrieval_* a fraction of activations.';
+COMMENT ON COLUMN run_controls.num_activations IS 'Activations averaged over.';
+COMMENT ON COLUMN run_controls.note IS 'What the value is, in words.';
+
+CREATE TABLE quarantine (
+    run_id VARCHAR PRIMARY KEY,
+    reason VARCHAR NOT NULL,
+    signature VARCHAR NOT NULL
+);
+COMMENT ON TABLE quarantine IS 'Landing directories that were not believed, and why. They are looked at again when they change.';
+COMMENT ON COLUMN quarantine.run_id IS 'Name of the directory under registry/landing.';
+COMMENT ON COLUMN quarantine.reason IS 'What is wrong, with the name of the file.';
+COMMENT ON COLUMN quarantine.signature IS 'Names, sizes and times of its files when it was looked at.';

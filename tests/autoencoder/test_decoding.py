@@ -1,0 +1,348 @@
+"""Forked, cached, batched drawing against the naive loop: one row, no cache, everything recomputed for every token."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as sps
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
+
+from ksweep.autoencoder import noise
+from ksweep.autoencoder.decoding import Request, draw
+from ksweep.autoencoder.protocol import Prefill
+from ksweep.errors import RequestError, RunError
+
+VOCABULARY = 300  # two noise blocks, the second one short
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
+MARKER = 7
+WINDOW = 8
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.25, "tie_word_embeddings": False,
+}  # fmt: skip
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        )
+    ),
+}  # fmt: skip
+STOPS = frozenset(range(0, VOCABULARY, 20))
+
+
+@dataclass
+class TinyVerbalizer:
+    """The protocol, bare: a fixed prompt, one of whose embeddings is the vector."""
+
+    model: Any
+    stop_token_ids: frozenset[int] = frozenset()
+    d_model: int = 32
+    prompts_run: int = 0
+    prefill_sizes: list[int] = field(default_factory=list)
+
+    def embeddings(self, vectors, tail=()):
+        ids = torch.tensor([*PROMPT, *tail])
+        embedded = self.model.get_input_embeddings()(ids).repeat(len(vectors), 1, 1)
+        embedded[:, MARKER] = vectors
+        return embedded
+
+    def prefill(self, vectors):
+        self.prompts_run += len(vectors)
+        self.prefill_sizes.append(len(vectors))
+        out = self.model(inputs_embeds=self.embeddings(vectors), use_cache=True, logits_to_keep=1)
+        return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
+
+    def decode(self, token_ids):
+        return " ".join(map(str, token_ids))
+
+    def parse(self, text, finish):
+        return text, "ok"
+
+
+@pytest.fixture(scope="module")
+def models():
+    built = {}
+    for name, build in MODELS.items():
+        torch.manual_seed(0)
+        built[name] = build().eval()
+        built[name].generation_config.repetition_penalty = 5.0  # must not leak into draws
+        built[name].generation_config.top_k = 1
+    return built
+
+
+@pytest.fixture
+def verbalizer(models):
+    return TinyVerbalizer(models["llama"], STOPS)
+
+
+VECTORS = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+
+
+def requests_for(rows, draws):
+    return [Request(row, activation_key=1000 + row, draw=k) for row in rows for k in draws]
+
+
+def take(verbalizer, requests, vectors=VECTORS, **options):
+    options = {"temperature": 1.0, "max_new_tokens": 12, "seed": 7} | options
+    drawn = list(draw(verbalizer, vectors, requests, **options))
+    assert sorted(map(repr, requests)) == sorted(repr(d.request) for d in drawn)  # each once, none twice
+    return {(d.request.activation_key, d.request.draw): d for d in drawn}
+
+
+def texts(draws):
+    return {key: (d.token_ids, d.finish) for key, d in draws.items()}
+
+
+@torch.inference_mode()
+def naive_draw(verbalizer, request, *, temperature, top_p=1.0, max_new_tokens=12, seed=7):
+    """One draw with nothing shared: no cache, no batch. Tokens, and float64 log probabilities at temperature 1."""
+    tokens, log_probabilities = [], []
+    keys = noise.row_keys(seed, [request.activation_key], [request.draw])
+    for step in range(max_new_tokens):
+        embedded = verbalizer.embeddings(VECTORS[request.row : request.row + 1], tokens)
+        logits = verbalizer.model(inputs_embeds=embedded, use_cache=False).logits[:, -1]
+        sampled = noise.sample(logits, noise.step_keys(keys, step), temperature=temperature, top_p=top_p)
+        token = int(logits[0].argmax()) if temperature == 0 else int(sampled.token_ids)
+        tokens.append(token)
+        log_probabilities.append(float(torch.log_softmax(logits[0].double(), -1)[token]))
+        if token in verbalizer.stop_token_ids:
+            break
+    return tuple(tokens), sum(log_probabilities)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (1.4, 0.9)])
+def test_draws_equal_the_naive_loop(models, family, temperature, top_p):
+    verbalizer = TinyVerbalizer(models[family], STOPS)
+    requests = requests_for(range(4), range(3))
+    drawn = take(verbalizer, requests, temperature=temperature, top_p=top_p)
+    for request in requests:
+        ours = drawn[request.activation_key, request.draw]
+        tokens, log_probability = naive_draw(verbalizer, request, temperature=temperature, top_p=top_p)
+        assert ours.token_ids == tokens
+        assert ours.log_probability == pytest.approx(log_probability, abs=1e-4)
+    assert len({d.token_ids for d in drawn.values()}) > (2 if temperature == 0 else 8)  # the vectors and the draws matter
+
+
+def test_gemma3_window_is_shorter_than_the_prompt_and_still_exact(models):
+    verbalizer = TinyVerbalizer(models["gemma3"])
+    with torch.inference_mode():
+        layers = verbalizer.prefill(VECTORS).cache.layers
+    assert [layer.keys.shape[2] for layer in layers] == [WINDOW - 1, len(PROMPT), WINDOW - 1, len(PROMPT)]
+    request = Request(2, 5, 0)
+    (ours,) = take(verbalizer, [request], temperature=0.0, max_new_tokens=3 * WINDOW).values()
+    assert ours.token_ids == naive_draw(verbalizer, request, temperature=0.0, max_new_tokens=3 * WINDOW)[0]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_texts_are_identical_at_every_batch_size(models, family):
+    verbalizer = TinyVerbalizer(models[family], STOPS)
+    requests = requests_for(range(6), range(5))
+    reference = texts(take(verbalizer, requests, batch_size=32))
+    assert texts(take(verbalizer, requests, batch_size=4, prefill_batch_size=2)) == reference
+    assert texts(take(verbalizer, requests, batch_size=1)) == reference
+    assert texts(take(verbalizer, requests, batch_size=512, prefill_batch_size=1)) == reference
+
+
+@given(data=st.data(), batch_size=st.integers(1, 20), prefill_batch_size=st.integers(1, 6))
+@settings(max_examples=12, deadline=None)
+def test_texts_do_not_depend_on_order_or_company(models, data, batch_size, prefill_batch_size):
+    verbalizer = TinyVerbalizer(models["qwen2"], STOPS)
+    everything = requests_for(range(4), range(4))
+    chosen = data.draw(st.lists(st.sampled_from(everything), min_size=1, max_size=16, unique=True))
+    alone = texts(take(verbalizer, everything, max_new_tokens=6))
+    some = texts(take(verbalizer, chosen, max_new_tokens=6, batch_size=batch_size, prefill_batch_size=prefill_batch_size))
+    assert some == {key: alone[key] for key in some}
+
+
+def test_sixteen_draws_are_the_first_sixteen_of_sixty_four(verbalizer):
+    few = texts(take(verbalizer, requests_for([0, 1], range(16)), max_new_tokens=6))
+    many = texts(take(verbalizer, requests_for([0, 1], range(64)), max_new_tokens=6))
+    assert few == {key: many[key] for key in few}
+    assert len(set(many.values())) > 100
+
+
+def test_noise_belongs_to_the_activation_not_to_its_place(verbalizer):
+    same = VECTORS[:1].repeat(3, 1)
+    by_row = {d.request.row: d.token_ids for d in draw(
+        verbalizer, same, [Request(0, 11, 0), Request(1, 22, 0), Request(2, 11, 0)], temperature=1.0, max_new_tokens=12, seed=7
+    )}  # fmt: skip
+    assert by_row[0] == by_row[2] != by_row[1]
+
+
+def test_another_seed_gives_other_draws(verbalizer):
+    requests = requests_for(range(3), range(3))
+    one, two = (texts(take(verbalizer, requests, seed=seed)) for seed in (7, 8))
+    assert all(one[key] != two[key] for key in one)
+
+
+def test_first_tokens_follow_the_models_distribution(verbalizer):
+    drawn = take(verbalizer, requests_for([3], range(4000)), temperature=1.3, max_new_tokens=1)
+    with torch.inference_mode():
+        p = torch.softmax(verbalizer.prefill(VECTORS[3:4]).logits[0].double() / 1.3, -1).numpy()
+    counts = np.bincount([d.token_ids[0] for d in drawn.values()], minlength=VOCABULARY)
+    common = p * 4000 > 5
+    observed, expected = np.append(counts[common], counts[~common].sum()), np.append(p[common], p[~common].sum()) * 4000
+    assert sps.power_divergence(observed, expected, lambda_="log-likelihood").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 512])
+def test_each_prompt_runs_once_however_many_draws_are_forked_from_it(verbalizer, batch_size):
+    take(verbalizer, requests_for(range(5), range(8)), batch_size=batch_size, prefill_batch_size=3, max_new_tokens=3)
+    assert verbalizer.prompts_run == 5
+    assert max(verbalizer.prefill_sizes) <= 3
+
+
+def test_a_stop_token_ends_a_row_and_only_there(verbalizer):
+    drawn = take(verbalizer, requests_for(range(6), range(10)), max_new_tokens=40).values()
+    stopped = [d for d in drawn if d.finish == "stop"]
+    assert len(stopped) > 30
+    for d in stopped:
+        assert d.token_ids[-1] in STOPS and not STOPS & set(d.text_token_ids)
+        assert d.text_token_ids == d.token_ids[:-1]
+    for d in set(drawn) - set(stopped):
+        assert d.finish == "length" and len(d.token_ids) == 40 and not STOPS & set(d.token_ids)
+
+
+def test_max_new_tokens_cuts_off_and_a_stop_token_in_the_last_place_still_counts(verbalizer):
+    requests = requests_for([1], range(6))
+    long = take(verbalizer, requests, max_new_tokens=60)
+    stopped = next(d for d in long.values() if d.finish == "stop" and len(d.token_ids) > 1)
+    length = len(stopped.token_ids)
+    key = (stopped.request.activation_key, stopped.request.draw)
+    assert take(verbalizer, requests, max_new_tokens=length)[key] == stopped
+    cut = take(verbalizer, requests, max_new_tokens=length - 1)[key]
+    assert (cut.finish, cut.token_ids, cut.text_token_ids) == ("length", stopped.token_ids[:-1], stopped.token_ids[:-1])
+
+
+def test_rows_that_ended_leave_the_batch(verbalizer):
+    sizes = []
+    handle = verbalizer.model.register_forward_pre_hook(lambda _, __, kw: sizes.append(kw.get("input_ids")), with_kwargs=True)
+    drawn = take(verbalizer, requests_for(range(6), range(6)), max_new_tokens=40)
+    handle.remove()
+    rows = [len(ids) for ids in sizes if ids is not None]
+    assert rows == sorted(rows, reverse=True) and rows[-1] < 36 / 4
+    lengths = np.array([len(d.token_ids) for d in drawn.values()])
+    live = [(lengths > step).sum() for step in range(1, len(rows) + 1)]
+    assert all(n <= r and n >= 0.75 * r for n, r in zip(live, rows, strict=True))
+
+
+class OutOfMemoryModel:
+    """Fails like CUDA does above a number of rows."""
+
+    def __init__(self, model, most, from_length=0):
+        self.model, self.most, self.from_length = model, most, from_length
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def __call__(self, **kw):
+        past = kw.get("past_key_values")
+        rows = len(kw["input_ids"] if "input_ids" in kw else kw["inputs_embeds"])
+        if rows > self.most and (past.get_seq_length() if past else 0) >= self.from_length:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
+        return self.model(**kw)
+
+
+@pytest.mark.parametrize("from_length", [0, len(PROMPT) + 5])
+def test_out_of_memory_halves_the_batch_and_changes_no_draw(models, caplog, from_length):
+    requests = requests_for(range(6), range(6))
+    reference = texts(take(TinyVerbalizer(models["llama"], STOPS), requests))
+    small = TinyVerbalizer(OutOfMemoryModel(models["llama"], most=5, from_length=from_length), STOPS)
+    with caplog.at_level(logging.WARNING):
+        assert texts(take(small, requests)) == reference
+    assert "out of memory" in caplog.text
+
+
+def test_out_of_memory_with_a_single_row_says_what_to_do(models):
+    nothing_fits = TinyVerbalizer(OutOfMemoryModel(models["llama"], most=0))
+    with pytest.raises(RunError, match="max_new_tokens"):
+        take(nothing_fits, requests_for(range(3), range(3)))
+
+
+def test_should_stop_ends_the_draws_at_once(verbalizer):
+    steps = []
+    stop = lambda: len(steps) >= 3  # noqa: E731
+    drawn = list(draw(
+        verbalizer, VECTORS, requests_for(range(6), range(4)), temperature=1.0, max_new_tokens=50, seed=0,
+        should_stop=stop, on_step=steps.append,
+    ))  # fmt: skip
+    assert len(steps) == 3 and len(drawn) < 24
+
+
+def test_on_step_hears_of_every_token_once(verbalizer):
+    steps = []
+    drawn = take(verbalizer, requests_for(range(6), range(4)), batch_size=8, on_step=steps.append)
+    assert sum(steps) == sum(len(d.token_ids) for d in drawn.values())
+
+
+def test_the_callers_grad_mode_is_its_own_between_draws(verbalizer):
+    for _ in draw(verbalizer, VECTORS, requests_for([0], range(3)), temperature=1.0, max_new_tokens=4, seed=0):
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        assert (torch.ones(1, requires_grad=True) * 2).requires_grad
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused_by_name(verbalizer, temperature):
+    vectors = VECTORS.clone()
+    vectors[3] = torch.nan
+    with pytest.raises(RunError, match=r"row 3 \(key 1003\), at token 0"):
+        take(verbalizer, requests_for(range(6), range(2)), vectors=vectors, temperature=temperature)
+
+
+def test_a_cache_that_cannot_be_forked_is_refused(models):
+    class Static(TinyVerbalizer):
+        def prefill(self, vectors):
+            return Prefill(StaticCache(config=self.model.config, max_cache_len=64), torch.zeros(len(vectors), VOCABULARY), 12)
+
+    with pytest.raises(RunError, match="StaticLayer"):
+        take(Static(models["llama"]), requests_for([0], [0]))
+
+
+def test_forking_leaves_the_prefilled_cache_as_it_was(models):
+    class Remembering(TinyVerbalizer):
+        def prefill(self, vectors):
+            self.last = super().prefill(vectors)
+            self.before = [layer.keys.clone() for layer in self.last.cache.layers]
+            return self.last
+
+    verbalizer = Remembering(models["gemma3"])
+    take(verbalizer, requests_for(range(3), range(3)))
+    assert isinstance(verbalizer.last.cache, DynamicCache)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(verbalizer.last.cache.layers, verbalizer.before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("requests", "options", "message"),
+    [
+        (requests_for([6], [0]), {}, "6 vectors"),
+        (requests_for([-1], [0]), {}, "rows -1"),
+        (requests_for([0], [0]), {"batch_size": 0}, "batch_size=0"),
+        (requests_for([0], [0]), {"max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_runs(verbalizer, requests, options, message):
+    with pytest.raises(RequestError, match=message):
+        draw(verbalizer, VECTORS, requests, **({"temperature": 1.0, "max_new_tokens": 4, "seed": 0} | options))
+    assert verbalizer.prompts_run == 0
+
+
+def test_no_requests_give_no_draws(verbalizer):
+    assert take(verbalizer, []) == {}

@@ -1,0 +1,49 @@
+"""Entry points that jobs of the launch tests run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from ksweep.errors import DataError
+from ksweep.ranks import Ranks, share
+
+
+def count(argument: dict[str, Any], ranks: Ranks) -> list[int]:
+    """Take numbers from the shared queue and leave one file for each."""
+    folder = Path(argument["folder"])
+    ranks.barrier()
+    mine = []
+    for index in share(ranks, "numbers", argument["total"]):
+        (folder / f"{index:04d}-{ranks.rank}").touch(exist_ok=False)
+        ranks.report("counting", index, argument["total"], speed=1.0)
+        mine.append(index)
+        time.sleep(0.02)
+    ranks.barrier()
+    assert len(list(folder.iterdir())) == argument["total"], "the barrier let a rank through too early"
+    return mine
+
+
+def one_rank_raises(argument: dict[str, Any], ranks: Ranks) -> None:
+    """Rank 1 raises while rank 0 waits for it."""
+    if ranks.rank == 1:
+        raise DataError("vector 17 is not finite")
+    ranks.barrier()
+
+
+def one_rank_is_killed(argument: dict[str, Any], ranks: Ranks) -> None:
+    """Rank 1 is shot while rank 0 waits for it."""
+    ranks.barrier()
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.barrier()
+
+
+def works_until_told_to_stop(argument: dict[str, Any], ranks: Ranks) -> None:
+    """Units of a tenth of a second, more than anybody waits for."""
+    for index in share(ranks, "long", 10_000):
+        ranks.report("working", index, 10_000)
+        time.sleep(0.1)

@@ -1,0 +1,119 @@
+"""Real submitit jobs with real ranks: they share work, fail together, at once, and say why."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksweep.errors import SpecError
+from ksweep.launch import submit as launch
+from ksweep.launch.job import Ending, Heartbeat, create
+from ksweep.launch.worker import is_alive
+from ksweep.spec import Resources
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def importable_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def start(tmp_path: Path, entry: str, ranks: int, **argument: Any) -> launch.Submitted:
+    job = create(tmp_path / "logs", f"tests.launch.entries:{entry}", argument, ranks)
+    return launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, timeout_min=5), "test")
+
+
+def end(submitted: launch.Submitted, ranks: int, seconds: float = 90) -> Ending:
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline:
+            ending = launch.outcome(submitted, ranks)
+            if ending is not None:
+                return ending
+            time.sleep(0.05)
+        raise AssertionError(f"no end after {seconds} s: {submitted.job.heartbeats()} {submitted.stderr_tail()}")
+    finally:
+        submitted.kill()
+
+
+@pytest.mark.slow
+def test_two_ranks_take_each_number_once_and_both_finish(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    submitted = start(tmp_path, "count", 2, folder=str(tmp_path / "out"), total=40)
+    assert end(submitted, 2).status == "finished"
+    results = {e.rank: e.result for e in submitted.job.endings()}
+    assert sorted(results[0] + results[1]) == list(range(40))
+    assert results[0] and results[1], "one rank did all the work"
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path: Path) -> None:
+    ending = end(start(tmp_path, "one_rank_raises", 2), 2)
+    assert (ending.status, ending.rank, ending.kind) == ("failed", 1, "bad input")
+    assert ending.message == "vector 17 is not finite" and "one_rank_raises" in ending.traceback
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_shot_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    submitted = start(tmp_path, "one_rank_is_killed", 2)
+    ending = end(submitted, 2)
+    assert (ending.status, ending.kind) == ("failed", "dead rank")
+    assert "rank 1 (pid" in ending.message and "died without a word" in ending.message
+    assert not any(is_alive(h) for h in submitted.job.heartbeats())
+
+
+@pytest.mark.slow
+def test_a_job_that_is_asked_to_stop_ends_at_a_border_of_its_units(tmp_path: Path) -> None:
+    submitted = start(tmp_path, "works_until_told_to_stop", 2)
+    while not any(h.phase == "working" for h in submitted.job.heartbeats()):
+        assert not submitted.over(), submitted.stderr_tail()
+        time.sleep(0.1)
+    submitted.stop()
+    ending = end(submitted, 2)
+    assert ending.status == "stopped"
+    assert "not begun" in ending.message or "rank" in ending.message
+
+
+def test_a_job_in_this_process_records_its_end(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    job = create(tmp_path / "logs", "tests.launch.entries:count", {"folder": str(tmp_path / "out"), "total": 3}, 1)
+    seen: list[tuple[str, int, int]] = []
+    submitted = launch.submit(job, Resources(cluster="inprocess", gpus=0), "test", lambda *a, **_: seen.append(a))
+    assert launch.outcome(submitted, 1) == Ending(rank=0, status="finished", result=[0, 1, 2])
+    assert seen == [("counting", i, 3) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ({"cluster": "local", "gpus": 0, "nodes": 2}, "a local job has one node"),
+        ({"cluster": "local", "gpus": 99}, "this machine has"),
+    ],
+)
+def test_resources_that_cannot_be_had_are_refused_before_anything_starts(tmp_path: Path, resources: dict[str, Any], words: str) -> None:
+    job = create(tmp_path, "tests.launch.entries:count", {}, 1)
+    with pytest.raises(SpecError, match=words):
+        launch.submit(job, Resources(**resources), "test")
+
+
+def test_slurm_without_sbatch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SpecError, match="no sbatch here"):
+        launch.resolve_cluster(Resources(cluster="slurm"))
+    assert launch.resolve_cluster(Resources(cluster="auto")) == "local"
+
+
+def test_a_process_that_reuses_a_pid_is_not_taken_for_the_rank() -> None:
+    import os
+    import socket
+
+    import psutil
+
+    me = psutil.Process()
+    alive = Heartbeat(rank=0, pid=os.getpid(), host=socket.gethostname(), process_started=me.create_time())
+    other = Heartbeat(rank=0, pid=os.getpid(), host=socket.gethostname(), process_started=me.create_time() - 100)
+    assert is_alive(alive) and not is_alive(other)

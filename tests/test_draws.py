@@ -1,0 +1,103 @@
+"""The draws store: what is there, what is missing, what is damaged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ksweep import draws as module
+from ksweep.draws import SCHEMA, DrawsStore, Unit
+from ksweep.errors import RunError
+
+
+def rows(unit: Unit) -> pa.Table:
+    """Draws whose text says which draw it is."""
+    pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(unit.first_draw, unit.last_draw)]
+    known = {
+        "activation": [a for a, _ in pairs],
+        "draw": [k for _, k in pairs],
+        "text": [f"{a}/{k}" for a, k in pairs],
+        "error": [a + k / 100 for a, k in pairs],
+    }
+    return pa.table({f.name: pa.array(known.get(f.name, [None] * len(pairs)), type=f.type) for f in SCHEMA}, schema=SCHEMA)
+
+
+def fill(store: DrawsStore, num_activations: int, num_draws: int) -> int:
+    units = store.missing(num_activations, num_draws)
+    for unit in units:
+        store.publish(unit, rows(unit))
+    return sum(u.num_draws for u in units)
+
+
+def test_a_new_store_misses_everything_on_the_grid(tmp_path: Path) -> None:
+    units = DrawsStore(tmp_path, "k").missing(130, 20)
+    assert units == [
+        Unit(0, 64, 0, 16), Unit(0, 64, 16, 20), Unit(64, 128, 0, 16), Unit(64, 128, 16, 20), Unit(128, 130, 0, 16), Unit(128, 130, 16, 20),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 40)), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_growing_and_shrinking_takes_each_draw_once(tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[int, int]]) -> None:
+    store = DrawsStore(tmp_path_factory.mktemp("d"), "k")
+    have = np.zeros((150, 40), dtype=bool)
+    for num_activations, num_draws in requests:
+        expected = int((~have[:num_activations, :num_draws]).sum())
+        assert fill(store, num_activations, num_draws) == expected
+        have[:num_activations, :num_draws] = True
+        table = store.read(num_activations, num_draws, ["text"])
+        assert table is not None
+        assert table["text"].to_pylist() == [f"{a}/{k}" for a in range(num_activations) for k in range(num_draws)]
+
+
+def test_reading_what_is_not_all_there_gives_none(tmp_path: Path) -> None:
+    store = DrawsStore(tmp_path, "k")
+    assert store.read(1, 1) is None
+    fill(store, 10, 4)
+    assert store.read(10, 5) is None and store.read(11, 4) is None and store.read(10, 4) is not None
+
+
+def test_a_damaged_part_is_set_aside_named_and_missing_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = DrawsStore(tmp_path, "k")
+    fill(store, 70, 16)
+    before = store.read(70, 16)
+    part = store.path / Unit(0, 64, 0, 16).file_name
+    for damage in ("flip", "truncate", "empty"):
+        data = bytearray(part.read_bytes())
+        if damage == "flip":
+            data[len(data) // 3] ^= 1
+        part.write_bytes({"flip": bytes(data), "truncate": bytes(data[: len(data) // 2]), "empty": b""}[damage])
+        assert store.read(70, 16) is None
+        assert "is damaged" in caplog.text and part.name in caplog.text
+        assert store.missing(70, 16) == [Unit(0, 64, 0, 16)]
+        fill(store, 70, 16)
+        assert store.read(70, 16) == before
+
+
+def test_what_a_killed_writer_left_is_not_taken_for_a_part(tmp_path: Path) -> None:
+    store = DrawsStore(tmp_path, "k")
+    fill(store, 2, 2)
+    (store.path / ".abc.part").write_bytes(b"half")
+    (store.path / "part-00000002-00000004-00000-00002.parquet.tmp").write_bytes(b"half")
+    assert store.parts() == [Unit(0, 2, 0, 2)]
+
+
+def test_a_full_disk_is_a_run_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    store = DrawsStore(tmp_path, "k")
+    unit = Unit(0, 1, 0, 1)
+
+    def on_full_device(dir: Path, prefix: str, suffix: str) -> tuple[int, str]:
+        return os.open("/dev/full", os.O_WRONLY), str(Path(dir) / "full.part")
+
+    monkeypatch.setattr(module.tempfile, "mkstemp", on_full_device)
+    with pytest.raises(RunError, match="is full"):
+        store.publish(unit, rows(unit))
+    assert list(store.path.iterdir()) == []
