@@ -28,6 +28,7 @@ ORDERED = ("#2C1160", "#8C2981", "#DE4968", "#F08A3C")
 """Along magma, dark to light, also in grey print; ends where a line on white is still easy to see."""
 GREY = "#7A7A7A"
 INK = "#222222"
+FAINT_INK = "#555555"
 DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
 WIDTH, HEIGHT, CONTROL_HEIGHT = 460, 290, 80
 FORMATS = ("html", "png", "pdf", "svg")
@@ -55,7 +56,7 @@ def fve_by_k(table: Any, *, title: str | None = None) -> alt.TopLevelMixin:
 
 
 def fve_by_temperature(table: Any, ks: Sequence[int] | None = None, *, title: str | None = None) -> alt.TopLevelMixin:
-    """FVE against sampling temperature: a line with error bars per K; a panel per group where cells differ in more than temperature.
+    """FVE against sampling temperature: a line with error bars per K; panels where cells differ in more than temperature.
 
     Args:
         table: as for every chart.
@@ -72,7 +73,8 @@ def fve_by_temperature(table: Any, ks: Sequence[int] | None = None, *, title: st
     colour = _ordinal_colour("k", "K", sorted({r["k"] for r in rows}))
     chart = _temperature_lines(rows, colour).properties(width=WIDTH if len(groups) == 1 else WIDTH * 0.6, height=HEIGHT)
     if len(groups) > 1:
-        chart = chart.facet(facet=alt.Facet("group:N", title=None, sort=groups), columns=2, data=_data(rows))
+        columns = next(c for c in (3, 2, 1) if len(groups) % c == 0)  # an empty place would show axes of nothing
+        chart = chart.facet(facet=alt.Facet("group:N", title=None, sort=groups), columns=columns, data=_data(rows))
     else:
         chart = chart.properties(data=_data(rows))
     return _finished(chart, rows, title or "FVE by sampling temperature", None)
@@ -163,8 +165,8 @@ def _refuse_ties(rows: Rows) -> None:
         point = (r["group"], r["k"], r["temperature"])
         if point in seen:
             raise RequestError(
-                f"two cells named {r['group'] or r['label']!r} share temperature {r['temperature']:g}: a line through both would mean "
-                "nothing. Give them labels that differ, or pass the rows of one of them."
+                f"two cells named {r['group'] or r['label']!r} share temperature {r['temperature']:g}: a line through both would "
+                "mean nothing. Give them labels that differ, or pass the rows of one of them."
             )
         seen.add(point)
 
@@ -272,11 +274,8 @@ def _curves(rows: Rows, colour: alt.Color, x: alt.X, controls: Rows) -> alt.Laye
     layers: list[Any] = [_zero_line()] if _crosses_zero(rows, controls) else []
     if controls:
         layers.append(_control_lines(controls, x, title=FVE))
-    layers.append(
-        base.mark_area(opacity=0.16 if len(_labels(rows)) <= 5 else 0.08).encode(
-            x, alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour
-        )
-    )
+    band = base.mark_area(opacity=0.16 if len(_labels(rows)) <= 5 else 0.08)
+    layers.append(band.encode(x, alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour))
     layers.append(base.mark_line(strokeWidth=2).encode(x, y, colour, _dash(rows), tooltip=_tooltip()))
     layers += _points(rows, x, y, colour)
     return alt.layer(*layers)
@@ -298,7 +297,8 @@ def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt.Chart
 
 def _control_lines(rows: Rows, x: alt.X, title: str) -> alt.LayerChart:
     """Grey and dashed, a line a label; the label's colour would ask for attention that a control does not deserve."""
-    y = _y("shuffled_fve", title, [r["shuffled_fve"] for r in rows], tickCount=3)
+    axis = {} if title == FVE else {"tickCount": 3}
+    y = _y("shuffled_fve", title, [r["shuffled_fve"] for r in rows] if axis else (), **axis)
     tooltip = [alt.Tooltip("label:N"), alt.Tooltip("k:Q", title="K"), alt.Tooltip("shuffled_fve:Q", format=".4f")]
     lines = alt.Chart(_data(rows)).encode(x, y, alt.Detail("label:N"), tooltip=tooltip)
     marks = [lines.mark_line(color=GREY, strokeDash=[5, 3], strokeWidth=1.3)]
@@ -345,11 +345,11 @@ def _tooltip() -> list[Any]:
 
 def _finished(chart: Any, rows: Rows, title: str, note: str | None) -> alt.TopLevelMixin:
     """Title, subtitle and type sizes for print."""
-    heading = alt.TitleParams(textwrap.wrap(title, 72), subtitle=_subtitle(rows, note), anchor="start", frame="group", offset=12)
+    heading = alt.TitleParams(_wrapped(title), subtitle=_subtitle(rows, note), anchor="start", frame="group", offset=12)
     styled = chart.properties(title=heading, padding={"left": 8, "right": 12, "top": 8, "bottom": 8})
-    return (  # type: ignore[no-any-return]
+    return (
         styled.configure(font="Helvetica, Arial, Liberation Sans, sans-serif", background="white")
-        .configure_title(fontSize=15, fontWeight=600, color=INK, subtitleFontSize=11.5, subtitleColor="#555555", subtitlePadding=5)
+        .configure_title(fontSize=15, fontWeight=600, color=INK, subtitleFontSize=11.5, subtitleColor=FAINT_INK, subtitlePadding=5)
         .configure_axis(
             labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titleColor=INK, labelColor=INK, gridColor="#E8E8E8",
             domainColor="#666666", tickColor="#666666", titlePadding=8, titleLimit=0, labelLimit=0,
@@ -358,6 +358,12 @@ def _finished(chart: Any, rows: Rows, title: str, note: str | None) -> alt.TopLe
         .configure_header(labelFontSize=12.5, labelColor=INK, labelLimit=0)
         .configure_view(stroke=None)
     )  # fmt: skip
+
+
+def _wrapped(title: str, width: int = 72) -> list[str]:
+    """Lines of about the same length, none longer than fits above a chart."""
+    num_lines = math.ceil(len(title) / width)
+    return textwrap.wrap(title, min(width, math.ceil(len(title) / num_lines) + 8)) if title else []
 
 
 def _subtitle(rows: Rows, note: str | None) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -46,7 +47,7 @@ class Settings:
     min_position: int = 24
     target_tokens: tuple[int, int] = (5, 10)
     av_minutes: float = 30.0
-    av_batch: int = 64
+    av_batch: int = 32
     av_rate: float = 1.5e-3
     seed: int = 0
 
@@ -258,3 +259,206 @@ def save_in_place(out: Path, write: Any) -> None:
 
 def digest(base: Path) -> str:
     return pair.digest_of(base / "model.safetensors")
+
+
+# ---- stage: samples
+
+
+def draw_texts(
+    base: Path, av_adapter: Path, vectors: Tensor, *, temperature: float, num_draws: int, seed: int, rows_at_once: int = 96,
+) -> list[list[list[int]]]:
+    """Token ids between the tags, [vector][draw]; the workers share the vectors. A draw that does not end is left empty."""
+    prompt = pair.Prompt.of(pair.load_tokenizer(base))
+    av = pair.with_lora(pair.load_base(base), av_adapter).eval().base_model.model
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(seed * 1000 + rank)
+    mine: list[list[list[int]]] = []
+    per_chunk = max(1, rows_at_once // num_draws)
+    own = vectors[rank::workers]
+    for start in range(0, len(own), per_chunk):
+        found = pair.draw(
+            av, prompt, own[start : start + per_chunk], num_draws=num_draws, temperature=temperature,
+            max_new_tokens=CONTEXT + 4, generator=generator, only_text=True,
+        )
+        found = [draw[:-1] if draw[-1] == prompt.closing[0] else [] for draw in found]
+        mine += [found[i : i + num_draws] for i in range(0, len(found), num_draws)]
+        if start // per_chunk % 10 == 0:
+            say(f"drawn {start + per_chunk} of {len(own)} vectors at temperature {temperature}")
+    return interleaved(mine, len(vectors))
+
+
+def interleaved(mine: list[Any], total: int) -> list[Any]:
+    """What worker r found for items r, r + workers, ..., back in one list on every worker."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    whole: list[Any] = [None] * total
+    for rank, part in enumerate(gathered):
+        whole[rank :: len(gathered)] = part
+    return whole
+
+
+def write_samples(base: Path, av_adapter: Path, rows: Rows, out: Path, temperatures: tuple[float, ...], seed: int) -> None:
+    """One draw per vector and temperature, and the true text, as lines {"row", "text", "temperature"}."""
+    tokenizer = pair.load_tokenizer(base)
+    lines = []
+    for number, temperature in enumerate(temperatures):
+        found = draw_texts(base, av_adapter, rows.vector, temperature=temperature, num_draws=1, seed=seed + number)
+        for row, (tokens,) in enumerate(found):
+            if text := tokenizer.decode(tokens).strip():
+                lines.append({"row": row, "text": text, "temperature": temperature})
+    for row, (context, length) in enumerate(zip(rows.context, rows.length, strict=True)):
+        lines.append({"row": row, "text": tokenizer.decode(context[CONTEXT - length :]).strip(), "temperature": None})
+    if dist.get_rank() == 0:
+        write_lines(out, [json.dumps(line, ensure_ascii=False) for line in lines])
+    dist.barrier()
+
+
+# ---- stage: ar
+
+
+def train_ar(
+    base: Path, start: Path | None, rows: Rows, samples: Path, out: Path, *,
+    minutes: float, steps: int | None, settings: Settings, rate: float,
+) -> dict[str, Any]:
+    """Regression of the vectors on AV draws, with a share of true text so that a better AV is not met unprepared."""
+    tokenizer = pair.load_tokenizer(base)
+    lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    ar = pair.load_ar(base, start)
+    pair.with_fast_lora(ar.model)
+    adapters = [p for p in ar.model.parameters() if p.requires_grad]
+    parameters = [*adapters, ar.value_head.weight]
+    trainer = pair.Trainer(parameters, [rate] * len(adapters) + [rate / 4])
+    clock = Clock(minutes, steps, out.with_suffix(".checkpoint"), trainer)
+    rng = np.random.default_rng([settings.seed, 1, dist.get_rank(), clock.step])
+    size = settings.av_batch // dist.get_world_size()
+    order: list[int] = []
+    recent: list[float] = []
+    while clock.progress < 1.0:
+        if len(order) < size:
+            order = rng.permutation(len(lines)).tolist()
+        batch = [lines[order.pop()] for _ in range(size)]
+        predicted = ar(*pair.padded(tokenizer, [line["text"] for line in batch]))
+        loss = pair.ar_error(predicted, rows.vector[[line["row"] for line in batch]]).mean()
+        loss.backward()
+        clock.tick()
+        recent.append(float(loss.detach()))
+        if clock.step % 20 == 0:
+            say(f"{out.name} step {clock.step} ({clock.progress:.0%}): error {np.mean(recent[-20:]):.3f}")
+    reached = {"steps": clock.step, "examples": clock.step * settings.av_batch, "minutes": round(clock.spent / 60, 1)}
+    prompt = pair.Prompt.of(tokenizer)
+    save_in_place(out, lambda into: pair.save_ar(ar, into, pair.sidecar("ar", prompt, digest(base), reached)))
+    clock.forget()
+    return reached
+
+
+# ---- stage: a round of the AV on the best of its own draws
+
+
+def best_draws(
+    base: Path, av_adapter: Path, ar_adapter: Path, rows: Rows, *, num_draws: int, temperature: float, seed: int
+) -> Rows:
+    """For each vector the draw that the AR reconstructs best, as a training target."""
+    tokenizer = pair.load_tokenizer(base)
+    found = draw_texts(base, av_adapter, rows.vector, temperature=temperature, num_draws=num_draws, seed=seed)
+    ar = pair.load_ar(base, ar_adapter)
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    mine = []
+    for row in range(rank, len(found), workers):
+        draws = [d for d in found[row] if 2 < len(d) <= CONTEXT and d == tokenizer.encode(tokenizer.decode(d))]
+        if not draws:
+            mine.append(([], 2.0, 2.0))
+            continue
+        predicted = pair.reconstruct(ar, tokenizer, [tokenizer.decode(d).strip() for d in draws])
+        errors = pair.ar_error(predicted, rows.vector[row][None])
+        mine.append((draws[int(errors.argmin())], float(errors.min()), float(errors.mean())))
+    best = interleaved(mine, len(found))
+    say(f"{rows.vector.shape[0]} vectors: mean error {np.mean([b[2] for b in best]):.3f}, best of {num_draws} {np.mean([b[1] for b in best]):.3f}")
+    kept = [i for i, (tokens, _, _) in enumerate(best) if tokens]
+    context = np.zeros((len(kept), CONTEXT), dtype=np.int64)
+    for at, i in enumerate(kept):
+        context[at, CONTEXT - len(best[i][0]) :] = best[i][0]
+    return Rows(vector=rows.vector[kept], context=context, length=np.array([len(best[i][0]) for i in kept]))
+
+
+# ---- stage: report
+
+
+def evaluate(
+    base: Path, av_adapter: Path, ar_adapter: Path, rows: Rows, clusters: list[str], *,
+    temperatures: list[float], num_draws: int, max_new_tokens: int = 32, seed: int = 1,
+) -> dict[str, Any]:
+    """FVE of best-of-K for each temperature on held-out activations, with whole honest draws: tags are sampled too."""
+    tokenizer = pair.load_tokenizer(base)
+    prompt = pair.Prompt.of(tokenizer)
+    av = pair.with_lora(pair.load_base(base), av_adapter).eval().base_model.model
+    ar = pair.load_ar(base, ar_adapter)
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    own = np.arange(rank, len(rows.vector), workers)
+    table: dict[str, Any] = {"baseline": baseline(rows.vector), "num_activations": len(rows.vector), "num_draws": num_draws}
+    for temperature in temperatures:
+        generator = torch.Generator().manual_seed(seed * 1000 + rank)
+        mine = []
+        for start in range(0, len(own), 8):
+            vectors = rows.vector[own[start : start + 8]]
+            found = pair.draw(
+                av, prompt, vectors, num_draws=num_draws, temperature=temperature,
+                max_new_tokens=max_new_tokens, generator=generator,
+            )
+            mine += [found[i : i + num_draws] for i in range(0, len(found), num_draws)]
+        draws = interleaved(mine, len(rows.vector))
+        table[str(temperature)] = score(ar, tokenizer, draws, rows.vector, clusters)
+        say(f"temperature {temperature}: {json.dumps({k: v for k, v in table[str(temperature)].items() if k != 'examples'})}")
+    return table
+
+
+def baseline(vectors: Tensor) -> float:
+    """Mean squared distance of the unit-scaled activations from their un-normalised mean."""
+    unit = pair.scaled(vectors, pair.WIDTH**0.5)
+    return float(((unit - unit.mean(0)) ** 2).mean())
+
+
+def score(
+    ar: pair.Reconstructor, tokenizer: Any, draws: list[list[list[int]]], vectors: Tensor, clusters: list[str]
+) -> dict[str, Any]:
+    outputs = [[tokenizer.decode(tokens) for tokens in row] for row in draws]
+    payloads = [[pair.payload(text) for text in row] for row in outputs]
+    flat = [text or "" for row in payloads for text in row]
+    failed = np.array([[text is None for text in row] for row in payloads])
+    predicted = pair.reconstruct(ar, tokenizer, flat).view(*failed.shape, -1)
+    own = np.where(failed, np.inf, pair.ar_error(predicted, vectors[:, None]).numpy())
+    other = np.where(failed, np.inf, pair.ar_error(predicted, vectors.roll(len(vectors) // 2, 0)[:, None]).numpy())
+    ks = [k for k in (1, 2, 4, 8, 16) if k <= failed.shape[1]]
+    unit = pair.scaled(vectors, pair.WIDTH**0.5).numpy()
+    error = {k: best_of_k(own, k) for k in ks}
+    base = baseline(vectors)
+    return {
+        "fve": {k: round(1 - float(error[k].mean()) / base, 3) for k in ks},
+        "interval": {k: interval(error[k], unit, clusters) for k in (ks[0], ks[-1])},
+        "shuffled": {k: round(1 - float(best_of_k(other, k).mean()) / base, 3) for k in ks},
+        "failure_rate": round(float(failed.mean()), 4),
+        "tokens_per_draw": round(float(np.mean([len(d) for row in draws for d in row])), 2),
+        "distinct_share": round(len(set(flat)) / len(flat), 3),
+        "examples": [payloads[i][:4] for i in range(0, len(payloads), max(1, len(payloads) // 8))],
+    }
+
+
+def best_of_k(errors: np.ndarray, k: int) -> np.ndarray:
+    """Expected smallest of k errors per row; the i-th smallest of N has weight C(N-i, k-1) / C(N, k). Failures are inf, last, 2.0."""
+    ordered = np.sort(errors, axis=1)
+    ordered[np.isinf(ordered)] = 2.0
+    n = errors.shape[1]
+    weights = np.array([math.comb(n - i, k - 1) / math.comb(n, k) for i in range(1, n + 1)])
+    return ordered @ weights
+
+
+def interval(errors: np.ndarray, unit: np.ndarray, clusters: list[str], replicates: int = 500) -> list[float]:
+    """95 % bootstrap interval of FVE over documents; the baseline is recomputed in each replicate."""
+    names, index = np.unique(clusters, return_inverse=True)
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(replicates):
+        weight = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))[index].astype(float)
+        mean = weight @ unit / weight.sum()
+        spread = weight @ ((unit - mean) ** 2).mean(1)
+        values.append(1 - (weight @ errors) / spread)
+    return [round(float(v), 3) for v in np.quantile(values, [0.025, 0.975])]

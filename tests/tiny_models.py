@@ -345,17 +345,20 @@ def _save_adapter(pair: TinyPair, path: Path, num_layers: int, seed: int) -> Non
 
     torch.manual_seed(seed)
     model = _random_model(pair.family, num_layers, pair.d_model, _vocab_size(pair.base))
-    config = LoraConfig(
+    lora = LoraConfig(
         r=2,
         lora_alpha=4,
         target_modules=["q_proj", "v_proj", "o_proj", "up_proj"],
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    adapter = PeftModel(model, config)
+    adapter = PeftModel(model, lora)
     adapter.save_pretrained(str(path), save_embedding_layers=False)
     file = path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(pair.base)}, indent=2))
+
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": str(pair.base)}
+    config["target_modules"] = sorted(config["target_modules"])  # peft writes a set: another order in every process
+    file.write_text(json.dumps(config, indent=2))
 
 
 def _save_sidecar(path: Path, role: str, pair: TinyPair) -> None:

@@ -1,6 +1,7 @@
-"""Which family a checkpoint is of, whether it is whole and what it was given as, and its content digest. No weights are read, no torch is needed.
+"""Which family a checkpoint is of, whether it is whole and what it was given as, and its content digest.
 
-The launcher runs these checks before anything is submitted; what needs weights or a tokenizer is checked when a rank loads the model (`nla.py`).
+No weights are read and no torch is needed: the launcher runs these checks before anything is submitted. What needs weights or a
+tokenizer is checked when a rank loads the model (`nla.py`).
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ class CheckpointInfo:
 
     @property
     def role(self) -> Role:
+        """av or ar."""
         return self.sidecar.role
 
     @property
     def d_model(self) -> int:
+        """Width of the vectors."""
         return self.sidecar.d_model
 
     @property
     def is_adapter(self) -> bool:
+        """PEFT adapter over `base`, not full weights."""
         return self.base is not None
 
     @property
@@ -72,7 +76,7 @@ def family(path: Path) -> Family:
     found = "a file" if path.exists() else "not there"
     raise CheckpointError(
         f"{path} is {found}; expected an AV or AR directory with nla_meta.yaml, or a talkative-autoencoder .pt file. Check the "
-        f"path."
+        "path."
     )
 
 
@@ -81,7 +85,7 @@ def inspect(path: Path | str, expected_role: Role, base: str | None = None) -> C
 
     Args:
         path: directory, or hub id.
-        base: base model of an adapter, path or hub id; None takes the one that adapter_config.json names. Not used by full weights.
+        base: base model of an adapter, path or hub id; None takes the one that adapter_config.json names. Full weights ignore it.
 
     Raises:
         CheckpointError: what is wrong, what was expected, what to do.
@@ -90,7 +94,7 @@ def inspect(path: Path | str, expected_role: Role, base: str | None = None) -> C
     if family(path) != "nla":
         raise CheckpointError(
             f"{path} is a talkative-autoencoder file; expected an {expected_role.upper()} directory with nla_meta.yaml. This "
-            f"version reads the public NLA layout only."
+            "version reads the public NLA layout only."
         )
     sidecar = read_sidecar(path, expected_role)
     base_path = _base(path, base, sidecar) if (path / ADAPTER_CONFIG).exists() else None
@@ -119,8 +123,8 @@ def check_pair(
     """AV, AR and the activations belong together: one layer, one width, one base model, one marker.
 
     Args:
-        activations_layer, activations_d_model, activations_base: of the vectors; None is not checked. A base given as a local path is compared by
-            the digest of its weights where the sidecars have one, else not at all: a path says nothing about what lies there.
+        activations_layer, activations_d_model, activations_base: of the vectors; None is not checked. A base given as a local
+            path is compared by the digest of its weights where the sidecars have one, else not at all: a path says little.
 
     Raises:
         CheckpointError: AV and AR do not fit. DataError: the activations fit neither.
@@ -131,28 +135,16 @@ def check_pair(
         ("layer", av.layer, ar.layer),
         ("base model", _hub_name(a.base_checkpoint), _hub_name(b.base_checkpoint)),
         ("base digest", a.base_digest, b.base_digest),
-        ("base directory", av.base, ar.base),
+        ("digest of the base model", *_base_digests(av, ar)),
         ("marker", a.marker, b.marker),
         ("marker token id", a.marker_id, b.marker_id),
     ):
         if ours is not None and theirs is not None and ours != theirs:
             raise CheckpointError(
                 f"AV {av.path} and AR {ar.path} do not belong together: {what} is {ours!r} in the AV and {theirs!r} in the AR. "
-                f"Pass both halves of one pair."
+                "Pass both halves of one pair."
             )
-    layer = ar.layer if ar.layer is not None else av.layer
-    if None not in (activations_layer, layer) and activations_layer != layer:
-        raise DataError(
-            f"the activations are of layer {activations_layer}, but AV {av.path} and AR {ar.path} were trained on layer "
-            f"{layer}. Extract layer {layer}, or use a pair of layer {activations_layer}."
-        )
-    if activations_d_model is not None and activations_d_model != av.d_model:
-        raise DataError(
-            f"the activations have {activations_d_model} dimensions, but AV {av.path} and AR {ar.path} take {av.d_model}. Use "
-            f"activations of the pair's base model ({a.base_checkpoint})."
-        )
-    if activations_base is not None:
-        _check_activations_base(av, ar, activations_base)
+    _check_activations(av, ar, activations_layer, activations_d_model, activations_base)
 
 
 def digest(info: CheckpointInfo) -> str:
@@ -163,19 +155,44 @@ def digest(info: CheckpointInfo) -> str:
     return hashlib.sha256(f"{own} over {files.digest(info.base)}".encode()).hexdigest()[:32]
 
 
+def _check_activations(
+    av: CheckpointInfo, ar: CheckpointInfo, asked_layer: int | None, d_model: int | None, base: str | None
+) -> None:
+    layer = ar.layer if ar.layer is not None else av.layer
+    if None not in (asked_layer, layer) and asked_layer != layer:
+        raise DataError(
+            f"the activations are of layer {asked_layer}, but AV {av.path} and AR {ar.path} were trained on layer "
+            f"{layer}. Extract layer {layer}, or use a pair of layer {asked_layer}."
+        )
+    if d_model is not None and d_model != av.d_model:
+        raise DataError(
+            f"the activations have {d_model} dimensions, but AV {av.path} and AR {ar.path} take {av.d_model}. Use "
+            f"activations of the pair's base model ({av.sidecar.base_checkpoint})."
+        )
+    if base is not None:
+        _check_activations_base(av, ar, base)
+
+
+def _base_digests(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[str | None, str | None]:
+    """What two adapters lie over, where that is not plainly the same directory."""
+    if av.base is None or ar.base is None or av.base == ar.base:
+        return None, None
+    return files.digest(av.base), files.digest(ar.base)
+
+
 def _base(path: Path, base: str | None, sidecar: Sidecar) -> Path:
     """Local directory of an adapter's base model, its weights verified against the sidecar's base_digest."""
     if (path / "model.safetensors").exists() or (path / "model.safetensors.index.json").exists():
         raise CheckpointError(
             f"{path} holds both full weights and {ADAPTER_CONFIG}: it is not clear which are meant. Keep one of the two in the "
-            f"directory."
+            "directory."
         )
     config = files.read_json(path / ADAPTER_CONFIG, "adapter configuration")
     source = base or config.get("base_model_name_or_path")
     if not isinstance(source, str) or not source:
         raise CheckpointError(
             f"{path} is an adapter, and its {ADAPTER_CONFIG} names no base model. Set autoencoder.base to the base model's "
-            f"path or hub id."
+            "path or hub id."
         )
     try:
         found = files.resolve(source, "base model")
@@ -183,7 +200,7 @@ def _base(path: Path, base: str | None, sidecar: Sidecar) -> Path:
         where = "autoencoder.base" if base else f"base_model_name_or_path in {path / ADAPTER_CONFIG}"
         raise CheckpointError(
             f"{path} is an adapter over a base model that cannot be had (from {where}): {error} Set autoencoder.base to where "
-            f"the base model is."
+            "the base model is."
         ) from error
     if sidecar.base_digest is not None:
         _check_base_digest(found, sidecar.base_digest, path)
@@ -195,7 +212,7 @@ def _check_base_digest(base: Path, expected: str, path: Path) -> None:
     if not weights.exists():
         raise CheckpointError(
             f"{path} was trained over a base whose model.safetensors has digest {expected}; {base} has no such single file to "
-            f"compare. Use the base it was trained on (see set-up in the README)."
+            "compare. Use the base it was trained on (see set-up in the README)."
         )
     if (found := _weights_digest(weights)) != _short(expected):
         raise CheckpointError(
@@ -235,7 +252,7 @@ def _check_width(config: Mapping[str, Any], sidecar: Sidecar, directory: Path) -
     if width != sidecar.d_model:
         raise CheckpointError(
             f"the sidecar says d_model={sidecar.d_model}, but the model in {directory} has hidden_size={width}. Sidecar and "
-            f"weights are not of the same checkpoint, or the base is another model."
+            "weights are not of the same checkpoint, or the base is another model."
         )
 
 
@@ -246,7 +263,7 @@ def _layer(sidecar: Sidecar, depth: int, path: Path, is_adapter: bool) -> int | 
         if is_adapter:
             raise CheckpointError(
                 f"{path / 'nla_meta.yaml'} names no layer, so how many blocks of the base this AR adapter uses is unknown. Add "
-                f"critic.extraction_layer_index."
+                "critic.extraction_layer_index."
             )
         return depth - 1
     if layer is not None and sidecar.role == "ar" and not is_adapter and depth != layer + 1:
@@ -258,7 +275,7 @@ def _layer(sidecar: Sidecar, depth: int, path: Path, is_adapter: bool) -> int | 
     if layer is not None and layer >= depth:
         raise CheckpointError(
             f"{path} is of layer {layer}, but its model has {depth} blocks (0 to {depth - 1}). Sidecar and model are not of "
-            f"the same checkpoint."
+            "the same checkpoint."
         )
     return layer
 
@@ -267,7 +284,7 @@ def _adapter_tensors(path: Path, num_layers: int) -> dict[str, Tensor]:
     if not (path / ADAPTER).exists():
         raise CheckpointError(
             f"{path} has {ADAPTER_CONFIG} but no {ADAPTER}: the adapter's weights are missing (or saved as .bin: save them as "
-            f"safetensors). Download them again."
+            "safetensors). Download them again."
         )
     tensors = read_header(path / ADAPTER)
     beyond = [name for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name)) and int(match[1]) >= num_layers]
@@ -286,7 +303,7 @@ def _check_head(path: Path, d_model: int) -> None:
     if not file.exists():
         raise CheckpointError(
             f"{path} has no {HEAD}, the d x d map that an AR ends with. Without it this is no AR: download it again, and check "
-            f"that an AV or base model was not given as `ar`."
+            "that an AV or base model was not given as `ar`."
         )
     head = read_header(file)
     if set(head) != {"weight"}:
@@ -321,8 +338,8 @@ def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str)
                 )
             continue
         theirs, ours = _hub_name(source), _hub_name(info.sidecar.base_checkpoint)
-        if theirs and ours and theirs != ours:
+        if theirs and ours and theirs.split("/")[1] != ours.split("/")[1]:  # mirrors keep the name under another owner
             raise DataError(
                 f"the activations come from {source}, but {info.path} was trained on {info.sidecar.base_checkpoint}. Set "
-                f"activations.model to the pair's base model."
+                "activations.model to the pair's base model."
             )

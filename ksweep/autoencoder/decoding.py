@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LIVE_SHARE = 0.75
-"""Rows that have ended are dropped from the batch once fewer than this share of it is live."""
+LIVE_SHARE = 0.9
+"""Rows that have ended are dropped from the batch once fewer than this share of it is live. Measured on a CPU (256 rows, lengths
+geometric with mean 14 of at most 32): 2.1x the speed of never dropping, 2.0x at 0.75, 1.8x at 0.5, no more at 1.0."""
 
 
 @dataclass(frozen=True)

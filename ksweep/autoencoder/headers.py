@@ -65,7 +65,7 @@ def model_tensors(directory: Path) -> dict[str, Tensor]:
         if not single.exists():
             raise CheckpointError(
                 f"{directory} holds neither model.safetensors nor {index.name}. Weights in another format (.bin, .pt) must be "
-                f"saved as safetensors first; "
+                "saved as safetensors first; "
                 "a hub snapshot may be incomplete."
             )
         return read_header(single)
@@ -84,7 +84,7 @@ def _sharded(directory: Path, index: Path, weight_map: Mapping[str, str]) -> dic
     if absent := sorted(weight_map.keys() - tensors.keys()):
         raise CheckpointError(
             f"{index} lists tensors that no shard holds: {some(absent)}. Index and shards are of different checkpoints, or "
-            f"incomplete."
+            "incomplete."
         )
     return tensors
 
@@ -111,7 +111,7 @@ def check_blocks(names: Iterable[str], num_layers: int, where: Path) -> None:
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise CheckpointError(
             f"{where} holds the same tensors under two spellings: {some(twice)}. Remove the language_model. copies or the bare "
-            f"ones."
+            "ones."
         )
     blocks: dict[int, set[str]] = defaultdict(set)
     prefix = "model.layers."
@@ -131,7 +131,7 @@ def check_blocks(names: Iterable[str], num_layers: int, where: Path) -> None:
     if missing or not blocks:
         raise CheckpointError(
             f"{where} lacks weights: {some(missing) or 'of every block'}; config.json says {num_layers} blocks. They would be "
-            f"filled at random. Download the checkpoint again, or correct num_hidden_layers."
+            "filled at random. Download the checkpoint again, or correct num_hidden_layers."
         )
 
 

@@ -30,23 +30,24 @@ def check_vectors(vectors: torch.Tensor, d_model: int) -> None:
         if rows := wrong.nonzero()[:, 0].tolist():
             raise DataError(
                 f"row {rows[0]} of the vectors holds {what} ({len(rows)} such rows of {len(vectors)}): it has no direction to "
-                f"inject. "
+                "inject. "
                 "Remove these rows, or extract them again in a wider dtype."
             )
 
 
 def scaled(vectors: Float[torch.Tensor, "activation d_model"], scale: float) -> Float[torch.Tensor, "activation d_model"]:
-    """Each vector at norm `scale`, float32: v / (|v| / scale), the public code's order of operations. Direction only; |v| never reaches the AV."""
+    """Each vector at norm `scale`, float32, by the public code's order of operations; only the direction reaches the AV."""
     vectors = vectors.float()
-    return vectors / (torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12) / scale)
+    rows: torch.Tensor = vectors / (torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12) / scale)
+    return rows
 
 
 @contextmanager
 def injecting(embedding: torch.nn.Module, rows: Float[torch.Tensor, "activation d_model"], position: int) -> Iterator[None]:
     """While open, the embedding module's output has `rows` at `position`; open for exactly one forward pass.
 
-    The output is what the first block sees, after a Gemma's multiplication by sqrt(d_model), so the rows need no factor of their own
-    and the same code serves every architecture.
+    The output is what the first block sees, after a Gemma's multiplication by sqrt(d_model), so the rows need no factor of their
+    own and the same code serves every architecture.
 
     Raises:
         CheckpointError: the module did not run exactly once, so the vectors did not get where they belong.
@@ -68,6 +69,6 @@ def injecting(embedding: torch.nn.Module, rows: Float[torch.Tensor, "activation 
     if firings != 1:
         raise CheckpointError(
             f"the AV's embedding module ran {firings} times in one prefill, expected once: its architecture takes its input "
-            f"from elsewhere, "
+            "from elsewhere, "
             "so vectors cannot be injected. Use a Qwen2, Llama or Gemma-3 text model."
         )

@@ -1,10 +1,13 @@
-"""Weights into models: full checkpoints or adapters over a base, text-only or inside a multimodal wrapper; nothing missing, nothing extra, nothing broken."""
+"""Weights into models: full checkpoints or adapters over a base, text-only or inside a multimodal wrapper.
+
+Nothing missing, nothing extra, nothing broken: what transformers would report or fill at random is an error here.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +41,7 @@ def load_causal_lm(info: CheckpointInfo, dtype: torch.dtype, device: torch.devic
     with _quiet(), _explained(info, "its weights"):
         model = _merged(info, dtype) if info.is_adapter else _load(info, AutoModelForCausalLM, dtype)
     model.generation_config = transformers.GenerationConfig()
-    # logits_to_keep hands lm_head a strided [row, 1, d] slice, which torch multiplies as a batch, with a copy of the weights per row.
+    # logits_to_keep hands lm_head a strided [row, 1, d] slice, which torch multiplies as a batch, weights copied for each row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))
     return _ready(model, info, device)
 
@@ -56,7 +59,7 @@ def load_backbone(info: CheckpointInfo, dtype: torch.dtype, device: torch.device
     if norm is None or blocks is None or len(blocks) != info.num_layers:
         raise CheckpointError(
             f"AR {info.path} is a {type(model).__name__}, whose blocks or final norm are not where they are expected (.layers "
-            f"or .h, one of "
+            "or .h, one of "
             f".{', .'.join(FINAL_NORMS)}), or not {info.num_layers}. Use a Qwen2, Llama or Gemma-3 text model."
         )
     setattr(model, norm, torch.nn.Identity())
@@ -78,7 +81,7 @@ def load_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) ->
             f"{LARGEST_HEAD_WEIGHT:g}, the first at [{row}, {column}] "
             f"({float(weight[row, column])}). The head was saved half (a known fault of sharded saving): get an intact file."
         )
-    head = torch.nn.Linear(*weight.shape, bias=False, dtype=dtype)
+    head = torch.nn.Linear(info.d_model, info.d_model, bias=False, dtype=dtype)
     head.weight.data.copy_(weight)
     return head.requires_grad_(False).to(device)
 
@@ -113,11 +116,8 @@ def _cut(config: Any, num_layers: int) -> None:
 
 def _check_report(info: CheckpointInfo, report: Mapping[str, Any]) -> None:
     """Raises CheckpointError for every tensor that is missing, extra or of another shape, less those an AR never applies."""
-    unused = (
-        {"lm_head.weight", *(f"{prefix}{name}.weight" for prefix in ("", "model.") for name in FINAL_NORMS)}
-        if info.role == "ar"
-        else set()
-    )
+    norms = (f"{prefix}{name}.weight" for prefix in ("", "model.") for name in FINAL_NORMS)
+    unused = {"lm_head.weight", *norms} if info.role == "ar" else set()
     missing = set(report["missing_keys"]) - unused
     extra = {name for name in report["unexpected_keys"] if not NOT_TEXT.match(name)}
     if info.is_adapter:
@@ -128,7 +128,7 @@ def _check_report(info: CheckpointInfo, report: Mapping[str, Any]) -> None:
     if problems := [f"{what} {some(names)}" for what, names in found if names]:
         raise CheckpointError(
             f"the weights in {info.weights} do not fit its config.json: it {'; it '.join(problems)}. Missing weights would be "
-            f"random. "
+            "random. "
             "Download the checkpoint again, or save it with all its tensors."
         )
 
@@ -141,8 +141,8 @@ def _above(name: str, num_layers: int) -> bool:
 def _merged(info: CheckpointInfo, dtype: torch.dtype) -> Any:
     """Base (cut to the AR's blocks) with its adapter merged in.
 
-    Both are added in float32 and rounded to `dtype` once: merging in bfloat16 would round the sum of a large and a small number twice.
-    It takes twice the memory of a bfloat16 model while it loads.
+    Added in float32 and rounded to `dtype` once, so that small updates are not rounded twice; that takes twice the memory of a
+    bfloat16 model while it loads.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -159,7 +159,7 @@ def _merged(info: CheckpointInfo, dtype: torch.dtype) -> Any:
 
 
 def _adapter_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adapter weights named as over a text-only causal LM, whether they were made over that, its backbone or a multimodal wrapper."""
+    """Adapter weights, named as over a text-only causal LM; they may have been made over its backbone or a multimodal wrapper."""
     prefix = "base_model.model."
     names = text_names(name.removeprefix(prefix) for name in state)
     full = (name if name.startswith(("model.", "lm_head.", "transformer.")) else f"model.{name}" for name in names)
@@ -244,4 +244,4 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     )
 
 
-__all__: Iterable[str] = ["load_backbone", "load_causal_lm", "load_head", "load_tokenizer", "torch_dtype"]
+__all__ = ["load_backbone", "load_causal_lm", "load_head", "load_tokenizer", "torch_dtype"]

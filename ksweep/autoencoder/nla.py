@@ -3,11 +3,13 @@
     av = load_verbalizer("kitft/nla-qwen2.5-7b-L20-av", device="cuda")
     ar = load_reconstructor("kitft/nla-qwen2.5-7b-L20-ar", device="cuda")
 
-The rules are those of the public code (kitft/natural_language_autoencoders); where it would go on silently with something broken, this raises CheckpointError.
+The rules are those of the public code (kitft/natural_language_autoencoders); where that would go on silently with something
+broken, this raises CheckpointError.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 
     from ksweep.autoencoder.protocol import FinishReason, ParseOutcome
 
+log = logging.getLogger(__name__)
+
 DIFFERENCE = 1e-4
-"""Least change of the logits, as a share of their largest, that opposite vectors must make. The fixtures' AVs change by 0.1 and more."""
+"""Least change of the logits, as a share of the largest, that opposite vectors must make; the fixtures' AVs change by half."""
 
 
 def load_verbalizer(
@@ -55,7 +59,7 @@ def load_verbalizer(
     if max(prompt.ids) >= rows:
         raise CheckpointError(
             f"AV {info.path}: its prompt holds token {max(prompt.ids)}, but the model has {rows} embedding rows. Tokenizer and "
-            f"weights are not of the same model."
+            "weights are not of the same model."
         )
     return NlaVerbalizer(info, model, tokenizer, prompt.ids, prompt.position, stops)
 
@@ -82,6 +86,7 @@ class NlaVerbalizer:
     def __init__(
         self, info: CheckpointInfo, model: Any, tokenizer: Any, prompt_ids: tuple[int, ...], position: int, stops: frozenset[int]
     ) -> None:
+        """Parts that belong together; `load_verbalizer` makes them."""
         self.info = info
         self.model = model
         self.tokenizer = tokenizer
@@ -95,11 +100,13 @@ class NlaVerbalizer:
         """Run the prompt once per vector, the vector injected; the first call also makes the differential check.
 
         Raises:
-            DataError: a vector that is not finite, all zero, or of another width. CheckpointError: the AV does not read its vector.
+            DataError: a vector that is not finite, all zero, or of another width.
+            CheckpointError: the AV does not read its vector.
         """
         check_vectors(vectors, self.d_model)
         if len(vectors) and not self._checked:
             self.differential_check(vectors[0])
+            self._warn_of_norms(vectors)
             self._checked = True
         return self._prefill(vectors)
 
@@ -113,7 +120,7 @@ class NlaVerbalizer:
         if not torch.isfinite(logits).all():
             raise CheckpointError(
                 f"AV {self.info.path} gives NaN or infinite logits in {self.model.dtype}. Use autoencoder.dtype=bfloat16 or "
-                f"float32 (float16 overflows on Gemma)."
+                "float32 (float16 overflows on Gemma)."
             )
         same, opposite = ((logits[0] - logits[i]).abs().max().item() for i in (1, 2))
         if opposite <= DIFFERENCE * logits.abs().max().item() or opposite <= 10 * same:
@@ -134,6 +141,16 @@ class NlaVerbalizer:
         """The explanation in a sampled text, or None and why there is none; see `prompts.parse_explanation`."""
         return parse_explanation(text, finish)
 
+    def _warn_of_norms(self, vectors: Float[torch.Tensor, "activation d_model"]) -> None:
+        """Direction is all that is injected, so odd norms are no error; but they hint at vectors of another layer or model."""
+        norms, scale = vectors.float().norm(dim=1), self.info.sidecar.injection_scale or 1.0
+        median = float(norms.median())
+        if not 0.3 <= median / scale <= 3:
+            log.warning(
+                "the vectors' median norm is %.3g, but AV %s was trained on norms of about %.3g: are they raw outputs of block %s?",
+                *(median, self.info.path, scale, self.info.layer),
+            )
+
     @torch.inference_mode()
     def _prefill(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prefill:
         scale = self.info.sidecar.injection_scale
@@ -149,6 +166,7 @@ class NlaReconstructor:
     """AR: text -> vector. Implements `protocol.Reconstructor`."""
 
     def __init__(self, info: CheckpointInfo, model: Any, head: torch.nn.Linear, prompts: ArPrompts) -> None:
+        """Parts that belong together; `load_reconstructor` makes them."""
         self.info = info
         self.model = model
         self.head = head
@@ -158,11 +176,12 @@ class NlaReconstructor:
     def reconstruct(self, texts: Sequence[str], batch_size: int = 64) -> Float[torch.Tensor, "text d_model"]:
         """Raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts are run once.
 
-        Each text is inserted as it is: strip and parse it first. Rows are batched by length and padded on the right, so a row's neighbours
-        do not change it beyond rounding.
+        Each text is inserted as it is: strip and parse it first. Rows are batched by length and padded on the right, so a row's
+        neighbours do not change it beyond rounding.
 
         Raises:
-            DataError: a text too long for the AR. CheckpointError: a prompt that does not end as the AR was trained, or an output that is not finite.
+            DataError: a text too long for the AR.
+            CheckpointError: a prompt that does not end as the AR was trained, or an output that is not finite.
         """
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         ids = self.prompts.ids(list(place))
@@ -175,7 +194,7 @@ class NlaReconstructor:
             worst = list(place)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
             raise CheckpointError(
                 f"AR {self.info.path} gives NaN or infinite values for {worst[:60]!r} in {self.model.dtype}. Use "
-                f"autoencoder.dtype=bfloat16 or float32."
+                "autoencoder.dtype=bfloat16 or float32."
             )
         return out[[place[text] for text in texts]]
 
@@ -187,7 +206,8 @@ class NlaReconstructor:
         # No cache: the public code measured 4 % drift where a cache met several sequences.
         hidden = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows), device=device), (lengths - 1).to(device)]
-        return self.head(last).float().cpu()
+        out: torch.Tensor = self.head(last)
+        return out.float().cpu()
 
 
 def _padded_right(

@@ -1,6 +1,7 @@
 """Prompts as token ids: the AV's, with the marker's place; the AR's, around each explanation; and reading an explanation back.
 
-Tokenizers drift silently (a dropped BOS costs Gemma's AR more than half of its variance explained), so every id that the sidecar states is compared.
+Tokenizers drift silently (a dropped BOS costs Gemma's AR more than half of its variance explained), so every id that the
+sidecar states is compared.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ DRIFT = "The tokenizer is not the one that the checkpoint was trained with: use 
 def parse_explanation(text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
     """What stands between the first <explanation> and the next </explanation>, stripped; or None and why there is nothing.
 
-    A draw that was cut off after its closing tag is complete and counts as ok: what was cut is never shown to the AR. (The public training code
-    counted such draws as failed, the public client did not.)
+    A draw that was cut off after its closing tag is complete and counts as ok: what was cut is never shown to the AR. (The public
+    training code counted such draws as failed, the public client did not.)
     """
     match = EXPLANATION.search(text)
     if match:
@@ -51,7 +52,7 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
     """Chat-template the AV's message, and check the marker and its surroundings against the sidecar.
 
     Raises:
-        CheckpointError: no chat template, BOS missing or doubled, the marker split, unknown, absent, repeated or between other neighbours.
+        CheckpointError: no chat template; BOS missing or doubled; the marker split, unknown, absent, repeated or elsewhere.
     """
     sidecar = info.sidecar
     assert sidecar.marker is not None and sidecar.marker_id is not None
@@ -68,7 +69,7 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
     if len(sites) != 1 or not 0 < sites[0] < len(ids) - 1:
         raise CheckpointError(
             f"AV {info.path}: the marker {sidecar.marker!r} stands at positions {sites} of the {len(ids)} prompt tokens, "
-            f"expected exactly one place inside. "
+            "expected exactly one place inside. "
             "Use the chat template and prompt template that were released with the checkpoint."
         )
     around = (ids[sites[0] - 1], ids[sites[0] + 1])
@@ -83,7 +84,7 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
 def stop_token_ids(info: CheckpointInfo, tokenizer: Any) -> frozenset[int]:
     """Every end-of-sequence id of tokenizer, config.json and generation_config.json (Gemma's <end_of_turn> is only in the last).
 
-    Nothing else is read of generation_config.json: its temperature, top_k and repetition penalty are the base model's, not the AV's.
+    Nothing else is read of generation_config.json: its temperature, top_k and repetition penalty are the base model's habits.
     """
     found: list[Any] = [tokenizer.eos_token_id, info.config.get("eos_token_id")]
     for directory in dict.fromkeys((info.path, info.weights)):
@@ -94,7 +95,7 @@ def stop_token_ids(info: CheckpointInfo, tokenizer: Any) -> frozenset[int]:
     if not ids:
         raise CheckpointError(
             f"AV {info.path}: neither tokenizer nor config.json nor generation_config.json names an end-of-sequence token, so "
-            f"no draw would ever end. "
+            "no draw would ever end. "
             "Add eos_token_id to config.json."
         )
     return frozenset(ids)
@@ -104,7 +105,7 @@ class ArPrompts:
     """Explanations -> token ids of the AR's prompt, each checked."""
 
     def __init__(self, info: CheckpointInfo, tokenizer: Any, num_embeddings: int) -> None:
-        """Raises CheckpointError where a probe shows that BOS is missing, something is appended, or the suffix is not the sidecar's."""
+        """Raises CheckpointError: a probe shows that BOS is missing, something is appended, or the suffix is another."""
         self._info, self._tokenizer, self._num_embeddings = info, tokenizer, num_embeddings
         self._before, self._after = info.sidecar.ar_affixes
         self._limit: int | None = info.config.get("max_position_embeddings")
@@ -117,7 +118,8 @@ class ArPrompts:
         """Token ids with special tokens, never truncated; the explanation is inserted verbatim, braces and all.
 
         Raises:
-            DataError: a prompt longer than the model's context. CheckpointError: a token the model has no row for, another suffix.
+            DataError: a prompt longer than the model's context.
+            CheckpointError: a token the model has no row for, another suffix.
         """
         if not explanations:
             return []
@@ -167,7 +169,7 @@ class ArPrompts:
             f"AR {self._info.path}: its tokenizer makes [{', '.join(map(str, ids[:2]))} ... {', '.join(map(str, ids[-2:]))}] "
             f"of a prompt, expected {'one BOS and ' if self._bos is not None else ''}"
             f"the text alone, ending in {plain[-2:]}. The AR reads at the last token: turn off add_eos_token and whatever else "
-            f"adds tokens."
+            "adds tokens."
         )
 
 
@@ -180,7 +182,7 @@ def _chat_ids(info: CheckpointInfo, tokenizer: Any, messages: list[dict[str, str
     if not tokenizer.chat_template:
         raise CheckpointError(
             f"AV {info.path}: its tokenizer has no chat template, which the prompt is built with. Add chat_template.jinja, as "
-            f"released."
+            "released."
         )
     # transformers 5 returns a BatchEncoding unless told otherwise, and iterating over that gives its keys.
     ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
@@ -192,7 +194,7 @@ def _check_chat_bos(info: CheckpointInfo, tokenizer: Any, ids: list[int]) -> Non
     if bos is not None and ids[:2] == [bos, bos]:
         raise CheckpointError(
             f"AV {info.path}: the prompt starts with two BOS tokens ({tokenizer.bos_token!r}). Use the chat template and "
-            f"tokenizer as released."
+            "tokenizer as released."
         )
     if writes_bos and (bos is None or ids[:1] != [bos]):
         raise CheckpointError(
@@ -204,8 +206,9 @@ def _check_chat_bos(info: CheckpointInfo, tokenizer: Any, ids: list[int]) -> Non
 def _document_bos(info: CheckpointInfo, tokenizer: Any) -> int | None:
     """The BOS that every AR prompt must start with; None for models that have none, or whose "BOS" is a turn marker.
 
-    The public rule is "a tokenizer with a BOS must prepend it". SmolLM2 calls <|im_start|> its BOS and GPT-2 its end of text, and neither
-    starts a document with it; they are told by BOS = EOS, by a chat that holds it more than once, or by `add_bos_token: false`.
+    The public rule is "a tokenizer with a BOS must prepend it". SmolLM2 calls <|im_start|> its BOS and GPT-2 its end of text, and
+    neither starts a document with it; they are told by BOS = EOS, by a chat that holds it more than once, or by
+    `add_bos_token: false`.
     """
     bos: int | None = tokenizer.bos_token_id
     if bos is None or tokenizer.encode("x")[:1] == [bos]:

@@ -83,7 +83,7 @@ def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
     if d_model is None:
         raise CheckpointError(
             f"{path} does not say d_model, the width of the vectors. Add it, or use the sidecar that was released with the "
-            f"weights."
+            "weights."
         )
     sidecar = Sidecar(
         role=role,
@@ -129,7 +129,7 @@ def _no_sidecar(directory: Path, expected: Role) -> str:
             f"`{expected}`; the plain model belongs in activations.model, or in autoencoder.base under adapters."
         )
     return f"{directory} has no {FILE_NAME}: expected an {_name(expected)} directory in the public NLA layout. Pass the "
-    f"directory that holds the sidecar and the weights."
+    "directory that holds the sidecar and the weights."
 
 
 def _role(meta: Mapping[str, Any], path: Path, expected: Role) -> Role:
@@ -221,7 +221,7 @@ def _check_av(sidecar: Sidecar, path: Path) -> None:
     if scale is None:
         raise CheckpointError(
             f"{path} has no extraction.injection_scale, the norm that a vector is given before it is injected. An AV cannot be "
-            f"run without the value it was trained with: "
+            "run without the value it was trained with: "
             "take it from the released sidecar or the training log."
         )
     if not (math.isfinite(scale) and scale > 0):
@@ -233,7 +233,7 @@ def _check_av(sidecar: Sidecar, path: Path) -> None:
     if (count := sidecar.av_message.count(sidecar.marker)) != 1:
         raise CheckpointError(
             f"{path}: prompt_templates.av has {count} places for the marker ({MARKER_FIELD}), expected exactly one, where the "
-            f"vector is injected. Use the released template."
+            "vector is injected. Use the released template."
         )
 
 
@@ -242,7 +242,7 @@ def _check_ar(sidecar: Sidecar, path: Path) -> None:
     if scale is None:
         raise CheckpointError(
             f"{path} has extraction.mse_scale null: an AR trained on raw vectors, whose normalised error 2(1 - cos) means "
-            f"nothing. Use an AR with a number there (sqrt(d_model))."
+            "nothing. Use an AR with a number there (sqrt(d_model))."
         )
     if not (math.isfinite(scale) and scale > 0):
         _wrong(path, "extraction.mse_scale", scale, "a finite number > 0")
@@ -251,7 +251,7 @@ def _check_ar(sidecar: Sidecar, path: Path) -> None:
     if (count := sidecar.ar_template.count(TEXT_FIELD)) != 1:
         raise CheckpointError(
             f"{path}: prompt_templates.ar has {count} places for the explanation ({TEXT_FIELD}), expected exactly one. Use the "
-            f"released template."
+            "released template."
         )
 
 
@@ -268,7 +268,7 @@ def _require(sidecar: Sidecar, path: Path, *names: str) -> None:
     if missing:
         raise CheckpointError(
             f"{path} lacks {', '.join(missing)}: without it the {_name(sidecar.role)}'s prompt cannot be built. Use the "
-            f"sidecar that was released with the weights."
+            "sidecar that was released with the weights."
         )
 
 

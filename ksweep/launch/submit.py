@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from ksweep.errors import RunError, SpecError
+from ksweep.errors import RequestError, RunError, SpecError
 from ksweep.launch import worker
 from ksweep.launch.job import Ending, Job
 from ksweep.spec import Resources
@@ -150,7 +150,12 @@ def outcome(submitted: Submitted, ranks: int) -> Ending | None:
 
 
 def raise_for(ending: Ending, job: Job) -> None:
-    """Turn a failed job into the error that the user sees."""
-    if ending.status == "failed":
-        log.debug("%s", ending.traceback)
-        raise RunError(f"job {job.id}: rank {ending.rank} failed ({ending.kind}): {ending.message}\n{ending.traceback}".rstrip())
+    """Turn a failed job into the error that the user sees: a mistake of theirs as such, a bug with its traceback."""
+    if ending.status != "failed":
+        return
+    if ending.kind == "bad input":
+        raise RequestError(ending.message)
+    if ending.kind == "disk full":
+        raise RunError(ending.message)
+    logs = f"logs: {job.path}"
+    raise RunError(f"job {job.id}: rank {ending.rank} failed ({ending.kind}): {ending.message}\n{ending.traceback}".rstrip() + f"\n{logs}")

@@ -46,6 +46,8 @@ def run_rank(job_path: str) -> Any:
         signal.signal(name, pulse.ask_to_stop)
     with pulse:
         ending = pulse.explained(guarded(environment.global_rank, lambda: _with_group(job, pulse, environment)))
+        if ending.status == "failed":
+            log.error("failed (%s): %s\n%s", ending.kind, ending.message, ending.traceback)
         pulse.end(ending)
     # A collective that waits for a dead rank would keep this process alive; everything worth keeping is on disk.
     logging.shutdown()
@@ -77,7 +79,6 @@ def guarded(rank: int, work: Callable[[], Any]) -> Ending:
     except Stopped as stop:
         return Ending(rank=rank, status="stopped", message=str(stop))
     except BaseException as error:
-        log.exception("rank %d failed", rank)
         message = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
         return Ending(rank=rank, status="failed", kind=classify(error), message=message, traceback=traceback.format_exc())
 

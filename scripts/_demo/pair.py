@@ -31,10 +31,8 @@ MARKER = "●"
 AV_TEMPLATE = "[{injection_char}]"
 AR_TEMPLATE = "... {explanation}"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
 )
 OPENING, CLOSING = "<explanation>", "</explanation>"
 INJECTION_SCALE = 60.0

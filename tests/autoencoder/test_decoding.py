@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ksweep.autoencoder import noise
-from ksweep.autoencoder.decoding import Request, draw
+from ksweep.autoencoder.decoding import LIVE_SHARE, Request, draw
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.errors import RequestError, RunError
 
@@ -241,7 +241,7 @@ def test_rows_that_ended_leave_the_batch(verbalizer):
     assert rows == sorted(rows, reverse=True) and rows[-1] < 36 / 4
     lengths = np.array([len(d.token_ids) for d in drawn.values()])
     live = [(lengths > step).sum() for step in range(1, len(rows) + 1)]
-    assert all(n <= r and n >= 0.75 * r for n, r in zip(live, rows, strict=True))
+    assert all(LIVE_SHARE * r <= n <= r for n, r in zip(live, rows, strict=True))
 
 
 class OutOfMemoryModel:

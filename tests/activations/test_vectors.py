@@ -1,0 +1,119 @@
+"""Ready-made vectors: what the public datasets and hand-made files hold, and what must be refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from ksweep.activations import ensure, plan, read_sidecar
+from ksweep.activations.vectors import ROWS_PER_UNIT, VectorUnits
+from ksweep.errors import DataError
+from tests.activations.helpers import random_vectors, vector_spec, write_vectors
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_vectors_come_back_as_they_are(tmp_path: Path, fixed: bool, dtype: type) -> None:
+    vectors = random_vectors(2500)
+    path = write_vectors(tmp_path / "v.parquet", vectors.astype(dtype), fixed=fixed)  # four row groups of 700, three units of 1024
+    table = ensure(vector_spec(path, 2500), None, tmp_path / "cache")
+    assert np.array_equal(table.vectors(), vectors) and table.dtype == "float32"
+    assert np.array_equal(table.vectors(1000, 1100), vectors[1000:1100])
+    assert table.column("position").tolist() == [None] * 2500 and table.column("document")[3] == "row:3"
+
+
+def test_public_columns_become_provenance(tmp_path: Path) -> None:
+    columns = {
+        "doc_id": ["c:train:0", "c:train:0", "c:train:1"],
+        "n_raw_tokens": [51, 80, 60],
+        "detokenized_text_truncated": ["x" * 300 + "end", "b", None],
+    }
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3), **columns)
+    table = ensure(vector_spec(path, 3), None, tmp_path / "cache")
+    assert table.column("document").tolist() == columns["doc_id"] and table.num_documents() == 2
+    assert table.column("position").tolist() == [50, 79, 59]
+    assert [len(window) for window in table.column("window")] == [200, 1, 0] and table.column("window")[0].endswith("end")
+    assert len(set(table.column("activation_key").tolist())) == 3
+
+
+def test_only_the_units_asked_for_are_read(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(5000))
+    table = ensure(vector_spec(path, 10), None, tmp_path / "cache")
+    assert len(table) == 10 and len(list(table.directory.glob("*.arrow"))) == 1
+
+
+def test_units_in_any_order_equal_units_in_order(tmp_path: Path) -> None:
+    vectors = random_vectors(3 * ROWS_PER_UNIT + 5)
+    source = VectorUnits(write_vectors(tmp_path / "v.parquet", vectors))
+    for index, unit in source.units([2, 0, 3, 1, 4]):
+        assert np.array_equal(unit.vectors, vectors[index * ROWS_PER_UNIT : (index + 1) * ROWS_PER_UNIT])
+        assert unit.is_last == (index >= 3)
+        assert unit.row_ids[:1] == ([f"row:{index * ROWS_PER_UNIT}"] if index < 4 else [])
+
+
+def test_more_vectors_than_there_are_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(7))
+    for act in (plan, ensure):
+        with pytest.raises(DataError, match="has 7 rows: set activations.num_activations=7"):
+            act(vector_spec(path, 8), None, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def lists(values: list[list[float | None] | None]) -> pa.Array:
+    return pa.array(values, pa.list_(pa.float32()))
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        (lists([[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]), "ragged: 1 to 3 numbers a row, expected 2"),  # six numbers in three rows
+        (lists([[1.0, 2.0], None]), "1 rows of activation_vector are null"),
+        (lists([[1.0, 2.0], [None, 3.0]]), "1 numbers of activation_vector are null"),
+        (lists([[1.0, 2.0], [float("nan"), 3.0]]), r"row 'row:1' of .* is not finite in 1 of 2"),
+        (lists([[1.0, 2.0], [0.0, 0.0]]), r"row 'row:1' of .* is zero everywhere"),
+        (pa.array([[1.0, 1e300]], pa.list_(pa.float64())), r"row 'row:0' of .* is not finite"),
+        (lists([None, [1.0]]), "row 0 of 'activation_vector' .* is null"),
+        (pa.array([1.0, 2.0]), "is of type double; expected FixedSizeList"),
+        (pa.array([], pa.list_(pa.float32())), "but no rows"),
+    ],
+)
+def test_unusable_vectors_are_refused(tmp_path: Path, column: pa.Array, says: str) -> None:
+    path = tmp_path / "v.parquet"
+    pq.write_table(pa.table({"activation_vector": column}), path)
+    with pytest.raises(DataError, match=says):
+        ensure(vector_spec(path, 1), None, tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/**/*.arrow"))
+
+
+def test_file_that_is_no_vector_file_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense")
+    for name, says in [("t", "no column 'activation_vector'; it has text"), ("x", "not a readable Parquet"), ("n", "no file of vectors")]:
+        with pytest.raises(DataError, match=says):
+            plan(vector_spec(tmp_path / f"{name}.parquet", 1), None, tmp_path / "cache")
+
+
+def sidecar(path: Path, **meta: object) -> Path:
+    Path(f"{path}.nla_meta.yaml").write_text(yaml.safe_dump({"kind": "nla_dataset", "schema_version": 1, **meta}))
+    return path
+
+
+def test_sidecar_says_where_the_vectors_are_from(tmp_path: Path) -> None:
+    extraction = {"base_model": "Qwen/Qwen2.5-7B-Instruct", "d_model": 3584, "layer_index": 20, "norm": "none", "extra": 1}
+    found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction))
+    assert found is not None
+    assert (found.layer, found.base_model, found.d_model, found.norm) == (20, "Qwen/Qwen2.5-7B-Instruct", 3584, "none")
+    assert read_sidecar(tmp_path / "other.parquet") is None
+    assert read_sidecar(sidecar(tmp_path / "bare.parquet")).layer is None  # type: ignore[union-attr]
+
+
+def test_sidecar_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="kind 'nla_model'.*nla_dataset"):
+        read_sidecar(sidecar(tmp_path / "v.parquet", kind="nla_model"))
+    with pytest.raises(DataError, match="layer_index is 'twenty'"):
+        read_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": "twenty"}))

@@ -1,0 +1,268 @@
+"""Whole sweeps on a tiny random autoencoder: the path a user takes, from the experiment file to the registry."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
+from tests.tiny_models import TinyPair, edit_sidecar, make_pair
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the of and to in is was he for it with as his on be at by had not are but from or have an they one you were".split()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    folder = tmp_path_factory.mktemp("tiny")
+    source = random.Random(0)
+    lines = [f'{{"text": "{" ".join(source.choices(WORDS, k=40))}", "document": "d{i // 3}"}}' for i in range(60)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    return make_pair(folder, "qwen2", talks=True)
+
+
+@pytest.fixture
+def sweep(pair: TinyPair, tmp_path: Path) -> Sweep:
+    return Sweep(
+        name="tiny",
+        cell=Cell(
+            autoencoder=Autoencoder(av=str(pair.av), ar=str(pair.ar), dtype="float32"),
+            activations=Activations(
+                model=str(pair.base), text=str(pair.base.parent / "text.jsonl"), num_activations=40, positions_per_document=2,
+                min_position=10, dtype="float32",
+            ),
+            sampling=Sampling(num_draws=8, max_new_tokens=20),
+            scoring=Scoring(num_replicates=200),
+        ),
+        resources=Resources(cluster="inprocess", gpus=0),
+        registry=str(tmp_path / "registry"),
+        vector_cache=str(tmp_path / "vector_cache"),
+    )  # fmt: skip
+
+
+def run(sweep: Sweep, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        sweep_main(sweep, ["--no-charts", *arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def ask(sweep: Sweep, question: str) -> list[tuple[Any, ...]]:
+    with connect(sweep.registry) as connection:
+        return connection.execute(question).fetchall()
+
+
+def texts(sweep: Sweep) -> list[tuple[Any, ...]]:
+    return ask(sweep, "SELECT activation, draw, text, token_ids FROM draws ORDER BY draws_key, activation, draw")
+
+
+def curve(sweep: Sweep) -> np.ndarray:
+    return np.array(ask(sweep, "SELECT fve, fve_low, fve_high, error, cosine, shuffled_fve FROM curves ORDER BY cell, k"))
+
+
+def test_a_sweep_ends_in_curves_draws_runs_and_a_table(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(sweep, "sampling.temperature=[0.7,1.0]") == 0
+    out = capsys.readouterr().out
+    assert "temperature=0.7" in out and "K=8" in out and "computed 2 of 2 cells" in out
+    rows = ask(sweep, "SELECT cell, k, fve, fve_low, fve_high FROM curves ORDER BY 1, 2")
+    assert [k for _, k, *_ in rows] == [1, 2, 3, 4, 5, 6, 7, 8] * 2
+    assert all(low <= fve <= high for _, _, fve, low, high in rows)
+    assert ask(sweep, "SELECT count(*), count(DISTINCT activation), count(error) > 100 FROM draws") == [(640, 40, True)]
+    [(status, sampled, failed, git)] = ask(
+        sweep, "SELECT status, num_draws_sampled, failure_rate, git_commit IS NOT NULL FROM runs ORDER BY temperature LIMIT 1"
+    )
+    assert (status, sampled, git) == ("finished", 320, True) and 0 < failed < 0.5
+
+
+def test_the_curve_is_what_the_stored_draws_give_by_hand(sweep: Sweep) -> None:
+    assert run(sweep) == 0
+    errors = np.array(ask(sweep, "SELECT coalesce(error, 2.0) FROM draws ORDER BY activation, draw")).reshape(40, 8)
+    [(baseline,)] = ask(sweep, "SELECT DISTINCT baseline FROM curves")
+    by_k = dict(ask(sweep, "SELECT k, fve FROM curves"))
+    assert by_k[1] == pytest.approx(1 - errors.mean() / baseline, abs=1e-12)
+    # No successful error exceeds 2 here by much; failures rank last whatever their value.
+    known = np.array(ask(sweep, "SELECT coalesce(min(error), 2.0) FROM draws GROUP BY activation ORDER BY activation"))
+    assert by_k[8] == pytest.approx(1 - known.mean() / baseline, abs=1e-12)
+
+
+def test_the_second_run_computes_nothing(sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(sweep) == 0
+    before = curve(sweep)
+    monkeypatch.setattr("ksweep.launch.submit.submit", lambda *_: pytest.fail("a job was submitted"))
+    assert run(sweep) == 0
+    assert "computed 0 of 1 cells" in capsys.readouterr().out
+    assert ask(sweep, "SELECT count(*) FROM runs") == [(1,)]
+    np.testing.assert_array_equal(curve(sweep), before)
+
+
+def test_texts_do_not_depend_on_the_batch_size(sweep: Sweep, tmp_path: Path) -> None:
+    found, curves = [], []
+    for size in (4, 32):
+        other = replace(sweep, registry=str(tmp_path / f"registry-{size}"), resources=replace(sweep.resources, batch_size=size))
+        assert run(other) == 0
+        found.append(texts(other))
+        curves.append(curve(other))
+    assert found[0] == found[1] and len(found[0]) == 320
+    np.testing.assert_allclose(curves[0], curves[1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_texts_and_the_curve_of_one(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert run(sweep) == 0
+    other = replace(
+        sweep, registry=str(tmp_path / "two" / "registry"), vector_cache=str(tmp_path / "two" / "vectors"),
+        resources=Resources(cluster="local", gpus=0, tasks=2),
+    )  # fmt: skip
+    assert run(other, "activations.num_activations=40") == 0
+    assert ask(other, "SELECT num_ranks FROM runs") == [(2,)]
+    assert texts(other) == texts(sweep)
+    np.testing.assert_allclose(curve(other), curve(sweep), atol=1e-5)
+
+
+def test_growing_draws_and_activations_takes_only_what_is_missing(sweep: Sweep, tmp_path: Path) -> None:
+    assert run(sweep, "sampling.num_draws=4", "activations.num_activations=20") == 0
+    assert run(sweep) == 0
+    assert ask(sweep, "SELECT num_draws_sampled, num_draws_reused FROM runs ORDER BY finished") == [(80, 0), (240, 80)]
+    at_once = replace(sweep, registry=str(tmp_path / "at-once"))
+    assert run(at_once) == 0
+    grown = {row[:2]: row[2:] for row in texts(sweep)}
+    assert [grown[row[:2]] == row[2:] for row in texts(at_once)] == [True] * 320
+    newest = "SELECT fve FROM curves WHERE num_draws = 8 ORDER BY k"
+    np.testing.assert_allclose(ask(sweep, newest), ask(at_once, newest), atol=1e-5)
+    assert run(sweep, "sampling.num_draws=4", "activations.num_activations=30") == 0
+    assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished DESC LIMIT 1") == [(0,)]
+
+
+def test_another_temperature_shares_the_activations_only(sweep: Sweep) -> None:
+    assert run(sweep) == 0
+    cache = {p: p.stat().st_mtime_ns for p in Path(sweep.vector_cache).rglob("*.arrow")}
+    assert run(sweep, "sampling.temperature=0.5") == 0
+    assert {p: p.stat().st_mtime_ns for p in Path(sweep.vector_cache).rglob("*.arrow")} == cache
+    assert ask(sweep, "SELECT count(DISTINCT draws_key), count(DISTINCT activations_key) FROM runs") == [(2, 1)]
+
+
+def test_greedy_takes_one_draw_per_activation(sweep: Sweep) -> None:
+    assert run(sweep, "sampling.temperature=0") == 0
+    assert ask(sweep, "SELECT k, num_draws FROM curves") == [(1, 1)]
+    assert ask(sweep, "SELECT count(*) FROM draws") == [(40,)]
+
+
+def test_the_dry_run_says_what_and_why_and_does_nothing(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(sweep, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "missing" in out and "no draws yet" in out and "320" in out and "disk" in out
+    assert not Path(sweep.registry).exists() and not Path(sweep.vector_cache).exists()
+    assert run(sweep) == 0
+    assert run(sweep, "sampling.num_draws=12", "--dry-run") == 0
+    assert "320 of 480 draws are there" in capsys.readouterr().out
+    assert run(sweep, "--dry-run") == 0
+    assert "done" in capsys.readouterr().out
+
+
+def test_a_damaged_draws_file_is_set_aside_and_drawn_again(sweep: Sweep) -> None:
+    assert run(sweep) == 0
+    before = texts(sweep)
+    part = next(p for p in Path(sweep.registry).glob("draws/*/part-00000000-*.parquet"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    part.write_bytes(bytes(data))
+    assert run(sweep, "scoring.seed=1") == 0
+    assert len(list(part.parent.glob("*.damaged-*"))) == 1
+    assert texts(sweep) == before
+
+
+def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: TinyPair, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, pair.d_model)).astype(np.float32)
+    table = pa.table({"activation_vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), pair.d_model), "doc_id": [f"d{i}" for i in range(50)]})
+    pq.write_table(table, tmp_path / "v.parquet")
+    arguments = ["activations.model=null", "activations.text=null", f"activations.vectors={tmp_path / 'v.parquet'}"]
+    assert run(sweep, *arguments, "activations.dtype=float32") == 0
+    assert ask(sweep, "SELECT num_activations, num_documents FROM runs") == [(40, 40)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["smapling.seed=1"], "did you mean sampling.seed"),
+        (["sampling.temperature=-1"], "temperature=-1"),
+        (["scoring.ks=[1,64]"], "K=64 but sampling.num_draws=8"),
+        (["autoencoder.av=/nowhere/av"], "no AV checkpoint at '/nowhere/av'"),
+        (["activations.text=/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["activations.model=/nowhere"], "/nowhere"),
+        (["activations.layer=0"], "layer"),
+        (["activations.num_activations=100000"], "100000"),
+        (["activations.text_column=body"], "body"),
+        (["--config", "/nowhere.yaml"], "no configuration file"),
+        (["resources.cluster=local", "resources.gpus=99"], "this machine has"),
+    ],
+)
+def test_a_mistake_in_the_request_exits_with_two_and_one_paragraph(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert run(sweep, *arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    assert not list(Path(sweep.registry).glob("landing/*/curve.parquet"))
+
+
+def test_an_av_given_as_ar_is_refused_by_name(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    av, ar = sweep.cell.autoencoder.av, sweep.cell.autoencoder.ar
+    assert run(sweep, f"autoencoder.ar={av}") == 2 and "role" in capsys.readouterr().err
+    assert run(sweep, f"autoencoder.av={ar}") == 2 and "role" in capsys.readouterr().err
+
+
+def test_an_empty_text_file_is_refused(sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("empty.txt", "empty.jsonl"):
+        (tmp_path / name).write_text("")
+        assert run(sweep, f"activations.text={tmp_path / name}") == 2
+        assert name in capsys.readouterr().err
+
+
+def test_a_failure_while_running_exits_with_one_and_is_landed(sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The sidecar stays plausible and the weights turn NaN: only running the model shows it.
+    broken = tmp_path / "broken"
+    shutil.copytree(pair.av, broken)
+    edit_sidecar(broken, extraction__injection_scale=1e38)
+    assert run(sweep, f"autoencoder.av={broken}") in (1, 2)
+    assert ask(sweep, "SELECT status, error_type IS NOT NULL FROM runs") == [("failed", True)]
+    assert ask(sweep, "SELECT count(*) FROM curves") == [(0,)]
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_one(sweep: Sweep, tmp_path: Path) -> None:
+    assert run(sweep) == 0
+    other = replace(sweep, registry=str(tmp_path / "killed" / "registry"), vector_cache=str(tmp_path / "killed" / "vectors"))
+    script = tmp_path / "experiment.py"
+    script.write_text(f"from ksweep import *\nsweep_main({other!r})\n")
+    moments = random.Random(1)
+    killed = 0
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, script, "--no-charts"], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+        try:
+            process.wait(moments.uniform(2.0, 9.0))
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+    else:
+        time.sleep(0)
+        assert run(other) == 0
+    assert killed
+    assert texts(other) == texts(sweep)
+    np.testing.assert_allclose(curve(other), curve(sweep), atol=1e-6)
