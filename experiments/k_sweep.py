@@ -1,8 +1,8 @@
 """How far does the best of K draws go? One cell, every K from 1 to 64.
 
-    python experiments/k_sweep.py
-    python experiments/k_sweep.py sampling.num_draws=128 activations.num_activations=256
-    python experiments/k_sweep.py scoring.ks=[1,2,4,8] sampling.num_draws=8
+python experiments/k_sweep.py
+python experiments/k_sweep.py sampling.num_draws=128 activations.num_activations=256
+python experiments/k_sweep.py scoring.ks=[1,2,4,8] sampling.num_draws=8
 """
 
 from ksweep import Cell, Sampling, Sweep, sweep_main

@@ -1,10 +1,10 @@
 """ksweep: how much of a language model's activations comes back through words, and how that grows with the best of K draws.
 
-    Sweep, Cell                                a question, one point of it
-    Autoencoder, Activations, Sampling, Scoring, Resources    the parts of a spec
-    sweep_main                                 run a sweep from its file
-    connect                                    an up-to-date DuckDB connection to a registry
-    RequestError, RunError                     what went wrong, and whose move it is
+Sweep, Cell                                a question, one point of it
+Autoencoder, Activations, Sampling, Scoring, Resources    the parts of a spec
+sweep_main                                 run a sweep from its file
+connect                                    an up-to-date DuckDB connection to a registry
+RequestError, RunError                     what went wrong, and whose move it is
 """
 
 from __future__ import annotations

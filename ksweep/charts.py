@@ -28,7 +28,7 @@ ORDERED = ("#2C1160", "#8C2981", "#DE4968", "#F08A3C")
 """Along magma, dark to light, also in grey print; ends where a line on white is still easy to see."""
 GREY = "#7A7A7A"
 INK = "#222222"
-FAINT_INK = "#555555"
+DIM = "#555555"
 DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
 WIDTH, HEIGHT, CONTROL_HEIGHT = 460, 290, 80
 FORMATS = ("html", "png", "pdf", "svg")
@@ -349,7 +349,7 @@ def _finished(chart: Any, rows: Rows, title: str, note: str | None) -> alt.TopLe
     styled = chart.properties(title=heading, padding={"left": 8, "right": 12, "top": 8, "bottom": 8})
     return (
         styled.configure(font="Helvetica, Arial, Liberation Sans, sans-serif", background="white")
-        .configure_title(fontSize=15, fontWeight=600, color=INK, subtitleFontSize=11.5, subtitleColor=FAINT_INK, subtitlePadding=5)
+        .configure_title(fontSize=15, fontWeight=600, color=INK, subtitleFontSize=11.5, subtitleColor=DIM, subtitlePadding=5)
         .configure_axis(
             labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titleColor=INK, labelColor=INK, gridColor="#E8E8E8",
             domainColor="#666666", tickColor="#666666", titlePadding=8, titleLimit=0, labelLimit=0,

@@ -13,7 +13,9 @@ from rich.table import Table
 from ksweep.errors import RequestError, RunError, StoreError
 from ksweep.terminal import console
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Best-of-K sweeps of natural-language autoencoders: ask past runs.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Best-of-K sweeps of natural-language autoencoders: ask past runs."
+)
 db = typer.Typer(no_args_is_help=True, help="The DuckDB file, an index over the landing files.")
 app.add_typer(db, name="db")
 
@@ -24,30 +26,24 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 @app.command()
 def sql(question: str, registry: Registry = Path("registry"), as_json: Json = False) -> None:
     """Ask the registry: ksweep sql "select cell, k, fve from curves where k in (1, 16)"."""
-    import duckdb
+    from ksweep.registry.questions import ask
 
-    from ksweep.registry.database import connect
-
-    with connect(registry) as connection:
-        try:
-            table = connection.execute(question).to_arrow_table()
-        except duckdb.Error as error:
-            raise RequestError(f"DuckDB does not accept that: {error}") from error
+    table = ask(registry, question)
     _print(table.column_names, table.to_pylist(), as_json)
 
 
 @app.command()
 def ls(registry: Registry = Path("registry"), as_json: Json = False) -> None:
     """Runs, newest first."""
-    from ksweep.registry.database import connect
+    from ksweep.registry.questions import ask
 
     question = """
-        SELECT run_id AS run, sweep, cell, status, num_activations, num_draws, num_draws_sampled, round(tokens_per_second) AS tokens_per_second,
+        SELECT run_id AS run, sweep, cell, status, num_activations, num_draws, num_draws_sampled,
+               round(tokens_per_second) AS tokens_per_second,
                (SELECT round(max(fve), 4) FROM run_curves AS c WHERE c.run_id = runs.run_id) AS best_fve, finished
         FROM runs ORDER BY finished DESC
     """
-    with connect(registry) as connection:
-        table = connection.execute(question).to_arrow_table()
+    table = ask(registry, question)
     _print(table.column_names, table.to_pylist(), as_json)
 
 
@@ -68,7 +64,9 @@ def rebuild(registry: Registry = Path("registry")) -> None:
 
 
 def _say(report: Any) -> None:
-    print(f"{report.database}: {report.num_runs} runs, {report.num_new} new, {report.num_removed} removed, {report.seconds:.2f} s")
+    print(
+        f"{report.database}: {report.num_runs} runs, {report.num_new} new, {report.num_removed} removed, {report.seconds:.2f} s"
+    )
     for bad in report.quarantined:
         print(f"not believed: {bad.path}: {bad.reason}", file=sys.stderr)
 

@@ -108,7 +108,9 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
             ranks.report(f"{keys.label}: statistics", 0, 0)
             draws = store.read(len(vectors), cell.sampling.effective_num_draws)
             if draws is None:
-                raise RunError(f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?")
+                raise RunError(
+                    f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?"
+                )
             targets = vectors.vectors(0, len(vectors))
             summary = summarise(draws, targets, cell.scoring, cell.ks, _empty_text(cell, store, models))
         return _land(cell, keys, place, ranks, clock, summary, draws, before, targets.shape[1])
@@ -201,7 +203,8 @@ class UnitWork:
         sampling, found = self.cell.sampling, []
         for one in draw(
             self.av, vectors, requests, temperature=sampling.temperature, top_p=sampling.top_p,
-            max_new_tokens=sampling.max_new_tokens, seed=sampling.seed, batch_size=self.batch_size, should_stop=self.ranks.should_stop,
+            max_new_tokens=sampling.max_new_tokens, seed=sampling.seed, batch_size=self.batch_size,
+            should_stop=self.ranks.should_stop,
         ):  # fmt: skip
             found.append(one)
             self.done += 1
@@ -246,10 +249,7 @@ class UnitWork:
         self, unit: Unit, draws: list[Draw], texts: list[str], parsed: list[Any], scores: dict[str, np.ndarray]
     ) -> pa.Table:
         owners = [d.request.row for d in draws]
-        rows = {
-            name: self.vectors.column(name, unit.first_row, unit.last_row)
-            for name in ("row_id", "document", "position")
-        }
+        rows = {name: self.vectors.column(name, unit.first_row, unit.last_row) for name in ("row_id", "document", "position")}
         rows["context"] = self.vectors.column("window", unit.first_row, unit.last_row)
         first = {row: i for i, row in reversed(list(enumerate(owners)))}
         sums = [scores["reconstruction_sum"][row] if first[row] == i else None for i, row in enumerate(owners)]
@@ -304,7 +304,15 @@ class Clock:
 
 
 def _land(
-    cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock, summary: Summary, draws: pa.Table, before: np.ndarray, d_model: int
+    cell: Cell,
+    keys: Keys,
+    place: Place,
+    ranks: Ranks,
+    clock: Clock,
+    summary: Summary,
+    draws: pa.Table,
+    before: np.ndarray,
+    d_model: int,
 ) -> str:
     from ksweep.registry import landing
 

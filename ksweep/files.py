@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from ksweep.errors import CheckpointError
@@ -35,7 +36,9 @@ def resolve(source: str, what: str = "model") -> Path:
     if path.exists():
         return path.resolve()
     if home() in path.parents:
-        raise CheckpointError(f"no {what} at {source!r} yet: `make demo-model` (python scripts/fetch_demo_model.py) puts the demo's base there")
+        raise CheckpointError(
+            f"no {what} at {source!r} yet: `make demo-model` (python scripts/fetch_demo_model.py) puts the demo's base there"
+        )
     if source.startswith((".", "/", "~")) or not HUB_ID.match(source):
         raise CheckpointError(
             f"no {what} at {source!r}: expected an existing path, or a hub id such as owner/name or owner/name@revision. "
@@ -55,7 +58,8 @@ def _hub_snapshot(source: str, what: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{what} {source!r} is neither a local path nor to be had from the model hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}). Check the spelling, log in for gated models (hf auth login), or pass a local directory."
+            f"{str(error).splitlines()[0][:200]}). Check the spelling, log in for gated models (hf auth login), "
+            "or pass a local directory."
         ) from error
 
 
@@ -75,18 +79,14 @@ def _file_digest(path: Path) -> str:
     # ctime changes on every rewrite, also when a copy tool sets mtime back.
     key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()[:32]
     remembered = home() / "digests" / key
-    try:
+    with suppress(OSError):
         text = remembered.read_text()
         if re.fullmatch(r"[0-9a-f]{64}", text):
             return text
-    except OSError:
-        pass
     with path.open("rb") as file:
         value = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
+    with suppress(OSError):  # a read-only home only costs the time of hashing again
         publish(remembered, value.encode())
-    except OSError:  # a read-only home only costs the time of hashing again
-        pass
     return value
 
 

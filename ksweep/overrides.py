@@ -136,7 +136,9 @@ def _group_value(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         example = "{av: DIR, ar: DIR}" if GROUPS[key] is Autoencoder else "{...}"
         raise SpecError(f"{key}={value!r}: expected a mapping of its fields, such as {example}, or a list of them")
-    return GROUPS[key](**{name: _convert(f"{key}.{name}", v, known_keys()[_resolve(f"{key}.{name}")]) for name, v in value.items()})
+    return GROUPS[key](
+        **{name: _convert(f"{key}.{name}", v, known_keys()[_resolve(f"{key}.{name}")]) for name, v in value.items()}
+    )
 
 
 def _takes_list(hint: Any) -> bool:
@@ -183,5 +185,9 @@ def _describe(hint: Any) -> str:
         elif typing.get_origin(option) is tuple:
             names.append("a list such as [1,2,4]")
         else:
-            names.append({int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(option, str(option)))
+            names.append(
+                {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(
+                    option, str(option)
+                )
+            )
     return " or ".join(names)

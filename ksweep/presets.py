@@ -16,14 +16,14 @@ RELEASED = {
     "qwen2.5-7b": ("kitft/nla-qwen2.5-7b-L20-av", "kitft/nla-qwen2.5-7b-L20-ar", "Qwen/Qwen2.5-7B-Instruct", 0.7335),
     "gemma3-12b": ("kitft/nla-gemma3-12b-L32-av", "kitft/nla-gemma3-12b-L32-ar", "google/gemma-3-12b-it", 0.0302),
     "gemma3-27b": ("kitft/nla-gemma3-27b-L41-av", "kitft/nla-gemma3-27b-L41-ar", "google/gemma-3-27b-it", 0.0579),
-    "llama3.3-70b": ("kitft/Llama-3.3-70B-NLA-L53-av", "kitft/Llama-3.3-70B-NLA-L53-ar", "meta-llama/Llama-3.3-70B-Instruct", 0.9169),
+    "llama3.3-70b": (
+        "kitft/Llama-3.3-70B-NLA-L53-av",
+        "kitft/Llama-3.3-70B-NLA-L53-ar",
+        "meta-llama/Llama-3.3-70B-Instruct",
+        0.9169,
+    ),
 }
 """Hub ids of AV, AR and base model, and the baseline of the training mix that their model cards' FVE is measured against."""
-
-
-def demo_model() -> str:
-    """Where the set-up step keeps the demo's base model (SmolLM2-135M-Instruct, Apache-2.0)."""
-    return str(home() / "models" / DEMO_MODEL)
 
 
 def demo_pair(name: str = "") -> Autoencoder:

@@ -16,9 +16,17 @@ class Stopped(Exception):
 class Ranks(Protocol):
     """A rank's view of its job."""
 
-    rank: int
-    world_size: int
-    device: str
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the job."""
+
+    @property
+    def device(self) -> str:
+        """Torch device of this rank."""
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -46,7 +46,8 @@ class Activations:
     text_split: str = "train"
     """Split of a hub dataset or a `datasets` directory of several splits."""
     document_column: str | None = None
-    """Column that names the document a row belongs to: the cluster of the bootstrap. None: "document" where there is one, else each row is one."""
+    """Column that names the document a row belongs to, the cluster of the bootstrap. None: "document" where there is one,
+    else each row is a document of its own."""
     vectors: str | None = None
     """Parquet file with an `activation_vector` column (public NLA datasets), used instead of model and text."""
     num_activations: int = 1000
@@ -119,7 +120,8 @@ class Scoring:
     ks: tuple[int, ...] | None = None
     """Values of K to report; None reports every K from 1 to num_draws."""
     baseline: float | None = None
-    """Mean squared distance of the scaled activations from their mean; None measures it on the evaluated set, a number states it (the released pairs quote 0.7335, 0.0302, ...)."""
+    """Mean squared distance of the scaled activations from their mean; None measures it on the evaluated set, a number states
+    it (the released pairs quote 0.7335, 0.0302, ...)."""
     failed_error: float = 2.0
     """Error of an activation all of whose draws failed: 2 is an orthogonal reconstruction."""
     level: float = 0.95
@@ -240,7 +242,7 @@ class Sweep:
     def labels(self) -> list[str]:
         """What tells the cells of this sweep apart, for legends: "temperature=0.5"."""
         names = list(self.axes)
-        labels = {}
+        labels: dict[Cell, str] = {}
         for values in itertools.product(*self.axes.values()):
             cell = self.cell
             for path, value in zip(names, values, strict=True):
@@ -280,9 +282,9 @@ def _short(value: Any) -> str:
 
 
 def _one_of(name: str, value: object, options: Any) -> None:
-    valid: Iterable[str] = options.__args__
+    valid: tuple[object, ...] = options.__args__
     if value not in valid:
-        raise SpecError(f"{name}={value!r} is not one of {', '.join(valid)}")
+        raise SpecError(f"{name}={value!r} is not one of {', '.join(map(str, valid))}")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

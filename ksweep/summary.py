@@ -57,7 +57,9 @@ def summarise(
     )
 
 
-def _shuffled_fve(draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], failed_error: float, baseline: stats.Baseline) -> np.ndarray:
+def _shuffled_fve(
+    draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], failed_error: float, baseline: stats.Baseline
+) -> np.ndarray:
     """FVE of the best of K draws of another activation, chosen by their error against this one; unknown with one activation."""
     if grid[0] < 2:
         return np.full(len(ks), np.nan)
@@ -103,7 +105,11 @@ def _controls(
     pool = min(n, RETRIEVAL_POOL)
     if pool >= 2:
         found = stats.retrieval(_mean_reconstructions(draws, grid)[:pool], vectors[:pool])
-        rows.append(_control("retrieval_top1", found.top_1_rate, pool, "share of activations that their own draws rank first, by mean error"))
+        rows.append(
+            _control(
+                "retrieval_top1", found.top_1_rate, pool, "share of activations that their own draws rank first, by mean error"
+            )
+        )
         rows.append(_control("retrieval_chance", found.chance, pool, "the same for draws that know nothing"))
     return rows
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ksweep import terminal
 from ksweep.activations.fill import plan as plan_activations
@@ -57,7 +56,9 @@ def _complain(error: Exception, code: int) -> int:
 def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     options, rest = _parser(sweep).parse_known_args(arguments)
     if unknown := [a for a in rest if a.startswith("-")]:
-        _parser(sweep).error(f"unknown option {unknown[0]}; options are --dry-run, --config FILE, --no-charts; settings are key=value")
+        _parser(sweep).error(
+            f"unknown option {unknown[0]}; options are --dry-run, --config FILE, --no-charts; settings are key=value"
+        )
     sweep = apply_overrides(sweep, rest, options.config)
     cells = sweep.cells()
     keys = [cell_keys(cell) for cell in cells]
@@ -202,5 +203,3 @@ def _give_up(submitted: launch.Submitted, ranks: int) -> Ending | None:
         time.sleep(POLL_SECONDS)
     submitted.kill()
     return next(e for e in submitted.job.endings() if e.status == "failed")
-
-

@@ -31,7 +31,9 @@ def console() -> Console:
 def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
     """Each cell: done or missing and why, draws to sample, estimated disk and time."""
     out = console()
-    table = Table(title=f"{sweep.name}: {sum(s.state != 'done' for s in steps)} of {len(steps)} cells to run", title_justify="left")
+    table = Table(
+        title=f"{sweep.name}: {sum(s.state != 'done' for s in steps)} of {len(steps)} cells to run", title_justify="left"
+    )
     for name in ("cell", "state", "why"):
         table.add_column(name)
     for name in ("activations", "draws", "disk", "time"):
@@ -45,7 +47,8 @@ def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
     seconds = [s.seconds for s in steps]
     total = sum(s for s in seconds if s is not None) if None not in seconds else None
     out.print(
-        f"to extract: {sum(s.activations_to_extract for s in steps):,} activations; to sample: {sum(s.draws_to_sample for s in steps):,} draws; "
+        f"to extract: {sum(s.activations_to_extract for s in steps):,} activations; "
+        f"to sample: {sum(s.draws_to_sample for s in steps):,} draws; "
         f"disk about {_bytes(sum(s.disk_bytes for s in steps))}; time {_seconds(total)} on one rank"
         + (" (no earlier run of this pair to estimate it from)" if total is None else " (from the newest run of this pair)")
     )
@@ -110,7 +113,8 @@ def write_charts(sweep: Sweep, curves: pa.Table, folder: Path) -> list[Path]:
 def _footnote(curves: pa.Table) -> str:
     row: dict[str, Any] = curves.slice(0, 1).to_pylist()[0]
     return (
-        f"{row['level']:.0%} intervals: bootstrap over {row['num_documents']} documents; N = {row['num_activations']} activations; "
+        f"{row['level']:.0%} intervals: bootstrap over {row['num_documents']} documents; "
+        f"N = {row['num_activations']} activations; "
         f"baseline {row['baseline']:.4f} ({row['baseline_kind']}); shuffled: draws of another activation"
     )
 

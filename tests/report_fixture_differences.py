@@ -79,7 +79,9 @@ def reconstruct(ar: NlaReconstructor, texts: list[str], batch_size: int) -> np.n
 
 def scores(reconstructions: np.ndarray, activations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Error 2(1 - cos) and cosine of every activation with every reconstruction, float64."""
-    a, b = (x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (activations, reconstructions))
+    a, b = (
+        x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (activations, reconstructions)
+    )
     return 2 - 2 * a @ b.T, a @ b.T
 
 

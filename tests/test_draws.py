@@ -38,13 +38,16 @@ def fill(store: DrawsStore, num_activations: int, num_draws: int) -> int:
 def test_a_new_store_misses_everything_on_the_grid(tmp_path: Path) -> None:
     units = DrawsStore(tmp_path, "k").missing(130, 20)
     assert units == [
-        Unit(0, 64, 0, 16), Unit(0, 64, 16, 20), Unit(64, 128, 0, 16), Unit(64, 128, 16, 20), Unit(128, 130, 0, 16), Unit(128, 130, 16, 20),
+        Unit(0, 64, 0, 16), Unit(0, 64, 16, 20), Unit(64, 128, 0, 16), Unit(64, 128, 16, 20),
+        Unit(128, 130, 0, 16), Unit(128, 130, 16, 20),
     ]  # fmt: skip
 
 
 @given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 40)), min_size=1, max_size=4))
 @settings(max_examples=25, deadline=None)
-def test_growing_and_shrinking_takes_each_draw_once(tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[int, int]]) -> None:
+def test_growing_and_shrinking_takes_each_draw_once(
+    tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[int, int]]
+) -> None:
     store = DrawsStore(tmp_path_factory.mktemp("d"), "k")
     have = np.zeros((150, 40), dtype=bool)
     for num_activations, num_draws in requests:

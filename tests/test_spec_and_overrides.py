@@ -40,7 +40,9 @@ def sweep() -> Sweep:
         (("autoencoder.dtype", "int8"), "bfloat16, float16, float32"),
     ],
 )
-def test_a_spec_that_cannot_mean_anything_is_refused_with_what_to_do(sweep: Sweep, change: tuple[str, object], words: str) -> None:
+def test_a_spec_that_cannot_mean_anything_is_refused_with_what_to_do(
+    sweep: Sweep, change: tuple[str, object], words: str
+) -> None:
     with pytest.raises(SpecError, match=words):
         replace_at(sweep.cell, *change)
 
@@ -65,7 +67,9 @@ def test_cell_survives_json(sweep: Sweep) -> None:
 
 
 def test_key_value_sets_nested_fields_with_their_types(sweep: Sweep) -> None:
-    changed = apply_overrides(sweep, ["sampling.num_draws=32", "sampling.seed=1", "scoring.baseline=0.7335", "activations.layer=null"])
+    changed = apply_overrides(
+        sweep, ["sampling.num_draws=32", "sampling.seed=1", "scoring.baseline=0.7335", "activations.layer=null"]
+    )
     assert changed.cell.sampling == Sampling(num_draws=32, seed=1)
     assert changed.cell.scoring.baseline == 0.7335 and changed.cell.activations.layer is None
 
@@ -122,7 +126,12 @@ def test_yaml_is_laid_under_the_command_line(sweep: Sweep, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("sampling:\n  num_drawz: 3\n", "did you mean"), ("- a\n- b\n", "expected keys"), ("a: [1\n", "YAML"), ("sampling: 3\n", "sampling=3")],
+    [
+        ("sampling:\n  num_drawz: 3\n", "did you mean"),
+        ("- a\n- b\n", "expected keys"),
+        ("a: [1\n", "YAML"),
+        ("sampling: 3\n", "sampling=3"),
+    ],
 )
 def test_a_yaml_file_with_a_mistake_is_refused(sweep: Sweep, tmp_path: Path, text: str, words: str) -> None:
     config = tmp_path / "s.yaml"

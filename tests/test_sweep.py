@@ -22,7 +22,7 @@ from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring,
 from tests.tiny_models import TinyPair, edit_sidecar, make_pair
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the of and to in is was he for it with as his on be at by had not are but from or have an they one you were".split()
+WORDS = ("the of and to in is was he for it with as his on be at by had not are but from or have an they one you were").split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,9 @@ def test_the_curve_is_what_the_stored_draws_give_by_hand(sweep: Sweep) -> None:
     assert by_k[8] == pytest.approx(1 - known.mean() / baseline, abs=1e-12)
 
 
-def test_the_second_run_computes_nothing(sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_run_computes_nothing(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(sweep) == 0
     before = curve(sweep)
     monkeypatch.setattr("ksweep.launch.submit.submit", lambda *_: pytest.fail("a job was submitted"))
@@ -187,7 +189,12 @@ def test_a_damaged_draws_file_is_set_aside_and_drawn_again(sweep: Sweep) -> None
 
 def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: TinyPair, tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).normal(size=(50, pair.d_model)).astype(np.float32)
-    table = pa.table({"activation_vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), pair.d_model), "doc_id": [f"d{i}" for i in range(50)]})
+    table = pa.table(
+        {
+            "activation_vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), pair.d_model),
+            "doc_id": [f"d{i}" for i in range(50)],
+        }
+    )
     pq.write_table(table, tmp_path / "v.parquet")
     arguments = ["activations.model=null", "activations.text=null", f"activations.vectors={tmp_path / 'v.parquet'}"]
     assert run(sweep, *arguments, "activations.dtype=float32") == 0
@@ -232,7 +239,9 @@ def test_an_empty_text_file_is_refused(sweep: Sweep, tmp_path: Path, capsys: pyt
         assert name in capsys.readouterr().err
 
 
-def test_a_failure_while_running_exits_with_one_and_is_landed(sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_while_running_exits_with_one_and_is_landed(
+    sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # The sidecar stays plausible and the weights turn NaN: only running the model shows it.
     broken = tmp_path / "broken"
     shutil.copytree(pair.av, broken)
@@ -252,7 +261,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
     moments = random.Random(1)
     killed = 0
     for _ in range(12):
-        process = subprocess.Popen([sys.executable, script, "--no-charts"], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, script, "--no-charts"], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
+        )
         try:
             process.wait(moments.uniform(2.0, 9.0))
             break

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,9 @@ def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(path)
         cut_to_blocks(config.get_text_config(), layer + 1)
         with _quiet_transformers():
-            model, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except RequestError:
         raise
     except Exception as error:  # as above
@@ -170,20 +172,31 @@ def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
             f"base model {path} cannot be loaded ({type(error).__name__}: {str(error)[:500]}): "
             "expected a transformers causal language model with all its weight files"
         ) from error
-    _refuse_missing(model, info["missing_keys"], path)
+    _refuse_random_weights(model, info, path)
     return model
 
 
-def _refuse_missing(model: Any, missing: Sequence[str], path: Path) -> None:
-    """A weight that is not in the file was filled at random. The final norm and a vision tower are not used and may be absent."""
+def _refuse_random_weights(model: Any, info: Mapping[str, Any], path: Path) -> None:
+    """A weight that is not in the file, or has another shape there, was filled at random.
+
+    What is not used may be absent: the final norm, and the vision tower of a multimodal wrapper.
+    """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    inside = [key.removeprefix(prefix).lstrip(".") for key in missing if key.startswith(prefix)]
-    used = [key for key in inside if not re.match(r"(norm|final_layernorm|final_layer_norm|ln_f)\.", key)]
-    if used:
+
+    def used(keys: Iterable[str]) -> list[str]:
+        inside = [key.removeprefix(prefix).lstrip(".") for key in keys if key.startswith(prefix)]
+        return sorted(key for key in inside if not re.match(r"(norm|final_layernorm|final_layer_norm|ln_f)\.", key))
+
+    if missing := used(info["missing_keys"]):
         raise CheckpointError(
-            f"base model {path} lacks {len(used)} weights, among them {', '.join(sorted(used)[:3])}: "
+            f"base model {path} lacks {len(missing)} weights, among them {', '.join(missing[:3])}: "
             "they would be random. Is a weight file missing, or is this an adapter or a checkpoint of another architecture?"
+        )
+    if wrong := used(key for key, *_ in info["mismatched_keys"]):
+        raise CheckpointError(
+            f"base model {path} has {len(wrong)} weights of another shape than config.json says, among them "
+            f"{', '.join(wrong[:3])}: do weights and config.json belong together?"
         )
 
 

@@ -223,15 +223,13 @@ def _refuse_too_few(store: ActivationStore, activations: Activations) -> None:
 def _shortage(activations: Activations, shards: list[Shard], found: int) -> str:
     rows, skipped = sum(s.source_rows for s in shards), sum(s.skipped_rows for s in shards)
     more = {"random": "raise activations.positions_per_document, ", "last": "set activations.positions=random or all, "}
-    advice = (
-        f"{more.get(activations.positions, '')}lower activations.min_position (now {activations.min_position}: rows of fewer "
-        "tokens give none), or give more text"
-    )
+    low = activations.min_position
+    advice = f"lower activations.min_position (now {low}: rows of fewer tokens give none), or give more text"
     if found == 0:
         return f"no row of {activations.text} ({rows} rows) has an allowed position: {advice}."
     return (
         f"{activations.text} gives {found} ({rows} rows, {skipped} of them without an allowed position): "
-        f"set activations.num_activations={found}, {advice}."
+        f"set activations.num_activations={found}, {more.get(activations.positions, '')}{advice}."
     )
 
 

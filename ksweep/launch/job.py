@@ -1,8 +1,8 @@
 """A job on disk: what to run, how far each rank is, how each rank ended. Files are the only truth between launcher and ranks.
 
-    logs/<job>/job.json          entry point and its argument, written by the launcher
-    logs/<job>/rank-<r>.json     heartbeat: pid, phase, done / total
-    logs/<job>/ended-<r>.json    terminal record of a rank: status, error class, traceback
+logs/<job>/job.json          entry point and its argument, written by the launcher
+logs/<job>/rank-<r>.json     heartbeat: pid, phase, done / total
+logs/<job>/ended-<r>.json    terminal record of a rank: status, error class, traceback
 """
 
 from __future__ import annotations

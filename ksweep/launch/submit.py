@@ -144,7 +144,7 @@ def outcome(submitted: Submitted, ranks: int) -> Ending | None:
         return stopped or endings[0]
     if submitted.over():
         silent = [r for r in range(ranks) if r not in endings]
-        message = f"rank {', '.join(map(str, silent))} of {ranks} ended without a terminal record (killed from outside, or out of memory)"
+        message = f"rank {', '.join(map(str, silent))} of {ranks} ended without a terminal record (killed, or out of memory)"
         return Ending(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=submitted.stderr_tail())
     return None
 
@@ -158,4 +158,6 @@ def raise_for(ending: Ending, job: Job) -> None:
     if ending.kind == "disk full":
         raise RunError(ending.message)
     logs = f"logs: {job.path}"
-    raise RunError(f"job {job.id}: rank {ending.rank} failed ({ending.kind}): {ending.message}\n{ending.traceback}".rstrip() + f"\n{logs}")
+    raise RunError(
+        f"job {job.id}: rank {ending.rank} failed ({ending.kind}): {ending.message}\n{ending.traceback}".rstrip() + f"\n{logs}"
+    )

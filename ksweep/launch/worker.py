@@ -40,7 +40,9 @@ def run_rank(job_path: str) -> Any:
 
     job = Job(Path(job_path))
     environment = submitit.JobEnvironment()
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {environment.global_rank} %(name)s: %(message)s", force=True)
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s rank {environment.global_rank} %(name)s: %(message)s", force=True
+    )
     pulse = Pulse(job, environment.global_rank, environment.num_tasks)
     for name in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(name, pulse.ask_to_stop)
@@ -126,7 +128,7 @@ def _device(environment: Any, torch: Any) -> str:
 
 
 def _local_ranks(environment: Any) -> int:
-    return max(1, environment.num_tasks // max(1, environment.num_nodes))
+    return max(1, int(environment.num_tasks) // max(1, int(environment.num_nodes)))
 
 
 def _shared_store(dist: Any) -> Any:
@@ -259,7 +261,8 @@ class Pulse:
 
     @staticmethod
     def _obituary(dead: Heartbeat) -> str:
-        return f"rank {dead.rank} (pid {dead.pid} on {dead.host}) died without a word during {dead.phase!r} (killed, or out of memory)"
+        who = f"rank {dead.rank} (pid {dead.pid} on {dead.host})"
+        return f"{who} died without a word during {dead.phase!r} (killed, or out of memory)"
 
 
 def is_alive(heartbeat: Heartbeat) -> bool:

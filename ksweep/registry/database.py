@@ -43,6 +43,9 @@ from ksweep.registry.landing import Landed, LandingError, read
 
 log = logging.getLogger(__name__)
 
+DatabaseError = duckdb.Error
+"""What DuckDB raises, for those who ask through a connection from here."""
+
 DATABASE = "ksweep.duckdb"
 STORAGE_VERSION = "v1.4.0"
 RUNS_PER_INSERT = 500

@@ -7,7 +7,21 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ksweep.registry.database import connect
+from ksweep.errors import RequestError
+from ksweep.registry.database import DatabaseError, connect
+
+
+def ask(root: Path, question: str) -> pa.Table:
+    """The answer to any SQL question.
+
+    Raises:
+        RequestError: DuckDB does not accept the question.
+    """
+    with connect(root) as connection:
+        try:
+            return connection.sql(question).to_arrow_table()
+        except DatabaseError as error:
+            raise RequestError(f"DuckDB does not accept that: {error}") from error
 
 
 def finished_runs(root: Path) -> dict[str, str]:

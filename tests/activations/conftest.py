@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.activations.helpers import passages, write_jsonl
 from tests.tiny_models import make_base
 

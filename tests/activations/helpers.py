@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 
 from ksweep.spec import Activations
 
-WORDS = "the river canal lock keeper wrote of stone oak iron gates spring flood council market bread winter road and bell".split()
+SENTENCE = "the river canal lock keeper wrote of stone oak iron gates spring flood council market bread winter road and bell"
 
 
 def passages(count: int, seed: int = 0, low: int = 5, high: int = 60) -> list[str]:
     """Rows of nonsense of very different lengths."""
     rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, size=rng.integers(low, high))) + "." for _ in range(count)]
+    return [" ".join(rng.choice(SENTENCE.split(), size=rng.integers(low, high))) + "." for _ in range(count)]
 
 
 def write_jsonl(path: Path, texts: list[str], **columns: list[Any]) -> Path:
@@ -27,7 +27,9 @@ def write_jsonl(path: Path, texts: list[str], **columns: list[Any]) -> Path:
     return path
 
 
-def write_vectors(path: Path, vectors: np.ndarray, *, fixed: bool = True, row_group_size: int = 700, **columns: list[Any]) -> Path:
+def write_vectors(
+    path: Path, vectors: np.ndarray, *, fixed: bool = True, row_group_size: int = 700, **columns: list[Any]
+) -> Path:
     n, d = vectors.shape
     flat = pa.array(vectors.reshape(-1))
     lists = pa.FixedSizeListArray.from_arrays(flat, d) if fixed else pa.ListArray.from_arrays(np.arange(0, n * d + 1, d), flat)
@@ -39,10 +41,10 @@ def random_vectors(count: int, d_model: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, d_model)).astype(np.float32)
 
 
-def spec(model: Path | None, text: Path | None, count: int, **fields: Any) -> Activations:
+def spec(model: Path, text: Path, count: int, **fields: Any) -> Activations:
     """A request on a tiny model: float32, positions from 4 on."""
     defaults: dict[str, Any] = {"min_position": 4, "dtype": "float32", "max_length": 128}
-    return Activations(model=model and str(model), text=text and str(text), num_activations=count, **(defaults | fields))
+    return Activations(model=str(model), text=str(text), num_activations=count, **(defaults | fields))
 
 
 def vector_spec(vectors: Path, count: int) -> Activations:

@@ -19,8 +19,8 @@ from tests.activations.helpers import random_vectors, vector_spec, write_vectors
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_vectors_come_back_as_they_are(tmp_path: Path, fixed: bool, dtype: type) -> None:
-    vectors = random_vectors(2500)
-    path = write_vectors(tmp_path / "v.parquet", vectors.astype(dtype), fixed=fixed)  # four row groups of 700, three units of 1024
+    vectors = random_vectors(2500)  # four row groups of 700, three units of 1024
+    path = write_vectors(tmp_path / "v.parquet", vectors.astype(dtype), fixed=fixed)
     table = ensure(vector_spec(path, 2500), None, tmp_path / "cache")
     assert np.array_equal(table.vectors(), vectors) and table.dtype == "float32"
     assert np.array_equal(table.vectors(1000, 1100), vectors[1000:1100])
@@ -59,7 +59,7 @@ def test_units_in_any_order_equal_units_in_order(tmp_path: Path) -> None:
 def test_more_vectors_than_there_are_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "v.parquet", random_vectors(7))
     for act in (plan, ensure):
-        with pytest.raises(DataError, match="has 7 rows: set activations.num_activations=7"):
+        with pytest.raises(DataError, match=r"has 7 rows: set activations.num_activations=7"):
             act(vector_spec(path, 8), None, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -93,7 +93,8 @@ def test_unusable_vectors_are_refused(tmp_path: Path, column: pa.Array, says: st
 def test_file_that_is_no_vector_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense")
-    for name, says in [("t", "no column 'activation_vector'; it has text"), ("x", "not a readable Parquet"), ("n", "no file of vectors")]:
+    cases = {"t": "no column 'activation_vector'; it has text", "x": "not a readable Parquet", "n": "no file of vectors"}
+    for name, says in cases.items():
         with pytest.raises(DataError, match=says):
             plan(vector_spec(tmp_path / f"{name}.parquet", 1), None, tmp_path / "cache")
 
@@ -113,7 +114,7 @@ def test_sidecar_says_where_the_vectors_are_from(tmp_path: Path) -> None:
 
 
 def test_sidecar_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="kind 'nla_model'.*nla_dataset"):
+    with pytest.raises(DataError, match=r"kind 'nla_model'.*nla_dataset"):
         read_sidecar(sidecar(tmp_path / "v.parquet", kind="nla_model"))
     with pytest.raises(DataError, match="layer_index is 'twenty'"):
         read_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": "twenty"}))

@@ -294,9 +294,13 @@ def test_on_step_hears_of_every_token_once(verbalizer):
 
 
 def test_the_callers_grad_mode_is_its_own_between_draws(verbalizer):
+    modes = []
+    handle = verbalizer.model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     for _ in draw(verbalizer, VECTORS, requests_for([0], range(3)), temperature=1.0, max_new_tokens=4, seed=0):
         assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
         assert (torch.ones(1, requires_grad=True) * 2).requires_grad
+    handle.remove()
+    assert len(modes) > 1 and all(modes)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -94,7 +94,9 @@ def test_a_job_in_this_process_records_its_end(tmp_path: Path) -> None:
         ({"cluster": "local", "gpus": 99}, "this machine has"),
     ],
 )
-def test_resources_that_cannot_be_had_are_refused_before_anything_starts(tmp_path: Path, resources: dict[str, Any], words: str) -> None:
+def test_resources_that_cannot_be_had_are_refused_before_anything_starts(
+    tmp_path: Path, resources: dict[str, Any], words: str
+) -> None:
     job = create(tmp_path, "tests.launch.entries:count", {}, 1)
     with pytest.raises(SpecError, match=words):
         launch.submit(job, Resources(**resources), "test")

@@ -1,0 +1,400 @@
+"""What can be known of a checkpoint before its weights are read: every change of the fixtures' "Must be refused" list, and more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ksweep import files
+from ksweep.autoencoder.checkpoint import check_pair, digest, family, inspect
+from ksweep.errors import CheckpointError, DataError
+from tests.tiny_models import FIXTURES, TinyPair, edit_sidecar, edit_weights, make_pair
+
+CASES = ("qwen2_text", "gemma3_text")
+PART = {"av": "nla-av", "ar": "nla-ar"}
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSWEEP_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    name: str
+    role: Any
+    change: Callable[[Path], Any]
+    message: str
+    """Part of the message: a regular expression."""
+
+
+def side(**changes: Any) -> Callable[[Path], None]:
+    return lambda path: edit_sidecar(path, **changes)
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any], file: str = "model.safetensors") -> Callable[[Path], None]:
+    return lambda path: edit_weights(path, change=change, file=file)
+
+
+def head(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    return weights(change, "value_head.safetensors")
+
+
+def depth(by: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        config["num_hidden_layers"] += by
+        types = config["layer_types"]
+        config["layer_types"] = types[:by] if by < 0 else types + types[:by]
+        (path / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def replace_by(part: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        shutil.rmtree(path)
+        shutil.copytree(path.parent / part, path)
+
+    return change
+
+
+def cut_file(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-100])
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+REFUSED = [
+    Refusal("ar_as_av", "av", replace_by("nla-ar"), r"is an AR \(reconstructor\) checkpoint .*given as the AV"),
+    Refusal(
+        "ar_as_av_with_scale",
+        "av",
+        lambda p: (replace_by("nla-ar")(p), edit_sidecar(p, extraction__injection_scale=24.0)),
+        "is an AR",
+    ),
+    Refusal("av_as_ar", "ar", replace_by("nla-av"), r"is an AV \(verbalizer\) checkpoint .*given as the AR"),
+    Refusal("base_as_av", "av", replace_by("base"), r"no nla_meta.yaml: it looks like a plain language model, not an AV"),
+    Refusal("base_as_ar", "ar", replace_by("base"), r"no nla_meta.yaml: it looks like a plain language model, not an AR"),
+    Refusal("role_unknown", "av", side(role="reader"), r"role='reader'; expected one of av, actor, ar, critic"),
+    Refusal("role_absent", "av", side(role=...), r"role=None"),
+    Refusal("ar_role_absent", "ar", side(role=...), r"role=None"),
+    Refusal("no_sidecar", "av", lambda p: (p / "nla_meta.yaml").unlink(), r"has no nla_meta.yaml"),
+    Refusal("sidecar_broken", "av", lambda p: (p / "nla_meta.yaml").write_text("kind: [nla"), r"cannot be read as YAML"),
+    Refusal("sidecar_a_list", "av", lambda p: (p / "nla_meta.yaml").write_text("- 1"), r"holds a list"),
+    Refusal("kind_other", "av", side(kind="other"), r"kind='other', expected 'nla_model'"),
+    Refusal("kind_dataset", "ar", side(kind="nla_dataset"), r"kind='nla_dataset', expected 'nla_model'"),
+    Refusal("no_head", "ar", lambda p: (p / "value_head.safetensors").unlink(), r"has no value_head.safetensors"),
+    Refusal(
+        "head_key",
+        "ar",
+        head(lambda s: s.update({"value_head.weight": s.pop("weight")})),
+        r"value_head.weight; expected exactly one",
+    ),
+    Refusal("head_bias", "ar", head(lambda s: s.update(bias=torch.zeros(64))), r"bias, weight; expected exactly one"),
+    Refusal("head_half", "ar", head(lambda s: s.update(weight=s["weight"][:, :32])), r"shape \[64, 32\]; expected .*\[64, 64\]"),
+    Refusal("head_integers", "ar", head(lambda s: s.update(weight=s["weight"].int())), r"weight is I32"),
+    Refusal("head_cut_off", "ar", cut_file("value_head.safetensors"), r"fewer than its header announces"),
+    Refusal("ar_block_short", "ar", depth(-1), r"needs \d blocks"),
+    Refusal("ar_block_more", "ar", depth(1), r"needs \d blocks"),
+    Refusal("av_depth_short", "av", depth(-1), r"unexpected weights of block"),
+    Refusal("av_depth_more", "av", depth(1), r"lacks weights"),
+    Refusal("ar_layer_less_1", "ar", lambda p: shift_layers(p, -1), r"needs \d blocks"),
+    Refusal(
+        "ar_layers_disagree",
+        "ar",
+        side(critic__extraction_layer_index=1),
+        r"names different layers: .*critic.extraction_layer_index=1",
+    ),
+    Refusal("av_layers_disagree", "av", side(layer=0), r"names different layers"),
+    Refusal("av_layer_beyond", "av", side(extraction_layer_index=9), r"is of layer 9"),
+    Refusal("layer_no_number", "av", side(extraction_layer_index="two"), r"extraction_layer_index='two'"),
+    Refusal("av_lacks_tensor", "av", weights(lambda s: s.pop(UP)), rf"lacks weights: {UP}"),
+    Refusal("ar_lacks_tensor", "ar", weights(lambda s: s.pop(UP)), rf"lacks weights: {UP}"),
+    Refusal(
+        "av_extra_block", "av", weights(lambda s: s.update({UP.replace(".1.", ".6."): s[UP]})), r"unexpected weights of block 6"
+    ),
+    Refusal(
+        "ar_extra_block", "ar", weights(lambda s: s.update({UP.replace(".1.", ".4."): s[UP]})), r"unexpected weights of block 4"
+    ),
+    Refusal("two_spellings", "av", weights(lambda s: s.update({"language_model." + UP: s[UP]})), r"under two spellings"),
+    Refusal("weights_cut_off", "av", cut_file("model.safetensors"), r"fewer than its header announces"),
+    Refusal(
+        "weights_garbage",
+        "av",
+        lambda p: (p / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!"),
+        r"not a readable safetensors",
+    ),
+    Refusal("weights_empty", "av", lambda p: (p / "model.safetensors").write_bytes(b""), r"not a readable safetensors|fewer"),
+    Refusal("no_weights", "ar", lambda p: (p / "model.safetensors").unlink(), r"neither model.safetensors nor"),
+    Refusal("no_config", "ar", lambda p: (p / "config.json").unlink(), r"config.json cannot be read"),
+    Refusal("scale_absent", "av", side(extraction__injection_scale=...), r"no extraction.injection_scale"),
+    Refusal("scale_null", "av", side(extraction__injection_scale=None), r"no extraction.injection_scale"),
+    Refusal("scale_raw", "av", side(extraction__injection_scale="raw"), r"no extraction.injection_scale"),
+    Refusal("scale_zero", "av", side(extraction__injection_scale=0), r"injection_scale=0.0, expected a finite number > 0"),
+    Refusal("scale_negative", "av", side(extraction__injection_scale=-24.0), r"expected a finite number > 0"),
+    Refusal("scale_nan", "av", side(extraction__injection_scale=float("nan")), r"expected a finite number > 0"),
+    Refusal("scale_infinite", "av", side(extraction__injection_scale=float("inf")), r"expected a finite number > 0"),
+    Refusal("scale_words", "av", side(extraction__injection_scale="large"), r"injection_scale='large', expected a number"),
+    Refusal("mse_scale_null", "ar", side(extraction__mse_scale=None), r"mse_scale null"),
+    Refusal("mse_scale_zero", "ar", side(extraction__mse_scale=0), r"expected a finite number > 0"),
+    Refusal("av_d_model", "av", side(d_model=32), r"d_model=32, but .* hidden_size=64"),
+    Refusal("ar_d_model", "ar", side(d_model=128), r"d_model=128, but .* hidden_size=64"),
+    Refusal("no_d_model", "ar", side(d_model=...), r"does not say d_model"),
+    Refusal("av_no_marker", "av", side(prompt_templates__av="Describe it."), r"0 places for the marker"),
+    Refusal("av_two_markers", "av", side(prompt_templates__av="{injection_char} {injection_char}"), r"2 places for the marker"),
+    Refusal("av_no_template", "av", side(prompt_templates={}), r"lacks prompt_templates.av"),
+    Refusal("av_no_tokens", "av", side(tokens=...), r"lacks tokens.injection_char, tokens.injection_token_id"),
+    Refusal("av_marker_id_text", "av", side(tokens__injection_token_id="536"), r"injection_token_id='536'"),
+    Refusal("ar_no_explanation", "ar", side(prompt_templates__ar="Summary: <text></text>"), r"0 places for the explanation"),
+    Refusal("ar_no_template", "ar", side(prompt_templates={"av": "{injection_char}"}), r"lacks prompt_templates.ar"),
+    Refusal("ar_suffix_text", "ar", side(tokens__critic_suffix_ids="1 2"), r"expected a list of token ids"),
+]
+
+
+def shift_layers(path: Path, by: int) -> None:
+    meta = yaml.safe_load((path / "nla_meta.yaml").read_text())
+    layer = meta["extraction_layer_index"] + by
+    edit_sidecar(path, extraction_layer_index=layer, critic__extraction_layer_index=layer)
+
+
+def copied(case: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / case, tmp_path / case))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("refusal", REFUSED, ids=lambda r: r.name)
+def test_inspect_of_a_changed_checkpoint_says_what_is_wrong(case: str, refusal: Refusal, tmp_path: Path) -> None:
+    path = copied(case, tmp_path) / PART[refusal.role]
+    inspect(path, refusal.role)
+    refusal.change(path)
+    with pytest.raises(CheckpointError, match=refusal.message) as raised:
+        inspect(path, refusal.role)
+    assert "\n" not in str(raised.value) and str(path.parent) in str(raised.value)
+
+
+ACCEPTED = {
+    "unknown_keys": ("av", side(colour="blue", tokens__smell=1, training__num_layers=99)),
+    "role_actor": ("av", side(role="actor")),
+    "role_critic": ("ar", side(role="critic")),
+    "ar_scale_null": ("ar", side(extraction__injection_scale=None)),
+    "ar_scale_number": ("ar", side(extraction__injection_scale=150.0)),
+    "mse_scale_absent": ("ar", side(extraction__mse_scale=...)),
+    "scale_text_number": ("av", side(extraction__injection_scale="24.0")),
+    "scale_sentinel": ("av", side(extraction__injection_scale="sqrt_d_model")),
+    "av_without_layer": ("av", side(extraction_layer_index=...)),
+    "ar_without_layer": ("ar", side(extraction_layer_index=..., critic=...)),
+    "template_actor": ("av", side(prompt_templates={"actor": "<concept>{injection_char}</concept>"})),
+    "template_critic": ("ar", side(prompt_templates={"critic": "<text>{explanation}</text> <summary>"})),
+    "ar_with_final_norm": ("ar", weights(lambda s: s.update({"model.norm.weight": torch.ones(64)}))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_inspect_accepts_what_was_published(case: str, name: str, tmp_path: Path) -> None:
+    role, change = ACCEPTED[name]
+    path = copied(case, tmp_path) / PART[role]
+    change(path)
+    assert inspect(path, role).role == role  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["critic.extraction_layer_index", "critic.num_hidden_layers", "ar.num_hidden_layers", "extraction_layer_index", "layer"],
+)
+@pytest.mark.parametrize("role", ["av", "ar"])
+def test_layer_is_read_under_each_of_its_spellings(key: str, role: Any, tmp_path: Path) -> None:
+    path = copied("qwen2_text", tmp_path) / PART[role]
+    edit_sidecar(path, extraction_layer_index=..., critic=...)
+    edit_sidecar(path, **{key.replace(".", "__"): 2})
+    assert inspect(path, role).layer == 2
+
+
+def test_inspect_reads_the_fixture_values() -> None:
+    info = inspect(FIXTURES / "gemma3_text" / "nla-ar", "ar")
+    said = info.sidecar
+    assert (info.layer, info.num_layers, info.d_model, said.mse_scale, said.marker_id) == (3, 4, 64, 8.0, 366)
+    assert said.suffix_ids == (448, 295, 434, 520, 295) and said.base_checkpoint == "tiny-fixture/gemma3-text-base"
+    assert said.ar_affixes == ("Summary of the following text: <text>", "</text> <summary>")
+
+
+def test_sharded_weights_are_read_and_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    path = copied("qwen2_text", tmp_path) / "nla-av"
+    names = list(inspect(path, "av").tensors)
+    from safetensors.torch import load_file, save_file
+
+    state, weight_map = load_file(path / "model.safetensors"), {}
+    for shard, part in enumerate((names[:20], names[20:])):
+        file = f"model-{shard}.safetensors"
+        save_file({name: state[name] for name in part}, path / file)
+        weight_map |= dict.fromkeys(part, file)
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert set(inspect(path, "av").tensors) == set(names)
+    (path / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lists model-1.safetensors, which is not in"):
+        inspect(path, "av")
+
+
+def test_family_tells_directories_from_tae_files(tmp_path: Path) -> None:
+    file = tmp_path / "tae.pt"
+    file.write_bytes(b"x")
+    assert (family(tmp_path), family(file)) == ("nla", "tae")
+    with pytest.raises(CheckpointError, match="not there"):
+        family(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="no AV checkpoint at"):
+        inspect(tmp_path / "nothing", "av")
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------------------
+
+
+def fixture_pair(tmp_path: Path, case: str = "qwen2_text") -> tuple[Path, Path]:
+    directory = copied(case, tmp_path)
+    return directory / "nla-av", directory / "nla-ar"
+
+
+def checked(av: Path, ar: Path, *args: Any, **kwargs: Any) -> None:
+    check_pair(inspect(av, "av"), inspect(ar, "ar"), *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"base_checkpoint": "other/model"},
+            r"base model is 'tiny-fixture/qwen2-text-base' in the AV and 'other/model' in the AR",
+        ),
+        ({"tokens__injection_char": "x"}, r"marker is"),
+        ({"tokens__injection_token_id": 535}, r"marker token id is 536 in the AV and 535 in the AR"),
+    ],
+)
+def test_check_pair_of_halves_that_differ_in_one_value_refuses(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    av, ar = fixture_pair(tmp_path)
+    checked(av, ar)
+    edit_sidecar(ar, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        checked(av, ar)
+
+
+def test_check_pair_of_another_layer_width_or_family_refuses(tmp_path: Path) -> None:
+    av, ar = fixture_pair(tmp_path)
+    with pytest.raises(CheckpointError, match="do not belong together: layer is 2 in the AV and 3 in the AR"):
+        checked(av, FIXTURES / "gemma3_text" / "nla-ar")
+    narrow = make_pair(tmp_path / "narrow", "qwen2", layer=2)
+    with pytest.raises(CheckpointError, match="d_model is 64 in the AV and 32 in the AR"):
+        checked(av, narrow.ar)
+
+
+def test_check_pair_of_activations_compares_layer_width_and_base(tmp_path: Path) -> None:
+    av, ar = fixture_pair(tmp_path)
+    checked(av, ar, 2, 64, "tiny-fixture/qwen2-text-base@main")
+    checked(av, ar, 2, 64, "a-mirror/Qwen2-text-base")
+    checked(av, ar, 2, 64, str(FIXTURES / "qwen2_text" / "base"))
+    with pytest.raises(DataError, match="activations are of layer 1, but .* layer 2"):
+        checked(av, ar, 1)
+    with pytest.raises(DataError, match="have 32 dimensions"):
+        checked(av, ar, 2, 32)
+    with pytest.raises(DataError, match="come from other/model"):
+        checked(av, ar, activations_base="other/model")
+
+
+def test_check_pair_ignores_local_paths_left_by_training(tmp_path: Path) -> None:
+    av, ar = fixture_pair(tmp_path)
+    edit_sidecar(av, base_checkpoint="/checkpoints/sft-av")
+    checked(av, ar)
+
+
+# --- adapters and digests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> TinyPair:
+    return make_pair(tmp_path / "tiny", "qwen2", adapters=True)
+
+
+def test_adapters_take_depth_and_width_from_the_base(adapters: TinyPair) -> None:
+    av, ar = inspect(adapters.av, "av"), inspect(adapters.ar, "ar")
+    assert (av.is_adapter, av.num_layers, ar.num_layers, ar.base) == (True, 3, 2, adapters.base.resolve())
+    check_pair(av, ar)
+
+
+def test_adapter_base_argument_goes_before_the_configuration(adapters: TinyPair, tmp_path: Path) -> None:
+    moved = adapters.base.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="over a base model that cannot be had .*Set autoencoder.base"):
+        inspect(adapters.av, "av")
+    assert inspect(adapters.av, "av", base=str(moved)).base == moved.resolve()
+
+
+def test_adapter_over_other_base_weights_is_refused_by_digest(adapters: TinyPair, tmp_path: Path) -> None:
+    import hashlib
+
+    sha = hashlib.sha256((adapters.base / "model.safetensors").read_bytes()).hexdigest()
+    for path in (adapters.av, adapters.ar):
+        edit_sidecar(path, base_digest=f"sha256:{sha}")
+    av, ar = inspect(adapters.av, "av"), inspect(adapters.ar, "ar")
+    check_pair(av, ar, activations_base=str(adapters.base))
+    other = make_pair(tmp_path / "other", "qwen2", seed=7).base
+    with pytest.raises(DataError, match="model.safetensors is not the one"):
+        check_pair(av, ar, activations_base=str(other))
+    with pytest.raises(CheckpointError, match="was trained over other base weights"):
+        inspect(adapters.av, "av", base=str(other))
+    (other / "model.safetensors").rename(other / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="has no such single file"):
+        inspect(adapters.av, "av", base=str(other))
+
+
+def test_adapters_over_two_bases_do_not_belong_together(adapters: TinyPair, tmp_path: Path) -> None:
+    same = shutil.copytree(adapters.base, tmp_path / "same")
+    other = make_pair(tmp_path / "other", "qwen2", seed=7).base
+    av = inspect(adapters.av, "av")
+    check_pair(av, inspect(adapters.ar, "ar", base=str(same)))
+    with pytest.raises(CheckpointError, match="digest of the base model"):
+        check_pair(av, inspect(adapters.ar, "ar", base=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: (p.ar / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+        (lambda p: shutil.copy(p.base / "model.safetensors", p.ar), "both full weights and adapter_config.json"),
+        (lambda p: edit_sidecar(p.ar, extraction_layer_index=0), "blocks that are not used: .*layers.1"),
+        (lambda p: edit_sidecar(p.ar, extraction_layer_index=3), "is of layer 3, but its model has 3 blocks"),
+        (lambda p: edit_sidecar(p.ar, extraction_layer_index=...), "names no layer"),
+        (lambda p: (p.ar / "adapter_config.json").write_text("{}"), "names no base model"),
+        (lambda p: (p.ar / "adapter_config.json").write_text("{"), "not valid JSON"),
+        (lambda p: edit_weights(p.base, change=lambda s: s.pop(UP)), "base lacks weights"),
+    ],
+)
+def test_inspect_of_a_changed_adapter_says_what_is_wrong(adapters: TinyPair, change: Any, message: str) -> None:
+    change(adapters)
+    with pytest.raises(CheckpointError, match=message):
+        inspect(adapters.ar, "ar")
+
+
+def test_digest_follows_the_content_of_checkpoint_and_base(adapters: TinyPair, tmp_path: Path) -> None:
+    before = digest(inspect(adapters.av, "av"))
+    (adapters.av / "README.md").write_text("words")
+    moved = adapters.base.rename(tmp_path / "moved")
+    assert digest(inspect(adapters.av, "av", base=str(moved))) == before
+    edit_weights(moved, change=lambda s: s[UP].add_(1))
+    changed = digest(inspect(adapters.av, "av", base=str(moved)))
+    edit_sidecar(adapters.av, extraction__injection_scale=21.0)
+    assert len({before, changed, digest(inspect(adapters.av, "av", base=str(moved)))}) == 3
+    assert digest(inspect(FIXTURES / "qwen2_text" / "nla-av", "av")) == files.digest(FIXTURES / "qwen2_text" / "nla-av")
+
+
+def test_checkpoint_module_needs_neither_torch_nor_numpy() -> None:
+    code = "import sys, ksweep.autoencoder.checkpoint; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,383 @@
+"""The database is an index of the landing files: up to date, rebuildable, and in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from landed_runs import controls_of, curve_of, publish_draws, record_of
+
+from ksweep import draws
+from ksweep.errors import RequestError
+from ksweep.registry import database
+from ksweep.registry.database import connect, curves_of, finished_run, ingest, rebuild, seconds_per_draw
+from ksweep.registry.landing import land
+
+TABLES = (
+    "runs",
+    "run_curves",
+    "run_controls",
+    "quarantine",
+    "curves",
+    "curve_history",
+    "controls",
+    "v_temperature",
+    "v_failures",
+)
+
+
+def rows(root: Path, query: str) -> list[tuple[Any, ...]]:
+    with connect(root) as connection:
+        return connection.execute(query).fetchall()
+
+
+def everything(root: Path) -> dict[str, list[tuple[Any, ...]]]:
+    return {table: sorted(rows(root, f"SELECT * FROM {table}"), key=repr) for table in TABLES}
+
+
+def land_three(root: Path) -> None:
+    for i, temperature in enumerate((0.4, 0.7, 1.0)):
+        land(root, record_of(f"r{i}", temperature=temperature), curve_of(0.3 + 0.1 * i), controls_of())
+
+
+def test_ingest_twice_changes_nothing_the_second_time(root: Path) -> None:
+    land_three(root)
+    first, before = ingest(root), (root / "ksweep.duckdb").stat().st_ino
+    second = ingest(root)
+    assert (first.num_new, first.num_runs, first.changed) == (3, 3, True)
+    assert (second.num_new, second.num_runs, second.changed) == (0, 3, False)
+    assert (root / "ksweep.duckdb").stat().st_ino == before, "no new file for nothing"
+    assert rows(root, "SELECT count(*) FROM run_curves") == [(12,)]
+
+
+def test_rebuild_equals_step_by_step_ingest_row_for_row(root: Path) -> None:
+    for step in ("a", "b"):
+        land(root, record_of(f"{step}1", temperature=0.4, minutes=ord(step)), curve_of(), controls_of())
+        land(root, record_of(f"{step}2", status="failed", error_type="RunError", error_message="x"))
+        (root / "landing" / f"{step}3").mkdir()
+        ingest(root)
+    step_by_step = everything(root)
+    assert len(step_by_step["runs"]) == 4 and len(step_by_step["quarantine"]) == 2
+    assert rebuild(root).rebuilt == "asked for"
+    assert everything(root) == step_by_step
+
+
+def test_curves_show_one_row_per_cell_and_k_of_the_newest_finished_run(root: Path) -> None:
+    land(root, record_of("old", minutes=0), curve_of(0.30))
+    land(root, record_of("new", minutes=5), curve_of(0.50))
+    land(root, record_of("broken", minutes=9, status="failed", error_type="RunError", error_message="x"))
+    assert rows(root, "SELECT k, fve, run_id FROM curves ORDER BY k") == [
+        (1, 0.50, "new"), (2, 0.51, "new"), (3, 0.52, "new"), (4, 0.53, "new"),
+    ]  # fmt: skip
+    assert rows(root, "SELECT count(*) FROM curve_history") == [(8,)]
+    assert rows(root, "SELECT run_id, superseded FROM v_failures") == [("broken", False)]
+
+
+def test_run_row_carries_spec_times_counts_and_maps(root: Path) -> None:
+    land(root, record_of("r1", temperature=0.7), curve_of())
+    query = (
+        "SELECT temperature, av, text_source, finished::VARCHAR, num_failed_draws, failures['cut off'], seconds['sampling'], "
+        "packages['torch'], argv[1], spec->>'$.sampling.temperature', resources->'$.tasks', layer, d_model FROM runs"
+    )
+    assert rows(root, query) == [
+        (0.7, "demo/av", "held_out.jsonl", "2026-11-22 12:00:00", 40, 30, 210.5, "2.13.0",
+         "experiments/temp_sweep.py", "0.7", "2", 20, None),
+    ]  # fmt: skip
+
+
+def test_v_temperature_places_temperatures_within_a_setting(root: Path) -> None:
+    land_three(root)
+    land(root, record_of("other", temperature=0.4, num_draws=2), curve_of(0.9, num_draws=2))
+    found = rows(
+        root, "SELECT temperature, place, count(*) OVER (PARTITION BY setting) FROM v_temperature WHERE k = 1 ORDER BY fve"
+    )
+    assert found == [(0.4, 3, 3), (0.7, 2, 3), (1.0, 1, 3), (0.4, 1, 1)], "two draws are another setting"
+
+
+def test_v_draw_failures_gives_counts_and_rates_by_cause(root: Path) -> None:
+    land(root, record_of("r1"), curve_of())  # 100 activations x 4 draws
+    found = rows(root, "SELECT cause, num_failed_draws, failure_rate FROM v_draw_failures ORDER BY cause")
+    assert found == [("cut off", 30, 0.075), ("empty", 10, 0.025)]
+
+
+def test_damaged_landing_is_quarantined_named_and_looked_at_again_when_repaired(root: Path) -> None:
+    land_three(root)
+    curve = root / "landing" / "r1" / "curve.parquet"
+    whole = curve.read_bytes()
+    curve.write_bytes(whole[:-1])
+    report = ingest(root)
+    assert (report.num_runs, [q.run_id for q in report.quarantined]) == (2, ["r1"])
+    assert "r1/curve.parquet is not what was written" in report.quarantined[0].reason
+    assert rows(root, "SELECT run_id, reason FROM quarantine") == [("r1", report.quarantined[0].reason)]
+    assert ingest(root).changed is False, "it is not read again while it stays as it is"
+    curve.write_bytes(whole)
+    os.utime(curve, ns=(0, 0))
+    report = ingest(root)
+    assert (report.num_runs, report.quarantined) == (3, ())
+    assert rows(root, "SELECT count(*) FROM quarantine") == [(0,)]
+
+
+def test_record_whose_types_do_not_fit_is_quarantined(root: Path) -> None:
+    land_three(root)
+    path = root / "landing" / "r1" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_ranks": "two"}))
+    report = ingest(root)
+    assert (report.num_runs, [q.run_id for q in report.quarantined]) == (2, ["r1"])
+
+
+def test_half_written_landing_and_stray_files_do_not_harm(root: Path) -> None:
+    land_three(root)
+    (root / "landing" / ".r9.0123.part").mkdir()
+    (root / "landing" / "notes.txt").write_text("mine")
+    report = ingest(root)
+    assert (report.num_runs, [q.run_id for q in report.quarantined]) == (3, ["notes.txt"])
+
+
+def test_removed_landing_disappears(root: Path) -> None:
+    land_three(root)
+    ingest(root)
+    shutil.rmtree(root / "landing" / "r1")
+    report = ingest(root)
+    assert (report.num_removed, report.num_runs) == (1, 2)
+    assert rows(root, "SELECT DISTINCT run_id FROM run_curves ORDER BY 1") == [("r0",), ("r2",)]
+    assert rows(root, "SELECT DISTINCT run_id FROM run_controls ORDER BY 1") == [("r0",), ("r2",)]
+
+
+def test_open_reader_keeps_its_snapshot_and_a_new_connection_sees_new_rows(root: Path) -> None:
+    land(root, record_of("r0", temperature=0.4), curve_of())
+    with connect(root) as reader:
+        land(root, record_of("r1", temperature=0.7), curve_of())
+        assert ingest(root).num_new == 1
+        with connect(root) as later:
+            assert later.execute("SELECT count(*) FROM runs").fetchone() == (2,)
+        assert reader.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+        assert reader.execute("SELECT count(*) FROM curves").fetchone() == (4,)
+
+
+@contextmanager
+def held_open_by_another_process(path: Path, read_only: bool) -> Iterator[None]:
+    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=sys.argv[2] == '1'); print(c.execute('from runs').fetchall()); input()"
+    command = [sys.executable, "-u", "-c", code, str(path), str(int(read_only))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.communicate("\n", timeout=30)
+
+
+@pytest.mark.parametrize("read_only", [True, False], ids=["reading", "writing"])
+def test_another_process_holding_the_file_blocks_neither_ingest_nor_connect(root: Path, read_only: bool) -> None:
+    land(root, record_of("r0", temperature=0.4), curve_of())
+    ingest(root)
+    with held_open_by_another_process(root / "ksweep.duckdb", read_only):
+        assert rows(root, "SELECT count(*) FROM runs") == [(1,)], "nothing to do, and the file is locked: a copy is read"
+        land(root, record_of("r1", temperature=0.7), curve_of())
+        assert ingest(root).num_new == 1
+        assert rows(root, "SELECT count(*) FROM runs") == [(2,)]
+
+
+def test_connection_is_read_only(root: Path) -> None:
+    ingest(root)
+    with connect(root) as connection, pytest.raises(duckdb.Error, match="read-only"):
+        connection.execute("DELETE FROM runs")
+
+
+def test_connect_brings_the_database_up_to_date(root: Path) -> None:
+    land_three(root)
+    assert rows(root, "SELECT count(*) FROM v_latest") == [(3,)]
+
+
+def test_connect_without_a_registry_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no registry at .*nowhere"):
+        connect(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database" * 500])
+def test_unreadable_database_is_built_again(root: Path, content: bytes) -> None:
+    land_three(root)
+    (root / "ksweep.duckdb").write_bytes(content)
+    report = ingest(root)
+    assert report.num_runs == 3 and report.rebuilt is not None and "could not be read" in report.rebuilt
+
+
+def test_database_of_another_schema_is_built_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    land_three(root)
+    ingest(root)
+    monkeypatch.setattr(database, "SPEC_COLUMNS", {"temperature": "sampling.temperature"})
+    report = ingest(root)
+    assert report.rebuilt == "it was made by another version of ksweep"
+    assert rows(root, "SELECT temperature, av FROM runs ORDER BY 1") == [(0.4, None), (0.7, None), (1.0, None)]
+
+
+def _land_some(root: Path, process: int) -> None:
+    for i in range(3):
+        land(root, record_of(f"p{process}-{i}", temperature=0.1 + process), curve_of(), controls_of())
+
+
+@pytest.mark.slow
+def test_ten_processes_landing_while_two_ingest_lose_nothing(root: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_land_some, args=(root, i)) for i in range(10)]
+    for writer in writers:
+        writer.start()
+    code = "import sys; from ksweep.registry.database import ingest\nfor _ in range(5): ingest(sys.argv[1])"
+    ingesters = [subprocess.Popen([sys.executable, "-c", code, str(root)]) for _ in range(2)]
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    assert [p.wait(60) for p in ingesters] == [0, 0]
+    report = ingest(root)
+    assert (report.num_runs, report.quarantined) == (30, ())
+    assert rows(root, "SELECT count(*), count(DISTINCT run_id) FROM run_curves") == [(120, 30)]
+    assert not list(root.glob(".*.next*"))
+
+
+def test_killed_ingester_leaves_no_lock_and_its_leftover_is_removed(root: Path) -> None:
+    land_three(root)
+    code = (
+        "import sys, time; from ksweep.registry import database as d; real = d._fill\n"
+        "def fill(*a): real(*a); print('filled', flush=True); time.sleep(60)\n"
+        "d._fill = fill; d.ingest(sys.argv[1])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "filled\n"
+        assert len(list(root.glob(".ksweep.duckdb.*.next"))) == 1 and not (root / "ksweep.duckdb").exists()
+        process.kill()
+    began = time.monotonic()
+    assert ingest(root).num_runs == 3
+    assert time.monotonic() - began < 10
+    assert not list(root.glob(".ksweep.duckdb.*"))
+
+
+def test_draws_before_the_first_draw_are_an_empty_table_with_types(root: Path) -> None:
+    with connect(root) as connection:
+        assert connection.execute("SELECT count(*) FROM draws").fetchone() == (0,)
+        names = {name: kind for name, kind, *_ in connection.execute("DESCRIBE draws").fetchall()}
+    assert (names["error"], names["token_ids"], names["explanation"]) == ("DOUBLE", "INTEGER[]", "VARCHAR")
+    assert set(draws.SCHEMA.names) - set(names) == {"reconstruction_sum"}
+
+
+def test_draws_are_ranked_by_error_with_failures_last_and_named_by_cell(root: Path) -> None:
+    record = record_of("r1", temperature=0.7)
+    land(root, record, curve_of())
+    assert record.draws_key is not None
+    publish_draws(root, record.draws_key, [[0.5, None, 0.2, 0.4], [None, 0.9, 0.9, 0.1], [None, None, None, None]])
+    publish_draws(root, "of_a_running_cell", [[0.3]])
+    found = rows(root, "SELECT activation, draw FROM draws WHERE cell IS NOT NULL ORDER BY activation, rank")
+    assert found == [(0, 2), (0, 3), (0, 0), (0, 1), (1, 3), (1, 1), (1, 2), (1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
+    assert rows(root, "SELECT cell, explanation FROM best_draws ORDER BY cell NULLS LAST, activation") == [
+        (record.cell, "0.2"), (record.cell, "1.3"), (None, "0.0"),
+    ]  # fmt: skip
+
+
+def test_draws_of_cells_that_share_them_appear_once_under_the_newest(root: Path) -> None:
+    small, large = record_of("r1", num_draws=2), record_of("r2", num_draws=4, minutes=5)
+    assert small.draws_key == large.draws_key and small.cell_key != large.cell_key
+    land(root, small, curve_of(num_draws=2))
+    land(root, large, curve_of(num_draws=4))
+    publish_draws(root, large.draws_key or "", [[0.5, 0.4, 0.3, 0.2]])
+    assert rows(root, "SELECT DISTINCT cell, count(*) OVER () FROM draws") == [(large.cell, 4)]
+
+
+def test_draws_and_query_of_the_readme_work_from_any_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    land_three(root)
+    publish_draws(root, "key", [[0.5, 0.4]])
+    ingest(root)
+    for directory in (root.parent, root, Path("/")):
+        monkeypatch.chdir(directory)
+        path = os.path.relpath(root / "ksweep.duckdb")
+        with duckdb.connect(path, read_only=True) as connection:
+            query = "select cell, k, fve, fve_low, fve_high from curves order by 1, 2"
+            assert len(connection.execute(query).fetchall()) == 12
+            assert connection.execute("select count(*) from draws").fetchone() == (2,)
+
+
+def test_draws_are_found_again_after_the_registry_moved(root: Path) -> None:
+    land_three(root)
+    publish_draws(root, "key", [[0.5, 0.4]])
+    ingest(root)
+    moved = root.rename(root.with_name("we[i]rd 'place*"))
+    assert rows(moved, "SELECT count(*) FROM draws") == [(2,)]
+    assert rows(moved, "SELECT count(*) FROM runs") == [(3,)]
+
+
+def test_every_table_view_and_column_has_a_comment(root: Path) -> None:
+    bare = (
+        "SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = 'ksweep' AND comment IS NULL "
+        "UNION ALL SELECT table_name, NULL FROM duckdb_tables() WHERE database_name = 'ksweep' AND comment IS NULL "
+        "UNION ALL SELECT view_name, NULL FROM duckdb_views() WHERE database_name = 'ksweep' AND NOT internal AND comment IS NULL"
+    )
+    assert rows(root, bare) == []
+    meaning = (
+        "SELECT comment FROM duckdb_columns() WHERE database_name = 'ksweep' AND table_name = '{}' AND column_name = 'error'"
+    )
+    assert rows(root, meaning.format("curves")) == rows(root, meaning.format("run_curves"))
+    assert rows(root, meaning.format("best_draws")) == rows(root, meaning.format("draws"))
+
+
+def test_file_stays_readable_by_duckdb_1_4(root: Path, tmp_path: Path) -> None:
+    land_three(root)
+    ingest(root)
+    land(root, record_of("later", temperature=1.3), curve_of())
+    ingest(root)  # adding to a file must not raise its version either
+    copy = shutil.copyfile(root / "ksweep.duckdb", tmp_path / "copy.duckdb")
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{copy}' AS written")
+        (tags,) = connection.execute("SELECT tags FROM duckdb_databases() WHERE database_name = 'written'").fetchone() or ({},)
+    assert tags["storage_version"].startswith("v1.4.0"), "1.4.0 and 1.5.6 opened such a file when this was written"
+
+
+def test_registry_that_cannot_be_written_is_read_as_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    land(root, record_of("r0", temperature=0.4), curve_of())
+    ingest(root)
+    land(root, record_of("r1", temperature=0.7), curve_of())
+
+    def refuse(*_: object) -> None:  # tests run as root, whom permissions do not stop
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(database, "_publish_next", refuse)
+    assert rows(root, "SELECT count(*) FROM runs") == [(1,)]
+
+
+def test_finished_run_names_the_newest_and_none_without_a_registry(root: Path, tmp_path: Path) -> None:
+    record = record_of("old", minutes=0)
+    assert finished_run(tmp_path / "nowhere", record.cell_key) is None
+    assert finished_run(root, record.cell_key) is None
+    land(root, record, curve_of())
+    land(root, record_of("new", minutes=5), curve_of())
+    land(root, record_of("failed", minutes=9, status="failed", error_type="RunError", error_message="x"))
+    assert finished_run(root, record.cell_key) == "new"
+
+
+def test_seconds_per_draw_counts_drawing_on_all_ranks(root: Path) -> None:
+    facts = {"label": "demo L20 T=0.7", "num_ranks": 2, "num_draws_sampled": 400, "seconds": {"drawing": 100.0, "loading": 50.0}}
+    land(root, record_of("r1", **facts), curve_of())
+    land(root, record_of("r2", minutes=5, **(facts | {"num_draws_sampled": 0, "num_draws_reused": 400})), curve_of())
+    assert seconds_per_draw(root, "demo L20") == 0.5  # 100 s x 2 ranks / 400
+    assert seconds_per_draw(root, "demo L2") is None
+
+
+def test_curves_of_keeps_the_order_asked_for_and_renames(root: Path) -> None:
+    land_three(root)
+    keys = [record_of("x", temperature=t).cell_key for t in (1.0, 0.4)]
+    table = curves_of(root, dict(zip(keys, ("hot", "cold"), strict=True)))
+    assert [(r["label"], r["k"]) for r in table.to_pylist()] == [(label, k) for label in ("hot", "cold") for k in (1, 2, 3, 4)]
+    assert {"temperature", "shuffled_fve", "failure_rate", "tokens_per_second", "level"} <= set(table.column_names)
+
+
+def test_importing_ksweep_loads_neither_duckdb_nor_altair() -> None:
+    code = "import sys, ksweep; print([m for m in ('duckdb', 'altair', 'pyarrow', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,131 @@
+"""What a run says is whole, unchanged and said once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from landed_runs import controls_of, curve_of, record_of
+
+from ksweep.errors import StoreError
+from ksweep.registry.landing import CURVE_SCHEMA, LandingError, land, new_run_id, read
+
+
+def test_land_then_read_gives_back_record_curve_and_controls(root: Path) -> None:
+    record = record_of("r1", tracebacks=("line 1\nline 2",), git_dirty=True, cut_off_rate=0.25)
+    landed = read(land(root, record, curve_of(), controls_of()))
+    assert landed.record == record
+    assert landed.curve is not None and landed.curve["fve"].to_pylist() == [0.3, 0.31, 0.32, 0.33]
+    assert landed.controls is not None and landed.controls["control"].to_pylist() == [
+        "empty_text",
+        "mean_vector",
+        "retrieval_top1",
+    ]
+    assert [p.name for p in (root / "landing").iterdir()] == ["r1"], "nothing is left beside it"
+
+
+def test_land_failed_run_keeps_the_error_and_has_no_curve(root: Path) -> None:
+    record = record_of("r1", status="failed", error_type="RunError", error_message="rank 1 died", tracebacks=("Traceback ...",))
+    path = land(root, record)
+    assert sorted(p.name for p in path.iterdir()) == ["record.json"]
+    assert (read(path).record.error_message, read(path).curve) == ("rank 1 died", None)
+
+
+def test_land_unknown_numbers_become_null_not_nan(root: Path) -> None:
+    curve = curve_of().set_column(2, "fve_low", pa.array([float("nan")] * 4))
+    landed = read(land(root, record_of("r1", tokens_per_second=float("inf")), curve))
+    assert landed.curve is not None and landed.curve["fve_low"].to_pylist() == [None] * 4
+    assert landed.record.tokens_per_second is None
+
+
+def test_land_missing_nullable_columns_are_filled(root: Path) -> None:
+    landed = read(land(root, record_of("r1"), curve_of().drop_columns(["shuffled_fve", "cosine"])))
+    assert landed.curve is not None and landed.curve.schema.equals(CURVE_SCHEMA)
+    assert landed.curve["cosine"].null_count == 4
+
+
+@pytest.mark.parametrize(
+    ("curve", "message"),
+    [
+        (None, "finished run needs a curve"),
+        (curve_of().drop_columns(["fve"]), r"missing: \['fve'\]"),
+        (curve_of().append_column("fev", pa.array([0.0] * 4)), r"not known: \['fev'\]"),
+        (curve_of().set_column(0, "k", pa.array([1, 2, 2, 3])), "one row per K"),
+        (curve_of().slice(0, 0), "one row per K"),
+        (curve_of().set_column(1, "fve", pa.array([0.3, float("nan"), 0.3, 0.3])), "'fve', which is always known"),
+    ],
+)
+def test_land_refuses_a_curve_that_does_not_fit_and_writes_nothing(root: Path, curve: pa.Table | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        land(root, record_of("r1"), curve)
+    assert not list(root.rglob("*r1*"))
+
+
+def test_land_twice_is_refused_and_the_first_stays(root: Path) -> None:
+    land(root, record_of("r1"), curve_of(0.3))
+    with pytest.raises(StoreError, match="r1 has landed already"):
+        land(root, record_of("r1"), curve_of(0.9))
+    curve = read(root / "landing" / "r1").curve
+    assert curve is not None and curve["fve"][0].as_py() == 0.3
+    assert len(list((root / "landing").iterdir())) == 1
+
+
+def test_record_times_are_utc_and_need_a_zone() -> None:
+    paris = timezone(timedelta(hours=1))
+    record = replace(record_of("r1"), finished=datetime(2026, 11, 22, 13, tzinfo=paris))
+    assert record.finished == datetime(2026, 11, 22, 12, tzinfo=UTC)
+    assert record.to_json()["finished"] == "2026-11-22T12:00:00+00:00"
+    with pytest.raises(ValueError, match="no time zone"):
+        replace(record, started=datetime(2026, 11, 22))
+
+
+@pytest.mark.parametrize("run_id", ["", ".hidden", "a/b", "../up"])
+def test_record_run_id_must_be_a_plain_name(run_id: str) -> None:
+    with pytest.raises(ValueError, match="plain directory name"):
+        record_of(run_id)
+
+
+def test_new_run_id_names_the_cell_and_never_repeats() -> None:
+    names = {new_run_id("3fa9c1d2aaaa") for _ in range(200)}
+    assert len(names) == 200
+    assert all(name.split("-")[1] == "3fa9c1d2" for name in names)
+
+
+def test_read_refuses_every_kind_of_damage_by_name(root: Path) -> None:
+    path = land(root, record_of("r1"), curve_of(), controls_of())
+    whole = {p.name: p.read_bytes() for p in path.iterdir()}
+    one_bit = bytearray(whole["curve.parquet"])
+    one_bit[len(one_bit) // 2] ^= 1
+    record = json.loads(whole["record.json"])
+    damages = {
+        "curve.parquet is not what was written": ("curve.parquet", bytes(one_bit)),
+        "controls.parquet is not what was written": ("controls.parquet", whole["controls.parquet"][:-10]),
+        "record.json is not valid JSON": ("record.json", whole["record.json"][:200]),
+        "has no format and file list": ("record.json", b"{}"),
+        "format 99, this ksweep reads up to 1: update": ("record.json", json.dumps({**record, "format": 99}).encode()),
+        "is the record of r2": ("record.json", json.dumps({**record, "run_id": "r2"}).encode()),
+        "'done' is not one of finished": ("record.json", json.dumps({**record, "status": "done"}).encode()),
+        "missing 1 required keyword-only argument: 'cell_key'": (
+            "record.json",
+            json.dumps({k: v for k, v in record.items() if k != "cell_key"}).encode(),
+        ),
+    }
+    for message, (name, data) in damages.items():
+        (path / name).write_bytes(data)
+        with pytest.raises(LandingError, match=message):
+            read(path)
+        (path / name).write_bytes(whole[name])
+    (path / "curve.parquet").unlink()
+    with pytest.raises(LandingError, match=r"r1/curve\.parquet cannot be read: No such file"):
+        read(path)
+
+
+def test_read_ignores_keys_of_a_later_ksweep(root: Path) -> None:
+    path = land(root, record_of("r1"), curve_of())
+    record = json.loads((path / "record.json").read_text())
+    (path / "record.json").write_text(json.dumps({**record, "colour": "blue"}))
+    assert read(path).record == record_of("r1")
