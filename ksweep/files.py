@@ -67,7 +67,8 @@ def digest(path: Path) -> str:
     """SHA-256 over the names and contents of what matters at a path, as 32 hex digits. Remembered by (path, size, mtime)."""
     if path.is_file():
         return _file_digest(path)[:32]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES and ".cache" not in p.parts)
+    found = (p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES)
+    files = sorted(p for p in found if ".cache" not in p.relative_to(path).parts)  # where hub clients keep their notes
     if not files:
         raise CheckpointError(f"{path} holds no model files ({', '.join(CONTENT_SUFFIXES[:3])}, ...): is it the right directory?")
     lines = [f"{p.relative_to(path).as_posix()} {_file_digest(p)}" for p in files]

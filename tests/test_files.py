@@ -1,0 +1,86 @@
+"""Paths, digests and files that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ksweep import files
+from ksweep.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KSWEEP_HOME", str(tmp_path / ".cache" / "ksweep"))
+    return tmp_path / ".cache" / "ksweep"
+
+
+def test_digest_follows_content_and_names_not_place_or_time(tmp_path: Path) -> None:
+    for name in ("a", ".cache/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "README.md").write_text(name)
+    a, b = tmp_path / "a", tmp_path / ".cache" / "b"
+    assert files.digest(a) == files.digest(b)
+    (b / "config.json").write_text("{ }")
+    assert files.digest(a) != files.digest(b)
+    (a / "config.json").rename(a / "other.json")
+    (b / "config.json").write_text("{}")
+    assert files.digest(a) != files.digest(b)
+
+
+def test_a_file_rewritten_with_its_old_size_and_time_gets_a_new_digest(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"aaaa")
+    before, stat = files.digest(path), path.stat()
+    path.write_bytes(b"bbbb")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert files.digest(path) != before
+
+
+def test_a_digest_is_remembered_and_a_spoiled_memory_is_not_believed(tmp_path: Path, own_home: Path) -> None:
+    path = tmp_path / "w.bin"
+    path.write_bytes(b"x")
+    value = files.digest(path)
+    [note] = (own_home / "digests").iterdir()
+    note.write_text("rubbish")
+    assert files.digest(path) == value
+
+
+def test_a_directory_without_model_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no model files"):
+        files.digest(tmp_path)
+
+
+@pytest.mark.parametrize(("source", "words"), [("./no/where", "existing path, or a hub id"), ("a b", "hub id"), ("/x/y/z", "relative path")])
+def test_a_source_that_is_neither_path_nor_hub_id_is_told_so(source: str, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        files.resolve(source)
+
+
+def test_the_demo_base_that_is_not_there_yet_is_told_how_to_get_it(own_home: Path) -> None:
+    with pytest.raises(CheckpointError, match="make demo-model"):
+        files.resolve(str(own_home / "models" / "smollm2"))
+
+
+def test_a_hub_id_that_cannot_be_had_offline_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="neither a local path nor to be had from the model hub"):
+        files.resolve("nobody/nothing", "AV checkpoint")
+
+
+def test_publish_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "f.json"
+    files.publish(target, b"old")
+
+    def fails(*_: object) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no"):
+        files.publish(target, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"] and target.read_bytes() == b"old"
