@@ -1,6 +1,7 @@
 """Worst difference from the golden NLA fixtures, per array: `python -m tests.report_fixture_differences`.
 
-Relative means max|a-b| / max|b| over the array, as in tests/fixtures/nla/README.md, whose last column is repeated here as `allow`.
+Relative means max|a-b| / max|b| over the array, as in tests/fixtures/nla/README.md; its last column is
+repeated here as `allow`.
 """
 
 from __future__ import annotations

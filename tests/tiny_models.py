@@ -181,7 +181,7 @@ def edit_weights(path: Path, **changes: Any) -> None:
     file = path / changes.get("file", "model.safetensors")
     state = load_file(file)
     changes["change"](state)
-    save_file({k: v.contiguous() for k, v in state.items()}, file, metadata={"format": "pt"})
+    save_file({k: v.clone().contiguous() for k, v in state.items()}, file, metadata={"format": "pt"})
 
 
 def _random_model(family: Family, num_layers: int, d_model: int, vocab_size: int) -> Any:
@@ -309,7 +309,7 @@ def _teach_to_talk(model: Any, tokenizer: Any) -> None:
     head[words, 1:3] = 0.0
     head[opening, 0], head[tokenizer.eos_token_id, 3] = 30.0, 30.0
     head[closing] = 0.0
-    head[closing, :4] = torch.tensor([-30.0, -30.0, 1.2, -30.0])
+    head[closing, :4] = torch.tensor([-30.0, -30.0, 1.6, -30.0])
 
 
 def _save_head(path: Path, d_model: int, dtype: torch.dtype, seed: int) -> None:
@@ -353,6 +353,11 @@ def _save_adapter(pair: TinyPair, path: Path, num_layers: int, seed: int) -> Non
         task_type="CAUSAL_LM",
     )
     adapter = PeftModel(model, lora)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.1
+        if "o_proj.lora_B" in name:
+            parameter.data[:4] = 0  # dimensions that a talking AV keeps its place in
     adapter.save_pretrained(str(path), save_embedding_layers=False)
     file = path / "adapter_config.json"
 

@@ -233,6 +233,10 @@ def _short(expected: str) -> str:
 
 
 def _config(directory: Path) -> dict[str, Any]:
+    if not (directory / "config.json").exists():
+        raise CheckpointError(
+            f"{directory} has no config.json, so its model is unknown. Copy it from where the weights came from."
+        )
     config: dict[str, Any] = files.read_json(directory / "config.json", "model configuration")
     text = config.get("text_config")
     return dict(text) if isinstance(text, dict) else config

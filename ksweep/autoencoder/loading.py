@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -58,9 +59,8 @@ def load_backbone(info: CheckpointInfo, dtype: torch.dtype, device: torch.device
     blocks = getattr(model, "layers", getattr(model, "h", None))
     if norm is None or blocks is None or len(blocks) != info.num_layers:
         raise CheckpointError(
-            f"AR {info.path} is a {type(model).__name__}, whose blocks or final norm are not where they are expected (.layers "
-            "or .h, one of "
-            f".{', .'.join(FINAL_NORMS)}), or not {info.num_layers}. Use a Qwen2, Llama or Gemma-3 text model."
+            f"AR {info.path} is a {type(model).__name__}: expected {info.num_layers} blocks in .layers or .h, and a final norm "
+            f"in .{', .'.join(FINAL_NORMS)}. Use a Qwen2, Llama or Gemma-3 text model."
         )
     setattr(model, norm, torch.nn.Identity())
     return _ready(model, info, device)
@@ -88,7 +88,8 @@ def load_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) ->
 
 def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype) -> Any:
     """transformers' loader, its report taken as errors."""
-    config = AutoConfig.from_pretrained(info.weights).get_text_config()
+    whole = AutoConfig.from_pretrained(info.weights)
+    config = whole.get_text_config()
     if info.num_layers < config.num_hidden_layers:
         _cut(config, info.num_layers)
     model, report = auto.from_pretrained(
@@ -101,7 +102,7 @@ def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype) -> Any:
         ignore_mismatched_sizes=True,  # so that they come back in the report, with their names
         local_files_only=True,
     )
-    _check_report(info, report)
+    _check_report(info, report, is_wrapped=config is not whole)
     return model
 
 
@@ -114,22 +115,21 @@ def _cut(config: Any, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
 
 
-def _check_report(info: CheckpointInfo, report: Mapping[str, Any]) -> None:
+def _check_report(info: CheckpointInfo, report: Mapping[str, Any], is_wrapped: bool) -> None:
     """Raises CheckpointError for every tensor that is missing, extra or of another shape, less those an AR never applies."""
     norms = (f"{prefix}{name}.weight" for prefix in ("", "model.") for name in FINAL_NORMS)
     unused = {"lm_head.weight", *norms} if info.role == "ar" else set()
     missing = set(report["missing_keys"]) - unused
-    extra = {name for name in report["unexpected_keys"] if not NOT_TEXT.match(name)}
+    extra = {name for name in report["unexpected_keys"] if not (is_wrapped and NOT_TEXT.match(name))}
     if info.is_adapter:
         extra = {name for name in extra if not _above(name, info.num_layers)}
     extra -= unused
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]} - unused
-    found = (("lacks", missing), ("has unexpected", extra), ("has in another shape than config.json implies", mismatched))
+    found = (("lacks", missing), ("has unexpected", extra), ("has, in another shape than config.json implies,", mismatched))
     if problems := [f"{what} {some(names)}" for what, names in found if names]:
         raise CheckpointError(
-            f"the weights in {info.weights} do not fit its config.json: it {'; it '.join(problems)}. Missing weights would be "
-            "random. "
-            "Download the checkpoint again, or save it with all its tensors."
+            f"the weights in {info.weights} do not fit its config.json: it {'; it '.join(problems)}. Weights that are "
+            "missing would be random, and extra ones left out. Download the checkpoint again, or save it as config.json says."
         )
 
 
@@ -173,7 +173,7 @@ def _check_adapter(info: CheckpointInfo, expected: Mapping[str, torch.Tensor], g
     found = (
         ("lacks", expected.keys() - given.keys()),
         ("has unexpected", given.keys() - expected.keys()),
-        ("has in another shape than adapter_config.json and the base imply", shapes),
+        ("has, in another shape than adapter_config.json and the base imply,", shapes),
         ("has NaN, infinite or absurdly large values in", broken),
     )
     if problems := [f"{what} {some(re.sub('^base_model.model.', '', name) for name in names)}" for what, names in found if names]:
@@ -186,6 +186,7 @@ def _check_adapter(info: CheckpointInfo, expected: Mapping[str, torch.Tensor], g
 
 def _ready(model: Any, info: CheckpointInfo, device: torch.device) -> Any:
     """Frozen, in evaluation mode, on its device, every weight finite."""
+    model = model.requires_grad_(False).eval().to(device)
     broken = [name for name, parameter in model.named_parameters() if not _sane(parameter)]
     if broken:
         raise CheckpointError(
@@ -193,7 +194,7 @@ def _ready(model: Any, info: CheckpointInfo, device: torch.device) -> Any:
             f"{some(broken)}. Get an intact checkpoint; "
             "if it was intact as bfloat16, do not load it as float16."
         )
-    return model.requires_grad_(False).eval().to(device)
+    return model
 
 
 def _sane(tensor: torch.Tensor) -> bool:
@@ -228,7 +229,9 @@ def _quiet() -> Iterator[None]:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

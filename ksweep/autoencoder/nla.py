@@ -147,7 +147,7 @@ class NlaVerbalizer:
         median = float(norms.median())
         if not 0.3 <= median / scale <= 3:
             log.warning(
-                "the vectors' median norm is %.3g, but AV %s was trained on norms of about %.3g: are they raw outputs of block %s?",
+                "the vectors' median norm is %.3g, but AV %s was trained on about %.3g: are they raw outputs of block %s?",
                 *(median, self.info.path, scale, self.info.layer),
             )
 
