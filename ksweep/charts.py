@@ -9,8 +9,10 @@ tell apart; a scale runs from dark to light where only the temperature differs.
 from __future__ import annotations
 
 import io
+import json
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,9 +132,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _data(rows: Rows) -> alt.Data:
-    """Inline data: the picture is complete in itself, and no limit on rows is met."""
-    return alt.Data(values=rows)
+def _data(rows: Rows) -> alt.InlineData:
+    """The rows inside the chart, so that it is complete; as text, because Altair checks lists value by value, many times."""
+    return alt.InlineData(values=json.dumps(rows), format=alt.JsonDataFormat(type="json"))
 
 
 def _labels(rows: Rows) -> list[str]:
@@ -284,8 +286,9 @@ def _curves(rows: Rows, colour: alt.Color, x: alt.X, controls: Rows) -> alt.Laye
 def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt.Chart]:
     """A dot at each power of two and at the end of a curve; a bar where a cell has a single K and so no band."""
     last = {r["label"]: r["k"] for r in sorted(rows, key=lambda r: int(r["k"]))}
-    single = [r for r in rows if len({other["k"] for other in rows if other["label"] == r["label"]}) == 1]
-    dots = [r for r in rows if r not in single and (_is_power_of_two(r["k"]) or r["k"] == last[r["label"]])]
+    num_ks = Counter(r["label"] for r in rows)
+    single = [r for r in rows if num_ks[r["label"]] == 1]
+    dots = [r for r in rows if num_ks[r["label"]] > 1 and (_is_power_of_two(r["k"]) or r["k"] == last[r["label"]])]
     layers = [alt.Chart(_data(dots)).mark_point(filled=True, size=34, opacity=1).encode(x, y, colour, tooltip=_tooltip())]
     if single:
         alone = alt.Chart(_data(single))
@@ -308,7 +311,7 @@ def _control_lines(rows: Rows, x: alt.X, title: str) -> alt.LayerChart:
 
 
 def _zero_line() -> alt.Chart:
-    return alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color="#999999", strokeWidth=1).encode(alt.Y("zero:Q", title=FVE))
+    return alt.Chart(_data([{"zero": 0}])).mark_rule(color="#999999", strokeWidth=1).encode(alt.Y("zero:Q", title=FVE))
 
 
 def _crosses_zero(rows: Rows, controls: Rows) -> bool:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep.errors import RunError
-from ksweep.files import publish
+from ksweep.files import publish, readable_by_colleagues
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ class DrawsStore:
                 pq.write_table(table.cast(SCHEMA), file, compression="zstd", write_page_checksum=True)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(temporary, readable_by_colleagues())
             os.replace(temporary, self.path / unit.file_name)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

@@ -104,10 +104,18 @@ def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        os.chmod(temporary, readable_by_colleagues())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def readable_by_colleagues() -> int:
+    """The mode a file would have had from open(): temporary files are made private, and registries are shared."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def read_json(path: Path, what: str) -> dict[str, object]:

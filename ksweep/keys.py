@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.activations.fill import activations_key
+from ksweep.activations.vectors import read_sidecar
 from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
 from ksweep.errors import SpecError
 from ksweep.files import resolve
@@ -48,7 +49,7 @@ def cell_keys(cell: Cell) -> Keys:
         CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
     """
     av, ar = inspect_pair(cell.autoencoder)
-    check_pair(av, ar, activations_layer=cell.activations.layer, activations_base=cell.activations.model)
+    _check_activations(cell, av, ar)
     layer = _layer(cell, av.layer, ar.layer)
     activations, identity = activations_key(cell.activations, layer)
     draws = {
@@ -72,6 +73,26 @@ def cell_keys(cell: Cell) -> Keys:
     }
     identity = {"activations": identity, "draws": draws, "layer": layer}
     return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity)
+
+
+def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> None:
+    """That the vectors are of the layer, width and model that the pair was trained on, as far as anyone says."""
+    given = cell.activations
+    said = read_sidecar(Path(given.vectors).expanduser()) if given.vectors is not None else None
+    if said is None:
+        check_pair(av, ar, activations_layer=given.layer, activations_base=given.model)
+    else:
+        if given.layer not in (None, said.layer) and said.layer is not None:
+            raise SpecError(
+                f"activations.layer={given.layer}, but the sidecar of {given.vectors} says layer {said.layer}: leave it out"
+            )
+        check_pair(
+            av,
+            ar,
+            activations_layer=given.layer if said.layer is None else said.layer,
+            activations_d_model=said.d_model,
+            activations_base=said.base_model,
+        )
 
 
 def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointInfo]:

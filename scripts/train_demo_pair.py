@@ -21,8 +21,11 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOME = Path(os.environ.get("KSWEEP_HOME", "~/.cache/ksweep")).expanduser()
+DEFAULT_MINUTES = 40.0
 CONTEXT = 16
 """Tokens kept before and at each position: enough for the longest target and for moving its start to a word."""
 
@@ -46,9 +50,22 @@ class Settings:
     positions_per_passage: int = 6
     min_position: int = 24
     target_tokens: tuple[int, int] = (5, 10)
-    av_minutes: float = 30.0
+    num_av_passages: int = 4200
+    """The AV's; the AR learns from draws for the passages after them."""
+    av_minutes: float = 24.0
     av_batch: int = 32
     av_rate: float = 1.5e-3
+    num_sampled: int = 2400
+    temperatures: tuple[float, ...] = (0.5, 0.7, 1.0)
+    ar_minutes: float = 6.0
+    ar_rate: float = 1e-3
+    rounds: int = 1
+    num_round: int = 2000
+    round_draws: int = 6
+    round_minutes: float = 6.0
+    num_evaluated: int = 200
+    report_temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0, 1.3)
+    max_new_tokens: int = 32
     seed: int = 0
 
 
@@ -372,7 +389,8 @@ def best_draws(
         errors = pair.ar_error(predicted, rows.vector[row][None])
         mine.append((draws[int(errors.argmin())], float(errors.min()), float(errors.mean())))
     best = interleaved(mine, len(found))
-    say(f"{rows.vector.shape[0]} vectors: mean error {np.mean([b[2] for b in best]):.3f}, best of {num_draws} {np.mean([b[1] for b in best]):.3f}")
+    means = np.mean([[error for error in row[1:]] for row in best], axis=0)
+    say(f"{len(best)} vectors: best of {num_draws} draws has error {means[0]:.3f}, their mean {means[1]:.3f}")
     kept = [i for i, (tokens, _, _) in enumerate(best) if tokens]
     context = np.zeros((len(kept), CONTEXT), dtype=np.int64)
     for at, i in enumerate(kept):
@@ -443,7 +461,8 @@ def score(
 
 
 def best_of_k(errors: np.ndarray, k: int) -> np.ndarray:
-    """Expected smallest of k errors per row; the i-th smallest of N has weight C(N-i, k-1) / C(N, k). Failures are inf, last, 2.0."""
+    """Expected smallest of k errors per row: weight C(N-i, k-1) / C(N, k) for the i-th smallest of N. A failed draw is inf:
+    it comes last and counts 2.0."""
     ordered = np.sort(errors, axis=1)
     ordered[np.isinf(ordered)] = 2.0
     n = errors.shape[1]
@@ -462,3 +481,132 @@ def interval(errors: np.ndarray, unit: np.ndarray, clusters: list[str], replicat
         spread = weight @ ((unit - mean) ** 2).mean(1)
         values.append(1 - (weight @ errors) / spread)
     return [round(float(v), 3) for v in np.quantile(values, [0.025, 0.975])]
+
+
+def export(base: Path, av_adapter: Path, ar_adapter: Path, demo: Path, report: dict[str, Any]) -> None:
+    """Put the pair, its tokenizer and the report under ksweep/demo, each directory at once."""
+    if dist.get_rank() == 0:
+        with_tokenizer = av_adapter.with_name("av-export")
+        shutil.rmtree(with_tokenizer, ignore_errors=True)
+        shutil.copytree(av_adapter, with_tokenizer)
+        pair.load_tokenizer(base).save_pretrained(with_tokenizer)
+        for source, name in ((with_tokenizer, "av"), (ar_adapter, "ar")):
+            part = demo / f".{name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(source, part)
+            shutil.rmtree(demo / name, ignore_errors=True)
+            part.rename(demo / name)
+        (demo / "training_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    dist.barrier()
+
+
+# ---- putting the stages in order
+
+
+def split(rows: Rows, passage: np.ndarray, settings: Settings) -> tuple[Rows, Rows]:
+    """Rows for the AV, and rows of other passages whose draws the AR learns from."""
+    return subset(rows, passage < settings.num_av_passages), subset(rows, passage >= settings.num_av_passages)
+
+
+def subset(rows: Rows, keep: np.ndarray) -> Rows:
+    """`keep` is a mask or row numbers."""
+    return Rows(vector=rows.vector[torch.from_numpy(keep)], context=rows.context[keep], length=rows.length[keep])
+
+
+def worker(rank: int, options: argparse.Namespace) -> None:
+    """All stages after the activations; the workers do the same in step and share each stage's rows."""
+    torch.set_num_threads(1)
+    work, base, settings = options.work, options.base, Settings()
+    dist.init_process_group("gloo", init_method=f"file://{work}/store", rank=rank, world_size=options.workers)
+    share = options.minutes / DEFAULT_MINUTES
+    passage = np.load(work / "vectors.npz")["passage"]
+    av_rows, ar_rows = split(load_rows(work / "vectors.npz", base, settings), passage, settings)
+    held_out = load_rows(work / "held_out.npz", base, settings)
+    reached: dict[str, Any] = {}
+
+    def stage(name: str, run: Callable[[Path], Any]) -> Path:
+        path = work / name
+        note = work / f"{path.stem}.reached.json"
+        if not path.exists():
+            say(f"stage {name}")
+            result = run(path)
+            if rank == 0:
+                write_lines(note, [json.dumps(result)])
+            dist.barrier()
+        reached[name] = json.loads(note.read_text()) if note.exists() else None
+        return path
+
+    def timed(minutes: float, rate: float) -> dict[str, Any]:
+        return {"minutes": minutes * share, "steps": options.steps, "settings": settings, "rate": rate}
+
+    av = stage("av-0", lambda out: train_av(base, None, av_rows, held_out, out, **timed(settings.av_minutes, settings.av_rate)))
+    sampled = subset(ar_rows, np.arange(min(settings.num_sampled, len(ar_rows.length))))
+    samples = stage("samples-0.jsonl", lambda out: write_samples(base, av, sampled, out, settings.temperatures, seed=10))
+    ar = stage("ar-0", lambda out: train_ar(base, None, sampled, samples, out, **timed(settings.ar_minutes, settings.ar_rate)))
+    for number in range(1, settings.rounds + 1):
+        best = stage(f"best-{number}.npz", lambda out, av=av, ar=ar: write_best(base, av, ar, av_rows, out, settings))
+        av = stage(f"av-{number}", lambda out, av=av, best=best: train_av(
+            base, av, load_best(best), held_out, out, **timed(settings.round_minutes, settings.av_rate / 3)
+        ))
+        samples = stage(f"samples-{number}.jsonl", lambda out, av=av, seed=20 + number: write_samples(
+            base, av, sampled, out, settings.temperatures, seed
+        ))
+        ar = stage(f"ar-{number}", lambda out, ar=ar, samples=samples: train_ar(
+            base, ar, sampled, samples, out, **timed(settings.ar_minutes / 2, settings.ar_rate / 2)
+        ))
+    report = finish(base, work, av, ar, held_out, settings, reached)
+    export(base, av, ar, options.out, report)
+
+
+def write_best(base: Path, av: Path, ar: Path, rows: Rows, out: Path, settings: Settings) -> None:
+    first = subset(rows, np.random.default_rng(settings.seed).permutation(len(rows.length))[: settings.num_round])
+    best = best_draws(base, av, ar, first, num_draws=settings.round_draws, temperature=1.0, seed=30)
+    if dist.get_rank() == 0:
+        save_arrays(out, {"vector": best.vector.numpy(), "context": best.context, "length": best.length})
+    dist.barrier()
+
+
+def load_best(path: Path) -> Rows:
+    data = np.load(path)
+    return Rows(vector=torch.from_numpy(data["vector"]), context=data["context"], length=data["length"])
+
+
+def finish(
+    base: Path, work: Path, av: Path, ar: Path, held_out: Rows, settings: Settings, reached: dict[str, Any]
+) -> dict[str, Any]:
+    """The report: what each stage reached, and held-out FVE."""
+    passages = [json.loads(line) for line in (work / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    data = np.load(work / "held_out.npz")
+    chosen = np.random.default_rng(settings.seed).permutation(len(held_out.length))[: settings.num_evaluated]
+    clusters = [passages[data["passage"][i]]["document"] for i in chosen]
+    table = evaluate(
+        base, av, ar, subset(held_out, chosen), clusters,
+        temperatures=list(settings.report_temperatures), num_draws=16, max_new_tokens=settings.max_new_tokens,
+    )
+    return {"settings": asdict(settings), "stages": reached, "held_out": table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="shortens or lengthens every training stage")
+    parser.add_argument("--steps", type=int, default=None, help="steps of every training stage, instead of minutes")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; as many as free cores")
+    parser.add_argument("--work", type=Path, default=HOME / "demo_training", help="where the stages leave their files")
+    parser.add_argument("--base", type=Path, default=HOME / "models" / "smollm2-135m-instruct")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "ksweep" / "demo")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.base / "model.safetensors").exists():
+        subprocess.run([sys.executable, str(Path(__file__).with_name("fetch_demo_model.py"))], check=True)
+    if not (options.work / "training.jsonl").exists():
+        prepare_texts(options.work, options.base, Settings())
+    if not (options.work / "vectors.npz").exists():
+        prepare_vectors(options.work, options.base, Settings())
+    (options.work / "store").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(worker, args=(options,), nprocs=options.workers)
+    shutil.copy(options.work / "held_out.jsonl", options.out / "passages.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -50,7 +51,7 @@ def layers(chart: Any) -> list[dict[str, Any]]:
     """Every unit of a chart, however deep; `to_dict` validates against the Vega-Lite schema."""
 
     def units(spec: dict[str, Any]) -> list[dict[str, Any]]:
-        inner = [s for name in ("layer", "vconcat") for s in spec.get(name, [])] + [spec["spec"]] * ("facet" in spec)
+        inner = [s for name in ("layer", "vconcat") for s in spec.get(name, [])] + ([spec["spec"]] if "facet" in spec else [])
         return [u for s in inner for u in units(s)] or [spec]
 
     return units(chart.to_dict())
@@ -163,13 +164,13 @@ def test_charts_take_a_duckdb_relation_and_thousands_of_rows() -> None:
     with duckdb.connect() as connection:
         connection.register("curves", table)
         chart = charts.fve_by_k(connection.sql("SELECT * FROM curves ORDER BY label, k"))
-    assert max(len(u["data"].get("values", [])) for u in layers(chart) if "data" in u) in (0, 6400)
-    assert chart.to_dict()
+    (values,) = {len(json.loads(values)) for values in chart.to_dict()["datasets"].values() if len(values) > 500_000}
+    assert values == 6400
 
 
 @pytest.mark.parametrize("table", [curves().slice(0, 0), curves().drop_columns(["fve"])])
 def test_charts_without_rows_or_columns_say_so(table: pa.Table) -> None:
-    with pytest.raises(RequestError, match="no rows|lacks fve"):
+    with pytest.raises(RequestError, match=r"no rows|lacks fve"):
         charts.fve_by_k(table)
 
 
@@ -195,11 +196,11 @@ def test_save_svg_keeps_every_word(tmp_path: Path) -> None:
     (svg,) = charts.save(charts.fve_by_k(curves(), title="A question? " * 12), tmp_path / "fve", ("svg",))
     text = svg.read_text()
     assert "…" not in text and charts.K in text and charts.FVE in text
-    assert text.count("A question?") == 12
+    assert all(word in text for word in ("A question? A question?", "Oracle selection", "shuffled FVE"))
 
 
 def test_save_unknown_format_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="'gif'.*html, png, pdf, svg"):
+    with pytest.raises(RequestError, match=r"'gif'.*html, png, pdf, svg"):
         charts.save(charts.fve_by_k(curves()), tmp_path / "fve", ("gif",))
 
 

@@ -54,7 +54,9 @@ def test_a_directory_without_model_files_is_refused(tmp_path: Path) -> None:
         files.digest(tmp_path)
 
 
-@pytest.mark.parametrize(("source", "words"), [("./no/where", "existing path, or a hub id"), ("a b", "hub id"), ("/x/y/z", "relative path")])
+@pytest.mark.parametrize(
+    ("source", "words"), [("./no/where", "existing path, or a hub id"), ("a b", "hub id"), ("/x/y/z", "relative path")]
+)
 def test_a_source_that_is_neither_path_nor_hub_id_is_told_so(source: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         files.resolve(source)

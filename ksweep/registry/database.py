@@ -147,54 +147,6 @@ def connect(root: Path | str = "registry") -> duckdb.DuckDBPyConnection:
     return _open(database)
 
 
-# What a sweep asks before and after it runs
-
-
-def database_path(root: Path | str) -> Path:
-    """Where the database of a registry is."""
-    return Path(root) / DATABASE
-
-
-def finished_run(root: Path | str, cell_key: str) -> str | None:
-    """The newest finished run of a cell; None where there is none, or no registry yet."""
-    found = _first_row(root, "SELECT run_id FROM v_latest WHERE cell_key = ?", cell_key)
-    return None if found is None else str(found[0])
-
-
-def seconds_per_draw(root: Path | str, pair: str) -> float | None:
-    """Seconds of drawing and scoring per draw on one rank, from the newest run of the cells whose label is `<pair> T=...`."""
-    query = """
-        SELECT seconds['drawing'] * coalesce(num_ranks, 1) / num_draws_sampled FROM runs
-        WHERE starts_with(label, ? || ' T=') AND status = 'finished' AND num_draws_sampled > 0 AND seconds['drawing'] IS NOT NULL
-        ORDER BY finished DESC LIMIT 1"""
-    found = _first_row(root, query, pair)
-    return None if found is None else float(found[0])
-
-
-def curves_of(root: Path | str, labels: Mapping[str, str]) -> pa.Table:
-    """The newest finished curve of each cell, for tables and charts.
-
-    Args:
-        root: the registry.
-        labels: cell key -> what the cell is called here; rows come in this order, then by K.
-    """
-    asked = pa.table({"cell_key": list(labels), "asked_label": list(labels.values()), "place": list(range(len(labels)))})
-    with connect(root) as connection:
-        connection.register("asked", asked)
-        query = """
-            SELECT c.* REPLACE (asked.asked_label AS label), r.tokens_per_second
-            FROM asked JOIN curves AS c USING (cell_key) JOIN runs AS r USING (run_id) ORDER BY asked.place, c.k"""
-        return connection.sql(query).to_arrow_table()
-
-
-def _first_row(root: Path | str, query: str, value: str) -> tuple[Any, ...] | None:
-    if not Path(root).is_dir():
-        return None
-    with connect(root) as connection:
-        row: tuple[Any, ...] | None = connection.execute(query, [value]).fetchone()
-        return row
-
-
 # What is missing
 
 
@@ -299,7 +251,8 @@ def _fill(database: Path, root: Path, plan: _Plan) -> None:
         _forget(connection, plan.removed)
         for start in range(0, len(plan.new), RUNS_PER_INSERT):
             _insert(connection, root, plan.new[start : start + RUNS_PER_INSERT])
-        _make_views(connection, root)
+        if plan.rebuilt or plan.moved:
+            _make_views(connection, root)
         facts = {"schema": _schema_fingerprint(), "root": str(root)}
         connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(facts.items()))
         connection.commit()
@@ -327,7 +280,7 @@ def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[s
         controls += [_with_run_id(landed.controls, name)] if landed.controls is not None else []
     for table, rows in {"runs": runs, "run_curves": curves, "run_controls": controls}.items():
         if rows:
-            _append(connection, table, pa.concat_tables(rows))
+            _append(connection, table, pa.concat_tables(rows).combine_chunks())
     if bad:
         _append(connection, "quarantine", pa.Table.from_pylist(bad))
 

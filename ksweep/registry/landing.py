@@ -255,7 +255,8 @@ def _read_parquet(path: Path, stated: Mapping[str, Any]) -> pa.Table:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != stated["sha256"]:
             raise LandingError(f"{name} is not what was written ({len(data)} bytes, {stated['bytes']} expected, or altered)")
-        return pq.read_table(pa.BufferReader(data))
+        # On files this small read_table takes three times as long.
+        return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     except OSError as error:
         raise LandingError(f"{name} cannot be read: {error.strerror or error}") from error
     except (pa.ArrowException, KeyError, TypeError) as error:
@@ -263,7 +264,11 @@ def _read_parquet(path: Path, stated: Mapping[str, Any]) -> pa.Table:
 
 
 def _stated_table(path: Path, files: Mapping[str, Any], schema: pa.Schema) -> pa.Table | None:
-    return _cast(_read_parquet(path, files[path.name]), schema, path.name) if path.name in files else None
+    """A table that the record states; columns of a later ksweep are left out."""
+    if path.name not in files:
+        return None
+    table = _read_parquet(path, files[path.name])
+    return _cast(table.select([name for name in table.column_names if name in schema.names]), schema, path.name)
 
 
 def _cast(table: pa.Table, schema: pa.Schema, what: str) -> pa.Table:

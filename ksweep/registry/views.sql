@@ -1,4 +1,4 @@
--- Views over schema.sql and over the Parquet files of the draws store; made again by every ingest.
+-- Views over schema.sql and over the Parquet files of the draws store, made by ingest: DRAWS_PARTS stands for their path.
 -- A column without a comment here has the name and the meaning of a column of schema.sql, and gets its comment from there.
 
 CREATE VIEW v_latest AS
@@ -60,7 +60,7 @@ COMMENT ON COLUMN draws.row_id IS 'Row of text and position that the activation 
 COMMENT ON COLUMN draws.document IS 'Document that the activation comes from: cluster of the bootstrap.';
 COMMENT ON COLUMN draws.position IS 'Token position of the activation in its row of text, 0-based.';
 COMMENT ON COLUMN draws.context IS 'Text around that position.';
-COMMENT ON COLUMN draws.norm IS 'Length of the activation before scaling.';
+COMMENT ON COLUMN draws.norm IS 'Length of the reconstruction as the AR gave it, before scaling; NULL when the draw failed.';
 COMMENT ON COLUMN draws.token_ids IS 'Token ids that the AV sampled.';
 
 CREATE VIEW best_draws AS

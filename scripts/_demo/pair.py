@@ -255,6 +255,8 @@ class Trainer:
 
     def __init__(self, parameters: list[nn.Parameter], rates: list[float]) -> None:
         self.parameters = parameters
+        for parameter in parameters:  # peft draws the adapters at random in each worker
+            dist.broadcast(parameter.data, src=0)
         self.masters = [p.detach().float().clone() for p in parameters]
         groups = [{"params": [m], "lr": r, "peak": r} for m, r in zip(self.masters, rates, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))

@@ -129,6 +129,20 @@ def test_hub_dataset_at_a_full_commit_needs_no_hub() -> None:
     assert text_format(request("owner/name")) == "hub"
 
 
+def test_hub_rows_are_streamed_at_the_commit_and_named_as_the_public_data_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets, asked = pytest.importorskip("datasets"), {}
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def load_dataset(repo: str, **options: Any) -> Any:
+        asked.update(options, repo=repo)
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = list(read_documents(request(f"owner/corpus:config@{commit}", text_split="en")))
+    assert [row.row_id for row in rows] == ["owner/corpus:en:0", "owner/corpus:en:1"]
+    assert asked == {"repo": "owner/corpus", "name": "config", "split": "en", "revision": commit, "streaming": True}
+
+
 def test_hub_dataset_out_of_reach_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

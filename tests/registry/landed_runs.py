@@ -57,7 +57,7 @@ def record_of(run_id: str, *, temperature: float = 0.7, num_draws: int = 4, minu
 def curve_of(fve: float = 0.3, num_draws: int = 4) -> pa.Table:
     """FVE that rises by 0.01 per K."""
     ks = list(range(1, num_draws + 1))
-    values = [fve + 0.01 * (k - 1) for k in ks]
+    values = [round(fve + 0.01 * (k - 1), 4) for k in ks]
     return pa.table(
         {
             "k": ks,

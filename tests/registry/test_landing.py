@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from landed_runs import controls_of, curve_of, record_of
 
 from ksweep.errors import StoreError
 from ksweep.registry.landing import CURVE_SCHEMA, LandingError, land, new_run_id, read
+from tests.registry.landed_runs import controls_of, curve_of, record_of
 
 
 def test_land_then_read_gives_back_record_curve_and_controls(root: Path) -> None:
@@ -124,8 +126,13 @@ def test_read_refuses_every_kind_of_damage_by_name(root: Path) -> None:
         read(path)
 
 
-def test_read_ignores_keys_of_a_later_ksweep(root: Path) -> None:
+def test_read_leaves_out_keys_and_columns_of_a_later_ksweep(root: Path) -> None:
     path = land(root, record_of("r1"), curve_of())
     record = json.loads((path / "record.json").read_text())
-    (path / "record.json").write_text(json.dumps({**record, "colour": "blue"}))
-    assert read(path).record == record_of("r1")
+    pq.write_table(curve_of().append_column("colour", pa.array(["blue"] * 4)), path / "curve.parquet")
+    data = (path / "curve.parquet").read_bytes()
+    files = {"curve.parquet": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    (path / "record.json").write_text(json.dumps({**record, "files": files, "colour": "blue"}))
+    landed = read(path)
+    assert landed.record == record_of("r1")
+    assert landed.curve is not None and landed.curve.schema.equals(CURVE_SCHEMA)
