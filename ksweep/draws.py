@@ -152,6 +152,12 @@ class DrawsStore:
                     tables.append(table)
         return _square(pa.concat_tables(tables), num_activations, num_draws) if tables else None
 
+    def set_damaged_aside(self, num_activations: int, num_draws: int) -> None:
+        """Read every part that a request would use, one at a time, so that damaged ones count as missing."""
+        for part in self.parts():
+            if part.first_row < num_activations and part.first_draw < num_draws:
+                self._read_part(part, None)
+
     def _read_part(self, part: Unit, columns: list[str] | None) -> pa.Table | None:
         path = self.path / part.file_name
         try:

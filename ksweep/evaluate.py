@@ -21,7 +21,7 @@ from ksweep.keys import Keys, cell_keys, inspect_pair
 from ksweep.provenance import provenance
 from ksweep.ranks import Ranks, Stopped, share
 from ksweep.spec import Autoencoder, Cell, cell_from_dict
-from ksweep.summary import Summary, summarise
+from ksweep.summary import SUMMARISED, Summary, summarise
 
 if TYPE_CHECKING:
     from ksweep.activations.store import ActivationTable
@@ -106,7 +106,7 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
             return None
         with clock("statistics"):
             ranks.report(f"{keys.label}: statistics", 0, 0)
-            draws = store.read(len(vectors), cell.sampling.effective_num_draws)
+            draws = store.read(len(vectors), cell.sampling.effective_num_draws, SUMMARISED)
             if draws is None:
                 raise RunError(
                     f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?"
@@ -127,6 +127,8 @@ def _activations(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Cloc
 
     def progress(done: int, total: int) -> None:
         ranks.report("activations", done, total)
+        if ranks.should_stop():
+            raise Stopped(f"stopped with {done} of {total} activations extracted")
 
     with clock("activations"):
         return ensure(
@@ -141,7 +143,7 @@ def _sample(
     """Take and score the draws that are missing, shared among the ranks; returns which were there before."""
     wanted = (len(vectors), cell.sampling.effective_num_draws)
     if ranks.rank == 0:
-        store.read(*wanted)  # sets damaged parts aside before anyone counts on them
+        store.set_damaged_aside(*wanted)
     ranks.barrier()
     before, units = store.coverage(*wanted), store.missing(*wanted)
     ranks.barrier()  # nobody publishes before everyone has counted

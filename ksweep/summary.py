@@ -12,6 +12,12 @@ import pyarrow as pa
 from ksweep import stats
 from ksweep.spec import Scoring
 
+SUMMARISED = [
+    "document", "text", "explanation", "finish", "parse", "num_tokens",
+    "error", "cosine", "shuffled_error", "reconstruction_sum",
+]  # fmt: skip
+"""Columns of the draws store that a summary needs."""
+
 RETRIEVAL_POOL = 2048
 """Activations among which an activation's own draws must find it; the first ones where there are more."""
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHOWN_KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FAILURES_TO_MENTION = 0.2
+CUT_OFF_TO_MENTION = 0.1
+DISTINCT_TO_MENTION = 0.2
+FEW_DOCUMENTS = 10
 
 
 def console() -> Console:
@@ -63,6 +67,8 @@ def show(sweep: Sweep, keys: Sequence[Keys], *, computed: int, charts: bool) -> 
     out.print(results_table(sweep, table, out.width))
     out.print(_footnote(table))
     out.print(_controls_line(controls_of(registry, labels)))
+    for line in warnings(table):
+        out.print(f"warning: {line}")
     if charts:
         for path in write_charts(sweep, table, registry / "charts" / sweep.name):
             out.print(f"chart: {path}", soft_wrap=True)
@@ -117,6 +123,22 @@ def _footnote(curves: pa.Table) -> str:
         f"N = {row['num_activations']} activations; "
         f"baseline {row['baseline']:.4f} ({row['baseline_kind']}); shuffled: draws of another activation"
     )
+
+
+def warnings(curves: pa.Table) -> list[str]:
+    """What a reader of the numbers should know before believing them, a line each."""
+    lines = []
+    for row in {r["label"]: r for r in curves.to_pylist()}.values():
+        label = row["label"]
+        if row["failure_rate"] > FAILURES_TO_MENTION:
+            lines.append(f"{label}: {row['failure_rate']:.0%} of the draws failed; a failed draw uses up one of the K")
+        if row["cut_off_rate"] > CUT_OFF_TO_MENTION:
+            lines.append(f"{label}: {row['cut_off_rate']:.0%} of the draws ran into max_new_tokens: raise sampling.max_new_tokens")
+        if row["num_draws"] > 1 and row["distinct_text_fraction"] < DISTINCT_TO_MENTION:
+            lines.append(f"{label}: only {row['distinct_text_fraction']:.0%} of the texts are distinct: more draws bring little")
+        if row["num_documents"] < FEW_DOCUMENTS:
+            lines.append(f"{label}: {row['num_documents']} documents are few for a bootstrap over documents; intervals are rough")
+    return lines
 
 
 def _controls_line(controls: pa.Table) -> str:

@@ -1,0 +1,717 @@
+"""Options of the reference sweep (talkative autoencoder) under their old names: what each is called here, or why it has no name.
+
+    translate(["num_gpus=8", "+eval.k_values=[1,2,4]"])   -> new key=value arguments, warnings
+    translate_config(yaml_tree)                           -> new settings of a file of the old conf/eval shape, warnings
+    translate_checkpoint_config(config)                   -> what the config inside a checkpoint says about activations and sampling
+    python -m ksweep.legacy experiments/k_sweep.py ...    -> runs a sweep with old names (scripts/submit_k_sweep.sh)
+
+docs/options.md is printed from OPTIONS below (python -m ksweep.legacy --table). Meanings of the old names: tae_reference.md 7 and 10.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ksweep.errors import RequestError, SpecError
+from ksweep.overrides import known_keys
+
+Settings = dict[str, Any]
+"""New dotted key -> value."""
+
+Table = Literal["submission", "evaluation", "checkpoint"]
+Kind = Literal["translated", "not needed", "no effect"]
+
+CONFIG_DIRECTORY = Path("conf") / "eval"
+"""Where `+eval=NAME` looks for NAME.yaml."""
+
+FROM_ENVIRONMENT = ("num_gpus", "time", "job_name", "nodes", "nice", "force_direct")
+"""Submission options that the old script also took from variables: NUM_GPUS, TIME, ..."""
+
+IGNORED_SECTIONS = ("dataset", "data", "on_the_fly", "activation_dumper", "defaults", "hydra")
+"""Sections of an old evaluation file that Hydra filed where nobody read them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of the reference."""
+
+    name: str
+    table: Table
+    kind: Kind = "translated"
+    keys: tuple[str, ...] = ()
+    """What it is called here."""
+    says: str = ""
+    """What differs, or why there is no such option; shown in the table, and as a warning where nothing is translated."""
+    warns: bool = False
+    """Whether `says` is also told when the option is translated."""
+    to: Callable[[Any, Mapping[str, Any]], Settings] | None = None
+    """From its value, and all that was given, to new settings; None hands the value on to the only key."""
+
+    def settings(self, value: Any, given: Mapping[str, Any]) -> Settings:
+        """New settings; none where nothing is translated or null stands for the default."""
+        if self.kind != "translated" or value is None:
+            return {}
+        return {self.keys[0]: value} if self.to is None else self.to(value, given)
+
+    def warning(self, value: Any) -> str | None:
+        """What whoever gave this value should know."""
+        if value is None or (self.kind == "translated" and not self.warns):
+            return None
+        if self.kind == "translated":
+            return f"{self.name}: {self.says}"
+        what = "never had an effect in the reference" if self.kind == "no effect" else "is not needed here"
+        return f"{self.name} {what} and is left out: {self.says}"
+
+
+# From an old value to new ones
+
+
+def _k_values(value: Any, given: Mapping[str, Any]) -> Settings:
+    ks = sorted({_whole("eval.k_values", k) for k in (value if isinstance(value, (list, tuple)) else [value])})
+    if not ks or ks[0] < 1:
+        raise SpecError(f"eval.k_values={value!r}: expected whole numbers of at least 1, such as [1,2,4,8]")
+    return {"scoring.ks": ks, "sampling.num_draws": ks[-1]}
+
+
+def _constant_k_mode(value: Any, given: Mapping[str, Any]) -> Settings:
+    return {"scoring.selection": "prefix" if _truth("eval.constant_k_mode", value) else "order_statistics"}
+
+
+def _max_val_samples(value: Any, given: Mapping[str, Any]) -> Settings:
+    per_row = given.get("eval.num_positions")
+    rows = _whole("eval.max_val_samples", value)
+    return {"activations.num_activations": rows * (1 if per_row is None else _whole("eval.num_positions", per_row))}
+
+
+def _checkpoint(value: Any, given: Mapping[str, Any]) -> Settings:
+    if not str(value).strip():
+        raise SpecError("eval.checkpoint_path is empty: give a checkpoint_*.pt file, or a directory of them")
+    return {"autoencoder.checkpoint": str(value)}
+
+
+def _export_json(value: Any, given: Mapping[str, Any]) -> Settings:
+    folder = given.get("eval.output_dir") or "eval_results"
+    return {"export_json": os.path.join(str(folder), str(given.get("eval.output_file") or "k_sweep_results.json"))}
+
+
+def _strategy(name: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
+    def convert(value: Any, given: Mapping[str, Any]) -> Settings:
+        if value not in ("random", "midpoint"):
+            raise SpecError(f"{name}={value!r} is not one of random, midpoint")
+        return {"activations.positions": value, "activations.candidates": "not_padding"}
+
+    return convert
+
+
+def _min_pos(name: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
+    return lambda value, given: {"activations.min_position": _whole(name, value), "activations.candidates": "not_padding"}
+
+
+def _dtype(name: str, key: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
+    return lambda value, given: {key: "bfloat16" if _truth(name, value) else "float32"}
+
+
+def _max_norm(value: Any, given: Mapping[str, Any]) -> Settings:
+    on = given.get("dataset.on_the_fly.filter_large_norms")
+    return {"activations.max_norm": value} if on is not None and _truth("filter_large_norms", on) else {}
+
+
+def _time(value: Any, given: Mapping[str, Any]) -> Settings:
+    return {"resources.timeout_min": minutes(str(value))}
+
+
+def _nice(value: Any, given: Mapping[str, Any]) -> Settings:
+    text = str(value).strip().lower()
+    if text in ("", "0", "false", "no"):
+        return {}
+    level = int(text) if text.isdigit() and text != "1" else 10_000
+    return {"resources.qos": "preemptable", "resources.extra": {"nice": level}}
+
+
+def _force_direct(value: Any, given: Mapping[str, Any]) -> Settings:
+    return {"resources.cluster": "local"} if _truth("force_direct", value) else {}
+
+
+def _seed(value: Any, given: Mapping[str, Any]) -> Settings:
+    seed = _whole("seed", value)
+    return {"sampling.seed": seed, "activations.seed": seed}
+
+
+def _whole_at(name: str, key: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
+    return lambda value, given: {key: _whole(name, value)}
+
+
+def minutes(text: str) -> int:
+    """A Slurm time limit in whole minutes, rounded up: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00.
+
+    Raises:
+        SpecError: anything else.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip().strip("'\""))
+    if not match:
+        raise SpecError(f"time={text!r} is no Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00")
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if match[1] is not None or match[4] is not None:
+        hours, mins, seconds = first, second, third
+    else:
+        hours, mins, seconds = 0, first, second
+    return max(1, days * 24 * 60 + hours * 60 + mins + math.ceil(seconds / 60))
+
+
+# The tables
+
+_NO_LOADER = "activations are read from the activation store; there is no data loader"
+_FROM_CHECKPOINT = "in the reference's normal path the checkpoint's own config decided and this was not read; here it counts"
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        name="num_gpus",
+        table="submission",
+        keys=("resources.gpus",),
+        says="one rank per GPU",
+        to=_whole_at("num_gpus", "resources.gpus"),
+    ),
+    Option(name="time", table="submission", keys=("resources.timeout_min",), says="24:00:00 becomes 1440 minutes", to=_time),
+    Option(name="job_name", table="submission", keys=("name",), says="also names the sweep in the registry"),
+    Option(
+        name="nodes",
+        table="submission",
+        keys=("resources.nodes",),
+        says="the reference ran on one node however many it was given; here all are used",
+        to=_whole_at("nodes", "resources.nodes"),
+    ),
+    Option(
+        name="nice",
+        table="submission",
+        keys=("resources.qos", "resources.extra"),
+        says="qos preemptable and nice N (10000 for `true`); a requeued job carries on instead of starting from zero",
+        to=_nice,
+    ),
+    Option(name="force_direct", table="submission", keys=("resources.cluster",), says="true becomes local", to=_force_direct),
+    Option(
+        name="partition",
+        table="submission",
+        keys=("resources.partition",),
+        says="stood in the reference's examples but was not parsed (Hydra refused it); here it counts",
+    ),
+    Option(
+        name="eval.checkpoint_path",
+        table="evaluation",
+        keys=("autoencoder.checkpoint",),
+        says="of a directory the checkpoint with the highest step is taken, not the newest file of any type",
+        to=_checkpoint,
+    ),
+    Option(
+        name="eval.k_values",
+        table="evaluation",
+        keys=("scoring.ks", "sampling.num_draws"),
+        says="as many draws as the largest K, and every K is read off the same draws",
+        to=_k_values,
+    ),
+    Option(
+        name="eval.constant_k_mode",
+        table="evaluation",
+        keys=("scoring.selection",),
+        says="true becomes prefix. false becomes order_statistics: the same expectation as fresh draws for every K, at the cost of "
+        "the largest K and with a curve that cannot dip. Left out, order_statistics holds (the reference: true)",
+        to=_constant_k_mode,
+    ),
+    Option(
+        name="eval.max_val_samples",
+        table="evaluation",
+        keys=("activations.num_activations",),
+        says="rows, times num_positions. A text with fewer is an error that names how many there are; no remainder is dropped",
+        to=_max_val_samples,
+    ),
+    Option(
+        name="eval.max_batches",
+        table="evaluation",
+        kind="not needed",
+        says="it meant batches per rank, samples per rank or rows, by mode; set activations.num_activations instead",
+    ),
+    Option(name="eval.temperature", table="evaluation", keys=("sampling.temperature",), says="0 is greedy (the reference: NaN)"),
+    Option(
+        name="eval.max_generation_batch_size",
+        table="evaluation",
+        keys=("resources.batch_size",),
+        says="rows decoded or scored at once on one rank; does not change the numbers",
+        to=_whole_at("eval.max_generation_batch_size", "resources.batch_size"),
+    ),
+    Option(
+        name="eval.vector_extraction_batch_size",
+        table="evaluation",
+        kind="not needed",
+        says="extraction fills batches by tokens (16,384), the same everywhere, because another batch changes the last bits",
+    ),
+    Option(name="eval.dataloader_batch_size", table="evaluation", kind="not needed", says=_NO_LOADER),
+    Option(
+        name="eval.dataloader_fwd_pass_batch_size",
+        table="evaluation",
+        kind="not needed",
+        says="extraction fills batches by tokens (16,384), the same everywhere, because another batch changes the last bits",
+    ),
+    Option(
+        name="eval.num_positions",
+        table="evaluation",
+        keys=("activations.positions_per_document",),
+        says="max_val_samples is multiplied by it; works in every mode",
+        to=_whole_at("eval.num_positions", "activations.positions_per_document"),
+    ),
+    Option(
+        name="eval.min_pos",
+        table="evaluation",
+        keys=("activations.min_position", "activations.candidates"),
+        says=_FROM_CHECKPOINT,
+        warns=True,
+        to=_min_pos("eval.min_pos"),
+    ),
+    Option(
+        name="eval.position_selection_strategy",
+        table="evaluation",
+        keys=("activations.positions", "activations.candidates"),
+        says=_FROM_CHECKPOINT,
+        warns=True,
+        to=_strategy("eval.position_selection_strategy"),
+    ),
+    Option(
+        name="eval.do_bootstrap",
+        table="evaluation",
+        keys=("scoring.reference_replicates",),
+        says="true becomes 1000: the reference's percentile and BCa intervals over single vectors, in every mode. The interval over "
+        "documents is always there (scoring.num_replicates)",
+        to=lambda value, given: {"scoring.reference_replicates": 1000 if _truth("eval.do_bootstrap", value) else 0},
+    ),
+    Option(
+        name="eval.load_store",
+        table="evaluation",
+        kind="not needed",
+        says="activations are always stored and found again, by the content of model, text and rule",
+    ),
+    Option(name="eval.cache_dir", table="evaluation", keys=("vector_cache",), says="old vectors.pkl files are not read"),
+    Option(
+        name="eval.output_dir",
+        table="evaluation",
+        keys=("export_json",),
+        says="directory of the JSON in the reference's schema; the results themselves are in the registry (registry=DIR)",
+        to=_export_json,
+    ),
+    Option(name="eval.output_file", table="evaluation", keys=("export_json",), says="name of that JSON", to=_export_json),
+    Option(
+        name="eval.use_bf16",
+        table="evaluation",
+        keys=("autoencoder.dtype",),
+        says="bfloat16 or float32 (where the reference stopped with a dtype error)",
+        to=_dtype("eval.use_bf16", "autoencoder.dtype"),
+    ),
+    Option(
+        name="eval.use_hard_encoder_string",
+        table="evaluation",
+        keys=("autoencoder.encoder_prompt",),
+        says="true becomes text: the token embeddings of soft_prompt_init_text instead of the learned prompt",
+        to=lambda value, given: {
+            "autoencoder.encoder_prompt": "text" if _truth("eval.use_hard_encoder_string", value) else "learned"
+        },
+    ),
+    Option(
+        name="eval.compute_variance_by_role",
+        table="evaluation",
+        keys=("scoring.by_role",),
+        says="errors and variance recovery by role, over all ranks, for Gemma, ChatML, Llama-3 and Harmony chats",
+        to=lambda value, given: {"scoring.by_role": _truth("eval.compute_variance_by_role", value)},
+    ),
+    Option(name="eval.batch_size", table="evaluation", kind="no effect", says="nothing read it"),
+    Option(name="eval.generation_batch_size", table="evaluation", kind="no effect", says="nothing read it"),
+    Option(
+        name="seed",
+        table="evaluation",
+        keys=("sampling.seed", "activations.seed"),
+        says="in the reference the checkpoint's random state replaced it, alike on every rank; here draws and positions follow it",
+        warns=True,
+        to=_seed,
+    ),
+    Option(name="data.num_workers", table="evaluation", kind="no effect", says=f"0 was forced; {_NO_LOADER}"),
+    Option(name="model_name", table="checkpoint", keys=("autoencoder.base",), says="base of decoder and encoder"),
+    Option(
+        name="orig_model_name",
+        table="checkpoint",
+        keys=("activations.model",),
+        says="model whose activations are explained. The reference's sweep put decoder and encoder on it too; here they stay on "
+        "model_name",
+    ),
+    Option(
+        name="tokenizer_name",
+        table="checkpoint",
+        kind="not needed",
+        says="the tokenizer comes with the models of the two lines above",
+    ),
+    Option(name="layer_l", table="checkpoint", keys=("activations.layer",)),
+    Option(
+        name="t_text",
+        table="checkpoint",
+        keys=("sampling.max_new_tokens",),
+        says="always exactly so many tokens: EOS does not stop",
+    ),
+    Option(
+        name="attn_implementation",
+        table="checkpoint",
+        kind="not needed",
+        says="taken from the checkpoint's config for decoder and encoder (the reference dropped it)",
+    ),
+    Option(name="use_bf16", table="checkpoint", keys=("activations.dtype",), to=_dtype("use_bf16", "activations.dtype")),
+    Option(
+        name="dataset.on_the_fly.enabled",
+        table="checkpoint",
+        kind="not needed",
+        says="activations are always extracted when missing",
+    ),
+    Option(
+        name="dataset.on_the_fly.pretokenized_path",
+        table="checkpoint",
+        keys=("activations.text", "activations.text_column"),
+        says="a `datasets` directory; its column input_ids, with whatever side it was padded on",
+        to=lambda value, given: {"activations.text": str(value), "activations.text_column": "input_ids"},
+    ),
+    Option(
+        name="dataset.on_the_fly.min_pos",
+        table="checkpoint",
+        keys=("activations.min_position", "activations.candidates"),
+        says="counted from the first token that is not padding; a shorter row gives its last token",
+        to=_min_pos("dataset.on_the_fly.min_pos"),
+    ),
+    Option(
+        name="dataset.on_the_fly.position_selection_strategy",
+        table="checkpoint",
+        keys=("activations.positions", "activations.candidates"),
+        says="random or midpoint",
+        to=_strategy("dataset.on_the_fly.position_selection_strategy"),
+    ),
+    Option(name="dataset.on_the_fly.val_vectors_per_sequence", table="checkpoint", keys=("activations.positions_per_document",)),
+    Option(
+        name="dataset.on_the_fly.shuffle_after_generation", table="checkpoint", kind="not needed", says="order changes no number"
+    ),
+    Option(
+        name="dataset.on_the_fly.filter_large_norms",
+        table="checkpoint",
+        keys=("activations.max_norm",),
+        says="false leaves activations.max_norm at null",
+        to=lambda value, given: {},
+    ),
+    Option(
+        name="dataset.on_the_fly.max_activation_norm",
+        table="checkpoint",
+        keys=("activations.max_norm",),
+        says="the norm of the activation alone decides, not that of its unused partner",
+        to=_max_norm,
+    ),
+    Option(name="dataset.val_split", table="checkpoint", keys=("activations.text_split",)),
+    Option(
+        name="dataset.activation_dir",
+        table="checkpoint",
+        kind="not needed",
+        says="dumped .pt shards are not read: activations are extracted again from the text, or given as activations.vectors=FILE",
+    ),
+    Option(
+        name="dataset.val_activation_dir",
+        table="checkpoint",
+        kind="not needed",
+        says="dumped .pt shards are not read: activations are extracted again from the text, or given as activations.vectors=FILE",
+    ),
+)
+"""Every option of the reference's submission script, of its evaluation, and what it read from the checkpoint's config."""
+
+BY_NAME = {option.name: option for option in OPTIONS}
+
+
+# Translation
+
+
+def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DIRECTORY) -> tuple[list[str], list[str]]:
+    """Arguments with old names as arguments with new ones, and what to tell whoever gave them.
+
+    Understood are `key=value` with Hydra's `+` and `++` in front, `+eval=NAME` (a file of the old shape), and new names, which
+    pass through and win. Options that begin with a dash pass through, Hydra's own --config-name apart.
+
+    Raises:
+        SpecError: an unknown name, with those it may have meant; a value that cannot be meant.
+    """
+    given: dict[str, Any] = {}
+    new: list[str] = []
+    warnings: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--config-name") or argument.startswith("--config-path"):
+            warnings.append(f"{argument} never had an effect beside a checkpoint and is left out: its own config decides")
+            continue
+        key, value = ("", None) if argument.startswith("-") else _split(argument)
+        if key == "eval":
+            given |= _named_config(str(value), Path(config_directory))
+        elif key and (key in BY_NAME or _ignored(key) or not _is_new(key)):
+            given[_known(key)] = value
+        else:
+            new.append(argument.lstrip("+") if key else argument)
+    settings, more = translate_options(given, from_checkpoint=False)
+    return [f"{key}={_text(value)}" for key, value in settings.items()] + new, warnings + more
+
+
+def translate_options(given: Mapping[str, Any], *, from_checkpoint: bool) -> tuple[Settings, list[str]]:
+    """Old options by full name ("eval.k_values") -> new settings, warnings.
+
+    `from_checkpoint` says that they are the config inside a checkpoint: only there did the third table count.
+
+    Raises:
+        SpecError: an unknown name or a value that cannot be meant.
+    """
+    settings: Settings = {}
+    warnings: list[str] = []
+    sections: dict[str, None] = {}
+    for name, value in given.items():
+        if not from_checkpoint and _ignored(name):
+            sections[_section(name)] = None
+            continue
+        option = BY_NAME[_known(name)]
+        _refuse_interpolation(name, value)
+        if option.table == "checkpoint" and not from_checkpoint:
+            where = f"; here set {' and '.join(option.keys)}" if option.keys else ""
+            warnings.append(f"{name} never had an effect here: the reference read it from the checkpoint's config{where}")
+            continue
+        settings |= option.settings(value, given)
+        warnings += [text for text in [option.warning(value)] if text]
+    warnings += [_section_warning(section) for section in sections]
+    return settings, warnings
+
+
+def translate_config(tree: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """A YAML tree of the old conf/eval shape -> new settings, warnings.
+
+    Raises:
+        SpecError: as `translate_options`.
+    """
+    return translate_options(_old_options(tree), from_checkpoint=False)
+
+
+def is_old_config(tree: Mapping[str, Any]) -> bool:
+    """Whether a YAML tree has the old conf/eval shape: its settings stand below `eval`."""
+    return isinstance(tree.get("eval"), Mapping)
+
+
+def read_config(path: Path | str) -> tuple[Settings, list[str]]:
+    """A YAML file of the old conf/eval shape -> new settings, warnings.
+
+    Raises:
+        SpecError: it cannot be read, has another shape, or as `translate_options`.
+    """
+    return translate_config(_read_yaml(Path(path)))
+
+
+def translate_checkpoint_config(config: Mapping[str, Any]) -> Settings:
+    """What the config inside a checkpoint says about activations and sampling, as new settings; the rest of it is for the loader.
+
+    `orig_model_name` defaults to `model_name`.
+    """
+    leaves = dict(_leaves(config))
+    given = {option.name: leaves[option.name] for option in OPTIONS if option.table == "checkpoint" and option.name in leaves}
+    if given.get("orig_model_name") is None and given.get("model_name") is not None:
+        given["orig_model_name"] = given["model_name"]
+    return translate_options(given, from_checkpoint=True)[0]
+
+
+def from_environment(environment: Mapping[str, str]) -> list[str]:
+    """Submission options that stand in variables, as the old script took them."""
+    return [f"{name}={environment[name.upper()]}" for name in FROM_ENVIRONMENT if environment.get(name.upper())]
+
+
+def _old_options(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by full old name: `eval.eval.x` is `eval.x`, and what stands further out wins, as in the reference."""
+    leaves = dict(_leaves(tree))
+    inner = {name.removeprefix("eval."): value for name, value in leaves.items() if name.startswith("eval.eval.")}
+    return inner | {name: value for name, value in leaves.items() if not name.startswith("eval.eval.")}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _named_config(name: str, directory: Path) -> dict[str, Any]:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else directory / f"{name}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in directory.glob("*.yaml"))) if directory.is_dir() else "none: no such directory"
+        raise SpecError(f"eval={name}: no file {path} (there are: {there}). Give the file itself, as eval=PATH.yaml")
+    return _old_options(_read_yaml(path))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(tree, Mapping) or not is_old_config(tree):
+        raise SpecError(f"{path} has not the old shape: expected a key `eval` with settings such as k_values below it")
+    return tree
+
+
+def _split(argument: str) -> tuple[str, Any]:
+    """Old `+key=value`, quoted as a whole, in its value or not at all -> key, value."""
+    text = argument.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    key, equals, value = text.partition("=")
+    if key.startswith("~"):
+        raise SpecError(f"{argument!r}: taking an option away has no meaning here; leave it out")
+    if not equals:
+        raise SpecError(f"argument {argument!r} is neither an option nor key=value; expected for example eval.k_values=[1,2,4]")
+    key = key.lstrip("+").strip()
+    key = key.removeprefix("eval.") if key.startswith("eval.eval.") else key
+    if key == "time":  # YAML reads 24:00:00 as a number in base 60
+        return key, value
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"the value of {argument!r} cannot be read: {error}") from error
+
+
+def _known(key: str) -> str:
+    if key in BY_NAME or _ignored(key):
+        return key
+    names = {*BY_NAME, *known_keys()}
+    tails = {name.rpartition(".")[2]: name for name in (*known_keys(), *BY_NAME)}  # an old name wins
+    close = difflib.get_close_matches(key, names, n=2, cutoff=0.6)
+    close += [tails[t] for t in difflib.get_close_matches(key.rpartition(".")[2], tails, n=2, cutoff=0.75)]
+    hint = f"did you mean {' or '.join(dict.fromkeys(close))}?" if close else "docs/options.md lists the old names and the new"
+    raise SpecError(f"unknown option {key!r}: {hint}")
+
+
+def _is_new(key: str) -> bool:
+    """Whether a key is one of today's, in full, a whole group, or by a last part that only one has."""
+    keys = known_keys()
+    return key in keys or any(k.startswith(f"{key}.") for k in keys) or [k.rpartition(".")[2] for k in keys].count(key) == 1
+
+
+def _section(name: str) -> str:
+    return name.removeprefix("eval.").partition(".")[0]
+
+
+def _ignored(name: str) -> bool:
+    return _section(name) in IGNORED_SECTIONS and name not in BY_NAME
+
+
+def _section_warning(section: str) -> str:
+    return f"`{section}` settings never had an effect in the reference and are left out: the checkpoint's own config decided"
+
+
+def _refuse_interpolation(name: str, value: Any) -> None:
+    if isinstance(value, str) and "${" in value:
+        raise SpecError(f"{name}={value!r} refers to a setting that is not there: write the value itself")
+
+
+def _truth(name: str, value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off", ""):
+        return False
+    raise SpecError(f"{name}={value!r} has the wrong type: expected true or false")
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = float(value)  # YAML reads 1e5 as text
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not number.is_integer():
+        raise SpecError(f"{name}={value!r} has the wrong type: expected a whole number")
+    return int(number)
+
+
+def _text(value: Any) -> str:
+    """A value as it stands behind key= in an override."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_text, value)) + "]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[\w./@~:+-]*[\w./]", value) and yaml.safe_load(value) == value
+        return value if plain else json.dumps(value)
+    return json.dumps(value)
+
+
+# The table, and the wrapper
+
+
+def options_document() -> str:
+    """docs/options.md."""
+    parts = [_HEAD]
+    for table, title in _TITLES.items():
+        parts.append(f"## {title}\n\n| old | new | |\n|---|---|---|\n")
+        parts += [_row(option) for option in OPTIONS if option.table == table]
+        parts.append(_REST if table == "evaluation" else "")
+        parts.append("\n")
+    return "".join(parts).rstrip("\n") + "\n"
+
+
+_TITLES: dict[Table, str] = {
+    "submission": "Submission (`scripts/submit_k_sweep.sh name=value`, or NUM_GPUS, TIME, ... in the environment)",
+    "evaluation": "Evaluation (`eval.*`, on the command line or in a file of the old `conf/eval` shape)",
+    "checkpoint": "What the reference read from the checkpoint's config",
+}
+
+_HEAD = """<!-- Printed from ksweep/legacy.py: python -m ksweep.legacy --table > docs/options.md -->
+# Old names, new names
+
+Every option of the reference sweep and what it is called here. The old names work on `scripts/submit_k_sweep.sh` (also with `+`
+in front, and with `+eval=NAME`), the old files with `--config FILE`; a new name may stand beside old ones and wins. An option
+without a new name is accepted with a warning that says why; an unknown one is refused with what it may have meant.
+
+"""
+
+_REST = (
+    "| `dataset.*`, `data.*` in such a file | – | never had an effect: Hydra filed them below `eval`, where nothing read them |\n"
+)
+
+
+def _row(option: Option) -> str:
+    new = ", ".join(f"`{key}`" for key in option.keys) or "–"
+    why = {"no effect": "never had an effect: ", "not needed": "not needed: ", "translated": ""}[option.kind]
+    return f"| `{option.name}` | {new} | {why}{option.says} |\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m ksweep.legacy SCRIPT old=value ...` runs a sweep script; --print shows its arguments, --table docs/options.md."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        print("usage: python -m ksweep.legacy SCRIPT [old=value ...] | --print [old=value ...] | --table", file=sys.stderr)
+        return 2
+    first, *rest = arguments
+    if first == "--table":
+        print(options_document(), end="")
+        return 0
+    try:
+        new, warnings = translate([*from_environment(os.environ), *rest])
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if first == "--print":
+        print("\n".join(new))
+        return 0
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, first, *new])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
