@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ksweep import stats
-from ksweep.draws import SCHEMA, DrawsStore, Unit
+from ksweep.draws import DrawsStore
 from ksweep.errors import RunError
+from ksweep.explain import UnitWork
 from ksweep.keys import Keys, cell_keys, inspect_pair
 from ksweep.provenance import provenance
 from ksweep.ranks import Ranks, Stopped, share
@@ -25,7 +25,6 @@ from ksweep.summary import SUMMARISED, Summary, summarise
 
 if TYPE_CHECKING:
     from ksweep.activations.store import ActivationTable
-    from ksweep.autoencoder.decoding import Draw
     from ksweep.autoencoder.protocol import Reconstructor, Verbalizer
 
 log = logging.getLogger(__name__)
@@ -154,127 +153,12 @@ def _sample(
         if ranks.rank == 0:
             store.describe(keys.identity)
         with clock("drawing"):
-            work = UnitWork(cell, keys, vectors, av, ar, place.batch_size, ranks, sum(u.num_draws for u in units))
+            work = UnitWork(cell.sampling, keys.label, vectors, av, ar, place.batch_size, ranks, sum(u.num_draws for u in units))
             for index in share(ranks, f"draws/{keys.draws}/{int(before.sum())}", len(units)):
                 store.publish(units[index], work.run(units[index]))
     with clock("waiting"):
         ranks.barrier()
     return before
-
-
-@dataclass
-class UnitWork:
-    """Draws and scores units of one cell on one rank."""
-
-    cell: Cell
-    keys: Keys
-    vectors: ActivationTable
-    av: Verbalizer
-    ar: Reconstructor
-    batch_size: int
-    ranks: Ranks
-    total: int
-    done: int = 0
-    tokens: int = 0
-    began: float = field(default_factory=time.monotonic)
-    targets_of_others: np.ndarray | None = None
-
-    def run(self, unit: Unit) -> pa.Table:
-        """One unit as rows of the draws store."""
-        import torch
-
-        targets = self.vectors.vectors(unit.first_row, unit.last_row)
-        draws = self._draw(unit, torch.from_numpy(targets.copy()))
-        texts = [self.av.decode(d.text_token_ids) for d in draws]
-        parsed = [self.av.parse(text, d.finish) for text, d in zip(texts, draws, strict=True)]
-        owners = np.array([d.request.row for d in draws])
-        good = np.array([i for i, (explanation, _) in enumerate(parsed) if explanation is not None], dtype=int)
-        reconstructions = np.asarray(self.ar.reconstruct([parsed[i][0] or "" for i in good], self.batch_size), dtype=np.float64)
-        scores = self._score(unit, targets, owners, good, reconstructions)
-        return self._table(unit, draws, texts, parsed, scores)
-
-    def _draw(self, unit: Unit, vectors: Any) -> list[Draw]:
-        from ksweep.autoencoder.decoding import Request, draw
-
-        keys = self.vectors.column("activation_key", unit.first_row, unit.last_row)
-        requests = [
-            Request(row=row, activation_key=int(keys[row]), draw=k)
-            for row in range(unit.last_row - unit.first_row)
-            for k in range(unit.first_draw, unit.last_draw)
-        ]
-        sampling, found = self.cell.sampling, []
-        for one in draw(
-            self.av, vectors, requests, temperature=sampling.temperature, top_p=sampling.top_p,
-            max_new_tokens=sampling.max_new_tokens, seed=sampling.seed, batch_size=self.batch_size,
-            should_stop=self.ranks.should_stop,
-        ):  # fmt: skip
-            found.append(one)
-            self.done += 1
-            self.tokens += len(one.token_ids)
-            self._report()
-        if len(found) < len(requests):
-            raise Stopped(f"stopped in the middle of a unit: its {len(found)} finished draws are taken again")
-        return sorted(found, key=lambda d: (d.request.row, d.request.draw))
-
-    def _report(self) -> None:
-        rate = self.tokens / max(1e-9, time.monotonic() - self.began)
-        self.ranks.report(f"{self.keys.label}: drawing", self.done, self.total, tokens_per_second=rate)
-
-    def _score(
-        self, unit: Unit, targets: np.ndarray, owners: np.ndarray, good: np.ndarray, reconstructions: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Error, cosine, norm; the error against another activation; and the sum of scaled reconstructions per activation."""
-        n = len(owners)
-        scores = {name: np.full(n, np.nan) for name in ("error", "cosine", "norm", "shuffled_error")}
-        others = self._others()[unit.first_row : unit.last_row]
-        scores["shuffled_activation"] = others[owners]
-        sums = np.zeros_like(targets, dtype=np.float32)
-        if len(good):
-            mine = owners[good]
-            scores["error"][good] = stats.reconstruction_errors(reconstructions, targets[mine])
-            scores["cosine"][good] = 1 - scores["error"][good] / 2
-            scores["norm"][good] = np.linalg.norm(reconstructions, axis=1)
-            scores["shuffled_error"][good] = stats.reconstruction_errors(reconstructions, self.vectors.take(others)[mine])
-            np.add.at(sums, mine, stats.unit_scaled(reconstructions).astype(np.float32))
-        scores["reconstruction_sum"] = sums
-        return scores
-
-    def _others(self) -> np.ndarray:
-        """For each activation another one, of another document where there is one: the target of the shuffled control."""
-        if self.targets_of_others is None:
-            n = len(self.vectors)
-            documents = np.asarray(self.vectors.column("document", 0, n), dtype=object)
-            self.targets_of_others = stats.derangement(n, seed=0, documents=documents) if n > 1 else np.zeros(1, dtype=int)
-        return self.targets_of_others
-
-    def _table(
-        self, unit: Unit, draws: list[Draw], texts: list[str], parsed: list[Any], scores: dict[str, np.ndarray]
-    ) -> pa.Table:
-        owners = [d.request.row for d in draws]
-        rows = {name: self.vectors.column(name, unit.first_row, unit.last_row) for name in ("row_id", "document", "position")}
-        rows["context"] = self.vectors.column("window", unit.first_row, unit.last_row)
-        first = {row: i for i, row in reversed(list(enumerate(owners)))}
-        sums = [scores["reconstruction_sum"][row] if first[row] == i else None for i, row in enumerate(owners)]
-        columns = {
-            "activation": [unit.first_row + row for row in owners],
-            "draw": [d.request.draw for d in draws],
-            **{name: [values[row] for row in owners] for name, values in rows.items()},
-            "token_ids": [list(d.token_ids) for d in draws],
-            "num_tokens": [len(d.token_ids) for d in draws],
-            "text": texts,
-            "explanation": [explanation for explanation, _ in parsed],
-            "finish": [d.finish for d in draws],
-            "parse": [outcome for _, outcome in parsed],
-            **{name: _nullable(scores[name]) for name in ("error", "cosine", "norm", "shuffled_error")},
-            "log_probability": [d.log_probability for d in draws],
-            "shuffled_activation": scores["shuffled_activation"],
-            "reconstruction_sum": sums,
-        }
-        return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in SCHEMA}, schema=SCHEMA)
-
-
-def _nullable(values: np.ndarray) -> pa.Array:
-    return pa.array(values, mask=np.isnan(values))
 
 
 def _empty_text(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray:
