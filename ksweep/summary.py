@@ -147,7 +147,7 @@ def _counts(draws: pa.Table, curve: stats.FveCurve) -> dict[str, Any]:
     return {
         "num_draws_total": num_draws,
         "failures": {cause: count for cause, count in sorted(parse.items()) if cause != "ok"},
-        "failure_rate": 1 - parse["ok"] / num_draws,
+        "failure_rate": (num_draws - parse["ok"]) / num_draws,
         "cut_off_rate": Counter(draws["finish"].to_pylist())["length"] / num_draws,
         "distinct_text_fraction": len(pairs) / num_draws,
         "cjk_fraction": sum(map(_mostly_cjk, explanations.to_pylist())) / max(1, len(explanations)),
