@@ -2,10 +2,10 @@
 
     translate(["num_gpus=8", "+eval.k_values=[1,2,4]"])   -> new key=value arguments, warnings
     translate_config(yaml_tree)                           -> new settings of a file of the old conf/eval shape, warnings
-    translate_checkpoint_config(config)                   -> what the config inside a checkpoint says about activations and sampling
+    translate_checkpoint_config(config)                   -> what the config in a checkpoint says about activations and sampling
     python -m ksweep.legacy experiments/k_sweep.py ...    -> runs a sweep with old names (scripts/submit_k_sweep.sh)
 
-docs/options.md is printed from OPTIONS below (python -m ksweep.legacy --table). Meanings of the old names: tae_reference.md 7 and 10.
+docs/options.md is printed from OPTIONS (python -m ksweep.legacy --table). What the old names meant: tae_reference.md 7 and 10.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ Settings = dict[str, Any]
 
 Table = Literal["submission", "evaluation", "checkpoint"]
 Kind = Literal["translated", "not needed", "no effect"]
+Convert = Callable[[str, Any, Mapping[str, Any]], Settings]
 
 CONFIG_DIRECTORY = Path("conf") / "eval"
 """Where `+eval=NAME` looks for NAME.yaml."""
@@ -42,27 +43,27 @@ IGNORED_SECTIONS = ("dataset", "data", "on_the_fly", "activation_dumper", "defau
 """Sections of an old evaluation file that Hydra filed where nobody read them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Option:
     """One option of the reference."""
 
     name: str
     table: Table
-    kind: Kind = "translated"
     keys: tuple[str, ...] = ()
     """What it is called here."""
     says: str = ""
     """What differs, or why there is no such option; shown in the table, and as a warning where nothing is translated."""
+    to: Convert | None = None
+    """From its name, its value and all that was given to new settings; None hands the value on to the only key."""
+    kind: Kind = "translated"
     warns: bool = False
     """Whether `says` is also told when the option is translated."""
-    to: Callable[[Any, Mapping[str, Any]], Settings] | None = None
-    """From its value, and all that was given, to new settings; None hands the value on to the only key."""
 
     def settings(self, value: Any, given: Mapping[str, Any]) -> Settings:
         """New settings; none where nothing is translated or null stands for the default."""
         if self.kind != "translated" or value is None:
             return {}
-        return {self.keys[0]: value} if self.to is None else self.to(value, given)
+        return {self.keys[0]: value} if self.to is None else self.to(self.name, value, given)
 
     def warning(self, value: Any) -> str | None:
         """What whoever gave this value should know."""
@@ -77,61 +78,56 @@ class Option:
 # From an old value to new ones
 
 
-def _k_values(value: Any, given: Mapping[str, Any]) -> Settings:
-    ks = sorted({_whole("eval.k_values", k) for k in (value if isinstance(value, (list, tuple)) else [value])})
+def _k_values(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    ks = sorted({_whole(name, k) for k in (value if isinstance(value, (list, tuple)) else [value])})
     if not ks or ks[0] < 1:
-        raise SpecError(f"eval.k_values={value!r}: expected whole numbers of at least 1, such as [1,2,4,8]")
+        raise SpecError(f"{name}={value!r}: expected whole numbers of at least 1, such as [1,2,4,8]")
     return {"scoring.ks": ks, "sampling.num_draws": ks[-1]}
 
 
-def _constant_k_mode(value: Any, given: Mapping[str, Any]) -> Settings:
-    return {"scoring.selection": "prefix" if _truth("eval.constant_k_mode", value) else "order_statistics"}
-
-
-def _max_val_samples(value: Any, given: Mapping[str, Any]) -> Settings:
+def _max_val_samples(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     per_row = given.get("eval.num_positions")
-    rows = _whole("eval.max_val_samples", value)
-    return {"activations.num_activations": rows * (1 if per_row is None else _whole("eval.num_positions", per_row))}
+    return {
+        "activations.num_activations": _whole(name, value) * (1 if per_row is None else _whole("eval.num_positions", per_row))
+    }
 
 
-def _checkpoint(value: Any, given: Mapping[str, Any]) -> Settings:
+def _checkpoint(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     if not str(value).strip():
-        raise SpecError("eval.checkpoint_path is empty: give a checkpoint_*.pt file, or a directory of them")
+        raise SpecError(f"{name} is empty: give a checkpoint_*.pt file, or a directory of them")
     return {"autoencoder.checkpoint": str(value)}
 
 
-def _export_json(value: Any, given: Mapping[str, Any]) -> Settings:
+def _export_json(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     folder = given.get("eval.output_dir") or "eval_results"
     return {"export_json": os.path.join(str(folder), str(given.get("eval.output_file") or "k_sweep_results.json"))}
 
 
-def _strategy(name: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
-    def convert(value: Any, given: Mapping[str, Any]) -> Settings:
-        if value not in ("random", "midpoint"):
-            raise SpecError(f"{name}={value!r} is not one of random, midpoint")
-        return {"activations.positions": value, "activations.candidates": "not_padding"}
-
-    return convert
+def _strategy(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    if value not in ("random", "midpoint"):
+        raise SpecError(f"{name}={value!r} is not one of random, midpoint")
+    return {"activations.positions": value, "activations.candidates": "not_padding"}
 
 
-def _min_pos(name: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
-    return lambda value, given: {"activations.min_position": _whole(name, value), "activations.candidates": "not_padding"}
+def _min_pos(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    return {"activations.min_position": _whole(name, value), "activations.candidates": "not_padding"}
 
 
-def _dtype(name: str, key: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
-    return lambda value, given: {key: "bfloat16" if _truth(name, value) else "float32"}
+def _pretokenized(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    split = str(given.get("dataset.val_split") or "validation")
+    return {"activations.text": os.path.join(str(value), split), "activations.text_column": "input_ids"}
 
 
-def _max_norm(value: Any, given: Mapping[str, Any]) -> Settings:
+def _max_norm(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     on = given.get("dataset.on_the_fly.filter_large_norms")
     return {"activations.max_norm": value} if on is not None and _truth("filter_large_norms", on) else {}
 
 
-def _time(value: Any, given: Mapping[str, Any]) -> Settings:
+def _time(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     return {"resources.timeout_min": minutes(str(value))}
 
 
-def _nice(value: Any, given: Mapping[str, Any]) -> Settings:
+def _nice(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     text = str(value).strip().lower()
     if text in ("", "0", "false", "no"):
         return {}
@@ -139,17 +135,20 @@ def _nice(value: Any, given: Mapping[str, Any]) -> Settings:
     return {"resources.qos": "preemptable", "resources.extra": {"nice": level}}
 
 
-def _force_direct(value: Any, given: Mapping[str, Any]) -> Settings:
-    return {"resources.cluster": "local"} if _truth("force_direct", value) else {}
+def _force_direct(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    return {"resources.cluster": "local"} if _truth(name, value) else {}
 
 
-def _seed(value: Any, given: Mapping[str, Any]) -> Settings:
-    seed = _whole("seed", value)
-    return {"sampling.seed": seed, "activations.seed": seed}
+def _seed(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    return dict.fromkeys(("sampling.seed", "activations.seed"), _whole(name, value))
 
 
-def _whole_at(name: str, key: str) -> Callable[[Any, Mapping[str, Any]], Settings]:
-    return lambda value, given: {key: _whole(name, value)}
+def _number(key: str) -> Convert:
+    return lambda name, value, given: {key: _whole(name, value)}
+
+
+def _switch(key: str, on: Any, off: Any) -> Convert:
+    return lambda name, value, given: {key: on if _truth(name, value) else off}
 
 
 def minutes(text: str) -> int:
@@ -162,272 +161,161 @@ def minutes(text: str) -> int:
     if not match:
         raise SpecError(f"time={text!r} is no Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00")
     days, first, second, third = (int(part or 0) for part in match.groups())
-    if match[1] is not None or match[4] is not None:
-        hours, mins, seconds = first, second, third
-    else:
-        hours, mins, seconds = 0, first, second
+    with_hours = match[1] is not None or match[4] is not None
+    hours, mins, seconds = (first, second, third) if with_hours else (0, first, second)
     return max(1, days * 24 * 60 + hours * 60 + mins + math.ceil(seconds / 60))
 
 
 # The tables
 
-_NO_LOADER = "activations are read from the activation store; there is no data loader"
-_FROM_CHECKPOINT = "in the reference's normal path the checkpoint's own config decided and this was not read; here it counts"
+_LOADER = "activations come from the activation store; there is no data loader"
+_TOKENS = "extraction fills batches by tokens (16,384), alike everywhere, because another batch changes the last bits"
+_CONFIG = "the reference's normal path read this from the checkpoint's config only; here it counts"
+_SHARDS = "dumped .pt shards are not read: activations are extracted from the text, or given as activations.vectors=FILE"
+_PER_K = (
+    "true becomes prefix. false becomes order_statistics: the expectation of fresh draws for every K, from those of the "
+    "largest K. Left out, order_statistics holds (the reference: true)"
+)
+_BOOTSTRAP = (
+    "true becomes 1000: the reference's percentile and BCa intervals over single vectors, in every mode. The interval over "
+    "documents is always there (scoring.num_replicates)"
+)
+_BASE = (
+    "model whose activations are explained. The reference's sweep ran decoder and encoder on it too; here they stay on model_name"
+)
 
 OPTIONS: tuple[Option, ...] = (
+    Option("num_gpus", "submission", ("resources.gpus",), "one rank per GPU", _number("resources.gpus")),
+    Option("time", "submission", ("resources.timeout_min",), "24:00:00 becomes 1440 minutes", _time),
+    Option("job_name", "submission", ("name",), "also names the sweep in the registry"),
+    Option("nodes", "submission", ("resources.nodes",), "the reference ran on one, however many", _number("resources.nodes")),
     Option(
-        name="num_gpus",
-        table="submission",
-        keys=("resources.gpus",),
-        says="one rank per GPU",
-        to=_whole_at("num_gpus", "resources.gpus"),
+        "nice", "submission", ("resources.qos", "resources.extra"),
+        "qos preemptable and nice N (10000 for `true`); a requeued job carries on instead of starting from zero", _nice,
     ),
-    Option(name="time", table="submission", keys=("resources.timeout_min",), says="24:00:00 becomes 1440 minutes", to=_time),
-    Option(name="job_name", table="submission", keys=("name",), says="also names the sweep in the registry"),
+    Option("force_direct", "submission", ("resources.cluster",), "true becomes local", _force_direct),
+    Option("partition", "submission", ("resources.partition",), "in the reference's examples, where Hydra refused it"),
     Option(
-        name="nodes",
-        table="submission",
-        keys=("resources.nodes",),
-        says="the reference ran on one node however many it was given; here all are used",
-        to=_whole_at("nodes", "resources.nodes"),
+        "eval.checkpoint_path", "evaluation", ("autoencoder.checkpoint",),
+        "of a directory the checkpoint with the highest step, not the newest file of any type", _checkpoint,
     ),
     Option(
-        name="nice",
-        table="submission",
-        keys=("resources.qos", "resources.extra"),
-        says="qos preemptable and nice N (10000 for `true`); a requeued job carries on instead of starting from zero",
-        to=_nice,
-    ),
-    Option(name="force_direct", table="submission", keys=("resources.cluster",), says="true becomes local", to=_force_direct),
-    Option(
-        name="partition",
-        table="submission",
-        keys=("resources.partition",),
-        says="stood in the reference's examples but was not parsed (Hydra refused it); here it counts",
+        "eval.k_values", "evaluation", ("scoring.ks", "sampling.num_draws"),
+        "as many draws as the largest K; every K is read off the same draws", _k_values,
     ),
     Option(
-        name="eval.checkpoint_path",
-        table="evaluation",
-        keys=("autoencoder.checkpoint",),
-        says="of a directory the checkpoint with the highest step is taken, not the newest file of any type",
-        to=_checkpoint,
+        "eval.constant_k_mode", "evaluation", ("scoring.selection",), _PER_K,
+        _switch("scoring.selection", "prefix", "order_statistics"),
     ),
     Option(
-        name="eval.k_values",
-        table="evaluation",
-        keys=("scoring.ks", "sampling.num_draws"),
-        says="as many draws as the largest K, and every K is read off the same draws",
-        to=_k_values,
+        "eval.max_val_samples", "evaluation", ("activations.num_activations",),
+        "rows, times num_positions. A text with fewer is an error that names how many there are; no remainder is dropped",
+        _max_val_samples,
     ),
     Option(
-        name="eval.constant_k_mode",
-        table="evaluation",
-        keys=("scoring.selection",),
-        says="true becomes prefix. false becomes order_statistics: the same expectation as fresh draws for every K, at the cost of "
-        "the largest K and with a curve that cannot dip. Left out, order_statistics holds (the reference: true)",
-        to=_constant_k_mode,
+        "eval.max_batches", "evaluation", (),
+        "it meant batches or samples per rank, by mode; set activations.num_activations instead", kind="not needed",
+    ),
+    Option("eval.temperature", "evaluation", ("sampling.temperature",), "0 is greedy (the reference divided by it)"),
+    Option(
+        "eval.max_generation_batch_size", "evaluation", ("resources.batch_size",),
+        "rows decoded or scored at once on one rank; does not change the numbers", _number("resources.batch_size"),
+    ),
+    Option("eval.vector_extraction_batch_size", "evaluation", (), _TOKENS, kind="not needed"),
+    Option("eval.dataloader_batch_size", "evaluation", (), _LOADER, kind="not needed"),
+    Option("eval.dataloader_fwd_pass_batch_size", "evaluation", (), _TOKENS, kind="not needed"),
+    Option(
+        "eval.num_positions", "evaluation", ("activations.positions_per_document",),
+        "max_val_samples is multiplied by it; works in every mode", _number("activations.positions_per_document"),
     ),
     Option(
-        name="eval.max_val_samples",
-        table="evaluation",
-        keys=("activations.num_activations",),
-        says="rows, times num_positions. A text with fewer is an error that names how many there are; no remainder is dropped",
-        to=_max_val_samples,
+        "eval.min_pos", "evaluation", ("activations.min_position", "activations.candidates"), _CONFIG, _min_pos, warns=True
     ),
     Option(
-        name="eval.max_batches",
-        table="evaluation",
-        kind="not needed",
-        says="it meant batches per rank, samples per rank or rows, by mode; set activations.num_activations instead",
-    ),
-    Option(name="eval.temperature", table="evaluation", keys=("sampling.temperature",), says="0 is greedy (the reference: NaN)"),
-    Option(
-        name="eval.max_generation_batch_size",
-        table="evaluation",
-        keys=("resources.batch_size",),
-        says="rows decoded or scored at once on one rank; does not change the numbers",
-        to=_whole_at("eval.max_generation_batch_size", "resources.batch_size"),
-    ),
-    Option(
-        name="eval.vector_extraction_batch_size",
-        table="evaluation",
-        kind="not needed",
-        says="extraction fills batches by tokens (16,384), the same everywhere, because another batch changes the last bits",
-    ),
-    Option(name="eval.dataloader_batch_size", table="evaluation", kind="not needed", says=_NO_LOADER),
-    Option(
-        name="eval.dataloader_fwd_pass_batch_size",
-        table="evaluation",
-        kind="not needed",
-        says="extraction fills batches by tokens (16,384), the same everywhere, because another batch changes the last bits",
-    ),
-    Option(
-        name="eval.num_positions",
-        table="evaluation",
-        keys=("activations.positions_per_document",),
-        says="max_val_samples is multiplied by it; works in every mode",
-        to=_whole_at("eval.num_positions", "activations.positions_per_document"),
-    ),
-    Option(
-        name="eval.min_pos",
-        table="evaluation",
-        keys=("activations.min_position", "activations.candidates"),
-        says=_FROM_CHECKPOINT,
+        "eval.position_selection_strategy", "evaluation", ("activations.positions", "activations.candidates"), _CONFIG, _strategy,
         warns=True,
-        to=_min_pos("eval.min_pos"),
     ),
     Option(
-        name="eval.position_selection_strategy",
-        table="evaluation",
-        keys=("activations.positions", "activations.candidates"),
-        says=_FROM_CHECKPOINT,
-        warns=True,
-        to=_strategy("eval.position_selection_strategy"),
+        "eval.do_bootstrap", "evaluation", ("scoring.reference_replicates",), _BOOTSTRAP,
+        _switch("scoring.reference_replicates", 1000, 0),
     ),
     Option(
-        name="eval.do_bootstrap",
-        table="evaluation",
-        keys=("scoring.reference_replicates",),
-        says="true becomes 1000: the reference's percentile and BCa intervals over single vectors, in every mode. The interval over "
-        "documents is always there (scoring.num_replicates)",
-        to=lambda value, given: {"scoring.reference_replicates": 1000 if _truth("eval.do_bootstrap", value) else 0},
+        "eval.load_store", "evaluation", (),
+        "activations are always stored, and found again by the content of model, text and rule", kind="not needed",
+    ),
+    Option("eval.cache_dir", "evaluation", ("vector_cache",), "old vectors.pkl files are not read"),
+    Option(
+        "eval.output_dir", "evaluation", ("export_json",),
+        "directory of the JSON in the reference's schema; results themselves go to the registry (registry=DIR)", _export_json,
+    ),
+    Option("eval.output_file", "evaluation", ("export_json",), "name of that JSON", _export_json),
+    Option(
+        "eval.use_bf16", "evaluation", ("autoencoder.dtype",), "bfloat16, or float32 (the reference: a dtype error)",
+        _switch("autoencoder.dtype", "bfloat16", "float32"),
     ),
     Option(
-        name="eval.load_store",
-        table="evaluation",
+        "eval.use_hard_encoder_string", "evaluation", ("autoencoder.encoder_prompt",),
+        "true becomes text: the token embeddings of soft_prompt_init_text instead of the learned prompt",
+        _switch("autoencoder.encoder_prompt", "text", "learned"),
+    ),
+    Option(
+        "eval.compute_variance_by_role", "evaluation", ("scoring.by_role",),
+        "errors and variance recovery by role, over all ranks, for Gemma, ChatML, Llama-3 and Harmony chats",
+        _switch("scoring.by_role", True, False),
+    ),
+    Option("eval.batch_size", "evaluation", (), "nothing read it", kind="no effect"),
+    Option("eval.generation_batch_size", "evaluation", (), "nothing read it", kind="no effect"),
+    Option(
+        "seed", "evaluation", ("sampling.seed", "activations.seed"),
+        "in the reference the checkpoint's random state replaced it, alike on every rank; here draws and positions follow it",
+        _seed, warns=True,
+    ),
+    Option("data.num_workers", "evaluation", (), f"0 was forced; {_LOADER}", kind="no effect"),
+    Option("model_name", "checkpoint", ("autoencoder.base",), "base of decoder and encoder"),
+    Option("orig_model_name", "checkpoint", ("activations.model",), _BASE),
+    Option("tokenizer_name", "checkpoint", (), "each model brings its own tokenizer", kind="not needed"),
+    Option("layer_l", "checkpoint", ("activations.layer",), "block whose output is explained, 0-based"),
+    Option("t_text", "checkpoint", ("sampling.max_new_tokens",), "always exactly so many tokens: EOS does not stop"),
+    Option(
+        "attn_implementation", "checkpoint", (), "decoder and encoder follow the checkpoint (the reference dropped it)",
         kind="not needed",
-        says="activations are always stored and found again, by the content of model, text and rule",
-    ),
-    Option(name="eval.cache_dir", table="evaluation", keys=("vector_cache",), says="old vectors.pkl files are not read"),
-    Option(
-        name="eval.output_dir",
-        table="evaluation",
-        keys=("export_json",),
-        says="directory of the JSON in the reference's schema; the results themselves are in the registry (registry=DIR)",
-        to=_export_json,
-    ),
-    Option(name="eval.output_file", table="evaluation", keys=("export_json",), says="name of that JSON", to=_export_json),
-    Option(
-        name="eval.use_bf16",
-        table="evaluation",
-        keys=("autoencoder.dtype",),
-        says="bfloat16 or float32 (where the reference stopped with a dtype error)",
-        to=_dtype("eval.use_bf16", "autoencoder.dtype"),
     ),
     Option(
-        name="eval.use_hard_encoder_string",
-        table="evaluation",
-        keys=("autoencoder.encoder_prompt",),
-        says="true becomes text: the token embeddings of soft_prompt_init_text instead of the learned prompt",
-        to=lambda value, given: {
-            "autoencoder.encoder_prompt": "text" if _truth("eval.use_hard_encoder_string", value) else "learned"
-        },
+        "use_bf16", "checkpoint", ("activations.dtype",), "absent: bfloat16", _switch("activations.dtype", "bfloat16", "float32")
+    ),
+    Option("dataset.on_the_fly.enabled", "checkpoint", (), "what is missing is always extracted", kind="not needed"),
+    Option(
+        "dataset.on_the_fly.pretokenized_path", "checkpoint", ("activations.text", "activations.text_column"),
+        "the `datasets` directory of the split below it; its column input_ids, on whatever side it was padded", _pretokenized,
     ),
     Option(
-        name="eval.compute_variance_by_role",
-        table="evaluation",
-        keys=("scoring.by_role",),
-        says="errors and variance recovery by role, over all ranks, for Gemma, ChatML, Llama-3 and Harmony chats",
-        to=lambda value, given: {"scoring.by_role": _truth("eval.compute_variance_by_role", value)},
-    ),
-    Option(name="eval.batch_size", table="evaluation", kind="no effect", says="nothing read it"),
-    Option(name="eval.generation_batch_size", table="evaluation", kind="no effect", says="nothing read it"),
-    Option(
-        name="seed",
-        table="evaluation",
-        keys=("sampling.seed", "activations.seed"),
-        says="in the reference the checkpoint's random state replaced it, alike on every rank; here draws and positions follow it",
-        warns=True,
-        to=_seed,
-    ),
-    Option(name="data.num_workers", table="evaluation", kind="no effect", says=f"0 was forced; {_NO_LOADER}"),
-    Option(name="model_name", table="checkpoint", keys=("autoencoder.base",), says="base of decoder and encoder"),
-    Option(
-        name="orig_model_name",
-        table="checkpoint",
-        keys=("activations.model",),
-        says="model whose activations are explained. The reference's sweep put decoder and encoder on it too; here they stay on "
-        "model_name",
+        "dataset.on_the_fly.min_pos", "checkpoint", ("activations.min_position", "activations.candidates"),
+        "counted from the first token that is not padding; a shorter row gives its last token", _min_pos,
     ),
     Option(
-        name="tokenizer_name",
-        table="checkpoint",
-        kind="not needed",
-        says="the tokenizer comes with the models of the two lines above",
-    ),
-    Option(name="layer_l", table="checkpoint", keys=("activations.layer",)),
-    Option(
-        name="t_text",
-        table="checkpoint",
-        keys=("sampling.max_new_tokens",),
-        says="always exactly so many tokens: EOS does not stop",
+        "dataset.on_the_fly.position_selection_strategy", "checkpoint", ("activations.positions", "activations.candidates"),
+        "random or midpoint", _strategy,
     ),
     Option(
-        name="attn_implementation",
-        table="checkpoint",
-        kind="not needed",
-        says="taken from the checkpoint's config for decoder and encoder (the reference dropped it)",
+        "dataset.on_the_fly.val_vectors_per_sequence", "checkpoint", ("activations.positions_per_document",),
+        "positions of a row", _number("activations.positions_per_document"),
     ),
-    Option(name="use_bf16", table="checkpoint", keys=("activations.dtype",), to=_dtype("use_bf16", "activations.dtype")),
+    Option("dataset.on_the_fly.shuffle_after_generation", "checkpoint", (), "order changes no number", kind="not needed"),
     Option(
-        name="dataset.on_the_fly.enabled",
-        table="checkpoint",
-        kind="not needed",
-        says="activations are always extracted when missing",
+        "dataset.on_the_fly.filter_large_norms", "checkpoint", ("activations.max_norm",), "false leaves it at null",
+        lambda name, value, given: {},
     ),
     Option(
-        name="dataset.on_the_fly.pretokenized_path",
-        table="checkpoint",
-        keys=("activations.text", "activations.text_column"),
-        says="a `datasets` directory; its column input_ids, with whatever side it was padded on",
-        to=lambda value, given: {"activations.text": str(value), "activations.text_column": "input_ids"},
+        "dataset.on_the_fly.max_activation_norm", "checkpoint", ("activations.max_norm",),
+        "the norm of the activation alone decides, not that of its unused partner", _max_norm,
     ),
     Option(
-        name="dataset.on_the_fly.min_pos",
-        table="checkpoint",
-        keys=("activations.min_position", "activations.candidates"),
-        says="counted from the first token that is not padding; a shorter row gives its last token",
-        to=_min_pos("dataset.on_the_fly.min_pos"),
+        "dataset.val_split", "checkpoint", ("activations.text",), "a directory below pretokenized_path; absent: validation",
+        lambda name, value, given: {},
     ),
-    Option(
-        name="dataset.on_the_fly.position_selection_strategy",
-        table="checkpoint",
-        keys=("activations.positions", "activations.candidates"),
-        says="random or midpoint",
-        to=_strategy("dataset.on_the_fly.position_selection_strategy"),
-    ),
-    Option(name="dataset.on_the_fly.val_vectors_per_sequence", table="checkpoint", keys=("activations.positions_per_document",)),
-    Option(
-        name="dataset.on_the_fly.shuffle_after_generation", table="checkpoint", kind="not needed", says="order changes no number"
-    ),
-    Option(
-        name="dataset.on_the_fly.filter_large_norms",
-        table="checkpoint",
-        keys=("activations.max_norm",),
-        says="false leaves activations.max_norm at null",
-        to=lambda value, given: {},
-    ),
-    Option(
-        name="dataset.on_the_fly.max_activation_norm",
-        table="checkpoint",
-        keys=("activations.max_norm",),
-        says="the norm of the activation alone decides, not that of its unused partner",
-        to=_max_norm,
-    ),
-    Option(name="dataset.val_split", table="checkpoint", keys=("activations.text_split",)),
-    Option(
-        name="dataset.activation_dir",
-        table="checkpoint",
-        kind="not needed",
-        says="dumped .pt shards are not read: activations are extracted again from the text, or given as activations.vectors=FILE",
-    ),
-    Option(
-        name="dataset.val_activation_dir",
-        table="checkpoint",
-        kind="not needed",
-        says="dumped .pt shards are not read: activations are extracted again from the text, or given as activations.vectors=FILE",
-    ),
-)
+    Option("dataset.activation_dir", "checkpoint", (), _SHARDS, kind="not needed"),
+    Option("dataset.val_activation_dir", "checkpoint", (), _SHARDS, kind="not needed"),
+)  # fmt: skip
 """Every option of the reference's submission script, of its evaluation, and what it read from the checkpoint's config."""
 
 BY_NAME = {option.name: option for option in OPTIONS}
@@ -446,6 +334,7 @@ def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DI
         SpecError: an unknown name, with those it may have meant; a value that cannot be meant.
     """
     given: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     new: list[str] = []
     warnings: list[str] = []
     for argument in arguments:
@@ -454,12 +343,12 @@ def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DI
             continue
         key, value = ("", None) if argument.startswith("-") else _split(argument)
         if key == "eval":
-            given |= _named_config(str(value), Path(config_directory))
+            named |= _named_config(str(value), Path(config_directory))
         elif key and (key in BY_NAME or _ignored(key) or not _is_new(key)):
             given[_known(key)] = value
         else:
             new.append(argument.lstrip("+") if key else argument)
-    settings, more = translate_options(given, from_checkpoint=False)
+    settings, more = translate_options(named | given, from_checkpoint=False)
     return [f"{key}={_text(value)}" for key, value in settings.items()] + new, warnings + more
 
 
@@ -516,12 +405,14 @@ def read_config(path: Path | str) -> tuple[Settings, list[str]]:
 def translate_checkpoint_config(config: Mapping[str, Any]) -> Settings:
     """What the config inside a checkpoint says about activations and sampling, as new settings; the rest of it is for the loader.
 
-    `orig_model_name` defaults to `model_name`.
+    Where it is silent the reference's defaults hold: orig_model_name is model_name, min_pos is 8.
     """
     leaves = dict(_leaves(config))
     given = {option.name: leaves[option.name] for option in OPTIONS if option.table == "checkpoint" and option.name in leaves}
     if given.get("orig_model_name") is None and given.get("model_name") is not None:
         given["orig_model_name"] = given["model_name"]
+    if given.get("dataset.on_the_fly.pretokenized_path") is not None:
+        given.setdefault("dataset.on_the_fly.min_pos", 8)
     return translate_options(given, from_checkpoint=True)[0]
 
 
@@ -690,7 +581,7 @@ def _row(option: Option) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m ksweep.legacy SCRIPT old=value ...` runs a sweep script; --print shows its arguments, --table docs/options.md."""
+    """`python -m ksweep.legacy SCRIPT old=value ...` runs a sweep; --print shows its arguments, --table docs/options.md."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
         print("usage: python -m ksweep.legacy SCRIPT [old=value ...] | --print [old=value ...] | --table", file=sys.stderr)
