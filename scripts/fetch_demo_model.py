@@ -129,8 +129,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: could not write {target}: {error}. Free some space (about 700 MB is needed while converting) or set "
-              "KSWEEP_HOME to another place, and run this again.", file=sys.stderr)
+        print(
+            f"error: could not write {target}: {error}. Free some space (about 700 MB is needed while converting) or set "
+            "KSWEEP_HOME to another place, and run this again.",
+            file=sys.stderr,
+        )
         return 1
     print(f"ready: {target} ({LICENCE})")
     return 0

@@ -164,8 +164,15 @@ def av_hidden(model: nn.Module, prompt: Prompt, vectors: Tensor, continuation: T
 
 @torch.inference_mode()
 def draw(
-    av: nn.Module, prompt: Prompt, vectors: Tensor, *, num_draws: int, temperature: float, max_new_tokens: int,
-    generator: torch.Generator, only_text: bool = False,
+    av: nn.Module,
+    prompt: Prompt,
+    vectors: Tensor,
+    *,
+    num_draws: int,
+    temperature: float,
+    max_new_tokens: int,
+    generator: torch.Generator,
+    only_text: bool = False,
 ) -> list[list[int]]:
     """Token ids of `num_draws` continuations per vector, row-major; rows leave the batch as they end.
 
@@ -293,9 +300,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def av_loss(
-    av: nn.Module, prompt: Prompt, vectors: Tensor, texts: Tensor, *, whole: bool
-) -> tuple[Tensor, Tensor]:
+def av_loss(av: nn.Module, prompt: Prompt, vectors: Tensor, texts: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:
     """(weighted loss, unweighted loss per text token and the closing token) of texts of one length [row, token].
 
     The last tokens count more: they carry most of the activation. Tags are certain after a few steps, so most batches

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ def _r_strings(path: Path) -> Iterator[list[str]]:
 
 
 def _character_vector(blob: bytes) -> list[str]:
-    """STRSXP (type 16) in R's XDR serialisation, version 3: header, count, then CHARSXP items (type 9) of flags, length, bytes."""
+    """STRSXP (type 16) of R's XDR serialisation, version 3: header, count, then CHARSXP items (type 9): flags, length, bytes."""
     at = blob.index(b"UTF-8") + len("UTF-8")
     flags, count = struct.unpack(">II", blob[at : at + 8])
     if flags & 0xFF != 16:
@@ -207,12 +208,10 @@ def passages(document: Document, count_tokens: Callable[[str], int]) -> list[str
 def _sentences(text: str) -> list[str]:
     ends = re.finditer(r"(?<!Mr)(?<!Mrs)(?<!Dr)(?<!St)(?<!Capt)(?<![A-Z])[.!?][\"'”’)]*\s+(?=[\"'“‘(]?[A-Z])", text)
     cuts = [0, *(match.end() for match in ends), len(text)]
-    return [text[a:b].strip() for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [text[a:b].strip() for a, b in pairwise(cuts)]
 
 
-def training_passages(
-    documents: list[Document], count_tokens: Callable[[str], int], total: int, seed: int
-) -> list[str]:
+def training_passages(documents: list[Document], count_tokens: Callable[[str], int], total: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     chosen: list[str] = []
     for group, share in TRAINING_SHARES.items():
@@ -226,15 +225,18 @@ def training_passages(
 def held_out_passages(
     documents: list[Document], count_tokens: Callable[[str], int], per_document: int, seed: int
 ) -> list[dict[str, str]]:
-    """At most `per_document` passages of each chapter of the held-out books, as rows of passages.jsonl."""
+    """At most `per_document` passages of each chapter of the held-out books, as rows of passages.jsonl.
+
+    Their order is one passage of each chapter, then the next of each: any first part of the file is spread over the books.
+    """
     rng = np.random.default_rng(seed)
-    rows = []
+    rounds: list[list[dict[str, str]]] = [[] for _ in range(per_document)]
     for document in documents:
         if document.source not in HELD_OUT:
             continue
         found = passages(document, count_tokens)
-        for i in sorted(rng.choice(len(found), min(per_document, len(found)), replace=False)):
-            rows.append(
+        for place, i in enumerate(sorted(rng.choice(len(found), min(per_document, len(found)), replace=False))):
+            rounds[place].append(
                 {
                     "id": f"{document.document}/{i:03d}",
                     "document": document.document,
@@ -242,4 +244,4 @@ def held_out_passages(
                     "text": found[i],
                 }
             )
-    return rows
+    return [rows[i] for rows in rounds for i in rng.permutation(len(rows))]
