@@ -17,7 +17,7 @@ sweep = Sweep(
         activations=held_out_passages(num_activations=128),
         sampling=Sampling(num_draws=16, max_new_tokens=40),
     ),
-    axes={"sampling.temperature": (0.4, 0.7, 1.0)},
+    axes={"sampling.temperature": (0.4, 0.8, 1.2)},
 )
 
 if __name__ == "__main__":

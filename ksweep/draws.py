@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ksweep.errors import RunError
+from ksweep.errors import DiskFullError, RunError
 from ksweep.files import publish, readable_by_colleagues
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,10 @@ SCHEMA = pa.schema(
         ("log_probability", pa.float64()),
         ("shuffled_error", pa.float64()),
         ("shuffled_activation", pa.int64()),
-        ("reconstruction_sum", pa.list_(pa.float32())),
+        ("reconstruction", pa.list_(pa.float32())),
     ]
 )
-"""`reconstruction_sum`, on the first draw of an activation in a part, is the sum of the scaled reconstructions of that
-part's successful draws: errors are quadratic, so retrieval by mean error against every activation needs no more."""
+"""`reconstruction` [d_model], as the AR gave it, is kept for draw 0 alone: what retrieval among the activations needs."""
 
 PART = re.compile(r"^part-(\d+)-(\d+)-(\d+)-(\d+)\.parquet$")
 
@@ -166,6 +165,9 @@ class DrawsStore:
                 return table
             reason = f"{table.num_rows} rows where its name says {part.num_draws}"
         except (pa.ArrowException, OSError) as error:
+            # Only what the content itself is to blame for: "too many open files" or "permission denied" damages nothing.
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                raise RunError(f"draws part {path} cannot be read: {error}") from error
             reason = str(error).splitlines()[0]
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
         path.rename(aside)
@@ -221,7 +223,7 @@ def _guard_disk(path: Path, write: Any) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             near = next(p for p in (path, *path.parents) if p.exists())
             free = shutil.disk_usage(near).free
-            raise RunError(
+            raise DiskFullError(
                 f"the disk of {path} is full ({free / 1e6:.1f} MB free): nothing half-written was left. "
                 "Free some room or point `registry` elsewhere, then run the same command again; finished draws are kept."
             ) from error

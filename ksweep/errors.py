@@ -28,3 +28,7 @@ class StoreError(RuntimeError):
 
 class RunError(RuntimeError):
     """A failure while running: a dead rank, a full disk, a job that was lost. Exit code 1."""
+
+
+class DiskFullError(RunError):
+    """No room left; nothing half-written stays."""

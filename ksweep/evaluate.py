@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep.draws import DrawsStore
-from ksweep.errors import RunError
+from ksweep.errors import DataError, RunError
 from ksweep.explain import UnitWork
 from ksweep.keys import Keys, cell_keys, inspect_pair
 from ksweep.provenance import provenance
@@ -111,7 +111,11 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
                     f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?"
                 )
             targets = vectors.vectors(0, len(vectors))
-            summary = summarise(draws, targets, cell.scoring, cell.ks, _empty_text(cell, store, models))
+            empty = _empty_text(cell, store, models)
+            try:
+                summary = summarise(draws, targets, cell.scoring, cell.ks, empty)
+            except ValueError as error:  # what the statistics refuse is what was asked for: equal vectors, too few of them
+                raise DataError(str(error)) from error
         return _land(cell, keys, place, ranks, clock, summary, draws, before, targets.shape[1])
     except Stopped:
         raise
@@ -154,7 +158,8 @@ def _sample(
             store.describe(keys.identity)
         with clock("drawing"):
             work = UnitWork(cell.sampling, keys.label, vectors, av, ar, place.batch_size, ranks, sum(u.num_draws for u in units))
-            for index in share(ranks, f"draws/{keys.draws}/{int(before.sum())}", len(units)):
+            # Cells of one job may share draws: the queue belongs to this cell and to what it found.
+            for index in share(ranks, f"draws/{keys.cell}/{int(before.sum())}", len(units)):
                 store.publish(units[index], work.run(units[index]))
     with clock("waiting"):
         ranks.barrier()
@@ -269,7 +274,7 @@ def _common(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) ->
         "finished": datetime.now(UTC),
         "seconds": clock.seconds,
         "host": provenance()["host"],
-        "device": _device_name(ranks.device),
+        "device": ranks.device_name,
         "num_ranks": ranks.world_size,
         "git_commit": here["git_commit"],
         "git_dirty": here["git_dirty"],
@@ -279,12 +284,39 @@ def _common(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) ->
     }
 
 
-def _device_name(device: str) -> str:
-    """The GPU's own name, or the processor's."""
-    import platform
+def land_lost(argument: dict[str, Any], kind: str, message: str, traceback: str, started: float) -> None:
+    """Land the failure of a job whose rank 0 could not: another rank failed, or the process is gone.
 
-    if device.startswith("cuda"):
-        import torch
+    It is booked on the first cell of the job that neither finished nor failed since the job was started.
+    """
+    from ksweep.registry import landing
+    from ksweep.registry.questions import runs_since
 
-        return str(torch.cuda.get_device_name(device))
-    return f"cpu ({platform.machine()})"
+    registry, begun = Path(argument["registry"]), datetime.fromtimestamp(started, UTC)
+    said = runs_since(registry, begun)
+    keys = [(cell, cell_keys(cell)) for cell in map(cell_from_dict, argument["cells"])]
+    if any(said.get(key.cell) == "failed" for _, key in keys):
+        return
+    cell, key = next(((c, k) for c, k in keys if k.cell not in said), keys[-1])
+    record = landing.RunRecord(
+        run_id=landing.new_run_id(key.cell),
+        cell=key.name,
+        label=key.label,
+        cell_key=key.cell,
+        draws_key=key.draws,
+        activations_key=key.activations,
+        sweep=argument["sweep"],
+        spec=asdict(cell),
+        resources=argument["resources"],
+        status="failed",
+        error_type=kind,
+        error_message=message,
+        tracebacks=(traceback,) if traceback else (),
+        started=begun,
+        finished=datetime.now(UTC),
+        layer=key.layer,
+    )
+    try:
+        landing.land(registry, record)
+    except OSError:
+        log.exception("the failure of %s could not be landed", key.name)

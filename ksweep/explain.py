@@ -35,24 +35,25 @@ class UnitWork:
     done: int = 0
     tokens: int = 0
     began: float = field(default_factory=time.monotonic)
-    targets_of_others: np.ndarray | None = None
+    others: np.ndarray | None = None
 
     def run(self, unit: Unit) -> pa.Table:
         """One unit as rows of the draws store."""
-        import torch
-
         targets = self.vectors.vectors(unit.first_row, unit.last_row)
-        draws = self._draw(unit, torch.from_numpy(targets.copy()))
+        draws = self._draw(unit, targets)
         texts = [self.av.decode(d.text_token_ids) for d in draws]
         parsed = [self.av.parse(text, d.finish) for text, d in zip(texts, draws, strict=True)]
         owners = np.array([d.request.row for d in draws])
         good = np.array([i for i, (explanation, _) in enumerate(parsed) if explanation is not None], dtype=int)
         reconstructions = np.asarray(self.ar.reconstruct([parsed[i][0] or "" for i in good], self.batch_size), dtype=np.float64)
         scores = self._score(unit, targets, owners, good, reconstructions)
-        return self._table(unit, draws, texts, parsed, scores)
+        kept: list[np.ndarray | None] = [None] * len(draws)
+        for i, vector in zip(good, reconstructions, strict=True):
+            kept[i] = vector if draws[i].request.draw == 0 else None
+        return self._table(unit, draws, texts, parsed, scores, kept)
 
-    def _draw(self, unit: Unit, vectors: Any) -> list[Draw]:
-        from ksweep.autoencoder.decoding import Request, draw
+    def _draw(self, unit: Unit, targets: np.ndarray) -> list[Draw]:
+        from ksweep.autoencoder.decoding import Request, as_vectors, draw
 
         keys = self.vectors.column("activation_key", unit.first_row, unit.last_row)
         requests = [
@@ -62,7 +63,7 @@ class UnitWork:
         ]
         sampling, found = self.sampling, []
         for one in draw(
-            self.av, vectors, requests, temperature=sampling.temperature, top_p=sampling.top_p,
+            self.av, as_vectors(targets), requests, temperature=sampling.temperature, top_p=sampling.top_p,
             max_new_tokens=sampling.max_new_tokens, seed=sampling.seed, batch_size=self.batch_size,
             should_stop=self.ranks.should_stop,
         ):  # fmt: skip
@@ -81,38 +82,40 @@ class UnitWork:
     def _score(
         self, unit: Unit, targets: np.ndarray, owners: np.ndarray, good: np.ndarray, reconstructions: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Error, cosine, norm; the error against another activation; and the sum of scaled reconstructions per activation."""
+        """Error, cosine and norm of each draw, and its error against another activation; NaN where the draw failed."""
         n = len(owners)
         scores = {name: np.full(n, np.nan) for name in ("error", "cosine", "norm", "shuffled_error")}
         others = self._others()[unit.first_row : unit.last_row]
         scores["shuffled_activation"] = others[owners]
-        sums = np.zeros_like(targets, dtype=np.float32)
         if len(good):
             mine = owners[good]
             scores["error"][good] = stats.reconstruction_errors(reconstructions, targets[mine])
             scores["cosine"][good] = 1 - scores["error"][good] / 2
             scores["norm"][good] = np.linalg.norm(reconstructions, axis=1)
-            scores["shuffled_error"][good] = stats.reconstruction_errors(reconstructions, self.vectors.take(others)[mine])
-            np.add.at(sums, mine, stats.unit_scaled(reconstructions).astype(np.float32))
-        scores["reconstruction_sum"] = sums
+            known = others[mine] >= 0
+            partners = self.vectors.take(others[mine][known])
+            scores["shuffled_error"][good[known]] = stats.reconstruction_errors(reconstructions[known], partners)
         return scores
 
     def _others(self) -> np.ndarray:
-        """For each activation another one, of another document where there is one: the target of the shuffled control."""
-        if self.targets_of_others is None:
-            n = len(self.vectors)
-            documents = np.asarray(self.vectors.column("document", 0, n), dtype=object)
-            self.targets_of_others = stats.derangement(n, seed=0, documents=documents) if n > 1 else np.zeros(1, dtype=int)
-        return self.targets_of_others
+        """The target of the shuffled control for each activation; -1 where there is only one document."""
+        if self.others is None:
+            self.others = neighbours(self.vectors.column("document", 0, len(self.vectors)))
+        return self.others
 
     def _table(
-        self, unit: Unit, draws: list[Draw], texts: list[str], parsed: list[Any], scores: dict[str, np.ndarray]
+        self,
+        unit: Unit,
+        draws: list[Draw],
+        texts: list[str],
+        parsed: list[Any],
+        scores: dict[str, np.ndarray],
+        kept: list[np.ndarray | None],
     ) -> pa.Table:
         owners = [d.request.row for d in draws]
         rows = {name: self.vectors.column(name, unit.first_row, unit.last_row) for name in ("row_id", "document", "position")}
         rows["context"] = self.vectors.column("window", unit.first_row, unit.last_row)
-        first = {row: i for i, row in reversed(list(enumerate(owners)))}
-        sums = [scores["reconstruction_sum"][row] if first[row] == i else None for i, row in enumerate(owners)]
+        others = scores["shuffled_activation"].astype(np.int64)
         columns = {
             "activation": [unit.first_row + row for row in owners],
             "draw": [d.request.draw for d in draws],
@@ -125,11 +128,28 @@ class UnitWork:
             "parse": [outcome for _, outcome in parsed],
             **{name: _nullable(scores[name]) for name in ("error", "cosine", "norm", "shuffled_error")},
             "log_probability": [d.log_probability for d in draws],
-            "shuffled_activation": scores["shuffled_activation"],
-            "reconstruction_sum": sums,
+            "shuffled_activation": pa.array(others, mask=others < 0),
+            "reconstruction": kept,
         }
         return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in SCHEMA}, schema=SCHEMA)
 
 
 def _nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
+
+
+def neighbours(documents: np.ndarray) -> np.ndarray:
+    """For each activation one of the document before its own, for the first document one of the next; -1 where there is none.
+
+    Nothing behind the first two documents plays a part, so that the pairs of a run stay the same when it grows.
+    """
+    changes = [i for i in range(1, len(documents)) if documents[i] != documents[i - 1]]
+    starts = [0, *changes]
+    out = np.full(len(documents), -1, dtype=np.int64)
+    for run, (start, end) in enumerate(zip(starts, [*changes, len(documents)], strict=True)):
+        if run:
+            before = starts[run - 1]
+            out[start:end] = before + np.arange(end - start) % (start - before)
+        elif changes:
+            out[:end] = changes[0]
+    return out

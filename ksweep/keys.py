@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.activations.fill import activations_key
-from ksweep.activations.vectors import read_sidecar
+from ksweep.activations.vectors import read_sidecar, vectors_shape
 from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
 from ksweep.errors import SpecError
 from ksweep.files import resolve
@@ -78,9 +78,13 @@ def cell_keys(cell: Cell) -> Keys:
 def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> None:
     """That the vectors are of the layer, width and model that the pair was trained on, as far as anyone says."""
     given = cell.activations
-    said = read_sidecar(Path(given.vectors).expanduser()) if given.vectors is not None else None
-    if said is None:
+    if given.vectors is None:
         check_pair(av, ar, activations_layer=given.layer, activations_base=given.model)
+        return
+    _, width = vectors_shape(given.vectors)
+    said = read_sidecar(given.vectors)
+    if said is None:
+        check_pair(av, ar, activations_layer=given.layer, activations_d_model=width)
     else:
         if given.layer not in (None, said.layer) and said.layer is not None:
             raise SpecError(

@@ -91,12 +91,20 @@ def _resolve(key: str) -> str:
         return ends[0]
     if ends:
         raise SpecError(f"{key!r} could be {' or '.join(ends)}: write the whole key")
-    close = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
-    if not close:
-        tails = {k.rpartition(".")[2]: k for k in keys}
-        close = [tails[t] for t in difflib.get_close_matches(key.rpartition(".")[2], tails, n=2, cutoff=0.6)]
-    hint = f"did you mean {' or '.join(close)}?" if close else "known keys: " + ", ".join(keys)
-    raise SpecError(f"unknown key {key!r}: {hint}")
+    raise SpecError(f"unknown key {key!r}: {_hint(key, list(keys))}")
+
+
+def _hint(key: str, keys: list[str]) -> str:
+    if key == "axes":
+        return "a list given for a field makes an axis, e.g. sampling.temperature=[0.5,1.0]"
+    group = key.partition(".")[0]
+    inside = [k for k in keys if k.startswith(f"{group}.")]
+    tails = {k.rpartition(".")[2]: k for k in (inside or keys)}
+    close = [] if inside else difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    close = close or [tails[t] for t in difflib.get_close_matches(key.rpartition(".")[2], tails, n=2, cutoff=0.7)]
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"{group} has {', '.join(k.rpartition('.')[2] for k in inside)}" if inside else "known keys: " + ", ".join(keys)
 
 
 def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
@@ -104,8 +112,7 @@ def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
     hints = known_keys()
     axes = dict(sweep.axes)
     cell, resources, plain = _as_dict(sweep.cell), _as_dict(sweep.resources), {}
-    if ("autoencoder.av" in given or "autoencoder.checkpoint" in given) and "autoencoder.base" not in given:
-        cell["autoencoder"]["base"] = None  # the base belonged to the pair that was replaced
+    given = _with_what_they_replace(given)
     for key, value in given.items():
         group, _, name = key.partition(".")
         if key in PLAIN:
@@ -126,6 +133,16 @@ def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
         cell[group][name] = axes[key][0]
     built = Cell(**{name: spec(**cell[name]) for name, spec in GROUPS.items() if name != "resources"})
     return replace(sweep, cell=built, axes=axes, resources=Resources(**resources), **plain)
+
+
+def _with_what_they_replace(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A new AV takes the old pair's base with it; ready-made vectors take the place of model and text."""
+    cleared: dict[str, Any] = {}
+    if "autoencoder.av" in given:
+        cleared["autoencoder.base"] = None
+    if given.get("activations.vectors") is not None:
+        cleared |= {"activations.model": None, "activations.text": None}
+    return cleared | dict(given)
 
 
 def _as_dict(spec: Any) -> dict[str, Any]:

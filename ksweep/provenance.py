@@ -15,7 +15,7 @@ PACKAGES = ("ksweep", "torch", "transformers", "peft", "numpy", "pyarrow", "duck
 
 def provenance() -> dict[str, Any]:
     """Facts about this process that do not change the numbers but explain them."""
-    commit, dirty = git_state(Path.cwd())
+    commit, dirty = git_state(Path(__file__).parent)
     return {
         "argv": sys.argv,
         "host": socket.gethostname(),
@@ -28,7 +28,7 @@ def provenance() -> dict[str, Any]:
 
 
 def git_state(path: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout at a path and whether its tracked files are changed; None where there is no checkout."""
+    """Commit of the checkout that a path lies in, and whether its tracked files are changed; None where there is no checkout."""
     commit = _git(path, "rev-parse", "HEAD")
     if commit is None:
         return None, None

@@ -28,6 +28,10 @@ class Ranks(Protocol):
     def device(self) -> str:
         """Torch device of this rank."""
 
+    @property
+    def device_name(self) -> str:
+        """What that device is, for the record."""
+
     def barrier(self) -> None:
         """Wait for every rank."""
 
@@ -54,6 +58,7 @@ class Solo:
     """The only rank of a job that runs in this process."""
 
     device: str = "cpu"
+    device_name: str = "cpu"
     rank: int = 0
     world_size: int = 1
     on_report: Callable[..., None] | None = None

@@ -99,10 +99,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SpecError(f"sampling.temperature={self.temperature} must be a finite number >= 0 (0 is greedy)")
-        if not 0 < self.top_p <= 1:
-            raise SpecError(f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
+        if not (_is_number(self.temperature) and self.temperature >= 0):
+            raise SpecError(f"sampling.temperature={self.temperature!r} must be a finite number >= 0 (0 is greedy)")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise SpecError(f"sampling.top_p={self.top_p!r} must lie in (0, 1]; 1 keeps every token")
         _at_least("sampling.max_new_tokens", self.max_new_tokens, 1)
         _at_least("sampling.num_draws", self.num_draws, 1)
         _at_least("sampling.seed", self.seed, 0)
@@ -132,18 +132,25 @@ class Scoring:
 
     def __post_init__(self) -> None:
         if self.ks is not None:
+            if not isinstance(self.ks, (tuple, list)):
+                raise SpecError(f"scoring.ks={self.ks!r} must be a list of whole numbers, e.g. (1, 2, 4, 8)")
             if not self.ks:
                 raise SpecError("scoring.ks is empty; leave it out (every K), or name at least one, e.g. scoring.ks=[1,2,4,8]")
             for k in self.ks:
                 _at_least("scoring.ks", k, 1)
             object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
-        if self.baseline is not None and not (math.isfinite(self.baseline) and self.baseline > 0):
-            raise SpecError(f"scoring.baseline={self.baseline} must be a finite number > 0, or None to measure it")
-        if not 0 < self.level < 1:
-            raise SpecError(f"scoring.level={self.level} must lie between 0 and 1, e.g. 0.95")
-        _at_least("scoring.num_replicates", self.num_replicates, 1)
-        if not math.isfinite(self.failed_error):
-            raise SpecError(f"scoring.failed_error={self.failed_error} must be finite (2.0 counts a failure as orthogonal)")
+        if self.baseline is not None and not (_is_number(self.baseline) and 0 < self.baseline <= 1):
+            raise SpecError(
+                f"scoring.baseline={self.baseline!r} must lie in (0, 1] (it is 1 - R^2 of vectors scaled to norm sqrt(d)), "
+                "or be None to measure it"
+            )
+        if not (_is_number(self.level) and 0 < self.level < 1):
+            raise SpecError(f"scoring.level={self.level!r} must lie between 0 and 1, e.g. 0.95")
+        _at_least("scoring.num_replicates", self.num_replicates, 2)
+        if not (_is_number(self.failed_error) and self.failed_error > 0):
+            raise SpecError(
+                f"scoring.failed_error={self.failed_error!r} must be a number > 0 (2.0 counts a failure as orthogonal)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +169,17 @@ class Cell:
                 f"scoring.ks asks for K={max(ks)} but sampling.num_draws={num_draws}: best-of-K needs at least K draws. "
                 f"Raise sampling.num_draws to {max(ks)} or leave out the larger K."
             )
+        if self.activations.num_activations < 2 and self.scoring.baseline is None:
+            raise SpecError(
+                "activations.num_activations=1 has no variance to explain: ask for more activations, or state scoring.baseline"
+            )
 
     @property
     def ks(self) -> tuple[int, ...]:
-        """Every K that is reported."""
+        """Every K that is reported; for a greedy cell, which has one draw, K = 1."""
         n = self.sampling.effective_num_draws
         asked = self.scoring.ks if self.scoring.ks is not None else range(1, n + 1)
-        return tuple(k for k in asked if k <= n)
+        return tuple(k for k in asked if k <= n) or (1,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +234,13 @@ class Sweep:
     """Directory of the activation store."""
 
     def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise SpecError(f"sweep name {self.name!r} must be usable as a directory name, e.g. temp_sweep")
         for path, values in self.axes.items():
+            if not isinstance(values, (tuple, list)):
+                raise SpecError(
+                    f"axis {path!r} of sweep {self.name!r} is {values!r}: give its values as a tuple, e.g. ({values!r},)"
+                )
             if not values:
                 raise SpecError(f"axis {path!r} of sweep {self.name!r} has no values")
         self.cells()
@@ -249,7 +266,7 @@ class Sweep:
                 cell = replace_at(cell, path, value)
             label = ", ".join(f"{path.rpartition('.')[2]}={_short(v)}" for path, v in zip(names, values, strict=True))
             labels.setdefault(cell, label or self.name)
-        return list(labels.values())
+        return _unique(list(labels.values()), list(labels))
 
 
 def cell_from_dict(value: Mapping[str, Any]) -> Cell:
@@ -273,6 +290,21 @@ def replace_at(spec: Any, path: str, value: Any) -> Any:
         raise SpecError(f"{type(spec).__name__} has no field {head!r}; it has {known}")
     changed = replace_at(getattr(spec, head), rest, value) if rest else value
     return replace(spec, **{head: changed})  # type: ignore[type-var]
+
+
+def _unique(labels: list[str], cells: list[Cell]) -> list[str]:
+    """Labels that tell cells apart: where two agree (AVs of the same name), the AV's whole path is added, then a number."""
+    if len(set(labels)) < len(labels):
+        labels = [
+            f"{text} ({c.autoencoder.av})" if labels.count(text) > 1 else text for text, c in zip(labels, cells, strict=True)
+        ]
+    if len(set(labels)) < len(labels):
+        labels = [f"{text} #{i}" for i, text in enumerate(labels)]
+    return labels
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: Any) -> str:

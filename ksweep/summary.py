@@ -14,7 +14,7 @@ from ksweep.spec import Scoring
 
 SUMMARISED = [
     "document", "text", "explanation", "finish", "parse", "num_tokens",
-    "error", "cosine", "shuffled_error", "reconstruction_sum",
+    "error", "cosine", "shuffled_error", "shuffled_activation", "reconstruction",
 ]  # fmt: skip
 """Columns of the draws store that a summary needs."""
 
@@ -58,7 +58,7 @@ def summarise(
     cosine = stats.best_of_k_select(draws["cosine"].to_numpy().reshape(grid), errors, ks, failed_value=0.0).mean(axis=0)
     return Summary(
         curve=_curve_rows(curve, shuffled, cosine),
-        controls=_controls(draws, vectors, grid, baseline, empty_text),
+        controls=_controls(draws, vectors, baseline, empty_text) + _gain(curve),
         counts=_counts(draws, curve),
     )
 
@@ -66,8 +66,8 @@ def summarise(
 def _shuffled_fve(
     draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], failed_error: float, baseline: stats.Baseline
 ) -> np.ndarray:
-    """FVE of the best of K draws of another activation, chosen by their error against this one; unknown with one activation."""
-    if grid[0] < 2:
+    """FVE of the best of K draws of another activation, chosen by their error against this one; unknown with one document."""
+    if draws["shuffled_activation"].null_count:
         return np.full(len(ks), np.nan)
     errors = draws["shuffled_error"].to_numpy().reshape(grid)
     best: np.ndarray = stats.best_of_k_errors(errors, ks, failed_error).mean(axis=0)
@@ -97,46 +97,53 @@ def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray)
     ]
 
 
-def _controls(
-    draws: pa.Table, vectors: np.ndarray, grid: tuple[int, int], baseline: stats.Baseline, empty: np.ndarray | None
-) -> list[dict[str, Any]]:
+def _controls(draws: pa.Table, vectors: np.ndarray, baseline: stats.Baseline, empty: np.ndarray | None) -> list[dict[str, Any]]:
     n = len(vectors)
     rows: list[dict[str, Any]] = []
     if empty is not None:
         value = float(1 - stats.reconstruction_errors(empty[None], vectors).mean() / baseline.value)
         rows.append(_control("empty_text", value, n, "FVE of the reconstruction of an empty text"))
-    if baseline.kind == "evaluated set":
-        value = 1 - stats.mean_vector_error(baseline) / baseline.value
+    if n >= 2:
+        value = 1 - stats.mean_vector_error(stats.evaluated_set_baseline(vectors)) / baseline.value
         rows.append(_control("mean_vector", value, n, "FVE of the scaled mean of the activations: the best constant"))
     pool = min(n, RETRIEVAL_POOL)
     if pool >= 2:
-        found = stats.retrieval(_mean_reconstructions(draws, grid)[:pool], vectors[:pool])
-        rows.append(
-            _control(
-                "retrieval_top1", found.top_1_rate, pool, "share of activations that their own draws rank first, by mean error"
-            )
-        )
+        found = stats.retrieval(_first_reconstructions(draws, n, vectors.shape[1])[:pool], vectors[:pool])
+        note = "share of activations that their first draw is nearer to than to any other"
+        rows.append(_control("retrieval_top1", found.top_1_rate, pool, note))
         rows.append(_control("retrieval_chance", found.chance, pool, "the same for draws that know nothing"))
     return rows
+
+
+def _gain(curve: stats.FveCurve) -> list[dict[str, Any]]:
+    """What the best of the most draws brings over one, paired over documents: the two points share their noise."""
+    if 1 not in curve.k or len(curve.k) < 2:
+        return []
+    gain = stats.gain_over(curve, k=1, level=curve.level)
+    low, high = _number(gain.low[-1]), _number(gain.high[-1])
+    interval = "" if low is None or high is None else f", {curve.level:.0%} interval {low:.4f} to {high:.4f}"
+    last = int(curve.k[-1])
+    return [
+        _control(
+            "gain",
+            float(gain.estimate[-1]),
+            curve.num_activations,
+            f"FVE at K = {last} less FVE at K = 1, paired{interval}",
+            last,
+        )
+    ]
 
 
 def _control(name: str, value: float, num_activations: int, note: str, k: int | None = None) -> dict[str, Any]:
     return {"control": name, "k": k, "value": value, "num_activations": num_activations, "note": note}
 
 
-def _mean_reconstructions(draws: pa.Table, grid: tuple[int, int]) -> np.ndarray:
-    """[activation, d_model] mean scaled reconstruction over the successful draws; NaN where there is none."""
-    sums = draws["reconstruction_sum"].combine_chunks()
-    at = np.flatnonzero(sums.is_valid().to_numpy(zero_copy_only=False))
-    values = sums.drop_null().flatten().to_numpy()
-    width = len(values) // max(1, len(at))
-    total = np.zeros((grid[0], width))
-    np.add.at(total, at // grid[1], values.reshape(len(at), width))
-    successes = (~np.isnan(draws["error"].to_numpy().reshape(grid))).sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means: np.ndarray = total / successes[:, None]
-    means[successes == 0] = np.nan
-    return means
+def _first_reconstructions(draws: pa.Table, num_activations: int, d_model: int) -> np.ndarray:
+    """[activation, d_model] scaled reconstruction of draw 0; NaN where that draw failed."""
+    kept = draws["reconstruction"].combine_chunks()
+    at = np.flatnonzero(kept.is_valid().to_numpy(zero_copy_only=False))
+    vectors = kept.drop_null().flatten().to_numpy().reshape(len(at), d_model)
+    return stats.mean_reconstructions(vectors, at // (draws.num_rows // num_activations), num_activations)
 
 
 def _counts(draws: pa.Table, curve: stats.FveCurve) -> dict[str, Any]:
@@ -153,7 +160,6 @@ def _counts(draws: pa.Table, curve: stats.FveCurve) -> dict[str, Any]:
         "cjk_fraction": sum(map(_mostly_cjk, explanations.to_pylist())) / max(1, len(explanations)),
         "mean_tokens": float(np.mean(draws["num_tokens"].to_numpy())),
         "num_without_success": curve.num_without_success,
-        "few_documents": curve.few_documents,
     }
 
 

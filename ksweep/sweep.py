@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,21 +17,24 @@ from pathlib import Path
 from ksweep import terminal
 from ksweep.activations.fill import plan as plan_activations
 from ksweep.draws import DrawsStore
-from ksweep.errors import RequestError, RunError, StoreError
+from ksweep.errors import DiskFullError, RequestError, RunError, SpecError, StoreError
+from ksweep.evaluate import land_lost
 from ksweep.keys import Keys, cell_keys
 from ksweep.launch import submit as launch
-from ksweep.launch.job import Ending, create
+from ksweep.launch.job import Ending, create, jobs_at_work
 from ksweep.launch.plan import Facts, Step, plan
 from ksweep.launch.watch import Watch
 from ksweep.overrides import apply_overrides
 from ksweep.provenance import provenance
 from ksweep.registry.questions import finished_runs, seconds_per_draw
-from ksweep.spec import Cell, Sweep
+from ksweep.spec import Autoencoder, Cell, Sweep
 
 ENTRY = "ksweep.evaluate:run_job"
 POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 20.0
 """How long ranks may take to notice that one of them has failed before they are killed."""
+DATABASE_BYTES = 8_000_000
+"""Room for the database, its next version beside it, and job logs."""
 BYTES_PER_DRAW = 700
 """Measured on the demo: a draw of 20 tokens with its texts takes 0.3 to 0.7 kB in Parquet; 200 tokens about 1.5."""
 
@@ -62,13 +67,14 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     sweep = apply_overrides(sweep, rest, options.config)
     cells = sweep.cells()
     keys = [cell_keys(cell) for cell in cells]
-    finished = finished_runs(Path(sweep.registry))
-    steps = plan([_facts(sweep, cell, key, finished.get(key.cell)) for cell, key in zip(cells, keys, strict=True)])
     if options.dry_run:
-        terminal.print_plan(sweep, steps)
+        terminal.print_plan(sweep, _plan(sweep, cells, keys))
         return 0
+    _refuse_places(sweep)
+    _wait_for_earlier_jobs(sweep, cells)
+    steps = _plan(sweep, cells, keys)
     _refuse_full_disk(sweep, steps)
-    missing = [(cell, key) for cell, key, step in zip(cells, keys, steps, strict=True) if step.state != "done"]
+    missing = [cell for cell, step in zip(cells, steps, strict=True) if step.state != "done"]
     if missing:
         _run(sweep, missing)
     terminal.show(sweep, keys, computed=len(missing), charts=not options.no_charts)
@@ -89,11 +95,25 @@ def _parser(sweep: Sweep) -> argparse.ArgumentParser:
     return parser
 
 
-def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None) -> Facts:
-    """Look up what is there for a cell; reads names and manifests only."""
+def _plan(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys]) -> list[Step]:
+    """What is there for each cell, and so what is to be done; reads names and manifests only."""
+    finished = finished_runs(Path(sweep.registry))
+    planned: dict[str, list[tuple[int, int]]] = {}
+    facts = []
+    for cell, key in zip(cells, keys, strict=True):
+        facts.append(_facts(sweep, cell, key, finished.get(key.cell), planned.setdefault(key.draws, [])))
+        if key.cell not in finished:
+            planned[key.draws].append((cell.activations.num_activations, cell.sampling.effective_num_draws))
+    return plan(facts)
+
+
+def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, planned: Sequence[tuple[int, int]]) -> Facts:
+    """`planned`: (activations, draws) that earlier cells of the sweep will have drawn under the same key."""
     registry = Path(sweep.registry)
-    draws = DrawsStore(registry / "draws", keys.draws)
     wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
+    there = DrawsStore(registry / "draws", keys.draws).coverage(*wanted)
+    for num_activations, num_draws in planned:
+        there[:num_activations, :num_draws] = True
     needed = plan_activations(cell.activations, keys.layer, Path(sweep.vector_cache))
     return Facts(
         cell_key=keys.cell,
@@ -102,28 +122,61 @@ def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None) -> Fa
         finished_run=finished_run,
         activations_present=needed.present,
         activations_wanted=cell.activations.num_activations,
-        draws_present=int(draws.coverage(*wanted).sum()),
+        draws_present=int(there.sum()),
         draws_wanted=wanted[0] * wanted[1],
-        activation_bytes=needed.bytes_needed,
+        bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
         bytes_per_draw=BYTES_PER_DRAW,
         seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.av),
     )
 
 
+def _refuse_places(sweep: Sweep) -> None:
+    """Directories that cannot be written are a mistake in the request, told before anything runs."""
+    for key, place in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise SpecError(f"{key}={place} cannot be written ({error.strerror}): give a directory that can") from error
+
+
 def _refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
-    needed = sum(step.disk_bytes for step in steps)
-    place = next(p for p in (Path(sweep.registry).absolute(), *Path(sweep.registry).absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise RunError(
-            f"this sweep needs about {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free: nothing was started. "
-            "Free some room, ask for fewer draws or activations, or set registry= and vector_cache= to a larger disk."
-        )
+    """The two stores may lie on two disks; each must hold what goes there."""
+    draws, activations = sum(s.draw_bytes for s in steps), sum(s.activation_bytes for s in steps)
+    registry, cache = Path(sweep.registry), Path(sweep.vector_cache)
+    together = registry.stat().st_dev == cache.stat().st_dev
+    needs = {registry: draws + DATABASE_BYTES + (activations if together else 0), cache: activations}
+    for place, needed in needs.items():
+        free = shutil.disk_usage(place).free
+        if any(step.state != "done" for step in steps) and needed > free:
+            raise DiskFullError(
+                f"this sweep needs about {terminal.bytes_text(needed)} in {place.absolute()}, where "
+                f"{terminal.bytes_text(free)} are free: nothing was started. Free some room, ask for fewer draws or activations, "
+                "or set registry= and vector_cache= to a larger disk."
+            )
 
 
-def _run(sweep: Sweep, missing: list[tuple[Cell, Keys]]) -> None:
+def _wait_for_earlier_jobs(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """A job whose launcher is gone may still be at work on these cells: see it through instead of computing twice."""
+    wanted = [json.loads(json.dumps(asdict(cell))) for cell in cells]
+    for job in jobs_at_work(_logs(sweep)):
+        if not any(cell in wanted for cell in job.spec()["argument"]["cells"]):
+            continue
+        print(f"job {job.id} of an earlier command is still at work on this sweep: waiting for it", file=sys.stderr)
+        with Watch() as watch:
+            while job.at_work():
+                watch.show_ranks(job.heartbeats())
+                time.sleep(POLL_SECONDS)
+
+
+def _logs(sweep: Sweep) -> Path:
+    return Path(os.path.abspath(sweep.registry)).parent / "logs"
+
+
+def _run(sweep: Sweep, missing: list[Cell]) -> None:
     """Submit the missing cells and wait for them; on this machine one job after another, on Slurm all at once."""
-    groups = _groups(sweep, [cell for cell, _ in missing])
+    groups = _groups(sweep, missing)
     with Watch() as watch:
         if launch.resolve_cluster(sweep.resources) == "slurm":
             _wait([_submit(sweep, group, watch) for group in groups], sweep, watch)
@@ -134,14 +187,11 @@ def _run(sweep: Sweep, missing: list[tuple[Cell, Keys]]) -> None:
 
 def _groups(sweep: Sweep, cells: list[Cell]) -> list[list[Cell]]:
     """Cells that share an autoencoder go to one job, so that models are loaded once."""
-    groups: list[list[Cell]] = []
-    most = sweep.resources.cells_per_job or len(cells)
+    sharing: dict[Autoencoder, list[Cell]] = {}
     for cell in cells:
-        if groups and groups[-1][0].autoencoder == cell.autoencoder and len(groups[-1]) < most:
-            groups[-1].append(cell)
-        else:
-            groups.append([cell])
-    return groups
+        sharing.setdefault(cell.autoencoder, []).append(cell)
+    most = sweep.resources.cells_per_job or len(cells)
+    return [same[start : start + most] for same in sharing.values() for start in range(0, len(same), most)]
 
 
 def _submit(sweep: Sweep, cells: list[Cell], watch: Watch) -> launch.Submitted:
@@ -154,8 +204,7 @@ def _submit(sweep: Sweep, cells: list[Cell], watch: Watch) -> launch.Submitted:
         "resources": {**asdict(sweep.resources), "extra": dict(sweep.resources.extra)},
         "origin": provenance(),
     }
-    logs = Path(os.path.abspath(sweep.registry)).parent / "logs"
-    job = create(logs, ENTRY, argument, launch.num_ranks(sweep.resources))
+    job = create(_logs(sweep), ENTRY, argument, launch.num_ranks(sweep.resources), launch.num_gpus(sweep.resources))
     watch.show(f"job {job.id}: starting", 0, 0)
     return launch.submit(job, sweep.resources, sweep.name, watch.show)
 
@@ -179,7 +228,11 @@ def _wait(jobs: list[launch.Submitted], sweep: Sweep, watch: Watch) -> None:
                 raise
     for submitted in jobs:
         submitted.kill()
-        launch.raise_for(endings[submitted.job.id], submitted.job)
+        submitted.job.release()
+        ending = endings[submitted.job.id]
+        if ending.status == "failed":
+            land_lost(submitted.job.spec()["argument"], ending.kind, ending.message, ending.traceback, submitted.job.started())
+        launch.raise_for(ending, submitted.job)
     if any(ending.status == "stopped" for ending in endings.values()):
         raise RunError("stopped: finished units are kept; the same command carries on from there")
 

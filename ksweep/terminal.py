@@ -15,6 +15,7 @@ from ksweep.launch.plan import Step
 from ksweep.registry.database import DATABASE
 from ksweep.registry.questions import controls_of, curves_of
 from ksweep.spec import Sweep
+from ksweep.stats.bootstrap import FEW_DOCUMENTS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +24,11 @@ SHOWN_KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FAILURES_TO_MENTION = 0.2
 CUT_OFF_TO_MENTION = 0.1
 DISTINCT_TO_MENTION = 0.2
-FEW_DOCUMENTS = 10
+CJK_TO_MENTION = 0.5
+WIDE_COLUMNS = 110
+"""Narrower terminals leave out failures and speed."""
+COLUMN = 19
+"""Characters that one K takes: "[-0.123, -0.123]" and its border."""
 
 
 def console() -> Console:
@@ -45,7 +50,7 @@ def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
     for step in steps:
         table.add_row(
             f"{step.label} @{step.cell_key[:8]}", step.state, step.reason, f"{step.activations_to_extract:,}",
-            f"{step.draws_to_sample:,}", _bytes(step.disk_bytes), _seconds(step.seconds),
+            f"{step.draws_to_sample:,}", bytes_text(step.draw_bytes + step.activation_bytes), _seconds(step.seconds),
         )  # fmt: skip
     out.print(table)
     seconds = [s.seconds for s in steps]
@@ -53,7 +58,7 @@ def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
     out.print(
         f"to extract: {sum(s.activations_to_extract for s in steps):,} activations; "
         f"to sample: {sum(s.draws_to_sample for s in steps):,} draws; "
-        f"disk about {_bytes(sum(s.disk_bytes for s in steps))}; time {_seconds(total)} on one rank"
+        f"disk about {bytes_text(sum(s.draw_bytes + s.activation_bytes for s in steps))}; time {_seconds(total)} on one rank"
         + (" (no earlier run of this pair to estimate it from)" if total is None else " (from the newest run of this pair)")
     )
 
@@ -65,7 +70,8 @@ def show(sweep: Sweep, keys: Sequence[Keys], *, computed: int, charts: bool) -> 
     table = curves_of(registry, labels)
     out = console()
     out.print(results_table(sweep, table, out.width))
-    out.print(_footnote(table))
+    for line in _footnotes(table):
+        out.print(line)
     out.print(_controls_line(controls_of(registry, labels)))
     for line in warnings(table):
         out.print(f"warning: {line}")
@@ -80,20 +86,25 @@ def results_table(sweep: Sweep, curves: pa.Table, width: int = 160) -> Table:
     rows = curves.to_pylist()
     ks = sorted({r["k"] for r in rows})
     label_width = max(len(r["label"]) for r in rows)
-    shown = _spread([k for k in ks if k in SHOWN_KS or k == ks[-1]], max(1, (width - label_width - 45) // 20))
+    wide = width >= WIDE_COLUMNS
+    beside = 16 + (24 if wide else 0)  # the control; failures and speed
+    most = max(2, (width - label_width - 4 - beside) // COLUMN)
+    shown = _spread([k for k in ks if k in SHOWN_KS or k == ks[-1]], most)
     table = Table(title=f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)", title_justify="left", show_lines=True)
     table.add_column("cell", no_wrap=True)
     for k in shown:
         table.add_column(f"K={k}", justify="right", no_wrap=True)
-    for name in (f"shuffled K={ks[-1]}", "failed", "tokens/s"):
+    for name in (f"shuffled\nK={ks[-1]}", "failed", "tokens/s")[: 3 if wide else 1]:
         table.add_column(name, justify="right")
     for label in dict.fromkeys(r["label"] for r in rows):
         mine = {r["k"]: r for r in rows if r["label"] == label}
         last = mine[max(mine)]
-        table.add_row(
-            label, *(_fve(mine.get(k)) for k in shown), _number(last["shuffled_fve"], ".3f"),
-            _number(last["failure_rate"], ".1%"), _number(last["tokens_per_second"], ",.0f"),
-        )  # fmt: skip
+        beside_it = [
+            _number(last["shuffled_fve"], ".3f"),
+            _number(last["failure_rate"], ".1%"),
+            _number(last["tokens_per_second"], ",.0f"),
+        ]
+        table.add_row(label, *(_fve(mine.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
     return table
 
 
@@ -116,13 +127,20 @@ def write_charts(sweep: Sweep, curves: pa.Table, folder: Path) -> list[Path]:
     return written
 
 
-def _footnote(curves: pa.Table) -> str:
-    row: dict[str, Any] = curves.slice(0, 1).to_pylist()[0]
-    return (
-        f"{row['level']:.0%} intervals: bootstrap over {row['num_documents']} documents; "
-        f"N = {row['num_activations']} activations; "
-        f"baseline {row['baseline']:.4f} ({row['baseline_kind']}); shuffled: draws of another activation"
-    )
+def _footnotes(curves: pa.Table) -> list[str]:
+    """Baseline, its kind and N stand beside every FVE: one line for each set of cells that share them."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for row in {r["label"]: r for r in curves.to_pylist()}.values():
+        facts = tuple(row[name] for name in ("level", "num_documents", "num_activations", "baseline", "baseline_kind"))
+        groups.setdefault(facts, []).append(row["label"])
+    lines = []
+    for (level, documents, activations, baseline, kind), labels in groups.items():
+        which = "" if len(groups) == 1 else f"{', '.join(labels)}: "
+        lines.append(
+            f"{which}{level:.0%} intervals: bootstrap over {documents} documents; N = {activations} activations; "
+            f"baseline {baseline:.4f} ({kind}); shuffled: draws of another activation"
+        )
+    return lines
 
 
 def warnings(curves: pa.Table) -> list[str]:
@@ -137,6 +155,8 @@ def warnings(curves: pa.Table) -> list[str]:
             lines.append(f"{label}: {cut_off} of the draws ran into max_new_tokens: raise sampling.max_new_tokens")
         if row["num_draws"] > 1 and row["distinct_text_fraction"] < DISTINCT_TO_MENTION:
             lines.append(f"{label}: only {row['distinct_text_fraction']:.0%} of the texts are distinct: more draws bring little")
+        if (row["cjk_fraction"] or 0) > CJK_TO_MENTION:
+            lines.append(f"{label}: most explanations are Chinese or Japanese text, as when an injection does not reach the AV")
         if row["num_documents"] < FEW_DOCUMENTS:
             lines.append(f"{label}: {row['num_documents']} documents are few for a bootstrap over documents; intervals are rough")
     return lines
@@ -164,7 +184,8 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """A number of bytes as people read it."""
     if count < 1000:
         return f"{count} B"
     power = min(4, int(math.log10(count) // 3))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,10 @@ def test_growing_draws_and_activations_takes_only_what_is_missing(sweep: Sweep, 
     assert run(at_once) == 0
     grown = {row[:2]: row[2:] for row in texts(sweep)}
     assert [grown[row[:2]] == row[2:] for row in texts(at_once)] == [True] * 320
-    newest = "SELECT fve FROM curves WHERE num_draws = 8 ORDER BY k"
+    newest = "SELECT fve, shuffled_fve FROM curves WHERE num_draws = 8 ORDER BY k"
     np.testing.assert_allclose(ask(sweep, newest), ask(at_once, newest), atol=1e-5)
+    controls = "SELECT value FROM controls JOIN runs USING (run_id) WHERE num_draws = 8 ORDER BY control"
+    np.testing.assert_allclose(ask(sweep, controls), ask(at_once, controls), atol=1e-5)
     assert run(sweep, "sampling.num_draws=4", "activations.num_activations=30") == 0
     assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished DESC LIMIT 1") == [(0,)]
 
@@ -196,9 +198,31 @@ def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: Tiny
         }
     )
     pq.write_table(table, tmp_path / "v.parquet")
-    arguments = ["activations.model=null", "activations.text=null", f"activations.vectors={tmp_path / 'v.parquet'}"]
-    assert run(sweep, *arguments, "activations.dtype=float32") == 0
+    assert run(sweep, f"activations.vectors={tmp_path / 'v.parquet'}") == 0
     assert ask(sweep, "SELECT num_activations, num_documents FROM runs") == [(40, 40)]
+
+
+def test_cells_that_share_draws_in_one_job_each_get_theirs(sweep: Sweep) -> None:
+    assert run(sweep, "activations.num_activations=[20,40]", "sampling.num_draws=[8,16]") == 0
+    assert sorted(ask(sweep, "SELECT num_activations, num_draws FROM runs")) == [(20, 8), (20, 16), (40, 8), (40, 16)]
+    assert ask(sweep, "SELECT sum(num_draws_sampled) FROM runs") == [(640,)]
+
+
+def test_greedy_beside_other_temperatures_reports_k_one(sweep: Sweep) -> None:
+    assert run(sweep, "sampling.temperature=[0,0.7]", "scoring.ks=[2,4]") == 0
+    assert ask(sweep, "SELECT temperature, k FROM curves ORDER BY 1, 2") == [(0.0, 1), (0.7, 2), (0.7, 4)]
+
+
+def test_pairs_whose_directories_have_the_same_name_stay_apart(
+    sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pair.av, tmp_path / "other" / "nla-av")
+    edit_sidecar(tmp_path / "other" / "nla-av", extraction__injection_scale=10.0)
+    second = replace(sweep.cell.autoencoder, av=str(tmp_path / "other" / "nla-av"))
+    both = replace(sweep, axes={"autoencoder": (sweep.cell.autoencoder, second)})
+    assert len(set(both.labels())) == 2
+    assert run(both) == 0
+    assert ask(sweep, "SELECT count(DISTINCT cell), count(*) FROM curves") == [(2, 16)]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +234,10 @@ def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: Tiny
         (["autoencoder.av=/nowhere/av"], "no AV checkpoint at '/nowhere/av'"),
         (["activations.text=/nowhere.jsonl"], "/nowhere.jsonl"),
         (["activations.model=/nowhere"], "/nowhere"),
-        (["activations.layer=0"], "layer"),
+        (["activations.layer=0"], "activations are of layer 0"),
+        (["registry=/proc/nowhere"], "registry=/proc/nowhere cannot be written"),
+        (["scoring.num_replicates=1"], "scoring.num_replicates=1"),
+        (["activations.num_activations=1"], "no variance to explain"),
         (["activations.num_activations=100000"], "100000"),
         (["activations.text_column=body"], "body"),
         (["--config", "/nowhere.yaml"], "no configuration file"),
@@ -239,17 +266,41 @@ def test_an_empty_text_file_is_refused(sweep: Sweep, tmp_path: Path, capsys: pyt
         assert name in capsys.readouterr().err
 
 
-def test_a_failure_while_running_exits_with_one_and_is_landed(
+def test_a_bad_vector_in_the_middle_is_landed_as_a_failed_run(
     sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The sidecar stays plausible and the weights turn NaN: only running the model shows it.
-    broken = tmp_path / "broken"
-    shutil.copytree(pair.av, broken)
-    edit_sidecar(broken, extraction__injection_scale=1e38)
-    assert run(sweep, f"autoencoder.av={broken}") in (1, 2)
-    assert ask(sweep, "SELECT status, error_type IS NOT NULL FROM runs") == [("failed", True)]
+    vectors = np.random.default_rng(0).normal(size=(50, pair.d_model)).astype(np.float32)
+    vectors[30, 3] = np.nan
+    table = pa.table({"activation_vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), pair.d_model)})
+    pq.write_table(table, tmp_path / "v.parquet")
+    assert run(sweep, f"activations.vectors={tmp_path / 'v.parquet'}") == 2
+    assert "30" in capsys.readouterr().err
+    assert ask(sweep, "SELECT status, error_type FROM runs") == [("failed", "DataError")]
     assert ask(sweep, "SELECT count(*) FROM curves") == [(0,)]
-    assert "error:" in capsys.readouterr().err
+
+
+def test_a_full_disk_exits_with_one_says_so_and_leaves_nothing_half_written(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ksweep.draws.DrawsStore._write", full)
+    assert run(sweep) == 1
+    error = capsys.readouterr().err
+    assert "is full" in error and "Traceback" not in error
+    assert not [p for p in Path(sweep.registry).glob("draws/*/*part*") if p.parent.name != "_schema"]
+    monkeypatch.undo()
+    assert run(sweep) == 0
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ksweep.sweep.BYTES_PER_DRAW", 10**15)
+    assert run(sweep) == 1
+    assert "nothing was started" in capsys.readouterr().err
+    assert not list(Path(sweep.vector_cache).rglob("*.arrow"))
 
 
 @pytest.mark.slow
@@ -272,7 +323,6 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
             process.wait()
             killed += 1
     else:
-        time.sleep(0)
         assert run(other) == 0
     assert killed
     assert texts(other) == texts(sweep)

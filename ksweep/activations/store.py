@@ -35,8 +35,8 @@ import xxhash
 
 import ksweep
 from ksweep.activations.units import STORED_DTYPES, Unit, keys_of, norms_of, to_float32
-from ksweep.errors import RunError, StoreError
-from ksweep.files import publish
+from ksweep.errors import DiskFullError, RunError, StoreError
+from ksweep.files import publish, readable_by_colleagues
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
@@ -178,7 +178,7 @@ class ActivationStore:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return RunError(f"cannot write activations to {self.directory} ({error.strerror}): is it yours to write to?")
         why = "no space left" if error.errno == errno.ENOSPC else "disk quota exceeded"
-        return RunError(
+        return DiskFullError(
             f"{why} in {self.directory}: the next shard needs {needed:,} bytes and {free_bytes(self.directory):,} are free. The "
             f"{len(self.shards())} shards written so far are whole and will be used. Free some space, or set vector_cache to a "
             "directory on another disk, and run again."
@@ -458,6 +458,7 @@ def _publish_first(path: Path, data: bytes) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, readable_by_colleagues())
         try:
             os.link(temporary, path)
         except FileExistsError:

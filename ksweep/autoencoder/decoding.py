@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from ksweep.autoencoder import noise
@@ -90,6 +91,11 @@ class _Options:
 
 class _StopRequested(Exception):
     """`should_stop` said so."""
+
+
+def as_vectors(vectors: np.ndarray) -> Float[torch.Tensor, "activation d_model"]:
+    """A tensor of its own, so that a memory map stays untouched."""
+    return torch.from_numpy(np.array(vectors, dtype=np.float32))
 
 
 def draw(

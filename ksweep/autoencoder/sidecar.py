@@ -128,8 +128,10 @@ def _no_sidecar(directory: Path, expected: Role) -> str:
             f"{_name(expected)} checkpoint as "
             f"`{expected}`; the plain model belongs in activations.model, or in autoencoder.base under adapters."
         )
-    return f"{directory} has no {FILE_NAME}: expected an {_name(expected)} directory in the public NLA layout. Pass the "
-    "directory that holds the sidecar and the weights."
+    return (
+        f"{directory} has no {FILE_NAME}: expected an {_name(expected)} directory in the public NLA layout. Pass the "
+        "directory that holds the sidecar and the weights."
+    )
 
 
 def _role(meta: Mapping[str, Any], path: Path, expected: Role) -> Role:

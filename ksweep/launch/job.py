@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ksweep.files import publish
+
+SILENCE_SECONDS = 120.0
+"""A rank on another host that has been silent this long is taken for dead; on the same host its process is looked at."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,26 @@ class Job:
         publish(self.path / f"rank-{heartbeat.rank}.json", json.dumps(asdict(heartbeat)).encode(), durable=False)
 
     def end(self, ending: Ending) -> None:
-        """Publish how a rank ended."""
-        publish(self.path / f"ended-{ending.rank}.json", json.dumps(asdict(ending)).encode())
+        """Publish how a rank ended; on a full disk the room kept for this is used."""
+        data = json.dumps(asdict(ending)).encode()
+        try:
+            publish(self.path / f"ended-{ending.rank}.json", data)
+        except OSError:
+            (self.path / RESERVE).unlink(missing_ok=True)
+            publish(self.path / f"ended-{ending.rank}.json", data)
+
+    def at_work(self) -> bool:
+        """Whether a process of the job is alive and has not said how it ended."""
+        ended = {e.rank for e in self.endings()}
+        return any(is_alive(h) for h in self.heartbeats() if h.rank not in ended)
+
+    def started(self) -> float:
+        """When it was submitted, seconds since 1970."""
+        return (self.path / "job.json").stat().st_mtime
+
+    def release(self) -> None:
+        """Give up what was only kept for the job's end."""
+        (self.path / RESERVE).unlink(missing_ok=True)
 
     def heartbeats(self) -> list[Heartbeat]:
         """The newest heartbeat of every rank that has one."""
@@ -83,9 +107,33 @@ class Ending:
     time: float = field(default_factory=time.time, compare=False)
 
 
-def create(logs: Path, entry: str, argument: dict[str, Any], num_ranks: int) -> Job:
-    """A new job directory with its job.json."""
+RESERVE = "reserve"
+"""A file that can be given up, so that even on a full disk a rank can say how it ended."""
+RESERVE_BYTES = 256 * 1024
+
+
+def jobs_at_work(logs: Path) -> list[Job]:
+    """Jobs with a living rank, whoever started them."""
+    found = [Job(path.parent) for path in sorted(logs.glob("*/job.json"))]
+    return [job for job in found if job.at_work()]
+
+
+def is_alive(heartbeat: Heartbeat) -> bool:
+    """Whether the process behind a heartbeat still runs; on another host, whether it has spoken lately."""
+    if heartbeat.host != socket.gethostname():
+        return time.time() - heartbeat.time < SILENCE_SECONDS
+    try:
+        process = psutil.Process(heartbeat.pid)
+        same = abs(process.create_time() - heartbeat.process_started) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def create(logs: Path, entry: str, argument: dict[str, Any], num_ranks: int, gpus: int = 0) -> Job:
+    """A new job directory with its job.json; `gpus` is the number on each node."""
     job = Job(logs / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}")
-    spec = {"entry": entry, "argument": argument, "num_ranks": num_ranks}
+    spec = {"entry": entry, "argument": argument, "num_ranks": num_ranks, "gpus": gpus}
+    publish(job.path / RESERVE, bytes(RESERVE_BYTES))
     publish(job.path / "job.json", json.dumps(spec, indent=1).encode())
     return job

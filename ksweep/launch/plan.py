@@ -21,9 +21,9 @@ class Facts:
     activations_present: int
     activations_wanted: int
     draws_present: int
+    """There, or planned for an earlier cell of the same sweep."""
     draws_wanted: int
-    activation_bytes: int
-    """On disk, for the activations that are missing."""
+    bytes_per_activation: int
     bytes_per_draw: int
     seconds_per_draw: float | None
     """From past runs with the same draws key or autoencoder; None where nothing is known."""
@@ -39,27 +39,27 @@ class Step:
     reason: str
     draws_to_sample: int
     activations_to_extract: int
-    disk_bytes: int
+    draw_bytes: int
+    activation_bytes: int
     seconds: float | None
 
 
 def plan(facts: Iterable[Facts]) -> list[Step]:
-    """One step a cell, in order. Activations that two cells share are counted for the first."""
+    """One step a cell, in order. Activations and draws that two cells share are counted for the first that needs them."""
     steps: list[Step] = []
-    counted: set[str] = set()
+    extracted: dict[str, int] = {}
     for fact in facts:
-        step = _step(fact, extract=fact.activations_key not in counted)
-        if step.activations_to_extract:
-            counted.add(fact.activations_key)
-        steps.append(step)
+        planned = max(extracted.get(fact.activations_key, 0), fact.activations_present)
+        steps.append(_step(fact, max(0, fact.activations_wanted - planned)))
+        if fact.finished_run is None:
+            extracted[fact.activations_key] = max(planned, fact.activations_wanted)
     return steps
 
 
-def _step(fact: Facts, extract: bool) -> Step:
+def _step(fact: Facts, activations: int) -> Step:
     if fact.finished_run is not None:
-        return Step(fact.label, fact.cell_key, "done", f"run {fact.finished_run}", 0, 0, 0, 0.0)
+        return Step(fact.label, fact.cell_key, "done", f"run {fact.finished_run}", 0, 0, 0, 0, 0.0)
     draws = fact.draws_wanted - fact.draws_present
-    activations = max(0, fact.activations_wanted - fact.activations_present) if extract and draws else 0
     return Step(
         label=fact.label,
         cell_key=fact.cell_key,
@@ -67,7 +67,8 @@ def _step(fact: Facts, extract: bool) -> Step:
         reason=_reason(fact, draws),
         draws_to_sample=draws,
         activations_to_extract=activations,
-        disk_bytes=draws * fact.bytes_per_draw + (fact.activation_bytes if activations else 0),
+        draw_bytes=draws * fact.bytes_per_draw,
+        activation_bytes=activations * fact.bytes_per_activation,
         seconds=None if fact.seconds_per_draw is None else draws * fact.seconds_per_draw,
     )
 

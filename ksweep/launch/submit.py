@@ -6,8 +6,9 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 
 from ksweep.errors import RequestError, RunError, SpecError
 from ksweep.launch import worker
-from ksweep.launch.job import Ending, Job
+from ksweep.launch.job import Ending, Job, is_alive
 from ksweep.spec import Resources
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,12 @@ def visible_gpus() -> int:
     return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
 
 
+def _visible_numbers() -> tuple[int, ...]:
+    """The GPUs that the user's CUDA_VISIBLE_DEVICES allows; submitit would otherwise count from 0."""
+    shown = [d.strip() for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return tuple(int(d) for d in shown if d.isdigit())
+
+
 def tasks_per_node(resources: Resources) -> int:
     """Ranks on each node: one per GPU, or `tasks` on CPUs."""
     return num_gpus(resources) or resources.tasks
@@ -52,6 +59,8 @@ def tasks_per_node(resources: Resources) -> int:
 
 def num_ranks(resources: Resources) -> int:
     """Ranks of one job."""
+    if resolve_cluster(resources) == "inprocess":
+        return 1
     return tasks_per_node(resources) * resources.nodes
 
 
@@ -76,7 +85,7 @@ class Submitted:
             self.handle.cancel(check=False)
             return
         for heartbeat in self.job.heartbeats():
-            if worker.is_alive(heartbeat):
+            if is_alive(heartbeat):
                 with suppress(ProcessLookupError):
                     os.kill(heartbeat.pid, signal.SIGTERM)
 
@@ -104,7 +113,22 @@ def submit(job: Job, resources: Resources, name: str, on_report: Callable[..., N
         worker.run_here(job, device, on_report)
         return Submitted(job, None, local=True)
     executor = _executor(job.path, resources, cluster, name)
-    return Submitted(job, executor.submit(worker.run_rank, str(job.path)), local=cluster == "local")
+    with _deaf_to_interrupts():
+        handle = executor.submit(worker.run_rank, str(job.path))
+    return Submitted(job, handle, local=cluster == "local")
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C, which a terminal sends to all of them: the launcher decides what it means."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _executor(folder: Path, resources: Resources, cluster: str, name: str) -> Any:
@@ -118,8 +142,9 @@ def _executor(folder: Path, resources: Resources, cluster: str, name: str) -> An
             raise SpecError(f"resources.gpus={gpus}, but this machine has {there}: lower it, or gpus=0 for the CPU")
         local = submitit.LocalExecutor(folder=folder)
         local.update_parameters(
-            timeout_min=resources.timeout_min, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus, name=name
-        )
+            timeout_min=resources.timeout_min, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus, name=name,
+            visible_gpus=_visible_numbers()[:gpus],
+        )  # fmt: skip
         return local
     parameters: dict[str, Any] = {
         "timeout_min": resources.timeout_min, "nodes": resources.nodes, "tasks_per_node": tasks_per_node(resources),
@@ -155,7 +180,7 @@ def raise_for(ending: Ending, job: Job) -> None:
         return
     if ending.kind == "bad input":
         raise RequestError(ending.message)
-    if ending.kind == "disk full":
+    if ending.kind in ("disk full", "failure"):
         raise RunError(ending.message)
     logs = f"logs: {job.path}"
     raise RunError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
+import platform
 import signal
 import socket
 import threading
@@ -19,15 +21,15 @@ from typing import Any
 
 import psutil
 
-from ksweep.errors import RequestError
-from ksweep.launch.job import Ending, Heartbeat, Job
+from ksweep.errors import DiskFullError, RequestError, RunError, StoreError
+from ksweep.launch.job import Ending, Heartbeat, Job, is_alive
 from ksweep.ranks import Ranks, Stopped
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
-SILENCE_SECONDS = 120.0
-"""A rank on another host that has been silent this long is taken for dead; on the same host its process is looked at."""
+SECOND_THOUGHT_SECONDS = 1.0
+"""A repeated signal within this time is the same wish, sent to the process and to its group."""
 ECHO_SECONDS = 3.0
 """How long a failing rank looks whether another one died first."""
 COLLECTIVE_TIMEOUT = timedelta(days=2)
@@ -44,8 +46,10 @@ def run_rank(job_path: str) -> Any:
         level=logging.INFO, format=f"%(asctime)s rank {environment.global_rank} %(name)s: %(message)s", force=True
     )
     pulse = Pulse(job, environment.global_rank, environment.num_tasks)
-    for name in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    for name in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(name, pulse.ask_to_stop)
+    # Ctrl-C reaches every process of the terminal: the launcher answers it, and asks the ranks once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with pulse:
         ending = pulse.explained(guarded(environment.global_rank, lambda: _with_group(job, pulse, environment)))
         if ending.status == "failed":
@@ -63,7 +67,8 @@ def run_here(job: Job, device: str, on_report: Callable[..., None] | None = None
     from ksweep.ranks import Solo
 
     spec = job.spec()
-    ending = guarded(0, lambda: load_entry(spec["entry"])(spec["argument"], Solo(device=device, on_report=on_report)))
+    solo = Solo(device=device, device_name=name_of(device), on_report=on_report)
+    ending = guarded(0, lambda: load_entry(spec["entry"])(spec["argument"], solo))
     job.end(ending)
     return ending
 
@@ -80,8 +85,11 @@ def guarded(rank: int, work: Callable[[], Any]) -> Ending:
         return Ending(rank=rank, status="finished", result=work())
     except Stopped as stop:
         return Ending(rank=rank, status="stopped", message=str(stop))
+    except KeyboardInterrupt:
+        return Ending(rank=rank, status="stopped", message="interrupted")
     except BaseException as error:
-        message = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
+        ours = isinstance(error, (RequestError, RunError, StoreError))
+        message = str(error) if ours else f"{type(error).__name__}: {error}"
         return Ending(rank=rank, status="failed", kind=classify(error), message=message, traceback=traceback.format_exc())
 
 
@@ -89,13 +97,11 @@ def classify(error: BaseException) -> str:
     """The class of a failure, for people and for the exit code."""
     if isinstance(error, RequestError):
         return "bad input"
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+    if isinstance(error, DiskFullError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "disk full"
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
         return "out of memory"
-    if "disk" in str(error) and "full" in str(error):
-        return "disk full"
-    return "bug"
+    return "failure" if isinstance(error, (RunError, StoreError)) else "bug"
 
 
 def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
@@ -103,12 +109,13 @@ def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
     import torch.distributed as dist
 
     spec = job.spec()
+    device = _device(environment, torch, spec["gpus"])
     if environment.num_tasks == 1:
-        return load_entry(spec["entry"])(spec["argument"], Group(pulse, _device(environment, torch)))
+        return load_entry(spec["entry"])(spec["argument"], Group(pulse, device))
     from submitit.helpers import TorchDistributedEnvironment
 
-    TorchDistributedEnvironment().export(overwrite=True)
-    device = _device(environment, torch)
+    # Each rank sees all GPUs of its job and takes its own by number; with gpus=0 it must not be handed one.
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(environment)))
     # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
@@ -119,12 +126,23 @@ def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
     return result
 
 
-def _device(environment: Any, torch: Any) -> str:
-    if not torch.cuda.is_available():
+def _device(environment: Any, torch: Any, gpus: int) -> str:
+    if gpus == 0:
         return "cpu"
-    device = f"cuda:{environment.local_rank % torch.cuda.device_count()}"
+    if (there := torch.cuda.device_count()) < gpus:
+        raise RunError(f"the job was given {gpus} GPUs, torch sees {there}: is this torch built for CUDA, and the driver loaded?")
+    device = f"cuda:{environment.local_rank}"
     torch.cuda.set_device(device)
     return device
+
+
+def name_of(device: str) -> str:
+    """What a torch device is: the GPU's own name, or the kind of processor."""
+    if not device.startswith("cuda"):
+        return f"cpu ({platform.machine()})"
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
 
 
 def _local_ranks(environment: Any) -> int:
@@ -153,6 +171,11 @@ class Group:
     def world_size(self) -> int:
         """Ranks in the job."""
         return self.pulse.world_size
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's own name, or the processor's."""
+        return name_of(self.device)
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -185,7 +208,7 @@ class Pulse:
         me = psutil.Process()
         self.job, self.rank, self.world_size = job, rank, world_size
         self.beat = Heartbeat(rank=rank, pid=me.pid, host=socket.gethostname(), process_started=me.create_time())
-        self.stopping = False
+        self.stopping, self._asked = False, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ksweep-pulse", daemon=True)
 
@@ -199,10 +222,13 @@ class Pulse:
 
     def ask_to_stop(self, number: int, _frame: object) -> None:
         """Signal handler: the work loop stops at the next border; a second signal ends the rank at once."""
-        if self.stopping:
+        now = time.monotonic()
+        if self.stopping and now - self._asked > SECOND_THOUGHT_SECONDS:
+            self.job.end(Ending(rank=self.rank, status="stopped", message=f"ended at once by signal {number}"))
             os._exit(128 + number)
-        log.warning("signal %d: stopping at the end of the unit at hand", number)
-        self.stopping = True
+        if not self.stopping:
+            log.warning("signal %d: stopping at the end of the unit at hand", number)
+            self._asked, self.stopping = now, True
 
     def update(self, phase: str, done: int, total: int, numbers: dict[str, float]) -> None:
         """What the next heartbeat will say."""
@@ -244,9 +270,10 @@ class Pulse:
             self.job.beat(replace(self.beat, time=time.time()))
 
     def _dead_peer(self) -> Heartbeat | None:
-        ended = {e.rank for e in self.job.endings()}
-        peers = [h for h in self.job.heartbeats() if h.rank != self.rank and h.rank not in ended]
-        return next((h for h in peers if not is_alive(h)), None)
+        silent = [h for h in self.job.heartbeats() if h.rank != self.rank and not is_alive(h)]
+        # Endings are read last: a rank that ended between the two looks has written its own by now.
+        ended = {e.rank for e in self.job.endings()} if silent else set()
+        return next((h for h in silent if h.rank not in ended), None)
 
     def _follow(self, ending: Ending) -> None:
         """Another rank has failed or stopped: nothing that this one waits for will ever come."""
@@ -263,15 +290,3 @@ class Pulse:
     def _obituary(dead: Heartbeat) -> str:
         who = f"rank {dead.rank} (pid {dead.pid} on {dead.host})"
         return f"{who} died without a word during {dead.phase!r} (killed, or out of memory)"
-
-
-def is_alive(heartbeat: Heartbeat) -> bool:
-    """Whether the process behind a heartbeat still runs; on another host, whether it has spoken lately."""
-    if heartbeat.host != socket.gethostname():
-        return time.time() - heartbeat.time < SILENCE_SECONDS
-    try:
-        process = psutil.Process(heartbeat.pid)
-        same = abs(process.create_time() - heartbeat.process_started) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

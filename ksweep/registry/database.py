@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep.draws import SCHEMA as DRAWS_SCHEMA
-from ksweep.errors import RequestError, StoreError
+from ksweep.errors import DiskFullError, RequestError, StoreError
 from ksweep.files import publish
 from ksweep.identity import canonical_json
 from ksweep.registry.landing import Landed, LandingError, read
@@ -48,6 +48,8 @@ DatabaseError = duckdb.Error
 
 DATABASE = "ksweep.duckdb"
 STORAGE_VERSION = "v1.4.0"
+ROOM_TO_BUILD = 4_000_000
+"""Bytes below which a failure to build the next file is put down to the disk."""
 RUNS_PER_INSERT = 500
 """Landing directories held in memory at once."""
 LOCK_TIMEOUT = 120.0
@@ -236,6 +238,12 @@ def _publish_next(root: Path, plan: _Plan) -> None:
         _fsync(next_file)
         os.replace(next_file, root / DATABASE)
         _fsync(root)
+    except (duckdb.Error, OSError) as error:
+        if shutil.disk_usage(root).free < ROOM_TO_BUILD or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"no room for the next {DATABASE} in {root}: landed runs are safe. Free some room and run `ksweep db ingest`."
+            ) from error
+        raise
     finally:
         next_file.unlink(missing_ok=True)
         Path(f"{next_file}.wal").unlink(missing_ok=True)

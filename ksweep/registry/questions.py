@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +33,15 @@ def finished_runs(root: Path) -> dict[str, str]:
         return dict(connection.execute("SELECT cell_key, run_id FROM v_latest").fetchall())
 
 
+def runs_since(root: Path, moment: datetime) -> dict[str, str]:
+    """Cell key -> status of the runs that ended after a moment."""
+    if not root.is_dir():
+        return {}
+    question = "SELECT cell_key, status FROM runs WHERE finished >= ? ORDER BY finished"
+    with connect(root) as connection:
+        return dict(connection.execute(question, [moment.astimezone(UTC).replace(tzinfo=None)]).fetchall())
+
+
 def seconds_per_draw(root: Path, av: str) -> float | None:
     """Of the newest run that sampled with this verbalizer, times its ranks; None where there is none."""
     if not root.is_dir():
@@ -52,20 +62,20 @@ def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
         connection.register("wanted_cells", wanted)
         return connection.sql(
             """
-            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction
+            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction, r.cjk_fraction
             FROM wanted_cells AS w JOIN curves AS c USING (cell_key) JOIN runs AS r USING (run_id) ORDER BY w.place, c.k
             """
         ).to_arrow_table()
 
 
 def controls_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
-    """The controls of some cells that do not depend on K, likewise."""
+    """The controls of some cells, likewise; the shuffled one is part of the curves."""
     wanted = pa.table({"cell_key": list(labels), "wanted": list(labels.values()), "place": range(len(labels))})
     with connect(root) as connection:
         connection.register("wanted_cells", wanted)
         return connection.sql(
             """
             SELECT w.wanted AS label, c.control, c.value, c.num_activations, c.note
-            FROM wanted_cells AS w JOIN controls AS c USING (cell_key) WHERE c.k IS NULL ORDER BY w.place, c.control
+            FROM wanted_cells AS w JOIN controls AS c USING (cell_key) ORDER BY w.place, c.control
             """
         ).to_arrow_table()

@@ -10,8 +10,7 @@ import pytest
 
 from ksweep.errors import SpecError
 from ksweep.launch import submit as launch
-from ksweep.launch.job import Ending, Heartbeat, create
-from ksweep.launch.worker import is_alive
+from ksweep.launch.job import Ending, Heartbeat, create, is_alive
 from ksweep.spec import Resources
 
 ROOT = Path(__file__).parents[2]

@@ -268,7 +268,7 @@ def test_draws_before_the_first_draw_are_an_empty_table_with_types(root: Path) -
         assert connection.execute("SELECT count(*) FROM draws").fetchone() == (0,)
         names = {name: kind for name, kind, *_ in connection.execute("DESCRIBE draws").fetchall()}
     assert (names["error"], names["token_ids"], names["explanation"]) == ("DOUBLE", "INTEGER[]", "VARCHAR")
-    assert set(draws.SCHEMA.names) - set(names) == {"reconstruction_sum"}
+    assert set(draws.SCHEMA.names) - set(names) == {"reconstruction"}
 
 
 def test_draws_are_ranked_by_error_with_failures_last_and_named_by_cell(root: Path) -> None:
