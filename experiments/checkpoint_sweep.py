@@ -1,6 +1,6 @@
 """Which checkpoint explains activations best? Several pairs over the same activations, so that differences are paired.
 
-    python experiments/checkpoint_sweep.py                                    # the demo pair at two stages of its training
+    python experiments/checkpoint_sweep.py                    # the demo's AR before and after its training
     python experiments/checkpoint_sweep.py --config my_pairs.yaml
 
 my_pairs.yaml:
@@ -16,13 +16,13 @@ from ksweep.presets import demo_pair, held_out_passages
 
 sweep = Sweep(
     name="checkpoint_sweep",
-    question="How much do later stages of training improve the explanations?",
+    question="How much does the training of the reconstructor bring?",
     cell=Cell(
         autoencoder=demo_pair(),
         activations=held_out_passages(num_activations=128),
         sampling=Sampling(temperature=0.7, num_draws=16, max_new_tokens=40),
     ),
-    axes={"autoencoder": (demo_pair("early"), demo_pair())},
+    axes={"autoencoder": (demo_pair(trained_ar=False), demo_pair())},
 )
 
 if __name__ == "__main__":

@@ -26,10 +26,13 @@ RELEASED = {
 """Hub ids of AV, AR and base model, and the baseline of the training mix that their model cards' FVE is measured against."""
 
 
-def demo_pair(name: str = "") -> Autoencoder:
-    """The pair that comes with the repository: small adapters over SmolLM2-135M-Instruct, layer 20."""
-    folder = DEMO / name if name else DEMO
-    return Autoencoder(av=str(folder / "av"), ar=str(folder / "ar"), base=demo_model())
+def demo_pair(*, trained_ar: bool = True) -> Autoencoder:
+    """The pair that comes with the repository: small adapters over SmolLM2-135M-Instruct, layer 20.
+
+    `trained_ar=False` takes the reconstructor as it was before training: the frozen base with an identity head.
+    """
+    ar = DEMO / "ar" if trained_ar else DEMO / "untrained" / "ar"
+    return Autoencoder(av=str(DEMO / "av"), ar=str(ar), base=demo_model())
 
 
 def held_out_passages(**changes: Any) -> Activations:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -293,11 +294,12 @@ def replace_at(spec: Any, path: str, value: Any) -> Any:
 
 
 def _unique(labels: list[str], cells: list[Cell]) -> list[str]:
-    """Labels that tell cells apart: where two agree (AVs of the same name), the AV's whole path is added, then a number."""
-    if len(set(labels)) < len(labels):
-        labels = [
-            f"{text} ({c.autoencoder.av})" if labels.count(text) > 1 else text for text, c in zip(labels, cells, strict=True)
-        ]
+    """Labels that tell cells apart: where pairs share a short name, what differs in their paths is added, then a number."""
+    for role in ("ar", "av"):
+        paths = [str(getattr(c.autoencoder, role)) for c in cells]
+        if len(set(labels)) < len(labels) and len(set(paths)) > 1:
+            shared = len(os.path.commonpath(paths)) + 1 if all(p.startswith("/") for p in paths) else 0
+            labels = [f"{text}, {role}={path[shared:]}" for text, path in zip(labels, paths, strict=True)]
     if len(set(labels)) < len(labels):
         labels = [f"{text} #{i}" for i, text in enumerate(labels)]
     return labels

@@ -1,8 +1,8 @@
 """Activations: which vectors, where they come from, and the store that never computes one twice.
 
-    plan(activations, layer, root)                  what is there and what is missing; no torch
-    table = ensure(activations, layer, root)        have it or compute it
-    table.vectors(0, 100), table.column("document")
+plan(activations, layer, root)                  what is there and what is missing; no torch
+table = ensure(activations, layer, root)        have it or compute it
+table.vectors(0, 100), table.column("document")
 """
 
 from ksweep.activations.fill import ActivationPlan, activations_key, ensure, fill, plan

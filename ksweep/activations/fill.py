@@ -1,7 +1,7 @@
 """Have it or compute it: one question. The key of a set of activations, what of it is missing, and the loop that fills the rest.
 
-    plan(activations, layer, root)      -> present, missing, bytes     (no torch: what --dry-run prints)
-    ensure(activations, layer, root)    -> ActivationTable             (what a rank calls)
+plan(activations, layer, root)      -> present, missing, bytes     (no torch: what --dry-run prints)
+ensure(activations, layer, root)    -> ActivationTable             (what a rank calls)
 """
 
 from __future__ import annotations

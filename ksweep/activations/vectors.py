@@ -1,9 +1,9 @@
 """Ready-made vectors: a Parquet file with an `activation_vector` column, as the public NLA datasets are (stage0_extract.py).
 
-    activation_vector            FixedSizeList<float32>[d] (hand-made files: list of float or double)     required
-    doc_id                       document, the cluster of the bootstrap                                    else the row
-    n_raw_tokens                 position + 1, special tokens counted
-    detokenized_text_truncated   text up to the position
+activation_vector            FixedSizeList<float32>[d] (hand-made files: list of float or double)     required
+doc_id                       document, the cluster of the bootstrap                                    else the row
+n_raw_tokens                 position + 1, special tokens counted
+detokenized_text_truncated   text up to the position
 """
 
 from __future__ import annotations
