@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,11 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 
 CONTENT_SUFFIXES = (".safetensors", ".bin", ".pt", ".json", ".yaml", ".model", ".txt", ".jinja", ".parquet", ".jsonl", ".arrow")
 """Files of a checkpoint directory that change what it computes. README, LICENSE and pictures do not."""
+
+
+MODEL_LOADING = threading.RLock()
+"""Held while transformers loads weights: it swaps methods of its classes meanwhile, and two threads at once leave them
+swapped (weights are then never tied again in this process; seen with transformers 5.23)."""
 
 
 def home() -> Path:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -231,7 +232,9 @@ def _wait(jobs: list[launch.Submitted], sweep: Sweep, watch: Watch) -> None:
         submitted.job.release()
         ending = endings[submitted.job.id]
         if ending.status == "failed":
-            land_lost(submitted.job.spec()["argument"], ending.kind, ending.message, ending.traceback, submitted.job.started())
+            with suppress(RunError, StoreError, OSError):  # what ended the job is told below; this must not hide it
+                argument, begun = submitted.job.spec()["argument"], submitted.job.started()
+                land_lost(argument, ending.kind, ending.message, ending.traceback, begun)
         launch.raise_for(ending, submitted.job)
     if any(ending.status == "stopped" for ending in endings.values()):
         raise RunError("stopped: finished units are kept; the same command carries on from there")

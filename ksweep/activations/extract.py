@@ -21,7 +21,7 @@ from torch import nn
 from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.activations.units import STORED_DTYPES
 from ksweep.errors import CheckpointError, RequestError
-from ksweep.files import resolve
+from ksweep.files import MODEL_LOADING, resolve
 
 BATCH_TOKENS = 16_384
 """Padded tokens in one forward pass. Changing it changes which rows share a batch, so the last bits: raise EXTRACTOR_VERSION."""
@@ -161,7 +161,7 @@ def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
         cut_to_blocks(config.get_text_config(), layer + 1)
-        with _quiet_transformers():
+        with _quiet_transformers(), MODEL_LOADING:
             model, info = AutoModel.from_pretrained(
                 path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )

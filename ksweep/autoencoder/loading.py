@@ -21,6 +21,7 @@ from ksweep.autoencoder.checkpoint import ADAPTER, HEAD, CheckpointInfo
 from ksweep.autoencoder.headers import BLOCK, NOT_TEXT, WRAPPED, some, text_names
 from ksweep.autoencoder.prompts import tokenizer_directory
 from ksweep.errors import CheckpointError
+from ksweep.files import MODEL_LOADING
 
 FINAL_NORMS = ("norm", "final_layernorm", "ln_f")
 LARGEST_WEIGHT = 1e9
@@ -229,7 +230,7 @@ def _quiet() -> Iterator[None]:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with MODEL_LOADING, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
             yield
     finally:

@@ -1,0 +1,33 @@
+"""Loading in several threads of one process leaves transformers as it was."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ksweep.activations.extract import BlockReader
+from ksweep.autoencoder.nla import load_verbalizer
+
+GEMMA = Path(__file__).parent / "fixtures" / "nla" / "gemma3_text"
+
+
+def test_loading_in_threads_leaves_weight_tying_alone() -> None:
+    before = PreTrainedModel.tie_weights
+    failures: list[Exception] = []
+
+    def load() -> None:
+        try:
+            for _ in range(3):
+                BlockReader(str(GEMMA / "base"), 3, dtype="float32")
+                load_verbalizer(GEMMA / "nla-av", dtype="float32")  # tied: fails where tying has been lost
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and PreTrainedModel.tie_weights is before
