@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from ksweep.errors import RequestError, RunError, StoreError
 from ksweep.terminal import console
@@ -74,12 +76,19 @@ def _say(report: Any) -> None:
 def _print(names: list[str], rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         for row in rows:
-            print(json.dumps(row, default=str))
+            print(json.dumps({name: _finite(value) for name, value in row.items()}, default=str))
         return
-    table = Table(*names)
+    table = Table()
+    for name in names:
+        table.add_column(Text(name))
     for row in rows:
-        table.add_row(*("" if row[name] is None else _short(row[name]) for name in names))
+        table.add_row(*(Text("" if row[name] is None else _short(row[name])) for name in names))
     console().print(table)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: Any) -> str:

@@ -98,7 +98,7 @@ class UnitWork:
         return scores
 
     def _others(self) -> np.ndarray:
-        """The target of the shuffled control for each activation; -1 where there is only one document."""
+        """The target of the shuffled control for each activation; -1 for those of the first document."""
         if self.others is None:
             self.others = neighbours(self.vectors.column("document", 0, len(self.vectors)))
         return self.others
@@ -139,9 +139,9 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 def neighbours(documents: np.ndarray) -> np.ndarray:
-    """For each activation one of the document before its own, for the first document one of the next; -1 where there is none.
+    """For each activation one of the document before its own; -1 for those of the first document.
 
-    Nothing behind the first two documents plays a part, so that the pairs of a run stay the same when it grows.
+    Nothing behind an activation plays a part, so its target stays the same however a run grows.
     """
     changes = [i for i in range(1, len(documents)) if documents[i] != documents[i - 1]]
     starts = [0, *changes]
@@ -150,6 +150,4 @@ def neighbours(documents: np.ndarray) -> np.ndarray:
         if run:
             before = starts[run - 1]
             out[start:end] = before + np.arange(end - start) % (start - before)
-        elif changes:
-            out[:end] = changes[0]
     return out

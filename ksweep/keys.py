@@ -14,8 +14,8 @@ from typing import Any
 from ksweep.activations.fill import activations_key
 from ksweep.activations.vectors import read_sidecar, vectors_shape
 from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
-from ksweep.errors import SpecError
-from ksweep.files import resolve
+from ksweep.errors import DataError, SpecError
+from ksweep.files import HUB_ID, resolve
 from ksweep.identity import fingerprint
 from ksweep.spec import Autoencoder, Cell
 
@@ -58,7 +58,7 @@ def cell_keys(cell: Cell) -> Keys:
         "ar": digest(ar),
         "dtype": cell.autoencoder.dtype,
         "temperature": cell.sampling.temperature,
-        "top_p": cell.sampling.top_p,
+        "top_p": cell.sampling.top_p if cell.sampling.temperature > 0 else None,
         "max_new_tokens": cell.sampling.max_new_tokens,
         "seed": cell.sampling.seed if cell.sampling.temperature > 0 else None,
         "sampler_version": SAMPLER_VERSION,
@@ -85,18 +85,17 @@ def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> No
     said = read_sidecar(given.vectors)
     if said is None:
         check_pair(av, ar, activations_layer=given.layer, activations_d_model=width)
-    else:
-        if given.layer not in (None, said.layer) and said.layer is not None:
-            raise SpecError(
-                f"activations.layer={given.layer}, but the sidecar of {given.vectors} says layer {said.layer}: leave it out"
-            )
-        check_pair(
-            av,
-            ar,
-            activations_layer=given.layer if said.layer is None else said.layer,
-            activations_d_model=said.d_model,
-            activations_base=said.base_model,
+        return
+    if said.d_model not in (None, width):
+        raise DataError(
+            f"{given.vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: they are of different files"
         )
+    if said.layer is not None and given.layer not in (None, said.layer):
+        raise SpecError(
+            f"activations.layer={given.layer}, but the sidecar of {given.vectors} says layer {said.layer}: leave it out"
+        )
+    layer = given.layer if said.layer is None else said.layer
+    check_pair(av, ar, activations_layer=layer, activations_d_model=width, activations_base=said.base_model)
 
 
 def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointInfo]:
@@ -125,7 +124,8 @@ def label(cell: Cell, layer: int) -> str:
 
 def pair_name(autoencoder: Autoencoder) -> str:
     """A short name of a pair: the hub name without -av, or the directory that holds av/."""
-    path = Path(autoencoder.av.partition("@")[0])
+    is_hub_id = HUB_ID.match(autoencoder.av) is not None and not Path(autoencoder.av).exists()
+    path = Path(autoencoder.av.partition("@")[0] if is_hub_id else autoencoder.av)
     if path.name.lower() in ("av", "nla-av", "actor"):
         return path.resolve().parent.name if path.exists() else path.parent.name
-    return re.sub(r"^nla-|[-_]?av$", "", path.name, flags=re.IGNORECASE) or path.name
+    return re.sub(r"^nla-|[-_]av$", "", path.name, flags=re.IGNORECASE) or path.name

@@ -66,10 +66,14 @@ def summarise(
 def _shuffled_fve(
     draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], failed_error: float, baseline: stats.Baseline
 ) -> np.ndarray:
-    """FVE of the best of K draws of another activation, chosen by their error against this one; unknown with one document."""
-    if draws["shuffled_activation"].null_count:
+    """FVE of the best of K draws of another activation, chosen by their error against this one.
+
+    Over the activations that have such a partner: all but those of the first document. Unknown with one document.
+    """
+    paired = draws["shuffled_activation"].is_valid().to_numpy().reshape(grid)[:, 0]
+    if not paired.any():
         return np.full(len(ks), np.nan)
-    errors = draws["shuffled_error"].to_numpy().reshape(grid)
+    errors = draws["shuffled_error"].to_numpy().reshape(grid)[paired]
     best: np.ndarray = stats.best_of_k_errors(errors, ks, failed_error).mean(axis=0)
     return 1 - best / baseline.value
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ksweep.keys import Keys
 from ksweep.launch.plan import Step
@@ -27,14 +28,17 @@ DISTINCT_TO_MENTION = 0.2
 CJK_TO_MENTION = 0.5
 WIDE_COLUMNS = 110
 """Narrower terminals leave out failures and speed."""
+PIPE_WIDTH = 100_000
+LABEL_COLUMN = 24
+"""Labels longer than this are folded where the width is short."""
 COLUMN = 19
 """Characters that one K takes: "[-0.123, -0.123]" and its border."""
 
 
 def console() -> Console:
-    """Standard output; in a pipe as wide as the table needs, without colour."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=240, no_color=True)
+    """Standard output, text taken as it is (no markup, no emoji codes); in a pipe no colour and nothing cut."""
+    plain = Console(markup=False, emoji=False, highlight=False)
+    return plain if plain.is_terminal else Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH, no_color=True)
 
 
 def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
@@ -88,14 +92,14 @@ def results_table(sweep: Sweep, curves: pa.Table, width: int = 160) -> Table:
     label_width = max(len(r["label"]) for r in rows)
     wide = width >= WIDE_COLUMNS
     beside = 16 + (24 if wide else 0)  # the control; failures and speed
-    most = max(2, (width - label_width - 4 - beside) // COLUMN)
+    most = max(2, (width - min(label_width, LABEL_COLUMN) - 4 - beside) // COLUMN)
     shown = _spread([k for k in ks if k in SHOWN_KS or k == ks[-1]], most)
     table = Table(title=f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)", title_justify="left", show_lines=True)
-    table.add_column("cell", no_wrap=True)
+    table.add_column("cell", overflow="fold")
     for k in shown:
         table.add_column(f"K={k}", justify="right", no_wrap=True)
     for name in (f"shuffled\nK={ks[-1]}", "failed", "tokens/s")[: 3 if wide else 1]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for label in dict.fromkeys(r["label"] for r in rows):
         mine = {r["k"]: r for r in rows if r["label"] == label}
         last = mine[max(mine)]
@@ -104,7 +108,7 @@ def results_table(sweep: Sweep, curves: pa.Table, width: int = 160) -> Table:
             _number(last["failure_rate"], ".1%"),
             _number(last["tokens_per_second"], ",.0f"),
         ]
-        table.add_row(label, *(_fve(mine.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
+        table.add_row(Text(label), *(_fve(mine.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
     return table
 
 

@@ -20,9 +20,12 @@ def ask(root: Path, question: str) -> pa.Table:
     """
     with connect(root) as connection:
         try:
-            return connection.sql(question).to_arrow_table()
+            answer = connection.sql(question)
+            if answer is not None:
+                return answer.to_arrow_table()
         except DatabaseError as error:
             raise RequestError(f"DuckDB does not accept that: {error}") from error
+    raise RequestError(f"{question!r} has no answer: ask with SELECT or FROM, e.g. ksweep sql 'from curves'")
 
 
 def finished_runs(root: Path) -> dict[str, str]:

@@ -1,0 +1,165 @@
+"""What a plan says is to be done: counted by hand, from facts and from a real dry run."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep, sweep_main
+from ksweep.keys import cell_keys
+from ksweep.launch.plan import Facts, plan
+from ksweep.registry.landing import land
+from tests.activations.helpers import random_vectors, write_vectors
+from tests.registry.landed_runs import curve_of, publish_draws, record_of
+from tests.tiny_models import TinyPair, make_pair
+
+
+def facts(**changes: Any) -> Facts:
+    """40 activations of 128 bytes with 8 draws of 700 bytes each; nothing is there."""
+    nothing = Facts(
+        cell_key="c", activations_key="a", label="demo L1", finished_run=None, activations_present=0, activations_wanted=40,
+        draws_present=0, draws_wanted=320, bytes_per_activation=128, bytes_per_draw=700, seconds_per_draw=None,
+    )  # fmt: skip
+    return replace(nothing, **changes)
+
+
+def test_plan_of_a_cell_with_nothing_there_takes_everything_and_says_so() -> None:
+    [step] = plan([facts(seconds_per_draw=0.5)])
+    assert (step.state, step.reason) == ("missing", "no draws yet")
+    assert (step.draws_to_sample, step.activations_to_extract) == (320, 40)
+    assert (step.draw_bytes, step.activation_bytes) == (224_000, 5120)  # 320 x 700, 40 x 128
+    assert step.seconds == 160  # 320 x 0.5
+
+
+def test_plan_without_an_earlier_run_does_not_know_the_time() -> None:
+    assert plan([facts()])[0].seconds is None
+
+
+@pytest.mark.parametrize(
+    ("present", "reason", "left"),
+    [
+        (0, "no draws yet", 320),
+        (80, "80 of 320 draws are there", 240),
+        (319, "319 of 320 draws are there", 1),
+        (320, "all draws are there, statistics are not", 0),
+    ],
+)
+def test_plan_of_a_missing_cell_gives_the_reason(present: int, reason: str, left: int) -> None:
+    [step] = plan([facts(draws_present=present)])
+    assert (step.state, step.reason, step.draws_to_sample) == ("missing", reason, left)
+
+
+def test_plan_of_a_done_cell_does_nothing_and_names_the_run() -> None:
+    [step] = plan([facts(finished_run="20261122-r1", activations_present=40, draws_present=320)])
+    assert (step.state, step.reason) == ("done", "run 20261122-r1")
+    numbers = (step.draws_to_sample, step.activations_to_extract, step.draw_bytes, step.activation_bytes, step.seconds)
+    assert numbers == (0, 0, 0, 0, 0)
+
+
+def test_plan_of_a_done_cell_whose_caches_were_deleted_still_does_nothing() -> None:
+    [step] = plan([facts(finished_run="r1")])
+    assert (step.state, step.draws_to_sample, step.activations_to_extract) == ("done", 0, 0)
+
+
+def test_plan_after_a_done_cell_whose_cache_was_deleted_extracts_for_the_missing_one() -> None:
+    steps = plan([facts(finished_run="r1"), facts(cell_key="d")])
+    assert [s.activations_to_extract for s in steps] == [0, 40]
+
+
+def test_plan_of_stored_draws_without_their_vectors_extracts_them_again() -> None:
+    [step] = plan([facts(draws_present=320)])
+    assert (step.draws_to_sample, step.activations_to_extract) == (0, 40)
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "extracted"),
+    [
+        (0, [40, 40], [40, 0]),
+        (0, [20, 40, 30], [20, 20, 0]),
+        (0, [40, 20, 60], [40, 0, 20]),
+        (30, [20, 40, 50], [0, 10, 10]),
+        (50, [20, 40], [0, 0]),
+    ],
+)
+def test_plan_counts_shared_activations_for_the_first_cell_that_needs_them(
+    present: int, wanted: list[int], extracted: list[int]
+) -> None:
+    steps = plan([facts(activations_wanted=n, activations_present=min(n, present)) for n in wanted])
+    assert [s.activations_to_extract for s in steps] == extracted
+    assert sum(extracted) == max(0, max(wanted) - present)
+
+
+def test_plan_counts_activations_of_other_keys_apart() -> None:
+    steps = plan([facts(), facts(activations_key="b"), facts()])
+    assert [s.activations_to_extract for s in steps] == [40, 40, 0]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    return make_pair(tmp_path_factory.mktemp("tiny"), "qwen2")
+
+
+@pytest.fixture
+def sweep(pair: TinyPair, tmp_path: Path) -> Sweep:
+    vectors = write_vectors(tmp_path / "v.parquet", random_vectors(50, pair.d_model))
+    return Sweep(
+        name="tiny",
+        cell=Cell(
+            autoencoder=Autoencoder(av=str(pair.av), ar=str(pair.ar)),
+            activations=Activations(vectors=str(vectors), num_activations=40),
+            sampling=Sampling(num_draws=8),
+        ),
+        registry=str(tmp_path / "registry"),
+        vector_cache=str(tmp_path / "vector_cache"),
+    )
+
+
+def dry_run(sweep: Sweep, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        sweep_main(sweep, ["--dry-run", *arguments])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def land_finished(sweep: Sweep, cell: Cell) -> None:
+    Path(sweep.registry).mkdir(exist_ok=True)
+    keys = cell_keys(cell)
+    land(Path(sweep.registry), record_of("done-1", cell_key=keys.cell, draws_key=keys.draws), curve_of())
+
+
+def test_dry_run_counts_draws_that_cells_share_once(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    out = dry_run(sweep, capsys, "activations.num_activations=[20,40]", "sampling.num_draws=[8,16]")
+    # The rectangles 20 x 8, 20 x 16, 40 x 8, 40 x 16 of one store: together 40 x 16.
+    assert "to extract: 40 activations; to sample: 640 draws" in out
+    assert "4 of 4 cells to run" in out
+    for reason in ("no draws yet", "160 of 320 draws are there", "480 of 640 draws are there"):
+        assert reason in out
+
+
+def test_dry_run_counts_each_temperature_by_itself_and_its_activations_once(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = dry_run(sweep, capsys, "sampling.temperature=[0,0.5,1.0]")
+    assert "to extract: 40 activations; to sample: 680 draws" in out  # 40 greedy, 2 x 40 x 8
+
+
+def test_dry_run_after_a_finished_cell_and_deleted_draws_samples_only_for_the_other(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    land_finished(sweep, sweep.cell)
+    out = dry_run(sweep, capsys, "sampling.num_draws=[8,16]")
+    assert "run done-1" in out and "1 of 2 cells to run" in out
+    # Nothing of the finished cell is on disk any more, so the other one samples all of its own.
+    assert "to extract: 40 activations; to sample: 640 draws" in out
+
+
+def test_dry_run_sees_the_draws_on_disk_and_their_loss(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    key = cell_keys(sweep.cell).draws
+    publish_draws(Path(sweep.registry), key, [[0.5] * 8] * 10)
+    assert "80 of 320 draws are there" in dry_run(sweep, capsys)
+    shutil.rmtree(Path(sweep.registry) / "draws" / key)
+    assert "no draws yet" in dry_run(sweep, capsys)

@@ -1,0 +1,230 @@
+"""What changes which key of a cell, and what must not; with real (tiny) checkpoints on disk."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Sweep
+from ksweep.errors import DataError, RequestError, SpecError
+from ksweep.keys import Keys, cell_keys, label, pair_name
+from ksweep.spec import replace_at
+from tests.activations.helpers import passages, random_vectors, write_jsonl, write_vectors
+from tests.tiny_models import TinyPair, edit_sidecar, edit_weights, make_pair
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    return make_pair(tmp_path_factory.mktemp("tiny"), "qwen2", layer=1)
+
+
+@pytest.fixture
+def cell(pair: TinyPair, tmp_path: Path) -> Cell:
+    """On text."""
+    text = write_jsonl(tmp_path / "text.jsonl", passages(20))
+    return Cell(
+        autoencoder=Autoencoder(av=str(pair.av), ar=str(pair.ar)),
+        activations=Activations(model=str(pair.base), text=str(text), num_activations=10, min_position=4),
+        sampling=Sampling(num_draws=8, temperature=0.7),
+    )
+
+
+@pytest.fixture
+def ready_made(cell: Cell, pair: TinyPair, tmp_path: Path) -> Cell:
+    """On a file of vectors."""
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(20, pair.d_model))
+    return replace(cell, activations=Activations(vectors=str(path), num_activations=10))
+
+
+def with_sidecar(cell: Cell, **extraction: Any) -> Cell:
+    meta = {"kind": "nla_dataset", "extraction": extraction}
+    Path(f"{cell.activations.vectors}.nla_meta.yaml").write_text(yaml.safe_dump(meta))
+    return cell
+
+
+def changed(before: Keys, after: Keys) -> set[str]:
+    return {name for name in ("activations", "draws", "cell") if getattr(before, name) != getattr(after, name)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "keys"),
+    [
+        ("sampling.num_draws", 16, {"cell"}),
+        ("activations.num_activations", 12, {"cell"}),
+        ("scoring.seed", 1, {"cell"}),
+        ("scoring.baseline", 0.7, {"cell"}),
+        ("scoring.ks", (1, 8), {"cell"}),
+        ("sampling.temperature", 0.8, {"draws", "cell"}),
+        ("sampling.top_p", 0.9, {"draws", "cell"}),
+        ("sampling.max_new_tokens", 20, {"draws", "cell"}),
+        ("sampling.seed", 1, {"draws", "cell"}),
+        ("autoencoder.dtype", "float32", {"draws", "cell"}),
+        ("activations.seed", 1, {"activations", "draws", "cell"}),
+        ("activations.dtype", "float32", {"activations", "draws", "cell"}),
+        ("activations.min_position", 5, {"activations", "draws", "cell"}),
+        ("activations.positions", "last", {"activations", "draws", "cell"}),
+    ],
+)
+def test_keys_change_with_a_field_from_its_own_stage_on(cell: Cell, field: str, value: Any, keys: set[str]) -> None:
+    assert changed(cell_keys(cell), cell_keys(replace_at(cell, field, value))) == keys
+
+
+def test_keys_of_the_same_cell_are_the_same(cell: Cell) -> None:
+    assert cell_keys(cell) == cell_keys(replace(cell))
+    assert changed(cell_keys(cell), cell_keys(replace_at(cell, "sampling.temperature", 0.70))) == set()
+
+
+def test_keys_of_a_layer_left_out_are_those_of_the_layer_said(cell: Cell) -> None:
+    assert cell_keys(cell).layer == 1
+    assert changed(cell_keys(cell), cell_keys(replace_at(cell, "activations.layer", 1))) == set()
+
+
+def test_keys_ignore_where_files_lie(cell: Cell, pair: TinyPair, tmp_path: Path) -> None:
+    there = tmp_path / "elsewhere"
+    for name, source in (("my-av", pair.av), ("my-ar", pair.ar), ("my-base", pair.base)):
+        shutil.copytree(source, there / name)
+    text = shutil.copyfile(cell.activations.text or "", there / "words.jsonl")
+    moved = replace(
+        cell,
+        autoencoder=Autoencoder(av=str(there / "my-av"), ar=str(there / "my-ar")),
+        activations=replace(cell.activations, model=str(there / "my-base"), text=str(text)),
+    )
+    assert changed(cell_keys(cell), cell_keys(moved)) == set()
+
+
+def test_keys_ignore_resources_registry_and_cache(cell: Cell) -> None:
+    small = Sweep(name="a", cell=cell, resources=Resources(batch_size=4), registry="r", vector_cache="v")
+    large = Sweep(name="b", cell=cell, resources=Resources(batch_size=512, tasks=8, gpus=0), question="why?")
+    assert [cell_keys(c) for c in small.cells()] == [cell_keys(c) for c in large.cells()]
+
+
+def test_keys_ignore_a_readme_beside_the_weights(cell: Cell, pair: TinyPair, tmp_path: Path) -> None:
+    shutil.copytree(pair.av, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("a pair")
+    assert changed(cell_keys(cell), cell_keys(replace_at(cell, "autoencoder.av", str(tmp_path / "copy")))) == set()
+
+
+@pytest.mark.parametrize("role", ["av", "ar"])
+def test_keys_of_other_weights_are_other_draws_of_the_same_activations(
+    cell: Cell, pair: TinyPair, tmp_path: Path, role: str
+) -> None:
+    shutil.copytree(getattr(pair, role), tmp_path / "copy")
+    edit_weights(tmp_path / "copy", change=lambda state: state["model.embed_tokens.weight"][0].add_(1e-3))
+    other = replace_at(cell, f"autoencoder.{role}", str(tmp_path / "copy"))
+    assert changed(cell_keys(cell), cell_keys(other)) == {"draws", "cell"}
+
+
+def test_keys_of_another_injection_scale_are_other_draws(cell: Cell, pair: TinyPair, tmp_path: Path) -> None:
+    shutil.copytree(pair.av, tmp_path / "copy")
+    edit_sidecar(tmp_path / "copy", extraction__injection_scale=10.0)
+    other = replace_at(cell, "autoencoder.av", str(tmp_path / "copy"))
+    assert changed(cell_keys(cell), cell_keys(other)) == {"draws", "cell"}
+
+
+def test_keys_of_an_edited_text_are_other_activations(cell: Cell, tmp_path: Path) -> None:
+    before = cell_keys(cell)
+    path = Path(cell.activations.text or "")
+    path.write_text(path.read_text().replace("stone", "wood"))
+    assert changed(before, cell_keys(cell)) == {"activations", "draws", "cell"}
+
+
+def test_keys_of_a_greedy_cell_ignore_seed_and_number_of_draws(cell: Cell) -> None:
+    greedy = replace_at(cell, "sampling.temperature", 0.0)
+    for field, value in (("sampling.seed", 5), ("sampling.num_draws", 64)):
+        assert changed(cell_keys(greedy), cell_keys(replace_at(greedy, field, value))) == set()
+    assert changed(cell_keys(greedy), cell_keys(cell)) == {"draws", "cell"}
+
+
+def test_keys_of_vectors_follow_content_and_not_path(ready_made: Cell, pair: TinyPair, tmp_path: Path) -> None:
+    before = cell_keys(replace_at(ready_made, "activations.layer", 1))
+    copy = shutil.copyfile(ready_made.activations.vectors or "", tmp_path / "copy.parquet")
+    moved = replace_at(replace_at(ready_made, "activations.vectors", str(copy)), "activations.layer", 1)
+    assert changed(before, cell_keys(moved)) == set()
+    write_vectors(copy, random_vectors(20, pair.d_model, seed=1))
+    assert changed(before, cell_keys(moved)) == {"activations", "draws", "cell"}
+
+
+def test_vectors_whose_sidecar_fits_are_accepted(ready_made: Cell, pair: TinyPair) -> None:
+    assert cell_keys(with_sidecar(ready_made, layer_index=1, d_model=pair.d_model)).layer == 1
+
+
+def test_vectors_whose_sidecar_says_another_layer_are_refused(ready_made: Cell) -> None:
+    with pytest.raises(DataError, match=r"activations are of layer 0, but AV .* trained on layer 1"):
+        cell_keys(with_sidecar(ready_made, layer_index=0))
+
+
+def test_vectors_asked_for_at_another_layer_than_their_sidecar_says_are_refused(ready_made: Cell) -> None:
+    with pytest.raises(SpecError, match=r"activations\.layer=0, but the sidecar of .* says layer 1"):
+        cell_keys(replace_at(with_sidecar(ready_made, layer_index=1), "activations.layer", 0))
+
+
+def test_vectors_without_a_layer_in_their_sidecar_are_held_to_the_layer_asked_for(ready_made: Cell) -> None:
+    assert cell_keys(with_sidecar(ready_made, norm="none")).layer == 1
+    with pytest.raises(DataError, match="activations are of layer 2"):
+        cell_keys(replace_at(ready_made, "activations.layer", 2))
+
+
+def test_vectors_of_another_width_are_refused(ready_made: Cell, tmp_path: Path) -> None:
+    narrow = write_vectors(tmp_path / "narrow.parquet", random_vectors(20, 16))
+    with pytest.raises(DataError, match="16 dimensions"):
+        cell_keys(replace_at(ready_made, "activations.vectors", str(narrow)))
+
+
+def test_vectors_whose_sidecar_says_another_width_are_refused(ready_made: Cell) -> None:
+    with pytest.raises(DataError, match="32 dimensions and its sidecar says 16"):
+        cell_keys(with_sidecar(ready_made, layer_index=1, d_model=16))
+
+
+def test_vectors_whose_sidecar_leaves_the_width_out_are_held_to_the_width_they_have(ready_made: Cell, tmp_path: Path) -> None:
+    narrow = write_vectors(tmp_path / "narrow.parquet", random_vectors(20, 16))
+    with pytest.raises(DataError, match="16 dimensions"):
+        cell_keys(with_sidecar(replace_at(ready_made, "activations.vectors", str(narrow)), layer_index=1))
+
+
+def test_vectors_whose_sidecar_names_another_model_are_refused(ready_made: Cell) -> None:
+    with pytest.raises(DataError, match="someone/other-model"):
+        cell_keys(with_sidecar(ready_made, base_model="someone/other-model"))
+
+
+def test_keys_of_a_missing_checkpoint_name_the_path(cell: Cell) -> None:
+    with pytest.raises(RequestError, match="/nowhere/av"):
+        cell_keys(replace_at(cell, "autoencoder.av", "/nowhere/av"))
+
+
+@pytest.mark.parametrize(
+    ("av", "name"),
+    [
+        ("owner/nla-qwen2.5-7b-L20-av", "qwen2.5-7b-L20"),
+        ("owner/nla-qwen2.5-7b-L20-av@main", "qwen2.5-7b-L20"),
+        ("owner/gemma_AV", "gemma"),
+        ("/models/demo/av", "demo"),
+        ("/models/demo/nla-av/", "demo"),
+        ("/models/demo/actor", "demo"),
+        ("/models/plain", "plain"),
+    ],
+)
+def test_pair_name_is_what_tells_pairs_apart(av: str, name: str) -> None:
+    assert pair_name(Autoencoder(av=av, ar="x")) == name
+
+
+def test_pair_name_of_a_relative_directory_is_the_one_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine" / "av").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert pair_name(Autoencoder(av="av", ar="ar")) == "mine"
+
+
+def test_label_says_pair_layer_temperature_and_top_p_where_it_cuts(cell: Cell) -> None:
+    cell = replace_at(cell, "autoencoder.av", "owner/nla-qwen-av")
+    assert label(cell, 20) == "qwen L20 T=0.7"
+    assert label(replace_at(cell, "sampling.top_p", 0.95), 20) == "qwen L20 T=0.7 top_p=0.95"
+
+
+def test_name_of_a_cell_is_its_label_and_the_start_of_its_key(cell: Cell) -> None:
+    keys = cell_keys(cell)
+    assert keys.name == f"{keys.label} @{keys.cell[:8]}"
+    assert keys.label == label(cell, 1)
