@@ -88,7 +88,8 @@ def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> No
         return
     if said.d_model not in (None, width):
         raise DataError(
-            f"{given.vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: they are of different files"
+            f"{given.vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: "
+            "the two are of different files"
         )
     if said.layer is not None and given.layer not in (None, said.layer):
         raise SpecError(
