@@ -257,18 +257,10 @@ def _land_failure(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clo
 
 def _common(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) -> dict[str, Any]:
     """What a record says however the run ended."""
-    from ksweep.registry import landing
-
     here = {**provenance(), **place.origin}
     return {
-        "run_id": landing.new_run_id(keys.cell),
-        "cell": keys.name,
-        "label": keys.label,
-        "cell_key": keys.cell,
-        "draws_key": keys.draws,
-        "activations_key": keys.activations,
+        **_identity(cell, keys),
         "sweep": place.sweep,
-        "spec": asdict(cell),
         "resources": place.resources,
         "started": clock.started,
         "finished": datetime.now(UTC),
@@ -280,6 +272,21 @@ def _common(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) ->
         "git_dirty": here["git_dirty"],
         "argv": tuple(here["argv"]),
         "packages": here["packages"],
+    }
+
+
+def _identity(cell: Cell, keys: Keys) -> dict[str, Any]:
+    """What was measured, under a new run id."""
+    from ksweep.registry.landing import new_run_id
+
+    return {
+        "run_id": new_run_id(keys.cell),
+        "cell": keys.name,
+        "label": keys.label,
+        "cell_key": keys.cell,
+        "draws_key": keys.draws,
+        "activations_key": keys.activations,
+        "spec": asdict(cell),
         "layer": keys.layer,
     }
 
@@ -299,14 +306,8 @@ def land_lost(argument: dict[str, Any], kind: str, message: str, traceback: str,
         return
     cell, key = next(((c, k) for c, k in keys if k.cell not in said), keys[-1])
     record = landing.RunRecord(
-        run_id=landing.new_run_id(key.cell),
-        cell=key.name,
-        label=key.label,
-        cell_key=key.cell,
-        draws_key=key.draws,
-        activations_key=key.activations,
+        **_identity(cell, key),
         sweep=argument["sweep"],
-        spec=asdict(cell),
         resources=argument["resources"],
         status="failed",
         error_type=kind,
@@ -314,7 +315,6 @@ def land_lost(argument: dict[str, Any], kind: str, message: str, traceback: str,
         tracebacks=(traceback,) if traceback else (),
         started=begun,
         finished=datetime.now(UTC),
-        layer=key.layer,
     )
     try:
         landing.land(registry, record)

@@ -108,7 +108,8 @@ def _controls(draws: pa.Table, vectors: np.ndarray, baseline: stats.Baseline, em
         value = float(1 - stats.reconstruction_errors(empty[None], vectors).mean() / baseline.value)
         rows.append(_control("empty_text", value, n, "FVE of the reconstruction of an empty text"))
     if n >= 2:
-        value = 1 - stats.mean_vector_error(stats.evaluated_set_baseline(vectors)) / baseline.value
+        measured = baseline if baseline.kind == "evaluated set" else stats.evaluated_set_baseline(vectors)
+        value = 1 - stats.mean_vector_error(measured) / baseline.value
         rows.append(_control("mean_vector", value, n, "FVE of the scaled mean of the activations: the best constant"))
     pool = min(n, RETRIEVAL_POOL)
     if pool >= 2:
