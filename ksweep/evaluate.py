@@ -17,7 +17,7 @@ import pyarrow as pa
 from ksweep.draws import DrawsStore
 from ksweep.errors import DataError, RunError
 from ksweep.explain import UnitWork
-from ksweep.keys import Keys, cell_keys, inspect_pair
+from ksweep.keys import Keys, cell_keys, complete, inspect_file, inspect_pair
 from ksweep.provenance import provenance
 from ksweep.ranks import Ranks, Stopped, share
 from ksweep.spec import Autoencoder, Cell, cell_from_dict
@@ -59,23 +59,33 @@ class Models:
 
     def verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
         """The AV, ready on the device."""
-        from ksweep.autoencoder.nla import load_verbalizer
-
         self._turn_to(autoencoder)
         if self._av is None:
-            info, _ = inspect_pair(autoencoder)
-            self._av = load_verbalizer(info, dtype=autoencoder.dtype, device=self.device)
+            self._av = self._load_verbalizer(autoencoder)
         return self._av
 
     def reconstructor(self, autoencoder: Autoencoder) -> Reconstructor:
-        """The AR, ready on the device."""
-        from ksweep.autoencoder.nla import load_reconstructor
-
+        """The AR, ready on the device; a talkative autoencoder's stands on its AV's model where that is the same."""
         self._turn_to(autoencoder)
         if self._ar is None:
-            _, info = inspect_pair(autoencoder)
-            self._ar = load_reconstructor(info, dtype=autoencoder.dtype, device=self.device)
+            self._ar = self._load_reconstructor(autoencoder)
         return self._ar
+
+    def _load_verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
+        from ksweep.autoencoder import nla, tae
+
+        if autoencoder.checkpoint is not None:
+            return tae.load_verbalizer(inspect_file(autoencoder), dtype=autoencoder.dtype, device=self.device)
+        return nla.load_verbalizer(inspect_pair(autoencoder)[0], dtype=autoencoder.dtype, device=self.device)
+
+    def _load_reconstructor(self, autoencoder: Autoencoder) -> Reconstructor:
+        from ksweep.autoencoder import nla, tae
+
+        if autoencoder.checkpoint is None:
+            return nla.load_reconstructor(inspect_pair(autoencoder)[1], dtype=autoencoder.dtype, device=self.device)
+        decoder = self._av if isinstance(self._av, tae.TaeVerbalizer) else None
+        info = inspect_file(autoencoder) if decoder is None else decoder.info
+        return tae.load_reconstructor(info, dtype=autoencoder.dtype, device=self.device, sharing=decoder)
 
 
 def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
@@ -96,6 +106,7 @@ def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
 def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | None:
     """Measure one cell; rank 0 lands the run and returns its id. A failure is landed too, then raised."""
     clock = Clock()
+    cell = complete(cell)
     keys = cell_keys(cell)
     try:
         vectors = _activations(cell, keys, place, ranks, clock)
@@ -113,7 +124,7 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
             targets = vectors.vectors(0, len(vectors))
             empty = _empty_text(cell, store, models)
             try:
-                summary = summarise(draws, targets, cell.scoring, cell.ks, empty)
+                summary = summarise(draws, targets, cell.scoring, cell.ks, empty, cell.autoencoder.scoring_kind)
             except ValueError as error:  # what the statistics refuse is what was asked for: equal vectors, too few of them
                 raise DataError(str(error)) from error
         return _land(cell, keys, place, ranks, clock, summary, draws, before, targets.shape[1])
@@ -157,7 +168,10 @@ def _sample(
         if ranks.rank == 0:
             store.describe(keys.identity)
         with clock("drawing"):
-            work = UnitWork(cell.sampling, keys.label, vectors, av, ar, place.batch_size, ranks, sum(u.num_draws for u in units))
+            work = UnitWork(
+                cell.sampling, keys.label, vectors, av, ar, place.batch_size, ranks, sum(u.num_draws for u in units),
+                cell.autoencoder.scoring_kind,
+            )  # fmt: skip
             # Cells of one job may share draws: the queue belongs to this cell and to what it found.
             for index in share(ranks, f"draws/{keys.cell}/{int(before.sum())}", len(units)):
                 store.publish(units[index], work.run(units[index]))
@@ -170,7 +184,9 @@ def _empty_text(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray:
     """What the AR makes of an empty text; measured once per draws key."""
     controls = store.controls()
     if controls is None:
-        vector = np.asarray(models.reconstructor(cell.autoencoder).reconstruct([""]))[0]
+        from ksweep.autoencoder.protocol import Explanation
+
+        vector = np.asarray(models.reconstructor(cell.autoencoder).reconstruct([Explanation("")]))[0]
         controls = {"empty_text": [float(x) for x in vector]}
         store.publish_controls(controls)
     return np.asarray(controls["empty_text"])
@@ -224,7 +240,8 @@ def _land(
         tokens_per_second=tokens / (clock.seconds["drawing"] + clock.seconds["waiting"]) if tokens else None,
         failures=counts["failures"],
         failure_rate=counts["failure_rate"],
-        cut_off_rate=counts["cut_off_rate"],
+        # A checkpoint's explanations all have the length that it was trained with: nothing is cut off.
+        cut_off_rate=None if cell.autoencoder.checkpoint else counts["cut_off_rate"],
         cjk_fraction=counts["cjk_fraction"],
         distinct_text_fraction=counts["distinct_text_fraction"],
         mean_tokens=counts["mean_tokens"],

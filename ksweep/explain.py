@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,8 @@ from ksweep.spec import Sampling
 if TYPE_CHECKING:
     from ksweep.activations.store import ActivationTable
     from ksweep.autoencoder.decoding import Draw
-    from ksweep.autoencoder.protocol import Reconstructor, Verbalizer
+    from ksweep.autoencoder.protocol import Explanation, Reconstructor, Verbalizer
+    from ksweep.stats import ScoringKind
 
 
 @dataclass
@@ -32,6 +33,7 @@ class UnitWork:
     batch_size: int
     ranks: Ranks
     total: int
+    scoring: ScoringKind = "normalised"
     done: int = 0
     tokens: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -45,12 +47,28 @@ class UnitWork:
         parsed = [self.av.parse(text, d.finish) for text, d in zip(texts, draws, strict=True)]
         owners = np.array([d.request.row for d in draws])
         good = np.array([i for i, (explanation, _) in enumerate(parsed) if explanation is not None], dtype=int)
-        reconstructions = np.asarray(self.ar.reconstruct([parsed[i][0] or "" for i in good], self.batch_size), dtype=np.float64)
+        explanations = self._explanations(unit, [draws[i] for i in good], [parsed[i][0] or "" for i in good])
+        reconstructions = np.asarray(self.ar.reconstruct(explanations, self.batch_size), dtype=np.float64)
         scores = self._score(unit, targets, owners, good, reconstructions)
         kept: list[np.ndarray | None] = [None] * len(draws)
         for i, vector in zip(good, reconstructions, strict=True):
             kept[i] = vector if draws[i].request.draw == 0 else None
         return self._table(unit, draws, texts, parsed, scores, kept)
+
+    def _known(self, column: Literal["position", "token_id"], unit: Unit) -> list[int | None]:
+        """A number of each of a unit's activations; None where it is unknown."""
+        values = self.vectors.column(column, unit.first_row, unit.last_row)
+        return [None if value is None else int(value) for value in values]
+
+    def _explanations(self, unit: Unit, draws: list[Draw], texts: list[str]) -> list[Explanation]:
+        """What the AR is given of each draw."""
+        from ksweep.autoencoder.protocol import Explanation
+
+        tokens, positions = self._known("token_id", unit), self._known("position", unit)
+        return [
+            Explanation(text, d.text_token_ids, tokens[d.request.row], positions[d.request.row])
+            for d, text in zip(draws, texts, strict=True)
+        ]
 
     def _draw(self, unit: Unit, targets: np.ndarray) -> list[Draw]:
         from ksweep.autoencoder.decoding import Request, as_vectors, draw
@@ -61,9 +79,10 @@ class UnitWork:
             for row in range(unit.last_row - unit.first_row)
             for k in range(unit.first_draw, unit.last_draw)
         ]
+        inputs = self.av.inputs(as_vectors(targets), self._known("position", unit))
         sampling, found = self.sampling, []
         for one in draw(
-            self.av, as_vectors(targets), requests, temperature=sampling.temperature, top_p=sampling.top_p,
+            self.av, inputs, requests, temperature=sampling.temperature, top_p=sampling.top_p,
             max_new_tokens=sampling.max_new_tokens, seed=sampling.seed, batch_size=self.batch_size,
             should_stop=self.ranks.should_stop,
         ):  # fmt: skip
@@ -89,12 +108,12 @@ class UnitWork:
         scores["shuffled_activation"] = others[owners]
         if len(good):
             mine = owners[good]
-            scores["error"][good] = stats.reconstruction_errors(reconstructions, targets[mine])
-            scores["cosine"][good] = 1 - scores["error"][good] / 2
+            scores["error"][good] = stats.reconstruction_errors(reconstructions, targets[mine], self.scoring)
+            scores["cosine"][good] = stats.cosines(reconstructions, targets[mine])
             scores["norm"][good] = np.linalg.norm(reconstructions, axis=1)
             known = others[mine] >= 0
             partners = self.vectors.take(others[mine][known])
-            scores["shuffled_error"][good[known]] = stats.reconstruction_errors(reconstructions[known], partners)
+            scores["shuffled_error"][good[known]] = stats.reconstruction_errors(reconstructions[known], partners, self.scoring)
         return scores
 
     def _others(self) -> np.ndarray:

@@ -7,17 +7,21 @@ wrong directory is refused before anything is submitted.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ksweep.activations.fill import activations_key
+from ksweep.activations.model_config import text_config
 from ksweep.activations.vectors import read_sidecar, vectors_shape
 from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
 from ksweep.errors import DataError, SpecError
 from ksweep.files import HUB_ID, resolve
 from ksweep.identity import fingerprint
 from ksweep.spec import Autoencoder, Cell
+
+if TYPE_CHECKING:
+    from ksweep.autoencoder.tae_file import TaeInfo
 
 SAMPLER_VERSION = 1
 """Raised whenever the same seed would give other texts."""
@@ -48,14 +52,12 @@ def cell_keys(cell: Cell) -> Keys:
     Raises:
         CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
     """
-    av, ar = inspect_pair(cell.autoencoder)
-    _check_activations(cell, av, ar)
-    layer = _layer(cell, av.layer, ar.layer)
+    cell = complete(cell)
+    layer, digests = _layer_and_digests(cell)
     activations, identity = activations_key(cell.activations, layer)
     draws = {
         "activations": activations,
-        "av": digest(av),
-        "ar": digest(ar),
+        **digests,
         "dtype": cell.autoencoder.dtype,
         "temperature": cell.sampling.temperature,
         "top_p": cell.sampling.top_p if cell.sampling.temperature > 0 else None,
@@ -73,6 +75,63 @@ def cell_keys(cell: Cell) -> Keys:
     }
     identity = {"activations": identity, "draws": draws, "layer": layer}
     return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity)
+
+
+def complete(cell: Cell) -> Cell:
+    """The cell with what its checkpoint decides put in: a talkative autoencoder names the activations' model, and fixes how
+    long explanations are. Everything else is as it was."""
+    if cell.autoencoder.checkpoint is None:
+        if cell.activations.model is None and cell.activations.vectors is None:
+            raise SpecError("an NLA pair does not say which model its activations are from: set activations.model")
+        return cell
+    info = inspect_file(cell.autoencoder)
+    activations = cell.activations
+    if activations.model is None and activations.vectors is None:
+        activations = replace(activations, model=info.activations_model)
+    return replace(cell, activations=activations, sampling=replace(cell.sampling, max_new_tokens=info.num_tokens))
+
+
+def inspect_file(autoencoder: Autoencoder) -> TaeInfo:
+    """The checked talkative-autoencoder file."""
+    from ksweep.autoencoder.tae_file import inspect_tae
+
+    assert autoencoder.checkpoint is not None
+    return inspect_tae(autoencoder.checkpoint, base=autoencoder.base)
+
+
+def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
+    """The layer that the vectors are of, and what stands for AV and AR in the identity of draws."""
+    if cell.autoencoder.checkpoint is None:
+        av, ar = inspect_pair(cell.autoencoder)
+        _check_activations(cell, av, ar)
+        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar)}
+    from ksweep.autoencoder.tae_file import digest_tae
+
+    info = inspect_file(cell.autoencoder)
+    if cell.activations.layer not in (None, info.layer):
+        raise DataError(
+            f"the activations are of layer {cell.activations.layer}, but {info.path} was trained on layer {info.layer}: leave "
+            "activations.layer out"
+        )
+    _check_width(cell, info)
+    return info.layer, {"checkpoint": digest_tae(info)}
+
+
+def _check_width(cell: Cell, info: TaeInfo) -> None:
+    """That the activations are of the width and layer that the checkpoint was trained on, as far as anyone says."""
+    given = cell.activations
+    said = None if given.vectors is None else read_sidecar(given.vectors)
+    layer = None if said is None else said.layer
+    if given.vectors is not None:
+        _, width = vectors_shape(given.vectors)
+    else:
+        width = text_config(resolve(given.model or "", "base model"))["hidden_size"]
+    if width != info.d_model or layer not in (None, info.layer):
+        raise DataError(
+            f"{given.vectors or given.model} gives activations of width {width}{'' if layer is None else f', layer {layer}'}, "
+            f"but {info.path} was trained on width {info.d_model}, layer {info.layer}: give it those of its own model "
+            f"({info.activations_model})"
+        )
 
 
 def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> None:
@@ -101,8 +160,8 @@ def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> No
 
 def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointInfo]:
     """AV and AR, each checked by itself and against the other."""
-    av = inspect(resolve(autoencoder.av, "AV checkpoint"), "av", base=autoencoder.base)
-    ar = inspect(resolve(autoencoder.ar, "AR checkpoint"), "ar", base=autoencoder.base)
+    av = inspect(resolve(autoencoder.av or "", "AV checkpoint"), "av", base=autoencoder.base)
+    ar = inspect(resolve(autoencoder.ar or "", "AR checkpoint"), "ar", base=autoencoder.base)
     check_pair(av, ar)
     return av, ar
 
@@ -125,8 +184,11 @@ def label(cell: Cell, layer: int) -> str:
 
 def pair_name(autoencoder: Autoencoder) -> str:
     """A short name of a pair: the hub name without -av, or the directory that holds av/."""
-    is_hub_id = HUB_ID.match(autoencoder.av) is not None and not Path(autoencoder.av).exists()
-    path = Path(autoencoder.av.partition("@")[0] if is_hub_id else autoencoder.av)
+    source = autoencoder.source
+    is_hub_id = HUB_ID.match(source) is not None and not Path(source).exists()
+    path = Path(source.partition("@")[0] if is_hub_id else source)
+    if autoencoder.checkpoint is not None:
+        return path.stem.rstrip("_") if path.suffix else path.name
     if path.name.lower() in ("av", "nla-av", "actor"):
         return path.resolve().parent.name if path.exists() else path.parent.name
     return re.sub(r"^nla-|[-_]av$", "", path.name, flags=re.IGNORECASE) or path.name

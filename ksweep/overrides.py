@@ -112,7 +112,8 @@ def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
     hints = known_keys()
     axes = dict(sweep.axes)
     cell, resources, plain = _as_dict(sweep.cell), _as_dict(sweep.resources), {}
-    given = _with_what_they_replace(given)
+    given = _with_what_they_replace(given, sweep.cell)
+    changed: dict[str, dict[str, Any]] = {}
     for key, value in given.items():
         group, _, name = key.partition(".")
         if key in PLAIN:
@@ -125,21 +126,26 @@ def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
             axes[key] = tuple(_convert(key, v, hints[key]) for v in (value if isinstance(value, list) else [value]))
         else:
             converted = _convert(key, value, hints[key])
-            cell[group][name] = converted
-            if group in axes:  # an axis of whole groups: the change holds for each of its values
-                axes[group] = tuple(replace(v, **{name: converted}) for v in axes[group])
-    for key in [k for k, values in axes.items() if "." in k and len(values) == 1]:
+            cell[group][name] = changed.setdefault(group, {})[name] = converted
+    for group in changed.keys() & axes.keys():  # an axis of whole groups: the changes hold for each of its values
+        axes[group] = tuple(replace(v, **changed[group]) for v in axes[group])
+    for key in [k for k, values in axes.items() if "." in k and (k in given or len(values) == 1)]:
         group, _, name = key.partition(".")
         cell[group][name] = axes[key][0]
     built = Cell(**{name: spec(**cell[name]) for name, spec in GROUPS.items() if name != "resources"})
     return replace(sweep, cell=built, axes=axes, resources=Resources(**resources), **plain)
 
 
-def _with_what_they_replace(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A new AV takes the old pair's base with it; ready-made vectors take the place of model and text."""
+def _with_what_they_replace(given: Mapping[str, Any], old: Cell) -> dict[str, Any]:
+    """A new AV or checkpoint takes the old base with it, a checkpoint and a pair each the place of the other; a checkpoint names
+    model and layer of its activations, so those of a pair go too. Ready-made vectors take the place of model and text."""
     cleared: dict[str, Any] = {}
-    if "autoencoder.av" in given:
-        cleared["autoencoder.base"] = None
+    if given.get("autoencoder.checkpoint") is not None:
+        cleared |= {"autoencoder.av": None, "autoencoder.ar": None, "autoencoder.base": None}
+        if old.autoencoder.checkpoint is None:
+            cleared |= {"activations.model": None, "activations.layer": None}
+    elif "autoencoder.av" in given:
+        cleared |= {"autoencoder.checkpoint": None, "autoencoder.base": None}
     if given.get("activations.vectors") is not None:
         cleared |= {"activations.model": None, "activations.text": None}
     return cleared | dict(given)

@@ -7,9 +7,12 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ksweep.errors import SpecError
+
+if TYPE_CHECKING:
+    from ksweep.stats import ScoringKind
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 PositionRule = Literal["random", "last", "all", "stride"]
@@ -18,19 +21,36 @@ Cluster = Literal["auto", "slurm", "local", "inprocess"]
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder:
-    """A verbalizer and a reconstructor that belong together."""
+    """A verbalizer and a reconstructor that belong together: a public NLA pair, or a talkative autoencoder."""
 
-    av: str
+    av: str | None = None
     """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision")."""
-    ar: str
+    ar: str | None = None
     """Activation reconstructor: likewise."""
+    checkpoint: str | None = None
+    """Instead of av and ar: a talkative-autoencoder .pt file, or a directory of them (the one with the highest step)."""
     base: str | None = None
-    """Base model of PEFT adapters (path or hub id); None takes the one that adapter_config.json names."""
+    """Base model (path or hub id) of PEFT adapters, or of a talkative autoencoder's halves; None takes the one that they name."""
     dtype: Dtype = "bfloat16"
     """Compute precision of AV and AR. Scores are always taken in float32."""
 
     def __post_init__(self) -> None:
         _one_of("autoencoder.dtype", self.dtype, Dtype)
+        if (self.av is None or self.ar is None) == (self.checkpoint is None) or (self.checkpoint and (self.av or self.ar)):
+            raise SpecError(
+                f"an autoencoder is either a pair (av={self.av!r}, ar={self.ar!r}) or one file (checkpoint={self.checkpoint!r}): "
+                "set autoencoder.av and autoencoder.ar, or autoencoder.checkpoint"
+            )
+
+    @property
+    def source(self) -> str:
+        """What a person would call it: the checkpoint, or the AV."""
+        return self.checkpoint or self.av or ""
+
+    @property
+    def scoring_kind(self) -> ScoringKind:
+        """How reconstructions are compared with activations: a checkpoint's as they are, a pair's scaled to norm sqrt(d)."""
+        return "normalised" if self.checkpoint is None else "raw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +58,7 @@ class Activations:
     """Which vectors: a base model, a layer, a text and a rule for positions; or ready-made vectors."""
 
     model: str | None = None
-    """Base language model: path or hub id. Not needed with `vectors`."""
+    """Base language model: path or hub id. None: the one that a talkative autoencoder names, or not needed with `vectors`."""
     layer: int | None = None
     """Block whose output is taken (0-based; = hidden_states[layer + 1]). None: the layer that the autoencoder was trained on."""
     text: str | None = None
@@ -75,10 +95,10 @@ class Activations:
         _at_least("activations.max_length", self.max_length, 1)
         if self.layer is not None:
             _at_least("activations.layer", self.layer, 0)
-        if self.vectors is None and (self.model is None or self.text is None):
+        if self.vectors is None and self.text is None:
             raise SpecError(
-                f"activations need a model and a text (model={self.model!r}, text={self.text!r}), or ready-made vectors: "
-                "set activations.model and activations.text, or activations.vectors=FILE.parquet"
+                f"activations need a model and a text (text={self.text!r}; a talkative autoencoder names its model itself), or "
+                "ready-made vectors: set activations.model and activations.text, or activations.vectors=FILE.parquet"
             )
         if self.min_position >= self.max_length:
             raise SpecError(
@@ -95,6 +115,7 @@ class Sampling:
     top_p: float = 1.0
     """Nucleus: the smallest set of tokens with at least this probability; 1 keeps all."""
     max_new_tokens: int = 200
+    """Longer explanations are cut off. Those of a checkpoint always have the length that it was trained with."""
     num_draws: int = 16
     """Explanations per activation; every K up to this is read off the same draws."""
     seed: int = 0
@@ -121,10 +142,10 @@ class Scoring:
     ks: tuple[int, ...] | None = None
     """Values of K to report; None reports every K from 1 to num_draws."""
     baseline: float | None = None
-    """Mean squared distance of the scaled activations from their mean; None measures it on the evaluated set, a number states
-    it (the released pairs quote 0.7335, 0.0302, ...)."""
+    """Mean squared distance of the activations (of a pair: the scaled ones) from their mean; None measures it on the evaluated
+    set, a number states it (the released pairs quote 0.7335, 0.0302, ...)."""
     failed_error: float = 2.0
-    """Error of an activation all of whose draws failed: 2 is an orthogonal reconstruction."""
+    """Error of an activation all of whose draws failed: 2 is an orthogonal reconstruction. A checkpoint's draws never fail."""
     level: float = 0.95
     """Coverage of the intervals."""
     num_replicates: int = 2000
@@ -140,11 +161,8 @@ class Scoring:
             for k in self.ks:
                 _at_least("scoring.ks", k, 1)
             object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
-        if self.baseline is not None and not (_is_number(self.baseline) and 0 < self.baseline <= 1):
-            raise SpecError(
-                f"scoring.baseline={self.baseline!r} must lie in (0, 1] (it is 1 - R^2 of vectors scaled to norm sqrt(d)), "
-                "or be None to measure it"
-            )
+        if self.baseline is not None and not (_is_number(self.baseline) and self.baseline > 0):
+            raise SpecError(f"scoring.baseline={self.baseline!r} must be a number > 0, or None to measure it")
         if not (_is_number(self.level) and 0 < self.level < 1):
             raise SpecError(f"scoring.level={self.level!r} must lie between 0 and 1, e.g. 0.95")
         _at_least("scoring.num_replicates", self.num_replicates, 2)
@@ -169,6 +187,12 @@ class Cell:
             raise SpecError(
                 f"scoring.ks asks for K={max(ks)} but sampling.num_draws={num_draws}: best-of-K needs at least K draws. "
                 f"Raise sampling.num_draws to {max(ks)} or leave out the larger K."
+            )
+        baseline = self.scoring.baseline
+        if self.autoencoder.scoring_kind == "normalised" and baseline is not None and baseline > 1:
+            raise SpecError(
+                f"scoring.baseline={baseline!r} must lie in (0, 1] (it is 1 - R^2 of vectors scaled to norm sqrt(d)), or be None "
+                "to measure it; only a checkpoint is scored on raw vectors"
             )
         if self.activations.num_activations < 2 and self.scoring.baseline is None:
             raise SpecError(
@@ -295,7 +319,7 @@ def replace_at(spec: Any, path: str, value: Any) -> Any:
 
 def _unique(labels: list[str], cells: list[Cell]) -> list[str]:
     """Labels that tell cells apart: where pairs share a short name, what differs in their paths is added, then a number."""
-    for role in ("ar", "av"):
+    for role in ("ar", "av", "checkpoint"):
         paths = [str(getattr(c.autoencoder, role)) for c in cells]
         if len(set(labels)) < len(labels) and len(set(paths)) > 1:
             shared = len(os.path.commonpath(paths)) + 1 if all(p.startswith("/") for p in paths) else 0
@@ -311,7 +335,8 @@ def _is_number(value: object) -> bool:
 
 def _short(value: Any) -> str:
     if isinstance(value, Autoencoder):
-        return value.av.rstrip("/").rpartition("/")[2] if not value.av.endswith("/av") else value.av.rstrip("/").split("/")[-2]
+        parts = value.source.rstrip("/").split("/")
+        return parts[-2] if parts[-1] == "av" and len(parts) > 1 else parts[-1]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -34,7 +34,12 @@ class Summary:
 
 
 def summarise(
-    draws: pa.Table, vectors: np.ndarray, scoring: Scoring, ks: tuple[int, ...], empty_text: np.ndarray | None
+    draws: pa.Table,
+    vectors: np.ndarray,
+    scoring: Scoring,
+    ks: tuple[int, ...],
+    empty_text: np.ndarray | None,
+    kind: stats.ScoringKind = "normalised",
 ) -> Summary:
     """Statistics of a cell.
 
@@ -44,12 +49,14 @@ def summarise(
         scoring: baseline, failure policy, interval.
         ks: values of K to report.
         empty_text: [d_model] what the AR makes of an empty text.
+        kind: how the errors in `draws` were taken.
     """
     num_activations = len(vectors)
     grid = (num_activations, draws.num_rows // num_activations)
     errors = draws["error"].to_numpy().reshape(grid)
     documents = np.asarray(draws["document"].to_pylist(), dtype=object).reshape(grid)[:, 0]
-    baseline = stats.stated_baseline(scoring.baseline) if scoring.baseline else stats.evaluated_set_baseline(vectors)
+    stated = scoring.baseline
+    baseline = stats.stated_baseline(stated, scoring=kind) if stated else stats.evaluated_set_baseline(vectors, kind)
     curve = stats.fve_curve(
         errors, documents, baseline, ks=ks, failed_error=scoring.failed_error,
         num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level,
@@ -105,15 +112,18 @@ def _controls(draws: pa.Table, vectors: np.ndarray, baseline: stats.Baseline, em
     n = len(vectors)
     rows: list[dict[str, Any]] = []
     if empty is not None:
-        value = float(1 - stats.reconstruction_errors(empty[None], vectors).mean() / baseline.value)
+        value = float(1 - stats.reconstruction_errors(empty[None], vectors, baseline.scoring).mean() / baseline.value)
         rows.append(_control("empty_text", value, n, "FVE of the reconstruction of an empty text"))
     if n >= 2:
-        measured = baseline if baseline.kind == "evaluated set" else stats.evaluated_set_baseline(vectors)
+        own = baseline.kind == "evaluated set"
+        measured = baseline if own else stats.evaluated_set_baseline(vectors, baseline.scoring)
         value = 1 - stats.mean_vector_error(measured) / baseline.value
-        rows.append(_control("mean_vector", value, n, "FVE of the scaled mean of the activations: the best constant"))
+        mean = "scaled mean" if baseline.scoring == "normalised" else "mean"
+        rows.append(_control("mean_vector", value, n, f"FVE of the {mean} of the activations: the best constant"))
     pool = min(n, RETRIEVAL_POOL)
     if pool >= 2:
-        found = stats.retrieval(_first_reconstructions(draws, n, vectors.shape[1])[:pool], vectors[:pool])
+        firsts = _first_reconstructions(draws, n, vectors.shape[1], baseline.scoring)
+        found = stats.retrieval(firsts[:pool], vectors[:pool], baseline.scoring)
         note = "share of activations that their first draw is nearer to than to any other"
         rows.append(_control("retrieval_top1", found.top_1_rate, pool, note))
         rows.append(_control("retrieval_chance", found.chance, pool, "the same for draws that know nothing"))
@@ -143,12 +153,12 @@ def _control(name: str, value: float, num_activations: int, note: str, k: int | 
     return {"control": name, "k": k, "value": value, "num_activations": num_activations, "note": note}
 
 
-def _first_reconstructions(draws: pa.Table, num_activations: int, d_model: int) -> np.ndarray:
-    """[activation, d_model] scaled reconstruction of draw 0; NaN where that draw failed."""
+def _first_reconstructions(draws: pa.Table, num_activations: int, d_model: int, kind: stats.ScoringKind) -> np.ndarray:
+    """[activation, d_model] (scaled) reconstruction of draw 0; NaN where that draw failed."""
     kept = draws["reconstruction"].combine_chunks()
     at = np.flatnonzero(kept.is_valid().to_numpy(zero_copy_only=False))
     vectors = kept.drop_null().flatten().to_numpy().reshape(len(at), d_model)
-    return stats.mean_reconstructions(vectors, at // (draws.num_rows // num_activations), num_activations)
+    return stats.mean_reconstructions(vectors, at // (draws.num_rows // num_activations), num_activations, kind)
 
 
 def _counts(draws: pa.Table, curve: stats.FveCurve) -> dict[str, Any]:

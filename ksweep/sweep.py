@@ -20,7 +20,7 @@ from ksweep.activations.fill import plan as plan_activations
 from ksweep.draws import DrawsStore
 from ksweep.errors import DiskFullError, RequestError, RunError, SpecError, StoreError
 from ksweep.evaluate import land_lost
-from ksweep.keys import Keys, cell_keys
+from ksweep.keys import Keys, cell_keys, complete
 from ksweep.launch import submit as launch
 from ksweep.launch.job import Ending, create, jobs_at_work
 from ksweep.launch.plan import Facts, Step, plan
@@ -66,7 +66,7 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
             f"unknown option {unknown[0]}; options are --dry-run, --config FILE, --no-charts; settings are key=value"
         )
     sweep = apply_overrides(sweep, rest, options.config)
-    cells = sweep.cells()
+    cells = [complete(cell) for cell in sweep.cells()]
     keys = [cell_keys(cell) for cell in cells]
     if options.dry_run:
         terminal.print_plan(sweep, _plan(sweep, cells, keys))
@@ -127,7 +127,7 @@ def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, plann
         draws_wanted=wanted[0] * wanted[1],
         bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
         bytes_per_draw=BYTES_PER_DRAW,
-        seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.av),
+        seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.source),
     )
 
 

@@ -154,7 +154,7 @@ def warnings(curves: pa.Table) -> list[str]:
         label = row["label"]
         if row["failure_rate"] > FAILURES_TO_MENTION:
             lines.append(f"{label}: {row['failure_rate']:.0%} of the draws failed; a failed draw uses up one of the K")
-        if row["cut_off_rate"] > CUT_OFF_TO_MENTION:
+        if (row["cut_off_rate"] or 0) > CUT_OFF_TO_MENTION:
             cut_off = f"{row['cut_off_rate']:.0%}"
             lines.append(f"{label}: {cut_off} of the draws ran into max_new_tokens: raise sampling.max_new_tokens")
         if row["num_draws"] > 1 and row["distinct_text_fraction"] < DISTINCT_TO_MENTION:

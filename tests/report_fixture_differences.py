@@ -75,7 +75,7 @@ def verbalize(av: NlaVerbalizer, activations: torch.Tensor, num_tokens: int) -> 
 
 
 def reconstruct(ar: NlaReconstructor, texts: list[str], batch_size: int) -> np.ndarray:
-    return ar.reconstruct(texts, batch_size=batch_size).numpy()
+    return ar.reconstruct_texts(texts, batch_size=batch_size).numpy()
 
 
 def scores(reconstructions: np.ndarray, activations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

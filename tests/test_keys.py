@@ -17,6 +17,8 @@ from ksweep.spec import replace_at
 from tests.activations.helpers import passages, random_vectors, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, edit_sidecar, edit_weights, make_pair
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
@@ -228,3 +230,18 @@ def test_name_of_a_cell_is_its_label_and_the_start_of_its_key(cell: Cell) -> Non
     keys = cell_keys(cell)
     assert keys.name == f"{keys.label} @{keys.cell[:8]}"
     assert keys.label == label(cell, 1)
+
+
+def test_keys_of_a_pair_are_those_that_its_stored_results_have(tmp_path: Path) -> None:
+    pair, text = FIXTURES / "nla" / "qwen2_text", tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "words of row {i} and some more of them"}}\n' for i in range(20)))
+    cell = Cell(
+        autoencoder=Autoencoder(av=str(pair / "nla-av"), ar=str(pair / "nla-ar"), dtype="float32"),
+        activations=Activations(model=str(pair / "base"), text=str(text), num_activations=10, min_position=2, dtype="float32"),
+        sampling=Sampling(num_draws=4),
+    )
+    keys = cell_keys(cell)
+    # Computed before talkative-autoencoder checkpoints could stand in a spec. If they change on purpose, raise a version.
+    assert keys.activations == "4286d4ac7b388fb9007ea99fd9739311"
+    assert keys.draws == "691f7f2f3e18dad7de9cecadd248598f"
+    assert keys.cell == "f9258e5e4e1bce3eecb8ec9e022b6b2f"

@@ -26,7 +26,7 @@ from ksweep.errors import CheckpointError
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from ksweep.autoencoder.protocol import FinishReason, ParseOutcome
+    from ksweep.autoencoder.protocol import Explanation, FinishReason, ParseOutcome
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,12 @@ class NlaVerbalizer:
         self.injection_position = position
         self.stop_token_ids = stops
         self._checked = False
+
+    def inputs(
+        self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
+    ) -> Float[torch.Tensor, "activation d_model"]:
+        """The activations as they are."""
+        return vectors
 
     def prefill(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prefill:
         """Run the prompt once per vector, the vector injected; the first call also makes the differential check.
@@ -173,7 +179,13 @@ class NlaReconstructor:
         self.prompts = prompts
         self.d_model = info.d_model
 
-    def reconstruct(self, texts: Sequence[str], batch_size: int = 64) -> Float[torch.Tensor, "text d_model"]:
+    def reconstruct(
+        self, explanations: Sequence[Explanation], batch_size: int = 64
+    ) -> Float[torch.Tensor, "explanation d_model"]:
+        """`reconstruct_texts` of the explanations' texts."""
+        return self.reconstruct_texts([explanation.text for explanation in explanations], batch_size)
+
+    def reconstruct_texts(self, texts: Sequence[str], batch_size: int = 64) -> Float[torch.Tensor, "text d_model"]:
         """Raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts are run once.
 
         Each text is inserted as it is: strip and parse it first. Rows are batched by length and padded on the right, so a row's

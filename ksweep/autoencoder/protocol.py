@@ -17,6 +17,19 @@ ParseOutcome = Literal["ok", "no_open_tag", "no_close_tag", "empty", "cut_off"]
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """What an AR may read of one draw: an NLA pair's reads the text, a talkative autoencoder's the tokens."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    """Sampled tokens without a stop token."""
+    current_token_id: int | None = None
+    """The token that the activation was taken at."""
+    position: int | None = None
+    """Its index in its row of text."""
+
+
+@dataclass(frozen=True)
 class Prefill:
     """The prompt of some activations, run once: what a draw is forked from."""
 
@@ -35,6 +48,12 @@ class Verbalizer(Protocol):
     """transformers causal LM that continues the prompt token by token."""
     d_model: int
     stop_token_ids: frozenset[int]
+    """Tokens that end a text; none where every text has one length."""
+
+    def inputs(
+        self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
+    ) -> Float[torch.Tensor, "activation d_model"]:
+        """What `prefill` is given: the activations, less what the AV was trained without (a position's embedding)."""
 
     def prefill(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prefill:
         """Run the prompt once per vector, the vector injected."""
@@ -51,5 +70,7 @@ class Reconstructor(Protocol):
 
     d_model: int
 
-    def reconstruct(self, texts: Sequence[str], batch_size: int = 64) -> Float[torch.Tensor, "text d_model"]:
-        """Raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts are run once."""
+    def reconstruct(
+        self, explanations: Sequence[Explanation], batch_size: int = 64
+    ) -> Float[torch.Tensor, "explanation d_model"]:
+        """Raw (not normalised) float32 reconstructions on the CPU, in the order given; equal explanations are run once."""

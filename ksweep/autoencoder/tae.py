@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from ksweep.autoencoder.loading import torch_dtype
+from ksweep.autoencoder.protocol import Explanation
 from ksweep.autoencoder.tae_base import load_blocks, load_causal_lm, load_tokenizer
 from ksweep.autoencoder.tae_decoder import TaeVerbalizer
-from ksweep.autoencoder.tae_encoder import BEFORE_BLOCKS, Explanation, TaeReconstructor
+from ksweep.autoencoder.tae_encoder import BEFORE_BLOCKS, TaeReconstructor
 from ksweep.autoencoder.tae_file import TaeInfo, digest_tae, highest_step, inspect_tae, is_tae
 from ksweep.autoencoder.tae_layout import base_state
 

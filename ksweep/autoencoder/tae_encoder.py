@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ksweep.autoencoder.protocol import Explanation
 from ksweep.autoencoder.tae_base import blocks_of, check_contents, embedding_scale, exact_embedding_scale, is_identity
 from ksweep.autoencoder.tae_decoder import position_rows
 from ksweep.autoencoder.tae_file import TaeInfo
@@ -31,19 +32,6 @@ log = logging.getLogger(__name__)
 
 BEFORE_BLOCKS = -2
 """output_layer of an encoder that reads the input of block 0."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What an AR may read of one draw: an NLA pair's reads the text, a talkative autoencoder's the tokens."""
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    """Sampled tokens without a stop token."""
-    current_token_id: int | None = None
-    """The token that the activation was taken at."""
-    position: int | None = None
-    """Its index in its row of text."""
 
 
 class TaeReconstructor:

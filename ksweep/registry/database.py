@@ -62,6 +62,7 @@ SPEC_COLUMNS = {
     "sampling_seed": "sampling.seed",
     "av": "autoencoder.av",
     "ar": "autoencoder.ar",
+    "checkpoint": "autoencoder.checkpoint",
     "base": "autoencoder.base",
     "dtype": "autoencoder.dtype",
     "model": "activations.model",

@@ -94,7 +94,7 @@ class RunRecord:
     failure_rate: float | None = None
     """Fraction of the cell's draws that failed."""
     cut_off_rate: float | None = None
-    """Fraction of draws that ended at max_new_tokens."""
+    """Fraction of draws that ended at max_new_tokens; None where every explanation has one length."""
     distinct_text_fraction: float | None = None
     """Distinct explanations of an activation over its draws, mean over activations."""
     cjk_fraction: float | None = None

@@ -45,16 +45,17 @@ def runs_since(root: Path, moment: datetime) -> dict[str, str]:
         return dict(connection.execute(question, [moment.astimezone(UTC).replace(tzinfo=None)]).fetchall())
 
 
-def seconds_per_draw(root: Path, av: str) -> float | None:
-    """Of the newest run that sampled with this verbalizer, times its ranks; None where there is none."""
+def seconds_per_draw(root: Path, autoencoder: str) -> float | None:
+    """Of the newest run that sampled with this AV or checkpoint, times its ranks; None where there is none."""
     if not root.is_dir():
         return None
     question = """
         SELECT seconds['drawing'] * num_ranks / num_draws_sampled FROM runs
-        WHERE av = ? AND num_draws_sampled > 0 AND seconds['drawing'] IS NOT NULL ORDER BY finished DESC LIMIT 1
+        WHERE ? IN (av, checkpoint) AND num_draws_sampled > 0
+          AND seconds['drawing'] IS NOT NULL ORDER BY finished DESC LIMIT 1
     """
     with connect(root) as connection:
-        row = connection.execute(question, [av]).fetchone()
+        row = connection.execute(question, [autoencoder]).fetchone()
     return None if row is None else float(row[0])
 
 

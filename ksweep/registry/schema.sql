@@ -32,6 +32,7 @@ CREATE TABLE runs (
     d_model INTEGER,
     av VARCHAR,
     ar VARCHAR,
+    checkpoint VARCHAR,
     base VARCHAR,
     dtype VARCHAR,
     model VARCHAR,
@@ -89,7 +90,8 @@ COMMENT ON COLUMN runs.layer IS 'Block of the base model whose output was verbal
 COMMENT ON COLUMN runs.d_model IS 'Width of the activations, dimensions.';
 COMMENT ON COLUMN runs.av IS 'Activation verbalizer as given: path or hub id.';
 COMMENT ON COLUMN runs.ar IS 'Activation reconstructor as given: path or hub id.';
-COMMENT ON COLUMN runs.base IS 'Base model of PEFT adapters as given; NULL: the one that the adapters name.';
+COMMENT ON COLUMN runs.checkpoint IS 'Talkative-autoencoder file or directory as given, in place of av and ar; errors and baseline are then of raw vectors. NULL for a pair.';
+COMMENT ON COLUMN runs.base IS 'Base model of PEFT adapters or of a checkpoint as given; NULL: the one that they name.';
 COMMENT ON COLUMN runs.dtype IS 'Compute precision of AV and AR.';
 COMMENT ON COLUMN runs.model IS 'Language model that the activations come from, as given; NULL for ready-made vectors.';
 COMMENT ON COLUMN runs.text_source IS 'Text that the activations come from, as given: file, directory or hub id.';
@@ -102,7 +104,7 @@ COMMENT ON COLUMN runs.fve_over_successes IS 'FVE at K = 1 when failed draws are
 COMMENT ON COLUMN runs.num_failed_draws IS 'Draws of the cell without a usable explanation, all causes.';
 COMMENT ON COLUMN runs.failure_rate IS 'Draws of the cell without a usable explanation, fraction.';
 COMMENT ON COLUMN runs.failures IS 'Failed draws of the cell by cause: failures[''cut off''].';
-COMMENT ON COLUMN runs.cut_off_rate IS 'Draws that ended at max_new_tokens, fraction.';
+COMMENT ON COLUMN runs.cut_off_rate IS 'Draws that ended at max_new_tokens, fraction; NULL for a checkpoint, whose explanations all have one length.';
 COMMENT ON COLUMN runs.distinct_text_fraction IS 'Distinct explanations of an activation over its draws, mean over activations, fraction.';
 COMMENT ON COLUMN runs.cjk_fraction IS 'Explanations that are mostly Chinese or Japanese, fraction: the known symptom of an injection that did not arrive.';
 COMMENT ON COLUMN runs.mean_tokens IS 'Mean length of a draw, tokens.';

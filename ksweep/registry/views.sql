@@ -69,12 +69,15 @@ COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation; 
 
 CREATE VIEW v_temperature AS
 WITH siblings AS (
-    SELECT run_id, av, ar, model, md5(json_merge_patch(spec, '{"sampling": {"temperature": null}}')) AS setting FROM v_latest
+    SELECT run_id, av, ar, checkpoint, model,
+           -- specs written before there were checkpoints lack the field
+           md5(concat(checkpoint, json_merge_patch(spec, '{"sampling": {"temperature": null}, "autoencoder": {"checkpoint": null}}')))
+           AS setting FROM v_latest
 )
 SELECT s.setting, c.k, c.temperature, c.fve, c.fve_low, c.fve_high,
        rank() OVER (PARTITION BY s.setting, c.k ORDER BY c.fve DESC) AS place,
        c.shuffled_fve, c.num_activations, c.num_documents, c.baseline, c.baseline_kind,
-       s.av, s.ar, s.model, c.layer, c.cell, c.label, c.sweep, c.run_id
+       s.av, s.ar, s.checkpoint, s.model, c.layer, c.cell, c.label, c.sweep, c.run_id
 FROM curves AS c JOIN siblings AS s USING (run_id);
 COMMENT ON VIEW v_temperature IS 'FVE by temperature: cells that differ in nothing else share a setting. The best of several temperatures on the same activations is flattered by the choice (winner''s curse): look at the intervals.';
 COMMENT ON COLUMN v_temperature.setting IS 'Fingerprint of the spec without its temperature.';

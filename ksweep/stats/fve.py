@@ -76,6 +76,16 @@ def reconstruction_errors(
     return np.asarray(np.einsum("...d,...d->...", difference, difference) / left.shape[-1], dtype=np.float64)
 
 
+def cosines(
+    reconstructions: Float[np.ndarray, "*draws d"], targets: Float[np.ndarray, "*draws d"]
+) -> Float[np.ndarray, "*draws"]:
+    """Cosine of each reconstruction with its target; NaN where either is all zeros and has no direction."""
+    left, right = comparable(reconstructions, "raw"), comparable(targets, "raw")
+    lengths = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.einsum("...d,...d->...", left, right) / lengths, dtype=np.float64)
+
+
 def evaluated_set_baseline(vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind = "normalised") -> Baseline:
     """Mean squared distance of the activations from their own mean (``mse_rawvar`` of NLA ``schema.py:153``).
 

@@ -77,7 +77,7 @@ def test_av_and_ar_equal_plain_transformers(pair: TinyPair, tmp_path: Path) -> N
         plain_ar(input_ids=torch.tensor([row]))
     expected = torch.stack([out[0, -1] @ head.T for out in outputs])
     assert len(plain_ar.model.layers) == pair.layer + 1
-    assert torch.allclose(ar.reconstruct(TEXTS, batch_size=2), expected, atol=1e-4)
+    assert torch.allclose(ar.reconstruct_texts(TEXTS, batch_size=2), expected, atol=1e-4)
 
 
 def test_hook_is_gone_after_prefill_and_the_prompt_is_run_once(pair: TinyPair) -> None:
@@ -105,13 +105,13 @@ def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path
     pair = make_pair(tmp_path, family, adapters=True)
     before = (
         load_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits,
-        load_reconstructor(pair.ar, dtype="float32").reconstruct(["x"]),
+        load_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["x"]),
     )
     for path in (pair.av, pair.ar):
         edit_weights(path, change=lambda s: [v.zero_() for k, v in s.items() if "lora_B" in k], file="adapter_model.safetensors")
     after = (
         load_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits,
-        load_reconstructor(pair.ar, dtype="float32").reconstruct(["x"]),
+        load_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["x"]),
     )
     assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(before, after, strict=True))
 
@@ -205,4 +205,4 @@ def test_talking_pair_is_drawn_parsed_and_reconstructed(family: Family, adapters
     parsed = [av.parse(av.decode(d.token_ids), d.finish) for d in draws]
     texts = [text for text, outcome in parsed if text is not None and outcome == "ok"]
     assert len(texts) >= 8 and len(set(texts)) > 4
-    assert ar.reconstruct(texts).shape == (len(texts), 32)
+    assert ar.reconstruct_texts(texts).shape == (len(texts), 32)

@@ -46,11 +46,11 @@ def test_ar_prompts_hold_each_text_verbatim_between_the_expected_tokens(case: st
 @pytest.mark.parametrize("case", CASES)
 def test_reconstructions_do_not_depend_on_batch_order_or_repetition(case: str) -> None:
     ar, texts = load_reconstructor(FIXTURES / case / "nla-ar", dtype="float32"), expected(case)["ar"]["texts"]
-    together, alone = ar.reconstruct(texts), ar.reconstruct(texts, batch_size=1)
+    together, alone = ar.reconstruct_texts(texts), ar.reconstruct_texts(texts, batch_size=1)
     mixed = [3, 0, 3, 7, 1, 0]
     assert float((together - alone).abs().max() / alone.abs().max()) < 1e-5
-    assert float((ar.reconstruct([texts[i] for i in mixed], batch_size=3) - alone[mixed]).abs().max()) < 1e-4
-    assert ar.reconstruct([]).shape == (0, ar.d_model)
+    assert float((ar.reconstruct_texts([texts[i] for i in mixed], batch_size=3) - alone[mixed]).abs().max()) < 1e-4
+    assert ar.reconstruct_texts([]).shape == (0, ar.d_model)
 
 
 @pytest.mark.parametrize("case", CASES)

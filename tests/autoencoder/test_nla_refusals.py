@@ -179,7 +179,7 @@ def test_megatron_compat_tensors_and_a_final_norm_are_never_applied(case: str, o
     from safetensors.torch import load_file, save_file
 
     path = Path(shutil.copytree(originals / case / "nla-ar", tmp_path / "nla-ar"))
-    before = load(path, "ar").reconstruct(["some text"])
+    before = load(path, "ar").reconstruct_texts(["some text"])
     state = load_file(path / "model.safetensors")
     width = state["model.embed_tokens.weight"].shape[1]
     compat = {"model.norm.weight": torch.full((width,), 3.0), "lm_head.weight": torch.eye(width)}
@@ -189,7 +189,7 @@ def test_megatron_compat_tensors_and_a_final_norm_are_never_applied(case: str, o
         compat, "model-megatron-compat.safetensors"
     )
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert torch.equal(load(path, "ar").reconstruct(["some text"]), before)
+    assert torch.equal(load(path, "ar").reconstruct_texts(["some text"]), before)
 
 
 # --- BOS ---
@@ -278,9 +278,9 @@ def test_norms_far_from_the_injection_scale_are_warned_of_once(originals: Path, 
 
 def test_text_longer_than_the_ar_takes_is_refused_and_never_cut(originals: Path) -> None:
     ar = load(originals / "llama" / "nla-ar", "ar")
-    assert ar.reconstruct(["word " * 150]).isfinite().all()
+    assert ar.reconstruct_texts(["word " * 150]).isfinite().all()
     with pytest.raises(DataError, match=r"makes an AR prompt of \d+ tokens; AR .* takes 512 at most"):
-        ar.reconstruct(["x", "word " * 600])
+        ar.reconstruct_texts(["x", "word " * 600])
 
 
 # --- adapters ---

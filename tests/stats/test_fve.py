@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksweep.stats import evaluated_set_baseline, fve, reconstruction_errors, stated_baseline, unit_scaled
+from ksweep.stats import cosines, evaluated_set_baseline, fve, reconstruction_errors, stated_baseline, unit_scaled
 
 NLA = Path(__file__).parents[1] / "fixtures" / "nla"
 CASES = sorted(path.parent.name for path in NLA.glob("*/expected.npz"))
@@ -160,3 +160,8 @@ def test_stated_baseline_of_raw_scoring_may_exceed_one():
 def test_bad_input_gets_a_message_that_helps(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_cosines_ignore_lengths_and_leave_a_zero_vector_unknown():
+    left, right = np.array([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]]), np.array([[6.0, 8.0], [1.0, 1.0], [1.0, 2.0]])
+    np.testing.assert_allclose(cosines(left, right), [1.0, 0.5**0.5, np.nan], rtol=1e-12)

@@ -1,0 +1,184 @@
+"""Whole sweeps on talkative-autoencoder files: the fixtures of tests/fixtures/tae through the path a user takes."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
+from ksweep.activations import ensure
+from ksweep.autoencoder.tae_file import TaeInfo, inspect_tae
+from ksweep.errors import SpecError
+from ksweep.overrides import apply_overrides
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures" / "tae"
+CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
+WORDS = "the of and to in is was he for it with as his on be at by had".split()  # noqa: SIM905
+NUM_ACTIVATIONS, NUM_DRAWS = 24, 4
+
+
+def checkpoint(case: str) -> Path:
+    return next((FIXTURES / case).glob("*.pt"))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    """Of a pair that does not exist: what the command line puts in its place must be all that counts."""
+    source = random.Random(0)
+    rows = [{"text": " ".join(source.choices(WORDS, k=20)), "document": f"d{i // 3}"} for i in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return Sweep(
+        name="tae",
+        cell=Cell(
+            autoencoder=Autoencoder(av="/nowhere/av", ar="/nowhere/ar", base="/nowhere/base", dtype="float32"),
+            activations=Activations(
+                model="/nowhere/base", layer=17, text=str(tmp_path / "text.jsonl"), num_activations=NUM_ACTIVATIONS,
+                min_position=8, max_length=100, dtype="float32",
+            ),
+            sampling=Sampling(num_draws=NUM_DRAWS),
+            scoring=Scoring(num_replicates=50),
+        ),
+        resources=Resources(cluster="inprocess", gpus=0),
+        registry=str(tmp_path / "registry"),
+        vector_cache=str(tmp_path / "vector_cache"),
+    )  # fmt: skip
+
+
+def run(sweep: Sweep, case: str, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        sweep_main(sweep, ["--no-charts", f"autoencoder.checkpoint={checkpoint(case)}", *arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def ask(sweep: Sweep, question: str) -> list[tuple[Any, ...]]:
+    with connect(sweep.registry) as connection:
+        return connection.execute(question).fetchall()
+
+
+@dataclass
+class Kept:
+    """What a finished sweep left on disk."""
+
+    info: TaeInfo
+    vectors: np.ndarray
+    errors: np.ndarray
+    cosines: np.ndarray
+    shuffled: np.ndarray
+    others: np.ndarray
+    reconstructions: np.ndarray
+    """Of draw 0."""
+
+
+def kept(sweep: Sweep, case: str) -> Kept:
+    info = inspect_tae(checkpoint(case))
+    wanted = replace(sweep.cell.activations, model=info.activations_model, layer=None)
+    vectors = ensure(wanted, info.layer, Path(sweep.vector_cache)).vectors().astype(np.float64)
+    parts = [pq.read_table(p, partitioning=None) for p in Path(sweep.registry).glob("draws/*/part-*.parquet")]
+    rows = sorted((row for part in parts for row in part.to_pylist()), key=lambda r: (r["activation"], r["draw"]))
+    grid = (NUM_ACTIVATIONS, NUM_DRAWS)
+    names = ("error", "cosine", "shuffled_error", "shuffled_activation")
+    columns = (np.array([r[name] for r in rows]).reshape(grid) for name in names)
+    return Kept(info, vectors, *columns, np.array([r["reconstruction"] for r in rows if r["draw"] == 0]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_curve_of_a_checkpoint_is_the_raw_fve_of_its_stored_draws(
+    sweep: Sweep, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(sweep, case) == 0
+    said = capsys.readouterr().out
+    assert "computed 1 of 1 cells" in said and "max_new_tokens" not in said and "failed;" not in said
+    found = kept(sweep, case)
+    firsts = found.reconstructions
+    np.testing.assert_allclose(found.errors[:, 0], np.square(firsts - found.vectors).mean(axis=1), rtol=1e-5)
+    lengths = np.linalg.norm(firsts, axis=1) * np.linalg.norm(found.vectors, axis=1)
+    np.testing.assert_allclose(found.cosines[:, 0], (firsts * found.vectors).sum(axis=1) / lengths, atol=1e-5)
+    partners = found.vectors[found.others[:, 0]]
+    np.testing.assert_allclose(found.shuffled[:, 0], np.square(firsts - partners).mean(axis=1), rtol=1e-5)
+
+    baseline = np.square(found.vectors - found.vectors.mean(axis=0)).mean()
+    rows = ask(sweep, "SELECT fve, baseline, shuffled_fve, all_failed_rate FROM curves ORDER BY k")
+    np.testing.assert_allclose([row[1] for row in rows], baseline, rtol=1e-6)
+    assert [row[3] for row in rows] == [0.0] * NUM_DRAWS
+    for row, of in ((0, found.errors.mean(axis=1)), (NUM_DRAWS - 1, found.errors.min(axis=1))):
+        assert rows[row][0] == pytest.approx(1 - of.mean() / baseline, abs=1e-6)
+    assert rows[0][2] == pytest.approx(1 - found.shuffled.mean() / baseline, abs=1e-6)
+    controls = dict(ask(sweep, "SELECT control, value FROM controls"))
+    assert controls["mean_vector"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(sweep: Sweep, case: str) -> None:
+    assert run(sweep, case) == 0
+    info = inspect_tae(checkpoint(case))
+    assert ask(sweep, "SELECT DISTINCT num_tokens, parse FROM draws") == [(info.num_tokens, "ok")]
+    recorded = "SELECT checkpoint, av, layer, d_model, max_new_tokens, model, failure_rate, cut_off_rate FROM runs"
+    whole = (str(checkpoint(case)), None, info.layer, info.d_model, info.num_tokens, info.activations_model, 0.0, None)
+    assert ask(sweep, recorded) == [whole]
+
+
+def test_a_stated_baseline_of_raw_vectors_may_exceed_one(sweep: Sweep) -> None:
+    assert run(sweep, CASES[0], "scoring.baseline=12.5") == 0
+    [(fve, error)] = ask(sweep, "SELECT fve, error FROM curves WHERE k = 1")
+    assert fve == pytest.approx(1 - error / 12.5)
+
+
+def test_activations_of_another_width_are_refused_with_the_right_model(
+    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / "config.json").write_text('{"num_hidden_layers": 9, "hidden_size": 7}')
+    assert run(sweep, CASES[0], f"activations.model={tmp_path / 'wide'}") == 2
+    error = capsys.readouterr().err
+    assert "width 7" in error and inspect_tae(checkpoint(CASES[0])).activations_model in error
+
+
+def test_a_checkpoint_and_a_pair_each_take_the_place_of_the_other(sweep: Sweep) -> None:
+    with_file = apply_overrides(sweep, ["autoencoder.checkpoint=a.pt"])
+    assert with_file.cell.autoencoder == Autoencoder(checkpoint="a.pt", dtype="float32")
+    assert (with_file.cell.activations.model, with_file.cell.activations.layer) == (None, None)
+    back = apply_overrides(with_file, ["autoencoder.av=x", "autoencoder.ar=y"]).cell.autoencoder
+    assert back == Autoencoder(av="x", ar="y", dtype="float32")
+    given = apply_overrides(sweep, ["autoencoder.checkpoint=[a.pt,b.pt]", "activations.model=m"])
+    assert [cell.autoencoder.source for cell in given.cells()] == ["a.pt", "b.pt"]
+    assert given.cell.activations.model == "m" and given.labels() == ["checkpoint=a.pt", "checkpoint=b.pt"]
+    of_pairs = replace(sweep, axes={"autoencoder": (sweep.cell.autoencoder, Autoencoder(av="x", ar="y"))})
+    assert {c.autoencoder.source for c in apply_overrides(of_pairs, ["autoencoder.checkpoint=a.pt"]).cells()} == {"a.pt"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"av": "x"}, {"av": "x", "ar": "y", "checkpoint": "c.pt"}])
+def test_an_autoencoder_that_is_neither_a_pair_nor_a_file_is_refused(fields: dict[str, str]) -> None:
+    with pytest.raises(SpecError, match="either a pair"):
+        Autoencoder(**fields)
+
+
+def test_a_stated_baseline_above_one_is_refused_for_a_pair(sweep: Sweep) -> None:
+    with pytest.raises(SpecError, match=r"scoring.baseline=12.5 must lie in \(0, 1\]"):
+        replace(sweep.cell, scoring=Scoring(baseline=12.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_draws_and_the_curve_of_one(
+    sweep: Sweep, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    other = replace(
+        sweep, registry=str(tmp_path / "two" / "registry"), vector_cache=str(tmp_path / "two" / "vectors"),
+        resources=Resources(cluster="local", gpus=0, tasks=2),
+    )  # fmt: skip
+    assert run(sweep, case) == 0 and run(other, case) == 0
+    assert ask(other, "SELECT num_ranks FROM runs") == [(2,)]
+    texts = "SELECT activation, draw, text, token_ids FROM draws ORDER BY activation, draw"
+    assert ask(other, texts) == ask(sweep, texts)
+    curve = "SELECT fve, fve_low, fve_high, error, cosine, shuffled_fve FROM curves ORDER BY k"
+    np.testing.assert_allclose(ask(other, curve), ask(sweep, curve), rtol=1e-5, atol=1e-5)
