@@ -123,7 +123,7 @@ def _rows(table: Any, needed: Iterable[str]) -> Rows:
 
 
 _USED = (
-    "label", "k", "fve", "fve_low", "fve_high", "level", "temperature", "baseline", "baseline_kind",
+    "label", "metric", "k", "fve", "fve_low", "fve_high", "level", "temperature", "baseline", "baseline_kind",
     "num_activations", "num_documents", "shuffled_fve",
 )  # fmt: skip
 
@@ -374,7 +374,9 @@ def _subtitle(rows: Rows, note: str | None) -> list[str]:
     interval = _of(rows, "level", "{:.0%}")
     has_interval = any(r["fve_low"] is not None for r in rows)
     lines = ["Oracle selection by the AR: the reconstructor that scores also picks the best draw."]
-    about = f"{interval + ' intervals' if interval else 'Intervals'}: bootstrap over documents." if has_interval else ""
+    others = sorted({r["metric"] for r in rows if r.get("metric") not in (None, "fve")})
+    lines += [f"{_listed(rows, others)}."] if others else []
+    about = f"{interval + ' intervals' if interval else 'Intervals'}: bootstrap over {_resampled(rows)}." if has_interval else ""
     lines += [" ".join(part for part in (about, note) if part)] if about or note else []
     kinds = " or ".join(dict.fromkeys(r["baseline_kind"] for r in rows if r["baseline_kind"]))
     facts = [
@@ -383,6 +385,22 @@ def _subtitle(rows: Rows, note: str | None) -> list[str]:
         f"{_of(rows, 'num_documents', '{:,}')} documents" if _of(rows, "num_documents", "{}") else "",
     ]
     return [*lines, ", ".join(f for f in facts if f)] if any(facts) else lines
+
+
+def _resampled(rows: Rows) -> str:
+    """What the bootstrap drew: documents; single activations in curves imported from the reference sweep."""
+    imported = {r.get("metric") not in (None, "fve") for r in rows if r["fve_low"] is not None}
+    single = "single activations"
+    return "documents" if imported == {False} else single if imported == {True} else f"documents (imported curves: {single})"
+
+
+def _listed(rows: Rows, metrics: list[str]) -> str:
+    """Which curves show another number than FVE."""
+    of = {m: list(dict.fromkeys(r["label"] for r in rows if r.get("metric") == m)) for m in metrics}
+    whole = len(metrics) == 1 and all(r.get("metric") in metrics for r in rows)
+    return "; ".join(
+        f"{'Shown' if whole or len(labels) > 3 else ', '.join(labels)}: {m} of the reference sweep" for m, labels in of.items()
+    )
 
 
 def _of(rows: Rows, name: str, form: str) -> str:

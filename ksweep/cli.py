@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -47,6 +47,45 @@ def ls(registry: Registry = Path("registry"), as_json: Json = False) -> None:
     """
     table = ask(registry, question)
     _print(table.column_names, table.to_pylist(), as_json)
+
+
+@app.command("import-json")
+def import_json(
+    files: list[Path],
+    registry: Registry = Path("registry"),
+    metric: Annotated[
+        str, typer.Option(help="Number of the curve: variance_recovery or mse_variance_recovery.")
+    ] = "variance_recovery",
+) -> None:
+    """Bring result files of the reference sweep into the registry, so that old and new curves share a chart."""
+    from ksweep.registry import database
+    from ksweep.registry.reference_json import import_files
+
+    registry.mkdir(parents=True, exist_ok=True)
+    for arrival in import_files(registry, files, cast(Any, metric)):
+        print(f"{arrival.path}: {arrival.run_id}{'' if arrival.landed else ' (was there already)'}")
+        for note in arrival.notes:
+            print(f"  note: {note}", file=sys.stderr)
+    _say(database.ingest(registry))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run id, or the name of a cell or label (its newest finished run).")],
+    as_json: Annotated[bool, typer.Option("--json", help="In the reference sweep's JSON schema (the only format).")] = True,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; standard output without.")] = None,
+    registry: Registry = Path("registry"),
+) -> None:
+    """Write a run in the JSON schema of the reference sweep, with what misleads in it named."""
+    from ksweep.registry.questions import run_named
+    from ksweep.registry.reference_json import export_run, write_json
+
+    document = export_run(registry, run_named(registry, run))
+    if output is None:
+        print(json.dumps(document, allow_nan=False))
+    else:
+        write_json(output, document)
+        print(output)
 
 
 @db.command()

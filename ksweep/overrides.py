@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from ksweep.errors import SpecError
 from ksweep.spec import Autoencoder, Cell, Resources, Sweep
 
+log = logging.getLogger(__name__)
+
 GROUPS: dict[str, type] = {**typing.get_type_hints(Cell), "resources": Resources}
-PLAIN = ("name", "question", "registry", "vector_cache")
+PLAIN = ("name", "question", "registry", "vector_cache", "export_json")
 
 
 def apply_overrides(sweep: Sweep, arguments: Sequence[str] = (), config: str | Path | None = None) -> Sweep:
@@ -31,7 +34,7 @@ def apply_overrides(sweep: Sweep, arguments: Sequence[str] = (), config: str | P
     """
     given: dict[str, Any] = {}
     if config is not None:
-        given |= dict(_flatten(_read_yaml(Path(config))))
+        given |= _config(_read_yaml(Path(config)))
     for argument in arguments:
         key, value = _split(argument)
         given[_resolve(key)] = value
@@ -58,6 +61,18 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise SpecError(f"{path} holds a {type(value).__name__}, expected keys such as\n  sampling:\n    num_draws: 32")
     return typing.cast("Mapping[str, Any]", value)
+
+
+def _config(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file by dotted key; one of the reference's old shape (all below `eval`) is translated."""
+    from ksweep import legacy  # asks this module for the known keys
+
+    if not legacy.is_old_config(tree):
+        return dict(_flatten(tree))
+    settings, warnings = legacy.translate_config(tree)
+    for warning in warnings:
+        log.warning(warning)
+    return {_resolve(key): value for key, value in settings.items()}
 
 
 def _flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -257,6 +257,8 @@ class Sweep:
     """Directory of draws, landing files and the database."""
     vector_cache: str = "vector_cache"
     """Directory of the activation store."""
+    export_json: str = ""
+    """File that results also go to in the reference sweep's JSON schema; with several cells one for each, by its label."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):

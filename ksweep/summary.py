@@ -88,6 +88,7 @@ def _shuffled_fve(
 def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray) -> list[dict[str, Any]]:
     return [
         {
+            "metric": "fve",
             "k": int(k),
             "fve": float(curve.fve[i]),
             "fve_low": _number(curve.fve_low[i]),

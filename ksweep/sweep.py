@@ -79,7 +79,20 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     if missing:
         _run(sweep, missing)
     terminal.show(sweep, keys, computed=len(missing), charts=not options.no_charts)
+    if sweep.export_json:
+        _export(sweep, keys)
     return 0
+
+
+def _export(sweep: Sweep, keys: Sequence[Keys]) -> None:
+    """The newest run of each cell in the reference's JSON schema."""
+    from ksweep.registry.reference_json import export_run, write_json
+
+    runs, target = finished_runs(Path(sweep.registry)), Path(sweep.export_json)
+    for key, label in zip(keys, sweep.labels(), strict=True):
+        path = target if len(keys) == 1 else target.with_name(f"{target.stem} {label}{target.suffix}".replace("/", "_"))
+        write_json(path, export_run(sweep.registry, runs[key.cell]))
+        print(f"exported: {path}")
 
 
 def _parser(sweep: Sweep) -> argparse.ArgumentParser:

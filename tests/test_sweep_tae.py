@@ -126,6 +126,16 @@ def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(sweep: 
     assert ask(sweep, recorded) == [whole]
 
 
+def test_a_run_goes_to_the_reference_schema_with_raw_errors(sweep: Sweep, tmp_path: Path) -> None:
+    assert run(sweep, CASES[0], f"export_json={tmp_path / 'out.json'}") == 0
+    document, found = json.loads((tmp_path / "out.json").read_text()), kept(sweep, CASES[0])
+    assert document["checkpoint_path"] == str(checkpoint(CASES[0])) and "avg_mse" not in document["ksweep"]["misleading"]
+    last = document["results_by_k"][-1]
+    np.testing.assert_allclose(last["mse_values"], found.errors.min(axis=1))
+    recovered = 1 - found.errors.min(axis=1).mean() / found.vectors.var(axis=0, ddof=1).mean()
+    assert last["mse_variance_recovery"] == pytest.approx(recovered, abs=1e-6)
+
+
 def test_a_stated_baseline_of_raw_vectors_may_exceed_one(sweep: Sweep) -> None:
     assert run(sweep, CASES[0], "scoring.baseline=12.5") == 0
     [(fve, error)] = ask(sweep, "SELECT fve, error FROM curves WHERE k = 1")

@@ -72,7 +72,12 @@ SPEC_COLUMNS = {
 }
 """Columns of `runs` that are read out of the spec, and where they stand in it."""
 
-MEANINGS = {"best_draws": ("draws",), "controls": ("run_controls", "runs"), "v_latest": ("runs",)}
+MEANINGS = {
+    "best_draws": ("draws",),
+    "controls": ("run_controls", "runs"),
+    "v_latest": ("runs",),
+    "reference_quantities": ("run_reference", "runs"),
+}
 """Where the columns of a view get their comments from; for views that are not named here, run_curves and then runs."""
 
 
@@ -270,13 +275,13 @@ def _fill(database: Path, root: Path, plan: _Plan) -> None:
 
 
 def _forget(connection: duckdb.DuckDBPyConnection, run_ids: Sequence[str]) -> None:
-    for table in ("runs", "run_curves", "run_controls", "quarantine") if run_ids else ():
+    for table in ("runs", "run_curves", "run_controls", "run_reference", "quarantine") if run_ids else ():
         connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [list(run_ids)])
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[str]) -> None:
     schema = _arrow_schema(connection, "runs")
-    runs, curves, controls, bad = [], [], [], []
+    runs, curves, controls, reference, bad = [], [], [], [], []
     for name in names:
         try:
             landed = read(root / "landing" / name)
@@ -287,7 +292,9 @@ def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[s
             continue
         curves += [_with_run_id(landed.curve, name)] if landed.curve is not None else []
         controls += [_with_run_id(landed.controls, name)] if landed.controls is not None else []
-    for table, rows in {"runs": runs, "run_curves": curves, "run_controls": controls}.items():
+        reference += [_with_run_id(landed.reference, name)] if landed.reference is not None else []
+    tables = {"runs": runs, "run_curves": curves, "run_controls": controls, "run_reference": reference}
+    for table, rows in tables.items():
         if rows:
             _append(connection, table, pa.concat_tables(rows).combine_chunks())
     if bad:

@@ -29,6 +29,7 @@ Status = Literal["finished", "failed", "stopped"]
 
 CURVE = "curve.parquet"
 CONTROLS = "controls.parquet"
+REFERENCE = "reference.parquet"
 FORMAT = 1
 """Raised when files written before could be misread; a reader refuses a later format instead of guessing."""
 
@@ -135,20 +136,21 @@ class RunRecord:
 
 CURVE_SCHEMA = pa.schema(
     [
+        pa.field("metric", pa.string()),
         pa.field("k", pa.int32(), nullable=False),
         pa.field("fve", pa.float64(), nullable=False),
         pa.field("fve_low", pa.float64()),
         pa.field("fve_high", pa.float64()),
         pa.field("level", pa.float64()),
-        pa.field("error", pa.float64(), nullable=False),
+        pa.field("error", pa.float64()),
         pa.field("cosine", pa.float64()),
         pa.field("failure_rate", pa.float64()),
         pa.field("fve_over_successes", pa.float64()),
         pa.field("num_activations", pa.int64(), nullable=False),
         pa.field("num_documents", pa.int64()),
         pa.field("num_draws", pa.int32()),
-        pa.field("baseline", pa.float64(), nullable=False),
-        pa.field("baseline_kind", pa.string(), nullable=False),
+        pa.field("baseline", pa.float64()),
+        pa.field("baseline_kind", pa.string()),
         pa.field("shuffled_fve", pa.float64()),
     ]
 )
@@ -165,6 +167,24 @@ CONTROLS_SCHEMA = pa.schema(
 )
 """One row per control: "empty_text", "mean_vector" (an FVE), "retrieval_top1" (a fraction). `note` says what the value is."""
 
+REFERENCE_SCHEMA = pa.schema(
+    [
+        pa.field("quantity", pa.string(), nullable=False),
+        pa.field("role", pa.string()),
+        pa.field("k", pa.int32(), nullable=False),
+        pa.field("value", pa.float64()),
+        pa.field("num_activations", pa.int64()),
+        pa.field("spread", pa.float64()),
+        pa.field("bias", pa.float64()),
+        pa.field("std", pa.float64()),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("bca_low", pa.float64()),
+        pa.field("bca_high", pa.float64()),
+    ]
+)
+"""The reference sweep's own quantities: one row per quantity, role (null: all activations) and K; see table run_reference."""
+
 
 @dataclass(frozen=True)
 class Landed:
@@ -175,6 +195,8 @@ class Landed:
     """CURVE_SCHEMA; None unless the run finished."""
     controls: pa.Table | None
     """CONTROLS_SCHEMA, or None."""
+    reference: pa.Table | None = None
+    """REFERENCE_SCHEMA, or None."""
 
 
 def new_run_id(cell_key: str) -> str:
@@ -182,7 +204,13 @@ def new_run_id(cell_key: str) -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{cell_key[:8]}-{secrets.token_hex(4)}"
 
 
-def land(registry_root: Path | str, record: RunRecord, curve: pa.Table | None = None, controls: pa.Table | None = None) -> Path:
+def land(
+    registry_root: Path | str,
+    record: RunRecord,
+    curve: pa.Table | None = None,
+    controls: pa.Table | None = None,
+    reference: pa.Table | None = None,
+) -> Path:
     """Write what a run says into `<registry_root>/landing/<run_id>/`, all of it or nothing.
 
     Raises:
@@ -193,6 +221,7 @@ def land(registry_root: Path | str, record: RunRecord, curve: pa.Table | None = 
     tables = {
         CURVE: None if curve is None else _checked_curve(_cast(curve, CURVE_SCHEMA, "curve")),
         CONTROLS: None if controls is None else _cast(controls, CONTROLS_SCHEMA, "controls"),
+        REFERENCE: None if reference is None else _cast(reference, REFERENCE_SCHEMA, "reference quantities"),
     }
     landing = Path(registry_root) / "landing"
     landing.mkdir(parents=True, exist_ok=True)
@@ -229,8 +258,9 @@ def read(path: Path | str) -> Landed:
     try:
         curve = _stated_table(path / CURVE, raw["files"], CURVE_SCHEMA)
         controls = _stated_table(path / CONTROLS, raw["files"], CONTROLS_SCHEMA)
+        reference = _stated_table(path / REFERENCE, raw["files"], REFERENCE_SCHEMA)
         _check_status_and_curve(record, curve)
-        return Landed(record, None if curve is None else _checked_curve(curve), controls)
+        return Landed(record, None if curve is None else _checked_curve(curve), controls, reference)
     except ValueError as error:
         raise LandingError(f"{path.name}: {error}") from error
 

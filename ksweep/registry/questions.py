@@ -45,6 +45,24 @@ def runs_since(root: Path, moment: datetime) -> dict[str, str]:
         return dict(connection.execute(question, [moment.astimezone(UTC).replace(tzinfo=None)]).fetchall())
 
 
+def run_named(root: Path, name: str) -> str:
+    """The run of that id, else the newest finished run of the cell or label of that name.
+
+    Raises:
+        RequestError: there is none, or several cells share the label.
+    """
+    with connect(root) as connection:
+        found = connection.execute(
+            "SELECT run_id FROM runs WHERE run_id = $1 UNION SELECT run_id FROM v_latest WHERE cell = $1 OR label = $1",
+            [name],
+        ).fetchall()
+    if len(found) == 1:
+        return str(found[0][0])
+    if not found:
+        raise RequestError(f"no run, cell or label {name!r} in {root}: `ksweep ls` lists them")
+    raise RequestError(f"{len(found)} runs are called {name!r}; name one of them: {', '.join(sorted(run for (run,) in found))}")
+
+
 def seconds_per_draw(root: Path, autoencoder: str) -> float | None:
     """Of the newest run that sampled with this AV or checkpoint, times its ranks; None where there is none."""
     if not root.is_dir():

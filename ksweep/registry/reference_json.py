@@ -29,30 +29,12 @@ from ksweep.draws import DrawsStore
 from ksweep.errors import DataError, RequestError, SpecError
 from ksweep.files import publish
 from ksweep.identity import fingerprint
-from ksweep.registry.landing import CURVE_SCHEMA, Landed, RunRecord, land, read
+from ksweep.registry.landing import CURVE_SCHEMA, REFERENCE_SCHEMA, Landed, RunRecord, land, read
 from ksweep.stats import best_of_k_errors
 from ksweep.stats.reference import prefix_of_k_errors
 
 Metric = Literal["variance_recovery", "mse_variance_recovery"]
 Row = dict[str, Any]
-
-REFERENCE_SCHEMA = pa.schema(
-    [
-        pa.field("quantity", pa.string(), nullable=False),
-        pa.field("role", pa.string()),
-        pa.field("k", pa.int32(), nullable=False),
-        pa.field("value", pa.float64()),
-        pa.field("num_activations", pa.int64()),
-        pa.field("spread", pa.float64()),
-        pa.field("bias", pa.float64()),
-        pa.field("std", pa.float64()),
-        pa.field("low", pa.float64()),
-        pa.field("high", pa.float64()),
-        pa.field("bca_low", pa.float64()),
-        pa.field("bca_high", pa.float64()),
-    ]
-)
-"""One row per quantity, role (null: all) and K: `ksweep.stats.reference.reference_rows`, and what an old file says."""
 
 MISLEADING = {
     "variance_recovery": "a residual variance: a constant bias costs nothing; in mse_variance_recovery it counts",
@@ -83,10 +65,9 @@ def export_run(registry: Path | str, run_id: str, *, activation_norms: Sequence[
     if not path.is_dir():
         raise RequestError(f"no run {run_id!r} in {path.parent}: `ksweep ls` lists the runs")
     run = read(path)
-    reference = getattr(run, "reference", None)
     return export(
         run,
-        reference=reference.to_pylist() if reference is not None else (),
+        reference=run.reference.to_pylist() if run.reference is not None else (),
         mse_values=_best_errors(Path(registry), run),
         activation_norms=activation_norms,
     )
@@ -242,7 +223,8 @@ def _about(run: Landed, results: Sequence[Row], of_reference: bool) -> Row:
     assert run.curve is not None
     record, scoring = run.record, run.record.spec.get("scoring") or {}
     unknown = sorted({name for r in results for name, value in r.items() if value is None or value == []})
-    missing = {} if of_reference else {"avg_mse": "of vectors scaled to norm sqrt(d): 2 (1 - cosine); not a raw error"}
+    scaled = not (of_reference or (record.spec.get("autoencoder") or {}).get("checkpoint"))
+    missing = {"avg_mse": "of vectors scaled to norm sqrt(d): 2 (1 - cosine); not a raw error"} if scaled else {}
     return {
         "run_id": record.run_id,
         "cell": record.cell,
@@ -327,7 +309,7 @@ def import_files(registry: Path | str, paths: Iterable[Path | str], metric: Metr
     for path, run in found:
         new = not (Path(registry) / "landing" / run.record.run_id).exists()
         if new:
-            land(registry, run.record, run.curve)
+            land(registry, run.record, run.curve, reference=run.reference)
         arrivals.append(Arrival(path, run.record.run_id, new, run.notes))
     return arrivals
 

@@ -131,24 +131,26 @@ COMMENT ON COLUMN runs.activations_key IS 'Identity of the activations; director
 
 CREATE TABLE run_curves (
     run_id VARCHAR NOT NULL,
+    metric VARCHAR,
     k INTEGER NOT NULL,
     fve DOUBLE NOT NULL,
     fve_low DOUBLE,
     fve_high DOUBLE,
     level DOUBLE,
-    error DOUBLE NOT NULL,
+    error DOUBLE,
     cosine DOUBLE,
     failure_rate DOUBLE,
     fve_over_successes DOUBLE,
     num_activations BIGINT NOT NULL,
     num_documents BIGINT,
     num_draws INTEGER,
-    baseline DOUBLE NOT NULL,
-    baseline_kind VARCHAR NOT NULL,
+    baseline DOUBLE,
+    baseline_kind VARCHAR,
     shuffled_fve DOUBLE
 );
 COMMENT ON TABLE run_curves IS 'One row per finished run and K, as landed. Ask curves (newest run of each cell) or curve_history (all runs) instead: they carry the names.';
 COMMENT ON COLUMN run_curves.run_id IS 'Run that measured it.';
+COMMENT ON COLUMN run_curves.metric IS 'What the column fve holds: fve (NULL: likewise), or in imported runs the number of the reference sweep, variance_recovery (blind to a constant bias) or mse_variance_recovery.';
 COMMENT ON COLUMN run_curves.k IS 'Draws that the best is taken from.';
 COMMENT ON COLUMN run_curves.fve IS 'Fraction of variance explained by the best of k draws: 1 - error / baseline. The AR that scores also selects (oracle).';
 COMMENT ON COLUMN run_curves.fve_low IS 'Lower end of the interval of fve: bootstrap over documents.';
@@ -180,6 +182,36 @@ COMMENT ON COLUMN run_controls.k IS 'Draws the control takes the best of; NULL w
 COMMENT ON COLUMN run_controls.value IS 'FVE; for retrieval_* a fraction of activations.';
 COMMENT ON COLUMN run_controls.num_activations IS 'Activations averaged over.';
 COMMENT ON COLUMN run_controls.note IS 'What the value is, in words.';
+
+CREATE TABLE run_reference (
+    run_id VARCHAR NOT NULL,
+    quantity VARCHAR NOT NULL,
+    role VARCHAR,
+    k INTEGER NOT NULL,
+    value DOUBLE,
+    num_activations BIGINT,
+    spread DOUBLE,
+    bias DOUBLE,
+    std DOUBLE,
+    low DOUBLE,
+    high DOUBLE,
+    bca_low DOUBLE,
+    bca_high DOUBLE
+);
+COMMENT ON TABLE run_reference IS 'The reference sweep''s own quantities of runs over talkative-autoencoder checkpoints and of imported files, one row per quantity, role and K. Ask reference_quantities (newest run of each cell) instead.';
+COMMENT ON COLUMN run_reference.run_id IS 'Run that measured it.';
+COMMENT ON COLUMN run_reference.quantity IS 'avg_mse; variance_recovery: 1 - var(residual) / var(activations), blind to a constant bias; mse_variance_recovery: the bias counts; r_squared: baseline is one scalar mean, flattering; mse_for_new_variance: d times avg_mse; total_variance, residual_variance: ddof 1, summed over dimensions; original_mean.';
+COMMENT ON COLUMN run_reference.role IS 'Role of the token: user, assistant, system, special, other; NULL for all activations.';
+COMMENT ON COLUMN run_reference.k IS 'Draws that the best is taken from.';
+COMMENT ON COLUMN run_reference.value IS 'The quantity, in the raw space.';
+COMMENT ON COLUMN run_reference.num_activations IS 'Activations it is taken over.';
+COMMENT ON COLUMN run_reference.spread IS 'Standard deviation between activations (ddof 0); avg_mse only.';
+COMMENT ON COLUMN run_reference.bias IS 'Mean of the bootstrap replicates less the value.';
+COMMENT ON COLUMN run_reference.std IS 'Standard deviation of the bootstrap replicates (ddof 0).';
+COMMENT ON COLUMN run_reference.low IS 'Lower end of the 95 % percentile interval over single activations; too narrow where those of a document are alike.';
+COMMENT ON COLUMN run_reference.high IS 'Upper end of the 95 % percentile interval over single activations.';
+COMMENT ON COLUMN run_reference.bca_low IS 'Lower end of the 95 % BCa interval over single activations.';
+COMMENT ON COLUMN run_reference.bca_high IS 'Upper end of the 95 % BCa interval over single activations.';
 
 CREATE TABLE quarantine (
     run_id VARCHAR PRIMARY KEY,

@@ -7,7 +7,7 @@ QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id 
 COMMENT ON VIEW v_latest IS 'The newest finished run of each cell.';
 
 CREATE VIEW curve_history AS
-SELECT runs.cell, runs.label, c.k, c.fve, c.fve_low, c.fve_high, c.level, c.error, c.cosine, c.shuffled_fve,
+SELECT runs.cell, runs.label, coalesce(c.metric, 'fve') AS metric, c.k, c.fve, c.fve_low, c.fve_high, c.level, c.error, c.cosine, c.shuffled_fve,
        c.fve_over_successes, c.failure_rate AS all_failed_rate, c.num_activations, c.num_documents, c.num_draws, c.baseline, c.baseline_kind,
        runs.temperature, runs.layer, runs.failure_rate, runs.cut_off_rate,
        runs.sweep, runs.cell_key, runs.draws_key, runs.activations_key, c.run_id, runs.finished
@@ -26,6 +26,12 @@ CREATE VIEW controls AS
 SELECT runs.cell, runs.label, c.control, c.k, c.value, c.num_activations, c.note, runs.temperature, runs.sweep, runs.cell_key, c.run_id
 FROM run_controls AS c JOIN v_latest AS runs USING (run_id);
 COMMENT ON VIEW controls IS 'One row per cell and control, of the newest finished run of each cell.';
+
+CREATE VIEW reference_quantities AS
+SELECT runs.cell, runs.label, c.quantity, c.role, c.k, c.value, c.low, c.high, c.bca_low, c.bca_high, c.std, c.bias, c.spread,
+       c.num_activations, runs.temperature, runs.sweep, runs.cell_key, c.run_id
+FROM run_reference AS c JOIN v_latest AS runs USING (run_id);
+COMMENT ON VIEW reference_quantities IS 'One row per cell, quantity of the reference sweep, role and K, of the newest finished run of each cell.';
 
 CREATE VIEW draws AS
 WITH parts AS (

@@ -12,16 +12,13 @@ import pytest
 from ksweep.cli import main
 from ksweep.errors import DataError, RequestError
 from ksweep.registry.database import connect
-from ksweep.registry.landing import CURVE_SCHEMA, land, read
-from ksweep.registry.reference_json import REFERENCE_SCHEMA, export, export_run, import_files, read_reference_json, write_json
+from ksweep.registry.landing import REFERENCE_SCHEMA, land, read
+from ksweep.registry.reference_json import export, export_run, import_files, read_reference_json, write_json
 from ksweep.stats.reference import ReferenceSums, reference_intervals, reference_rows, selected
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "reference_json"
 HEADLINE = PUBLISHED / "gemma3_k_sweep_full1024.json"
-
-THERE = "metric" in CURVE_SCHEMA.names
-needs_schema = pytest.mark.skipif(not THERE, reason="landing.CURVE_SCHEMA has no `metric` yet")
 
 KEYS = set(
     """
@@ -161,7 +158,6 @@ def test_a_missing_file_or_metric_is_refused(tmp_path: Path) -> None:
         read_reference_json(HEADLINE, "fve")  # type: ignore[arg-type]
 
 
-@needs_schema
 def test_old_and_new_curves_share_a_table_and_a_chart(tmp_path: Path) -> None:
     from ksweep.charts import fve_by_k
 
@@ -283,7 +279,6 @@ def test_reference_rows_fit_the_table() -> None:
     assert by_name["variance_recovery"]["bca_low"] is not None and by_name["avg_mse"]["spread"] is not None
 
 
-@needs_schema
 def test_the_commands_bring_a_file_in_and_out_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
