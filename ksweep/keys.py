@@ -7,7 +7,7 @@ wrong directory is refused before anything is submitted.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +71,18 @@ def cell_keys(cell: Cell) -> Keys:
         "draws": draws_key,
         "num_activations": cell.activations.num_activations,
         "num_draws": cell.sampling.effective_num_draws,
-        "scoring": cell.scoring,
+        "scoring": _scoring_identity(cell),
     }
     identity = {"activations": identity, "draws": draws, "layer": layer}
     return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity)
+
+
+def _scoring_identity(cell: Cell) -> dict[str, Any]:
+    """Fields of the scoring; a selection that is the usual one is left out, so that keys from before there was a choice hold."""
+    scoring = asdict(cell.scoring)
+    if scoring["selection"] == "order_statistics":
+        del scoring["selection"]
+    return scoring
 
 
 def complete(cell: Cell) -> Cell:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ksweep.stats import ScoringKind
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-PositionRule = Literal["random", "last", "all", "stride"]
+PositionRule = Literal["random", "midpoint", "last", "all", "stride"]
+Candidates = Literal["not_special", "not_padding"]
+Selection = Literal["order_statistics", "prefix"]
 Cluster = Literal["auto", "slurm", "local", "inprocess"]
 
 
@@ -73,6 +75,9 @@ class Activations:
     """Parquet file with an `activation_vector` column (public NLA datasets), used instead of model and text."""
     num_activations: int = 1000
     positions: PositionRule = "random"
+    candidates: Candidates = "not_special"
+    """not_special: indices from min_position on whose token is not special. not_padding (talkative-autoencoder rule): from the
+    first token that is not padding plus min_position to the last that is not, special tokens too; a shorter row has its last."""
     positions_per_document: int = 1
     """Positions drawn per row of text by "random"; ignored by the other rules."""
     min_position: int = 50
@@ -81,13 +86,23 @@ class Activations:
     """Distance of neighbouring positions for the rule "stride", tokens."""
     max_length: int = 2048
     """Rows are cut to this many tokens."""
+    max_norm: float | None = None
+    """Extracted activations longer than this are left out; None keeps all."""
     seed: int = 42
     dtype: Dtype = "bfloat16"
     """Compute precision of the base model, and of the vectors on disk."""
 
     def __post_init__(self) -> None:
         _one_of("activations.positions", self.positions, PositionRule)
+        _one_of("activations.candidates", self.candidates, Candidates)
         _one_of("activations.dtype", self.dtype, Dtype)
+        if self.max_norm is not None and not (_is_number(self.max_norm) and self.max_norm > 0):
+            raise SpecError(f"activations.max_norm={self.max_norm!r} must be a number > 0, or None to keep all")
+        if self.max_norm is not None and self.vectors is not None:
+            raise SpecError(
+                "activations.max_norm leaves out activations extracted from text, and activations.vectors are ready-made: "
+                "filter the file, or leave max_norm out"
+            )
         _at_least("activations.num_activations", self.num_activations, 1)
         _at_least("activations.positions_per_document", self.positions_per_document, 1)
         _at_least("activations.min_position", self.min_position, 0)
@@ -100,7 +115,7 @@ class Activations:
                 f"activations need a model and a text (text={self.text!r}; a talkative autoencoder names its model itself), or "
                 "ready-made vectors: set activations.model and activations.text, or activations.vectors=FILE.parquet"
             )
-        if self.min_position >= self.max_length:
+        if self.candidates == "not_special" and self.min_position >= self.max_length:
             raise SpecError(
                 f"activations.min_position={self.min_position} leaves nothing of rows cut to max_length={self.max_length} tokens"
             )
@@ -146,6 +161,8 @@ class Scoring:
     set, a number states it (the released pairs quote 0.7335, 0.0302, ...)."""
     failed_error: float = 2.0
     """Error of an activation all of whose draws failed: 2 is an orthogonal reconstruction. A checkpoint's draws never fail."""
+    selection: Selection = "order_statistics"
+    """order_statistics: the average over every choice of K draws. prefix: the best of the first K, as the reference has it."""
     level: float = 0.95
     """Coverage of the intervals."""
     num_replicates: int = 2000
@@ -163,6 +180,7 @@ class Scoring:
             object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
         if self.baseline is not None and not (_is_number(self.baseline) and self.baseline > 0):
             raise SpecError(f"scoring.baseline={self.baseline!r} must be a number > 0, or None to measure it")
+        _one_of("scoring.selection", self.selection, Selection)
         if not (_is_number(self.level) and 0 < self.level < 1):
             raise SpecError(f"scoring.level={self.level!r} must lie between 0 and 1, e.g. 0.95")
         _at_least("scoring.num_replicates", self.num_replicates, 2)

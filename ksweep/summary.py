@@ -59,10 +59,11 @@ def summarise(
     baseline = stats.stated_baseline(stated, scoring=kind) if stated else stats.evaluated_set_baseline(vectors, kind)
     curve = stats.fve_curve(
         errors, documents, baseline, ks=ks, failed_error=scoring.failed_error,
-        num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level,
+        num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level, selection=scoring.selection,
     )  # fmt: skip
-    shuffled = _shuffled_fve(draws, grid, ks, scoring.failed_error, baseline)
-    cosine = stats.best_of_k_select(draws["cosine"].to_numpy().reshape(grid), errors, ks, failed_value=0.0).mean(axis=0)
+    shuffled = _shuffled_fve(draws, grid, ks, scoring, baseline)
+    select = stats.prefix_of_k_select if scoring.selection == "prefix" else stats.best_of_k_select
+    cosine = select(draws["cosine"].to_numpy().reshape(grid), errors, ks, failed_value=0.0).mean(axis=0)
     return Summary(
         curve=_curve_rows(curve, shuffled, cosine),
         controls=_controls(draws, vectors, baseline, empty_text) + _gain(curve),
@@ -71,7 +72,7 @@ def summarise(
 
 
 def _shuffled_fve(
-    draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], failed_error: float, baseline: stats.Baseline
+    draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], scoring: Scoring, baseline: stats.Baseline
 ) -> np.ndarray:
     """FVE of the best of K draws of another activation, chosen by their error against this one.
 
@@ -81,7 +82,8 @@ def _shuffled_fve(
     if not paired.any():
         return np.full(len(ks), np.nan)
     errors = draws["shuffled_error"].to_numpy().reshape(grid)[paired]
-    best: np.ndarray = stats.best_of_k_errors(errors, ks, failed_error).mean(axis=0)
+    best_of = stats.prefix_of_k_errors if scoring.selection == "prefix" else stats.best_of_k_errors
+    best: np.ndarray = best_of(errors, ks, scoring.failed_error).mean(axis=0)
     return 1 - best / baseline.value
 
 

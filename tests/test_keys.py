@@ -240,8 +240,9 @@ def test_keys_of_a_pair_are_those_that_its_stored_results_have(tmp_path: Path) -
         activations=Activations(model=str(pair / "base"), text=str(text), num_activations=10, min_position=2, dtype="float32"),
         sampling=Sampling(num_draws=4),
     )
-    keys = cell_keys(cell)
+    keys, prefix = cell_keys(cell), cell_keys(replace_at(cell, "scoring.selection", "prefix"))
     # Computed before talkative-autoencoder checkpoints could stand in a spec. If they change on purpose, raise a version.
     assert keys.activations == "4286d4ac7b388fb9007ea99fd9739311"
     assert keys.draws == "691f7f2f3e18dad7de9cecadd248598f"
     assert keys.cell == "f9258e5e4e1bce3eecb8ec9e022b6b2f"
+    assert prefix.draws == keys.draws and prefix.cell != keys.cell

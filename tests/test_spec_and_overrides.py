@@ -34,7 +34,7 @@ def sweep() -> Sweep:
         (("scoring.ks", ()), "empty"),
         (("scoring.baseline", 0.0), "baseline=0.0"),
         (("scoring.level", 95.0), "level=95.0"),
-        (("activations.positions", "first"), "random, last, all, stride"),
+        (("activations.positions", "first"), "random, midpoint, last, all, stride"),
         (("activations.text", None), "model and a text"),
         (("activations.min_position", 4096), "leaves nothing"),
         (("autoencoder.dtype", "int8"), "bfloat16, float16, float32"),

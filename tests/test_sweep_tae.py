@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
 from ksweep.activations import ensure
@@ -124,6 +125,33 @@ def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(sweep: 
     recorded = "SELECT checkpoint, av, layer, d_model, max_new_tokens, model, failure_rate, cut_off_rate FROM runs"
     whole = (str(checkpoint(case)), None, info.layer, info.d_model, info.num_tokens, info.activations_model, 0.0, None)
     assert ask(sweep, recorded) == [whole]
+
+
+def test_prefix_selection_takes_the_best_of_the_first_k_from_the_same_draws(sweep: Sweep) -> None:
+    assert run(sweep, CASES[0]) == 0
+    assert run(sweep, CASES[0], "scoring.selection=prefix") == 0
+    assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished") == [(NUM_ACTIVATIONS * NUM_DRAWS,), (0,)]
+    found = kept(sweep, CASES[0])
+    baseline = np.square(found.vectors - found.vectors.mean(axis=0)).mean()
+    of_prefix = "SELECT run_id FROM runs WHERE spec->>'$.scoring.selection' = 'prefix'"
+    rows = ask(sweep, f"SELECT k, fve, cosine, shuffled_fve FROM curves WHERE run_id IN ({of_prefix})")
+    assert len(rows) == NUM_DRAWS
+    for k, fve, cosine, shuffled in rows:
+        chosen = found.errors[:, :k].argmin(axis=1)
+        assert fve == pytest.approx(1 - found.errors[:, :k].min(axis=1).mean() / baseline, abs=1e-6)
+        assert cosine == pytest.approx(found.cosines[np.arange(NUM_ACTIVATIONS), chosen].mean(), abs=1e-9)
+        assert shuffled == pytest.approx(1 - found.shuffled[:, :k].min(axis=1).mean() / baseline, abs=1e-6)
+
+
+def test_the_midpoint_between_padding_is_the_reference_position(sweep: Sweep) -> None:
+    chosen = ("activations.positions=midpoint", "activations.candidates=not_padding", "activations.min_position=2")
+    assert run(sweep, CASES[0], *chosen) == 0
+    info = inspect_tae(checkpoint(CASES[0]))
+    tokenizer = AutoTokenizer.from_pretrained(info.activations_model)
+    lines = Path(sweep.cell.activations.text or "").read_text().splitlines()[:NUM_ACTIVATIONS]
+    lengths = [len(tokenizer(json.loads(line)["text"])["input_ids"]) for line in lines]
+    positions = ask(sweep, "SELECT DISTINCT activation, position FROM draws ORDER BY activation")
+    assert [place for _, place in positions] == [(2 + n - 1) // 2 for n in lengths]
 
 
 def test_a_run_goes_to_the_reference_schema_with_raw_errors(sweep: Sweep, tmp_path: Path) -> None:

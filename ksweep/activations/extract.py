@@ -57,6 +57,7 @@ class BlockReader:
         self.block = _blocks(self.decoder, self.path, layer)[layer]
         self.decoder.to(self.device).eval().requires_grad_(False)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
+        self.pad_id: int | None = self.tokenizer.pad_token_id
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right."""

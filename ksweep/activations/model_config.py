@@ -54,7 +54,7 @@ def positions_limit(config: dict[str, Any], activations: Activations) -> int:
     """
     context = config.get("max_position_embeddings", config.get("n_positions"))
     limit = min(activations.max_length, context) if isinstance(context, int) else activations.max_length
-    if activations.min_position >= limit:
+    if activations.candidates == "not_special" and activations.min_position >= limit:
         raise SpecError(
             f"activations.min_position={activations.min_position} leaves nothing: rows are cut to {limit} tokens "
             f"(max_length={activations.max_length}, context of the model {context})"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import most_per_row, row_positions
 from ksweep.activations.text import TextRow, read_documents
-from ksweep.activations.units import Unit, refuse_unusable
+from ksweep.activations.units import Unit, refuse_unusable, to_float32
 from ksweep.files import resolve
 from ksweep.spec import Activations
 
 if TYPE_CHECKING:
     from ksweep.activations.extract import BlockReader
+
+PROVENANCE = ("row_ids", "documents", "positions", "token_ids", "windows")
+"""Fields of a unit with a value for each activation, besides the vectors."""
 
 
 @dataclass
@@ -87,7 +92,10 @@ class TextUnits:
     def _unit(self, rows: Sequence[TextRow], is_last: bool) -> Unit:
         reader = self.reader
         ids = reader.tokenize([row.text for row in rows], self.max_length)
-        positions = [row_positions(i, row.row_id, reader.special_ids, self.activations) for i, row in zip(ids, rows, strict=True)]
+        positions = [
+            row_positions(i, row.row_id, reader.special_ids, self.activations, reader.pad_id)
+            for i, row in zip(ids, rows, strict=True)
+        ]
         places = [(r, p) for r, taken in enumerate(positions) for p in taken]
         unit = Unit(
             vectors=reader.vectors(ids, positions),
@@ -101,4 +109,11 @@ class TextUnits:
             is_last=is_last,
         )
         refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")
-        return unit
+        return unit if self.activations.max_norm is None else without_long(unit, self.activations.max_norm)
+
+
+def without_long(unit: Unit, max_norm: float) -> Unit:
+    """The activations of a unit that are no longer than this."""
+    keep = np.flatnonzero(np.linalg.norm(to_float32(unit.vectors).astype(np.float64), axis=1) <= max_norm)
+    columns: dict[str, Any] = {name: [getattr(unit, name)[i] for i in keep] for name in PROVENANCE}
+    return replace(unit, vectors=unit.vectors[keep], **columns)

@@ -96,7 +96,7 @@ COMMENT ON COLUMN runs.dtype IS 'Compute precision of AV and AR.';
 COMMENT ON COLUMN runs.model IS 'Language model that the activations come from, as given; NULL for ready-made vectors.';
 COMMENT ON COLUMN runs.text_source IS 'Text that the activations come from, as given: file, directory or hub id.';
 COMMENT ON COLUMN runs.vectors IS 'Parquet file of ready-made activations, as given; NULL when they were extracted.';
-COMMENT ON COLUMN runs.positions IS 'Rule for the token positions: random, last, all, stride.';
+COMMENT ON COLUMN runs.positions IS 'Rule for the token positions: random, midpoint, last, all, stride.';
 COMMENT ON COLUMN runs.baseline IS 'Mean squared distance of the (scaled) activations from their mean, per dimension: the error at FVE = 0.';
 COMMENT ON COLUMN runs.baseline_kind IS 'evaluated set: measured on these activations. stated constant: given in the spec.';
 COMMENT ON COLUMN runs.baseline_num_activations IS 'Activations the baseline was measured on; NULL for a stated constant.';

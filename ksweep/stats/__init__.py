@@ -39,6 +39,7 @@ from ksweep.stats.fve import (
     stated_baseline,
     unit_scaled,
 )
+from ksweep.stats.reference import prefix_of_k_errors, prefix_of_k_select
 
 __all__ = [
     "ORTHOGONAL_ERROR",
@@ -61,6 +62,8 @@ __all__ = [
     "mean_reconstructions",
     "mean_vector_error",
     "paired_difference",
+    "prefix_of_k_errors",
+    "prefix_of_k_select",
     "reconstruction_errors",
     "retrieval",
     "stated_baseline",

@@ -26,6 +26,7 @@ from ksweep.stats.best_of_k import (
     checked_ks,
 )
 from ksweep.stats.fve import ORTHOGONAL_ERROR, Baseline
+from ksweep.stats.reference import Selection, prefix_of_k_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,8 +115,12 @@ def fve_curve(
     num_replicates: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    selection: Selection = "order_statistics",
 ) -> FveCurve:
     """FVE for each K (by default 1 to the number of draws) with a document-clustered bootstrap interval.
+
+    `selection="prefix"` takes the best of the first K draws, for comparison with the reference sweep; what is said of failures
+    stays the average over every choice.
 
     In each replicate a document counts as often as it was drawn, in numerator and, for an evaluated-set
     baseline, denominator: 1 - sum_c w_c E_c / sum_c w_c D_c. The distances D stay those from the full set's
@@ -132,7 +137,8 @@ def fve_curve(
     _check_aligned(errors, documents, baseline)
     _check_level(level)
     chosen = checked_ks(range(1, errors.shape[1] + 1) if ks is None else ks, errors.shape[1])
-    best = best_of_k_errors(errors, chosen, _failed_error(failed_error, errors, baseline))
+    best_of = prefix_of_k_errors if selection == "prefix" else best_of_k_errors
+    best = best_of(errors, chosen, _failed_error(failed_error, errors, baseline))
     successes = best_of_k_errors_over_successes(errors, chosen)
     success = ~np.isnan(successes[:, 0])
     numerator = best.mean(axis=0)

@@ -113,6 +113,23 @@ def prefix_of_k_errors(
     return np.where(np.isnan(best), instead[:, None] if instead.ndim else instead, best)
 
 
+def prefix_of_k_select(
+    quantity: Float[np.ndarray, "activation draw"],
+    errors: Float[np.ndarray, "activation draw"],
+    ks: Sequence[int],
+    failed_value: float,
+) -> Float[np.ndarray, "activation k"]:
+    """Another quantity (cosine) of the draw with the smallest error among the first K; `failed_value` where all of them failed.
+
+    A tie goes to the earlier draw.
+    """
+    errors = np.asarray(errors, dtype=np.float64)
+    known = np.where(np.isnan(errors), failed_value, np.asarray(quantity, dtype=np.float64))
+    ranked = np.where(np.isnan(errors), np.inf, errors)
+    kept = [np.argmin(ranked[:, :k], axis=1) for k in checked_ks(ks, errors.shape[1])]
+    return np.take_along_axis(known, np.stack(kept, axis=1), axis=1)
+
+
 def selection_weights(
     errors: Float[np.ndarray, "activation draw"], ks: Sequence[int], selection: Selection
 ) -> Float[np.ndarray, "activation draw k"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ def test_fixture_token_ids_are_met(case: str) -> None:
     reader = BlockReader(str(FIXTURES / case / "base"), facts["layer"], "float32")
     assert reader.tokenize(facts["texts"], 2048) == facts["token_ids"]
     assert reader.tokenize(facts["texts"], 60) == [ids[:60] for ids in facts["token_ids"]]
+
+
+def test_activations_above_the_norm_are_left_out_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
+    facts = json.loads((FIXTURES / CASES[0] / "expected.json").read_text())["extraction"]
+    text = write_jsonl(tmp_path / "t.jsonl", facts["texts"], row_id=facts["document_ids"])
+    everything = spec(FIXTURES / CASES[0] / "base", text, 12, positions_per_document=4, min_position=50, max_length=2048)
+    table = ensure(everything, facts["layer"], tmp_path / "cache")
+    norms = np.linalg.norm(table.vectors().astype(np.float64), axis=1)
+    limit = float(np.sort(norms)[6])
+    kept = ensure(replace(everything, num_activations=7, max_norm=limit), facts["layer"], tmp_path / "cache")
+    np.testing.assert_array_equal(kept.vectors(), table.vectors()[norms <= limit])
+    assert kept.column("position").tolist() == table.column("position")[norms <= limit].tolist()
+    assert kept.key != table.key
 
 
 def make_gpt2(path: Path) -> Path:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from ksweep.activations.positions import most_per_row, row_positions, rule_identity
 from ksweep.spec import Activations
 
+TAE = Path(__file__).parents[1] / "fixtures" / "tae"
 IDS = [1, 9, 9, 9, 1, 9, 9, 9, 9, 9]  # 1 is special
 
 
@@ -68,3 +73,20 @@ def test_rule_identity_leaves_out_what_the_rule_does_not_use() -> None:
     assert rule_identity(request(positions="last", seed=1)) == rule_identity(request(positions="last", seed=2, stride=5))
     assert rule_identity(request(seed=1)) != rule_identity(request(seed=2))
     assert rule_identity(request(positions="stride", stride=1)) != rule_identity(request(positions="stride", stride=2))
+
+
+@pytest.mark.parametrize("case", sorted(p.parent.name for p in TAE.glob("*/expected.npz")))
+def test_not_padding_bounds_and_midpoint_equal_the_reference(case: str) -> None:
+    arrays = np.load(TAE / case / "expected.npz")
+    expected = json.loads((TAE / case / "expected.json").read_text())
+    for at, min_pos in enumerate(expected["position_min_pos"]):
+        for row, ids in enumerate(arrays["position_input_ids"].tolist()):
+            if set(ids) == {expected["position_pad_id"]}:  # the reference takes position 0 of a row of padding
+                continue
+            rule = Activations(
+                model="m", text="t", min_position=min_pos, candidates="not_padding", positions="all", max_length=16
+            )
+            found = row_positions(ids, "r", set(), rule, expected["position_pad_id"])
+            assert (found[0], found[-1]) == (arrays["position_lower"][at, row], arrays["position_upper"][at, row])
+            middle = row_positions(ids, "r", set(), replace(rule, positions="midpoint"), expected["position_pad_id"])
+            assert middle == [arrays["position_midpoint"][at, row]]

@@ -15,6 +15,7 @@ from ksweep.stats.reference import (
     ReferenceSums,
     bca_interval,
     prefix_of_k_errors,
+    prefix_of_k_select,
     reference_intervals,
     reference_weights,
     selected,
@@ -263,3 +264,9 @@ def test_other_chunks_than_those_of_the_sums_are_refused():
     for wrong in (chunks[:2], [*chunks, chunks[0]]):
         with pytest.raises(ValueError, match="same chunks"):
             reference_intervals(sums_of(chunks, (1,)), wrong, num_replicates=10)
+
+
+def test_prefix_select_follows_the_smallest_of_the_first_k_and_passes_over_failures():
+    errors = np.array([[0.5, 0.2, 0.3], [np.nan, np.nan, 0.1]])
+    cosines = np.array([[0.75, 0.9, 0.85], [np.nan, np.nan, 0.95]])
+    np.testing.assert_array_equal(prefix_of_k_select(cosines, errors, (1, 2, 3), 0.0), [[0.75, 0.9, 0.9], [0.0, 0.0, 0.95]])
