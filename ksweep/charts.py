@@ -48,13 +48,13 @@ def fve_by_k(table: Any, *, title: str | None = None) -> alt.TopLevelMixin:
     colour = _colour(rows)
     ks = _k_axis(rows)
     near = not shuffled or _near(rows)
-    main = _curves(rows, colour, _k(ks, titled=near), controls=shuffled if near else [])
+    main = _curves(rows, colour, _k(ks, titled=near), controls=shuffled if near else [], value=_value_title(rows))
     main = main.properties(width=WIDTH, height=HEIGHT)
     if not near:
         below = _control_lines(shuffled, _k(ks, titled=True), title="shuffled FVE")
         main = alt.vconcat(main, below.properties(width=WIDTH, height=CONTROL_HEIGHT), spacing=14)
     note = "Grey: best of K draws of another activation (control)." if shuffled else None
-    return _finished(main, rows, title or "FVE by number of draws", note)
+    return _finished(main, rows, title or f"{_value_name(rows)} by number of draws", note)
 
 
 def fve_by_temperature(table: Any, ks: Sequence[int] | None = None, *, title: str | None = None) -> alt.TopLevelMixin:
@@ -270,20 +270,21 @@ def _near(rows: Rows) -> bool:
 # Layers
 
 
-def _curves(rows: Rows, colour: alt.Color, x: alt.X, controls: Rows) -> alt.LayerChart:
+def _curves(rows: Rows, colour: alt.Color, x: alt.X, controls: Rows, value: str) -> alt.LayerChart:
+    """`value` is the title of the axis, the same in every layer: Vega would list all that differ."""
     base = alt.Chart(_data(rows))
-    y = _y("fve", FVE)
-    layers: list[Any] = [_zero_line()] if _crosses_zero(rows, controls) else []
+    y = _y("fve", value)
+    layers: list[Any] = [_zero_line(value)] if _crosses_zero(rows, controls) else []
     if controls:
-        layers.append(_control_lines(controls, x, title=FVE))
+        layers.append(_control_lines(controls, x, title=value, beside_curves=True))
     band = base.mark_area(opacity=0.16 if len(_labels(rows)) <= 5 else 0.08)
-    layers.append(band.encode(x, alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour))
+    layers.append(band.encode(x, alt.Y("fve_low:Q", title=value), alt.Y2("fve_high"), colour))
     layers.append(base.mark_line(strokeWidth=2).encode(x, y, colour, _dash(rows), tooltip=_tooltip()))
-    layers += _points(rows, x, y, colour)
+    layers += _points(rows, x, y, colour, value)
     return alt.layer(*layers)
 
 
-def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt.Chart]:
+def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color, value: str) -> list[alt.Chart]:
     """A dot at each power of two and at the end of a curve; a bar where a cell has a single K and so no band."""
     last = {r["label"]: r["k"] for r in sorted(rows, key=lambda r: int(r["k"]))}
     num_ks = Counter(r["label"] for r in rows)
@@ -292,15 +293,15 @@ def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt.Chart
     layers = [alt.Chart(_data(dots)).mark_point(filled=True, size=34, opacity=1).encode(x, y, colour, tooltip=_tooltip())]
     if single:
         alone = alt.Chart(_data(single))
-        layers.append(alone.mark_rule(strokeWidth=2).encode(x, alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour))
+        layers.append(alone.mark_rule(strokeWidth=2).encode(x, alt.Y("fve_low:Q", title=value), alt.Y2("fve_high"), colour))
         diamonds = alone.mark_point(filled=True, shape="diamond", size=110, opacity=1, stroke="white", strokeWidth=1)
         layers.append(diamonds.encode(x, y, colour, tooltip=_tooltip()))
     return layers
 
 
-def _control_lines(rows: Rows, x: alt.X, title: str) -> alt.LayerChart:
+def _control_lines(rows: Rows, x: alt.X, title: str, *, beside_curves: bool = False) -> alt.LayerChart:
     """Grey and dashed, a line a label; the label's colour would ask for attention that a control does not deserve."""
-    axis = {} if title == FVE else {"tickCount": 3}
+    axis = {} if beside_curves else {"tickCount": 3}
     y = _y("shuffled_fve", title, [r["shuffled_fve"] for r in rows] if axis else (), **axis)
     tooltip = [alt.Tooltip("label:N"), alt.Tooltip("k:Q", title="K"), alt.Tooltip("shuffled_fve:Q", format=".4f")]
     lines = alt.Chart(_data(rows)).encode(x, y, alt.Detail("label:N"), tooltip=tooltip)
@@ -310,8 +311,8 @@ def _control_lines(rows: Rows, x: alt.X, title: str) -> alt.LayerChart:
     return alt.layer(*marks)
 
 
-def _zero_line() -> alt.Chart:
-    return alt.Chart(_data([{"zero": 0}])).mark_rule(color="#999999", strokeWidth=1).encode(alt.Y("zero:Q", title=FVE))
+def _zero_line(value: str) -> alt.Chart:
+    return alt.Chart(_data([{"zero": 0}])).mark_rule(color="#999999", strokeWidth=1).encode(alt.Y("zero:Q", title=value))
 
 
 def _crosses_zero(rows: Rows, controls: Rows) -> bool:
@@ -327,7 +328,7 @@ def _temperature_lines(rows: Rows, colour: alt.Color) -> alt.LayerChart:
     x = alt.X("temperature:Q", title="Sampling temperature", scale=alt.Scale(domain=domain, nice=False), axis=axis)
     y = _y("fve", FVE)
     base = alt.Chart().encode(x)
-    layers: list[Any] = [_zero_line()] if _crosses_zero(rows, []) else []
+    layers: list[Any] = [_zero_line(FVE)] if _crosses_zero(rows, []) else []
     layers.append(base.mark_rule(strokeWidth=1.4).encode(alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour))
     layers += [
         base.mark_tick(thickness=1.4, size=8, orient="horizontal", opacity=1).encode(alt.Y(f"{end}:Q", title=FVE), colour)
@@ -385,6 +386,17 @@ def _subtitle(rows: Rows, note: str | None) -> list[str]:
         f"{_of(rows, 'num_documents', '{:,}')} documents" if _of(rows, "num_documents", "{}") else "",
     ]
     return [*lines, ", ".join(f for f in facts if f)] if any(facts) else lines
+
+
+def _value_name(rows: Rows) -> str:
+    """What the curves show, where all show the same."""
+    shown = {r.get("metric") or "fve" for r in rows}
+    return "FVE" if shown == {"fve"} else shown.pop() if len(shown) == 1 else "Fraction of variance"
+
+
+def _value_title(rows: Rows) -> str:
+    name = _value_name(rows)
+    return FVE if name == "FVE" else name
 
 
 def _resampled(rows: Rows) -> str:

@@ -70,6 +70,29 @@ def import_json(
 
 
 @app.command()
+def plot(
+    names: Annotated[list[str] | None, typer.Argument(help="Cells, labels, sweeps or run ids; all curves without.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="fve, or the reference's variance_recovery, mse_variance_recovery, r_squared: old and new in one unit."
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Path without its ending: .html, .png and .pdf are written.")
+    ] = Path("curves"),
+    title: Annotated[str | None, typer.Option(help="Above the chart.")] = None,
+    registry: Registry = Path("registry"),
+) -> None:
+    """Draw curves against K: of this registry's own runs and of imported ones, side by side."""
+    from ksweep import charts
+    from ksweep.registry.questions import named_curves
+
+    for path in charts.save(charts.fve_by_k(named_curves(registry, names or [], metric), title=title), output):
+        print(path)
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Run id, or the name of a cell or label (its newest finished run).")],
     as_json: Annotated[bool, typer.Option("--json", help="In the reference sweep's JSON schema (the only format).")] = True,

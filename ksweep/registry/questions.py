@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,6 +61,54 @@ def run_named(root: Path, name: str) -> str:
     if not found:
         raise RequestError(f"no run, cell or label {name!r} in {root}: `ksweep ls` lists them")
     raise RequestError(f"{len(found)} runs are called {name!r}; name one of them: {', '.join(sorted(run for (run,) in found))}")
+
+
+REFERENCE_METRICS = ("variance_recovery", "mse_variance_recovery", "r_squared")
+"""Quantities of the reference sweep that can stand in a curve's place."""
+
+
+def named_curves(root: Path, names: Sequence[str], metric: str | None = None) -> pa.Table:
+    """Curves by name, in the order given: of a cell, of a label, or of all cells of a sweep; newest finished runs.
+
+    Args:
+        root: the registry.
+        names: cells, labels, sweeps or run ids; none means every curve.
+        metric: "fve" or a quantity of the reference sweep, of those runs that have it; None takes the number each run holds.
+
+    Raises:
+        RequestError: a name that nothing has, or one without the metric.
+    """
+    if metric not in (None, "fve", *REFERENCE_METRICS):
+        raise RequestError(f"metric={metric!r} is not one of fve, {', '.join(REFERENCE_METRICS)}")
+    with connect(root) as connection:
+        connection.register("asked", pa.table({"name": pa.array(names, pa.string()), "place": pa.array(range(len(names)))}))
+        everything = "(SELECT run_id, 0 AS place FROM v_latest)" if not names else _NAMED_RUNS
+        unknown = connection.sql(f"SELECT name FROM asked WHERE place NOT IN (SELECT place FROM {_NAMED_RUNS})").fetchall()
+        if unknown:
+            raise RequestError(f"no finished run, cell, label or sweep {unknown[0][0]!r} in {root}: `ksweep ls` lists them")
+        values = _REFERENCE_CURVES if metric in REFERENCE_METRICS else _CURVES
+        found = connection.sql(values.format(runs=everything), params={"metric": metric}).to_arrow_table()
+    if not found.num_rows:
+        raise RequestError(
+            f"none of these runs has {metric or 'a curve'}; {', '.join(REFERENCE_METRICS)} are those of checkpoints"
+        )
+    return found
+
+
+_NAMED_RUNS = """(
+    SELECT run_id, min(place) AS place FROM v_latest JOIN asked ON name IN (run_id, cell, label, sweep) GROUP BY run_id
+)"""
+_CURVES = """
+    SELECT c.* FROM {runs} AS n JOIN curves AS c USING (run_id)
+    WHERE $metric IS NULL OR metric = $metric ORDER BY n.place, c.finished, c.run_id, c.k
+"""
+_REFERENCE_CURVES = """
+    SELECT q.cell, q.label, q.quantity AS metric, q.k, q.value AS fve, q.low AS fve_low, q.high AS fve_high, c.level,
+           q.num_activations, c.num_documents, c.baseline, c.baseline_kind, q.temperature, NULL::DOUBLE AS shuffled_fve,
+           q.sweep, q.run_id
+    FROM {runs} AS n JOIN reference_quantities AS q USING (run_id) LEFT JOIN curves AS c USING (run_id, k)
+    WHERE q.quantity = $metric AND q.role IS NULL ORDER BY n.place, c.finished, q.run_id, q.k
+"""
 
 
 def seconds_per_draw(root: Path, autoencoder: str) -> float | None:
