@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ksweep.activations.model_config import cut_to_blocks, text_config
+from ksweep.activations.roles import Role, detect_template, token_roles
 from ksweep.activations.units import STORED_DTYPES
 from ksweep.errors import CheckpointError, RequestError
 from ksweep.files import MODEL_LOADING, resolve
@@ -58,6 +59,7 @@ class BlockReader:
         self.decoder.to(self.device).eval().requires_grad_(False)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         self.pad_id: int | None = self.tokenizer.pad_token_id
+        self.template = detect_template(self.tokenizer.get_vocab())
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right."""
@@ -116,6 +118,14 @@ class BlockReader:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def roles(self, token_ids: Sequence[int]) -> list[Role] | None:
+        """Whose token each is, read off the whole row; None where the tokenizer has no chat template's tokens."""
+        if self.template is None:
+            return None
+        # Embeddings have more rows than the vocabulary has tokens: those beyond have no name.
+        tokens = [token or "" for token in self.tokenizer.convert_ids_to_tokens(list(token_ids))]
+        return token_roles(tokens, self.template, special=self.tokenizer.all_special_tokens)
 
     def window(self, token_ids: Sequence[int], position: int) -> str:
         """The end of the text up to and including a position, for showing."""

@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Column = Literal["row_id", "document", "position", "token_id", "window", "activation_key", "norm"]
+Column = Literal["row_id", "document", "position", "token_id", "window", "role", "activation_key", "norm"]
 
-BYTES_PER_ROW_BESIDE_VECTOR = 320
-"""Measured on English text: window ~205, ids and documents ~60, offsets, position, token, key and norm ~45."""
+BYTES_PER_ROW_BESIDE_VECTOR = 330
+"""Measured on English text: window ~205, ids and documents ~60, role ~10, offsets, position, token, key and norm ~45."""
 
 LEFTOVER_AGE = 3600.0
 """Seconds after which a *.part file belongs to nobody alive."""
@@ -78,6 +78,8 @@ class Shard:
     """The source ends with this unit."""
     producer: dict[str, str]
     """Versions of what computed it."""
+    role_counts: dict[str, int] | None
+    """Tokens of each role in all source rows that were looked at; None where no chat template tells."""
 
 
 class ActivationStore:
@@ -160,6 +162,7 @@ class ActivationStore:
             skipped_rows=unit.num_skipped,
             is_last=unit.is_last,
             producer=producer_versions(),
+            role_counts=unit.role_counts,
         )
         try:
             publish(self.directory / shard.file, data)
@@ -283,6 +286,7 @@ class ActivationStore:
             "d_model": table.d_model,
             "bytes": sum(shard.bytes for shard in shards),
             "norms": _norm_summary(table.column("norm")),
+            "role_counts": table.role_counts(),
             "producers": list(producers.values()),
             "shards": listed,
         }
@@ -351,6 +355,18 @@ class ActivationTable:
             names.update(pc.unique(self._batch(shard).column("document").slice(low, high - low)).to_pylist())
         return len(names)
 
+    def role_counts(self) -> dict[str, int] | None:
+        """Tokens by role in all source rows of the shards that hold these activations: {"user": 12, ..., "pad": 0, "total": 40}.
+
+        Whole shards are counted: rows without an activation too, and those that the last shard holds beyond the request. None
+        where no chat template tells roles.
+        """
+        counts = [self._shards[place].role_counts for place, _, _ in self._spans(0, None)]
+        known = [count for count in counts if count is not None]
+        if not known or len(known) < len(counts):
+            return None
+        return {role: sum(count[role] for count in known) for role in known[0]}
+
     def _spans(self, start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
         """(shard, first row in it, end row in it) of a range; as slices do, a range beyond the end is cut."""
         start, stop, _ = slice(start, stop).indices(self._num)
@@ -415,6 +431,7 @@ def _serialise(unit: Unit, dtype: str, metadata: dict[str, str]) -> pa.Buffer:
         "position": pa.array(unit.positions, pa.int32()),
         "token_id": pa.array(unit.token_ids, pa.int32()),
         "window": pa.array(unit.windows, pa.string()),
+        "role": pa.array(unit.roles, pa.string()),
         "activation_key": pa.array(keys_of(unit), pa.int64()),
         "norm": pa.array(norms_of(unit.vectors), pa.float32()),
     }

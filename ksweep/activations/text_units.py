@@ -10,6 +10,7 @@ import numpy as np
 
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import most_per_row, row_positions
+from ksweep.activations.roles import count_roles
 from ksweep.activations.text import TextRow, read_documents
 from ksweep.activations.units import Unit, refuse_unusable, to_float32
 from ksweep.files import resolve
@@ -18,7 +19,7 @@ from ksweep.spec import Activations
 if TYPE_CHECKING:
     from ksweep.activations.extract import BlockReader
 
-PROVENANCE = ("row_ids", "documents", "positions", "token_ids", "windows")
+PROVENANCE = ("row_ids", "documents", "positions", "token_ids", "windows", "roles")
 """Fields of a unit with a value for each activation, besides the vectors."""
 
 
@@ -97,6 +98,7 @@ class TextUnits:
             for i, row in zip(ids, rows, strict=True)
         ]
         places = [(r, p) for r, taken in enumerate(positions) for p in taken]
+        roles = [reader.roles(i) for i in ids]
         unit = Unit(
             vectors=reader.vectors(ids, positions),
             row_ids=[rows[r].row_id for r, _ in places],
@@ -104,9 +106,11 @@ class TextUnits:
             positions=[p for _, p in places],
             token_ids=[ids[r][p] for r, p in places],
             windows=[reader.window(ids[r], p) for r, p in places],
+            roles=[None if (of_row := roles[r]) is None else of_row[p] for r, p in places],
             num_rows=len(rows),
             num_skipped=sum(not taken for taken in positions),
             is_last=is_last,
+            role_counts=None if reader.template is None else count_roles(role for of_row in roles for role in of_row or ()),
         )
         refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")
         return unit if self.activations.max_norm is None else without_long(unit, self.activations.max_norm)

@@ -41,12 +41,16 @@ class Unit:
     token_ids: list[int | None]
     windows: list[str]
     """About the last 200 characters of text up to and including the position."""
+    roles: list[str | None]
+    """Whose token it is: user, assistant, system, special or other; None where no chat template tells."""
     num_rows: int
     """Source rows that were looked at."""
     num_skipped: int
     """Of these, rows that gave no activation: empty, or without an allowed position."""
     is_last: bool
     """The source ends with this unit."""
+    role_counts: dict[str, int] | None = None
+    """Tokens of each role, of "pad" and in "total", in all source rows that were looked at; None where no chat template tells."""
 
 
 class UnitSource(Protocol):

@@ -4,6 +4,7 @@ activation_vector            FixedSizeList<float32>[d] (hand-made files: list of
 doc_id                       document, the cluster of the bootstrap                                    else the row
 n_raw_tokens                 position + 1, special tokens counted
 detokenized_text_truncated   text up to the position
+role                         whose token it is: user, assistant, ...
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32
 
 COLUMN = "activation_vector"
-PROVENANCE = ("doc_id", "n_raw_tokens", "detokenized_text_truncated")
+PROVENANCE = ("doc_id", "n_raw_tokens", "detokenized_text_truncated", "role")
 ROWS_PER_UNIT = 1024
 WINDOW_CHARACTERS = 200
 
@@ -130,6 +131,7 @@ class VectorUnits:
             positions=[None if length is None else int(length) - 1 for length in lengths],
             token_ids=[None] * n,
             windows=[str(text or "")[-WINDOW_CHARACTERS:] for text in columns["detokenized_text_truncated"]],
+            roles=[None if role is None else str(role) for role in columns["role"]],
             num_rows=n,
             num_skipped=0,
             is_last=first + n >= self.num_rows,

@@ -38,6 +38,7 @@ def make_unit(vectors: np.ndarray, first: int = 0, is_last: bool = False) -> Uni
         positions=list(range(n)),
         token_ids=list(range(n)),
         windows=["text"] * n,
+        roles=[None] * n,
         num_rows=n,
         num_skipped=0,
         is_last=is_last,
