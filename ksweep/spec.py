@@ -66,6 +66,8 @@ class Activations:
     text: str | None = None
     """.txt (a document per blank-line-separated paragraph), .jsonl, .parquet, a `datasets` directory, or a hub dataset id."""
     text_column: str = "text"
+    """Column of texts, or of lists of token ids, which are used as they are: padding (the tokenizer's pad id, else EOS) on either
+    side is masked and left out, positions are indices in the padded row, min_position counts from its first other token."""
     text_split: str = "train"
     """Split of a hub dataset or a `datasets` directory of several splits."""
     document_column: str | None = None
@@ -79,13 +81,13 @@ class Activations:
     """not_special: indices from min_position on whose token is not special. not_padding (talkative-autoencoder rule): from the
     first token that is not padding plus min_position to the last that is not, special tokens too; a shorter row has its last."""
     positions_per_document: int = 1
-    """Positions drawn per row of text by "random"; ignored by the other rules."""
+    """Positions drawn per row of text by "random", none twice; ignored by the other rules."""
     min_position: int = 50
     """Positions below this are left out: early ones carry little context (50 is the public NLA rule)."""
     stride: int = 16
     """Distance of neighbouring positions for the rule "stride", tokens."""
     max_length: int = 2048
-    """Rows are cut to this many tokens."""
+    """Texts are cut to this many tokens; a row of token ids must fit, right padding aside."""
     max_norm: float | None = None
     """Extracted activations longer than this are left out; None keeps all."""
     seed: int = 42

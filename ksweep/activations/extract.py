@@ -59,6 +59,8 @@ class BlockReader:
         self.decoder.to(self.device).eval().requires_grad_(False)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         self.pad_id: int | None = self.tokenizer.pad_token_id
+        # Pretokenised rows are padded with EOS where the tokenizer has nothing else (pretokenize_dataset.py of the reference).
+        self.filler_id: int | None = self.tokenizer.eos_token_id if self.pad_id is None else self.pad_id
         self.template = detect_template(self.tokenizer.get_vocab())
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -69,14 +71,21 @@ class BlockReader:
         return [list(ids) for ids in encoded["input_ids"]]
 
     @torch.inference_mode()
-    def outputs(self, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Block output of right-padded rows: [row, token, d_model] in the compute dtype, on the device; padding holds rubbish.
+    def outputs(self, token_ids: Sequence[Sequence[int]], pad_id: int | None = None) -> torch.Tensor:
+        """Block output of rows: [row, token, d_model] in the compute dtype, on the device; padding holds rubbish.
 
         No attention mask: a causal model cannot see padding on the right of a token, and without a mask the fast kernels apply.
+
+        Args:
+            pad_id: nobody sees tokens of this id, wherever they stand. No position ids are passed, as in the reference: a padded
+                row keeps its places, and a model of absolute positions sees left padding as a shift.
         """
         ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
+        seen = torch.zeros_like(ids)
         for row, one in enumerate(token_ids):
             ids[row, : len(one)] = torch.tensor(one)
+            seen[row, : len(one)] = ids[row, : len(one)] != pad_id
+        mask = None if pad_id is None else seen.to(self.device)
         taken: list[torch.Tensor] = []
 
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -85,7 +94,7 @@ class BlockReader:
 
         hook = self.block.register_forward_hook(take)
         try:
-            self.decoder(input_ids=ids.to(self.device), use_cache=False)
+            self.decoder(input_ids=ids.to(self.device), attention_mask=mask, use_cache=False)
         except _Reached:
             pass
         finally:
@@ -93,19 +102,30 @@ class BlockReader:
         assert taken, "the forward pass ended without reaching the block"
         return taken[0].to(getattr(torch, self.dtype))
 
-    def vectors(self, token_ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> np.ndarray:
+    def vectors(
+        self, token_ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int | None = None
+    ) -> np.ndarray:
         """Vectors at positions[i] of row i, rows one after the other: [activation, d_model] in the stored dtype.
 
-        Rows end at their last position (a causal model cannot see further) and run in batches of similar length.
+        Rows end at their last position (a causal model cannot see further) and run in batches of similar length; those with
+        padding before that apart from the others, which need no mask.
         """
         needed = [list(ids[: max(p) + 1]) if p else [] for ids, p in zip(token_ids, positions, strict=True)]
+        padded = [pad_id is not None and pad_id in ids for ids in needed]
         parts: list[np.ndarray | None] = [None] * len(needed)
-        for batch in length_batches([len(ids) for ids in needed], BATCH_TOKENS):
-            hidden = self.outputs([needed[i] for i in batch])
-            for row, i in enumerate(batch):
-                parts[i] = _stored(hidden[row, torch.tensor(positions[i], device=hidden.device)])
+        for masked in (False, True):
+            lengths = [len(ids) if has == masked else 0 for ids, has in zip(needed, padded, strict=True)]
+            for batch in length_batches(lengths, BATCH_TOKENS):
+                hidden = self.outputs([needed[i] for i in batch], pad_id if masked else None)
+                for row, i in enumerate(batch):
+                    parts[i] = _stored(hidden[row, torch.tensor(positions[i], device=hidden.device)])
         found = [part for part in parts if part is not None]
         return np.concatenate(found) if found else np.empty((0, self.d_model), dtype=STORED_DTYPES[self.dtype])
+
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that there is an embedding for: often some more than the tokenizer has."""
+        return int(self.decoder.get_input_embeddings().num_embeddings)
 
     @property
     def d_model(self) -> int:
@@ -119,13 +139,14 @@ class BlockReader:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def roles(self, token_ids: Sequence[int]) -> list[Role] | None:
+    def roles(self, token_ids: Sequence[int], pad_id: int | None = None) -> list[Role] | None:
         """Whose token each is, read off the whole row; None where the tokenizer has no chat template's tokens."""
         if self.template is None:
             return None
         # Embeddings have more rows than the vocabulary has tokens: those beyond have no name.
         tokens = [token or "" for token in self.tokenizer.convert_ids_to_tokens(list(token_ids))]
-        return token_roles(tokens, self.template, special=self.tokenizer.all_special_tokens)
+        pad = None if pad_id is None else self.tokenizer.convert_ids_to_tokens(pad_id)
+        return token_roles(tokens, self.template, special=self.tokenizer.all_special_tokens, pad=pad)
 
     def window(self, token_ids: Sequence[int], position: int) -> str:
         """The end of the text up to and including a position, for showing."""

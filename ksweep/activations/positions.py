@@ -16,7 +16,11 @@ def row_positions(
     """Token indices taken from one row, in order; empty where no token is allowed.
 
     Allowed are indices >= min_position whose token is not special. "random" is the public NLA rule (stage0_extract.py): in the
-    order of drawing, not ascending; a generator seeded by (seed, row id) makes it independent of every other row.
+    order of drawing, not ascending; a generator seeded by (seed, row id) makes it independent of every other row. Without
+    replacement: a row with fewer candidates than positions_per_document gives those that it has (the reference draws some twice).
+
+    Args:
+        pad_id: what the row was padded with, on either side; min_position counts from the first other token. None: not padded.
     """
     rule = activations.positions
     candidates = _candidates(token_ids, special_ids, activations, pad_id)
@@ -33,12 +37,22 @@ def row_positions(
 def _candidates(
     token_ids: Sequence[int], special_ids: Collection[int], activations: Activations, pad_id: int | None
 ) -> list[int]:
-    """Allowed indices. Padding is what has its id at either end of the row: GPT-2 pads with EOS, which may stand inside too."""
+    """Allowed indices; none in a row of nothing but padding, of which the reference takes position 0."""
     step = activations.stride if activations.positions == "stride" else 1
+    inside = unpadded(token_ids, pad_id)
     if activations.candidates == "not_special":
-        return [i for i in range(activations.min_position, len(token_ids), step) if token_ids[i] not in special_ids]
-    kept = [i for i, token in enumerate(token_ids) if token != pad_id]
-    return list(range(min(kept[0] + activations.min_position, kept[-1]), kept[-1] + 1, step)) if kept else []
+        return [i for i in inside[activations.min_position :: step] if token_ids[i] not in special_ids]
+    return list(inside[min(activations.min_position, max(len(inside) - 1, 0)) :: step])
+
+
+def unpadded(token_ids: Sequence[int], pad_id: int | None) -> range:
+    """From the first to the last token that is not padding. In between its id is a token: GPT-2 pads with EOS."""
+    first, end = 0, len(token_ids)
+    while end > first and token_ids[end - 1] == pad_id:
+        end -= 1
+    while first < end and token_ids[first] == pad_id:
+        first += 1
+    return range(first, end)
 
 
 def row_generator(seed: int, row_id: str) -> random.Random:

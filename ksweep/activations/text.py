@@ -1,4 +1,7 @@
-"""Text to read activations from: paragraphs, JSONL, Parquet, a `datasets` directory or a hub dataset, as one stream of rows."""
+"""Text to read activations from: paragraphs, JSONL, Parquet, a `datasets` directory or a hub dataset, as one stream of rows.
+
+A column of a table holds texts, or token ids that some tokenizer has made of them already, padding and all.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +34,13 @@ class TextRow:
     document: str
     """Cluster of the bootstrap: the document column, or the row id where there is none."""
     text: str
+    token_ids: tuple[int, ...] | None = None
+    """Of a pretokenised row, which has no text: used as they are, padding included."""
+
+    @property
+    def holds_something(self) -> bool:
+        """Neither null nor empty."""
+        return bool(self.token_ids or self.text.strip())
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,12 @@ def read_documents(activations: Activations) -> Iterator[TextRow]:
     """The rows of `activations.text`, in order, as a stream. Rows without text are yielded as empty: they keep their index.
 
     Raises:
-        DataError: nothing there, an unknown format, a missing column, a value that is not text, or no text at all.
+        DataError: nothing there, an unknown format, a missing column, a value that is neither text nor token ids, a mix of both,
+            or no text at all.
     """
     any_text = False
     for row in _rows(activations):
-        any_text |= bool(row.text.strip())
+        any_text |= row.holds_something
         yield row
     if not any_text:
         column = "" if text_format(activations) == "txt" else f" in column {activations.text_column!r}"
@@ -57,7 +69,7 @@ def read_documents(activations: Activations) -> Iterator[TextRow]:
 
 
 def text_identity(activations: Activations) -> dict[str, object]:
-    """What of the text changes the activations: content digest (or hub commit), format, column and split; never the path.
+    """What of the text changes the activations: content digest (or hub commit), format, column, kind and split; never the path.
 
     Local files are opened as far as their first text, so that an empty file or a mistyped column shows at planning time.
 
@@ -73,8 +85,9 @@ def text_identity(activations: Activations) -> dict[str, object]:
         return identity | {"hub": hub.repo, "config": hub.config, "revision": hub.revision, "split": activations.text_split}
     if kind == "datasets":
         identity["split"] = activations.text_split
-    else:
-        next((row for row in read_documents(activations) if row.text.strip()), None)
+    first = next((row for row in read_documents(activations) if row.holds_something), None)
+    if first is not None and first.token_ids is not None:
+        identity["holds"] = "token_ids"
     return identity | {"digest": digest(_local(activations))}
 
 
@@ -135,15 +148,51 @@ def _rows(activations: Activations) -> Iterator[TextRow]:
 
 def _named(records: Iterable[Mapping[str, Any]], activations: Activations, prefix: str) -> Iterator[TextRow]:
     """Records of a table -> rows: which column is text, which names the document, which the row."""
-    for index, record in enumerate(records):
-        text = _value(record, activations.text_column, "text_column", index, activations)
-        if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"row {index} of {activations.text} has a {type(text).__name__} in column {activations.text_column!r}; "
-                "expected text. Is activations.text_column the right one?"
-            )
+    pretokenised, numbered = _begin(records, activations.text_column)
+    for index, record in numbered:
+        value = _value(record, activations.text_column, "text_column", index, activations)
+        where = f"row {index} of {activations.text}", f"in column {activations.text_column!r}"
         row_id = str(record["row_id"]) if record.get("row_id") is not None else f"{prefix}:{index}"
-        yield TextRow(index, row_id, _document(record, row_id, index, activations), text or "")
+        document = _document(record, row_id, index, activations)
+        if pretokenised:
+            yield TextRow(index, row_id, document, "", _token_ids(value, *where))
+        else:
+            yield TextRow(index, row_id, document, _text(value, *where))
+
+
+def _begin(records: Iterable[Mapping[str, Any]], column: str) -> tuple[bool, Iterator[tuple[int, Mapping[str, Any]]]]:
+    """Whether the first value that is not null is a list, and so the column pretokenised; and all records, numbered."""
+    numbered, seen = enumerate(records), []
+    for index, record in numbered:
+        seen.append((index, record))
+        if record.get(column, "missing") is not None:
+            break
+    return bool(seen) and isinstance(seen[-1][1].get(column), list), chain(seen, numbered)
+
+
+def _text(value: Any, row: str, column: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise DataError(
+        f"{row} has a {type(value).__name__} {column}; expected text, or in every row a list of token ids. "
+        "Is activations.text_column the right one?"
+    )
+
+
+def _token_ids(value: Any, row: str, column: str) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise DataError(
+            f"{row} has a {type(value).__name__} {column}, where earlier rows have lists of token ids: make all alike"
+        )
+    for place, token in enumerate(value):
+        if type(token) is not int:  # bool is an int, too
+            raise DataError(
+                f"{row} has a list {column} with {str(token)[:50]!r} ({type(token).__name__}) at index {place}; expected token "
+                "ids, which are whole numbers, or text. Is activations.text_column the right one?"
+            )
+    return tuple(value)
 
 
 def _document(record: Mapping[str, Any], row_id: str, index: int, activations: Activations) -> str:
@@ -204,14 +253,16 @@ def _parquet_rows(path: Path, activations: Activations) -> Iterator[Mapping[str,
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"text file {path} is not a readable Parquet file ({error}); is it whole?") from error
     with file:
-        present = file.schema_arrow.names
-        # A column that is missing is left to `_value`, which can name those there are.
-        wanted = {activations.text_column, activations.document_column or "document", "row_id"}
-        columns = present if activations.text_column not in present else [name for name in present if name in wanted]
-        if activations.document_column not in (None, *present):
-            columns = present
-        for batch in file.iter_batches(batch_size=256, columns=columns):
+        for batch in file.iter_batches(batch_size=256, columns=_columns(file.schema_arrow.names, activations)):
             yield from batch.to_pylist()
+
+
+def _columns(present: list[str], activations: Activations) -> list[str]:
+    """Columns to read. One that is missing is left to `_value`, which can name those there are."""
+    if activations.text_column not in present or activations.document_column not in (None, *present):
+        return present
+    wanted = {activations.text_column, activations.document_column or "document", "row_id"}
+    return [name for name in present if name in wanted]
 
 
 def _datasets() -> Any:
@@ -236,7 +287,8 @@ def _saved_dataset(path: Path, activations: Activations) -> Iterable[Mapping[str
             splits = ", ".join(found)
             raise DataError(f"{path} has no split {activations.text_split!r}; it has {splits}. Set activations.text_split.")
         found = found[activations.text_split]
-    rows: Iterable[Mapping[str, Any]] = found
+    # A saved format (torch, numpy) would hand out tensors instead of lists.
+    rows: Iterable[Mapping[str, Any]] = found.with_format(None).select_columns(_columns(found.column_names, activations))
     return rows
 
 

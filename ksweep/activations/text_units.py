@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
-from ksweep.activations.positions import most_per_row, row_positions
+from ksweep.activations.positions import most_per_row, row_positions, unpadded
 from ksweep.activations.roles import count_roles
 from ksweep.activations.text import TextRow, read_documents
 from ksweep.activations.units import Unit, refuse_unusable, to_float32
+from ksweep.errors import DataError
 from ksweep.files import resolve
 from ksweep.spec import Activations
 
@@ -90,22 +91,46 @@ class TextUnits:
             if self._next_unit > index:
                 return rows, self._ahead is None
 
+    def _tokens(self, rows: Sequence[TextRow]) -> tuple[list[list[int]], int | None]:
+        """Token ids of rows, and what they are padded with: texts are not, pretokenised rows come as they are."""
+        given = [row.token_ids for row in rows if row.token_ids is not None]
+        if not given:
+            return self.reader.tokenize([row.text for row in rows], self.max_length), None
+        pad_id, known = self.reader.filler_id, self.reader.num_embeddings
+        for row, ids in zip(rows, given, strict=True):
+            where = f"row {row.index} of {self.activations.text} (column {self.activations.text_column!r})"
+            refuse_strange(ids, known, where)
+            self._refuse_long(ids, unpadded(ids, pad_id).stop, where)
+        return [list(ids[: self.max_length]) for ids in given], pad_id
+
+    def _refuse_long(self, ids: Sequence[int], end: int, where: str) -> None:
+        """Right padding may be cut off, but not text: of a row that is padded on the left perhaps nothing else would be left."""
+        if end <= self.max_length:
+            return
+        if self.max_length < self.activations.max_length:
+            advice = f"the model's context ends there: take text pretokenised to at most {self.max_length} tokens"
+        else:
+            advice = f"set activations.max_length={len(ids)}"
+        raise DataError(f"{where} has {len(ids)} token ids, and activations are taken from the first {self.max_length}: {advice}")
+
     def _unit(self, rows: Sequence[TextRow], is_last: bool) -> Unit:
         reader = self.reader
-        ids = reader.tokenize([row.text for row in rows], self.max_length)
+        ids, pad_id = self._tokens(rows)
+        # The rule not_padding goes by id in texts, too: it leaves out a padding token that a text ends with.
+        ends = reader.pad_id if pad_id is None and self.activations.candidates == "not_padding" else pad_id
         positions = [
-            row_positions(i, row.row_id, reader.special_ids, self.activations, reader.pad_id)
-            for i, row in zip(ids, rows, strict=True)
+            row_positions(i, row.row_id, reader.special_ids, self.activations, ends) for i, row in zip(ids, rows, strict=True)
         ]
         places = [(r, p) for r, taken in enumerate(positions) for p in taken]
-        roles = [reader.roles(i) for i in ids]
+        roles = [reader.roles(i, pad_id) for i in ids]
+        starts = [unpadded(i, pad_id).start for i in ids]
         unit = Unit(
-            vectors=reader.vectors(ids, positions),
+            vectors=reader.vectors(ids, positions, pad_id),
             row_ids=[rows[r].row_id for r, _ in places],
             documents=[rows[r].document for r, _ in places],
             positions=[p for _, p in places],
             token_ids=[ids[r][p] for r, p in places],
-            windows=[reader.window(ids[r], p) for r, p in places],
+            windows=[reader.window(ids[r][starts[r] :], p - starts[r]) for r, p in places],
             roles=[None if (of_row := roles[r]) is None else of_row[p] for r, p in places],
             num_rows=len(rows),
             num_skipped=sum(not taken for taken in positions),
@@ -114,6 +139,20 @@ class TextUnits:
         )
         refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")
         return unit if self.activations.max_norm is None else without_long(unit, self.activations.max_norm)
+
+
+def refuse_strange(token_ids: Sequence[int], num_embeddings: int, where: str) -> None:
+    """Token ids that the model has no embedding for.
+
+    Raises:
+        DataError: names the first of them.
+    """
+    strange = next((i for i, token in enumerate(token_ids) if not 0 <= token < num_embeddings), None)
+    if strange is not None:
+        raise DataError(
+            f"{where} has token id {token_ids[strange]} at index {strange}, and the model knows 0 to {num_embeddings - 1}: "
+            "was it tokenised for another model?"
+        )
 
 
 def without_long(unit: Unit, max_norm: float) -> Unit:
