@@ -69,7 +69,9 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     cells = [complete(cell) for cell in sweep.cells()]
     keys = [cell_keys(cell) for cell in cells]
     if options.dry_run:
-        terminal.print_plan(sweep, _plan(sweep, cells, keys))
+        steps = _plan(sweep, cells, keys)
+        terminal.print_plan(sweep, steps)
+        _refuse_full_disk(sweep, steps)
         return 0
     _refuse_places(sweep)
     _wait_for_earlier_jobs(sweep, cells)
@@ -159,16 +161,22 @@ def _refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
     """The two stores may lie on two disks; each must hold what goes there."""
     draws, activations = sum(s.draw_bytes for s in steps), sum(s.activation_bytes for s in steps)
     registry, cache = Path(sweep.registry), Path(sweep.vector_cache)
-    together = registry.stat().st_dev == cache.stat().st_dev
+    together = _existing(registry).stat().st_dev == _existing(cache).stat().st_dev
     needs = {registry: draws + DATABASE_BYTES + (activations if together else 0), cache: activations}
     for place, needed in needs.items():
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(_existing(place)).free
         if any(step.state != "done" for step in steps) and needed > free:
             raise DiskFullError(
                 f"this sweep needs about {terminal.bytes_text(needed)} in {place.absolute()}, where "
                 f"{terminal.bytes_text(free)} are free: nothing was started. Free some room, ask for fewer draws or activations, "
                 "or set registry= and vector_cache= to a larger disk."
             )
+
+
+def _existing(place: Path) -> Path:
+    """A directory, or where it will be created: a dry run creates nothing."""
+    place = place.absolute()
+    return next(path for path in (place, *place.parents) if path.exists())
 
 
 def _wait_for_earlier_jobs(sweep: Sweep, cells: Sequence[Cell]) -> None:

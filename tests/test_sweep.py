@@ -303,6 +303,16 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
     assert not list(Path(sweep.vector_cache).rglob("*.arrow"))
 
 
+def test_a_dry_run_tells_of_a_disk_that_is_too_small_beside_its_plan(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ksweep.activations.store.BYTES_PER_ROW_BESIDE_VECTOR", 10**15)
+    assert run(sweep, "--dry-run") == 1
+    said = capsys.readouterr()
+    assert "disk about" in said.out and "are free: nothing was started" in said.err
+    assert not Path(sweep.registry).exists() and not Path(sweep.vector_cache).exists()
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_one(sweep: Sweep, tmp_path: Path) -> None:
     assert run(sweep) == 0

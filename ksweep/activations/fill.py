@@ -15,7 +15,7 @@ from typing import Any
 
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import rule_identity
-from ksweep.activations.store import ActivationStore, ActivationTable, Shard, estimate_bytes, free_bytes
+from ksweep.activations.store import ActivationStore, ActivationTable, Shard, estimate_bytes
 from ksweep.activations.text import text_identity
 from ksweep.activations.units import UnitSource
 from ksweep.errors import DataError, RunError, SpecError
@@ -46,12 +46,6 @@ class ActivationPlan:
     d_model: int
     bytes_needed: int
     """On disk, for the missing ones; whole units are computed, so up to a unit more."""
-    bytes_free: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether the disk has room for what is missing."""
-        return self.bytes_needed <= self.bytes_free
 
 
 def activations_key(activations: Activations, layer: int | None) -> tuple[str, dict[str, Any]]:
@@ -86,7 +80,6 @@ def plan(activations: Activations, layer: int | None, root: str | Path) -> Activ
         missing=missing,
         d_model=d_model,
         bytes_needed=estimate_bytes(missing, d_model, dtype),
-        bytes_free=free_bytes(root),
     )
 
 

@@ -270,6 +270,9 @@ class ActivationStore:
                 return
         except (OSError, ValueError, KeyError, TypeError):
             pass
+        # Norms are read from every shard, those beyond the request too: a damaged one there must not end a run that needs it not.
+        if self.verify([shard.unit for shard in shards]):
+            return self.write_manifest(source)
         rows = sum(shard.rows for shard in shards)
         table = ActivationTable(self, shards, rows)
         producers = {json.dumps(shard.producer, sort_keys=True): shard.producer for shard in shards}
@@ -286,7 +289,7 @@ class ActivationStore:
             "d_model": table.d_model,
             "bytes": sum(shard.bytes for shard in shards),
             "norms": _norm_summary(table.column("norm")),
-            "role_counts": table.role_counts(),
+            "role_counts": _sum_role_counts(shards),
             "producers": list(producers.values()),
             "shards": listed,
         }
@@ -322,9 +325,20 @@ class ActivationTable:
         return np.concatenate(parts) if parts else np.empty((0, self.d_model), dtype=np.float32)
 
     def stored(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """The same as read-only views into the memory map, one a shard, nothing copied: bfloat16 as uint16."""
+        """The same as read-only views into the memory map, one a shard, nothing copied: bfloat16 as uint16.
+
+        `ksweep.activations.tensors.tensors` gives them as torch tensors.
+        """
         for shard, low, high in self._spans(start, stop):
             yield self._vectors_of(shard)[low:high]
+
+    def row(self, index: int) -> np.ndarray:
+        """One stored vector, as a view like those of `stored`; `take` gathers many into a new array."""
+        if not 0 <= index < self._num:
+            raise IndexError(f"activation {index} is outside 0..{self._num - 1}")
+        place = int(np.searchsorted(self._starts, index, side="right")) - 1
+        vector: np.ndarray = self._vectors_of(place)[index - self._starts[place]]
+        return vector
 
     def take(self, indices: Sequence[int] | Int64[np.ndarray, " activation"]) -> Float32[np.ndarray, "activation d_model"]:
         """Vectors of any activations, in the order given."""
@@ -356,21 +370,19 @@ class ActivationTable:
         return len(names)
 
     def role_counts(self) -> dict[str, int] | None:
-        """Tokens by role in all source rows of the shards that hold these activations: {"user": 12, ..., "pad": 0, "total": 40}.
+        """Tokens by role in all source rows up to these activations: {"user": 12, ..., "pad": 0, "total": 40}.
 
         Whole shards are counted: rows without an activation too, and those that the last shard holds beyond the request. None
         where no chat template tells roles.
         """
-        counts = [self._shards[place].role_counts for place, _, _ in self._spans(0, None)]
-        known = [count for count in counts if count is not None]
-        if not known or len(known) < len(counts):
-            return None
-        return {role: sum(count[role] for count in known) for role in known[0]}
+        return _sum_role_counts(self._shards[: np.searchsorted(self._starts, self._num)])
 
     def _spans(self, start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
         """(shard, first row in it, end row in it) of a range; as slices do, a range beyond the end is cut."""
         start, stop, _ = slice(start, stop).indices(self._num)
-        for place in range(len(self._shards)):
+        # Thousands of shards: those around the range are found by bisection.
+        first, end = np.searchsorted(self._starts, start, side="right") - 1, np.searchsorted(self._starts, stop, side="left")
+        for place in range(int(first), int(end)):
             low, high = max(start, int(self._starts[place])), min(stop, int(self._starts[place + 1]))
             if low < high:
                 yield place, low - int(self._starts[place]), high - int(self._starts[place])
@@ -507,6 +519,11 @@ def _norm_summary(norms: np.ndarray) -> dict[str, float | int]:
         return {"num_not_finite": int(norms.size)}
     points = {f"p{p:02d}": float(np.percentile(finite, p)) for p in (1, 5, 25, 50, 75, 95, 99)}
     return {"mean": float(finite.mean()), **points, "num_not_finite": int(norms.size - finite.size)}
+
+
+def _sum_role_counts(shards: Sequence[Shard]) -> dict[str, int] | None:
+    known = [shard.role_counts for shard in shards if shard.role_counts is not None]
+    return {role: sum(counts[role] for counts in known) for role in known[0]} if known else None
 
 
 def _json_bytes(value: object) -> bytes:

@@ -84,6 +84,17 @@ def test_role_counts_are_those_of_the_shards_a_request_touches(chat: tuple[str, 
     assert large.key == small.key
 
 
+def test_role_counts_hold_rows_without_an_activation(chat: tuple[str, Path], tmp_path: Path) -> None:
+    template, base = chat
+    rows, tokenizer = (
+        [conversation(template, ("user", "the"))] * 64 + conversations(template, 6),
+        AutoTokenizer.from_pretrained(base),
+    )
+    expected = [roles_by_offset(tokenizer, row) for row in rows]
+    table = extract(base, rows, tmp_path, 4, positions="last", min_position=len(expected[0]))
+    assert table.column("row_id")[0] >= "row:64" and table.role_counts() == counted(expected)
+
+
 def test_activations_above_the_norm_take_their_roles_with_them(chat: tuple[str, Path], tmp_path: Path) -> None:
     template, base = chat
     rows = conversations(template, 10)

@@ -22,6 +22,7 @@ import torch
 from ksweep.activations import ActivationStore, activation_key, activations_key, ensure, estimate_bytes, plan
 from ksweep.activations import store as store_module
 from ksweep.activations.fill import fill
+from ksweep.activations.tensors import tensors
 from ksweep.activations.units import Unit, to_bfloat16_bits, to_float32
 from ksweep.activations.vectors import ROWS_PER_UNIT
 from ksweep.errors import DataError, RunError, SpecError, StoreError
@@ -81,13 +82,38 @@ def test_ranges_and_random_rows_equal_those_of_the_array(tmp_path: Path) -> None
         assert np.array_equal(table.vectors(start, stop), vectors[:90][start:stop])
     rows = np.random.default_rng(0).integers(0, 90, size=50)
     assert np.array_equal(table.take(rows), vectors[rows])
-    with pytest.raises(IndexError, match=r"90 is outside 0\.\.89"):
-        table.take([90])
+    for index in (0, 9, 10, 55, 89):
+        assert np.array_equal(table.row(index), vectors[index])
+    for read in (lambda: table.take([90]), lambda: table.row(90)):
+        with pytest.raises(IndexError, match=r"90 is outside 0\.\.89"):
+            read()
+    with pytest.raises(IndexError, match=r"-1 is outside 0\.\.89"):
+        table.row(-1)
 
 
-def test_stored_vectors_are_views_into_the_file(tmp_path: Path) -> None:
-    first = next(small_store(tmp_path, random_vectors(20)).open(20).stored())
-    assert not first.flags.owndata and not first.flags.writeable
+def test_ranges_over_shards_without_rows_equal_those_of_the_array(tmp_path: Path) -> None:
+    store, vectors = ActivationStore(tmp_path, "k", {}), random_vectors(9)
+    for unit, (low, high) in enumerate([(0, 0), (0, 4), (4, 4), (4, 4), (4, 9), (9, 9)]):
+        store.write_unit(unit, make_unit(vectors[low:high], low), "float32")
+    table = store.open(9)
+    for start in range(10):
+        for stop in range(start, 10):
+            assert np.array_equal(table.vectors(start, stop), vectors[start:stop])
+    assert all(np.array_equal(table.row(i), vectors[i]) for i in range(9))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_stored_vectors_are_views_into_the_file_for_numpy_and_torch(tmp_path: Path, dtype: str) -> None:
+    exact = torch.from_numpy(random_vectors(20)).to(getattr(torch, dtype))
+    table = small_store(
+        tmp_path, exact.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else exact.numpy(), dtype
+    ).open(20)
+    views, tensors_ = list(table.stored()), list(tensors(table))
+    assert all(not view.flags.owndata and not view.flags.writeable for view in views)
+    assert [tensor.data_ptr() for tensor in tensors_] == [view.__array_interface__["data"][0] for view in views]
+    assert torch.cat(tensors_).dtype == exact.dtype and torch.equal(torch.cat(tensors_), exact)
+    one = next(tensors(table, 13, 14))[0]
+    assert torch.equal(one, exact[13]) and one.data_ptr() == table.row(13).__array_interface__["data"][0]
 
 
 def test_more_shards_than_may_be_open_are_read_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +228,7 @@ def test_too_little_text_says_how_much_there_is(base: Path, text: Path, tmp_path
 def test_plan_counts_what_is_there_and_the_bytes_of_the_rest(base: Path, text: Path, tmp_path: Path) -> None:
     before = plan(spec(base, text, 60, dtype="bfloat16"), 1, tmp_path / "c")
     assert (before.present, before.missing, before.d_model) == (0, 60, 16) and not (tmp_path / "c").exists()
-    assert before.bytes_needed == estimate_bytes(60, 16, "bfloat16") and before.fits
+    assert before.bytes_needed == estimate_bytes(60, 16, "bfloat16")
     ensure(spec(base, text, 60, dtype="bfloat16"), 1, tmp_path / "c")
     after = plan(spec(base, text, 100, dtype="bfloat16"), 1, tmp_path / "c")
     assert (after.key, after.present, after.missing) == (before.key, 100, 0)  # whole units: 116 are there
@@ -392,6 +418,31 @@ def test_damage_behind_a_gap_is_found_before_it_is_used(tmp_path: Path) -> None:
     flip_a_byte(next(directory.glob("shard-00002-*.arrow")))
     (directory / "shard-00000.json").unlink()
     assert np.array_equal(ensure(vector_spec(path, len(vectors)), None, tmp_path / "c").vectors(), vectors)
+
+
+def test_damage_beyond_a_request_is_set_aside_and_stops_nobody(tmp_path: Path) -> None:
+    vectors = random_vectors(3 * ROWS_PER_UNIT)
+    path = write_vectors(tmp_path / "v.parquet", vectors)
+    directory = ensure(vector_spec(path, len(vectors)), None, tmp_path / "c").directory
+    flip_a_byte(next(directory.glob("shard-00001-*.arrow")))
+    (directory / "manifest.json").unlink()
+    assert np.array_equal(ensure(vector_spec(path, 5), None, tmp_path / "c").vectors(), vectors[:5])
+    assert json.loads((directory / "manifest.json").read_text())["num_activations"] == ROWS_PER_UNIT
+    assert len(list(directory.glob("shard-00001*.damaged-*"))) == 2
+    assert np.array_equal(ensure(vector_spec(path, len(vectors)), None, tmp_path / "c").vectors(), vectors)
+
+
+def test_manifest_counts_vectors_that_are_not_finite(tmp_path: Path) -> None:
+    vectors = random_vectors(30)
+    vectors[3, 2], vectors[7, 0] = np.nan, np.inf
+    store = small_store(tmp_path, vectors)
+    store.write_manifest()
+    norms = json.loads((store.directory / "manifest.json").read_text())["norms"]
+    expected = np.linalg.norm(np.delete(vectors, [3, 7], axis=0).astype(np.float64), axis=1)
+    assert norms["num_not_finite"] == 2 and norms["mean"] == pytest.approx(expected.mean())
+    assert [norms[f"p{p:02d}"] for p in (1, 5, 25, 50, 75, 95, 99)] == pytest.approx(
+        np.percentile(expected, [1, 5, 25, 50, 75, 95, 99]).tolist()
+    )
 
 
 def test_damage_during_a_run_is_an_error_and_never_read(tmp_path: Path) -> None:
