@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +20,12 @@ from ksweep.explain import UnitWork
 from ksweep.keys import Keys, cell_keys, complete, inspect_file, inspect_pair
 from ksweep.provenance import provenance
 from ksweep.ranks import Ranks, Stopped, share
+from ksweep.reference import Quantities, StoredDraws, reference_quantities
 from ksweep.spec import Autoencoder, Cell, cell_from_dict
-from ksweep.summary import SUMMARISED, Summary, summarise
+from ksweep.summary import RETRIEVAL_POOL, SUMMARISED, Summary, summarise
 
 if TYPE_CHECKING:
+    from ksweep.activations.roles import Role
     from ksweep.activations.store import ActivationTable
     from ksweep.autoencoder.protocol import Reconstructor, Verbalizer
 
@@ -121,13 +123,10 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
                 raise RunError(
                     f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?"
                 )
-            targets = vectors.vectors(0, len(vectors))
-            empty = _empty_text(cell, store, models)
-            try:
-                summary = summarise(draws, targets, cell.scoring, cell.ks, empty, cell.autoencoder.scoring_kind)
-            except ValueError as error:  # what the statistics refuse is what was asked for: equal vectors, too few of them
-                raise DataError(str(error)) from error
-        return _land(cell, keys, place, ranks, clock, summary, draws, before, targets.shape[1])
+            found = _measure(cell, vectors, store, draws, _empty_text(cell, store, models))
+            for note in found.reference.notes:
+                log.warning("%s: %s", keys.name, note)
+        return _land(cell, keys, place, ranks, clock, found, draws, before)
     except Stopped:
         raise
     except Exception as error:
@@ -192,6 +191,57 @@ def _empty_text(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray:
     return np.asarray(controls["empty_text"])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What the draws of a cell have come to."""
+
+    summary: Summary
+    reference: Quantities
+    """The reference sweep's own numbers; nothing for an NLA pair."""
+    tokens: dict[str, Any]
+    """token_stats and selected_token_stats of the run record."""
+    norms: np.ndarray
+    """Length of each activation."""
+    d_model: int
+
+
+def _measure(cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.Table, empty: np.ndarray) -> Measured:
+    """Every statistic of a cell; no model is needed."""
+    targets = vectors.vectors(0, len(vectors))
+    kind, roles = cell.autoencoder.scoring_kind, vectors.column("role").tolist()
+    pool = np.arange(min(len(targets), RETRIEVAL_POOL))
+    firsts = store.reconstructions(pool, np.zeros_like(pool), targets.shape[1])
+    reference = Quantities()
+    try:
+        summary = summarise(draws, targets, cell.scoring, cell.ks, empty, firsts, kind)
+        if kind == "raw":
+            errors = draws["error"].to_numpy().reshape(len(targets), -1)
+            stored = StoredDraws(store=store, activations=targets, errors=errors, roles=roles)
+            reference = reference_quantities(stored, cell.ks, cell.scoring.reference_replicates)
+    except ValueError as error:  # what the statistics refuse is what was asked for: equal vectors, too few of them
+        raise DataError(str(error)) from error
+    return Measured(
+        summary=summary, reference=reference, tokens=_token_stats(vectors, roles),
+        norms=np.linalg.norm(targets.astype(np.float64), axis=1), d_model=targets.shape[1],
+    )  # fmt: skip
+
+
+def _token_stats(vectors: ActivationTable, roles: list[str | None]) -> dict[str, Any]:
+    """Roles over all tokens that were looked at and over the evaluated positions; None where no chat format tells them."""
+    from ksweep.activations.roles import count_roles, role_proportions
+
+    found: dict[str, Any] = {"token_stats": None, "selected_token_stats": None}
+    known = [cast("Role", role) for role in roles if role is not None]
+    if (counts := vectors.role_counts()) is not None:
+        said = {"counts": counts, "proportions": role_proportions(counts)}
+        found["token_stats"] = said | {"total_sequences": vectors.num_source_rows()}
+    if known:
+        counts = count_roles(known)
+        said = {"counts": counts, "proportions": role_proportions(counts)}
+        found["selected_token_stats"] = said | {"total_positions": len(roles)}
+    return found
+
+
 class Clock:
     """Seconds by phase."""
 
@@ -216,22 +266,22 @@ def _land(
     place: Place,
     ranks: Ranks,
     clock: Clock,
-    summary: Summary,
+    found: Measured,
     draws: pa.Table,
     before: np.ndarray,
-    d_model: int,
 ) -> str:
     from ksweep.registry import landing
 
     new = ~before.reshape(-1)
     tokens = int(draws["num_tokens"].to_numpy()[new].sum())
+    summary, reference = found.summary, found.reference
     counts, first = summary.counts, summary.curve[0]
     record = landing.RunRecord(
         **_common(cell, keys, place, ranks, clock),
         status="finished",
         num_activations=first["num_activations"],
         num_documents=first["num_documents"],
-        d_model=d_model,
+        d_model=found.d_model,
         num_draws=first["num_draws"],
         num_draws_sampled=int(new.sum()),
         num_draws_reused=int(before.sum()),
@@ -249,8 +299,18 @@ def _land(
         baseline=first["baseline"],
         baseline_kind=first["baseline_kind"],
         baseline_num_activations=first["num_activations"] if first["baseline_kind"] == "evaluated set" else None,
+        **found.tokens,
+        notes=reference.notes,
     )
-    landing.land(place.registry, record, pa.Table.from_pylist(summary.curve), pa.Table.from_pylist(summary.controls))
+    raw = cell.autoencoder.scoring_kind == "raw"
+    landing.land(
+        place.registry,
+        record,
+        pa.Table.from_pylist(summary.curve),
+        pa.Table.from_pylist(summary.controls),
+        reference=pa.Table.from_pylist(reference.rows, schema=landing.REFERENCE_SCHEMA) if reference.rows else None,
+        norms=pa.table({"activation": np.arange(len(found.norms)), "norm": found.norms}) if raw else None,
+    )
     return record.run_id
 
 

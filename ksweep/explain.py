@@ -51,9 +51,18 @@ class UnitWork:
         reconstructions = np.asarray(self.ar.reconstruct(explanations, self.batch_size), dtype=np.float64)
         scores = self._score(unit, targets, owners, good, reconstructions)
         kept: list[np.ndarray | None] = [None] * len(draws)
+        keep = self._to_keep(unit, scores["error"])
         for i, vector in zip(good, reconstructions, strict=True):
-            kept[i] = vector if draws[i].request.draw == 0 else None
+            kept[i] = vector if keep[i] else None
         return self._table(unit, draws, texts, parsed, scores, kept)
+
+    def _to_keep(self, unit: Unit, errors: np.ndarray) -> np.ndarray:
+        """Whether a draw's reconstruction is kept: see SCHEMA of the draws store."""
+        by_activation = errors.reshape(unit.last_row - unit.first_row, unit.last_draw - unit.first_draw)
+        keep = np.zeros(by_activation.shape, dtype=bool) if self.scoring == "normalised" else running_minima(by_activation)
+        if unit.first_draw == 0:
+            keep[:, 0] = True
+        return keep.reshape(-1)
 
     def _known(self, column: Literal["position", "token_id"], unit: Unit) -> list[int | None]:
         """A number of each of a unit's activations; None where it is unknown."""
@@ -155,6 +164,14 @@ class UnitWork:
 
 def _nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
+
+
+def running_minima(errors: np.ndarray) -> np.ndarray:
+    """[activation, draw]: whether a draw's error is below that of every earlier one. A failure's never is, nor counts."""
+    best = np.fmin.accumulate(errors, axis=1)
+    before = np.hstack([np.full((len(errors), 1), np.inf), np.where(np.isnan(best[:, :-1]), np.inf, best[:, :-1])])
+    below: np.ndarray = errors < before
+    return below
 
 
 def neighbours(documents: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ wrong directory is refused before anything is submitted.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ SAMPLER_VERSION = 1
 """Raised whenever the same seed would give other texts."""
 SCORER_VERSION = 1
 """Raised whenever the same texts would give other errors."""
+
+
+FIRST_SCORING_FIELDS = ("ks", "baseline", "failed_error", "level", "num_replicates", "seed")
+"""Those that every cell key holds."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,10 @@ def cell_keys(cell: Cell) -> Keys:
 
 
 def _scoring_identity(cell: Cell) -> dict[str, Any]:
-    """Fields of the scoring; a selection that is the usual one is left out, so that keys from before there was a choice hold."""
-    scoring = asdict(cell.scoring)
-    if scoring["selection"] == "order_statistics":
-        del scoring["selection"]
-    return scoring
+    """Fields of the scoring; later ones are left out where they are at their default, so that keys from before them hold."""
+    defaults = {f.name: f.default for f in fields(cell.scoring)}
+    scoring = asdict(cell.scoring).items()
+    return {name: value for name, value in scoring if name in FIRST_SCORING_FIELDS or value != defaults[name]}
 
 
 def complete(cell: Cell) -> Cell:

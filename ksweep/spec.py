@@ -170,6 +170,9 @@ class Scoring:
     num_replicates: int = 2000
     """Bootstrap replicates over documents."""
     seed: int = 0
+    reference_replicates: int = 0
+    """Of a checkpoint: replicates of the reference's own bootstrap of its quantities, over single vectors (percentile and BCa
+    intervals, its seed 42; it had 1000). 0 leaves it out."""
 
     def __post_init__(self) -> None:
         if self.ks is not None:
@@ -186,6 +189,11 @@ class Scoring:
         if not (_is_number(self.level) and 0 < self.level < 1):
             raise SpecError(f"scoring.level={self.level!r} must lie between 0 and 1, e.g. 0.95")
         _at_least("scoring.num_replicates", self.num_replicates, 2)
+        _at_least("scoring.reference_replicates", self.reference_replicates, 0)
+        if self.reference_replicates == 1:
+            raise SpecError(
+                "scoring.reference_replicates=1 has no spread: ask for at least 2 (the reference had 1000), or 0 for none"
+            )
         if not (_is_number(self.failed_error) and self.failed_error > 0):
             raise SpecError(
                 f"scoring.failed_error={self.failed_error!r} must be a number > 0 (2.0 counts a failure as orthogonal)"
@@ -214,9 +222,23 @@ class Cell:
                 f"scoring.baseline={baseline!r} must lie in (0, 1] (it is 1 - R^2 of vectors scaled to norm sqrt(d)), or be None "
                 "to measure it; only a checkpoint is scored on raw vectors"
             )
+        self._check_reference()
         if self.activations.num_activations < 2 and self.scoring.baseline is None:
             raise SpecError(
                 "activations.num_activations=1 has no variance to explain: ask for more activations, or state scoring.baseline"
+            )
+
+    def _check_reference(self) -> None:
+        asked, n = self.scoring.reference_replicates, self.activations.num_activations
+        if asked and self.autoencoder.checkpoint is None:
+            raise SpecError(
+                f"scoring.reference_replicates={asked}: the reference's quantities are of raw reconstructions, which only a "
+                "checkpoint has. Leave it out (0); the pair's FVE has its interval from scoring.num_replicates"
+            )
+        if asked and n < 3:
+            raise SpecError(
+                f"scoring.reference_replicates={asked} needs at least 3 activations, and activations.num_activations={n}: ask "
+                "for more, or leave it out (0)"
             )
 
     @property

@@ -14,9 +14,9 @@ from ksweep.spec import Scoring
 
 SUMMARISED = [
     "document", "text", "explanation", "finish", "parse", "num_tokens",
-    "error", "cosine", "shuffled_error", "shuffled_activation", "reconstruction",
+    "error", "cosine", "shuffled_error", "shuffled_activation",
 ]  # fmt: skip
-"""Columns of the draws store that a summary needs."""
+"""Columns of the draws store that a summary needs. Reconstructions, which need a hundred times the room, come by themselves."""
 
 RETRIEVAL_POOL = 2048
 """Activations among which an activation's own draws must find it; the first ones where there are more."""
@@ -39,6 +39,7 @@ def summarise(
     scoring: Scoring,
     ks: tuple[int, ...],
     empty_text: np.ndarray | None,
+    first_draws: np.ndarray,
     kind: stats.ScoringKind = "normalised",
 ) -> Summary:
     """Statistics of a cell.
@@ -49,6 +50,7 @@ def summarise(
         scoring: baseline, failure policy, interval.
         ks: values of K to report.
         empty_text: [d_model] what the AR makes of an empty text.
+        first_draws: [activation, d_model] reconstruction of draw 0, NaN where it failed, of the first RETRIEVAL_POOL activations.
         kind: how the errors in `draws` were taken.
     """
     num_activations = len(vectors)
@@ -66,7 +68,7 @@ def summarise(
     cosine = select(draws["cosine"].to_numpy().reshape(grid), errors, ks, failed_value=0.0).mean(axis=0)
     return Summary(
         curve=_curve_rows(curve, shuffled, cosine),
-        controls=_controls(draws, vectors, baseline, empty_text) + _gain(curve),
+        controls=_controls(vectors, baseline, empty_text, first_draws) + _gain(curve),
         counts=_counts(draws, curve),
     )
 
@@ -111,7 +113,9 @@ def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray)
     ]
 
 
-def _controls(draws: pa.Table, vectors: np.ndarray, baseline: stats.Baseline, empty: np.ndarray | None) -> list[dict[str, Any]]:
+def _controls(
+    vectors: np.ndarray, baseline: stats.Baseline, empty: np.ndarray | None, first_draws: np.ndarray
+) -> list[dict[str, Any]]:
     n = len(vectors)
     rows: list[dict[str, Any]] = []
     if empty is not None:
@@ -125,8 +129,9 @@ def _controls(draws: pa.Table, vectors: np.ndarray, baseline: stats.Baseline, em
         rows.append(_control("mean_vector", value, n, f"FVE of the {mean} of the activations: the best constant"))
     pool = min(n, RETRIEVAL_POOL)
     if pool >= 2:
-        firsts = _first_reconstructions(draws, n, vectors.shape[1], baseline.scoring)
-        found = stats.retrieval(firsts[:pool], vectors[:pool], baseline.scoring)
+        known = np.flatnonzero(~np.isnan(first_draws[:pool]).any(axis=1))
+        means = stats.mean_reconstructions(first_draws[known], known, pool, baseline.scoring)
+        found = stats.retrieval(means, vectors[:pool], baseline.scoring)
         note = "share of activations that their first draw is nearer to than to any other"
         rows.append(_control("retrieval_top1", found.top_1_rate, pool, note))
         rows.append(_control("retrieval_chance", found.chance, pool, "the same for draws that know nothing"))
@@ -154,14 +159,6 @@ def _gain(curve: stats.FveCurve) -> list[dict[str, Any]]:
 
 def _control(name: str, value: float, num_activations: int, note: str, k: int | None = None) -> dict[str, Any]:
     return {"control": name, "k": k, "value": value, "num_activations": num_activations, "note": note}
-
-
-def _first_reconstructions(draws: pa.Table, num_activations: int, d_model: int, kind: stats.ScoringKind) -> np.ndarray:
-    """[activation, d_model] (scaled) reconstruction of draw 0; NaN where that draw failed."""
-    kept = draws["reconstruction"].combine_chunks()
-    at = np.flatnonzero(kept.is_valid().to_numpy(zero_copy_only=False))
-    vectors = kept.drop_null().flatten().to_numpy().reshape(len(at), d_model)
-    return stats.mean_reconstructions(vectors, at // (draws.num_rows // num_activations), num_activations, kind)
 
 
 def _counts(draws: pa.Table, curve: stats.FveCurve) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from ksweep import terminal
 from ksweep.activations.fill import plan as plan_activations
-from ksweep.draws import DrawsStore
+from ksweep.draws import DRAWS_PER_UNIT, DrawsStore
 from ksweep.errors import DiskFullError, RequestError, RunError, SpecError, StoreError
 from ksweep.evaluate import land_lost
-from ksweep.keys import Keys, cell_keys, complete
+from ksweep.keys import Keys, cell_keys, complete, inspect_file
 from ksweep.launch import submit as launch
 from ksweep.launch.job import Ending, create, jobs_at_work
 from ksweep.launch.plan import Facts, Step, plan
@@ -141,9 +141,17 @@ def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, plann
         draws_present=int(there.sum()),
         draws_wanted=wanted[0] * wanted[1],
         bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
-        bytes_per_draw=BYTES_PER_DRAW,
+        bytes_per_draw=BYTES_PER_DRAW + _bytes_of_reconstructions(cell),
         seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.source),
     )
+
+
+def _bytes_of_reconstructions(cell: Cell) -> int:
+    """What a draw of a checkpoint takes besides: of n draws of a unit those that are the best so far, 1 + 1/2 + ... + 1/n."""
+    if cell.autoencoder.checkpoint is None:
+        return 0
+    n = min(cell.sampling.effective_num_draws, DRAWS_PER_UNIT)
+    return int(4 * inspect_file(cell.autoencoder).d_model * sum(1 / i for i in range(1, n + 1)) / n)
 
 
 def _refuse_places(sweep: Sweep) -> None:

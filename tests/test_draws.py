@@ -104,3 +104,34 @@ def test_a_full_disk_is_a_run_error_and_leaves_nothing(tmp_path: Path, monkeypat
     with pytest.raises(RunError, match="is full"):
         store.publish(unit, rows(unit))
     assert list(store.path.iterdir()) == []
+
+
+def kept_rows(unit: Unit, kept: set[tuple[int, int]]) -> pa.Table:
+    """Draws of which some have their reconstruction, (activation, draw, activation + draw)."""
+    pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(unit.first_draw, unit.last_draw)]
+    vectors = [[a, k, a + k] if (a, k) in kept else None for a, k in pairs]
+    table = rows(unit)
+    at = table.schema.get_field_index("reconstruction")
+    return table.set_column(at, SCHEMA.field(at), pa.array(vectors, SCHEMA.field(at).type))
+
+
+def test_reconstructions_are_found_in_whatever_part_they_are_and_nan_where_none_was_kept(tmp_path: Path) -> None:
+    store = DrawsStore(tmp_path, "k")
+    kept = {(0, 0), (3, 2), (70, 0), (70, 17), (65, 5), (63, 18)}
+    for num_activations, num_draws in ((66, 3), (80, 19)):  # parts of irregular shape
+        for unit in store.missing(num_activations, num_draws):
+            store.publish(unit, kept_rows(unit, kept))
+    assert len(store.parts()) > 4
+    activations, draws = np.array([70, 3, 63, 0, 70, 3, 500]), np.array([17, 2, 18, 0, 1, 2, 0])
+    found = store.reconstructions(activations, draws, 3)
+    expected = [[a, k, a + k] if (a, k) in kept else [np.nan] * 3 for a, k in zip(activations, draws, strict=True)]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.array(expected))
+
+
+def test_reconstructions_of_a_damaged_part_are_nan_and_it_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, unit = DrawsStore(tmp_path, "k"), Unit(0, 2, 0, 1)
+    store.publish(unit, kept_rows(unit, {(0, 0), (1, 0)}))
+    (store.path / unit.file_name).write_bytes(b"")
+    assert np.isnan(store.reconstructions(np.array([0, 1]), np.array([0, 0]), 3)).all()
+    assert "is damaged" in caplog.text and store.parts() == []

@@ -1,13 +1,15 @@
-"""Which activation stands in for another in the shuffled control."""
+"""Which activation stands in for another in the shuffled control, and which reconstructions are kept."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksweep.explain import neighbours
+from ksweep.explain import neighbours, running_minima
 
 # Documents in the order of a store: runs of activations of one document, neighbouring runs of different ones.
 runs = st.lists(st.integers(1, 5), min_size=1, max_size=8)
@@ -60,3 +62,19 @@ def test_neighbours_go_round_the_document_before(lengths: list[int], expected: l
 
 def test_neighbours_of_documents_numbered_by_row_work_too() -> None:
     assert neighbours(np.array([7, 7, 9])).tolist() == [-1, -1, 0]
+
+
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, float("nan")]), min_size=1, max_size=12), st.data())
+def test_the_best_of_the_first_k_is_a_running_minimum_however_draws_are_cut(errors: list[float], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(errors)), max_size=3)) | {0, len(errors)})
+    kept = [x for a, b in pairwise(cuts) for x in running_minima(np.array([errors[a:b]]))[0]]
+    for k in range(1, len(errors) + 1):
+        known = [(error, draw) for draw, error in enumerate(errors[:k]) if not np.isnan(error)]
+        assert not known or kept[min(known)[1]]
+
+
+def test_running_minima_leave_out_ties_failures_and_what_is_worse() -> None:
+    nan = float("nan")
+    errors = np.array([[3.0, 4.0, 2.0, 2.0, nan, 1.0], [nan, nan, 5.0, 6.0, 5.0, 4.0]])
+    expected = [[True, False, True, False, False, True], [False, False, True, False, False, True]]
+    assert running_minima(errors).tolist() == expected

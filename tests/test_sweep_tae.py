@@ -6,63 +6,28 @@ import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
+from ksweep import Autoencoder, Resources, Scoring, Sweep
 from ksweep.activations import ensure
 from ksweep.autoencoder.tae_file import TaeInfo, inspect_tae
 from ksweep.errors import SpecError
 from ksweep.overrides import apply_overrides
+from tests.tae_sweeps import CASES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, ask, checkpoint, run, sweep_over
 
 ROOT = Path(__file__).parents[1]
-FIXTURES = ROOT / "tests" / "fixtures" / "tae"
-CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
-WORDS = "the of and to in is was he for it with as his on be at by had".split()  # noqa: SIM905
-NUM_ACTIVATIONS, NUM_DRAWS = 24, 4
-
-
-def checkpoint(case: str) -> Path:
-    return next((FIXTURES / case).glob("*.pt"))
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
-    """Of a pair that does not exist: what the command line puts in its place must be all that counts."""
     source = random.Random(0)
     rows = [{"text": " ".join(source.choices(WORDS, k=20)), "document": f"d{i // 3}"} for i in range(40)]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return Sweep(
-        name="tae",
-        cell=Cell(
-            autoencoder=Autoencoder(av="/nowhere/av", ar="/nowhere/ar", base="/nowhere/base", dtype="float32"),
-            activations=Activations(
-                model="/nowhere/base", layer=17, text=str(tmp_path / "text.jsonl"), num_activations=NUM_ACTIVATIONS,
-                min_position=8, max_length=100, dtype="float32",
-            ),
-            sampling=Sampling(num_draws=NUM_DRAWS),
-            scoring=Scoring(num_replicates=50),
-        ),
-        resources=Resources(cluster="inprocess", gpus=0),
-        registry=str(tmp_path / "registry"),
-        vector_cache=str(tmp_path / "vector_cache"),
-    )  # fmt: skip
-
-
-def run(sweep: Sweep, case: str, *arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        sweep_main(sweep, ["--no-charts", f"autoencoder.checkpoint={checkpoint(case)}", *arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
-def ask(sweep: Sweep, question: str) -> list[tuple[Any, ...]]:
-    with connect(sweep.registry) as connection:
-        return connection.execute(question).fetchall()
+    return sweep_over(tmp_path / "text.jsonl", tmp_path)
 
 
 @dataclass
@@ -234,3 +199,6 @@ def test_two_ranks_give_the_draws_and_the_curve_of_one(
     assert ask(other, texts) == ask(sweep, texts)
     curve = "SELECT fve, fve_low, fve_high, error, cosine, shuffled_fve FROM curves ORDER BY k"
     np.testing.assert_allclose(ask(other, curve), ask(sweep, curve), rtol=1e-5, atol=1e-5)
+    of_reference = "SELECT value FROM reference_quantities ORDER BY quantity, role, k"
+    np.testing.assert_allclose(ask(other, of_reference), ask(sweep, of_reference), rtol=1e-5, atol=1e-5)
+    assert len(ask(sweep, of_reference)) >= 8 * NUM_DRAWS

@@ -377,6 +377,10 @@ class ActivationTable:
         """
         return _sum_role_counts(self._shards[: np.searchsorted(self._starts, self._num)])
 
+    def num_source_rows(self) -> int:
+        """Source rows whose tokens `role_counts` counts."""
+        return sum(self._shards[place].source_rows for place, _, _ in self._spans(0, None))
+
     def _spans(self, start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
         """(shard, first row in it, end row in it) of a range; as slices do, a range beyond the end is cut."""
         start, stop, _ = slice(start, stop).indices(self._num)

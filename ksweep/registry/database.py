@@ -72,6 +72,9 @@ SPEC_COLUMNS = {
 }
 """Columns of `runs` that are read out of the spec, and where they stand in it."""
 
+ROLE_COLUMNS = {"token_roles": "token_stats", "selected_token_roles": "selected_token_stats"}
+"""Columns of `runs` with counts by role, and the field of the record that has them."""
+
 MEANINGS = {
     "best_draws": ("draws",),
     "controls": ("run_controls", "runs"),
@@ -314,9 +317,15 @@ def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
     row |= {column: _at(record.spec, path) for column, path in SPEC_COLUMNS.items()}
     row |= {name: getattr(record, name).replace(tzinfo=None) for name in ("started", "finished")}
     row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages")}
+    row |= {column: _role_counts(getattr(record, name)) for column, name in ROLE_COLUMNS.items()}
     row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
     row["num_failed_draws"] = sum(record.failures.values()) if record.status == "finished" else None
     return pa.table([pa.array([row[f.name]], f.type) for f in schema], schema=schema)
+
+
+def _role_counts(stats: Mapping[str, Any] | None) -> list[tuple[str, int]] | None:
+    counts = (stats or {}).get("counts")
+    return None if counts is None else list(counts.items())
 
 
 def _at(spec: Mapping[str, Any], path: str) -> Any:

@@ -1,4 +1,5 @@
-"""What a run says when it ends: `landing/<run>/` with record.json, curve.parquet, controls.parquet. Written once, never changed.
+"""What a run says when it ends: `landing/<run>/` with record.json, curve.parquet, controls.parquet, and of a checkpoint
+reference.parquet and norms.parquet. Written once, never changed.
 
 The directory is filled under another name, flushed, and renamed into place, so whoever sees it sees all of it. record.json
 carries the size and SHA-256 of its neighbours: a file cut short or altered later is refused by name, not read as numbers.
@@ -30,6 +31,7 @@ Status = Literal["finished", "failed", "stopped"]
 CURVE = "curve.parquet"
 CONTROLS = "controls.parquet"
 REFERENCE = "reference.parquet"
+NORMS = "norms.parquet"
 FORMAT = 1
 """Raised when files written before could be misread; a reader refuses a later format instead of guessing."""
 
@@ -110,6 +112,14 @@ class RunRecord:
     baseline_num_activations: int | None = None
     """Activations the baseline comes from; None for a stated constant."""
 
+    token_stats: Mapping[str, Any] | None = None
+    """Roles of all tokens of the rows of text that were looked at: {"counts": {"user": 12, ..., "total": 40}, "proportions":
+    {...}, "total_sequences": 3}. None where no chat format is known."""
+    selected_token_stats: Mapping[str, Any] | None = None
+    """The same over the evaluated positions, with "total_positions"."""
+    notes: tuple[str, ...] = ()
+    """Why something is not known that could have been."""
+
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise ValueError(f"status={self.status!r} is not one of {', '.join(get_args(Status))}")
@@ -124,7 +134,7 @@ class RunRecord:
     def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
         """The record of a parsed record.json; keys that this version does not know are left out."""
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
-        known |= {name: tuple(known[name]) for name in ("argv", "tracebacks") if name in known}
+        known |= {name: tuple(known[name]) for name in ("argv", "tracebacks", "notes") if name in known}
         known |= {name: datetime.fromisoformat(known[name]) for name in ("started", "finished") if name in known}
         return cls(**known)
 
@@ -186,6 +196,10 @@ REFERENCE_SCHEMA = pa.schema(
 """The reference sweep's own quantities: one row per quantity, role (null: all activations) and K; see table run_reference."""
 
 
+NORMS_SCHEMA = pa.schema([pa.field("activation", pa.int64(), nullable=False), pa.field("norm", pa.float64())])
+"""Length of each activation of a checkpoint's run: what the reference's JSON has as activation_norms. Not in the database."""
+
+
 @dataclass(frozen=True)
 class Landed:
     """A landing directory, read and checked."""
@@ -197,6 +211,8 @@ class Landed:
     """CONTROLS_SCHEMA, or None."""
     reference: pa.Table | None = None
     """REFERENCE_SCHEMA, or None."""
+    norms: pa.Table | None = None
+    """NORMS_SCHEMA, or None."""
 
 
 def new_run_id(cell_key: str) -> str:
@@ -210,6 +226,7 @@ def land(
     curve: pa.Table | None = None,
     controls: pa.Table | None = None,
     reference: pa.Table | None = None,
+    norms: pa.Table | None = None,
 ) -> Path:
     """Write what a run says into `<registry_root>/landing/<run_id>/`, all of it or nothing.
 
@@ -222,6 +239,7 @@ def land(
         CURVE: None if curve is None else _checked_curve(_cast(curve, CURVE_SCHEMA, "curve")),
         CONTROLS: None if controls is None else _cast(controls, CONTROLS_SCHEMA, "controls"),
         REFERENCE: None if reference is None else _cast(reference, REFERENCE_SCHEMA, "reference quantities"),
+        NORMS: None if norms is None else _cast(norms, NORMS_SCHEMA, "norms"),
     }
     landing = Path(registry_root) / "landing"
     landing.mkdir(parents=True, exist_ok=True)
@@ -259,8 +277,9 @@ def read(path: Path | str) -> Landed:
         curve = _stated_table(path / CURVE, raw["files"], CURVE_SCHEMA)
         controls = _stated_table(path / CONTROLS, raw["files"], CONTROLS_SCHEMA)
         reference = _stated_table(path / REFERENCE, raw["files"], REFERENCE_SCHEMA)
+        norms = _stated_table(path / NORMS, raw["files"], NORMS_SCHEMA)
         _check_status_and_curve(record, curve)
-        return Landed(record, None if curve is None else _checked_curve(curve), controls, reference)
+        return Landed(record, None if curve is None else _checked_curve(curve), controls, reference, norms)
     except ValueError as error:
         raise LandingError(f"{path.name}: {error}") from error
 

@@ -55,7 +55,7 @@ MISLEADING = {
 # Export
 
 
-def export_run(registry: Path | str, run_id: str, *, activation_norms: Sequence[float] | None = None) -> Row:
+def export_run(registry: Path | str, run_id: str) -> Row:
     """The JSON of a landed run, with every activation's best error where its draws are there.
 
     Raises:
@@ -69,7 +69,9 @@ def export_run(registry: Path | str, run_id: str, *, activation_norms: Sequence[
         run,
         reference=run.reference.to_pylist() if run.reference is not None else (),
         mse_values=_best_errors(Path(registry), run),
-        activation_norms=activation_norms,
+        activation_norms=run.norms["norm"].to_pylist() if run.norms is not None else None,
+        token_stats=_plain(run.record.token_stats),
+        selected_token_stats=_plain(run.record.selected_token_stats),
     )
 
 
@@ -106,11 +108,13 @@ def export(
         result["mse_values"] = [float(x) for x in (mse_values or {}).get(point["k"], ())]
         result["activation_norms"] = [float(x) for x in (() if activation_norms is None else activation_norms)]
         result |= _by_role(quantities, point["k"])
-        extra = {"token_stats": token_stats, "selected_token_stats": selected_token_stats}
+        # The reference guesses a model_type from the tokenizer; here roles are read off whichever chat format it has.
+        all_tokens = None if token_stats is None else {"model_type": None} | dict(token_stats)
+        extra = {"token_stats": all_tokens, "selected_token_stats": selected_token_stats}
         results.append(result | {name: value for name, value in extra.items() if value is not None})
     document = {
         "checkpoint_path": _checkpoint_of(run.record.spec),
-        "eval_config": _eval_config(run.record.spec, [r["k"] for r in results]),
+        "eval_config": _eval_config(run.record.spec, results),
         "results_by_k": results,
         "summary": _summary(results),
         "ksweep": _about(run, results, bool(quantities)),
@@ -195,12 +199,12 @@ def _summary(results: Sequence[Row]) -> Row:
     return ks | {name: [r[source] for r in results] for name, source in columns.items()}
 
 
-def _eval_config(spec: Mapping[str, Any], ks: list[int]) -> Row:
+def _eval_config(spec: Mapping[str, Any], results: Sequence[Row]) -> Row:
     """The settings by their old names."""
     activations, sampling, scoring = (spec.get(name) or {} for name in ("activations", "sampling", "scoring"))
     return {
         "checkpoint_path": _checkpoint_of(spec),
-        "k_values": ks,
+        "k_values": [r["k"] for r in results],
         "constant_k_mode": True,
         "max_val_samples": activations.get("num_activations"),
         "temperature": sampling.get("temperature"),
@@ -208,7 +212,7 @@ def _eval_config(spec: Mapping[str, Any], ks: list[int]) -> Row:
         "min_pos": activations.get("min_position"),
         "position_selection_strategy": activations.get("positions"),
         "do_bootstrap": bool(scoring.get("reference_replicates")),
-        "compute_variance_by_role": bool(scoring.get("by_role")),
+        "compute_variance_by_role": any("mse_by_role" in r for r in results),
         "use_bf16": (spec.get("autoencoder") or {}).get("dtype") == "bfloat16",
     }
 
@@ -229,9 +233,11 @@ def _about(run: Landed, results: Sequence[Row], of_reference: bool) -> Row:
         "run_id": record.run_id,
         "cell": record.cell,
         "spec": record.spec,
-        "selection": scoring.get("selection", "order_statistics"),
+        # The reference's quantities are of the first K draws by definition; the curve below is as the spec says.
+        "selection": "prefix" if of_reference else scoring.get("selection", "order_statistics"),
         "misleading": MISLEADING | missing,
         "unknown": unknown,
+        "notes": list(record.notes),
         "curve": run.curve.to_pylist(),
         "started": record.started.isoformat(),
         "finished": record.finished.isoformat(),
@@ -244,16 +250,17 @@ def _about(run: Landed, results: Sequence[Row], of_reference: bool) -> Row:
 
 
 def _best_errors(registry: Path, run: Landed) -> dict[int, list[float]]:
-    """For each K of the curve the best-of-K error of each activation; empty where the draws are gone."""
+    """For each K of the curve the best-of-K error of each activation, chosen as avg_mse is; empty where the draws are gone."""
     record = run.record
     if run.curve is None or not (record.draws_key and record.num_activations and record.num_draws):
         return {}
-    draws = DrawsStore(registry / "draws", record.draws_key).read(record.num_activations, record.num_draws)
+    draws = DrawsStore(registry / "draws", record.draws_key).read(record.num_activations, record.num_draws, ["error"])
     if draws is None:
         return {}
     errors = draws["error"].to_numpy().reshape(record.num_activations, record.num_draws)
     scoring = record.spec.get("scoring") or {}
-    best = prefix_of_k_errors if scoring.get("selection") == "prefix" else best_of_k_errors
+    prefix = run.reference is not None or scoring.get("selection") == "prefix"
+    best = prefix_of_k_errors if prefix else best_of_k_errors
     failed = scoring.get("failed_error")
     ks = run.curve["k"].to_pylist()
     found = best(errors, ks, 2.0 if failed is None else failed)
@@ -520,7 +527,17 @@ def _record(
         baseline=points[0]["baseline"],
         baseline_kind=points[0]["baseline_kind"],
         baseline_num_activations=points[0]["num_activations"],
+        token_stats=_role_counts(results, "token_stats"),
+        selected_token_stats=_role_counts(results, "selected_token_stats"),
     )
+
+
+def _role_counts(results: Sequence[Row], name: str) -> Row | None:
+    """What the first entry says of tokens by role, if it counts them."""
+    found = results[0].get(name)
+    counts = found.get("counts") if isinstance(found, dict) else None
+    whole = isinstance(counts, dict) and counts and all(isinstance(count, int) for count in counts.values())
+    return found if whole else None
 
 
 def _spec(path: Path, tree: Row, checkpoint: str | None, digest: str, metric: Metric, notes: tuple[str, ...]) -> Row:

@@ -54,6 +54,9 @@ CREATE TABLE runs (
     num_draws_reused BIGINT,
     num_tokens_sampled BIGINT,
     tokens_per_second DOUBLE,
+    token_roles MAP(VARCHAR, BIGINT),
+    selected_token_roles MAP(VARCHAR, BIGINT),
+    notes VARCHAR[],
     seconds MAP(VARCHAR, DOUBLE),
     error_type VARCHAR,
     error_message VARCHAR,
@@ -112,6 +115,9 @@ COMMENT ON COLUMN runs.num_draws_sampled IS 'Draws that this run sampled, over a
 COMMENT ON COLUMN runs.num_draws_reused IS 'Draws that were there before this run, over all activations.';
 COMMENT ON COLUMN runs.num_tokens_sampled IS 'Tokens that this run sampled.';
 COMMENT ON COLUMN runs.tokens_per_second IS 'Tokens sampled per second of sampling, all ranks together.';
+COMMENT ON COLUMN runs.token_roles IS 'Tokens by role (user, assistant, system, special, other, pad, and their total) in all rows of text that were looked at; NULL where no chat format is known.';
+COMMENT ON COLUMN runs.selected_token_roles IS 'The same over the evaluated positions. Shares: v_token_roles.';
+COMMENT ON COLUMN runs.notes IS 'Why something is not known that could have been: quantities of the reference sweep without stored reconstructions.';
 COMMENT ON COLUMN runs.seconds IS 'Wall-clock seconds by phase: seconds[''sampling''].';
 COMMENT ON COLUMN runs.error_type IS 'Class of the error that ended a failed run.';
 COMMENT ON COLUMN runs.error_message IS 'What the error said.';

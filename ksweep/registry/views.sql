@@ -33,6 +33,21 @@ SELECT runs.cell, runs.label, c.quantity, c.role, c.k, c.value, c.low, c.high, c
 FROM run_reference AS c JOIN v_latest AS runs USING (run_id);
 COMMENT ON VIEW reference_quantities IS 'One row per cell, quantity of the reference sweep, role and K, of the newest finished run of each cell.';
 
+CREATE VIEW v_token_roles AS
+WITH counted AS (
+    SELECT cell, label, run_id, sweep, 'evaluated' AS tokens, selected_token_roles AS roles FROM v_latest
+    UNION ALL SELECT cell, label, run_id, sweep, 'all', token_roles FROM v_latest
+)
+SELECT cell, label, tokens, r.key AS role, r.value AS num_tokens,
+       CASE WHEN r.key <> 'pad' THEN r.value / nullif(roles['total'] - roles['pad'], 0) END AS share, sweep, run_id
+FROM (SELECT *, unnest(map_entries(roles)) AS r FROM counted)
+WHERE r.key <> 'total';
+COMMENT ON VIEW v_token_roles IS 'Tokens by role, of the newest finished run of each cell; cells without a known chat format are not in it.';
+COMMENT ON COLUMN v_token_roles.tokens IS 'evaluated: the positions that were measured. all: every token of the rows of text that were looked at.';
+COMMENT ON COLUMN v_token_roles.role IS 'Whose token: user, assistant, system, special, other, pad.';
+COMMENT ON COLUMN v_token_roles.num_tokens IS 'Tokens of the role.';
+COMMENT ON COLUMN v_token_roles.share IS 'Fraction of the tokens that are not padding; NULL for pad.';
+
 CREATE VIEW draws AS
 WITH parts AS (
     SELECT *, parse_path(filename)[-2] AS draws_key

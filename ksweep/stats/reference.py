@@ -39,6 +39,9 @@ Selection = Literal["order_statistics", "prefix"]
 ROLE_MINIMUM = 10
 """A role's own variance is reported for more vectors than this."""
 
+FEWEST_FOR_INTERVALS = 3
+"""Activations that the bootstrap needs."""
+
 REFERENCE_REPLICATES = 1000
 REFERENCE_SEED = 42
 """The reference resets NumPy's legacy generator to this for every K."""
@@ -49,12 +52,13 @@ class Chunk:
     """Some activations and, for each K, what was selected for them."""
 
     activations: Float[np.ndarray, "activation d"]
-    reconstructions: Float[np.ndarray, "activation k d"]
-    """Of the selected draw; with order statistics its expectation over the choices of K draws."""
+    reconstructions: Float[np.ndarray, "activation k d"] | None
+    """Of the selected draw; with order statistics its expectation over the choices of K draws. None where they are not known:
+    then everything that needs a variance of residuals is unknown too, and `squared_errors` must be there."""
     squared_errors: Float[np.ndarray, "activation k"] | None = None
     """Expected squared norm of the residual; None where `reconstructions` are single draws, for then it is plain."""
-    roles: Sequence[str] | None = None
-    """Role of each activation's token, for statistics by role."""
+    roles: Sequence[str | None] | None = None
+    """Role of each activation's token, for statistics by role; None where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class ReferenceQuantities:
     mse_std: float
     """Spread of the vectors' own mean squared residual, ddof 0."""
     variance_recovery: float
+    """NaN where reconstructions are not known."""
     mse_variance_recovery: float
     r_squared: float
     mse_for_new_variance: float
@@ -76,7 +81,7 @@ class ReferenceQuantities:
     total_variance: float
     """Variance of the activations, ddof 1, summed over dimensions. NaN for one activation."""
     residual_variance: float
-    """The same of the residuals."""
+    """The same of the residuals. NaN where reconstructions are not known."""
     original_mean: float
     """Mean over all entries."""
 
@@ -130,6 +135,13 @@ def prefix_of_k_select(
     return np.take_along_axis(known, np.stack(kept, axis=1), axis=1)
 
 
+def prefix_of_k_draws(errors: Float[np.ndarray, "activation draw"], ks: Sequence[int]) -> Int[np.ndarray, "activation k"]:
+    """Which of the first K draws has the smallest error; of equal ones the first, as argmin has it in the reference."""
+    errors = _checked(errors)
+    chosen = [np.argmin(errors[:, :k], axis=1) for k in checked_ks(ks, errors.shape[1])]
+    return np.asarray(np.stack(chosen, axis=1))
+
+
 def selection_weights(
     errors: Float[np.ndarray, "activation draw"], ks: Sequence[int], selection: Selection
 ) -> Float[np.ndarray, "activation draw k"]:
@@ -139,8 +151,8 @@ def selection_weights(
     """
     errors = _checked(errors)
     if selection == "prefix":
-        kept = [np.argmin(errors[:, :k], axis=1) for k in checked_ks(ks, errors.shape[1])]
-        return np.stack([np.equal(np.arange(errors.shape[1]), chosen[:, None]) for chosen in kept], axis=-1).astype(np.float64)
+        chosen = prefix_of_k_draws(errors, ks)
+        return np.asarray(np.arange(errors.shape[1])[:, None] == chosen[:, None], dtype=np.float64)
     if selection != "order_statistics":
         raise ValueError(f"selection must be one of {', '.join(get_args(Selection))}; got {selection!r}")
     ranks = np.argsort(np.argsort(errors, axis=1, kind="stable"), axis=1)
@@ -152,7 +164,7 @@ def selected(
     reconstructions: Float[np.ndarray, "activation draw d"],
     ks: Sequence[int],
     selection: Selection = "order_statistics",
-    roles: Sequence[str] | None = None,
+    roles: Sequence[str | None] | None = None,
 ) -> Chunk:
     """What best-of-K keeps of the draws, by raw squared error against the activation itself (oracle)."""
     activations, reconstructions = np.asarray(activations, np.float64), np.asarray(reconstructions, np.float64)
@@ -217,22 +229,25 @@ class ReferenceSums:
         Raises:
             ValueError: shapes that do not fit, or values that are not finite.
         """
-        residuals, squared = _residuals(chunk, len(self.ks))
+        if chunk.reconstructions is None:
+            squared = _without_residuals(chunk, len(self.ks))
+        else:
+            residuals, squared = _residuals(chunk, len(self.ks))
+            self.residuals.add(residuals)
+            self.excess = self.excess + (squared - np.square(residuals).sum(axis=2)).sum(axis=0)
         self.activations.add(np.asarray(chunk.activations, np.float64))
-        self.residuals.add(residuals)
-        self.errors.add(squared / residuals.shape[2])
-        self.excess = self.excess + (squared - np.square(residuals).sum(axis=2)).sum(axis=0)
+        self.errors.add(squared / chunk.activations.shape[1])
         if chunk.roles is not None:
             self._add_roles(chunk, chunk.roles)
 
-    def _add_roles(self, chunk: Chunk, roles: Sequence[str]) -> None:
+    def _add_roles(self, chunk: Chunk, roles: Sequence[str | None]) -> None:
         names = np.asarray(roles, dtype=object)
         if names.shape != (len(chunk.activations),):
             raise ValueError(f"there are {len(chunk.activations)} activations and {len(names)} roles")
-        for role in dict.fromkeys(roles):
+        for role in dict.fromkeys(role for role in roles if role is not None):
             rows = np.flatnonzero(names == role)
-            squared = None if chunk.squared_errors is None else chunk.squared_errors[rows]
-            part = Chunk(activations=chunk.activations[rows], reconstructions=chunk.reconstructions[rows], squared_errors=squared)
+            made, squared = (None if v is None else v[rows] for v in (chunk.reconstructions, chunk.squared_errors))
+            part = Chunk(activations=chunk.activations[rows], reconstructions=made, squared_errors=squared)
             self.by_role.setdefault(role, ReferenceSums(self.ks)).add(part)
 
     def merge(self, other: ReferenceSums) -> None:
@@ -244,6 +259,12 @@ class ReferenceSums:
         self.excess = self.excess + other.excess
         for role, sums in other.by_role.items():
             self.by_role.setdefault(role, ReferenceSums(self.ks)).merge(sums)
+
+    def of(self, ks: tuple[int, ...]) -> ReferenceSums:
+        """The sums of some of the values of K, over all activations; roles are left out."""
+        at = [self.ks.index(k) for k in ks]
+        residuals, errors = (Moments(m.count, m.mean[at], m.squares[at]) for m in (self.residuals, self.errors))
+        return ReferenceSums(ks, self.activations, residuals, errors, self.excess[at])
 
     def _moments(self) -> tuple[Moments, Moments, Moments]:
         return self.activations, self.residuals, self.errors
@@ -259,7 +280,8 @@ class ReferenceSums:
         grand_mean = float(self.activations.mean.mean())
         total = float(self.activations.squares.sum())
         spread = total + n * float(np.square(self.activations.mean - grand_mean).sum())
-        residual = float(self.residuals.squares[at].sum() + self.excess[at])
+        known = self.residuals.count == n
+        residual = float(self.residuals.squares[at].sum() + self.excess[at]) if known else np.nan
         avg_mse = float(self.errors.mean[at])
         return ReferenceQuantities(
             k=self.ks[at],
@@ -293,7 +315,7 @@ def reference_intervals(
     for each vector. The leave-one-out values of BCa follow from the vectors' own squared distances.
 
     Raises:
-        ValueError: the chunks do not hold as many activations as the sums.
+        ValueError: the chunks do not hold as many activations as the sums, or reconstructions are not known.
     """
     n = sums.activations.count
     weights = reference_weights(n, num_replicates, seed)
@@ -308,7 +330,7 @@ def reference_intervals(
 def reference_rows(
     sums: ReferenceSums, intervals: Mapping[str, Sequence[ReferenceInterval]] | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each quantity, K and role (None: all activations), for a table; unknown values are left out.
+    """A row for each quantity, K and role (None: all activations), for a table; what is not known has no row.
 
     `spread` is between vectors (of avg_mse alone, ddof 0); `bias`, `std` and the interval are over replicates.
     """
@@ -316,7 +338,7 @@ def reference_rows(
     for role, part in [(None, sums), *sorted(sums.by_role.items(), key=lambda item: str(item[0]))]:
         for at, found in enumerate(part.quantities()):
             for name in REPORTED:
-                if role is not None and not _known_by_role(name, found.num_activations):
+                if np.isnan(getattr(found, name)) or (role is not None and not _known_by_role(name, found.num_activations)):
                     continue
                 row = {"quantity": name, "role": role, "k": found.k, "value": getattr(found, name)}
                 row |= {"num_activations": found.num_activations} | ({"spread": found.mse_std} if name == "avg_mse" else {})
@@ -348,9 +370,10 @@ def _interval_columns(intervals: Mapping[str, Sequence[ReferenceInterval]] | Non
 
 def reference_weights(num_activations: int, num_replicates: int, seed: int) -> Int[np.ndarray, "replicate activation"]:
     """How often each vector is drawn in each replicate, from NumPy's legacy generator as the reference seeds it."""
-    if num_activations < 3 or num_replicates < 2:
+    if num_activations < FEWEST_FOR_INTERVALS or num_replicates < 2:
         raise ValueError(
-            f"these intervals need at least 3 activations and 2 replicates; got {num_activations} and {num_replicates}"
+            f"these intervals need at least {FEWEST_FOR_INTERVALS} activations and 2 replicates; got {num_activations} and "
+            f"{num_replicates}"
         )
     generator = np.random.RandomState(seed)
     weights = np.empty((num_replicates, num_activations), dtype=np.uint16)
@@ -416,6 +439,8 @@ def _resampled(sums: ReferenceSums, chunks: Iterable[Chunk], weights: Int[np.nda
     parts: list[tuple[np.ndarray, ...]] = []
     start = 0
     for chunk in chunks:
+        if chunk.reconstructions is None:
+            raise ValueError("these intervals need the reconstructions of every chunk")
         residuals, squared = _residuals(chunk, num_ks)
         drawn = weights[:, start : start + len(residuals)].astype(np.float64)
         start += len(residuals)
@@ -503,6 +528,16 @@ def _residuals(chunk: Chunk, num_ks: int) -> tuple[Float[np.ndarray, "activation
         )
     squared = np.square(residuals).sum(axis=2) if chunk.squared_errors is None else np.asarray(chunk.squared_errors, np.float64)
     return residuals, squared
+
+
+def _without_residuals(chunk: Chunk, num_ks: int) -> Float[np.ndarray, "activation k"]:
+    """Squared norms of residuals that are not known themselves."""
+    squared = np.asarray(chunk.squared_errors, np.float64) if chunk.squared_errors is not None else np.empty(0)
+    if squared.shape != (len(chunk.activations), num_ks) or not np.isfinite(squared).all():
+        raise ValueError(
+            f"a chunk without reconstructions has finite squared errors [{len(chunk.activations)}, {num_ks}]; got {squared.shape}"
+        )
+    return squared
 
 
 def _checked(errors: Float[np.ndarray, "activation draw"]) -> Float[np.ndarray, "activation draw"]:

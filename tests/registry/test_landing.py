@@ -30,6 +30,17 @@ def test_land_then_read_gives_back_record_curve_and_controls(root: Path) -> None
     assert [p.name for p in (root / "landing").iterdir()] == ["r1"], "nothing is left beside it"
 
 
+def test_land_keeps_norms_reference_rows_token_counts_and_notes(root: Path) -> None:
+    stats = {"counts": {"user": 3, "pad": 1, "total": 4}, "proportions": {"user": 1.0, "other": None}, "total_sequences": 2}
+    record = record_of("r1", token_stats=stats, selected_token_stats=None, notes=("why not",))
+    norms = pa.table({"activation": [0, 1], "norm": [1.5, float("nan")]})
+    reference = pa.table({"quantity": ["avg_mse"], "k": [1], "value": [0.25]})
+    landed = read(land(root, record, curve_of(), reference=reference, norms=norms))
+    assert landed.record == record
+    assert landed.norms is not None and landed.norms["norm"].to_pylist() == [1.5, None]
+    assert landed.reference is not None and landed.reference["value"].to_pylist() == [0.25]
+
+
 def test_land_failed_run_keeps_the_error_and_has_no_curve(root: Path) -> None:
     record = record_of("r1", status="failed", error_type="RunError", error_message="rank 1 died", tracebacks=("Traceback ...",))
     path = land(root, record)

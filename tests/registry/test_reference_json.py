@@ -230,6 +230,19 @@ def test_every_key_of_the_reference_is_there_with_its_value(tmp_path: Path) -> N
     assert "constant bias" in document["ksweep"]["misleading"]["variance_recovery"]
 
 
+def test_errors_of_single_activations_are_chosen_as_the_quantities_are(tmp_path: Path) -> None:
+    _, rows, _, _ = measured()
+    # Best of the first two: 0.5 and 0.25; over every choice of two: (0.25 + 0.25 + 0.5) / 3 and the same.
+    publish_draws(tmp_path, "key", [[0.5, 1.0, 0.25], [0.25, 0.5, 1.0]])
+    for run_id, reference, expected in (("with", rows, [0.5, 0.25]), ("without", None, [1 / 3, 1 / 3])):
+        record = record_of(run_id, draws_key="key", num_activations=2, num_draws=3)
+        table = None if reference is None else pa.Table.from_pylist(reference, schema=REFERENCE_SCHEMA)
+        land(tmp_path, record, curve_of(num_draws=3), reference=table)
+        document = export_run(tmp_path, run_id)
+        assert document["results_by_k"][1]["mse_values"] == pytest.approx(expected)
+        assert document["ksweep"]["selection"] == ("order_statistics" if reference is None else "prefix")
+
+
 def test_what_was_not_measured_is_null_and_named_never_zero(tmp_path: Path) -> None:
     document = export(read(landed_with(tmp_path)))
     result = document["results_by_k"][0]

@@ -185,6 +185,36 @@ def test_roles_have_their_own_mean_as_baseline_and_need_more_than_ten_vectors():
     assert reference.ROLE_MINIMUM == 10
 
 
+def test_tokens_of_no_known_role_count_for_all_and_for_no_role():
+    activations, draws = made_up()
+    sums = sums_of(streamed(activations, draws, (2,), roles=["user"] * 18 + [None] * 12), (2,))
+    assert list(sums.by_role) == ["user"] and sums.activations.count == 30
+    (user,) = sums.by_role["user"].quantities()
+    assert user.avg_mse == pytest.approx(naive(activations[:18], best_of_first(activations, draws, 2)[:18])["avg_mse"])
+
+
+def test_errors_alone_leave_the_variance_of_residuals_unknown():
+    activations, draws = made_up()
+    (whole,) = streamed(activations, draws, (2,), sizes=(30,), roles=["user"] * 30)
+    known, rest = (
+        Chunk(
+            activations=whole.activations[r], reconstructions=made, squared_errors=whole.squared_errors[r], roles=whole.roles[r]
+        )
+        for r, made in ((slice(20), whole.reconstructions[:20]), (slice(20, 30), None))
+    )
+    sums, merged, other = sums_of([known, rest], (2,)), sums_of([known], (2,)), sums_of([rest], (2,))
+    merged.merge(other)
+    expected = naive(activations, best_of_first(activations, draws, 2))
+    for (found,) in (sums.quantities(), merged.quantities(), merged.by_role["user"].quantities()):
+        for name, value in expected.items():
+            of_residuals = name in ("variance_recovery", "residual_variance")
+            assert np.isnan(getattr(found, name)) if of_residuals else getattr(found, name) == pytest.approx(value, rel=1e-10)
+    named = {row["quantity"] for row in reference.reference_rows(sums)}
+    assert "avg_mse" in named and not {"variance_recovery", "residual_variance"} & named
+    with pytest.raises(ValueError, match="reconstructions of every chunk"):
+        reference_intervals(sums, [known, rest], num_replicates=10)
+
+
 def naive_replicates(activations, chosen, weights):
     values = {"variance_recovery": [], "mse": [], "r_squared": []}
     for w in weights:
@@ -245,6 +275,10 @@ def test_replicates_are_those_of_the_legacy_generator():
         (
             lambda: ReferenceSums((1, 2)).add(Chunk(activations=np.ones((2, 3)), reconstructions=np.ones((2, 1, 3)))),
             r"\[n, 2, d\]",
+        ),
+        (
+            lambda: ReferenceSums((1,)).add(Chunk(activations=np.ones((2, 3)), reconstructions=None)),
+            r"without reconstructions has finite squared errors \[2, 1\]",
         ),
         (lambda: ReferenceSums((1,)).merge(ReferenceSums((2,))), "cannot take in"),
         (lambda: selected(np.ones((2, 3)), np.ones((2, 4)), (1,)), r"\[activation, draw, d\]"),
