@@ -17,7 +17,7 @@ from ksweep.activations import ensure
 from ksweep.autoencoder.tae_file import TaeInfo, inspect_tae
 from ksweep.errors import SpecError
 from ksweep.overrides import apply_overrides
-from tests.tae_sweeps import CASES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, ask, checkpoint, run, sweep_over
+from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, ask, checkpoint, run, sweep_over
 
 ROOT = Path(__file__).parents[1]
 
@@ -202,3 +202,24 @@ def test_two_ranks_give_the_draws_and_the_curve_of_one(
     of_reference = "SELECT value FROM reference_quantities ORDER BY quantity, role, k"
     np.testing.assert_allclose(ask(other, of_reference), ask(sweep, of_reference), rtol=1e-5, atol=1e-5)
     assert len(ask(sweep, of_reference)) >= 8 * NUM_DRAWS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_pretokenised_split_goes_through_a_whole_sweep_at_the_reference_positions(
+    sweep: Sweep, case: str, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    arrays = np.load(FIXTURES / case / "expected.npz")
+    rows = datasets.Dataset.from_dict({"input_ids": arrays["input_ids"].tolist()})
+    datasets.DatasetDict({"validation": rows}).save_to_disk(str(tmp_path / "pretokenized"))
+    settings = {
+        "text": tmp_path / "pretokenized" / "validation", "text_column": "input_ids", "candidates": "not_padding",
+        "positions": "all", "min_position": 0, "num_activations": int(arrays["attention_mask"].sum()),
+    }  # fmt: skip
+    assert run(sweep, case, *(f"activations.{name}={value}" for name, value in settings.items())) == 0
+    parts = [pq.read_table(p, partitioning=None) for p in Path(sweep.registry).glob("draws/*/part-*.parquet")]
+    firsts = {(r["row_id"], r["position"]): r for part in parts for r in part.to_pylist() if r["draw"] == 0}
+    assert set(firsts) == {(f"row:{row}", at) for row, at in np.argwhere(arrays["attention_mask"]).tolist()}
+    chosen = [firsts[f"row:{row}", at] for row, at in enumerate(arrays["positions"].tolist())]
+    against_reference = np.square([r["reconstruction"] for r in chosen] - arrays["activations"]).mean(axis=1)
+    np.testing.assert_allclose([r["error"] for r in chosen], against_reference, rtol=1e-4)

@@ -81,11 +81,11 @@ class BlockReader:
                 row keeps its places, and a model of absolute positions sees left padding as a shift.
         """
         ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
-        seen = torch.zeros_like(ids)
+        filled = torch.zeros_like(ids, dtype=torch.bool)
         for row, one in enumerate(token_ids):
             ids[row, : len(one)] = torch.tensor(one)
-            seen[row, : len(one)] = ids[row, : len(one)] != pad_id
-        mask = None if pad_id is None else seen.to(self.device)
+            filled[row, : len(one)] = True
+        mask = None if pad_id is None else (filled & (ids != pad_id)).long().to(self.device)
         taken: list[torch.Tensor] = []
 
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
