@@ -87,7 +87,9 @@ class Models:
             return nla.load_reconstructor(inspect_pair(autoencoder)[1], dtype=autoencoder.dtype, device=self.device)
         decoder = self._av if isinstance(self._av, tae.TaeVerbalizer) else None
         info = inspect_file(autoencoder) if decoder is None else decoder.info
-        return tae.load_reconstructor(info, dtype=autoencoder.dtype, device=self.device, sharing=decoder)
+        return tae.load_reconstructor(
+            info, dtype=autoencoder.dtype, device=self.device, sharing=decoder, encoder_prompt=autoencoder.encoder_prompt
+        )
 
 
 def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:

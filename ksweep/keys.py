@@ -6,7 +6,9 @@ wrong directory is refused before anything is submitted.
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,12 @@ from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, in
 from ksweep.errors import DataError, SpecError
 from ksweep.files import HUB_ID, resolve
 from ksweep.identity import fingerprint
-from ksweep.spec import Autoencoder, Cell
+from ksweep.spec import Autoencoder, Cell, Sampling
 
 if TYPE_CHECKING:
     from ksweep.autoencoder.tae_file import TaeInfo
+
+log = logging.getLogger(__name__)
 
 SAMPLER_VERSION = 1
 """Raised whenever the same seed would give other texts."""
@@ -70,6 +74,8 @@ def cell_keys(cell: Cell) -> Keys:
         "sampler_version": SAMPLER_VERSION,
         "scorer_version": SCORER_VERSION,
     }
+    if cell.autoencoder.encoder_prompt != "learned":  # so that keys from before there was a choice hold
+        draws["encoder_prompt"] = cell.autoencoder.encoder_prompt
     draws_key = fingerprint(draws)
     whole = {
         "draws": draws_key,
@@ -102,12 +108,30 @@ def complete(cell: Cell) -> Cell:
     return replace(cell, activations=activations, sampling=replace(cell.sampling, max_new_tokens=info.num_tokens))
 
 
+def complete_all(cells: Sequence[Cell]) -> list[Cell]:
+    """`complete` for the cells of a sweep; says once where a length that was asked for is not the checkpoint's."""
+    completed = [complete(cell) for cell in cells]
+    pairs = zip(cells, completed, strict=True)
+    replaced = {
+        f"sampling.max_new_tokens={old.sampling.max_new_tokens} is replaced by {new.sampling.max_new_tokens}: every explanation "
+        f"of {new.autoencoder.source} has the length that it was trained with (t_text)"
+        for old, new in pairs
+        if old.sampling.max_new_tokens not in (Sampling.max_new_tokens, new.sampling.max_new_tokens)
+    }
+    for text in sorted(replaced):
+        log.warning(text)
+    return completed
+
+
 def inspect_file(autoencoder: Autoencoder) -> TaeInfo:
     """The checked talkative-autoencoder file."""
-    from ksweep.autoencoder.tae_file import inspect_tae
+    from ksweep.autoencoder.tae_file import inspect_tae, soft_prompt_sides
 
     assert autoencoder.checkpoint is not None
-    return inspect_tae(autoencoder.checkpoint, base=autoencoder.base)
+    info = inspect_tae(autoencoder.checkpoint, base=autoencoder.base)
+    if autoencoder.encoder_prompt == "text":
+        soft_prompt_sides(info)  # refused before anything is submitted
+    return info
 
 
 def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
@@ -190,6 +214,8 @@ def label(cell: Cell, layer: int) -> str:
     parts = [f"{pair_name(cell.autoencoder)} L{layer}", f"T={cell.sampling.temperature:g}"]
     if cell.sampling.top_p < 1:
         parts.append(f"top_p={cell.sampling.top_p:g}")
+    if cell.autoencoder.encoder_prompt != "learned":
+        parts.append(f"encoder_prompt={cell.autoencoder.encoder_prompt}")
     return " ".join(parts)
 
 

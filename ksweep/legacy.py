@@ -39,6 +39,9 @@ CONFIG_DIRECTORY = Path("conf") / "eval"
 FROM_ENVIRONMENT = ("num_gpus", "time", "job_name", "nodes", "nice", "force_direct")
 """Submission options that the old script also took from variables: NUM_GPUS, TIME, ..."""
 
+TAKE_A_VALUE = ("--config", "--base", "--config-name", "--config-path", "-cn", "-cp")
+"""Dashed options whose value may be the next argument; the last four were Hydra's."""
+
 IGNORED_SECTIONS = ("dataset", "data", "on_the_fly", "activation_dumper", "defaults", "hydra")
 """Sections of an old evaluation file that Hydra filed where nobody read them."""
 
@@ -118,9 +121,14 @@ def _pretokenized(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     return {"activations.text": os.path.join(str(value), split), "activations.text_column": "input_ids"}
 
 
+def _filter_norms(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    norm = given.get("dataset.on_the_fly.max_activation_norm")
+    return {"activations.max_norm": 300_000.0 if norm is None else norm} if _truth(name, value) else {}
+
+
 def _max_norm(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    on = given.get("dataset.on_the_fly.filter_large_norms")
-    return {"activations.max_norm": value} if on is not None and _truth("filter_large_norms", on) else {}
+    name = "dataset.on_the_fly.filter_large_norms"
+    return {} if given.get(name) is None else _filter_norms(name, given[name], given)
 
 
 def _time(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
@@ -259,9 +267,9 @@ OPTIONS: tuple[Option, ...] = (
         _switch("autoencoder.encoder_prompt", "text", "learned"),
     ),
     Option(
-        "eval.compute_variance_by_role", "evaluation", ("scoring.by_role",),
-        "errors and variance recovery by role, over all ranks, for Gemma, ChatML, Llama-3 and Harmony chats",
-        _switch("scoring.by_role", True, False),
+        "eval.compute_variance_by_role", "evaluation", (),
+        "errors and variance recovery by role are always there where a chat template tells roles (Gemma, ChatML, Llama-3, "
+        "Harmony), over all ranks", kind="not needed",
     ),
     Option("eval.batch_size", "evaluation", (), "nothing read it", kind="no effect"),
     Option("eval.generation_batch_size", "evaluation", (), "nothing read it", kind="no effect"),
@@ -277,7 +285,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("layer_l", "checkpoint", ("activations.layer",), "block whose output is explained, 0-based"),
     Option("t_text", "checkpoint", ("sampling.max_new_tokens",), "always exactly so many tokens: EOS does not stop"),
     Option(
-        "attn_implementation", "checkpoint", (), "decoder and encoder follow the checkpoint (the reference dropped it)",
+        "attn_implementation", "checkpoint", (),
+        "eager where attention is soft-capped (Gemma-2, trained so), else torch's own, which gives the same numbers",
         kind="not needed",
     ),
     Option(
@@ -302,8 +311,8 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("dataset.on_the_fly.shuffle_after_generation", "checkpoint", (), "order changes no number", kind="not needed"),
     Option(
-        "dataset.on_the_fly.filter_large_norms", "checkpoint", ("activations.max_norm",), "false leaves it at null",
-        lambda name, value, given: {},
+        "dataset.on_the_fly.filter_large_norms", "checkpoint", ("activations.max_norm",),
+        "true: max_activation_norm, or 300000 where that is absent; false leaves it at null", _filter_norms,
     ),
     Option(
         "dataset.on_the_fly.max_activation_norm", "checkpoint", ("activations.max_norm",),
@@ -328,7 +337,8 @@ def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DI
     """Arguments with old names as arguments with new ones, and what to tell whoever gave them.
 
     Understood are `key=value` with Hydra's `+` and `++` in front, `+eval=NAME` (a file of the old shape), and new names, which
-    pass through and win. Options that begin with a dash pass through, Hydra's own --config-name apart.
+    pass through and win. `--config FILE` of the old shape is `+eval=FILE`; other options that begin with a dash pass through with
+    their value, Hydra's own --config-name apart.
 
     Raises:
         SpecError: an unknown name, with those it may have meant; a value that cannot be meant.
@@ -337,15 +347,19 @@ def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DI
     named: dict[str, Any] = {}
     new: list[str] = []
     warnings: list[str] = []
-    for argument in arguments:
-        if argument.startswith("--config-name") or argument.startswith("--config-path"):
+    for argument in _with_values(arguments):
+        option, _, value = argument.partition("=")
+        if option in ("--config-name", "--config-path", "-cn", "-cp"):
             warnings.append(f"{argument} never had an effect beside a checkpoint and is left out: its own config decides")
             continue
-        key, value = ("", None) if argument.startswith("-") else _split(argument)
+        if option == "--config" and _is_old_file(Path(value)):
+            named |= _old_options(_read_yaml(Path(value)))
+            continue
+        key, setting = ("", None) if argument.startswith("-") else _split(argument)
         if key == "eval":
-            named |= _named_config(str(value), Path(config_directory))
+            named |= _named_config(str(setting), Path(config_directory))
         elif key and (key in BY_NAME or _ignored(key) or not _is_new(key)):
-            given[_known(key)] = value
+            given[_known(key)] = setting
         else:
             new.append(argument.lstrip("+") if key else argument)
     settings, more = translate_options(named | given, from_checkpoint=False)
@@ -453,6 +467,23 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     if not isinstance(tree, Mapping) or not is_old_config(tree):
         raise SpecError(f"{path} has not the old shape: expected a key `eval` with settings such as k_values below it")
     return tree
+
+
+def _with_values(arguments: Sequence[str]) -> Iterator[str]:
+    """Dashed options that take a value in one piece with it: --config FILE becomes --config=FILE."""
+    rest = iter(arguments)
+    for argument in rest:
+        value = next(rest, "") if argument in TAKE_A_VALUE else ""
+        yield f"{argument}={value}" if value else argument
+
+
+def _is_old_file(path: Path) -> bool:
+    """Anything else is for whoever reads it to refuse."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(tree, Mapping) and is_old_config(tree)
 
 
 def _split(argument: str) -> tuple[str, Any]:

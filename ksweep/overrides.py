@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ksweep.errors import SpecError
-from ksweep.spec import Autoencoder, Cell, Resources, Sweep
+from ksweep.spec import Autoencoder, Cell, Resources, Sampling, Sweep
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,19 @@ PLAIN = ("name", "question", "registry", "vector_cache", "export_json")
 def apply_overrides(sweep: Sweep, arguments: Sequence[str] = (), config: str | Path | None = None) -> Sweep:
     """The sweep with a YAML file and then key=value arguments laid over it.
 
-    A key is a dotted field ("sampling.num_draws") or a last part that only one field has ("num_draws"). A list given for a
-    field that holds one value makes that field an axis; one value given for an axis reduces it to that value.
+    Raises:
+        SpecError: as `given_settings` and `lay_over`.
+    """
+    return lay_over(sweep, given_settings(arguments, config))
+
+
+def given_settings(arguments: Sequence[str] = (), config: str | Path | None = None) -> dict[str, Any]:
+    """What a YAML file and key=value arguments ask for, by whole key; the arguments win.
+
+    A key is a dotted field ("sampling.num_draws") or a last part that only one field has ("num_draws").
 
     Raises:
-        SpecError: unknown or ambiguous key, value of the wrong type, unreadable file, a spec that contradicts itself.
+        SpecError: unknown or ambiguous key, unreadable file or value.
     """
     given: dict[str, Any] = {}
     if config is not None:
@@ -38,6 +46,17 @@ def apply_overrides(sweep: Sweep, arguments: Sequence[str] = (), config: str | P
     for argument in arguments:
         key, value = _split(argument)
         given[_resolve(key)] = value
+    return given
+
+
+def lay_over(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
+    """The sweep with settings by whole key laid over it.
+
+    A list given for a field that holds one value makes that field an axis; one value given for an axis reduces it to that value.
+
+    Raises:
+        SpecError: value of the wrong type, a spec that contradicts itself.
+    """
     return _build(sweep, given) if given else sweep
 
 
@@ -153,14 +172,16 @@ def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
 
 def _with_what_they_replace(given: Mapping[str, Any], old: Cell) -> dict[str, Any]:
     """A new AV or checkpoint takes the old base with it, a checkpoint and a pair each the place of the other; a checkpoint names
-    model and layer of its activations, so those of a pair go too. Ready-made vectors take the place of model and text."""
+    model and layer of its activations and the length of explanations, so those of a pair go too. Ready-made vectors take the
+    place of model and text."""
     cleared: dict[str, Any] = {}
     if given.get("autoencoder.checkpoint") is not None:
         cleared |= {"autoencoder.av": None, "autoencoder.ar": None, "autoencoder.base": None}
         if old.autoencoder.checkpoint is None:
             cleared |= {"activations.model": None, "activations.layer": None}
+            cleared |= {"sampling.max_new_tokens": Sampling.max_new_tokens}
     elif "autoencoder.av" in given:
-        cleared |= {"autoencoder.checkpoint": None, "autoencoder.base": None}
+        cleared |= {"autoencoder.checkpoint": None, "autoencoder.base": None, "autoencoder.encoder_prompt": "learned"}
     if given.get("activations.vectors") is not None:
         cleared |= {"activations.model": None, "activations.text": None}
     return cleared | dict(given)

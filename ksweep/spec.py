@@ -18,6 +18,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 PositionRule = Literal["random", "midpoint", "last", "all", "stride"]
 Candidates = Literal["not_special", "not_padding"]
 Selection = Literal["order_statistics", "prefix"]
+EncoderPrompt = Literal["learned", "text"]
 Cluster = Literal["auto", "slurm", "local", "inprocess"]
 
 
@@ -35,13 +36,22 @@ class Autoencoder:
     """Base model (path or hub id) of PEFT adapters, or of a talkative autoencoder's halves; None takes the one that they name."""
     dtype: Dtype = "bfloat16"
     """Compute precision of AV and AR. Scores are always taken in float32."""
+    encoder_prompt: EncoderPrompt = "learned"
+    """Of a talkative autoencoder: what surrounds an explanation in the encoder. text: not the trained prompt, but the token
+    embeddings of the words that it was initialised with (soft_prompt_init_text)."""
 
     def __post_init__(self) -> None:
         _one_of("autoencoder.dtype", self.dtype, Dtype)
+        _one_of("autoencoder.encoder_prompt", self.encoder_prompt, EncoderPrompt)
         if (self.av is None or self.ar is None) == (self.checkpoint is None) or (self.checkpoint and (self.av or self.ar)):
             raise SpecError(
                 f"an autoencoder is either a pair (av={self.av!r}, ar={self.ar!r}) or one file (checkpoint={self.checkpoint!r}): "
                 "set autoencoder.av and autoencoder.ar, or autoencoder.checkpoint"
+            )
+        if self.encoder_prompt != "learned" and self.checkpoint is None:
+            raise SpecError(
+                f"autoencoder.encoder_prompt={self.encoder_prompt!r} is for a talkative autoencoder's encoder, and the AR of an "
+                f"NLA pair ({self.ar}) has no trained prompt: leave it out, or set autoencoder.checkpoint"
             )
 
     @property

@@ -14,18 +14,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ksweep import terminal
 from ksweep.activations.fill import plan as plan_activations
 from ksweep.draws import DRAWS_PER_UNIT, DrawsStore
 from ksweep.errors import DiskFullError, RequestError, RunError, SpecError, StoreError
 from ksweep.evaluate import land_lost
-from ksweep.keys import Keys, cell_keys, complete, inspect_file
+from ksweep.keys import Keys, cell_keys, complete_all, inspect_file
 from ksweep.launch import submit as launch
 from ksweep.launch.job import Ending, create, jobs_at_work
 from ksweep.launch.plan import Facts, Step, plan
 from ksweep.launch.watch import Watch
-from ksweep.overrides import apply_overrides
+from ksweep.overrides import given_settings, lay_over
 from ksweep.provenance import provenance
 from ksweep.registry.questions import finished_runs, seconds_per_draw
 from ksweep.spec import Autoencoder, Cell, Sweep
@@ -63,10 +64,11 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     options, rest = _parser(sweep).parse_known_args(arguments)
     if unknown := [a for a in rest if a.startswith("-")]:
         _parser(sweep).error(
-            f"unknown option {unknown[0]}; options are --dry-run, --config FILE, --no-charts; settings are key=value"
+            f"unknown option {unknown[0]}; options are --base PATH, --checkpoint-data, --config FILE, --dry-run, --no-charts; "
+            "settings are key=value"
         )
-    sweep = apply_overrides(sweep, rest, options.config)
-    cells = [complete(cell) for cell in sweep.cells()]
+    sweep = lay_over(sweep, _settings(sweep, options, rest))
+    cells = complete_all(sweep.cells())
     keys = [cell_keys(cell) for cell in cells]
     if options.dry_run:
         steps = _plan(sweep, cells, keys)
@@ -86,6 +88,17 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _settings(sweep: Sweep, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """What was asked for, by whole key."""
+    base = [] if options.base is None else [f"autoencoder.base={json.dumps(options.base)}"]
+    given = given_settings([*base, *arguments], options.config)
+    if not options.checkpoint_data:
+        return given
+    from ksweep.checkpoint_data import with_checkpoint_data
+
+    return with_checkpoint_data(sweep, given)
+
+
 def _export(sweep: Sweep, keys: Sequence[Keys]) -> None:
     """The newest run of each cell in the reference's JSON schema."""
     from ksweep.registry.reference_json import export_run, write_json
@@ -99,12 +112,20 @@ def _export(sweep: Sweep, keys: Sequence[Keys]) -> None:
 
 def _parser(sweep: Sweep) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [key=value ...] [--config FILE] [--dry-run] [--no-charts]",
+        usage="%(prog)s [key=value ...] [--base PATH] [--checkpoint-data] [--config FILE] [--dry-run] [--no-charts]",
         description=sweep.question or sweep.name,
         epilog="Settings are dotted fields of the spec, e.g. sampling.num_draws=32 sampling.seed=1; a list makes an axis, "
         "e.g. sampling.temperature=[0.5,1.0].",
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--base", metavar="PATH", help="base model (path or hub id) of the autoencoder, as autoencoder.base=PATH; also of the "
+        "activations, where a talkative autoencoder names one model for both",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint-data", action="store_true", help="take text, positions and norm filter from the configuration in "
+        "autoencoder.checkpoint; key=value settings win over it",
+    )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML laid over the spec before key=value settings")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     parser.add_argument("--no-charts", action="store_true", help="write no pictures")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from ksweep import Activations, Autoencoder, Cell, Sweep, legacy
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, legacy
 from ksweep.errors import SpecError
 from ksweep.legacy import (
     OPTIONS,
@@ -22,7 +26,7 @@ from ksweep.legacy import (
     translate_checkpoint_config,
     translate_config,
 )
-from ksweep.overrides import apply_overrides, known_keys
+from ksweep.overrides import apply_overrides, known_keys, lay_over
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +60,6 @@ EXPECTED = {
     "eval.use_bf16=true": ["autoencoder.dtype=bfloat16"],
     "eval.use_bf16=false": ["autoencoder.dtype=float32"],
     "eval.use_hard_encoder_string=true": ["autoencoder.encoder_prompt=text"],
-    "eval.compute_variance_by_role=true": ["scoring.by_role=true"],
     "seed=3": ["sampling.seed=3", "activations.seed=3"],
     "eval.max_val_samples=null": [],
 }
@@ -75,13 +78,138 @@ def test_every_option_is_tried_and_has_a_name_or_a_reason() -> None:
             assert option.name in tried
 
 
-PROPOSED = {"autoencoder.encoder_prompt", "scoring.by_role", "scoring.reference_replicates"}
-"""Fields that the spec does not have yet; to be struck out as they come."""
-
-
 def test_every_new_key_is_a_field_of_the_spec() -> None:
-    named = {key for option in OPTIONS for key in option.keys}
-    assert named - set(known_keys()) <= PROPOSED
+    assert {key for option in OPTIONS for key in option.keys} <= set(known_keys())
+
+
+VALUES: dict[str, dict[str, Any]] = {
+    "num_gpus=3": {"resources.gpus": 3},
+    "time=1-02:30:00": {"resources.timeout_min": 1590},
+    "job_name=k27b": {"name": "k27b"},
+    "nodes=2": {"resources.nodes": 2},
+    "nice=500": {"resources.qos": "preemptable", "resources.extra": {"nice": 500}},
+    "force_direct=true": {"resources.cluster": "local"},
+    "partition=h100": {"resources.partition": "h100"},
+    "eval.checkpoint_path=/c/run/checkpoint_step9_epoch1_.pt": {
+        "autoencoder.checkpoint": "/c/run/checkpoint_step9_epoch1_.pt", "autoencoder.av": None, "autoencoder.ar": None,
+    },
+    "eval.k_values=[1,2,4,8,16,32]": {"scoring.ks": (1, 2, 4, 8, 16, 32), "sampling.num_draws": 32},
+    "eval.constant_k_mode=true": {"scoring.selection": "prefix"},
+    "eval.max_val_samples=100000": {"activations.num_activations": 100_000},
+    "eval.max_batches=5": {},
+    "eval.temperature=0.9": {"sampling.temperature": 0.9},
+    "eval.max_generation_batch_size=12": {"resources.batch_size": 12},
+    "eval.vector_extraction_batch_size=16": {},
+    "eval.dataloader_batch_size=128": {},
+    "eval.dataloader_fwd_pass_batch_size=16": {},
+    "eval.num_positions=3": {"activations.positions_per_document": 3},
+    "eval.min_pos=7": {"activations.min_position": 7, "activations.candidates": "not_padding"},
+    "eval.position_selection_strategy=midpoint": {"activations.positions": "midpoint", "activations.candidates": "not_padding"},
+    "eval.do_bootstrap=true": {"scoring.reference_replicates": 1000},
+    "eval.load_store=true": {},
+    "eval.cache_dir=vector_cache_8gpu": {"vector_cache": "vector_cache_8gpu"},
+    "eval.output_dir=./eval_results": {"export_json": "./eval_results/k_sweep_results.json"},
+    "eval.output_file=full.json": {"export_json": "eval_results/full.json"},
+    "eval.use_bf16=false": {"autoencoder.dtype": "float32"},
+    "eval.use_hard_encoder_string=true": {"autoencoder.encoder_prompt": "text"},
+    "eval.compute_variance_by_role=true": {},
+    "eval.batch_size=8": {},
+    "eval.generation_batch_size=32": {},
+    "seed=7": {"sampling.seed": 7, "activations.seed": 7},
+    "data.num_workers=4": {},
+}  # fmt: skip
+"""Every option of the submission script and of the evaluation, with what the sweep has afterwards; nothing where it warns."""
+
+IN_CHECKPOINT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "model_name": ({"model_name": "g-pt", "orig_model_name": "g-it"}, {"autoencoder.base": "g-pt", "activations.model": "g-it"}),
+    "orig_model_name": ({"orig_model_name": "g-it"}, {"activations.model": "g-it"}),
+    "tokenizer_name": ({"tokenizer_name": "g-it"}, {}),
+    "layer_l": ({"layer_l": 45}, {"activations.layer": 45}),
+    "t_text": ({"t_text": 8}, {"sampling.max_new_tokens": 8}),
+    "attn_implementation": ({"attn_implementation": "eager"}, {}),
+    "use_bf16": ({"use_bf16": False}, {"activations.dtype": "float32"}),
+    "dataset.on_the_fly.enabled": ({"dataset": {"on_the_fly": {"enabled": True}}}, {}),
+    "dataset.on_the_fly.pretokenized_path": (
+        {"dataset": {"on_the_fly": {"pretokenized_path": "data/x"}}},
+        {"activations.text": "data/x/validation", "activations.text_column": "input_ids", "activations.min_position": 8},
+    ),
+    "dataset.val_split": (
+        {"dataset": {"val_split": "test", "on_the_fly": {"pretokenized_path": "data/x"}}}, {"activations.text": "data/x/test"},
+    ),
+    "dataset.on_the_fly.min_pos": (
+        {"dataset": {"on_the_fly": {"min_pos": 3}}}, {"activations.min_position": 3, "activations.candidates": "not_padding"},
+    ),
+    "dataset.on_the_fly.position_selection_strategy": (
+        {"dataset": {"on_the_fly": {"position_selection_strategy": "midpoint"}}}, {"activations.positions": "midpoint"},
+    ),
+    "dataset.on_the_fly.val_vectors_per_sequence": (
+        {"dataset": {"on_the_fly": {"val_vectors_per_sequence": 4}}}, {"activations.positions_per_document": 4},
+    ),
+    "dataset.on_the_fly.shuffle_after_generation": ({"dataset": {"on_the_fly": {"shuffle_after_generation": True}}}, {}),
+    "dataset.on_the_fly.filter_large_norms": (
+        {"dataset": {"on_the_fly": {"filter_large_norms": True}}}, {"activations.max_norm": 300_000.0},
+    ),
+    "dataset.on_the_fly.max_activation_norm": (
+        {"dataset": {"on_the_fly": {"filter_large_norms": True, "max_activation_norm": 2e5}}}, {"activations.max_norm": 2e5},
+    ),
+    "dataset.activation_dir": ({"dataset": {"activation_dir": "data/acts"}}, {}),
+    "dataset.val_activation_dir": ({"dataset": {"val_activation_dir": "data/acts"}}, {}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def of_pair() -> Sweep:
+    cell = Cell(
+        autoencoder=Autoencoder(av="av", ar="ar"), activations=Activations(model="m", text="t.txt", layer=3),
+        sampling=Sampling(max_new_tokens=40, num_draws=64), scoring=Scoring(num_replicates=9),
+    )  # fmt: skip
+    return Sweep(name="s", cell=cell, resources=Resources(cpus_per_task=7))
+
+
+def value_at(spec: Any, key: str) -> Any:
+    for name in key.split("."):
+        spec = getattr(spec, name)
+    return spec
+
+
+def expect(changed: Sweep, before: Sweep, expected: dict[str, Any]) -> None:
+    """The fields have the values, and no other field has changed (but for what a checkpoint puts an end to)."""
+    assert {key: value_at(changed, key) for key in expected} == expected
+    of_a_pair = {"activations.model", "activations.layer", "sampling.max_new_tokens"}
+    ended = of_a_pair if changed.cell.autoencoder.checkpoint else set()
+    others = set(known_keys()) - set(expected) - ended
+    assert {key: value_at(changed, key) for key in others} == {key: value_at(before, key) for key in others}
+
+
+@pytest.mark.parametrize(("argument", "expected"), VALUES.items(), ids=VALUES)
+def test_every_old_option_has_its_value_in_the_sweep(of_pair: Sweep, argument: str, expected: dict[str, Any]) -> None:
+    for spelling in (argument, f"+{argument}"):
+        also = ["eval.checkpoint_path=c.pt"] if "hard_encoder" in argument else []  # of a checkpoint only
+        new, warnings = translate([*also, spelling])
+        name = argument.partition("=")[0]
+        assert expected or (new == [] and warnings[0].startswith(name) and "is left out" in warnings[0])
+        changed = apply_overrides(of_pair, new)
+        before = apply_overrides(of_pair, ["autoencoder.checkpoint=c.pt"]) if also else of_pair
+        expect(flat(changed), flat(before), expected)
+
+
+@pytest.mark.parametrize("name", IN_CHECKPOINT)
+def test_every_option_of_a_checkpoints_config_has_its_value_in_the_sweep(of_pair: Sweep, name: str) -> None:
+    config, expected = IN_CHECKPOINT[name]
+    changed = lay_over(of_pair, translate_checkpoint_config(config))
+    assert {key: value_at(flat(changed), key) for key in expected} == expected
+    assert expected or changed == of_pair
+
+
+def flat(sweep: Sweep) -> Any:
+    """Groups of the cell and plain fields side by side, as keys name them."""
+    groups = {group: getattr(sweep.cell, group) for group in ("autoencoder", "activations", "sampling", "scoring")}
+    return SimpleNamespace(**{f.name: getattr(sweep, f.name) for f in fields(sweep)}, **groups)
+
+
+def test_every_option_of_the_references_tables_is_tried() -> None:
+    tried = {argument.partition("=")[0] for argument in VALUES} | IN_CHECKPOINT.keys()
+    assert tried == {option.name for option in OPTIONS}
 
 
 @pytest.mark.parametrize("argument", ["eval.batch_size=8", "+eval.generation_batch_size=16", "data.num_workers=4"])
@@ -246,6 +374,8 @@ def test_the_config_inside_a_checkpoint_says_what_was_explained() -> None:
     assert bare["activations.text"] == "data/wild/validation" and bare["activations.min_position"] == 8
     unfiltered = {"dataset": {"on_the_fly": {"filter_large_norms": False, "max_activation_norm": 5.0}}}
     assert translate_checkpoint_config(unfiltered) == {}
+    silent = {"dataset": {"on_the_fly": {"filter_large_norms": True}}}
+    assert translate_checkpoint_config(silent) == {"activations.max_norm": 300_000.0}  # its default
 
 
 def test_translated_arguments_are_what_a_sweep_takes() -> None:
@@ -308,3 +438,94 @@ def test_an_old_file_loads_as_a_config(tmp_path: Path, caplog: pytest.LogCapture
     changed = apply_overrides(Sweep(name="s", cell=cell), ["sampling.seed=2"], path)
     assert changed.cell.ks == (1, 2, 4) and changed.cell.sampling.seed == 2
     assert changed.export_json == "./eval_results/gemma3_quick.json" and "eval.batch_size never had an effect" in caplog.text
+
+
+def test_a_config_of_the_old_shape_lies_under_old_arguments_of_the_wrapper(tmp_path: Path) -> None:
+    """Options that depend on each other do so across file and command line."""
+    path = tmp_path / "quick.yaml"
+    path.write_text(OLD_FILE)
+    for spelling in (["--config", str(path)], [f"--config={path}"]):
+        new, warnings = translate([*spelling, "eval.num_positions=3", "eval.output_dir=out", "--no-charts"])
+        assert "activations.num_activations=300" in new and "export_json=out/gemma3_quick.json" in new
+        assert new[-1] == "--no-charts" and any("eval.batch_size" in text for text in warnings)
+
+
+def test_dashed_options_keep_their_value(tmp_path: Path) -> None:
+    path = tmp_path / "new.yaml"
+    path.write_text("sampling: {num_draws: 3}")
+    given = ["--config", str(path), "--base", "models/a b", "--checkpoint-data", "--config-name", "gpt2", "eval.k_values=[2]"]
+    new, warnings = translate(given)
+    assert new == [
+        "scoring.ks=[2]", "sampling.num_draws=2", f"--config={path}", "--base=models/a b", "--checkpoint-data",
+    ]  # fmt: skip
+    assert [text.split()[0] for text in warnings] == ["--config-name=gpt2"]
+
+
+TAE = ROOT / "tests" / "fixtures" / "tae" / "gpt2_patch_all"
+SHAPE = """
+eval:
+  k_values: [1, 2, 4]
+
+  output_dir: {out}
+  output_file: quick.json
+
+  max_batches: null
+  temperature: 1.0
+  batch_size: 8
+  max_generation_batch_size: 16
+  dataloader_batch_size: 16
+  vector_extraction_batch_size: 8
+  dataloader_fwd_pass_batch_size: 8
+  use_bf16: false
+  num_positions: 1
+  max_val_samples: 12
+  do_bootstrap: false
+  load_store: false
+  cache_dir: {out}/vectors
+
+dataset:
+  activation_dir: "./data/train"
+  on_the_fly:
+    enabled: false
+    generation_batch_size: 32
+
+data:
+  num_workers: 0
+"""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    source = random.Random(0)
+    words = "the of and to in is was he for it with as his on be at by had".split()  # noqa: SIM905
+    rows = [{"text": " ".join(source.choices(words, k=20)), "document": f"d{i // 2}"} for i in range(20)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "text.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["arguments", "config"])
+def test_the_old_command_line_runs_a_sweep(way: str, text: Path, tmp_path: Path) -> None:
+    """Through the wrapper, in a process of its own, on the CPU."""
+    checkpoint = next(TAE.glob("*.pt"))
+    ours = [
+        f"activations.text={text}", "min_position=4", "activations.dtype=float32", f"registry={tmp_path / 'registry'}",
+        "--no-charts",
+    ]  # fmt: skip
+    old = ["num_gpus=0", "time=1:00:00", "nice=", "force_direct=true", f"+eval.checkpoint_path={checkpoint}"]
+    if way == "config":
+        (tmp_path / "quick.yaml").write_text(SHAPE.format(out=tmp_path))
+        old += ["--config", str(tmp_path / "quick.yaml")]
+    else:
+        old += ["+eval.k_values=[1,2,4]", "+eval.max_val_samples=12", "+eval.use_bf16=false", f"+eval.cache_dir={tmp_path / 'v'}"]
+        old += [f"+eval.output_dir={tmp_path}", "+eval.output_file=quick.json", "+eval.dataloader_batch_size=4"]
+    done = run([str(ROOT / "scripts" / "submit_k_sweep.sh"), *old, *ours])
+    assert done.returncode == 0, done.stderr
+    assert "warning: eval.dataloader_batch_size is not needed here" in done.stderr
+    document = json.loads((tmp_path / "quick.json").read_text())
+    assert document["checkpoint_path"] == str(checkpoint)
+    assert [row["k"] for row in document["results_by_k"]] == [1, 2, 4]
+    assert {len(row["mse_values"]) for row in document["results_by_k"]} == {12}
+    with connect(tmp_path / "registry") as connection:
+        recorded = "SELECT checkpoint, sweep, num_draws, max_new_tokens, status FROM runs"
+        assert connection.execute(recorded).fetchall() == [(str(checkpoint), "k_sweep", 4, 8, "finished")]

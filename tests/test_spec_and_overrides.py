@@ -38,6 +38,9 @@ def sweep() -> Sweep:
         (("activations.text", None), "model and a text"),
         (("activations.min_position", 4096), "leaves nothing"),
         (("autoencoder.dtype", "int8"), "bfloat16, float16, float32"),
+        (("autoencoder.encoder_prompt", "hard"), "encoder_prompt='hard' is not one of learned, text"),
+        (("autoencoder.encoder_prompt", "text"), r"NLA pair \(ar\) has no trained prompt"),
+        (("scoring.reference_replicates", -1), "reference_replicates=-1 must be a whole number >= 0"),
     ],
 )
 def test_a_spec_that_cannot_mean_anything_is_refused_with_what_to_do(
@@ -155,3 +158,14 @@ def test_an_axis_of_pairs_can_be_given_as_mappings(sweep: Sweep, tmp_path: Path)
     config.write_text("autoencoder:\n- {av: a1, ar: r1}\n- {av: a2, ar: r2}\n")
     changed = apply_overrides(sweep, ["sampling.temperature=1", "autoencoder.dtype=float32"], config)
     assert [(c.autoencoder.av, c.autoencoder.dtype) for c in changed.cells()] == [("a1", "float32"), ("a2", "float32")]
+
+
+def test_a_checkpoint_ends_the_length_of_a_pairs_explanations_and_a_pair_the_text_prompt(sweep: Sweep) -> None:
+    of_pair = replace_at(sweep.cell, "sampling.max_new_tokens", 40)
+    changed = apply_overrides(Sweep(name="s", cell=of_pair), ["autoencoder.checkpoint=c.pt", "encoder_prompt=text"])
+    assert changed.cell.sampling.max_new_tokens == Sampling().max_new_tokens
+    assert changed.cell.autoencoder == Autoencoder(checkpoint="c.pt", encoder_prompt="text")
+    kept = apply_overrides(Sweep(name="s", cell=of_pair), ["autoencoder.checkpoint=c.pt", "max_new_tokens=9"])
+    assert kept.cell.sampling.max_new_tokens == 9
+    back = apply_overrides(changed, ["autoencoder.av=x", "autoencoder.ar=y"])
+    assert back.cell.autoencoder == Autoencoder(av="x", ar="y")

@@ -12,7 +12,7 @@ Decoder and encoder stand on the checkpoint's `model_name`; activations come fro
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,9 +20,12 @@ from ksweep.autoencoder.loading import torch_dtype
 from ksweep.autoencoder.protocol import Explanation
 from ksweep.autoencoder.tae_base import load_blocks, load_causal_lm, load_tokenizer
 from ksweep.autoencoder.tae_decoder import TaeVerbalizer
-from ksweep.autoencoder.tae_encoder import BEFORE_BLOCKS, TaeReconstructor
+from ksweep.autoencoder.tae_encoder import BEFORE_BLOCKS, TaeReconstructor, text_prompt
 from ksweep.autoencoder.tae_file import TaeInfo, digest_tae, highest_step, inspect_tae, is_tae
 from ksweep.autoencoder.tae_layout import base_state
+
+if TYPE_CHECKING:
+    from ksweep.spec import EncoderPrompt
 
 __all__ = [
     "Explanation",
@@ -67,20 +70,23 @@ def load_reconstructor(
     dtype: str = "bfloat16",
     device: str | torch.device = "cpu",
     sharing: TaeVerbalizer | None = None,
+    encoder_prompt: EncoderPrompt = "learned",
 ) -> TaeReconstructor:
     """Load the encoder; arguments and errors as for `load_verbalizer`.
 
     Args:
         sharing: decoder whose model is used as it is where that gives the same numbers: same checkpoint, dtype and device, and
             neither half holds base weights of its own. Otherwise the base is loaded up to the block that is read out.
+        encoder_prompt: "text" puts the token embeddings of the file's soft_prompt_init_text in the place of the trained prompt.
     """
     info = _inspected(checkpoint, base)
+    prompt = text_prompt(info, load_tokenizer(info.base)) if encoder_prompt == "text" else None
     where = torch.device(device)
     if sharing is not None and _can_share(info, sharing, torch_dtype(dtype), where):
-        return TaeReconstructor(info, sharing.model)
+        return TaeReconstructor(info, sharing.model, prompt=prompt)
     stored = base_state(info.states["encoder"])
     model, table = load_blocks(info.base, _num_blocks(info), stored, torch_dtype(dtype), where, info.path)
-    return TaeReconstructor(info, model, _decoder_table(info, model, table))
+    return TaeReconstructor(info, model, _decoder_table(info, model, table), prompt)
 
 
 def _decoder_table(info: TaeInfo, model: Any, of_base: torch.Tensor) -> torch.Tensor:

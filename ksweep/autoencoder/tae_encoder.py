@@ -21,7 +21,7 @@ from torch import nn
 from ksweep.autoencoder.protocol import Explanation
 from ksweep.autoencoder.tae_base import blocks_of, check_contents, embedding_scale, exact_embedding_scale, is_identity
 from ksweep.autoencoder.tae_decoder import position_rows
-from ksweep.autoencoder.tae_file import TaeInfo
+from ksweep.autoencoder.tae_file import TaeInfo, soft_prompt_sides
 from ksweep.autoencoder.tae_layout import BASE
 from ksweep.errors import CheckpointError, DataError
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TextPrompt = tuple[tuple[int, ...], tuple[int, ...]]
+"""Tokens before and after an explanation whose embeddings stand in for the trained ones."""
 BEFORE_BLOCKS = -2
 """output_layer of an encoder that reads the input of block 0."""
 
@@ -37,11 +39,18 @@ BEFORE_BLOCKS = -2
 class TaeReconstructor:
     """AR: explanation -> vector. Implements `protocol.Reconstructor`."""
 
-    def __init__(self, info: TaeInfo, model: Any, token_embeddings: Float[torch.Tensor, "token d_model"] | None = None) -> None:
+    def __init__(
+        self,
+        info: TaeInfo,
+        model: Any,
+        token_embeddings: Float[torch.Tensor, "token d_model"] | None = None,
+        prompt: TextPrompt | None = None,
+    ) -> None:
         """A model from `tae_base`, the encoder's own or the decoder's; the rest comes from the checkpoint.
 
         Args:
             token_embeddings: the table of the decoder's base, which embeds explanations; None: the model's own.
+            prompt: what `text_prompt` returned, instead of the trained prompt.
 
         Raises:
             CheckpointError: a tensor of the encoder that is not finite, or a projection of nothing but zeros.
@@ -51,7 +60,7 @@ class TaeReconstructor:
         self.d_model = info.d_model
         self._decoder = model.get_decoder()
         self._block = _read_out(blocks_of(model), info.encoder.output_layer)
-        self._parts = _parts(info, model, token_embeddings)
+        self._parts = _parts(info, model, token_embeddings, prompt)
         self._own_scale, self._scale = exact_embedding_scale(model), embedding_scale(model)
 
     def reconstruct(
@@ -170,6 +179,24 @@ class TaeReconstructor:
         return taken[0]
 
 
+def text_prompt(info: TaeInfo, tokenizer: Any) -> TextPrompt:
+    """The words that the encoder's prompt was initialised with, as tokens of its base; no special ones are added.
+
+    Raises:
+        CheckpointError: the file does not say them, or they leave no room for the explanation.
+    """
+    sides = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else () for text in soft_prompt_sides(info)]
+    learned = info.encoder.soft_prompt + info.encoder.postfix
+    needed = info.encoder.num_around - learned + sum(map(len, sides)) + info.num_tokens
+    room = info.model_config.get("max_position_embeddings")
+    if info.model_config.get("model_type") == "gpt2" and isinstance(room, int) and needed > room:
+        raise CheckpointError(
+            f"{info.path}: with the words of soft_prompt_init_text ({sum(map(len, sides))} tokens) around it an explanation "
+            f"needs {needed} positions, but the base has {room}. Use autoencoder.encoder_prompt=learned."
+        )
+    return sides[0], sides[1]
+
+
 class _Reached(Exception):
     """The read-out has run: the rest of the forward pass is not needed."""
 
@@ -188,7 +215,7 @@ class _Parts:
     positions: Float[torch.Tensor, "position d_model"] | None
 
 
-def _parts(info: TaeInfo, model: Any, table: torch.Tensor | None) -> _Parts:
+def _parts(info: TaeInfo, model: Any, table: torch.Tensor | None, prompt: TextPrompt | None) -> _Parts:
     state = {name: tensor for name, tensor in info.states["encoder"].items() if not name.startswith(BASE)}
     check_contents(state, "encoder", info.path)
     _warn_of_untrained(state, info)
@@ -196,11 +223,14 @@ def _parts(info: TaeInfo, model: Any, table: torch.Tensor | None) -> _Parts:
     def part(name: str, dtype: torch.dtype) -> torch.Tensor | None:
         return state[name].to(device=model.device, dtype=dtype) if name in state else None
 
-    empty = torch.empty(0, info.d_model, device=model.device, dtype=model.dtype)
-    prompts = [part(name, model.dtype) for name in ("soft_prompt_embeddings", "soft_prompt_embeddings_postfix")]
-    soft_prompt, postfix = (empty if prompt is None else prompt for prompt in prompts)
+    own = model.get_input_embeddings().weight
+    if prompt is None:
+        learned = [part(name, model.dtype) for name in ("soft_prompt_embeddings", "soft_prompt_embeddings_postfix")]
+        soft_prompt, postfix = (own.new_empty(0, info.d_model) if side is None else side for side in learned)
+    else:
+        soft_prompt, postfix = (own[torch.tensor(side, dtype=torch.long, device=own.device)] for side in prompt)
     return _Parts(
-        table=model.get_input_embeddings().weight if table is None else table.to(device=model.device, dtype=model.dtype),
+        table=own if table is None else table.to(device=model.device, dtype=model.dtype),
         soft_prompt=soft_prompt,
         postfix=postfix,
         special=part("special_last_token_vector", model.dtype),

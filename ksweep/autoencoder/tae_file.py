@@ -25,6 +25,7 @@ from ksweep.autoencoder.tae_layout import (
     decoder_layout,
     encoder_layout,
     section,
+    soft_prompt_text,
     whole_number,
 )
 from ksweep.errors import CheckpointError
@@ -64,6 +65,8 @@ class TaeInfo:
     encoder: EncoderLayout
     model_config: Mapping[str, Any] = field(repr=False)
     """config.json of the base; the language model's part of a multimodal one."""
+    soft_prompt_text: str | None
+    """Words that the encoder's soft prompt, and behind "<text>" its postfix, were initialised with."""
     states: Mapping[str, Mapping[str, torch.Tensor]] = field(repr=False, compare=False)
     """Tensors of "decoder" and "encoder", names without torch.compile's prefix, contents still on disk."""
 
@@ -112,8 +115,25 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
         decoder=decoder,
         encoder=encoder,
         model_config=model,
+        soft_prompt_text=soft_prompt_text(config),
         states=states,
     )
+
+
+def soft_prompt_sides(info: TaeInfo) -> tuple[str, str]:
+    """The words before and after an explanation that the encoder's soft prompt was initialised with.
+
+    Raises:
+        CheckpointError: the file does not say them, or not where the explanation stands.
+    """
+    before, *after = (info.soft_prompt_text or "").split("<text>")
+    if not info.soft_prompt_text or len(after) > 1:
+        raise CheckpointError(
+            f"autoencoder.encoder_prompt=text needs the words of the encoder's prompt, and the config of {info.path} has "
+            f"soft_prompt_init_text={info.soft_prompt_text!r}; expected text with at most one <text> in it. Use "
+            "encoder_prompt=learned, which is in the file."
+        )
+    return before, "".join(after)
 
 
 def digest_tae(info: TaeInfo) -> str:

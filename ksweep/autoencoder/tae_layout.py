@@ -103,7 +103,7 @@ def decoder_layout(
             f"{path}: per_layer_projections with patch_all_layers={options.get('patch_all_layers')!r} leaves no projection to "
             "carry the vector into the decoder. The file's configuration does not belong to its tensors."
         )
-    expected: dict[str, Shape] = {"prompt_ids": (None,)}
+    expected: dict[str, Shape] = {"prompt_ids": (None,) if config.get("decoder_prompt") or _rows(state, "prompt_ids") else (0,)}
     if stacked:
         expected |= {"proj_weight": (num_projections, d, d), "proj_bias": (num_projections, d)}
     else:
@@ -153,6 +153,12 @@ def encoder_layout(
         has_base=has_base,
         trains_base=_flag(options, "base_model", True, path),
     )
+
+
+def soft_prompt_text(config: Mapping[str, Any]) -> str | None:
+    """Words that the encoder's soft prompt was initialised with, if the configuration says them."""
+    text = config["trainable_components"]["encoder"].get("soft_prompt_init_text")
+    return text if isinstance(text, str) and text else None
 
 
 def section(values: Mapping[str, Any], key: str, otherwise: str) -> Mapping[str, Any]:
@@ -267,9 +273,10 @@ def _wrong_kind(name: str, tensor: torch.Tensor) -> bool:
 
 
 def _prompt_sides(state: Mapping[str, torch.Tensor], path: Path) -> tuple[int, int]:
-    """Lengths left and right of the vector; together with it they are as many as prompt_ids."""
+    """Lengths left and right of the vector; together with it they are as many as prompt_ids, which is empty without a prompt."""
     left, right = _rows(state, "prompt_left_emb"), _rows(state, "prompt_right_emb")
-    if left + 1 + right != (ids := _rows(state, "prompt_ids")):
+    ids = _rows(state, "prompt_ids")
+    if left + 1 + right != (ids or 1):
         raise CheckpointError(
             f"{path}: prompt_ids counts {ids} tokens, but prompt_left_emb has {left or 'no'} rows and prompt_right_emb "
             f"{right or 'no'} rows; expected {ids} = left + 1 for the vector + right. A side of the prompt is missing or cut."
@@ -295,16 +302,20 @@ def _check_base(
 
 
 def _base_was_trained(config: Mapping[str, Any], role: str, model: Mapping[str, Any], path: Path) -> bool:
-    """The base as a whole, or GPT-2's position embeddings alone (also then every weight is stored).
+    """The base as a whole, or its token embeddings or GPT-2's position embeddings alone (also then every weight is stored).
 
-    Decoder and encoder share one base object, whose position embeddings the encoder, built last, has the last word on.
+    Decoder and encoder share one base object, whose embeddings the encoder, built last, has the last word on.
     """
     options = {name: _options(config, name, path) for name in ("decoder", "encoder")}
     if _flag(options[role], "base_model", role == "encoder", path):
         return True
-    positions = {name: _flag(options[name], "pos_embeddings", name == "encoder", path) for name in options}
-    trains_positions = positions["encoder"] and (role == "encoder" or positions["decoder"])
-    return trains_positions and model.get("model_type") == "gpt2"
+
+    def trains(key: str, encoder_default: bool) -> bool:
+        asked = {name: _flag(options[name], key, encoder_default and name == "encoder", path) for name in options}
+        return asked["encoder"] and (role == "encoder" or asked["decoder"])
+
+    positions = trains("pos_embeddings", encoder_default=True) and model.get("model_type") == "gpt2"
+    return positions or trains("embedding_head", encoder_default=False)
 
 
 def _rows(state: Mapping[str, torch.Tensor], name: str) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -170,7 +171,9 @@ def stored_base(tiny: Tiny, base: Path) -> dict[str, torch.Tensor]:
 
 
 def configuration(tiny: Tiny) -> dict[str, Any]:
-    text = ("words" if tiny.soft else "") + ("<text> more" if tiny.postfix else "<text>" if tiny.soft else "")
+    text = ("<|endoftext|>In other words:" if tiny.soft else "") + (
+        "<text> That was it." if tiny.postfix else "<text>" if tiny.soft else ""
+    )
     decoder = {
         "base_model": "decoder" in tiny.stored, "patch_all_layers": tiny.patch, "per_layer_projections": tiny.stacked,
         "new_decoder": tiny.new_decoder, "subtract_add_pos_embeddings": tiny.subtracts, "pos_embeddings": False,
@@ -258,9 +261,16 @@ def slow_logits(tiny: Tiny, path: Path, vectors: torch.Tensor, positions: list[i
 
 
 @torch.no_grad()
-def slow_vectors(tiny: Tiny, path: Path, tokens: torch.Tensor, current: list[int], positions: list[int]) -> torch.Tensor:
+def slow_vectors(
+    tiny: Tiny,
+    path: Path,
+    tokens: torch.Tensor,
+    current: list[int],
+    positions: list[int],
+    instead: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
     models = torch.load(path, weights_only=True)["models"]
-    state = models["encoder"]
+    state = models["encoder"] | (instead or {})
     of_decoder = plain(path.parent / "base", stored_in(models["decoder"])).get_input_embeddings().weight
     model = plain(path.parent / "base", stored_in(state))
     pieces = [of_decoder[tokens]]
@@ -310,6 +320,48 @@ def test_decoder_and_encoder_equal_a_slow_recomputation(tiny: Tiny, tmp_path: Pa
     expected = slow_vectors(tiny, info.path, tokens, current, positions)
     assert (reconstructions - expected).abs().max() < 1e-4 * expected.abs().max().clamp_min(1)
     assert (ar.model is av.model) == (not tiny.stored)
+
+
+TEXT_CASES = {
+    "gpt2, postfix, positions": Tiny("gpt2", postfix=2, adds=True),
+    "gpt2, base stored": Tiny("gpt2", postfix=2, stored=("decoder", "encoder")),
+    "gemma2, special vector": Tiny("gemma2", patch=True, stacked=True, special=True, output_layer=-1),
+    "gemma3, current token": Tiny("gemma3", patch=2, stacked=True, current=True, special=True),
+    "gemma3 wrapper, encoder's base stored": Tiny("gemma3_multimodal", stored=("encoder",), postfix=3),
+    "qwen2": Tiny("qwen2", patch=2, stacked=True, current=True, postfix=1),
+    "llama": Tiny("llama", output_layer=-2),
+}
+
+
+@pytest.mark.parametrize("tiny", TEXT_CASES.values(), ids=TEXT_CASES)
+def test_the_text_prompt_is_the_plain_embedding_of_its_words_in_the_encoders_base(tiny: Tiny, tmp_path: Path) -> None:
+    info, av, learned = loaded(tiny, tmp_path)
+    ar = load_reconstructor(info, dtype="float32", sharing=av, encoder_prompt="text")
+    tokenizer = Tokenizer.from_file(str(info.base / "tokenizer.json"))  # no library of ours, no special tokens around
+    table = (
+        plain(info.base, stored_in(torch.load(info.path, weights_only=True)["models"]["encoder"])).get_input_embeddings().weight
+    )
+    prefix, _, postfix = (info.soft_prompt_text or "").partition("<text>")
+    assert prefix == "<|endoftext|>In other words:" and bool(postfix) == bool(tiny.postfix)
+    ids = [tokenizer.encode(words, add_special_tokens=False).ids for words in (prefix, postfix)]
+    assert len(ids[0]) != tiny.soft
+    instead = {"soft_prompt_embeddings": table[ids[0]], "soft_prompt_embeddings_postfix": table[ids[1]]}
+    tokens, current, positions = torch.randint(1, 300, (N, TOKENS)), [5, 6, 7], [0, 9, 63]
+    found = ar.reconstruct_tokens(tokens, current, positions)
+    expected = slow_vectors(tiny, info.path, tokens, current, positions, instead)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max().clamp_min(1)
+    if tiny.output_layer != -2:  # which reads the last token alone
+        assert (learned.reconstruct_tokens(tokens, current, positions) - found).abs().max() > 1e-3
+    assert (ar.model is av.model) == (not tiny.stored)
+
+
+def test_a_text_prompt_without_words_or_with_two_places_is_refused(tmp_path: Path) -> None:
+    info = inspect_tae(make(tmp_path, Tiny("gpt2")))
+    for text in (None, "a <text> b <text> c"):
+        with pytest.raises(CheckpointError, match="at most one <text>"):
+            load_reconstructor(replace(info, soft_prompt_text=text), encoder_prompt="text")
+    with pytest.raises(CheckpointError, match="positions, but the base has 64"):
+        load_reconstructor(replace(info, soft_prompt_text="words " * 60), encoder_prompt="text")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3", "qwen2", "llama"])
