@@ -4,6 +4,7 @@ python experiments/k_sweep.py
 python experiments/k_sweep.py sampling.num_draws=128 activations.num_activations=256
 python experiments/k_sweep.py scoring.ks=[1,2,4,8] sampling.num_draws=8
 python experiments/k_sweep.py autoencoder.checkpoint=PATH.pt     # a talkative autoencoder, scored on raw vectors
+python experiments/k_sweep.py autoencoder.checkpoint=PATH.pt --checkpoint-data --base DIR     # on its own data, base at DIR
 """
 
 from ksweep import Cell, Sampling, Sweep, sweep_main

@@ -588,7 +588,7 @@ def options_document() -> str:
 _TITLES: dict[Table, str] = {
     "submission": "Submission (`scripts/submit_k_sweep.sh name=value`, or NUM_GPUS, TIME, ... in the environment)",
     "evaluation": "Evaluation (`eval.*`, on the command line or in a file of the old `conf/eval` shape)",
-    "checkpoint": "What the reference read from the checkpoint's config",
+    "checkpoint": "What the reference read from the checkpoint's config (its data: with `--checkpoint-data`)",
 }
 
 _HEAD = """<!-- Printed from ksweep/legacy.py: python -m ksweep.legacy --table > docs/options.md -->

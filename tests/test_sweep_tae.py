@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from ksweep import Autoencoder, Resources, Scoring, Sweep
+from ksweep import Autoencoder, Resources, Scoring, Sweep, connect
 from ksweep.activations import ensure
 from ksweep.autoencoder.tae_file import TaeInfo, inspect_tae
 from ksweep.errors import SpecError
@@ -223,3 +227,38 @@ def test_a_pretokenised_split_goes_through_a_whole_sweep_at_the_reference_positi
     chosen = [firsts[f"row:{row}", at] for row, at in enumerate(arrays["positions"].tolist())]
     against_reference = np.square([r["reconstruction"] for r in chosen] - arrays["activations"]).mean(axis=1)
     np.testing.assert_allclose([r["error"] for r in chosen], against_reference, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_k_sweep_from_the_command_line_gives_the_same_on_two_ranks_as_on_one(sweep: Sweep, case: str, tmp_path: Path) -> None:
+    """experiments/k_sweep.py as a user runs it, in processes of its own; `sweep` only brings the text."""
+    places = {tasks: tmp_path / f"ranks{tasks}" for tasks in (1, 2)}
+    for tasks, place in places.items():
+        command = [
+            sys.executable, str(ROOT / "experiments" / "k_sweep.py"), f"autoencoder.checkpoint={checkpoint(case)}",
+            "autoencoder.dtype=float32", f"activations.text={sweep.cell.activations.text}", "activations.dtype=float32",
+            "activations.num_activations=40", "activations.candidates=not_padding", "activations.min_position=4",
+            "sampling.num_draws=4", "scoring.ks=[1,2,4]", "resources.cluster=local", "resources.gpus=0",
+            f"resources.tasks={tasks}", f"registry={place / 'registry'}", f"vector_cache={place / 'vectors'}", "--no-charts",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 0 and "computed 1 of 1 cells" in done.stdout, done.stderr
+
+    def both(question: str) -> tuple[list[Any], list[Any]]:
+        found = []
+        for place in places.values():
+            with connect(place / "registry") as connection:
+                found.append(connection.execute(question).fetchall())
+        return found[0], found[1]
+
+    assert both("SELECT num_ranks, num_activations, num_draws, max_new_tokens FROM runs") == ([(1, 40, 4, 8)], [(2, 40, 4, 8)])
+    one, two = both("SELECT activation, draw, position, text, token_ids FROM draws ORDER BY 1, 2")
+    assert len(one) == 160 and one == two and len({row[3] for row in one}) > 80
+    one, two = both("SELECT error, cosine, shuffled_error FROM draws ORDER BY activation, draw")
+    np.testing.assert_allclose(np.array(two, dtype=float), np.array(one, dtype=float), rtol=1e-6)  # NULL: no partner yet
+    one, two = both("SELECT k, fve, fve_low, fve_high, error FROM curves ORDER BY k")
+    assert [row[0] for row in one] == [1, 2, 4]
+    np.testing.assert_allclose(two, one, rtol=1e-6)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +197,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a whole torch checkpoint: it has no zip directory at its end, so it was cut off in copying, is "
             "something else, or was saved before torch 1.6. Copy it again, or save it anew with torch.save."
         )
+    if _is_torchscript(path):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, a program with its weights, and nothing of it was run. Expected the dictionary "
+            "that the training run saved with torch.save."
+        )
     try:
         with torch.serialization.safe_globals(_numpy_names()):
             value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -212,6 +219,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected the dictionary that the training run saved")
     return value
+
+
+def _is_torchscript(path: Path) -> bool:
+    """As torch.load tells them; a directory of names that cannot be read is for torch to refuse."""
+    with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return False
 
 
 def _numpy_names() -> list[Any]:
@@ -243,6 +257,8 @@ def _state(checkpoint: Mapping[str, Any], role: str, path: Path) -> dict[str, to
     for name, tensor in state.items():
         if not hasattr(tensor, "is_floating_point"):
             raise CheckpointError(f"{path}: {role} entry {name!r} is a {type(tensor).__name__}, expected a tensor")
+        if tensor.is_meta:
+            raise CheckpointError(f"{path}: {role} tensor {name} has a shape and no content: it was saved without its weights")
         bare = name.replace(COMPILED, "")
         if bare in named:
             raise CheckpointError(f"{path}: the {role} holds {bare} twice, with and without {COMPILED}")
@@ -304,18 +320,25 @@ def _check_room(decoder: DecoderLayout, encoder: EncoderLayout, num_tokens: int,
 
 
 def _step(checkpoint: Mapping[str, Any]) -> int | None:
-    step = checkpoint.get("step")
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
+    return _whole(checkpoint.get("step"))
+
+
+def _whole(value: object) -> int | None:
+    """A count as an int, also one that was saved as a NumPy number or a tensor."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _place_in_training(checkpoint: Mapping[str, Any], path: Path) -> tuple[int, int, str]:
     """What checkpoints of a run are ordered by: step, then epoch, then name."""
     if "models" not in checkpoint:
         return -1, -1, path.name
-    step, epoch = _step(checkpoint), checkpoint.get("epoch")
+    step, epoch = _step(checkpoint), _whole(checkpoint.get("epoch"))
     if step is None:
         step = _step_in_name(path)
-    return (-1 if step is None else step), (epoch if isinstance(epoch, int) else -1), path.name
+    return (-1 if step is None else step), (-1 if epoch is None else epoch), path.name
 
 
 def _step_in_name(path: Path) -> int | None:
@@ -332,4 +355,5 @@ def _candidates(directory: Path) -> list[Path]:
 
 
 def _files(found: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in found if path.suffix in SUFFIXES and path.is_file())
+    """Hidden ones are somebody's temporary files (._name.pt, .name.pt)."""
+    return sorted(path for path in found if path.suffix in SUFFIXES and not path.name.startswith(".") and path.is_file())

@@ -94,7 +94,34 @@ CASES = {
     "qwen2, encoder's base stored": Tiny("qwen2", patch=2, stacked=True, stored=("encoder",), current=True),
     "llama, first 2, nothing left": Tiny("llama", patch=2, stacked=True, left=0, projection=False, output_layer=-2),
     "llama, all, no soft prompt": Tiny("llama", patch=True, stacked=True, soft=0, output_layer=0),
+    "gpt2, no prompt at all": Tiny("gpt2", patch=True, stacked=True, left=0, right=0, soft=0),
+    "gemma2, first 3, extra projection, base stored": Tiny(
+        "gemma2", patch=3, stacked=True, new_decoder=True, stored=("decoder", "encoder"), current=True, output_layer=-1
+    ),
 }
+
+WAYS: list[dict[str, Any]] = [
+    {"patch": False},
+    {"patch": True},
+    {"patch": True, "stacked": True},
+    {"patch": 1},
+    {"patch": 1, "stacked": True},
+    {"patch": 3, "stacked": True},
+    {"patch": 3, "stacked": True, "new_decoder": True},
+    {"patch": 0},
+    {"patch": 0, "stacked": True, "new_decoder": True},
+    {"patch": "just_input"},
+    {"patch": "just_input", "stacked": True, "new_decoder": True},
+    {"patch": BLOCKS, "stacked": True},
+]
+PROMPTS: list[dict[str, Any]] = [{}, {"left": 0}, {"right": 0}, {"left": 0, "right": 0}]
+ENCODERS: list[dict[str, Any]] = [
+    {"output_layer": -1, "postfix": 2},
+    {"output_layer": -2, "current": True},
+    {"output_layer": 0, "projection": False, "special": True, "current": True},
+    {"output_layer": 3, "soft": 0, "special": True},
+]
+STORED: list[dict[str, Any]] = [{}, {"stored": ("decoder",)}, {"stored": ("encoder",)}, {"stored": ("decoder", "encoder")}, {}]
 
 
 def make(directory: Path, tiny: Tiny) -> Path:
@@ -139,7 +166,8 @@ def states(tiny: Tiny, base: Path) -> dict[str, dict[str, torch.Tensor]]:
         return 0.3 * torch.randn(*shape)
 
     p = tiny.num_patched + tiny.new_decoder
-    decoder = {"prompt_ids": torch.arange(tiny.left + 1 + tiny.right)}
+    prompt = tiny.left + tiny.right
+    decoder = {"prompt_ids": torch.arange(prompt + 1 if prompt else 0)}  # nothing sets it where there is no prompt
     decoder |= {name: random(n, D) for name, n in (("prompt_left_emb", tiny.left), ("prompt_right_emb", tiny.right)) if n}
     decoder |= (
         {"proj_weight": random(p, D, D), "proj_bias": random(p, D)}
@@ -185,6 +213,7 @@ def configuration(tiny: Tiny) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "model_name": "base", "orig_model_name": "base", "layer_l": 1, "t_text": TOKENS,
+        "decoder_prompt": "of <embed>:" if tiny.left + tiny.right else "",
         "trainable_components": {"decoder": decoder, "encoder": encoder},
     }  # fmt: skip
 
@@ -303,8 +332,23 @@ def loaded(tiny: Tiny, directory: Path) -> tuple[TaeInfo, TaeVerbalizer, TaeReco
     return info, av, load_reconstructor(info, dtype="float32", sharing=av)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3", "gemma3_multimodal", "qwen2", "llama"])
+def test_every_way_of_patching_equals_a_slow_recomputation(family: str, tmp_path: Path) -> None:
+    """Each in turn with other prompts, encoders and stored bases: their numbers have no common factor with one another."""
+    for i, way in enumerate(WAYS):
+        positions = {"subtracts": i % 2 == 0, "adds": i % 3 == 0} if family == "gpt2" else {}
+        tiny = Tiny(family, **way, **PROMPTS[(i // 3) % 4], **ENCODERS[i % 4], **STORED[i % 5], **positions)
+        (tmp_path / str(i)).mkdir()
+        compare(tiny, tmp_path / str(i))
+
+
 @pytest.mark.parametrize("tiny", CASES.values(), ids=CASES)
 def test_decoder_and_encoder_equal_a_slow_recomputation(tiny: Tiny, tmp_path: Path) -> None:
+    compare(tiny, tmp_path)
+
+
+def compare(tiny: Tiny, tmp_path: Path) -> None:
     info, av, ar = loaded(tiny, tmp_path)
     generator = torch.Generator().manual_seed(1)
     vectors, positions = 2 * torch.randn(N, D, generator=generator), [0, 9, 63]
