@@ -94,7 +94,7 @@ def plot(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="Run id, or the name of a cell or label (its newest finished run).")],
+    run: Annotated[str, typer.Argument(help="Run id, or name of a cell, a label or a sweep of one cell (its newest run).")],
     as_json: Annotated[bool, typer.Option("--json", help="In the reference sweep's JSON schema (the only format).")] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File; standard output without.")] = None,
     registry: Registry = Path("registry"),

@@ -46,20 +46,20 @@ def runs_since(root: Path, moment: datetime) -> dict[str, str]:
 
 
 def run_named(root: Path, name: str) -> str:
-    """The run of that id, else the newest finished run of the cell or label of that name.
+    """The run of that id, else the newest finished run of the cell or label of that name, or of the only cell of that sweep.
 
     Raises:
-        RequestError: there is none, or several cells share the label.
+        RequestError: there is none, or several cells share the name.
     """
     with connect(root) as connection:
         found = connection.execute(
-            "SELECT run_id FROM runs WHERE run_id = $1 UNION SELECT run_id FROM v_latest WHERE cell = $1 OR label = $1",
+            "SELECT run_id FROM runs WHERE run_id = $1 UNION SELECT run_id FROM v_latest WHERE $1 IN (cell, label, sweep)",
             [name],
         ).fetchall()
     if len(found) == 1:
         return str(found[0][0])
     if not found:
-        raise RequestError(f"no run, cell or label {name!r} in {root}: `ksweep ls` lists them")
+        raise RequestError(f"no run, cell, label or sweep {name!r} in {root}: `ksweep ls` lists them")
     raise RequestError(f"{len(found)} runs are called {name!r}; name one of them: {', '.join(sorted(run for (run,) in found))}")
 
 

@@ -307,5 +307,6 @@ def test_the_commands_bring_a_file_in_and_out_again(
     document = json.loads(ksweep("export", "gemma3_k_sweep_full1024", "--json")[1])
     assert [r["variance_recovery"] for r in document["results_by_k"]][-1] == 0.7772
     assert document["results_by_k"][0]["variance_recovery_bca_ci_lower"] == 0.6391
+    assert json.loads(ksweep("export", "imported", "--json")[1]) == document
     code, _, err = ksweep("export", "nobody", "--json")
-    assert code == 2 and err.startswith("error: no run, cell or label 'nobody'")
+    assert code == 2 and err.startswith("error: no run, cell, label or sweep 'nobody'")
