@@ -39,6 +39,12 @@ CONFIG_DIRECTORY = Path("conf") / "eval"
 FROM_ENVIRONMENT = ("num_gpus", "time", "job_name", "nodes", "nice", "force_direct")
 """Submission options that the old script also took from variables: NUM_GPUS, TIME, ..."""
 
+SAYS_DATA = ("--checkpoint-data", "activations.text=", "text=", "activations.vectors=", "vectors=")
+_NOT_ITS_DATA = (
+    "eval.checkpoint_path: the reference took text, positions and norm filter from the checkpoint's config; here those of the "
+    "experiment hold unless --checkpoint-data, activations.text=PATH or activations.vectors=FILE is given"
+)
+
 TAKE_A_VALUE = ("--config", "--base", "--config-name", "--config-path", "-cn", "-cp")
 """Dashed options whose value may be the next argument; the last four were Hydra's."""
 
@@ -363,6 +369,8 @@ def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DI
         else:
             new.append(argument.lstrip("+") if key else argument)
     settings, more = translate_options(named | given, from_checkpoint=False)
+    if "autoencoder.checkpoint" in settings and not any(argument.startswith(SAYS_DATA) for argument in new):
+        warnings.append(_NOT_ITS_DATA)
     return [f"{key}={_text(value)}" for key, value in settings.items()] + new, warnings + more
 
 

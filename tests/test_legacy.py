@@ -450,6 +450,14 @@ def test_a_config_of_the_old_shape_lies_under_old_arguments_of_the_wrapper(tmp_p
         assert new[-1] == "--no-charts" and any("eval.batch_size" in text for text in warnings)
 
 
+def test_a_checkpoint_whose_own_data_nobody_asked_for_is_told() -> None:
+    """The reference always took it; the experiment's text would stand there in silence."""
+    assert "--checkpoint-data" in translate(["eval.checkpoint_path=c.pt"])[1][0]
+    for more in ("--checkpoint-data", "activations.text=t.jsonl", "text=t.jsonl", "activations.vectors=v.parquet"):
+        assert translate(["+eval.checkpoint_path=c.pt", more])[1] == []
+    assert translate(["eval.checkpoint_path=null"]) == ([], [])
+
+
 def test_dashed_options_keep_their_value(tmp_path: Path) -> None:
     path = tmp_path / "new.yaml"
     path.write_text("sampling: {num_draws: 3}")

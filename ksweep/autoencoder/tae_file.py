@@ -1,9 +1,9 @@
 """Talkative-autoencoder checkpoints: what a .pt file says, which file of a directory is meant, and whether it is whole.
 
 A file is read with torch.load(weights_only=True, mmap=True): its pickle may build tensors, plain containers and a few NumPy
-values, and is refused if it wants anything else; no tensor's content is read, so an optimiser state of gigabytes costs nothing.
-Everything that names, shapes and options can tell is checked here; contents are checked when a rank loads them
-(`tae_decoder.py`, `tae_encoder.py`). torch is imported when a file is read, not before.
+values (schedulers become empty shells), and is refused if it wants anything else; no tensor's content is read, so an optimiser
+state of gigabytes costs nothing. Everything that names, shapes and options can tell is checked here; contents are checked when
+a rank loads them (`tae_decoder.py`, `tae_encoder.py`). torch is imported when a file is read, not before.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "that the training run saved with torch.save."
         )
     try:
-        with torch.serialization.safe_globals(_numpy_names()):
+        with torch.serialization.safe_globals([*_numpy_names(), *_training_names()]):
             value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -241,6 +241,23 @@ def _numpy_names() -> list[Any]:
     ]
     numbers = (np.uint32, np.uint64, np.int32, np.int64, np.float32, np.float64, np.bool_)
     return [*named, np.ndarray, np.dtype, *(type(np.dtype(number)) for number in numbers)]
+
+
+class _Left:
+    """Stands where a learning-rate scheduler or an optimiser was; it has what it had, and does nothing."""
+
+
+def _plain_dict(*_: object) -> dict[Any, Any]:
+    return {}
+
+
+def _training_names() -> list[Any]:
+    """What a scheduler within a scheduler is pickled through, as resumed runs hold them; none of torch's own code is called."""
+    schedulers = ("CosineAnnealingLR", "CosineAnnealingWarmRestarts", "ExponentialLR", "LinearLR", "PolynomialLR", "StepLR")
+    optimisers = ("adamw.AdamW", "adam.Adam", "sgd.SGD")
+    names = [f"lr_scheduler.{name}" for name in schedulers] + list(optimisers)
+    inert = [(_Left, f"torch.optim.{name}") for name in names]
+    return [*inert, (_plain_dict, "collections.defaultdict"), (_plain_dict, "builtins.dict"), (_plain_dict, "__builtin__.dict")]
 
 
 def _what_was_wanted(error: Exception) -> str:

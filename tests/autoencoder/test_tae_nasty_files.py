@@ -111,6 +111,27 @@ def share(value: dict[str, Any]) -> None:
     value["optim"] = {"state": {0: {"exp_avg": flat}}}
 
 
+class Transition(torch.optim.lr_scheduler.LRScheduler):
+    """One scheduler around another, whose state holds the inner one and its optimiser as objects."""
+
+    def __init__(self, optimizer: Any, base: Any) -> None:
+        self.base_scheduler = base
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return self.base_scheduler.get_last_lr()
+
+
+def resume(value: dict[str, Any]) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([parameter])
+    scheduler = Transition(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10))
+    optimizer.step()
+    scheduler.step()
+    value.update(scheduler=scheduler.state_dict(), optim=optimizer.state_dict())
+
+
 def transpose(value: dict[str, Any]) -> None:
     encoder = value["models"]["encoder"]
     encoder["proj.weight"] = encoder["proj.weight"].T.contiguous().T
@@ -130,6 +151,7 @@ ODD: dict[str, Callable[[dict[str, Any]], Any]] = {
         decoder={f"_orig_mod.{k.replace('.', '._orig_mod.')}": t for k, t in v["models"]["decoder"].items()}
     ),
     "more of everything": lambda v: v.update(ema={"decay": 0.9}, models={**v["models"], "orig_model": {}}),
+    "a scheduler within another": resume,
     "a scheduler with a history": lambda v: v.update(scheduler={"last_lr": [1e-3], "base_lrs": (1e-3,), "_step_count": 3}),
 }
 
@@ -138,6 +160,14 @@ ODD: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("change", ODD.values(), ids=ODD)
 def test_odd_file_has_the_numbers_of_the_usual_one(change: Callable[..., Any], case: str, tmp_path: Path) -> None:
     assert max(numbers(edited(copy_case(case, tmp_path), change), case)) < 1e-4
+
+
+def test_what_a_scheduler_was_made_of_is_an_empty_shell(tmp_path: Path) -> None:
+    """No class of torch.optim is made while reading, and no __setstate__ of one is called."""
+    scheduler = read_checkpoint(edited(copy_case("gpt2_patch_all", tmp_path), resume))["scheduler"]
+    inner = scheduler["base_scheduler"]
+    assert not isinstance(inner, torch.optim.lr_scheduler.LRScheduler) and inner.T_max == 10
+    assert type(inner.optimizer) is type(inner) and type(inner.optimizer.state) is dict
 
 
 def test_step_is_none_where_the_file_has_none_and_whole_where_it_is_a_number(tmp_path: Path) -> None:
