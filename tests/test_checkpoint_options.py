@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
 from ksweep.autoencoder.tae_file import inspect_tae
@@ -138,6 +139,13 @@ def test_the_text_prompt_gives_other_draws_of_the_same_activations_and_the_learn
     assert label(replace_at(cell, "autoencoder.encoder_prompt", "text"), 2).endswith("T=1 encoder_prompt=text")
 
 
+def test_the_references_replicates_change_the_cell_alone_and_none_keep_its_key(sweep: Sweep) -> None:
+    cell = apply_overrides(sweep, [f"autoencoder.checkpoint={GPT2}"]).cell
+    without, with_them = cell_keys(cell), cell_keys(replace_at(cell, "scoring.reference_replicates", 1000))
+    assert without.draws == with_them.draws and without.cell != with_them.cell
+    assert cell_keys(replace_at(cell, "scoring.reference_replicates", 0)) == without
+
+
 def test_a_sweep_with_both_prompts_has_the_same_texts_and_other_errors(sweep: Sweep) -> None:
     assert run(sweep, f"autoencoder.checkpoint={GEMMA3}", "encoder_prompt=[learned,text]") == 0
     by_key = ask(sweep, "SELECT draws_key, list(text ORDER BY activation, draw), list(error) FROM draws GROUP BY 1")
@@ -204,6 +212,23 @@ def test_checkpoint_data_through_a_whole_sweep(sweep: Sweep) -> None:
     spec = "SELECT spec->>'$.activations.candidates', spec->>'$.activations.min_position' FROM runs"
     assert ask(sweep, spec) == [("not_padding", "8")]
     assert min(place for (place,) in ask(sweep, "SELECT position FROM draws")) >= 8
+
+
+def test_checkpoint_data_that_is_here_is_what_a_sweep_reads(sweep: Sweep, alone: Callable[..., Path], tmp_path: Path) -> None:
+    """Rows of token ids as pretokenised for training, padded left and right: the midpoints that the reference would take."""
+    datasets = pytest.importorskip("datasets")
+    pad = AutoTokenizer.from_pretrained(BASE).eos_token_id
+    rows, middles = [], []
+    for left, length in ((0, 20), (3, 15), (0, 9), (5, 19), (1, 12), (0, 24), (2, 20), (7, 17)):
+        tokens = [1 + (7 * i + left) % 300 for i in range(length)]
+        rows.append([pad] * left + [t + (t == pad) for t in tokens] + [pad] * (24 - left - length))
+        middles.append((min(left + 4, left + length - 1) + left + length - 1) // 2)
+    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "tokens" / "validation")
+    otf = {"pretokenized_path": str(tmp_path / "tokens"), "min_pos": 4, "position_selection_strategy": "midpoint"}
+    path = alone(dataset={"on_the_fly": otf})
+    assert run(sweep, f"autoencoder.checkpoint={path}", f"--base={BASE}", "--checkpoint-data") == 0
+    positions = ask(sweep, "SELECT DISTINCT activation, position FROM draws ORDER BY activation")
+    assert [place for _, place in positions] == middles
 
 
 @pytest.mark.parametrize(

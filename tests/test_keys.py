@@ -61,7 +61,6 @@ def changed(before: Keys, after: Keys) -> set[str]:
         ("scoring.seed", 1, {"cell"}),
         ("scoring.baseline", 0.7, {"cell"}),
         ("scoring.ks", (1, 8), {"cell"}),
-        ("scoring.reference_replicates", 1000, {"cell"}),
         ("sampling.temperature", 0.8, {"draws", "cell"}),
         ("sampling.top_p", 0.9, {"draws", "cell"}),
         ("sampling.max_new_tokens", 20, {"draws", "cell"}),

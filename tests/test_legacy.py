@@ -184,7 +184,8 @@ def expect(changed: Sweep, before: Sweep, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("argument", "expected"), VALUES.items(), ids=VALUES)
 def test_every_old_option_has_its_value_in_the_sweep(of_pair: Sweep, argument: str, expected: dict[str, Any]) -> None:
     for spelling in (argument, f"+{argument}"):
-        also = ["eval.checkpoint_path=c.pt"] if "hard_encoder" in argument else []  # of a checkpoint only
+        of_checkpoint = "hard_encoder" in argument or "do_bootstrap" in argument
+        also = ["eval.checkpoint_path=c.pt"] if of_checkpoint else []
         new, warnings = translate([*also, spelling])
         name = argument.partition("=")[0]
         assert expected or (new == [] and warnings[0].startswith(name) and "is left out" in warnings[0])
