@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep.errors import DiskFullError, RunError
-from ksweep.files import publish, readable_by_colleagues
+from ksweep.files import clear_leftovers, publish, readable_by_colleagues
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,11 @@ class DrawsStore:
                 units += _rectangles(block, row, draw)
         return units
 
+    def still_missing(self, unit: Unit) -> list[Unit]:
+        """What of a unit nobody has drawn yet: another sweep over the same draws may have been quicker."""
+        block = self.coverage(unit.last_row, unit.last_draw)[unit.first_row :, unit.first_draw :]
+        return _rectangles(block, unit.first_row, unit.first_draw)
+
     def describe(self, identity: dict[str, Any]) -> None:
         """Keep the readable identity beside the parts."""
         target = self.path / "identity.json"
@@ -186,6 +191,7 @@ class DrawsStore:
 
     def set_damaged_aside(self, num_activations: int, num_draws: int) -> None:
         """Read every part that a request would use, one at a time, so that damaged ones count as missing."""
+        clear_leftovers(self.path)
         for part in self.parts():
             if part.first_row < num_activations and part.first_draw < num_draws:
                 self._read_part(part, None)

@@ -173,9 +173,13 @@ def _sample(
                 cell.sampling, keys.label, vectors, av, ar, place.batch_size, ranks, sum(u.num_draws for u in units),
                 cell.autoencoder.scoring_kind,
             )  # fmt: skip
-            # Cells of one job may share draws: the queue belongs to this cell and to what it found.
+            # Cells of two jobs may share draws: each begins at a place of its own and leaves out what the other has done.
+            begin = int(keys.cell[:8], 16)
+            # Cells of one job may, too: the queue belongs to this cell and to what it found.
             for index in share(ranks, f"draws/{keys.cell}/{int(before.sum())}", len(units)):
-                store.publish(units[index], work.run(units[index]))
+                unit = units[(begin + index) % len(units)]
+                for part in store.still_missing(unit):
+                    store.publish(part, work.run(part))
     with clock("waiting"):
         ranks.barrier()
     return before

@@ -11,6 +11,8 @@ import os
 import re
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -115,6 +117,25 @@ def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+LEFTOVER_AGE = 3600.0
+"""Seconds after which a *.part file belongs to nobody alive."""
+
+
+def leftovers(directory: Path, older_than: float = LEFTOVER_AGE) -> Iterator[Path]:
+    """What processes that were killed while writing have left here, once it is old enough to be nobody's."""
+    for path in directory.glob(".*.part"):
+        with suppress(OSError):  # someone else was quicker
+            if time.time() - path.stat().st_mtime > older_than:
+                yield path
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove them."""
+    for path in leftovers(directory):
+        with suppress(OSError):
+            path.unlink()
 
 
 def readable_by_colleagues() -> int:

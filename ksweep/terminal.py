@@ -59,10 +59,12 @@ def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
     out.print(table)
     seconds = [s.seconds for s in steps]
     total = sum(s for s in seconds if s is not None) if None not in seconds else None
+    activations, draws = sum(s.activation_bytes for s in steps), sum(s.draw_bytes for s in steps)
     out.print(
         f"to extract: {sum(s.activations_to_extract for s in steps):,} activations; "
         f"to sample: {sum(s.draws_to_sample for s in steps):,} draws; "
-        f"disk about {bytes_text(sum(s.draw_bytes + s.activation_bytes for s in steps))}; time {_seconds(total)} on one rank"
+        f"disk about {bytes_text(activations + draws)} ({bytes_text(activations)} activations, {bytes_text(draws)} draws); "
+        f"time {_seconds(total)} on one rank"
         + (" (no earlier run of this pair to estimate it from)" if total is None else " (from the newest run of this pair)")
     )
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -303,13 +304,17 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
     assert not list(Path(sweep.vector_cache).rglob("*.arrow"))
 
 
-def test_a_dry_run_tells_of_a_disk_that_is_too_small_beside_its_plan(
+def test_the_dry_run_refuses_a_disk_that_is_too_small_and_makes_nothing(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ksweep.activations.store.BYTES_PER_ROW_BESIDE_VECTOR", 10**15)
+    assert run(sweep, "--dry-run") == 0
+    # 40 float32 vectors of 32 numbers with their provenance; 40 x 8 draws of 700 bytes.
+    assert "disk about 242.3 kB (18.3 kB activations, 224.0 kB draws)" in capsys.readouterr().out
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     assert run(sweep, "--dry-run") == 1
-    said = capsys.readouterr()
-    assert "disk about" in said.out and "are free: nothing was started" in said.err
+    captured = capsys.readouterr()
+    assert "18.3 kB activations" in captured.out, "the plan is shown before the refusal"
+    assert "100.0 kB are free: nothing was started. Free some room" in captured.err
     assert not Path(sweep.registry).exists() and not Path(sweep.vector_cache).exists()
 
 

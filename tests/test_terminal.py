@@ -188,7 +188,8 @@ def test_plan_in_a_pipe_is_whole_and_sums_what_is_to_be_done(sweep: Sweep, capsy
     assert "temp_sweep: 1 of 2 cells to run" in out
     assert f"{facts.label} @cccccccc" in out and "run 20261122-120000-demo-abcdef" in out
     # 64,000 x 700 B + 1000 x 2000 B; 6400 s are 107 minutes.
-    assert "to extract: 1,000 activations; to sample: 64,000 draws; disk about 46.8 MB; time 107 min on one rank" in out
+    assert "to extract: 1,000 activations; to sample: 64,000 draws; disk about 46.8 MB" in out
+    assert "(2.0 MB activations, 44.8 MB draws); time 107 min on one rank" in out
 
 
 def test_plan_with_one_cell_of_unknown_time_has_no_total(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:

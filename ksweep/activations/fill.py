@@ -19,7 +19,7 @@ from ksweep.activations.store import ActivationStore, ActivationTable, Shard, es
 from ksweep.activations.text import text_identity
 from ksweep.activations.units import UnitSource
 from ksweep.errors import DataError, RunError, SpecError
-from ksweep.files import digest, resolve
+from ksweep.files import clear_leftovers, digest, resolve
 from ksweep.identity import fingerprint
 from ksweep.spec import Activations
 
@@ -136,7 +136,8 @@ def fill(
     unit that another job has published meanwhile is left alone, and one whose rank is gone is taken over in the end.
     """
     worker = _Filler(store, source, num_activations, rank, world_size, progress, patience)
-    store.clear_leftovers()
+    clear_leftovers(store.directory)
+    store.touch()
     while True:
         worker.fill_missing()
         if not store.verify(worker.own_share()):
@@ -157,7 +158,7 @@ class _Filler:
 
     def fill_missing(self) -> None:
         """Compute what falls to this rank, wait for the rest."""
-        waited, published = 0.0, -1
+        waited, published, beaten = 0.0, -1, False
         while missing := self.store.missing_units(self.num_activations, self.source.most_per_unit):
             now = self._report()
             if now != published:
@@ -170,16 +171,21 @@ class _Filler:
                 continue
             if not mine:
                 log.warning("no news of %d units for %.0f s: computing unit %d here", len(missing), waited, missing[0])
-            self._compute(mine or missing[:1])
+            # Two jobs that both began at the front would go on side by side and compute everything twice.
+            beaten = self._compute(mine[len(mine) // 2 if beaten else 0 :] or missing[:1])
         self._report()
 
-    def _compute(self, units: list[int]) -> None:
-        """Publish units one by one. Those that another process has published meanwhile are left alone."""
+    def _compute(self, units: list[int]) -> bool:
+        """Publish units one by one, until another job turns out to be at the same ones; says whether it was so.
+
+        Those that another process has published meanwhile are left alone.
+        """
         for index, unit in self.source.units(unit for unit in units if not self.store.has(unit)):
-            shard = self.store.write_unit(index, unit, self.source.dtype)
+            shard, first = self.store.publish_unit(index, unit, self.source.dtype)
             self._report()
-            if shard.is_last:
-                return
+            if shard.is_last or not first:
+                return not first
+        return False
 
     def own_share(self) -> list[int]:
         """This rank's units among those needed: it compares their checksums, and computes them again where one differs."""

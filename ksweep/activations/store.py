@@ -3,6 +3,7 @@
     shard-00012-<16 hex>.arrow   the rows of unit 12; named after its content
     shard-00012.json             that file's name, rows, bytes, xxh3-128: *the* statement that unit 12 exists
     manifest.json                readable summary, written last, rebuilt from the above at any time; nothing relies on it
+    used                         empty; its time is when the key was last read, for `ksweep cache gc`
     *.damaged-<time>             what was set aside; *.part what a killed process left
 
 A shard is published by two atomic steps: its data file is renamed into place, then its JSON is linked there, which fails when
@@ -48,8 +49,9 @@ Column = Literal["row_id", "document", "position", "token_id", "window", "role",
 BYTES_PER_ROW_BESIDE_VECTOR = 330
 """Measured on English text: window ~205, ids and documents ~60, role ~10, offsets, position, token, key and norm ~45."""
 
-LEFTOVER_AGE = 3600.0
-"""Seconds after which a *.part file belongs to nobody alive."""
+USED = "used"
+TOUCH_SECONDS = 60.0
+"""How often at most the time of `used` is renewed."""
 
 MOST_OPEN_SHARDS = 128
 """A mapping holds a file descriptor; 1024 of them is a common limit."""
@@ -91,6 +93,7 @@ class ActivationStore:
         self.key = key
         self.identity = dict(identity)
         self._shards: dict[int, Shard] = {}
+        self._touched: float | None = None
 
     # ---- what is there
 
@@ -121,6 +124,19 @@ class ActivationStore:
         """Whether a unit is published now, by whomever."""
         return self._json(unit).exists()
 
+    def touch(self) -> None:
+        """Say that the key is in use now; costs a system call a minute."""
+        now = time.monotonic()
+        if self._touched is not None and now - self._touched <= TOUCH_SECONDS:
+            return
+        try:
+            (self.directory / USED).touch()
+        except FileNotFoundError:  # nothing was published yet
+            return
+        except OSError:  # a cache that is not ours to write to can be read all the same
+            pass
+        self._touched = now
+
     def missing_units(self, num_activations: int, most_per_unit: int) -> list[int]:
         """Units that are certainly needed for the first `num_activations` and not published.
 
@@ -148,6 +164,10 @@ class ActivationStore:
         Raises:
             RunError: no space left; nothing half-written stays.
         """
+        return self.publish_unit(index, unit, dtype)[0]
+
+    def publish_unit(self, index: int, unit: Unit, dtype: str) -> tuple[Shard, bool]:
+        """`write_unit`, and whether this process was the first."""
         data = _serialise(unit, dtype, {"key": self.key, "unit": str(index)})
         checksum = xxhash.xxh3_128_hexdigest(data)
         shard = Shard(
@@ -165,17 +185,24 @@ class ActivationStore:
             role_counts=unit.role_counts,
         )
         try:
-            publish(self.directory / shard.file, data)
-            ours = _publish_first(self._json(index), _json_bytes(asdict(shard)))
-            _sync_directory(self.directory)
+            try:
+                ours = self._publish(shard, data)
+            except FileNotFoundError:  # `ksweep cache gc` took the directory away in between: it is begun anew
+                ours = self._publish(shard, data)
         except OSError as error:
             raise self._no_space(error, len(data)) from error
         if ours:
-            return shard
+            return shard, True
         theirs = self._read_shard(self._json(index))
         if theirs is not None and theirs.file != shard.file:
             (self.directory / shard.file).unlink(missing_ok=True)
-        return theirs or shard
+        return theirs or shard, False
+
+    def _publish(self, shard: Shard, data: pa.Buffer) -> bool:
+        publish(self.directory / shard.file, data)
+        ours = _publish_first(self._json(shard.unit), _json_bytes(asdict(shard)))
+        _sync_directory(self.directory)
+        return ours
 
     def _no_space(self, error: OSError, needed: int) -> Exception:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -186,15 +213,6 @@ class ActivationStore:
             f"{len(self.shards())} shards written so far are whole and will be used. Free some space, or set vector_cache to a "
             "directory on another disk, and run again."
         )
-
-    def clear_leftovers(self) -> None:
-        """Remove what processes that were killed while writing have left, once it is old enough to be nobody's."""
-        for path in self.directory.glob(".*.part"):
-            try:
-                if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
-                    path.unlink()
-            except OSError:  # someone else was quicker
-                continue
 
     # ---- integrity
 
@@ -218,6 +236,11 @@ class ActivationStore:
                 path.rename(path.with_name(f"{path.name}.damaged-{stamp}"))
             except FileNotFoundError:  # another process has set it aside, or that is the damage
                 continue
+            except OSError as error:
+                raise StoreError(
+                    f"shard {unit} of {self.directory} is damaged ({problem}) and cannot be set aside ({error.strerror}): "
+                    "ask whoever owns the cache to run `ksweep cache verify`, or set vector_cache to a directory of your own"
+                ) from error
         log.warning(
             "shard %d of %s is damaged (%s): set aside as *.damaged-%s, to be computed anew", unit, self.directory, problem, stamp
         )
@@ -256,6 +279,7 @@ class ActivationStore:
             raise StoreError(
                 f"{self.directory} holds {rows} activations and {num_activations} were asked for: let `ensure` compute the rest"
             )
+        self.touch()
         return ActivationTable(self, shards, num_activations)
 
     # ---- manifest
@@ -396,6 +420,7 @@ class ActivationTable:
         return np.asarray(column.flatten().to_numpy(zero_copy_only=True)).reshape(-1, self.d_model)
 
     def _batch(self, place: int) -> pa.RecordBatch:
+        self._store.touch()
         if place in self._open:
             self._open.move_to_end(place)
             return self._open[place]

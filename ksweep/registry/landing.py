@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ksweep.errors import StoreError
+from ksweep.errors import RequestError, StoreError
 from ksweep.files import publish
 
 Status = Literal["finished", "failed", "stopped"]
@@ -282,6 +282,29 @@ def read(path: Path | str) -> Landed:
         return Landed(record, None if curve is None else _checked_curve(curve), controls, reference, norms)
     except ValueError as error:
         raise LandingError(f"{path.name}: {error}") from error
+
+
+def activations_in_use(registry_root: Path | str) -> set[str]:
+    """Keys of the activations that any landed run names, or any draws: those of a sweep that was interrupted will be needed.
+
+    Raises:
+        RequestError: no runs there, so that everything would count as unused. LandingError: a record that cannot be read.
+    """
+    landing = Path(registry_root) / "landing"
+    runs = [path for path in landing.glob("*/") if not path.name.startswith(".")]
+    if not runs:
+        raise RequestError(f"no runs in {landing}, so no activations would count as used: check --registry")
+    records = [_record_json(path) for path in runs]
+    drawn = [_identity_json(path) for path in Path(registry_root).glob("draws/*/identity.json")]
+    return {key for key in [*(record.get("activations_key") for record in records), *drawn] if key}
+
+
+def _identity_json(path: Path) -> str:
+    """The activations key that draws are of."""
+    try:
+        return str(json.loads(path.read_bytes())["draws"]["activations"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LandingError(f"{path} does not say which activations its draws are of ({error}): damaged?") from error
 
 
 def _record_json(path: Path) -> dict[str, Any]:

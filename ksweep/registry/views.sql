@@ -52,6 +52,8 @@ CREATE VIEW draws AS
 WITH parts AS (
     SELECT *, parse_path(filename)[-2] AS draws_key
     FROM read_parquet('DRAWS_PARTS', union_by_name = true, filename = true)
+    -- Two sweeps at once may both have taken a draw: it is in two parts that overlap, and counts once.
+    QUALIFY row_number() OVER (PARTITION BY draws_key, activation, draw ORDER BY filename) = 1
 ), cells AS (
     SELECT draws_key, arg_max(cell, finished) AS cell FROM v_latest WHERE draws_key IS NOT NULL GROUP BY draws_key
 )

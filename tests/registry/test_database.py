@@ -303,6 +303,17 @@ def test_draws_of_cells_that_share_them_appear_once_under_the_newest(root: Path)
     assert rows(root, "SELECT DISTINCT cell, count(*) OVER () FROM draws") == [(large.cell, 4)]
 
 
+def test_draws_that_two_sweeps_took_at_once_count_once(root: Path) -> None:
+    # One asked for 2 activations x 2 draws, the other for 1 x 4: parts that overlap in two draws.
+    publish_draws(root, "key", [[0.5, 0.4], [0.9, None]])
+    publish_draws(root, "key", [[0.5, 0.4, 0.1, 0.3]])
+    assert len(list(root.glob("draws/key/part-*"))) == 2
+    assert rows(root, "SELECT activation, draw, error, rank FROM draws ORDER BY 1, 2") == [
+        (0, 0, 0.5, 4), (0, 1, 0.4, 3), (0, 2, 0.1, 1), (0, 3, 0.3, 2), (1, 0, 0.9, 1), (1, 1, None, 2),
+    ]  # fmt: skip
+    assert rows(root, "SELECT activation, error FROM best_draws ORDER BY 1") == [(0, 0.1), (1, 0.9)]
+
+
 def test_draws_and_query_of_the_readme_work_from_any_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     land_three(root)
     publish_draws(root, "key", [[0.5, 0.4]])
