@@ -205,7 +205,9 @@ def cache_verify(
 @cache.command("gc")
 def cache_gc(
     older_than: Annotated[str | None, typer.Option(help="Keys not used for so long: 30d, 12h, 90m, 2w.")] = None,
-    keep_used: Annotated[bool, typer.Option("--keep-used", help="Keys that no run or draw of the registry names.")] = False,
+    keep_used: Annotated[
+        bool, typer.Option("--keep-used", help="Keep what runs or draws of the registry name; the rest goes.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only say what would go.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also keys touched within the last hour.")] = False,
     vector_cache: Cache = Path("vector_cache"),

@@ -43,6 +43,8 @@ class Place:
     resources: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
     """Provenance of the launcher: its commit and command."""
+    order: int = 0
+    """Seed of the order in which a job takes the missing units: another for each job, the same for its ranks."""
 
 
 class Models:
@@ -101,6 +103,7 @@ def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
         sweep=argument["sweep"],
         resources=argument["resources"],
         origin=argument["origin"],
+        order=argument.get("order", 0),
     )
     models = Models(ranks.device)
     landed = [evaluate(cell_from_dict(value), place, ranks, models) for value in argument["cells"]]
@@ -162,22 +165,23 @@ def _sample(
     ranks.barrier()
     before, units = store.coverage(*wanted), store.missing(*wanted)
     ranks.barrier()  # nobody publishes before everyone has counted
+    if ranks.rank == 0:
+        store.describe(keys.identity)
     if units:
         with clock("loading"):
             ranks.report(f"{keys.label}: loading models", 0, 0)
             av, ar = models.verbalizer(cell.autoencoder), models.reconstructor(cell.autoencoder)
-        if ranks.rank == 0:
-            store.describe(keys.identity)
         with clock("drawing"):
             work = UnitWork(
                 cell.sampling, keys.label, vectors, av, ar, place.batch_size, ranks, sum(u.num_draws for u in units),
                 cell.autoencoder.scoring_kind,
             )  # fmt: skip
-            # Cells of two jobs may share draws: each begins at a place of its own and leaves out what the other has done.
-            begin = int(keys.cell[:8], 16)
-            # Cells of one job may, too: the queue belongs to this cell and to what it found.
+            # Cells of two jobs may share draws: in orders of their own they seldom take the same unit, and each leaves out what
+            # the other has done.
+            order = np.random.default_rng(place.order).permutation(len(units))
+            # Cells of one job may share draws: the queue belongs to this cell and to what it found.
             for index in share(ranks, f"draws/{keys.cell}/{int(before.sum())}", len(units)):
-                unit = units[(begin + index) % len(units)]
+                unit = units[order[index]]
                 for part in store.still_missing(unit):
                     store.publish(part, work.run(part))
     with clock("waiting"):

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -254,6 +255,7 @@ def _submit(sweep: Sweep, cells: list[Cell], watch: Watch) -> launch.Submitted:
         "batch_size": sweep.resources.batch_size,
         "resources": {**asdict(sweep.resources), "extra": dict(sweep.resources.extra)},
         "origin": provenance(),
+        "order": secrets.randbelow(2**31),
     }
     job = create(_logs(sweep), ENTRY, argument, launch.num_ranks(sweep.resources), launch.num_gpus(sweep.resources))
     watch.show(f"job {job.id}: starting", 0, 0)

@@ -190,6 +190,17 @@ def test_a_damaged_draws_file_is_set_aside_and_drawn_again(sweep: Sweep) -> None
     assert texts(sweep) == before
 
 
+def test_what_stands_beside_the_draws_is_made_again_when_it_is_gone(sweep: Sweep) -> None:
+    assert run(sweep) == 0
+    before, [directory] = texts(sweep), [p for p in Path(sweep.registry).glob("draws/*") if p.name != "_schema"]
+    kept = {name: (directory / name).read_text() for name in ("identity.json", "controls.json")}
+    (directory / "identity.json").unlink()
+    (directory / "controls.json").write_text("{")
+    assert run(sweep, "scoring.seed=1") == 0
+    assert {name: (directory / name).read_text() for name in kept} == kept and texts(sweep) == before
+    assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished") == [(320,), (0,)]
+
+
 def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: TinyPair, tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).normal(size=(50, pair.d_model)).astype(np.float32)
     table = pa.table(

@@ -49,6 +49,8 @@ Column = Literal["row_id", "document", "position", "token_id", "window", "role",
 BYTES_PER_ROW_BESIDE_VECTOR = 330
 """Measured on English text: window ~205, ids and documents ~60, role ~10, offsets, position, token, key and norm ~45."""
 
+STATEMENT = re.compile(r"shard-(\d+)\.json")
+
 USED = "used"
 TOUCH_SECONDS = 60.0
 """How often at most the time of `used` is renewed."""
@@ -90,6 +92,7 @@ class ActivationStore:
     def __init__(self, root: str | Path, key: str, identity: Mapping[str, Any]) -> None:
         """`root` is the vector cache; `identity` is the readable form of the key, kept in the manifest. Creates nothing."""
         self.directory = Path(root).expanduser() / key
+        self._place = str(self.directory)
         self.key = key
         self.identity = dict(identity)
         self._shards: dict[int, Shard] = {}
@@ -99,11 +102,10 @@ class ActivationStore:
 
     def shards(self) -> dict[int, Shard]:
         """Published shards by unit, in order. Reads only the JSON of those not seen before; damaged ones are set aside."""
-        found = sorted(self.directory.glob("shard-*.json")) if self.directory.is_dir() else []
-        units = {int(path.stem.removeprefix("shard-")): path for path in found if re.fullmatch(r"shard-\d+", path.stem)}
+        units = sorted(int(match[1]) for name in _names(self.directory) if (match := STATEMENT.fullmatch(name)))
         self._shards = {unit: self._shards[unit] for unit in units if unit in self._shards}
-        for unit, path in units.items():
-            if unit not in self._shards and (shard := self._read_shard(path)) is not None:
+        for unit in units:
+            if unit not in self._shards and (shard := self._read_shard(unit)) is not None:
                 self._shards[unit] = shard
         return dict(sorted(self._shards.items()))
 
@@ -193,7 +195,7 @@ class ActivationStore:
             raise self._no_space(error, len(data)) from error
         if ours:
             return shard, True
-        theirs = self._read_shard(self._json(index))
+        theirs = self._read_shard(index)
         if theirs is not None and theirs.file != shard.file:
             (self.directory / shard.file).unlink(missing_ok=True)
         return theirs or shard, False
@@ -245,18 +247,19 @@ class ActivationStore:
             "shard %d of %s is damaged (%s): set aside as *.damaged-%s, to be computed anew", unit, self.directory, problem, stamp
         )
 
-    def _read_shard(self, path: Path) -> Shard | None:
-        unit = int(path.stem.removeprefix("shard-"))
+    def _read_shard(self, unit: int) -> Shard | None:
+        name = f"shard-{unit:05d}.json"
         try:
-            shard = Shard(**json.loads(path.read_text()))
+            with open(f"{self._place}/{name}", "rb") as file:  # opening a large store is mostly this: no pathlib
+                shard = Shard(**json.loads(file.read()))
             if shard.unit != unit or shard.dtype not in STORED_DTYPES:
                 raise ValueError(f"it describes unit {shard.unit} with dtype {shard.dtype}")
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            self.quarantine(unit, f"{path.name} is unreadable: {error}")
+            self.quarantine(unit, f"{name} is unreadable: {error}")
             return None
-        if not (self.directory / shard.file).is_file():
+        if not os.path.isfile(f"{self._place}/{shard.file}"):
             self.quarantine(unit, f"{shard.file} is gone")
             return None
         return shard
@@ -416,8 +419,11 @@ class ActivationTable:
                 yield place, low - int(self._starts[place]), high - int(self._starts[place])
 
     def _vectors_of(self, place: int) -> np.ndarray:
-        column = self._batch(place).column("vector")
-        return np.asarray(column.flatten().to_numpy(zero_copy_only=True)).reshape(-1, self.d_model)
+        flat = self._batch(place).column("vector").flatten()
+        kind = STORED_DTYPES[self.dtype]
+        # Not `to_numpy`, which imports pandas where that is installed: a quarter of a second before the first vector.
+        values = np.frombuffer(flat.buffers()[1], dtype=kind, count=len(flat), offset=flat.offset * kind.itemsize)
+        return values.reshape(-1, self.d_model)
 
     def _batch(self, place: int) -> pa.RecordBatch:
         self._store.touch()
@@ -481,6 +487,14 @@ def _serialise(unit: Unit, dtype: str, metadata: dict[str, str]) -> pa.Buffer:
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(list(columns.values()), schema=schema))
     return sink.getvalue()
+
+
+def _names(directory: Path) -> list[str]:
+    """What lies in a directory; nothing where there is none (yet, or any more)."""
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _read_batch(path: Path) -> pa.RecordBatch:

@@ -87,7 +87,7 @@ class RunRecord:
     num_draws: int | None = None
     """Draws per activation."""
     num_draws_sampled: int | None = None
-    """Draws that this run sampled, over all activations; the others were there before it."""
+    """Draws that were not there when this run began, over all activations: it sampled them, or a job beside it did meanwhile."""
     num_draws_reused: int | None = None
     num_tokens_sampled: int | None = None
     tokens_per_second: float | None = None

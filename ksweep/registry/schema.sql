@@ -111,7 +111,7 @@ COMMENT ON COLUMN runs.cut_off_rate IS 'Draws that ended at max_new_tokens, frac
 COMMENT ON COLUMN runs.distinct_text_fraction IS 'Distinct explanations of an activation over its draws, mean over activations, fraction.';
 COMMENT ON COLUMN runs.cjk_fraction IS 'Explanations that are mostly Chinese or Japanese, fraction: the known symptom of an injection that did not arrive.';
 COMMENT ON COLUMN runs.mean_tokens IS 'Mean length of a draw, tokens.';
-COMMENT ON COLUMN runs.num_draws_sampled IS 'Draws that this run sampled, over all activations.';
+COMMENT ON COLUMN runs.num_draws_sampled IS 'Draws that were not there when this run began, over all activations: it sampled them, or a job beside it did meanwhile.';
 COMMENT ON COLUMN runs.num_draws_reused IS 'Draws that were there before this run, over all activations.';
 COMMENT ON COLUMN runs.num_tokens_sampled IS 'Tokens that this run sampled.';
 COMMENT ON COLUMN runs.tokens_per_second IS 'Tokens sampled per second of sampling, all ranks together.';

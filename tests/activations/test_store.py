@@ -363,6 +363,24 @@ def test_kill_9_at_a_random_moment_leaves_whole_shards_only(
     assert shard_files(tmp_path) == expected and np.array_equal(table.vectors(), vectors)
 
 
+def test_stop_between_units_keeps_the_whole_ones_and_drops_the_rest(base: Path, text: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(done: int, total: int) -> None:
+        if done >= 100:
+            raise Stop
+
+    with pytest.raises(Stop):
+        ensure(spec(base, text, 170), 1, tmp_path / "a", progress=stop_after_two)
+    kept = shard_files(tmp_path / "a")
+    assert len(kept) == 2 and not list((tmp_path / "a").rglob("*.part"))
+    ensure(spec(base, text, 170), 1, tmp_path / "a")
+    ensure(spec(base, text, 170), 1, tmp_path / "b")
+    whole = shard_files(tmp_path / "a")
+    assert whole == shard_files(tmp_path / "b") and {name: whole[name] for name in kept} == kept
+
+
 def test_leftovers_of_a_killed_process_are_removed_once_they_are_old(tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "v.parquet", random_vectors(5))
     directory = ensure(vector_spec(path, 5), None, tmp_path / "c").directory

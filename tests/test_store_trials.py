@@ -1,0 +1,465 @@
+"""Both stores under what happens to them: kill -9, two at once, full disks, stop signals, growth. Real processes throughout.
+
+    pytest tests/test_store_trials.py -s                     # two kills of each store; prints what was seen
+    KSWEEP_TRIALS=30 pytest tests/test_store_trials.py -s    # that many kills, a third as many races, larger growth
+
+Growth is from 16 to 64 draws and from 1,000 to 4,000 activations where there are 30 trials or more.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
+from ksweep.activations import ensure
+from ksweep.activations.vectors import ROWS_PER_UNIT
+from ksweep.draws import DrawsStore
+from tests.activations.helpers import passages, random_vectors, shard_files, spec, vector_spec, write_jsonl, write_vectors
+from tests.tiny_models import TinyPair, make_base, make_pair
+
+ROOT = Path(__file__).parents[1]
+TRIALS = int(os.environ.get("KSWEEP_TRIALS", "2"))
+FULL = TRIALS >= 30
+NUM_UNITS = 60
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def python(script: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    """A process of its own group that runs a script."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **options)  # type: ignore[call-overload,no-any-return]
+
+
+# ---- activations
+
+FILL = """
+import sys, time
+from ksweep.activations import store
+from ksweep.activations.fill import ensure
+from ksweep.spec import Activations
+computed = []
+publish_unit = store.ActivationStore.publish_unit
+store.ActivationStore.publish_unit = lambda *all: (computed.append(all[1]), publish_unit(*all))[1]
+vectors, root, count, start = sys.argv[1:]
+time.sleep(max(0, float(start) - time.time()))
+ensure(Activations(vectors=vectors, num_activations=int(count)), None, root)
+print(len(computed))
+"""
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A file of many units, and the shards of an undisturbed fill."""
+    place = tmp_path_factory.mktemp("vectors")
+    path = write_vectors(place / "v.parquet", random_vectors(NUM_UNITS * ROWS_PER_UNIT), row_group_size=8000)
+    return path, shard_files(ensure(vector_spec(path, NUM_UNITS * ROWS_PER_UNIT), None, place / "cache").directory)
+
+
+def published(root: Path) -> int:
+    return len(list(root.rglob("shard-*.json")))
+
+
+def test_kill_9_while_filling_vectors_leaves_whole_shards_and_the_next_run_carries_on(
+    vectors: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    path, expected = vectors
+    resumed = left_parts = 0
+    for trial in range(TRIALS):
+        root, rng = tmp_path / str(trial), random.Random(trial)
+        enough = rng.randrange(NUM_UNITS)
+        filler = python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, 0, stdout=subprocess.DEVNULL)
+        while filler.poll() is None and published(root) < enough:
+            time.sleep(0.0005)
+        time.sleep(rng.random() * 0.01)
+        filler.kill()
+        filler.wait()
+        whole = published(root)
+        stated = [json.loads(p.read_text())["file"] for p in root.rglob("shard-*.json")]
+        assert all(expected[name] == content for name, content in shard_files(root).items() if name in stated)
+        left_parts += len(list(root.rglob("*.part")))
+        again = python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, 0, stdout=subprocess.PIPE)
+        assert int(again.communicate()[0]) == NUM_UNITS - whole, "only what was missing is computed"
+        assert shard_files(root) == expected
+        resumed += 0 < whole < NUM_UNITS
+    print(
+        f"\nactivations from vectors: {TRIALS} kills, {resumed} resumed in the middle, {left_parts} *.part left; all bytes equal"
+    )
+    assert resumed
+
+
+def test_kill_9_while_a_model_extracts_leaves_whole_shards_and_the_next_run_carries_on(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama", num_layers=3, d_model=16)
+    text = write_jsonl(tmp_path / "rows.jsonl", passages(64 * 10 * TRIALS, low=20))
+    count = 64 * 10 * TRIALS - 100
+    request = spec(base, text, count)
+    expected = shard_files(ensure(request, 1, tmp_path / "undisturbed").directory)
+    call = f"ensure({request!r}, 1, {str(tmp_path / 'killed')!r})"
+    script = f"from ksweep.activations import ensure\nfrom ksweep.spec import Activations\n{call}"
+    resumed, rng = 0, random.Random(0)
+    for _ in range(TRIALS):
+        before, enough = published(tmp_path / "killed"), rng.randrange(8)
+        filler = python(script)
+        while filler.poll() is None and published(tmp_path / "killed") < before + enough + 1:
+            time.sleep(0.0005)
+        time.sleep(rng.random() * 0.03)
+        filler.kill()
+        filler.wait()
+        resumed += before > 0
+        left = shard_files(tmp_path / "killed")
+        assert all(expected[name] == content for name, content in left.items()) and published(tmp_path / "killed") > before
+    killed_at = published(tmp_path / "killed")
+    table = ensure(request, 1, tmp_path / "killed")
+    assert shard_files(table.directory) == expected
+    print(
+        f"\nactivations of a model: {TRIALS} kills, {resumed} resumed; {killed_at} of {len(expected)} shards after the last; "
+        "all bytes equal"
+    )
+
+
+def test_two_processes_that_fill_one_key_at_once_share_the_work(vectors: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    path, expected = vectors
+    twice = []
+    for trial in range(max(1, TRIALS // 3)):
+        root, start = tmp_path / str(trial), time.time() + 1.5
+        fillers = [python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, start, stdout=subprocess.PIPE) for _ in range(2)]
+        computed = [int(filler.communicate()[0]) for filler in fillers]
+        assert shard_files(root) == expected and not list(root.rglob("*.part"))
+        assert sum(computed) <= 2 * NUM_UNITS
+        twice.append(sum(computed) - NUM_UNITS)
+    print(f"\ntwo fillers of {NUM_UNITS} units at once: units computed twice {twice}")
+    # Side by side from the front it would be nearly all of them, every time.
+    assert np.median(twice) < NUM_UNITS / 2
+
+
+# ---- draws
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_jsonl(folder / "text.jsonl", passages(4000, low=20), document=[f"d{i // 3}" for i in range(4000)])
+    return make_pair(folder, "qwen2", talks=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """What all the others must be a part of: a smaller run has the first activations and the first draws of a larger one."""
+    sweep = tiny_sweep(pair, tmp_path_factory.mktemp("undisturbed"), max(640, 128 * TRIALS), 16)
+    run(sweep)
+    return sweep
+
+
+def tiny_sweep(
+    pair: TinyPair, place: Path, num_activations: int, num_draws: int, cluster: str = "inprocess", tasks: int = 1
+) -> Sweep:
+    return Sweep(
+        name="tiny",
+        cell=Cell(
+            autoencoder=Autoencoder(av=str(pair.av), ar=str(pair.ar), dtype="float32"),
+            activations=Activations(
+                model=str(pair.base), text=str(pair.base.parent / "text.jsonl"), num_activations=num_activations,
+                min_position=10, dtype="float32",
+            ),
+            sampling=Sampling(num_draws=num_draws, max_new_tokens=20),
+            scoring=Scoring(num_replicates=50),
+        ),
+        resources=Resources(cluster=cluster, gpus=0, tasks=tasks),  # type: ignore[arg-type]
+        registry=str(place / "registry"),
+        vector_cache=str(place / "vector_cache"),
+    )  # fmt: skip
+
+
+def run(sweep: Sweep) -> None:
+    """In this process, without a word: what the trials print is theirs."""
+    silence = io.StringIO()
+    with redirect_stdout(silence), redirect_stderr(silence), pytest.raises(SystemExit) as end:
+        sweep_main(sweep, ["--no-charts"])
+    assert end.value.code == 0
+
+
+def launched(sweep: Sweep, before: str = "") -> subprocess.Popen[str]:
+    script = f"{before}\nfrom ksweep import *\nsweep_main({sweep!r}, ['--no-charts'])"
+    return python(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def parts(sweep: Sweep) -> list[Path]:
+    return list(Path(sweep.registry).glob("draws/*/part-0*.parquet"))
+
+
+def ranks_at_work(sweep: Sweep) -> list[psutil.Process]:
+    found = []
+    for path in Path(sweep.registry).parent.glob("logs/*/rank-*.json"):
+        beat = json.loads(path.read_text())
+        if psutil.pid_exists(beat["pid"]) and abs(psutil.Process(beat["pid"]).create_time() - beat["process_started"]) < 1:
+            found.append(psutil.Process(beat["pid"]))
+    return found
+
+
+def drawn(sweep: Sweep, num_activations: int, num_draws: int) -> pa.Table:
+    [directory] = [p for p in Path(sweep.registry).glob("draws/*") if p.name != "_schema"]
+    table = DrawsStore(directory.parent, directory.name).read(num_activations, num_draws)
+    assert table is not None and table.num_rows == num_activations * num_draws
+    return table
+
+
+def assert_same(one: pa.Table, two: pa.Table) -> float:
+    """Texts equal to the letter, errors to 1e-5; returns the largest difference of an error."""
+    for name in ("activation", "draw", "token_ids", "text", "explanation", "finish", "parse", "row_id", "document"):
+        assert one[name].to_pylist() == two[name].to_pylist(), name
+    differences = []
+    for name in ("error", "cosine", "shuffled_error"):
+        a, b = (np.array(t[name].to_pylist(), dtype=float) for t in (one, two))
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+        differences.append(float(np.nanmax(np.abs(a - b))))
+    return max(differences)
+
+
+def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_and_the_next_run_carries_on(
+    pair: TinyPair, undisturbed: Sweep, tmp_path: Path
+) -> None:
+    count = 64 * 2 * TRIALS
+    other = tiny_sweep(pair, tmp_path / "killed", count, 16, cluster="local")
+    rng, kills, resumed, left = random.Random(0), 0, 0, 0
+    for _ in range(TRIALS):
+        before = len(parts(other))
+        launcher = launched(other)
+        enough = before + rng.randrange(3)
+        while launcher.poll() is None and not (len(parts(other)) >= enough and any(drawing(other))):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.7)
+        victims = ranks_at_work(other)
+        for victim in victims:
+            victim.kill()
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.communicate()
+        kills += bool(victims)
+        resumed += before > 0
+        for part in parts(other):
+            first, last, low, high = map(int, part.stem.split("-")[1:])
+            assert pq.read_table(part, partitioning=None).num_rows == (last - first) * (high - low)
+        left += len(list(Path(other.registry).rglob(".*.part")))
+    after = len(parts(other))
+    run(replace(other, resources=Resources(cluster="inprocess", gpus=0)))
+    worst = assert_same(drawn(other, count, 16), drawn(undisturbed, count, 16))
+    assert not list(Path(other.registry).rglob("*.damaged-*"))
+    print(
+        f"\ndraws: {kills} kills of {TRIALS}, {resumed} resumed, {left} *.part left, {after} of {count // 64} parts after the "
+        f"last; texts equal, largest difference of an error {worst:.1e}"
+    )
+    assert kills >= TRIALS - 1 and resumed
+
+
+def drawing(sweep: Sweep) -> Iterator[bool]:
+    """Whether a living rank says that it is drawing (or about to)."""
+    alive = {process.pid for process in ranks_at_work(sweep)}
+    for path in Path(sweep.registry).parent.glob("logs/*/rank-*.json"):
+        beat = json.loads(path.read_text())
+        yield beat["pid"] in alive and beat["phase"].endswith(("drawing", "loading models"))
+
+
+COUNTING = """
+import atexit, json, sys
+from ksweep.draws import DrawsStore
+counted = []
+publish = DrawsStore.publish
+DrawsStore.publish = lambda self, unit, table: (counted.append(unit.num_draws), publish(self, unit, table))[1]
+atexit.register(lambda: print(f"drawn {sum(counted)}", file=sys.stderr))
+"""
+
+
+@pytest.mark.parametrize("shape", ["the same cell", "overlapping cells"])
+def test_two_sweeps_that_draw_under_one_key_at_once_share_the_work(
+    pair: TinyPair, undisturbed: Sweep, tmp_path: Path, shape: str
+) -> None:
+    twice = []
+    for trial in range(max(1, TRIALS // 3)):
+        place = tmp_path / str(trial)
+        one = tiny_sweep(pair, place, 640, 16)
+        two = one if shape == "the same cell" else tiny_sweep(pair, place, 1000, 8)
+        both = [launched(sweep, COUNTING) for sweep in (one, two)]
+        said = [process.communicate()[1] for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+        computed = sum(int(text.rpartition("drawn ")[2]) for text in said)
+        assert_same(drawn(one, 640, 16), drawn(undisturbed, 640, 16))
+        needed = 640 * 16 + (0 if shape == "the same cell" else 360 * 8)
+        overlap = 640 * 16 if shape == "the same cell" else 640 * 8
+        with connect(one.registry) as connection:
+            assert connection.execute("SELECT count(*), count(DISTINCT (activation, draw)) FROM draws").fetchone() == (
+                needed,
+                needed,
+            )
+        assert needed <= computed <= needed + overlap
+        twice.append(computed - needed)
+    print(f"\n{shape}: draws taken twice {twice} of {overlap} wanted by both")
+
+
+# ---- signals
+
+
+def test_stop_signals_leave_whole_parts_and_another_number_of_ranks_carries_on(
+    pair: TinyPair, undisturbed: Sweep, tmp_path: Path
+) -> None:
+    sweep = tiny_sweep(pair, tmp_path, 640, 16, cluster="local")
+    for name, ranks in [("SIGTERM", 1), ("SIGUSR2", 2), ("Ctrl-C", 1)]:
+        before = len(parts(sweep))
+        launcher = launched(replace(sweep, resources=replace(sweep.resources, tasks=ranks)))
+        while launcher.poll() is None and len(parts(sweep)) <= before:
+            time.sleep(0.01)
+        if name == "Ctrl-C":
+            os.killpg(launcher.pid, signal.SIGINT)  # a terminal sends it to every process in front
+        else:
+            for process in ranks_at_work(sweep):
+                process.send_signal(getattr(signal, name))
+        began = time.monotonic()
+        error = launcher.communicate()[1]
+        seconds, after = time.monotonic() - began, len(parts(sweep))
+        assert launcher.returncode == 1 and "the same command carries on" in error and "Traceback" not in error
+        assert not list(Path(sweep.registry).rglob(".*.part")) and before < after < 10
+        with connect(sweep.registry) as connection:
+            assert connection.execute("SELECT count(*) FROM runs").fetchone() == (0,), "a stop is no failure"
+        print(f"\n{name}: {ranks} ranks stopped after {seconds:.1f} s, {before} parts before, {after} after")
+    again = launched(replace(sweep, resources=replace(sweep.resources, tasks=2)))
+    assert again.communicate() and again.returncode == 0
+    assert_same(drawn(sweep, 640, 16), drawn(undisturbed, 640, 16))
+
+
+# ---- growth
+
+
+def test_growth_costs_what_is_new_and_gives_what_a_run_from_scratch_gives(pair: TinyPair, tmp_path: Path) -> None:
+    small, many, few_draws, draws = (1000, 4000, 16, 64) if FULL else (100, 400, 4, 16)
+    requests = {"draws": [(small, few_draws), (small, draws)], "activations": [(small, few_draws), (many, few_draws)]}
+    run(tiny_sweep(pair, tmp_path / "warm", 10, 2))  # imports and digests are nobody's growth
+    for kind, (first, second) in requests.items():
+        seconds = []
+        for place, request in [("grown", first), ("grown", second), ("at once", second)]:
+            began = time.perf_counter()
+            run(tiny_sweep(pair, tmp_path / kind / place, *request))
+            seconds.append(time.perf_counter() - began)
+        grown, at_once = (tiny_sweep(pair, tmp_path / kind / place, *second) for place in ("grown", "at once"))
+        worst = assert_same(drawn(grown, *second), drawn(at_once, *second))
+        with connect(grown.registry) as connection:
+            [(sampled,)] = connection.execute("SELECT num_draws_sampled FROM runs ORDER BY finished DESC LIMIT 1").fetchall()
+            curve = connection.execute(
+                "SELECT k, fve FROM curves WHERE num_activations = ? AND num_draws = ? ORDER BY k", second
+            ).fetchall()
+        with connect(at_once.registry) as connection:
+            np.testing.assert_allclose(curve, connection.execute("SELECT k, fve FROM curves ORDER BY k").fetchall(), atol=1e-5)
+        assert sampled == second[0] * second[1] - first[0] * first[1]
+        print(
+            f"\n{first[0]:,} x {first[1]} -> {second[0]:,} x {second[1]} (activations x draws): {seconds[0]:.1f} s, then "
+            f"{seconds[1]:.1f} s for {sampled:,} new draws; from scratch {seconds[2]:.1f} s; texts equal, "
+            f"errors within {worst:.1e}"
+        )
+        assert seconds[1] < seconds[2]
+
+
+# ---- full disks
+
+IN_SMALL_DISK = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
+
+
+def on_small_disk(size: str, place: Path, script: str, *arguments: object) -> dict[str, object]:
+    """Run a script where `place` is a disk of that size, seen by it alone; what it prints last is JSON."""
+    place.mkdir()
+    command = ["unshare", "-rm", "sh", "-c", IN_SMALL_DISK, "sh", size, str(place), sys.executable, "-c", script, str(place)]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip(f"no mounts here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+FILL_A_SMALL_DISK = """
+import json, sys
+from pathlib import Path
+from ksweep.activations import ensure
+from ksweep.errors import RunError
+from ksweep.spec import Activations
+place, vectors, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+(place / "ballast").write_bytes(bytes(3_000_000))
+request = Activations(vectors=vectors, num_activations=count)
+try:
+    ensure(request, None, place / "cache")
+except RunError as error:
+    message = str(error)
+left = [p.name for p in place.rglob("*.part")]
+there = len(list(place.rglob("shard-*.json")))
+(place / "ballast").unlink()
+table = ensure(request, None, place / "cache")
+names = sorted(p.name for p in table.directory.glob("shard-*.arrow"))
+print(json.dumps({"message": message, "left": left, "there": there, "names": names}))
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_full_disk_while_filling_is_told_and_leaves_whole_shards(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(20 * ROWS_PER_UNIT))
+    expected = ensure(vector_spec(path, 20 * ROWS_PER_UNIT), None, tmp_path / "cache").directory
+    said = on_small_disk("4m", tmp_path / "disk", FILL_A_SMALL_DISK, path, 20 * ROWS_PER_UNIT)
+    print(f"\n{said['message']}")
+    assert "no space left" in str(said["message"]) and f"The {said['there']} shards written so far are whole" in str(
+        said["message"]
+    )
+    assert said["left"] == [] and 0 < int(str(said["there"])) < 20
+    assert said["names"] == sorted(p.name for p in expected.glob("shard-*.arrow")), "names hold the checksum of the content"
+
+
+DRAW_ON_A_SMALL_DISK = """
+import contextlib, io, json, os, shutil, sys, threading, time
+from pathlib import Path
+from ksweep import *
+place = Path(sys.argv[1])
+sweep = eval(sys.argv[2])
+def fill():
+    while not list(place.glob("registry/draws/*/part-0*")):
+        time.sleep(0.001)
+    (place / "ballast").write_bytes(bytes(shutil.disk_usage(place).free - 40_000))
+def run():
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            sweep_main(sweep, ["--no-charts"])
+        except SystemExit as end:
+            return end.code, said.getvalue()
+threading.Thread(target=fill, daemon=True).start()
+code, message = run()
+left = [p.name for p in place.rglob("*.part")]
+there = len(list(place.glob("registry/draws/*/part-0*")))
+(place / "ballast").unlink()
+again, _ = run()
+shutil.copytree(place / "registry", sys.argv[3])
+print()
+print(json.dumps({"code": code, "message": message, "left": left, "there": there, "again": again}))
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_full_disk_while_drawing_is_told_and_leaves_whole_parts(pair: TinyPair, undisturbed: Sweep, tmp_path: Path) -> None:
+    sweep = replace(tiny_sweep(pair, tmp_path / "disk", 640, 16), vector_cache=undisturbed.vector_cache)
+    said = on_small_disk("40m", tmp_path / "disk", DRAW_ON_A_SMALL_DISK, repr(sweep), tmp_path / "copy" / "registry")
+    print(f"\n{said['message']}")
+    assert said["code"] == 1 and "is full" in str(said["message"]) and "Traceback" not in str(said["message"])
+    assert said["left"] == [] and 0 < int(str(said["there"])) < 10 and said["again"] == 0
+    assert_same(drawn(replace(sweep, registry=str(tmp_path / "copy" / "registry")), 640, 16), drawn(undisturbed, 640, 16))
