@@ -152,9 +152,7 @@ def cache_ls(vector_cache: Cache = Path("vector_cache"), as_json: Json = False) 
         }
         for e in found
     ]  # fmt: skip
-    shown = (
-        rows if as_json else [{**row, "key": str(row["key"])[:12], "bytes": bytes_text(cast(int, row["bytes"]))} for row in rows]
-    )
+    shown = rows if as_json else [{**row, **_brief(row)} for row in rows]
     names = ["key", "model", "layer", "text", "positions", "activations", "bytes", "last_used", "whole_source"]
     _print(names, shown, as_json)
 
@@ -195,7 +193,15 @@ def cache_verify(
     for entry in found:
         shards, damaged = housekeeping.verify(entry)
         rows.append({"key": entry.key, "shards": shards, "bytes": entry.bytes, "damaged": damaged})
-    _print(["key", "shards", "bytes", "damaged"], rows, as_json)
+    shown = [
+        {
+            **row,
+            "bytes": bytes_text(cast(int, row["bytes"])),
+            "damaged": ", ".join(map(str, cast(list[int], row["damaged"]))) or "none",
+        }
+        for row in rows
+    ]
+    _print(["key", "shards", "bytes", "damaged"], rows if as_json else shown, as_json)
     if bad := sum(len(cast(list[int], row["damaged"])) for row in rows):
         raise StoreError(
             f"{bad} damaged shards were set aside in {vector_cache}; the next run that needs them computes them again"
@@ -252,6 +258,13 @@ def cache_du(vector_cache: Cache = Path("vector_cache"), registry: Registry = Pa
     rows.sort(key=lambda row: -row["bytes"])
     rows.append({"store": "all", "key": None, "bytes": sum(row["bytes"] for row in rows)})
     _print(["store", "key", "bytes"], rows if as_json else [{**row, "bytes": bytes_text(row["bytes"])} for row in rows], as_json)
+
+
+def _brief(row: dict[str, Any]) -> dict[str, Any]:
+    """What a table has room for; --json and `show` have the whole paths."""
+    names = {name: None if row[name] is None else Path(row[name]).name for name in ("model", "text")}
+    whole = "yes" if row["whole_source"] else "no"
+    return {**names, "key": row["key"][:10], "bytes": bytes_text(row["bytes"]), "whole_source": whole}
 
 
 def _tell(removals: Sequence[Removal], yes: bool, as_json: bool) -> None:

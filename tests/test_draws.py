@@ -83,7 +83,28 @@ def test_a_damaged_part_is_set_aside_named_and_missing_again(tmp_path: Path, cap
         assert store.read(70, 16) == before
 
 
-def test_what_a_killed_writer_left_is_not_taken_for_a_part(tmp_path: Path) -> None:
+def test_what_another_sweep_has_drawn_meanwhile_is_left_out_of_a_unit(tmp_path: Path) -> None:
+    store = DrawsStore(tmp_path, "k")
+    unit = Unit(0, 64, 0, 16)
+    assert store.still_missing(unit) == [unit]
+    fill(store, 10, 4)
+    assert store.still_missing(unit) == [Unit(0, 10, 4, 16), Unit(10, 64, 0, 16)]
+    fill(store, 70, 16)
+    assert store.still_missing(unit) == []
+
+
+def test_what_a_killed_writer_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    store = DrawsStore(tmp_path, "k")
+    fill(store, 2, 2)
+    old, young = store.path / ".old.part", store.path / ".young.part"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    store.set_damaged_aside(2, 2)
+    assert not old.exists() and young.exists() and store.read(2, 2) is not None
+
+
+def test_what_a_killed_writer_left_is_not_is_not_taken_for_a_part(tmp_path: Path) -> None:
     store = DrawsStore(tmp_path, "k")
     fill(store, 2, 2)
     (store.path / ".abc.part").write_bytes(b"half")
