@@ -189,16 +189,17 @@ def _sample(
     return before
 
 
-def _empty_text(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray:
-    """What the AR makes of an empty text; measured once per draws key."""
+def _empty_text(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray | None:
+    """What the AR makes of an empty text, if it can read one; measured once per draws key."""
     controls = store.controls()
     if controls is None:
         from ksweep.autoencoder.protocol import Explanation
 
-        vector = np.asarray(models.reconstructor(cell.autoencoder).reconstruct([Explanation("")]))[0]
-        controls = {"empty_text": [float(x) for x in vector]}
+        ar = models.reconstructor(cell.autoencoder)
+        vector = np.asarray(ar.reconstruct([Explanation("")]))[0].tolist() if ar.reads_empty_text else None
+        controls = {"empty_text": vector}
         store.publish_controls(controls)
-    return np.asarray(controls["empty_text"])
+    return None if controls["empty_text"] is None else np.asarray(controls["empty_text"])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,7 +216,7 @@ class Measured:
     d_model: int
 
 
-def _measure(cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.Table, empty: np.ndarray) -> Measured:
+def _measure(cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.Table, empty: np.ndarray | None) -> Measured:
     """Every statistic of a cell; no model is needed."""
     targets = vectors.vectors(0, len(vectors))
     kind, roles = cell.autoencoder.scoring_kind, vectors.column("role").tolist()

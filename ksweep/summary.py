@@ -49,7 +49,7 @@ def summarise(
         vectors: [activation, d_model] float32 targets.
         scoring: baseline, failure policy, interval.
         ks: values of K to report.
-        empty_text: [d_model] what the AR makes of an empty text.
+        empty_text: [d_model] what the AR makes of an empty text; None for one that cannot read it.
         first_draws: [activation, d_model] reconstruction of draw 0, NaN where it failed, of the first RETRIEVAL_POOL activations.
         kind: how the errors in `draws` were taken.
     """

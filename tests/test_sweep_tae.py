@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from ksweep import Autoencoder, Resources, Scoring, Sweep, connect
@@ -145,6 +146,20 @@ def test_a_run_goes_to_the_reference_schema_with_raw_errors(sweep: Sweep, tmp_pa
     np.testing.assert_allclose(last["mse_values"], found.errors.min(axis=1))
     recovered = 1 - found.errors.min(axis=1).mean() / found.vectors.var(axis=0, ddof=1).mean()
     assert last["mse_variance_recovery"] == pytest.approx(recovered, abs=1e-6)
+
+
+def test_an_encoder_without_a_prompt_is_measured_without_the_control_of_an_empty_text(sweep: Sweep, tmp_path: Path) -> None:
+    case = CASES[0]
+    (tmp_path / "base").symlink_to(FIXTURES / case / "base")
+    value = torch.load(checkpoint(case), weights_only=False)
+    for name in ("soft_prompt_embeddings", "soft_prompt_embeddings_postfix"):
+        value["models"]["encoder"].pop(name, None)
+    value["config"]["encoder_prompt"] = value["config"]["trainable_components"]["encoder"]["soft_prompt_init_text"] = None
+    torch.save(value, tmp_path / "bare.pt")
+    assert run(sweep, case, f"autoencoder.checkpoint={tmp_path / 'bare.pt'}") == 0
+    assert len(ask(sweep, "FROM curves")) == NUM_DRAWS
+    controls = {name for (name,) in ask(sweep, "SELECT control FROM run_controls")}
+    assert "mean_vector" in controls and "empty_text" not in controls
 
 
 def test_a_stated_baseline_of_raw_vectors_may_exceed_one(sweep: Sweep) -> None:

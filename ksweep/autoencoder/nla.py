@@ -171,6 +171,9 @@ class NlaVerbalizer:
 class NlaReconstructor:
     """AR: text -> vector. Implements `protocol.Reconstructor`."""
 
+    reads_empty_text = True
+    """Its prompt surrounds every text."""
+
     def __init__(self, info: CheckpointInfo, model: Any, head: torch.nn.Linear, prompts: ArPrompts) -> None:
         """Parts that belong together; `load_reconstructor` makes them."""
         self.info = info

@@ -69,6 +69,8 @@ class Reconstructor(Protocol):
     """AR: text -> vector."""
 
     d_model: int
+    reads_empty_text: bool
+    """Whether an empty text leaves anything to read: a prompt around it."""
 
     def reconstruct(
         self, explanations: Sequence[Explanation], batch_size: int = 64

@@ -61,6 +61,7 @@ class TaeReconstructor:
         self._decoder = model.get_decoder()
         self._block = _read_out(blocks_of(model), info.encoder.output_layer)
         self._parts = _parts(info, model, token_embeddings, prompt)
+        self.reads_empty_text = bool(len(self._parts.soft_prompt) + len(self._parts.postfix))
         self._own_scale, self._scale = exact_embedding_scale(model), embedding_scale(model)
 
     def reconstruct(
@@ -68,7 +69,8 @@ class TaeReconstructor:
     ) -> Float[torch.Tensor, "explanation d_model"]:
         """Raw float32 reconstructions on the CPU, in the order of `explanations`; equal ones are run once.
 
-        An explanation without tokens and without a current token is the soft prompt alone: the control of an empty text.
+        An explanation without tokens and without a current token is the soft prompt alone: the control of an empty text, for an
+        encoder that has one (`reads_empty_text`).
 
         Raises:
             DataError: an explanation lacks the current token or the position that the encoder was trained with.
