@@ -368,6 +368,8 @@ def _parse(path: Path, data: bytes) -> Row:
         raise DataError(f"result file {path} is not valid JSON ({error}); is it whole?") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("results_by_k"), list) or not tree["results_by_k"]:
         raise DataError(f"{path} is no result file of the reference sweep: expected an object with a list `results_by_k`")
+    if not isinstance(tree.get("eval_config") or {}, dict):
+        raise DataError(f"eval_config of {path} is a {type(tree['eval_config']).__name__}; expected an object of settings")
     return tree
 
 
@@ -380,8 +382,43 @@ def _results(path: Path, tree: Row, notes: list[str]) -> list[Row]:
             raise DataError(f"entry {index} of results_by_k in {path} has k={k!r}; expected a whole number of at least 1")
         if int(k) in by_k:
             notes.append(f"K = {int(k)} stands there twice; the first is taken")
+        _refuse_other_kinds(entry, f"entry {index} of results_by_k in {path}")
         by_k.setdefault(int(k), {name: _known(value) for name, value in entry.items()} | {"k": int(k)})
     return [by_k[k] for k in sorted(by_k)]
+
+
+def _refuse_other_kinds(entry: Row, where: str) -> None:
+    """Values of what is read that are of another kind than the reference writes."""
+    for name, value in entry.items():
+        for pattern, expected, fits in READ:
+            if value is not None and re.fullmatch(pattern, name) and not fits(value):
+                raise DataError(f"{where} has {name}={str(value)[:60]}; expected {expected}, or null")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(one is None or _is_number(one) for one in value)
+
+
+def _are_by_role(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, dict) and _are_numbers([*one.values()]) for one in value.values())
+
+
+READ = (
+    (
+        r"(avg_mse|mse|variance_recovery|mse_variance_recovery|r_squared|mse_for_new_variance|original_mean"
+        r"|residual_variance_mean_over_hidden)((_bca)?_ci_(lower|upper)|_std)?",
+        "a number",
+        _is_number,
+    ),
+    ("total_positions", "a whole number of at least 1", lambda value: _is_number(value) and value >= 1 and value == int(value)),
+    ("mse_values", "a list of numbers", _are_numbers),
+    (r"(mse|variance_recovery)_by_role", "for each role an object of numbers", _are_by_role),
+)
+"""Names of an entry that are read, what they hold, and whether a value is that."""
 
 
 def _known(value: Any) -> Any:
@@ -494,7 +531,7 @@ def _quantities(result: Row) -> list[Row]:
 def _role_rows(result: Row) -> list[Row]:
     rows = []
     for role, found in (result.get("mse_by_role") or {}).items():
-        row = {"quantity": "avg_mse", "role": role, "k": result["k"], "value": found["avg_mse"]}
+        row = {"quantity": "avg_mse", "role": role, "k": result["k"], "value": found.get("avg_mse")}
         rows.append(row | {"num_activations": found.get("count"), "spread": found.get("std")})
     for role, found in (result.get("variance_recovery_by_role") or {}).items():
         names = ("variance_recovery", "total_variance", "residual_variance")

@@ -143,6 +143,13 @@ def test_role_statistics_are_kept(tmp_path: Path) -> None:
         ('{"results_by_k": [{"variance_recovery": 0.5}]}', "k=None"),
         ('{"results_by_k": [{"k": 1, "total_positions": 3}]}', "no K of .* has variance_recovery"),
         ('{"results_by_k": [{"k": 1, "variance_recovery": 0.5}]}', "neither mse_values nor total_positions"),
+        ('{"results_by_k": [{"k": 1, "variance_recovery": "x"}]}', "variance_recovery=x; expected a number"),
+        ('{"results_by_k": [{"k": 1, "mse_ci_lower": "a"}]}', "mse_ci_lower=a; expected a number"),
+        ('{"results_by_k": [{"k": 1, "total_positions": -5}]}', "total_positions=-5; expected a whole number of at least 1"),
+        ('{"results_by_k": [{"k": 1, "mse_values": 5}]}', "mse_values=5; expected a list"),
+        ('{"results_by_k": [{"k": 1, "mse_by_role": [1]}]}', "mse_by_role=.*; expected for each role an object"),
+        ('{"results_by_k": [{"k": 1, "variance_recovery_by_role": {"user": 3}}]}', "expected for each role an object"),
+        ('{"results_by_k": [{"k": 1}], "eval_config": [1]}', "eval_config of .* is a list"),
     ],
 )
 def test_what_is_no_result_file_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
