@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ksweep.activations.fill import activations_key
 from ksweep.activations.model_config import text_config
-from ksweep.activations.vectors import read_sidecar, vectors_shape
+from ksweep.activations.vectors import POSITIONS, read_sidecar, vectors_say_positions, vectors_shape
 from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
 from ksweep.errors import DataError, SpecError
 from ksweep.files import HUB_ID, resolve
@@ -149,6 +149,8 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
             "activations.layer out"
         )
     _check_width(cell, info)
+    if cell.activations.vectors is not None:
+        _check_vectors_suffice(cell.activations.vectors, info)
     return info.layer, {"checkpoint": digest_tae(info)}
 
 
@@ -166,6 +168,20 @@ def _check_width(cell: Cell, info: TaeInfo) -> None:
             f"{given.vectors or given.model} gives activations of width {width}{'' if layer is None else f', layer {layer}'}, "
             f"but {info.path} was trained on width {info.d_model}, layer {info.layer}: give it those of its own model "
             f"({info.activations_model})"
+        )
+
+
+def _check_vectors_suffice(vectors: str, info: TaeInfo) -> None:
+    """That ready-made vectors say of each activation what decoder and encoder were trained with."""
+    lacking = []
+    if info.encoder.adds_current_token:  # no column of the public files is read as a token id
+        lacking.append("the token that it was taken at")
+    if (info.decoder.subtracts_position or info.encoder.adds_position) and not vectors_say_positions(vectors):
+        lacking.append(f"its position (column {POSITIONS})")
+    if lacking:
+        raise DataError(
+            f"{info.path} needs of every activation {' and '.join(lacking)}, which {vectors} does not say: extract the "
+            "activations from text (activations.text), or use a checkpoint that was trained without"
         )
 
 

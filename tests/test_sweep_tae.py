@@ -22,6 +22,7 @@ from ksweep.activations import ensure
 from ksweep.autoencoder.tae_file import TaeInfo, inspect_tae
 from ksweep.errors import SpecError
 from ksweep.overrides import apply_overrides
+from tests.activations.helpers import random_vectors, write_vectors
 from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, ask, checkpoint, run, sweep_over
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +177,24 @@ def test_activations_of_another_width_are_refused_with_the_right_model(
     assert run(sweep, CASES[0], f"activations.model={tmp_path / 'wide'}") == 2
     error = capsys.readouterr().err
     assert "width 7" in error and inspect_tae(checkpoint(CASES[0])).activations_model in error
+
+
+def test_vectors_that_do_not_say_what_the_checkpoint_needs_are_refused_before_anything_runs(
+    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    width = inspect_tae(checkpoint("gpt2_patch_all")).d_model
+    vectors = write_vectors(tmp_path / "v.parquet", random_vectors(30, width))
+    given = (f"activations.vectors={vectors}", "activations.text=null", "activations.model=null", "activations.layer=null")
+    assert run(sweep, "gemma3_patch_two", *given) == 2
+    assert "the token that it was taken at, which" in capsys.readouterr().err
+    (tmp_path / "base").symlink_to(FIXTURES / "gpt2_patch_all" / "base")
+    value = torch.load(checkpoint("gpt2_patch_all"), weights_only=False)
+    value["models"]["decoder"]["activation_pos_embedder.weight"] = torch.ones(128, width)
+    value["config"]["trainable_components"]["decoder"]["subtract_add_pos_embeddings"] = True
+    torch.save(value, tmp_path / "positions.pt")
+    assert run(sweep, "gpt2_patch_all", f"autoencoder.checkpoint={tmp_path / 'positions.pt'}", *given) == 2
+    assert "its position (column n_raw_tokens), which" in capsys.readouterr().err
+    assert not (tmp_path / "registry" / "landing").exists()
 
 
 def test_a_checkpoint_and_a_pair_each_take_the_place_of_the_other(sweep: Sweep) -> None:

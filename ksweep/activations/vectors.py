@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float32
 
 COLUMN = "activation_vector"
-PROVENANCE = ("doc_id", "n_raw_tokens", "detokenized_text_truncated", "role")
+POSITIONS = "n_raw_tokens"
+PROVENANCE = ("doc_id", POSITIONS, "detokenized_text_truncated", "role")
 ROWS_PER_UNIT = 1024
 WINDOW_CHARACTERS = 200
 
@@ -82,6 +83,16 @@ def vectors_shape(vectors: str | Path) -> tuple[int, int]:
         return file.metadata.num_rows, _width(file, Path(vectors))
 
 
+def vectors_say_positions(vectors: str | Path) -> bool:
+    """Whether a file of vectors has the column that positions are read from.
+
+    Raises:
+        DataError: no such file, or not Parquet.
+    """
+    with _open(vectors) as file:
+        return POSITIONS in file.schema_arrow.names
+
+
 class VectorUnits:
     """Units of a file of vectors. They are kept in float32: the public files are, and rounding them would be a silent change."""
 
@@ -123,7 +134,7 @@ class VectorUnits:
         first, n = index * ROWS_PER_UNIT, len(table)
         columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * n for name in PROVENANCE}
         rows = [f"row:{first + i}" for i in range(n)]
-        lengths = columns["n_raw_tokens"]
+        lengths = columns[POSITIONS]
         unit = Unit(
             vectors=flat_vectors(table.column(COLUMN), self.d_model, f"{self.path} from row {first}"),
             row_ids=rows,

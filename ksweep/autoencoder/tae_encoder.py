@@ -120,7 +120,7 @@ class TaeReconstructor:
         if explanation.current_token_id is None:
             raise DataError(
                 f"the encoder in {self.info.path} reads the token that an activation was taken at, and an explanation came "
-                "without: extract the activations from text, or use vectors that say their token ids."
+                "without: extract the activations from text, which says it"
             )
         return explanation.current_token_id
 
