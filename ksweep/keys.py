@@ -96,16 +96,20 @@ def _scoring_identity(cell: Cell) -> dict[str, Any]:
 
 def complete(cell: Cell) -> Cell:
     """The cell with what its checkpoint decides put in: a talkative autoencoder names the activations' model, and fixes how
-    long explanations are. Everything else is as it was."""
+    long explanations are. A directory becomes the file that it stands for now: a training run may write a later one before the
+    job starts. Everything else is as it was."""
     if cell.autoencoder.checkpoint is None:
         if cell.activations.model is None and cell.activations.vectors is None:
             raise SpecError("an NLA pair does not say which model its activations are from: set activations.model")
         return cell
     info = inspect_file(cell.autoencoder)
-    activations = cell.activations
+    autoencoder, activations = cell.autoencoder, cell.activations
+    if Path(cell.autoencoder.checkpoint).expanduser().is_dir():
+        autoencoder = replace(autoencoder, checkpoint=str(info.path))
     if activations.model is None and activations.vectors is None:
         activations = replace(activations, model=info.activations_model)
-    return replace(cell, activations=activations, sampling=replace(cell.sampling, max_new_tokens=info.num_tokens))
+    sampling = replace(cell.sampling, max_new_tokens=info.num_tokens)
+    return replace(cell, autoencoder=autoencoder, activations=activations, sampling=sampling)
 
 
 def complete_all(cells: Sequence[Cell]) -> list[Cell]:

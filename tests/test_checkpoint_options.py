@@ -16,7 +16,7 @@ from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring,
 from ksweep.autoencoder.tae_file import inspect_tae
 from ksweep.checkpoint_data import with_checkpoint_data
 from ksweep.errors import CheckpointError, SpecError
-from ksweep.keys import cell_keys, complete_all, label
+from ksweep.keys import cell_keys, complete, complete_all, label
 from ksweep.overrides import apply_overrides, given_settings, lay_over
 from ksweep.spec import replace_at
 
@@ -252,6 +252,20 @@ def test_checkpoint_data_of_a_file_that_names_none_is_refused(sweep: Sweep, alon
         data(sweep, f"autoencoder.checkpoint={alone(dataset={'on_the_fly': {'enabled': False}})}")
     with pytest.raises(CheckpointError, match="not there"):
         data(sweep, "autoencoder.checkpoint=/not there.pt")
+
+
+def test_a_directory_stays_the_file_that_was_planned_with_while_training_goes_on(
+    sweep: Sweep, alone: Callable[..., Path]
+) -> None:
+    first = alone()
+    given = apply_overrides(sweep, [f"autoencoder.checkpoint={first.parent}", f"autoencoder.base={BASE}"]).cell
+    planned = complete(given)
+    keys = cell_keys(planned)
+    assert planned.autoencoder.checkpoint == str(first) and keys == cell_keys(given)
+    value = torch.load(first, weights_only=False)
+    torch.save(value | {"step": value["step"] + 1}, first.with_name("checkpoint_step9_epoch9_.pt"))
+    assert cell_keys(planned) == keys
+    assert cell_keys(given).draws != keys.draws
 
 
 def test_the_base_of_a_file_is_beside_it_or_where_it_is_said_to_be() -> None:
