@@ -206,7 +206,7 @@ def _eval_config(spec: Mapping[str, Any], results: Sequence[Row]) -> Row:
         "checkpoint_path": _checkpoint_of(spec),
         "k_values": [r["k"] for r in results],
         "constant_k_mode": True,
-        "max_val_samples": activations.get("num_activations"),
+        "max_val_samples": _num_rows(activations),
         "temperature": sampling.get("temperature"),
         "num_positions": activations.get("positions_per_document"),
         "min_pos": activations.get("min_position"),
@@ -215,6 +215,14 @@ def _eval_config(spec: Mapping[str, Any], results: Sequence[Row]) -> Row:
         "compute_variance_by_role": any("mse_by_role" in r for r in results),
         "use_bf16": (spec.get("autoencoder") or {}).get("dtype") == "bfloat16",
     }
+
+
+def _num_rows(activations: Mapping[str, Any]) -> int | None:
+    """The reference counts rows of text, each with num_positions; None where the activations end in the middle of a row."""
+    num_activations, per_row = activations.get("num_activations"), activations.get("positions_per_document") or 1
+    if num_activations is None or num_activations % per_row:
+        return None
+    return int(num_activations // per_row)
 
 
 def _checkpoint_of(spec: Mapping[str, Any]) -> str | None:

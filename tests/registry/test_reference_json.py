@@ -250,6 +250,15 @@ def test_errors_of_single_activations_are_chosen_as_the_quantities_are(tmp_path:
         assert document["ksweep"]["selection"] == ("order_statistics" if reference is None else "prefix")
 
 
+@pytest.mark.parametrize(("num_activations", "rows"), [(12, 4), (13, None)])
+def test_old_settings_of_an_exported_file_count_rows_as_the_reference_does(
+    tmp_path: Path, num_activations: int, rows: int | None
+) -> None:
+    spec = {"num_activations": num_activations, "positions_per_document": 3}
+    old = export(read(landed_with(tmp_path, activations=spec)))["eval_config"]
+    assert (old["max_val_samples"], old["num_positions"]) == (rows, 3)
+
+
 def test_what_was_not_measured_is_null_and_named_never_zero(tmp_path: Path) -> None:
     document = export(read(landed_with(tmp_path)))
     result = document["results_by_k"][0]
