@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -47,8 +48,10 @@ def sql(question: str, registry: Registry = Path("registry"), as_json: Json = Fa
 
 @app.command()
 def ls(registry: Registry = Path("registry"), as_json: Json = False) -> None:
-    """Runs, newest first."""
+    """Runs, newest first; jobs that are under way: ksweep watch --once."""
     from ksweep.registry.questions import ask
+
+    _book(registry)
 
     question = """
         SELECT run_id AS run, sweep, cell, status, num_activations, num_draws, num_draws_sampled,
@@ -58,6 +61,89 @@ def ls(registry: Registry = Path("registry"), as_json: Json = False) -> None:
     """
     table = ask(registry, question)
     _print(table.column_names, table.to_pylist(), as_json)
+
+
+@app.command()
+def watch(
+    sweep: Annotated[str | None, typer.Argument(help="Sweep, job or run; without, all jobs that are under way.")] = None,
+    registry: Registry = Path("registry"),
+    once: Annotated[bool, typer.Option("--once", help="Show once and leave.")] = False,
+    as_json: Json = False,
+) -> None:
+    """How far jobs are, until they have ended; their launcher is not needed. --json shows them once, an object a line."""
+    from ksweep import jobs
+
+    updates = jobs.watch(registry, sweep, once=once or as_json)
+    if as_json:
+        for line in next(updates):
+            print(json.dumps(asdict(line)))
+        return
+    last = jobs.show(updates, console())
+    if not last:
+        print("no jobs are under way")
+    _book(registry)
+
+
+@app.command()
+def logs(
+    run: Annotated[str, typer.Argument(help="Job, run or sweep (its newest job); a unique prefix will do.")],
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job has ended.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Of one rank only.")] = None,
+    registry: Registry = Path("registry"),
+) -> None:
+    """What the ranks of a job wrote."""
+    from ksweep import jobs
+
+    for text in jobs.read_logs(jobs.find(registry, run)[-1], rank, follow=follow):
+        print(text, end="", flush=True)
+
+
+@app.command()
+def why(
+    run: Annotated[str, typer.Argument(help="Job, run or sweep (its newest job); a unique prefix will do.")],
+    registry: Registry = Path("registry"),
+    as_json: Json = False,
+) -> None:
+    """How a job goes or ended, and why: class, every rank's traceback, node, GPU, code, last log lines."""
+    from ksweep import jobs
+
+    told = jobs.why(jobs.find(registry, run)[-1])
+    print(json.dumps(told) if as_json else "\n".join(jobs.explain(told)))
+
+
+@app.command()
+def cancel(
+    run: Annotated[str, typer.Argument(help="Job, run or sweep (all its jobs); a unique prefix will do.")],
+    registry: Registry = Path("registry"),
+) -> None:
+    """End jobs at the border of their units; what is whole is kept."""
+    from ksweep import jobs
+
+    ended = jobs.cancel(jobs.find(registry, run))
+    for job in ended:
+        print(f"cancelled: {job.id}" + (f" (Slurm {job.slurm_id()})" if job.slurm_id() else ""))
+    if not ended:
+        print(f"nothing of {run} is under way")
+
+
+@app.command()
+def retry(
+    sweep: Annotated[str, typer.Argument(help="Sweep whose failed cells are to be run again.")],
+    registry: Registry = Path("registry"),
+) -> None:
+    """Run the sweep's own command again with --retry: failed cells too, done ones are left alone."""
+    from ksweep import jobs
+
+    raise typer.Exit(jobs.retry(jobs.find(registry, sweep)))
+
+
+def _book(registry: Path) -> None:
+    """Tell the registry of jobs that have ended since anybody looked."""
+    from ksweep.jobs import logs_of
+    from ksweep.reconcile import book_ended
+
+    if registry.is_dir():
+        book_ended(logs_of(registry))
 
 
 @app.command("import-json")

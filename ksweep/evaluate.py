@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -379,8 +379,11 @@ def _identity(cell: Cell, keys: Keys) -> dict[str, Any]:
     }
 
 
-def land_lost(argument: dict[str, Any], kind: str, message: str, traceback: str, started: float) -> None:
-    """Land the failure of a job whose rank 0 could not: another rank failed, or the process is gone.
+def land_lost(
+    argument: dict[str, Any], kind: str, message: str, tracebacks: tuple[str, ...], started: float,
+    *, status: Literal["failed", "stopped"] = "failed", host: str | None = None, device: str | None = None,
+) -> None:  # fmt: skip
+    """Land the ending of a job whose rank 0 could not: another rank failed, or the process is gone.
 
     It is booked on the first cell of the job that neither finished nor failed since the job was started.
     """
@@ -397,10 +400,12 @@ def land_lost(argument: dict[str, Any], kind: str, message: str, traceback: str,
         **_identity(cell, key),
         sweep=argument["sweep"],
         resources=argument["resources"],
-        status="failed",
+        status=status,
         error_type=kind,
         error_message=message,
-        tracebacks=(traceback,) if traceback else (),
+        tracebacks=tracebacks,
+        host=host,
+        device=device,
         started=begun,
         finished=datetime.now(UTC),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ksweep import stats
+from ksweep import so_far, stats
 from ksweep.draws import SCHEMA, Unit
 from ksweep.ranks import Ranks, Stopped
 from ksweep.spec import Sampling
@@ -38,6 +38,7 @@ class UnitWork:
     tokens: int = 0
     began: float = field(default_factory=time.monotonic)
     others: np.ndarray | None = None
+    so_far: so_far.FveSoFar | None = None
 
     def run(self, unit: Unit) -> pa.Table:
         """One unit as rows of the draws store."""
@@ -50,6 +51,7 @@ class UnitWork:
         explanations = self._explanations(unit, [draws[i] for i in good], [parsed[i][0] or "" for i in good])
         reconstructions = np.asarray(self.ar.reconstruct(explanations, self.batch_size), dtype=np.float64)
         scores = self._score(unit, targets, owners, good, reconstructions)
+        self._keep_in_view(unit, scores["error"], owners)
         kept: list[np.ndarray | None] = [None] * len(draws)
         keep = self._to_keep(unit, scores["error"])
         for i, vector in zip(good, reconstructions, strict=True):
@@ -105,7 +107,15 @@ class UnitWork:
 
     def _report(self) -> None:
         rate = self.tokens / max(1e-9, time.monotonic() - self.began)
-        self.ranks.report(f"{self.label}: drawing", self.done, self.total, tokens_per_second=rate)
+        numbers = {} if self.so_far is None else self.so_far.numbers
+        self.ranks.report(f"{self.label}: drawing", self.done, self.total, tokens_per_second=rate, **numbers)
+
+    def _keep_in_view(self, unit: Unit, errors: np.ndarray, owners: np.ndarray) -> None:
+        """The FVE so far, for whoever watches."""
+        if self.so_far is None:
+            self.so_far = so_far.start(self.vectors.vectors(0, min(len(self.vectors), so_far.BASELINE_ACTIVATIONS)), self.scoring)
+        self.so_far.add(errors, owners, self.vectors.column("document", unit.first_row, unit.last_row))
+        self._report()
 
     def _score(
         self, unit: Unit, targets: np.ndarray, owners: np.ndarray, good: np.ndarray, reconstructions: np.ndarray

@@ -25,6 +25,7 @@ import yaml
 
 from ksweep.errors import RequestError, SpecError
 from ksweep.overrides import known_keys
+from ksweep.spec import minutes
 
 Settings = dict[str, Any]
 """New dotted key -> value."""
@@ -138,15 +139,16 @@ def _max_norm(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
 
 
 def _time(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    return {"resources.timeout_min": minutes(str(value))}
+    minutes(str(value))
+    return {"resources.time": str(value)}
 
 
 def _nice(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     text = str(value).strip().lower()
     if text in ("", "0", "false", "no"):
         return {}
-    level = int(text) if text.isdigit() and text != "1" else 10_000
-    return {"resources.qos": "preemptable", "resources.extra": {"nice": level}}
+    level = int(text) if text.isdigit() and text != "1" else True
+    return {"resources.qos": "preemptable", "resources.nice": level}
 
 
 def _force_direct(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
@@ -163,21 +165,6 @@ def _number(key: str) -> Convert:
 
 def _switch(key: str, on: Any, off: Any) -> Convert:
     return lambda name, value, given: {key: on if _truth(name, value) else off}
-
-
-def minutes(text: str) -> int:
-    """A Slurm time limit in whole minutes, rounded up: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00.
-
-    Raises:
-        SpecError: anything else.
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip().strip("'\""))
-    if not match:
-        raise SpecError(f"time={text!r} is no Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00")
-    days, first, second, third = (int(part or 0) for part in match.groups())
-    with_hours = match[1] is not None or match[4] is not None
-    hours, mins, seconds = (first, second, third) if with_hours else (0, first, second)
-    return max(1, days * 24 * 60 + hours * 60 + mins + math.ceil(seconds / 60))
 
 
 # The tables
@@ -200,11 +187,11 @@ _BASE = (
 
 OPTIONS: tuple[Option, ...] = (
     Option("num_gpus", "submission", ("resources.gpus",), "one rank per GPU", _number("resources.gpus")),
-    Option("time", "submission", ("resources.timeout_min",), "24:00:00 becomes 1440 minutes", _time),
+    Option("time", "submission", ("resources.time",), "minutes, or 24:00:00", _time),
     Option("job_name", "submission", ("name",), "also names the sweep in the registry"),
     Option("nodes", "submission", ("resources.nodes",), "the reference ran on one, however many", _number("resources.nodes")),
     Option(
-        "nice", "submission", ("resources.qos", "resources.extra"),
+        "nice", "submission", ("resources.qos", "resources.nice"),
         "qos preemptable and nice N (10000 for `true`); a requeued job carries on instead of starting from zero", _nice,
     ),
     Option("force_direct", "submission", ("resources.cluster",), "true becomes local", _force_direct),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,6 +109,8 @@ def _split(argument: str) -> tuple[str, Any]:
     key, equals, text = argument.partition("=")
     if not equals:
         raise SpecError(f"argument {argument!r} is neither an option nor key=value; expected for example sampling.num_draws=32")
+    if re.fullmatch(r"[\d-]*\d+(:\d+)+", text.strip()):
+        return key.strip().lstrip("+"), text.strip()  # 24:00:00 is a time; YAML reads a number in base 60
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)
     except Exception as error:

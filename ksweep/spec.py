@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -259,40 +260,113 @@ class Cell:
         return tuple(k for k in asked if k <= n) or (1,)
 
 
+LONGEST_PLAIN_MINUTES = 7 * 24 * 60
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """Where and how a sweep runs; never part of any identity."""
 
     cluster: Cluster = "auto"
-    """auto: Slurm where sbatch exists, else local. inprocess: here, for debugging."""
+    """auto: Slurm where a cluster is set up, else local. inprocess: here, for debugging."""
     gpus: int | None = None
-    """GPUs per job, one rank each; 0 runs on the CPU; None takes what the machine has, one GPU at most."""
+    """GPUs of a job on each node, one rank each; 0 runs on the CPU; None takes what machine or partition has, one at most."""
     tasks: int = 1
-    """Ranks per job when gpus=0."""
+    """Ranks on each node when gpus=0."""
     nodes: int = 1
+    """Nodes of a job: its ranks form one process group, and each takes draws that are still to be done."""
+    gpus_per_model: int = 1
+    """GPUs that one copy of the models takes; only 1 so far."""
+    cpus_per_gpu: int | None = None
     cpus_per_task: int | None = None
+    """CPUs of each rank when gpus=0."""
     mem_gb: float | None = None
-    timeout_min: int = 24 * 60
+    """Memory on each node. None: the cluster's default, or all of it with `exclusive`."""
+    time: int | str = 24 * 60
+    """Limit of one start of a job: minutes, or as Slurm writes it ("24:00:00", "2-12"). A job that reaches it is requeued."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    constraint: str | None = None
+    """Features that a node must have, e.g. "h100" or "h100&ib"."""
+    nice: bool | int = False
+    """true (10000) or a number: lets other jobs go first. Every job can be requeued, whatever its priority."""
+    exclusive: bool | None = None
+    """Whether nodes are not shared. None: when a whole node of 8 GPUs is asked for."""
+    job_name: str | None = None
+    """Name in the queue. None: the sweep's."""
+    setup: str | tuple[str, ...] = ()
+    """Shell lines that a job runs before Python, e.g. "module load cuda"."""
     cells_per_job: int | None = None
     """None: all cells that share an autoencoder, so that models are loaded once."""
+    max_parallel_jobs: int | None = None
+    """Most jobs of the sweep that run at once. None: as many as there is room for."""
     batch_size: int = 512
     """Most rows decoded or scored at once on one rank; does not change the numbers."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Any further sbatch option, passed through, e.g. {"constraint": "h100"}."""
+    """Any further sbatch option, passed through, e.g. {"reservation": "nightly"}."""
 
     def __post_init__(self) -> None:
         _one_of("resources.cluster", self.cluster, Cluster)
         if self.gpus is not None:
             _at_least("resources.gpus", self.gpus, 0)
-        for name in ("tasks", "nodes", "timeout_min", "batch_size"):
+        for name in ("tasks", "nodes", "gpus_per_model", "batch_size"):
             _at_least(f"resources.{name}", getattr(self, name), 1)
-        if self.cells_per_job is not None:
-            _at_least("resources.cells_per_job", self.cells_per_job, 1)
-        if self.cpus_per_task is not None:
-            _at_least("resources.cpus_per_task", self.cpus_per_task, 1)
+        for name in ("cpus_per_gpu", "cpus_per_task", "cells_per_job", "max_parallel_jobs"):
+            if getattr(self, name) is not None:
+                _at_least(f"resources.{name}", getattr(self, name), 1)
+        if self.gpus_per_model > 1:
+            raise SpecError(
+                f"resources.gpus_per_model={self.gpus_per_model}: a model is not split over several GPUs so far. Leave it at 1: "
+                "every GPU has a copy of its own"
+            )
+        if self.mem_gb is not None and not (_is_number(self.mem_gb) and self.mem_gb > 0):
+            raise SpecError(f"resources.mem_gb={self.mem_gb!r} must be a number of gigabytes > 0")
+        if not isinstance(self.nice, bool):
+            _at_least("resources.nice", self.nice, 0)
+        if self.cpus_per_gpu is not None and self.gpus == 0:
+            raise SpecError(f"resources.cpus_per_gpu={self.cpus_per_gpu}, but gpus=0: set resources.cpus_per_task")
+        if self.cpus_per_task is not None and self.gpus:
+            raise SpecError(f"resources.cpus_per_task={self.cpus_per_task} is for gpus=0: set resources.cpus_per_gpu")
+        _ = self.minutes
+
+    @property
+    def minutes(self) -> int:
+        """Limit of one start of a job, minutes."""
+        if isinstance(self.time, int) and not 0 < self.time <= LONGEST_PLAIN_MINUTES:
+            # YAML reads an unquoted 24:00:00 as 86400.
+            raise SpecError(f'resources.time={self.time} minutes: write a limit of more than a week as "D-HH:MM:SS", in quotes')
+        return minutes(str(self.time), "resources.time")
+
+    @property
+    def niceness(self) -> int:
+        """What `nice` comes to, 0 for none."""
+        return int(self.nice) if not isinstance(self.nice, bool) else 10_000 * self.nice
+
+    @property
+    def whole_nodes(self) -> bool:
+        """What `exclusive` comes to."""
+        return self.exclusive if self.exclusive is not None else (self.gpus or 0) >= 8
+
+    @property
+    def setup_lines(self) -> list[str]:
+        """Shell lines, one each."""
+        return self.setup.splitlines() if isinstance(self.setup, str) else list(self.setup)
+
+
+def minutes(text: str, name: str = "time") -> int:
+    """A Slurm time limit in whole minutes, rounded up: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00.
+
+    Raises:
+        SpecError: anything else.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip().strip("'\""))
+    if not match:
+        raise SpecError(f"{name}={text!r} is no Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00")
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    with_hours = match[1] is not None or match[4] is not None
+    hours, mins, seconds = (first, second, third) if with_hours else (0, first, second)
+    return max(1, days * 24 * 60 + hours * 60 + mins + math.ceil(seconds / 60))
 
 
 @dataclass(frozen=True, kw_only=True)

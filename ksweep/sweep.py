@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import os
@@ -11,9 +12,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,21 @@ from ksweep import terminal
 from ksweep.activations.fill import plan as plan_activations
 from ksweep.draws import DRAWS_PER_UNIT, DrawsStore
 from ksweep.errors import DiskFullError, RequestError, RunError, SpecError, StoreError
-from ksweep.evaluate import land_lost
 from ksweep.keys import Keys, cell_keys, complete_all, inspect_file
+from ksweep.launch import slots, snapshot, states, submission
 from ksweep.launch import submit as launch
-from ksweep.launch.job import Ending, create, jobs_at_work
+from ksweep.launch.job import Ending, Job, create
 from ksweep.launch.plan import Facts, Step, plan
 from ksweep.launch.watch import Watch
 from ksweep.overrides import given_settings, lay_over
 from ksweep.provenance import provenance
-from ksweep.registry.questions import finished_runs, seconds_per_draw
+from ksweep.reconcile import book, book_ended, land_ending
+from ksweep.registry.questions import failed_runs, finished_runs, seconds_per_draw
 from ksweep.spec import Autoencoder, Cell, Sweep
 
 ENTRY = "ksweep.evaluate:run_job"
 POLL_SECONDS = 0.3
+SLURM_POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 20.0
 """How long ranks may take to notice that one of them has failed before they are killed."""
 DATABASE_BYTES = 8_000_000
@@ -65,28 +68,73 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     options, rest = _parser(sweep).parse_known_args(arguments)
     if unknown := [a for a in rest if a.startswith("-")]:
         _parser(sweep).error(
-            f"unknown option {unknown[0]}; options are --base PATH, --checkpoint-data, --config FILE, --dry-run, --no-charts; "
-            "settings are key=value"
+            f"unknown option {unknown[0]}; options are --base PATH, --checkpoint-data, --config FILE, --dry-run, --no-charts, "
+            "--retry, --wait; settings are key=value"
         )
-    sweep = lay_over(sweep, _settings(sweep, options, rest))
+    sweep = _with_gpus(lay_over(sweep, _settings(sweep, options, rest)))
     cells = complete_all(sweep.cells())
     keys = [cell_keys(cell) for cell in cells]
     if options.dry_run:
-        steps = _plan(sweep, cells, keys)
-        terminal.print_plan(sweep, steps)
+        steps = _plan(sweep, cells, keys, states.survey(_logs(sweep)), retry=options.retry)
+        terminal.print_plan(sweep, steps, shape=_shape(sweep))
         _refuse_full_disk(sweep, steps)
         return 0
     _refuse_places(sweep)
-    _wait_for_earlier_jobs(sweep, cells)
-    steps = _plan(sweep, cells, keys)
+    on_slurm = launch.resolve_cluster(sweep.resources) == "slurm"
+    return (_on_slurm if on_slurm else _here)(sweep, cells, keys, options)
+
+
+def _with_gpus(sweep: Sweep) -> Sweep:
+    """The sweep with the number of GPUs that a job on Slurm takes, where that was left open."""
+    resources = sweep.resources
+    if resources.gpus is not None or launch.resolve_cluster(resources) != "slurm":
+        return sweep
+    return replace(sweep, resources=replace(resources, gpus=min(1, submission.most_gpus(resources))))
+
+
+def _here(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: argparse.Namespace) -> int:
+    """Run what is missing on this machine, then show everything."""
+    if launch.resolve_cluster(sweep.resources) == "local":
+        launch.refuse_here(sweep.resources)
+    steps = _plan(sweep, cells, keys, _reconcile(sweep, keys, wait=True), retry=options.retry)
     _refuse_full_disk(sweep, steps)
-    missing = [cell for cell, step in zip(cells, steps, strict=True) if step.state != "done"]
+    missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
+    terminal.say_failed([step for step in steps if step.state == "failed"])
     if missing:
         _run(sweep, missing)
-    terminal.show(sweep, keys, computed=len(missing), charts=not options.no_charts)
-    if sweep.export_json:
+    return _show(sweep, keys, steps, options)
+
+
+def _on_slurm(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: argparse.Namespace) -> int:
+    """Submit what is missing; show everything if nothing is under way any more, or with --wait once it has ended."""
+    submission.refuse(sweep.resources)
+    with _alone(_logs(sweep)):
+        jobs = _reconcile(sweep, keys, wait=False)
+        steps = _plan(sweep, cells, keys, jobs, retry=options.retry)
+        _refuse_full_disk(sweep, steps)
+        missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
+        started = _submit_to_slurm(sweep, missing) if missing else []
+    terminal.say_failed([step for step in steps if step.state == "failed"])
+    attached = {job.id: job for step in steps for job in [jobs.at_work.get(step.cell_key)] if job is not None}
+    under_way = [*started, *attached.values()]
+    if under_way and not options.wait:
+        terminal.say_submitted(sweep, steps, len(started), len(attached))
+        return 1 if any(step.state == "failed" for step in steps) else 0
+    if under_way:
+        _wait_on_slurm(under_way, sweep)
+    return _show(sweep, keys, steps, options)
+
+
+def _show(sweep: Sweep, keys: Sequence[Keys], steps: Sequence[Step], options: argparse.Namespace) -> int:
+    """Results of the cells that have some; the exit code."""
+    failed = [step for step in steps if step.state == "failed"]
+    if len(failed) == len(steps):
+        return 1
+    computed = sum(step.state == "missing" for step in steps)
+    terminal.show(sweep, keys, computed=computed, charts=not options.no_charts)
+    if sweep.export_json and not failed:
         _export(sweep, keys)
-    return 0
+    return 1 if failed else 0
 
 
 def _settings(sweep: Sweep, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
@@ -113,7 +161,8 @@ def _export(sweep: Sweep, keys: Sequence[Keys]) -> None:
 
 def _parser(sweep: Sweep) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [key=value ...] [--base PATH] [--checkpoint-data] [--config FILE] [--dry-run] [--no-charts]",
+        usage="%(prog)s [key=value ...] [--base PATH] [--checkpoint-data] [--config FILE] [--dry-run] [--retry] [--wait] "
+        "[--no-charts]",
         description=sweep.question or sweep.name,
         epilog="Settings are dotted fields of the spec, e.g. sampling.num_draws=32 sampling.seed=1; a list makes an axis, "
         "e.g. sampling.temperature=[0.5,1.0].",
@@ -129,20 +178,23 @@ def _parser(sweep: Sweep) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML laid over the spec before key=value settings")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    parser.add_argument("--retry", action="store_true", help="run cells again that failed")
+    parser.add_argument("--wait", action="store_true", help="on Slurm: stay until every job has ended, then show the results")
     parser.add_argument("--no-charts", action="store_true", help="write no pictures")
     return parser
 
 
-def _plan(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys]) -> list[Step]:
+def _plan(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], jobs: states.Survey, *, retry: bool) -> list[Step]:
     """What is there for each cell, and so what is to be done; reads names and manifests only."""
-    finished = finished_runs(Path(sweep.registry))
+    finished, failed = finished_runs(Path(sweep.registry)), failed_runs(Path(sweep.registry))
     planned: dict[str, list[tuple[int, int]]] = {}
     facts = []
     for cell, key in zip(cells, keys, strict=True):
-        facts.append(_facts(sweep, cell, key, finished.get(key.cell), planned.setdefault(key.draws, [])))
+        fact = _facts(sweep, cell, key, finished.get(key.cell), planned.setdefault(key.draws, []))
+        facts.append(replace(fact, job=jobs.at_work_on(key.cell), failure=failed.get(key.cell) or jobs.failures.get(key.cell)))
         if key.cell not in finished:
             planned[key.draws].append((cell.activations.num_activations, cell.sampling.effective_num_draws))
-    return plan(facts)
+    return plan(facts, retry=retry)
 
 
 def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, planned: Sequence[tuple[int, int]]) -> Facts:
@@ -209,65 +261,188 @@ def _existing(place: Path) -> Path:
     return next(path for path in (place, *place.parents) if path.exists())
 
 
-def _wait_for_earlier_jobs(sweep: Sweep, cells: Sequence[Cell]) -> None:
-    """A job whose launcher is gone may still be at work on these cells: see it through instead of computing twice."""
-    wanted = [json.loads(json.dumps(asdict(cell))) for cell in cells]
-    for job in jobs_at_work(_logs(sweep)):
-        if not any(cell in wanted for cell in job.spec()["argument"]["cells"]):
-            continue
-        print(f"job {job.id} of an earlier command is still at work on this sweep: waiting for it", file=sys.stderr)
-        with Watch() as watch:
-            while job.at_work():
-                watch.show_ranks(job.heartbeats())
-                time.sleep(POLL_SECONDS)
+def _reconcile(sweep: Sweep, keys: Sequence[Keys], *, wait: bool) -> states.Survey:
+    """What earlier commands left: submissions are settled, ended jobs booked, and what is still at work is known.
+
+    With `wait` (on this machine) a job that is at work on these cells is seen through, instead of computing twice.
+    """
+    logs, wanted = _logs(sweep), {key.cell for key in keys}
+    for line in submission.settle(logs):
+        print(line, file=sys.stderr)
+    told: set[str] = set()
+    with Watch() as watch:
+        while True:
+            survey = book_ended(logs)
+            ours = {job.id: job for key, job in survey.at_work.items() if key in wanted}
+            patient = [i for i in ours if survey.verdicts[i].look_again or (wait and survey.verdicts[i].state != "unknown")]
+            if not patient:
+                return survey
+            for name in patient:
+                if name not in told:
+                    told.add(name)
+                    what = (
+                        "seems to be gone: making sure"
+                        if survey.verdicts[name].look_again
+                        else "is still at work on this sweep: waiting"
+                    )
+                    print(f"job {name} of an earlier command {what} ({survey.verdicts[name].reason})", file=sys.stderr)
+                watch.show_ranks(ours[name].heartbeats())
+            time.sleep(POLL_SECONDS if wait else SLURM_POLL_SECONDS)
+
+
+@contextmanager
+def _alone(logs: Path) -> Iterator[None]:
+    """One command at a time looks what is missing and submits it: two at once would both find the same."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / "submitting").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _logs(sweep: Sweep) -> Path:
     return Path(os.path.abspath(sweep.registry)).parent / "logs"
 
 
-def _run(sweep: Sweep, missing: list[Cell]) -> None:
-    """Submit the missing cells and wait for them; on this machine one job after another, on Slurm all at once."""
-    groups = _groups(sweep, missing)
+Missing = Sequence[tuple[Cell, Step]]
+
+
+def _run(sweep: Sweep, missing: Missing) -> None:
+    """Start the missing cells on this machine and wait for them: on CPUs one job after another, on GPUs as they become free."""
+    waiting: list[list[tuple[Cell, Step]]] = _groups(sweep, missing)
+    running: list[tuple[launch.Submitted, tuple[int, ...]]] = []
+    failure: Exception | None = None
+    gpus = launch.num_gpus(sweep.resources) if launch.resolve_cluster(sweep.resources) == "local" else 0
+    most = sweep.resources.max_parallel_jobs or (len(waiting) if gpus else 1)
     with Watch() as watch:
-        if launch.resolve_cluster(sweep.resources) == "slurm":
-            _wait([_submit(sweep, group, watch) for group in groups], sweep, watch)
-        else:
-            for group in groups:
-                _wait([_submit(sweep, group, watch)], sweep, watch)
+        while waiting or running:
+            while waiting and len(running) < most:
+                job = _create(sweep, waiting[0], "local")
+                numbers = _gpus_for(job, gpus, watch, wait=not running)
+                if numbers is None:
+                    shutil.rmtree(job.path)
+                    break
+                waiting.pop(0)
+                watch.show(f"job {job.id}: starting", 0, 0)
+                submitted = launch.submit(
+                    job, sweep.resources, sweep.resources.job_name or sweep.name, watch.show, numbers or None
+                )
+                if numbers:
+                    slots.hand_on(numbers, job.id, int(submitted.handle.job_id))
+                running.append((submitted, numbers))
+            try:
+                _wait([s for s, _ in running], sweep, watch, first=bool(waiting))
+            except (RequestError, RunError, StoreError) as error:
+                # The jobs beside it go on to their end; none is started any more.
+                failure = failure or error
+                waiting.clear()
+            for submitted, numbers in [r for r in running if r[0].job.noted("settled") is not None]:
+                slots.release(numbers)
+                running.remove((submitted, numbers))
+    if failure is not None:
+        raise failure
 
 
-def _groups(sweep: Sweep, cells: list[Cell]) -> list[list[Cell]]:
+def _gpus_for(job: Job, count: int, watch: Watch, *, wait: bool) -> tuple[int, ...] | None:
+    """Free GPUs for a job, waiting for those of other launchers; without `wait` None where none are free now."""
+    if count == 0:
+        return ()
+    there = launch.visible_numbers()
+    if len(there) < count:  # named by UUID: submitit counts them itself
+        return ()
+    while (taken := slots.take(there, count, job.id)) is None and wait:
+        held = ", ".join(f"GPU {n}: job {name}" for n, name in slots.holders(there).items())
+        watch.show(f"waiting for {count} of {len(there)} GPUs ({held})", 0, 0)
+        time.sleep(SLURM_POLL_SECONDS)
+    return taken
+
+
+def _groups(sweep: Sweep, missing: Missing) -> list[list[tuple[Cell, Step]]]:
     """Cells that share an autoencoder go to one job, so that models are loaded once."""
-    sharing: dict[Autoencoder, list[Cell]] = {}
-    for cell in cells:
-        sharing.setdefault(cell.autoencoder, []).append(cell)
-    most = sweep.resources.cells_per_job or len(cells)
+    sharing: dict[Autoencoder, list[tuple[Cell, Step]]] = {}
+    for cell, step in missing:
+        sharing.setdefault(cell.autoencoder, []).append((cell, step))
+    most = sweep.resources.cells_per_job or len(missing)
     return [same[start : start + most] for same in sharing.values() for start in range(0, len(same), most)]
 
 
-def _submit(sweep: Sweep, cells: list[Cell], watch: Watch) -> launch.Submitted:
+def _create(sweep: Sweep, group: Missing, cluster: str) -> Job:
     argument = {
-        "cells": [asdict(cell) for cell in cells],
+        "cells": [asdict(cell) for cell, _ in group],
         "sweep": sweep.name,
         "registry": os.path.abspath(sweep.registry),
         "vector_cache": os.path.abspath(sweep.vector_cache),
         "batch_size": sweep.resources.batch_size,
         "resources": {**asdict(sweep.resources), "extra": dict(sweep.resources.extra)},
-        "origin": provenance(),
+        "origin": {**provenance(), "directory": os.getcwd()},
         "order": secrets.randbelow(2**31),
     }
-    job = create(_logs(sweep), ENTRY, argument, launch.num_ranks(sweep.resources), launch.num_gpus(sweep.resources))
-    watch.show(f"job {job.id}: starting", 0, 0)
-    return launch.submit(job, sweep.resources, sweep.name, watch.show)
+    resources = sweep.resources
+    return create(
+        _logs(sweep), ENTRY, argument, launch.num_ranks(resources), launch.num_gpus(resources), cluster=cluster,
+        cells=[(step.cell_key, step.label) for _, step in group],
+    )  # fmt: skip
 
 
-def _wait(jobs: list[launch.Submitted], sweep: Sweep, watch: Watch) -> None:
-    """Until every job has ended; the first failure is raised after the others have ended too."""
+def _submit_to_slurm(sweep: Sweep, missing: Missing) -> list[Job]:
+    """Hand the missing cells to Slurm: an array with an element for each job, which runs the code as it is now."""
+    logs = _logs(sweep)
+    resources = sweep.resources
+    code = snapshot.take(logs)
+    jobs = [_create(sweep, group, "slurm") for group in _groups(sweep, missing)]
+    if code is not None:
+        for job in jobs:
+            job.note("code", {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None})
+    try:
+        submission.submit(logs, jobs, resources, sweep.name, code.path if code else None)
+    except SpecError:
+        # Refused before anything was handed over. After any other failure the next command finds out what Slurm has of them.
+        for job in jobs:
+            shutil.rmtree(job.path)
+        raise
+    return jobs
+
+
+def _wait_on_slurm(jobs: Sequence[Job], sweep: Sweep) -> None:
+    """Until every job has ended; then each is booked, and the first failure raised. The jobs do not need this process."""
+    live = {job.id: job for job in jobs}
+    ended: list[tuple[Job, states.Verdict]] = []
+    with Watch() as watch:
+        try:
+            while live:
+                found = states.verdicts(list(live.values()))
+                for name, verdict in found.items():
+                    if verdict.state not in states.LIVE:
+                        ended.append((live.pop(name), verdict))
+                watch.show_jobs(found, {job.id: job.heartbeats() for job in live.values()})
+                time.sleep(SLURM_POLL_SECONDS if live else 0)
+        except KeyboardInterrupt:
+            raise RunError(
+                f"no longer waiting: {len(live)} jobs go on without this command. `ksweep watch {sweep.name}` shows them, "
+                f"`ksweep cancel {sweep.name}` ends them, the same command attaches to them again"
+            ) from None
+    for job, verdict in ended:
+        book(job, verdict)
+    for job, verdict in ended:
+        if verdict.state == "failed":
+            launch.raise_for(verdict.ending or Ending(rank=0, status="failed", kind=verdict.kind, message=verdict.reason), job)
+    if any(verdict.state == "stopped" for _, verdict in ended):
+        reasons = "; ".join(sorted({v.reason for _, v in ended if v.state == "stopped"}))
+        raise RunError(f"stopped ({reasons}): finished units are kept; the same command carries on from there")
+
+
+def _shape(sweep: Sweep) -> str:
+    """What a job takes, in words."""
+    cluster = launch.resolve_cluster(sweep.resources)
+    gpus = launch.num_gpus(sweep.resources)
+    return f"{cluster}: {submission.shape(replace(sweep.resources, gpus=gpus))}"
+
+
+def _wait(jobs: list[launch.Submitted], sweep: Sweep, watch: Watch, *, first: bool = False) -> None:
+    """Until every job of this machine has ended (with `first`, until one has); then the first failure is raised."""
     ranks = launch.num_ranks(sweep.resources)
     endings: dict[str, Ending] = {}
     interrupted = 0
-    while len(endings) < len(jobs):
+    while len(endings) < (min(1, len(jobs)) if first and not interrupted else len(jobs)):
         try:
             for submitted in jobs:
                 if submitted.job.id not in endings:
@@ -279,15 +454,16 @@ def _wait(jobs: list[launch.Submitted], sweep: Sweep, watch: Watch) -> None:
                 submitted.stop() if interrupted == 1 else submitted.kill()
             if interrupted > 1:
                 raise
-    for submitted in jobs:
+    ended = [s for s in jobs if s.job.id in endings]
+    for submitted in ended:
         submitted.kill()
         submitted.job.release()
         ending = endings[submitted.job.id]
         if ending.status == "failed":
-            with suppress(RunError, StoreError, OSError):  # what ended the job is told below; this must not hide it
-                argument, begun = submitted.job.spec()["argument"], submitted.job.started()
-                land_lost(argument, ending.kind, ending.message, ending.traceback, begun)
-        launch.raise_for(ending, submitted.job)
+            land_ending(submitted.job, ending)
+        submitted.job.note("settled", {"state": ending.status, "reason": ending.message, "kind": ending.kind})
+    for submitted in ended:
+        launch.raise_for(endings[submitted.job.id], submitted.job)
     if any(ending.status == "stopped" for ending in endings.values()):
         raise RunError("stopped: finished units are kept; the same command carries on from there")
 

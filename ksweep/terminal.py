@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +43,11 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH, no_color=True)
 
 
-def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
-    """Each cell: done or missing and why, draws to sample, estimated disk and time."""
+def print_plan(sweep: Sweep, steps: Sequence[Step], shape: str = "") -> None:
+    """Each cell: its state and why, draws to sample, estimated disk and time; then the shape of a job and the sums."""
     out = console()
     table = Table(
-        title=f"{sweep.name}: {sum(s.state != 'done' for s in steps)} of {len(steps)} cells to run", title_justify="left"
+        title=f"{sweep.name}: {sum(s.state == 'missing' for s in steps)} of {len(steps)} cells to run", title_justify="left"
     )
     for name in ("cell", "state", "why"):
         table.add_column(name)
@@ -65,7 +67,33 @@ def print_plan(sweep: Sweep, steps: Sequence[Step]) -> None:
         f"to sample: {sum(s.draws_to_sample for s in steps):,} draws; "
         f"disk about {bytes_text(activations + draws)} ({bytes_text(activations)} activations, {bytes_text(draws)} draws); "
         f"time {_seconds(total)} on one rank"
-        + (" (no earlier run of this pair to estimate it from)" if total is None else " (from the newest run of this pair)")
+        + (" (no earlier run of this pair to estimate it from)" if total is None else _gpu_hours(sweep, total))
+    )
+    if shape:
+        out.print(f"a job: {shape}", soft_wrap=True)
+
+
+def _gpu_hours(sweep: Sweep, seconds: float) -> str:
+    hours = "" if sweep.resources.gpus == 0 else f", {seconds / 3600:.2f} GPU-hours"
+    return f"{hours} (from the newest run of this pair)"
+
+
+def say_failed(steps: Sequence[Step]) -> None:
+    """Cells that failed and are not run again unasked."""
+    for step in steps:
+        print(f"failed: {step.label} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
+
+
+def say_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attached: int) -> None:
+    """What was handed to Slurm, what is there already, and how to see more of it."""
+    counts = Counter(step.state for step in steps)
+    counted = ", ".join(
+        f"{counts[state]} {state}" for state in ("done", "running", "waiting", "missing", "failed") if counts[state]
+    )
+    print(f"{sweep.name}: {len(steps)} cells ({counted}); submitted {submitted} jobs, {attached} were there already")
+    print(
+        f"they need this command no longer: `ksweep watch {sweep.name}` shows them, "
+        "the same command shows results once they are there"
     )
 
 

@@ -32,11 +32,11 @@ ROOT = Path(__file__).parents[1]
 
 EXPECTED = {
     "num_gpus=8": ["resources.gpus=8"],
-    "time=24:00:00": ["resources.timeout_min=1440"],
+    "time=24:00:00": ['resources.time="24:00:00"'],
     "job_name=gemma": ["name=gemma"],
     "nodes=2": ["resources.nodes=2"],
-    "nice=5000": ["resources.qos=preemptable", "resources.extra={nice: 5000}"],
-    "nice=true": ["resources.qos=preemptable", "resources.extra={nice: 10000}"],
+    "nice=5000": ["resources.qos=preemptable", "resources.nice=5000"],
+    "nice=true": ["resources.qos=preemptable", "resources.nice=true"],
     "nice=false": [],
     "force_direct=true": ["resources.cluster=local"],
     "force_direct=false": [],
@@ -84,10 +84,10 @@ def test_every_new_key_is_a_field_of_the_spec() -> None:
 
 VALUES: dict[str, dict[str, Any]] = {
     "num_gpus=3": {"resources.gpus": 3},
-    "time=1-02:30:00": {"resources.timeout_min": 1590},
+    "time=1-02:30:00": {"resources.time": "1-02:30:00"},
     "job_name=k27b": {"name": "k27b"},
     "nodes=2": {"resources.nodes": 2},
-    "nice=500": {"resources.qos": "preemptable", "resources.extra": {"nice": 500}},
+    "nice=500": {"resources.qos": "preemptable", "resources.nice": 500},
     "force_direct=true": {"resources.cluster": "local"},
     "partition=h100": {"resources.partition": "h100"},
     "eval.checkpoint_path=/c/run/checkpoint_step9_epoch1_.pt": {
@@ -163,7 +163,7 @@ def of_pair() -> Sweep:
         autoencoder=Autoencoder(av="av", ar="ar"), activations=Activations(model="m", text="t.txt", layer=3),
         sampling=Sampling(max_new_tokens=40, num_draws=64), scoring=Scoring(num_replicates=9),
     )  # fmt: skip
-    return Sweep(name="s", cell=cell, resources=Resources(cpus_per_task=7))
+    return Sweep(name="s", cell=cell, resources=Resources(cells_per_job=7))
 
 
 def value_at(spec: Any, key: str) -> Any:
@@ -392,8 +392,8 @@ def test_translated_arguments_are_what_a_sweep_takes() -> None:
     ]
     changed = apply_overrides(Sweep(name="s", cell=cell), translate(old)[0])
     assert changed.cell.ks == (1, 4) and changed.cell.sampling.temperature == 0.5 and changed.cell.activations.seed == 9
-    assert changed.resources.gpus == 2 and changed.resources.timeout_min == 2880 and changed.vector_cache == "a: b, c"
-    assert changed.resources.qos == "preemptable" and changed.resources.extra == {"nice": 7}
+    assert changed.resources.gpus == 2 and changed.resources.minutes == 2880 and changed.vector_cache == "a: b, c"
+    assert changed.resources.qos == "preemptable" and changed.resources.nice == 7
 
 
 def test_submission_options_come_from_the_environment_too() -> None:

@@ -306,6 +306,27 @@ def test_a_full_disk_exits_with_one_says_so_and_leaves_nothing_half_written(
     assert run(sweep) == 0
 
 
+def test_a_cell_that_failed_is_reported_and_run_again_only_with_retry(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a bug in the statistics")
+
+    monkeypatch.setattr("ksweep.evaluate.summarise", broken)
+    assert run(sweep) == 1
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert run(sweep, "--dry-run") == 0 and "failed" in capsys.readouterr().out
+    assert run(sweep) == 1
+    error = capsys.readouterr().err
+    assert "a bug in the statistics" in error and "--retry" in error
+    assert ask(sweep, "SELECT status FROM runs") == [("failed",)]
+    assert run(sweep, "sampling.temperature=[0.7,1.0]") == 1  # the other cell is measured, and this one still is not
+    assert "temperature=0.7" in capsys.readouterr().out
+    assert run(sweep, "--retry") == 0
+    assert ask(sweep, "SELECT status FROM runs ORDER BY finished") == [("failed",), ("finished",), ("finished",)]
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,15 @@
 """A job on disk: what to run, how far each rank is, how each rank ended. Files are the only truth between launcher and ranks.
 
-logs/<job>/job.json          entry point and its argument, written by the launcher
-logs/<job>/rank-<r>.json     heartbeat: pid, phase, done / total
-logs/<job>/ended-<r>.json    terminal record of a rank: status, error class, traceback
+logs/<job>/job.json                  entry point and its argument, cells, shape; written by the launcher
+logs/<job>/slurm.json                under which id Slurm knows it, and where its output goes
+logs/<job>/asked-to-end              somebody has cancelled it
+logs/<job>/attempt-<n>/rank-<r>.json    heartbeat: process, node, GPU, phase, done / total
+logs/<job>/attempt-<n>/ended-<r>.json   terminal record of a rank: status, error class, traceback
+logs/<job>/attempt-<n>/requeued.json    it was put back into the queue, and why
+logs/<job>/settled.json              how it ended, once that has been told to the registry
+
+A start of a job (n = Slurm's restart count) writes into a directory of its own: processes of an older start that are still
+alive somewhere cannot be taken for the newer one, and end themselves when they see it.
 """
 
 from __future__ import annotations
@@ -11,7 +18,9 @@ import json
 import secrets
 import socket
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,42 +47,105 @@ class Job:
         """Entry point ("package.module:function"), its argument, number of ranks."""
         return json.loads((self.path / "job.json").read_text())  # type: ignore[no-any-return]
 
+    def attempt(self) -> int:
+        """Number of the newest start; 0 before the first."""
+        return max((int(p.name[8:]) for p in self.path.glob("attempt-*") if p.name[8:].isdigit()), default=0)
+
+    def folder(self, attempt: int | None = None) -> Path:
+        """Where a start (the newest, unless another is named) says how it goes."""
+        return self.path / f"attempt-{self.attempt() if attempt is None else attempt:03d}"
+
     def beat(self, heartbeat: Heartbeat) -> None:
         """Publish how far a rank is."""
-        publish(self.path / f"rank-{heartbeat.rank}.json", json.dumps(asdict(heartbeat)).encode(), durable=False)
+        path = self.folder(heartbeat.attempt) / f"rank-{heartbeat.rank}.json"
+        publish(path, json.dumps(asdict(heartbeat)).encode(), durable=False)
 
     def end(self, ending: Ending) -> None:
         """Publish how a rank ended; on a full disk the room kept for this is used."""
         data = json.dumps(asdict(ending)).encode()
+        path = self.folder(ending.attempt) / f"ended-{ending.rank}.json"
         try:
-            publish(self.path / f"ended-{ending.rank}.json", data)
+            publish(path, data)
         except OSError:
-            (self.path / RESERVE).unlink(missing_ok=True)
-            publish(self.path / f"ended-{ending.rank}.json", data)
+            self.release()
+            publish(path, data)
 
     def at_work(self) -> bool:
         """Whether a process of the job is alive and has not said how it ended."""
-        ended = {e.rank for e in self.endings()}
-        return any(is_alive(h) for h in self.heartbeats() if h.rank not in ended)
+        attempt = self.attempt()
+        ended = {e.rank for e in self.endings(attempt)}
+        return any(is_alive(h) for h in self.heartbeats(attempt) if h.rank not in ended)
 
     def started(self) -> float:
         """When it was submitted, seconds since 1970."""
         return (self.path / "job.json").stat().st_mtime
 
+    def last_sign(self) -> float:
+        """When it was last heard of, seconds since 1970: its submission, a heartbeat, an ending, a requeue."""
+        signs = [p.stat().st_mtime for p in self.folder().glob("*.json")]
+        return max([self.started(), *signs])
+
     def release(self) -> None:
         """Give up what was only kept for the job's end."""
         (self.path / RESERVE).unlink(missing_ok=True)
 
-    def heartbeats(self) -> list[Heartbeat]:
+    def heartbeats(self, attempt: int | None = None) -> list[Heartbeat]:
         """The newest heartbeat of every rank that has one."""
-        return [Heartbeat(**value) for value in self._read("rank-*.json")]
+        return [Heartbeat(**_known(Heartbeat, value)) for value in self._read("rank-*.json", attempt)]
 
-    def endings(self) -> list[Ending]:
+    def endings(self, attempt: int | None = None) -> list[Ending]:
         """The terminal records that are there."""
-        return [Ending(**value) for value in self._read("ended-*.json")]
+        return [Ending(**_known(Ending, value)) for value in self._read("ended-*.json", attempt)]
 
-    def _read(self, pattern: str) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in sorted(self.path.glob(pattern))]
+    def note(self, name: str, value: dict[str, Any], attempt: int | None = None) -> None:
+        """Write down a fact about the job, or about one start of it."""
+        folder = self.path if attempt is None else self.folder(attempt)
+        publish(folder / f"{name}.json", json.dumps(value).encode())
+
+    def noted(self, name: str, attempt: int | None = None) -> dict[str, Any] | None:
+        """A fact that was written down; None where there is none."""
+        folder = self.path if attempt is None else self.folder(attempt)
+        with suppress(OSError, ValueError):
+            return json.loads((folder / f"{name}.json").read_text())  # type: ignore[no-any-return]
+        return None
+
+    def slurm_id(self) -> str | None:
+        """Slurm's number: as the submission wrote it down, or as the job itself says."""
+        noted = self.noted("slurm")
+        if noted is not None:
+            return str(noted["id"])
+        return next((h.slurm_id for h in self.heartbeats() if h.slurm_id), None)
+
+    def ask_to_end(self) -> None:
+        """Say that it is to end, so that it does not put itself back into the queue."""
+        publish(self.path / ASKED_TO_END, b"")
+
+    def asked_to_end(self) -> bool:
+        """Whether somebody has cancelled it."""
+        return (self.path / ASKED_TO_END).exists()
+
+    def logs(self) -> list[Path]:
+        """What its ranks wrote to standard error and output."""
+        noted = self.noted("slurm")
+        found = [*self.path.glob("*_log.err"), *self.path.glob("*_log.out")]
+        if noted is not None:
+            folder, name = Path(noted["folder"]), noted["id"]
+            found += [*folder.glob(f"{name}_*_log.err"), *folder.glob(f"{name}_*_log.out")]
+        return sorted(found)
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of standard error, whichever rank wrote them."""
+        texts = [p.read_text(errors="replace") for p in self.logs() if p.suffix == ".err" and p.stat().st_size]
+        return "\n".join("\n".join(text.splitlines()[-lines:]) for text in texts)
+
+    def _read(self, pattern: str, attempt: int | None) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(self.folder(attempt).glob(pattern))]
+
+
+def _known(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """What this version knows of a record that another version may have written."""
+    names = {f.name for f in fields(kind)}
+    return {k: v for k, v in value.items() if k in names}
 
 
 @dataclass(frozen=True)
@@ -90,6 +162,11 @@ class Heartbeat:
     total: int = 0
     numbers: dict[str, float] = field(default_factory=dict)
     time: float = field(default_factory=time.time)
+    attempt: int = 0
+    device: str = ""
+    slurm_id: str = ""
+    rate: float = 0.0
+    """Units per second in this phase."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +177,28 @@ class Ending:
     status: str
     """finished, failed or stopped."""
     kind: str = ""
-    """For a failure: bad input, out of memory, disk full, dead rank or bug."""
+    """For a failure its class: bad input, out of memory, NaN, timeout, disk full, dead rank, failure or bug."""
     message: str = ""
     traceback: str = ""
     result: Any = None
     time: float = field(default_factory=time.time, compare=False)
+    attempt: int = 0
 
 
 RESERVE = "reserve"
 """A file that can be given up, so that even on a full disk a rank can say how it ended."""
 RESERVE_BYTES = 256 * 1024
+ASKED_TO_END = "asked-to-end"
+
+
+def all_jobs(logs: Path) -> list[Job]:
+    """Every job that was ever created below a directory of logs, oldest first."""
+    return [Job(path.parent) for path in sorted(logs.glob("*/job.json"))]
 
 
 def jobs_at_work(logs: Path) -> list[Job]:
     """Jobs with a living rank, whoever started them."""
-    found = [Job(path.parent) for path in sorted(logs.glob("*/job.json"))]
-    return [job for job in found if job.at_work()]
+    return [job for job in all_jobs(logs) if job.at_work()]
 
 
 def is_alive(heartbeat: Heartbeat) -> bool:
@@ -130,10 +213,28 @@ def is_alive(heartbeat: Heartbeat) -> bool:
         return False
 
 
-def create(logs: Path, entry: str, argument: dict[str, Any], num_ranks: int, gpus: int = 0) -> Job:
-    """A new job directory with its job.json; `gpus` is the number on each node."""
+def myself() -> dict[str, Any]:
+    """What names this process for ever; with `rank` it makes a heartbeat."""
+    me = psutil.Process()
+    return {"pid": me.pid, "host": socket.gethostname(), "process_started": me.create_time(), "time": time.time()}
+
+
+def create(
+    logs: Path,
+    entry: str,
+    argument: dict[str, Any],
+    num_ranks: int,
+    gpus: int = 0,
+    *,
+    cluster: str = "local",
+    cells: Sequence[tuple[str, str]] = (),
+) -> Job:
+    """A new job directory with its job.json; `gpus` is the number on each node, `cells` are (key, label)."""
     job = Job(logs / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}")
-    spec = {"entry": entry, "argument": argument, "num_ranks": num_ranks, "gpus": gpus}
+    spec = {
+        "entry": entry, "argument": argument, "num_ranks": num_ranks, "gpus": gpus, "cluster": cluster,
+        "cells": [{"key": key, "label": label} for key, label in cells], "launcher": myself(),
+    }  # fmt: skip
     publish(job.path / RESERVE, bytes(RESERVE_BYTES))
     publish(job.path / "job.json", json.dumps(spec, indent=1).encode())
     return job

@@ -6,7 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["done", "missing"]
+State = Literal["done", "running", "waiting", "failed", "missing"]
+
+FREELY_REPEATED = (
+    "timeout",
+    "preempted",
+    "cancelled",
+    "node failure",
+    "killed",
+    "lost",
+    "never submitted",
+    "stopped",
+    "disk full",
+    "DiskFullError",
+)
+"""Classes of ending after which a cell is simply run again: nothing in the request or the code is to blame."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,10 @@ class Facts:
     bytes_per_draw: int
     seconds_per_draw: float | None
     """From past runs with the same draws key or autoencoder; None where nothing is known."""
+    job: tuple[Literal["running", "waiting"], str] | None = None
+    """A job that is at work on the cell or waits to be, and what is known of it."""
+    failure: tuple[str, str] | None = None
+    """Class and message of the newest run, where that failed."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +62,29 @@ class Step:
     seconds: float | None
 
 
-def plan(facts: Iterable[Facts]) -> list[Step]:
-    """One step a cell, in order. Activations and draws that two cells share are counted for the first that needs them."""
+def plan(facts: Iterable[Facts], *, retry: bool = False) -> list[Step]:
+    """One step a cell, in order. Activations and draws that two cells share are counted for the first that needs them.
+
+    With `retry` cells that failed are missing like any other.
+    """
     steps: list[Step] = []
     extracted: dict[str, int] = {}
     for fact in facts:
         planned = max(extracted.get(fact.activations_key, 0), fact.activations_present)
-        steps.append(_step(fact, max(0, fact.activations_wanted - planned)))
-        if fact.finished_run is None:
+        steps.append(_step(fact, max(0, fact.activations_wanted - planned), retry))
+        if steps[-1].state == "missing":
             extracted[fact.activations_key] = max(planned, fact.activations_wanted)
     return steps
 
 
-def _step(fact: Facts, activations: int) -> Step:
+def _step(fact: Facts, activations: int, retry: bool) -> Step:
     if fact.finished_run is not None:
         return Step(fact.label, fact.cell_key, "done", f"run {fact.finished_run}", 0, 0, 0, 0, 0.0)
+    if fact.job is not None:
+        return Step(fact.label, fact.cell_key, *fact.job, 0, 0, 0, 0, 0.0)
+    if fact.failure is not None and fact.failure[0] not in FREELY_REPEATED and not retry:
+        reason = f"{fact.failure[0]}: {_first_line(fact.failure[1])} (--retry runs it again)"
+        return Step(fact.label, fact.cell_key, "failed", reason, 0, 0, 0, 0, 0.0)
     draws = fact.draws_wanted - fact.draws_present
     return Step(
         label=fact.label,
@@ -79,3 +105,8 @@ def _reason(fact: Facts, draws: int) -> str:
     if fact.draws_present:
         return f"{fact.draws_present:,} of {fact.draws_wanted:,} draws are there"
     return "no draws yet"
+
+
+def _first_line(text: str) -> str:
+    line = next(iter(text.strip().splitlines()), "")
+    return line if len(line) <= 200 else f"{line[:200]} ..."

@@ -1,4 +1,4 @@
-"""Resources -> submitit executor -> jobs: on Slurm, on this machine one after another, or in this process."""
+"""Resources -> submitit executor -> a job on this machine, or in this process. For Slurm see submission.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from ksweep.errors import RequestError, RunError, SpecError
-from ksweep.launch import worker
+from ksweep.launch import slurm, worker
 from ksweep.launch.job import Ending, Job, is_alive
 from ksweep.spec import Resources
 
@@ -25,11 +25,16 @@ log = logging.getLogger(__name__)
 
 def resolve_cluster(resources: Resources) -> str:
     """slurm, local or inprocess."""
-    if resources.cluster != "auto":
-        if resources.cluster == "slurm" and shutil.which("sbatch") is None:
+    if resources.cluster == "slurm":
+        if shutil.which("sbatch") is None:
             raise SpecError("resources.cluster=slurm, but there is no sbatch here: log in to a submit node, or use cluster=local")
+        if not slurm.is_there():
+            raise SpecError(
+                "resources.cluster=slurm, but Slurm's commands find no cluster here: is SLURM_CONF set? (scontrol ping)"
+            )
+    if resources.cluster != "auto":
         return resources.cluster
-    return "slurm" if shutil.which("sbatch") else "local"
+    return "slurm" if slurm.is_there() else "local"
 
 
 def num_gpus(resources: Resources) -> int:
@@ -46,10 +51,11 @@ def visible_gpus() -> int:
     return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
 
 
-def _visible_numbers() -> tuple[int, ...]:
+def visible_numbers() -> tuple[int, ...]:
     """The GPUs that the user's CUDA_VISIBLE_DEVICES allows; submitit would otherwise count from 0."""
-    shown = [d.strip() for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    return tuple(int(d) for d in shown if d.isdigit())
+    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return tuple(int(d) for d in shown.split(",") if d.strip().isdigit())
+    return tuple(range(visible_gpus()))
 
 
 def tasks_per_node(resources: Resources) -> int:
@@ -71,18 +77,14 @@ class Submitted:
     job: Job
     handle: Any
     """submitit's job, or None for a job that ran in this process."""
-    local: bool
 
     def over(self) -> bool:
         """Whether no process of the job is left, as far as submitit can tell."""
-        return self.handle is None or self.handle.done(force_check=not self.local)
+        return self.handle is None or bool(self.handle.done())
 
     def stop(self) -> None:
         """Ask every rank to stop at the end of its unit (a second call ends them at once)."""
         if self.handle is None:
-            return
-        if not self.local:
-            self.handle.cancel(check=False)
             return
         for heartbeat in self.job.heartbeats():
             if is_alive(heartbeat):
@@ -91,7 +93,7 @@ class Submitted:
 
     def kill(self) -> None:
         """End what is left of a local job: its controller and every rank."""
-        if self.handle is None or not self.local:
+        if self.handle is None:
             return
         with suppress(psutil.NoSuchProcess):
             controller = psutil.Process(int(self.handle.job_id))
@@ -99,23 +101,19 @@ class Submitted:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
 
-    def stderr_tail(self, lines: int = 20) -> str:
-        """The last lines that the job's ranks wrote, whichever rank wrote them."""
-        found = [path.read_text(errors="replace") for path in sorted(self.job.path.glob("*_log.err")) if path.stat().st_size]
-        return "\n".join("\n".join(text.splitlines()[-lines:]) for text in found)
 
-
-def submit(job: Job, resources: Resources, name: str, on_report: Callable[..., None] | None = None) -> Submitted:
-    """Hand a job over; in-process jobs have ended when this returns."""
-    cluster = resolve_cluster(resources)
-    if cluster == "inprocess":
+def submit(
+    job: Job, resources: Resources, name: str, on_report: Callable[..., None] | None = None, gpus: Sequence[int] | None = None
+) -> Submitted:
+    """Start a job on this machine, on the GPUs of these numbers; in-process jobs have ended when this returns."""
+    if resolve_cluster(resources) == "inprocess":
         device = "cuda:0" if num_gpus(resources) else "cpu"
         worker.run_here(job, device, on_report)
-        return Submitted(job, None, local=True)
-    executor = _executor(job.path, resources, cluster, name)
+        return Submitted(job, None)
+    executor = _executor(job.path, resources, name, gpus)
     with _deaf_to_interrupts():
         handle = executor.submit(worker.run_rank, str(job.path))
-    return Submitted(job, handle, local=cluster == "local")
+    return Submitted(job, handle)
 
 
 @contextmanager
@@ -131,30 +129,30 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _executor(folder: Path, resources: Resources, cluster: str, name: str) -> Any:
+def refuse_here(resources: Resources) -> None:
+    """Say before anything is started what this machine has not.
+
+    Raises:
+        SpecError: more than one node, more GPUs than there are.
+    """
+    if resources.nodes > 1:
+        raise SpecError(f"resources.nodes={resources.nodes}: a local job has one node; use cluster=slurm")
+    gpus = num_gpus(resources)
+    if gpus > (there := visible_gpus()):
+        raise SpecError(f"resources.gpus={gpus}, but this machine has {there}: lower it, or gpus=0 for the CPU")
+
+
+def _executor(folder: Path, resources: Resources, name: str, numbers: Sequence[int] | None) -> Any:
     import submitit
 
+    refuse_here(resources)
     gpus = num_gpus(resources)
-    if cluster == "local":
-        if resources.nodes > 1:
-            raise SpecError(f"resources.nodes={resources.nodes}: a local job has one node; use cluster=slurm")
-        if gpus > (there := visible_gpus()):
-            raise SpecError(f"resources.gpus={gpus}, but this machine has {there}: lower it, or gpus=0 for the CPU")
-        local = submitit.LocalExecutor(folder=folder)
-        local.update_parameters(
-            timeout_min=resources.timeout_min, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus, name=name,
-            visible_gpus=_visible_numbers()[:gpus],
-        )  # fmt: skip
-        return local
-    parameters: dict[str, Any] = {
-        "timeout_min": resources.timeout_min, "nodes": resources.nodes, "tasks_per_node": tasks_per_node(resources),
-        "gpus_per_node": gpus or None, "cpus_per_task": resources.cpus_per_task, "mem_gb": resources.mem_gb, "name": name,
-        "slurm_partition": resources.partition, "slurm_account": resources.account, "slurm_qos": resources.qos,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"], "slurm_additional_parameters": dict(resources.extra) or None,
-    }  # fmt: skip
-    slurm = submitit.AutoExecutor(folder=folder, cluster="slurm")
-    slurm.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
-    return slurm
+    local = submitit.LocalExecutor(folder=folder)
+    local.update_parameters(
+        timeout_min=resources.minutes, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus, name=name,
+        visible_gpus=tuple(numbers if numbers is not None else visible_numbers()[:gpus]),
+    )  # fmt: skip
+    return local
 
 
 def outcome(submitted: Submitted, ranks: int) -> Ending | None:
@@ -170,7 +168,7 @@ def outcome(submitted: Submitted, ranks: int) -> Ending | None:
     if submitted.over():
         silent = [r for r in range(ranks) if r not in endings]
         message = f"rank {', '.join(map(str, silent))} of {ranks} ended without a terminal record (killed, or out of memory)"
-        return Ending(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=submitted.stderr_tail())
+        return Ending(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=submitted.job.log_tail())
     return None
 
 

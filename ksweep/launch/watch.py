@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 
 from ksweep.launch.job import Heartbeat
+from ksweep.launch.states import Verdict
 
 LINE_SECONDS = 15.0
 """Away from a terminal a line is printed at each new phase and then at most this often."""
@@ -67,5 +69,19 @@ class Watch:
         phase = beats[0].phase
         same = [b for b in beats if b.phase == phase]
         done = sum(b.done for b in same) if beats[0].total else 0
-        rates = {name: sum(b.numbers.get(name, 0.0) for b in same) for name in beats[0].numbers}
+        # Rates add up; an FVE is each rank's own estimate of the same number.
+        rates = {
+            name: value if name.startswith("fve") else sum(b.numbers.get(name, 0.0) for b in same)
+            for name, value in beats[0].numbers.items()
+        }
         self.show(phase, min(done, beats[0].total), beats[0].total, **rates)
+
+    def show_jobs(self, verdicts: Mapping[str, Verdict], beats: Mapping[str, Sequence[Heartbeat]]) -> None:
+        """Several jobs at once: how many are in which state, and the work of those that run, summed."""
+        counts = Counter(v.state for v in verdicts.values())
+        phases = [max(b, key=lambda h: h.time) for b in beats.values() if b]
+        total, done = sum(b.total for b in phases), 0
+        for mine in beats.values():
+            done += min(sum(b.done for b in mine), max((b.total for b in mine), default=0))
+        words = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
+        self.show(f"jobs: {words}" if words else "jobs: all ended", done, total)

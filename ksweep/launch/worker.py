@@ -7,12 +7,14 @@ import importlib
 import logging
 import os
 import platform
+import re
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -36,12 +38,24 @@ COLLECTIVE_TIMEOUT = timedelta(days=2)
 """Ranks may wait long for the last unit of another; the watchdog, not the collective, notices a dead one."""
 
 
+BEAT_SECONDS_ON_SLURM = 2.0
+"""Heartbeats there go to a file system that is shared by many."""
+LAST_WORDS_SECONDS = 2.5
+"""How long a rank that failed stays, so that the others can say how they ended before Slurm kills them with it."""
+FOLLOW_SECONDS = 10.0
+"""How long a rank may take to its own border after another has stopped."""
+STARTS_WITHOUT_PROGRESS = 3
+"""So often a job may be stopped at the same place; then its units do not fit into its time limit."""
+
+
 def run_rank(job_path: str) -> Any:
     """One rank of a submitit job, from process group to terminal record."""
     import submitit
 
     job = Job(Path(job_path))
     environment = submitit.JobEnvironment()
+    if environment.cluster == "slurm":
+        return _run_on_slurm(job, environment)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s rank {environment.global_rank} %(name)s: %(message)s", force=True
     )
@@ -60,6 +74,71 @@ def run_rank(job_path: str) -> Any:
     if ending.status != "finished":
         os._exit(1)
     return ending.result
+
+
+def _run_on_slurm(job: Job, environment: Any) -> None:
+    """The same, as a task of srun: told to stop by Slurm, and put back into the queue by itself."""
+    attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    rank = environment.global_rank
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
+    pulse = Pulse(job, rank, environment.num_tasks, attempt, slurm_id=environment.job_id)
+    for name in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(name, pulse.ask_to_stop)
+    with pulse:
+        ending = pulse.explained(guarded(rank, lambda: _with_group(job, pulse, environment)))
+        if ending.status == "stopped" and rank == 0:
+            ending = _going_on_later(pulse, ending)
+        if ending.status == "failed":
+            log.error("failed (%s): %s\n%s", ending.kind, ending.message, ending.traceback)
+        pulse.end(ending)
+        if ending.status == "stopped" and rank == 0:
+            pulse.wait_for_others(FOLLOW_SECONDS)
+            _requeue(pulse)
+        if ending.status == "failed":
+            pulse.wait_for_others(LAST_WORDS_SECONDS)
+    logging.shutdown()
+    sys.stdout.flush()
+    # Zero for a rank that stopped: any other number makes srun kill those that are still on their way to a border.
+    os._exit(1 if ending.status == "failed" else 0)
+
+
+def _going_on_later(pulse: Pulse, ending: Ending) -> Ending:
+    """A job that is stopped at the same place again and again would be requeued for ever: that is a failure, and is said."""
+    if is_stuck([pulse.job.noted("requeued", n) for n in range(pulse.attempt)], pulse.place()):
+        message = (
+            f"{STARTS_WITHOUT_PROGRESS} starts reached the time limit in {pulse.beat.phase!r} and published nothing: a unit of "
+            "work takes longer than a start may last. Raise resources.time, or spread the work over more ranks"
+        )
+        return replace(ending, status="failed", kind="timeout", message=message)
+    return ending
+
+
+def is_stuck(requeues: Sequence[Mapping[str, Any] | None], place: list[Any]) -> bool:
+    """Whether the starts before this one reached their time limit where this one is stopped, with nothing published between."""
+    last = requeues[-(STARTS_WITHOUT_PROGRESS - 1) :]
+    same = [r for r in last if r and r["why"] == "time limit" and r["place"] == place]
+    return len(same) == STARTS_WITHOUT_PROGRESS - 1
+
+
+def _requeue(pulse: Pulse) -> None:
+    """Put this job back into the queue after a signal of Slurm's; not when somebody has ended it."""
+    from ksweep.launch import slurm
+
+    job, number = pulse.job, pulse.slurm_id
+    facts = slurm.describe(number)
+    if job.asked_to_end() or (facts.get("JobState") != "RUNNING"):
+        log.warning(
+            "not requeued: job %s is %s", number, "to end" if job.asked_to_end() else facts.get("JobState", "unknown to Slurm")
+        )
+        return
+    preempted = facts.get("PreemptTime", "None") not in ("None", "", "Unknown", "N/A")
+    why = "preempted" if preempted else "time limit" if pulse.signal == signal.SIGUSR2 else "asked to stop"
+    note = {"why": why, "time": time.time(), "place": pulse.place()}
+    job.note("requeued", note, pulse.attempt)
+    refused = slurm.requeue(number)
+    if refused is not None:
+        log.warning("Slurm does not requeue job %s: %s", number, refused)
+        job.note("requeued", note | {"refused": refused}, pulse.attempt)
 
 
 def run_here(job: Job, device: str, on_report: Callable[..., None] | None = None) -> Ending:
@@ -101,21 +180,25 @@ def classify(error: BaseException) -> str:
         return "disk full"
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
         return "out of memory"
+    if isinstance(error, FloatingPointError) or (isinstance(error, RunError) and re.search(r"\bNaN\b|not finite", str(error))):
+        return "NaN"
     return "failure" if isinstance(error, (RunError, StoreError)) else "bug"
 
 
 def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
-    import torch
-    import torch.distributed as dist
-
     spec = job.spec()
-    device = _device(environment, torch, spec["gpus"])
+    device = _device(environment, spec["gpus"])
+    pulse.beat = replace(pulse.beat, device=name_of(device))
     if environment.num_tasks == 1:
         return load_entry(spec["entry"])(spec["argument"], Group(pulse, device))
+    import torch
+    import torch.distributed as dist
     from submitit.helpers import TorchDistributedEnvironment
 
     # Each rank sees all GPUs of its job and takes its own by number; with gpus=0 it must not be handed one.
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    # Processes of an earlier start may still hold its port.
+    os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["MASTER_PORT"]) - 20000 + 97 * pulse.attempt) % 40000)
     if device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(environment)))
     # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
@@ -126,9 +209,11 @@ def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
     return result
 
 
-def _device(environment: Any, torch: Any, gpus: int) -> str:
+def _device(environment: Any, gpus: int) -> str:
     if gpus == 0:
         return "cpu"
+    import torch
+
     if (there := torch.cuda.device_count()) < gpus:
         raise RunError(f"the job was given {gpus} GPUs, torch sees {there}: is this torch built for CUDA, and the driver loaded?")
     device = f"cuda:{environment.local_rank}"
@@ -182,7 +267,9 @@ class Group:
         if self.store is not None:
             import torch.distributed as dist
 
+            self.pulse.waiting = True
             dist.barrier()
+            self.pulse.waiting = False
 
     def take(self, queue: str) -> int:
         """The next number of a queue; the store of the process group counts, so a fast rank takes more."""
@@ -203,12 +290,18 @@ class Group:
 class Pulse:
     """Heartbeat and watchdog of one rank: a thread that says "alive" and ends the rank when another one has died."""
 
-    def __init__(self, job: Job, rank: int, world_size: int) -> None:
+    def __init__(self, job: Job, rank: int, world_size: int, attempt: int = 0, slurm_id: str = "") -> None:
         """Nothing runs until the context is entered."""
         me = psutil.Process()
-        self.job, self.rank, self.world_size = job, rank, world_size
-        self.beat = Heartbeat(rank=rank, pid=me.pid, host=socket.gethostname(), process_started=me.create_time())
-        self.stopping, self._asked = False, 0.0
+        self.job, self.rank, self.world_size, self.attempt, self.slurm_id = job, rank, world_size, attempt, slurm_id
+        self.beat = Heartbeat(
+            rank=rank, pid=me.pid, host=socket.gethostname(), process_started=me.create_time(), attempt=attempt, slurm_id=slurm_id
+        )
+        self.stopping, self._asked, self.signal = False, 0.0, 0
+        self.waiting = False
+        """Whether this rank waits for the others and has nothing of its own to bring to an end."""
+        self._phase = ("", 0.0, 0)
+        self._followed = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ksweep-pulse", daemon=True)
 
@@ -223,16 +316,27 @@ class Pulse:
     def ask_to_stop(self, number: int, _frame: object) -> None:
         """Signal handler: the work loop stops at the next border; a second signal ends the rank at once."""
         now = time.monotonic()
-        if self.stopping and now - self._asked > SECOND_THOUGHT_SECONDS:
-            self.job.end(Ending(rank=self.rank, status="stopped", message=f"ended at once by signal {number}"))
+        if (
+            self.stopping and now - self._asked > SECOND_THOUGHT_SECONDS and not self.slurm_id
+        ):  # Slurm repeats itself, people insist
+            self._say_end(Ending(rank=self.rank, status="stopped", message=f"ended at once by signal {number}"))
             os._exit(128 + number)
         if not self.stopping:
             log.warning("signal %d: stopping at the end of the unit at hand", number)
-            self._asked, self.stopping = now, True
+            self._asked, self.stopping, self.signal = now, True, number
 
     def update(self, phase: str, done: int, total: int, numbers: dict[str, float]) -> None:
         """What the next heartbeat will say."""
-        self.beat = replace(self.beat, phase=phase, done=done, total=total, numbers=numbers)
+        if phase != self._phase[0]:
+            self._phase = (phase, time.monotonic(), done)
+        _, began, first = self._phase
+        rate = (done - first) / max(1e-9, time.monotonic() - began)
+        self.beat = replace(self.beat, phase=phase, done=done, total=total, numbers=numbers, rate=rate)
+
+    def place(self) -> list[Any]:
+        """Where the work stands: what counts as whole, so that two starts that publish nothing between them are at one place."""
+        beat = self.beat  # `total` counts the draws that were missing at the start, but all activations
+        return [beat.phase, beat.total, beat.done if beat.phase == "activations" else 0]
 
     def explained(self, ending: Ending) -> Ending:
         """A failure that may only be the echo of another rank's (its connection closed) is given to that rank."""
@@ -240,7 +344,7 @@ class Pulse:
             return ending
         deadline = time.monotonic() + ECHO_SECONDS
         while time.monotonic() < deadline:
-            first = next((e for e in self.job.endings() if e.rank != self.rank and e.status != "finished"), None)
+            first = next((e for e in self.job.endings(self.attempt) if e.rank != self.rank and e.status != "finished"), None)
             if first is not None:
                 return replace(ending, status="stopped", message=f"rank {first.rank} {first.status}")
             dead = self._dead_peer()
@@ -253,12 +357,26 @@ class Pulse:
         """Publish the last heartbeat and the terminal record."""
         self._ended.set()
         self._say_alive()
-        self.job.end(ending)
+        self._say_end(ending)
+
+    def _say_end(self, ending: Ending) -> None:
+        self.job.end(replace(ending, attempt=self.attempt))
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Until every other rank has said how it ended, or is dead, or the time is over."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and len(self.job.endings(self.attempt)) < self.world_size and not self._dead_peer():
+            time.sleep(0.1)
 
     def _run(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
+        while not self._ended.wait(BEAT_SECONDS_ON_SLURM if self.slurm_id else BEAT_SECONDS):
             self._say_alive()
-            for ending in self.job.endings():
+            if self.job.attempt() > self.attempt:
+                log.error(
+                    "start %d of this job is running elsewhere: ending this rank of start %d", self.job.attempt(), self.attempt
+                )
+                os._exit(1)
+            for ending in self.job.endings(self.attempt):
                 if ending.status != "finished" and ending.rank != self.rank:
                     self._follow(ending)
             dead = self._dead_peer()
@@ -270,20 +388,31 @@ class Pulse:
             self.job.beat(replace(self.beat, time=time.time()))
 
     def _dead_peer(self) -> Heartbeat | None:
-        silent = [h for h in self.job.heartbeats() if h.rank != self.rank and not is_alive(h)]
+        silent = [h for h in self.job.heartbeats(self.attempt) if h.rank != self.rank and not is_alive(h)]
         # Endings are read last: a rank that ended between the two looks has written its own by now.
-        ended = {e.rank for e in self.job.endings()} if silent else set()
+        ended = {e.rank for e in self.job.endings(self.attempt)} if silent else set()
         return next((h for h in silent if h.rank not in ended), None)
 
     def _follow(self, ending: Ending) -> None:
-        """Another rank has failed or stopped: nothing that this one waits for will ever come."""
-        if not self._ended.is_set():
-            self.job.end(Ending(rank=self.rank, status="stopped", message=f"rank {ending.rank} {ending.status}"))
-        os._exit(1)
+        """Another rank has failed or stopped: nothing that this one waits for will ever come, and it stops too.
+
+        After a stop it may bring its own unit to an end, if it is at one.
+        """
+        if self._ended.is_set():
+            return
+        if ending.status == "stopped":
+            self._followed = self._followed or time.monotonic()
+            self.stopping = True
+            if not self.waiting and time.monotonic() - self._followed < FOLLOW_SECONDS:
+                return
+        self._say_end(Ending(rank=self.rank, status="stopped", message=f"rank {ending.rank} {ending.status}"))
+        if self.rank == 0 and self.slurm_id and ending.status == "stopped":
+            _requeue(self)
+        os._exit(0 if self.slurm_id and ending.status == "stopped" else 1)
 
     def _abort(self, dead: Heartbeat) -> None:
         log.error("%s: ending rank %d", self._obituary(dead), self.rank)
-        self.job.end(Ending(rank=self.rank, status="failed", kind="dead rank", message=self._obituary(dead)))
+        self._say_end(Ending(rank=self.rank, status="failed", kind="dead rank", message=self._obituary(dead)))
         os._exit(1)
 
     @staticmethod

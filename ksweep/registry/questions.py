@@ -36,6 +36,27 @@ def finished_runs(root: Path) -> dict[str, str]:
         return dict(connection.execute("SELECT cell_key, run_id FROM v_latest").fetchall())
 
 
+def cell_of_run(root: Path, name: str) -> str | None:
+    """Key of the cell of the run whose id begins so, where that is one run."""
+    if not root.is_dir():
+        return None
+    with connect(root) as connection:
+        found = connection.execute("SELECT DISTINCT cell_key FROM runs WHERE starts_with(run_id, ?)", [name]).fetchall()
+    return str(found[0][0]) if len(found) == 1 else None
+
+
+def failed_runs(root: Path) -> dict[str, tuple[str, str]]:
+    """Cell key -> class and message, of cells whose newest run failed or was stopped."""
+    if not root.is_dir():
+        return {}
+    question = """
+        SELECT cell_key, coalesce(error_type, status), coalesce(error_message, '') FROM runs
+        QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1 AND status <> 'finished'
+    """
+    with connect(root) as connection:
+        return {key: (kind, message) for key, kind, message in connection.execute(question).fetchall()}
+
+
 def runs_since(root: Path, moment: datetime) -> dict[str, str]:
     """Cell key -> status of the runs that ended after a moment."""
     if not root.is_dir():

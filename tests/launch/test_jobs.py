@@ -23,7 +23,7 @@ def importable_entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(tmp_path: Path, entry: str, ranks: int, **argument: Any) -> launch.Submitted:
     job = create(tmp_path / "logs", f"tests.launch.entries:{entry}", argument, ranks)
-    return launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, timeout_min=5), "test")
+    return launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
 
 
 def end(submitted: launch.Submitted, ranks: int, seconds: float = 90) -> Ending:
@@ -34,7 +34,7 @@ def end(submitted: launch.Submitted, ranks: int, seconds: float = 90) -> Ending:
             if ending is not None:
                 return ending
             time.sleep(0.05)
-        raise AssertionError(f"no end after {seconds} s: {submitted.job.heartbeats()} {submitted.stderr_tail()}")
+        raise AssertionError(f"no end after {seconds} s: {submitted.job.heartbeats()} {submitted.job.log_tail()}")
     finally:
         submitted.kill()
 
@@ -69,7 +69,7 @@ def test_a_rank_that_is_shot_ends_the_job_and_is_named(tmp_path: Path) -> None:
 def test_a_job_that_is_asked_to_stop_ends_at_a_border_of_its_units(tmp_path: Path) -> None:
     submitted = start(tmp_path, "works_until_told_to_stop", 2)
     while not any(h.phase == "working" for h in submitted.job.heartbeats()):
-        assert not submitted.over(), submitted.stderr_tail()
+        assert not submitted.over(), submitted.job.log_tail()
         time.sleep(0.1)
     submitted.stop()
     ending = end(submitted, 2)

@@ -163,3 +163,26 @@ def test_dry_run_sees_the_draws_on_disk_and_their_loss(sweep: Sweep, capsys: pyt
     assert "80 of 320 draws are there" in dry_run(sweep, capsys)
     shutil.rmtree(Path(sweep.registry) / "draws" / key)
     assert "no draws yet" in dry_run(sweep, capsys)
+
+
+def test_plan_leaves_cells_to_the_jobs_that_are_at_work_on_them() -> None:
+    [running, missing] = plan([facts(job=("running", "job 7: drawing 3/8")), facts(cell_key="d")])
+    assert (running.state, running.reason, running.draws_to_sample) == ("running", "job 7: drawing 3/8", 0)
+    assert missing.state == "missing"
+
+
+def test_plan_reports_what_failed_and_repeats_it_only_when_asked() -> None:
+    broken = facts(failure=("bug", "KeyError: 'x'\nmore"))
+    [step] = plan([broken])
+    assert (step.state, step.reason, step.draws_to_sample) == ("failed", "bug: KeyError: 'x' (--retry runs it again)", 0)
+    [again] = plan([broken], retry=True)
+    assert (again.state, again.draws_to_sample) == ("missing", 320)
+
+
+@pytest.mark.parametrize("kind", ["preempted", "timeout", "node failure", "cancelled", "lost", "stopped", "DiskFullError"])
+def test_plan_repeats_freely_what_neither_request_nor_code_is_to_blame_for(kind: str) -> None:
+    assert plan([facts(failure=(kind, "gone"))])[0].state == "missing"
+
+
+def test_plan_of_a_finished_cell_is_done_whatever_failed_since() -> None:
+    assert plan([facts(finished_run="r1", failure=("bug", "later"), job=("running", "again"))])[0].state == "done"

@@ -1,0 +1,240 @@
+"""What has become of a job: told by its own files; Slurm is asked only about one that is silent."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ksweep.launch import slurm
+from ksweep.launch.job import Ending, Heartbeat, Job, all_jobs, is_alive
+
+FRESH_SECONDS = 20.0
+"""A heartbeat younger than this says that the job runs; Slurm is not asked."""
+SECOND_LOOK_SECONDS = 20.0
+"""A job that has vanished, or whose node failed, is believed to be gone only when it still is so much later.
+
+Seen on Slurm 22: NODE_FAIL stands for 5 s before the job is back in the queue; a requeued job was away for less than 2 s.
+"""
+
+State = Literal["waiting", "running", "finished", "failed", "stopped", "unknown"]
+LIVE: tuple[State, ...] = ("waiting", "running", "unknown")
+"""States in which a job may still bring its results: its cells are not given to another."""
+
+OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory|OutOfMemory|Cannot allocate memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Slurm says of a job."""
+
+    queued: slurm.Queued | None = None
+    accounted: slurm.Accounted | None = None
+    reachable: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What has become of a job, and why we say so."""
+
+    state: State
+    reason: str
+    kind: str = ""
+    """Class of an ending that was none of our own: timeout, preempted, cancelled, node failure, out of memory, dead rank."""
+    ending: Ending | None = None
+    """The first cause, where a rank has said one."""
+    look_again: bool = False
+    """It seems to be gone: to be believed only when a later look says the same."""
+
+
+def verdict(job: Job) -> Verdict:
+    """What has become of one job."""
+    return verdicts([job])[job.id]
+
+
+def verdicts(jobs: Sequence[Job]) -> dict[str, Verdict]:
+    """What has become of jobs, by id; Slurm is asked once for all that are silent."""
+    found = {job.id: _from_files(job) for job in jobs}
+    silent = [job for job in jobs if found[job.id] is None]
+    answers = _ask_slurm(silent)
+    return {job.id: found[job.id] or _second_look(job, explain(job, answers[job.id])) for job in jobs}
+
+
+def _from_files(job: Job) -> Verdict | None:
+    settled = job.noted("settled")
+    if settled is not None and "state" in settled:
+        return Verdict(settled["state"], settled["reason"], settled.get("kind", ""))
+    attempt, spec = job.attempt(), job.spec()
+    beats, endings = job.heartbeats(attempt), job.endings(attempt)
+    if not beats and not endings and job.slurm_id() is None:
+        return _not_begun(job, spec)
+    return told(beats, endings, spec["num_ranks"], local=spec.get("cluster") != "slurm")
+
+
+def _not_begun(job: Job, spec: dict[str, Any]) -> Verdict:
+    launcher = spec.get("launcher")
+    if launcher is not None and is_alive(Heartbeat(rank=0, **launcher)):
+        return Verdict("waiting", f"its launcher (process {launcher['pid']} on {launcher['host']}) has yet to start it")
+    return Verdict("stopped", "its launcher ended before it was started", "never submitted")
+
+
+def told(beats: Sequence[Heartbeat], endings: Sequence[Ending], num_ranks: int, *, local: bool) -> Verdict | None:
+    """What a job's files say by themselves; None where they are silent and somebody else has to be asked."""
+    failed = sorted((e for e in endings if e.status == "failed"), key=lambda e: e.time)
+    if failed:
+        return Verdict("failed", f"{failed[0].kind}: {failed[0].message}", failed[0].kind, failed[0])
+    if len(endings) == num_ranks and all(e.status == "finished" for e in endings):
+        return Verdict("finished", "every rank finished", ending=min(endings, key=lambda e: e.rank))
+    stopped = next((e for e in endings if e.status == "stopped"), None)
+    if stopped is not None:
+        if not local:
+            return None  # it may be on its way back into the queue: Slurm knows
+        if len(endings) == num_ranks:
+            return Verdict("stopped", stopped.message, "stopped", stopped)
+    ended = {e.rank for e in endings}
+    running = [b for b in beats if b.rank not in ended]
+    if any(_speaks(b, local) for b in running):
+        newest = max(running, key=lambda b: b.time)
+        counted = f" {newest.done}/{newest.total}" if newest.total else ""
+        return Verdict("running", f"{newest.phase}{counted}")
+    if not local:
+        return None
+    silent = sorted(set(range(num_ranks)) - ended)
+    message = f"rank {', '.join(map(str, silent))} of {num_ranks} is gone without a terminal record (killed, or out of memory)"
+    return Verdict("stopped", message, "killed")
+
+
+def _speaks(beat: Heartbeat, local: bool) -> bool:
+    return is_alive(beat) if local else time.time() - beat.time < FRESH_SECONDS
+
+
+def _ask_slurm(jobs: Sequence[Job]) -> dict[str, Answer]:
+    numbers = {job.id: job.slurm_id() for job in jobs}
+    known = {job.id: number for job in jobs if (number := numbers[job.id]) is not None}
+    if not known:
+        return {job.id: Answer() for job in jobs}
+    try:
+        queued = {entry.id: entry for entry in slurm.queue(known.values())}
+    except slurm.SlurmError:
+        return {job.id: Answer(reachable=False) for job in jobs}
+    accounted = slurm.accounting([n for n in known.values() if n not in queued])
+    return {job.id: Answer(_own(job, queued.get(known.get(job.id, ""))), accounted.get(known.get(job.id, ""))) for job in jobs}
+
+
+def _own(job: Job, entry: slurm.Queued | None) -> slurm.Queued | None:
+    """Numbers are given twice where slurmctld lost its state: the tag must be ours as well."""
+    tag = (job.noted("slurm") or {}).get("tag")
+    return None if entry is None or (tag and entry.tag and entry.tag != tag) else entry
+
+
+def explain(job: Job, answer: Answer) -> Verdict:
+    """A silent job, with what Slurm says of it."""
+    number = job.slurm_id()
+    if number is None:  # files alone decide about those
+        return Verdict("unknown", "its submission is not settled yet")
+    oom = OUT_OF_MEMORY.search(job.log_tail(50)) is not None
+    stopped = next((e.message for e in job.endings() if e.status == "stopped"), "")
+    return explained(number, answer, job.noted("requeued", job.attempt()), oom, asked=job.asked_to_end(), stopped=stopped)
+
+
+def explained(
+    number: str, answer: Answer, requeued: dict[str, Any] | None, oom_in_log: bool, *, asked: bool = False, stopped: str = ""
+) -> Verdict:
+    """The same from values alone."""
+    if not answer.reachable:
+        return Verdict("unknown", f"silent, and Slurm does not answer (job {number})")
+    if answer.queued is not None:
+        entry = answer.queued
+        again = f", requeued: {requeued['why']}" if requeued else ""
+        if entry.state in slurm.ALIVE:
+            return Verdict("running", f"silent; Slurm says {entry.state} (job {number}{again})")
+        if entry.state in slurm.WAITING:
+            return Verdict("waiting", f"{entry.state.lower()}: {entry.reason} (job {number}{again})")
+    state = answer.accounted.state if answer.accounted is not None else answer.queued.state if answer.queued is not None else ""
+    gone = _gone(number, state, answer.accounted, oom_in_log, asked)
+    if not stopped or gone.kind in ("cancelled", "timeout", "preempted", "node failure"):
+        return gone
+    # Its ranks have said themselves that they stopped; that its shell then ended in whatever way says nothing more.
+    return Verdict("stopped", f"{stopped} (job {number} has left the queue)", "stopped")
+
+
+def _gone(number: str, state: str, word: slurm.Accounted | None, oom_in_log: bool, asked: bool) -> Verdict:
+    where = f" on {word.nodes}" if word is not None and word.nodes not in ("", "None assigned") else ""
+    says = f"Slurm: {state}{where} (job {number})"
+    if asked or state.startswith("CANCELLED"):
+        return Verdict("stopped", f"cancelled; {says if state else f'job {number} left the queue'}", "cancelled")
+    if state == "OUT_OF_MEMORY" or (oom_in_log and state in ("FAILED", "")):
+        return Verdict("failed", f"out of memory; {says}", "out of memory")
+    if state in ("TIMEOUT", "DEADLINE"):
+        return Verdict("stopped", f"killed at its time limit; {says}", "timeout")
+    if state == "PREEMPTED":
+        return Verdict("stopped", f"preempted and not requeued; {says}", "preempted", look_again=True)
+    if state in ("NODE_FAIL", "BOOT_FAIL"):
+        return Verdict("stopped", f"its node failed and it was not requeued; {says}", "node failure", look_again=True)
+    if state in ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "RESIZING"):
+        return Verdict("stopped", f"accounting says {state}, but it is not in the queue (job {number})", "lost", look_again=True)
+    if state:
+        code = f", exit code {word.exit_code}" if word is not None and word.exit_code else ""
+        return Verdict("failed", f"a rank ended without a terminal record; {says}{code}", "dead rank")
+    reason = f"job {number} is neither in the queue nor in accounting (cancelled while it waited, or killed)"
+    return Verdict("stopped", reason, "lost", look_again=True)
+
+
+def _second_look(job: Job, first: Verdict) -> Verdict:
+    """A job that seems to be gone is `unknown` until it has seemed so for a while."""
+    before = job.noted("seems-gone")
+    if not first.look_again:
+        if before is not None:
+            (job.path / "seems-gone.json").unlink(missing_ok=True)
+        return first
+    sign = job.last_sign()
+    if before is None or before["sign"] != sign:
+        before = {"since": time.time(), "sign": sign}
+        job.note("seems-gone", before)
+    if time.time() - max(before["since"], 0.0) >= SECOND_LOOK_SECONDS:
+        return first
+    return replace(first, state="unknown", reason=f"{first.reason}; looking again before believing it")
+
+
+def awaiting_second_look(found: Iterable[Verdict]) -> bool:
+    """Whether a little patience would settle something."""
+    return any(v.state == "unknown" and v.look_again for v in found)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All jobs that are not settled yet, as they stand."""
+
+    verdicts: dict[str, Verdict]
+    at_work: dict[str, Job]
+    """Cell key -> the job that may still bring its results."""
+    ended: list[tuple[Job, Verdict]]
+    """Jobs whose end nobody has booked yet."""
+
+    @property
+    def failures(self) -> dict[str, tuple[str, str]]:
+        """Cell key -> class and message, of cells whose job has just been found failed."""
+        found: dict[str, tuple[str, str]] = {}
+        for job, verdict in self.ended:
+            if verdict.state == "failed":
+                found |= {cell["key"]: (verdict.kind, verdict.reason) for cell in job.spec()["cells"][:1]}
+        return found
+
+    def at_work_on(self, cell_key: str) -> tuple[Literal["running", "waiting"], str] | None:
+        """Whether a job is at work on a cell, and what is known of it."""
+        job = self.at_work.get(cell_key)
+        if job is None:
+            return None
+        found = self.verdicts[job.id]
+        return "waiting" if found.state == "waiting" else "running", f"job {job.id}: {found.reason}"
+
+
+def survey(logs: Path) -> Survey:
+    """Every unsettled job below a directory of logs; Slurm is asked about those that are silent, and nothing is written."""
+    jobs = [job for job in all_jobs(logs) if job.noted("settled") is None]
+    found = verdicts(jobs)
+    at_work = {cell["key"]: job for job in jobs if found[job.id].state in LIVE for cell in job.spec().get("cells", [])}
+    return Survey(found, at_work, [(job, found[job.id]) for job in jobs if found[job.id].state not in LIVE])

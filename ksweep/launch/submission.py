@@ -1,0 +1,238 @@
+"""Jobs handed to Slurm: Resources -> batch script -> array, with a note before and after, so that none is ever lost.
+
+logs/submissions/<name>/intent.json    written before sbatch: which jobs, under which tag
+                        script.sh      what sbatch is given
+                        jobs.json      job directory of each element of the array
+                        submitted.json written after sbatch: Slurm's number
+                        *_log.err|out  what the ranks wrote
+
+A job needs nothing from the launcher once sbatch has it: all that it reads is on disk before. So a launcher that dies between
+sbatch and its note leaves a job that is found again by its tag, or by its own heartbeat, and is adopted.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ksweep.errors import SpecError
+from ksweep.files import publish
+from ksweep.launch import slurm
+from ksweep.launch.job import Heartbeat, Job, is_alive, myself
+from ksweep.spec import Resources
+
+log = logging.getLogger(__name__)
+
+TAG = "ksweep:"
+SIGNAL_SECONDS = 120
+"""How long before its time limit a job is told to stop; half of the limit where that is shorter."""
+SBATCH_SECONDS = 3.0
+"""How long an sbatch may outlive the launcher that was killed."""
+
+
+def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str = "", after: str | None = None) -> dict[str, Any]:
+    """Resources as submitit's SlurmExecutor takes them."""
+    gpus = resources.gpus or 0
+    extra: dict[str, Any] = {"requeue": True, "comment": tag}
+    if resources.niceness:
+        extra["nice"] = resources.niceness
+    if resources.whole_nodes and resources.mem_gb is None:
+        extra["mem"] = 0  # an exclusive node gives all its CPUs and GPUs, but of its memory only what is asked for
+    if after is not None:
+        extra["dependency"] = f"afterany:{after}"
+    found = {
+        "job_name": resources.job_name or name,
+        "time": resources.minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": gpus or resources.tasks,
+        "gpus_per_node": gpus or None,
+        # Slurm's own --cpus-per-gpu excludes --cpus-per-task, and submitit wants --gpus-per-task with it: one rank has one GPU.
+        "cpus_per_task": resources.cpus_per_gpu if gpus else resources.cpus_per_task,
+        "mem": None if resources.mem_gb is None else f"{round(resources.mem_gb * 1024)}MB",
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "exclusive": True if resources.whole_nodes else None,
+        "signal_delay_s": min(SIGNAL_SECONDS, resources.minutes * 30),
+        "setup": resources.setup_lines,
+        # A rank that fails ends the others at once; one that has finished or stopped does not, however long they take.
+        "srun_args": ["--kill-on-bad-exit=1", "--wait=0"],
+        "array_parallelism": min(num_jobs, resources.max_parallel_jobs or num_jobs),
+        "additional_parameters": extra | {key.replace("_", "-"): value for key, value in resources.extra.items()},
+    }
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def script(
+    folder: Path, resources: Resources, name: str, *, num_jobs: int, tag: str, code: Path | None = None, after: str | None = None
+) -> str:
+    """The batch script of a submission: submitit's, with our own start instead of its pickles."""
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder=folder)
+    given = parameters(resources, name, num_jobs=num_jobs, tag=tag, after=after)
+    # The user's lines first: what they set must not take away the code as submitted.
+    path = f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"' if code else ""
+    # A signal for the whole job must not end the shell before the ranks have stopped.
+    given["setup"] = [*given["setup"], "trap : TERM USR2", *([path] if path else [])]
+    executor.update_parameters(**given)
+    if num_jobs > 1:
+        executor.parameters["map_count"] = num_jobs
+    # -P: the directory that a job starts in, often the checkout itself, must not hide the code as submitted.
+    start = shlex.join([sys.executable, "-u", "-P", "-m", "ksweep.launch.start", str(folder)])
+    return str(executor._make_submission_file_text(start, uid=tag))
+
+
+def refuse(resources: Resources) -> None:
+    """Say before anything is submitted what the cluster has not, with what it has.
+
+    Raises:
+        SpecError: a partition, account, QOS, feature, number of GPUs or nodes, or time limit that cannot be had.
+    """
+    there = slurm.partitions()
+    if resources.partition is not None:
+        _one_of("partition", resources.partition, sorted(there))
+    _named("qos", resources.qos, slurm.names("qos"))
+    _named("account", resources.account, slurm.names("account", "Account"))
+    wanted = _wanted(resources, there)
+    for what, value, most in (
+        ("gpus", resources.gpus or 0, max((p.gpus for p in wanted), default=0)),
+        ("nodes", resources.nodes, max((p.num_nodes for p in wanted), default=0)),
+    ):
+        if wanted and value > most:
+            raise SpecError(
+                f"resources.{what}={value}, but {_which(wanted)} has {most}{' on a node' if what == 'gpus' else ''}: lower it"
+            )
+    limits = [p.minutes for p in wanted if p.minutes is not None]
+    if limits and len(limits) == len(wanted) and resources.minutes > max(limits):
+        raise SpecError(
+            f"resources.time={resources.time!r}, but {_which(wanted)} allows {max(limits)} minutes: lower it; "
+            "a job that reaches its limit is requeued"
+        )
+    features = frozenset().union(*(p.features for p in wanted))
+    if resources.constraint and features and resources.constraint.replace("_", "").replace("-", "").isalnum():
+        _one_of("constraint", resources.constraint, sorted(features))
+
+
+def most_gpus(resources: Resources) -> int:
+    """GPUs on a node of the partition that a job would go to; a login node's own say nothing."""
+    return max((p.gpus for p in _wanted(resources, slurm.partitions())), default=0)
+
+
+def _wanted(resources: Resources, there: Mapping[str, slurm.Partition]) -> list[slurm.Partition]:
+    named = [there[p] for p in (resources.partition or "").split(",") if p in there]
+    return named or [p for p in there.values() if p.is_default]
+
+
+def _which(partitions: Sequence[slurm.Partition]) -> str:
+    return f"partition {' or '.join(p.name for p in partitions)}"
+
+
+def _named(what: str, value: str | None, valid: Sequence[str]) -> None:
+    if value is not None and valid:
+        _one_of(what, value, valid)
+
+
+def _one_of(what: str, value: str, valid: Sequence[str]) -> None:
+    if any(part not in valid for part in value.split(",")):
+        raise SpecError(f"resources.{what}={value!r} is not one of {', '.join(valid)}")
+
+
+def submit(logs: Path, jobs: Sequence[Job], resources: Resources, name: str, code: Path | None = None) -> list[str]:
+    """Hand jobs over, in arrays that the cluster accepts; Slurm's number of each array.
+
+    Raises:
+        SpecError: the cluster does not take such a job; nothing is submitted. RunError: Slurm does not answer.
+    """
+    most = slurm.max_array_size()
+    arrays, after = [], None
+    for start in range(0, len(jobs), most):
+        number = _submit_array(logs, jobs[start : start + most], resources, name, code, after, check=start == 0)
+        arrays.append(number)
+        # A cap holds within an array; a second array waits for the first, so that both together keep it.
+        after = number if resources.max_parallel_jobs else None
+    return arrays
+
+
+def _submit_array(
+    logs: Path, jobs: Sequence[Job], resources: Resources, name: str, code: Path | None, after: str | None, *, check: bool
+) -> str:
+    key = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    folder, tag = logs / "submissions" / key, f"{TAG}{key}"
+    text = script(folder, resources, name, num_jobs=len(jobs), tag=tag, code=code, after=after)
+    if check and (reason := slurm.refusal(text)):
+        raise SpecError(f"the cluster does not take this job ({reason}); asked for: {shape(resources)}")
+    publish(folder / "jobs.json", json.dumps([str(job.path) for job in jobs]).encode())
+    publish(folder / "script.sh", text.encode())
+    publish(folder / "intent.json", json.dumps({"tag": tag, "launcher": myself()}).encode())
+    number = slurm.submit(text)
+    _record(folder, number, jobs)
+    return number
+
+
+def _record(folder: Path, number: str, jobs: Sequence[Job]) -> None:
+    for index, job in enumerate(jobs):
+        job.note(
+            "slurm", {"id": f"{number}_{index}" if len(jobs) > 1 else number, "folder": str(folder), "tag": f"{TAG}{folder.name}"}
+        )
+    publish(folder / "submitted.json", json.dumps({"id": number}).encode())
+
+
+def settle(logs: Path) -> list[str]:
+    """See to submissions whose launcher died between its intent and its note: adopt what Slurm has, forget what never was.
+
+    Returns a line for each.
+    """
+    open_ones = [
+        p.parent for p in sorted((logs / "submissions").glob("*/intent.json")) if not (p.parent / "submitted.json").exists()
+    ]
+    return [line for folder in open_ones for line in _settle(folder)]
+
+
+def _settle(folder: Path) -> list[str]:
+    intent = json.loads((folder / "intent.json").read_text())
+    jobs = [Job(Path(path)) for path in json.loads((folder / "jobs.json").read_text())]
+    if is_alive(Heartbeat(rank=0, **intent["launcher"])):
+        return [f"submission {folder.name}: another launcher is handing it over at this moment"]
+    number = _number(folder, intent["tag"], jobs)
+    if number is None and time.time() - intent["launcher"]["time"] < SBATCH_SECONDS:
+        time.sleep(SBATCH_SECONDS)
+        number = _number(folder, intent["tag"], jobs)
+    if number is not None:
+        _record(folder, number, jobs)
+        return [f"submission {folder.name}: its launcher died before it noted Slurm's number; found again as job {number}"]
+    for job in jobs:
+        job.note("settled", {"state": "stopped", "kind": "never submitted", "reason": "its launcher died before sbatch"})
+    publish(folder / "submitted.json", json.dumps({"id": None}).encode())
+    return [
+        f"submission {folder.name}: its launcher died before sbatch; Slurm knows nothing of it, so its cells are submitted again"
+    ]
+
+
+def _number(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
+    """Slurm's number of a submission: from a job that runs or ran, from its output files, from the queue."""
+    said = [job.slurm_id() for job in jobs] + [p.name.partition("_")[0] for p in folder.glob("*_log.*")]
+    said += [entry.id for entry in slurm.queue(user=getpass.getuser()) if entry.tag == tag]
+    return next((word.partition("_")[0] for word in said if word), None)
+
+
+def shape(resources: Resources) -> str:
+    """What one job takes, in words: "2 nodes x 8 GPUs, 24:00:00, partition main"."""
+    gpus = resources.gpus or 0
+    what = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else f"{resources.tasks} CPU rank{'s' * (resources.tasks != 1)}"
+    nodes = f"{resources.nodes} nodes x " if resources.nodes > 1 else ""
+    hours, mins = divmod(resources.minutes, 60)
+    named = [f"{n} {v}" for n in ("partition", "account", "qos", "constraint") if (v := getattr(resources, n))]
+    words = [f"{nodes}{what}", f"{hours}:{mins:02d}:00", *named]
+    words += ["exclusive"] if resources.whole_nodes else []
+    words += [f"nice {resources.niceness}"] if resources.niceness else []
+    return ", ".join(words)

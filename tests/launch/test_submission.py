@@ -1,0 +1,123 @@
+"""Resources as a batch script: what Slurm is asked for, line by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksweep.errors import SpecError
+from ksweep.launch import slurm, submission
+from ksweep.overrides import apply_overrides
+from ksweep.spec import Activations, Autoencoder, Cell, Resources, Sweep
+
+
+@pytest.fixture(autouse=True)
+def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit looks whether there is an srun, and no more."""
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+def script(num_jobs: int = 1, after: str | None = None, code: Path | None = None, **changes: Any) -> list[str]:
+    resources = Resources(cluster="slurm", **({"gpus": 0} | changes))
+    text = submission.script(Path("/logs/x"), resources, "tiny", num_jobs=num_jobs, tag="ksweep:x", after=after, code=code)
+    return text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"gpus": 4, "nodes": 2}, ["nodes=2", "ntasks-per-node=4", "gpus-per-node=4"]),
+        ({"tasks": 3, "cpus_per_task": 2}, ["ntasks-per-node=3", "cpus-per-task=2"]),
+        ({"gpus": 2, "cpus_per_gpu": 6}, ["cpus-per-task=6"]),
+        ({"mem_gb": 1.5}, ["mem=1536MB"]),
+        ({"time": "2-12:30"}, ["time=3630"]),
+        ({"time": 1}, ["time=1", "signal=USR2@30"]),
+        ({"time": 600}, ["signal=USR2@120"]),
+        ({"partition": "h100", "account": "lab", "qos": "low", "constraint": "ib"},
+         ["partition=h100", "account=lab", "qos=low", "constraint=ib"]),
+        ({"nice": True}, ["nice=10000", "requeue"]),
+        ({"nice": 7}, ["nice=7"]),
+        ({}, ["requeue", "comment=ksweep:x", "job-name=tiny", "open-mode=append"]),
+        ({"job_name": "mine"}, ["job-name=mine"]),
+        ({"gpus": 8}, ["exclusive", "mem=0"]),
+        ({"gpus": 8, "mem_gb": 100}, ["exclusive", "mem=102400MB"]),
+        ({"exclusive": True}, ["exclusive"]),
+        ({"extra": {"mail_type": "END", "reservation": "night"}}, ["mail-type=END", "reservation=night"]),
+    ],
+)  # fmt: skip
+def test_each_resource_is_its_sbatch_option(changes: dict[str, Any], lines: list[str]) -> None:
+    there = script(**changes)
+    for line in lines:
+        assert f"#SBATCH --{line}" in there, (line, there)
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"gpus": 8, "exclusive": False}, "exclusive"), ({"gpus": 4}, "exclusive"), ({}, "nice"), ({}, "mem=")],
+)
+def test_what_is_not_asked_for_is_not_in_the_script(changes: dict[str, Any], option: str) -> None:
+    assert not [line for line in script(**changes) if line.startswith(f"#SBATCH --{option}")]
+
+
+def test_a_failing_rank_ends_the_job_and_one_that_is_done_does_not() -> None:
+    [command] = [line for line in script() if line.startswith("srun")]
+    assert "--kill-on-bad-exit=1" in command and "--wait=0" in command
+    assert command.endswith("-u -P -m ksweep.launch.start /logs/x")
+
+
+def test_the_users_lines_come_before_the_code_as_submitted() -> None:
+    there = script(setup=("module load cuda", "export PYTHONPATH=/mine"), code=Path("/logs/code/abc"))
+    first, mine = there.index("module load cuda"), there.index("export PYTHONPATH=/mine")
+    own = next(i for i, line in enumerate(there) if line.startswith("export PYTHONPATH=/logs/code/abc"))
+    assert first < mine < own < next(i for i, line in enumerate(there) if line.startswith("srun"))
+
+
+def test_arrays_keep_to_the_cap() -> None:
+    assert "#SBATCH --array=0-11%3" in script(12, max_parallel_jobs=3)
+    assert "#SBATCH --array=0-11%12" in script(12)
+    assert "#SBATCH --dependency=afterany:99" in script(3, after="99")
+    assert not [line for line in script(1) if "--array" in line]
+
+
+def sweep_with(*arguments: str) -> Resources:
+    cell = Cell(autoencoder=Autoencoder(av="a", ar="b"), activations=Activations(model="m", text="t"))
+    return apply_overrides(Sweep(name="s", cell=cell), arguments).resources
+
+
+@pytest.mark.parametrize("text", ["time=24:00:00", 'time="24:00:00"', "resources.time=1440", "time=1-0"])
+def test_a_time_limit_on_the_command_line_is_a_time(text: str) -> None:
+    assert sweep_with(text).minutes == 1440
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["time=0"], "resources.time=0"),
+        (["time=86400"], "D-HH:MM:SS"),
+        (["time=soon"], "no Slurm time limit"),
+        (["nice=-5"], "resources.nice=-5"),
+        (["mem_gb=0"], "resources.mem_gb"),
+        (["gpus_per_model=2"], "gpus_per_model=2"),
+        (["gpus=0", "cpus_per_gpu=2"], "set resources.cpus_per_task"),
+        (["gpus=2", "cpus_per_task=2"], "set resources.cpus_per_gpu"),
+        (["max_parallel_jobs=0"], "resources.max_parallel_jobs"),
+        (["cluster=slrum"], "auto, slurm, local, inprocess"),
+    ],
+)
+def test_a_resource_that_cannot_be_meant_is_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        sweep_with(*arguments)
+
+
+def test_slurms_commands_without_a_cluster_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'Could not establish a configuration source' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    assert not slurm.is_there()
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Slurmctld(primary) at head is UP'\n")
+    monkeypatch.setenv("SLURM_CONF", "elsewhere")
+    assert slurm.is_there()
