@@ -2,7 +2,7 @@
 # A real Slurm cluster on this machine, for the tests in tests/slurm: munge, MariaDB, slurmdbd, slurmctld and several slurmd,
 # each node with a host name and a PID space of its own and with declared GPUs that have nothing behind them. No systemd.
 #
-#   scripts/slurm_testbed.sh up            starts it (a second time: says that it is up); installs the packages where it may
+#   scripts/slurm_testbed.sh up            starts it (a second time: says that it is up); with INSTALL=1 it installs what lacks
 #   eval "$(scripts/slurm_testbed.sh env)" what a shell needs to talk to it
 #   scripts/slurm_testbed.sh status        daemons, nodes, queue
 #   scripts/slurm_testbed.sh down          stops it and removes all that it made
@@ -13,6 +13,7 @@
 # /etc/hosts. Only processes whose pid it wrote down are ever signalled. Exit code 77: it cannot be had here, and why.
 set -u
 BED=${SLURM_TESTBED:-${TMPDIR:-/tmp}/ksweep-slurm}
+INSTALL=${INSTALL:-0}           # 1: apt-get the packages where they are not there
 NODES=${NODES:-4}               # simulated nodes gpu1..gpuN
 GPUS=${GPUS:-8}                 # declared GPUs on each
 CPUS=${CPUS:-64}                # declared CPUs on each
@@ -45,6 +46,7 @@ programs_there() {
 install() {
   local lacking
   lacking=$(programs_there) && return 0
+  [ "$INSTALL" = 1 ] || cannot "$lacking is not installed; INSTALL=1 scripts/slurm_testbed.sh up installs what it needs by apt-get"
   command -v apt-get >/dev/null || cannot "$lacking is not here, and neither is apt-get to install it ($PACKAGES)"
   say "installing $PACKAGES"
   # shellcheck disable=SC2086

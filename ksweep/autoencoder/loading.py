@@ -33,14 +33,14 @@ LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Runt
 def load_tokenizer(info: CheckpointInfo) -> Any:
     """The checkpoint's own tokenizer, or its base's."""
     directory = tokenizer_directory(info)
-    with _quiet(), _explained(info, "its tokenizer"):
+    with quiet(), _explained(info, "its tokenizer"):
         config = AutoConfig.from_pretrained(info.weights)  # an adapter's directory may hold a tokenizer and no config.json
         return AutoTokenizer.from_pretrained(directory, config=config)
 
 
 def load_causal_lm(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> Any:
     """The AV: a transformers causal LM, frozen, adapters merged, its generation_config emptied of sampling values."""
-    with _quiet(), _explained(info, "its weights"):
+    with quiet(), _explained(info, "its weights"):
         model = _merged(info, dtype) if info.is_adapter else _load(info, AutoModelForCausalLM, dtype)
     model.generation_config = transformers.GenerationConfig()
     # logits_to_keep hands lm_head a strided [row, 1, d] slice, which torch multiplies as a batch, weights copied for each row.
@@ -50,7 +50,7 @@ def load_causal_lm(info: CheckpointInfo, dtype: torch.dtype, device: torch.devic
 
 def load_backbone(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> Any:
     """The AR's blocks 0..L without lm_head, the final norm an Identity: last_hidden_state is the output of block L."""
-    with _quiet(), _explained(info, "its weights"):
+    with quiet(), _explained(info, "its weights"):
         if info.is_adapter:
             causal = _merged(info, dtype)
             model = getattr(causal, causal.base_model_prefix)
@@ -92,7 +92,7 @@ def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype) -> Any:
     whole = AutoConfig.from_pretrained(info.weights)
     config = whole.get_text_config()
     if info.num_layers < config.num_hidden_layers:
-        _cut(config, info.num_layers)
+        cut_blocks(config, info.num_layers)
     model, report = auto.from_pretrained(
         info.weights,
         config=config,
@@ -107,7 +107,7 @@ def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _cut(config: Any, num_layers: int) -> None:
+def cut_blocks(config: Any, num_layers: int) -> None:
     """Fewer blocks, and the lists that have one entry per block cut to match."""
     whole = config.num_hidden_layers
     for name, value in list(vars(config).items()):
@@ -170,7 +170,7 @@ def _adapter_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def _check_adapter(info: CheckpointInfo, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
     shapes = {name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape}
-    broken = {name for name, tensor in given.items() if not _sane(tensor)}
+    broken = {name for name, tensor in given.items() if not is_sane(tensor)}
     found = (
         ("lacks", expected.keys() - given.keys()),
         ("has unexpected", given.keys() - expected.keys()),
@@ -188,7 +188,7 @@ def _check_adapter(info: CheckpointInfo, expected: Mapping[str, torch.Tensor], g
 def _ready(model: Any, info: CheckpointInfo, device: torch.device) -> Any:
     """Frozen, in evaluation mode, on its device, every weight finite."""
     model = model.requires_grad_(False).eval().to(device)
-    broken = [name for name, parameter in model.named_parameters() if not _sane(parameter)]
+    broken = [name for name, parameter in model.named_parameters() if not is_sane(parameter)]
     if broken:
         raise CheckpointError(
             f"{info.role.upper()} {info.path} has NaN, infinite or absurdly large weights (as {model.dtype}) in "
@@ -198,7 +198,7 @@ def _ready(model: Any, info: CheckpointInfo, device: torch.device) -> Any:
     return model
 
 
-def _sane(tensor: torch.Tensor) -> bool:
+def is_sane(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())
@@ -222,7 +222,7 @@ def _explained(info: CheckpointInfo, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No load reports (our checks speak instead) and, away from a terminal, no progress bars."""
     logging: Any = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

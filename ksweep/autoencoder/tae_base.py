@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ksweep.autoencoder.headers import BLOCK, NOT_TEXT, WRAPPED, some, text_names
-from ksweep.autoencoder.loading import LIBRARY_ERRORS, _cut, _quiet, _sane
+from ksweep.autoencoder.loading import LIBRARY_ERRORS, cut_blocks, is_sane, quiet
 from ksweep.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def check_contents(tensors: Mapping[str, torch.Tensor], role: str, path: Path) -
     Raises:
         CheckpointError: naming the tensors that are not.
     """
-    broken = [name for name, tensor in tensors.items() if not _sane(tensor)]
+    broken = [name for name, tensor in tensors.items() if not is_sane(tensor)]
     dead = [name for name, tensor in tensors.items() if not STARTS_AT_ZERO.search(name) and not _lives(tensor)]
     for names, what in ((broken, "NaN, infinite or absurdly large values"), (dead, "nothing but zeros")):
         if names:
@@ -165,11 +165,11 @@ def _lives(tensor: torch.Tensor) -> bool:
 
 def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype) -> Any:
     """transformers' loader for a base model, cut to its first blocks; no weight in use is left at random."""
-    with _quiet(), _explained(directory):
+    with quiet(), _explained(directory):
         config = AutoConfig.from_pretrained(directory).get_text_config()
         whole = config.num_hidden_layers
         if num_blocks is not None and num_blocks < whole:
-            _cut(config, num_blocks)
+            cut_blocks(config, num_blocks)
         model, report = auto.from_pretrained(
             directory,
             config=config,
@@ -218,7 +218,7 @@ def _tied(name: str, model: Any) -> bool:
 
 def _ready(model: Any, directory: Path, device: torch.device) -> Any:
     """Frozen, in evaluation mode, on its device, every weight finite."""
-    if broken := [name for name, parameter in model.named_parameters() if not _sane(parameter)]:
+    if broken := [name for name, parameter in model.named_parameters() if not is_sane(parameter)]:
         raise CheckpointError(
             f"the model over {directory} has NaN, infinite or absurdly large weights (as {model.dtype}) in {some(broken)}. Get "
             "intact weights; if they were intact as bfloat16, do not load them as float16."
@@ -241,5 +241,5 @@ def _explained(directory: Path) -> Iterator[None]:
 
 def load_tokenizer(directory: Path) -> Any:
     """The base model's own tokenizer, for showing what was said."""
-    with _quiet(), _explained(directory):
+    with quiet(), _explained(directory):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)

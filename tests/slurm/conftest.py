@@ -33,7 +33,8 @@ def bed() -> Iterator[Bed]:
     own = os.environ.get("KSWEEP_SLURM_BED")
     folder = Path(own or tempfile.mkdtemp(prefix="ksweep-slurm-"))
     # Elements of an array are numbered below MaxArraySize: nine, so that a sweep of twelve needs two arrays.
-    bed = Bed(folder, {"MAX_ARRAY": "9", "NODES": "4", "GRACE": "15", "CGROUP": os.environ.get("KSWEEP_SLURM_CGROUP", "0")})
+    settings = {name: os.environ.get(f"KSWEEP_SLURM_{name}", "0") for name in ("CGROUP", "INSTALL")}
+    bed = Bed(folder, settings | {"MAX_ARRAY": "9", "NODES": "4", "GRACE": "15"})
     done = bed.script("up", check=False)
     if done.returncode == CANNOT:
         pytest.skip(done.stderr.strip().splitlines()[-1])
