@@ -207,7 +207,7 @@ def parts(sweep: Sweep) -> list[Path]:
 
 def ranks_at_work(sweep: Sweep) -> list[psutil.Process]:
     found = []
-    for path in Path(sweep.registry).parent.glob("logs/*/rank-*.json"):
+    for path in Path(sweep.registry).parent.glob("logs/*/attempt-*/rank-*.json"):
         beat = json.loads(path.read_text())
         if psutil.pid_exists(beat["pid"]) and abs(psutil.Process(beat["pid"]).create_time() - beat["process_started"]) < 1:
             found.append(psutil.Process(beat["pid"]))
@@ -271,7 +271,7 @@ def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_and_the_next_run_carri
 def drawing(sweep: Sweep) -> Iterator[bool]:
     """Whether a living rank says that it is drawing (or about to)."""
     alive = {process.pid for process in ranks_at_work(sweep)}
-    for path in Path(sweep.registry).parent.glob("logs/*/rank-*.json"):
+    for path in Path(sweep.registry).parent.glob("logs/*/attempt-*/rank-*.json"):
         beat = json.loads(path.read_text())
         yield beat["pid"] in alive and beat["phase"].endswith(("drawing", "loading models"))
 
