@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ksweep.errors import DiskFullError, RunError
@@ -129,10 +130,10 @@ class DrawsStore:
             RunError: no room on the disk; nothing half-written is left.
         """
         assert table.num_rows == unit.num_draws, (table.num_rows, unit)
-        self.path.mkdir(parents=True, exist_ok=True)
         _guard_disk(self.path, lambda: self._write(unit, table))
 
     def _write(self, unit: Unit, table: pa.Table) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=self.path, prefix=".", suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -200,16 +201,22 @@ class DrawsStore:
         path = self.path / part.file_name
         try:
             table = pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
-            if table.num_rows == part.num_draws:
+            if (reason := _strange(table, part)) is None:
                 return table
-            reason = f"{table.num_rows} rows where its name says {part.num_draws}"
-        except (pa.ArrowException, OSError) as error:
+        except FileNotFoundError:  # another job has set it aside
+            return None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             # Only what the content itself is to blame for: "too many open files" or "permission denied" damages nothing.
             if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
                 raise RunError(f"draws part {path} cannot be read: {error}") from error
             reason = str(error).splitlines()[0]
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        path.rename(aside)
+        try:
+            path.rename(aside)
+        except FileNotFoundError:  # as above
+            return None
+        except OSError as error:
+            raise RunError(f"draws part {path} is damaged ({reason}) and cannot be set aside ({error.strerror})") from error
         log.warning("draws part %s is damaged (%s): set aside as %s, its draws are taken again", path, reason, aside.name)
         return None
 
@@ -223,6 +230,19 @@ class DrawsStore:
     def publish_controls(self, controls: dict[str, Any]) -> None:
         """Keep controls beside the draws."""
         _guard_disk(self.path, lambda: publish(self.path / "controls.json", json.dumps(controls).encode()))
+
+
+def _strange(table: pa.Table, part: Unit) -> str | None:
+    """Why a table is not what the name of its part says: one that was renamed by hand would be missed for ever."""
+    if table.num_rows != part.num_draws:
+        return f"{table.num_rows} rows where its name says {part.num_draws}"
+    for name, first, last in (("activation", part.first_row, part.last_row), ("draw", part.first_draw, part.last_draw)):
+        if name not in table.column_names:
+            return f"no column {name}"
+        found = pc.min_max(table[name]).as_py()
+        if (found["min"], found["max"]) != (first, last - 1):
+            return f"{name} {found['min']} to {found['max']} where its name says {first} to {last - 1}"
+    return None
 
 
 def _rectangles(there: np.ndarray, row: int, draw: int) -> list[Unit]:

@@ -117,6 +117,8 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
     keys = cell_keys(cell)
     try:
         vectors = _activations(cell, keys, place, ranks, clock)
+        if vectors.key != keys.activations:
+            raise DataError(f"text or model of {keys.name} changed while it was begun: run again to use them as they are now")
         store = DrawsStore(place.registry / "draws", keys.draws)
         before = _sample(cell, keys, vectors, store, place, ranks, models, clock)
         if ranks.rank != 0:

@@ -24,6 +24,9 @@ CONTENT_SUFFIXES = (".safetensors", ".bin", ".pt", ".json", ".yaml", ".model", "
 """Files of a checkpoint directory that change what it computes. README, LICENSE and pictures do not."""
 
 
+DATASETS_CACHE = re.compile(r"cache-.*\.arrow")
+"""What `datasets` leaves in a saved data set when someone maps or filters it, and does not read with it."""
+
 MODEL_LOADING = threading.RLock()
 """Held while transformers loads weights: it swaps methods of its classes meanwhile, and two threads at once leave them
 swapped (weights are then never tied again in this process; seen with transformers 5.23)."""
@@ -75,7 +78,7 @@ def digest(path: Path) -> str:
     """SHA-256 over the names and contents of what matters at a path, as 32 hex digits. Remembered by (path, size, mtime)."""
     if path.is_file():
         return _file_digest(path)[:32]
-    found = (p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES)
+    found = (p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES and not DATASETS_CACHE.fullmatch(p.name))
     files = sorted(p for p in found if ".cache" not in p.relative_to(path).parts)  # where hub clients keep their notes
     if not files:
         raise CheckpointError(f"{path} holds no model files ({', '.join(CONTENT_SUFFIXES[:3])}, ...): is it the right directory?")

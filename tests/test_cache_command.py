@@ -325,6 +325,16 @@ def test_key_that_a_job_begins_to_read_after_gc_looked_is_kept(
     assert np.array_equal(table.vectors(), random_vectors(10)) and keys["short"] in there(cache)
 
 
+def test_gc_of_a_key_that_is_a_link_removes_the_link_alone(cache: Path, keys: dict[str, str], tmp_path: Path) -> None:
+    directory, elsewhere = cache / keys["long"], tmp_path / "elsewhere"
+    directory.rename(elsewhere)
+    directory.symlink_to(elsewhere)
+    (removal,) = [r for r in housekeeping.unused(housekeeping.entries(cache), 0, None) if r.path == directory]
+    assert removal.bytes == 0 and "a link" in removal.reason
+    assert housekeeping.remove(removal) and not directory.is_symlink()
+    assert list(elsewhere.glob("shard-*.arrow")) and not list(cache.glob(".removing-*"))
+
+
 def test_filler_whose_directory_is_removed_begins_anew_and_ends_whole(cache: Path, keys: dict[str, str]) -> None:
     key = "e" * 32
     store = ActivationStore(cache, key, {})

@@ -83,6 +83,22 @@ def test_a_damaged_part_is_set_aside_named_and_missing_again(tmp_path: Path, cap
         assert store.read(70, 16) == before
 
 
+def test_a_part_that_was_renamed_by_hand_is_set_aside_and_missing_again(tmp_path: Path) -> None:
+    store = DrawsStore(tmp_path, "k")
+    fill(store, 64, 16)
+    (store.path / Unit(0, 64, 0, 16).file_name).rename(store.path / Unit(64, 128, 0, 16).file_name)
+    store.set_damaged_aside(128, 16)
+    assert store.missing(128, 16) == [Unit(0, 64, 0, 16), Unit(64, 128, 0, 16)]
+
+
+def test_a_part_that_another_job_has_set_aside_meanwhile_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gone = DrawsStore(tmp_path, "k"), Unit(64, 70, 0, 16)
+    fill(store, 64, 16)
+    monkeypatch.setattr(DrawsStore, "parts", lambda self: [Unit(0, 64, 0, 16), gone])  # listed before it went
+    store.set_damaged_aside(70, 16)
+    assert store.read(70, 16) is None and store.read(64, 16) is not None
+
+
 def test_what_another_sweep_has_drawn_meanwhile_is_left_out_of_a_unit(tmp_path: Path) -> None:
     store = DrawsStore(tmp_path, "k")
     unit = Unit(0, 64, 0, 16)

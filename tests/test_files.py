@@ -86,3 +86,10 @@ def test_publish_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="no"):
         files.publish(target, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"] and target.read_bytes() == b"old"
+
+
+def test_digest_leaves_out_what_datasets_caches_beside_its_data(tmp_path: Path) -> None:
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"rows")
+    before = files.digest(tmp_path)
+    (tmp_path / "cache-1f3a.arrow").write_bytes(b"left by a map over the rows")
+    assert files.digest(tmp_path) == before

@@ -108,7 +108,8 @@ def ensure(
     store = ActivationStore(root, key, identity)
     source = _source(activations, layer, device)
     try:
-        fill(store, source, activations.num_activations, rank=rank, world_size=world_size, progress=progress)
+        check = _SameSource(activations, identity)
+        fill(store, source, activations.num_activations, rank=rank, world_size=world_size, progress=progress, check=check)
     finally:
         source.close()
     # After the barrier nobody sets a shard aside any more, and every rank sees the same.
@@ -129,13 +130,15 @@ def fill(
     world_size: int = 1,
     progress: Progress | None = None,
     patience: float = PATIENCE,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Publish units until the first `num_activations` are there, or the source has ended; then compare checksums of this share.
 
     Missing units go round the ranks. A rank looks only at the store to know what is missing: it needs no word from the others, a
-    unit that another job has published meanwhile is left alone, and one whose rank is gone is taken over in the end.
+    unit that another job has published meanwhile is left alone, and one whose rank is gone is taken over in the end. `check` is
+    called before each unit is published, and raises where it must not be.
     """
-    worker = _Filler(store, source, num_activations, rank, world_size, progress, patience)
+    worker = _Filler(store, source, num_activations, rank, world_size, progress, patience, check)
     clear_leftovers(store.directory)
     store.touch()
     while True:
@@ -155,6 +158,7 @@ class _Filler:
     world_size: int
     progress: Progress | None
     patience: float
+    check: Callable[[], None]
 
     def fill_missing(self) -> None:
         """Compute what falls to this rank, wait for the rest."""
@@ -181,6 +185,7 @@ class _Filler:
         Those that another process has published meanwhile are left alone.
         """
         for index, unit in self.source.units(unit for unit in units if not self.store.has(unit)):
+            self.check()
             shard, first = self.store.publish_unit(index, unit, self.source.dtype)
             self._report()
             if shard.is_last or not first:
@@ -204,6 +209,27 @@ class _Filler:
         if self.progress is not None:
             self.progress(min(sum(shard.rows for shard in shards.values()), self.num_activations), self.num_activations)
         return len(shards)
+
+
+class _SameSource:
+    """That the text or file of vectors still is what the key was made from: a fill takes hours, and files are written anew."""
+
+    def __init__(self, activations: Activations, identity: dict[str, Any]) -> None:
+        self.path = Path(activations.vectors or activations.text or "").expanduser()
+        self.digest = identity.get("vectors") or identity.get("text", {}).get("digest")
+        self._seen: list[tuple[str, int, int]] | None = None
+
+    def __call__(self) -> None:
+        if self.digest is None or not self.path.exists():  # a hub data set at its commit; removed, and read to the end
+            return
+        files = [self.path] if self.path.is_file() else sorted(path for path in self.path.rglob("*") if path.is_file())
+        now = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
+        if now != self._seen and digest(self.path) != self.digest:
+            raise DataError(
+                f"{self.path} has changed since this run began: what was kept before is of the old content, and nothing of the "
+                "new one was mixed in. Run again to use it as it is now."
+            )
+        self._seen = now
 
 
 def _refuse_too_few(store: ActivationStore, activations: Activations) -> None:

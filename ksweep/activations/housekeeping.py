@@ -74,7 +74,11 @@ def entries(cache: Path) -> list[Entry]:
     """
     if not cache.is_dir():
         raise RequestError(f"no vector cache at {cache}: check --vector-cache, or run a sweep first")
-    found = [_entry(path) for path in cache.iterdir() if path.is_dir() and KEY.fullmatch(path.name)]
+    found = []
+    for path in sorted(cache.iterdir()):
+        if path.is_dir() and KEY.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # removed while one looks
+                found.append(_entry(path))
     return sorted(found, key=lambda entry: -entry.last_used)
 
 
@@ -121,7 +125,9 @@ def unused(found: Iterable[Entry], older_than: float | None, used_keys: Collecti
         age = now - entry.last_used
         if (older_than is None or age >= older_than) and (used_keys is None or entry.key not in used_keys):
             reason = f"not used for {ago(age)}" + ("" if used_keys is None else ", named by no run")
-            out.append(Removal(entry.directory, entry.bytes, reason, entry.key, entry.last_used))
+            is_link = entry.directory.is_symlink()
+            reason += ", a link: what it leads to stays" if is_link else ""
+            out.append(Removal(entry.directory, 0 if is_link else entry.bytes, reason, entry.key, entry.last_used))
     return out
 
 
@@ -172,12 +178,12 @@ def _remove_key(directory: Path, last_looked: float) -> bool:
     if last_used(aside) > last_looked and not directory.exists():  # a job came between the two looks
         aside.rename(directory)
         return False
-    shutil.rmtree(aside)
+    _delete(aside)
     return True
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,8 +58,11 @@ TOUCH_SECONDS = 60.0
 MOST_OPEN_SHARDS = 128
 """A mapping holds a file descriptor; 1024 of them is a common limit."""
 
-_verified: set[tuple[str, int, int]] = set()
-"""(path, size, mtime) of shards whose checksum this process has compared."""
+NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+"""What hinders this process from reading a file that may well be whole."""
+
+_verified: set[tuple[str, int, int, int]] = set()
+"""(path, size, mtime, rows stated) of shards whose checksum this process has compared."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ class Shard:
     """Versions of what computed it."""
     role_counts: dict[str, int] | None
     """Tokens of each role in all source rows that were looked at; None where no chat template tells."""
+
+
+SHARD_FIELDS = tuple(field.name for field in fields(Shard))
 
 
 class ActivationStore:
@@ -224,9 +230,20 @@ class ActivationStore:
         damaged = []
         for unit in units:
             if unit in shards and (problem := _problem(self.directory, shards[unit])):
-                self.quarantine(unit, problem)
+                self._set_aside(shards[unit], problem)
                 damaged.append(unit)
         return damaged
+
+    def _set_aside(self, shard: Shard, problem: str) -> None:
+        """Quarantine a shard that was found damaged, unless it has been set aside and published again meanwhile."""
+        try:
+            now = self._statement(shard.unit)
+            if now.file != shard.file or not _problem(self.directory, now):
+                self._shards.pop(shard.unit, None)
+                return
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            pass
+        self.quarantine(shard.unit, problem)
 
     def quarantine(self, unit: int, problem: str) -> None:
         """Set a damaged shard aside, so that it is never read and will be computed again."""
@@ -248,20 +265,27 @@ class ActivationStore:
         )
 
     def _read_shard(self, unit: int) -> Shard | None:
-        name = f"shard-{unit:05d}.json"
         try:
-            with open(f"{self._place}/{name}", "rb") as file:  # opening a large store is mostly this: no pathlib
-                shard = Shard(**json.loads(file.read()))
-            if shard.unit != unit or shard.dtype not in STORED_DTYPES:
-                raise ValueError(f"it describes unit {shard.unit} with dtype {shard.dtype}")
+            shard = self._statement(unit)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
-            self.quarantine(unit, f"{name} is unreadable: {error}")
+        except (ValueError, TypeError, KeyError) as error:
+            self.quarantine(unit, f"shard-{unit:05d}.json is unreadable: {type(error).__name__} {error}")
             return None
+        except OSError as error:
+            raise _hindered(f"{self._place}/shard-{unit:05d}.json", error) from error
         if not os.path.isfile(f"{self._place}/{shard.file}"):
             self.quarantine(unit, f"{shard.file} is gone")
             return None
+        return shard
+
+    def _statement(self, unit: int) -> Shard:
+        """What the JSON of a unit says; what a later version says besides is left out."""
+        with open(f"{self._place}/shard-{unit:05d}.json", "rb") as file:  # opening a large store is mostly this: no pathlib
+            said = json.loads(file.read())
+        shard = Shard(**{name: said[name] for name in SHARD_FIELDS})
+        if shard.unit != unit or shard.dtype not in STORED_DTYPES:
+            raise ValueError(f"it describes unit {shard.unit} with dtype {shard.dtype}")
         return shard
 
     def _json(self, unit: int) -> Path:
@@ -323,6 +347,9 @@ class ActivationStore:
         try:
             publish(path, _json_bytes(manifest))
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # a cache of someone else's can be read all the same
+                log.warning("%s is left as it is (%s): nothing relies on it", path, error.strerror)
+                return
             raise self._no_space(error, 4096) from error
 
 
@@ -432,7 +459,7 @@ class ActivationTable:
             return self._open[place]
         shard = self._shards[place]
         if problem := _problem(self.directory, shard):
-            self._store.quarantine(shard.unit, problem)
+            self._store._set_aside(shard, problem)
             raise StoreError(
                 f"shard {shard.unit} of {self.directory} is damaged ({problem}) and was set aside: run again to compute it anew"
             )
@@ -495,6 +522,8 @@ def _names(directory: Path) -> list[str]:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise _hindered(directory, error) from error
 
 
 def _read_batch(path: Path) -> pa.RecordBatch:
@@ -507,19 +536,40 @@ def _problem(directory: Path, shard: Shard) -> str | None:
     path = directory / shard.file
     try:
         stat = path.stat()
-        seen = (str(path), stat.st_size, stat.st_mtime_ns)
+        seen = (str(path), stat.st_size, stat.st_mtime_ns, shard.rows)
         if stat.st_size != shard.bytes:
             return f"{shard.file} has {stat.st_size:,} bytes instead of {shard.bytes:,}"
         if seen in _verified:
             return None
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             checksum = xxhash.xxh3_128_hexdigest(view)
+        if checksum != shard.checksum:
+            return f"{shard.file} has checksum {checksum} instead of {shard.checksum}"
+        stated = _stated(shard, directory.name)
+        if (found := _found(_read_batch(path))) != stated:
+            return f"{shard.file} holds {found} instead of {stated}"
     except OSError as error:
+        if error.errno in NOT_DAMAGE:
+            raise _hindered(path, error) from error
         return f"{shard.file}: {error.strerror}"
-    if checksum != shard.checksum:
-        return f"{shard.file} has checksum {checksum} instead of {shard.checksum}"
     _verified.add(seen)
     return None
+
+
+def _stated(shard: Shard, key: str) -> dict[str, str]:
+    """What the JSON says beside the checksum: a file may have come from another key, and JSON be damaged, too."""
+    return {"key": key, "unit": str(shard.unit), "dtype": shard.dtype, "rows": str(shard.rows), "d_model": str(shard.d_model)}
+
+
+def _found(batch: pa.RecordBatch) -> dict[str, str]:
+    """The same of a data file."""
+    said = {name.decode(): value.decode() for name, value in (batch.schema.metadata or {}).items()}
+    width = batch.schema.field("vector").type.list_size
+    return {**{name: said.get(name, "") for name in ("key", "unit", "dtype")}, "rows": str(len(batch)), "d_model": str(width)}
+
+
+def _hindered(path: str | Path, error: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be read ({error.strerror}) and was left where it is: it need not be damaged")
 
 
 def _publish_first(path: Path, data: bytes) -> bool:

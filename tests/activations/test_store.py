@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from ksweep.activations.units import Unit, to_bfloat16_bits, to_float32
 from ksweep.activations.vectors import ROWS_PER_UNIT
 from ksweep.errors import DataError, RunError, SpecError, StoreError
 from ksweep.spec import Activations
-from tests.activations.helpers import random_vectors, shard_files, spec, vector_spec, write_vectors
+from tests.activations.helpers import passages, random_vectors, shard_files, spec, vector_spec, write_jsonl, write_vectors
 
 
 def make_unit(vectors: np.ndarray, first: int = 0, is_last: bool = False) -> Unit:
@@ -471,6 +472,85 @@ def test_damage_during_a_run_is_an_error_and_never_read(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"shard 1 .* checksum .* set aside: run again"):
         table.vectors(5, 15)
     assert store.available() == 10
+
+
+@pytest.mark.parametrize("found", ["other rows", "another key"])
+def test_shard_that_is_not_what_its_json_says_is_never_read(tmp_path: Path, found: str) -> None:
+    vectors = random_vectors(20)
+    store = small_store(tmp_path, vectors)
+    statement = store.directory / "shard-00001.json"
+    if found == "other rows":  # one bit: the rows behind would all be shifted
+        statement.write_text(statement.read_text().replace('"rows": 10', '"rows": 11'))
+    else:
+        other = tmp_path / ("m" * 32)
+        store.directory.rename(other)
+        store = ActivationStore(tmp_path, other.name, {})
+    assert 1 in ActivationStore(tmp_path, store.key, {}).verify([1])
+    assert store.available() <= 10
+
+
+def test_json_of_a_later_version_is_read(tmp_path: Path) -> None:
+    store = small_store(tmp_path, random_vectors(20))
+    statement = store.directory / "shard-00001.json"
+    statement.write_text(json.dumps(json.loads(statement.read_text()) | {"colour": "blue"}))
+    assert ActivationStore(tmp_path, store.key, {}).available() == 20
+
+
+def test_shard_that_another_job_has_computed_anew_is_not_set_aside(tmp_path: Path) -> None:
+    store = small_store(tmp_path, random_vectors(20))
+    table = store.open(20)
+    other = ActivationStore(tmp_path, store.key, {})
+    other.quarantine(1, "a trial")
+    (store.directory / json.loads(next(store.directory.glob("shard-00001.json.damaged-*")).read_text())["file"]).unlink()
+    other.write_unit(1, make_unit(random_vectors(10, seed=1), 10, is_last=True), "float32")  # another device, other last bits
+    with pytest.raises(StoreError, match="shard 1"):
+        table.vectors(10, 20)
+    assert store.verify([1]) == [] and len(store.open(20)) == 20
+
+
+def test_too_many_open_files_damage_nothing(tmp_path: Path) -> None:
+    store = small_store(tmp_path, random_vectors(20))
+    limit, handles = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    table = store.open(20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limit[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                handles.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(StoreError, match="need not be damaged"):
+            table.vectors()
+        with pytest.raises(StoreError, match="need not be damaged"):
+            store.shards()
+    finally:
+        for handle in handles:
+            os.close(handle)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert store.available() == 20 and not list(store.directory.glob("*.damaged-*"))
+
+
+def test_text_that_changes_during_a_fill_is_not_mixed_in(base: Path, tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "t.jsonl", passages(200))
+    changed: list[int] = []
+
+    def change(done: int, total: int) -> None:
+        if done and not changed:
+            changed.append(done)
+            text.write_text(text.read_text().replace("river", "brook"))
+
+    with pytest.raises(DataError, match="has changed since this run began"):
+        ensure(spec(base, text, 150), 1, tmp_path / "c", progress=change)
+    assert changed and len(shard_files(tmp_path / "c")) == 1
+
+
+def test_manifest_that_cannot_be_written_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = small_store(tmp_path, random_vectors(20))
+
+    def refused(path: Path, data: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(store_module, "publish", refused)
+    store.write_manifest()
+    assert len(store.open(20)) == 20
 
 
 # ---- a full disk
