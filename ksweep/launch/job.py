@@ -135,11 +135,26 @@ class Job:
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of standard error, whichever rank wrote them."""
-        texts = [p.read_text(errors="replace") for p in self.logs() if p.suffix == ".err" and p.stat().st_size]
-        return "\n".join("\n".join(text.splitlines()[-lines:]) for text in texts)
+        return "\n".join(_last_lines(p, lines) for p in self.logs() if p.suffix == ".err" and p.stat().st_size)
 
     def _read(self, pattern: str, attempt: int | None) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in sorted(self.folder(attempt).glob(pattern))]
+        return [_read_json(path) for path in sorted(self.folder(attempt).glob(pattern))]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A record. On a network file system one that is being replaced may for a moment be listed and not be readable (ESTALE)."""
+    for _ in range(READS - 1):
+        with suppress(OSError, ValueError):
+            return json.loads(path.read_text())  # type: ignore[no-any-return]
+        time.sleep(0.05)
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+def _last_lines(path: Path, lines: int) -> str:
+    """The end of a file that may be large."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
 
 def _known(kind: type, value: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +192,7 @@ class Ending:
     status: str
     """finished, failed or stopped."""
     kind: str = ""
-    """For a failure its class: bad input, out of memory, NaN, timeout, disk full, dead rank, failure or bug."""
+    """For a failure its class: bad input, out of memory, NaN, time limit, disk full, dead rank, node failure, failure or bug."""
     message: str = ""
     traceback: str = ""
     result: Any = None
@@ -189,6 +204,9 @@ RESERVE = "reserve"
 """A file that can be given up, so that even on a full disk a rank can say how it ended."""
 RESERVE_BYTES = 256 * 1024
 ASKED_TO_END = "asked-to-end"
+READS = 4
+"""How often a record is read before it is believed to be unreadable."""
+TAIL_BYTES = 65_536
 
 
 def all_jobs(logs: Path) -> list[Job]:

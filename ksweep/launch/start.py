@@ -18,6 +18,9 @@ def main(folder: Path) -> None:
     if (settled := job.noted("settled")) is not None:
         print(f"job {job.id} was given up ({settled.get('reason')}), its cells belong to another by now", file=sys.stderr)
         return
+    if job.asked_to_end():
+        print(f"job {job.id} was cancelled before it started", file=sys.stderr)
+        return
     run_rank(str(job.path))
 
 

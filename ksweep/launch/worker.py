@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from ksweep.errors import DiskFullError, RequestError, RunError, StoreError
-from ksweep.launch.job import Ending, Heartbeat, Job, is_alive
+from ksweep.launch.job import SILENCE_SECONDS, Ending, Heartbeat, Job, is_alive
 from ksweep.ranks import Ranks, Stopped
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,10 @@ LAST_WORDS_SECONDS = 2.5
 """How long a rank that failed stays, so that the others can say how they ended before Slurm kills them with it."""
 FOLLOW_SECONDS = 10.0
 """How long a rank may take to its own border after another has stopped."""
+STALL_SECONDS = 15.0
+"""A rank that has not looked around for so long was held up itself: what it missed meanwhile says nothing about the others."""
+JOIN_SECONDS = 1800.0
+"""A rank that has not said a word so long after another started will not come."""
 STARTS_WITHOUT_PROGRESS = 3
 """So often a job may be stopped at the same place; then its units do not fit into its time limit."""
 
@@ -104,12 +108,13 @@ def _run_on_slurm(job: Job, environment: Any) -> None:
 
 def _going_on_later(pulse: Pulse, ending: Ending) -> Ending:
     """A job that is stopped at the same place again and again would be requeued for ever: that is a failure, and is said."""
-    if is_stuck([pulse.job.noted("requeued", n) for n in range(pulse.attempt)], pulse.place()):
+    at_limit = pulse.signal == signal.SIGUSR2 and not pulse.job.asked_to_end()
+    if at_limit and is_stuck([pulse.job.noted("requeued", n) for n in range(pulse.attempt)], pulse.place()):
         message = (
             f"{STARTS_WITHOUT_PROGRESS} starts reached the time limit in {pulse.beat.phase!r} and published nothing: a unit of "
             "work takes longer than a start may last. Raise resources.time, or spread the work over more ranks"
         )
-        return replace(ending, status="failed", kind="timeout", message=message)
+        return replace(ending, status="failed", kind="time limit", message=message)
     return ending
 
 
@@ -121,10 +126,13 @@ def is_stuck(requeues: Sequence[Mapping[str, Any] | None], place: list[Any]) -> 
 
 
 def _requeue(pulse: Pulse) -> None:
-    """Put this job back into the queue after a signal of Slurm's; not when somebody has ended it."""
+    """Put this job back into the queue after a signal of Slurm's; not when somebody has ended it, nor when a rank has failed."""
     from ksweep.launch import slurm
 
     job, number = pulse.job, pulse.slurm_id
+    if any(e.status == "failed" for e in job.endings(pulse.attempt)):
+        log.warning("not requeued: a rank of job %s has failed", number)
+        return
     facts = slurm.describe(number)
     if job.asked_to_end() or (facts.get("JobState") != "RUNNING"):
         log.warning(
@@ -302,11 +310,14 @@ class Pulse:
         """Whether this rank waits for the others and has nothing of its own to bring to an end."""
         self._phase = ("", 0.0, 0)
         self._followed = 0.0
+        self._entered = self._looked = time.monotonic()
+        self._heard: dict[int, tuple[float, float]] = {}
+        """Rank on another host -> its newest heartbeat, and when that was news to this process."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ksweep-pulse", daemon=True)
 
     def __enter__(self) -> Pulse:
-        self.job.beat(self.beat)
+        self._say_alive()
         self._thread.start()
         return self
 
@@ -349,7 +360,7 @@ class Pulse:
                 return replace(ending, status="stopped", message=f"rank {first.rank} {first.status}")
             dead = self._dead_peer()
             if dead is not None:
-                return replace(ending, kind="dead rank", message=self._obituary(dead))
+                return replace(ending, kind=self._cause(dead), message=self._obituary(dead))
             time.sleep(0.1)
         return ending
 
@@ -371,27 +382,51 @@ class Pulse:
     def _run(self) -> None:
         while not self._ended.wait(BEAT_SECONDS_ON_SLURM if self.slurm_id else BEAT_SECONDS):
             self._say_alive()
-            if self.job.attempt() > self.attempt:
-                log.error(
-                    "start %d of this job is running elsewhere: ending this rank of start %d", self.job.attempt(), self.attempt
-                )
-                os._exit(1)
-            for ending in self.job.endings(self.attempt):
-                if ending.status != "finished" and ending.rank != self.rank:
-                    self._follow(ending)
-            dead = self._dead_peer()
-            if dead is not None:
-                self._abort(dead)
+            try:
+                self._look_around()
+            except (OSError, ValueError) as error:  # a file system that stutters must not silence this rank for good
+                log.warning("the other ranks cannot be seen: %s", error)
+
+    def _look_around(self) -> None:
+        if self.job.attempt() > self.attempt:
+            log.error("start %d of this job is running elsewhere: ending this rank of start %d", self.job.attempt(), self.attempt)
+            os._exit(1)
+        # A failure first: those that only followed it have stopped, and a job that was stopped comes back.
+        for ending in sorted(self.job.endings(self.attempt), key=lambda e: e.status != "failed"):
+            if ending.status != "finished" and ending.rank != self.rank:
+                self._follow(ending)
+        dead = self._dead_peer()
+        if dead is not None:
+            self._abort(self._cause(dead), self._obituary(dead))
+        if time.monotonic() - self._entered > JOIN_SECONDS and (absent := self._absent()):
+            named = ", ".join(map(str, absent))
+            self._abort("dead rank", f"rank {named} of {self.world_size} has not started within {JOIN_SECONDS / 60:.0f} minutes")
 
     def _say_alive(self) -> None:
         with suppress(OSError):  # a full disk must not kill a rank that could still finish its unit
             self.job.beat(replace(self.beat, time=time.time()))
 
     def _dead_peer(self) -> Heartbeat | None:
-        silent = [h for h in self.job.heartbeats(self.attempt) if h.rank != self.rank and not is_alive(h)]
+        now = time.monotonic()
+        if now - self._looked > STALL_SECONDS:
+            self._heard.clear()
+        self._looked = now
+        silent = [h for h in self.job.heartbeats(self.attempt) if h.rank != self.rank and self._is_silent(h, now)]
         # Endings are read last: a rank that ended between the two looks has written its own by now.
         ended = {e.rank for e in self.job.endings(self.attempt)} if silent else set()
         return next((h for h in silent if h.rank not in ended), None)
+
+    def _is_silent(self, beat: Heartbeat, now: float) -> bool:
+        """By this process's own clock: those of two nodes may differ by minutes."""
+        if beat.host == self.beat.host:
+            return not is_alive(beat)
+        told, since = self._heard.get(beat.rank, (beat.time, now))
+        self._heard[beat.rank] = (beat.time, since if told == beat.time else now)
+        return now - self._heard[beat.rank][1] >= SILENCE_SECONDS
+
+    def _absent(self) -> list[int]:
+        seen = {h.rank for h in self.job.heartbeats(self.attempt)} | {e.rank for e in self.job.endings(self.attempt)}
+        return sorted(set(range(self.world_size)) - seen - {self.rank})
 
     def _follow(self, ending: Ending) -> None:
         """Another rank has failed or stopped: nothing that this one waits for will ever come, and it stops too.
@@ -405,15 +440,30 @@ class Pulse:
             self.stopping = True
             if not self.waiting and time.monotonic() - self._followed < FOLLOW_SECONDS:
                 return
-        self._say_end(Ending(rank=self.rank, status="stopped", message=f"rank {ending.rank} {ending.status}"))
-        if self.rank == 0 and self.slurm_id and ending.status == "stopped":
-            _requeue(self)
-        os._exit(0 if self.slurm_id and ending.status == "stopped" else 1)
+        comes_back = bool(self.slurm_id) and ending.status == "stopped"
+        own = Ending(rank=self.rank, status="stopped", message=f"rank {ending.rank} {ending.status}")
+        if comes_back and self.rank == 0:
+            own = _going_on_later(self, own)
+        self._leave(own, comes_back=comes_back and own.status == "stopped")
 
-    def _abort(self, dead: Heartbeat) -> None:
-        log.error("%s: ending rank %d", self._obituary(dead), self.rank)
-        self._say_end(Ending(rank=self.rank, status="failed", kind="dead rank", message=self._obituary(dead)))
-        os._exit(1)
+    def _abort(self, kind: str, message: str) -> None:
+        log.error("%s: ending rank %d", message, self.rank)
+        self._leave(Ending(rank=self.rank, status="failed", kind=kind, message=message), comes_back=False)
+
+    def _leave(self, ending: Ending, *, comes_back: bool) -> None:
+        """End this process, whatever becomes of its last words: on a full disk there are none."""
+        try:
+            self._say_end(ending)
+            if comes_back and self.rank == 0:
+                _requeue(self)
+        except OSError:
+            log.exception("the end of rank %d could not be written", self.rank)
+        finally:
+            os._exit(0 if comes_back else 1)
+
+    def _cause(self, dead: Heartbeat) -> str:
+        """srun ends a job at once when a task of it dies; a rank elsewhere that is only silent has lost its node."""
+        return "node failure" if self.slurm_id and dead.host != self.beat.host else "dead rank"
 
     @staticmethod
     def _obituary(dead: Heartbeat) -> str:

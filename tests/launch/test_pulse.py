@@ -1,0 +1,201 @@
+"""The watchdog of a rank: what it does about the others, told by their files alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksweep.launch import slurm, worker
+from ksweep.launch.job import Ending, Heartbeat, Job, create
+from ksweep.launch.worker import Pulse
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # how `left` ends a thread
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Exit codes with which the rank would have ended this process; its thread ends instead."""
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(worker, "BEAT_SECONDS_ON_SLURM", 0.02)
+    return codes
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Jobs that were put back into the queue of a Slurm that says they run."""
+    numbers: list[str] = []
+    monkeypatch.setattr(slurm, "describe", lambda _: {"JobState": "RUNNING"})
+    monkeypatch.setattr(slurm, "requeue", lambda number: numbers.append(number))
+    return numbers
+
+
+def pulse(tmp_path: Path, ranks: int = 2, attempt: int = 0) -> Pulse:
+    """Of rank 0, which waits for the others."""
+    found = Pulse(create(tmp_path, "a:b", {}, ranks, cluster="slurm"), 0, ranks, attempt, slurm_id="7")
+    found.waiting = True
+    return found
+
+
+@contextmanager
+def beating(mine: Pulse) -> Iterator[None]:
+    """The same, looking around; over when its thread is."""
+    with mine:
+        yield
+    mine._thread.join(10)
+
+
+def until(condition: Callable[[], Any], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+def own_word(job: Job, attempt: int = 0) -> Ending:
+    return next(e for e in job.endings(attempt) if e.rank == 0)
+
+
+def elsewhere(rank: int = 1) -> Heartbeat:
+    """A rank on a node whose clock is an hour late."""
+    return Heartbeat(rank=rank, pid=1, host="elsewhere", process_started=0.0, phase="drawing", time=time.time() - 3600)
+
+
+def test_a_job_of_which_a_rank_failed_is_not_requeued_by_those_that_followed_it(
+    tmp_path: Path, left: list[int], requeued: list[str]
+) -> None:
+    mine = pulse(tmp_path, ranks=3)
+    mine.job.end(Ending(rank=1, status="stopped", message="rank 2 failed"))
+    mine.job.end(Ending(rank=2, status="failed", kind="bug", message="no such column"))
+    with beating(mine):
+        until(lambda: left)
+    assert left == [1] and not requeued and own_word(mine.job).message == "rank 2 failed"
+
+
+def test_a_stopped_rank_is_followed_back_into_the_queue(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
+    mine = pulse(tmp_path)
+    mine.job.end(Ending(rank=1, status="stopped", message="stopped with 3 units not begun"))
+    with beating(mine):
+        until(lambda: left)
+    assert left == [0] and requeued == ["7"]
+
+
+def test_a_job_stuck_at_its_time_limit_fails_also_where_rank_0_only_follows(
+    tmp_path: Path, left: list[int], requeued: list[str]
+) -> None:
+    mine = pulse(tmp_path, attempt=2)
+    for start in (0, 1):
+        mine.job.note("requeued", {"why": "time limit", "place": mine.place()}, start)
+    mine.ask_to_stop(signal.SIGUSR2, None)
+    mine.job.end(Ending(rank=1, status="stopped", message="its unit was given up", attempt=2))
+    with beating(mine):
+        until(lambda: left)
+    word = own_word(mine.job, 2)
+    assert (word.status, word.kind) == ("failed", "time limit") and left == [1] and not requeued
+
+
+def test_a_rank_ends_though_the_disk_takes_no_last_words(
+    tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = pulse(tmp_path)
+    mine.job.end(Ending(rank=1, status="failed", kind="disk full", message="no room"))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Job, "end", full)
+    with beating(mine):
+        until(lambda: left)
+    assert left == [1]
+
+
+def test_a_full_disk_at_the_start_does_not_end_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Job, "beat", full)
+    with beating(pulse(tmp_path)):
+        pass
+
+
+def test_a_record_that_cannot_be_read_does_not_silence_a_rank(tmp_path: Path, left: list[int]) -> None:
+    mine = pulse(tmp_path)
+    broken = mine.job.folder(0) / "rank-1.json"
+    broken.parent.mkdir()
+    broken.write_text("")
+    with beating(mine):
+        own = broken.with_name("rank-0.json")
+        time.sleep(0.4)  # longer than one look at the broken record takes
+        before = own.stat().st_mtime_ns
+        until(lambda: own.stat().st_mtime_ns > before)
+    assert not left
+
+
+def test_a_record_that_comes_back_at_once_is_read(tmp_path: Path) -> None:
+    job = create(tmp_path, "a:b", {}, 1)
+    path = job.folder(0) / "rank-0.json"
+    path.parent.mkdir()
+    path.write_text("")
+    threading.Timer(0.07, lambda: job.beat(elsewhere(0))).start()
+    assert [h.host for h in job.heartbeats()] == ["elsewhere"]
+
+
+def test_a_rank_on_another_node_is_told_dead_by_its_silence_and_not_by_its_clock(
+    tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.4)
+    mine = pulse(tmp_path)
+    beat = elsewhere()
+    mine.job.beat(beat)
+    with beating(mine):
+        for second in range(20):
+            mine.job.beat(replace(beat, time=beat.time + second))
+            time.sleep(0.04)
+        assert not left
+        until(lambda: left)
+    # On one node srun sees a dead task at once: silence from another means that the node is gone, and the cell is run again.
+    assert own_word(mine.job).kind == "node failure"
+
+
+def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
+    tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.6)
+    monkeypatch.setattr(worker, "STALL_SECONDS", 0.3)
+    mine = pulse(tmp_path)
+    mine.job.beat(elsewhere())
+    looks, attempt = [0], Job.attempt
+
+    def stutters(job: Job) -> int:
+        looks[0] += 1
+        if looks[0] == 3:
+            time.sleep(1.0)
+        return attempt(job)
+
+    monkeypatch.setattr(Job, "attempt", stutters)
+    with beating(mine):
+        until(lambda: looks[0] > 6)
+    assert not left
+
+
+def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "JOIN_SECONDS", 0.0)
+    mine = pulse(tmp_path, ranks=3)
+    mine.job.beat(replace(elsewhere(), time=time.time()))
+    with beating(mine):
+        until(lambda: left)
+    assert "rank 2 of 3 has not started" in own_word(mine.job).message

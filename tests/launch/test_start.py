@@ -1,0 +1,28 @@
+"""The process that srun starts: which job it runs, and which it no longer does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ksweep.launch import start, worker
+from ksweep.launch.job import create
+
+
+def test_an_element_runs_its_own_job_unless_that_was_given_up_or_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(worker, "run_rank", ran.append)
+    jobs = [create(tmp_path, "a:b", {}, 1, cluster="slurm") for _ in range(3)]
+    (tmp_path / "jobs.json").write_text(json.dumps([str(job.path) for job in jobs]))
+    jobs[1].note("settled", {"state": "stopped", "reason": "lost", "kind": "lost"})
+    jobs[2].ask_to_end()
+    for index in range(3):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
+        start.main(tmp_path)
+    assert ran == [str(jobs[0].path)]
+    said = capsys.readouterr().err
+    assert "was given up (lost)" in said and "was cancelled before it started" in said
