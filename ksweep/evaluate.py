@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LISTING_SECONDS = 90.0
+"""NFS remembers the listing of a directory for up to 60 s (acdirmax), whatever other nodes do in it meanwhile."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -125,7 +128,7 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
             return None
         with clock("statistics"):
             ranks.report(f"{keys.label}: statistics", 0, 0)
-            draws = store.read(len(vectors), cell.sampling.effective_num_draws, SUMMARISED)
+            draws = _all_draws(store, (len(vectors), cell.sampling.effective_num_draws), ranks)
             if draws is None:
                 raise RunError(
                     f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?"
@@ -189,6 +192,16 @@ def _sample(
     with clock("waiting"):
         ranks.barrier()
     return before
+
+
+def _all_draws(store: DrawsStore, wanted: tuple[int, int], ranks: Ranks) -> pa.Table | None:
+    """Every draw; what a rank on another node has just published may for a while not be listed here."""
+    deadline = time.monotonic() + (LISTING_SECONDS if ranks.world_size > 1 else 0.0)
+    while not store.coverage(*wanted).all() and time.monotonic() < deadline:
+        if ranks.should_stop():
+            raise Stopped("stopped before the draws of every rank were to be seen")
+        time.sleep(1.0)
+    return store.read(*wanted, SUMMARISED)
 
 
 def _empty_text(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray | None:

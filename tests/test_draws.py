@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from ksweep import draws as module
 from ksweep.draws import SCHEMA, DrawsStore, Unit
 from ksweep.errors import RunError
+from ksweep.evaluate import _all_draws
+from ksweep.ranks import Solo
 
 
 def rows(unit: Unit) -> pa.Table:
@@ -172,3 +175,13 @@ def test_reconstructions_of_a_damaged_part_are_nan_and_it_is_set_aside(tmp_path:
     (store.path / unit.file_name).write_bytes(b"")
     assert np.isnan(store.reconstructions(np.array([0, 1]), np.array([0, 0]), 3)).all()
     assert "is damaged" in caplog.text and store.parts() == []
+
+
+def test_draws_that_another_node_has_published_are_waited_for(tmp_path: Path) -> None:
+    store = DrawsStore(tmp_path, "key")
+    assert _all_draws(store, (3, 2), Solo()) is None
+    late = threading.Timer(0.3, lambda: fill(store, 3, 2))
+    late.start()
+    found = _all_draws(store, (3, 2), Solo(world_size=2))
+    late.join()
+    assert found is not None and found.num_rows == 6
