@@ -263,6 +263,13 @@ class Cell:
 LONGEST_PLAIN_MINUTES = 7 * 24 * 60
 
 
+OWN_OPTIONS = frozenset(
+    ("array", "comment", "error", "job-name", "nodes", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output",
+     "parsable", "partition", "requeue", "signal", "test-only", "time", "wait", "wrap")
+)  # fmt: skip
+"""Options of sbatch that `Resources.extra` cannot take over: without them a job is lost sight of, or has another shape."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """Where and how a sweep runs; never part of any identity."""
@@ -328,6 +335,11 @@ class Resources:
             raise SpecError(f"resources.cpus_per_gpu={self.cpus_per_gpu}, but gpus=0: set resources.cpus_per_task")
         if self.cpus_per_task is not None and self.gpus:
             raise SpecError(f"resources.cpus_per_task={self.cpus_per_task} is for gpus=0: set resources.cpus_per_gpu")
+        if taken := sorted({key.replace("_", "-") for key in self.extra} & OWN_OPTIONS):
+            raise SpecError(
+                f"resources.extra has {', '.join(taken)}: ksweep sets that itself (how jobs are told to stop, found again and "
+                "shaped; for the rest there are fields of resources). Leave it out"
+            )
         _ = self.minutes
 
     @property

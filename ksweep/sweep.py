@@ -71,7 +71,10 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
             f"unknown option {unknown[0]}; options are --base PATH, --checkpoint-data, --config FILE, --dry-run, --no-charts, "
             "--retry, --wait; settings are key=value"
         )
-    sweep = _with_gpus(lay_over(sweep, _settings(sweep, options, rest)))
+    sweep = lay_over(sweep, _settings(sweep, options, rest))
+    on_slurm = launch.resolve_cluster(sweep.resources) == "slurm"
+    if on_slurm:
+        sweep = _for_slurm(sweep)
     cells = complete_all(sweep.cells())
     keys = [cell_keys(cell) for cell in cells]
     if options.dry_run:
@@ -80,16 +83,16 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
         _refuse_full_disk(sweep, steps)
         return 0
     _refuse_places(sweep)
-    on_slurm = launch.resolve_cluster(sweep.resources) == "slurm"
     return (_on_slurm if on_slurm else _here)(sweep, cells, keys, options)
 
 
-def _with_gpus(sweep: Sweep) -> Sweep:
-    """The sweep with the number of GPUs that a job on Slurm takes, where that was left open."""
-    resources = sweep.resources
-    if resources.gpus is not None or launch.resolve_cluster(resources) != "slurm":
-        return sweep
-    return replace(sweep, resources=replace(resources, gpus=min(1, submission.most_gpus(resources))))
+def _for_slurm(sweep: Sweep) -> Sweep:
+    """The sweep with what a job takes where that was left open; what the cluster has not is refused, in a dry run too."""
+    resources = submission.with_users_defaults(sweep.resources)
+    if resources.gpus is None:
+        resources = replace(resources, gpus=min(1, submission.most_gpus(resources)))
+    submission.refuse(resources)
+    return replace(sweep, resources=resources)
 
 
 def _here(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: argparse.Namespace) -> int:
@@ -107,7 +110,6 @@ def _here(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: ar
 
 def _on_slurm(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: argparse.Namespace) -> int:
     """Submit what is missing; show everything if nothing is under way any more, or with --wait once it has ended."""
-    submission.refuse(sweep.resources)
     with _alone(_logs(sweep)):
         jobs = _reconcile(sweep, keys, wait=False)
         steps = _plan(sweep, cells, keys, jobs, retry=options.retry)
@@ -295,7 +297,13 @@ def _alone(logs: Path) -> Iterator[None]:
     """One command at a time looks what is missing and submits it: two at once would both find the same."""
     logs.mkdir(parents=True, exist_ok=True)
     with (logs / "submitting").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another command is submitting to {logs}: waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # Lustre is often mounted without locks; jobs given twice leave out each other's draws
+            print(f"warning: {logs} cannot be locked ({error.strerror}): start one command at a time", file=sys.stderr)
         yield
 
 

@@ -374,3 +374,20 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
     assert killed
     assert texts(other) == texts(sweep)
     np.testing.assert_allclose(curve(other), curve(sweep), atol=1e-6)
+
+
+def test_submitting_goes_on_where_files_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import errno
+    import fcntl
+
+    from ksweep.sweep import _alone
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with _alone(tmp_path):
+        pass
+    assert "cannot be locked" in capsys.readouterr().err

@@ -30,6 +30,8 @@ WAITING = (
     "SUSPENDED",
     "STOPPED",
 )
+UNDER_WAY = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "RESIZING")
+"""What accounting says of a job that has not ended."""
 ALIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING")
 
 
@@ -184,7 +186,7 @@ def submit(script: str) -> str:
 
 
 def queue(ids: Iterable[str] = (), user: str | None = None) -> list[Queued]:
-    """What of some jobs (or of all of a user's) is in the queue, an element of an array a line.
+    """What of some jobs, or of all jobs of a user (of several: "a,b"), is in the queue, an element of an array a line.
 
     Raises:
         SlurmError: Slurm does not answer; a job that it has forgotten is simply not listed.

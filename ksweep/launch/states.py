@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ksweep.launch import slurm
+from ksweep.launch import slurm, submission
 from ksweep.launch.job import Ending, Heartbeat, Job, all_jobs, is_alive
 
 FRESH_SECONDS = 20.0
@@ -78,6 +79,8 @@ def _not_begun(job: Job, spec: dict[str, Any]) -> Verdict:
     launcher = spec.get("launcher")
     if launcher is not None and is_alive(Heartbeat(rank=0, **launcher)):
         return Verdict("waiting", f"its launcher (process {launcher['pid']} on {launcher['host']}) has yet to start it")
+    if submission.is_unsettled(job):
+        return Verdict("unknown", "its launcher died while it handed it over; the sweep's own command asks Slurm for it")
     return Verdict("stopped", "its launcher ended before it was started", "never submitted")
 
 
@@ -116,12 +119,20 @@ def _ask_slurm(jobs: Sequence[Job]) -> dict[str, Answer]:
     known = {job.id: number for job in jobs if (number := numbers[job.id]) is not None}
     if not known:
         return {job.id: Answer() for job in jobs}
+    owners = {job.id: str((job.noted("slurm") or {}).get("user", getpass.getuser())) for job in jobs}
     try:
-        queued = {entry.id: entry for entry in slurm.queue(known.values())}
+        queued = {entry.id: entry for entry in slurm.queue(known.values(), ",".join(sorted(set(owners.values()))))}
     except slurm.SlurmError:
         return {job.id: Answer(reachable=False) for job in jobs}
     accounted = slurm.accounting([n for n in known.values() if n not in queued])
-    return {job.id: Answer(_own(job, queued.get(known.get(job.id, ""))), accounted.get(known.get(job.id, ""))) for job in jobs}
+    found = {job.id: Answer(_own(job, queued.get(known.get(job.id, ""))), accounted.get(known.get(job.id, ""))) for job in jobs}
+    return {name: _from_afar(answer) if owners[name] != getpass.getuser() else answer for name, answer in found.items()}
+
+
+def _from_afar(answer: Answer) -> Answer:
+    """What may be believed of another user's job: many clusters hide their jobs, which then seem to have vanished."""
+    ended = answer.accounted is not None and answer.accounted.state not in slurm.UNDER_WAY
+    return answer if answer.queued is not None or ended else replace(answer, reachable=False)
 
 
 def _own(job: Job, entry: slurm.Queued | None) -> slurm.Queued | None:
@@ -174,8 +185,11 @@ def _gone(number: str, state: str, word: slurm.Accounted | None, oom_in_log: boo
         return Verdict("stopped", f"preempted and not requeued; {says}", "preempted", look_again=True)
     if state in ("NODE_FAIL", "BOOT_FAIL"):
         return Verdict("stopped", f"its node failed and it was not requeued; {says}", "node failure", look_again=True)
-    if state in ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "RESIZING"):
+    if state in slurm.UNDER_WAY:
         return Verdict("stopped", f"accounting says {state}, but it is not in the queue (job {number})", "lost", look_again=True)
+    if state == "COMPLETED":
+        reason = f"it ended without a terminal record (not to be seen from here yet?); {says}"
+        return Verdict("failed", reason, "dead rank", look_again=True)
     if state:
         code = f", exit code {word.exit_code}" if word is not None and word.exit_code else ""
         return Verdict("failed", f"a rank ended without a terminal record; {says}{code}", "dead rank")
@@ -233,7 +247,7 @@ class Survey:
 
 
 def survey(logs: Path) -> Survey:
-    """Every unsettled job below a directory of logs; Slurm is asked about those that are silent, and nothing is written."""
+    """Every unsettled job below a directory of logs; Slurm is asked about those that are silent."""
     jobs = [job for job in all_jobs(logs) if job.noted("settled") is None]
     found = verdicts(jobs)
     at_work = {cell["key"]: job for job in jobs if found[job.id].state in LIVE for cell in job.spec().get("cells", [])}

@@ -15,11 +15,13 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import os
 import secrets
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 TAG = "ksweep:"
 SIGNAL_SECONDS = 120
 """How long before its time limit a job is told to stop; half of the limit where that is shorter."""
+USERS_DEFAULTS = ("partition", "account", "qos", "constraint")
 SBATCH_SECONDS = 3.0
 """How long an sbatch may outlive the launcher that was killed."""
 
@@ -104,14 +107,20 @@ def refuse(resources: Resources) -> None:
     _named("qos", resources.qos, slurm.names("qos"))
     _named("account", resources.account, slurm.names("account", "Account"))
     wanted = _wanted(resources, there)
+    ranks, cpus = ("gpus", "cpus_per_gpu") if resources.gpus else ("tasks", "cpus_per_task")
     for what, value, most in (
         ("gpus", resources.gpus or 0, max((p.gpus for p in wanted), default=0)),
         ("nodes", resources.nodes, max((p.num_nodes for p in wanted), default=0)),
+        ("mem_gb", resources.mem_gb or 0, max((p.memory_mb for p in wanted), default=0) / 1024),
+        (
+            f"{ranks} x {cpus}",
+            getattr(resources, ranks) * (getattr(resources, cpus) or 1),
+            max((p.cpus for p in wanted), default=0),
+        ),
     ):
         if wanted and value > most:
-            raise SpecError(
-                f"resources.{what}={value}, but {_which(wanted)} has {most}{' on a node' if what == 'gpus' else ''}: lower it"
-            )
+            where = "" if what == "nodes" else " on a node"
+            raise SpecError(f"resources.{what}={value}, but {_which(wanted)} has {most:.6g}{where}: lower it")
     limits = [p.minutes for p in wanted if p.minutes is not None]
     if limits and len(limits) == len(wanted) and resources.minutes > max(limits):
         raise SpecError(
@@ -121,6 +130,15 @@ def refuse(resources: Resources) -> None:
     features = frozenset().union(*(p.features for p in wanted))
     if resources.constraint and features and resources.constraint.replace("_", "").replace("-", "").isalnum():
         _one_of("constraint", resources.constraint, sorted(features))
+
+
+def with_users_defaults(resources: Resources) -> Resources:
+    """With what the user's shell tells every sbatch ($SBATCH_ACCOUNT and such), where the sweep leaves that open.
+
+    sbatch itself is asked without these variables: they would win over what the sweep says.
+    """
+    found: dict[str, Any] = {name: value for name in USERS_DEFAULTS if (value := os.environ.get(f"SBATCH_{name.upper()}"))}
+    return replace(resources, **{name: value for name, value in found.items() if getattr(resources, name) is None})
 
 
 def most_gpus(resources: Resources) -> int:
@@ -173,17 +191,22 @@ def _submit_array(
         raise SpecError(f"the cluster does not take this job ({reason}); asked for: {shape(resources)}")
     publish(folder / "jobs.json", json.dumps([str(job.path) for job in jobs]).encode())
     publish(folder / "script.sh", text.encode())
-    publish(folder / "intent.json", json.dumps({"tag": tag, "launcher": myself()}).encode())
+    publish(folder / "intent.json", json.dumps({"tag": tag, "launcher": myself(), "user": getpass.getuser()}).encode())
     number = slurm.submit(text)
     _record(folder, number, jobs)
     return number
 
 
 def _record(folder: Path, number: str, jobs: Sequence[Job]) -> None:
+    user = getpass.getuser()
     for index, job in enumerate(jobs):
         job.note(
-            "slurm", {"id": f"{number}_{index}" if len(jobs) > 1 else number, "folder": str(folder), "tag": f"{TAG}{folder.name}"}
-        )
+            "slurm",
+            {
+                "id": f"{number}_{index}" if len(jobs) > 1 else number, "folder": str(folder), "tag": f"{TAG}{folder.name}",
+                "user": user,
+            },
+        )  # fmt: skip
     publish(folder / "submitted.json", json.dumps({"id": number}).encode())
 
 
@@ -192,10 +215,17 @@ def settle(logs: Path) -> list[str]:
 
     Returns a line for each.
     """
-    open_ones = [
-        p.parent for p in sorted((logs / "submissions").glob("*/intent.json")) if not (p.parent / "submitted.json").exists()
-    ]
-    return [line for folder in open_ones for line in _settle(folder)]
+    return [line for folder in _unsettled(logs) for line in _settle(folder)]
+
+
+def is_unsettled(job: Job) -> bool:
+    """Whether a job belongs to a submission of which nobody knows yet whether Slurm has it."""
+    return any(str(job.path) in json.loads((folder / "jobs.json").read_text()) for folder in _unsettled(job.path.parent))
+
+
+def _unsettled(logs: Path) -> list[Path]:
+    intents = sorted((logs / "submissions").glob("*/intent.json"))
+    return [p.parent for p in intents if not (p.parent / "submitted.json").exists()]
 
 
 def _settle(folder: Path) -> list[str]:
@@ -203,6 +233,8 @@ def _settle(folder: Path) -> list[str]:
     jobs = [Job(Path(path)) for path in json.loads((folder / "jobs.json").read_text())]
     if is_alive(Heartbeat(rank=0, **intent["launcher"])):
         return [f"submission {folder.name}: another launcher is handing it over at this moment"]
+    if (owner := intent.get("user", getpass.getuser())) != getpass.getuser():
+        return [f"submission {folder.name}: its launcher died; only a command of {owner} can tell whether Slurm has it"]
     number = _number(folder, intent["tag"], jobs)
     if number is None and time.time() - intent["launcher"]["time"] < SBATCH_SECONDS:
         time.sleep(SBATCH_SECONDS)

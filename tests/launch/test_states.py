@@ -89,6 +89,8 @@ def test_ranks_that_stopped_on_slurm_leave_it_to_the_queue_whether_they_come_bac
         # Seen: a job killed for memory is FAILED, and only its step and its log say why.
         (accounted("FAILED"), True, "failed", "out of memory", False),
         (accounted("FAILED"), False, "failed", "dead rank", False),
+        # On a network file system the terminal record may be seen later than the end in accounting.
+        (accounted("COMPLETED"), False, "failed", "dead rank", True),
         # A cancelled element that was waiting leaves no record at all.
         (Answer(), False, "stopped", "lost", True),
         (Answer(reachable=False), False, "unknown", "", False),
@@ -133,6 +135,29 @@ def test_a_number_that_slurm_gave_twice_is_not_taken_for_ours(tmp_path: Path, mo
     assert states.verdict(submitted(tmp_path)).look_again
     stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|ksweep:mine", sacct="")
     assert states.verdict(submitted(tmp_path)).state == "running"
+
+
+def test_a_colleagues_job_that_this_user_cannot_see_in_the_queue_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, squeue="", sacct="7|PENDING|0:0|")
+    monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
+    job = submitted(tmp_path)
+    assert states.verdict(job).state == "stopped"
+    job.note("slurm", {"id": "7", "folder": str(tmp_path), "tag": "ksweep:mine", "user": "a colleague"})
+    assert states.verdict(job).state == "unknown"
+
+
+def test_a_job_whose_launcher_died_at_sbatch_is_left_to_the_settling(tmp_path: Path) -> None:
+    folder = tmp_path / "submissions" / "one"
+    folder.mkdir(parents=True)
+    code = f"import pathlib, ksweep.launch.job as j; print(j.create(pathlib.Path({str(tmp_path)!r}), 'a:b', {{}}, 1).path)"
+    path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    (folder / "jobs.json").write_text(f'["{path}"]')
+    (folder / "intent.json").write_text("{}")
+    assert states.verdict(Job(Path(path))).state == "unknown"
+    (folder / "submitted.json").write_text("{}")
+    assert states.verdict(Job(Path(path))).kind == "never submitted"
 
 
 def test_slurm_that_does_not_answer_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,12 +105,42 @@ def test_a_time_limit_on_the_command_line_is_a_time(text: str) -> None:
         (["gpus=0", "cpus_per_gpu=2"], "set resources.cpus_per_task"),
         (["gpus=2", "cpus_per_task=2"], "set resources.cpus_per_gpu"),
         (["max_parallel_jobs=0"], "resources.max_parallel_jobs"),
+        (['extra={comment: "for the bill"}'], "extra has comment"),
+        (["extra={open_mode: truncate, reservation: night}"], "extra has open-mode"),
         (["cluster=slrum"], "auto, slurm, local, inprocess"),
     ],
 )
 def test_a_resource_that_cannot_be_meant_is_refused(arguments: list[str], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         sweep_with(*arguments)
+
+
+@pytest.fixture
+def nodes_of_64_cpus(tmp_path: Path) -> None:
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho 'main*|4|gpu:h100:8|64|512000|7-00:00:00|(null)'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+
+
+@pytest.mark.usefixtures("nodes_of_64_cpus")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mem_gb": 501}, r"resources.mem_gb=501, but partition main has 500 on a node"),
+        ({"gpus": 8, "cpus_per_gpu": 9}, r"resources.gpus x cpus_per_gpu=72, but partition main has 64 on a node"),
+        ({"gpus": 0, "tasks": 65}, r"resources.tasks x cpus_per_task=65, but partition main has 64 on a node"),
+    ],
+)
+def test_more_memory_or_cpus_than_a_node_has_are_refused_with_what_it_has(changes: dict[str, Any], words: str) -> None:
+    submission.refuse(Resources(cluster="slurm", gpus=8, cpus_per_gpu=8, mem_gb=500))
+    with pytest.raises(SpecError, match=words):
+        submission.refuse(Resources(cluster="slurm", **changes))
+
+
+def test_what_the_users_shell_tells_sbatch_fills_what_the_sweep_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    monkeypatch.setenv("SBATCH_PARTITION", "debug")
+    found = submission.with_users_defaults(Resources(cluster="slurm", gpus=0, partition="h100"))
+    assert (found.account, found.partition, found.qos) == ("lab", "h100", None)
 
 
 def test_slurms_commands_without_a_cluster_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
