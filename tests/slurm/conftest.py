@@ -27,9 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bed() -> Iterator[Bed]:
-    """The cluster. KSWEEP_SLURM_BED names one that is up already and stays up (to write tests by)."""
+    """The cluster, gone before the tests of other packages: cluster=auto would submit theirs to it.
+
+    KSWEEP_SLURM_BED names one that is up already and stays up (to write tests by).
+    """
     own = os.environ.get("KSWEEP_SLURM_BED")
     folder = Path(own or tempfile.mkdtemp(prefix="ksweep-slurm-"))
     # Elements of an array are numbered below MaxArraySize: nine, so that a sweep of twelve needs two arrays.
