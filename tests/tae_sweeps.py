@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, sweep_main
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "tae"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
@@ -43,8 +42,3 @@ def run(sweep: Sweep, case: str, *arguments: str) -> int:
         sweep_main(sweep, ["--no-charts", f"autoencoder.checkpoint={checkpoint(case)}", *arguments])
     assert isinstance(end.value.code, int)
     return end.value.code
-
-
-def ask(sweep: Sweep, question: str) -> list[tuple[Any, ...]]:
-    with connect(sweep.registry) as connection:
-        return connection.execute(question).fetchall()

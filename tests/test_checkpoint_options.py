@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep
 from ksweep.autoencoder.tae_file import inspect_tae
 from ksweep.checkpoint_data import with_checkpoint_data
 from ksweep.errors import CheckpointError, SpecError
 from ksweep.keys import cell_keys, complete, complete_all, label
 from ksweep.overrides import apply_overrides, given_settings, lay_over
 from ksweep.spec import replace_at
+from tests.tiny_sweeps import ask, run
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tae"
 GPT2 = next((FIXTURES / "gpt2_patch_all").glob("*.pt"))
@@ -60,18 +61,6 @@ def alone(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "run" / "checkpoint_step1_epoch1_.pt"
 
     return make
-
-
-def run(sweep: Sweep, *arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        sweep_main(sweep, ["--no-charts", *arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
-def ask(sweep: Sweep, question: str) -> list[tuple[Any, ...]]:
-    with connect(sweep.registry) as connection:
-        return connection.execute(question).fetchall()
 
 
 # --base

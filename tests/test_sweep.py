@@ -19,51 +19,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
-from tests.tiny_models import TinyPair, edit_sidecar, make_pair
+from ksweep import Resources, Sweep
+from tests.tiny_models import TinyPair, edit_sidecar
+from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
 ROOT = Path(__file__).parents[1]
-WORDS = ("the of and to in is was he for it with as his on be at by had not are but from or have an they one you were").split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    folder = tmp_path_factory.mktemp("tiny")
-    source = random.Random(0)
-    lines = [f'{{"text": "{" ".join(source.choices(WORDS, k=40))}", "document": "d{i // 3}"}}' for i in range(60)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    return make_pair(folder, "qwen2", talks=True)
+    return talking_pair(tmp_path_factory.mktemp("tiny"), num_rows=60)
 
 
 @pytest.fixture
 def sweep(pair: TinyPair, tmp_path: Path) -> Sweep:
     return Sweep(
         name="tiny",
-        cell=Cell(
-            autoencoder=Autoencoder(av=str(pair.av), ar=str(pair.ar), dtype="float32"),
-            activations=Activations(
-                model=str(pair.base), text=str(pair.base.parent / "text.jsonl"), num_activations=40, positions_per_document=2,
-                min_position=10, dtype="float32",
-            ),
-            sampling=Sampling(num_draws=8, max_new_tokens=20),
-            scoring=Scoring(num_replicates=200),
-        ),
+        cell=tiny_cell(pair, num_replicates=200),
         resources=Resources(cluster="inprocess", gpus=0),
         registry=str(tmp_path / "registry"),
         vector_cache=str(tmp_path / "vector_cache"),
     )  # fmt: skip
-
-
-def run(sweep: Sweep, *arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        sweep_main(sweep, ["--no-charts", *arguments])
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
-def ask(sweep: Sweep, question: str) -> list[tuple[Any, ...]]:
-    with connect(sweep.registry) as connection:
-        return connection.execute(question).fetchall()
 
 
 def texts(sweep: Sweep) -> list[tuple[Any, ...]]:

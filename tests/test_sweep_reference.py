@@ -24,7 +24,8 @@ from ksweep.draws import SCHEMA
 from ksweep.errors import SpecError
 from ksweep.keys import cell_keys
 from ksweep.spec import replace_at
-from tests.tae_sweeps import CASES, WORDS, ask, checkpoint, run, sweep_over
+from tests.tae_sweeps import CASES, WORDS, checkpoint, run, sweep_over
+from tests.tiny_sweeps import ask
 
 GEMMA = "gemma3_patch_two"
 N = 48

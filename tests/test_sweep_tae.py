@@ -23,7 +23,8 @@ from ksweep.autoencoder.tae_file import TaeInfo, inspect_tae
 from ksweep.errors import SpecError
 from ksweep.overrides import apply_overrides
 from tests.activations.helpers import random_vectors, write_vectors
-from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, ask, checkpoint, run, sweep_over
+from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, checkpoint, run, sweep_over
+from tests.tiny_sweeps import ask
 
 ROOT = Path(__file__).parents[1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep
+from ksweep import Resources, Sweep
 from tests.slurm.bed import Bed
-from tests.tiny_models import TinyPair, make_pair
+from tests.tiny_models import TinyPair
+from tests.tiny_sweeps import talking_pair, tiny_cell
 
-WORDS = ("the of and to in is that for it with as his on be at by had not are but from or have an they one you were").split()  # noqa: SIM905
 CANNOT = 77
 
 
@@ -55,11 +54,7 @@ def bed() -> Iterator[Bed]:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    folder = tmp_path_factory.mktemp("tiny")
-    source = random.Random(0)
-    lines = [f'{{"text": "{" ".join(source.choices(WORDS, k=40))}", "document": "d{i // 3}"}}' for i in range(80)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    return make_pair(folder, "qwen2", talks=True)
+    return talking_pair(tmp_path_factory.mktemp("tiny"), num_rows=80)
 
 
 @pytest.fixture(scope="session")
@@ -67,15 +62,7 @@ def plain(pair: TinyPair) -> Sweep:
     """A cell of 40 activations with 8 draws each; its place is given by `sweep`."""
     return Sweep(
         name="tiny",
-        cell=Cell(
-            autoencoder=Autoencoder(av=str(pair.av), ar=str(pair.ar), dtype="float32"),
-            activations=Activations(
-                model=str(pair.base), text=str(pair.base.parent / "text.jsonl"), num_activations=40, positions_per_document=2,
-                min_position=10, dtype="float32",
-            ),
-            sampling=Sampling(num_draws=8, max_new_tokens=20),
-            scoring=Scoring(num_replicates=100),
-        ),
+        cell=tiny_cell(pair, num_replicates=100),
         resources=Resources(cluster="slurm", gpus=0, mem_gb=1, time=60),
     )  # fmt: skip
 
