@@ -24,9 +24,10 @@ SLURMD_TIMEOUT=${SLURMD_TIMEOUT:-15}  # seconds until a silent node is down
 CGROUP=${CGROUP:-0}             # 1: device and memory limits by cgroup v1; GPUs then count from 0 in every job
 PREEMPT_SIGNAL=${PREEMPT_SIGNAL:-1}   # 0: preempted jobs get SIGTERM only, as on most clusters
 NAMESPACES=${NAMESPACES:-1}     # 0: nodes share host name and PIDs (where unshare is not allowed)
-PORT=${PORT:-16817}             # slurmctld; slurmdbd two higher, slurmd from 17001. Below 20000: above, ranks meet
+PORT=${PORT:-16817}             # slurmctld; slurmdbd 2 higher, slurmd from 184 higher. Below 19000: above, ranks meet. Two beds
+                                # may be up at once with ports of their own
 PREFIX=gpu
-MARK="# ksweep-slurm-testbed"
+MARK="# ksweep-slurm-testbed $BED"
 HOST=$(hostname -s)
 CANNOT=77
 PACKAGES="slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin munge mariadb-server-core mariadb-client-core"
@@ -112,6 +113,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 GresTypes=gpu
 MaxArraySize=$MAX_ARRAY
+# Ranks meet at a port that submitit makes of the job id: those of another bed on this machine are others
+FirstJobId=$((PORT % 1000 * 50 + 1))
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
 SlurmctldTimeout=30
@@ -178,7 +181,7 @@ preempt_signal_line() { # the option moved in 23.02
 node_line() {
   local host=$PREFIX$1
   [ "$NAMESPACES" = 1 ] || host=$HOST
-  echo "NodeName=$PREFIX$1 NodeHostname=$host NodeAddr=$2 Port=$((17000 + $1)) CPUs=$CPUS Sockets=2 CoresPerSocket=$((CPUS / 2))" \
+  echo "NodeName=$PREFIX$1 NodeHostname=$host NodeAddr=$2 Port=$((PORT + 183 + $1)) CPUs=$CPUS Sockets=2 CoresPerSocket=$((CPUS / 2))" \
     "ThreadsPerCore=1 RealMemory=$MEMORY Gres=gpu:h100:$GPUS State=UNKNOWN"
 }
 

@@ -49,7 +49,7 @@ def bed() -> Iterator[Bed]:
         os.environ.pop(name) if value is None else os.environ.update({name: value})
     if own is None:
         bed.script("down")
-        assert not folder.exists() and "ksweep-slurm-testbed" not in Path("/etc/hosts").read_text()
+        assert not folder.exists() and str(folder) not in Path("/etc/hosts").read_text()
 
 
 @pytest.fixture(scope="session")
