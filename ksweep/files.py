@@ -5,18 +5,24 @@ No torch here: the launcher plans with these before any model is loaded.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from ksweep.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 
@@ -122,6 +128,8 @@ def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
         raise
 
 
+LOCK_POLL_SECONDS = 0.05
+
 LEFTOVER_AGE = 3600.0
 """Seconds after which a *.part file belongs to nobody alive."""
 
@@ -139,6 +147,43 @@ def clear_leftovers(directory: Path) -> None:
     for path in leftovers(directory):
         with suppress(OSError):
             path.unlink()
+
+
+@contextmanager
+def locked(path: Path, holder: str, *, patience: float | None = None, aloud: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file, which the kernel takes from a process that dies; whether it is held.
+
+    It is not where the file system has no locks (Lustre without `-o flock` says ENOSYS, others EOPNOTSUPP), or where somebody
+    has held it for `patience` seconds: what is done under it must then be harmless to do twice. `holder` names who holds it,
+    for messages; with `aloud` people are told that they wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        yield _lock(file.fileno(), path, holder, patience, aloud)
+
+
+def _lock(handle: int, path: Path, holder: str, patience: float | None, aloud: bool) -> bool:
+    deadline = None if patience is None else time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if deadline is not None and time.monotonic() > deadline:
+                log.warning("%s has held %s for %.0f s: going on beside it", holder, path, patience)
+                return False
+            if aloud:
+                print(f"{holder} is at work in {path.parent}: waiting for it", file=sys.stderr)
+                aloud = False
+            time.sleep(LOCK_POLL_SECONDS)
+        except OSError as error:
+            _say_once(f"{path.parent} cannot be locked ({error.strerror}): start one command at a time there")
+            return False
+
+
+@lru_cache
+def _say_once(words: str) -> None:
+    log.warning("%s", words)
 
 
 def readable_by_colleagues() -> int:

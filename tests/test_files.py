@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ksweep import files
 from ksweep.errors import CheckpointError
+from ksweep.files import locked
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +101,56 @@ def test_digest_leaves_out_what_datasets_caches_beside_its_data(tmp_path: Path) 
     before = files.digest(tmp_path)
     (tmp_path / "cache-1f3a.arrow").write_bytes(b"left by a map over the rows")
     assert files.digest(tmp_path) == before
+
+
+HOLDER = """import sys; from pathlib import Path; from ksweep.files import locked
+with locked(Path(sys.argv[1]), "it"):
+    print(1, flush=True)
+    input()
+"""
+
+
+@pytest.fixture
+def held_lock(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """A lock that another process holds."""
+    path = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "1\n"
+    yield path, holder
+    holder.kill()
+    holder.communicate()
+
+
+def test_locked_is_waited_for_and_says_so_once_and_a_dead_holder_holds_nothing(
+    held_lock: tuple[Path, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, holder = held_lock
+    threading.Timer(0.4, holder.kill).start()
+    begun = time.monotonic()
+    with locked(path, "another command", aloud=True) as held:
+        assert held and time.monotonic() - begun > 0.3
+    said = capsys.readouterr().err
+    assert said.splitlines() == [f"another command is at work in {path.parent}: waiting for it"]
+
+
+def test_locked_goes_on_beside_a_holder_after_its_patience(
+    held_lock: tuple[Path, subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with locked(held_lock[0], "another ingester", patience=0.1) as held:
+        assert not held
+    assert "another ingester has held" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_locked_where_the_file_system_has_no_locks_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(2):
+        with locked(tmp_path / "lock", "another command") as held:
+            assert not held
+    [record] = caplog.records
+    assert f"{tmp_path} cannot be locked ({os.strerror(number)})" in record.message

@@ -306,7 +306,7 @@ def test_a_cell_that_failed_is_reported_and_run_again_only_with_retry(
 def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ksweep.sweep.BYTES_PER_DRAW", 10**15)
+    monkeypatch.setattr("ksweep.planning.BYTES_PER_DRAW", 10**15)
     assert run(sweep) == 1
     assert "nothing was started" in capsys.readouterr().err
     assert not list(Path(sweep.vector_cache).rglob("*.arrow"))
@@ -350,20 +350,3 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
     assert killed
     assert texts(other) == texts(sweep)
     np.testing.assert_allclose(curve(other), curve(sweep), atol=1e-6)
-
-
-def test_submitting_goes_on_where_files_cannot_be_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import errno
-    import fcntl
-
-    from ksweep.sweep import _alone
-
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with _alone(tmp_path):
-        pass
-    assert "cannot be locked" in capsys.readouterr().err

@@ -5,14 +5,13 @@ $KSWEEP_HOME/gpus/<host>/<number>.json names the process that holds a GPU; a hol
 
 from __future__ import annotations
 
-import fcntl
 import json
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from ksweep.files import home, publish
+from ksweep.files import home, locked, publish
 from ksweep.launch.job import Heartbeat, is_alive, myself
 
 
@@ -65,10 +64,5 @@ def _write(number: int, job: str, process: dict[str, object]) -> None:
     publish(_folder() / f"{number}.json", json.dumps({"job": job, "process": process}).encode(), durable=False)
 
 
-@contextmanager
-def _lock() -> Iterator[None]:
-    folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _lock() -> AbstractContextManager[bool]:
+    return locked(_folder() / "lock", "another launcher")

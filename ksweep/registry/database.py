@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -37,7 +36,7 @@ import pyarrow.parquet as pq
 
 from ksweep.draws import SCHEMA as DRAWS_SCHEMA
 from ksweep.errors import DiskFullError, RequestError, StoreError
-from ksweep.files import publish
+from ksweep.files import locked, publish
 from ksweep.identity import canonical_json
 from ksweep.registry.landing import Landed, LandingError, read
 
@@ -407,26 +406,11 @@ def _attached(database: Path) -> duckdb.DuckDBPyConnection:
 @contextlib.contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """One ingester at a time. Given back by the kernel when its holder dies; left out where the file system has no locks."""
-    with (root / ".ingest.lock").open("a") as file:
-        if _locked(file.fileno()):
+    with locked(root / ".ingest.lock", "another ingester", patience=LOCK_TIMEOUT) as held:
+        if held:
             for leftover in root.glob(f".{DATABASE}.*.next*"):  # of an ingester that was killed
                 leftover.unlink(missing_ok=True)
         yield
-
-
-def _locked(handle: int) -> bool:
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                log.warning("another ingester has held the registry for %.0f s: going on beside it", LOCK_TIMEOUT)
-                return False
-            time.sleep(0.02)
-        except OSError:
-            return False
 
 
 def _existing(root: Path | str) -> Path:

@@ -1,0 +1,75 @@
+"""A sweep's missing cells on Slurm: what a job takes, an array with an element for each job, and waiting for them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ksweep.errors import RunError, SpecError
+from ksweep.launch import snapshot, states, submission
+from ksweep.launch import submit as launch
+from ksweep.launch.job import Ending, Job
+from ksweep.launch.watch import Watch
+from ksweep.orders import Missing, groups, job_for, logs_of
+from ksweep.reconcile import book
+from ksweep.spec import Sweep
+
+SLURM_POLL_SECONDS = 2.0
+
+
+def with_shape(sweep: Sweep) -> Sweep:
+    """The sweep with what a job takes where that was left open; what the cluster has not is refused, in a dry run too."""
+    resources = submission.with_users_defaults(sweep.resources)
+    if resources.gpus is None:
+        resources = replace(resources, gpus=min(1, submission.most_gpus(resources)))
+    submission.refuse(resources)
+    return replace(sweep, resources=resources)
+
+
+def submit(sweep: Sweep, missing: Missing) -> list[Job]:
+    """Hand the missing cells to Slurm: an array with an element for each job, which runs the code as it is now."""
+    logs = logs_of(sweep)
+    resources = sweep.resources
+    code = snapshot.take(logs)
+    jobs = [job_for(sweep, group, "slurm") for group in groups(sweep, missing)]
+    if code is not None:
+        for job in jobs:
+            job.note("code", {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None})
+    try:
+        submission.submit(logs, jobs, resources, sweep.name, code.path if code else None)
+    except SpecError:
+        # Refused before anything was handed over. After any other failure the next command finds out what Slurm has of them.
+        for job in jobs:
+            shutil.rmtree(job.path)
+        raise
+    return jobs
+
+
+def wait(jobs: Sequence[Job], sweep: Sweep) -> None:
+    """Until every job has ended; then each is booked, and the first failure raised. The jobs do not need this process."""
+    live = {job.id: job for job in jobs}
+    ended: list[tuple[Job, states.Verdict]] = []
+    with Watch() as watch:
+        try:
+            while live:
+                found = states.verdicts(list(live.values()))
+                for name, verdict in found.items():
+                    if verdict.state not in states.LIVE:
+                        ended.append((live.pop(name), verdict))
+                watch.show_jobs(found, {job.id: job.heartbeats() for job in live.values()})
+                time.sleep(SLURM_POLL_SECONDS if live else 0)
+        except KeyboardInterrupt:
+            raise RunError(
+                f"no longer waiting: {len(live)} jobs go on without this command. `ksweep watch {sweep.name}` shows them, "
+                f"`ksweep cancel {sweep.name}` ends them, the same command attaches to them again"
+            ) from None
+    for job, verdict in ended:
+        book(job, verdict)
+    for job, verdict in ended:
+        if verdict.state == "failed":
+            launch.raise_for(verdict.ending or Ending(rank=0, status="failed", kind=verdict.kind, message=verdict.reason), job)
+    if any(verdict.state == "stopped" for _, verdict in ended):
+        reasons = "; ".join(sorted({v.reason for _, v in ended if v.state == "stopped"}))
+        raise RunError(f"stopped ({reasons}): finished units are kept; the same command carries on from there")

@@ -1,0 +1,101 @@
+"""What a sweep's command plans: facts of each cell from the stores, steps, and whether there is room for them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ksweep import terminal
+from ksweep.activations.fill import plan as plan_activations
+from ksweep.draws import DRAWS_PER_UNIT, DrawsStore
+from ksweep.errors import DiskFullError, SpecError
+from ksweep.keys import Keys, inspect_file
+from ksweep.launch import states
+from ksweep.launch.plan import Facts, Step, plan
+from ksweep.registry.questions import failed_runs, finished_runs, seconds_per_draw
+from ksweep.spec import Cell, Sweep
+
+DATABASE_BYTES = 8_000_000
+"""Room for the database, its next version beside it, and job logs."""
+BYTES_PER_DRAW = 700
+"""Measured on the demo: a draw of 20 tokens with its texts takes 0.3 to 0.7 kB in Parquet; 200 tokens about 1.5."""
+
+
+def steps_of(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], jobs: states.Survey, *, retry: bool) -> list[Step]:
+    """What is there for each cell, and so what is to be done; reads names and manifests only."""
+    finished, failed = finished_runs(Path(sweep.registry)), failed_runs(Path(sweep.registry))
+    planned: dict[str, list[tuple[int, int]]] = {}
+    facts = []
+    for cell, key in zip(cells, keys, strict=True):
+        fact = _facts(sweep, cell, key, finished.get(key.cell), planned.setdefault(key.draws, []))
+        facts.append(replace(fact, job=jobs.at_work_on(key.cell), failure=failed.get(key.cell) or jobs.failures.get(key.cell)))
+        if key.cell not in finished:
+            planned[key.draws].append((cell.activations.num_activations, cell.sampling.effective_num_draws))
+    return plan(facts, retry=retry)
+
+
+def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, planned: Sequence[tuple[int, int]]) -> Facts:
+    """`planned`: (activations, draws) that earlier cells of the sweep will have drawn under the same key."""
+    registry = Path(sweep.registry)
+    wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
+    there = DrawsStore(registry / "draws", keys.draws).coverage(*wanted)
+    for num_activations, num_draws in planned:
+        there[:num_activations, :num_draws] = True
+    needed = plan_activations(cell.activations, keys.layer, Path(sweep.vector_cache))
+    return Facts(
+        cell_key=keys.cell,
+        activations_key=keys.activations,
+        label=keys.label,
+        finished_run=finished_run,
+        activations_present=needed.present,
+        activations_wanted=cell.activations.num_activations,
+        draws_present=int(there.sum()),
+        draws_wanted=wanted[0] * wanted[1],
+        bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
+        bytes_per_draw=BYTES_PER_DRAW + _bytes_of_reconstructions(cell),
+        seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.source),
+    )
+
+
+def _bytes_of_reconstructions(cell: Cell) -> int:
+    """What a draw of a checkpoint takes besides: of n draws of a unit those that are the best so far, 1 + 1/2 + ... + 1/n."""
+    if cell.autoencoder.checkpoint is None:
+        return 0
+    n = min(cell.sampling.effective_num_draws, DRAWS_PER_UNIT)
+    return int(4 * inspect_file(cell.autoencoder).d_model * sum(1 / i for i in range(1, n + 1)) / n)
+
+
+def refuse_places(sweep: Sweep) -> None:
+    """Directories that cannot be written are a mistake in the request, told before anything runs."""
+    for key, place in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise SpecError(f"{key}={place} cannot be written ({error.strerror}): give a directory that can") from error
+
+
+def refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
+    """The two stores may lie on two disks; each must hold what goes there."""
+    draws, activations = sum(s.draw_bytes for s in steps), sum(s.activation_bytes for s in steps)
+    registry, cache = Path(sweep.registry), Path(sweep.vector_cache)
+    together = _existing(registry).stat().st_dev == _existing(cache).stat().st_dev
+    needs = {registry: draws + DATABASE_BYTES + (activations if together else 0), cache: activations}
+    for place, needed in needs.items():
+        free = shutil.disk_usage(_existing(place)).free
+        if any(step.state != "done" for step in steps) and needed > free:
+            raise DiskFullError(
+                f"this sweep needs about {terminal.bytes_text(needed)} in {place.absolute()}, where "
+                f"{terminal.bytes_text(free)} are free: nothing was started. Free some room, ask for fewer draws or activations, "
+                "or set registry= and vector_cache= to a larger disk."
+            )
+
+
+def _existing(place: Path) -> Path:
+    """A directory, or where it will be created: a dry run creates nothing."""
+    place = place.absolute()
+    return next(path for path in (place, *place.parents) if path.exists())
