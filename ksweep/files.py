@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
+
 from ksweep.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -184,6 +186,17 @@ def _lock(handle: int, path: Path, holder: str, patience: float | None, aloud: b
 @lru_cache
 def _say_once(words: str) -> None:
     log.warning("%s", words)
+
+
+LOCAL_FILE_SYSTEMS = ("ext", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs", "apfs", "hfs", "ramfs", "rootfs", "vfat", "ntfs")
+
+
+def on_local_disk(path: Path) -> bool:
+    """Whether a path lies on a disk of this machine, where what another process has written is seen at once."""
+    place = path.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if place.is_relative_to(m.mountpoint)]
+    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""
+    return kind.startswith(LOCAL_FILE_SYSTEMS)
 
 
 def readable_by_colleagues() -> int:

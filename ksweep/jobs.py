@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ksweep.errors import RequestError, RunError
 from ksweep.launch import slurm, states
+from ksweep.launch.answers import numbers_here
 from ksweep.launch.job import Heartbeat, Job, all_jobs, is_alive
 from ksweep.registry.questions import cell_of_run
 
@@ -243,7 +244,7 @@ def cancel(jobs: Sequence[Job]) -> list[Job]:
             if job.slurm_id() is None and beat.host == socket.gethostname() and is_alive(beat):
                 with suppress(ProcessLookupError):
                     os.kill(beat.pid, signal.SIGTERM)
-    slurm.cancel([number for job in live if (number := job.slurm_id()) is not None])
+    slurm.cancel(numbers_here(live))
     return live
 
 

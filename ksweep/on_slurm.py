@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,9 +68,21 @@ def wait(jobs: Sequence[Job], sweep: Sweep) -> None:
             ) from None
     for job, verdict in ended:
         book(job, verdict)
-    for job, verdict in ended:
-        if verdict.state == "failed":
-            launch.raise_for(verdict.ending or Ending(rank=0, status="failed", kind=verdict.kind, message=verdict.reason), job)
+    _raise_for(ended)
+
+
+def _raise_for(ended: Sequence[tuple[Job, states.Verdict]]) -> None:
+    """Every job that failed, by its cells; the first with all that is known of it."""
+    failed = [(job, verdict) for job, verdict in ended if verdict.state == "failed"]
+    for job, verdict in failed[1:]:
+        print(f"failed: {_cells(job)} (job {job.id}): {verdict.reason}", file=sys.stderr)
+    for job, verdict in failed[:1]:
+        print(f"failed: {_cells(job)} (job {job.id}):", file=sys.stderr)
+        launch.raise_for(verdict.ending or Ending(rank=0, status="failed", kind=verdict.kind, message=verdict.reason), job)
     if any(verdict.state == "stopped" for _, verdict in ended):
         reasons = "; ".join(sorted({v.reason for _, v in ended if v.state == "stopped"}))
         raise RunError(f"stopped ({reasons}): finished units are kept; the same command carries on from there")
+
+
+def _cells(job: Job) -> str:
+    return ", ".join(f"{cell['label']} @{cell['key'][:8]}" for cell in job.spec()["cells"])

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from ksweep.errors import RunError
 
@@ -48,7 +49,9 @@ class Queued:
     state: str
     reason: str
     tag: str
-    """What the job was submitted with as its comment."""
+    """What the job was submitted with as its comment; some sites write their own over it."""
+    script: str = ""
+    """The file that sbatch was given."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,27 @@ def _configured(conf: str | None, path: str | None) -> bool:
     return "Slurmctld" in done.stdout
 
 
+def config() -> dict[str, str]:
+    """How the cluster is set up, asked once; empty where it does not answer."""
+    try:
+        return _config(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
+    except SlurmError:
+        return {}
+
+
+@lru_cache
+def _config(conf: str | None, path: str | None) -> dict[str, str]:
+    return dict(re.findall(r"^(\w+) *= *(.*?) *$", ask("scontrol", "show", "config"), re.MULTILINE))
+
+
+def cluster_name() -> str | None:
+    """What this cluster calls itself; numbers of jobs mean something on their own cluster only."""
+    return config().get("ClusterName")
+
+
 def max_array_size() -> int:
     """Most elements of an array: Slurm's MaxArraySize bounds the index, which counts from 0."""
-    try:
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
-    except SlurmError:
-        found = None
-    return int(found[1]) if found else MAX_ARRAY_SIZE
+    return int(config().get("MaxArraySize", MAX_ARRAY_SIZE))
 
 
 @dataclass(frozen=True)
@@ -161,13 +178,31 @@ def _minutes(limit: str) -> int | None:
     return days * 1440 + hours * 60 + mins
 
 
-def names(kind: str, column: str = "Name") -> list[str]:
-    """Names that accounting knows, of "qos" or "account"; none where there is no accounting."""
+@dataclass(frozen=True)
+class Association:
+    """An account that a user may charge, and what they may ask for with it."""
+
+    account: str
+    partition: str
+    """The only partition that it holds in; empty: all of them."""
+    qos: frozenset[str]
+    """Empty: nothing is said about it."""
+
+
+def associations(user: str) -> list[Association]:
+    """What a user may submit under on this cluster; none where there is no accounting."""
+    here = [f"cluster={name}"] if (name := cluster_name()) else []
     try:
-        lines = ask("sacctmgr", "-n", "-P", "show", kind, f"format={column}").splitlines()
+        lines = ask("sacctmgr", "-n", "-P", "show", "assoc", "where", f"user={user}", *here, "format=account,partition,qos")
     except SlurmError:
         return []
-    return sorted({line.strip() for line in lines if line.strip()})
+    rows = [line.strip().split("|") for line in lines.splitlines() if line.count("|") == 2]
+    return [Association(account, partition, frozenset(filter(None, qos.split(",")))) for account, partition, qos in rows]
+
+
+def enforced() -> frozenset[str]:
+    """What of accounting a job is held to: associations, limits, qos."""
+    return frozenset(config().get("AccountingStorageEnforce", "").lower().split(","))
 
 
 def refusal(script: str) -> str | None:
@@ -179,9 +214,9 @@ def refusal(script: str) -> str | None:
     return None
 
 
-def submit(script: str) -> str:
-    """Hand a batch script over; its job id."""
-    answer = ask("sbatch", "--parsable", text=script)
+def submit(script: Path) -> str:
+    """Hand a batch script over, as a file by which the job is known; its job id."""
+    answer = ask("sbatch", "--parsable", str(script))
     return answer.strip().splitlines()[-1].partition(";")[0]
 
 
@@ -192,14 +227,19 @@ def queue(ids: Iterable[str] = (), user: str | None = None) -> list[Queued]:
         SlurmError: Slurm does not answer; a job that it has forgotten is simply not listed.
     """
     wanted = sorted(set(ids))
-    command = ["squeue", "-h", "-r", "-o", "%i|%T|%r|%k"]
+    command = ["squeue", "-h", "-r", "-o", "%i|%T|%r|%k|%o"]
     command += ["-u", user] if user else []
     if wanted and not user:
         # One forgotten id in a list is an error for the whole list: all of this user's are asked for instead.
         command += ["--me"]
     lines = ask(*command).splitlines()
-    found = [Queued(*(part.strip() for part in line.split("|", 3))) for line in lines if line.count("|") >= 3]
+    found = [_queued(line) for line in lines if line.count("|") >= 4]
     return [entry for entry in found if not wanted or entry.id in wanted]
+
+
+def _queued(line: str) -> Queued:
+    number, state, reason, *tag, script = (part.strip() for part in line.split("|"))  # a site's comment may hold anything
+    return Queued(number, state, reason, "|".join(tag).replace("(null)", ""), script.replace("(null)", ""))
 
 
 def accounting(ids: Sequence[str]) -> dict[str, Accounted]:

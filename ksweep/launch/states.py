@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ksweep.files import on_local_disk
 from ksweep.launch import slurm, submission
+from ksweep.launch.answers import Answer, ask
 from ksweep.launch.job import Ending, Heartbeat, Job, all_jobs, is_alive
 
 FRESH_SECONDS = 20.0
@@ -20,21 +21,23 @@ SECOND_LOOK_SECONDS = 20.0
 
 Seen on Slurm 22: NODE_FAIL stands for 5 s before the job is back in the queue; a requeued job was away for less than 2 s.
 """
+RECORD_SECONDS = 75.0
+"""The same for a job that may well have said how it ended: on a network file system this node may not see its record yet.
+
+NFS believes what it knows of a directory for up to 60 s (acdirmax); a file that another node has put there appears after that.
+"""
+LookAgain = Literal["", "queue", "record", "either"]
+WORDS_LINES, WORDS_BYTES = 50, 4096
+ENDED_LINES = 5
+"""Further up may be the end of an earlier start: the output goes on in the same file."""
+QUOTED_LINES, QUOTED_CHARACTERS = 3, 300
 
 State = Literal["waiting", "running", "finished", "failed", "stopped", "unknown"]
 LIVE: tuple[State, ...] = ("waiting", "running", "unknown")
 """States in which a job may still bring its results: its cells are not given to another."""
 
 OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory|OutOfMemory|Cannot allocate memory", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What Slurm says of a job."""
-
-    queued: slurm.Queued | None = None
-    accounted: slurm.Accounted | None = None
-    reachable: bool = True
+ENDED_BY_SLURM = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ (?:DUE TO ([A-Z ]+?) )?\*\*\*")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class Verdict:
     """Class of an ending that was none of our own: timeout, preempted, cancelled, node failure, out of memory, dead rank."""
     ending: Ending | None = None
     """The first cause, where a rank has said one."""
-    look_again: bool = False
-    """It seems to be gone: to be believed only when a later look says the same."""
+    look_again: LookAgain = ""
+    """It seems to be gone: to be believed only when a later look says the same. What may turn up until then: the job, back in the
+    queue; a record, written but not seen from here yet; either."""
 
 
 def verdict(job: Job) -> Verdict:
@@ -60,8 +64,15 @@ def verdicts(jobs: Sequence[Job]) -> dict[str, Verdict]:
     """What has become of jobs, by id; Slurm is asked once for all that are silent."""
     found = {job.id: _from_files(job) for job in jobs}
     silent = [job for job in jobs if found[job.id] is None]
-    answers = _ask_slurm(silent)
-    return {job.id: found[job.id] or _second_look(job, explain(job, answers[job.id])) for job in jobs}
+    answers = ask(silent)
+    return {job.id: found[job.id] or _of_silent(job, answers[job.id]) for job in jobs}
+
+
+def _of_silent(job: Job, answer: Answer) -> Verdict:
+    first = explain(job, answer)
+    if first.state not in LIVE and (told := _from_files(job)) is not None:
+        return told  # it has spoken while Slurm was asked
+    return _second_look(job, first, answer.at)
 
 
 def _from_files(job: Job) -> Verdict | None:
@@ -114,31 +125,20 @@ def _speaks(beat: Heartbeat, local: bool) -> bool:
     return is_alive(beat) if local else time.time() - beat.time < FRESH_SECONDS
 
 
-def _ask_slurm(jobs: Sequence[Job]) -> dict[str, Answer]:
-    numbers = {job.id: job.slurm_id() for job in jobs}
-    known = {job.id: number for job in jobs if (number := numbers[job.id]) is not None}
-    if not known:
-        return {job.id: Answer() for job in jobs}
-    owners = {job.id: str((job.noted("slurm") or {}).get("user", getpass.getuser())) for job in jobs}
-    try:
-        queued = {entry.id: entry for entry in slurm.queue(known.values(), ",".join(sorted(set(owners.values()))))}
-    except slurm.SlurmError:
-        return {job.id: Answer(reachable=False) for job in jobs}
-    accounted = slurm.accounting([n for n in known.values() if n not in queued])
-    found = {job.id: Answer(_own(job, queued.get(known.get(job.id, ""))), accounted.get(known.get(job.id, ""))) for job in jobs}
-    return {name: _from_afar(answer) if owners[name] != getpass.getuser() else answer for name, answer in found.items()}
+@dataclass(frozen=True)
+class Traces:
+    """What a silent job has left behind."""
 
-
-def _from_afar(answer: Answer) -> Answer:
-    """What may be believed of another user's job: many clusters hide their jobs, which then seem to have vanished."""
-    ended = answer.accounted is not None and answer.accounted.state not in slurm.UNDER_WAY
-    return answer if answer.queued is not None or ended else replace(answer, reachable=False)
-
-
-def _own(job: Job, entry: slurm.Queued | None) -> slurm.Queued | None:
-    """Numbers are given twice where slurmctld lost its state: the tag must be ours as well."""
-    tag = (job.noted("slurm") or {}).get("tag")
-    return None if entry is None or (tag and entry.tag and entry.tag != tag) else entry
+    requeued: str = ""
+    """Why it put itself back into the queue."""
+    asked: bool = False
+    """Somebody has cancelled it."""
+    stopped: str = ""
+    """What a rank said that stopped."""
+    spoke: bool = True
+    """Whether any rank has ever said a word."""
+    words: str = ""
+    """The last lines of its output."""
 
 
 def explain(job: Job, answer: Answer) -> Verdict:
@@ -146,59 +146,96 @@ def explain(job: Job, answer: Answer) -> Verdict:
     number = job.slurm_id()
     if number is None:  # files alone decide about those
         return Verdict("unknown", "its submission is not settled yet")
-    oom = OUT_OF_MEMORY.search(job.log_tail(50)) is not None
-    stopped = next((e.message for e in job.endings() if e.status == "stopped"), "")
-    return explained(number, answer, job.noted("requeued", job.attempt()), oom, asked=job.asked_to_end(), stopped=stopped)
+    endings = job.endings()
+    traces = Traces(
+        requeued=(job.noted("requeued", job.attempt()) or {}).get("why", ""), asked=job.asked_to_end(),
+        stopped=next((e.message for e in endings if e.status == "stopped"), ""), spoke=bool(endings or job.heartbeats()),
+        words=_last_words(job),
+    )  # fmt: skip
+    return explained(number, answer, traces)
 
 
-def explained(
-    number: str, answer: Answer, requeued: dict[str, Any] | None, oom_in_log: bool, *, asked: bool = False, stopped: str = ""
-) -> Verdict:
+def _last_words(job: Job) -> str:
+    """What the batch script or a rank said last on standard error, or else on standard output."""
+    try:
+        if said := job.log_tail(WORDS_LINES).strip():
+            return said
+        outs = [path.read_bytes()[-WORDS_BYTES:] for path in job.logs() if path.suffix == ".out"]
+    except OSError:  # taken away meanwhile
+        return ""
+    return b"\n".join(outs).decode(errors="replace").strip()
+
+
+def explained(number: str, answer: Answer, traces: Traces) -> Verdict:
     """The same from values alone."""
+    if answer.elsewhere:
+        return Verdict("unknown", f"silent; {answer.elsewhere}: ask there (job {number})")
     if not answer.reachable:
         return Verdict("unknown", f"silent, and Slurm does not answer (job {number})")
     if answer.queued is not None:
         entry = answer.queued
-        again = f", requeued: {requeued['why']}" if requeued else ""
+        again = f", requeued: {traces.requeued}" if traces.requeued else ""
         if entry.state in slurm.ALIVE:
             return Verdict("running", f"silent; Slurm says {entry.state} (job {number}{again})")
         if entry.state in slurm.WAITING:
             return Verdict("waiting", f"{entry.state.lower()}: {entry.reason} (job {number}{again})")
     state = answer.accounted.state if answer.accounted is not None else answer.queued.state if answer.queued is not None else ""
-    gone = _gone(number, state, answer.accounted, oom_in_log, asked)
-    if not stopped or gone.kind in ("cancelled", "timeout", "preempted", "node failure"):
+    gone = _gone(number, state, answer.accounted, traces)
+    if not traces.stopped or gone.kind in ("cancelled", "timeout", "preempted", "node failure"):
         return gone
     # Its ranks have said themselves that they stopped; that its shell then ended in whatever way says nothing more.
-    return Verdict("stopped", f"{stopped} (job {number} has left the queue)", "stopped")
+    return Verdict("stopped", f"{traces.stopped} (job {number} has left the queue)", "stopped")
 
 
-def _gone(number: str, state: str, word: slurm.Accounted | None, oom_in_log: bool, asked: bool) -> Verdict:
+def _gone(number: str, state: str, word: slurm.Accounted | None, traces: Traces) -> Verdict:
     where = f" on {word.nodes}" if word is not None and word.nodes not in ("", "None assigned") else ""
-    says = f"Slurm: {state}{where} (job {number})"
-    if asked or state.startswith("CANCELLED"):
-        return Verdict("stopped", f"cancelled; {says if state else f'job {number} left the queue'}", "cancelled")
-    if state == "OUT_OF_MEMORY" or (oom_in_log and state in ("FAILED", "")):
+    says = f"Slurm: {state}{where} (job {number})" if state else f"job {number} has left the queue"
+    oom = OUT_OF_MEMORY.search(traces.words) is not None
+    if not state:  # no accounting: slurmstepd wrote into the job's output why it ended it
+        state = _state_in(traces.words)
+    if traces.asked or state.startswith("CANCELLED"):
+        return Verdict("stopped", f"cancelled; {says}", "cancelled")
+    if state == "OUT_OF_MEMORY" or (oom and state in ("FAILED", "")):
         return Verdict("failed", f"out of memory; {says}", "out of memory")
     if state in ("TIMEOUT", "DEADLINE"):
         return Verdict("stopped", f"killed at its time limit; {says}", "timeout")
     if state == "PREEMPTED":
-        return Verdict("stopped", f"preempted and not requeued; {says}", "preempted", look_again=True)
+        return Verdict("stopped", f"preempted and not requeued; {says}", "preempted", look_again="queue")
     if state in ("NODE_FAIL", "BOOT_FAIL"):
-        return Verdict("stopped", f"its node failed and it was not requeued; {says}", "node failure", look_again=True)
+        return Verdict("stopped", f"its node failed and it was not requeued; {says}", "node failure", look_again="queue")
     if state in slurm.UNDER_WAY:
-        return Verdict("stopped", f"accounting says {state}, but it is not in the queue (job {number})", "lost", look_again=True)
+        return Verdict(
+            "stopped", f"accounting says {state}, but it is not in the queue (job {number})", "lost", look_again="queue"
+        )
+    code = f", exit code {word.exit_code}" if word is not None and word.exit_code else ""
     if state == "COMPLETED":
         reason = f"it ended without a terminal record (not to be seen from here yet?); {says}"
-        return Verdict("failed", reason, "dead rank", look_again=True)
+        return Verdict("failed", reason, "dead rank", look_again="record")
+    if not traces.spoke and (state or traces.words):
+        reason = f"it ended before any rank began, in the lines of `setup` or at srun; {says}{code}{_quoted(traces.words)}"
+        return Verdict("failed", reason, "setup", look_again="record" if state else "either")
     if state:
-        code = f", exit code {word.exit_code}" if word is not None and word.exit_code else ""
-        return Verdict("failed", f"a rank ended without a terminal record; {says}{code}", "dead rank")
+        reason = f"a rank ended without a terminal record; {says}{code}{_quoted(traces.words)}"
+        return Verdict("failed", reason, "dead rank", look_again="record")
     reason = f"job {number} is neither in the queue nor in accounting (cancelled while it waited, or killed)"
-    return Verdict("stopped", reason, "lost", look_again=True)
+    return Verdict("stopped", reason, "lost", look_again="either")
 
 
-def _second_look(job: Job, first: Verdict) -> Verdict:
-    """A job that seems to be gone is `unknown` until it has seemed so for a while."""
+def _state_in(words: str) -> str:
+    """What slurmstepd wrote when it ended a job, as accounting would have said it; empty where it wrote nothing."""
+    found = ENDED_BY_SLURM.search("\n".join(words.splitlines()[-ENDED_LINES:]))
+    if found is None:
+        return ""
+    return {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL"}.get(found[1] or "", "CANCELLED")
+
+
+def _quoted(words: str) -> str:
+    lines = [line.strip() for line in words.splitlines() if line.strip()][-QUOTED_LINES:]
+    return f'; last lines: "{" | ".join(lines)[-QUOTED_CHARACTERS:]}"' if lines else ""
+
+
+def _second_look(job: Job, first: Verdict, said: float) -> Verdict:
+    """A job that seems to be gone is `unknown` until Slurm has said so for a while."""
     before = job.noted("seems-gone")
     if not first.look_again:
         if before is not None:
@@ -206,11 +243,17 @@ def _second_look(job: Job, first: Verdict) -> Verdict:
         return first
     sign = job.last_sign()
     if before is None or before["sign"] != sign:
-        before = {"since": time.time(), "sign": sign}
+        before = {"since": said, "sign": sign}
         job.note("seems-gone", before)
-    if time.time() - max(before["since"], 0.0) >= SECOND_LOOK_SECONDS:
+    if said - before["since"] >= _patience(job, first.look_again):
         return first
     return replace(first, state="unknown", reason=f"{first.reason}; looking again before believing it")
+
+
+def _patience(job: Job, what: LookAgain) -> float:
+    """How long Slurm has to say that a job is gone: until it would be back in the queue, or its record would be seen here."""
+    record = 0.0 if what == "queue" or on_local_disk(job.path) else RECORD_SECONDS
+    return max(record, 0.0 if what == "record" else SECOND_LOOK_SECONDS)
 
 
 def awaiting_second_look(found: Iterable[Verdict]) -> bool:

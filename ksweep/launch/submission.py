@@ -104,9 +104,8 @@ def refuse(resources: Resources) -> None:
     there = slurm.partitions()
     if resources.partition is not None:
         _one_of("partition", resources.partition, sorted(there))
-    _named("qos", resources.qos, slurm.names("qos"))
-    _named("account", resources.account, slurm.names("account", "Account"))
     wanted = _wanted(resources, there)
+    _refuse_strange(resources, [p.name for p in wanted])
     ranks, cpus = ("gpus", "cpus_per_gpu") if resources.gpus else ("tasks", "cpus_per_task")
     for what, value, most in (
         ("gpus", resources.gpus or 0, max((p.gpus for p in wanted), default=0)),
@@ -155,14 +154,23 @@ def _which(partitions: Sequence[slurm.Partition]) -> str:
     return f"partition {' or '.join(p.name for p in partitions)}"
 
 
-def _named(what: str, value: str | None, valid: Sequence[str]) -> None:
-    if value is not None and valid:
-        _one_of(what, value, valid)
+def _refuse_strange(resources: Resources, partitions: Sequence[str]) -> None:
+    """Accounts and QOS of others; where accounting says nothing of this user it is left to `sbatch --test-only`."""
+    enforced = slurm.enforced()
+    if not {resources.account, resources.qos} - {None} or "associations" not in enforced:
+        return
+    mine = [a for a in slurm.associations(getpass.getuser()) if a.partition in ("", *partitions)]
+    if resources.account is not None and mine:
+        _one_of("account", resources.account, sorted({a.account for a in mine}), " (yours on this cluster)")
+        mine = [a for a in mine if a.account == resources.account]
+    valid = sorted(frozenset().union(*(a.qos for a in mine)))
+    if resources.qos is not None and valid and "qos" in enforced:
+        _one_of("qos", resources.qos, valid, f" (yours{f' with account {resources.account}' if resources.account else ''})")
 
 
-def _one_of(what: str, value: str, valid: Sequence[str]) -> None:
+def _one_of(what: str, value: str, valid: Sequence[str], whose: str = "") -> None:
     if any(part not in valid for part in value.split(",")):
-        raise SpecError(f"resources.{what}={value!r} is not one of {', '.join(valid)}")
+        raise SpecError(f"resources.{what}={value!r} is not one of {', '.join(valid)}{whose}")
 
 
 def submit(logs: Path, jobs: Sequence[Job], resources: Resources, name: str, code: Path | None = None) -> list[str]:
@@ -191,20 +199,21 @@ def _submit_array(
         raise SpecError(f"the cluster does not take this job ({reason}); asked for: {shape(resources)}")
     publish(folder / "jobs.json", json.dumps([str(job.path) for job in jobs]).encode())
     publish(folder / "script.sh", text.encode())
-    publish(folder / "intent.json", json.dumps({"tag": tag, "launcher": myself(), "user": getpass.getuser()}).encode())
-    number = slurm.submit(text)
+    intent = {"tag": tag, "launcher": myself(), "user": getpass.getuser(), "cluster": slurm.cluster_name()}
+    publish(folder / "intent.json", json.dumps(intent).encode())
+    number = slurm.submit(folder / "script.sh")
     _record(folder, number, jobs)
     return number
 
 
 def _record(folder: Path, number: str, jobs: Sequence[Job]) -> None:
-    user = getpass.getuser()
+    user, cluster = getpass.getuser(), slurm.cluster_name()
     for index, job in enumerate(jobs):
         job.note(
             "slurm",
             {
                 "id": f"{number}_{index}" if len(jobs) > 1 else number, "folder": str(folder), "tag": f"{TAG}{folder.name}",
-                "user": user,
+                "user": user, "cluster": cluster,
             },
         )  # fmt: skip
     publish(folder / "submitted.json", json.dumps({"id": number}).encode())
@@ -235,6 +244,8 @@ def _settle(folder: Path) -> list[str]:
         return [f"submission {folder.name}: another launcher is handing it over at this moment"]
     if (owner := intent.get("user", getpass.getuser())) != getpass.getuser():
         return [f"submission {folder.name}: its launcher died; only a command of {owner} can tell whether Slurm has it"]
+    if (there := intent.get("cluster")) and (here := slurm.cluster_name()) not in (None, there):
+        return [f"submission {folder.name}: its launcher died on cluster {there}; this is {here}, only a command there can tell"]
     number = _number(folder, intent["tag"], jobs)
     if number is None and time.time() - intent["launcher"]["time"] < SBATCH_SECONDS:
         time.sleep(SBATCH_SECONDS)
@@ -253,7 +264,9 @@ def _settle(folder: Path) -> list[str]:
 def _number(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
     """Slurm's number of a submission: from a job that runs or ran, from its output files, from the queue."""
     said = [job.slurm_id() for job in jobs] + [p.name.partition("_")[0] for p in folder.glob("*_log.*")]
-    said += [entry.id for entry in slurm.queue(user=getpass.getuser()) if entry.tag == tag]
+    # By the script as well: some sites write a comment of their own over the tag.
+    script = str(folder / "script.sh")
+    said += [entry.id for entry in slurm.queue(user=getpass.getuser()) if entry.tag == tag or entry.script == script]
     return next((word.partition("_")[0] for word in said if word), None)
 
 

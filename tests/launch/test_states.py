@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import json
 import os
 import socket
 import subprocess
@@ -14,13 +16,20 @@ from typing import Any
 import psutil
 import pytest
 
-from ksweep.launch import states
+from ksweep.launch import answers, slurm, states, submission
+from ksweep.launch.answers import Answer
 from ksweep.launch.job import Ending, Heartbeat, Job, create
 from ksweep.launch.slurm import Accounted, Queued
-from ksweep.launch.states import Answer, explained, told
+from ksweep.launch.states import Traces, explained, told
 from ksweep.launch.worker import is_stuck
 
 NOW = time.time()
+
+
+@pytest.fixture(autouse=True)
+def asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSWEEP_SLURM_SECONDS", "0")
+    monkeypatch.setattr(answers, "_last", answers._Word())
 
 
 def beat(rank: int = 0, age: float = 1.0, **changes: Any) -> Heartbeat:
@@ -68,51 +77,71 @@ def test_ranks_that_stopped_on_slurm_leave_it_to_the_queue_whether_they_come_bac
     endings = [Ending(rank=0, status="stopped", message="asked to")]
     assert told([beat()], endings, 1, local=False) is None
     assert (found := told([beat()], endings, 1, local=True)) is not None and found.state == "stopped"
-    coming = explained("7", queued("PENDING", "BeginTime"), {"why": "preempted"}, False, stopped="asked to")
+    coming = explained("7", queued("PENDING", "BeginTime"), Traces(requeued="preempted", stopped="asked to"))
     assert coming.state == "waiting" and "requeued: preempted" in coming.reason
-    gone = explained("7", accounted("COMPLETED"), None, False, stopped="asked to")
+    gone = explained("7", accounted("COMPLETED"), Traces(stopped="asked to"))
     assert (gone.state, gone.kind) == ("stopped", "stopped") and "asked to" in gone.reason
 
 
+# As slurmstepd 22.05 wrote it into the output of a job.
+OUT_OF_TIME = "slurmstepd-gpu2: error: *** JOB 15009 ON gpu2 CANCELLED AT 2026-11-23T01:36:32 DUE TO TIME LIMIT ***"
+CANCELLED = "slurmstepd-gpu2: error: *** JOB 15006 ON gpu2 CANCELLED AT 2026-11-23T01:33:59 ***"
+NO_MODULE = "/spool/gpu1/job15007/slurm_script: line 7: module: command not found"
+OOM = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0. Some of your processes may have been killed"
+BEFORE = Traces(spoke=False)
+
+
 @pytest.mark.parametrize(
-    ("answer", "oom", "state", "kind", "look_again"),
+    ("answer", "traces", "state", "kind", "look_again"),
     [
-        (queued("PENDING", "Priority"), False, "waiting", "", False),
-        (queued("RUNNING"), False, "running", "", False),
-        (queued("COMPLETING"), False, "running", "", False),
-        (accounted("TIMEOUT"), False, "stopped", "timeout", False),
-        (accounted("CANCELLED"), False, "stopped", "cancelled", False),
+        (queued("PENDING", "Priority"), BEFORE, "waiting", "", ""),
+        (queued("RUNNING"), BEFORE, "running", "", ""),
+        (queued("COMPLETING"), Traces(), "running", "", ""),
+        (accounted("TIMEOUT"), Traces(), "stopped", "timeout", ""),
+        (accounted("CANCELLED"), BEFORE, "stopped", "cancelled", ""),
         # Seen: NODE_FAIL for five seconds, then PENDING, RUNNING, COMPLETED.
-        (accounted("NODE_FAIL"), False, "stopped", "node failure", True),
-        (accounted("PREEMPTED"), False, "stopped", "preempted", True),
-        (accounted("OUT_OF_MEMORY"), False, "failed", "out of memory", False),
+        (accounted("NODE_FAIL"), Traces(), "stopped", "node failure", "queue"),
+        (accounted("PREEMPTED"), Traces(), "stopped", "preempted", "queue"),
+        (accounted("OUT_OF_MEMORY"), Traces(), "failed", "out of memory", ""),
         # Seen: a job killed for memory is FAILED, and only its step and its log say why.
-        (accounted("FAILED"), True, "failed", "out of memory", False),
-        (accounted("FAILED"), False, "failed", "dead rank", False),
+        (accounted("FAILED"), Traces(words=OOM), "failed", "out of memory", ""),
         # On a network file system the terminal record may be seen later than the end in accounting.
-        (accounted("COMPLETED"), False, "failed", "dead rank", True),
+        (accounted("FAILED"), Traces(), "failed", "dead rank", "record"),
+        (accounted("COMPLETED"), Traces(), "failed", "dead rank", "record"),
+        # A line of `setup` that exits: no rank has ever spoken.
+        (accounted("FAILED"), replace(BEFORE, words=NO_MODULE), "failed", "setup", "record"),
+        (Answer(), replace(BEFORE, words=NO_MODULE), "failed", "setup", "either"),
+        # Without accounting slurmstepd's own words are all there is.
+        (Answer(), Traces(words=OUT_OF_TIME), "stopped", "timeout", ""),
+        (Answer(), replace(BEFORE, words=f"{NO_MODULE}\n{CANCELLED}"), "stopped", "cancelled", ""),
+        (Answer(), Traces(words=OUT_OF_TIME + "\nlater start" * 6), "stopped", "lost", "either"),
         # A cancelled element that was waiting leaves no record at all.
-        (Answer(), False, "stopped", "lost", True),
-        (Answer(reachable=False), False, "unknown", "", False),
+        (Answer(), BEFORE, "stopped", "lost", "either"),
+        (Answer(reachable=False), Traces(), "unknown", "", ""),
+        (Answer(reachable=False, elsewhere="it is on cluster b, and this command runs on a"), Traces(), "unknown", "", ""),
     ],
 )
-def test_silence_is_explained_by_what_slurm_says(answer: Answer, oom: bool, state: str, kind: str, look_again: bool) -> None:
-    found = explained("7", answer, None, oom)
+def test_silence_is_explained_by_what_slurm_says_and_what_is_left(
+    answer: Answer, traces: Traces, state: str, kind: str, look_again: str
+) -> None:
+    found = explained("7", answer, traces)
     assert (found.state, found.kind, found.look_again) == (state, kind, look_again)
+    assert "module: command not found" in found.reason or kind != "setup"
 
 
 def submitted(tmp_path: Path) -> Job:
     job = create(tmp_path, "a:b", {"sweep": "s"}, 1, cluster="slurm", cells=[("key", "n=1")])
-    job.note("slurm", {"id": "7", "folder": str(tmp_path), "tag": "ksweep:mine"})
+    job.note("slurm", {"id": "7", "folder": str(tmp_path), "tag": "ksweep:mine", "cluster": "testbed"})
     return job
 
 
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **answers: str) -> None:
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **words: str) -> None:
     """Slurm's commands as scripts that say one thing (or fail)."""
+    slurm._config.cache_clear()
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
-    for name in ("squeue", "sacct"):
-        text = answers.get(name)
+    for name in ("squeue", "sacct", "scontrol"):
+        text = words.get(name)
         (folder / name).write_text(f"#!/bin/sh\ncat <<'E'\n{text}\nE\n" if text is not None else "#!/bin/sh\nexit 1\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -126,15 +155,121 @@ def test_a_job_that_seems_gone_is_believed_gone_only_at_a_second_look(tmp_path: 
     found = states.verdict(job)
     assert (found.state, found.kind) == ("stopped", "node failure")
     # It comes back: whatever was believed is forgotten.
-    stand_in(tmp_path, monkeypatch, squeue="7|PENDING|BeginTime|ksweep:mine", sacct="7|NODE_FAIL|0:0|gpu1")
+    stand_in(tmp_path, monkeypatch, squeue="7|PENDING|BeginTime|ksweep:mine|(null)", sacct="7|NODE_FAIL|0:0|gpu1")
     assert states.verdict(job).state == "waiting" and job.noted("seems-gone") is None
 
 
 def test_a_number_that_slurm_gave_twice_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|somebody else's", sacct="")
+    stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|somebody else's|(null)", sacct="")
     assert states.verdict(submitted(tmp_path)).look_again
-    stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|ksweep:mine", sacct="")
+    stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|ksweep:mine|(null)", sacct="")
     assert states.verdict(submitted(tmp_path)).state == "running"
+
+
+def test_a_job_whose_comment_a_site_has_rewritten_is_known_by_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, squeue=f"7|RUNNING|None|billed | to lab|{tmp_path}/script.sh", sacct="")
+    assert states.verdict(submitted(tmp_path)).state == "running"
+    stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|billed | to lab|/elsewhere/script.sh", sacct="")
+    assert states.verdict(submitted(tmp_path)).look_again
+
+
+# Lines of `scontrol show config` of Slurm 22.05.
+CONFIG = "AccountingStorageEnforce = associations,limits,qos\nClusterName             = {}\nMaxArraySize            = 9"
+
+
+def test_a_job_on_another_cluster_of_the_same_file_system_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
+    job = submitted(tmp_path)
+    stand_in(tmp_path, monkeypatch, squeue="", sacct="7|FAILED|1:0|x1", scontrol=CONFIG.format("other"))
+    found = states.verdict(job)
+    assert found.state == "unknown" and "on cluster testbed, and this command runs on other: ask there" in found.reason
+    assert answers.numbers_here([job]) == [], "its number is somebody else's job here"
+    stand_in(tmp_path, monkeypatch, squeue="", sacct="7|FAILED|1:0|x1", scontrol=CONFIG.format("testbed"))
+    assert states.verdict(job).state == "failed" and answers.numbers_here([job]) == ["7"]
+    assert slurm.max_array_size() == 9
+
+
+def test_a_submission_that_died_on_another_cluster_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, squeue="", sacct="", scontrol=CONFIG.format("other"))
+    folder = tmp_path / "submissions" / "one"
+    folder.mkdir(parents=True)
+    (folder / "jobs.json").write_text(json.dumps([str(submitted(tmp_path).path)]))
+    dead = {"pid": 2**22 + 1, "host": socket.gethostname(), "process_started": 0.0, "time": 0.0}
+    intent = {"tag": "ksweep:one", "launcher": dead, "user": getpass.getuser(), "cluster": "testbed"}
+    (folder / "intent.json").write_text(json.dumps(intent))
+    [line] = submission.settle(tmp_path)
+    assert "its launcher died on cluster testbed; this is other" in line and not (folder / "submitted.json").exists()
+
+
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: str) -> Path:
+    """A squeue that counts how often it is asked."""
+    stand_in(tmp_path, monkeypatch, sacct="", scontrol=CONFIG.format("testbed"))
+    count = tmp_path / "count"
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\necho x >>{count}\necho '{queue}'\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    return count
+
+
+def test_slurm_is_asked_once_in_a_while_however_often_one_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSWEEP_SLURM_SECONDS", "15")
+    clock = [1000.0]
+    monkeypatch.setattr(answers.time, "monotonic", lambda: clock[0])
+    count = asked(tmp_path, monkeypatch, "7|PENDING|Priority|ksweep:mine|(null)")
+    job = submitted(tmp_path)
+    moments = []
+    for second in range(300):
+        clock[0] = 1000.0 + second
+        before = len(count.read_text()) if count.exists() else 0
+        assert states.verdict(job).state == "waiting"
+        if len(count.read_text()) > before:
+            moments.append(second)
+    # All that it says is that the job waits: the pause grows to a minute.
+    assert moments == [0, 15, 45, 105, 165, 225, 285]
+    # A job that was submitted since then is not in that answer: about it Slurm is asked at once, and only once.
+    new = submitted(tmp_path)
+    new.note("slurm", {"id": "8", "folder": str(tmp_path), "tag": "ksweep:new", "cluster": "testbed"})
+    for _ in range(3):
+        assert states.verdict(new).look_again
+    assert len(count.read_text().split()) == len(moments) + 1
+
+
+def test_jobs_that_speak_cost_slurm_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = asked(tmp_path, monkeypatch, "")
+    job = submitted(tmp_path)
+    job.beat(beat())
+    assert states.verdict(job).state == "running" and not count.exists()
+
+
+def test_what_may_only_be_out_of_sight_is_waited_for_longer_on_a_network_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that another node has put into a directory may stay unseen for 60 s on NFS."""
+    stand_in(tmp_path, monkeypatch, squeue="", sacct="7|COMPLETED|0:0|gpu1", scontrol=CONFIG.format("testbed"))
+    job, now = submitted(tmp_path), [NOW]
+    monkeypatch.setattr(answers.time, "time", lambda: now[0])
+    monkeypatch.setattr(states, "on_local_disk", lambda _: False)
+    for age, state in ((0, "unknown"), (61, "unknown"), (76, "failed")):
+        now[0] = NOW + age
+        assert states.verdict(job).state == state, age
+    job.end(Ending(rank=0, status="finished"))
+    assert states.verdict(job).state == "finished"
+    (job.folder() / "ended-0.json").unlink()
+    monkeypatch.setattr(states, "on_local_disk", lambda _: True)
+    assert states.verdict(job).state == "failed"
+
+
+def test_lines_of_setup_that_end_a_job_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
+    stand_in(tmp_path, monkeypatch, squeue="", scontrol=CONFIG.format("testbed"))
+    job = submitted(tmp_path)
+    (tmp_path / "7_0_log.err").write_text("Lmod has detected the following error:\nThe module cuda/99 is unknown\n")
+    (tmp_path / "7_0_log.out").write_text("")
+    found = states.verdict(job)
+    assert (found.state, found.kind) == ("failed", "setup") and found.reason.endswith(
+        'last lines: "Lmod has detected the following error: | The module cuda/99 is unknown"'
+    )
 
 
 def test_a_colleagues_job_that_this_user_cannot_see_in_the_queue_is_not_given_up(

@@ -136,6 +136,54 @@ def test_more_memory_or_cpus_than_a_node_has_are_refused_with_what_it_has(change
         submission.refuse(Resources(cluster="slurm", **changes))
 
 
+def says(folder: Path, name: str, text: str | None) -> None:
+    """A command of Slurm's that prints this, or fails."""
+    (folder / name).write_text(f"#!/bin/sh\ncat <<'E'\n{text}\nE\n" if text is not None else "#!/bin/sh\nexit 1\n")
+    (folder / name).chmod(0o755)
+    slurm._config.cache_clear()
+
+
+ENFORCED = "AccountingStorageEnforce = associations,limits,qos\nClusterName             = testbed"
+# As `sacctmgr -n -P show assoc where user=ann format=account,partition,qos` of Slurm 22.05 printed it.
+ANN = "other||preemptable\nlab|main|normal\nlab|h100|normal,urgent"
+
+
+@pytest.mark.usefixtures("nodes_of_64_cpus")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"account": "secret"}, r"resources.account='secret' is not one of lab, other \(yours on this cluster\)"),
+        ({"qos": "urgent"}, r"resources.qos='urgent' is not one of normal, preemptable \(yours\)"),
+        ({"account": "lab", "qos": "preemptable"}, r"is not one of normal \(yours with account lab\)"),
+        ({"account": "lab", "qos": "normal"}, None),
+        ({"account": "other", "qos": "preemptable"}, None),
+        ({}, None),
+    ],
+)
+def test_accounts_and_qos_of_others_are_refused_with_ones_own(tmp_path: Path, changes: dict[str, Any], words: str | None) -> None:
+    says(tmp_path, "scontrol", ENFORCED)
+    says(tmp_path, "sacctmgr", ANN)
+    wanted = Resources(cluster="slurm", gpus=0, partition="main", **changes)
+    if words is None:
+        submission.refuse(wanted)
+    else:
+        with pytest.raises(SpecError, match=words):
+            submission.refuse(wanted)
+
+
+@pytest.mark.usefixtures("nodes_of_64_cpus")
+@pytest.mark.parametrize(
+    ("config", "mine"),
+    [(ENFORCED, None), (ENFORCED, ""), ("AccountingStorageEnforce = none\nClusterName = testbed", ANN), (None, None)],
+)
+def test_where_accounting_says_nothing_of_a_user_it_is_left_to_sbatch(
+    tmp_path: Path, config: str | None, mine: str | None
+) -> None:
+    says(tmp_path, "scontrol", config)
+    says(tmp_path, "sacctmgr", mine)
+    submission.refuse(Resources(cluster="slurm", gpus=0, account="any", qos="any"))
+
+
 def test_what_the_users_shell_tells_sbatch_fills_what_the_sweep_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
     monkeypatch.setenv("SBATCH_PARTITION", "debug")
