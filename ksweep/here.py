@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from ksweep.errors import RequestError, RunError, StoreError
 from ksweep.launch import slots
 from ksweep.launch import submit as launch
 from ksweep.launch.job import Ending, Job
-from ksweep.launch.plan import Step
 from ksweep.launch.watch import Watch
 from ksweep.orders import Missing, groups, job_for
 from ksweep.reconcile import land_ending
-from ksweep.spec import Cell, Sweep
+from ksweep.spec import Resources, Sweep
 
 POLL_SECONDS = 0.3
 SLOT_SECONDS = 2.0
@@ -22,58 +25,76 @@ PATIENCE_SECONDS = 20.0
 
 
 def run(sweep: Sweep, missing: Missing) -> None:
-    """Start the missing cells on this machine and wait for them: on CPUs one job after another, on GPUs as they become free."""
-    waiting: list[list[tuple[Cell, Step]]] = groups(sweep, missing)
-    running: list[tuple[launch.Submitted, tuple[int, ...]]] = []
+    """Start the missing cells on this machine and wait for them.
+
+    Raises:
+        RequestError, RunError, StoreError: the first failure, once the jobs beside it have ended.
+    """
+    orders = [partial(job_for, sweep, group, "local") for group in groups(sweep, missing)]
+    run_jobs(orders, sweep.resources, sweep.resources.job_name or sweep.name)
+
+
+def run_jobs(orders: Sequence[Callable[[], Job]], resources: Resources, name: str) -> None:
+    """Jobs one after another on CPUs, on GPUs as they become free; each is created when its turn has come.
+
+    Raises:
+        RequestError, RunError, StoreError: as `run`.
+    """
+    waiting, running = list(orders), list[_Running]()
     failure: Exception | None = None
-    gpus = launch.num_gpus(sweep.resources) if launch.resolve_cluster(sweep.resources) == "local" else 0
-    most = sweep.resources.max_parallel_jobs or (len(waiting) if gpus else 1)
+    gpus = launch.num_gpus(resources) if launch.resolve_cluster(resources) == "local" else 0
+    most = resources.max_parallel_jobs or (len(waiting) if gpus else 1)
     with Watch() as watch:
         while waiting or running:
             while waiting and len(running) < most:
-                job = job_for(sweep, waiting[0], "local")
-                numbers = _gpus_for(job, gpus, watch, wait=not running)
-                if numbers is None:
-                    shutil.rmtree(job.path)
+                devices = _devices_for(name, gpus, watch, wait=not running)
+                if devices is None:
                     break
-                waiting.pop(0)
-                watch.show(f"job {job.id}: starting", 0, 0)
-                submitted = launch.submit(
-                    job, sweep.resources, sweep.resources.job_name or sweep.name, watch.show, numbers or None
-                )
-                if numbers:
-                    slots.hand_on(numbers, job.id, int(submitted.handle.job_id))
-                running.append((submitted, numbers))
+                running.append(_start(waiting.pop(0)(), resources, name, devices, watch))
             try:
-                _wait([s for s, _ in running], sweep, watch, first=bool(waiting))
+                _wait([r.submitted for r in running], launch.num_ranks(resources), watch, first=bool(waiting))
             except (RequestError, RunError, StoreError) as error:
                 # The jobs beside it go on to their end; none is started any more.
+                if failure is not None:
+                    print(f"failed as well: {error}", file=sys.stderr)
                 failure = failure or error
                 waiting.clear()
-            for submitted, numbers in [r for r in running if r[0].job.noted("settled") is not None]:
-                slots.release(numbers)
-                running.remove((submitted, numbers))
+            for ended in [r for r in running if r.submitted.job.noted("settled") is not None]:
+                slots.release(ended.devices, ended.submitted.job.id)
+                running.remove(ended)
     if failure is not None:
         raise failure
 
 
-def _gpus_for(job: Job, count: int, watch: Watch, *, wait: bool) -> tuple[int, ...] | None:
-    """Free GPUs for a job, waiting for those of other launchers; without `wait` None where none are free now."""
+@dataclass(frozen=True)
+class _Running:
+    submitted: launch.Submitted
+    devices: tuple[str, ...]
+
+
+def _start(job: Job, resources: Resources, name: str, devices: tuple[str, ...], watch: Watch) -> _Running:
+    watch.show(f"job {job.id}: starting", 0, 0)
+    slots.hand_on(devices, job, os.getpid())
+    submitted = launch.submit(job, resources, name, watch.show, devices or None)
+    if devices:
+        slots.hand_on(devices, job, int(submitted.handle.job_id))
+    return _Running(submitted, devices)
+
+
+def _devices_for(name: str, count: int, watch: Watch, *, wait: bool) -> tuple[str, ...] | None:
+    """Free GPUs for a job, waiting for those of other launchers; without `wait` None where too few are free now."""
     if count == 0:
         return ()
-    there = launch.visible_numbers()
-    if len(there) < count:  # named by UUID: submitit counts them itself
-        return ()
-    while (taken := slots.take(there, count, job.id)) is None and wait:
-        held = ", ".join(f"GPU {n}: job {name}" for n, name in slots.holders(there).items())
+    there = launch.visible_devices()
+    while (taken := slots.take(there, count, name)) is None and wait:
+        held = ", ".join(f"GPU {n}: {holder}" for n, holder in slots.holders(there).items())
         watch.show(f"waiting for {count} of {len(there)} GPUs ({held})", 0, 0)
         time.sleep(SLOT_SECONDS)
     return taken
 
 
-def _wait(jobs: list[launch.Submitted], sweep: Sweep, watch: Watch, *, first: bool = False) -> None:
+def _wait(jobs: list[launch.Submitted], ranks: int, watch: Watch, *, first: bool = False) -> None:
     """Until every job of this machine has ended (with `first`, until one has); then the first failure is raised."""
-    ranks = launch.num_ranks(sweep.resources)
     endings: dict[str, Ending] = {}
     interrupted = 0
     while len(endings) < (min(1, len(jobs)) if first and not interrupted else len(jobs)):

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,15 @@ def num_gpus(resources: Resources) -> int:
 
 def visible_gpus() -> int:
     """GPUs that a process of this machine would see, without importing torch."""
-    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([d for d in shown.split(",") if d.strip() not in ("", "-1")])
-    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+    return len(visible_devices())
 
 
-def visible_numbers() -> tuple[int, ...]:
-    """The GPUs that the user's CUDA_VISIBLE_DEVICES allows; submitit would otherwise count from 0."""
+def visible_devices() -> tuple[str, ...]:
+    """Those GPUs as CUDA_VISIBLE_DEVICES names them, by number, UUID ("GPU-...") or slice ("MIG-..."), else all by number."""
     if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return tuple(int(d) for d in shown.split(",") if d.strip().isdigit())
-    return tuple(range(visible_gpus()))
+        named = [device.strip() for device in shown.split(",")]
+        return tuple(takewhile(lambda d: d not in ("", "-1"), named))  # CUDA sees none after one that is not there
+    return tuple(str(n) for n in range(len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])))
 
 
 def tasks_per_node(resources: Resources) -> int:
@@ -103,9 +103,9 @@ class Submitted:
 
 
 def submit(
-    job: Job, resources: Resources, name: str, on_report: Callable[..., None] | None = None, gpus: Sequence[int] | None = None
+    job: Job, resources: Resources, name: str, on_report: Callable[..., None] | None = None, gpus: Sequence[str] | None = None
 ) -> Submitted:
-    """Start a job on this machine, on the GPUs of these numbers; in-process jobs have ended when this returns."""
+    """Start a job on this machine, on these GPUs; in-process jobs have ended when this returns."""
     if resolve_cluster(resources) == "inprocess":
         device = "cuda:0" if num_gpus(resources) else "cpu"
         worker.run_here(job, device, on_report)
@@ -133,25 +133,31 @@ def refuse_here(resources: Resources) -> None:
     """Say before anything is started what this machine has not.
 
     Raises:
-        SpecError: more than one node, more GPUs than there are.
+        SpecError: more than one node, more GPUs than there are, several slices of GPUs.
     """
     if resources.nodes > 1:
         raise SpecError(f"resources.nodes={resources.nodes}: a local job has one node; use cluster=slurm")
     gpus = num_gpus(resources)
     if gpus > (there := visible_gpus()):
         raise SpecError(f"resources.gpus={gpus}, but this machine has {there}: lower it, or gpus=0 for the CPU")
+    if gpus > 1 and any(device.startswith("MIG-") for device in visible_devices()[:gpus]):
+        raise SpecError(
+            f"resources.gpus={gpus}, but CUDA_VISIBLE_DEVICES names slices of GPUs (MIG), of which a process sees one: use "
+            "gpus=1; jobs of several cells then run side by side (cells_per_job=1)"
+        )
 
 
-def _executor(folder: Path, resources: Resources, name: str, numbers: Sequence[int] | None) -> Any:
+def _executor(folder: Path, resources: Resources, name: str, devices: Sequence[str] | None) -> Any:
     import submitit
 
     refuse_here(resources)
     gpus = num_gpus(resources)
     local = submitit.LocalExecutor(folder=folder)
     local.update_parameters(
-        timeout_min=resources.minutes, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus, name=name,
-        visible_gpus=tuple(numbers if numbers is not None else visible_numbers()[:gpus]),
-    )  # fmt: skip
+        timeout_min=resources.minutes, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus, name=name
+    )
+    # It joins them to CUDA_VISIBLE_DEVICES; its own check knows numbers only.
+    local.parameters["visible_gpus"] = tuple(devices if devices is not None else visible_devices()[:gpus])
     return local
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.errors import DataError
+from ksweep.files import publish
 from ksweep.ranks import Ranks, share
 
 
@@ -47,3 +49,12 @@ def works_until_told_to_stop(argument: dict[str, Any], ranks: Ranks) -> None:
     for index in share(ranks, "long", 10_000):
         ranks.report("working", index, 10_000)
         time.sleep(0.1)
+
+
+def holds_gpus(argument: dict[str, Any], ranks: Ranks) -> None:
+    """Say which GPUs this process was given, and from when until when it had them."""
+    place = Path(argument["folder"]) / f"gpus-{os.getpid()}.json"
+    told = {"devices": os.environ["CUDA_VISIBLE_DEVICES"], "pid": os.getpid(), "begun": time.time(), "ended": 0.0}
+    publish(place, json.dumps(told).encode())
+    time.sleep(argument["seconds"])
+    publish(place, json.dumps(told | {"ended": time.time()}).encode())

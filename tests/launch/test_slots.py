@@ -1,55 +1,186 @@
-"""GPUs of this machine are lent to one job at a time, and come back when their holder is dead."""
+"""GPUs of this machine are lent to one job at a time, by launchers that know nothing of each other, and come back from the dead.
+
+No GPU is needed: jobs say which CUDA_VISIBLE_DEVICES they were given, and when.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ksweep.errors import SpecError
 from ksweep.launch import slots
+from ksweep.launch import submit as launch
+from ksweep.launch.job import Heartbeat, Job, create, myself
+from ksweep.spec import Resources
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KSWEEP_HOME", str(tmp_path))
+    monkeypatch.setenv("KSWEEP_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def test_gpus_are_lent_once_and_waited_for_together() -> None:
-    assert slots.take((0, 1, 2), 2, "first") == (0, 1)
-    assert slots.take((0, 1, 2), 2, "second") is None
-    assert slots.take((0, 1, 2), 1, "third") == (2,)
-    assert slots.holders((0, 1, 2)) == {0: "first", 1: "first", 2: "third"}
-    slots.release((0, 1))
-    assert slots.take((0, 1, 2), 2, "second") == (0, 1)
+    assert slots.take(("0", "1", "2"), 2, "first") == ("0", "1")
+    assert slots.take(("0", "1", "2"), 2, "second") is None
+    assert slots.take(("0", "1", "2"), 1, "third") == ("2",)
+    assert slots.holders(("0", "1", "2")) == {"0": "job first", "1": "job first", "2": "job third"}
+    slots.release(("0", "1", "2"), "first")
+    assert slots.take(("0", "1", "2"), 2, "second") == ("0", "1")
 
 
 def test_only_the_gpus_that_are_visible_are_lent() -> None:
-    assert slots.take((5, 7), 1, "a") == (5,)
-    assert slots.take((5,), 1, "b") is None
-    assert slots.take((5, 7), 1, "c") == (7,)
+    assert slots.take(("5", "7"), 1, "a") == ("5",)
+    assert slots.take(("5",), 1, "b") is None
+    assert slots.take(("5", "7"), 1, "c") == ("7",)
 
 
-def test_a_dead_holder_holds_nothing() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert slots.take((0,), 1, "job") == (0,)
-    slots.hand_on((0,), "job", process.pid)
-    assert slots.take((0,), 1, "other") is None
-    process.kill()
-    process.wait()
-    assert slots.take((0,), 1, "other") == (0,)
+def test_a_gpu_named_by_its_uuid_and_by_its_number_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bus, uuid in (("0000:65:00.0", "GPU-bbbb-2"), ("0000:17:00.0", "GPU-aaaa-1")):
+        (tmp_path / "gpus" / bus).mkdir(parents=True)
+        (tmp_path / "gpus" / bus / "information").write_text(f"Model: \t\t NVIDIA H100\nGPU UUID: \t {uuid}\nBus Type: PCIe\n")
+    monkeypatch.setattr(slots, "DRIVER", tmp_path / "gpus")
+    assert slots.take(("GPU-bbbb",), 1, "by uuid") == ("GPU-bbbb",)
+    assert slots.take(("0", "1"), 2, "by number") is None
+    assert slots.take(("0", "1"), 1, "by number") == ("0",)
+    # A slice of a GPU, and a UUID that this machine has not, are slots of their own.
+    assert slots.take(("MIG-GPU-aaaa-1/0/1", "GPU-cccc"), 2, "more") == ("MIG-GPU-aaaa-1/0/1", "GPU-cccc")
 
 
-def test_two_launchers_at_once_never_share_a_gpu(tmp_path: Path) -> None:
-    code = "from ksweep.launch import slots; import sys; print(slots.take(range(8), 1, sys.argv[1])); input()"
-    several = [
-        subprocess.Popen([sys.executable, "-c", code, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for i in range(4)
-    ]
-    try:
-        taken = [process.stdout.readline().strip() for process in several if process.stdout]
-    finally:
-        for process in several:
-            process.communicate("\n")
-    assert len(set(taken)) == 4 and None not in taken
+def test_a_gpu_is_held_as_long_as_the_controller_or_a_rank_lives(tmp_path: Path) -> None:
+    controller, rank = (subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2))
+    job = create(tmp_path / "logs", "a:b", {}, 1)
+    assert slots.take(("0",), 1, "sweep") == ("0",)
+    slots.hand_on(("0",), job, controller.pid)
+    import psutil
+
+    me = {**myself(), "pid": rank.pid, "process_started": psutil.Process(rank.pid).create_time()}
+    job.beat(Heartbeat(rank=0, **me))
+    for process in (controller, rank):
+        assert slots.take(("0",), 1, "other") is None
+        process.kill()
+        process.wait()
+    assert slots.take(("0",), 1, "other") == ("0",)
+    slots.release(("0",), job.id)  # its launcher has noticed only now
+    assert slots.take(("0",), 1, "third") is None
+
+
+@pytest.mark.parametrize(
+    ("shown", "devices"),
+    [
+        ("0,1,2,3", ("0", "1", "2", "3")),
+        ("2, 0", ("2", "0")),
+        ("GPU-8f,MIG-1d", ("GPU-8f", "MIG-1d")),
+        ("1,-1,0", ("1",)),
+        ("", ()),
+    ],
+)
+def test_visible_devices_are_those_that_cuda_would_see(
+    monkeypatch: pytest.MonkeyPatch, shown: str, devices: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert launch.visible_devices() == devices and launch.visible_gpus() == len(devices)
+
+
+def test_several_slices_for_one_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1d,MIG-2e")
+    launch.refuse_here(Resources(cluster="local", gpus=1))
+    with pytest.raises(SpecError, match="use gpus=1"):
+        launch.refuse_here(Resources(cluster="local", gpus=2))
+
+
+LAUNCHER = """
+import sys
+from functools import partial
+from pathlib import Path
+from ksweep import here
+from ksweep.launch.job import create
+from ksweep.spec import Resources
+
+here.land_ending = lambda *_: None  # these jobs compute no cell
+here.SLOT_SECONDS, (folder, count, seconds, gpus) = 0.2, sys.argv[1:]
+# gpus=0 for the ranks: nothing is behind these GPUs, so torch must not be asked for them.
+argument = {"folder": folder, "seconds": float(seconds)}
+order = partial(create, Path(folder) / "logs", "tests.launch.entries:holds_gpus", argument, 1, 0)
+here.run_jobs([order] * int(count), Resources(cluster="local", gpus=int(gpus), time=5), "test")
+"""
+
+
+def launcher(folder: Path, shown: str, count: int, seconds: float) -> subprocess.Popen[bytes]:
+    """A launcher of so many jobs, each on one of the GPUs that are shown to it."""
+    folder.mkdir(exist_ok=True)
+    log = (folder / f"launcher-{time.monotonic_ns()}.log").open("wb")
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(folder), str(count), str(seconds), "1"], stdout=log, stderr=log,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": shown},
+    )  # fmt: skip
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """What jobs have said of their beginning, and of their end."""
+    return sorted((json.loads(path.read_text()) for path in folder.glob("gpus-*.json")), key=lambda t: t["begun"])
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def overlaps(told: list[dict[str, Any]]) -> int:
+    """How many jobs ran at once, at most."""
+    return max(sum(other["begun"] <= one["begun"] < other["ended"] for other in told) for one in told)
+
+
+@pytest.mark.slow
+def test_two_launchers_at_once_share_four_gpus_without_overlap(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    several = [launcher(folder, "0,1,2,3", 4, 1.5) for folder in folders]
+    assert [process.wait(120) for process in several] == [0, 0]
+    all_of_them = told(folders[0]) + told(folders[1])
+    assert len(all_of_them) == 8 and {job["devices"] for job in all_of_them} == {"0", "1", "2", "3"}
+    for device in "0123":
+        assert overlaps([job for job in all_of_them if job["devices"] == device]) == 1, all_of_them
+    assert overlaps(all_of_them) > 1, "they waited for each other instead of running side by side"
+
+
+@pytest.mark.slow
+def test_a_killed_launchers_job_keeps_its_gpu_until_it_ends(tmp_path: Path) -> None:
+    first = launcher(tmp_path / "a", "0", 1, 6.0)
+    until(lambda: told(tmp_path / "a"))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = launcher(tmp_path / "b", "0", 1, 0.0)
+    assert second.wait(60) == 0
+    [one], [two] = told(tmp_path / "a"), told(tmp_path / "b")
+    assert one["ended"] and two["begun"] >= one["ended"]
+
+
+@pytest.mark.slow
+def test_the_gpu_of_a_job_that_was_shot_is_lent_to_the_next(tmp_path: Path) -> None:
+    first = launcher(tmp_path / "a", "GPU-8f3c", 1, 100.0)
+    [job] = until(lambda: told(tmp_path / "a"))
+    assert job["devices"] == "GPU-8f3c"
+    second = launcher(tmp_path / "b", "GPU-8f3c", 1, 0.0)
+    log = next((tmp_path / "b").glob("launcher-*.log"))
+    until(lambda: "waiting for 1 of 1 GPUs (GPU GPU-8f3c: job" in log.read_text())
+    os.kill(job["pid"], signal.SIGKILL)
+    assert (first.wait(60), second.wait(60)) == (1, 0)
+    assert "of 1 ended without a terminal record" in next((tmp_path / "a").glob("launcher-*.log")).read_text()
+    assert [j["devices"] for j in told(tmp_path / "b")] == ["GPU-8f3c"]
+    assert all(Job(path.parent).noted("settled") for path in tmp_path.glob("*/logs/*/job.json"))
