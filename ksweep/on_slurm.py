@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ksweep.errors import RunError, SpecError
 from ksweep.launch import snapshot, states, submission
 from ksweep.launch import submit as launch
+from ksweep.launch.answers import numbers_here
 from ksweep.launch.job import Ending, Job
 from ksweep.launch.watch import Watch
 from ksweep.orders import Missing, groups, job_for, logs_of
@@ -29,8 +30,12 @@ def with_shape(sweep: Sweep) -> Sweep:
     return replace(sweep, resources=resources)
 
 
-def submit(sweep: Sweep, missing: Missing) -> list[Job]:
-    """Hand the missing cells to Slurm: an array with an element for each job, which runs the code as it is now."""
+def submit(sweep: Sweep, missing: Missing, at_work: Iterable[Job] = ()) -> list[Job]:
+    """Hand the missing cells to Slurm: an array with an element for each job, which runs the code as it is now.
+
+    Raises:
+        SpecError, RunError: Slurm takes none of them, or only some.
+    """
     logs = logs_of(sweep)
     resources = sweep.resources
     code = snapshot.take(logs)
@@ -39,13 +44,25 @@ def submit(sweep: Sweep, missing: Missing) -> list[Job]:
         for job in jobs:
             job.note("code", {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None})
     try:
-        submission.submit(logs, jobs, resources, sweep.name, code.path if code else None)
+        done = submission.submit(
+            logs, jobs, resources, sweep.name, code.path if code else None, beside=_numbers_of(sweep, at_work)
+        )
     except SpecError:
         # Refused before anything was handed over. After any other failure the next command finds out what Slurm has of them.
         for job in jobs:
             shutil.rmtree(job.path)
         raise
+    if done.left:
+        raise RunError(
+            f"{len(jobs) - len(done.left)} of {len(jobs)} jobs are submitted and go on without this command; Slurm did not take "
+            f"the other {len(done.left)} ({done.why}): the same command submits them, `ksweep watch {sweep.name}` shows the rest"
+        )
     return jobs
+
+
+def _numbers_of(sweep: Sweep, jobs: Iterable[Job]) -> list[str]:
+    """Slurm's numbers of those jobs that are of this sweep."""
+    return numbers_here(job for job in jobs if job.spec()["argument"].get("sweep") == sweep.name)
 
 
 def wait(jobs: Sequence[Job], sweep: Sweep) -> None:

@@ -263,11 +263,21 @@ class Cell:
 LONGEST_PLAIN_MINUTES = 7 * 24 * 60
 
 
-OWN_OPTIONS = frozenset(
-    ("array", "comment", "error", "job-name", "nodes", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output",
-     "parsable", "partition", "requeue", "signal", "test-only", "time", "wait", "wrap")
-)  # fmt: skip
-"""Options of sbatch that `Resources.extra` cannot take over: without them a job is lost sight of, or has another shape."""
+_LOST = "without ours a job would be lost sight of"
+_TOLD = "without ours a job could not be told to stop, or would not come back"
+_SHAPE = "its ranks would be others than planned; set resources.gpus, tasks or nodes"
+OWN_OPTIONS = {
+    **dict.fromkeys(("comment", "error", "open-mode", "output", "parsable", "test-only", "wait", "wrap"), _LOST),
+    **dict.fromkeys(("requeue", "no-requeue", "signal"), _TOLD),
+    **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task", "nodes", "ntasks", "ntasks-per-gpu", "ntasks-per-node"), _SHAPE),
+    "array": "an element is a job of ours; set resources.cells_per_job or max_parallel_jobs",
+    "clusters": "jobs are looked for on this cluster; log in to the other one",
+    "time": "set resources.time", "partition": "set resources.partition", "account": "set resources.account",
+    "qos": "set resources.qos", "constraint": "set resources.constraint", "job-name": "set resources.job_name",
+    "nice": "set resources.nice", "mem": "set resources.mem_gb", "cpus-per-gpu": "set resources.cpus_per_gpu",
+    "cpus-per-task": "set resources.cpus_per_gpu, or cpus_per_task with gpus=0",
+}  # fmt: skip
+"""Options of sbatch that `Resources.extra` cannot take over, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,11 +345,8 @@ class Resources:
             raise SpecError(f"resources.cpus_per_gpu={self.cpus_per_gpu}, but gpus=0: set resources.cpus_per_task")
         if self.cpus_per_task is not None and self.gpus:
             raise SpecError(f"resources.cpus_per_task={self.cpus_per_task} is for gpus=0: set resources.cpus_per_gpu")
-        if taken := sorted({key.replace("_", "-") for key in self.extra} & OWN_OPTIONS):
-            raise SpecError(
-                f"resources.extra has {', '.join(taken)}: ksweep sets that itself (how jobs are told to stop, found again and "
-                "shaped; for the rest there are fields of resources). Leave it out"
-            )
+        for key in self.extra:
+            _refuse_own_option(key)
         _ = self.minutes
 
     @property
@@ -364,6 +371,14 @@ class Resources:
     def setup_lines(self) -> list[str]:
         """Shell lines, one each."""
         return self.setup.splitlines() if isinstance(self.setup, str) else list(self.setup)
+
+
+def _refuse_own_option(key: str) -> None:
+    option = str(key).replace("_", "-").lstrip("-")
+    # sbatch takes the beginning of an option for the whole: "comm" would be a comment.
+    own = option if option in OWN_OPTIONS else next((o for o in OWN_OPTIONS if o.startswith(option)), None)
+    if own is not None:
+        raise SpecError(f"resources.extra has {key}: ksweep sets --{own} itself ({OWN_OPTIONS[own]}). Leave it out")
 
 
 def minutes(text: str, name: str = "time") -> int:

@@ -88,7 +88,7 @@ def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: 
         steps = steps_of(sweep, cells, keys, jobs, retry=options.retry)
         refuse_full_disk(sweep, steps)
         missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
-        started = on_slurm.submit(sweep, missing) if missing else []
+        started = on_slurm.submit(sweep, missing, jobs.live) if missing else []
     terminal.say_failed([step for step in steps if step.state == "failed"])
     attached = {job.id: job for step in steps for job in [jobs.at_work.get(step.cell_key)] if job is not None}
     under_way = [*started, *attached.values()]

@@ -272,6 +272,11 @@ class Survey:
     """Jobs whose end nobody has booked yet."""
 
     @property
+    def live(self) -> list[Job]:
+        """Jobs that may still bring something, each once."""
+        return list({job.id: job for job in self.at_work.values()}.values())
+
+    @property
     def failures(self) -> dict[str, tuple[str, str]]:
         """Cell key -> class and message, of cells whose job has just been found failed."""
         found: dict[str, tuple[str, str]] = {}

@@ -21,7 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ TAG = "ksweep:"
 SIGNAL_SECONDS = 120
 """How long before its time limit a job is told to stop; half of the limit where that is shorter."""
 USERS_DEFAULTS = ("partition", "account", "qos", "constraint")
+USERS_EXTRA = ("wckey", "reservation")
 SBATCH_SECONDS = 3.0
 """How long an sbatch may outlive the launcher that was killed."""
 
@@ -49,8 +50,10 @@ def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str =
         extra["nice"] = resources.niceness
     if resources.whole_nodes and resources.mem_gb is None:
         extra["mem"] = 0  # an exclusive node gives all its CPUs and GPUs, but of its memory only what is asked for
+    others = {key.replace("_", "-"): value for key, value in resources.extra.items()}
     if after is not None:
-        extra["dependency"] = f"afterany:{after}"
+        both = [f"afterany:{after}", *([str(others.pop("dependency"))] if "dependency" in others else [])]
+        extra["dependency"] = ",".join(both)
     found = {
         "job_name": resources.job_name or name,
         "time": resources.minutes,
@@ -70,7 +73,7 @@ def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str =
         # A rank that fails ends the others at once; one that has finished or stopped does not, however long they take.
         "srun_args": ["--kill-on-bad-exit=1", "--wait=0"],
         "array_parallelism": min(num_jobs, resources.max_parallel_jobs or num_jobs),
-        "additional_parameters": extra | {key.replace("_", "-"): value for key, value in resources.extra.items()},
+        "additional_parameters": extra | others,
     }
     return {k: v for k, v in found.items() if v is not None}
 
@@ -136,8 +139,9 @@ def with_users_defaults(resources: Resources) -> Resources:
 
     sbatch itself is asked without these variables: they would win over what the sweep says.
     """
-    found: dict[str, Any] = {name: value for name in USERS_DEFAULTS if (value := os.environ.get(f"SBATCH_{name.upper()}"))}
-    return replace(resources, **{name: value for name, value in found.items() if getattr(resources, name) is None})
+    said = {name: value for name in (*USERS_DEFAULTS, *USERS_EXTRA) if (value := os.environ.get(f"SBATCH_{name.upper()}"))}
+    fields: dict[str, Any] = {name: said[name] for name in USERS_DEFAULTS if name in said and getattr(resources, name) is None}
+    return replace(resources, **fields, extra={name: said[name] for name in USERS_EXTRA if name in said} | dict(resources.extra))
 
 
 def most_gpus(resources: Resources) -> int:
@@ -173,20 +177,41 @@ def _one_of(what: str, value: str, valid: Sequence[str], whose: str = "") -> Non
         raise SpecError(f"resources.{what}={value!r} is not one of {', '.join(valid)}{whose}")
 
 
-def submit(logs: Path, jobs: Sequence[Job], resources: Resources, name: str, code: Path | None = None) -> list[str]:
-    """Hand jobs over, in arrays that the cluster accepts; Slurm's number of each array.
+@dataclass(frozen=True)
+class Submitted:
+    """What became of jobs that were to be handed over."""
+
+    arrays: list[str]
+    """Slurm's number of each array."""
+    left: list[Job]
+    """Jobs that Slurm did not take after it had taken others; their cells are missing still."""
+    why: str = ""
+
+
+def submit(
+    logs: Path, jobs: Sequence[Job], resources: Resources, name: str, code: Path | None = None, *, beside: Sequence[str] = ()
+) -> Submitted:
+    """Hand jobs over, in arrays that the cluster accepts. With max_parallel_jobs they wait for those `beside` (Slurm's numbers).
 
     Raises:
-        SpecError: the cluster does not take such a job; nothing is submitted. RunError: Slurm does not answer.
+        SpecError: the cluster does not take such a job; nothing is submitted. RunError: Slurm does not answer, or refuses all.
     """
     most = slurm.max_array_size()
-    arrays, after = [], None
+    arrays: list[str] = []
+    # A cap holds within an array; an array waits for the one before, so that all together keep it.
+    after = ":".join(sorted({n.partition("_")[0] for n in beside})) if resources.max_parallel_jobs else ""
     for start in range(0, len(jobs), most):
-        number = _submit_array(logs, jobs[start : start + most], resources, name, code, after, check=start == 0)
+        part, rest = jobs[start : start + most], jobs[start + most :]
+        try:
+            number = _submit_array(logs, part, resources, name, code, after or None, check=start == 0)
+        except slurm.SlurmError as error:
+            _forget(rest, "Slurm did not take the array before its own")
+            if not arrays:
+                raise
+            return Submitted(arrays, [*part, *rest], str(error))
         arrays.append(number)
-        # A cap holds within an array; a second array waits for the first, so that both together keep it.
-        after = number if resources.max_parallel_jobs else None
-    return arrays
+        after = number if resources.max_parallel_jobs else ""
+    return Submitted(arrays, [])
 
 
 def _submit_array(
@@ -201,7 +226,15 @@ def _submit_array(
     publish(folder / "script.sh", text.encode())
     intent = {"tag": tag, "launcher": myself(), "user": getpass.getuser(), "cluster": slurm.cluster_name()}
     publish(folder / "intent.json", json.dumps(intent).encode())
-    number = slurm.submit(folder / "script.sh")
+    try:
+        number = slurm.submit(folder / "script.sh")
+    except slurm.SlurmError as error:
+        # "Socket timed out" may come after the job was taken. Where squeue does not answer either, the next command settles it.
+        found = _look_for(folder, tag, jobs, time.time())
+        if found is None:
+            _give_up(folder, jobs, f"sbatch refused it: {error}")
+            raise
+        number = found
     _record(folder, number, jobs)
     return number
 
@@ -246,19 +279,35 @@ def _settle(folder: Path) -> list[str]:
         return [f"submission {folder.name}: its launcher died; only a command of {owner} can tell whether Slurm has it"]
     if (there := intent.get("cluster")) and (here := slurm.cluster_name()) not in (None, there):
         return [f"submission {folder.name}: its launcher died on cluster {there}; this is {here}, only a command there can tell"]
-    number = _number(folder, intent["tag"], jobs)
-    if number is None and time.time() - intent["launcher"]["time"] < SBATCH_SECONDS:
-        time.sleep(SBATCH_SECONDS)
-        number = _number(folder, intent["tag"], jobs)
+    number = _look_for(folder, intent["tag"], jobs, intent["launcher"]["time"])
     if number is not None:
         _record(folder, number, jobs)
         return [f"submission {folder.name}: its launcher died before it noted Slurm's number; found again as job {number}"]
-    for job in jobs:
-        job.note("settled", {"state": "stopped", "kind": "never submitted", "reason": "its launcher died before sbatch"})
-    publish(folder / "submitted.json", json.dumps({"id": None}).encode())
+    _give_up(folder, jobs, "its launcher died before sbatch")
     return [
         f"submission {folder.name}: its launcher died before sbatch; Slurm knows nothing of it, so its cells are submitted again"
     ]
+
+
+def _give_up(folder: Path, jobs: Sequence[Job], why: str) -> None:
+    """A submission that Slurm has not: its cells are missing again."""
+    _forget(jobs, why)
+    publish(folder / "submitted.json", json.dumps({"id": None}).encode())
+
+
+def _forget(jobs: Sequence[Job], why: str) -> None:
+    for job in jobs:
+        job.note("settled", {"state": "stopped", "kind": "never submitted", "reason": why})
+        job.release()
+
+
+def _look_for(folder: Path, tag: str, jobs: Sequence[Job], begun: float) -> str | None:
+    """Slurm's number of a submission, a second time where its sbatch began so lately that it may not be in the queue yet."""
+    number = _number(folder, tag, jobs)
+    if number is None and time.time() - begun < SBATCH_SECONDS:
+        time.sleep(SBATCH_SECONDS)
+        number = _number(folder, tag, jobs)
+    return number
 
 
 def _number(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ksweep.errors import SpecError
-from ksweep.launch import slurm, submission
+from ksweep.launch import slurm, states, submission
+from ksweep.launch.job import Job, all_jobs, create
 from ksweep.overrides import apply_overrides
 from ksweep.spec import Activations, Autoencoder, Cell, Resources, Sweep
 
@@ -106,7 +108,15 @@ def test_a_time_limit_on_the_command_line_is_a_time(text: str) -> None:
         (["gpus=2", "cpus_per_task=2"], "set resources.cpus_per_gpu"),
         (["max_parallel_jobs=0"], "resources.max_parallel_jobs"),
         (['extra={comment: "for the bill"}'], "extra has comment"),
-        (["extra={open_mode: truncate, reservation: night}"], "extra has open-mode"),
+        (["extra={open_mode: truncate, reservation: night}"], "extra has open_mode: ksweep sets --open-mode itself"),
+        (["extra={array: 0-3}"], "set resources.cells_per_job or max_parallel_jobs"),
+        (["extra={no_requeue: true}"], "would not come back"),
+        (["extra={signal: USR1@10}"], "could not be told to stop"),
+        (["extra={gpus_per_node: 4}"], "set resources.gpus, tasks or nodes"),
+        (["extra={clusters: other}"], "log in to the other one"),
+        (["extra={qos: high}"], "set resources.qos"),
+        # sbatch takes --outp for --output.
+        (["extra={outp: x}"], "ksweep sets --output itself"),
         (["cluster=slrum"], "auto, slurm, local, inprocess"),
     ],
 )
@@ -184,11 +194,90 @@ def test_where_accounting_says_nothing_of_a_user_it_is_left_to_sbatch(
     submission.refuse(Resources(cluster="slurm", gpus=0, account="any", qos="any"))
 
 
+def test_a_dependency_of_the_users_holds_beside_that_of_the_cap() -> None:
+    there = script(3, after="98:99", extra={"dependency": "afterok:7", "wckey": "w", "nodelist": "gpu1", "time_min": 10})
+    for line in ("dependency=afterany:98:99,afterok:7", "wckey=w", "nodelist=gpu1", "time-min=10"):
+        assert f"#SBATCH --{line}" in there
+
+
+TAKES_TWO = """#!/bin/sh
+case "$*" in *--test-only*) exit 0;; esac
+echo "$2" >>{folder}/handed-over
+n=$(wc -l <{folder}/handed-over)
+[ "$n" -le {most} ] || {{ {then}; }}
+echo "10$n"
+"""
+REFUSES = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
+TIMES_OUT = f'echo "9|PENDING|Priority|billed to lab|$2" >{{folder}}/queue; {REFUSES}'
+
+
+@pytest.fixture
+def cluster_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A cluster with arrays of two that takes so many submissions; what the next one meets is `then`."""
+    monkeypatch.setattr(submission, "SBATCH_SECONDS", 0.0)
+    says(tmp_path, "scontrol", "ClusterName = testbed\nMaxArraySize = 2")
+    (tmp_path / "queue").write_text("")
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
+    (tmp_path / "squeue").chmod(0o755)
+
+    def takes(most: int, then: str = REFUSES) -> None:
+        (tmp_path / "sbatch").write_text(TAKES_TWO.format(folder=tmp_path, most=most, then=then.format(folder=tmp_path)))
+        (tmp_path / "sbatch").chmod(0o755)
+
+    return takes
+
+
+def hand_over(tmp_path: Path, count: int, beside: Sequence[str] = (), **changes: Any) -> tuple[list[Job], submission.Submitted]:
+    jobs = [create(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cluster="slurm") for _ in range(count)]
+    resources = Resources(cluster="slurm", gpus=0, **changes)
+    return jobs, submission.submit(tmp_path / "logs", jobs, resources, "tiny", beside=beside)
+
+
+def test_what_slurm_does_not_take_after_a_first_array_is_left_for_the_next_command(
+    tmp_path: Path, cluster_of_two: Callable[..., None]
+) -> None:
+    cluster_of_two(1)
+    jobs, done = hand_over(tmp_path, 5)
+    assert done.arrays == ["101"] and done.left == jobs[2:] and "QOSMaxSubmitJobPerUserLimit" in done.why
+    assert [job.slurm_id() for job in jobs] == ["101_0", "101_1", None, None, None]
+    assert [states.verdict(job).kind for job in jobs[2:]] == ["never submitted"] * 3
+    assert submission.settle(tmp_path / "logs") == []
+
+
+def test_an_array_that_was_taken_although_sbatch_failed_is_found_by_its_script(
+    tmp_path: Path, cluster_of_two: Callable[..., None]
+) -> None:
+    cluster_of_two(1, TIMES_OUT)
+    jobs, done = hand_over(tmp_path, 4)
+    assert done.arrays == ["101", "9"] and not done.left
+    assert [job.slurm_id() for job in jobs] == ["101_0", "101_1", "9_0", "9_1"]
+
+
+def test_nothing_taken_is_an_error_and_forgotten(tmp_path: Path, cluster_of_two: Callable[..., None]) -> None:
+    cluster_of_two(0)
+    with pytest.raises(slurm.SlurmError, match="QOSMaxSubmitJobPerUserLimit"):
+        hand_over(tmp_path, 3)
+    assert {states.verdict(job).kind for job in all_jobs(tmp_path / "logs")} == {"never submitted"}
+
+
+@pytest.mark.parametrize(("cap", "chain"), [(3, ["afterany:55:77", "afterany:101"]), (None, [])])
+def test_a_cap_holds_over_arrays_and_over_what_an_earlier_command_has_submitted(
+    tmp_path: Path, cluster_of_two: Callable[..., None], cap: int | None, chain: list[str]
+) -> None:
+    cluster_of_two(9)
+    hand_over(tmp_path, 3, beside=["77_1", "55", "77_0"], max_parallel_jobs=cap)
+    scripts = [Path(line).read_text() for line in (tmp_path / "handed-over").read_text().split()]
+    assert [line.partition("--dependency=")[2] for text in scripts for line in text.splitlines() if "--dep" in line] == chain
+
+
 def test_what_the_users_shell_tells_sbatch_fills_what_the_sweep_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
     monkeypatch.setenv("SBATCH_PARTITION", "debug")
-    found = submission.with_users_defaults(Resources(cluster="slurm", gpus=0, partition="h100"))
+    monkeypatch.setenv("SBATCH_WCKEY", "project")
+    monkeypatch.setenv("SBATCH_RESERVATION", "night")
+    found = submission.with_users_defaults(Resources(cluster="slurm", gpus=0, partition="h100", extra={"reservation": "day"}))
     assert (found.account, found.partition, found.qos) == ("lab", "h100", None)
+    assert found.extra == {"wckey": "project", "reservation": "day"}
 
 
 def test_slurms_commands_without_a_cluster_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
