@@ -241,8 +241,8 @@ def test_keys_of_a_pair_are_those_that_its_stored_results_have(tmp_path: Path) -
         sampling=Sampling(num_draws=4),
     )
     keys, prefix = cell_keys(cell), cell_keys(replace_at(cell, "scoring.selection", "prefix"))
-    # Of extractor version 2 (roles in the store). If they change on purpose, raise a version.
+    # Of extractor version 2 (roles in the store) and sampler version 2 (slots). If they change on purpose, raise a version.
     assert keys.activations == "43a4c737a526914152c35cd8756900c3"
-    assert keys.draws == "b275572eec0430ae0fb46f90a3beefef"
-    assert keys.cell == "ceec8f21fb77e422021e9f1b5888e33f"
+    assert keys.draws == "2171d292292a329c257ae81a8e47d57e"
+    assert keys.cell == "5afd63cea71d23a7d4b0302975ff684d"
     assert prefix.draws == keys.draws and prefix.cell != keys.cell

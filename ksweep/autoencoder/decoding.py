@@ -1,96 +1,55 @@
-"""Draws explanations: the prompt runs once per activation, is forked K ways, and every row is sampled with its own keyed
-noise.
+"""Draws explanations: every activation's prompt runs once, is forked K ways, and every row is sampled with its own keyed noise.
 
-This is the plain sampler, the one that others are held against: the rows of a group all have the same length, so there is no
-padding, no mask and no position to get wrong; rows that end leave, and their places stay empty until the group is done. It
-never calls `generate()`, so nothing of a checkpoint's generation_config (repetition penalty, top_k, ...) reaches the draws.
+What the prompts have in common runs once per process; a row that ends leaves its slot at once, and free slots are refilled with
+the next draws (continuous batching). It never calls `generate()`, so nothing of a checkpoint's generation_config (repetition
+penalty, top_k, ...) reaches the draws. Where a model's past cannot lie in slots, the plain sampler draws the same.
 
-Memory: each fork holds its own copy of the prompt's keys and values, `batch_size` of them at most, beside one copy per
-activation of the group; transformers' DynamicCache holds one layer twice while it grows. Out of memory on a GPU halves the
-batch and goes on; the draws are the same.
+Memory: `batch_size` slots of prompt rest and new tokens, and the prompts of `prefill_batch_size` activations. Out of memory on a
+GPU halves both and goes on; the draws are the same.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ksweep.autoencoder import noise
-from ksweep.autoencoder.protocol import Prefill
-from ksweep.errors import RequestError, RunError
+from ksweep.autoencoder import noise, slots
+from ksweep.autoencoder.plain import draw_plainly
+from ksweep.autoencoder.requests import (
+    Draw,
+    Options,
+    Request,
+    Row,
+    StopRequested,
+    append,
+    by_activation,
+    check,
+    finish_of,
+    noise_keys,
+    too_large,
+)
+from ksweep.errors import RunError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
-    from ksweep.autoencoder.protocol import FinishReason, Verbalizer
+    from ksweep.autoencoder.protocol import Verbalizer
+
+__all__ = ["Draw", "Request", "as_vectors", "draw"]
 
 log = logging.getLogger(__name__)
 
-LIVE_SHARE = 0.9
-"""Rows that have ended are dropped from the batch once fewer than this share of it is live. Measured on a CPU (256 rows, lengths
-geometric with mean 14 of at most 32): 2.1x the speed of never dropping, 2.0x at 0.75, 1.8x at 0.5, no more at 1.0."""
+REFILL_SHARE = 0.25
+"""Free slots are refilled once they are this share of all: a prompt costs little more for many activations than for one."""
 
-
-@dataclass(frozen=True)
-class Request:
-    """One draw to be taken."""
-
-    row: int
-    """Row of the vectors."""
-    activation_key: int
-    """64 bits that stand for the activation itself, wherever it lies (a hash of its provenance): its noise starts from them."""
-    draw: int
-    """k: which of the activation's draws, counted from 0."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One sampled explanation, as tokens."""
-
-    request: Request
-    token_ids: tuple[int, ...]
-    """Every token sampled, the stop token included where there is one: the tokens that were paid for."""
-    finish: FinishReason
-    log_probability: float
-    """Sum over token_ids of the model's own log probabilities (temperature 1, no top_p), each float32."""
-
-    @property
-    def text_token_ids(self) -> tuple[int, ...]:
-        """token_ids without the stop token."""
-        return self.token_ids[:-1] if self.finish == "stop" else self.token_ids
-
-
-@dataclass
-class _Row:
-    """A request while it is decoded."""
-
-    index: int
-    """Place of the request in what was asked for."""
-    request: Request
-    token_ids: list[int]
-    log_probability: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Options:
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    seed: int
-    should_stop: Callable[[], bool]
-    on_step: Callable[[int], None]
-
-
-class _StopRequested(Exception):
-    """`should_stop` said so."""
+FIRST_TOKENS = 64
+"""Rows whose first token is sampled at once: their logits are copies of their prompt's."""
 
 
 def as_vectors(vectors: np.ndarray) -> Float[torch.Tensor, "activation d_model"]:
@@ -122,9 +81,10 @@ def draw(
     every step: once true no more draws come, and those under way are lost. `on_step` hears after every step how many tokens
     were sampled.
     """
-    _check(vectors, requests, batch_size, prefill_batch_size, max_new_tokens)
-    options = _Options(temperature, top_p, max_new_tokens, seed, should_stop or (lambda: False), on_step or (lambda _: None))
-    return _draw_all(verbalizer, vectors, requests, options, batch_size, prefill_batch_size)
+    check(vectors, requests, batch_size, prefill_batch_size, max_new_tokens)
+    options = Options(temperature, top_p, max_new_tokens, seed, should_stop or (lambda: False), on_step or (lambda _: None))
+    sampler = _draw_all if slots.fits(verbalizer.model, verbalizer.prompt_length + max_new_tokens) else draw_plainly
+    return sampler(verbalizer, vectors, requests, options, batch_size, prefill_batch_size)
 
 
 # The decorator leaves inference mode at every yield; a `with` around a yield would put the caller into it as well.
@@ -133,194 +93,173 @@ def _draw_all(
     verbalizer: Verbalizer,
     vectors: Float[torch.Tensor, "activation d_model"],
     requests: Sequence[Request],
-    options: _Options,
+    options: Options,
     batch_size: int,
     prefill_batch_size: int,
 ) -> Iterator[Draw]:
-    """Group after group; of one that does not fit into memory, what it has not yielded yet is tried again at half the size."""
-    waiting = deque(_by_activation(requests, range(len(requests))))
-    while waiting:
-        group = _next_group(waiting, batch_size)
-        finished = set()
+    """One stream; if it does not fit into memory, what it has not yielded yet is tried again in half as many slots."""
+    missing = dict.fromkeys(range(len(requests)))
+    while missing:
+        waiting = deque(by_activation(requests, missing))
+        num_slots = min(batch_size, len(missing))
         try:
-            for index, explanation in _draw_group(verbalizer, vectors, requests, group, options, batch_size, prefill_batch_size):
-                finished.add(index)
+            for index, explanation in _Stream(
+                verbalizer, vectors, requests, waiting, options, num_slots, prefill_batch_size
+            ).draws():
+                del missing[index]
                 yield explanation
             continue
-        except _StopRequested:
+        except StopRequested:
             return
         except torch.OutOfMemoryError as error:
-            if batch_size == 1:
-                raise RunError(_too_large(options.max_new_tokens)) from error
+            if num_slots == 1:
+                raise RunError(too_large(options.max_new_tokens)) from error
         # Out here the handler is left, and with it the failed attempt's tensors are free.
-        waiting.extendleft(reversed(_by_activation(requests, (index for index in group if index not in finished))))
-        batch_size = min(batch_size, len(group)) // 2 or 1
+        batch_size = num_slots // 2
         prefill_batch_size = min(prefill_batch_size, batch_size)
         torch.cuda.empty_cache()
         log.warning("out of memory while drawing; going on with at most %d rows at once", batch_size)
 
 
-def _draw_group(
-    verbalizer: Verbalizer,
-    vectors: Float[torch.Tensor, "activation d_model"],
-    requests: Sequence[Request],
-    group: Sequence[int],
-    options: _Options,
-    batch_size: int,
-    prefill_batch_size: int,
-) -> Iterator[tuple[int, Draw]]:
-    """Prompts of the group's activations once, then their forks: at once, unless one activation has more than batch_size."""
-    activations = list(dict.fromkeys(requests[index].row for index in group))
-    place = {row: i for i, row in enumerate(activations)}
-    prompts = _prefill(verbalizer, vectors[torch.tensor(activations, device=vectors.device)], prefill_batch_size)
-    for start in range(0, len(group), batch_size):
-        rows = [_Row(index, requests[index], []) for index in group[start : start + batch_size]]
-        origin = torch.tensor([place[row.request.row] for row in rows], device=prompts.logits.device)
-        yield from _decode(verbalizer, _fork(prompts.cache, origin), prompts.logits[origin], rows, options)
+@dataclass
+class _Prompts:
+    """Prompts that have run, and the draws that are still to be forked from them."""
+
+    keys_and_values: list[tuple[torch.Tensor, torch.Tensor]]
+    """Of every block, without what all prompts have in common: [activation, key_head, token, head_dim]."""
+    logits: Float[torch.Tensor, "activation vocabulary"]
+    length: int
+    """Tokens of a prompt behind the common ones."""
+    pending: deque[tuple[Row, int]]
+    """Draws, and which of the prompts each belongs to."""
 
 
-def _decode(
-    verbalizer: Verbalizer,
-    cache: Any,
-    logits: Float[torch.Tensor, "row vocabulary"],
-    rows: list[_Row],
-    options: _Options,
-) -> Iterator[tuple[int, Draw]]:
-    """One token per row and step until every row has ended; `live` are the rows of the batch that have not."""
-    keys = _keys(rows, options.seed, logits.device)
-    live = list(range(len(rows)))
-    for step in range(options.max_new_tokens):
-        if options.should_stop():
-            raise _StopRequested
-        sampled = noise.sample(logits, noise.step_keys(keys, step), temperature=options.temperature, top_p=options.top_p)
-        _append(rows, live, sampled, step)
-        options.on_step(len(live))
-        going_on = []
-        for i in live:
-            finish = _finish(rows[i].token_ids, verbalizer.stop_token_ids, options.max_new_tokens)
+@dataclass
+class _Stream:
+    """Rows under way in slots; more come in as places fall free."""
+
+    verbalizer: Verbalizer
+    vectors: Float[torch.Tensor, "activation d_model"]
+    requests: Sequence[Request]
+    waiting: deque[list[int]]
+    """Activations whose prompt has not run: the indices of their requests."""
+    options: Options
+    num_slots: int
+    prefill_batch_size: int
+    rows: list[Row] = field(default_factory=list)
+    """Of slots 0, 1, 2, ..."""
+    prompts: _Prompts | None = None
+    prefix: Any = None
+    cache: Any = None
+    tokens: Any = None
+    """[row] last token of each, on the device."""
+    keys: Any = None
+    """[row] what each row's noise is counted from."""
+
+    def draws(self) -> Iterator[tuple[int, Draw]]:
+        """Every draw with the index of its request, as they end."""
+        self.prefix = self.verbalizer.prefix()
+        while self.rows or self.waiting or self._has_pending():
+            free = self.num_slots - len(self.rows)
+            if free >= max(1, REFILL_SHARE * self.num_slots):
+                yield from self._refill(free)
+            if self.rows:
+                yield from self._step()
+
+    def _has_pending(self) -> bool:
+        return self.prompts is not None and bool(self.prompts.pending)
+
+    def _refill(self, free: int) -> Iterator[tuple[int, Draw]]:
+        """First tokens of as many draws as there is room for; those that end with it never take a slot."""
+        while free and (self.waiting or self._has_pending()):
+            if not self._has_pending():
+                self.prompts = self._next_prompts(free)
+            assert self.prompts is not None
+            taken = [self.prompts.pending.popleft() for _ in range(min(free, FIRST_TOKENS, len(self.prompts.pending)))]
+            going_on: int = yield from self._first_tokens(self.prompts, [row for row, _ in taken], [place for _, place in taken])
+            free -= going_on
+
+    def _next_prompts(self, free: int) -> _Prompts:
+        """Run the prompts of the next activations, enough of them to fill the free slots."""
+        self._ask_to_stop()
+        activations: list[list[int]] = []
+        while self.waiting and len(activations) < self.prefill_batch_size and sum(map(len, activations)) < free:
+            activations.append(self.waiting.popleft())
+        own = torch.tensor([self.requests[indices[0]].row for indices in activations], device=self.vectors.device)
+        prefill = self.verbalizer.prefill(self.vectors[own], self.prefix)
+        common = 0 if self.prefix is None else self.prefix.get_seq_length()
+        pending = [(Row(i, self.requests[i], []), place) for place, indices in enumerate(activations) for i in indices]
+        past = [(layer.keys[:, :, common:], layer.values[:, :, common:]) for layer in prefill.cache.layers]
+        return _Prompts(past, prefill.logits, prefill.prompt_length - common, deque(pending))
+
+    def _first_tokens(self, prompts: _Prompts, rows: list[Row], places: list[int]) -> Generator[tuple[int, Draw], None, int]:
+        """Sample from the prompts' logits and put the rows that go on into slots; returns how many did."""
+        device = prompts.logits.device
+        origin, keys = torch.tensor(places, device=device), noise_keys(rows, self.options.seed, device)
+        sampled = self._sample(prompts.logits[origin], keys, 0)
+        ended, alive = self._append(rows, sampled)
+        yield from ended
+        if not alive:
+            return 0
+        kept = torch.tensor(alive, device=device)
+        if self.cache is None:
+            capacity = prompts.length + self.options.max_new_tokens
+            self.cache = slots.SlotCache(self.prefix, len(prompts.keys_and_values), self.num_slots, capacity)
+        self.cache.put([(k[origin[kept]], v[origin[kept]]) for k, v in prompts.keys_and_values], prompts.length)
+        self._extend([rows[i] for i in alive], sampled.token_ids[kept], keys[kept])
+        return len(alive)
+
+    def _extend(self, rows: list[Row], tokens: torch.Tensor, keys: torch.Tensor) -> None:
+        self.tokens = torch.cat([self.tokens, tokens]) if self.rows else tokens
+        self.keys = torch.cat([self.keys, keys]) if self.rows else keys
+        self.rows += rows
+
+    def _step(self) -> Iterator[tuple[int, Draw]]:
+        """One more token of every row; rows that end leave their slots."""
+        self._ask_to_stop()
+        taken = torch.tensor([len(row.token_ids) for row in self.rows], device=self.tokens.device)
+        sampled = self._sample(self._next_logits(), self.keys, taken)
+        ended, alive = self._append(self.rows, sampled)
+        self.tokens = sampled.token_ids
+        if len(alive) < len(self.rows):
+            order = self.cache.keep(alive)
+            kept = torch.tensor(order, device=self.tokens.device, dtype=torch.long)
+            self.rows, self.tokens, self.keys = [self.rows[i] for i in order], self.tokens[kept], self.keys[kept]
+        yield from ended
+
+    def _next_logits(self) -> Float[torch.Tensor, "row vocabulary"]:
+        """Logits after each row's last token, whose keys and values go into its slot.
+
+        The hidden state of a single position is contiguous, so lm_head folds it into one 2-D product (measured 1.0-1.1x of a 2-D
+        input). A slice out of several positions does not fold: 12x in float32 and 340x in bfloat16 for the last of 9.
+        """
+        model, positions = self.verbalizer.model, self.cache.begin_step(self.tokens.device)
+        with slots.attending(model):
+            output = model(
+                input_ids=self.tokens[:, None], position_ids=positions, past_key_values=self.cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+        self.cache.end_step()
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def _sample(self, logits: torch.Tensor, keys: torch.Tensor, step: int | torch.Tensor) -> noise.Sample:
+        options = self.options
+        return noise.sample(logits, noise.step_keys(keys, step), temperature=options.temperature, top_p=options.top_p)
+
+    def _append(self, rows: list[Row], sampled: noise.Sample) -> tuple[list[tuple[int, Draw]], list[int]]:
+        """Add a token to each row; the draws that end with it, and the rows that go on."""
+        append(rows, range(len(rows)), sampled)
+        self.options.on_step(len(rows))
+        ended, alive = [], []
+        for i, row in enumerate(rows):
+            finish = finish_of(row.token_ids, self.verbalizer.stop_token_ids, self.options.max_new_tokens)
             if finish is None:
-                going_on.append(i)
+                alive.append(i)
             else:
-                yield rows[i].index, Draw(rows[i].request, tuple(rows[i].token_ids), finish, rows[i].log_probability)
-        live = going_on
-        if not live:
-            return
-        tokens = sampled.token_ids
-        if len(live) < LIVE_SHARE * len(rows):
-            kept = torch.tensor(live, device=tokens.device)
-            cache.batch_select_indices(kept)
-            tokens, keys = tokens[kept], keys[kept]
-            rows, live = [rows[i] for i in live], list(range(len(live)))
-        logits = _next_logits(verbalizer.model, tokens, cache)
+                ended.append((row.index, Draw(row.request, tuple(row.token_ids), finish, row.log_probability)))
+        return ended, alive
 
-
-def _next_logits(model: Any, tokens: Int[torch.Tensor, " row"], cache: Any) -> Float[torch.Tensor, "row vocabulary"]:
-    """Logits after one more token per row; the cache grows in place.
-
-    The hidden state of a single position is contiguous, so lm_head folds it into one 2-D product (measured 1.0-1.1x of a 2-D
-    input). A slice out of several positions does not fold: 12x in float32 and 340x in bfloat16 for the last of 9.
-    """
-    output = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cast("torch.Tensor", output.logits)[:, -1]
-
-
-def _append(rows: Sequence[_Row], live: Sequence[int], sampled: noise.Sample, step: int) -> None:
-    """Adds a step's tokens to the live rows: the one transfer to the host (float64 holds token ids and float32 exactly)."""
-    tokens, log_probabilities = torch.stack([sampled.token_ids.double(), sampled.log_probabilities.double()]).tolist()
-    for i in live:
-        if not math.isfinite(log_probabilities[i]):
-            raise RunError(_not_finite(rows[i].request, step))
-        rows[i].token_ids.append(int(tokens[i]))
-        rows[i].log_probability += log_probabilities[i]
-
-
-def _finish(token_ids: Sequence[int], stop_token_ids: frozenset[int], max_new_tokens: int) -> FinishReason | None:
-    """Why a row ends here, or None; a stop token in the last place still counts as "stop"."""
-    if token_ids[-1] in stop_token_ids:
-        return "stop"
-    return "length" if len(token_ids) >= max_new_tokens else None
-
-
-def _keys(rows: Sequence[_Row], seed: int, device: torch.device) -> Int[torch.Tensor, " row"]:
-    requests = [row.request for row in rows]
-    return noise.row_keys(seed, [r.activation_key for r in requests], [r.draw for r in requests], device)
-
-
-def _prefill(verbalizer: Verbalizer, vectors: Float[torch.Tensor, "activation d_model"], prefill_batch_size: int) -> Prefill:
-    """The prompt of every vector, as one Prefill."""
-    parts = [verbalizer.prefill(batch) for batch in torch.split(vectors, prefill_batch_size)]
-    lengths = {part.prompt_length for part in parts}
-    assert len(lengths) == 1, f"prompts of one verbalizer differ in length: {sorted(lengths)} tokens"
-    _check_cache(parts[0].cache)
-    if len(parts) == 1:
-        return parts[0]
-    for layers in zip(*(part.cache.layers for part in parts), strict=True):
-        layers[0].keys = torch.cat([layer.keys for layer in layers])
-        layers[0].values = torch.cat([layer.values for layer in layers])
-        for layer in layers[1:]:
-            layer.keys = layer.values = None
-    return Prefill(parts[0].cache, torch.cat([part.logits for part in parts]), parts[0].prompt_length)
-
-
-def _fork(cache: Any, origin: Int[torch.Tensor, " row"]) -> Any:
-    """A new cache whose row i is a copy of row origin[i]; `cache` stays as it is, ready for more forks."""
-    forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
-    forked.batch_select_indices(origin)
-    return forked
-
-
-def _check_cache(cache: Any) -> None:
-    """Forking copies keys and values; a layer with other state (recurrent, quantised, static) would be forked by halves."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    others = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
-    if others:
-        raise RunError(
-            f"the verbalizer's model keeps its past in layers of type {', '.join(others)}; draws can be forked only where every "
-            "layer is full or sliding-window attention in a DynamicCache (Llama, Qwen2, Gemma-3, ...). Use an AV of that kind."
-        )
-
-
-def _by_activation(requests: Sequence[Request], indices: Iterable[int]) -> list[list[int]]:
-    """Indices of the requests of each activation, activations in the order of their first one."""
-    together: dict[int, list[int]] = {}
-    for index in indices:
-        together.setdefault(requests[index].row, []).append(index)
-    return list(together.values())
-
-
-def _next_group(waiting: deque[list[int]], batch_size: int) -> list[int]:
-    """Takes as many whole activations as fit into batch_size rows, and at least one: so no prompt is ever run twice."""
-    group = list(waiting.popleft())
-    while waiting and len(group) + len(waiting[0]) <= batch_size:
-        group += waiting.popleft()
-    return group
-
-
-def _not_finite(request: Request, step: int) -> str:
-    return (
-        f"the verbalizer's logits are not finite for draw {request.draw} of the activation in row {request.row} "
-        f"(key {request.activation_key}), at token {step}; nothing was sampled from them. Check that vector for NaN or extreme "
-        "values, try autoencoder.dtype=bfloat16 or float32 if it is float16, and otherwise suspect damaged weights."
-    )
-
-
-def _too_large(max_new_tokens: int) -> str:
-    return (
-        f"a single draw of up to {max_new_tokens} tokens does not fit into the accelerator's memory. Lower "
-        "sampling.max_new_tokens, choose a smaller autoencoder.dtype, or use a GPU with more memory."
-    )
-
-
-def _check(
-    vectors: torch.Tensor, requests: Sequence[Request], batch_size: int, prefill_batch_size: int, max_new_tokens: int
-) -> None:
-    sizes = {"batch_size": batch_size, "prefill_batch_size": prefill_batch_size, "max_new_tokens": max_new_tokens}
-    for name, value in sizes.items():
-        if value < 1:
-            raise RequestError(f"{name}={value} must be at least 1")
-    rows = [request.row for request in requests]
-    if rows and not 0 <= min(rows) <= max(rows) < len(vectors):
-        raise RequestError(f"draws were asked for of rows {min(rows)} to {max(rows)}, but there are {len(vectors)} vectors")
+    def _ask_to_stop(self) -> None:
+        if self.options.should_stop():
+            raise StopRequested

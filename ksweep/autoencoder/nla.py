@@ -10,7 +10,7 @@ broken, this raises CheckpointError.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from ksweep.autoencoder.injection import check_vectors, injecting, scaled
 from ksweep.autoencoder.loading import load_backbone, load_causal_lm, load_head, load_tokenizer, torch_dtype
 from ksweep.autoencoder.prompts import ArPrompts, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.protocol import Prefill
+from ksweep.autoencoder.slots import repeated
 from ksweep.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from ksweep.autoencoder.protocol import Explanation, FinishReason, ParseOutcome
 
 log = logging.getLogger(__name__)
+
+BATCH_TOKENS = 16_384
+"""Padded tokens that an AR reads at once, template included."""
 
 DIFFERENCE = 1e-4
 """Least change of the logits, as a share of the largest, that opposite vectors must make; the fixtures' AVs change by half."""
@@ -94,7 +98,9 @@ class NlaVerbalizer:
         self.prompt_ids = prompt_ids
         self.injection_position = position
         self.stop_token_ids = stops
+        self.prompt_length = len(prompt_ids)
         self._checked = False
+        self._prefix: Any | None = None
 
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
@@ -102,8 +108,16 @@ class NlaVerbalizer:
         """The activations as they are."""
         return vectors
 
-    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prefill:
-        """Run the prompt once per vector, the vector injected; the first call also makes the differential check.
+    @torch.inference_mode()
+    def prefix(self) -> Any | None:
+        """The past of the prompt's tokens before the vector."""
+        if self._prefix is None and self.injection_position:
+            ids = torch.tensor([self.prompt_ids[: self.injection_position]], device=self.model.device)
+            self._prefix = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return self._prefix
+
+    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
+        """Run the prompt (behind `prefix`: the rest) once per vector, injected; the first call also makes the differential check.
 
         Raises:
             DataError: a vector that is not finite, all zero, or of another width.
@@ -114,7 +128,7 @@ class NlaVerbalizer:
             self.differential_check(vectors[0])
             self._warn_of_norms(vectors)
             self._checked = True
-        return self._prefill(vectors)
+        return self._prefill(vectors, prefix)
 
     def differential_check(self, vector: Float[torch.Tensor, " d_model"]) -> None:
         """Opposite vectors give different logits, the same vector twice gives equal ones.
@@ -158,14 +172,15 @@ class NlaVerbalizer:
             )
 
     @torch.inference_mode()
-    def _prefill(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prefill:
+    def _prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
         scale = self.info.sidecar.injection_scale
         assert scale is not None
         rows = scaled(vectors.to(self.model.device), scale)
-        ids = torch.tensor(self.prompt_ids, device=self.model.device).expand(len(vectors), -1)
-        with injecting(self.model.get_input_embeddings(), rows, self.injection_position):
-            output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return Prefill(output.past_key_values, output.logits[:, -1].float(), len(self.prompt_ids))
+        done = 0 if prefix is None else self.injection_position
+        ids = torch.tensor(self.prompt_ids[done:], device=self.model.device).expand(len(vectors), -1)
+        with injecting(self.model.get_input_embeddings(), rows, self.injection_position - done):
+            output = self.model(input_ids=ids, past_key_values=repeated(prefix, len(vectors)), use_cache=True, logits_to_keep=1)
+        return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
 
 
 class NlaReconstructor:
@@ -181,6 +196,7 @@ class NlaReconstructor:
         self.head = head
         self.prompts = prompts
         self.d_model = info.d_model
+        self._past: Any | None = None
 
     def reconstruct(
         self, explanations: Sequence[Explanation], batch_size: int = 64
@@ -192,7 +208,7 @@ class NlaReconstructor:
         """Raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts are run once.
 
         Each text is inserted as it is: strip and parse it first. Rows are batched by length and padded on the right, so a row's
-        neighbours do not change it beyond rounding.
+        neighbours do not change it beyond rounding. What the template has before the text runs once.
 
         Raises:
             DataError: a text too long for the AR.
@@ -200,11 +216,10 @@ class NlaReconstructor:
         """
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         ids = self.prompts.ids(list(place))
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = torch.empty(len(ids), self.d_model)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            out[rows] = self._forward([ids[i] for i in rows])
+        for batch, prefix in self._batches(ids, batch_size):
+            done = 0 if prefix is None else len(self.prompts.common)
+            out[batch] = self._forward([ids[i][done:] for i in batch], prefix)
         if not torch.isfinite(out).all():
             worst = list(place)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
             raise CheckpointError(
@@ -213,25 +228,42 @@ class NlaReconstructor:
             )
         return out[[place[text] for text in texts]]
 
+    def _batches(self, ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[list[int], Any | None]]:
+        """Rows of similar length, and the past they go on from; those whose text merged with the template have none."""
+        common = list(self.prompts.common)
+        begin = [bool(common) and list(row[: len(common)]) == common for row in ids]
+        for shared in (True, False):
+            order = sorted((i for i in range(len(ids)) if begin[i] is shared), key=lambda i: len(ids[i]))
+            while order:
+                longest = len(ids[order[min(batch_size, len(order)) - 1]])
+                size = max(1, min(batch_size, BATCH_TOKENS // longest))
+                yield order[:size], self._template() if shared else None
+                order = order[size:]
+
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Sequence[int]]) -> Float[torch.Tensor, "text d_model"]:
+    def _template(self) -> Any:
+        """Keys and values of the template's tokens before the text, one row."""
+        if self._past is None:
+            ids = torch.tensor([self.prompts.common], device=self.model.device)
+            self._past = self.model(input_ids=ids, use_cache=True).past_key_values
+        return self._past
+
+    @torch.inference_mode()
+    def _forward(self, rows: Sequence[Sequence[int]], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
+        """Rows, or what is left of them behind `prefix`. Padding on the right needs no mask: attention looks back only."""
         lengths = torch.tensor([len(row) for row in rows])
-        ids, mask = _padded_right(rows, lengths)
-        device = self.model.device
-        # No cache: the public code measured 4 % drift where a cache met several sequences.
-        hidden = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+        ids, device = _padded_right(rows, lengths), self.model.device
+        past = repeated(prefix, len(rows))
+        hidden = self.model(input_ids=ids.to(device), past_key_values=past, use_cache=past is not None).last_hidden_state
         last = hidden[torch.arange(len(rows), device=device), (lengths - 1).to(device)]
         out: torch.Tensor = self.head(last)
         return out.float().cpu()
 
 
-def _padded_right(
-    rows: Sequence[Sequence[int]], lengths: Int[torch.Tensor, " text"]
-) -> tuple[Int[torch.Tensor, "text token"], Int[torch.Tensor, "text token"]]:
-    """Token ids, any id as padding, and the mask that is 1 on real tokens."""
+def _padded_right(rows: Sequence[Sequence[int]], lengths: Int[torch.Tensor, " text"]) -> Int[torch.Tensor, "text token"]:
+    """Token ids, any id as padding."""
     width = int(lengths.max())
-    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
-    return ids, (torch.arange(width) < lengths[:, None]).long()
+    return torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
 
 
 def _inspected(checkpoint: CheckpointInfo | Path | str, role: Role, base: str | None) -> CheckpointInfo:

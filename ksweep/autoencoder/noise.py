@@ -60,8 +60,8 @@ def row_keys(
     return key.to(device)
 
 
-def step_keys(rows: Int[torch.Tensor, " row"], step: int) -> Int[torch.Tensor, " row"]:
-    """Keys of one decoding step (0 draws the first token) out of `row_keys`."""
+def step_keys(rows: Int[torch.Tensor, " row"], step: int | Int[torch.Tensor, " row"]) -> Int[torch.Tensor, " row"]:
+    """Keys of one decoding step (0 draws the first token), each row's own or the same for all, out of `row_keys`."""
     return _mix(_mix(rows + _GOLDEN) ^ step)
 
 

@@ -101,6 +101,13 @@ def stop_token_ids(info: CheckpointInfo, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
+def _common_beginning(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The longest beginning of all rows, less one token, so that something is left of each."""
+    shortest = min(map(len, rows))
+    equal = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
+    return tuple(rows[0][: min(equal, shortest - 1)])
+
+
 class ArPrompts:
     """Explanations -> token ids of the AR's prompt, each checked."""
 
@@ -110,6 +117,8 @@ class ArPrompts:
         self._before, self._after = info.sidecar.ar_affixes
         self._limit: int | None = info.config.get("max_position_embeddings")
         self._bos = _document_bos(info, tokenizer)
+        self.common = _common_beginning(self.ids(["A", "zebra", "1", ""], check_suffix=False))
+        """Tokens that prompts begin with. A text may still merge with the last of them: look before relying on it."""
         for probe in ("", "A probe."):
             self._check_specials(probe)
             self._check_suffix(probe, self.ids([probe], check_suffix=False)[0])

@@ -49,14 +49,19 @@ class Verbalizer(Protocol):
     d_model: int
     stop_token_ids: frozenset[int]
     """Tokens that end a text; none where every text has one length."""
+    prompt_length: int
+    """Tokens of the prompt, the vector's own place included."""
 
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
     ) -> Float[torch.Tensor, "activation d_model"]:
         """What `prefill` is given: the activations, less what the AV was trained without (a position's embedding)."""
 
-    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prefill:
-        """Run the prompt once per vector, the vector injected."""
+    def prefix(self) -> Any | None:
+        """transformers Cache, one row, of the prompt before the vector, which is the same for all; run once. None without one."""
+
+    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
+        """Run the prompt once per vector, the vector injected; behind `prefix`, only what is left of it."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of sampled tokens, stop token left out."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from ksweep.autoencoder.injection import check_vectors
 from ksweep.autoencoder.protocol import Prefill
+from ksweep.autoencoder.slots import repeated
 from ksweep.autoencoder.tae_base import blocks_of, check_contents, embedding_scale, is_identity
 from ksweep.autoencoder.tae_file import TaeInfo
 from ksweep.autoencoder.tae_layout import BASE
@@ -49,9 +50,11 @@ class TaeVerbalizer:
         self.d_model = info.d_model
         self.stop_token_ids: frozenset[int] = frozenset()
         self.num_tokens: int | None = info.num_tokens
+        self.prompt_length = info.decoder.prefix_length
         self._blocks = list(blocks_of(model))[: info.decoder.num_patched]
         self._scale = embedding_scale(model)
         self._parts = _parts(info, model)
+        self._prefix: Any | None = None
 
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None] | None = None
@@ -69,8 +72,16 @@ class TaeVerbalizer:
         rows = position_rows(self._parts.positions, positions, len(vectors), f"the decoder in {self.info.path}")
         return vectors.float() - rows.to(vectors.device)
 
-    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prefill:
-        """Run the prompt once per vector.
+    @torch.inference_mode()
+    def prefix(self) -> Any | None:
+        """The past of the prompt's left side."""
+        if self._prefix is None and len(self._parts.left):
+            output = self.model(inputs_embeds=self._scale * self._parts.left[None], use_cache=True, logits_to_keep=1)
+            self._prefix = output.past_key_values
+        return self._prefix
+
+    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
+        """Run the prompt, behind `prefix` the rest of it, once per vector.
 
         Raises:
             DataError: a vector that is not finite, all zero, or of another width.
@@ -78,10 +89,13 @@ class TaeVerbalizer:
         check_vectors(vectors, self.d_model)
         with torch.inference_mode():
             rows = self._projected(vectors.to(self._parts.weight))
-            prompt = self._scale * _around(self._parts.left, rows[0], self._parts.right)
-            with patching(self._blocks, rows[1:], self.info.decoder.left):
-                output = self.model(inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
-        return Prefill(output.past_key_values, output.logits[:, -1].float(), prompt.shape[1])
+            left = self._parts.left if prefix is None else self._parts.left[:0]
+            prompt = self._scale * _around(left, rows[0], self._parts.right)
+            with patching(self._blocks, rows[1:], len(left)):
+                output = self.model(
+                    inputs_embeds=prompt, past_key_values=repeated(prefix, len(vectors)), use_cache=True, logits_to_keep=1
+                )
+        return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of sampled tokens, special ones kept: an end-of-text token is a token like any other."""

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from ksweep.autoencoder.protocol import Explanation
+from ksweep.autoencoder.slots import repeated
 from ksweep.autoencoder.tae_base import blocks_of, check_contents, embedding_scale, exact_embedding_scale, is_identity
 from ksweep.autoencoder.tae_decoder import position_rows
 from ksweep.autoencoder.tae_file import TaeInfo, soft_prompt_sides
@@ -63,6 +65,7 @@ class TaeReconstructor:
         self._parts = _parts(info, model, token_embeddings, prompt)
         self.reads_empty_text = bool(len(self._parts.soft_prompt) + len(self._parts.postfix))
         self._own_scale, self._scale = exact_embedding_scale(model), embedding_scale(model)
+        self._past: Any | None = None
 
     def reconstruct(
         self, explanations: Sequence[Explanation], batch_size: int = 64
@@ -133,8 +136,11 @@ class TaeReconstructor:
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[tuple[tuple[int, ...], int | None]]) -> Float[torch.Tensor, "row d_model"]:
-        """One batch of explanations of one length, with or all without a current token."""
-        hidden = self._hidden(self._sequence(rows))[:, -1].float()
+        """One batch of explanations of one length, with or all without a current token; the soft prompt has run before."""
+        sequence, prompt = self._sequence(rows), len(self._parts.soft_prompt)
+        prefix = self._soft_prompt_past() if prompt < sequence.shape[1] else None
+        rest = sequence if prefix is None else sequence[:, prompt:]
+        hidden = self._hidden(rest, repeated(prefix, len(rows)))[:, -1].float()
         if self._parts.weight is not None:
             hidden = nn.functional.linear(hidden, self._parts.weight, self._parts.bias)
         return hidden.cpu()
@@ -156,8 +162,17 @@ class TaeReconstructor:
             sequence[:, -1] += self._own_scale * parts.special
         return sequence
 
-    def _hidden(self, sequence: Float[torch.Tensor, "row token d_model"]) -> Float[torch.Tensor, "row token d_model"]:
-        """Output of the read-out block (or input of the first); nothing behind it runs."""
+    def _soft_prompt_past(self) -> Any | None:
+        """Keys and values of the soft prompt in the blocks that run, one row; None where there is nothing to keep."""
+        if self._past is None and len(self._parts.soft_prompt) and not self._block[1]:
+            self._past = DynamicCache(config=self._decoder.config)
+            self._hidden(self._own_scale * self._parts.soft_prompt[None], self._past)
+        return self._past
+
+    def _hidden(
+        self, sequence: Float[torch.Tensor, "row token d_model"], past: Any | None = None
+    ) -> Float[torch.Tensor, "row token d_model"]:
+        """Output of the read-out block (or input of the first), behind `past`; nothing above it runs."""
         block, before = self._block
         taken: list[torch.Tensor] = []
 
@@ -172,7 +187,7 @@ class TaeReconstructor:
         else:
             handle = block.register_forward_hook(lambda _module, _args, output: take(output))
         try:
-            self._decoder(inputs_embeds=sequence, use_cache=False)
+            self._decoder(inputs_embeds=sequence, past_key_values=past, use_cache=past is not None)
         except _Reached:
             pass
         finally:

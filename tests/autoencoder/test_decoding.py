@@ -1,4 +1,4 @@
-"""Forked, cached, batched drawing against the naive loop: one row, no cache, everything recomputed for every token."""
+"""Drawing in slots, and plainly, against the naive loop: one row, no cache, everything recomputed for every token."""
 
 import logging
 from dataclasses import dataclass, field
@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats as sps
 from transformers import (
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -21,9 +25,11 @@ from transformers import (
     StaticCache,
 )
 
-from ksweep.autoencoder import noise
-from ksweep.autoencoder.decoding import LIVE_SHARE, Request, draw
+from ksweep.autoencoder import noise, slots
+from ksweep.autoencoder.decoding import REFILL_SHARE, Request, draw
+from ksweep.autoencoder.plain import LIVE_SHARE
 from ksweep.autoencoder.protocol import Prefill
+from ksweep.autoencoder.slots import repeated
 from ksweep.errors import RequestError, RunError
 
 VOCABULARY = 300  # two noise blocks, the second one short
@@ -37,14 +43,27 @@ SIZES = {
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "gemma3": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        )
+    "gemma3": lambda: gemma3(WINDOW),
+    "gemma3_wide": lambda: gemma3(8 * WINDOW),
+    "gemma2_capped": lambda: Gemma2ForCausalLM(Gemma2Config(
+        **SIZES, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, attn_implementation="eager", sliding_window=64,
+    )),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=90, initializer_range=0.25)
     ),
 }  # fmt: skip
+IN_SLOTS = [name for name in MODELS if name != "gemma3"]  # whose window is shorter than the prompt
+
+
+def gemma3(window):
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=window, layer_types=types)
+    )
+
+
 STOPS = frozenset(range(0, VOCABULARY, 20))
+FITS = slots.fits
 
 
 @dataclass
@@ -63,10 +82,18 @@ class TinyVerbalizer:
         embedded[:, MARKER] = vectors
         return embedded
 
-    def prefill(self, vectors):
+    prompt_length = len(PROMPT)
+
+    def prefix(self):
+        out = self.model(input_ids=torch.tensor([PROMPT[:MARKER]]), use_cache=True)
+        return out.past_key_values
+
+    def prefill(self, vectors, prefix=None):
         self.prompts_run += len(vectors)
         self.prefill_sizes.append(len(vectors))
-        out = self.model(inputs_embeds=self.embeddings(vectors), use_cache=True, logits_to_keep=1)
+        rest = self.embeddings(vectors)[:, 0 if prefix is None else MARKER :]
+        past = repeated(prefix, len(vectors))
+        out = self.model(inputs_embeds=rest, past_key_values=past, use_cache=True, logits_to_keep=1)
         return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
 
     def decode(self, token_ids):
@@ -85,6 +112,15 @@ def models():
         built[name].generation_config.repetition_penalty = 5.0  # must not leak into draws
         built[name].generation_config.top_k = 1
     return built
+
+
+@pytest.fixture(scope="module", params=["slots", "plain"], autouse=True)
+def sampler(request):
+    """Everything is tried with both samplers; what cannot lie in slots is drawn plainly by both."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(slots, "fits", lambda model, length: False)
+        yield request.param
 
 
 @pytest.fixture
@@ -138,7 +174,8 @@ def test_draws_equal_the_naive_loop(models, family, temperature, top_p):
         tokens, log_probability = naive_draw(verbalizer, request, temperature=temperature, top_p=top_p)
         assert ours.token_ids == tokens
         assert ours.log_probability == pytest.approx(log_probability, abs=1e-4)
-    assert len({d.token_ids for d in drawn.values()}) > (2 if temperature == 0 else 8)  # the vectors and the draws matter
+    if (family, temperature) != ("gpt2", 0.0):  # greedy, this one repeats itself whatever its vector
+        assert len({d.token_ids for d in drawn.values()}) > (2 if temperature == 0 else 8)  # the vectors and the draws matter
 
 
 def test_gemma3_window_is_shorter_than_the_prompt_and_still_exact(models):
@@ -232,16 +269,60 @@ def test_max_new_tokens_cuts_off_and_a_stop_token_in_the_last_place_still_counts
     assert (cut.finish, cut.token_ids, cut.text_token_ids) == ("length", stopped.token_ids[:-1], stopped.token_ids[:-1])
 
 
-def test_rows_that_ended_leave_the_batch(verbalizer):
+def rows_of_each_step(verbalizer, requests, **options):
+    """Rows of every forward pass behind the prompts, and the draws."""
     sizes = []
     handle = verbalizer.model.register_forward_pre_hook(lambda _, __, kw: sizes.append(kw.get("input_ids")), with_kwargs=True)
-    drawn = take(verbalizer, requests_for(range(6), range(6)), max_new_tokens=40)
-    handle.remove()
-    rows = [len(ids) for ids in sizes if ids is not None]
+    try:
+        drawn = take(verbalizer, requests, max_new_tokens=40, **options)
+    finally:
+        handle.remove()
+    return [len(ids) for ids in sizes if ids is not None and ids.shape[1] == 1], drawn
+
+
+def test_rows_that_ended_leave_the_batch(verbalizer, sampler):
+    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(6), range(6)))
     assert rows == sorted(rows, reverse=True) and rows[-1] < 36 / 4
     lengths = np.array([len(d.token_ids) for d in drawn.values()])
     live = [(lengths > step).sum() for step in range(1, len(rows) + 1)]
-    assert all(LIVE_SHARE * r <= n <= r for n, r in zip(live, rows, strict=True))
+    share = LIVE_SHARE if sampler == "plain" else 1.0
+    assert all(share * r <= n <= r for n, r in zip(live, rows, strict=True))
+
+
+def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler):
+    if sampler == "plain":
+        pytest.skip("the plain sampler does not refill")
+    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(6), range(20)), batch_size=16)
+    assert max(rows) == 16
+    num_steps = sum(len(d.token_ids) - 1 for d in drawn.values())
+    assert sum(rows) == num_steps, "no row of a step belongs to a draw that has ended"
+    last_full = max(i for i, n in enumerate(rows) if n == 16)
+    assert min(rows[:last_full]) > (1 - REFILL_SHARE) * 16 - 1
+
+
+@pytest.mark.parametrize("family", IN_SLOTS)
+@pytest.mark.parametrize(("temperature", "top_p", "batch_size"), [(0.0, 1.0, 7), (1.0, 1.0, 3), (0.8, 0.9, 7), (1.2, 1.0, 64)])
+def test_slots_give_the_draws_of_the_plain_sampler(models, monkeypatch, sampler, family, temperature, top_p, batch_size):
+    if sampler == "plain":
+        pytest.skip("compares the two")
+    verbalizer = TinyVerbalizer(models[family], STOPS)
+    requests = requests_for(range(6), range(5))
+    options = {"temperature": temperature, "top_p": top_p, "batch_size": batch_size, "max_new_tokens": 24}
+    assert FITS(models[family], len(PROMPT) + 24)
+    ours = take(verbalizer, requests, **options)
+    monkeypatch.setattr(slots, "fits", lambda model, length: False)
+    plain = take(verbalizer, requests, **options)
+    assert texts(ours) == texts(plain)
+    assert temperature == 0 or len({len(d.token_ids) for d in ours.values()}) > 3, "rows of many lengths were alive at once"
+    for key, one in ours.items():
+        assert one.log_probability == pytest.approx(plain[key].log_probability, abs=1e-4)
+
+
+def test_a_prompt_without_a_common_beginning_needs_none(models, monkeypatch):
+    whole = TinyVerbalizer(models["llama"], STOPS)
+    reference = texts(take(whole, requests_for(range(4), range(3))))
+    monkeypatch.setattr(TinyVerbalizer, "prefix", lambda self: None)
+    assert texts(take(whole, requests_for(range(4), range(3)))) == reference
 
 
 class OutOfMemoryModel:
@@ -252,6 +333,9 @@ class OutOfMemoryModel:
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
+
+    def get_decoder(self):
+        return self.model.get_decoder()
 
     def __call__(self, **kw):
         past = kw.get("past_key_values")
@@ -311,19 +395,20 @@ def test_logits_that_are_not_finite_are_refused_by_name(verbalizer, temperature)
         take(verbalizer, requests_for(range(6), range(2)), vectors=vectors, temperature=temperature)
 
 
-def test_a_cache_that_cannot_be_forked_is_refused(models):
+def test_a_cache_that_cannot_be_forked_is_refused(models, monkeypatch):
     class Static(TinyVerbalizer):
-        def prefill(self, vectors):
+        def prefill(self, vectors, prefix=None):
             return Prefill(StaticCache(config=self.model.config, max_cache_len=64), torch.zeros(len(vectors), VOCABULARY), 12)
 
+    monkeypatch.setattr(slots, "fits", lambda model, length: False)
     with pytest.raises(RunError, match="StaticLayer"):
         take(Static(models["llama"]), requests_for([0], [0]))
 
 
 def test_forking_leaves_the_prefilled_cache_as_it_was(models):
     class Remembering(TinyVerbalizer):
-        def prefill(self, vectors):
-            self.last = super().prefill(vectors)
+        def prefill(self, vectors, prefix=None):
+            self.last = super().prefill(vectors, prefix)
             self.before = [layer.keys.clone() for layer in self.last.cache.layers]
             return self.last
 

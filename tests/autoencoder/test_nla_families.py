@@ -100,6 +100,23 @@ def test_models_are_frozen_and_the_ar_is_cut_and_bare(pair: TinyPair) -> None:
     assert rotary and all(b.dtype == torch.float32 for b in rotary)
 
 
+def test_what_prompts_have_in_common_runs_once_and_changes_nothing(pair: TinyPair) -> None:
+    av, ar = load_verbalizer(pair.av, dtype="float32"), load_reconstructor(pair.ar, dtype="float32")
+    assert torch.allclose(av.prefill(vectors(), av.prefix()).logits, av.prefill(vectors()).logits, atol=1e-5)
+    assert av.prefix() is av.prefix() and av.prefix().get_seq_length() == av.injection_position
+
+    texts = ["a", "two words", "", " leading", "\n", "x" * 50, "日本", "2", "naïve", "a b c d e f g h i j"]
+    read: list[int] = []
+    handle = ar.model.register_forward_pre_hook(lambda _m, _a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
+    shared, tokens = ar.reconstruct_texts(texts, batch_size=4), sum(read)
+    read.clear()
+    num_common, ar.prompts.common = len(ar.prompts.common), ()
+    whole = ar.reconstruct_texts(texts, batch_size=4)
+    handle.remove()
+    assert torch.allclose(shared, whole, atol=1e-5)
+    assert num_common and tokens < sum(read) - num_common * (len(texts) - 4)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_multimodal"])
 def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, family, adapters=True)

@@ -1,0 +1,134 @@
+"""What is drawn, and what comes of it: requests, rows under way, draws. Shared by the sampler and its plain oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ksweep.autoencoder import noise
+from ksweep.errors import RequestError, RunError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+    from ksweep.autoencoder.protocol import FinishReason
+
+
+@dataclass(frozen=True)
+class Request:
+    """One draw to be taken."""
+
+    row: int
+    """Row of the vectors."""
+    activation_key: int
+    """64 bits that stand for the activation itself, wherever it lies (a hash of its provenance): its noise starts from them."""
+    draw: int
+    """k: which of the activation's draws, counted from 0."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sampled explanation, as tokens."""
+
+    request: Request
+    token_ids: tuple[int, ...]
+    """Every token sampled, the stop token included where there is one: the tokens that were paid for."""
+    finish: FinishReason
+    log_probability: float
+    """Sum over token_ids of the model's own log probabilities (temperature 1, no top_p), each float32."""
+
+    @property
+    def text_token_ids(self) -> tuple[int, ...]:
+        """token_ids without the stop token."""
+        return self.token_ids[:-1] if self.finish == "stop" else self.token_ids
+
+
+@dataclass
+class Row:
+    """A request while it is decoded."""
+
+    index: int
+    """Place of the request in what was asked for."""
+    request: Request
+    token_ids: list[int]
+    log_probability: float = 0.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How draws are taken; see `decoding.draw`."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    should_stop: Callable[[], bool]
+    on_step: Callable[[int], None]
+
+
+class StopRequested(Exception):
+    """`should_stop` said so."""
+
+
+def append(rows: Sequence[Row], live: Iterable[int], sampled: noise.Sample) -> None:
+    """Adds a step's tokens to the live rows: the one transfer to the host (float64 holds token ids and float32 exactly)."""
+    tokens, log_probabilities = torch.stack([sampled.token_ids.double(), sampled.log_probabilities.double()]).tolist()
+    for i in live:
+        if not math.isfinite(log_probabilities[i]):
+            raise RunError(_not_finite(rows[i].request, len(rows[i].token_ids)))
+        rows[i].token_ids.append(int(tokens[i]))
+        rows[i].log_probability += log_probabilities[i]
+
+
+def finish_of(token_ids: Sequence[int], stop_token_ids: frozenset[int], max_new_tokens: int) -> FinishReason | None:
+    """Why a row ends here, or None; a stop token in the last place still counts as "stop"."""
+    if token_ids[-1] in stop_token_ids:
+        return "stop"
+    return "length" if len(token_ids) >= max_new_tokens else None
+
+
+def noise_keys(rows: Sequence[Row], seed: int, device: torch.device) -> Int[torch.Tensor, " row"]:
+    """What the noise of each row is counted from."""
+    requests = [row.request for row in rows]
+    return noise.row_keys(seed, [r.activation_key for r in requests], [r.draw for r in requests], device)
+
+
+def by_activation(requests: Sequence[Request], indices: Iterable[int]) -> list[list[int]]:
+    """Indices of the requests of each activation, activations in the order of their first one."""
+    together: dict[int, list[int]] = {}
+    for index in indices:
+        together.setdefault(requests[index].row, []).append(index)
+    return list(together.values())
+
+
+def check(
+    vectors: torch.Tensor, requests: Sequence[Request], batch_size: int, prefill_batch_size: int, max_new_tokens: int
+) -> None:
+    """Refuse what cannot be drawn before anything runs."""
+    sizes = {"batch_size": batch_size, "prefill_batch_size": prefill_batch_size, "max_new_tokens": max_new_tokens}
+    for name, value in sizes.items():
+        if value < 1:
+            raise RequestError(f"{name}={value} must be at least 1")
+    rows = [request.row for request in requests]
+    if rows and not 0 <= min(rows) <= max(rows) < len(vectors):
+        raise RequestError(f"draws were asked for of rows {min(rows)} to {max(rows)}, but there are {len(vectors)} vectors")
+
+
+def _not_finite(request: Request, step: int) -> str:
+    return (
+        f"the verbalizer's logits are not finite for draw {request.draw} of the activation in row {request.row} "
+        f"(key {request.activation_key}), at token {step}; nothing was sampled from them. Check that vector for NaN or extreme "
+        "values, try autoencoder.dtype=bfloat16 or float32 if it is float16, and otherwise suspect damaged weights."
+    )
+
+
+def too_large(max_new_tokens: int) -> str:
+    """What to say when a single row runs out of memory."""
+    return (
+        f"a single draw of up to {max_new_tokens} tokens does not fit into the accelerator's memory. Lower "
+        "sampling.max_new_tokens, choose a smaller autoencoder.dtype, or use a GPU with more memory."
+    )
