@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -53,9 +54,9 @@ class Place:
 class Models:
     """AV and AR of a job, loaded when first needed and kept while the cells of one autoencoder follow one another."""
 
-    def __init__(self, device: str) -> None:
-        """`device` is a torch device name."""
-        self.device = device
+    def __init__(self, devices: tuple[str, ...]) -> None:
+        """`devices` are torch device names; a model is spread over them."""
+        self.devices = devices
         self._of: Autoencoder | None = None
         self._av: Verbalizer | None = None
         self._ar: Reconstructor | None = None
@@ -63,6 +64,7 @@ class Models:
     def _turn_to(self, autoencoder: Autoencoder) -> None:
         if autoencoder != self._of:
             self._of, self._av, self._ar = autoencoder, None, None
+            gc.collect()  # a model that is spread holds itself in cycles, and would keep its memory while the next one is placed
 
     def verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
         """The AV, ready on the device."""
@@ -82,18 +84,18 @@ class Models:
         from ksweep.autoencoder import nla, tae
 
         if autoencoder.checkpoint is not None:
-            return tae.load_verbalizer(inspect_file(autoencoder), dtype=autoencoder.dtype, device=self.device)
-        return nla.load_verbalizer(inspect_pair(autoencoder)[0], dtype=autoencoder.dtype, device=self.device)
+            return tae.load_verbalizer(inspect_file(autoencoder), dtype=autoencoder.dtype, device=self.devices)
+        return nla.load_verbalizer(inspect_pair(autoencoder)[0], dtype=autoencoder.dtype, device=self.devices)
 
     def _load_reconstructor(self, autoencoder: Autoencoder) -> Reconstructor:
         from ksweep.autoencoder import nla, tae
 
         if autoencoder.checkpoint is None:
-            return nla.load_reconstructor(inspect_pair(autoencoder)[1], dtype=autoencoder.dtype, device=self.device)
+            return nla.load_reconstructor(inspect_pair(autoencoder)[1], dtype=autoencoder.dtype, device=self.devices)
         decoder = self._av if isinstance(self._av, tae.TaeVerbalizer) else None
         info = inspect_file(autoencoder) if decoder is None else decoder.info
         return tae.load_reconstructor(
-            info, dtype=autoencoder.dtype, device=self.device, sharing=decoder, encoder_prompt=autoencoder.encoder_prompt
+            info, dtype=autoencoder.dtype, device=self.devices, sharing=decoder, encoder_prompt=autoencoder.encoder_prompt
         )
 
 
@@ -108,7 +110,7 @@ def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
         origin=argument["origin"],
         order=argument.get("order", 0),
     )
-    models = Models(ranks.device)
+    models = Models(ranks.devices)
     landed = [evaluate(cell_from_dict(value), place, ranks, models) for value in argument["cells"]]
     return [run for run in landed if run is not None]
 
@@ -156,7 +158,7 @@ def _activations(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Cloc
     with clock("activations"):
         return ensure(
             cell.activations, keys.layer, place.vector_cache, rank=ranks.rank, world_size=ranks.world_size,
-            barrier=ranks.barrier, device=ranks.device, progress=progress,
+            barrier=ranks.barrier, device=ranks.devices, progress=progress,
         )  # fmt: skip
 
 

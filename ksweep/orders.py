@@ -48,5 +48,5 @@ def job_for(sweep: Sweep, group: Missing, cluster: str) -> Job:
     resources = sweep.resources
     return create(
         logs_of(sweep), ENTRY, argument, launch.num_ranks(resources), launch.num_gpus(resources), cluster=cluster,
-        cells=[(step.cell_key, step.label) for _, step in group],
+        gpus_per_model=resources.gpus_per_model, cells=[(step.cell_key, step.label) for _, step in group],
     )  # fmt: skip

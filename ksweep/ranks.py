@@ -25,12 +25,12 @@ class Ranks(Protocol):
         """Ranks in the job."""
 
     @property
-    def device(self) -> str:
-        """Torch device of this rank."""
+    def devices(self) -> tuple[str, ...]:
+        """Torch devices of this rank: a model of it is spread over all of them."""
 
     @property
     def device_name(self) -> str:
-        """What that device is, for the record."""
+        """What those devices are, for the record."""
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -57,7 +57,7 @@ def share(ranks: Ranks, queue: str, total: int) -> Iterator[int]:
 class Solo:
     """The only rank of a job that runs in this process."""
 
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
     device_name: str = "cpu"
     rank: int = 0
     world_size: int = 1

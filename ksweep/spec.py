@@ -287,13 +287,14 @@ class Resources:
     cluster: Cluster = "auto"
     """auto: Slurm where a cluster is set up, else local. inprocess: here, for debugging."""
     gpus: int | None = None
-    """GPUs of a job on each node, one rank each; 0 runs on the CPU; None takes what machine or partition has, one at most."""
+    """GPUs of a job on each node, one rank for every `gpus_per_model` of them. 0 runs on the CPU; None takes what machine or
+    partition has, one at most."""
     tasks: int = 1
     """Ranks on each node when gpus=0."""
     nodes: int = 1
     """Nodes of a job: its ranks form one process group, and each takes draws that are still to be done."""
     gpus_per_model: int = 1
-    """GPUs that one copy of the models takes; only 1 so far."""
+    """GPUs over which a rank spreads each of its models, for models that one GPU cannot hold; `gpus` is a multiple of it."""
     cpus_per_gpu: int | None = None
     cpus_per_task: int | None = None
     """CPUs of each rank when gpus=0."""
@@ -332,10 +333,10 @@ class Resources:
         for name in ("cpus_per_gpu", "cpus_per_task", "cells_per_job", "max_parallel_jobs"):
             if getattr(self, name) is not None:
                 _at_least(f"resources.{name}", getattr(self, name), 1)
-        if self.gpus_per_model > 1:
+        if self.gpus_per_model > 1 and (not self.gpus or self.gpus % self.gpus_per_model):
             raise SpecError(
-                f"resources.gpus_per_model={self.gpus_per_model}: a model is not split over several GPUs so far. Leave it at 1: "
-                "every GPU has a copy of its own"
+                f"resources.gpus_per_model={self.gpus_per_model}, but gpus={self.gpus}: set resources.gpus, the GPUs of a job on "
+                f"each node, to a multiple of it, e.g. {-(-(self.gpus or 1) // self.gpus_per_model) * self.gpus_per_model}"
             )
         if self.mem_gb is not None and not (_is_number(self.mem_gb) and self.mem_gb > 0):
             raise SpecError(f"resources.mem_gb={self.mem_gb!r} must be a number of gigabytes > 0")

@@ -23,6 +23,7 @@ from ksweep.activations.roles import Role, detect_template, token_roles
 from ksweep.activations.units import STORED_DTYPES
 from ksweep.errors import CheckpointError, RequestError
 from ksweep.files import MODEL_LOADING, resolve
+from ksweep.placement import Devices, as_devices, placed
 
 BATCH_TOKENS = 16_384
 """Padded tokens in one forward pass. Changing it changes which rows share a batch, so the last bits: raise EXTRACTOR_VERSION."""
@@ -42,7 +43,7 @@ class _Reached(Exception):
 class BlockReader:
     """The lower part of a causal language model, up to the output of block `layer`."""
 
-    def __init__(self, model: str, layer: int, dtype: str = "bfloat16", device: str | torch.device = "cpu") -> None:
+    def __init__(self, model: str, layer: int, dtype: str = "bfloat16", device: Devices = "cpu") -> None:
         """Load what is needed: embeddings and blocks 0..layer where the architecture can be cut, the whole backbone otherwise.
 
         Raises:
@@ -51,12 +52,13 @@ class BlockReader:
         self.path = resolve(model, "base model")
         self.layer = layer
         self.dtype = dtype
-        self.device = torch.device(device)
+        devices = as_devices(device)
+        self.device = devices[0]
         self.tokenizer = _load_tokenizer(self.path)
         backbone = _load_backbone(self.path, layer, getattr(torch, dtype))
-        self.decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
+        decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
+        self.decoder = placed(decoder.eval().requires_grad_(False), devices)
         self.block = _blocks(self.decoder, self.path, layer)[layer]
-        self.decoder.to(self.device).eval().requires_grad_(False)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         self.pad_id: int | None = self.tokenizer.pad_token_id
         # Pretokenised rows are padded with EOS where the tokenizer has nothing else (pretokenize_dataset.py of the reference).
@@ -72,7 +74,7 @@ class BlockReader:
 
     @torch.inference_mode()
     def outputs(self, token_ids: Sequence[Sequence[int]], pad_id: int | None = None) -> torch.Tensor:
-        """Block output of rows: [row, token, d_model] in the compute dtype, on the device; padding holds rubbish.
+        """Block output of rows: [row, token, d_model] in the compute dtype, on the device of the block; padding holds rubbish.
 
         No attention mask: a causal model cannot see padding on the right of a token, and without a mask the fast kernels apply.
 

@@ -99,7 +99,7 @@ def ensure(
     Args:
         layer: block whose output is taken; only ready-made vectors need none.
         root: the vector cache.
-        device: where this rank runs the base model: a torch device or its name.
+        device: where this rank runs the base model: a torch device or its name, or several.
 
     Raises:
         RequestError: a bad model, layer or text; text or file with too few activations (DataError). RunError: no space left.

@@ -31,7 +31,7 @@ class TextUnits:
     activations: Activations
     layer: int
     device: Any = "cpu"
-    """torch device, or its name, that the model runs on."""
+    """torch device, or its name, that the model runs on; or several."""
 
     def __post_init__(self) -> None:
         config = text_config(resolve(self.activations.model or "", "base model"))

@@ -205,7 +205,8 @@ class _Stream:
         if self.cache is None:
             capacity = prompts.length + self.options.max_new_tokens
             self.cache = slots.SlotCache(self.prefix, len(prompts.keys_and_values), self.num_slots, capacity)
-        self.cache.put([(k[origin[kept]], v[origin[kept]]) for k, v in prompts.keys_and_values], prompts.length)
+        forks = origin[kept]  # keys and values lie on the device of their block
+        self.cache.put([(k[forks.to(k.device)], v[forks.to(v.device)]) for k, v in prompts.keys_and_values], prompts.length)
         self._extend([rows[i] for i in alive], sampled.token_ids[kept], keys[kept])
         return len(alive)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from ksweep.autoencoder.headers import BLOCK, NOT_TEXT, WRAPPED, some, text_name
 from ksweep.autoencoder.prompts import tokenizer_directory
 from ksweep.errors import CheckpointError
 from ksweep.files import MODEL_LOADING
+from ksweep.placement import placed
 
 FINAL_NORMS = ("norm", "final_layernorm", "ln_f")
 LARGEST_WEIGHT = 1e9
@@ -38,17 +39,17 @@ def load_tokenizer(info: CheckpointInfo) -> Any:
         return AutoTokenizer.from_pretrained(directory, config=config)
 
 
-def load_causal_lm(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> Any:
+def load_causal_lm(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
     """The AV: a transformers causal LM, frozen, adapters merged, its generation_config emptied of sampling values."""
     with quiet(), _explained(info, "its weights"):
         model = _merged(info, dtype) if info.is_adapter else _load(info, AutoModelForCausalLM, dtype)
     model.generation_config = transformers.GenerationConfig()
     # logits_to_keep hands lm_head a strided [row, 1, d] slice, which torch multiplies as a batch, weights copied for each row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))
-    return _ready(model, info, device)
+    return _ready(model, info, devices)
 
 
-def load_backbone(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> Any:
+def load_backbone(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
     """The AR's blocks 0..L without lm_head, the final norm an Identity: last_hidden_state is the output of block L."""
     with quiet(), _explained(info, "its weights"):
         if info.is_adapter:
@@ -64,7 +65,7 @@ def load_backbone(info: CheckpointInfo, dtype: torch.dtype, device: torch.device
             f"in .{', .'.join(FINAL_NORMS)}. Use a Qwen2, Llama or Gemma-3 text model."
         )
     setattr(model, norm, torch.nn.Identity())
-    return _ready(model, info, device)
+    return _ready(model, info, devices)
 
 
 def load_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> torch.nn.Linear:
@@ -185,9 +186,9 @@ def _check_adapter(info: CheckpointInfo, expected: Mapping[str, torch.Tensor], g
         )
 
 
-def _ready(model: Any, info: CheckpointInfo, device: torch.device) -> Any:
-    """Frozen, in evaluation mode, on its device, every weight finite."""
-    model = model.requires_grad_(False).eval().to(device)
+def _ready(model: Any, info: CheckpointInfo, devices: Sequence[torch.device]) -> Any:
+    """Frozen, in evaluation mode, on its devices, every weight finite."""
+    model = placed(model.requires_grad_(False).eval(), devices)
     broken = [name for name, parameter in model.named_parameters() if not is_sane(parameter)]
     if broken:
         raise CheckpointError(

@@ -23,6 +23,7 @@ from ksweep.autoencoder.prompts import ArPrompts, av_prompt, parse_explanation, 
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.autoencoder.slots import repeated
 from ksweep.errors import CheckpointError
+from ksweep.placement import Devices, as_devices
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -43,7 +44,7 @@ def load_verbalizer(
     *,
     base: str | None = None,
     dtype: str = "bfloat16",
-    device: str | torch.device = "cpu",
+    device: Devices = "cpu",
 ) -> NlaVerbalizer:
     """Load an AV, every check made that needs no vectors.
 
@@ -51,6 +52,7 @@ def load_verbalizer(
         checkpoint: what `inspect` returned, a directory, or a hub id.
         base: base model of an adapter; see `inspect`.
         dtype: compute precision, "bfloat16", "float16" or "float32"; weights are converted to it.
+        device: where it runs; over several devices its blocks are spread.
 
     Raises:
         CheckpointError: one paragraph on what is wrong with it.
@@ -58,7 +60,7 @@ def load_verbalizer(
     info = _inspected(checkpoint, "av", base)
     tokenizer = load_tokenizer(info)
     prompt, stops = av_prompt(info, tokenizer), stop_token_ids(info, tokenizer)
-    model = load_causal_lm(info, torch_dtype(dtype), torch.device(device))
+    model = load_causal_lm(info, torch_dtype(dtype), as_devices(device))
     rows = model.get_input_embeddings().num_embeddings
     if max(prompt.ids) >= rows:
         raise CheckpointError(
@@ -73,13 +75,14 @@ def load_reconstructor(
     *,
     base: str | None = None,
     dtype: str = "bfloat16",
-    device: str | torch.device = "cpu",
+    device: Devices = "cpu",
 ) -> NlaReconstructor:
     """Load an AR; arguments and errors as for `load_verbalizer`."""
     info = _inspected(checkpoint, "ar", base)
     tokenizer = load_tokenizer(info)
-    head = load_head(info, torch_dtype(dtype), torch.device(device))
-    model = load_backbone(info, torch_dtype(dtype), torch.device(device))
+    devices = as_devices(device)
+    head = load_head(info, torch_dtype(dtype), devices[0])
+    model = load_backbone(info, torch_dtype(dtype), devices)
     prompts = ArPrompts(info, tokenizer, model.get_input_embeddings().num_embeddings)
     return NlaReconstructor(info, model, head, prompts)
 

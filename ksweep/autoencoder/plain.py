@@ -127,7 +127,7 @@ def _decode(
         tokens = sampled.token_ids
         if len(live) < LIVE_SHARE * len(rows):
             kept = torch.tensor(live, device=tokens.device)
-            cache.batch_select_indices(kept)
+            _select(cache, kept)
             tokens, keys = tokens[kept], keys[kept]
             rows, live = [rows[i] for i in live], list(range(len(live)))
         logits = _next_logits(verbalizer.model, tokens, cache)
@@ -163,8 +163,14 @@ def _fork(cache: Any, origin: Int[torch.Tensor, " row"]) -> Any:
     """A new cache whose row i is a copy of row origin[i]; `cache` stays as it is, ready for more forks."""
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
-    forked.batch_select_indices(origin)
+    _select(forked, origin)
     return forked
+
+
+def _select(cache: Any, rows: Int[torch.Tensor, " row"]) -> None:
+    """Keeps these rows of every layer, in place, each on the device of its block."""
+    for layer in cache.layers:
+        layer.batch_select_indices(rows.to(layer.keys.device))
 
 
 def _check_cache(cache: Any) -> None:

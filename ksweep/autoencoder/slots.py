@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +83,7 @@ class SlotLayer:
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Rows into the slots of others."""
         assert self.keys is not None and self.values is not None
+        sources, targets = sources.to(self.keys.device), targets.to(self.keys.device)
         self.keys[targets, :, :length] = self.keys[sources, :, :length]
         self.values[targets, :, :length] = self.values[sources, :, :length]
 
@@ -90,16 +91,17 @@ class SlotLayer:
         """Write one token of every row; what attention is to look at, twice: in the place of keys and of values."""
         assert self.keys is not None and self.values is not None
         book = self._book
+        lengths, rows, unused = book.on(self.keys.device)
         n, width = len(key_states), book.width
         if width > self.keys.shape[2]:
             self.keys, self.values = self._grow(self.keys, width), self._grow(self.values, width)
-        if book.rows is None:
+        if rows is None:
             self.keys[:n, :, book.longest] = key_states[:, :, 0]
             self.values[:n, :, book.longest] = value_states[:, :, 0]
         else:
-            self.keys[book.rows, :, book.lengths] = key_states[:, :, 0].to(self.keys.dtype)
-            self.values[book.rows, :, book.lengths] = value_states[:, :, 0].to(self.values.dtype)
-        past = Past(self._shared_keys, self._shared_values, self.keys[:n, :, :width], self.values[:n, :, :width], book.unused)
+            self.keys[rows, :, lengths] = key_states[:, :, 0].to(self.keys.dtype)
+            self.values[rows, :, lengths] = value_states[:, :, 0].to(self.values.dtype)
+        past = Past(self._shared_keys, self._shared_values, self.keys[:n, :, :width], self.values[:n, :, :width], unused)
         return past, past
 
 
@@ -119,9 +121,19 @@ class _Book:
     longest: int = 0
     width: int = 0
     lengths: Any = None
-    """[row] int64 on the device: tokens in each row's slot."""
+    """[row] int64 on the first device: tokens in each row's slot."""
     rows: Any = None
+    """[row] 0, 1, 2, ...; None where all rows have the same length, and a slice does."""
     unused: Any = None
+    """[row, place] bool: behind the row's last token."""
+    copies: dict[torch.device, tuple[Any, Any, Any]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Any, Any, Any]:
+        """Lengths, rows and unused places for the blocks of a device."""
+        if device not in self.copies:
+            tensors = (self.lengths, self.rows, self.unused)
+            self.copies[device] = tuple(t if t is None else t.to(device) for t in tensors)  # type: ignore[assignment]
+        return self.copies[device]
 
 
 class SlotCache:
@@ -190,6 +202,7 @@ class SlotCache:
         book.rows = None if even else torch.arange(n, device=device)
         book.width = -(-(book.longest + 1 + book.shared) // LANES) * LANES - book.shared
         book.unused = torch.arange(book.width, device=device) > book.lengths[:, None]
+        book.copies.clear()
         positions: torch.Tensor = book.lengths + book.shared
         return positions[:, None]
 

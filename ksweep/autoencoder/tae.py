@@ -23,6 +23,7 @@ from ksweep.autoencoder.tae_decoder import TaeVerbalizer
 from ksweep.autoencoder.tae_encoder import BEFORE_BLOCKS, TaeReconstructor, text_prompt
 from ksweep.autoencoder.tae_file import TaeInfo, digest_tae, highest_step, inspect_tae, is_tae
 from ksweep.autoencoder.tae_layout import base_state
+from ksweep.placement import Devices, as_devices
 
 if TYPE_CHECKING:
     from ksweep.spec import EncoderPrompt
@@ -46,7 +47,7 @@ def load_verbalizer(
     *,
     base: str | None = None,
     dtype: str = "bfloat16",
-    device: str | torch.device = "cpu",
+    device: Devices = "cpu",
 ) -> TaeVerbalizer:
     """Load the decoder.
 
@@ -54,12 +55,13 @@ def load_verbalizer(
         checkpoint: what `inspect_tae` returned, a .pt file, or a directory of them.
         base: see `inspect_tae`.
         dtype: compute precision, "bfloat16", "float16" or "float32"; weights are converted to it.
+        device: where it runs; over several devices its blocks are spread.
 
     Raises:
         CheckpointError: one paragraph on what is wrong with it.
     """
     info = _inspected(checkpoint, base)
-    model = load_causal_lm(info.base, base_state(info.states["decoder"]), torch_dtype(dtype), torch.device(device), info.path)
+    model = load_causal_lm(info.base, base_state(info.states["decoder"]), torch_dtype(dtype), as_devices(device), info.path)
     return TaeVerbalizer(info, model, load_tokenizer(info.base))
 
 
@@ -68,7 +70,7 @@ def load_reconstructor(
     *,
     base: str | None = None,
     dtype: str = "bfloat16",
-    device: str | torch.device = "cpu",
+    device: Devices = "cpu",
     sharing: TaeVerbalizer | None = None,
     encoder_prompt: EncoderPrompt = "learned",
 ) -> TaeReconstructor:
@@ -81,8 +83,8 @@ def load_reconstructor(
     """
     info = _inspected(checkpoint, base)
     prompt = text_prompt(info, load_tokenizer(info.base)) if encoder_prompt == "text" else None
-    where = torch.device(device)
-    if sharing is not None and _can_share(info, sharing, torch_dtype(dtype), where):
+    where = as_devices(device)
+    if sharing is not None and _can_share(info, sharing, torch_dtype(dtype), where[0]):
         return TaeReconstructor(info, sharing.model, prompt=prompt)
     stored = base_state(info.states["encoder"])
     model, table = load_blocks(info.base, _num_blocks(info), stored, torch_dtype(dtype), where, info.path)

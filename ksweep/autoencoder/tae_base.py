@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from ksweep.autoencoder.headers import BLOCK, NOT_TEXT, WRAPPED, some, text_names
 from ksweep.autoencoder.loading import LIBRARY_ERRORS, cut_blocks, is_sane, quiet
 from ksweep.errors import CheckpointError
+from ksweep.placement import placed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ STARTS_AT_ZERO = re.compile(r"bias$|^special_last_token_vector$|^prompt_ids$")
 
 
 def load_causal_lm(
-    directory: Path, stored: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device, path: Path
+    directory: Path, stored: Mapping[str, torch.Tensor], dtype: torch.dtype, devices: Sequence[torch.device], path: Path
 ) -> Any:
     """The decoder's model, frozen: the base, with the weights that the checkpoint's decoder holds in their place.
 
@@ -39,7 +40,7 @@ def load_causal_lm(
     model.generation_config = transformers.GenerationConfig()
     # logits_to_keep hands lm_head a strided [row, 1, d] slice, which torch multiplies as a batch, weights copied for each row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))
-    return _ready(model, directory, device)
+    return _ready(model, directory, devices)
 
 
 def load_blocks(
@@ -47,7 +48,7 @@ def load_blocks(
     num_blocks: int,
     stored: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
-    device: torch.device,
+    devices: Sequence[torch.device],
     path: Path,
 ) -> tuple[Any, Float[torch.Tensor, "token d_model"]]:
     """The encoder's model, frozen: embeddings and the first blocks, no head; and the base's own token embeddings.
@@ -58,7 +59,7 @@ def load_blocks(
     table = model.get_input_embeddings().weight
     own = table.detach().clone() if stored else table
     lay_over(model, stored, path, "encoder")
-    return _ready(model, directory, device), own.detach().to(device)
+    return _ready(model, directory, devices), own.detach().to(devices[0])
 
 
 def blocks_of(model: Any) -> torch.nn.ModuleList:
@@ -216,14 +217,14 @@ def _tied(name: str, model: Any) -> bool:
     return name == "lm_head.weight" and model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _ready(model: Any, directory: Path, device: torch.device) -> Any:
-    """Frozen, in evaluation mode, on its device, every weight finite."""
+def _ready(model: Any, directory: Path, devices: Sequence[torch.device]) -> Any:
+    """Frozen, in evaluation mode, on its devices, every weight finite."""
     if broken := [name for name, parameter in model.named_parameters() if not is_sane(parameter)]:
         raise CheckpointError(
             f"the model over {directory} has NaN, infinite or absurdly large weights (as {model.dtype}) in {some(broken)}. Get "
             "intact weights; if they were intact as bfloat16, do not load them as float16."
         )
-    return model.requires_grad_(False).eval().to(device)
+    return placed(model.requires_grad_(False).eval(), devices)
 
 
 @contextmanager

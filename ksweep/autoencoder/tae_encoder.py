@@ -140,7 +140,7 @@ class TaeReconstructor:
         sequence, prompt = self._sequence(rows), len(self._parts.soft_prompt)
         prefix = self._soft_prompt_past() if prompt < sequence.shape[1] else None
         rest = sequence if prefix is None else sequence[:, prompt:]
-        hidden = self._hidden(rest, repeated(prefix, len(rows)))[:, -1].float()
+        hidden = self._hidden(rest, repeated(prefix, len(rows)))[:, -1].float().to(self.model.device)
         if self._parts.weight is not None:
             hidden = nn.functional.linear(hidden, self._parts.weight, self._parts.bias)
         return hidden.cpu()

@@ -244,13 +244,15 @@ def create(
     num_ranks: int,
     gpus: int = 0,
     *,
+    gpus_per_model: int = 1,
     cluster: str = "local",
     cells: Sequence[tuple[str, str]] = (),
 ) -> Job:
     """A new job directory with its job.json; `gpus` is the number on each node, `cells` are (key, label)."""
     job = Job(logs / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}")
     spec = {
-        "entry": entry, "argument": argument, "num_ranks": num_ranks, "gpus": gpus, "cluster": cluster,
+        "entry": entry, "argument": argument, "num_ranks": num_ranks, "gpus": gpus, "gpus_per_model": gpus_per_model,
+        "cluster": cluster,
         "cells": [{"key": key, "label": label} for key, label in cells], "launcher": myself(),
     }  # fmt: skip
     publish(job.path / RESERVE, bytes(RESERVE_BYTES))

@@ -58,10 +58,10 @@ def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str =
         "job_name": resources.job_name or name,
         "time": resources.minutes,
         "nodes": resources.nodes,
-        "ntasks_per_node": gpus or resources.tasks,
+        "ntasks_per_node": gpus // resources.gpus_per_model or resources.tasks,
         "gpus_per_node": gpus or None,
-        # Slurm's own --cpus-per-gpu excludes --cpus-per-task, and submitit wants --gpus-per-task with it: one rank has one GPU.
-        "cpus_per_task": resources.cpus_per_gpu if gpus else resources.cpus_per_task,
+        # Slurm's own --cpus-per-gpu excludes --cpus-per-task, and submitit wants --gpus-per-task with it.
+        "cpus_per_task": _cpus_per_rank(resources),
         "mem": None if resources.mem_gb is None else f"{round(resources.mem_gb * 1024)}MB",
         "partition": resources.partition,
         "account": resources.account,
@@ -76,6 +76,12 @@ def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str =
         "additional_parameters": extra | others,
     }
     return {k: v for k, v in found.items() if v is not None}
+
+
+def _cpus_per_rank(resources: Resources) -> int | None:
+    if not resources.gpus:
+        return resources.cpus_per_task
+    return None if resources.cpus_per_gpu is None else resources.cpus_per_gpu * resources.gpus_per_model
 
 
 def script(
@@ -323,6 +329,7 @@ def shape(resources: Resources) -> str:
     """What one job takes, in words: "2 nodes x 8 GPUs, 24:00:00, partition main"."""
     gpus = resources.gpus or 0
     what = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else f"{resources.tasks} CPU rank{'s' * (resources.tasks != 1)}"
+    what += f" ({resources.gpus_per_model} per model)" if resources.gpus_per_model > 1 else ""
     nodes = f"{resources.nodes} nodes x " if resources.nodes > 1 else ""
     hours, mins = divmod(resources.minutes, 60)
     named = [f"{n} {v}" for n in ("partition", "account", "qos", "constraint") if (v := getattr(resources, n))]

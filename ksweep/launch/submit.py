@@ -59,8 +59,8 @@ def visible_devices() -> tuple[str, ...]:
 
 
 def tasks_per_node(resources: Resources) -> int:
-    """Ranks on each node: one per GPU, or `tasks` on CPUs."""
-    return num_gpus(resources) or resources.tasks
+    """Ranks on each node: one for every `gpus_per_model` GPUs, or `tasks` on CPUs."""
+    return num_gpus(resources) // resources.gpus_per_model or resources.tasks
 
 
 def num_ranks(resources: Resources) -> int:
@@ -107,8 +107,8 @@ def submit(
 ) -> Submitted:
     """Start a job on this machine, on these GPUs; in-process jobs have ended when this returns."""
     if resolve_cluster(resources) == "inprocess":
-        device = "cuda:0" if num_gpus(resources) else "cpu"
-        worker.run_here(job, device, on_report)
+        devices = worker.own_gpus(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
+        worker.run_here(job, devices, on_report)
         return Submitted(job, None)
     executor = _executor(job.path, resources, name, gpus)
     with _deaf_to_interrupts():

@@ -149,12 +149,12 @@ def _requeue(pulse: Pulse) -> None:
         job.note("requeued", note | {"refused": refused}, pulse.attempt)
 
 
-def run_here(job: Job, device: str, on_report: Callable[..., None] | None = None) -> Ending:
+def run_here(job: Job, devices: tuple[str, ...], on_report: Callable[..., None] | None = None) -> Ending:
     """The same job as the only rank, in this process, for debugging; exceptions are recorded, not raised."""
     from ksweep.ranks import Solo
 
     spec = job.spec()
-    solo = Solo(device=device, device_name=name_of(device), on_report=on_report)
+    solo = Solo(devices=devices, device_name=name_of(devices), on_report=on_report)
     ending = guarded(0, lambda: load_entry(spec["entry"])(spec["argument"], solo))
     job.end(ending)
     return ending
@@ -195,15 +195,16 @@ def classify(error: BaseException) -> str:
 
 def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
     spec = job.spec()
-    device = _device(environment, spec["gpus"])
-    pulse.beat = replace(pulse.beat, device=name_of(device))
+    devices = _devices(environment, spec["gpus"], spec.get("gpus_per_model", 1))
+    device = devices[0]
+    pulse.beat = replace(pulse.beat, device=name_of(devices))
     if environment.num_tasks == 1:
-        return load_entry(spec["entry"])(spec["argument"], Group(pulse, device))
+        return load_entry(spec["entry"])(spec["argument"], Group(pulse, devices))
     import torch
     import torch.distributed as dist
     from submitit.helpers import TorchDistributedEnvironment
 
-    # Each rank sees all GPUs of its job and takes its own by number; with gpus=0 it must not be handed one.
+    # Each rank sees all GPUs of its node and takes its own by number; with gpus=0 it must not be handed one.
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     # Processes of an earlier start may still hold its port.
     os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["MASTER_PORT"]) - 20000 + 97 * pulse.attempt) % 40000)
@@ -211,31 +212,37 @@ def _with_group(job: Job, pulse: Pulse, environment: Any) -> Any:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(environment)))
     # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
     dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://", timeout=COLLECTIVE_TIMEOUT)
-    result = load_entry(spec["entry"])(spec["argument"], Group(pulse, device, _shared_store(dist)))
+    result = load_entry(spec["entry"])(spec["argument"], Group(pulse, devices, _shared_store(dist)))
     # Only after success: taking the group down makes the other ranks fail too, and their words would hide the cause.
     dist.destroy_process_group()
     return result
 
 
-def _device(environment: Any, gpus: int) -> str:
+def _devices(environment: Any, gpus: int, per_model: int) -> tuple[str, ...]:
     if gpus == 0:
-        return "cpu"
+        return ("cpu",)
     import torch
 
     if (there := torch.cuda.device_count()) < gpus:
         raise RunError(f"the job was given {gpus} GPUs, torch sees {there}: is this torch built for CUDA, and the driver loaded?")
-    device = f"cuda:{environment.local_rank}"
-    torch.cuda.set_device(device)
-    return device
+    devices = own_gpus(environment.local_rank, per_model)
+    torch.cuda.set_device(devices[0])  # barriers go over this one
+    return devices
 
 
-def name_of(device: str) -> str:
-    """What a torch device is: the GPU's own name, or the kind of processor."""
-    if not device.startswith("cuda"):
+def own_gpus(local_rank: int, per_model: int) -> tuple[str, ...]:
+    """The GPUs of a rank among those that its job sees on the node: equal runs of numbers, in the order of the ranks."""
+    return tuple(f"cuda:{local_rank * per_model + i}" for i in range(per_model))
+
+
+def name_of(devices: tuple[str, ...]) -> str:
+    """What torch devices are: the GPU's own name, and how many, or the kind of processor."""
+    if not devices[0].startswith("cuda"):
         return f"cpu ({platform.machine()})"
     import torch
 
-    return str(torch.cuda.get_device_name(device))
+    several = f"{len(devices)} x " if len(devices) > 1 else ""
+    return several + str(torch.cuda.get_device_name(devices[0]))
 
 
 def _local_ranks(environment: Any) -> int:
@@ -251,7 +258,7 @@ class Group:
     """The ranks of a torch.distributed job (or of a job with one rank)."""
 
     pulse: Pulse
-    device: str
+    devices: tuple[str, ...]
     store: Any = None
     taken: dict[str, int] = field(default_factory=dict)
 
@@ -268,7 +275,7 @@ class Group:
     @property
     def device_name(self) -> str:
         """The GPU's own name, or the processor's."""
-        return name_of(self.device)
+        return name_of(self.devices)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -58,3 +58,14 @@ def holds_gpus(argument: dict[str, Any], ranks: Ranks) -> None:
     publish(place, json.dumps(told).encode())
     time.sleep(argument["seconds"])
     publish(place, json.dumps(told | {"ended": time.time()}).encode())
+
+
+def gpus_of_this_rank(gpus_per_model: int) -> list[str]:
+    """The numbers that the GPUs of a rank have for the machine; called by submitit itself."""
+    import submitit
+
+    from ksweep.launch.worker import own_gpus
+
+    seen = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    own = own_gpus(submitit.JobEnvironment().local_rank, gpus_per_model)
+    return [seen[int(device.removeprefix("cuda:"))] for device in own]

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import submitit
 
 from ksweep.errors import SpecError
 from ksweep.launch import submit as launch
 from ksweep.launch.job import Ending, Heartbeat, create, is_alive
+from ksweep.launch.worker import own_gpus
 from ksweep.spec import Resources
+from tests.launch.entries import gpus_of_this_rank
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +50,23 @@ def test_two_ranks_take_each_number_once_and_both_finish(tmp_path: Path) -> None
     results = {e.rank: e.result for e in submitted.job.endings()}
     assert sorted(results[0] + results[1]) == list(range(40))
     assert results[0] and results[1], "one rank did all the work"
+
+
+@pytest.mark.parametrize(("gpus", "per_model", "ranks"), [(8, 1, 8), (8, 2, 4), (8, 8, 1), (6, 3, 2)])
+def test_ranks_share_the_gpus_of_a_node_out_among_them(gpus: int, per_model: int, ranks: int) -> None:
+    resources = Resources(cluster="local", gpus=gpus, gpus_per_model=per_model)
+    assert launch.num_ranks(resources) == launch.tasks_per_node(resources) == ranks
+    taken = [own_gpus(rank, per_model) for rank in range(ranks)]
+    assert [device for own in taken for device in own] == [f"cuda:{i}" for i in range(gpus)]
+    assert {len(own) for own in taken} == {per_model}
+
+
+@pytest.mark.slow
+def test_two_processes_take_two_gpus_each_of_those_that_their_job_was_lent(tmp_path: Path) -> None:
+    executor = submitit.LocalExecutor(folder=tmp_path)
+    ranks = launch.tasks_per_node(Resources(cluster="local", gpus=4, gpus_per_model=2))
+    executor.update_parameters(tasks_per_node=ranks, gpus_per_node=4, visible_gpus=(1, 4, 6, 7), timeout_min=2)
+    assert executor.submit(gpus_of_this_rank, 2).results() == [["1", "4"], ["6", "7"]]
 
 
 @pytest.mark.slow

@@ -35,6 +35,8 @@ def script(num_jobs: int = 1, after: str | None = None, code: Path | None = None
         ({"gpus": 4, "nodes": 2}, ["nodes=2", "ntasks-per-node=4", "gpus-per-node=4"]),
         ({"tasks": 3, "cpus_per_task": 2}, ["ntasks-per-node=3", "cpus-per-task=2"]),
         ({"gpus": 2, "cpus_per_gpu": 6}, ["cpus-per-task=6"]),
+        ({"gpus": 8, "gpus_per_model": 2, "cpus_per_gpu": 6}, ["ntasks-per-node=4", "gpus-per-node=8", "cpus-per-task=12"]),
+        ({"gpus": 4, "gpus_per_model": 4}, ["ntasks-per-node=1", "gpus-per-node=4"]),
         ({"mem_gb": 1.5}, ["mem=1536MB"]),
         ({"time": "2-12:30"}, ["time=3630"]),
         ({"time": 1}, ["time=1", "signal=USR2@30"]),
@@ -85,6 +87,18 @@ def test_arrays_keep_to_the_cap() -> None:
     assert not [line for line in script(1) if "--array" in line]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gpus": 8}, "8 GPUs"),
+        ({"gpus": 8, "gpus_per_model": 2, "nodes": 2}, "2 nodes x 8 GPUs (2 per model)"),
+        ({"gpus": 0, "tasks": 2}, "2 CPU ranks"),
+    ],
+)
+def test_the_shape_of_a_job_is_said_in_words(changes: dict[str, Any], words: str) -> None:
+    assert submission.shape(Resources(cluster="slurm", exclusive=False, **changes)) == f"{words}, 24:00:00"
+
+
 def sweep_with(*arguments: str) -> Resources:
     cell = Cell(autoencoder=Autoencoder(av="a", ar="b"), activations=Activations(model="m", text="t"))
     return apply_overrides(Sweep(name="s", cell=cell), arguments).resources
@@ -103,7 +117,10 @@ def test_a_time_limit_on_the_command_line_is_a_time(text: str) -> None:
         (["time=soon"], "no Slurm time limit"),
         (["nice=-5"], "resources.nice=-5"),
         (["mem_gb=0"], "resources.mem_gb"),
-        (["gpus_per_model=2"], "gpus_per_model=2"),
+        (["gpus_per_model=0"], "resources.gpus_per_model=0"),
+        (["gpus_per_model=2"], "gpus=None: set resources.gpus.* e.g. 2"),
+        (["gpus=0", "gpus_per_model=2"], "gpus=0: set resources.gpus"),
+        (["gpus=6", "gpus_per_model=4"], "gpus=6: set resources.gpus.* multiple of it, e.g. 8"),
         (["gpus=0", "cpus_per_gpu=2"], "set resources.cpus_per_task"),
         (["gpus=2", "cpus_per_task=2"], "set resources.cpus_per_gpu"),
         (["max_parallel_jobs=0"], "resources.max_parallel_jobs"),
