@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -116,35 +116,29 @@ def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
 
 
 def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | None:
-    """Measure one cell; rank 0 lands the run and returns its id. A failure is landed too, then raised."""
+    """Measure one cell; rank 0 lands the run and returns its id. How a cell failed is told by who sees the end of every rank."""
     clock = Clock()
     cell = complete(cell)
     keys = cell_keys(cell)
-    try:
-        vectors = _activations(cell, keys, place, ranks, clock)
-        if vectors.key != keys.activations:
-            raise DataError(f"text or model of {keys.name} changed while it was begun: run again to use them as they are now")
-        store = DrawsStore(place.registry / "draws", keys.draws)
-        before = _sample(cell, keys, vectors, store, place, ranks, models, clock)
-        if ranks.rank != 0:
-            return None
-        with clock("statistics"):
-            ranks.report(f"{keys.label}: statistics", 0, 0)
-            draws = _all_draws(store, (len(vectors), cell.sampling.effective_num_draws), ranks)
-            if draws is None:
-                raise RunError(
-                    f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?"
-                )
-            found = _measure(cell, vectors, store, draws, _empty_text(cell, store, models))
-            for note in found.reference.notes:
-                log.warning("%s: %s", keys.name, note)
-        return _land(cell, keys, place, ranks, clock, found, draws, before)
-    except Stopped:
-        raise
-    except Exception as error:
-        if ranks.rank == 0:
-            _land_failure(cell, keys, place, ranks, clock, error)
-        raise
+    ranks.begin_cell(keys.cell, clock.seconds)
+    vectors = _activations(cell, keys, place, ranks, clock)
+    if vectors.key != keys.activations:
+        raise DataError(f"text or model of {keys.name} changed while it was begun: run again to use them as they are now")
+    store = DrawsStore(place.registry / "draws", keys.draws)
+    before = _sample(cell, keys, vectors, store, place, ranks, models, clock)
+    if ranks.rank != 0:
+        return None
+    with clock("statistics"):
+        ranks.report(f"{keys.label}: statistics", 0, 0)
+        draws = _all_draws(store, (len(vectors), cell.sampling.effective_num_draws), ranks)
+        if draws is None:
+            raise RunError(
+                f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?"
+            )
+        found = _measure(cell, vectors, store, draws, _empty_text(cell, store, models))
+        for note in found.reference.notes:
+            log.warning("%s: %s", keys.name, note)
+    return _land(cell, keys, place, ranks, clock, found, draws, before)
 
 
 def _activations(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) -> ActivationTable:
@@ -304,9 +298,19 @@ def _land(
     tokens = int(draws["num_tokens"].to_numpy()[new].sum())
     summary, reference = found.summary, found.reference
     counts, first = summary.counts, summary.curve[0]
+    here = provenance()
     record = landing.RunRecord(
-        **_common(cell, keys, place, ranks, clock),
+        **_identity(cell, keys),
+        **_asked(place.sweep, place.resources, {**here, **place.origin}),
         status="finished",
+        job=ranks.job or None,
+        start=ranks.start,
+        started=clock.started,
+        finished=datetime.now(UTC),
+        seconds=clock.seconds,
+        host=here["host"],
+        device=ranks.device_name,
+        num_ranks=ranks.world_size,
         num_activations=first["num_activations"],
         num_documents=first["num_documents"],
         d_model=found.d_model,
@@ -342,41 +346,15 @@ def _land(
     return record.run_id
 
 
-def _land_failure(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock, error: Exception) -> None:
-    import traceback
-
-    from ksweep.registry import landing
-
-    record = landing.RunRecord(
-        **_common(cell, keys, place, ranks, clock),
-        status="failed",
-        error_type=type(error).__name__,
-        error_message=str(error),
-        tracebacks=(traceback.format_exc(),),
-    )
-    try:
-        landing.land(place.registry, record)
-    except OSError:  # on a full disk the terminal record of the rank is all there can be
-        log.exception("the failure of %s could not be landed", keys.name)
-
-
-def _common(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) -> dict[str, Any]:
-    """What a record says however the run ended."""
-    here = {**provenance(), **place.origin}
+def _asked(sweep: str, resources: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+    """Who asked, for what, with which code."""
     return {
-        **_identity(cell, keys),
-        "sweep": place.sweep,
-        "resources": place.resources,
-        "started": clock.started,
-        "finished": datetime.now(UTC),
-        "seconds": clock.seconds,
-        "host": provenance()["host"],
-        "device": ranks.device_name,
-        "num_ranks": ranks.world_size,
-        "git_commit": here["git_commit"],
-        "git_dirty": here["git_dirty"],
-        "argv": tuple(here["argv"]),
-        "packages": here["packages"],
+        "sweep": sweep,
+        "resources": resources,
+        "git_commit": origin.get("git_commit"),
+        "git_dirty": origin.get("git_dirty"),
+        "argv": tuple(origin.get("argv", ())),
+        "packages": origin.get("packages", {}),
     }
 
 
@@ -396,37 +374,38 @@ def _identity(cell: Cell, keys: Keys) -> dict[str, Any]:
     }
 
 
-def land_lost(
-    argument: dict[str, Any], kind: str, message: str, tracebacks: tuple[str, ...], started: float,
-    *, status: Literal["failed", "stopped"] = "failed", host: str | None = None, device: str | None = None,
-) -> None:  # fmt: skip
-    """Land the ending of a job whose rank 0 could not: another rank failed, or the process is gone.
+def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **told: Any) -> None:
+    """Land the run of a job that ended before its time; it says nothing itself, because no rank knows how the others ended.
 
-    It is booked on the first cell of the job that neither finished nor failed since the job was started.
+    Args:
+        argument: what the job was given.
+        cell: which of its cells it was at; None for the first that neither finished nor failed since the job was started.
+        name: end of the run id: two who find the same job make one run.
+        told: fields of the record: status, class, every rank's words.
+
+    Raises:
+        StoreError: it has landed already.
     """
     from ksweep.registry import landing
+
+    registry = Path(argument["registry"])
+    cell = _cell_at_hand(argument, told["started"]) if cell is None else cell
+    if cell is None:
+        return
+    origin = argument.get("origin", {})
+    known = cell_from_dict(argument["cells"][cell])
+    keys = cell_keys(known)
+    identity = _identity(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
+    record = landing.RunRecord(**identity, **_asked(argument["sweep"], argument["resources"], origin), **told)
+    landing.land(registry, record)
+
+
+def _cell_at_hand(argument: dict[str, Any], started: datetime) -> int | None:
+    """Of a job that did not say which cell it was at; None where an older version of it has landed its failure itself."""
     from ksweep.registry.questions import runs_since
 
-    registry, begun = Path(argument["registry"]), datetime.fromtimestamp(started, UTC)
-    said = runs_since(registry, begun)
-    keys = [(cell, cell_keys(cell)) for cell in map(cell_from_dict, argument["cells"])]
-    if any(said.get(key.cell) == "failed" for _, key in keys):
-        return
-    cell, key = next(((c, k) for c, k in keys if k.cell not in said), keys[-1])
-    record = landing.RunRecord(
-        **_identity(cell, key),
-        sweep=argument["sweep"],
-        resources=argument["resources"],
-        status=status,
-        error_type=kind,
-        error_message=message,
-        tracebacks=tracebacks,
-        host=host,
-        device=device,
-        started=begun,
-        finished=datetime.now(UTC),
-    )
-    try:
-        landing.land(registry, record)
-    except OSError:
-        log.exception("the failure of %s could not be landed", key.name)
+    said = runs_since(Path(argument["registry"]), started)
+    keys = [cell_keys(cell).cell for cell in map(cell_from_dict, argument["cells"])]
+    if any(said.get(key) == "failed" for key in keys):
+        return None
+    return next((n for n, key in enumerate(keys) if key not in said), len(keys) - 1)

@@ -15,7 +15,7 @@ from ksweep.launch import submit as launch
 from ksweep.launch.job import Ending, Job
 from ksweep.launch.watch import Watch
 from ksweep.orders import Missing, groups, job_for
-from ksweep.reconcile import land_ending
+from ksweep.reconcile import settle, verdict_of
 from ksweep.spec import Resources, Sweep
 
 POLL_SECONDS = 0.3
@@ -112,11 +112,7 @@ def _wait(jobs: list[launch.Submitted], ranks: int, watch: Watch, *, first: bool
     ended = [s for s in jobs if s.job.id in endings]
     for submitted in ended:
         submitted.kill()
-        submitted.job.release()
-        ending = endings[submitted.job.id]
-        if ending.status == "failed":
-            land_ending(submitted.job, ending)
-        submitted.job.note("settled", {"state": ending.status, "reason": ending.message, "kind": ending.kind})
+        settle(submitted.job, verdict_of(endings[submitted.job.id]))
     for submitted in ended:
         launch.raise_for(endings[submitted.job.id], submitted.job)
     if any(ending.status == "stopped" for ending in endings.values()):

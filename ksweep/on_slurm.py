@@ -74,7 +74,7 @@ def wait(jobs: Sequence[Job], sweep: Sweep) -> None:
             while live:
                 found = states.verdicts(list(live.values()))
                 for name, verdict in found.items():
-                    if verdict.state not in states.LIVE:
+                    if verdict.state not in states.LIVE and book(live[name], verdict):
                         ended.append((live.pop(name), verdict))
                 watch.show_jobs(found, {job.id: job.heartbeats() for job in live.values()})
                 time.sleep(SLURM_POLL_SECONDS if live else 0)
@@ -83,8 +83,6 @@ def wait(jobs: Sequence[Job], sweep: Sweep) -> None:
                 f"no longer waiting: {len(live)} jobs go on without this command. `ksweep watch {sweep.name}` shows them, "
                 f"`ksweep cancel {sweep.name}` ends them, the same command attaches to them again"
             ) from None
-    for job, verdict in ended:
-        book(job, verdict)
     _raise_for(ended)
 
 

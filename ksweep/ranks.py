@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +32,14 @@ class Ranks(Protocol):
     def device_name(self) -> str:
         """What those devices are, for the record."""
 
+    @property
+    def job(self) -> str:
+        """Id of the job."""
+
+    @property
+    def start(self) -> int:
+        """Which start of the job this is, from 0."""
+
     def barrier(self) -> None:
         """Wait for every rank."""
 
@@ -43,6 +51,9 @@ class Ranks(Protocol):
 
     def report(self, phase: str, done: int, total: int, **numbers: float) -> None:
         """Tell the launcher how far this rank is; cheap, may be called often."""
+
+    def begin_cell(self, key: str, seconds: Mapping[str, float]) -> None:
+        """Tell which cell this rank is at; `seconds` by phase, which goes on counting, is told with it."""
 
 
 def share(ranks: Ranks, queue: str, total: int) -> Iterator[int]:
@@ -61,7 +72,10 @@ class Solo:
     device_name: str = "cpu"
     rank: int = 0
     world_size: int = 1
+    job: str = ""
+    start: int = 0
     on_report: Callable[..., None] | None = None
+    on_cell: Callable[[str, Mapping[str, float]], None] | None = None
     taken: Counter[str] = field(default_factory=Counter)
     stop: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -82,3 +96,8 @@ class Solo:
         """Hand progress to `on_report`."""
         if self.on_report is not None:
             self.on_report(phase, done, total, **numbers)
+
+    def begin_cell(self, key: str, seconds: Mapping[str, float]) -> None:
+        """Hand it to `on_cell`."""
+        if self.on_cell is not None:
+            self.on_cell(key, seconds)

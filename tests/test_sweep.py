@@ -263,7 +263,7 @@ def test_a_bad_vector_in_the_middle_is_landed_as_a_failed_run(
     pq.write_table(table, tmp_path / "v.parquet")
     assert run(sweep, f"activations.vectors={tmp_path / 'v.parquet'}") == 2
     assert "30" in capsys.readouterr().err
-    assert ask(sweep, "SELECT status, error_type FROM runs") == [("failed", "DataError")]
+    assert ask(sweep, "SELECT status, error_class, error_type FROM runs") == [("failed", "bad input", "DataError")]
     assert ask(sweep, "SELECT count(*) FROM curves") == [(0,)]
 
 

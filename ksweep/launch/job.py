@@ -6,7 +6,7 @@ logs/<job>/asked-to-end              somebody has cancelled it
 logs/<job>/attempt-<n>/rank-<r>.json    heartbeat: process, node, GPU, phase, done / total
 logs/<job>/attempt-<n>/ended-<r>.json   terminal record of a rank: status, error class, traceback
 logs/<job>/attempt-<n>/requeued.json    it was put back into the queue, and why
-logs/<job>/settled.json              how it ended, once that has been told to the registry
+logs/<job>/settled.json              how it ended, once that has been told to the registry; a rank that still runs ends itself
 
 A start of a job (n = Slurm's restart count) writes into a directory of its own: processes of an older start that are still
 alive somewhere cannot be taken for the newer one, and end themselves when they see it.
@@ -49,7 +49,11 @@ class Job:
 
     def attempt(self) -> int:
         """Number of the newest start; 0 before the first."""
-        return max((int(p.name[8:]) for p in self.path.glob("attempt-*") if p.name[8:].isdigit()), default=0)
+        return max(self.starts(), default=0)
+
+    def starts(self) -> list[int]:
+        """Numbers of the starts that have said something."""
+        return sorted(int(p.name[8:]) for p in self.path.glob("attempt-*") if p.name[8:].isdigit())
 
     def folder(self, attempt: int | None = None) -> Path:
         """Where a start (the newest, unless another is named) says how it goes."""
@@ -109,6 +113,10 @@ class Job:
             return json.loads((folder / f"{name}.json").read_text())  # type: ignore[no-any-return]
         return None
 
+    def given_up(self) -> dict[str, Any] | None:
+        """How it ended as the registry was told, if somebody has: none of its ranks has anything to say after that."""
+        return self.noted("settled")
+
     def slurm_id(self) -> str | None:
         """Slurm's number: as the submission wrote it down, or as the job itself says."""
         noted = self.noted("slurm")
@@ -137,6 +145,27 @@ class Job:
         """The last lines of standard error, whichever rank wrote them."""
         return "\n".join(_last_lines(p, lines) for p in self.logs() if p.suffix == ".err" and p.stat().st_size)
 
+    def log_bytes(self, rank: int) -> int:
+        """How much a rank has written to standard error so far, over all starts."""
+        with suppress(OSError):
+            return sum(p.stat().st_size for p in self._errors_of(rank))
+        return 0
+
+    def last_log_lines(self, rank: int, start: int, lines: int = 20) -> str:
+        """The last lines that a rank wrote to standard error in one start, its traceback left out: that has its own place."""
+        began, ended = self._log_began(rank, start), self._log_began(rank, start + 1)
+        said = next((e.traceback.strip() for e in self.endings(start) if e.rank == rank), "")
+        texts = [_between(path, began or 0, ended) for path in self._errors_of(rank)]
+        text = "\n".join(text.replace(said, "(its traceback)") if said else text for text in texts)
+        return "\n".join(text.strip().splitlines()[-lines:])
+
+    def _log_began(self, rank: int, start: int) -> int | None:
+        """Where a start begins in the file that all starts of a rank write to; None where it did not say."""
+        return next((beat.log_began for beat in self.heartbeats(start) if beat.rank == rank), None)
+
+    def _errors_of(self, rank: int) -> list[Path]:
+        return [path for path in self.logs() if path.suffix == ".err" and path.stem.endswith(f"_{rank}_log")]
+
     def _read(self, pattern: str, attempt: int | None) -> list[dict[str, Any]]:
         return [_read_json(path) for path in sorted(self.folder(attempt).glob(pattern))]
 
@@ -155,6 +184,14 @@ def _last_lines(path: Path, lines: int) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+
+def _between(path: Path, began: int, ended: int | None) -> str:
+    """Part of a file that may be large: its end, if it is long."""
+    with path.open("rb") as file:
+        last = min(path.stat().st_size, ended or path.stat().st_size)
+        file.seek(max(began, last - TAIL_BYTES))
+        return file.read(max(0, last - file.tell())).decode(errors="replace")
 
 
 def _known(kind: type, value: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +219,17 @@ class Heartbeat:
     slurm_id: str = ""
     rate: float = 0.0
     """Units per second in this phase."""
+    gpu: str = ""
+    """Which card `device` is: cuda:1 GPU-<uuid>."""
+    began: float = 0.0
+    """When this start of the rank began."""
+    log_began: int = 0
+    """Bytes in its log when it began: every start of a job on Slurm writes to the same one."""
+    cell: str = ""
+    """Key of the cell it is at; empty before the first."""
+    cell_began: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase in that cell."""
 
 
 @dataclass(frozen=True)
@@ -192,12 +240,14 @@ class Ending:
     status: str
     """finished, failed or stopped."""
     kind: str = ""
-    """For a failure its class: bad input, out of memory, NaN, time limit, disk full, dead rank, node failure, failure or bug."""
+    """For a failure its class (ksweep.errors.ErrorClass)."""
     message: str = ""
     traceback: str = ""
     result: Any = None
     time: float = field(default_factory=time.time, compare=False)
     attempt: int = 0
+    error_type: str = ""
+    """Python type of the exception, where there was one."""
 
 
 RESERVE = "reserve"

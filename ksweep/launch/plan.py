@@ -18,7 +18,6 @@ FREELY_REPEATED = (
     "never submitted",
     "stopped",
     "disk full",
-    "DiskFullError",
 )
 """Classes of ending after which a cell is simply run again: nothing in the request or the code is to blame."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from ksweep.errors import RequestError, RunError, SpecError
-from ksweep.launch import slurm, worker
+from ksweep.launch import group, slurm, worker
 from ksweep.launch.job import Ending, Job, is_alive
 from ksweep.spec import Resources
 
@@ -107,7 +107,7 @@ def submit(
 ) -> Submitted:
     """Start a job on this machine, on these GPUs; in-process jobs have ended when this returns."""
     if resolve_cluster(resources) == "inprocess":
-        devices = worker.own_gpus(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
+        devices = group.own_gpus(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
         worker.run_here(job, devices, on_report)
         return Submitted(job, None)
     executor = _executor(job.path, resources, name, gpus)

@@ -25,7 +25,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from ksweep.draws import SCHEMA as DRAWS_SCHEMA
 from ksweep.errors import DiskFullError, RequestError, StoreError
 from ksweep.files import locked, publish
 from ksweep.identity import canonical_json
+from ksweep.registry import attempts
 from ksweep.registry.landing import Landed, LandingError, read
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ DatabaseError = duckdb.Error
 """What DuckDB raises, for those who ask through a connection from here."""
 
 DATABASE = "ksweep.duckdb"
+ATTEMPTS = f"{attempts.FOLDER}/"
+"""What the name of a job's file begins with, beside the names of runs."""
 STORAGE_VERSION = "v1.4.0"
 ROOM_TO_BUILD = 4_000_000
 """Bytes below which a failure to build the next file is put down to the disk."""
@@ -165,6 +169,8 @@ class _State:
     """What the present database holds."""
 
     run_ids: frozenset[str]
+    jobs: frozenset[str]
+    """Those whose attempts are in it."""
     quarantined: Mapping[str, Quarantined]
     signatures: Mapping[str, str]
     root: str
@@ -176,7 +182,7 @@ class _Plan:
 
     new: tuple[str, ...]
     removed: tuple[str, ...]
-    """Run ids, in quarantine or not, whose rows have to go."""
+    """Run ids and attempts/<job>, in quarantine or not, whose rows have to go."""
     rebuilt: str | None
     moved: bool
     """Whether the registry lies elsewhere than the views say."""
@@ -192,17 +198,19 @@ def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
     if state is None:
         return _Plan(tuple(sorted(landed)), (), reason, False)
     changed = {name for name in state.quarantined if name in landed and _signature(root, name) != state.signatures[name]}
-    known = (state.run_ids | state.quarantined.keys()) - changed
-    removed = ((state.run_ids | state.quarantined.keys()) - landed) | changed
+    told = state.run_ids | {f"{ATTEMPTS}{job}" for job in state.jobs} | state.quarantined.keys()
+    known = told - changed
+    removed = (told - landed) | changed
     return _Plan(tuple(sorted(landed - known)), tuple(sorted(removed)), None, state.root != str(root))
 
 
 def _landed(root: Path) -> set[str]:
-    """Names under landing/; those that begin with a dot are still being written."""
+    """Names under landing/, and attempts/<job>; those that begin with a dot are still being written."""
+    told = {f"{ATTEMPTS}{job}" for job in attempts.landed(root)}
     try:
-        return {name for name in os.listdir(root / "landing") if not name.startswith(".")}
+        return told | {name for name in os.listdir(root / "landing") if not name.startswith(".")}
     except FileNotFoundError:
-        return set()
+        return told
 
 
 def _state(root: Path) -> tuple[_State | None, str | None]:
@@ -223,15 +231,21 @@ def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_Sta
         return None, "it was made by another version of ksweep"
     run_ids = frozenset(name for (name,) in connection.execute("SELECT run_id FROM runs").fetchall())
     rows = connection.execute("SELECT run_id, reason, signature FROM quarantine ORDER BY run_id").fetchall()
-    quarantined = {name: Quarantined(name, root / "landing" / name, reason) for name, reason, _ in rows}
-    return _State(run_ids, quarantined, {name: signature for name, _, signature in rows}, meta["root"]), None
+    jobs = frozenset(name for (name,) in connection.execute("SELECT DISTINCT job FROM attempts").fetchall())
+    quarantined = {name: Quarantined(name, _path(root, name), reason) for name, reason, _ in rows}
+    return _State(run_ids, jobs, quarantined, {name: signature for name, _, signature in rows}, meta["root"]), None
 
 
 def _signature(root: Path, name: str) -> str:
     """Names, sizes and times of what lies in a landing directory: changes when somebody repairs it."""
-    path = root / "landing" / name
+    path = _path(root, name)
     found = sorted([path, *path.glob("*")])
     return " ".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in found if (s := p.stat()))
+
+
+def _path(root: Path, name: str) -> Path:
+    """Where a landed name lies."""
+    return root / f"{name}.json" if name.startswith(ATTEMPTS) else root / "landing" / name
 
 
 # Building the next file
@@ -279,23 +293,28 @@ def _fill(database: Path, root: Path, plan: _Plan) -> None:
 def _forget(connection: duckdb.DuckDBPyConnection, run_ids: Sequence[str]) -> None:
     for table in ("runs", "run_curves", "run_controls", "run_reference", "quarantine") if run_ids else ():
         connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [list(run_ids)])
+    if jobs := [name.removeprefix(ATTEMPTS) for name in run_ids if name.startswith(ATTEMPTS)]:
+        connection.execute("DELETE FROM attempts WHERE job IN (SELECT unnest(?))", [jobs])
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[str]) -> None:
-    schema = _arrow_schema(connection, "runs")
-    runs, curves, controls, reference, bad = [], [], [], [], []
+    schema, of_attempts = _arrow_schema(connection, "runs"), _arrow_schema(connection, "attempts")
+    runs, curves, controls, reference, told, bad = [], [], [], [], [], []
     for name in names:
         try:
+            if name.startswith(ATTEMPTS):
+                told.append(_attempt_rows(_path(root, name), of_attempts))
+                continue
             landed = read(root / "landing" / name)
             runs.append(_run_row(landed, schema))
         except (LandingError, pa.ArrowException, TypeError, ValueError) as error:
             bad.append({"run_id": name, "reason": str(error), "signature": _signature(root, name)})
-            log.warning("landing %s is not believed: %s", root / "landing" / name, error)
+            log.warning("landing %s is not believed: %s", _path(root, name), error)
             continue
         curves += [_with_run_id(landed.curve, name)] if landed.curve is not None else []
         controls += [_with_run_id(landed.controls, name)] if landed.controls is not None else []
         reference += [_with_run_id(landed.reference, name)] if landed.reference is not None else []
-    tables = {"runs": runs, "run_curves": curves, "run_controls": controls, "run_reference": reference}
+    tables = {"runs": runs, "run_curves": curves, "run_controls": controls, "run_reference": reference, "attempts": told}
     for table, rows in tables.items():
         if rows:
             _append(connection, table, pa.concat_tables(rows).combine_chunks())
@@ -320,6 +339,14 @@ def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
     row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
     row["num_failed_draws"] = sum(record.failures.values()) if record.status == "finished" else None
     return pa.table([pa.array([row[f.name]], f.type) for f in schema], schema=schema)
+
+
+def _attempt_rows(path: Path, schema: pa.Schema) -> pa.Table:
+    """Rows of `attempts`, with their types checked."""
+    rows = [asdict(attempt) for attempt in attempts.read(path)]
+    for row in rows:
+        row |= {name: row[name] and row[name].astimezone(UTC).replace(tzinfo=None) for name in ("began", "ended")}
+    return pa.table([pa.array([row[f.name] for row in rows], f.type) for f in schema], schema=schema)
 
 
 def _role_counts(stats: Mapping[str, Any] | None) -> list[tuple[str, int]] | None:
@@ -430,7 +457,7 @@ def _report(root: Path, plan: _Plan, began: float, *, changed: bool) -> IngestRe
     return IngestReport(
         database=root / DATABASE,
         num_new=len(set(plan.new) & state.run_ids) if changed else 0,
-        num_removed=len(set(plan.removed) - set(plan.new)) if changed else 0,
+        num_removed=len({n for n in plan.removed if not n.startswith(ATTEMPTS)} - set(plan.new)) if changed else 0,
         num_runs=len(state.run_ids),
         quarantined=bad,
         rebuilt=plan.rebuilt if changed else None,

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ksweep.errors import RequestError, StoreError
+from ksweep.errors import RequestError, StoreError, class_of_type
 from ksweep.files import publish
 
 Status = Literal["finished", "failed", "stopped"]
@@ -58,10 +58,17 @@ class RunRecord:
     resources: Mapping[str, Any] = field(default_factory=dict)
 
     status: Status
+    job: str | None = None
+    """Job that it was measured in, or failed in; what each of its ranks left is in attempts/<job>.json."""
+    start: int | None = None
+    """Which start of the job."""
+    error_class: str | None = None
+    """ksweep.errors.ErrorClass: what a plan goes by."""
     error_type: str | None = None
+    """Python type of the first cause, where it was an exception."""
     error_message: str | None = None
     tracebacks: tuple[str, ...] = ()
-    """One per rank that failed, as text."""
+    """What each rank that did not finish left: node, GPU, class, message, traceback, last log lines, as text."""
 
     started: datetime
     finished: datetime
@@ -136,6 +143,9 @@ class RunRecord:
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
         known |= {name: tuple(known[name]) for name in ("argv", "tracebacks", "notes") if name in known}
         known |= {name: datetime.fromisoformat(known[name]) for name in ("started", "finished") if name in known}
+        if "error_class" not in known and known.get("error_type"):  # written when one field held either
+            known |= {"error_class": class_of_type(known["error_type"])}
+            known |= {"error_type": None} if known["error_class"] == known["error_type"] else {}
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def failed_runs(root: Path) -> dict[str, tuple[str, str]]:
     if not root.is_dir():
         return {}
     question = """
-        SELECT cell_key, coalesce(error_type, status), coalesce(error_message, '') FROM runs
+        SELECT cell_key, coalesce(error_class, status), coalesce(error_message, '') FROM runs
         QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1 AND status <> 'finished'
     """
     with connect(root) as connection:

@@ -58,6 +58,9 @@ CREATE TABLE runs (
     selected_token_roles MAP(VARCHAR, BIGINT),
     notes VARCHAR[],
     seconds MAP(VARCHAR, DOUBLE),
+    job VARCHAR,
+    start INTEGER,
+    error_class VARCHAR,
     error_type VARCHAR,
     error_message VARCHAR,
     tracebacks VARCHAR[],
@@ -119,10 +122,13 @@ COMMENT ON COLUMN runs.token_roles IS 'Tokens by role (user, assistant, system, 
 COMMENT ON COLUMN runs.selected_token_roles IS 'The same over the evaluated positions. Shares: v_token_roles.';
 COMMENT ON COLUMN runs.notes IS 'Why something is not known that could have been: quantities of the reference sweep without stored reconstructions.';
 COMMENT ON COLUMN runs.seconds IS 'Wall-clock seconds by phase: seconds[''sampling''].';
-COMMENT ON COLUMN runs.error_type IS 'Class of the error that ended a failed run.';
+COMMENT ON COLUMN runs.job IS 'Job that the run was part of; what each of its ranks left: attempts. NULL for imported runs and those of older versions.';
+COMMENT ON COLUMN runs.start IS 'Start of the job in which the run ended, 0-based.';
+COMMENT ON COLUMN runs.error_class IS 'Why it did not finish: bad input, out of memory, NaN, time limit (starts that published nothing), disk full, dead rank, node failure, preempted, timeout (killed at its limit), cancelled, stopped (asked to), killed, lost (gone from Slurm), failure, bug.';
+COMMENT ON COLUMN runs.error_type IS 'Python type of the error that came first; NULL where no exception was seen.';
 COMMENT ON COLUMN runs.error_message IS 'What the error said.';
-COMMENT ON COLUMN runs.tracebacks IS 'Tracebacks, one per rank that failed.';
-COMMENT ON COLUMN runs.host IS 'Machine of rank 0.';
+COMMENT ON COLUMN runs.tracebacks IS 'What each rank that did not finish left: node, GPU, class, message, traceback, last log lines. In columns: attempts.';
+COMMENT ON COLUMN runs.host IS 'Machine of rank 0; of a failed run that of the rank that failed first.';
 COMMENT ON COLUMN runs.device IS 'What it computed on: name of the GPU, or cpu.';
 COMMENT ON COLUMN runs.num_ranks IS 'Processes that shared the work.';
 COMMENT ON COLUMN runs.git_commit IS 'Commit of the code that ran.';
@@ -219,12 +225,67 @@ COMMENT ON COLUMN run_reference.high IS 'Upper end of the 95 % percentile interv
 COMMENT ON COLUMN run_reference.bca_low IS 'Lower end of the 95 % BCa interval over single activations.';
 COMMENT ON COLUMN run_reference.bca_high IS 'Upper end of the 95 % BCa interval over single activations.';
 
+CREATE TABLE attempts (
+    job VARCHAR NOT NULL,
+    start INTEGER NOT NULL,
+    rank INTEGER NOT NULL,
+    num_ranks INTEGER NOT NULL,
+    sweep VARCHAR NOT NULL,
+    cells VARCHAR[] NOT NULL,
+    label VARCHAR,
+    cell_key VARCHAR,
+    slurm_id VARCHAR,
+    host VARCHAR,
+    device VARCHAR,
+    gpu VARCHAR,
+    began TIMESTAMP,
+    ended TIMESTAMP,
+    phase VARCHAR,
+    done BIGINT,
+    total BIGINT,
+    status VARCHAR NOT NULL,
+    error_class VARCHAR,
+    error_type VARCHAR,
+    message VARCHAR,
+    traceback VARCHAR,
+    last_log_lines VARCHAR,
+    requeued VARCHAR,
+    why VARCHAR NOT NULL,
+    PRIMARY KEY (job, start, rank)
+);
+COMMENT ON TABLE attempts IS 'One row per start of a job and rank: where it ran, how far it came, why it ended. Of every job that was started, once it is over, whatever its end; runs.job and runs.start lead here.';
+COMMENT ON COLUMN attempts.job IS 'Name of the directory under logs: UTC time of submission and random digits.';
+COMMENT ON COLUMN attempts.start IS 'Which start of the job: 0, and one more each time that it came back into the queue.';
+COMMENT ON COLUMN attempts.rank IS 'Process of the job, 0-based.';
+COMMENT ON COLUMN attempts.num_ranks IS 'Processes that shared the work of the job.';
+COMMENT ON COLUMN attempts.sweep IS 'Name of the sweep that asked for the job.';
+COMMENT ON COLUMN attempts.cells IS 'Labels of the cells that the job was given.';
+COMMENT ON COLUMN attempts.label IS 'Label of the cell that the rank was at when it was last heard of; NULL before the first.';
+COMMENT ON COLUMN attempts.cell_key IS 'Identity of that cell.';
+COMMENT ON COLUMN attempts.slurm_id IS 'Number that Slurm knows the job by, 41 or 41_2; NULL for a job of one machine.';
+COMMENT ON COLUMN attempts.host IS 'Machine of the rank; NULL for a rank that was never heard of.';
+COMMENT ON COLUMN attempts.device IS 'What it computed on: name of the GPU, or cpu.';
+COMMENT ON COLUMN attempts.gpu IS 'Which GPU of its machine, with the UUID that nvidia-smi -L shows; NULL on a CPU.';
+COMMENT ON COLUMN attempts.began IS 'First heartbeat of the rank in this start, UTC.';
+COMMENT ON COLUMN attempts.ended IS 'When it said how it ended, or else was last heard of, UTC.';
+COMMENT ON COLUMN attempts.phase IS 'What it was at when last heard of.';
+COMMENT ON COLUMN attempts.done IS 'Units done in that phase.';
+COMMENT ON COLUMN attempts.total IS 'Units of that phase; 0 where they are not counted.';
+COMMENT ON COLUMN attempts.status IS 'finished; failed; stopped: asked to, or because another rank ended; gone: it left no word.';
+COMMENT ON COLUMN attempts.error_class IS 'Why this rank did not finish, as runs.error_class; NULL where it only ended with the others.';
+COMMENT ON COLUMN attempts.error_type IS 'Python type of its error.';
+COMMENT ON COLUMN attempts.message IS 'What it said of its end; of a rank that left no word, what is known of the job.';
+COMMENT ON COLUMN attempts.traceback IS 'Its traceback.';
+COMMENT ON COLUMN attempts.last_log_lines IS 'Last lines that it wrote to standard error in this start, its traceback left out.';
+COMMENT ON COLUMN attempts.requeued IS 'Why the job was put back into the queue after this start: time limit, preempted, asked to stop, by Slurm; NULL: it was not.';
+COMMENT ON COLUMN attempts.why IS 'Why this start of the job ended, the same for all its ranks.';
+
 CREATE TABLE quarantine (
     run_id VARCHAR PRIMARY KEY,
     reason VARCHAR NOT NULL,
     signature VARCHAR NOT NULL
 );
 COMMENT ON TABLE quarantine IS 'Landing directories that were not believed, and why. They are looked at again when they change.';
-COMMENT ON COLUMN quarantine.run_id IS 'Name of the directory under registry/landing.';
+COMMENT ON COLUMN quarantine.run_id IS 'Name of the directory under registry/landing, or attempts/<job>.';
 COMMENT ON COLUMN quarantine.reason IS 'What is wrong, with the name of the file.';
 COMMENT ON COLUMN quarantine.signature IS 'Names, sizes and times of its files when it was looked at.';

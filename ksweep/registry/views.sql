@@ -107,13 +107,19 @@ COMMENT ON COLUMN v_temperature.setting IS 'Fingerprint of the spec without its 
 COMMENT ON COLUMN v_temperature.place IS 'Place of the temperature by FVE at this K within its setting, 1 is best.';
 
 CREATE VIEW v_failures AS
-SELECT r.run_id, r.cell, r.sweep, r.status, r.error_type, r.error_message,
+SELECT r.run_id, r.cell, r.sweep, r.status, r.error_class, r.error_type, r.error_message,
        coalesce(r.finished < l.finished, false) AS superseded,
-       r.started, r.finished, r.host, r.device, r.tracebacks, r.cell_key
-FROM runs AS r LEFT JOIN v_latest AS l USING (cell_key)
+       r.started, r.finished, r.host, r.device, r.tracebacks, a.ranks, r.job, r.start, r.cell_key
+FROM runs AS r LEFT JOIN v_latest AS l USING (cell_key) LEFT JOIN (
+    SELECT job, start, list({
+        'rank': rank, 'host': host, 'device': device, 'gpu': gpu, 'phase': phase, 'status': status, 'error_class': error_class,
+        'message': message, 'traceback': traceback, 'last_log_lines': last_log_lines} ORDER BY rank) AS ranks
+    FROM attempts GROUP BY job, start
+) AS a ON a.job = r.job AND a.start = r.start
 WHERE r.status <> 'finished'
 ORDER BY r.finished DESC;
 COMMENT ON VIEW v_failures IS 'Runs that did not finish, newest first.';
+COMMENT ON COLUMN v_failures.ranks IS 'Every rank of the start that came to nothing, from attempts: host, device, gpu, phase, status, error_class, message, traceback, last_log_lines.';
 COMMENT ON COLUMN v_failures.superseded IS 'Whether a later run of the same cell finished.';
 
 CREATE VIEW v_draw_failures AS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,27 @@ def gpus_of_this_rank(gpus_per_model: int) -> list[str]:
     """The numbers that the GPUs of a rank have for the machine; called by submitit itself."""
     import submitit
 
-    from ksweep.launch.worker import own_gpus
+    from ksweep.launch.group import own_gpus
 
     seen = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     own = own_gpus(submitit.JobEnvironment().local_rank, gpus_per_model)
     return [seen[int(device.removeprefix("cuda:"))] for device in own]
+
+
+def two_ranks_raise(argument: dict[str, Any], ranks: Ranks) -> None:
+    """Every rank fails at the same moment for a reason of its own, in a cell that it has begun."""
+    ranks.begin_cell("", {"drawing": 1.5})
+    ranks.report("drawing", 3 + ranks.rank, 8)
+    ranks.barrier()
+    print(f"rank {ranks.rank} was about to go wrong", file=sys.stderr, flush=True)
+    raise ValueError(f"what only rank {ranks.rank} knows")
+
+
+def has_no_memory(argument: dict[str, Any], ranks: Ranks) -> None:
+    """What numpy raises for an array that does not fit."""
+    raise MemoryError("Unable to allocate 8.00 TiB for an array")
+
+
+def sleeps(argument: dict[str, Any], ranks: Ranks) -> None:
+    """A rank that looks at nothing for longer than anybody waits."""
+    time.sleep(600)

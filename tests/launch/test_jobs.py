@@ -11,8 +11,8 @@ import submitit
 
 from ksweep.errors import SpecError
 from ksweep.launch import submit as launch
+from ksweep.launch.group import own_gpus
 from ksweep.launch.job import Ending, Heartbeat, create, is_alive
-from ksweep.launch.worker import own_gpus
 from ksweep.spec import Resources
 from tests.launch.entries import gpus_of_this_rank
 

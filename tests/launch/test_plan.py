@@ -179,7 +179,7 @@ def test_plan_reports_what_failed_and_repeats_it_only_when_asked() -> None:
     assert (again.state, again.draws_to_sample) == ("missing", 320)
 
 
-@pytest.mark.parametrize("kind", ["preempted", "timeout", "node failure", "cancelled", "lost", "stopped", "DiskFullError"])
+@pytest.mark.parametrize("kind", ["preempted", "timeout", "node failure", "cancelled", "lost", "stopped", "disk full"])
 def test_plan_repeats_freely_what_neither_request_nor_code_is_to_blame_for(kind: str) -> None:
     assert plan([facts(failure=(kind, "gone"))])[0].state == "missing"
 

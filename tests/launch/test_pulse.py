@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from ksweep.launch import slurm, worker
+from ksweep.launch import pulse as module
+from ksweep.launch import slurm
 from ksweep.launch.job import Ending, Heartbeat, Job, create
-from ksweep.launch.worker import Pulse
+from ksweep.launch.pulse import Pulse
+from ksweep.launch.requeue import requeue
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # how `left` ends a thread
 
@@ -31,7 +33,7 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(worker, "BEAT_SECONDS_ON_SLURM", 0.02)
+    monkeypatch.setattr(module, "BEAT_SECONDS_ON_SLURM", 0.02)
     return codes
 
 
@@ -157,7 +159,7 @@ def test_a_record_that_comes_back_at_once_is_read(tmp_path: Path) -> None:
 def test_a_rank_on_another_node_is_told_dead_by_its_silence_and_not_by_its_clock(
     tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.4)
     mine = pulse(tmp_path)
     beat = elsewhere()
     mine.job.beat(beat)
@@ -174,8 +176,8 @@ def test_a_rank_on_another_node_is_told_dead_by_its_silence_and_not_by_its_clock
 def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
     tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.6)
-    monkeypatch.setattr(worker, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.6)
+    monkeypatch.setattr(module, "STALL_SECONDS", 0.3)
     mine = pulse(tmp_path)
     mine.job.beat(elsewhere())
     looks, attempt = [0], Job.attempt
@@ -193,9 +195,40 @@ def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
 
 
 def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "JOIN_SECONDS", 0.0)
+    monkeypatch.setattr(module, "JOIN_SECONDS", 0.0)
     mine = pulse(tmp_path, ranks=3)
     mine.job.beat(replace(elsewhere(), time=time.time()))
     with beating(mine):
         until(lambda: left)
     assert "rank 2 of 3 has not started" in own_word(mine.job).message
+
+
+def test_a_job_that_was_given_up_ends_its_ranks_and_is_not_requeued(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
+    mine = pulse(tmp_path)
+    mine.job.end(Ending(rank=1, status="stopped", message="stopped with 3 units not begun"))
+    mine.job.note("settled", {"state": "stopped", "kind": "lost", "reason": "neither in the queue nor in accounting"})
+    with beating(mine):
+        until(lambda: left)
+    word = own_word(mine.job)
+    assert left == [1] and not requeued
+    assert (word.status, word.kind) == ("failed", "lost") and "neither in the queue nor in accounting" in word.message
+
+
+def test_a_rank_on_its_way_out_does_not_requeue_a_job_that_was_given_up(tmp_path: Path, requeued: list[str]) -> None:
+    mine = pulse(tmp_path)
+    requeue(mine)
+    assert requeued == ["7"]
+    mine.job.note("settled", {"state": "stopped", "kind": "lost", "reason": "gone"})
+    requeue(mine)
+    assert requeued == ["7"]
+
+
+def test_an_error_of_its_own_is_not_taken_for_the_echo_of_another_ranks(tmp_path: Path) -> None:
+    mine = pulse(tmp_path)
+    mine.job.end(Ending(rank=1, status="failed", kind="bug", message="KeyError: 'x'"))
+    own = Ending(rank=0, status="failed", kind="bug", message="ValueError: y", error_type="ValueError", traceback="T")
+    assert mine.explained(own) == own
+    echo = replace(own, message="RuntimeError: Connection closed by peer", error_type="RuntimeError")
+    found = mine.explained(echo)
+    assert (found.status, found.kind, found.traceback) == ("stopped", "", "T")
+    assert "rank 1 failed" in found.message and "Connection closed by peer" in found.message

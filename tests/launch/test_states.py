@@ -19,9 +19,9 @@ import pytest
 from ksweep.launch import answers, slurm, states, submission
 from ksweep.launch.answers import Answer
 from ksweep.launch.job import Ending, Heartbeat, Job, create
+from ksweep.launch.requeue import is_stuck
 from ksweep.launch.slurm import Accounted, Queued
 from ksweep.launch.states import Traces, explained, told
-from ksweep.launch.worker import is_stuck
 
 NOW = time.time()
 

@@ -114,8 +114,8 @@ def test_a_job_on_four_tasks_is_finished_on_two(long: Sweep, tmp_path: Path) -> 
     until("its end", lambda: states.verdict(jobs(four)[0]).state not in states.LIVE)
     done = run(replace(long, resources=replace(long.resources, tasks=2)), "--wait")
     assert done.code == 0, done.err
-    rows = ask(long, "SELECT status, error_type, num_ranks, num_draws_reused > 0 FROM runs ORDER BY finished")
-    assert rows == [("stopped", "cancelled", None, None), ("finished", None, 2, True)]
+    rows = ask(long, "SELECT status, error_class, num_ranks, num_draws_reused > 0 FROM runs ORDER BY finished")
+    assert rows == [("stopped", "cancelled", 4, None), ("finished", None, 2, True)]
     assert texts(long) == undisturbed(long, tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_failed_cells_are_reported_and_run_again_only_when_asked(sweep: Sweep) -
     assert failed.code == 1 and "torch sees 0" in failed.err
     again = run(broken)
     assert again.code == 1 and "--retry" in again.err and len(jobs(sweep)) == 1
-    [(kind, message, words, host)] = ask(sweep, "SELECT error_type, error_message, tracebacks, host FROM runs")
+    [(kind, message, words, host)] = ask(sweep, "SELECT error_class, error_message, tracebacks, host FROM runs")
     assert "torch sees 0" in message and any("_device" in w for w in words) and host.startswith("gpu") and kind == "failure"
     assert run(sweep, "--retry", "--wait").code == 0
     assert ask(sweep, "SELECT status FROM runs ORDER BY finished") == [("failed",), ("finished",)]

@@ -1,0 +1,128 @@
+"""How a job went: `attempts/<job>.json`, an entry for each start and rank. Written once, by whoever finds that the job is over.
+
+The file is written beside its place and linked into it, so whoever sees it sees all of it, and the first of two who tell the same
+job wins. It carries the SHA-256 of its entries: what was cut short or altered later is refused by name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ksweep.files import publish
+from ksweep.registry.landing import LandingError
+
+FOLDER = "attempts"
+FORMAT = 1
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One rank in one start of a job; registry/schema.sql says what each field means (table attempts). Unknown is None."""
+
+    job: str
+    start: int
+    rank: int
+    num_ranks: int
+    sweep: str
+    cells: tuple[str, ...]
+    cell_key: str | None = None
+    label: str | None = None
+    slurm_id: str | None = None
+    host: str | None = None
+    device: str | None = None
+    gpu: str | None = None
+    began: datetime | None = None
+    ended: datetime | None = None
+    phase: str | None = None
+    done: int | None = None
+    total: int | None = None
+    status: str
+    error_class: str | None = None
+    error_type: str | None = None
+    message: str | None = None
+    traceback: str | None = None
+    last_log_lines: str | None = None
+    requeued: str | None = None
+    why: str
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Attempt:
+        """An entry of a file; fields that this version does not know are left out."""
+        known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        known |= {name: datetime.fromisoformat(known[name]) for name in ("began", "ended") if known.get(name)}
+        return cls(**known | {"cells": tuple(known["cells"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, times in UTC."""
+        times = {
+            name: None if (t := getattr(self, name)) is None else t.astimezone(UTC).isoformat() for name in ("began", "ended")
+        }
+        return asdict(self) | times
+
+
+def land(registry_root: Path | str, attempts: Sequence[Attempt]) -> None:
+    """Write what one job leaves; nothing where that has been done."""
+    [job] = {attempt.job for attempt in attempts}
+    entries = [attempt.to_json() for attempt in attempts]
+    text = json.dumps({"format": FORMAT, "job": job, "sha256": _digest(entries), "attempts": entries}, indent=1)
+    place = Path(registry_root) / FOLDER / f"{job}.json"
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(8)}.part")
+    if place.exists():
+        return
+    publish(temporary, text.encode())
+    try:
+        os.link(temporary, place)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.replace(temporary, place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def landed(registry_root: Path | str) -> set[str]:
+    """Jobs that have been told; what is still being written begins with a dot."""
+    try:
+        names = os.listdir(Path(registry_root) / FOLDER)
+    except FileNotFoundError:
+        return set()
+    return {name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")}
+
+
+def read(path: Path) -> list[Attempt]:
+    """A job's attempts, checked against what the file says about them.
+
+    Raises:
+        LandingError: what is wrong, with the file's name.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+        entries = raw["attempts"]
+        if raw["format"] > FORMAT:
+            raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {FORMAT}: update ksweep")
+        if raw["sha256"] != _digest(entries):
+            raise LandingError(f"{path.name} is not what was written: its entries were altered")
+        found = [Attempt.from_json(entry) for entry in entries]
+    except OSError as error:
+        raise LandingError(f"{path.name} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LandingError(f"{path.name} holds no attempts of a job ({error}): cut short or altered") from error
+    if {attempt.job for attempt in found} != {path.stem}:
+        raise LandingError(f"{path.name} tells of another job: was the file renamed or copied?")
+    return found
+
+
+def _digest(entries: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
