@@ -125,11 +125,12 @@ def attempts_of(job: Job, verdict: states.Verdict) -> list[Attempt]:
     for start in starts:
         newest = start == starts[-1]
         of_start = common | {"start": start, **_end_of_start(job, start, verdict, newest=newest)}
+        wish = (job.noted("requeued", start) or {}).get("why", "")
         beats = {beat.rank: beat for beat in job.heartbeats(start)}
         endings = {ending.rank: ending for ending in job.endings(start)}
         for rank in range(spec["num_ranks"]):
             beat, ending = beats.get(rank), endings.get(rank)
-            told = _of_beat(beat, labels) | _of_ending(ending, verdict, of_start["requeued"], newest=newest)
+            told = _of_beat(beat, labels) | _of_ending(ending, verdict, wish, newest=newest)
             told["ended"] = _utc(ending.time if ending else beat.time if beat else None)
             lines = job.last_log_lines(rank, start) or None
             found.append(Attempt(**of_start, **told, rank=rank, last_log_lines=lines))
@@ -138,11 +139,11 @@ def attempts_of(job: Job, verdict: states.Verdict) -> list[Attempt]:
 
 def _end_of_start(job: Job, start: int, verdict: states.Verdict, *, newest: bool) -> dict[str, Any]:
     """Why a start of a job ended, and why it was put back into the queue, if it was."""
-    note = job.noted("requeued", start)
-    again = note["why"] + (f" (Slurm refused: {note['refused']})" if "refused" in note else "") if note else None
+    note = job.noted("requeued", start) or {}
     if newest:
-        return {"requeued": again, "why": _because(verdict)}
-    again = again or "by Slurm: killed, preempted or its node lost before it could say so"
+        return {"requeued": None if "refused" in note else note.get("why"), "why": _because(verdict)}
+    # A preempted job may find that Slurm has put it back already, and refuses to do it twice.
+    again = note.get("why", "by Slurm: killed, preempted or its node lost before it could say so")
     return {"requeued": again, "why": f"requeued: {again}"}
 
 
@@ -161,8 +162,11 @@ def _of_beat(beat: Heartbeat | None, labels: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_ending(ending: Ending | None, verdict: states.Verdict, requeued: str | None, *, newest: bool) -> dict[str, Any]:
-    """What a rank said about its end; of one that said nothing, what is said of the job where that fits it."""
+def _of_ending(ending: Ending | None, verdict: states.Verdict, wish: str, *, newest: bool) -> dict[str, Any]:
+    """What a rank said about its end; of one that said nothing, what is said of the job where that fits it.
+
+    `wish` is why the start wanted to be put back into the queue, if it did.
+    """
     if ending is None:
         # Of a job that a rank ended with words of its own, the silent ones are not to blame.
         known = (
@@ -171,8 +175,8 @@ def _of_ending(ending: Ending | None, verdict: states.Verdict, requeued: str | N
         told = {"error_class": verdict.kind or None, "message": verdict.reason} if known else {}
         return {"status": "gone", **told}
     kind = ending.kind if ending.status == "failed" else ""
-    if ending.status == "stopped" and (requeued or verdict.state == "stopped"):
-        kind = REQUEUED.get(requeued or "", "" if requeued else verdict.kind)
+    if ending.status == "stopped":
+        kind = REQUEUED.get(wish) or (verdict.kind if newest and verdict.state == "stopped" else "")
     return {
         "status": ending.status, "error_class": kind or None, "error_type": ending.error_type or None,
         "message": ending.message or None, "traceback": ending.traceback or None,

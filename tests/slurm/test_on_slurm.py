@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from ksweep import Cell, Resources, Sweep
+from ksweep.keys import cell_keys
 from ksweep.launch import slurm as commands
 from ksweep.launch import states, submission
 from ksweep.launch.job import create
+from ksweep.reconcile import book_ended
 from ksweep.sweep import sweep_main
 from tests.slurm.bed import ROOT, ask, command, jobs, run, slurm, texts, until
 
@@ -103,6 +105,9 @@ def test_a_preempted_sweep_comes_back_and_ends_with_the_draws_of_an_undisturbed_
     assert job.attempt() == 1 and (job.noted("requeued", 0) or {})["why"] == "preempted"
     [(status, sampled, reused)] = ask(low, "SELECT status, num_draws_sampled, num_draws_reused FROM runs")
     assert status == "finished" and reused > 0 and sampled + reused == 128 * 32
+    told = ask(low, "SELECT start, host, status, error_class, requeued, total > 0, began < ended FROM attempts ORDER BY start")
+    assert told[0] == (0, "gpu3", "stopped", "preempted", "preempted", True, True)
+    assert told[1][:5] == (1, "gpu3", "finished", None, None)
     assert texts(low) == undisturbed(low, tmp_path)
 
 
@@ -128,8 +133,30 @@ def test_failed_cells_are_reported_and_run_again_only_when_asked(sweep: Sweep) -
     assert again.code == 1 and "--retry" in again.err and len(jobs(sweep)) == 1
     [(kind, message, words, host)] = ask(sweep, "SELECT error_class, error_message, tracebacks, host FROM runs")
     assert "torch sees 0" in message and any("_device" in w for w in words) and host.startswith("gpu") and kind == "failure"
+    [(ranks,)] = ask(sweep, "SELECT ranks FROM v_failures")
+    assert [(r["host"], r["error_class"], "_device" in r["traceback"]) for r in ranks] == [(host, "failure", True)]
     assert run(sweep, "--retry", "--wait").code == 0
     assert ask(sweep, "SELECT status FROM runs ORDER BY finished") == [("failed",), ("finished",)]
+    ends = "SELECT r.status, a.status FROM runs AS r JOIN attempts AS a USING (job, start) ORDER BY r.finished"
+    assert ask(sweep, ends) == [("failed", "failed"), ("finished", "finished")]
+
+
+def test_every_rank_of_a_failed_job_is_in_the_registry_with_words_of_its_own(sweep: Sweep, tmp_path: Path) -> None:
+    key = cell_keys(sweep.cell).cell
+    (tmp_path / "registry").mkdir()
+    argument = {"sweep": "tiny", "cells": [asdict(sweep.cell)], "registry": sweep.registry, "resources": {}, "origin": {}}
+    job = create(tmp_path / "logs", "tests.slurm.entries:two_ranks_raise", argument, 2, cluster="slurm", cells=[(key, "tiny")])
+    submission.submit(tmp_path / "logs", [job], replace(sweep.resources, nodes=2), "both")
+    until("its end", lambda: states.verdict(job).state not in states.LIVE)
+    book_ended(tmp_path / "logs")
+    rows = ask(sweep, "SELECT rank, slurm_id, host, status, error_class, message, last_log_lines, traceback FROM attempts")
+    for rank, number, host, status, kind, message, lines, traceback in sorted(rows):
+        assert (number, status, kind) == (job.slurm_id(), "failed", "bug") and host.startswith("gpu")
+        assert message == f"ValueError: what only rank {rank} knows" and message in traceback
+        assert f"rank {rank} ksweep.launch.worker: failed" in lines and "(its traceback)" in lines
+    assert len({host for _, _, host, *_ in rows}) == 2
+    [(words, kind)] = ask(sweep, "SELECT tracebacks, error_class FROM runs")
+    assert len(words) == 2 and kind == "bug"
 
 
 WRAPPER = """#!/bin/bash
