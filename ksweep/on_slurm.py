@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import ksweep
 from ksweep.errors import RunError, SpecError
 from ksweep.launch import snapshot, states, submission
 from ksweep.launch import submit as launch
@@ -40,9 +42,9 @@ def submit(sweep: Sweep, missing: Missing, at_work: Iterable[Job] = ()) -> list[
     resources = sweep.resources
     code = snapshot.take(logs)
     jobs = [job_for(sweep, group, "slurm") for group in groups(sweep, missing)]
-    if code is not None:
-        for job in jobs:
-            job.note("code", {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None})
+    told = _told(code)
+    for job in jobs:
+        job.note("code", told)
     try:
         done = submission.submit(
             logs, jobs, resources, sweep.name, code.path if code else None, beside=_numbers_of(sweep, at_work)
@@ -58,6 +60,15 @@ def submit(sweep: Sweep, missing: Missing, at_work: Iterable[Job] = ()) -> list[
             f"the other {len(done.left)} ({done.why}): the same command submits them, `ksweep watch {sweep.name}` shows the rest"
         )
     return jobs
+
+
+def _told(code: snapshot.Code | None) -> dict[str, str | None]:
+    """Where a job's code comes from, for its record."""
+    if code is not None:
+        return {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None}
+    place, version = Path(ksweep.__file__).parent, f"ksweep {ksweep.__version__}"
+    print(f"jobs run the installed {version} in {place} itself: leave it as it is while they do", file=sys.stderr)
+    return {"path": str(place), "commit": version, "diff": None}
 
 
 def _numbers_of(sweep: Sweep, jobs: Iterable[Job]) -> list[str]:

@@ -43,6 +43,8 @@ class _Word:
     numbers: frozenset[str] = frozenset()
     users: frozenset[str] = frozenset()
     reachable: bool = False
+    here: str | None = None
+    """The cluster that said it."""
     at: float = 0.0
     asked: float = float("-inf")
     """By the monotonic clock."""
@@ -60,18 +62,19 @@ _last = _Word()
 
 def ask(jobs: Sequence[Job]) -> dict[str, Answer]:
     """Slurm's answer about each job, by its id, as old as ASK_SECONDS at most; about jobs without a number it says nothing."""
-    here = slurm.cluster_name() if jobs else None
-    places = {job.id: cluster_of(job) for job in jobs}
-    away = {name: place for name, place in places.items() if place and here and place != here}
-    numbers = {job.id: n for job in jobs if job.id not in away and (n := job.slurm_id()) is not None}
+    numbers = {job.id: n for job in jobs if (n := job.slurm_id()) is not None}
     owners = {job.id: _owner(job) for job in jobs}
     word = _word(frozenset(numbers.values()), frozenset(owners[name] for name in numbers)) if numbers else _Word()
-    found = {job.id: _answer(job, numbers.get(job.id), word) for job in jobs}
-    found |= {
-        name: Answer(reachable=False, elsewhere=f"it is on cluster {place}, and this command runs on {here}")
-        for name, place in away.items()
-    }
-    return {name: _from_afar(answer) if owners[name] != getpass.getuser() else answer for name, answer in found.items()}
+    found = {}
+    for job in jobs:
+        place = cluster_of(job)
+        if place and word.here and place != word.here:
+            why = f"it is on cluster {place}, and this command runs on {word.here}"
+            found[job.id] = Answer(reachable=False, elsewhere=why, at=word.at)
+        else:
+            answer = _answer(job, numbers.get(job.id), word)
+            found[job.id] = _from_afar(answer) if owners[job.id] != getpass.getuser() else answer
+    return found
 
 
 def cluster_of(job: Job) -> str | None:
@@ -108,7 +111,7 @@ def _word(numbers: frozenset[str], users: frozenset[str]) -> _Word:
 def _round(numbers: frozenset[str], users: frozenset[str], before: float) -> _Word:
     """Ask about jobs, and say how long the answer stands."""
     base = float(os.environ.get("KSWEEP_SLURM_SECONDS", ASK_SECONDS))
-    at, word = time.time(), _Word(numbers=numbers, users=users, pause=base)
+    at, word = time.time(), _Word(numbers=numbers, users=users, here=slurm.cluster_name(), pause=base)
     try:
         queued = {entry.id: entry for entry in slurm.queue(user=",".join(sorted(users)))}
     except slurm.SlurmError:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ksweep.files import on_local_disk
+from ksweep.files import on_local_disk, publish
 from ksweep.launch import slurm, submission
 from ksweep.launch.answers import Answer, ask
-from ksweep.launch.job import Ending, Heartbeat, Job, all_jobs, is_alive
+from ksweep.launch.job import Ending, Heartbeat, Job, is_alive
 
 FRESH_SECONDS = 20.0
 """A heartbeat younger than this says that the job runs; Slurm is not asked."""
@@ -26,6 +28,9 @@ RECORD_SECONDS = 75.0
 
 NFS believes what it knows of a directory for up to 60 s (acdirmax); a file that another node has put there appears after that.
 """
+SETTLED = ".settled"
+SETTLED_AT_ONCE = 50
+"""So many are looked into each time, instead of writing the file each time."""
 LookAgain = Literal["", "queue", "record", "either"]
 WORDS_LINES, WORDS_BYTES = 50, 4096
 ENDED_LINES = 5
@@ -150,9 +155,14 @@ def explain(job: Job, answer: Answer) -> Verdict:
     traces = Traces(
         requeued=(job.noted("requeued", job.attempt()) or {}).get("why", ""), asked=job.asked_to_end(),
         stopped=next((e.message for e in endings if e.status == "stopped"), ""), spoke=bool(endings or job.heartbeats()),
-        words=_last_words(job),
+        # Looked up for those that are gone: a listing of the output of a whole array, for each of its elements that wait.
+        words=_last_words(job) if answer.reachable and not _is_queued(answer) else "",
     )  # fmt: skip
     return explained(number, answer, traces)
+
+
+def _is_queued(answer: Answer) -> bool:
+    return answer.queued is not None and answer.queued.state in (*slurm.ALIVE, *slurm.WAITING)
 
 
 def _last_words(job: Job) -> str:
@@ -294,9 +304,28 @@ class Survey:
         return "waiting" if found.state == "waiting" else "running", f"job {job.id}: {found.reason}"
 
 
+def unsettled(logs: Path) -> list[Job]:
+    """Jobs whose end nobody has booked, oldest first.
+
+    After a year there are thousands that are settled: a listing, and a file that names them, spare a look into each. The file is
+    an index, and can be removed.
+    """
+    index = logs / SETTLED
+    known = set(index.read_text().split()) if index.exists() else set[str]()
+    with suppress(FileNotFoundError):
+        names = sorted(entry.name for entry in os.scandir(logs) if entry.name not in known)
+        jobs = [Job(logs / name) for name in names if (logs / name / "job.json").exists()]
+        settled = {job.id for job in jobs if job.noted("settled") is not None}
+        if len(settled) >= SETTLED_AT_ONCE:
+            with suppress(OSError):  # somebody else's logs
+                publish(index, "\n".join(sorted(known | settled)).encode())
+        return [job for job in jobs if job.id not in settled]
+    return []
+
+
 def survey(logs: Path) -> Survey:
     """Every unsettled job below a directory of logs; Slurm is asked about those that are silent."""
-    jobs = [job for job in all_jobs(logs) if job.noted("settled") is None]
+    jobs = unsettled(logs)
     found = verdicts(jobs)
     at_work = {cell["key"]: job for job in jobs if found[job.id].state in LIVE for cell in job.spec().get("cells", [])}
     return Survey(found, at_work, [(job, found[job.id]) for job in jobs if found[job.id].state not in LIVE])

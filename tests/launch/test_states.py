@@ -355,3 +355,18 @@ def test_a_survey_names_the_cells_that_are_at_work_and_the_jobs_that_ended(tmp_p
     survey = states.survey(tmp_path)
     assert set(survey.at_work) == {"one"} and [job.id for job, _ in survey.ended] == [failed.id]
     assert survey.failures == {"two": ("NaN", "NaN: loss is NaN")}
+
+
+def test_a_survey_looks_into_settled_jobs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "SETTLED_AT_ONCE", 3)
+    assert states.survey(tmp_path / "nowhere").verdicts == {}
+    jobs = [create(tmp_path, "a:b", {}, 1, cells=[("key", "n=1")]) for _ in range(5)]
+    for job in jobs[:4]:
+        job.note("settled", {"state": "finished", "reason": "", "kind": ""})
+    for _ in range(2):
+        assert set(states.survey(tmp_path).verdicts) == {jobs[4].id}
+    for job in jobs[:4]:  # looked into again, these would be open
+        (job.path / "settled.json").unlink()
+    assert set(states.survey(tmp_path).verdicts) == {jobs[4].id}
+    (tmp_path / states.SETTLED).unlink()
+    assert len(states.survey(tmp_path).verdicts) == 5
