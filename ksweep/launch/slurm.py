@@ -78,7 +78,8 @@ def ask(*command: str, text: str | None = None) -> str:
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]} has not answered within {COMMAND_SECONDS} s") from error
     if done.returncode != 0:
-        words = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        lines = [line.strip().removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+        words = " ".join(line for line in lines if line)
         raise SlurmError(f"{command[0]}: {words or f'exit code {done.returncode}'}")
     return done.stdout + (done.stderr if "--test-only" in command else "")
 

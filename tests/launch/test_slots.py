@@ -109,10 +109,9 @@ from ksweep import here
 from ksweep.launch.job import create
 from ksweep.spec import Resources
 
-here.land_ending = lambda *_: None  # these jobs compute no cell
 here.SLOT_SECONDS, (folder, count, seconds, gpus) = 0.2, sys.argv[1:]
 # gpus=0 for the ranks: nothing is behind these GPUs, so torch must not be asked for them.
-argument = {"folder": folder, "seconds": float(seconds)}
+argument = {"folder": folder, "seconds": float(seconds), "registry": f"{folder}/registry", "sweep": "test", "cells": []}
 order = partial(create, Path(folder) / "logs", "tests.launch.entries:holds_gpus", argument, 1, 0)
 here.run_jobs([order] * int(count), Resources(cluster="local", gpus=int(gpus), time=5), "test")
 """
