@@ -20,7 +20,9 @@ from ksweep.orders import Missing, groups, job_for, logs_of
 from ksweep.reconcile import book
 from ksweep.spec import Sweep
 
-SLURM_POLL_SECONDS = 2.0
+POLL_SECONDS = 2.0
+POLL_SECONDS_A_JOB = 0.01
+"""Looking at a job's files takes some ten questions to a file system that is shared by many."""
 
 
 def with_shape(sweep: Sweep) -> Sweep:
@@ -88,7 +90,7 @@ def wait(jobs: Sequence[Job], sweep: Sweep) -> None:
                     if verdict.state not in states.LIVE and book(live[name], verdict):
                         ended.append((live.pop(name), verdict))
                 watch.show_jobs(found, {job.id: job.heartbeats() for job in live.values()})
-                time.sleep(SLURM_POLL_SECONDS if live else 0)
+                time.sleep(max(POLL_SECONDS, POLL_SECONDS_A_JOB * len(live)) if live else 0)
         except KeyboardInterrupt:
             raise RunError(
                 f"no longer waiting: {len(live)} jobs go on without this command. `ksweep watch {sweep.name}` shows them, "
