@@ -52,13 +52,15 @@ ErrorClass = Literal[
     "stopped",
     "killed",
     "lost",
+    "setup",
     "failure",
     "bug",
 ]
 """Why a run, a job or a rank ended before its time. What is to be done about it follows from the class, not the Python type.
 
 time limit: starts that reach their limit without publishing anything. timeout: killed at its limit. stopped: asked to. killed:
-its processes are gone. lost: Slurm knows nothing of it any more. failure: what ksweep refuses while running. bug: the rest.
+its processes are gone. lost: Slurm knows nothing of it any more. setup: it ended in the
+shell lines before Python. failure: what ksweep refuses while running. bug: the rest.
 """
 ERROR_CLASSES: tuple[str, ...] = get_args(ErrorClass)
 

@@ -105,10 +105,11 @@ LAUNCHER = """
 import sys
 from functools import partial
 from pathlib import Path
-from ksweep import here
+from ksweep import here, reconcile
 from ksweep.launch.job import create
 from ksweep.spec import Resources
 
+reconcile._land_run = lambda *_: None  # these jobs compute no cell
 here.SLOT_SECONDS, (folder, count, seconds, gpus) = 0.2, sys.argv[1:]
 # gpus=0 for the ranks: nothing is behind these GPUs, so torch must not be asked for them.
 argument = {"folder": folder, "seconds": float(seconds), "registry": f"{folder}/registry", "sweep": "test", "cells": []}
