@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
+from ksweep import evaluated
 from ksweep.draws import DrawsStore
 from ksweep.errors import DataError, RunError
 from ksweep.explain import UnitWork
@@ -136,6 +137,7 @@ def evaluate(cell: Cell, place: Place, ranks: Ranks, models: Models) -> str | No
                 f"draws of {keys.name} are missing right after they were taken: is {store.path} being changed by someone?"
             )
         found = _measure(cell, vectors, store, draws, _empty_text(cell, store, models))
+        evaluated.describe(place.registry, vectors, cell.autoencoder.scoring_kind)
         for note in found.reference.notes:
             log.warning("%s: %s", keys.name, note)
     return _land(cell, keys, place, ranks, clock, found, draws, before)

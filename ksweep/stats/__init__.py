@@ -9,10 +9,25 @@
     donors = derangement(len(vectors), seed=0, documents=documents)
     control = fve_curve(errors_of_donors_draws, documents, baseline)    # selection alone climbs with K too
 
-`fve`: error, baseline and their ratio. `best_of_k`: order statistics. `bootstrap`: intervals. `controls`:
-what to hold the curve against.
+    low, high = difference_band(hotter, curve)          # holds for all K at once
+    held_out_best([errors, hot_errors], documents, baseline, k=16)      # the better one, without the winner's curse
+
+`fve`: error, baseline and their ratio. `best_of_k`: order statistics. `bootstrap`: intervals. `bands`: all K at
+once, gains per doubling, and why nothing is predicted beyond N. `selection`: the best of several settings. `groups`: FVE within
+groups, and heavy tails. `controls`: what to hold the curve against.
 """
 
+from ksweep.stats.bands import (
+    curve_band,
+    difference_at_own_best,
+    difference_band,
+    effective_subsets,
+    few_subsets,
+    gain_per_doubling,
+    mean_gain_per_doubling,
+    simultaneous_band,
+    tokens_drawn,
+)
 from ksweep.stats.best_of_k import (
     best_of_k_errors,
     best_of_k_errors_over_successes,
@@ -39,33 +54,53 @@ from ksweep.stats.fve import (
     stated_baseline,
     unit_scaled,
 )
+from ksweep.stats.groups import GroupCurve, Tails, group_curves, quantile_groups, tails, within_group_distances
 from ksweep.stats.reference import prefix_of_k_errors, prefix_of_k_select
+from ksweep.stats.selection import HeldOutBest, halves, held_out_best
 
 __all__ = [
     "ORTHOGONAL_ERROR",
     "Baseline",
     "FveCurve",
+    "GroupCurve",
+    "HeldOutBest",
     "Interval",
     "Retrieval",
     "ScoringKind",
+    "Tails",
     "best_of_k_errors",
     "best_of_k_errors_over_successes",
     "best_of_k_failure_rates",
     "best_of_k_select",
     "best_of_k_weights",
     "cosines",
+    "curve_band",
     "derangement",
+    "difference_at_own_best",
+    "difference_band",
+    "effective_subsets",
     "evaluated_set_baseline",
+    "few_subsets",
     "fve",
     "fve_curve",
     "gain_over",
+    "gain_per_doubling",
+    "group_curves",
+    "halves",
+    "held_out_best",
+    "mean_gain_per_doubling",
     "mean_reconstructions",
     "mean_vector_error",
     "paired_difference",
     "prefix_of_k_errors",
     "prefix_of_k_select",
+    "quantile_groups",
     "reconstruction_errors",
     "retrieval",
+    "simultaneous_band",
     "stated_baseline",
+    "tails",
+    "tokens_drawn",
     "unit_scaled",
+    "within_group_distances",
 ]

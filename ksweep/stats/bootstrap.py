@@ -176,6 +176,12 @@ def paired_difference(curve: FveCurve, reference: FveCurve, level: float = 0.95)
     """FVE of `curve` minus FVE of `reference` at each K, paired: what both share (hard documents) cancels."""
     if curve.k.tolist() != reference.k.tolist():
         raise ValueError(f"the curves have different K: {_brief(curve.k)} and {_brief(reference.k)}; pass the same `ks`")
+    paired_with(curve, reference)
+    return interval_of(curve.fve - reference.fve, curve.replicates - reference.replicates, curve.resampling, level)
+
+
+def paired_with(curve: FveCurve, reference: FveCurve) -> None:
+    """Refuse two curves whose replicates do not belong together."""
     ours, theirs = curve.resampling, reference.resampling
     if ours != theirs:
         raise ValueError(
@@ -185,7 +191,6 @@ def paired_difference(curve: FveCurve, reference: FveCurve, level: float = 0.95)
             f"{ours.num_replicates} and {theirs.num_replicates} replicates, "
             f"seeds {ours.seed} and {theirs.seed}; recompute both over the same documents, alike"
         )
-    return _interval(curve.fve - reference.fve, curve.replicates - reference.replicates, ours, level)
 
 
 def gain_over(curve: FveCurve, k: int = 1, level: float = 0.95) -> Interval:
@@ -193,7 +198,7 @@ def gain_over(curve: FveCurve, k: int = 1, level: float = 0.95) -> Interval:
     if k not in curve.k:
         raise ValueError(f"the curve has no K = {k}; it has {_brief(curve.k)}")
     at = int(np.flatnonzero(curve.k == k)[0])
-    return _interval(curve.fve - curve.fve[at], curve.replicates - curve.replicates[:, [at]], curve.resampling, level)
+    return interval_of(curve.fve - curve.fve[at], curve.replicates - curve.replicates[:, [at]], curve.resampling, level)
 
 
 def unique_documents(
@@ -281,18 +286,18 @@ def _replicate_fve(
     weights: Int[np.ndarray, "replicate document"],
 ) -> Float[np.ndarray, "replicate k"]:
     distances = np.full(len(best), baseline.value) if baseline.distances is None else baseline.distances
-    sums = _replicate_sums(np.column_stack([best, distances]), membership, weights)
+    sums = replicate_sums(np.column_stack([best, distances]), membership, weights)
     # A replicate of documents that all sit on the mean has nothing to explain: -inf, an end of the range.
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(1 - sums[:, :-1] / sums[:, -1:])
 
 
-def _replicate_sums(
+def replicate_sums(
     values: Float[np.ndarray, "activation value"],
     membership: Int[np.ndarray, " activation"],
     weights: Int[np.ndarray, "replicate document"],
 ) -> Float[np.ndarray, "replicate value"]:
-    """Sums over each replicate; documents are summed first, so the product does not grow with activations."""
+    """Sums over each replicate of `document_weights`; documents first, so the product does not grow with activations."""
     order = np.argsort(membership, kind="stable")
     starts = np.flatnonzero(np.diff(membership[order], prepend=-1))
     per_document = np.add.reduceat(values[order], starts, axis=0)
@@ -304,12 +309,13 @@ def _replicate_sums(
     )
 
 
-def _interval(
+def interval_of(
     estimate: Float[np.ndarray, " k"],
     replicates: Float[np.ndarray, "replicate k"],
     resampling: Resampling,
     level: float,
 ) -> Interval:
+    """Any quantity with its values in the shared replicates as an interval over documents."""
     low, high = percentile_interval(replicates, resampling.num_documents, level)
     return Interval(
         estimate=estimate,

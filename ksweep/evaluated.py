@@ -1,0 +1,114 @@
+"""What is known of each evaluated activation: `registry/activations/<key>/<scoring>-<number>.parquet`, a row an activation.
+
+Written once when the first run over these activations lands and shared by all later ones. With the draws it holds all that a
+comparison of cells or a breakdown into groups needs, so that neither vectors nor models have to be there a year later.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ksweep import stats
+from ksweep.files import publish
+
+if TYPE_CHECKING:
+    from ksweep.activations.store import ActivationTable
+
+SCHEMA = pa.schema(
+    [
+        ("activations_key", pa.string()),
+        ("num_activations", pa.int64()),
+        ("scoring", pa.string()),
+        ("activation", pa.int64()),
+        ("row_id", pa.string()),
+        ("document", pa.string()),
+        ("position", pa.int32()),
+        ("role", pa.string()),
+        ("norm", pa.float64()),
+        ("position_bucket", pa.string()),
+        ("norm_quartile", pa.string()),
+        ("distance", pa.float64()),
+        ("distance_in_role", pa.float64()),
+        ("distance_in_position_bucket", pa.float64()),
+        ("distance_in_norm_quartile", pa.float64()),
+    ]
+)
+"""`distance`: squared distance per dimension from the mean of the first `num_activations`, in the space where `scoring`
+(normalised or raw) takes differences; their mean is the evaluated-set baseline. `distance_in_...`: from the mean of the
+activation's own group; null where the group is not known."""
+
+GROUPINGS = ("role", "position_bucket", "norm_quartile")
+BUCKET_STARTS = (0, 16, 64, 256, 1024, 4096)
+
+
+def describe(registry: Path, vectors: ActivationTable, kind: stats.ScoringKind) -> None:
+    """Keep what is known of these activations, unless it is there already."""
+    target = _path(registry, vectors.key, kind, len(vectors))
+    if target.exists():
+        return
+    sink = pa.BufferOutputStream()
+    pq.write_table(table_of(vectors, kind), sink, compression="zstd", write_page_checksum=True)
+    publish(target, sink.getvalue().to_pybytes())
+
+
+def read(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> pa.Table | None:
+    """The rows of the first activations under a key; None where no run has described just these."""
+    path = _path(registry, key, kind, num_activations)
+    if not path.exists():
+        return None
+    return pq.read_table(path, page_checksum_verification=True, partitioning=None)
+
+
+def table_of(vectors: ActivationTable, kind: stats.ScoringKind) -> pa.Table:
+    """The rows, from the vectors themselves."""
+    targets, n = vectors.vectors(0, len(vectors)), len(vectors)
+    norms = np.linalg.norm(targets.astype(np.float64), axis=1)
+    positions = [None if p is None else int(p) for p in vectors.column("position").tolist()]
+    groups = {
+        "role": vectors.column("role").tolist(),
+        "position_bucket": [None if p is None else position_bucket(p) for p in positions],
+        "norm_quartile": [f"Q{q + 1}" for q in stats.quantile_groups(norms)],
+    }
+    columns = {
+        "activations_key": [vectors.key] * n,
+        "num_activations": [n] * n,
+        "scoring": [kind] * n,
+        "activation": range(n),
+        "row_id": vectors.column("row_id").tolist(),
+        "document": [str(d) for d in vectors.column("document").tolist()],
+        "position": positions,
+        "norm": norms,
+        **groups,
+        "distance": stats.within_group_distances(targets, ["all"] * n, kind),
+        **{f"distance_in_{name}": _within(targets, values, kind) for name, values in groups.items()},
+    }
+    return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+def position_bucket(position: int) -> str:
+    """ "16-63" for a token position of 20; buckets grow fourfold."""
+    at = bisect.bisect_right(BUCKET_STARTS, position) - 1
+    return f"{BUCKET_STARTS[at]}-{BUCKET_STARTS[at + 1] - 1}" if at + 1 < len(BUCKET_STARTS) else f"{BUCKET_STARTS[at]}+"
+
+
+def _within(targets: np.ndarray, groups: Sequence[str | None], kind: stats.ScoringKind) -> list[float | None]:
+    known = np.array([g is not None for g in groups])
+    found: list[float | None] = [None] * len(groups)
+    if known.any():
+        names = [g for g in groups if g is not None]
+        for row, value in zip(
+            np.flatnonzero(known), stats.within_group_distances(targets[known], names, kind).tolist(), strict=True
+        ):
+            found[row] = value
+    return found
+
+
+def _path(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> Path:
+    return registry / "activations" / key / f"{kind}-{num_activations}.parquet"

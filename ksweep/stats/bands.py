@@ -1,0 +1,118 @@
+"""Bands that hold for all K at once, which K deserve less trust, and what a doubling of K buys.
+
+A pointwise interval holds for one K named beforehand. Whoever looks at a whole curve and picks a point looks at many: the band
+is for them.
+
+There is no prediction for K beyond the number of draws N, on purpose. The expected smallest of K draws is a polynomial of degree
+K in the draws' distribution, and from N < K draws no unbiased estimate of it exists (Halmos 1946). What lies below the smallest
+draw seen would come from an assumed shape of the tail, and a check on held-out draws reaches no further than the draws do. Take
+more draws: earlier ones are kept, and only the missing ones cost anything.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ksweep.stats.bootstrap import FveCurve, Interval, interval_of, paired_difference, paired_with, student_quantile
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+FEWEST_SUBSETS = 2.0
+"""Disjoint sets of K that the draws of an activation must hold for a point to be drawn in full."""
+
+
+def simultaneous_band(
+    estimate: Float[np.ndarray, " k"], replicates: Float[np.ndarray, "replicate k"], num_documents: int, level: float = 0.95
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Band that covers the whole curve with probability `level`: estimate -/+ c times its standard error at each K.
+
+    c is the `level` quantile over replicates of the largest studentised deviation over K (max-t; Montiel Olea and
+    Plagborg-Moeller 2019), widened for few documents as the pointwise interval is: Student's quantile in place of the normal one
+    of the same probability, and sqrt(n/(n - 1)). Where nothing varies (a curve less itself) the band has no width.
+    """
+    if num_documents < 2:
+        nothing = np.full(len(estimate), np.nan)
+        return nothing, nothing.copy()
+    finite = np.isfinite(replicates).all(axis=1)
+    if finite.mean() < level:  # too many replicates without variance to explain
+        nothing = np.full(len(estimate), np.nan)
+        return nothing, nothing.copy()
+    spread = replicates[finite].std(axis=0)
+    deviation = np.abs(replicates[finite] - estimate)
+    studentised = np.divide(deviation, spread, out=np.zeros_like(deviation), where=spread > 1e-12 * np.abs(estimate).max())
+    largest = np.concatenate([studentised.max(axis=1), np.full(int((~finite).sum()), np.inf)])
+    normal = float(np.quantile(largest, level, method="inverted_cdf"))
+    multiplier = student_quantile(min(NormalDist().cdf(normal), 1 - 1e-12), num_documents - 1)
+    half = multiplier * np.sqrt(num_documents / (num_documents - 1)) * spread
+    return estimate - half, estimate + half
+
+
+def curve_band(curve: FveCurve) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """The simultaneous band of a curve, beside its pointwise `fve_low` and `fve_high`."""
+    return simultaneous_band(curve.fve, curve.replicates, curve.num_documents, curve.level)
+
+
+def effective_subsets(num_draws: int, ks: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+    """Disjoint sets of K among the draws of an activation, N/K: how many independent looks at best-of-K each one gives."""
+    return num_draws / np.asarray(ks, dtype=np.float64)
+
+
+def few_subsets(num_draws: int, ks: Int[np.ndarray, " k"]) -> Bool[np.ndarray, " k"]:
+    """Whether K is so near to N that all its subsets share most of their draws (N/K < 2); K = 1 of one draw is not meant.
+
+    The estimate stays unbiased and the interval over documents holds; what is lost is averaging within an activation: at K = N
+    one lucky draw stands for all subsets.
+    """
+    ks = np.asarray(ks)
+    return np.asarray((effective_subsets(num_draws, ks) < FEWEST_SUBSETS) & (ks > 1))
+
+
+def gain_per_doubling(curve: FveCurve, level: float = 0.95) -> tuple[list[int], Interval]:
+    """FVE at 2K less FVE at K, for each K of the curve whose double is on it too, paired; and those K."""
+    at = {int(k): i for i, k in enumerate(curve.k)}
+    starts = [k for k in at if 2 * k in at]
+    if not starts:
+        raise ValueError(f"no K of the curve has its double on it: {', '.join(map(str, at))}; ask for 1, 2, 4, ...")
+    low, high = [at[k] for k in starts], [at[2 * k] for k in starts]
+    replicates = curve.replicates[:, high] - curve.replicates[:, low]
+    return starts, interval_of(curve.fve[high] - curve.fve[low], replicates, curve.resampling, level)
+
+
+def mean_gain_per_doubling(curve: FveCurve, level: float = 0.95) -> Interval:
+    """(FVE at the largest K - FVE at the smallest) / doublings between them: one number for a curve, paired; one entry."""
+    first, last = int(curve.k.argmin()), int(curve.k.argmax())
+    doublings = np.log2(curve.k[last] / curve.k[first])
+    if doublings == 0:
+        raise ValueError(f"the curve has one K, {curve.k[first]}: a gain needs two")
+    replicates = (curve.replicates[:, [last]] - curve.replicates[:, [first]]) / doublings
+    return interval_of((curve.fve[[last]] - curve.fve[[first]]) / doublings, replicates, curve.resampling, level)
+
+
+def tokens_drawn(num_tokens: Float[np.ndarray, "activation draw"], ks: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+    """Tokens sampled per activation for a best of K: mean length of a draw times K. Failed draws were paid for too."""
+    return float(np.mean(num_tokens)) * np.asarray(ks, dtype=np.float64)
+
+
+def difference_at_own_best(curve: FveCurve, reference: FveCurve, level: float = 0.95) -> tuple[int, int, Interval]:
+    """Highest FVE of `curve` less highest FVE of `reference`, each at the K where it is highest; the two K, and one entry.
+
+    For cells with different numbers of draws, such as greedy decoding, which has one. A curve is highest at its largest K but for
+    ties and failures, so picking that K flatters hardly at all.
+    """
+    paired_with(curve, reference)
+    ours, theirs = int(np.argmax(curve.fve)), int(np.argmax(reference.fve))
+    replicates = curve.replicates[:, [ours]] - reference.replicates[:, [theirs]]
+    interval = interval_of(curve.fve[[ours]] - reference.fve[[theirs]], replicates, curve.resampling, level)
+    return int(curve.k[ours]), int(reference.k[theirs]), interval
+
+
+def difference_band(
+    curve: FveCurve, reference: FveCurve, level: float = 0.95
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """The simultaneous band of `paired_difference`."""
+    difference = paired_difference(curve, reference, level)
+    return simultaneous_band(difference.estimate, curve.replicates - reference.replicates, curve.num_documents, level)

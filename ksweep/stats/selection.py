@@ -1,0 +1,120 @@
+"""The best of several settings without the winner's curse.
+
+Of several settings measured on the same activations the best one owes part of its lead to luck, the more so the more there are
+and the closer they lie: its own FVE is biased upwards. Here documents are split into two halves; the setting that is best on one
+half is measured on the other, both ways, and the two are pooled into one FVE over all documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ksweep.stats.best_of_k import best_of_k_errors, checked_ks
+from ksweep.stats.bootstrap import (
+    FveCurve,
+    document_weights,
+    fve_curve,
+    percentile_interval,
+    replicate_sums,
+    unique_documents,
+)
+from ksweep.stats.fve import ORTHOGONAL_ERROR, Baseline
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldOutBest:
+    """What choosing the best setting at one K is worth."""
+
+    k: int
+    best: int
+    """Setting with the highest FVE over all documents: the one to use."""
+    chosen: tuple[int, int]
+    """Setting chosen on the second half and measured on the first; and the other way round. Unequal: the lead is within luck."""
+    naive_fve: float
+    """FVE of `best` on the documents it was chosen on: biased upwards."""
+    curve: FveCurve
+    """One K: FVE of what was chosen without looking. It is what a choice made on half as many documents is worth, so it errs, if
+    at all, on the low side. Paired with any curve over the same documents."""
+
+    @property
+    def optimism(self) -> float:
+        """How much the naive number promises beyond the held-out one."""
+        return self.naive_fve - float(self.curve.fve[0])
+
+
+def halves(documents: Sequence[str] | Sequence[int] | np.ndarray, seed: int = 0) -> Bool[np.ndarray, " activation"]:
+    """Whether each activation belongs to the second half of the documents: one split, fixed by the documents and the seed."""
+    names, membership = unique_documents(documents)
+    if len(names) < 2:
+        raise ValueError("choosing on one half of the documents and measuring on the other needs at least two documents")
+    second = np.zeros(len(names), dtype=bool)
+    second[np.random.default_rng(seed).permutation(len(names))[: len(names) // 2]] = True
+    return np.asarray(second[membership])
+
+
+def held_out_best(
+    errors: Sequence[Float[np.ndarray, "activation draw"]],
+    documents: Sequence[str] | Sequence[int] | np.ndarray,
+    baseline: Baseline,
+    k: int,
+    *,
+    failed_error: float | Float[np.ndarray, " activation"] = ORTHOGONAL_ERROR,
+    num_replicates: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> HeldOutBest:
+    """Best of K with the setting chosen on one half of the documents and measured on the other, both ways, pooled.
+
+    `errors` has one array for each setting, over the same activations; numbers of draws may differ. Both halves share the
+    baseline of all activations, so that pooling them is 1 - sum of errors / sum of distances, as everywhere.
+
+    The choice is made again in every replicate. In simulation the interval at nominal 95 % covered 95 % with a clear winner and
+    up to 99.8 % where settings are alike. With the two choices held fixed it covered 88 %: both halves then are lucky or unlucky
+    together, since where the choices differ each half measures the setting that another one beat on it.
+    """
+    best = np.stack([best_of_k_errors(e, checked_ks([k], np.shape(e)[1]), failed_error)[:, 0] for e in errors])
+    second = halves(documents, seed)
+    on_first, on_second = (int(best[:, half].mean(axis=1).argmin()) for half in (~second, second))
+    held_out = np.where(second, best[on_first], best[on_second])
+    overall = best.mean(axis=1)
+    curve = fve_curve(held_out[:, None], documents, baseline, num_replicates=num_replicates, seed=seed, level=level)
+    replicates = _choosing_again(best, second, documents, baseline, num_replicates, seed)
+    low, high = percentile_interval(replicates, curve.num_documents, level)
+    return HeldOutBest(
+        k=k,
+        best=int(overall.argmin()),
+        chosen=(on_second, on_first),
+        naive_fve=float(1 - overall.min() / baseline.value),
+        curve=replace(curve, k=np.array([k]), num_draws=k, replicates=replicates, fve_low=low, fve_high=high),
+    )
+
+
+def _choosing_again(
+    best: Float[np.ndarray, "setting activation"],
+    second: Bool[np.ndarray, " activation"],
+    documents: Sequence[str] | Sequence[int] | np.ndarray,
+    baseline: Baseline,
+    num_replicates: int,
+    seed: int,
+) -> Float[np.ndarray, "replicate 1"]:
+    """Held-out FVE in each replicate of the documents, with the setting chosen in that replicate."""
+    names, membership = unique_documents(documents)
+    distances = np.full(len(second), baseline.value) if baseline.distances is None else baseline.distances
+    weights = document_weights(len(names), num_replicates, seed)
+    values = np.concatenate([best * ~second, best * second, [distances], [~second], [second]]).T
+    sums = replicate_sums(values, membership, weights)
+    count = len(best)
+    first, other, (total, num_first, num_other) = sums[:, :count], sums[:, count : 2 * count], sums[:, 2 * count :].T
+    rows = np.arange(num_replicates)
+    # A replicate of one half alone has nothing to choose on for it: the choice stays what it was.
+    on_first = np.where(num_first == 0, best[:, ~second].sum(axis=1).argmin(), first.argmin(axis=1))
+    on_second = np.where(num_other == 0, best[:, second].sum(axis=1).argmin(), other.argmin(axis=1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(1 - (other[rows, on_first] + first[rows, on_second]) / total)[:, None]
