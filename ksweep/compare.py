@@ -33,21 +33,21 @@ from ksweep.spec import Autoencoder, Scoring
 
 log = logging.getLogger(__name__)
 
-Grouping = Literal["role", "position_bucket", "norm_quartile", "document"]
+Grouping = Literal["role", "position", "norm", "document"]
 
 COMPARISON_SCHEMA = pa.schema(
     [
-        ("cell_a", pa.string()),
-        ("label_a", pa.string()),
-        ("run_a", pa.string()),
-        ("cell_b", pa.string()),
-        ("label_b", pa.string()),
-        ("run_b", pa.string()),
+        ("cell", pa.string()),
+        ("label", pa.string()),
+        ("run_id", pa.string()),
+        ("other_cell", pa.string()),
+        ("other_label", pa.string()),
+        ("other_run_id", pa.string()),
         ("k", pa.int32()),
-        ("k_a", pa.int32()),
-        ("k_b", pa.int32()),
-        ("fve_a", pa.float64()),
-        ("fve_b", pa.float64()),
+        ("own_k", pa.int32()),
+        ("other_k", pa.int32()),
+        ("fve", pa.float64()),
+        ("other_fve", pa.float64()),
         ("difference", pa.float64()),
         ("difference_low", pa.float64()),
         ("difference_high", pa.float64()),
@@ -55,8 +55,8 @@ COMPARISON_SCHEMA = pa.schema(
         ("band_high", pa.float64()),
         ("level", pa.float64()),
         ("few_subsets", pa.bool_()),
-        ("tokens_a", pa.float64()),
-        ("tokens_b", pa.float64()),
+        ("tokens", pa.float64()),
+        ("other_tokens", pa.float64()),
         ("num_activations", pa.int64()),
         ("num_documents", pa.int64()),
         ("baseline", pa.float64()),
@@ -64,9 +64,9 @@ COMPARISON_SCHEMA = pa.schema(
         ("note", pa.string()),
     ]
 )
-"""A row for each pair and K that both have, and one whose `k` is null: each cell at the K where it is highest (k_a, k_b).
-difference = fve_a - fve_b; difference_low/high hold for one K named beforehand, band_low/high for all K of the pair at once.
-few_subsets: K > N/2 of either cell. tokens: sampled per activation for that K."""
+"""A row for each pair and K that both have, and one whose `k` is null: each cell at the K where it is highest (own_k, other_k).
+difference = fve - other_fve, named as in the registry's v_compare; difference_low/high hold for one K named beforehand,
+band_low/high for all K of the pair at once. few_subsets: K > N/2 of either cell. tokens: sampled per activation for that K."""
 
 BEST_SCHEMA = pa.schema(
     [
@@ -96,8 +96,9 @@ GROUP_SCHEMA = pa.schema(
         ("label", pa.string()),
         ("run_id", pa.string()),
         ("temperature", pa.float64()),
-        ("grouping", pa.string()),
-        ("group", pa.string()),
+        ("breakdown", pa.string()),
+        ("part", pa.string()),
+        ("place", pa.int32()),
         ("against", pa.string()),
         ("k", pa.int32()),
         ("fve", pa.float64()),
@@ -394,7 +395,8 @@ def _pair(a: MeasuredCell, b: MeasuredCell, level: float, memory: dict[Any, stat
     band = stats.difference_band(one, other, level)
     few = stats.few_subsets(count, one.k)
     same = {
-        "cell_a": a.cell, "label_a": a.label, "run_a": a.run_id, "cell_b": b.cell, "label_b": b.label, "run_b": b.run_id,
+        "cell": a.cell, "label": a.label, "run_id": a.run_id,
+        "other_cell": b.cell, "other_label": b.label, "other_run_id": b.run_id,
         "level": level, "num_activations": shared.num_activations, "num_documents": one.num_documents,
         "baseline": shared.baseline.value, "baseline_kind": shared.kind,
         "note": shared.note,
@@ -402,15 +404,15 @@ def _pair(a: MeasuredCell, b: MeasuredCell, level: float, memory: dict[Any, stat
     length_a, length_b = (float(cell.num_tokens[: shared.num_activations].mean()) for cell in (a, b))
     for i, k in enumerate(one.k.tolist()):
         yield same | _difference_row(difference, i) | {
-            "k": k, "k_a": k, "k_b": k, "fve_a": float(one.fve[i]), "fve_b": float(other.fve[i]),
+            "k": k, "own_k": k, "other_k": k, "fve": float(one.fve[i]), "other_fve": float(other.fve[i]),
             "band_low": _known(band[0][i]), "band_high": _known(band[1][i]), "few_subsets": bool(few[i]),
-            "tokens_a": length_a * k, "tokens_b": length_b * k,
+            "tokens": length_a * k, "other_tokens": length_b * k,
         }  # fmt: skip
     k_a, k_b, best = stats.difference_at_own_best(whole_a, whole_b, level)
     yield same | _difference_row(best, 0) | {
-        "k_a": k_a, "k_b": k_b, "fve_a": float(whole_a.fve.max()), "fve_b": float(whole_b.fve.max()),
+        "own_k": k_a, "other_k": k_b, "fve": float(whole_a.fve.max()), "other_fve": float(whole_b.fve.max()),
         "few_subsets": 2 * k_a > a.num_draws > 1 or 2 * k_b > b.num_draws > 1,
-        "tokens_a": length_a * k_a, "tokens_b": length_b * k_b,
+        "tokens": length_a * k_a, "other_tokens": length_b * k_b,
     }  # fmt: skip
 
 
@@ -495,6 +497,7 @@ def _group_rows(cell: MeasuredCell, by: Grouping, ks: Sequence[int] | None) -> I
     rows = [row for row, name in enumerate(names) if name is not None]
     if not rows:
         raise RequestError(f"no {by} is known of the activations of {cell.label}, so there are no groups")
+    places = evaluated.in_order({str(names[row]) for row in rows})
     for own in (None,) if distances is None else (None, distances):
         for found in stats.group_curves(
             cell.errors[rows], cell.documents[rows], [str(names[row]) for row in rows],
@@ -504,7 +507,7 @@ def _group_rows(cell: MeasuredCell, by: Grouping, ks: Sequence[int] | None) -> I
             for row in _numbers(found.curve):
                 yield row | {
                     "cell": cell.cell, "label": cell.label, "run_id": cell.run_id, "temperature": cell.temperature,
-                    "grouping": by, "group": found.group, "against": found.against,
+                    "breakdown": by, "part": found.group, "place": places.index(found.group), "against": found.against,
                 }  # fmt: skip
 
 
@@ -517,7 +520,7 @@ def _groups(cell: MeasuredCell, by: Grouping) -> tuple[list[str | None], np.ndar
         raise RequestError(
             f"{cell.cell} ran before groups were kept, and its vectors are not at hand: give vector_cache, their directory"
         )
-    return known[by].to_pylist(), known[f"distance_in_{by}"].to_numpy(zero_copy_only=False)
+    return known[evaluated.GROUPINGS[by]].to_pylist(), known[f"distance_in_{by}"].to_numpy(zero_copy_only=False)
 
 
 def _table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:

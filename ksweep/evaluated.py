@@ -7,7 +7,8 @@ comparison of cells or a breakdown into groups needs, so that neither vectors no
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,19 +34,21 @@ SCHEMA = pa.schema(
         ("role", pa.string()),
         ("norm", pa.float64()),
         ("position_bucket", pa.string()),
-        ("norm_quartile", pa.string()),
+        ("norm_quarter", pa.string()),
         ("distance", pa.float64()),
         ("distance_in_role", pa.float64()),
-        ("distance_in_position_bucket", pa.float64()),
-        ("distance_in_norm_quartile", pa.float64()),
+        ("distance_in_position", pa.float64()),
+        ("distance_in_norm", pa.float64()),
     ]
 )
 """`distance`: squared distance per dimension from the mean of the first `num_activations`, in the space where `scoring`
 (normalised or raw) takes differences; their mean is the evaluated-set baseline. `distance_in_...`: from the mean of the
 activation's own group; null where the group is not known."""
 
-GROUPINGS = ("role", "position_bucket", "norm_quartile")
-BUCKET_STARTS = (0, 16, 64, 256, 1024, 4096)
+GROUPINGS = {"role": "role", "position": "position_bucket", "norm": "norm_quarter"}
+"""What activations are grouped by, and the column that says so."""
+
+BUCKET_STARTS = (0, 32, 64, 128, 256, 512, 1024)
 
 
 def describe(registry: Path, vectors: ActivationTable, kind: stats.ScoringKind) -> None:
@@ -73,8 +76,8 @@ def table_of(vectors: ActivationTable, kind: stats.ScoringKind) -> pa.Table:
     positions = [None if p is None else int(p) for p in vectors.column("position").tolist()]
     groups = {
         "role": vectors.column("role").tolist(),
-        "position_bucket": [None if p is None else position_bucket(p) for p in positions],
-        "norm_quartile": [f"Q{q + 1}" for q in stats.quantile_groups(norms)],
+        "position": [None if p is None else position_bucket(p) for p in positions],
+        "norm": [f"quarter {q + 1} of 4" for q in stats.quantile_groups(norms)],
     }
     columns = {
         "activations_key": [vectors.key] * n,
@@ -85,7 +88,7 @@ def table_of(vectors: ActivationTable, kind: stats.ScoringKind) -> pa.Table:
         "document": [str(d) for d in vectors.column("document").tolist()],
         "position": positions,
         "norm": norms,
-        **groups,
+        **{GROUPINGS[name]: values for name, values in groups.items()},
         "distance": stats.within_group_distances(targets, ["all"] * n, kind),
         **{f"distance_in_{name}": _within(targets, values, kind) for name, values in groups.items()},
     }
@@ -93,9 +96,15 @@ def table_of(vectors: ActivationTable, kind: stats.ScoringKind) -> pa.Table:
 
 
 def position_bucket(position: int) -> str:
-    """ "16-63" for a token position of 20; buckets grow fourfold."""
+    """ "32 to 63" for a token position of 40."""
     at = bisect.bisect_right(BUCKET_STARTS, position) - 1
-    return f"{BUCKET_STARTS[at]}-{BUCKET_STARTS[at + 1] - 1}" if at + 1 < len(BUCKET_STARTS) else f"{BUCKET_STARTS[at]}+"
+    end = BUCKET_STARTS[at + 1] if at + 1 < len(BUCKET_STARTS) else None
+    return f"{BUCKET_STARTS[at]} and later" if end is None else f"{BUCKET_STARTS[at]} to {end - 1}"
+
+
+def in_order(groups: Iterable[str]) -> list[str]:
+    """Names of groups as a reader expects them: numbers by their value."""
+    return sorted(groups, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def _within(targets: np.ndarray, groups: Sequence[str | None], kind: stats.ScoringKind) -> list[float | None]:

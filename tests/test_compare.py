@@ -101,7 +101,7 @@ def test_compare_equals_brute_force_over_the_draws(sweep: Sweep) -> None:
     weights = document_weights(len(names), 300, 0)[:, membership]
     replicates = (weights @ best[1] - weights @ best[0]) / (weights @ distances)
     assert row["difference"] == pytest.approx((best[1] - best[0]).sum() / distances.sum())
-    assert row["difference"] == pytest.approx(row["fve_a"] - row["fve_b"])
+    assert row["difference"] == pytest.approx(row["fve"] - row["other_fve"])
     # Seven documents: Student's 2.447 sqrt(7/6) puts the ends at 0.41 % and 99.59 %.
     np.testing.assert_allclose(
         [row["difference_low"], row["difference_high"]], np.quantile(replicates, [0.0041, 0.9959]), atol=1e-3
@@ -114,17 +114,17 @@ def test_compare_gives_every_pair_every_common_k_and_each_at_its_own_best(sweep:
     table = compare(cells_of(sweep))
     assert len(table) == 3 * (1 + 1) + 3 * (8 + 1)  # greedy has one draw
     greedy, cold, *_ = (c.label for c in cells_of(sweep))
-    own_best = row_at(table, k=None, label_a=greedy, label_b=cold)
-    assert (own_best["k_a"], own_best["k_b"]) == (1, 8)
-    assert own_best["difference"] == pytest.approx(own_best["fve_a"] - own_best["fve_b"])
-    assert own_best["few_subsets"] and own_best["tokens_b"] > own_best["tokens_a"]
+    own_best = row_at(table, k=None, label=greedy, other_label=cold)
+    assert (own_best["own_k"], own_best["other_k"]) == (1, 8)
+    assert own_best["difference"] == pytest.approx(own_best["fve"] - own_best["other_fve"])
+    assert own_best["few_subsets"] and own_best["other_tokens"] > own_best["tokens"]
 
 
 def test_compare_with_a_reference_takes_it_from_every_other_cell(sweep: Sweep) -> None:
     cells = cells_of(sweep)
     table = compare(cells, reference=cells[1].label)
-    assert set(table["label_b"].to_pylist()) == {cells[1].label}
-    assert set(table["label_a"].to_pylist()) == {c.label for c in cells} - {cells[1].label}
+    assert set(table["other_label"].to_pylist()) == {cells[1].label}
+    assert set(table["label"].to_pylist()) == {c.label for c in cells} - {cells[1].label}
     with pytest.raises(RequestError, match="0 of these cells are called 'T=2'"):
         compare(cells, reference="T=2")
 
@@ -168,7 +168,7 @@ def test_runs_of_before_distances_were_kept_say_so_or_take_them_from_the_vectors
     from_vectors = compare(load_cells(registry, ["temps"], vector_cache=sweep.vector_cache))
     assert from_vectors.drop_columns(["note"]) == whole.drop_columns(["note"])
     with pytest.raises(RequestError, match="give vector_cache"):
-        groups_of_cells(load_cells(registry, ["temps"]), "norm_quartile")
+        groups_of_cells(load_cells(registry, ["temps"]), "norm")
 
 
 def test_best_held_out_names_a_cell_for_each_k_and_promises_less_than_the_maximum(sweep: Sweep) -> None:
@@ -188,9 +188,9 @@ def test_best_held_out_names_a_cell_for_each_k_and_promises_less_than_the_maximu
 
 def test_groups_of_cells_average_to_the_cell_and_give_both_baselines(sweep: Sweep) -> None:
     (cell,) = [c for c in cells_of(sweep) if c.temperature == 0.9]
-    rows = groups_of_cells([cell], "norm_quartile").to_pylist()
-    assert {(r["group"], r["against"], r["k"]) for r in rows} == {
-        (f"Q{q}", against, k) for q in (1, 2, 3, 4) for against in ("own", "overall") for k in (1, 8)
+    rows = groups_of_cells([cell], "norm").to_pylist()
+    assert {(r["part"], r["against"], r["k"]) for r in rows} == {
+        (f"quarter {q} of 4", against, k) for q in (1, 2, 3, 4) for against in ("own", "overall") for k in (1, 8)
     }
     overall = [r for r in rows if r["against"] == "overall" and r["k"] == 8]
     whole = row_at(curves_of_cells([cell]), k=8)
@@ -200,7 +200,7 @@ def test_groups_of_cells_average_to_the_cell_and_give_both_baselines(sweep: Swee
     assert all(r["fve_low"] is None for r in documents)  # one cluster says nothing of its spread
     roles = groups_of_cells([cell], "role", ks=[1])["group"].to_pylist()
     assert roles and set(roles) <= {"user", "assistant", "system", "special", "other"}
-    with pytest.raises(RequestError, match="grouped by role, position_bucket, norm_quartile or document, not by 'colour'"):
+    with pytest.raises(RequestError, match="grouped by role, position, norm or document, not by 'colour'"):
         groups_of_cells([cell], "colour")  # type: ignore[arg-type]
 
 
@@ -212,7 +212,7 @@ def test_groups_of_cells_own_baseline_is_that_of_the_group_alone(sweep: Sweep) -
     vectors = ActivationStore(sweep.vector_cache, cell.activations_key, {}).open(40).vectors()
     norms = np.linalg.norm(vectors, axis=1)
     lowest = norms <= np.quantile(norms, 0.25)
-    row = row_at(groups_of_cells([cell], "norm_quartile", ks=[1]), group="Q1", against="own")
+    row = row_at(groups_of_cells([cell], "norm", ks=[1]), part="quarter 1 of 4", against="own")
     assert row["baseline"] == pytest.approx(evaluated_set_baseline(vectors[lowest]).value)
     assert row["num_activations"] == lowest.sum() == 10
 
@@ -227,8 +227,11 @@ def test_evaluated_activations_are_kept_once_and_average_to_the_baseline(sweep: 
     assert set(table["position_bucket"].to_pylist()) == {position_bucket(p) for p in table["position"].to_pylist()}
 
 
-@pytest.mark.parametrize(("position", "bucket"), [(0, "0-15"), (15, "0-15"), (16, "16-63"), (1023, "256-1023"), (9999, "4096+")])
-def test_position_buckets_grow_fourfold(position: int, bucket: str) -> None:
+@pytest.mark.parametrize(
+    ("position", "bucket"),
+    [(0, "0 to 31"), (31, "0 to 31"), (32, "32 to 63"), (1023, "512 to 1023"), (9999, "1024 and later")],
+)
+def test_position_buckets_are_named_after_their_ends(position: int, bucket: str) -> None:
     assert position_bucket(position) == bucket
 
 
