@@ -75,9 +75,9 @@ def fve_by_k(
     if not near:
         below = _control_lines(shuffled, _x(rows, axis, titled=True), title="shuffled FVE")
         main = alt.vconcat(main, below.properties(width=WIDTH, height=CONTROL_HEIGHT), spacing=14)
-    notes = ["Grey: best of K draws of another activation (control)."] if shuffled else []
+    note = "Grey: best of K draws of another activation (control)." if shuffled else None
     by = "tokens sampled" if axis == "tokens" else "number of draws"
-    return finished(main, title or f"{_value_name(rows)} by {by}", _subtitle(rows, " ".join([*notes, *_about_lines(rows)])))
+    return finished(main, title or f"{_value_name(rows)} by {by}", _subtitle(rows, note))
 
 
 def fve_by_temperature(
@@ -94,7 +94,7 @@ def fve_by_temperature(
     table = rows_of(table_of(source, CURVES, sweep), ("label", "k", "fve", "temperature"), _USED)
     rows = [r for r in table if r["temperature"] is not None]
     chosen = sorted(set(ks)) if ks is not None else _powers_of_four(rows)
-    rows = [{**r, "group": without_temperature(r["label"])} for r in rows if r["k"] in chosen]
+    rows = [{**r, "group": without_temperature(r["label"]), "few": _few(r)} for r in rows if r["k"] in chosen]
     if not rows:
         raise RequestError(f"no row of the table has a temperature and one of K = {list(chosen)}; name others with ks=")
     _refuse_ties(rows)
@@ -294,7 +294,8 @@ def _beyond_half(rows: Rows) -> Rows:
 def _about_lines(rows: Rows) -> list[str]:
     """What lighter lines and paler bands mean, where there are any."""
     lines = ["Lighter: K > N/2, few effective subsets."] if any(map(_few, rows)) else []
-    return lines + (["Paler band: holds for all K at once."] if any(r["band_low"] is not None for r in rows) else [])
+    lines += ["Paler band: holds for all K at once."] if any(r["band_low"] is not None for r in rows) else []
+    return [" ".join(lines)] if lines else []
 
 
 def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color, value: str) -> list[alt.Chart]:
@@ -344,7 +345,8 @@ def _temperature_lines(rows: Rows, colour: alt.Color) -> alt.LayerChart:
     axis = alt.Axis(values=temperatures if len(temperatures) <= 12 else alt.Undefined, grid=False)
     x = alt.X("temperature:Q", title="Sampling temperature", scale=alt.Scale(domain=domain, nice=False), axis=axis)
     y = _y("fve", FVE)
-    base = alt.Chart().encode(x)
+    lighter = alt.Opacity("few:N", scale=alt.Scale(domain=[False, True], range=[1, LIGHT]), legend=None)
+    base = alt.Chart().encode(x, lighter)
     layers: list[Any] = [_zero_line(FVE)] if _crosses_zero(rows, []) else []
     layers.append(base.mark_rule(strokeWidth=1.4).encode(alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour))
     layers += [
@@ -373,7 +375,7 @@ def _subtitle(rows: Rows, note: str | None) -> list[str]:
     lines += [f"{_listed(rows, others)}."] if others else []
     about = f"{interval + ' intervals' if interval else 'Intervals'}: bootstrap over {_resampled(rows)}." if has_interval else ""
     lines += [" ".join(part for part in (about, note) if part)] if about or note else []
-    return [*lines, *facts(rows)]
+    return [*lines, *_about_lines(rows), *facts(rows)]
 
 
 def _value_name(rows: Rows) -> str:

@@ -16,9 +16,9 @@ SPEEDS = """
 """
 STATES = """
     WITH newest AS (
-        SELECT *, (spec->>'$.activations.num_activations')::BIGINT AS wanted_activations,
+        SELECT *, coalesce((spec->>'$.activations.num_activations')::BIGINT, num_activations) AS wanted_activations,
                CASE WHEN temperature = 0 THEN 1 ELSE (spec->>'$.sampling.num_draws')::BIGINT END AS wanted_draws
-        FROM runs WHERE $sweep IS NULL OR sweep = $sweep
+        FROM runs WHERE draws_key IS NOT NULL AND ($sweep IS NULL OR sweep = $sweep)
         QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1
     )
     SELECT n.label, n.cell, n.status AS state, wanted_activations * wanted_draws AS total,
@@ -27,6 +27,7 @@ STATES = """
     FROM newest AS n ORDER BY n.finished
 """
 STATE_COLOURS = {"finished": "#009E73", "running": "#0072B2", "waiting": "#CCCCCC", "stopped": "#E69F00", "failed": "#D55E00"}
+SPEED = "Tokens sampled per second, all ranks together"
 MOST_LABELS = 40
 
 
@@ -48,7 +49,8 @@ def throughput(
     hues = colour(labels, colours)
     hues["legend"] = None
     y = alt.Y("label:N", sort=labels, title=None, axis=alt.Axis(grid=True))
-    x = alt.X("tokens_per_second:Q", title="Tokens sampled per second, all ranks together", scale=alt.Scale(zero=True, nice=True))
+    shape = alt.Axis(tickCount=6)
+    x = alt.X("tokens_per_second:Q", title=SPEED, scale=alt.Scale(zero=True, nice=6), axis=shape)
     tooltip = [alt.Tooltip("label:N"), alt.Tooltip("tokens_per_second:Q", format=",.0f"), "device:N", "num_ranks:Q"]
     dots = base.mark_point(filled=True, size=60, opacity=0.8).encode(x, y, hues, tooltip=tooltip)
     devices = sorted({f"{r['num_ranks'] or 1} x {r['device']}" for r in rows if r["device"]})
@@ -75,13 +77,19 @@ def progress(source: Any, *, sweep: str | None = None, title: str | None = None)
         r | {"share": min(1.0, r["done"] / r["total"]), "whole": 1, "text": f"{r['done']:,} / {r['total']:,}"} for r in shown
     ]
     base = alt.Chart(data(bars))
-    y = alt.Y("label:N", sort=[r["label"] for r in shown], title=None, axis=alt.Axis(grid=False, ticks=False, domain=False))
-    x = alt.X("share:Q", title="Draws that are there, of those wanted", scale=alt.Scale(domain=[0, 1]))
+    y = alt.Y(
+        "label:N",
+        sort=[r["label"] for r in shown],
+        title=None,
+        axis=alt.Axis(grid=False, ticks=False, domain=False, labelPadding=8),
+    )
+    there = "Draws that are there, of those wanted"
+    shape = alt.Axis(format="%", grid=False, tickCount=5)
+    x = alt.X("share:Q", title=there, scale=alt.Scale(domain=[0, 1]), axis=shape)
     states = [s for s in STATE_COLOURS if any(r["state"] == s for r in shown)]
     scale = alt.Scale(domain=states, range=[STATE_COLOURS[s] for s in states])
-    hues = alt.Color("state:N", scale=scale, legend=alt.Legend(title=None, orient="right", symbolType="square"))
-    x = x.axis(format="%", grid=False, tickCount=5)
-    behind = base.mark_bar(color="#EEEEEE", height=14).encode(alt.X("whole:Q", title=x.title), y)
+    hues = alt.Color("state:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolType="square", offset=4))
+    behind = base.mark_bar(color="#EEEEEE", height=14).encode(alt.X("whole:Q", title=there), y)
     front = base.mark_bar(height=14).encode(x, y, hues)
     words = base.mark_text(align="left", dx=6, fontSize=11, color=INK).encode(alt.XDatum(1), y, alt.Text("text:N"))
     lines = [f"{all_done:,} of {all_wanted:,} draws ({all_done / all_wanted:.1%}), {len(rows)} cells."]

@@ -22,14 +22,16 @@ from ksweep.charts.style import (
     labels_of,
     natural,
     rows_of,
+    span,
     table_of,
     value_of,
 )
 from ksweep.errors import RequestError
 
-NUM_BINS = 60
-SHOWN = 0.995
-"""Share of the values that the axis reaches to: the last few of a heavy tail would squeeze all others to the left."""
+ERROR = "Error (mean squared difference per dimension)"
+MOST_BINS, FEWEST_BINS = 60, 12
+TAIL = 0.005
+"""Share of the values at an end that may lie far off; those that do are left out, or they would squeeze all others together."""
 MOST_PARTS = 30
 
 ERRORS = """
@@ -68,20 +70,25 @@ def error_distribution(
     Table: a row a draw with `label, error` (null where the draw failed) and `activation`.
     """
     values = _columns(table_of(source, ERRORS, sweep), ("label", "error"))
-    edges = _edges(values["error"])
-    rows: Rows = []
-    for label, inside in _by_label(values["label"]):
-        errors = values["error"][inside]
-        rows += _histogram(errors, edges, {"label": label, "what": "all draws"})
+    edges = _edges(values["error"], _fewest(values))
+    panels: dict[str, Rows] = {}
+    for label, inside in sorted(_by_label(values["label"]), key=lambda found: natural(found[0])):
+        errors, same = values["error"][inside], {"label": label}
+        panels.setdefault("Share of draws", []).extend(_histogram(errors, edges, same))
         if "activation" in values:
-            rows += _histogram(_best(values["activation"][inside], errors), edges, {"label": label, "what": "best draw"})
-    rows.sort(key=lambda r: natural(r["label"]))
+            best = _best(values["activation"][inside], errors)
+            panels.setdefault("Share of best draws", []).extend(_histogram(best, edges, same))
     failed, total = int(np.isnan(values["error"]).sum()), len(values["error"])
     said = f"{total:,} draws, {failed / total:.2%} of them failed and without an error"
-    lines = [f"{said}; {_beyond(values['error'], edges):.2%} lie beyond the axis."]
-    lines += ["Solid: every draw. Dashed: the best draw of each activation."] if "activation" in values else []
+    lines = [f"{said}{_beyond(values['error'], edges)}."]
+    lines += ["Below: the best draw of each activation."] if "activation" in values else []
     lines += _tail_line(values)
-    chart = _outlines(rows, colours, "Error of a draw (mean squared difference per dimension)", "Share of draws, per bin")
+    height = HEIGHT if len(panels) == 1 else 170
+    charts = [
+        _outlines(rows, colours, ERROR if place == len(panels) - 1 else None, name, height)
+        for place, (name, rows) in enumerate(panels.items())
+    ]
+    chart = charts[0] if len(charts) == 1 else alt.vconcat(*charts, spacing=10).resolve_scale(x="shared")
     return finished(chart, title or "Errors of draws", lines)
 
 
@@ -90,7 +97,7 @@ def norm_distribution(
 ) -> alt.TopLevelMixin:
     """How long activations are; with a connection, each set of activations once. Table: `label, norm`, a row each."""
     values = _columns(table_of(source, NORMS, sweep), ("label", "norm"))
-    edges = _edges(values["norm"], from_zero=False)
+    edges = _edges(values["norm"], _fewest(values))
     rows: Rows = []
     for label, inside in _by_label(values["label"]):
         rows += _histogram(values["norm"][inside], edges, {"label": label})
@@ -98,11 +105,10 @@ def norm_distribution(
     low, middle, high = np.nanquantile(values["norm"], [0.01, 0.5, 0.99])
     line = (
         f"{len(values['norm']):,} activations; median {middle:.4g}, 1 % below {low:.4g}, 1 % above {high:.4g}, "
-        f"longest {np.nanmax(values['norm']):.4g}."
+        f"longest {np.nanmax(values['norm']):.4g}{_beyond(values['norm'], edges)}."
     )
-    lines = [line, f"Beyond the axis: {_beyond(values['norm'], edges):.2%}."]
-    chart = _outlines(rows, colours, "Length of the activation (L2 norm)", "Share of activations, per bin")
-    return finished(chart, title or "Lengths of activations", lines)
+    chart = _outlines(rows, colours, "Length of the activation (L2 norm)", "Share of activations", HEIGHT)
+    return finished(chart, title or "Lengths of activations", [line])
 
 
 def by_group(
@@ -135,13 +141,16 @@ def by_group(
     rows = [r for r in rows if r["k"] == chosen]
     if not rows:
         raise RequestError(f"no group of the table has breakdown={breakdown}, K = {chosen}, against={against}")
-    left_out = ""
-    panels = []
-    for name in dict.fromkeys(r["breakdown"] for r in rows):
-        inside, left_out = _bounded([r for r in rows if r["breakdown"] == name])
-        panels.append(_dots(inside, str(name), colours))
-    interval = f"{value_of(rows, 'level', '{:.0%}') or '95%'} intervals over documents."
-    lines = [f"Best of K = {chosen} draws, oracle selection by the AR. {interval}"]
+    left_out, panels = "", []
+    names = list(dict.fromkeys(str(r["breakdown"]) for r in rows))
+    domain = span(r[name] for r in rows for name in ("fve", "fve_low", "fve_high"))
+    for name in names:
+        inside, said = _bounded([r for r in rows if r["breakdown"] == name])
+        left_out = said or left_out
+        panels.append(_dots(inside, name, colours, domain, last=name == names[-1]))
+    has_interval = any(r["fve_low"] is not None for r in rows)
+    interval = f"{value_of(rows, 'level', '{:.0%}') or '95%'} intervals over documents." if has_interval else ""
+    lines = [f"Best of K = {chosen} draws, oracle selection by the AR. {interval}".strip()]
     lines += [f"Baseline: {HELD_AGAINST[rows[0]['against']]}.", *([left_out] if left_out else [])]
     chart = panels[0] if len(panels) == 1 else alt.vconcat(*panels, spacing=16)
     return finished(chart, title or "FVE by group of activations", lines)
@@ -174,18 +183,29 @@ def _by_label(labels: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield name, codes == code
 
 
-def _edges(values: np.ndarray, *, from_zero: bool = True) -> np.ndarray:
-    """Bins up to where nearly all values lie; what lies beyond is told in words."""
+def _fewest(values: dict[str, Any]) -> int:
+    """How many values the smallest distribution has."""
+    parts = [inside for _, inside in _by_label(values["label"])]
+    return min(len(np.unique(values["activation"][p])) if "activation" in values else int(p.sum()) for p in parts)
+
+
+def _edges(values: np.ndarray, fewest: int) -> np.ndarray:
+    """Bins, more of them for more values (Rice's rule); ends far off are left out and told in words."""
     known = values[np.isfinite(values)]
     if not len(known):
         raise RequestError("every value is missing: there is no distribution to draw")
-    low, high = (np.quantile(known, 1 - SHOWN) if not from_zero else known.min()), np.quantile(known, SHOWN)
-    return np.linspace(low, high if high > low else low + 1e-6 + abs(low) * 1e-3, NUM_BINS + 1)
+    first, last = np.quantile(known, [TAIL, 1 - TAIL])
+    margin = 0.5 * (last - first)
+    low, high = known[known >= first - margin].min(), known[known <= last + margin].max()
+    num_bins = int(np.clip(2 * fewest ** (1 / 3), FEWEST_BINS, MOST_BINS))
+    return np.linspace(low, high if high > low else low + 1e-6 + abs(low) * 1e-3, num_bins + 1)
 
 
-def _beyond(values: np.ndarray, edges: np.ndarray) -> float:
+def _beyond(values: np.ndarray, edges: np.ndarray) -> str:
+    """How many values the axis leaves out, in words."""
     known = values[np.isfinite(values)]
-    return float(((known < edges[0]) | (known > edges[-1])).mean())
+    share = float(((known < edges[0]) | (known > edges[-1])).mean())
+    return f"; {share:.2%} lie beyond the axis" if share else ""
 
 
 def _histogram(values: np.ndarray, edges: np.ndarray, same: dict[str, Any]) -> Rows:
@@ -234,34 +254,33 @@ def _bounded(rows: Rows) -> tuple[Rows, str]:
 # Marks
 
 
-def _outlines(rows: Rows, colours: Colours | None, x_title: str, y_title: str) -> alt.LayerChart:
+def _outlines(rows: Rows, colours: Colours | None, x_title: str | None, y_title: str, height: int) -> alt.LayerChart:
     labels = labels_of(rows)
-    colouring = colour(labels, colours)
-    x = alt.X("start:Q", title=x_title, scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=7))
-    y = alt.Y("share:Q", title=y_title, axis=alt.Axis(format="%", tickCount=5, minExtent=44))
-    layers = []
-    for what in dict.fromkeys(r.get("what") for r in rows):
-        base = alt.Chart(data([r for r in rows if r.get("what") == what])).encode(x, y, colouring)
-        dashes = alt.StrokeDashValue([4, 3]) if what == "best draw" else dash(labels, colours)
-        if what != "best draw" and len(labels) <= 4:
-            y_plain = alt.Y("share:Q", title=y_title, stack=None)
-            layers.append(base.mark_area(interpolate="step-after", opacity=0.12).encode(y=y_plain))
-        layers.append(base.mark_line(interpolate="step-after", strokeWidth=1.6).encode(strokeDash=dashes))
-    return alt.layer(*layers).properties(width=WIDTH, height=HEIGHT)
+    shape = alt.Axis(grid=False, tickCount=7, labels=x_title is not None)
+    x = alt.X("start:Q", title=x_title, scale=alt.Scale(zero=False, nice=False), axis=shape)
+    y = alt.Y("share:Q", title=y_title, stack=None, axis=alt.Axis(format="%", tickCount=5, minExtent=44))
+    base = alt.Chart(data(rows)).encode(x, y, colour(labels, colours))
+    lines = base.mark_line(interpolate="step-after", strokeWidth=1.8).encode(strokeDash=dash(labels, colours))
+    areas = [base.mark_area(interpolate="step-after", opacity=0.12)] if len(labels) <= 4 else []
+    return alt.layer(*areas, lines).properties(width=WIDTH, height=height)
 
 
-def _dots(rows: Rows, breakdown: str, colours: Colours | None) -> alt.LayerChart:
+def _dots(rows: Rows, breakdown: str, colours: Colours | None, domain: tuple[float, float], *, last: bool) -> alt.LayerChart:
     labels = labels_of(rows)
-    parts = sorted(dict.fromkeys(r["part"] for r in rows), key=lambda p: min(r["place"] or 0 for r in rows if r["part"] == p))
-    sizes = {p: max(r["num_activations"] or 0 for r in rows if r["part"] == p) for p in parts}
-    named = {p: f"{p}  (N = {sizes[p]:,})" if sizes[p] else p for p in parts}
+    place = {r["part"]: (r["place"] if r["place"] is not None else 0) for r in rows}
+    sizes = {p: max(r["num_activations"] or 0 for r in rows if r["part"] == p) for p in place}
+    named = {p: f"{p}  (N = {sizes[p]:,})" if sizes[p] else p for p in sorted(place, key=lambda p: (place[p], natural(p)))}
     base = alt.Chart(data([r | {"named": named[r["part"]]} for r in rows]))
-    colouring = colour(labels, colours, symbolType="circle", symbolStrokeWidth=0, symbolSize=70)
-    y = alt.Y("named:N", sort=list(named.values()), title=BREAKDOWNS.get(breakdown, breakdown), axis=alt.Axis(grid=True))
+    hues = colour(labels, colours, symbolType="circle", symbolStrokeWidth=0, symbolSize=70)
+    y = alt.Y("named:N", sort=list(named.values()), title=None, axis=alt.Axis(grid=True, minExtent=120))
     offset = alt.YOffset("label:N", sort=labels, scale=alt.Scale(paddingOuter=0.5))
-    x = alt.X("fve:Q", title=FVE, scale=alt.Scale(zero=False, padding=8))
+    axis = alt.Axis(tickCount=6, labels=last, ticks=last)
+    x_title = FVE if last else None
+    x = alt.X("fve:Q", title=x_title, scale=alt.Scale(domain=domain, zero=False, nice=6), axis=axis)
     tooltip = [alt.Tooltip(n) for n in ("label:N", "part:N", "num_activations:Q")] + [alt.Tooltip("fve:Q", format=".4f")]
-    bars = base.mark_rule(strokeWidth=1.6).encode(alt.X("fve_low:Q", title=FVE), alt.X2("fve_high"), y, offset, colouring)
-    dots = base.mark_point(filled=True, size=52, opacity=1).encode(x, y, offset, colouring, tooltip=tooltip)
+    bars = base.mark_rule(strokeWidth=1.6).encode(alt.X("fve_low:Q", title=x_title), alt.X2("fve_high"), y, offset, hues)
+    dots = base.mark_point(filled=True, size=52, opacity=1).encode(x, y, offset, hues, tooltip=tooltip)
     step = alt.Step(max(20, 9 * len(labels)), **{"for": "position"})
-    return alt.layer(bars, dots).properties(width=WIDTH, height=step)
+    words = {"fontSize": 12.5, "fontWeight": "normal"}
+    heading = alt.TitleParams(BREAKDOWNS.get(breakdown, breakdown), anchor="start", frame="group", offset=4, **words)
+    return alt.layer(bars, dots).properties(width=WIDTH, height=step, title=heading)

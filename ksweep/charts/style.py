@@ -8,6 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def table_of(source: Any, question: str, sweep: str | None = None) -> Any:
     if not hasattr(source, "cursor"):
         return source.to_arrow_table() if hasattr(source, "to_arrow_table") else source
     try:
-        return source.execute(question, {"sweep": sweep}).to_arrow_table()
+        return source.sql(question, params={"sweep": sweep}).to_arrow_table()
     except Exception as error:
         if type(error).__name__ not in ("CatalogException", "BinderException"):  # naming them would be importing duckdb
             raise
@@ -91,6 +92,8 @@ def rows_of(table: Any, needed: Iterable[str], used: Iterable[str]) -> Rows:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Decimal):  # what a literal such as 0.95 is in DuckDB
+        return float(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
