@@ -16,6 +16,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ksweep import registry_commands
 from ksweep.errors import RequestError, RunError, StoreError
 from ksweep.terminal import bytes_text, console
 
@@ -37,13 +38,7 @@ Key = Annotated[str, typer.Argument(help="The key, or the beginning of it.")]
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-@app.command()
-def sql(question: str, registry: Registry = Path("registry"), as_json: Json = False) -> None:
-    """Ask the registry: ksweep sql "select cell, k, fve from curves where k in (1, 16)"."""
-    from ksweep.registry.questions import ask
-
-    table = ask(registry, question)
-    _print(table.column_names, table.to_pylist(), as_json)
+registry_commands.register(app)
 
 
 @app.command()

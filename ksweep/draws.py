@@ -95,6 +95,10 @@ class DrawsStore:
         found = (PART.match(name) for name in os.listdir(self.path))
         return sorted(Unit(*map(int, match.groups())) for match in found if match)
 
+    def bytes_on_disk(self) -> int:
+        """What the parts take."""
+        return sum((self.path / part.file_name).stat().st_size for part in self.parts())
+
     def coverage(self, num_activations: int, num_draws: int) -> np.ndarray:
         """Boolean [activation, draw]: which draws are there."""
         there = np.zeros((num_activations, num_draws), dtype=bool)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep import evaluated
+from ksweep.breakdown import Breakdown, break_down
 from ksweep.draws import DrawsStore
 from ksweep.errors import DataError, RunError
 from ksweep.explain import UnitWork
@@ -227,6 +228,7 @@ class Measured:
     norms: np.ndarray
     """Length of each activation."""
     d_model: int
+    breakdown: Breakdown
 
 
 def _measure(cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.Table, empty: np.ndarray | None) -> Measured:
@@ -236,8 +238,11 @@ def _measure(cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.
     pool = np.arange(min(len(targets), RETRIEVAL_POOL))
     firsts = store.reconstructions(pool, np.zeros_like(pool), targets.shape[1])
     reference = Quantities()
+    norms = np.linalg.norm(targets.astype(np.float64), axis=1)
+    columns = {name: vectors.column(name) for name in ("row_id", "document", "position", "role", "window")}
     try:
         summary = summarise(draws, targets, cell.scoring, cell.ks, empty, firsts, kind)
+        breakdown = break_down(draws, summary.baseline, cell.scoring, cell.ks, columns, norms)
         if kind == "raw":
             errors = draws["error"].to_numpy().reshape(len(targets), -1)
             stored = StoredDraws(store=store, activations=targets, errors=errors, roles=roles)
@@ -246,7 +251,7 @@ def _measure(cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.
         raise DataError(str(error)) from error
     return Measured(
         summary=summary, reference=reference, tokens=_token_stats(vectors, roles),
-        norms=np.linalg.norm(targets.astype(np.float64), axis=1), d_model=targets.shape[1],
+        norms=norms, d_model=targets.shape[1], breakdown=breakdown,
     )  # fmt: skip
 
 
@@ -329,6 +334,7 @@ def _land(
         cjk_fraction=counts["cjk_fraction"],
         distinct_text_fraction=counts["distinct_text_fraction"],
         mean_tokens=counts["mean_tokens"],
+        draws_bytes=DrawsStore(place.registry / "draws", keys.draws).bytes_on_disk(),
         fve_over_successes=first["fve_over_successes"],
         baseline=first["baseline"],
         baseline_kind=first["baseline_kind"],
@@ -340,10 +346,13 @@ def _land(
     landing.land(
         place.registry,
         record,
-        pa.Table.from_pylist(summary.curve),
+        pa.Table.from_pylist([row | {"influence": found.breakdown.influence.get(row["k"])} for row in summary.curve]),
         pa.Table.from_pylist(summary.controls),
         reference=pa.Table.from_pylist(reference.rows, schema=landing.REFERENCE_SCHEMA) if reference.rows else None,
         norms=pa.table({"activation": np.arange(len(found.norms)), "norm": found.norms}) if raw else None,
+        metrics=pa.Table.from_pylist(found.breakdown.metrics),
+        examples=found.breakdown.examples,
+        activations=found.breakdown.activations,
     )
     return record.run_id
 

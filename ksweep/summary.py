@@ -31,6 +31,7 @@ class Summary:
     controls: list[dict[str, Any]]
     counts: dict[str, Any]
     """Failures by cause, distinct texts, tokens."""
+    baseline: stats.Baseline
 
 
 def summarise(
@@ -70,6 +71,7 @@ def summarise(
         curve=_curve_rows(curve, shuffled, cosine),
         controls=_controls(vectors, baseline, empty_text, first_draws) + _gain(curve),
         counts=_counts(draws, curve),
+        baseline=baseline,
     )
 
 

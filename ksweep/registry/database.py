@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ from ksweep.errors import DiskFullError, RequestError, StoreError
 from ksweep.files import locked, publish
 from ksweep.identity import canonical_json
 from ksweep.registry import attempts
-from ksweep.registry.landing import Landed, LandingError, read
+from ksweep.registry.landing import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, read
+from ksweep.stats.bootstrap import student_quantile
+from ksweep.stats.influence import MAX_CLUSTERS
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +81,21 @@ SPEC_COLUMNS = {
 ROLE_COLUMNS = {"token_roles": "token_stats", "selected_token_roles": "selected_token_stats"}
 """Columns of `runs` with counts by role, and the field of the record that has them."""
 
+RUN_TABLES = {
+    "run_curves": "curve",
+    "run_controls": "controls",
+    "run_reference": "reference",
+    "run_metrics": "metrics",
+    "run_examples": "examples",
+}
+"""Tables beside `runs`, and the table of a landed run whose rows go there."""
+
 MEANINGS = {
     "best_draws": ("draws",),
     "controls": ("run_controls", "runs"),
+    "metrics": ("run_metrics", "runs"),
+    "examples": ("run_examples", "runs"),
+    "v_throughput": ("runs",),
     "v_latest": ("runs",),
     "reference_quantities": ("run_reference", "runs"),
 }
@@ -124,7 +139,7 @@ def ingest(root: Path | str) -> IngestReport:
     """
     began = time.perf_counter()
     root = _existing(root)
-    _keep_typed_empty_part(root)
+    _keep_typed_empty_parts(root)
     plan = _plan(root)
     if plan.work:
         with _lock(root):
@@ -139,7 +154,7 @@ def rebuild(root: Path | str) -> IngestReport:
     """Build the database from the landing files alone, whatever is there now."""
     began = time.perf_counter()
     root = _existing(root)
-    _keep_typed_empty_part(root)
+    _keep_typed_empty_parts(root)
     with _lock(root):
         plan = _plan(root, from_nothing="asked for")
         _publish_next(root, plan)
@@ -291,7 +306,7 @@ def _fill(database: Path, root: Path, plan: _Plan) -> None:
 
 
 def _forget(connection: duckdb.DuckDBPyConnection, run_ids: Sequence[str]) -> None:
-    for table in ("runs", "run_curves", "run_controls", "run_reference", "quarantine") if run_ids else ():
+    for table in ("runs", *RUN_TABLES, "quarantine") if run_ids else ():
         connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [list(run_ids)])
     if jobs := [name.removeprefix(ATTEMPTS) for name in run_ids if name.startswith(ATTEMPTS)]:
         connection.execute("DELETE FROM attempts WHERE job IN (SELECT unnest(?))", [jobs])
@@ -299,25 +314,25 @@ def _forget(connection: duckdb.DuckDBPyConnection, run_ids: Sequence[str]) -> No
 
 def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[str]) -> None:
     schema, of_attempts = _arrow_schema(connection, "runs"), _arrow_schema(connection, "attempts")
-    runs, curves, controls, reference, told, bad = [], [], [], [], [], []
+    rows: dict[str, list[pa.Table]] = {table: [] for table in ("runs", *RUN_TABLES, "attempts")}
+    bad = []
     for name in names:
         try:
             if name.startswith(ATTEMPTS):
-                told.append(_attempt_rows(_path(root, name), of_attempts))
+                rows["attempts"].append(_attempt_rows(_path(root, name), of_attempts))
                 continue
-            landed = read(root / "landing" / name)
-            runs.append(_run_row(landed, schema))
+            landed = read(root / "landing" / name, of_each=False)
+            rows["runs"].append(_run_row(landed, schema))
         except (LandingError, pa.ArrowException, TypeError, ValueError) as error:
             bad.append({"run_id": name, "reason": str(error), "signature": _signature(root, name)})
             log.warning("landing %s is not believed: %s", _path(root, name), error)
             continue
-        curves += [_with_run_id(landed.curve, name)] if landed.curve is not None else []
-        controls += [_with_run_id(landed.controls, name)] if landed.controls is not None else []
-        reference += [_with_run_id(landed.reference, name)] if landed.reference is not None else []
-    tables = {"runs": runs, "run_curves": curves, "run_controls": controls, "run_reference": reference, "attempts": told}
-    for table, rows in tables.items():
-        if rows:
-            _append(connection, table, pa.concat_tables(rows).combine_chunks())
+        for table, attribute in RUN_TABLES.items():
+            found = getattr(landed, attribute)
+            rows[table] += [] if found is None else [_with_run_id(found, name)]
+    for table, parts in rows.items():
+        if parts:
+            _append(connection, table, pa.concat_tables(parts).combine_chunks())
     if bad:
         _append(connection, "quarantine", pa.Table.from_pylist(bad))
 
@@ -337,6 +352,7 @@ def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
     row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages")}
     row |= {column: _role_counts(getattr(record, name)) for column, name in ROLE_COLUMNS.items()}
     row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
+    row["t_quantile"] = _t_quantile(record.num_documents)
     row["num_failed_draws"] = sum(record.failures.values()) if record.status == "finished" else None
     return pa.table([pa.array([row[f.name]], f.type) for f in schema], schema=schema)
 
@@ -347,6 +363,12 @@ def _attempt_rows(path: Path, schema: pa.Schema) -> pa.Table:
     for row in rows:
         row |= {name: row[name] and row[name].astimezone(UTC).replace(tzinfo=None) for name in ("began", "ended")}
     return pa.table([pa.array([row[f.name] for row in rows], f.type) for f in schema], schema=schema)
+
+
+@lru_cache(maxsize=MAX_CLUSTERS)
+def _t_quantile(num_documents: int | None) -> float | None:
+    clusters = min(num_documents or 0, MAX_CLUSTERS)
+    return student_quantile(0.975, clusters - 1) if clusters > 1 else None
 
 
 def _role_counts(stats: Mapping[str, Any] | None) -> list[tuple[str, int]] | None:
@@ -375,19 +397,22 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     old = connection.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal AND database_name = 'ksweep'").fetchall()
     for (name,) in old:
         connection.execute(f"DROP VIEW {name}")
-    parts = f"{_glob_escaped(root)}/draws/*/part-*.parquet"
-    connection.execute(_sql("views.sql").replace("'DRAWS_PARTS'", _quoted(parts)))
+    views = _sql("views.sql")
+    # Not the directories that begin with a dot: those are being written. One of draws/_schema has no rows, and is always there.
+    for place, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS}"}.items():
+        views = views.replace(f"'{place}'", _quoted(f"{_glob_escaped(root)}/{pattern}"))
+    connection.execute(views)
     _inherit_comments(connection)
 
 
-def _keep_typed_empty_part(root: Path) -> None:
-    """A part without rows, so that the view has its columns before the first draw, and in parts that lack one."""
-    path = root / "draws" / "_schema" / "part-empty.parquet"
-    if path.exists() and pq.read_schema(path).equals(DRAWS_SCHEMA):
-        return
-    sink = pa.BufferOutputStream()
-    pq.write_table(DRAWS_SCHEMA.empty_table(), sink)
-    publish(path, sink.getvalue().to_pybytes())
+def _keep_typed_empty_parts(root: Path) -> None:
+    """Parts without rows, so that the views have their columns before the first draw and the first run."""
+    for name, schema in {"part-empty.parquet": DRAWS_SCHEMA, "activations.parquet": ACTIVATIONS_SCHEMA}.items():
+        path = root / "draws" / "_schema" / name
+        if not (path.exists() and pq.read_schema(path).equals(schema)):
+            sink = pa.BufferOutputStream()
+            pq.write_table(schema.empty_table(), sink)
+            publish(path, sink.getvalue().to_pybytes())
 
 
 def _inherit_comments(connection: duckdb.DuckDBPyConnection) -> None:
@@ -472,7 +497,7 @@ def _sql(name: str) -> str:
 
 def _schema_fingerprint() -> str:
     """Changes with anything that changes what the database would hold: a database made otherwise is built again."""
-    text = "\n".join([_sql("schema.sql"), _sql("views.sql"), repr(SPEC_COLUMNS), str(DRAWS_SCHEMA)])
+    text = "\n".join([_sql("schema.sql"), _sql("views.sql"), repr(SPEC_COLUMNS), str(DRAWS_SCHEMA), str(ACTIVATIONS_SCHEMA)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

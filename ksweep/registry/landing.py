@@ -1,5 +1,6 @@
-"""What a run says when it ends: `landing/<run>/` with record.json, curve.parquet, controls.parquet, and of a checkpoint
-reference.parquet and norms.parquet. Written once, never changed.
+"""What a run says when it ends: `landing/<run>/` with record.json, curve.parquet, controls.parquet, metrics.parquet (by group),
+examples.parquet (what it said), activations.parquet (the error of each), and of a checkpoint reference.parquet and norms.parquet.
+Written once, never changed.
 
 The directory is filled under another name, flushed, and renamed into place, so whoever sees it sees all of it. record.json
 carries the size and SHA-256 of its neighbours: a file cut short or altered later is refused by name, not read as numbers.
@@ -14,7 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,6 +33,9 @@ CURVE = "curve.parquet"
 CONTROLS = "controls.parquet"
 REFERENCE = "reference.parquet"
 NORMS = "norms.parquet"
+METRICS = "metrics.parquet"
+EXAMPLES = "examples.parquet"
+ACTIVATIONS = "activations.parquet"
 FORMAT = 1
 """Raised when files written before could be misread; a reader refuses a later format instead of guessing."""
 
@@ -111,6 +115,8 @@ class RunRecord:
     """Fraction of explanations that are mostly Chinese or Japanese: the known symptom of an injection that did not arrive."""
     mean_tokens: float | None = None
     """Mean length of a draw, tokens."""
+    draws_bytes: int | None = None
+    """What all draws of draws_key took on disk when the run ended; cells that share draws say the same bytes."""
     fve_over_successes: float | None = None
     """FVE at K = 1 when failed draws are left out."""
     baseline: float | None = None
@@ -172,6 +178,7 @@ CURVE_SCHEMA = pa.schema(
         pa.field("baseline", pa.float64()),
         pa.field("baseline_kind", pa.string()),
         pa.field("shuffled_fve", pa.float64()),
+        pa.field("influence", pa.list_(pa.float32())),
     ]
 )
 """One row per K; registry/schema.sql says what each column means (table run_curves)."""
@@ -205,6 +212,59 @@ REFERENCE_SCHEMA = pa.schema(
 )
 """The reference sweep's own quantities: one row per quantity, role (null: all activations) and K; see table run_reference."""
 
+METRICS_SCHEMA = pa.schema(
+    [
+        pa.field("breakdown", pa.string(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("place", pa.int32(), nullable=False),
+        pa.field("k", pa.int32(), nullable=False),
+        pa.field("fve", pa.float64()),
+        pa.field("fve_low", pa.float64()),
+        pa.field("fve_high", pa.float64()),
+        pa.field("error", pa.float64()),
+        pa.field("median_error", pa.float64()),
+        pa.field("worst_share", pa.float64()),
+        pa.field("baseline", pa.float64()),
+        pa.field("failure_rate", pa.float64()),
+        pa.field("num_activations", pa.int64(), nullable=False),
+        pa.field("num_documents", pa.int64()),
+    ]
+)
+"""One row per group of activations and K; see table run_metrics."""
+
+EXAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("rank", pa.string(), nullable=False),
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("activation", pa.int64(), nullable=False),
+        pa.field("draw", pa.int32(), nullable=False),
+        pa.field("error", pa.float64()),
+        pa.field("cosine", pa.float64()),
+        pa.field("explanation", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("parse", pa.string()),
+        pa.field("context", pa.string()),
+        pa.field("document", pa.string()),
+        pa.field("position", pa.int32()),
+    ]
+)
+"""The best draw of a few activations: those it is best, middling and worst at; see table run_examples."""
+
+ACTIVATIONS_SCHEMA = pa.schema(
+    [
+        pa.field("activation", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string()),
+        pa.field("document", pa.string()),
+        pa.field("position", pa.int32()),
+        pa.field("role", pa.string()),
+        pa.field("norm", pa.float64()),
+        pa.field("distance", pa.float64()),
+        pa.field("num_failed", pa.int32()),
+        pa.field("ks", pa.list_(pa.int32())),
+        pa.field("errors", pa.list_(pa.float64())),
+    ]
+)
+"""One row per activation: what paired comparisons are made from. A view reads them where they lie; see view activations."""
 
 NORMS_SCHEMA = pa.schema([pa.field("activation", pa.int64(), nullable=False), pa.field("norm", pa.float64())])
 """Length of each activation of a checkpoint's run: what the reference's JSON has as activation_norms. Not in the database."""
@@ -223,6 +283,12 @@ class Landed:
     """REFERENCE_SCHEMA, or None."""
     norms: pa.Table | None = None
     """NORMS_SCHEMA, or None."""
+    metrics: pa.Table | None = None
+    """METRICS_SCHEMA, or None."""
+    examples: pa.Table | None = None
+    """EXAMPLES_SCHEMA, or None."""
+    activations: pa.Table | None = None
+    """ACTIVATIONS_SCHEMA, or None."""
 
 
 def new_run_id(cell_key: str) -> str:
@@ -237,6 +303,9 @@ def land(
     controls: pa.Table | None = None,
     reference: pa.Table | None = None,
     norms: pa.Table | None = None,
+    metrics: pa.Table | None = None,
+    examples: pa.Table | None = None,
+    activations: pa.Table | None = None,
 ) -> Path:
     """Write what a run says into `<registry_root>/landing/<run_id>/`, all of it or nothing.
 
@@ -245,19 +314,21 @@ def land(
         StoreError: this run has landed already.
     """
     _check_status_and_curve(record, curve)
-    tables = {
-        CURVE: None if curve is None else _checked_curve(_cast(curve, CURVE_SCHEMA, "curve")),
-        CONTROLS: None if controls is None else _cast(controls, CONTROLS_SCHEMA, "controls"),
-        REFERENCE: None if reference is None else _cast(reference, REFERENCE_SCHEMA, "reference quantities"),
-        NORMS: None if norms is None else _cast(norms, NORMS_SCHEMA, "norms"),
-    }
+    given = {
+        CURVE: (curve, CURVE_SCHEMA), CONTROLS: (controls, CONTROLS_SCHEMA), REFERENCE: (reference, REFERENCE_SCHEMA),
+        NORMS: (norms, NORMS_SCHEMA), METRICS: (metrics, METRICS_SCHEMA), EXAMPLES: (examples, EXAMPLES_SCHEMA),
+        ACTIVATIONS: (activations, ACTIVATIONS_SCHEMA),
+    }  # fmt: skip
+    tables = {name: _cast(table, schema, Path(name).stem) for name, (table, schema) in given.items() if table is not None}
+    if CURVE in tables:
+        _checked_curve(tables[CURVE])
     landing = Path(registry_root) / "landing"
     landing.mkdir(parents=True, exist_ok=True)
     place = landing / record.run_id
     temporary = landing / f".{record.run_id}.{secrets.token_hex(8)}.part"
     temporary.mkdir()
     try:
-        digests = {name: _write_parquet(temporary / name, table) for name, table in tables.items() if table is not None}
+        digests = {name: _write_parquet(temporary / name, table) for name, table in tables.items()}
         text = json.dumps({"format": FORMAT, "files": digests} | record.to_json(), indent=1, allow_nan=False)
         publish(temporary / "record.json", text.encode())
         _fsync(temporary)
@@ -269,8 +340,12 @@ def land(
     return place
 
 
-def read(path: Path | str) -> Landed:
+def read(path: Path | str, *, of_each: bool = True) -> Landed:
     """A landing directory, checked against what its record says about it.
+
+    Args:
+        path: the directory.
+        of_each: read what has a row for each activation too; the database is built without it.
 
     Raises:
         LandingError: what is wrong, with the file's name.
@@ -287,9 +362,15 @@ def read(path: Path | str) -> Landed:
         curve = _stated_table(path / CURVE, raw["files"], CURVE_SCHEMA)
         controls = _stated_table(path / CONTROLS, raw["files"], CONTROLS_SCHEMA)
         reference = _stated_table(path / REFERENCE, raw["files"], REFERENCE_SCHEMA)
-        norms = _stated_table(path / NORMS, raw["files"], NORMS_SCHEMA)
+        metrics = _stated_table(path / METRICS, raw["files"], METRICS_SCHEMA)
+        examples = _stated_table(path / EXAMPLES, raw["files"], EXAMPLES_SCHEMA)
         _check_status_and_curve(record, curve)
-        return Landed(record, None if curve is None else _checked_curve(curve), controls, reference, norms)
+        checked = None if curve is None else _checked_curve(curve)
+        landed = Landed(record, checked, controls, reference, metrics=metrics, examples=examples)
+        if not of_each:
+            return landed
+        norms = _stated_table(path / NORMS, raw["files"], NORMS_SCHEMA)
+        return replace(landed, norms=norms, activations=_stated_table(path / ACTIVATIONS, raw["files"], ACTIVATIONS_SCHEMA))
     except ValueError as error:
         raise LandingError(f"{path.name}: {error}") from error
 

@@ -12,14 +12,16 @@ from ksweep.errors import RequestError
 from ksweep.registry.database import DatabaseError, connect
 
 
-def ask(root: Path, question: str) -> pa.Table:
-    """The answer to any SQL question.
+def ask(root: Path, question: str, variables: Mapping[str, str] | None = None) -> pa.Table:
+    """The answer to any SQL question; `variables` are what it reads with getvariable.
 
     Raises:
         RequestError: DuckDB does not accept the question.
     """
     with connect(root) as connection:
         try:
+            for name, value in (variables or {}).items():
+                connection.execute(f"SET VARIABLE {name} = ?", [value])
             answer = connection.sql(question)
             if answer is not None:
                 return answer.to_arrow_table()
@@ -69,14 +71,20 @@ def runs_since(root: Path, moment: datetime) -> dict[str, str]:
 def run_named(root: Path, name: str) -> str:
     """The run of that id, else the newest finished run of the cell or label of that name, or of the only cell of that sweep.
 
+    The beginning of a run id, or of a cell's key (with or without the @ that cells are shown with), will do where one run has it.
+
     Raises:
         RequestError: there is none, or several cells share the name.
     """
+    exact = "SELECT run_id FROM runs WHERE run_id = $1 UNION SELECT run_id FROM v_latest WHERE $1 IN (cell, label, sweep)"
+    begins = (
+        "SELECT run_id FROM runs WHERE starts_with(run_id, $1) UNION "
+        "SELECT run_id FROM v_latest WHERE starts_with(cell_key, ltrim($1, '@'))"
+    )
     with connect(root) as connection:
-        found = connection.execute(
-            "SELECT run_id FROM runs WHERE run_id = $1 UNION SELECT run_id FROM v_latest WHERE $1 IN (cell, label, sweep)",
-            [name],
-        ).fetchall()
+        found = connection.execute(exact, [name]).fetchall()
+        if not found and name.strip("@"):
+            found = connection.execute(begins, [name]).fetchall()
     if len(found) == 1:
         return str(found[0][0])
     if not found:

@@ -50,6 +50,7 @@ CREATE TABLE runs (
     distinct_text_fraction DOUBLE,
     cjk_fraction DOUBLE,
     mean_tokens DOUBLE,
+    draws_bytes BIGINT,
     num_draws_sampled BIGINT,
     num_draws_reused BIGINT,
     num_tokens_sampled BIGINT,
@@ -75,7 +76,8 @@ CREATE TABLE runs (
     resources JSON,
     cell_key VARCHAR NOT NULL,
     draws_key VARCHAR,
-    activations_key VARCHAR
+    activations_key VARCHAR,
+    t_quantile DOUBLE
 );
 COMMENT ON TABLE runs IS 'One row per run: a cell that was evaluated once, or the attempt that failed. All runs ever landed; v_latest keeps the newest finished one of each cell.';
 COMMENT ON COLUMN runs.run_id IS 'Name of the landing directory: UTC time, first digits of cell_key, random digits.';
@@ -114,6 +116,7 @@ COMMENT ON COLUMN runs.cut_off_rate IS 'Draws that ended at max_new_tokens, frac
 COMMENT ON COLUMN runs.distinct_text_fraction IS 'Distinct explanations of an activation over its draws, mean over activations, fraction.';
 COMMENT ON COLUMN runs.cjk_fraction IS 'Explanations that are mostly Chinese or Japanese, fraction: the known symptom of an injection that did not arrive.';
 COMMENT ON COLUMN runs.mean_tokens IS 'Mean length of a draw, tokens.';
+COMMENT ON COLUMN runs.draws_bytes IS 'Bytes that all draws of draws_key took on disk when the run ended; runs that share draws say the same bytes.';
 COMMENT ON COLUMN runs.num_draws_sampled IS 'Draws that were not there when this run began, over all activations: it sampled them, or a job beside it did meanwhile.';
 COMMENT ON COLUMN runs.num_draws_reused IS 'Draws that were there before this run, over all activations.';
 COMMENT ON COLUMN runs.num_tokens_sampled IS 'Tokens that this run sampled.';
@@ -140,6 +143,7 @@ COMMENT ON COLUMN runs.resources IS 'Where and how it ran, as JSON; never change
 COMMENT ON COLUMN runs.cell_key IS 'Identity of the cell: hash of all that changes its numbers.';
 COMMENT ON COLUMN runs.draws_key IS 'Identity of the draws, shared by cells that differ only in counts and scoring; directory under registry/draws.';
 COMMENT ON COLUMN runs.activations_key IS 'Identity of the activations; directory under vector_cache.';
+COMMENT ON COLUMN runs.t_quantile IS '97.5 % quantile of Student''s t with one degree of freedom less than there are documents (at most 256): half of a 95 % interval in standard errors; NULL for fewer than two documents.';
 
 CREATE TABLE run_curves (
     run_id VARCHAR NOT NULL,
@@ -158,7 +162,8 @@ CREATE TABLE run_curves (
     num_draws INTEGER,
     baseline DOUBLE,
     baseline_kind VARCHAR,
-    shuffled_fve DOUBLE
+    shuffled_fve DOUBLE,
+    influence FLOAT[]
 );
 COMMENT ON TABLE run_curves IS 'One row per finished run and K, as landed. Ask curves (newest run of each cell) or curve_history (all runs) instead: they carry the names.';
 COMMENT ON COLUMN run_curves.run_id IS 'Run that measured it.';
@@ -178,6 +183,7 @@ COMMENT ON COLUMN run_curves.num_documents IS 'Documents resampled by the bootst
 COMMENT ON COLUMN run_curves.baseline IS 'Mean squared distance of the (scaled) activations from their mean, per dimension: the error at FVE = 0.';
 COMMENT ON COLUMN run_curves.baseline_kind IS 'evaluated set: measured on these activations. stated constant: given in the spec.';
 COMMENT ON COLUMN run_curves.shuffled_fve IS 'Control: FVE of the best of k draws of another activation. Selection alone also climbs with k.';
+COMMENT ON COLUMN run_curves.influence IS 'What each document adds to fve, to first order, in the sorted order of the documents (more than 256 are joined into 256 groups): the standard error of a difference of two fve over the same activations is sqrt(n / (n - 1)) * list_distance(influence, other influence). Kept for powers of two and the largest k; NULL for others.';
 
 CREATE TABLE run_controls (
     run_id VARCHAR NOT NULL,
@@ -279,6 +285,70 @@ COMMENT ON COLUMN attempts.traceback IS 'Its traceback.';
 COMMENT ON COLUMN attempts.last_log_lines IS 'Last lines that it wrote to standard error in this start, its traceback left out.';
 COMMENT ON COLUMN attempts.requeued IS 'Why the job was put back into the queue after this start: time limit, preempted, asked to stop, by Slurm; NULL: it was not.';
 COMMENT ON COLUMN attempts.why IS 'Why this start of the job ended, the same for all its ranks.';
+
+CREATE TABLE run_metrics (
+    run_id VARCHAR NOT NULL,
+    breakdown VARCHAR NOT NULL,
+    part VARCHAR NOT NULL,
+    place INTEGER NOT NULL,
+    k INTEGER NOT NULL,
+    fve DOUBLE,
+    fve_low DOUBLE,
+    fve_high DOUBLE,
+    error DOUBLE,
+    median_error DOUBLE,
+    worst_share DOUBLE,
+    baseline DOUBLE,
+    failure_rate DOUBLE,
+    num_activations BIGINT NOT NULL,
+    num_documents BIGINT
+);
+COMMENT ON TABLE run_metrics IS 'One row per run, group of activations and K, as landed. Ask metrics (newest run of each cell) instead.';
+COMMENT ON COLUMN run_metrics.run_id IS 'Run that measured it.';
+COMMENT ON COLUMN run_metrics.breakdown IS 'What the groups are by: role (of the token), position (in its row of text, tokens), norm (quarters by the length of the activation), or all (one group).';
+COMMENT ON COLUMN run_metrics.part IS 'Which group: user, 32 to 63, quarter 1 of 4 (the smallest norms).';
+COMMENT ON COLUMN run_metrics.place IS 'Place of the group within its breakdown, 0-based, for sorting.';
+COMMENT ON COLUMN run_metrics.k IS 'Draws that the best is taken from: powers of two and the largest k of the run.';
+COMMENT ON COLUMN run_metrics.fve IS 'Fraction of variance explained within the group: 1 - mean error / baseline, both over the group.';
+COMMENT ON COLUMN run_metrics.fve_low IS 'Lower end of the 95 % interval of fve: linearised, over the documents of the group; NULL for a single one.';
+COMMENT ON COLUMN run_metrics.fve_high IS 'Upper end of the 95 % interval of fve.';
+COMMENT ON COLUMN run_metrics.error IS 'Mean over the group of the expected smallest error among k draws.';
+COMMENT ON COLUMN run_metrics.median_error IS 'Median over the group of the expected smallest error among k draws: beside the mean it shows a heavy tail.';
+COMMENT ON COLUMN run_metrics.worst_share IS 'Part of the summed error that the worst 1 % of the activations have (at least one activation), fraction.';
+COMMENT ON COLUMN run_metrics.baseline IS 'Mean squared distance of the group''s (scaled) activations from the mean of all evaluated ones, per dimension; with a stated constant that constant.';
+COMMENT ON COLUMN run_metrics.failure_rate IS 'Draws of the group without a usable explanation, fraction.';
+COMMENT ON COLUMN run_metrics.num_activations IS 'Activations in the group.';
+COMMENT ON COLUMN run_metrics.num_documents IS 'Documents they come from.';
+
+CREATE TABLE run_examples (
+    run_id VARCHAR NOT NULL,
+    rank VARCHAR NOT NULL,
+    number INTEGER NOT NULL,
+    activation BIGINT NOT NULL,
+    draw INTEGER NOT NULL,
+    error DOUBLE,
+    cosine DOUBLE,
+    explanation VARCHAR,
+    text VARCHAR,
+    parse VARCHAR,
+    context VARCHAR,
+    document VARCHAR,
+    position INTEGER
+);
+COMMENT ON TABLE run_examples IS 'What a run said: the best draw of the activations it is best, middling and worst at, up to five each, as landed. Ask examples (newest run of each cell) instead.';
+COMMENT ON COLUMN run_examples.run_id IS 'Run that they are of.';
+COMMENT ON COLUMN run_examples.rank IS 'best, median or worst: where the activation stands by the error of its best draw. Activations all of whose draws failed are the worst.';
+COMMENT ON COLUMN run_examples.number IS 'Counts within rank from 1: the best of the best, the worst of the worst; median in rising order of error.';
+COMMENT ON COLUMN run_examples.activation IS 'Index of the activation, 0-based.';
+COMMENT ON COLUMN run_examples.draw IS 'Index of its best draw, 0-based.';
+COMMENT ON COLUMN run_examples.error IS 'Error of that draw; NULL when all draws of the activation failed.';
+COMMENT ON COLUMN run_examples.cosine IS 'Cosine of the reconstruction with its activation; NULL likewise.';
+COMMENT ON COLUMN run_examples.explanation IS 'The explanation; NULL likewise.';
+COMMENT ON COLUMN run_examples.text IS 'What the AV wrote, tags included.';
+COMMENT ON COLUMN run_examples.parse IS 'ok, or why no explanation was found in text.';
+COMMENT ON COLUMN run_examples.context IS 'Text around the position of the activation.';
+COMMENT ON COLUMN run_examples.document IS 'Document that the activation comes from.';
+COMMENT ON COLUMN run_examples.position IS 'Token position of the activation in its row of text, 0-based.';
 
 CREATE TABLE quarantine (
     run_id VARCHAR PRIMARY KEY,

@@ -27,6 +27,117 @@ SELECT runs.cell, runs.label, c.control, c.k, c.value, c.num_activations, c.note
 FROM run_controls AS c JOIN v_latest AS runs USING (run_id);
 COMMENT ON VIEW controls IS 'One row per cell and control, of the newest finished run of each cell.';
 
+CREATE VIEW metrics AS
+SELECT runs.cell, runs.label, m.breakdown, m.part, m.place, m.k, m.fve, m.fve_low, m.fve_high, m.error, m.median_error, m.worst_share,
+       m.baseline, m.failure_rate, m.num_activations, m.num_documents, runs.temperature, runs.sweep, runs.cell_key, m.run_id
+FROM run_metrics AS m JOIN v_latest AS runs USING (run_id);
+COMMENT ON VIEW metrics IS 'One row per cell, group of activations (by role, position, norm; all) and K, of the newest finished run of each cell.';
+
+CREATE VIEW examples AS
+SELECT runs.cell, runs.label, e.rank, e.number, e.error, e.cosine, e.explanation, e.text, e.parse, e.context, e.activation, e.draw,
+       e.document, e.position, runs.temperature, runs.sweep, runs.cell_key, e.run_id
+FROM run_examples AS e JOIN v_latest AS runs USING (run_id);
+COMMENT ON VIEW examples IS 'What the newest finished run of each cell said of the activations it is best, middling and worst at, beside the text.';
+
+CREATE VIEW cells AS
+WITH newest AS (
+    SELECT * FROM runs QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1
+), counted AS (
+    SELECT cell_key, count(*) AS num_runs, count(*) FILTER (status = 'finished') AS num_finished,
+           count(*) FILTER (status = 'failed') AS num_failed, list(DISTINCT sweep ORDER BY sweep) AS sweeps
+    FROM runs GROUP BY cell_key
+), ends AS (
+    SELECT run_id, arg_max(k, k) AS k, arg_max(fve, k) AS fve, arg_max(fve_low, k) AS fve_low, arg_max(fve_high, k) AS fve_high
+    FROM run_curves GROUP BY run_id
+)
+SELECT n.cell, n.label, n.status, c.num_runs, c.num_finished, c.num_failed, l.run_id, l.finished, e.k, e.fve, e.fve_low, e.fve_high,
+       n.temperature, n.layer, coalesce(l.num_activations, n.num_activations) AS num_activations, coalesce(l.num_draws, n.num_draws) AS num_draws,
+       n.av, n.ar, n.checkpoint, n.model, n.text_source, n.vectors, c.sweeps, n.spec, n.cell_key, n.draws_key, n.activations_key
+FROM newest AS n JOIN counted AS c USING (cell_key) LEFT JOIN v_latest AS l USING (cell_key) LEFT JOIN ends AS e ON e.run_id = l.run_id;
+COMMENT ON VIEW cells IS 'One row per cell that was ever run: what it is, how often it ran, and the end of its newest finished curve.';
+COMMENT ON COLUMN cells.status IS 'How its newest run ended: finished, failed or stopped.';
+COMMENT ON COLUMN cells.num_runs IS 'Runs of the cell, however they ended.';
+COMMENT ON COLUMN cells.num_finished IS 'Runs that finished.';
+COMMENT ON COLUMN cells.num_failed IS 'Runs that failed.';
+COMMENT ON COLUMN cells.run_id IS 'Its newest finished run; NULL while there is none.';
+COMMENT ON COLUMN cells.finished IS 'When that run ended, UTC.';
+COMMENT ON COLUMN cells.k IS 'Largest K of that run.';
+COMMENT ON COLUMN cells.sweeps IS 'Sweeps that have asked for it.';
+
+CREATE VIEW v_compare AS
+SELECT a.cell, b.cell AS other_cell, a.label, b.label AS other_label, c.k,
+       c.fve - d.fve AS difference,
+       c.fve - d.fve - a.t_quantile * sqrt(len(c.influence) / (len(c.influence) - 1)) * list_distance(c.influence, d.influence) AS difference_low,
+       c.fve - d.fve + a.t_quantile * sqrt(len(c.influence) / (len(c.influence) - 1)) * list_distance(c.influence, d.influence) AS difference_high,
+       sqrt(len(c.influence) / (len(c.influence) - 1)) * list_distance(c.influence, d.influence) AS standard_error,
+       c.fve, d.fve AS other_fve, a.temperature, b.temperature AS other_temperature,
+       c.baseline = d.baseline AS same_baseline,
+       a.num_activations, a.num_documents, a.sweep, b.sweep AS other_sweep, a.run_id, b.run_id AS other_run_id,
+       a.activations_key
+FROM v_latest AS a
+JOIN v_latest AS b ON a.activations_key = b.activations_key AND a.num_activations = b.num_activations AND a.cell_key <> b.cell_key
+JOIN run_curves AS c ON c.run_id = a.run_id
+JOIN run_curves AS d ON d.run_id = b.run_id AND d.k = c.k
+WHERE len(c.influence) = len(d.influence);
+COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K, of the newest finished runs. The interval is linearised, over documents, 95 %; what both share (hard documents) cancels. Bootstrapped: ksweep diff. Ask for cells by name: all pairs of a large registry are many.';
+COMMENT ON COLUMN v_compare.other_cell IS 'The cell that is taken off.';
+COMMENT ON COLUMN v_compare.other_label IS 'What tells the other cell from those of its sweep.';
+COMMENT ON COLUMN v_compare.difference IS 'fve - other_fve.';
+COMMENT ON COLUMN v_compare.difference_low IS 'Lower end of the 95 % interval of difference; NULL for fewer than two documents.';
+COMMENT ON COLUMN v_compare.difference_high IS 'Upper end of the 95 % interval of difference.';
+COMMENT ON COLUMN v_compare.standard_error IS 'Cluster-robust standard error of difference, clusters are documents.';
+COMMENT ON COLUMN v_compare.other_fve IS 'FVE of the other cell at this K.';
+COMMENT ON COLUMN v_compare.other_temperature IS 'Sampling temperature of the other cell.';
+COMMENT ON COLUMN v_compare.same_baseline IS 'Whether both FVE have the same denominator; where not, part of the difference is the baseline''s.';
+COMMENT ON COLUMN v_compare.other_sweep IS 'Sweep of the other run.';
+COMMENT ON COLUMN v_compare.other_run_id IS 'The other run.';
+
+CREATE VIEW v_gain AS
+SELECT runs.cell, runs.label, c.k, d.k AS doubled_k, d.fve - c.fve AS gain,
+       d.fve - c.fve - runs.t_quantile * sqrt(len(c.influence) / (len(c.influence) - 1)) * list_distance(c.influence, d.influence) AS gain_low,
+       d.fve - c.fve + runs.t_quantile * sqrt(len(c.influence) / (len(c.influence) - 1)) * list_distance(c.influence, d.influence) AS gain_high,
+       c.fve, d.fve AS doubled_fve, d.shuffled_fve - c.shuffled_fve AS shuffled_gain, runs.temperature, runs.sweep, runs.cell_key, runs.run_id
+FROM v_latest AS runs JOIN run_curves AS c USING (run_id) JOIN run_curves AS d ON d.run_id = c.run_id AND d.k = 2 * c.k
+WHERE len(c.influence) = len(d.influence);
+COMMENT ON VIEW v_gain IS 'What doubling K brings, paired within the cell: one row per cell and K whose double was measured too (powers of two).';
+COMMENT ON COLUMN v_gain.doubled_k IS 'Twice k.';
+COMMENT ON COLUMN v_gain.gain IS 'FVE at doubled_k less FVE at k.';
+COMMENT ON COLUMN v_gain.gain_low IS 'Lower end of the 95 % interval of gain: linearised, over documents.';
+COMMENT ON COLUMN v_gain.gain_high IS 'Upper end of the 95 % interval of gain.';
+COMMENT ON COLUMN v_gain.doubled_fve IS 'FVE at doubled_k.';
+COMMENT ON COLUMN v_gain.shuffled_gain IS 'The same for draws of another activation: what selection alone brings.';
+
+CREATE VIEW v_throughput AS
+SELECT host, device, num_ranks, sweep, cell, label, num_draws_sampled, num_tokens_sampled, tokens_per_second,
+       tokens_per_second / num_ranks AS tokens_per_second_per_rank, mean_tokens,
+       list_sum(map_values(seconds)) AS total_seconds,
+       coalesce(seconds['drawing'], 0) + coalesce(seconds['waiting'], 0) AS drawing_seconds,
+       num_draws_sampled / nullif(coalesce(seconds['drawing'], 0) + coalesce(seconds['waiting'], 0), 0) AS draws_per_second,
+       seconds, git_commit, packages['torch'] AS torch_version, started, finished, cell_key, run_id
+FROM runs WHERE status = 'finished' AND num_draws_sampled > 0;
+COMMENT ON VIEW v_throughput IS 'How fast finished runs that sampled something were, by machine.';
+COMMENT ON COLUMN v_throughput.tokens_per_second_per_rank IS 'tokens_per_second over num_ranks.';
+COMMENT ON COLUMN v_throughput.total_seconds IS 'Wall-clock seconds of all phases.';
+COMMENT ON COLUMN v_throughput.drawing_seconds IS 'Wall-clock seconds of drawing, and of waiting for the last rank''s draws.';
+COMMENT ON COLUMN v_throughput.draws_per_second IS 'Draws sampled per second of drawing, all ranks together.';
+COMMENT ON COLUMN v_throughput.torch_version IS 'Version of torch.';
+
+CREATE VIEW activations AS
+SELECT parse_path(a.filename)[-2] AS run_id, a.activation, a.row_id, a.document, a.position, a.role, a.norm, a.distance, a.num_failed, a.ks, a.errors
+FROM read_parquet('ACTIVATIONS', union_by_name = false, filename = true) AS a;
+COMMENT ON VIEW activations IS 'One row per run and activation, straight from the landing files (a file a run: ask with run_id = ...): what paired comparisons are made from.';
+COMMENT ON COLUMN activations.run_id IS 'Run that measured it.';
+COMMENT ON COLUMN activations.activation IS 'Index of the activation within its store, 0-based.';
+COMMENT ON COLUMN activations.row_id IS 'Row of text and position that the activation comes from.';
+COMMENT ON COLUMN activations.document IS 'Document that the activation comes from: cluster of the intervals.';
+COMMENT ON COLUMN activations.position IS 'Token position of the activation in its row of text, 0-based.';
+COMMENT ON COLUMN activations.role IS 'Role of its token: user, assistant, system, special, other; NULL where no chat format is known.';
+COMMENT ON COLUMN activations.norm IS 'Length of the activation.';
+COMMENT ON COLUMN activations.distance IS 'What it adds to the baseline: squared distance of the (scaled) activation from the mean, per dimension; with a stated constant that constant.';
+COMMENT ON COLUMN activations.num_failed IS 'Draws of it that failed.';
+COMMENT ON COLUMN activations.ks IS 'Values of K that errors is given for.';
+COMMENT ON COLUMN activations.errors IS 'Expected smallest error among K draws, for each K in ks.';
+
 CREATE VIEW reference_quantities AS
 SELECT runs.cell, runs.label, c.quantity, c.role, c.k, c.value, c.low, c.high, c.bca_low, c.bca_high, c.std, c.bias, c.spread,
        c.num_activations, runs.temperature, runs.sweep, runs.cell_key, c.run_id

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.registry.real_runs import real  # noqa: F401  # a fixture
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:

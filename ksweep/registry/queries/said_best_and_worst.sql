@@ -1,0 +1,10 @@
+-- What did it say, where it is best, middling and worst, beside the text that is explained?
+--
+-- Of each activation its best draw. Set `cell` for one cell (or one run), `rank` for best, median or worst:
+--     ksweep sql @said_best_and_worst rank=worst
+SELECT cell, rank, number, error, cosine, context, coalesce(explanation, '(' || parse || ') ' || text) AS explanation, document, position,
+       activation, draw, run_id
+FROM examples
+WHERE (getvariable('cell') IS NULL OR getvariable('cell') IN (cell, label, run_id))
+  AND (getvariable('rank') IS NULL OR rank = getvariable('rank'))
+ORDER BY cell, rank, number;

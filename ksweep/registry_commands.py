@@ -1,0 +1,261 @@
+"""`ksweep sql`, `show`, `diff`: the registry, asked from the shell.
+
+Tables on a terminal, plain text without colour in a pipe, JSON for programs.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ksweep.errors import RequestError, RunError
+from ksweep.terminal import bytes_text, console
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Registry = Annotated[Path, typer.Option(help="Directory of landing files, draws and database.")]
+Json = Annotated[bool, typer.Option("--json", help="For programs: JSON.")]
+Row = dict[str, Any]
+
+SHOWN_RUN = (
+    "run_id", "status", "cell", "sweep", "started", "finished", "host", "device", "num_ranks", "git_commit", "git_dirty",
+    "num_activations", "num_documents", "layer", "d_model", "num_draws", "num_draws_sampled", "num_draws_reused", "draws_bytes",
+    "tokens_per_second", "mean_tokens", "baseline", "baseline_kind", "fve_over_successes", "distinct_text_fraction",
+    "cjk_fraction", "cell_key", "draws_key", "activations_key", "notes",
+)  # fmt: skip
+CURVE = ("k", "fve", "fve_low", "fve_high", "shuffled_fve", "error", "cosine", "failure_rate", "fve_over_successes")
+GROUPS = ("breakdown", "part", "k", "fve", "fve_low", "fve_high", "error", "median_error", "worst_share", "failure_rate",
+          "num_activations", "num_documents")  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (sql, show, diff):
+        app.command()(command)
+
+
+def sql(
+    question: Annotated[str | None, typer.Argument(help="SQL, or @name of a stored question; without, those there are.")] = None,
+    values: Annotated[list[str] | None, typer.Argument(help="name=value for a stored question.")] = None,
+    registry: Registry = Path("registry"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a line of names.")] = False,
+    parquet: Annotated[Path | None, typer.Option(help="Write the answer to this Parquet file.")] = None,
+) -> None:
+    """Ask the registry: ksweep sql "select cell, k, fve from curves where k in (1, 16)", or ksweep sql @best_temperature."""
+    from ksweep.registry.questions import ask
+
+    if as_json + as_csv + (parquet is not None) > 1:
+        raise RequestError("give one of --json, --csv and --parquet")
+    if question in (None, "@"):
+        _print_queries(registry, as_json)
+        return
+    assert question is not None
+    text, variables = _question(registry, question, values or [])
+    answer = ask(registry, text, variables)
+    if parquet is not None:
+        _write_parquet(parquet, answer)
+    elif as_csv:
+        _print_csv(answer)
+    else:
+        _print_rows(answer.to_pylist(), as_json, answer.column_names)
+
+
+def _question(registry: Path, question: str, values: list[str]) -> tuple[str, dict[str, str]]:
+    from ksweep.registry.named import query_named, variables_of
+
+    if question.startswith("@"):
+        query = query_named(registry, question[1:])
+        return query.sql, variables_of(query, values)
+    if values:
+        raise RequestError(f"{values[0]!r}: only stored questions (@name) take name=value; quote the SQL as one argument")
+    return question, {}
+
+
+def _print_queries(registry: Path, as_json: bool) -> None:
+    from ksweep.registry.named import queries
+
+    found = [{"name": f"@{q.name}", "question": q.question, "takes": ", ".join(q.variables)} for q in queries(registry).values()]
+    _print_rows(found, as_json)
+
+
+def _write_parquet(path: Path, answer: pa.Table) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ksweep.files import publish
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(answer, sink, compression="zstd")
+    try:
+        publish(path, sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    print(f"{path}: {answer.num_rows} rows")
+
+
+def _print_csv(answer: pa.Table) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(answer.column_names)
+    for row in answer.to_pylist():
+        writer.writerow([json.dumps(v, default=str) if isinstance(v, (list, dict)) else v for v in row.values()])
+
+
+def show(
+    run: Annotated[str, typer.Argument(help="Run, cell, label, or sweep of one cell; the beginning of a run id or key will do.")],
+    registry: Registry = Path("registry"),
+    as_json: Json = False,
+) -> None:
+    """One run: spec, curve, controls, failures, groups, and what it said where it is best, middling and worst."""
+    from ksweep.registry.story import flat, story
+
+    told = story(registry, run)
+    if as_json:
+        print(json.dumps(_jsonable(told)))
+        return
+    facts = told["run"]
+    _section("run", [{"": name, " ": _brief(name, facts[name])} for name in SHOWN_RUN if facts[name] not in (None, [])])
+    _section("spec", [{"": name, " ": value} for name, value in flat(told["spec"]) if value is not None])
+    if facts["error_type"]:
+        console().print(Text(f"{facts['error_type']}: {facts['error_message']}"))
+        for words in facts["tracebacks"]:
+            console().print(Text(words))
+    _section("curve: best of K draws, oracle selection by the AR", [{n: row[n] for n in CURVE} for row in _few(told["curve"])])
+    _section("controls", told["controls"])
+    _section("failed draws by cause", _failures(facts))
+    _section("groups at the largest K", [{name: row[name] for name in GROUPS} for row in told["groups"]])
+    _print_examples(told["examples"])
+
+
+def _few(curve: Sequence[Row]) -> list[Row]:
+    """The K that a table has room for; JSON has them all."""
+    from ksweep.breakdown import kept_ks
+
+    wanted = set(kept_ks([row["k"] for row in curve])) if curve else set()
+    return [row for row in curve if row["k"] in wanted]
+
+
+def _failures(facts: Row) -> list[Row]:
+    total = (facts["num_activations"] or 0) * (facts["num_draws"] or 0)
+    failures = facts["failures"] or {}
+    return [{"cause": cause, "draws": count, "rate": count / total} for cause, count in failures.items() if total]
+
+
+def _print_examples(examples: Sequence[Row]) -> None:
+    out = console()
+    for rank in ("best", "median", "worst"):
+        mine = [row for row in examples if row["rank"] == rank]
+        if mine:
+            out.print(Text(f"\nwhat it said: {rank} {len(mine)} activations, the best draw of each"))
+        for row in mine:
+            out.print(Text(f"{rank} {row['number']}: {_score(row)}; activation {row['activation']}, draw {row['draw']}"))
+            out.print(Text(f"    text ({row['document']}, token {row['position']}): {_one_line(row['context'])}"))
+            said = row["explanation"]
+            unparsed = f"({row['parse']}) {_one_line(row['text'])}"
+            out.print(Text(f"    said: {unparsed if said is None else _one_line(said)}"))
+
+
+def _score(row: Row) -> str:
+    return "no draw succeeded" if row["error"] is None else f"error {row['error']:.4f}, cosine {row['cosine']:.4f}"
+
+
+def _one_line(text: str | None) -> str:
+    return "" if text is None else " ".join(text.split())
+
+
+def diff(
+    a: Annotated[str, typer.Argument(help="Run, cell, label, or sweep of one cell; the beginning of a run id or key will do.")],
+    b: Annotated[str, typer.Argument(help="The one that is taken off.")],
+    registry: Registry = Path("registry"),
+    level: Annotated[float, typer.Option(help="Coverage of the interval.")] = 0.95,
+    as_json: Json = False,
+) -> None:
+    """What differs between two runs: spec, where they ran, counts, and FVE at each K with a paired interval."""
+    from ksweep.registry.story import compare
+
+    if not 0 < level < 1:
+        raise RequestError(f"--level {level} is no coverage: give a number between 0 and 1, such as 0.95")
+    found = compare(registry, a, b, level)
+    if as_json:
+        print(json.dumps(_jsonable(found)))
+        return
+    out = console()
+    for name, run in zip("ab", found["runs"], strict=True):
+        out.print(Text(f"{name}: {run['run_id']}  {run['cell']}  {run['status']} {run['finished']}"))
+    alike = [what for what, same in found["same"].items() if same]
+    out.print(Text(f"the same: {', '.join(alike) or 'none of cell, draws, activations'}"))
+    for title in ("spec", "provenance", "counts"):
+        if found[title]:
+            _section(title, found[title])
+        else:
+            out.print(Text(f"{title}: nothing differs"))
+    rows = [row | {"clear": _clear(row)} for row in _few(found["numbers"])]
+    _section("FVE: a less b", rows)
+    out.print(Text(found["note"]))
+
+
+def _clear(row: Row) -> str | None:
+    """Whether the interval leaves out 0."""
+    if row.get("low") is None:
+        return None
+    return "yes" if row["low"] > 0 or row["high"] < 0 else "no"
+
+
+# Rows on the terminal
+
+
+def _section(title: str, rows: Sequence[Row]) -> None:
+    if rows:
+        console().print(Text(f"\n{title}"))
+        _print_rows(rows, as_json=False)
+
+
+def _print_rows(rows: Sequence[Row], as_json: bool, names: Iterable[str] | None = None) -> None:
+    if as_json:
+        for row in rows:
+            print(json.dumps(_jsonable(row)))
+        return
+    table = Table(show_header=not names_are_blank(rows))
+    for name in names if names is not None else dict.fromkeys(name for row in rows for name in row):
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    console().print(table)
+
+
+def names_are_blank(rows: Sequence[Row]) -> bool:
+    """Whether the rows are pairs of a name and its value, which need no heading."""
+    return bool(rows) and not any(name.strip() for name in rows[0])
+
+
+def _brief(name: str, value: Any) -> Any:
+    return bytes_text(value) if name.endswith("_bytes") else value
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_cell, value))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON knows neither NaN and infinity nor moments."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _jsonable(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
