@@ -393,9 +393,6 @@ def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **tol
         cell: which of its cells it was at; None for the first that neither finished nor failed since the job was started.
         name: end of the run id: two who find the same job make one run.
         told: fields of the record: status, class, every rank's words.
-
-    Raises:
-        StoreError: it has landed already.
     """
     from ksweep.registry import landing
 
@@ -407,6 +404,8 @@ def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **tol
     known = cell_from_dict(argument["cells"][cell])
     keys = cell_keys(known)
     identity = _identity(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
+    if (registry / "landing" / identity["run_id"]).exists():
+        return
     record = landing.RunRecord(**identity, **_asked(argument["sweep"], argument["resources"], origin), **told)
     landing.land(registry, record)
 

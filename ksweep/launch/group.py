@@ -145,7 +145,7 @@ def _card(device: str) -> str:
     import torch
 
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return f"{device} GPU-{uuid}" if uuid else device
+    return f"{device} GPU-{str(uuid).removeprefix('GPU-')}" if uuid else device
 
 
 def _local_ranks(environment: Any) -> int:

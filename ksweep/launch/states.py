@@ -292,7 +292,10 @@ class Survey:
         found: dict[str, tuple[str, str]] = {}
         for job, verdict in self.ended:
             if verdict.state == "failed":
-                found |= {cell["key"]: (verdict.kind, verdict.reason) for cell in job.spec()["cells"][:1]}
+                cells = job.spec()["cells"]
+                at = {b.cell for b in job.heartbeats() if verdict.ending is not None and b.rank == verdict.ending.rank}
+                blamed = [cell for cell in cells if cell["key"] in at] or cells[:1]
+                found |= {cell["key"]: (verdict.kind, verdict.reason) for cell in blamed}
         return found
 
     def at_work_on(self, cell_key: str) -> tuple[Literal["running", "waiting"], str] | None:

@@ -370,3 +370,11 @@ def test_a_survey_looks_into_settled_jobs_once(tmp_path: Path, monkeypatch: pyte
     assert set(states.survey(tmp_path).verdicts) == {jobs[4].id}
     (tmp_path / states.SETTLED).unlink()
     assert len(states.survey(tmp_path).verdicts) == 5
+
+
+def test_a_failure_is_blamed_on_the_cell_that_the_rank_was_at(tmp_path: Path) -> None:
+    job = create(tmp_path, "a:b", {}, 2, cells=[("one", "one"), ("two", "two")])
+    job.beat(beat(0, cell="one"))
+    job.beat(beat(1, cell="two"))
+    job.end(Ending(rank=1, status="failed", kind="NaN", message="loss is NaN"))
+    assert states.survey(tmp_path).failures == {"two": ("NaN", "NaN: loss is NaN")}

@@ -147,3 +147,18 @@ def test_read_leaves_out_keys_and_columns_of_a_later_ksweep(root: Path) -> None:
     landed = read(path)
     assert landed.record == record_of("r1")
     assert landed.curve is not None and landed.curve.schema.equals(CURVE_SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("held", "error_class", "error_type"),
+    [("DiskFullError", "disk full", "DiskFullError"), ("cancelled", "cancelled", None), ("KeyError", "bug", "KeyError")],
+)
+def test_a_record_in_which_one_field_held_class_or_type_is_read_as_both(
+    root: Path, held: str, error_class: str, error_type: str | None
+) -> None:
+    path = land(root, record_of("r1", status="failed", error_type=held))
+    raw = json.loads((path / "record.json").read_text())
+    del raw["error_class"], raw["job"], raw["start"]
+    (path / "record.json").write_text(json.dumps(raw))
+    record = read(path).record
+    assert (record.error_class, record.error_type, record.job) == (error_class, error_type, None)

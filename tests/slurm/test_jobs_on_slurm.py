@@ -240,3 +240,13 @@ def test_a_job_whose_nodes_daemon_died_runs_once_elsewhere_and_the_old_start_end
     # Its process lived on without slurmd; it has seen the newer start, and said nothing about an end of the job.
     last = job.heartbeats(0)[0].time
     assert not job.endings(0) and last < job.endings(1)[0].time
+
+
+def test_a_running_job_that_somebody_has_given_up_ends_itself_and_does_not_come_back(shared: Path) -> None:
+    (shared / "given-up").mkdir()
+    [job] = start(shared, "units", replace(PLAIN, tasks=2), folder=str(shared / "given-up"), total=1000, seconds=0.5)
+    until("its ranks", lambda: running(job))
+    job.note("settled", {"state": "stopped", "kind": "lost", "reason": "a test gave it up"})
+    until("its end in the queue", lambda: queued(job) in ("", "FAILED"), 60)
+    assert job.noted("requeued", 0) is None and job.attempt() == 0
+    assert any("given up while it ran (a test gave it up)" in e.message for e in job.endings()), job.endings()
