@@ -24,7 +24,9 @@ BYTES_PER_DRAW = 700
 """Measured on the demo: a draw of 20 tokens with its texts takes 0.3 to 0.7 kB in Parquet; 200 tokens about 1.5."""
 
 
-def steps_of(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], jobs: states.Survey, *, retry: bool) -> list[Step]:
+def steps_of(
+    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], jobs: states.Survey, *, retry: Sequence[str]
+) -> list[Step]:
     """What is there for each cell, and so what is to be done; reads names and manifests only."""
     finished, failed = finished_runs(Path(sweep.registry)), failed_runs(Path(sweep.registry))
     planned: dict[str, list[tuple[int, int]]] = {}

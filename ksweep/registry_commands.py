@@ -17,8 +17,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ksweep.console import bytes_text, console
 from ksweep.errors import RequestError, RunError
-from ksweep.terminal import bytes_text, console
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -19,7 +19,7 @@ from ksweep.keys import Keys, cell_keys, complete_all
 from ksweep.launch import states, submission
 from ksweep.launch import submit as launch
 from ksweep.launch.plan import Step
-from ksweep.orders import logs_of
+from ksweep.orders import groups, logs_of
 from ksweep.overrides import given_settings, lay_over
 from ksweep.planning import refuse_full_disk, refuse_places, steps_of
 from ksweep.registry.questions import finished_runs
@@ -49,9 +49,11 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     options, rest = _parser(sweep).parse_known_args(arguments)
     if unknown := [a for a in rest if a.startswith("-")]:
         _parser(sweep).error(
-            f"unknown option {unknown[0]}; options are --base PATH, --checkpoint-data, --config FILE, --dry-run, --no-charts, "
-            "--retry, --wait; settings are key=value"
+            f"unknown option {unknown[0]}; options are --base PATH, --checkpoint-data, --config FILE, --dry-run, --json, "
+            "--no-charts, --retry, --retry-cell KEY, --wait; settings are key=value"
         )
+    if options.json and not options.dry_run:
+        _parser(sweep).error("--json goes with --dry-run: `ksweep ls --json` and `ksweep sql --json` tell of results")
     sweep = lay_over(sweep, _settings(sweep, options, rest))
     to_slurm = launch.resolve_cluster(sweep.resources) == "slurm"
     if to_slurm:
@@ -60,7 +62,10 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     keys = [cell_keys(cell) for cell in cells]
     if options.dry_run:
         steps = steps_of(sweep, cells, keys, states.survey(logs_of(sweep)), retry=options.retry)
-        terminal.print_plan(sweep, steps, shape=_shape(sweep))
+        together = groups(sweep, [(c, s) for c, s in zip(cells, steps, strict=True) if s.state == "missing"])
+        terminal.print_plan(
+            sweep, steps, shape=_shape(sweep), cells_of_jobs=[len(group) for group in together], as_json=options.json
+        )
         refuse_full_disk(sweep, steps)
         return 0
     refuse_places(sweep)
@@ -137,7 +142,7 @@ def _export(sweep: Sweep, keys: Sequence[Keys]) -> None:
 def _parser(sweep: Sweep) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [key=value ...] [--base PATH] [--checkpoint-data] [--config FILE] [--dry-run] [--retry] [--wait] "
-        "[--no-charts]",
+        "[--no-charts] [--json]",
         description=sweep.question or sweep.name,
         epilog="Settings are dotted fields of the spec, e.g. sampling.num_draws=32 sampling.seed=1; a list makes an axis, "
         "e.g. sampling.temperature=[0.5,1.0].",
@@ -153,7 +158,9 @@ def _parser(sweep: Sweep) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML laid over the spec before key=value settings")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
-    parser.add_argument("--retry", action="store_true", help="run cells again that failed")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON, an object a cell and the sums")
+    parser.add_argument("--retry", action="store_const", const=[""], default=[], help="run cells again that failed")
+    parser.add_argument("--retry-cell", action="append", dest="retry", metavar="KEY", help="run this one again, if it failed")
     parser.add_argument("--wait", action="store_true", help="on Slurm: stay until every job has ended, then show the results")
     parser.add_argument("--no-charts", action="store_true", help="write no pictures")
     return parser

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ksweep.console import bytes_text as bytes_text
+from ksweep.console import console, duration_text
 from ksweep.keys import Keys
-from ksweep.launch.plan import Step
+from ksweep.launch import slurm
+from ksweep.launch.plan import Estimate, Step, estimate
+from ksweep.launch.submit import num_gpus, resolve_cluster
 from ksweep.registry.database import DATABASE
 from ksweep.registry.questions import controls_of, curves_of
 from ksweep.spec import Sweep
@@ -30,52 +36,110 @@ DISTINCT_TO_MENTION = 0.2
 CJK_TO_MENTION = 0.5
 WIDE_COLUMNS = 110
 """Narrower terminals leave out failures and speed."""
-PIPE_WIDTH = 100_000
 LABEL_COLUMN = 24
 """Labels longer than this are folded where the width is short."""
 COLUMN = 19
 """Characters that one K takes: "[-0.123, -0.123]" and its border."""
 
 
-def console() -> Console:
-    """Standard output, text taken as it is (no markup, no emoji codes); in a pipe no colour and nothing cut."""
-    plain = Console(markup=False, emoji=False, highlight=False)
-    return plain if plain.is_terminal else Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH, no_color=True)
-
-
-def print_plan(sweep: Sweep, steps: Sequence[Step], shape: str = "") -> None:
-    """Each cell: its state and why, draws to sample, estimated disk and time; then the shape of a job and the sums."""
+def print_plan(
+    sweep: Sweep, steps: Sequence[Step], shape: str = "", cells_of_jobs: Sequence[int] = (), *, as_json: bool = False
+) -> None:
+    """Each cell: its state and why, draws to sample, estimated disk and time; then the jobs and the sums."""
+    gpus, sums = num_gpus(sweep.resources), estimate(steps)
+    if as_json:
+        _print_objects(sweep, steps, sums, gpus, shape, cells_of_jobs)
+        return
     out = console()
-    table = Table(
-        title=f"{sweep.name}: {sum(s.state == 'missing' for s in steps)} of {len(steps)} cells to run", title_justify="left"
-    )
-    for name in ("cell", "state", "why"):
-        table.add_column(name)
-    for name in ("activations", "draws", "disk", "time"):
-        table.add_column(name, justify="right")
+    out.print(_plan_table(sweep, steps, gpus, wide=out.width >= WIDE_COLUMNS))
+    for line in _sums(sweep, sums, gpus, shape, cells_of_jobs):
+        out.print(line)
+
+
+def _print_objects(
+    sweep: Sweep, steps: Sequence[Step], sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]
+) -> None:
+    """An object a cell, then one with the sums."""
     for step in steps:
-        table.add_row(
-            f"{step.label} @{step.cell_key[:8]}", step.state, step.reason, f"{step.activations_to_extract:,}",
-            f"{step.draws_to_sample:,}", bytes_text(step.draw_bytes + step.activation_bytes), _seconds(step.seconds),
-        )  # fmt: skip
-    out.print(table)
-    seconds = [s.seconds for s in steps]
-    total = sum(s for s in seconds if s is not None) if None not in seconds else None
-    activations, draws = sum(s.activation_bytes for s in steps), sum(s.draw_bytes for s in steps)
-    out.print(
-        f"to extract: {sum(s.activations_to_extract for s in steps):,} activations; "
-        f"to sample: {sum(s.draws_to_sample for s in steps):,} draws; "
-        f"disk about {bytes_text(activations + draws)} ({bytes_text(activations)} activations, {bytes_text(draws)} draws); "
-        f"time {_seconds(total)} on one rank"
-        + (" (no earlier run of this pair to estimate it from)" if total is None else _gpu_hours(sweep, total))
+        print(json.dumps({**asdict(step), "gpu_hours": _hours(step.seconds, gpus)}))
+    total = {
+        "sweep": sweep.name, "cells": len(steps), "states": Counter(step.state for step in steps), "job": shape,
+        "cells_of_jobs": list(cells_of_jobs), **asdict(sums), "gpu_hours": _hours(sums.seconds, gpus),
+        "most_gpu_hours": _most_hours(sweep, cells_of_jobs),
+    }  # fmt: skip
+    print(json.dumps(total))
+
+
+def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, *, wide: bool) -> Table:
+    counts = Counter(step.state for step in steps)
+    others = "".join(f", {number} {state}" for state, number in sorted(counts.items()) if state != "missing")
+    title = f"{sweep.name}: {counts['missing']} of {len(steps)} cells to run{others}"
+    table = Table(title=title, title_justify="left", box=HEAVY_HEAD if wide else SIMPLE_HEAD, pad_edge=wide)
+    for name in ("cell", "state", "why"):
+        table.add_column(name, overflow="fold")
+    for name in (*(("activations",) if wide else ()), "draws", "disk", "GPU-hours" if gpus else "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for step in steps:
+        key = f"@{step.cell_key[:8]}"
+        numbers = [f"{step.activations_to_extract:,}"] if wide else []
+        numbers += [f"{step.draws_to_sample:,}", bytes_text(step.draw_bytes + step.activation_bytes), _time(step.seconds, gpus)]
+        if step.state != "missing":
+            numbers = [""] * len(numbers)
+        table.add_row(f"{step.label} {key}" if wide else f"{step.label}\n{key}", step.state, step.reason, *numbers)
+    return table
+
+
+def _sums(sweep: Sweep, sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]) -> Iterator[str]:
+    """What is to be done, what it takes, and in how many jobs."""
+    yield (
+        f"to extract: {sums.activations:,} activations; to sample: {sums.draws:,} draws; "
+        f"disk about {bytes_text(sums.activation_bytes + sums.draw_bytes)} "
+        f"({bytes_text(sums.activation_bytes)} activations, {bytes_text(sums.draw_bytes)} draws); "
+        f"time {duration_text(sums.seconds)} on one rank" + _source(sums)
     )
+    if gpus and cells_of_jobs:
+        limit = f"{_most_hours(sweep, cells_of_jobs):,.1f} if every job goes to its time limit ({sweep.resources.time}) once"
+        yield f"GPU-hours: {_time(sums.seconds, gpus)}; {limit}"
+    if cells_of_jobs:
+        yield f"jobs: {len(cells_of_jobs)}{_arrays(sweep, len(cells_of_jobs))}, {_each(cells_of_jobs)}"
     if shape:
-        out.print(f"a job: {shape}", soft_wrap=True)
+        yield f"a job: {shape}"
 
 
-def _gpu_hours(sweep: Sweep, seconds: float) -> str:
-    hours = "" if sweep.resources.gpus == 0 else f", {seconds / 3600:.2f} GPU-hours"
-    return f"{hours} (from the newest run of this pair)"
+def _source(sums: Estimate) -> str:
+    if sums.num_unknown == 0:
+        return " (from the newest run of this pair)" if sums.seconds else ""
+    known = f"; {duration_text(sums.known_seconds)} for {sums.num_known} of {sums.num_known + sums.num_unknown} cells"
+    return f" (no earlier run of this pair to estimate it from{known if sums.num_known else ''})"
+
+
+def _each(cells: Sequence[int]) -> str:
+    """ "3 cells each", or "2 to 4 cells each"."""
+    low, high = min(cells), max(cells)
+    return f"{low} cell{'s' * (low != 1)} each" if low == high else f"{low} to {high} cells each"
+
+
+def _arrays(sweep: Sweep, num_jobs: int) -> str:
+    if resolve_cluster(sweep.resources) != "slurm" or num_jobs == 1:
+        return ""
+    arrays = math.ceil(num_jobs / slurm.max_array_size())
+    return f" in {arrays} array{'s' * (arrays != 1)}"
+
+
+def _most_hours(sweep: Sweep, cells_of_jobs: Sequence[int]) -> float:
+    """GPU-hours if every job takes its whole time limit once."""
+    resources = sweep.resources
+    return len(cells_of_jobs) * resources.nodes * num_gpus(resources) * resources.minutes / 60
+
+
+def _hours(seconds: float | None, gpus: int) -> float | None:
+    """GPU-hours: a rank has one GPU."""
+    return None if seconds is None or not gpus else seconds / 3600
+
+
+def _time(seconds: float | None, gpus: int) -> str:
+    hours = _hours(seconds, gpus)
+    return duration_text(seconds) if hours is None else f"{hours:,.2f}"
 
 
 def say_failed(steps: Sequence[Step]) -> None:
@@ -216,17 +280,3 @@ def _fve(row: dict[str, Any] | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def bytes_text(count: int) -> str:
-    """A number of bytes as people read it."""
-    if count < 1000:
-        return f"{count} B"
-    power = min(4, int(math.log10(count) // 3))
-    return f"{count / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "unknown"
-    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

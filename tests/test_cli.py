@@ -86,14 +86,14 @@ def test_sql_reads_the_draws_as_they_are_on_disk(ksweep: Command, registry: Path
 def test_ls_lists_runs_newest_first_with_their_best(ksweep: Command) -> None:
     code, out, _ = ksweep("ls", "--json")
     assert code == 0
-    found = [(o["run"], o["status"], o["best_fve"], o["tokens_per_second"]) for o in objects(out)]
+    found = [(o["run"], o["state"], o["fve"], o["tokens_per_second"]) for o in objects(out)]
     assert found == [("r1", "finished", 0.53, 100.0), ("r2", "failed", None, None), ("r0", "finished", 0.33, None)]
 
 
 def test_ls_as_a_table_is_whole(ksweep: Command) -> None:
     code, out, _ = ksweep("ls")
     assert code == 0 and "…" not in out
-    for words in ("r1", "finished", "failed", "temp_sweep", "0.5300", record_of("x", temperature=0.7).cell):
+    for words in ("r1", "finished", "failed", "RunError: x", "temp_sweep", "0.530 K=4", record_of("x", temperature=0.7).cell):
         assert words in out
 
 
@@ -151,6 +151,22 @@ def test_a_real_process_answers_in_a_pipe_and_loads_no_torch(registry: Path) -> 
     command = [sys.executable, "-c", script, "sql", "select count(*) as n from runs", "--json", "--registry", str(registry)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, '{"n": 3}\n', "")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["ls", "--help"], ["nonsense"]])
+def test_help_and_a_mistyped_word_load_nothing_heavy(words: list[str]) -> None:
+    heavy = ("torch", "duckdb", "pyarrow", "altair", "numpy", "transformers", "submitit", "psutil")
+    script = (
+        (
+            "import sys\nfrom ksweep.cli import main\ntry:\n    main()\n"
+            f"finally:\n    assert not {heavy} & sys.modules.keys(), {heavy} & sys.modules.keys()"
+        )
+        .replace("('", "{'")
+        .replace("')", "'}")
+    )
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == (2 if words == ["nonsense"] else 0) and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("text", ["[/INST] hi", "[bold]hi[/bold] :smile:", "x" * 400])

@@ -1,27 +1,26 @@
-"""ksweep watch, logs, why, cancel, retry: on job directories as jobs write them, through the command itself."""
+"""ksweep why, logs, cancel, retry, and the names that jobs answer to: on job directories as jobs write them."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-from rich.console import Console
-from typer.testing import CliRunner
 
-from ksweep import jobs
-from ksweep.cli import app
 from ksweep.errors import RequestError
-from ksweep.launch.job import Ending, Heartbeat, Job, create
+from ksweep.jobs import logs as logs_module
+from ksweep.jobs.finding import find, named
+from ksweep.jobs.logs import read_logs
+from ksweep.launch.job import Ending, Job
+from ksweep.registry.landing import land
+from tests.job_directories import ended, job, ksweep, me
+from tests.registry.landed_runs import record_of
 
 
 @pytest.fixture
@@ -31,143 +30,244 @@ def registry(tmp_path: Path) -> Path:
     return folder
 
 
-def job(registry: Path, sweep: str = "tiny", label: str = "temperature=0.7", ranks: int = 1, **origin: Any) -> Job:
-    argument = {"sweep": sweep, "cells": [], "registry": str(registry), "origin": origin}
-    return create(registry.parent / "logs", "a:b", argument, ranks, cells=[(f"key of {label}", label)])
-
-
-def me(rank: int = 0, pid: int | None = None, **changes: Any) -> Heartbeat:
-    """A heartbeat of this process (or another) as a rank."""
-    process = psutil.Process(pid)
-    return Heartbeat(rank=rank, pid=process.pid, host=socket.gethostname(), process_started=process.create_time(), **changes)
-
-
-def ksweep(registry: Path, *words: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [*words, "--registry", str(registry)])
-    if isinstance(done.exception, RequestError):
-        return 2, str(done.exception)
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.output
-
-
-def test_jobs_are_found_by_prefix_by_number_and_by_sweep(registry: Path) -> None:
+def test_jobs_are_found_by_prefix_by_random_part_by_number_and_by_sweep(registry: Path) -> None:
     first, second = job(registry, "one"), job(registry, "two")
     second.note("slurm", {"id": "41_2", "folder": str(registry), "tag": "x"})
-    assert jobs.find(registry, first.id) == [first] and jobs.find(registry, first.id[:-2]) == [first]
-    assert jobs.find(registry, "41_2") == [second]
-    assert jobs.find(registry, "two") == [second] and jobs.find(registry, "tw") == [second]
+    assert find(registry, first.id) == [first] and find(registry, first.id[:-2]) == [first]
+    assert find(registry, first.id[-6:]) == [first]
+    assert find(registry, "41_2") == [second] and find(registry, "41") == [second]
+    assert find(registry, "two") == [second] and find(registry, "tw") == [second]
     with pytest.raises(RequestError, match="write more of it"):
-        jobs.find(registry, first.id[:6])
+        find(registry, first.id[:6])
     with pytest.raises(RequestError, match="there are one, two"):
-        jobs.find(registry, "three")
+        find(registry, "three")
 
 
-def test_progress_is_summed_over_ranks_and_gives_the_time_that_is_left(registry: Path) -> None:
-    running = job(registry, ranks=2)
-    for rank, done in enumerate((30, 50)):
-        running.beat(me(rank, phase="drawing", done=done, total=200, rate=2.0))
-    code, out = ksweep(registry, "watch", "--json")
-    [line] = [json.loads(text) for text in out.splitlines()]
-    # 200 - 80 left at 4 a second
-    assert code == 0 and (line["done"], line["total"], line["per_second"], line["seconds_left"]) == (80, 200, 4.0, 30.0)
-    assert line["state"] == "running" and line["cells"] == "temperature=0.7"
+def test_a_number_of_slurms_names_all_elements_of_its_array(registry: Path) -> None:
+    jobs = [job(registry) for _ in range(3)]
+    for index, one in enumerate(jobs[:2]):
+        one.note("slurm", {"id": f"7_{index}", "folder": str(registry), "tag": "x"})
+    jobs[2].note("slurm", {"id": "77", "folder": str(registry), "tag": "x"})
+    assert {j.id for j in find(registry, "7")} == {j.id for j in jobs[:2]}
+    assert find(registry, "77") == [jobs[2]]
 
 
-def test_watch_fits_eighty_columns_and_tells_the_fve_so_far(registry: Path) -> None:
-    running = job(registry)
-    running.beat(me(phase="drawing", done=5, total=10, numbers={"fve": 0.51, "fve_low": 0.49, "fve_high": 0.53}))
-    console = Console(file=io.StringIO(), width=80)
-    console.print(jobs.table(jobs.lines([running]), 80))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert max(map(len, text.splitlines())) <= 80
-    assert "0.510" in text and "5/10" in text
+def test_a_cell_names_its_newest_job_and_itself(registry: Path) -> None:
+    older, newer = job(registry, "tiny", "a", "b"), job(registry, "tiny", "b", "c")
+    os.rename(older.path, older.path.with_name(f"20260101-000000-{older.id[-6:]}"))
+    found = named(registry, "@key of b")
+    assert (found.jobs, found.kind, found.keys) == ([newer], "cell", {"key of b"})
+    assert [j.id[:8] for j in find(registry, "key of a")] == ["20260101"]
 
 
-def test_watch_in_a_pipe_says_each_change_once_and_ends_with_the_last_job(
-    registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jobs, "REFRESH_SECONDS", 0.0)
-    running = job(registry)
-    running.beat(me(phase="drawing", done=1, total=2))
-    updates = jobs.watch(registry, "tiny")
-    seen = [next(updates), next(updates)]
-    running.end(Ending(rank=0, status="finished"))
-    seen += list(updates)
-    assert [lines[0].state for lines in seen] == ["running", "running", "finished"]
-    jobs.show(iter(seen), Console(file=io.StringIO()))
-    assert [line.split(": ")[1].split()[0] for line in capsys.readouterr().out.splitlines()] == ["running", "finished"]
+def test_a_run_names_the_job_that_was_submitted_before_it_ended(registry: Path) -> None:
+    jobs = []
+    for day in (20, 22, 24):
+        made = job(registry, "tiny", "a")
+        os.rename(made.path, made.path.with_name(f"202611{day}-120000-{made.id[-6:]}"))
+        jobs.append(Job(made.path.with_name(f"202611{day}-120000-{made.id[-6:]}")))
+    land(registry, record_of("20261123T000000-abc-12345678", cell_key="key of a", minutes=12 * 60, status="failed"))
+    # 2026-11-23 00:00, see landed_runs: the second job had begun by then, the third not yet.
+    assert find(registry, "20261123T") == [jobs[1]]
+    assert find(registry, "12345678") == [jobs[1]]
 
 
 def failed_job(registry: Path) -> Job:
-    failed = job(registry, ranks=2)
+    failed = job(registry, ranks=2, batch_size=48, resources={"mem_gb": 96, "time": "2:00:00"})
     for rank in (0, 1):
         failed.beat(me(rank, device="H100", phase="drawing", done=3, total=8))
         ending = Ending(
             rank=rank, status="failed", kind="out of memory", message=f"rank {rank} is full", traceback=f"Traceback of {rank}"
         )
         failed.end(ending)
-        (failed.path / f"7_{rank}_log.err").write_text(f"line of rank {rank}\n")
+        (failed.path / f"7_{rank}_log.err").write_text(f"line of rank {rank}\nTraceback of {rank}\n")
     failed.note("code", {"path": "/x", "commit": "abcdef" * 7, "diff": "/x.diff"})
     return failed
 
 
-def test_why_tells_class_ranks_tracebacks_device_code_and_log(registry: Path) -> None:
+def test_why_tells_class_ranks_tracebacks_device_code_log_and_what_to_do(registry: Path) -> None:
     failed = failed_job(registry)
     code, out = ksweep(registry, "why", failed.id[:-1])
     assert code == 0
     for words in ("out of memory: rank 0 is full", "Traceback of 0", "Traceback of 1", "(H100)", "line of rank 1", "abcdefabcdef",
-                  " + /x.diff", "ksweep retry tiny"):  # fmt: skip
+                  " + /x.diff", "lower resources.batch_size (now 48)", "raise resources.mem_gb (now 96)"):  # fmt: skip
         assert words in out, words
+    assert out.count("Traceback of 1") == 1, "what is in the log and in the terminal record is told once"
+    assert out.splitlines()[-1].startswith("next: ")
     told = json.loads(ksweep(registry, "why", failed.id, "--json")[1])
     assert (told["class"], [e["traceback"] for e in told["endings"]]) == ("out of memory", ["Traceback of 0", "Traceback of 1"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("time limit", "raise resources.time"),
+        ("bad input", "correct it"),
+        ("disk full", "vector_cache= to a larger disk"),
+        ("NaN", "autoencoder.dtype=float32"),
+        ("dead rank", "resources.mem_gb"),
+        ("bug", "ksweep retry tiny"),
+        ("node failure", "exclude: "),
+        ("a class of tomorrow", "ksweep retry tiny"),
+    ],
+)
+def test_why_says_what_to_do_about_each_class(registry: Path, kind: str, words: str) -> None:
+    told = json.loads(ksweep(registry, "why", ended(registry, "failed", kind=kind, message="x").id, "--json")[1])
+    assert words in told["next"] and "{" not in told["next"].replace("extra={", "")
+
+
+def test_why_tells_why_each_start_was_given_up(registry: Path) -> None:
+    back = job(registry)
+    back.beat(me(phase="drawing", done=3, total=8))
+    back.note("requeued", {"why": "preempted", "time": 0.0, "place": []}, 0)
+    back.beat(me(phase="drawing", done=5, total=8, attempt=1))
+    out = ksweep(registry, "why", back.id)[1]
+    assert "start 0 was requeued: preempted" in out and "start 1, rank 0" in out and "drawing 5/8" in out
+
+
+def test_why_of_a_run_whose_job_is_gone_is_told_by_the_registry(registry: Path) -> None:
+    record = record_of(
+        "20261122T120000-k-aa11bb22",
+        status="failed",
+        error_type="bug",
+        error_message="KeyError: 'x'",
+        tracebacks=("rank 0: Trace",),
+    )
+    land(registry, record)
+    code, out = ksweep(registry, "why", "aa11")
+    assert code == 0 and "bug: KeyError: 'x'" in out and "rank 0: Trace" in out and "not there any more" in out
+    assert json.loads(ksweep(registry, "why", "aa11", "--json")[1])["class"] == "bug"
+
+
+def test_why_of_a_job_with_a_half_written_heartbeat_says_so(registry: Path) -> None:
+    torn = job(registry)
+    torn.beat(me())
+    (torn.path / "attempt-000" / "rank-0.json").write_text('{"rank": 0, "pi')
+    code, out = ksweep(registry, "why", torn.id)
+    assert code == 0 and "unknown" in out and "cannot be read" in out
+
+
 def test_logs_are_those_of_a_rank_where_one_is_named(registry: Path) -> None:
     failed = failed_job(registry)
-    assert ksweep(registry, "logs", failed.id)[1] == "line of rank 0\nline of rank 1\n"
-    assert ksweep(registry, "logs", failed.id, "--rank", "1")[1] == "line of rank 1\n"
+    both = ksweep(registry, "logs", failed.id)[1]
+    assert both == ("==> 7_0_log.err <==\nline of rank 0\nTraceback of 0\n==> 7_1_log.err <==\nline of rank 1\nTraceback of 1\n")
+    assert ksweep(registry, "logs", failed.id, "--rank", "1")[1] == "line of rank 1\nTraceback of 1\n"
 
 
-def test_following_logs_ends_with_the_job(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "REFRESH_SECONDS", 0.0)
+def test_logs_of_a_rank_that_wrote_nothing_name_those_that_did(registry: Path) -> None:
+    assert ksweep(registry, "logs", failed_job(registry).id, "--rank", "5")[1].endswith("ranks with logs: 0, 1")
+
+
+@pytest.mark.parametrize("follow", [[], ["-f"]])
+def test_logs_that_are_not_there_say_why_and_exit_with_one(registry: Path, follow: list[str]) -> None:
+    done = ended(registry, "finished")
+    code, out = ksweep(registry, "logs", done.id, *follow)
+    assert code == 1 and "has no logs" in out and str(done.path) in out and "It is finished" in out
+
+
+def test_following_logs_ends_with_the_job_and_begins_again_with_a_new_start(
+    registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs_module, "FOLLOW_SECONDS", 0.0)
     running = job(registry)
     running.beat(me())
     log = running.path / "7_0_log.err"
     log.write_text("first\n")
-    texts = jobs.read_logs(running, None, follow=True)
+    texts = read_logs(running, None, follow=True)
     assert next(texts) == "first\n"
     with log.open("a") as file:
-        file.write("second\n")
-    assert next(texts) == "second\n"
+        file.write("second ü\n")
+    assert next(texts) == "second ü\n"
+    log.write_text("again\n")  # Slurm writes the log of the next start over the old one
+    assert next(texts) == "again\n"
     running.end(Ending(rank=0, status="finished"))
     assert list(texts) == []
 
 
 def test_cancel_asks_the_ranks_of_a_sweep_to_stop(registry: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    running, done = job(registry), job(registry)
+    running, done = job(registry), ended(registry, "finished")
     running.beat(me(pid=process.pid))
-    done.end(Ending(rank=0, status="finished"))
     code, out = ksweep(registry, "cancel", "tiny")
-    assert code == 0 and running.id in out and done.id not in out
-    assert process.wait(10) == -signal.SIGTERM and running.asked_to_end()
-    assert "nothing of tiny is under way" in ksweep(registry, "cancel", "tiny")[1]
+    assert code == 0 and f"cancelled: {running.id}" in out and done.id not in out and "1 job had ended before" in out
+    assert process.wait(10) == -signal.SIGTERM and running.asked_to_end() and not done.asked_to_end()
+    code, out = ksweep(registry, "cancel", "tiny")
+    assert (code, out) == (0, "nothing of tiny is under way: 2 jobs had ended before\n")
 
 
-def test_retry_runs_the_sweeps_own_command_with_retry(registry: Path, tmp_path: Path) -> None:
-    (tmp_path / "experiment.py").write_text("import sys, pathlib; pathlib.Path('said').write_text(' '.join(sys.argv[1:]))\n")
-    job(registry, argv=["experiment.py", "sampling.seed=1"], directory=str(tmp_path))
-    assert ksweep(registry, "retry", "tiny")[0] == 0
+def test_cancel_of_a_job_that_has_ended_says_how(registry: Path) -> None:
+    done = ended(registry, "failed", kind="bug", message="x")
+    assert ksweep(registry, "cancel", done.id) == (0, f"nothing to cancel: {done.id} has failed (bug: x)\n")
+    assert json.loads(ksweep(registry, "cancel", done.id, "--json")[1]) == {
+        "job": done.id, "cancelled": False, "state": "failed", "reason": "bug: x", "slurm": None,
+    }  # fmt: skip
+
+
+def test_cancel_of_a_local_job_on_another_machine_exits_with_one_and_names_it(registry: Path) -> None:
+    far = job(registry)
+    far.beat(me().__class__(rank=0, pid=1, host="elsewhere", process_started=1.0))
+    code, out = ksweep(registry, "cancel", far.id)
+    assert code == 1 and "not cancelled" in out and "elsewhere" in out
+
+
+def script(tmp_path: Path) -> dict[str, object]:
+    """Where a job of this sweep came from: a command that says what it was called with."""
+    text = "import sys, pathlib; pathlib.Path('said').write_text(' '.join(sys.argv[1:])); print('hello'); sys.exit(3)\n"
+    (tmp_path / "experiment.py").write_text(text)
+    return {"argv": ["experiment.py", "sampling.seed=1"], "directory": str(tmp_path)}
+
+
+def test_retry_of_a_sweep_runs_its_own_command_with_retry(registry: Path, tmp_path: Path) -> None:
+    job(registry, origin=script(tmp_path))
+    assert ksweep(registry, "retry", "tiny")[0] == 3
     assert (tmp_path / "said").read_text() == "sampling.seed=1 --retry"
     os.unlink(tmp_path / "experiment.py")
-    done = CliRunner().invoke(app, ["retry", "tiny", "--registry", str(registry)])
-    assert "not there any more" in str(done.exception)
+    code, out = ksweep(registry, "retry", "tiny")
+    assert code == 1 and "not there any more" in out
 
 
-def test_a_second_watcher_and_a_dead_launcher_change_nothing(registry: Path) -> None:
-    running = job(registry)
-    running.beat(me(phase="drawing", done=1, total=2, time=time.time()))
-    before = {p: p.stat().st_mtime_ns for p in running.path.rglob("*")}
-    first, second = ksweep(registry, "watch", "--json"), ksweep(registry, "watch", "tiny", "--once")
-    assert first[0] == second[0] == 0 and "running" in second[1]
-    assert {p: p.stat().st_mtime_ns for p in running.path.rglob("*")} == before
+def test_retry_of_a_job_or_a_cell_names_its_cells(registry: Path, tmp_path: Path) -> None:
+    failed = job(registry, "tiny", "a", "b", origin=script(tmp_path))
+    failed.beat(me())
+    failed.end(Ending(rank=0, status="failed", kind="bug", message="x"))
+    ksweep(registry, "retry", failed.id)
+    assert (tmp_path / "said").read_text() == "sampling.seed=1 --retry-cell=key of a --retry-cell=key of b"
+    ksweep(registry, "retry", "key of b")
+    assert (tmp_path / "said").read_text() == "sampling.seed=1 --retry-cell=key of b"
+
+
+def test_retry_as_json_prints_one_object_and_nothing_of_the_command(registry: Path, tmp_path: Path) -> None:
+    job(registry, origin=script(tmp_path))
+    code = "from ksweep.cli import main; main()"
+    words = ["retry", "tiny", "--json", "--registry", str(registry)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 3 and "hello" in done.stderr
+    assert (json.loads(done.stdout)["exit_code"], json.loads(done.stdout)["command"][-1]) == (3, "--retry")
+
+
+@pytest.mark.parametrize(("status", "words"), [("finished", "has finished"), (None, "is still running")])
+def test_retry_of_one_job_that_has_not_failed_says_so(registry: Path, tmp_path: Path, status: str | None, words: str) -> None:
+    one = job(registry, origin=script(tmp_path))
+    one.beat(me())
+    if status:
+        one.end(Ending(rank=0, status=status))
+    code, out = ksweep(registry, "retry", one.id)
+    assert code == 1 and words in out and not (tmp_path / "said").exists()
+
+
+def test_names_of_two_thousand_jobs_are_told_apart_within_two_seconds(registry: Path) -> None:
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    for number in range(2000):
+        folder = registry.parent / "logs" / f"{began + timedelta(minutes=number):%Y%m%d-%H%M%S}-{number:06x}"
+        folder.mkdir(parents=True)
+        cells = [{"key": f"{number:032x}", "label": "a"}]
+        argument = {"sweep": f"s{number // 100:02d}", "padding": "x" * 4000}
+        (folder / "job.json").write_text(json.dumps({"argument": argument, "cells": cells, "num_ranks": 1}))
+        (folder / "settled.json").write_text('{"state": "finished", "reason": "every rank finished"}')
+        os.utime(folder / "settled.json", (1, 1))
+    ksweep(registry, "ls")  # builds the database
+    for words in (["ls"], ["watch", "--once"], ["watch", "s07", "--once"], ["why", "0007cf"], ["cancel", "s19"]):
+        clock = time.process_time()  # other work on the machine does not count
+        code, out = ksweep(registry, *words)
+        assert code == 0 and time.process_time() - clock < 2, (words, time.process_time() - clock, out)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep
+from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep, terminal
 from ksweep.keys import Keys
 from ksweep.launch.plan import Facts, plan
 from ksweep.registry.landing import land
@@ -195,7 +195,28 @@ def test_plan_in_a_pipe_is_whole_and_sums_what_is_to_be_done(sweep: Sweep, capsy
 def test_plan_with_one_cell_of_unknown_time_has_no_total(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     known = Facts("c", "a", "x", None, 0, 10, 0, 10, 1, 1, seconds_per_draw=1.0)
     print_plan(sweep, plan([known, replace(known, seconds_per_draw=None)]))
-    assert "time unknown on one rank (no earlier run of this pair to estimate it from)" in capsys.readouterr().out
+    assert (
+        "time unknown on one rank (no earlier run of this pair to estimate it from; 10 s for 1 of 2 cells)"
+        in capsys.readouterr().out
+    )
+
+
+def test_plan_on_80_columns_with_gpus_fits_and_tells_gpu_hours(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Console(width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(terminal, "console", lambda: out)
+    facts = Facts("c" * 32, "a", "gemma L32 T=0.7 top_p=0.95", None, 0, 10_000, 0, 640_000, 7680, 1500, seconds_per_draw=0.9)
+    failed = replace(facts, cell_key="d" * 32, failure=("out of memory", "rank 3 of 8: CUDA out of memory. " * 4))
+    busy = replace(facts, cell_key="e" * 32, job=("running", "job 20261122-120000-abcdef: drawing 3/8"))
+    resources = replace(sweep.resources, cluster="local", gpus=8, time="24:00:00")
+    print_plan(replace(sweep, resources=resources), plan([facts, failed, busy]), "slurm: 8 GPUs, 24:00:00", [1])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    # 640,000 draws x 0.9 s / 3600 s; 1 job x 8 GPUs x 24 h
+    for words in ("1 of 3 cells to run, 1 failed, 1 running", "160.00", "GPU-hours: 160.00; 192.0 if every job",
+                  "jobs: 1, 1 cell each", "@cccccccc", "out of memory", "1.0 GB"):  # fmt: skip
+        assert words in text, words
 
 
 @pytest.mark.parametrize(

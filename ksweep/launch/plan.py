@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,16 +61,49 @@ class Step:
     seconds: float | None
 
 
-def plan(facts: Iterable[Facts], *, retry: bool = False) -> list[Step]:
+@dataclass(frozen=True)
+class Estimate:
+    """What the missing cells of a sweep take together."""
+
+    activations: int
+    draws: int
+    activation_bytes: int
+    draw_bytes: int
+    seconds: float | None
+    """Of drawing on one rank; None where not every cell's speed is known."""
+    known_seconds: float
+    """Of those missing cells whose speed is known."""
+    num_known: int
+    num_unknown: int
+
+
+def estimate(steps: Sequence[Step]) -> Estimate:
+    """The sums over a plan."""
+    known = [step.seconds for step in steps if step.seconds is not None]
+    missing = [step for step in steps if step.state == "missing"]
+    unknown = sum(step.seconds is None for step in missing)
+    return Estimate(
+        activations=sum(step.activations_to_extract for step in steps),
+        draws=sum(step.draws_to_sample for step in steps),
+        activation_bytes=sum(step.activation_bytes for step in steps),
+        draw_bytes=sum(step.draw_bytes for step in steps),
+        seconds=None if unknown else sum(known),
+        known_seconds=sum(known),
+        num_known=len(missing) - unknown,
+        num_unknown=unknown,
+    )
+
+
+def plan(facts: Iterable[Facts], *, retry: Sequence[str] = ()) -> list[Step]:
     """One step a cell, in order. Activations and draws that two cells share are counted for the first that needs them.
 
-    With `retry` cells that failed are missing like any other.
+    Cells whose key begins with one of `retry` ("" begins every key) are missing like any other, although they failed.
     """
     steps: list[Step] = []
     extracted: dict[str, int] = {}
     for fact in facts:
         planned = max(extracted.get(fact.activations_key, 0), fact.activations_present)
-        steps.append(_step(fact, max(0, fact.activations_wanted - planned), retry))
+        steps.append(_step(fact, max(0, fact.activations_wanted - planned), fact.cell_key.startswith(tuple(retry))))
         if steps[-1].state == "missing":
             extracted[fact.activations_key] = max(planned, fact.activations_wanted)
     return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep, sweep_main
 from ksweep.keys import cell_keys
-from ksweep.launch.plan import Facts, plan
+from ksweep.launch.plan import Facts, estimate, plan
 from ksweep.registry.landing import land
 from tests.activations.helpers import random_vectors, write_vectors
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
@@ -147,6 +148,42 @@ def test_dry_run_counts_each_temperature_by_itself_and_its_activations_once(
     assert "to extract: 40 activations; to sample: 680 draws" in out  # 40 greedy, 2 x 40 x 8
 
 
+def test_dry_run_as_json_is_an_object_a_cell_and_the_sums(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    land_finished(sweep, sweep.cell)
+    out = dry_run(sweep, capsys, "--json", "sampling.num_draws=[8,16,24]", "cells_per_job=1")
+    *cells, sums = [json.loads(line) for line in out.splitlines()]
+    assert [(c["state"], c["draws_to_sample"]) for c in cells] == [("done", 0), ("missing", 640), ("missing", 320)]
+    # 40 activations with 16 draws, then 8 more of each; 700 bytes a draw, no estimate of time, no GPU
+    assert (sums["draws"], sums["draw_bytes"], sums["cells_of_jobs"]) == (960, 672_000, [1, 1])
+    assert sums["states"] == {"done": 1, "missing": 2} and sums["seconds"] is None and sums["num_unknown"] == 2
+
+
+@pytest.mark.parametrize(("per_job", "words"), [(1, "jobs: 3, 1 cell each"), (2, "jobs: 2, 1 to 2 cells each")])
+def test_dry_run_says_how_many_jobs_there_will_be(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], per_job: int, words: str
+) -> None:
+    assert words in dry_run(sweep, capsys, "sampling.temperature=[0.5,0.7,1.0]", f"cells_per_job={per_job}")
+
+
+def test_a_dry_run_with_one_cell_to_be_retried_leaves_the_other_failed(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [replace(sweep.cell, sampling=replace(sweep.cell.sampling, num_draws=n)) for n in (8, 16)]
+    keys = [cell_keys(cell).cell for cell in cells]
+    Path(sweep.registry).mkdir()
+    for key in keys:
+        land(Path(sweep.registry), record_of(f"f-{key[:4]}", cell_key=key, status="failed", error_type="bug", error_message="x"))
+    both = "sampling.num_draws=[8,16]"
+    assert "0 of 2 cells to run, 2 failed" in dry_run(sweep, capsys, both)
+    assert "1 of 2 cells to run, 1 failed" in dry_run(sweep, capsys, both, f"--retry-cell={keys[1]}")
+    assert "2 of 2 cells to run" in dry_run(sweep, capsys, both, *(f"--retry-cell={key}" for key in keys))
+    assert "2 of 2 cells to run" in dry_run(sweep, capsys, both, "--retry")
+
+
+def test_json_without_a_dry_run_is_refused(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        sweep_main(sweep, ["--json"])
+    assert end.value.code == 2 and "--json goes with --dry-run" in capsys.readouterr().err
+
+
 def test_dry_run_after_a_finished_cell_and_deleted_draws_samples_only_for_the_other(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,8 +212,23 @@ def test_plan_reports_what_failed_and_repeats_it_only_when_asked() -> None:
     broken = facts(failure=("bug", "KeyError: 'x'\nmore"))
     [step] = plan([broken])
     assert (step.state, step.reason, step.draws_to_sample) == ("failed", "bug: KeyError: 'x' (--retry runs it again)", 0)
-    [again] = plan([broken], retry=True)
+    [again] = plan([broken], retry=[""])
     assert (again.state, again.draws_to_sample) == ("missing", 320)
+
+
+def test_plan_repeats_of_two_failed_cells_the_one_that_is_named() -> None:
+    broken = [facts(cell_key=key, failure=("bug", "KeyError")) for key in ("aa11", "ab22")]
+    assert [step.state for step in plan(broken, retry=["ab"])] == ["failed", "missing"]
+    assert [step.state for step in plan(broken, retry=["ab22", "aa1"])] == ["missing", "missing"]
+
+
+def test_estimate_adds_up_what_is_known_and_counts_what_is_not() -> None:
+    steps = plan([facts(seconds_per_draw=0.5), facts(cell_key="d"), facts(cell_key="e", finished_run="r")])
+    found = estimate(steps)
+    # 320 draws each; the second cell has the activations of the first; 320 x 0.5 s
+    assert (found.draws, found.activations, found.draw_bytes, found.activation_bytes) == (640, 40, 448_000, 5120)
+    assert (found.seconds, found.known_seconds, found.num_known, found.num_unknown) == (None, 160, 1, 1)
+    assert estimate(steps[:1]).seconds == 160
 
 
 @pytest.mark.parametrize("kind", ["preempted", "timeout", "node failure", "cancelled", "lost", "stopped", "disk full"])

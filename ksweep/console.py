@@ -1,0 +1,42 @@
+"""Standard output, and numbers as people read them. Light: every command starts with it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPE_WIDTH = 100_000
+
+
+def console() -> Console:
+    """Standard output, text taken as it is (no markup, no emoji codes); in a pipe no colour and nothing cut."""
+    from rich.console import Console
+
+    plain = Console(markup=False, emoji=False, highlight=False)
+    return plain if plain.is_terminal else Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH, no_color=True)
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes as people read it."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(4, int(math.log10(count) // 3))
+    return f"{count / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
+
+
+def duration_text(value: float | None) -> str:
+    """A length of time as people read it."""
+    if value is None:
+        return "unknown"
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def ago_text(seconds: float) -> str:
+    """How long ago something was, in at most four characters: 40s, 12m, 5h, 3d."""
+    for size, name, most in ((1, "s", 120), (60, "m", 7200), (3600, "h", 172_800)):
+        if seconds < most:
+            return f"{max(0.0, seconds) / size:.0f}{name}"
+    return f"{seconds / 86_400:.0f}d"
