@@ -42,7 +42,7 @@ LIVE: tuple[State, ...] = ("waiting", "running", "unknown")
 """States in which a job may still bring its results: its cells are not given to another."""
 
 OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory|OutOfMemory|Cannot allocate memory", re.IGNORECASE)
-ENDED_BY_SLURM = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ (?:DUE TO ([A-Z ]+?) )?\*\*\*")
+ENDED_BY_SLURM = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (?:DUE TO ([A-Z ]+?) )?\*\*\*")
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,10 @@ def _gone(number: str, state: str, word: slurm.Accounted | None, traces: Traces)
 
 
 def _state_in(words: str) -> str:
-    """What slurmstepd wrote when it ended a job, as accounting would have said it; empty where it wrote nothing."""
+    """What slurmstepd wrote when it ended a job, as accounting would have said it; empty where it wrote nothing.
+
+    Of a STEP it says CANCELLED too when srun ends it because one of its tasks was killed.
+    """
     found = ENDED_BY_SLURM.search("\n".join(words.splitlines()[-ENDED_LINES:]))
     if found is None:
         return ""

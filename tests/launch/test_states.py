@@ -114,6 +114,7 @@ BEFORE = Traces(spoke=False)
         # Without accounting slurmstepd's own words are all there is.
         (Answer(), Traces(words=OUT_OF_TIME), "stopped", "timeout", ""),
         (Answer(), replace(BEFORE, words=f"{NO_MODULE}\n{CANCELLED}"), "stopped", "cancelled", ""),
+        (Answer(), Traces(words=CANCELLED.replace("JOB 15006", "STEP 15006.0")), "stopped", "lost", "either"),
         (Answer(), Traces(words=OUT_OF_TIME + "\nlater start" * 6), "stopped", "lost", "either"),
         # A cancelled element that was waiting leaves no record at all.
         (Answer(), BEFORE, "stopped", "lost", "either"),
