@@ -6,8 +6,9 @@
 #   eval "$(scripts/slurm_testbed.sh env)" what a shell needs to talk to it
 #   scripts/slurm_testbed.sh status        daemons, nodes, queue
 #   scripts/slurm_testbed.sh down          stops it and removes all that it made
-#   scripts/slurm_testbed.sh kill-node N | kill-slurmd N | boot N | accounting stop|start | set KEY=VALUE
-#                                          a power cut; only the daemon dies; back again; slurmdbd; a line of slurm.conf
+#   scripts/slurm_testbed.sh kill-node N | kill-slurmd N | boot N | accounting stop|start | controller kill|start | set KEY=VALUE
+#                                          a power cut; only the daemon dies; back again; slurmdbd; slurmctld (kill -9: it
+#                                          forgets what it has not saved); a line of slurm.conf
 #
 # Everything lies below $SLURM_TESTBED (default ${TMPDIR:-/tmp}/ksweep-slurm); the only thing outside are marked lines in
 # /etc/hosts. Only processes whose pid it wrote down are ever signalled. Exit code 77: it cannot be had here, and why.
@@ -21,12 +22,13 @@ MEMORY=${MEMORY:-512000}        # declared MiB on each
 GRACE=${GRACE:-15}              # seconds between the preemption signal and the kill
 MAX_ARRAY=${MAX_ARRAY:-1001}    # MaxArraySize
 SLURMD_TIMEOUT=${SLURMD_TIMEOUT:-15}  # seconds until a silent node is down
-CGROUP=${CGROUP:-0}             # 1: device and memory limits by cgroup v1; GPUs then count from 0 in every job
+CGROUP=${CGROUP:-0}             # 1: device and memory limits by cgroup v1; GPUs then count from 0 in every job. 0: memory is
+                                # looked at once a second, and a step above its limit is killed
 PREEMPT_SIGNAL=${PREEMPT_SIGNAL:-1}   # 0: preempted jobs get SIGTERM only, as on most clusters
 NAMESPACES=${NAMESPACES:-1}     # 0: nodes share host name and PIDs (where unshare is not allowed)
 PORT=${PORT:-16817}             # slurmctld; slurmdbd 2 higher, slurmd from 184 higher. Below 19000: above, ranks meet. Two beds
                                 # may be up at once with ports of their own
-PREFIX=gpu
+PREFIX=${PREFIX:-gpu}              # node names begin with it
 MARK="# ksweep-slurm-testbed $BED"
 HOST=$(hostname -s)
 CANNOT=77
@@ -35,7 +37,11 @@ export SLURM_CONF=$BED/etc/slurm.conf MYSQL_UNIX_PORT=$BED/db.sock
 PATH=$PATH:/usr/sbin:/sbin
 
 say() { printf '[%3ds] %s\n' "$SECONDS" "$*" >&2; }
-cannot() { echo "slurm test bed: $*" >&2; exit $CANNOT; }
+cannot() { # and nothing is left of the attempt
+  echo "slurm test bed: $*" >&2
+  [ -f "$BED/etc/bed" ] || { rm -f "$BED/log/apt.out"; rmdir "$BED/log" "$BED"; } 2>/dev/null
+  exit $CANNOT
+}
 
 programs_there() {
   local p
@@ -66,18 +72,19 @@ spawn() { # name command...: in a session of its own, with a pid file and a log
 alive() { [ -r "/proc/$1/stat" ] && [ "$(awk '{print $3}' "/proc/$1/stat" 2>/dev/null)" != Z ]; } # an orphan may stay a zombie for seconds
 runs() { [ -f "$BED/run/$1.pid" ] && alive "$(cat "$BED/run/$1.pid")"; }
 
-await() { # what seconds command...
+await() { # what seconds command...: what may be the name of a daemon, which is not waited for when it has ended
   local what=$1 end=$((SECONDS + $2))
   shift 2
   until "$@" >/dev/null 2>&1; do
     [ $SECONDS -lt $end ] || { say "$what: no answer; logs in $BED/log"; return 1; }
+    [ ! -f "$BED/run/$what.pid" ] || runs "$what" || { say "$what has ended: $(tail -n 1 "$BED/log/$what.out")"; return 1; }
     sleep 0.1
   done
 }
 
 write_configuration() {
-  local i g plugin=task/none address=127.0.0.1 constrain=no
-  [ "$CGROUP" = 1 ] && plugin=task/cgroup constrain=yes
+  local i g plugin=task/none address=127.0.0.1 constrain=no every=task=1 kill=OverMemoryKill
+  [ "$CGROUP" = 1 ] && plugin=task/cgroup constrain=yes every=30 kill=
   mkdir -p "$BED"/{etc,run,log,state,spool,dev,munge,db}
   chmod 755 "$BED" "$BED"/* && chmod 700 "$BED/munge"
   for ((i = 1; i <= NODES; i++)); do mkdir -p "$BED/spool/$PREFIX$i"; done
@@ -140,7 +147,8 @@ AccountingStoragePass=$BED/munge.sock
 AccountingStorageEnforce=associations,limits,qos
 AccountingStorageTRES=gres/gpu
 JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=30
+JobAcctGatherFrequency=$every
+${kill:+JobAcctGatherParams=$kill}
 JobCompType=jobcomp/none
 DefMemPerCPU=1000
 $(for ((i = 1; i <= NODES; i++)); do node_line "$i" "$address"; done)
@@ -170,7 +178,7 @@ StorageUser=root
 StorageLoc=slurm_acct_db
 C
   chmod 600 "$BED/etc/slurmdbd.conf"
-  printf '%s\n' "NAMESPACES=$NAMESPACES" "NODES=$NODES" >"$BED/etc/bed"
+  printf '%s\n' "NAMESPACES=$NAMESPACES" "NODES=$NODES" "PREFIX=$PREFIX" >"$BED/etc/bed"
 }
 
 preempt_signal_line() { # the option moved in 23.02
@@ -216,6 +224,7 @@ slurmd_process() {
 database_answers() { mariadb --no-defaults -S "$BED/db.sock" -uroot -e 'select 1'; }
 controller_answers() { scontrol ping | grep -q 'is UP'; }
 nodes_idle() { [ "$(sinfo -h -N -p main -t idle -o %N | wc -l)" = "$NODES" ]; }
+start_controller() { spawn slurmctld slurmctld -D -i && await slurmctld 30 controller_answers; }
 start_accounting() { spawn slurmdbd slurmdbd -D && await slurmdbd 30 sacctmgr -n show cluster; }
 
 start_database() {
@@ -226,7 +235,7 @@ start_database() {
   spawn mariadbd mariadbd --no-defaults --user=root --datadir="$BED/db" --socket="$BED/db.sock" \
     --pid-file="$BED/run/mariadbd.self" --skip-networking --innodb-buffer-pool-size=64M --innodb-log-file-size=32M \
     --innodb-flush-log-at-trx-commit=0 --innodb-lock-wait-timeout=900 --performance-schema=OFF
-  await MariaDB 30 database_answers &&
+  await mariadbd 30 database_answers &&
     mariadb --no-defaults -S "$BED/db.sock" -uroot -e 'create database if not exists slurm_acct_db'
 }
 
@@ -234,10 +243,11 @@ set_up_accounts() { # in two sessions: one session does not see the QOS that it 
   { echo "add cluster testbed"
     echo "add account lab"
     echo "add qos preemptable set GraceTime=$GRACE PreemptMode=requeue Priority=0"
-    echo "modify qos normal set Preempt=preemptable Priority=100"
-    echo "add qos urgent set Preempt=preemptable,normal Priority=1000"; } | sacctmgr -i -Q >"$BED/log/accounts.out" 2>&1
+    echo "add qos scavenger set PreemptMode=cancel Priority=0" # no grace, and not requeued
+    echo "modify qos normal set Preempt=preemptable,scavenger Priority=100"
+    echo "add qos urgent set Preempt=preemptable,scavenger,normal Priority=1000"; } | sacctmgr -i -Q >"$BED/log/accounts.out" 2>&1
   { echo "add user root account=lab"
-    echo "modify user root set defaultaccount=lab qos=normal,preemptable,urgent defaultqos=normal"; } |
+    echo "modify user root set defaultaccount=lab qos=normal,preemptable,scavenger,urgent defaultqos=normal"; } |
     sacctmgr -i -Q >>"$BED/log/accounts.out" 2>&1
 }
 
@@ -254,7 +264,7 @@ up() {
   write_configuration
   spawn munged munged -F -f --key-file="$BED/munge/munge.key" --socket="$BED/munge.sock" --pid-file="$BED/run/munged.self" \
     --log-file="$BED/log/munged.log" --seed-file="$BED/munge/seed"
-  start_database && await munge 10 munge -n -S "$BED/munge.sock" && start_accounting && set_up_accounts || { down keep-logs; return 1; }
+  start_database && await munged 10 munge -n -S "$BED/munge.sock" && start_accounting && set_up_accounts || { down keep-logs; return 1; }
   spawn slurmctld slurmctld -D -i
   for ((i = 1; i <= NODES; i++)); do boot_node $PREFIX$i; done
   await slurmctld 30 controller_answers && await "$NODES idle nodes" 60 nodes_idle || { down keep-logs; return 1; }
@@ -336,6 +346,7 @@ case "${1-}" in
     boot_node "$2"
     ;;
   accounting) if [ "${2-}" = stop ]; then stop slurmdbd KILL; else start_accounting; fi ;;
+  controller) if [ "${2-}" = kill ]; then stop slurmctld KILL; else start_controller; fi ;;
   set) set_line "$2" ;;
   *)
     sed -n '2,/^set -u/p' "$0" | sed '/^set -u/d; s/^# \{0,1\}//'

@@ -51,6 +51,10 @@ def requeue(pulse: Pulse) -> None:
         log.warning("not requeued: job %s was given up, its cells belong to another by now", number)
         return
     facts = slurm.describe(number)
+    tag = (job.noted("slurm") or {}).get("tag")
+    if tag and facts.get("Comment", tag) != tag:
+        log.warning("not requeued: job %s is another by now: slurmctld forgot this one and gave its number again", number)
+        return
     if job.asked_to_end() or (facts.get("JobState") != "RUNNING"):
         log.warning(
             "not requeued: job %s is %s", number, "to end" if job.asked_to_end() else facts.get("JobState", "unknown to Slurm")

@@ -41,7 +41,10 @@ State = Literal["waiting", "running", "finished", "failed", "stopped", "unknown"
 LIVE: tuple[State, ...] = ("waiting", "running", "unknown")
 """States in which a job may still bring its results: its cells are not given to another."""
 
-OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory|OutOfMemory|Cannot allocate memory", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"oom[-_ ]kill|out of memory|OutOfMemory|Cannot allocate memory|exceeded (job |step )?memory limit", re.IGNORECASE
+)
+"""The words of the kernel, of Python and torch, and of Slurm where it looks itself (JobAcctGatherParams=OverMemoryKill)."""
 ENDED_BY_SLURM = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (?:DUE TO ([A-Z ]+?) )?\*\*\*")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import signal
 import socket
 import time
 from pathlib import Path
@@ -35,28 +35,38 @@ def where(argument: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "host": socket.gethostname(), "rank": ranks.rank, "world_size": ranks.world_size, "begun": begun, "ended": time.time(),
         "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "setup": os.environ.get("FROM_SETUP"), "code": __file__,
         "name": os.environ.get("SLURM_JOB_NAME"), "cpus": os.environ.get("SLURM_CPUS_PER_TASK"),
+        "local_rank": os.environ.get("SLURM_LOCALID"), "openable": openable_gpus(),
     }  # fmt: skip
 
 
-def one_rank_is_killed(argument: dict[str, Any], ranks: Ranks) -> None:
-    """Rank 1 is shot while the others wait for it."""
-    ranks.barrier()
-    if ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    ranks.barrier()
+def openable_gpus() -> list[int]:
+    """Numbers of the bed's devices that this process may open: there is nothing behind them, but a cgroup refuses before that."""
+    found = []
+    for device in sorted(Path(os.environ["SLURM_CONF"]).parents[1].glob("dev/nvidia[0-9]")):
+        try:
+            os.close(os.open(device, os.O_RDWR))
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                continue
+        found.append(int(device.name.removeprefix("nvidia")))
+    return found
 
 
-def is_killed(argument: dict[str, Any], ranks: Ranks) -> None:
-    """The only rank is shot."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def until_told(argument: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Holds what it was given until a file is there."""
+    (Path(argument["folder"]) / "begun").touch()
+    while not (Path(argument["folder"]) / "end").exists():
+        time.sleep(0.2)
+    return where({}, ranks)
 
 
 def fills_memory(argument: dict[str, Any], ranks: Ranks) -> None:
-    """Takes more memory than it was given."""
+    """Takes twice the memory that it was given, and keeps it."""
     held = []
-    for _ in range(2000):
-        held.append(bytearray(os.urandom(1000) * 1000))
-        time.sleep(0.001)
+    for _ in range(20):
+        held.append(bytearray(os.urandom(1000) * 50_000))
+        time.sleep(0.1)
+    time.sleep(60)
 
 
 def two_ranks_raise(argument: dict[str, Any], ranks: Ranks) -> None:
