@@ -72,7 +72,7 @@ def read(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int
 def table_of(vectors: ActivationTable, kind: stats.ScoringKind) -> pa.Table:
     """The rows, from the vectors themselves."""
     targets, n = vectors.vectors(0, len(vectors)), len(vectors)
-    norms = np.linalg.norm(targets.astype(np.float64), axis=1)
+    norms = vectors.column("norm").astype(np.float64)
     positions = [None if p is None else int(p) for p in vectors.column("position").tolist()]
     groups = {
         "role": vectors.column("role").tolist(),

@@ -198,7 +198,7 @@ def test_groups_of_cells_average_to_the_cell_and_give_both_baselines(sweep: Swee
     documents = groups_of_cells([cell], "document", ks=[1]).to_pylist()
     assert len(documents) == 7 and {r["against"] for r in documents} == {"overall"}
     assert all(r["fve_low"] is None for r in documents)  # one cluster says nothing of its spread
-    roles = groups_of_cells([cell], "role", ks=[1])["group"].to_pylist()
+    roles = groups_of_cells([cell], "role", ks=[1])["part"].to_pylist()
     assert roles and set(roles) <= {"user", "assistant", "system", "special", "other"}
     with pytest.raises(RequestError, match="grouped by role, position, norm or document, not by 'colour'"):
         groups_of_cells([cell], "colour")  # type: ignore[arg-type]

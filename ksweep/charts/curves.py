@@ -43,6 +43,8 @@ COMPARISONS = (
 TOKENS = "Tokens sampled per activation (mean length of a draw times K)"
 LIGHT = 0.4
 """Opacity of what lies beyond K = N/2."""
+DODGE = 7
+"""Pixels between the error bars of neighbouring K at one temperature."""
 
 
 def fve_by_k(
@@ -346,15 +348,19 @@ def _temperature_lines(rows: Rows, colour: alt.Color) -> alt.LayerChart:
     x = alt.X("temperature:Q", title="Sampling temperature", scale=alt.Scale(domain=domain, nice=False), axis=axis)
     y = _y("fve", FVE)
     lighter = alt.Opacity("few:N", scale=alt.Scale(domain=[False, True], range=[1, LIGHT]), legend=None)
-    base = alt.Chart().encode(x, lighter)
     layers: list[Any] = [_zero_line(FVE)] if _crosses_zero(rows, []) else []
-    layers.append(base.mark_rule(strokeWidth=1.4).encode(alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour))
-    layers += [
-        base.mark_tick(thickness=1.4, size=8, orient="horizontal", opacity=1).encode(alt.Y(f"{end}:Q", title=FVE), colour)
-        for end in ("fve_low", "fve_high")
-    ]
-    layers.append(base.mark_line(strokeWidth=2).encode(y, colour))
-    layers.append(base.mark_point(filled=True, size=44, opacity=1).encode(y, colour, tooltip=_tooltip()))
+    ks = sorted({r["k"] for r in rows})
+    for place, k in enumerate(ks):
+        aside = DODGE * (place - (len(ks) - 1) / 2)  # or the error bars of all K would lie on one another
+        base = alt.Chart().transform_filter(alt.datum.k == k).encode(x, lighter)
+        layers.append(
+            base.mark_rule(strokeWidth=1.4, xOffset=aside).encode(alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour)
+        )
+        for end in ("fve_low", "fve_high"):
+            tick = base.mark_tick(thickness=1.4, size=DODGE, orient="horizontal", xOffset=aside)
+            layers.append(tick.encode(alt.Y(f"{end}:Q", title=FVE), colour))
+        layers.append(base.mark_line(strokeWidth=2, xOffset=aside).encode(y, colour))
+        layers.append(base.mark_point(filled=True, size=44, xOffset=aside).encode(y, colour, tooltip=_tooltip()))
     return alt.layer(*layers)
 
 
