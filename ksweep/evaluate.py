@@ -44,7 +44,8 @@ class Place:
 
     registry: Path
     vector_cache: Path
-    batch_size: int = 512
+    batch_size: int | None = None
+    """Rows at once; None: as many as memory allows."""
     sweep: str = ""
     resources: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -184,10 +185,9 @@ def _sample(
             # the other has done.
             order = np.random.default_rng(place.order).permutation(len(units))
             # Cells of one job may share draws: the queue belongs to this cell and to what it found.
-            for index in share(ranks, f"draws/{keys.cell}/{int(before.sum())}", len(units)):
-                unit = units[order[index]]
-                for part in store.still_missing(unit):
-                    store.publish(part, work.run(part))
+            mine = (units[order[index]] for index in share(ranks, f"draws/{keys.cell}/{int(before.sum())}", len(units)))
+            for part, table in work.run(part for unit in mine for part in store.still_missing(unit)):
+                store.publish(part, table)
     with clock("waiting"):
         ranks.barrier()
     return before

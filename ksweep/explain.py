@@ -1,8 +1,9 @@
-"""One unit of work: explanations drawn, parsed, reconstructed and scored, as rows of the draws store."""
+"""Units of work: explanations drawn, parsed, reconstructed and scored, as rows of the draws store."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,9 +17,19 @@ from ksweep.spec import Sampling
 
 if TYPE_CHECKING:
     from ksweep.activations.store import ActivationTable
-    from ksweep.autoencoder.decoding import Draw
+    from ksweep.autoencoder.decoding import Draw, Order
     from ksweep.autoencoder.protocol import Explanation, Reconstructor, Verbalizer
     from ksweep.stats import ScoringKind
+
+
+@dataclass
+class _Begun:
+    """A unit under way."""
+
+    unit: Unit
+    targets: np.ndarray
+    """[activation, d_model] what its explanations are to come back to."""
+    draws: list[Draw] = field(default_factory=list)
 
 
 @dataclass
@@ -30,7 +41,7 @@ class UnitWork:
     vectors: ActivationTable
     av: Verbalizer
     ar: Reconstructor
-    batch_size: int
+    batch_size: int | None
     ranks: Ranks
     total: int
     scoring: ScoringKind = "normalised"
@@ -40,16 +51,57 @@ class UnitWork:
     others: np.ndarray | None = None
     so_far: so_far.FveSoFar | None = None
 
-    def run(self, unit: Unit) -> pa.Table:
-        """One unit as rows of the draws store."""
-        targets = self.vectors.vectors(unit.first_row, unit.last_row)
-        draws = self._draw(unit, targets)
+    def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
+        """Units as rows of the draws store, each as it ends; the next is taken when rows would otherwise stay idle.
+
+        Raises:
+            Stopped: a stop was asked for; units that were under way are lost.
+        """
+        from ksweep.autoencoder.decoding import stream
+
+        begun: dict[int, _Begun] = {}
+        for number, draw in stream(
+            self.av, self._orders(units, begun), top_p=self.sampling.top_p, max_new_tokens=self.sampling.max_new_tokens,
+            batch_size=self.batch_size, num_draws=-(-self.total // self.ranks.world_size), should_stop=self.ranks.should_stop,
+        ):  # fmt: skip
+            self.done += 1
+            self.tokens += len(draw.token_ids)
+            self._report()
+            begun[number].draws.append(draw)
+            if len(begun[number].draws) == begun[number].unit.num_draws:
+                whole = begun.pop(number)
+                yield whole.unit, self._scored(whole)
+        if begun:
+            lost = sum(len(one.draws) for one in begun.values())
+            raise Stopped(f"stopped in the middle of {len(begun)} units: their {lost} finished draws are taken again")
+
+    def _orders(self, units: Iterable[Unit], begun: dict[int, _Begun]) -> Iterator[Order]:
+        """What each unit asks the sampler for."""
+        from ksweep.autoencoder.decoding import Order, Request, as_vectors
+
+        for number, unit in enumerate(units):
+            begun[number] = _Begun(unit, self.vectors.vectors(unit.first_row, unit.last_row))
+            keys = self.vectors.column("activation_key", unit.first_row, unit.last_row)
+            requests = [
+                Request(row=row, activation_key=int(keys[row]), draw=k)
+                for row in range(unit.last_row - unit.first_row)
+                for k in range(unit.first_draw, unit.last_draw)
+            ]
+            inputs = self.av.inputs(as_vectors(begun[number].targets), self._known("position", unit))
+            yield Order(vectors=inputs, requests=requests, temperature=self.sampling.temperature, seed=self.sampling.seed)
+
+    def _scored(self, whole: _Begun) -> pa.Table:
+        """A unit whose draws have all ended."""
+        from ksweep.autoencoder.decoding import MOST_ROWS
+
+        unit, targets = whole.unit, whole.targets
+        draws = sorted(whole.draws, key=lambda d: (d.request.row, d.request.draw))
         texts = [self.av.decode(d.text_token_ids) for d in draws]
         parsed = [self.av.parse(text, d.finish) for text, d in zip(texts, draws, strict=True)]
         owners = np.array([d.request.row for d in draws])
         good = np.array([i for i, (explanation, _) in enumerate(parsed) if explanation is not None], dtype=int)
         explanations = self._explanations(unit, [draws[i] for i in good], [parsed[i][0] or "" for i in good])
-        reconstructions = np.asarray(self.ar.reconstruct(explanations, self.batch_size), dtype=np.float64)
+        reconstructions = np.asarray(self.ar.reconstruct(explanations, self.batch_size or MOST_ROWS), dtype=np.float64)
         scores = self._score(unit, targets, owners, good, reconstructions)
         self._keep_in_view(unit, scores["error"], owners)
         kept: list[np.ndarray | None] = [None] * len(draws)
@@ -80,30 +132,6 @@ class UnitWork:
             Explanation(text, d.text_token_ids, tokens[d.request.row], positions[d.request.row])
             for d, text in zip(draws, texts, strict=True)
         ]
-
-    def _draw(self, unit: Unit, targets: np.ndarray) -> list[Draw]:
-        from ksweep.autoencoder.decoding import Request, as_vectors, draw
-
-        keys = self.vectors.column("activation_key", unit.first_row, unit.last_row)
-        requests = [
-            Request(row=row, activation_key=int(keys[row]), draw=k)
-            for row in range(unit.last_row - unit.first_row)
-            for k in range(unit.first_draw, unit.last_draw)
-        ]
-        inputs = self.av.inputs(as_vectors(targets), self._known("position", unit))
-        sampling, found = self.sampling, []
-        for one in draw(
-            self.av, inputs, requests, temperature=sampling.temperature, top_p=sampling.top_p,
-            max_new_tokens=sampling.max_new_tokens, seed=sampling.seed, batch_size=self.batch_size,
-            should_stop=self.ranks.should_stop,
-        ):  # fmt: skip
-            found.append(one)
-            self.done += 1
-            self.tokens += len(one.token_ids)
-            self._report()
-        if len(found) < len(requests):
-            raise Stopped(f"stopped in the middle of a unit: its {len(found)} finished draws are taken again")
-        return sorted(found, key=lambda d: (d.request.row, d.request.draw))
 
     def _report(self) -> None:
         rate = self.tokens / max(1e-9, time.monotonic() - self.began)

@@ -319,8 +319,8 @@ class Resources:
     """None: all cells that share an autoencoder, so that models are loaded once."""
     max_parallel_jobs: int | None = None
     """Most jobs of the sweep that run at once. None: as many as there is room for."""
-    batch_size: int = 512
-    """Most rows decoded or scored at once on one rank; does not change the numbers."""
+    batch_size: int | None = None
+    """Most rows decoded or scored at once on one rank; does not change the numbers. None: as many as memory allows, up to 512."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Any further sbatch option, passed through, e.g. {"reservation": "nightly"}."""
 
@@ -328,9 +328,9 @@ class Resources:
         _one_of("resources.cluster", self.cluster, Cluster)
         if self.gpus is not None:
             _at_least("resources.gpus", self.gpus, 0)
-        for name in ("tasks", "nodes", "gpus_per_model", "batch_size"):
+        for name in ("tasks", "nodes", "gpus_per_model"):
             _at_least(f"resources.{name}", getattr(self, name), 1)
-        for name in ("cpus_per_gpu", "cpus_per_task", "cells_per_job", "max_parallel_jobs"):
+        for name in ("cpus_per_gpu", "cpus_per_task", "cells_per_job", "max_parallel_jobs", "batch_size"):
             if getattr(self, name) is not None:
                 _at_least(f"resources.{name}", getattr(self, name), 1)
         if self.gpus_per_model > 1 and (not self.gpus or self.gpus % self.gpus_per_model):

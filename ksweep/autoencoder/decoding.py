@@ -1,49 +1,56 @@
 """Draws explanations: every activation's prompt runs once, is forked K ways, and every row is sampled with its own keyed noise.
 
 What the prompts have in common runs once per process; a row that ends leaves its slot at once, and free slots are refilled with
-the next draws (continuous batching). It never calls `generate()`, so nothing of a checkpoint's generation_config (repetition
-penalty, top_k, ...) reaches the draws. Where a model's past cannot lie in slots, the plain sampler draws the same.
+the next draws (continuous batching), of the next order where this one has none left. It never calls `generate()`, so nothing of
+a checkpoint's generation_config (repetition penalty, top_k, ...) reaches the draws. Where a model's past cannot lie in slots, the
+plain sampler draws the same.
 
-Memory: `batch_size` slots of prompt rest and new tokens, and the prompts of `prefill_batch_size` activations. Out of memory on a
-GPU halves both and goes on; the draws are the same.
+Memory: a slot a row, of its prompt's own part and its new tokens, and the prompts of `prefill_batch_size` activations. Running
+out of it halves both and goes on; the draws are the same.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ksweep.autoencoder import noise, slots
+from ksweep.autoencoder import memory, noise, slots
 from ksweep.autoencoder.plain import draw_plainly
 from ksweep.autoencoder.requests import (
     Draw,
     Options,
+    Order,
     Request,
     Row,
     StopRequested,
     append,
     by_activation,
-    check,
     finish_of,
     noise_keys,
     too_large,
 )
-from ksweep.errors import RunError
+from ksweep.errors import RequestError, RunError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from ksweep.autoencoder.protocol import Verbalizer
+    from ksweep.autoencoder.protocol import FinishReason, Verbalizer
 
-__all__ = ["Draw", "Request", "as_vectors", "draw"]
+__all__ = ["Draw", "Order", "Request", "as_vectors", "draw", "stream"]
 
 log = logging.getLogger(__name__)
+
+MOST_ROWS = 512
+"""Rows at once where memory allows and nothing else is asked for."""
+
+MEMORY_SHARE = 0.5
+"""Of the free memory, what slots may take; the rest is for the prompts, the logits and a step's own tensors."""
 
 REFILL_SHARE = 0.25
 """Free slots are refilled once they are this share of all: a prompt costs little more for many activations than for one."""
@@ -66,59 +73,144 @@ def draw(
     top_p: float = 1.0,
     max_new_tokens: int,
     seed: int,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     prefill_batch_size: int = 64,
     should_stop: Callable[[], bool] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[Draw]:
-    """Takes every requested draw once; yields them as they finish, in no particular order.
+    """`stream` of a single order."""
+    order = Order(vectors=vectors, requests=requests, temperature=temperature, seed=seed)
+    drawn = stream(
+        verbalizer, [order], top_p=top_p, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        prefill_batch_size=prefill_batch_size, should_stop=should_stop, on_step=on_step,
+    )  # fmt: skip
+    return (one for _, one in drawn)
+
+
+def stream(
+    verbalizer: Verbalizer,
+    orders: Iterable[Order],
+    *,
+    top_p: float = 1.0,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    num_draws: int | None = None,
+    prefill_batch_size: int = 64,
+    should_stop: Callable[[], bool] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Draw]]:
+    """Takes every draw of every order once; yields them as they finish, in no particular order, with their order's number.
 
     A draw depends on its vector, activation key, number k, the seed and the sampling options, and on nothing else: any batch
-    size, order, subset or number of ranks gives the same tokens, up to ties that the rounding of the logits decides.
+    size, order, subset, company or number of ranks gives the same tokens, up to ties that the rounding of the logits decides.
     Temperature 0 is greedy: all draws of an activation are equal.
 
-    batch_size bounds the rows decoded at once, prefill_batch_size the prompts run at once. `should_stop` is asked before
-    every step: once true no more draws come, and those under way are lost. `on_step` hears after every step how many tokens
-    were sampled.
+    An order is asked for only when rows would otherwise stay idle, so rows of several are under way at once.
+
+    Args:
+        batch_size: most rows decoded at once; None: as many as memory allows, up to `MOST_ROWS`.
+        num_draws: how many are to be expected, where that is known; no more rows than that are ever needed, so an order that
+            another rank could begin with is not taken for the rest.
+        prefill_batch_size: most prompts run at once.
+        should_stop: asked before every step: once true no more draws come, and those under way are lost.
+        on_step: hears after every step how many tokens were sampled.
     """
-    check(vectors, requests, batch_size, prefill_batch_size, max_new_tokens)
-    options = Options(temperature, top_p, max_new_tokens, seed, should_stop or (lambda: False), on_step or (lambda _: None))
-    sampler = _draw_all if slots.fits(verbalizer.model, verbalizer.prompt_length + max_new_tokens) else draw_plainly
-    return sampler(verbalizer, vectors, requests, options, batch_size, prefill_batch_size)
+    sizes = {
+        "batch_size": batch_size,
+        "num_draws": num_draws,
+        "prefill_batch_size": prefill_batch_size,
+        "max_new_tokens": max_new_tokens,
+    }
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise RequestError(f"{name}={value} must be at least 1")
+    options = Options(top_p, max_new_tokens, should_stop or (lambda: False), on_step or (lambda _: None))
+    fits = slots.fits(verbalizer.model, verbalizer.prompt_length + max_new_tokens)
+    sampler = _draw_all if fits else draw_plainly
+    most_rows = batch_size or MOST_ROWS
+    if num_draws is not None:
+        most_rows = min(most_rows, num_draws)
+    return _until_stopped(sampler(verbalizer, enumerate(orders), options, most_rows, prefill_batch_size, batch_size is not None))
+
+
+def _until_stopped(draws: Iterator[tuple[int, Draw]]) -> Iterator[tuple[int, Draw]]:
+    try:
+        yield from draws
+    except StopRequested:
+        return
 
 
 # The decorator leaves inference mode at every yield; a `with` around a yield would put the caller into it as well.
 @torch.inference_mode()
 def _draw_all(
     verbalizer: Verbalizer,
-    vectors: Float[torch.Tensor, "activation d_model"],
-    requests: Sequence[Request],
+    orders: Iterator[tuple[int, Order]],
     options: Options,
-    batch_size: int,
+    most_rows: int,
     prefill_batch_size: int,
-) -> Iterator[Draw]:
+    fixed: bool,
+) -> Iterator[tuple[int, Draw]]:
     """One stream; if it does not fit into memory, what it has not yielded yet is tried again in half as many slots."""
-    missing = dict.fromkeys(range(len(requests)))
-    while missing:
-        waiting = deque(by_activation(requests, missing))
-        num_slots = min(batch_size, len(missing))
+    backlog = _Backlog(orders)
+    while backlog.has_more():
+        attempt = _Stream(verbalizer, backlog, options, most_rows, prefill_batch_size, fixed)
         try:
-            for index, explanation in _Stream(
-                verbalizer, vectors, requests, waiting, options, num_slots, prefill_batch_size
-            ).draws():
-                del missing[index]
-                yield explanation
+            for row, finish in attempt.ended():
+                backlog.settle(row)
+                yield row.number, row.draw(finish)
             continue
-        except StopRequested:
-            return
-        except torch.OutOfMemoryError as error:
-            if num_slots == 1:
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            if attempt.num_slots == 1:
                 raise RunError(too_large(options.max_new_tokens)) from error
-        # Out here the handler is left, and with it the failed attempt's tensors are free.
-        batch_size = num_slots // 2
-        prefill_batch_size = min(prefill_batch_size, batch_size)
-        torch.cuda.empty_cache()
-        log.warning("out of memory while drawing; going on with at most %d rows at once", batch_size)
+        # Out here the handler is left; with the attempt, its tensors are free.
+        most_rows, prefill_batch_size = attempt.num_slots // 2, max(1, prefill_batch_size // 2)
+        del attempt
+        memory.release(verbalizer.model.device)
+        backlog.start_again()
+        log.warning("out of memory while drawing; going on with at most %d rows at once", most_rows)
+
+
+class _Backlog:
+    """What is still to be drawn: of the orders that were taken, and those to come."""
+
+    def __init__(self, orders: Iterator[tuple[int, Order]]) -> None:
+        self._orders = orders
+        self._open: dict[int, tuple[Order, dict[int, None]]] = {}
+        """Orders of which draws are missing, and the indices of their requests."""
+        self._waiting: deque[list[Row]] = deque()
+        """Draws of activations whose prompt has not run."""
+
+    def has_more(self) -> bool:
+        """Whether an activation is waiting; asks for the next order if there is none."""
+        while not self._waiting:
+            number, order = next(self._orders, (0, None))
+            if order is None:
+                return False
+            self._open[number] = order, dict.fromkeys(range(len(order.requests)))
+            self._waiting.extend(by_activation(number, order, range(len(order.requests))))
+        return True
+
+    def take(self, num_draws: int, num_activations: int) -> list[list[Row]]:
+        """The draws of the next activations: as many activations as have num_draws draws, num_activations at most."""
+        taken: list[list[Row]] = []
+        while len(taken) < num_activations and sum(map(len, taken)) < num_draws and self.has_more():
+            taken.append(self._waiting.popleft())
+        return taken
+
+    def settle(self, row: Row) -> None:
+        """A draw is done."""
+        _, missing = self._open[row.number]
+        del missing[row.index]
+        if not missing:
+            del self._open[row.number]
+
+    def start_again(self) -> None:
+        """Whatever is not done waits again."""
+        self._waiting = deque(
+            rows for number, (order, missing) in self._open.items() for rows in by_activation(number, order, missing)
+        )
 
 
 @dataclass
@@ -139,13 +231,12 @@ class _Stream:
     """Rows under way in slots; more come in as places fall free."""
 
     verbalizer: Verbalizer
-    vectors: Float[torch.Tensor, "activation d_model"]
-    requests: Sequence[Request]
-    waiting: deque[list[int]]
-    """Activations whose prompt has not run: the indices of their requests."""
+    backlog: _Backlog
     options: Options
     num_slots: int
     prefill_batch_size: int
+    fixed: bool
+    """Whether there are num_slots whatever memory is free; otherwise perhaps fewer."""
     rows: list[Row] = field(default_factory=list)
     """Of slots 0, 1, 2, ..."""
     prompts: _Prompts | None = None
@@ -156,55 +247,63 @@ class _Stream:
     keys: Any = None
     """[row] what each row's noise is counted from."""
 
-    def draws(self) -> Iterator[tuple[int, Draw]]:
-        """Every draw with the index of its request, as they end."""
+    def ended(self) -> Iterator[tuple[Row, FinishReason]]:
+        """Every row as it ends, and why."""
         self.prefix = self.verbalizer.prefix()
-        while self.rows or self.waiting or self._has_pending():
+        while True:
             free = self.num_slots - len(self.rows)
             if free >= max(1, REFILL_SHARE * self.num_slots):
                 yield from self._refill(free)
-            if self.rows:
-                yield from self._step()
+            if not self.rows:
+                return
+            yield from self._step()
 
-    def _has_pending(self) -> bool:
-        return self.prompts is not None and bool(self.prompts.pending)
-
-    def _refill(self, free: int) -> Iterator[tuple[int, Draw]]:
+    def _refill(self, free: int) -> Iterator[tuple[Row, FinishReason]]:
         """First tokens of as many draws as there is room for; those that end with it never take a slot."""
-        while free and (self.waiting or self._has_pending()):
-            if not self._has_pending():
-                self.prompts = self._next_prompts(free)
-            assert self.prompts is not None
+        while free > 0:
+            if self.prompts is None or not self.prompts.pending:
+                self.prompts = None
+                if not (activations := self.backlog.take(free, self.prefill_batch_size)):
+                    return
+                self.prompts = self._run_prompts(activations)
+                free = min(free, self._room(self.prompts) - len(self.rows))
             taken = [self.prompts.pending.popleft() for _ in range(min(free, FIRST_TOKENS, len(self.prompts.pending)))]
             going_on: int = yield from self._first_tokens(self.prompts, [row for row, _ in taken], [place for _, place in taken])
             free -= going_on
 
-    def _next_prompts(self, free: int) -> _Prompts:
-        """Run the prompts of the next activations, enough of them to fill the free slots."""
-        self._ask_to_stop()
-        activations: list[list[int]] = []
-        while self.waiting and len(activations) < self.prefill_batch_size and sum(map(len, activations)) < free:
-            activations.append(self.waiting.popleft())
-        own = torch.tensor([self.requests[indices[0]].row for indices in activations], device=self.vectors.device)
-        prefill = self.verbalizer.prefill(self.vectors[own], self.prefix)
+    def _run_prompts(self, activations: list[list[Row]]) -> _Prompts:
+        """The prompts of some activations, behind what they have in common."""
+        self.options.ask_to_stop()
+        vectors = torch.stack([rows[0].order.vectors[rows[0].request.row] for rows in activations])
+        prefill = self.verbalizer.prefill(vectors, self.prefix)
         common = 0 if self.prefix is None else self.prefix.get_seq_length()
-        pending = [(Row(i, self.requests[i], []), place) for place, indices in enumerate(activations) for i in indices]
+        pending = [(row, place) for place, rows in enumerate(activations) for row in rows]
         past = [(layer.keys[:, :, common:], layer.values[:, :, common:]) for layer in prefill.cache.layers]
         return _Prompts(past, prefill.logits, prefill.prompt_length - common, deque(pending))
 
-    def _first_tokens(self, prompts: _Prompts, rows: list[Row], places: list[int]) -> Generator[tuple[int, Draw], None, int]:
+    def _room(self, prompts: _Prompts) -> int:
+        """Slots that there are; makes them with the first prompts, which say how large they are."""
+        if self.cache is None:
+            capacity = prompts.length + self.options.max_new_tokens
+            free = None if self.fixed else memory.free_bytes(prompts.logits.device)
+            if free is not None:
+                row = slots.bytes_per_row(prompts.keys_and_values, capacity) + prompts.logits[0].nbytes
+                self.num_slots = max(1, min(self.num_slots, int(MEMORY_SHARE * free / row)))
+            self.cache = slots.SlotCache(self.prefix, len(prompts.keys_and_values), self.num_slots, capacity)
+        return self.num_slots
+
+    def _first_tokens(
+        self, prompts: _Prompts, rows: list[Row], places: list[int]
+    ) -> Generator[tuple[Row, FinishReason], None, int]:
         """Sample from the prompts' logits and put the rows that go on into slots; returns how many did."""
         device = prompts.logits.device
-        origin, keys = torch.tensor(places, device=device), noise_keys(rows, self.options.seed, device)
-        sampled = self._sample(prompts.logits[origin], keys, 0)
+        origin, keys = torch.tensor(places, device=device), noise_keys(rows, device)
+        sampled = self._sample(rows, prompts.logits[origin], keys, 0)
         ended, alive = self._append(rows, sampled)
         yield from ended
         if not alive:
             return 0
         kept = torch.tensor(alive, device=device)
-        if self.cache is None:
-            capacity = prompts.length + self.options.max_new_tokens
-            self.cache = slots.SlotCache(self.prefix, len(prompts.keys_and_values), self.num_slots, capacity)
         forks = origin[kept]  # keys and values lie on the device of their block
         self.cache.put([(k[forks.to(k.device)], v[forks.to(v.device)]) for k, v in prompts.keys_and_values], prompts.length)
         self._extend([rows[i] for i in alive], sampled.token_ids[kept], keys[kept])
@@ -215,11 +314,11 @@ class _Stream:
         self.keys = torch.cat([self.keys, keys]) if self.rows else keys
         self.rows += rows
 
-    def _step(self) -> Iterator[tuple[int, Draw]]:
+    def _step(self) -> Iterator[tuple[Row, FinishReason]]:
         """One more token of every row; rows that end leave their slots."""
-        self._ask_to_stop()
+        self.options.ask_to_stop()
         taken = torch.tensor([len(row.token_ids) for row in self.rows], device=self.tokens.device)
-        sampled = self._sample(self._next_logits(), self.keys, taken)
+        sampled = self._sample(self.rows, self._next_logits(), self.keys, taken)
         ended, alive = self._append(self.rows, sampled)
         self.tokens = sampled.token_ids
         if len(alive) < len(self.rows):
@@ -244,23 +343,20 @@ class _Stream:
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
-    def _sample(self, logits: torch.Tensor, keys: torch.Tensor, step: int | torch.Tensor) -> noise.Sample:
-        options = self.options
-        return noise.sample(logits, noise.step_keys(keys, step), temperature=options.temperature, top_p=options.top_p)
+    def _sample(self, rows: list[Row], logits: torch.Tensor, keys: torch.Tensor, step: int | torch.Tensor) -> noise.Sample:
+        temperatures = [row.order.temperature for row in rows]
+        own = temperatures[0] if len(set(temperatures)) == 1 else torch.tensor(temperatures, device=logits.device)
+        return noise.sample(logits, noise.step_keys(keys, step), temperature=own, top_p=self.options.top_p)
 
-    def _append(self, rows: list[Row], sampled: noise.Sample) -> tuple[list[tuple[int, Draw]], list[int]]:
-        """Add a token to each row; the draws that end with it, and the rows that go on."""
+    def _append(self, rows: list[Row], sampled: noise.Sample) -> tuple[list[tuple[Row, FinishReason]], list[int]]:
+        """Add a token to each row; the rows that end with it, and the places of those that go on."""
         append(rows, range(len(rows)), sampled)
         self.options.on_step(len(rows))
         ended, alive = [], []
         for i, row in enumerate(rows):
-            finish = finish_of(row.token_ids, self.verbalizer.stop_token_ids, self.options.max_new_tokens)
+            finish = finish_of(row, self.verbalizer.stop_token_ids, self.options.max_new_tokens)
             if finish is None:
                 alive.append(i)
             else:
-                ended.append((row.index, Draw(row.request, tuple(row.token_ids), finish, row.log_probability)))
+                ended.append((row, finish))
         return ended, alive
-
-    def _ask_to_stop(self) -> None:
-        if self.options.should_stop():
-            raise StopRequested

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ksweep.autoencoder import memory
 from ksweep.autoencoder.checkpoint import CheckpointInfo, Role, inspect
 from ksweep.autoencoder.injection import check_vectors, injecting, scaled
 from ksweep.autoencoder.loading import load_backbone, load_causal_lm, load_head, load_tokenizer, torch_dtype
@@ -222,7 +224,8 @@ class NlaReconstructor:
         out = torch.empty(len(ids), self.d_model)
         for batch, prefix in self._batches(ids, batch_size):
             done = 0 if prefix is None else len(self.prompts.common)
-            out[batch] = self._forward([ids[i][done:] for i in batch], prefix)
+            forward = partial(self._forward, prefix=prefix)
+            out[batch] = memory.in_halves(forward, [ids[i][done:] for i in batch], self.model.device)
         if not torch.isfinite(out).all():
             worst = list(place)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
             raise CheckpointError(

@@ -51,12 +51,13 @@ class Sample:
 
 
 def row_keys(
-    seed: int, activation_keys: Sequence[int], draws: Sequence[int], device: torch.device | str = "cpu"
+    seed: int | Sequence[int], activation_keys: Sequence[int], draws: Sequence[int], device: torch.device | str = "cpu"
 ) -> Int[torch.Tensor, " row"]:
     """What the noise of each (activation, draw) is counted from; activation keys are any 64-bit integers, signed or not."""
-    key = torch.full((len(activation_keys),), _signed(seed), dtype=torch.int64)
-    for part in (activation_keys, draws):
-        key = _mix(_mix(key + _GOLDEN) ^ torch.tensor([_signed(value) for value in part], dtype=torch.int64))
+    seeds = [seed] * len(activation_keys) if isinstance(seed, int) else seed
+    key, *parts = (torch.tensor(list(map(_signed, part)), dtype=torch.int64) for part in (seeds, activation_keys, draws))
+    for part in parts:
+        key = _mix(_mix(key + _GOLDEN) ^ part)
     return key.to(device)
 
 
@@ -69,19 +70,20 @@ def sample(
     logits: Float[torch.Tensor, "row vocabulary"],
     keys: Int[torch.Tensor, " row"],
     *,
-    temperature: float,
+    temperature: float | Float[torch.Tensor, " row"],
     top_p: float = 1.0,
 ) -> Sample:
     """One token per row from softmax(logits / temperature), cut to the nucleus of top_p; `keys` come from `step_keys`.
 
-    Temperature 0 takes the largest logit, the lowest token id on ties, and uses neither noise nor top_p. No synchronisation
-    with the host, except with top_p < 1 (see `nucleus`).
+    The temperature is each row's own or the same for all. At 0 the largest logit is taken, the lowest token id on ties, and
+    neither noise nor top_p is used. No synchronisation with the host, except with top_p < 1 (see `nucleus`).
     """
     size = _rows_at_once(logits)
-    parts = [
-        _sample_rows(rows.float(), row_key, temperature, top_p)
-        for rows, row_key in zip(torch.split(logits, size), torch.split(keys, size), strict=True)
-    ]
+    parts = []
+    for start in range(0, len(logits), size):
+        chunk = slice(start, start + size)
+        own = temperature[chunk] if isinstance(temperature, torch.Tensor) else temperature
+        parts.append(_sample_rows(logits[chunk].float(), keys[chunk], own, top_p))
     return Sample(torch.cat([tokens for tokens, _ in parts]), torch.cat([log_p for _, log_p in parts]))
 
 
@@ -120,8 +122,17 @@ def uniforms(keys: Int[torch.Tensor, " row"], count: int, first: int = 0) -> Flo
 
 
 def _sample_rows(
-    logits: Float[torch.Tensor, "row vocabulary"], keys: Int[torch.Tensor, " row"], temperature: float, top_p: float
+    logits: Float[torch.Tensor, "row vocabulary"],
+    keys: Int[torch.Tensor, " row"],
+    temperature: float | Float[torch.Tensor, " row"],
+    top_p: float,
 ) -> tuple[Int[torch.Tensor, " row"], Float[torch.Tensor, " row"]]:
+    if isinstance(temperature, torch.Tensor):
+        # Rows at temperature 0 are sampled next to it, so that the division is one, and then replaced.
+        near = _probabilities(logits, temperature.clamp(min=1e-30)[:, None])
+        tokens = two_level_argmax(nucleus(near, top_p) if top_p < 1 else near, keys)
+        tokens = torch.where(temperature == 0, logits.argmax(-1), tokens)
+        return tokens, _log_probabilities(logits, tokens)
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, _log_probabilities(logits, tokens)
@@ -132,8 +143,10 @@ def _sample_rows(
     return tokens, _log_probabilities(logits, tokens)
 
 
-def _probabilities(logits: Float[torch.Tensor, "row vocabulary"], temperature: float) -> Float[torch.Tensor, "row vocabulary"]:
-    if temperature == 1:
+def _probabilities(
+    logits: Float[torch.Tensor, "row vocabulary"], temperature: float | Float[torch.Tensor, "row 1"]
+) -> Float[torch.Tensor, "row vocabulary"]:
+    if isinstance(temperature, float | int) and temperature == 1:
         return logits.softmax(-1)
     # The largest logit is taken off first: a small temperature would blow up the rounding of logits / temperature.
     return (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)

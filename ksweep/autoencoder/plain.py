@@ -4,8 +4,8 @@ The prompt runs once per activation and is forked K ways; the rows of a group al
 mask and no position to get wrong; rows that end leave, and their places stay empty until the group is done.
 
 Memory: each fork holds its own copy of the prompt's keys and values, `batch_size` of them at most, beside one copy per
-activation of the group; transformers' DynamicCache holds one layer twice while it grows. Out of memory on a GPU halves the
-batch and goes on; the draws are the same.
+activation of the group; transformers' DynamicCache holds one layer twice while it grows. Out of memory halves the batch and
+goes on; the draws are the same.
 """
 
 from __future__ import annotations
@@ -18,20 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ksweep.autoencoder import noise
+from ksweep.autoencoder import memory, noise
 from ksweep.autoencoder.protocol import Prefill
-from ksweep.autoencoder.requests import (
-    Draw,
-    Options,
-    Request,
-    Row,
-    StopRequested,
-    append,
-    by_activation,
-    finish_of,
-    noise_keys,
-    too_large,
-)
+from ksweep.autoencoder.requests import Draw, Options, Order, Row, append, by_activation, finish_of, noise_keys, too_large
 from ksweep.errors import RunError
 
 if TYPE_CHECKING:
@@ -50,77 +39,71 @@ geometric with mean 14 of at most 32): 2.1x the speed of never dropping, 2.0x at
 @torch.inference_mode()
 def draw_plainly(
     verbalizer: Verbalizer,
-    vectors: Float[torch.Tensor, "activation d_model"],
-    requests: Sequence[Request],
+    orders: Iterator[tuple[int, Order]],
     options: Options,
     batch_size: int,
     prefill_batch_size: int,
-) -> Iterator[Draw]:
-    """Group after group; of one that does not fit into memory, what it has not yielded yet is tried again at half the size."""
-    waiting = deque(by_activation(requests, range(len(requests))))
-    while waiting:
-        group = _next_group(waiting, batch_size)
-        finished = set()
-        try:
-            for index, explanation in _draw_group(verbalizer, vectors, requests, group, options, batch_size, prefill_batch_size):
-                finished.add(index)
-                yield explanation
-            continue
-        except StopRequested:
-            return
-        except torch.OutOfMemoryError as error:
-            if batch_size == 1:
-                raise RunError(too_large(options.max_new_tokens)) from error
-        # Out here the handler is left, and with it the failed attempt's tensors are free.
-        waiting.extendleft(reversed(by_activation(requests, (index for index in group if index not in finished))))
-        batch_size = min(batch_size, len(group)) // 2 or 1
-        prefill_batch_size = min(prefill_batch_size, batch_size)
-        torch.cuda.empty_cache()
-        log.warning("out of memory while drawing; going on with at most %d rows at once", batch_size)
+    fixed: bool,
+) -> Iterator[tuple[int, Draw]]:
+    """Order after order, and group after group; of one that does not fit into memory, what it has not yielded yet is tried again
+    at half the size, and so is all that follows. `fixed` is for the other sampler: nothing is measured here."""
+    for number, order in orders:
+        waiting = deque(by_activation(number, order, range(len(order.requests))))
+        while waiting:
+            group = _next_group(waiting, batch_size)
+            finished = set()
+            try:
+                for index, draw in _draw_group(verbalizer, order, group, options, batch_size, prefill_batch_size):
+                    finished.add(index)
+                    yield number, draw
+                continue
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                if batch_size == 1:
+                    raise RunError(too_large(options.max_new_tokens)) from error
+            # Out here the handler is left, and with it the failed attempt's tensors are free.
+            missing = [row.index for row in group if row.index not in finished]
+            waiting.extendleft(reversed(by_activation(number, order, missing)))
+            batch_size = min(batch_size, len(group)) // 2 or 1
+            prefill_batch_size = min(prefill_batch_size, batch_size)
+            memory.release(verbalizer.model.device)
+            log.warning("out of memory while drawing; going on with at most %d rows at once", batch_size)
 
 
 def _draw_group(
-    verbalizer: Verbalizer,
-    vectors: Float[torch.Tensor, "activation d_model"],
-    requests: Sequence[Request],
-    group: Sequence[int],
-    options: Options,
-    batch_size: int,
-    prefill_batch_size: int,
+    verbalizer: Verbalizer, order: Order, group: Sequence[Row], options: Options, batch_size: int, prefill_batch_size: int
 ) -> Iterator[tuple[int, Draw]]:
-    """Prompts of the group's activations once, then their forks: at once, unless one activation has more than batch_size."""
-    activations = list(dict.fromkeys(requests[index].row for index in group))
-    place = {row: i for i, row in enumerate(activations)}
-    prompts = _prefill(verbalizer, vectors[torch.tensor(activations, device=vectors.device)], prefill_batch_size)
+    """Prompts of the group's activations once, then their forks: at once, unless one activation has more than batch_size.
+    Yields draws with the index of their request."""
+    activations = list(dict.fromkeys(row.request.row for row in group))
+    place = {activation: i for i, activation in enumerate(activations)}
+    vectors = order.vectors[torch.tensor(activations, device=order.vectors.device)]
+    prompts = _prefill(verbalizer, vectors, prefill_batch_size)
     for start in range(0, len(group), batch_size):
-        rows = [Row(index, requests[index], []) for index in group[start : start + batch_size]]
+        rows = list(group[start : start + batch_size])
         origin = torch.tensor([place[row.request.row] for row in rows], device=prompts.logits.device)
         yield from _decode(verbalizer, _fork(prompts.cache, origin), prompts.logits[origin], rows, options)
 
 
 def _decode(
-    verbalizer: Verbalizer,
-    cache: Any,
-    logits: Float[torch.Tensor, "row vocabulary"],
-    rows: list[Row],
-    options: Options,
+    verbalizer: Verbalizer, cache: Any, logits: Float[torch.Tensor, "row vocabulary"], rows: list[Row], options: Options
 ) -> Iterator[tuple[int, Draw]]:
     """One token per row and step until every row has ended; `live` are the rows of the batch that have not."""
-    keys = noise_keys(rows, options.seed, logits.device)
+    order, keys = rows[0].order, noise_keys(rows, logits.device)
     live = list(range(len(rows)))
     for step in range(options.max_new_tokens):
-        if options.should_stop():
-            raise StopRequested
-        sampled = noise.sample(logits, noise.step_keys(keys, step), temperature=options.temperature, top_p=options.top_p)
+        options.ask_to_stop()
+        sampled = noise.sample(logits, noise.step_keys(keys, step), temperature=order.temperature, top_p=options.top_p)
         append(rows, live, sampled)
         options.on_step(len(live))
         going_on = []
         for i in live:
-            finish = finish_of(rows[i].token_ids, verbalizer.stop_token_ids, options.max_new_tokens)
+            finish = finish_of(rows[i], verbalizer.stop_token_ids, options.max_new_tokens)
             if finish is None:
                 going_on.append(i)
             else:
-                yield rows[i].index, Draw(rows[i].request, tuple(rows[i].token_ids), finish, rows[i].log_probability)
+                yield rows[i].index, rows[i].draw(finish)
         live = going_on
         if not live:
             return
@@ -186,7 +169,7 @@ def _check_cache(cache: Any) -> None:
         )
 
 
-def _next_group(waiting: deque[list[int]], batch_size: int) -> list[int]:
+def _next_group(waiting: deque[list[Row]], batch_size: int) -> list[Row]:
     """Takes as many whole activations as fit into batch_size rows, and at least one: so no prompt is ever run twice."""
     group = list(waiting.popleft())
     while waiting and len(group) + len(waiting[0]) <= batch_size:

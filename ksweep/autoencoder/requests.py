@@ -1,10 +1,10 @@
-"""What is drawn, and what comes of it: requests, rows under way, draws. Shared by the sampler and its plain oracle."""
+"""What is drawn, and what comes of it: orders, rows under way, draws. Shared by the sampler and its plain oracle."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from ksweep.autoencoder import noise
 from ksweep.errors import RequestError, RunError
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
 
     from ksweep.autoencoder.protocol import FinishReason
 
@@ -47,27 +47,58 @@ class Draw:
         return self.token_ids[:-1] if self.finish == "stop" else self.token_ids
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Order:
+    """Draws that belong together, all sampled alike."""
+
+    vectors: Float[torch.Tensor, "activation d_model"]
+    requests: Sequence[Request]
+    """Their rows are rows of `vectors`."""
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Raises RequestError: a draw of a vector that is not there."""
+        rows, n = [request.row for request in self.requests], len(self.vectors)
+        if rows and not 0 <= min(rows) <= max(rows) < n:
+            raise RequestError(f"draws were asked for of rows {min(rows)} to {max(rows)}, but there are {n} vectors")
+
+
 @dataclass
 class Row:
     """A request while it is decoded."""
 
+    number: int
+    """Of its order in the stream."""
+    order: Order
     index: int
-    """Place of the request in what was asked for."""
-    request: Request
-    token_ids: list[int]
+    """Place of the request in its order."""
+    token_ids: list[int] = field(default_factory=list)
     log_probability: float = 0.0
+
+    @property
+    def request(self) -> Request:
+        """What was asked for."""
+        return self.order.requests[self.index]
+
+    def draw(self, finish: FinishReason) -> Draw:
+        """What came of it."""
+        return Draw(self.request, tuple(self.token_ids), finish, self.log_probability)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How draws are taken; see `decoding.draw`."""
+    """What all orders of a stream have in common; see `decoding.stream`."""
 
-    temperature: float
     top_p: float
     max_new_tokens: int
-    seed: int
     should_stop: Callable[[], bool]
     on_step: Callable[[int], None]
+
+    def ask_to_stop(self) -> None:
+        """Raises StopRequested."""
+        if self.should_stop():
+            raise StopRequested
 
 
 class StopRequested(Exception):
@@ -84,38 +115,25 @@ def append(rows: Sequence[Row], live: Iterable[int], sampled: noise.Sample) -> N
         rows[i].log_probability += log_probabilities[i]
 
 
-def finish_of(token_ids: Sequence[int], stop_token_ids: frozenset[int], max_new_tokens: int) -> FinishReason | None:
+def finish_of(row: Row, stop_token_ids: frozenset[int], max_new_tokens: int) -> FinishReason | None:
     """Why a row ends here, or None; a stop token in the last place still counts as "stop"."""
-    if token_ids[-1] in stop_token_ids:
+    if row.token_ids[-1] in stop_token_ids:
         return "stop"
-    return "length" if len(token_ids) >= max_new_tokens else None
+    return "length" if len(row.token_ids) >= max_new_tokens else None
 
 
-def noise_keys(rows: Sequence[Row], seed: int, device: torch.device) -> Int[torch.Tensor, " row"]:
+def noise_keys(rows: Sequence[Row], device: torch.device) -> Int[torch.Tensor, " row"]:
     """What the noise of each row is counted from."""
-    requests = [row.request for row in rows]
-    return noise.row_keys(seed, [r.activation_key for r in requests], [r.draw for r in requests], device)
+    seeds, requests = [row.order.seed for row in rows], [row.request for row in rows]
+    return noise.row_keys(seeds, [r.activation_key for r in requests], [r.draw for r in requests], device)
 
 
-def by_activation(requests: Sequence[Request], indices: Iterable[int]) -> list[list[int]]:
-    """Indices of the requests of each activation, activations in the order of their first one."""
-    together: dict[int, list[int]] = {}
+def by_activation(number: int, order: Order, indices: Iterable[int]) -> list[list[Row]]:
+    """Rows for requests of an order, those of an activation together, activations in the order of their first one."""
+    together: dict[int, list[Row]] = {}
     for index in indices:
-        together.setdefault(requests[index].row, []).append(index)
+        together.setdefault(order.requests[index].row, []).append(Row(number, order, index))
     return list(together.values())
-
-
-def check(
-    vectors: torch.Tensor, requests: Sequence[Request], batch_size: int, prefill_batch_size: int, max_new_tokens: int
-) -> None:
-    """Refuse what cannot be drawn before anything runs."""
-    sizes = {"batch_size": batch_size, "prefill_batch_size": prefill_batch_size, "max_new_tokens": max_new_tokens}
-    for name, value in sizes.items():
-        if value < 1:
-            raise RequestError(f"{name}={value} must be at least 1")
-    rows = [request.row for request in requests]
-    if rows and not 0 <= min(rows) <= max(rows) < len(vectors):
-        raise RequestError(f"draws were asked for of rows {min(rows)} to {max(rows)}, but there are {len(vectors)} vectors")
 
 
 def _not_finite(request: Request, step: int) -> str:

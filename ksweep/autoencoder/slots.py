@@ -62,23 +62,25 @@ class SlotLayer:
 
     def put(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The beginning of new rows in the slots from `first` on."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = (self._room(one, keys.shape[2]) for one in (keys, values))
-        rows = slice(first, first + len(keys))
-        self.keys[rows, :, : keys.shape[2]] = keys
-        self.values[rows, :, : keys.shape[2]] = values
+        rows, tokens = slice(first, first + len(keys)), keys.shape[2]
+        self.keys, self.values = (
+            self._with_room(*both, rows.stop, tokens) for both in ((self.keys, keys), (self.values, values))
+        )
+        self.keys[rows, :, :tokens] = keys
+        self.values[rows, :, :tokens] = values
 
-    def _room(self, like: torch.Tensor, needed: int) -> torch.Tensor:
-        """Room for every slot, and for some more tokens than are needed now: most rows end long before the longest may."""
-        _, heads, _, width = like.shape
-        tokens = min(self._book.capacity, max(2 * needed, needed + 2 * LANES))
+    def _with_room(self, past: torch.Tensor | None, like: torch.Tensor, slots: int, tokens: int) -> torch.Tensor:
+        """`past`, or a copy with room for that many slots and tokens and some more; not for all: most rows end early."""
+        had, has = (0, 0) if past is None else past.shape[::2]
+        if past is not None and slots <= had and tokens <= has:
+            return past
+        more_slots = had if slots <= had else min(self._book.num_slots, max(2 * had, slots))
+        more_tokens = has if tokens <= has else min(self._book.capacity, max(2 * tokens, tokens + 2 * LANES))
         # Zeros: a place that is not used yet has weight 0, and 0 times whatever lay in that memory may be NaN.
-        return _stored(like[:0]).new_zeros((self._book.num_slots, heads, tokens, width))
-
-    def _grow(self, past: torch.Tensor, needed: int) -> torch.Tensor:
-        wider = self._room(past, needed)
-        wider[:, :, : past.shape[2]] = past
-        return wider
+        room = _stored(like[:0]).new_zeros((more_slots, like.shape[1], more_tokens, like.shape[3]))
+        if past is not None:
+            room[:had, :, :has] = past
+        return room
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Rows into the slots of others."""
@@ -94,7 +96,7 @@ class SlotLayer:
         lengths, rows, unused = book.on(self.keys.device)
         n, width = len(key_states), book.width
         if width > self.keys.shape[2]:
-            self.keys, self.values = self._grow(self.keys, width), self._grow(self.values, width)
+            self.keys, self.values = (self._with_room(past, past, n, width) for past in (self.keys, self.values))
         if rows is None:
             self.keys[:n, :, book.longest] = key_states[:, :, 0]
             self.values[:n, :, book.longest] = value_states[:, :, 0]
@@ -281,6 +283,12 @@ def fits(model: Any, length: int) -> bool:
         return False
     window = getattr(config, "sliding_window", None)
     return window is None or length <= window
+
+
+def bytes_per_row(keys_and_values: Sequence[tuple[torch.Tensor, torch.Tensor]], capacity: int) -> int:
+    """Of a slot with room for `capacity` tokens, for prompts with these keys and values."""
+    heads = [_stored(one[:1, :, :1]).nbytes for both in keys_and_values for one in both]
+    return capacity * sum(heads)
 
 
 def repeated(prefix: Any | None, count: int) -> Any | None:

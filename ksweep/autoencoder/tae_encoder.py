@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ksweep.autoencoder import memory
 from ksweep.autoencoder.protocol import Explanation
 from ksweep.autoencoder.slots import repeated
 from ksweep.autoencoder.tae_base import blocks_of, check_contents, embedding_scale, exact_embedding_scale, is_identity
@@ -84,7 +85,7 @@ class TaeReconstructor:
         rows = list(place)
         out = torch.empty(len(rows), self.d_model)
         for batch in _batches(rows, batch_size):
-            out[batch] = self._forward([rows[i] for i in batch])
+            out[batch] = memory.in_halves(self._forward, [rows[i] for i in batch], self.model.device)
         if not torch.isfinite(out).all():
             raise CheckpointError(
                 f"the encoder in {self.info.path} gives NaN or infinite values in {self.model.dtype}. Use "

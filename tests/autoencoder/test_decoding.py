@@ -25,8 +25,8 @@ from transformers import (
     StaticCache,
 )
 
-from ksweep.autoencoder import noise, slots
-from ksweep.autoencoder.decoding import REFILL_SHARE, Request, draw
+from ksweep.autoencoder import memory, noise, slots
+from ksweep.autoencoder.decoding import REFILL_SHARE, Order, Request, draw, stream
 from ksweep.autoencoder.plain import LIVE_SHARE
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.autoencoder.slots import repeated
@@ -274,7 +274,7 @@ def rows_of_each_step(verbalizer, requests, **options):
     sizes = []
     handle = verbalizer.model.register_forward_pre_hook(lambda _, __, kw: sizes.append(kw.get("input_ids")), with_kwargs=True)
     try:
-        drawn = take(verbalizer, requests, max_new_tokens=40, **options)
+        drawn = take(verbalizer, requests, **({"max_new_tokens": 40} | options))
     finally:
         handle.remove()
     return [len(ids) for ids in sizes if ids is not None and ids.shape[1] == 1], drawn
@@ -298,6 +298,57 @@ def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler):
     assert sum(rows) == num_steps, "no row of a step belongs to a draw that has ended"
     last_full = max(i for i, n in enumerate(rows) if n == 16)
     assert min(rows[:last_full]) > (1 - REFILL_SHARE) * 16 - 1
+
+
+def orders_of(temperatures, taken=None):
+    """One order a temperature, of other activations and seeds; `taken` hears when each is asked for."""
+    for number, temperature in enumerate(temperatures):
+        if taken is not None:
+            taken.append(number)
+        rows = range(number % 3, 6)
+        yield Order(vectors=VECTORS, requests=requests_for(rows, range(4)), temperature=temperature, seed=number)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("batch_size", [5, 16, 512])
+def test_orders_in_one_stream_give_the_draws_of_each_by_itself(verbalizer, batch_size, top_p):
+    temperatures = [1.0, 0.0, 0.7, 1.3, 1.0]
+    drawn = list(stream(verbalizer, orders_of(temperatures), max_new_tokens=12, top_p=top_p, batch_size=batch_size))
+    for number, order in enumerate(orders_of(temperatures)):
+        mine = texts({(d.request.activation_key, d.request.draw): d for n, d in drawn if n == number})
+        options = {"temperature": order.temperature, "top_p": top_p, "seed": order.seed}
+        assert mine == texts(take(verbalizer, order.requests, **options))
+    assert len(drawn) == sum(len(order.requests) for order in orders_of(temperatures))
+
+
+def test_an_order_is_asked_for_when_rows_would_stay_idle_and_not_before(verbalizer, sampler):
+    if sampler == "plain":
+        pytest.skip("order after order")
+    taken, seen = [], []
+    drawn = stream(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, batch_size=16)
+    assert taken == []
+    counts = np.zeros(6, dtype=int)
+    for number, _ in drawn:
+        counts[number] += 1
+        seen.append((max(taken), [n for n in range(max(taken)) if 0 < counts[n] < len(requests_for(range(n % 3, 6), range(4)))]))
+    assert max(len(unfinished) for _, unfinished in seen) >= 1, "rows of several orders are alive at once"
+    assert seen[0][0] == 0 and seen[20][0] < 3, "16 rows need no more than two orders of 16 to 24 draws"
+
+
+def test_a_stop_leaves_the_orders_that_follow_untaken(verbalizer):
+    taken, steps = [], []
+    drawn = stream(
+        verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=50, batch_size=8, should_stop=lambda: len(steps) >= 3,
+        on_step=steps.append,
+    )  # fmt: skip
+    assert len(list(drawn)) < 24 and taken == [0]
+
+
+def test_no_more_rows_are_made_than_draws_are_expected(verbalizer):
+    taken = []
+    drawn = stream(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, num_draws=24)
+    next(drawn)
+    assert taken == [0], "the next order of 20 draws is left to who has none"
 
 
 @pytest.mark.parametrize("family", IN_SLOTS)
@@ -326,10 +377,14 @@ def test_a_prompt_without_a_common_beginning_needs_none(models, monkeypatch):
 
 
 class OutOfMemoryModel:
-    """Fails like CUDA does above a number of rows."""
+    """Fails above a number of rows, as CUDA does or as torch does on a CPU."""
 
-    def __init__(self, model, most, from_length=0):
-        self.model, self.most, self.from_length = model, most, from_length
+    def __init__(self, model, most, from_length=0, on_cpu=False):
+        self.model, self.most, self.from_length, self.on_cpu = model, most, from_length, on_cpu
+
+    @property
+    def device(self):
+        return self.model.device
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -341,18 +396,43 @@ class OutOfMemoryModel:
         past = kw.get("past_key_values")
         rows = len(kw["input_ids"] if "input_ids" in kw else kw["inputs_embeds"])
         if rows > self.most and (past.get_seq_length() if past else 0) >= self.from_length:
+            if self.on_cpu:
+                torch.empty(1 << 50)
             raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
         return self.model(**kw)
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("from_length", [0, len(PROMPT) + 5])
-def test_out_of_memory_halves_the_batch_and_changes_no_draw(models, caplog, from_length):
+def test_out_of_memory_halves_the_batch_and_changes_no_draw(models, caplog, from_length, on_cpu):
     requests = requests_for(range(6), range(6))
     reference = texts(take(TinyVerbalizer(models["llama"], STOPS), requests))
-    small = TinyVerbalizer(OutOfMemoryModel(models["llama"], most=5, from_length=from_length), STOPS)
+    small = TinyVerbalizer(OutOfMemoryModel(models["llama"], most=5, from_length=from_length, on_cpu=on_cpu), STOPS)
     with caplog.at_level(logging.WARNING):
         assert texts(take(small, requests)) == reference
     assert "out of memory" in caplog.text
+
+
+def test_out_of_memory_in_a_stream_takes_no_draw_of_any_order_twice(models):
+    drawn, reference = (
+        sorted((n, d.request.activation_key, d.request.draw, d.token_ids) for n, d in stream(
+            TinyVerbalizer(model, STOPS), orders_of([1.0, 0.7, 1.3]), max_new_tokens=12, batch_size=40
+        ))
+        for model in (OutOfMemoryModel(models["llama"], most=9, from_length=len(PROMPT) + 3), models["llama"])
+    )  # fmt: skip
+    assert drawn == reference
+
+
+def test_rows_at_once_are_as_many_as_free_memory_holds_unless_their_number_is_given(models, monkeypatch, sampler):
+    if sampler == "plain":
+        pytest.skip("takes what it is given")
+    own, heads, width, blocks, tokens = len(PROMPT) - MARKER, 2, 8, 4, 20
+    row = 2 * 4 * heads * width * blocks * (own + tokens) + 4 * VOCABULARY  # keys, values, float32; its prompt's logits
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 10 * row + 5)
+    verbalizer, requests = TinyVerbalizer(models["llama"], STOPS), requests_for(range(6), range(6))
+    free, _ = rows_of_each_step(verbalizer, requests, max_new_tokens=tokens)
+    given, _ = rows_of_each_step(verbalizer, requests, max_new_tokens=tokens, batch_size=30)
+    assert max(free) == 10 and 25 < max(given) <= 30
 
 
 def test_out_of_memory_with_a_single_row_says_what_to_do(models):

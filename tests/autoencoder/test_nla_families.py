@@ -117,6 +117,20 @@ def test_what_prompts_have_in_common_runs_once_and_changes_nothing(pair: TinyPai
     assert num_common and tokens < sum(read) - num_common * (len(texts) - 4)
 
 
+def test_an_ar_that_runs_out_of_memory_goes_on_with_fewer_texts_at_once(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    ar = load_reconstructor(pair.ar, dtype="float32")
+    texts = [f"text {i} of {'several ' * (i % 4)}words" for i in range(20)]
+    expected, forward = ar.reconstruct_texts(texts), ar.model.forward
+
+    def small(**given: Any) -> Any:
+        if len(given["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
+        return forward(**given)
+
+    monkeypatch.setattr(ar.model, "forward", small)
+    assert torch.allclose(ar.reconstruct_texts(texts), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_multimodal"])
 def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, family, adapters=True)

@@ -248,3 +248,17 @@ def test_nucleus_of_equal_probabilities_keeps_just_as_many_of_the_lowest_ids_as_
     assert kept.tolist() == [1 / 8] * 4 + [0.0] * 4
     kept = noise.nucleus(torch.tensor([[0.125, 0.5, 0.125, 0.125, 0.125]]), 0.75)[0]
     assert kept.tolist() == [0.125, 0.5, 0.125, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_each_row_is_sampled_at_its_own_temperature(top_p):
+    temperatures = [0.0, 1.0, 0.4, 1.7, 0.0] * 8
+    logits = torch.randn(40, 700, generator=torch.Generator().manual_seed(3)) * 3
+    logits[0, 650] = logits[0, 20] = logits[0].max() + 1  # the lower id wins
+    keys = keys_of_draws(40)
+    together = noise.sample(logits, keys, temperature=torch.tensor(temperatures), top_p=top_p)
+    for i, temperature in enumerate(temperatures):
+        alone = noise.sample(logits[i : i + 1], keys[i : i + 1], temperature=temperature, top_p=top_p)
+        assert together.token_ids[i] == alone.token_ids
+        assert together.log_probabilities[i] == pytest.approx(float(alone.log_probabilities), abs=1e-5)
+    assert together.token_ids[0] == 20

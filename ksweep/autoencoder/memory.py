@@ -1,0 +1,80 @@
+"""How much memory is free, what running out of it looks like, and going on with less at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory: on a CPU it says so in a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error) and "allocate memory" in str(error)
+    )
+
+
+def release(device: torch.device) -> None:
+    """Give back what torch keeps for later, so that it can be had in pieces of another size."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device; None where nobody says."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    known = [n for n in (_available(), _left_to_job()) if n is not None]
+    return min(known) if device.type == "cpu" and known else None
+
+
+def in_halves(run: Callable[[Sequence[T]], torch.Tensor], items: Sequence[T], device: torch.device) -> torch.Tensor:
+    """run(items); where memory does not suffice, of one half after the other."""
+    try:
+        return run(items)
+    except RuntimeError as error:
+        if len(items) == 1 or not is_out_of_memory(error):
+            raise
+    # Out here the handler is left, and with it the failed attempt's tensors are free.
+    release(device)
+    half = len(items) // 2
+    log.warning("out of memory with %d rows at once; going on with halves of them", len(items))
+    return torch.cat([in_halves(run, items[:half], device), in_halves(run, items[half:], device)])
+
+
+def _available() -> int | None:
+    """MemAvailable of the machine."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_to_job() -> int | None:
+    """What the control groups of a container or a Slurm job leave. Their page cache counts as used: on the safe side."""
+    try:
+        own = next(line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    group = CGROUP / own.lstrip("/")
+    left = [_left_to_group(one) for one in (group, *group.parents) if one.is_relative_to(CGROUP)]
+    return min((n for n in left if n is not None), default=None)
+
+
+def _left_to_group(group: Path) -> int | None:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        return None if limit == "max" else max(0, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return None

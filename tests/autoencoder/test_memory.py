@@ -1,0 +1,73 @@
+"""Running out of memory, and how much there is."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ksweep.autoencoder import memory
+
+CPU = torch.device("cpu")
+
+
+def limited(most, calls, error):
+    """Doubles its items, and fails above a number of them."""
+
+    def run(items):
+        calls.append(len(items))
+        if len(items) > most:
+            error()
+        return 2 * torch.tensor(items)
+
+    return run
+
+
+def fails_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
+
+
+def fails_on_a_cpu():
+    torch.empty(1 << 50)  # a petabyte
+
+
+@pytest.mark.parametrize("error", [fails_on_a_gpu, fails_on_a_cpu])
+def test_what_does_not_fit_at_once_is_run_in_halves_in_its_order(error):
+    calls = []
+    assert memory.in_halves(limited(3, calls, error), list(range(11)), CPU).tolist() == list(range(0, 22, 2))
+    assert calls[0] == 11 and sorted(n for n in calls if n <= 3) == [2, 3, 3, 3]
+
+
+def test_a_single_item_that_does_not_fit_is_the_end():
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.in_halves(limited(0, [], fails_on_a_gpu), [1, 2], CPU)
+
+
+def test_another_error_is_raised_at_once():
+    calls = []
+
+    def other():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        memory.in_halves(limited(0, calls, other), [1, 2, 3], CPU)
+    assert calls == [3]
+
+
+def test_free_memory_is_no_more_than_the_machine_has():
+    free = memory.free_bytes(CPU)
+    assert free is not None and 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_control_group_and_those_around_it_limit_what_is_free(tmp_path, monkeypatch):
+    own = next((x[3:].strip() for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::")), None)
+    if own is None:
+        pytest.skip("no unified control groups")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    group = tmp_path / own.lstrip("/")
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text("5000\n")
+    (group / "memory.current").write_text("3000\n")
+    assert memory.free_bytes(CPU) == 2000
+    (group / "memory.max").write_text("max\n")
+    assert memory.free_bytes(CPU) > 1 << 20

@@ -1,0 +1,75 @@
+"""Units of a cell drawn in one stream: published whole as they end, lost nowhere when the job stops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ksweep import Cell
+from ksweep.draws import DrawsStore, Unit
+from ksweep.evaluate import Models, Place, evaluate
+from ksweep.keys import cell_keys
+from ksweep.ranks import Solo, Stopped
+from tests.tiny_sweeps import talking_pair, tiny_cell
+
+COLUMNS = ["activation", "draw", "token_ids", "text", "explanation", "finish"]
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
+    """40 activations x 40 draws: units of 16, 16 and 8 draws each."""
+    cell = tiny_cell(talking_pair(tmp_path_factory.mktemp("pair"), num_rows=60), num_replicates=20)
+    return replace(cell, sampling=replace(cell.sampling, num_draws=40))
+
+
+def place_in(folder: Path, batch_size: int | None = None) -> Place:
+    return Place(registry=folder / "registry", vector_cache=folder / "vectors", batch_size=batch_size)
+
+
+def draws_of(cell: Cell, place: Place) -> pa.Table:
+    table = DrawsStore(place.registry / "draws", cell_keys(cell).draws).read(40, 40, COLUMNS)
+    assert table is not None
+    return table
+
+
+def test_a_stop_in_the_middle_of_a_stream_keeps_whole_units_and_loses_no_draw(cell: Cell, tmp_path: Path) -> None:
+    undisturbed, place = place_in(tmp_path / "a"), place_in(tmp_path / "b", batch_size=48)
+    evaluate(cell, undisturbed, Solo(), Models("cpu"))
+    ranks = Solo()
+
+    def stop_late(phase: str, done: int, total: int, **numbers: float) -> None:
+        ranks.stop = "drawing" in phase and done > 900
+
+    ranks.on_report = stop_late
+    with pytest.raises(Stopped):
+        evaluate(cell, place, ranks, Models("cpu"))
+    parts = list((place.registry / "draws").rglob("part-*.parquet"))
+    assert 0 < len(parts) < 3 and all(pq.read_table(part).num_rows in (40 * 16, 40 * 8) for part in parts)
+    evaluate(cell, place, Solo(), Models("cpu"))
+    assert draws_of(cell, place) == draws_of(cell, undisturbed)
+
+
+def test_rows_of_the_next_unit_fill_the_places_of_the_last(cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    published: list[int] = []
+    models = Models("cpu")
+    hook = models.verbalizer(cell.autoencoder).model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["input_ids"])) if given["input_ids"].shape[1] == 1 else None, with_kwargs=True
+    )
+    publish = DrawsStore.publish
+
+    def remember(self: DrawsStore, unit: Unit, table: Any) -> None:
+        published.append(len(rows))
+        publish(self, unit, table)
+
+    monkeypatch.setattr(DrawsStore, "publish", remember)
+    evaluate(cell, place_in(tmp_path, batch_size=64), Solo(), models)
+    hook.remove()
+    assert len(published) == 3
+    assert min(rows[: published[1]]) > 64 // 2, "rows stay busy while units end"
+    assert rows[-1] < 64 // 4, "and run out once, at the end"
