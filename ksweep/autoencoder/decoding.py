@@ -81,7 +81,7 @@ def draw(
     """`stream` of a single order."""
     order = Order(vectors=vectors, requests=requests, temperature=temperature, seed=seed)
     drawn = stream(
-        verbalizer, [order], top_p=top_p, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        verbalizer, [order], top_p=top_p, max_new_tokens=max_new_tokens, batch_size=batch_size, num_draws=max(1, len(requests)),
         prefill_batch_size=prefill_batch_size, should_stop=should_stop, on_step=on_step,
     )  # fmt: skip
     return (one for _, one in drawn)
@@ -109,8 +109,8 @@ def stream(
 
     Args:
         batch_size: most rows decoded at once; None: as many as memory allows, up to `MOST_ROWS`.
-        num_draws: how many are to be expected, where that is known; no more rows than that are ever needed, so an order that
-            another rank could begin with is not taken for the rest.
+        num_draws: how many are to be expected, where that is known: room is made for no more rows, and an order that another
+            rank could begin with is not taken early.
         prefill_batch_size: most prompts run at once.
         should_stop: asked before every step: once true no more draws come, and those under way are lost.
         on_step: hears after every step how many tokens were sampled.

@@ -63,24 +63,25 @@ class SlotLayer:
     def put(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The beginning of new rows in the slots from `first` on."""
         rows, tokens = slice(first, first + len(keys)), keys.shape[2]
-        self.keys, self.values = (
-            self._with_room(*both, rows.stop, tokens) for both in ((self.keys, keys), (self.values, values))
-        )
+        if self.keys is None or self.values is None or tokens > self.keys.shape[2]:
+            self._make_room(keys, values, tokens)
+            assert self.keys is not None and self.values is not None
         self.keys[rows, :, :tokens] = keys
         self.values[rows, :, :tokens] = values
 
-    def _with_room(self, past: torch.Tensor | None, like: torch.Tensor, slots: int, tokens: int) -> torch.Tensor:
-        """`past`, or a copy with room for that many slots and tokens and some more; not for all: most rows end early."""
-        had, has = (0, 0) if past is None else past.shape[::2]
-        if past is not None and slots <= had and tokens <= has:
-            return past
-        more_slots = had if slots <= had else min(self._book.num_slots, max(2 * had, slots))
-        more_tokens = has if tokens <= has else min(self._book.capacity, max(2 * tokens, tokens + 2 * LANES))
-        # Zeros: a place that is not used yet has weight 0, and 0 times whatever lay in that memory may be NaN.
-        room = _stored(like[:0]).new_zeros((more_slots, like.shape[1], more_tokens, like.shape[3]))
-        if past is not None:
-            room[:had, :, :has] = past
-        return room
+    def _make_room(self, keys: torch.Tensor, values: torch.Tensor, needed: int) -> None:
+        """Room in every slot for that many tokens and some more; not for all that may come, most rows end early."""
+        tokens = min(self._book.capacity, max(2 * needed, needed + 2 * LANES))
+        made = []
+        for had, like in ((self.keys, keys), (self.values, values)):
+            shape = (self._book.num_slots, like.shape[1], tokens, like.shape[3])
+            # A place that is not used yet has weight 0, and 0 times whatever lay in that memory may be NaN: so values start at 0.
+            # Scores of unused places are replaced, so keys need not.
+            room = _stored(like[:0]).new_zeros(shape) if like is values else _stored(like[:0]).new_empty(shape)
+            if had is not None:
+                room[:, :, : had.shape[2]] = had
+            made.append(room)
+        self.keys, self.values = made
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Rows into the slots of others."""
@@ -96,7 +97,8 @@ class SlotLayer:
         lengths, rows, unused = book.on(self.keys.device)
         n, width = len(key_states), book.width
         if width > self.keys.shape[2]:
-            self.keys, self.values = (self._with_room(past, past, n, width) for past in (self.keys, self.values))
+            self._make_room(key_states, value_states, width)
+            assert self.keys is not None and self.values is not None
         if rows is None:
             self.keys[:n, :, book.longest] = key_states[:, :, 0]
             self.values[:n, :, book.longest] = value_states[:, :, 0]
