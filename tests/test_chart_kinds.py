@@ -168,6 +168,14 @@ def test_compare_turns_a_difference_round_for_the_other_reference() -> None:
         charts.compare(differences(), reference="z")
 
 
+def test_compare_takes_no_greedy_cell_for_its_reference_unasked() -> None:
+    rows = differences().to_pylist()
+    greedy = [r | {"label": "0 greedy"} for r in rows if r["k"] == 1 and r["label"] == "b"]
+    chart = charts.compare([*rows, *greedy])
+    assert chart.to_dict()["title"]["text"] == ["FVE less that of a"]
+    assert colours_in(chart)["b"] == charts.palette(["0 greedy", "a", "b", "c"])["b"]
+
+
 def test_compare_leaves_out_the_row_of_each_at_its_own_best() -> None:
     own_best = pa.Table.from_pylist([differences().to_pylist()[0] | {"k": None, "difference": 99.0}], schema=differences().schema)
     chart = charts.compare(pa.concat_tables([differences(), own_best]))

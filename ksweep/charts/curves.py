@@ -25,6 +25,7 @@ from ksweep.charts.style import (
     labels_of,
     natural,
     ordinal_colour,
+    palette,
     rows_of,
     span,
     table_of,
@@ -123,7 +124,7 @@ def compare(
 
     Args:
         source: connection, relation or table with the columns of `v_compare` or of `compare.compare`.
-        reference: label that is taken off; None takes the first one by name.
+        reference: label that is taken off; None takes the first by name of those with the most K (greedy has one).
         sweep: with a connection, the sweep to show.
         colours: see `palette`; a cell has the colour it has elsewhere.
         title: above the chart.
@@ -131,12 +132,14 @@ def compare(
     needed = ("label", "other_label", "k", "difference", "difference_low", "difference_high")
     table = [r for r in rows_of(table_of(source, COMPARISONS, sweep), needed, _COMPARED) if r["k"] is not None]
     names = sorted({r[name] for r in table for name in ("label", "other_label")}, key=natural)
-    base = reference if reference is not None else names[0]
+    num_ks = {name: len({r["k"] for r in table if name in (r["label"], r["other_label"])}) for name in names}
+    base = reference if reference is not None else max(names, key=lambda name: num_ks[name])
     if base not in names:
         raise RequestError(f"no cell is called {base!r}; the reference is one of {', '.join(names)}")
     rows = [_turned(r, base) for r in table if base in (r["label"], r["other_label"])]
     rows = list({(r["label"], r["k"]): r for r in rows}.values())
     rows.sort(key=lambda r: (natural(r["label"]), r["k"]))
+    colours = colours or palette(names)  # with the reference among them, as in the charts that show it
     chart = _curves(
         rows, colour(labels_of(rows), colours), _x(rows, "k", titled=True), [], "Difference in FVE", colours, zero=True
     )
