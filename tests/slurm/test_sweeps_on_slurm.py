@@ -19,7 +19,7 @@ from ksweep.launch.job import create
 from ksweep.reconcile import book_ended
 from tests.slurm.bed import Place, ended, only, process_of, slurm, until
 
-pytestmark = pytest.mark.beside
+pytestmark = [pytest.mark.beside, pytest.mark.timeout(600)]  # on a machine that is busy with other things as well
 
 
 def test_a_time_limit_reached_twice_ends_in_a_third_start(place: Place) -> None:
@@ -28,7 +28,7 @@ def test_a_time_limit_reached_twice_ends_in_a_third_start(place: Place) -> None:
     # limit of one minute it comes after 24 to 37 s, and on a busy machine the models are not loaded by then.)
     sweep = place.long(66, 2.0, time=2)
     assert place.run(sweep).code == 0
-    until("its end", lambda: states.verdict(place.jobs()[0]).state == "finished", 420)
+    until("its end", lambda: states.verdict(place.jobs()[0]).state == "finished", 560)
     done = place.run(sweep)
     assert done.code == 0 and "computed 0 of 1 cells" in done.out
     [job] = place.jobs()
