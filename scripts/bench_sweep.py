@@ -1,0 +1,120 @@
+"""How long does a whole sweep take, beside the reference's algorithm: for every K all draws anew, one vector at a time?
+
+    python scripts/bench_sweep.py                                      # 200 activations, 3 temperatures, K = 1 .. 64
+    python scripts/bench_sweep.py --activations 24 --most-draws 8 --reference-activations 2 --repeats 1
+
+Ours is the sweep as a user runs it, a process of its own: planning, loading, extraction, drawing, scoring, 2,000 bootstrap
+replicates, landing. The other side is the algorithm alone, its models loaded already: generate() over the K copies of a vector,
+then the full model over the K texts, for every temperature and K. It runs for few activations and is scaled up to all, and its
+extraction and statistics are left out: both in its favour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench_common import held_out, load_pair, parser
+from bench_drawing import NATURAL_LIMIT, prompts
+from bench_scoring import read_by_all_of_it
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from ksweep import Cell, Sampling, Scoring, Sweep, connect, sweep_main
+from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer
+from ksweep.presets import demo_model, demo_pair, held_out_passages
+
+TEMPERATURES = (0.4, 0.8, 1.2)
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.measure:
+        sweep_main(the_sweep(options, options.measure), ["--no-charts"])
+    av, ar = load_pair(options.dtype)
+    whole = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=getattr(torch, options.dtype)).eval()
+    ours, theirs, shares = [], [], []
+    for _ in range(options.repeats):
+        seconds, share = measure_ours(options)
+        ours.append(seconds)
+        shares.append(share)
+        theirs.append(measure_theirs(av, ar, whole, options))
+        print(f"ours {ours[-1]:.0f} s, the reference's algorithm {theirs[-1]:.0f} s", flush=True)
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    print(f"{options.activations} activations, {len(TEMPERATURES)} temperatures, K to {options.most_draws}")
+    print(f"ours: median {statistics.median(ours):.0f} s; statistics {statistics.median(shares):.1%} of it")
+    print(f"the reference's algorithm, scaled up from {options.reference_activations}: median {statistics.median(theirs):.0f} s")
+    print(f"ratio: median {statistics.median(ratios):.1f}x, {min(ratios):.1f}x to {max(ratios):.1f}x")
+
+
+def arguments() -> argparse.Namespace:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--activations", type=int, default=200)
+    options.add_argument("--most-draws", type=int, default=64, help="K goes up to it in powers of two")
+    options.add_argument("--reference-activations", type=int, default=3)
+    options.add_argument("--measure", type=Path, help="our sweep alone, into this directory")
+    return options.parse_args()
+
+
+def ks(options: argparse.Namespace) -> list[int]:
+    return [2**i for i in range(options.most_draws.bit_length())]
+
+
+def the_sweep(options: argparse.Namespace, place: Path) -> Sweep:
+    return Sweep(
+        name="bench",
+        cell=Cell(
+            autoencoder=demo_pair(),
+            activations=held_out_passages(num_activations=options.activations),
+            sampling=Sampling(num_draws=options.most_draws, max_new_tokens=NATURAL_LIMIT),
+            scoring=Scoring(num_replicates=2000),
+        ),
+        axes={"sampling.temperature": TEMPERATURES},
+        registry=str(place / "registry"),
+        vector_cache=str(place / "vectors"),
+    )
+
+
+def measure_ours(options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds from start to end, and the share of the statistics."""
+    with tempfile.TemporaryDirectory() as place:
+        flags = ["--activations", str(options.activations), "--most-draws", str(options.most_draws)]
+        command = [sys.executable, __file__, "--measure", place, "--threads", str(options.threads), *flags]
+        began = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+        with connect(Path(place) / "registry") as connection:
+            phases = connection.execute("SELECT seconds FROM runs").fetchall()
+    return seconds, sum(float(one["statistics"]) for (one,) in phases) / seconds
+
+
+def measure_theirs(av: NlaVerbalizer, ar: NlaReconstructor, whole: torch.nn.Module, options: argparse.Namespace) -> float:
+    few = held_out(options.reference_activations)
+    began = time.perf_counter()
+    for temperature in TEMPERATURES:
+        for k in ks(options):
+            for vector in few:
+                texts = sampled(av, vector.expand(k, -1), temperature)
+                read_by_all_of_it(whole, ar, texts, k)
+    return (time.perf_counter() - began) * options.activations / len(few)
+
+
+@torch.inference_mode()
+def sampled(av: NlaVerbalizer, vectors: torch.Tensor, temperature: float) -> list[str]:
+    embedded, stops = prompts(av, vectors), sorted(av.stop_token_ids)
+    config = GenerationConfig(
+        do_sample=True, temperature=temperature, max_new_tokens=NATURAL_LIMIT, top_k=0, eos_token_id=stops, pad_token_id=stops[0]
+    )
+    mask = torch.ones(embedded.shape[:2], dtype=torch.long)
+    rows = av.model.generate(inputs_embeds=embedded, attention_mask=mask, generation_config=config).tolist()
+    return [av.parse(av.decode(row), "stop")[0] or "" for row in rows]
+
+
+if __name__ == "__main__":
+    main()
