@@ -1,4 +1,4 @@
-"""`ksweep sql`, `show`, `diff`: the registry, asked from the shell.
+"""`ksweep sql`, `show`, `diff`, `doctor`: the registry and this machine, asked from the shell.
 
 Tables on a terminal, plain text without colour in a pipe, JSON for programs.
 """
@@ -40,7 +40,7 @@ GROUPS = ("breakdown", "part", "k", "fve", "fve_low", "fve_high", "error", "medi
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    for command in (sql, show, diff):
+    for command in (sql, show, diff, doctor):
         app.command()(command)
 
 
@@ -209,6 +209,25 @@ def _clear(row: Row) -> str | None:
     if row.get("low") is None:
         return None
     return "yes" if row["low"] > 0 or row["high"] < 0 else "no"
+
+
+def doctor(
+    registry: Registry = Path("registry"),
+    vector_cache: Annotated[Path, typer.Option("--vector-cache", help="Directory of cached activations.")] = Path("vector_cache"),
+    as_json: Json = False,
+) -> None:
+    """Look this installation over: packages, GPU, stores, cluster, the engine on a tiny model; exit code 1 if something fails."""
+    from ksweep.doctor import examine
+
+    findings = []
+    for finding in examine(registry, vector_cache):
+        findings.append(finding)
+        if as_json:
+            print(json.dumps(_jsonable(finding.__dict__)), flush=True)
+        else:
+            console().print(Text(f"{finding.state:<5} {finding.subject:<22} {finding.said}"), soft_wrap=True)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)
 
 
 # Rows on the terminal

@@ -166,12 +166,17 @@ def connect(root: Path | str = "registry") -> duckdb.DuckDBPyConnection:
 
     It keeps the snapshot it was opened on; connect again to see later runs. A registry that cannot be written is read as it is.
     """
-    database = _existing(root) / DATABASE
+    root_here = _existing(root)
+    database = root_here / DATABASE
     try:
         ingest(root)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not database.exists():
             raise
+        if (reason := _state(root_here)[1]) is not None:
+            raise StoreError(
+                f"{database} cannot be used ({reason}) and its directory cannot be written: its owner runs `ksweep db ingest`"
+            ) from error
         log.warning("%s cannot be brought up to date (%s): reading it as it is", database, error.strerror)
     return _open(database)
 

@@ -73,10 +73,12 @@ def _plain(value: Any) -> Any:
 
 # For runs that landed before examples were kept. The best draw of each activation; one without any success is worst of all.
 _EXAMPLES_FROM_DRAWS = """
-WITH run AS (SELECT ? AS few, * FROM v_latest WHERE run_id = ?), best AS (
-    SELECT d.*, run.few, row_number() OVER (ORDER BY d.error NULLS LAST, d.activation) - 1 AS place, count(*) OVER () AS n
+WITH run AS (SELECT ? AS few, * FROM v_latest WHERE run_id = ?), firsts AS (
+    SELECT d.* EXCLUDE (rank), run.few
     FROM draws AS d JOIN run ON d.draws_key = run.draws_key AND d.activation < run.num_activations AND d.draw < run.num_draws
     QUALIFY row_number() OVER (PARTITION BY d.activation ORDER BY d.error NULLS LAST, d.draw) = 1
+), best AS (
+    SELECT *, row_number() OVER (ORDER BY error NULLS LAST, activation) - 1 AS place, count(*) OVER () AS n FROM firsts
 ), cut AS (SELECT *, least(few, greatest(1, n // 3)) AS m FROM best), named AS (
     SELECT 'best' AS rank, place + 1 AS number, * FROM cut WHERE place < m
     UNION ALL SELECT 'median', place - (n - m) // 2 + 1, * FROM cut WHERE place >= (n - m) // 2 AND place < (n - m) // 2 + m
@@ -156,9 +158,10 @@ def _listed(value: Any) -> Any:
 def _paired(root: Path, a: Landed, b: Landed, level: float) -> tuple[list[Row], str]:
     """FVE of a less FVE of b at every K that both have, and how it was paired or why not."""
     curves = [{row["k"]: row for row in run.curve.to_pylist()} if run.curve is not None else {} for run in (a, b)]
-    rows = [
-        {"k": k, "a": curves[0][k]["fve"], "b": curves[1][k]["fve"], "difference": curves[0][k]["fve"] - curves[1][k]["fve"]}
-        for k in sorted(curves[0].keys() & curves[1].keys())
+    values = {k: (curves[0][k]["fve"], curves[1][k]["fve"]) for k in sorted(curves[0].keys() & curves[1].keys())}
+    rows: list[Row] = [
+        {"k": k, "a": ours, "b": theirs, "difference": ours - theirs, "low": None, "high": None}
+        for k, (ours, theirs) in values.items()
     ]
     first, second = _of_each(root, a), _of_each(root, b)
     if first is None or second is None:
@@ -167,7 +170,7 @@ def _paired(root: Path, a: Landed, b: Landed, level: float) -> tuple[list[Row], 
     if not len(here):
         return rows, "no paired interval: the runs have no activation (row of text and position) in common"
     measured = {row["k"]: row for row in _bootstrap(first, second, here, there, level)}
-    merged = [measured.get(row["k"], row | {"low": None, "high": None}) for row in rows]
+    merged = [measured.get(row["k"], row) for row in rows]
     return merged, _said(first, second, len(here), len(set(first.documents[here].tolist())), level)
 
 

@@ -11,6 +11,7 @@ one short list each. Intervals take t quantiles of C - 1 degrees of freedom.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,5 +60,10 @@ def clustered_interval(
         nothing = np.full(len(influence), np.nan)
         return nothing, nothing.copy()
     spread = np.sqrt(num_clusters / (num_clusters - 1) * np.square(influence).sum(axis=1))
-    reach = student_quantile((1 + level) / 2, num_clusters - 1) * spread
+    reach = _quantile((1 + level) / 2, num_clusters - 1) * spread
     return estimate - reach, estimate + reach
+
+
+@lru_cache(maxsize=1024)  # groups of activations ask for the same few again and again
+def _quantile(probability: float, degrees: int) -> float:
+    return student_quantile(probability, degrees)

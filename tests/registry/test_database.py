@@ -18,7 +18,7 @@ import duckdb
 import pytest
 
 from ksweep import draws
-from ksweep.errors import RequestError
+from ksweep.errors import RequestError, StoreError
 from ksweep.registry import database
 from ksweep.registry.database import connect, ingest, rebuild
 from ksweep.registry.landing import land
@@ -34,6 +34,14 @@ TABLES = (
     "controls",
     "v_temperature",
     "v_failures",
+    "run_metrics",
+    "run_examples",
+    "metrics",
+    "examples",
+    "cells",
+    "v_compare",
+    "v_gain",
+    "v_throughput",
 )
 
 
@@ -221,6 +229,34 @@ def test_database_of_another_schema_is_built_again(root: Path, monkeypatch: pyte
     report = ingest(root)
     assert report.rebuilt == "it was made by another version of ksweep"
     assert rows(root, "SELECT temperature, av FROM runs ORDER BY 1") == [(0.4, None), (0.7, None), (1.0, None)]
+
+
+def of_an_older_version(root: Path) -> None:
+    """Same name, tables that look alike and mean something else."""
+    (root / "ksweep.duckdb").unlink(missing_ok=True)
+    with duckdb.connect(str(root / "ksweep.duckdb")) as connection:
+        connection.execute("CREATE TABLE meta (key VARCHAR PRIMARY KEY, value VARCHAR NOT NULL)")
+        connection.execute("INSERT INTO meta VALUES ('schema', '0123456789abcdef0123456789abcdef'), ('root', ?)", [str(root)])
+        connection.execute("CREATE TABLE runs (run_id VARCHAR PRIMARY KEY, cell VARCHAR, fve DOUBLE)")
+        connection.execute("INSERT INTO runs VALUES ('r0', 'wrong', 0.9), ('r1', 'wrong', 0.9), ('r2', 'wrong', 0.9)")
+        connection.execute("CREATE TABLE quarantine (run_id VARCHAR, reason VARCHAR, signature VARCHAR)")
+
+
+def test_database_of_an_older_version_is_built_again_and_never_misread(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    land_three(root)
+    ingest(root)
+    expected = everything(root)
+    of_an_older_version(root)
+    assert ingest(root).rebuilt == "it was made by another version of ksweep"
+    assert everything(root) == expected
+    of_an_older_version(root)
+
+    def refuse(*_: object) -> None:  # tests run as root, whom permissions do not stop
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(database, "_publish_next", refuse)
+    with pytest.raises(StoreError, match=r"another version of ksweep.*cannot be written"):
+        connect(root)
 
 
 def _land_some(root: Path, process: int) -> None:

@@ -3,15 +3,18 @@
 -- One row per setting (all that is the same but the temperature) and K in (1, largest). `lead` is the paired difference to the next
 -- best temperature over the same activations; an interval that holds 0 has not decided between the two. The best of several on the
 -- same data is flattered by the choice: confirm it on other documents.
-WITH placed AS (
-    SELECT * FROM v_temperature QUALIFY k = 1 OR k = max(k) OVER (PARTITION BY setting)
+WITH placed AS MATERIALIZED (
+    SELECT *, count(*) OVER (PARTITION BY setting, k) AS num_temperatures FROM v_temperature
+    QUALIFY k = 1 OR k = max(k) OVER (PARTITION BY setting)
+), pairs AS MATERIALIZED (
+    SELECT b.run_id, r.run_id AS next_run_id, b.k, r.temperature AS next_temperature
+    FROM placed AS b JOIN placed AS r ON r.setting = b.setting AND r.k = b.k WHERE b.place = 1 AND r.place = 2
 )
 SELECT coalesce(b.checkpoint, b.av) AS autoencoder, b.layer, b.k, b.temperature AS best_temperature, b.fve, b.fve_low, b.fve_high,
-       r.temperature AS next_temperature, c.difference AS lead, c.difference_low AS lead_low, c.difference_high AS lead_high,
-       (SELECT count(*) FROM placed AS p WHERE p.setting = b.setting AND p.k = b.k) AS num_temperatures,
+       p.next_temperature, c.difference AS lead, c.difference_low AS lead_low, c.difference_high AS lead_high, b.num_temperatures,
        b.num_activations, b.num_documents, b.baseline, b.baseline_kind, b.cell, b.sweep
 FROM placed AS b
-LEFT JOIN placed AS r ON r.setting = b.setting AND r.k = b.k AND r.place = 2
-LEFT JOIN v_compare AS c ON c.run_id = b.run_id AND c.other_run_id = r.run_id AND c.k = b.k
+LEFT JOIN pairs AS p ON p.run_id = b.run_id AND p.k = b.k
+LEFT JOIN v_compare AS c ON c.run_id = p.run_id AND c.other_run_id = p.next_run_id AND c.k = p.k
 WHERE b.place = 1
 ORDER BY autoencoder, b.layer, b.num_activations, b.setting, b.k;

@@ -1,0 +1,148 @@
+"""`ksweep sql`, `show`, `diff` as they are typed, over what real runs have left."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ksweep.cli import main
+from ksweep.registry.landing import land, read
+from tests.registry.real_runs import KS, Real
+
+Command = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture
+def ksweep(real: Real, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command; (exit code, standard output, standard error)."""
+
+    def run(*arguments: str, registry: Path | None = None) -> tuple[object, str, str]:
+        monkeypatch.setattr("sys.argv", ["ksweep", *arguments, "--registry", str(registry or real.root)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_sql_by_name_writes_table_json_csv_and_parquet_alike(ksweep: Command, tmp_path: Path) -> None:
+    code, table, _ = ksweep("sql", "@growth_with_k")
+    assert code == 0 and "\x1b" not in table and table.count("tiny L1 T=0.5 @") == 4
+    objects = [json.loads(line) for line in ksweep("sql", "@growth_with_k", "--json")[1].splitlines()]
+    rows = list(csv.DictReader(io.StringIO(ksweep("sql", "@growth_with_k", "--csv")[1])))
+    code, said, _ = ksweep("sql", "@growth_with_k", "--parquet", str(tmp_path / "out.parquet"))
+    stored = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert code == 0 and said.endswith("12 rows\n") and objects == stored
+    assert [float(row["fve"]) for row in rows] == [row["fve"] for row in stored]
+
+
+def test_sql_without_a_question_lists_those_that_have_a_name(ksweep: Command) -> None:
+    found = [json.loads(line) for line in ksweep("sql", "--json")[1].splitlines()]
+    [row] = [row for row in found if row["name"] == "@compare"]
+    assert row["question"] == "Do two cells differ, over the same activations, at each K?" and row["takes"] == "cell, other"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["@best_temprature"], "did you mean @best_temperature"),
+        (["@compare", "cel=x"], "takes cell=..., other=..."),
+        (["from runs", "cell=x"], "only stored questions"),
+        (["from runs", "--csv", "--json"], "give one of"),
+    ],
+)
+def test_sql_tells_what_does_not_fit(ksweep: Command, arguments: list[str], words: str) -> None:
+    code, _, error = ksweep("sql", *arguments)
+    assert code == 2 and words in error
+
+
+def test_show_tells_spec_curve_controls_groups_and_what_it_said(ksweep: Command, real: Real) -> None:
+    key = real.record(1.0)["cell_key"]
+    code, out, _ = ksweep("show", f"@{key[:8]}")
+    assert code == 0
+    for words in ("sampling.temperature", "retrieval_top1", "cut_off", "quarter 1 of 4", "what it said: worst 5 activations"):
+        assert words in out, words
+    best = min((d for d in real.draws(1.0) if d["error"] is not None), key=lambda d: d["error"])
+    assert f"best 1: error {best['error']:.4f}" in out and f"said: {' '.join(best['explanation'].split())}" in out
+    told = json.loads(ksweep("show", real.runs[1.0], "--json")[1])
+    assert [row["fve"] for row in told["curve"]] == [pytest.approx(real.fve(1.0, k), abs=1e-9) for k in range(1, 9)]
+    assert told["spec"]["sampling"]["temperature"] == 1.0 and told["run"]["run_id"] == real.runs[1.0]
+    assert len(told["examples"]) == 15
+
+
+def test_show_of_a_failed_run_tells_the_error(ksweep: Command, real: Real) -> None:
+    [row] = [json.loads(line) for line in ksweep("sql", "from v_failures", "--json")[1].splitlines()]
+    code, out, _ = ksweep("show", row["run_id"])
+    assert code == 0 and "DataError" in out and "Traceback" in out and "curve" not in out
+
+
+def test_show_of_a_run_from_before_examples_were_kept_takes_them_from_the_draws(
+    ksweep: Command, real: Real, tmp_path: Path
+) -> None:
+    old = registry_of_old_runs(real, tmp_path)
+    now = json.loads(ksweep("show", real.runs[1.0], "--json")[1])["examples"]
+    then = json.loads(ksweep("show", real.runs[1.0], "--json", registry=old)[1])["examples"]
+    assert then == now and len(now) == 15
+
+
+def test_diff_pairs_by_the_bootstrap_over_documents(ksweep: Command, real: Real) -> None:
+    found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json")[1])
+    assert found["spec"] == [{"name": "sampling.temperature", "a": 1.0, "b": 0.5}]
+    assert found["same"] == {"cell": False, "draws": False, "activations": True}
+    shown = {row["k"]: row for row in found["numbers"] if row["low"] is not None}
+    assert list(shown) == list(KS)
+    documents, distances = real.documents(), real.distances()
+    names, generator = np.unique(documents), np.random.default_rng(1)
+    for k, row in shown.items():
+        difference = real.best_of(0.5, k) - real.best_of(1.0, k)
+        assert row["difference"] == pytest.approx(difference.sum() / distances.sum(), abs=1e-9)
+        sums = np.array([[difference[documents == n].sum(), distances[documents == n].sum()] for n in names])
+        drawn = sums[generator.integers(len(names), size=(4000, len(names)))].sum(axis=1)
+        spread = np.std(drawn[:, 0] / drawn[:, 1])
+        # 95 % of few documents: somewhat more than 1.96 standard deviations to each side, and never twice that.
+        assert 1.0 < (row["high"] - row["low"]) / (2 * 1.96 * spread) < 2.0
+    _, out, _ = ksweep("diff", real.runs[1.0], real.runs[0.5])
+    assert "paired over the 40 activations of" in out and "sampling.temperature" in out
+
+
+def test_diff_of_a_run_with_itself_is_nothing(ksweep: Command, real: Real) -> None:
+    found = json.loads(ksweep("diff", real.runs[0.7], real.runs[0.7], "--json")[1])
+    assert found["spec"] == found["counts"] == found["provenance"] == []
+    assert {(row["difference"], row["low"], row["high"]) for row in found["numbers"] if row["k"] in KS} == {(0.0, 0.0, 0.0)}
+
+
+def test_diff_of_runs_from_before_takes_errors_from_the_draws_and_says_so(ksweep: Command, real: Real, tmp_path: Path) -> None:
+    old = registry_of_old_runs(real, tmp_path)
+    now = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json")[1])["numbers"]
+    found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json", registry=old)[1])
+    assert "the baseline is taken as given" in found["note"]
+    assert [row["difference"] for row in found["numbers"]] == pytest.approx([row["difference"] for row in now], abs=1e-9)
+    shutil.rmtree(old / "draws")
+    found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json", registry=old)[1])
+    assert "no paired interval" in found["note"] and found["numbers"][0]["low"] is None
+
+
+def registry_of_old_runs(real: Real, place: Path) -> Path:
+    """The same runs as an earlier ksweep landed them: record, curve and controls."""
+    root = place / "old"
+    for run_id in real.runs.values():
+        landed = read(real.root / "landing" / run_id)
+        assert landed.curve is not None
+        land(root, landed.record, landed.curve.drop_columns(["influence"]), landed.controls)
+    shutil.copytree(real.root / "draws", root / "draws")
+    return root
+
+
+def test_a_name_of_nothing_or_of_several_is_told(ksweep: Command) -> None:
+    assert ksweep("show", "nobody")[0] == 2 and "no run, cell, label or sweep 'nobody'" in ksweep("show", "nobody")[2]
+    code, _, error = ksweep("diff", "tiny", "2026")
+    assert code == 2 and "runs are called" in error
