@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
 import shutil
@@ -186,7 +187,7 @@ def _cluster() -> Iterator[Finding]:
             f"{partition.num_nodes} nodes of {partition.gpus} GPUs, {partition.cpus} cores, {partition.memory_mb / 1000:.0f} GB; "
             f"{limit}{'; the default' if partition.is_default else ''}",
         )  # fmt: skip
-    accounting = "there is accounting" if shutil.which("sacct") and slurm.names("account") else "no accounting"
+    accounting = "there is accounting" if shutil.which("sacct") and slurm.associations(getpass.getuser()) else "no accounting"
     yield Finding("cluster", "ok", f"arrays of up to {slurm.max_array_size()}; {accounting}")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ksweep.autoencoder.decoding import Draw, Request, draw
 from ksweep.autoencoder.protocol import FinishReason, ParseOutcome, Prefill
+from ksweep.autoencoder.slots import repeated
 
 WIDTH, VOCABULARY, PROMPT, STOP = 32, 64, (5, 6, 0, 7), 1
 INJECT_AT = 2
@@ -21,6 +22,7 @@ class TinyVerbalizer:
 
     d_model = WIDTH
     stop_token_ids = frozenset({STOP})
+    prompt_length = len(PROMPT)
 
     def __init__(self, device: str) -> None:
         """The same weights wherever it is made: on the CPU, then moved."""
@@ -46,9 +48,16 @@ class TinyVerbalizer:
         """The vectors as they are."""
         return vectors
 
-    def prefill(self, vectors: torch.Tensor) -> Prefill:
-        """The prompt, run once."""
-        out = self.model(inputs_embeds=self.embedded(vectors), use_cache=True, logits_to_keep=1)
+    def prefix(self) -> Any:
+        """The prompt before the vector, run once."""
+        tokens = torch.tensor([PROMPT[:INJECT_AT]], device=self.model.device)
+        return self.model(input_ids=tokens, use_cache=True).past_key_values
+
+    def prefill(self, vectors: torch.Tensor, prefix: Any | None = None) -> Prefill:
+        """The prompt, or what is left of it behind `prefix`."""
+        rest = self.embedded(vectors) if prefix is None else self.embedded(vectors)[:, INJECT_AT:]
+        past = repeated(prefix, len(vectors))
+        out = self.model(inputs_embeds=rest, past_key_values=past, use_cache=True, logits_to_keep=1)
         return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
 
     def decode(self, token_ids: Sequence[int]) -> str:
