@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ksweep.autoencoder import decoding
+from ksweep.autoencoder import slots
 from ksweep.cli import main
 from ksweep.registry.landing import land
 from ksweep.selftest import failures
@@ -19,9 +19,13 @@ def test_the_engine_passes_its_self_test() -> None:
     assert failures("cpu") == []
 
 
-def test_a_fork_that_mixes_up_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = decoding._fork
-    monkeypatch.setattr(decoding, "_fork", lambda cache, origin: real(cache, torch.zeros_like(origin)))
+def test_slots_that_mix_up_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = slots.SlotLayer.put
+
+    def of_the_first(layer: slots.SlotLayer, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        real(layer, first, keys[:1].expand_as(keys), values[:1].expand_as(values))
+
+    monkeypatch.setattr(slots.SlotLayer, "put", of_the_first)
     assert "greedy text from the forked cache differs from plain decoding without one" in failures("cpu")
 
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "scontrol": """case $1 in ping) echo 'Slurmctld(primary) at head is UP';;
 *) echo 'ClusterName = testbed'; echo 'MaxArraySize = 2';; esac""",
     "squeue": "",
+    "sacct": "exit 1",
+    "sacctmgr": "exit 1",
     "sbatch": """case "$*" in *--test-only*) exit 0;; esac
 [ ! -e {folder}/full ] || {{ echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1; }}
 touch {folder}/full; echo 7""",

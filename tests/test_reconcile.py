@@ -21,6 +21,7 @@ from ksweep.errors import RequestError
 from ksweep.keys import cell_keys
 from ksweep.launch import states
 from ksweep.launch import submit as launch
+from ksweep.launch.answers import Answer
 from ksweep.launch.job import Ending, Heartbeat, Job, all_jobs, create, is_alive
 from ksweep.reconcile import book, book_ended
 from ksweep.registry.database import connect, ingest, rebuild
@@ -88,7 +89,7 @@ def rebuilt(sweep: Sweep) -> bool:
 def test_two_ranks_that_raise_leave_a_traceback_each_and_the_user_is_told_one(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ksweep.sweep.ENTRY", "tests.launch.entries:two_ranks_raise")
+    monkeypatch.setattr("ksweep.orders.ENTRY", "tests.launch.entries:two_ranks_raise")
     assert run(sweep) == 1
     error = capsys.readouterr().err
     assert any(f"rank {r} failed (bug): ValueError: what only rank {r} knows" in error for r in (0, 1))
@@ -120,7 +121,7 @@ def test_two_ranks_that_raise_leave_a_traceback_each_and_the_user_is_told_one(
 def test_a_rank_that_is_shot_is_told_by_its_peer_and_has_a_row(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ksweep.sweep.ENTRY", "tests.launch.entries:one_rank_is_killed")
+    monkeypatch.setattr("ksweep.orders.ENTRY", "tests.launch.entries:one_rank_is_killed")
     assert run(sweep) == 1
     assert "(dead rank): rank 1 (pid" in capsys.readouterr().err
     rows = ask(sweep, "SELECT rank, status, error_class, host IS NOT NULL, why FROM attempts ORDER BY rank")
@@ -149,7 +150,7 @@ def test_no_memory_is_a_class_that_is_not_run_again_unasked(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = replace(sweep, resources=Resources(cluster="inprocess", gpus=0))
-    monkeypatch.setattr("ksweep.sweep.ENTRY", "tests.launch.entries:has_no_memory")
+    monkeypatch.setattr("ksweep.orders.ENTRY", "tests.launch.entries:has_no_memory")
     assert run(here) == 1
     assert ask(here, "SELECT status, error_class, error_type, host, num_ranks FROM runs") == [
         ("failed", "out of memory", "MemoryError", socket.gethostname(), 1)
@@ -230,7 +231,7 @@ def test_a_job_that_only_wrote_to_its_log_has_a_row_for_each_rank(sweep: Sweep, 
     job = job_of(sweep, cluster="slurm")
     job.note("slurm", {"id": "7", "folder": str(logs(sweep)), "tag": "x"})
     write_log(job, 0, "ModuleNotFoundError: No module named 'ksweep'\n")
-    monkeypatch.setattr(states, "_ask_slurm", lambda jobs: {job.id: states.Answer() for job in jobs})
+    monkeypatch.setattr(states, "ask", lambda jobs: {job.id: Answer() for job in jobs})
     monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
     book_ended(logs(sweep))
     rows = ask(sweep, "SELECT rank, slurm_id, host, status, error_class, last_log_lines FROM attempts ORDER BY rank")
