@@ -236,7 +236,7 @@ def test_a_job_that_only_wrote_to_its_log_has_a_row_for_each_rank(sweep: Sweep, 
     book_ended(logs(sweep))
     rows = ask(sweep, "SELECT rank, slurm_id, host, status, error_class, last_log_lines FROM attempts ORDER BY rank")
     words = "ModuleNotFoundError: No module named 'ksweep'"
-    assert rows == [(0, "7", None, "gone", "lost", words), (1, "7", None, "gone", "lost", None)]
+    assert rows == [(0, "7", None, "gone", "setup", words), (1, "7", None, "gone", "setup", None)]
 
 
 def test_a_job_that_never_began_leaves_nothing(sweep: Sweep) -> None:
