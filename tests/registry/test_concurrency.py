@@ -118,7 +118,7 @@ def test_a_reader_that_holds_the_file_keeps_its_snapshot_while_thirty_ingests_go
 
 @pytest.mark.slow
 def test_an_ingester_killed_at_any_moment_leaves_a_good_database(root: Path, tmp_path: Path) -> None:
-    chance, num_kills, before = random.Random(0), 12, 0
+    chance, num_kills, before = random.Random(0), 20, 0
     for kill in range(num_kills):
         for i in range(3):
             land(root, record_of(f"k{kill:02d}-{i}", temperature=0.1 + kill), curve_of(), controls_of())
