@@ -117,7 +117,7 @@ def test_said_best_and_worst_are_the_ends_of_the_best_draws(real: Real) -> None:
 
 def test_failures_by_class_counts_runs_and_says_what_is_still_open(real: Real) -> None:
     [row] = answer(real, "failures_by_class")
-    assert (row["class"], row["num_runs"], row["num_cells"], row["num_open"]) == ("DataError", 1, 1, 1)
+    assert (row["class"], row["num_runs"], row["num_cells"], row["num_open"]) == ("bad input", 1, 1, 1)
     assert row["sweeps"] == ["broken"] and "30" in row["last_message"]
 
 

@@ -1,5 +1,5 @@
 -- Why do runs fail, how often, where, and has it been mended since?
-SELECT coalesce(error_type, status) AS class, count(*) AS num_runs, count(DISTINCT cell_key) AS num_cells,
+SELECT coalesce(error_class, status) AS class, count(*) AS num_runs, count(DISTINCT cell_key) AS num_cells,
        count(*) FILTER (NOT superseded) AS num_open, list(DISTINCT host ORDER BY host) AS hosts,
        list(DISTINCT sweep ORDER BY sweep) AS sweeps, min(finished) AS first_seen, max(finished) AS last_seen,
        arg_max(error_message, finished) AS last_message, arg_max(run_id, finished) AS last_run
