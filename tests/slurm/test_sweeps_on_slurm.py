@@ -106,6 +106,7 @@ def test_a_sweep_preempted_for_good_is_submitted_again_by_the_next_command(place
     place.slurm("sbatch", "--wait", "--qos=urgent", "--nodelist=gpu5", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     first = place.jobs()[0]
     place.slurm("sacct", "-X", "-n", "-o", "JobID,State", "-j", str(first.slurm_id()))
+    ended(first)  # until its last heartbeat is old a command takes it for running, and attaches to it
     done = place.run(sweep, "--wait")
     assert done.code == 0, done.err
     assert [job.attempt() for job in place.jobs()] == [0, 0]
@@ -159,6 +160,7 @@ def test_a_cancelled_job_and_a_cancelled_waiting_element_are_submitted_again(pla
     assert [entry.state for entry in commands.queue([str(second.slurm_id())])] == ["PENDING"]
     place.slurm("scancel", str(second.slurm_id()))
     place.slurm("scancel", str(first.slurm_id()))
+    ended(first)
     again = place.run(sweep, "sampling.seed=[0,1]", "--wait")
     assert again.code == 0, again.err
     assert first.noted("requeued", 0) is None
