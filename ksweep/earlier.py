@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ksweep.keys import Keys
 from ksweep.launch import states, submission
+from ksweep.launch.job import read
 from ksweep.launch.watch import Watch
 from ksweep.orders import logs_of
 from ksweep.reconcile import book_ended
@@ -42,5 +43,5 @@ def reconcile(sweep: Sweep, keys: Sequence[Keys], *, wait: bool) -> states.Surve
                         else "is still at work on this sweep: waiting"
                     )
                     print(f"job {name} of an earlier command {what} ({survey.verdicts[name].reason})", file=sys.stderr)
-                watch.show_ranks(ours[name].heartbeats())
+                watch.show_ranks(read(ours[name].heartbeats, []))
             time.sleep(POLL_SECONDS if wait else SLURM_POLL_SECONDS)

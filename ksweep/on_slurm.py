@@ -14,7 +14,7 @@ from ksweep.errors import RunError, SpecError
 from ksweep.launch import snapshot, states, submission
 from ksweep.launch import submit as launch
 from ksweep.launch.answers import numbers_here
-from ksweep.launch.job import Ending, Job
+from ksweep.launch.job import Ending, Job, read
 from ksweep.launch.watch import Watch
 from ksweep.orders import Missing, groups, job_for, logs_of
 from ksweep.reconcile import book
@@ -86,10 +86,11 @@ def wait(jobs: Sequence[Job], sweep: Sweep) -> None:
         try:
             while live:
                 found = states.verdicts(list(live.values()))
+                ended += [(live.pop(name), states.GONE) for name in set(live) - set(found)]
                 for name, verdict in found.items():
                     if verdict.state not in states.LIVE and book(live[name], verdict):
                         ended.append((live.pop(name), verdict))
-                watch.show_jobs(found, {job.id: job.heartbeats() for job in live.values()})
+                watch.show_jobs(found, {job.id: read(job.heartbeats, []) for job in live.values()})
                 time.sleep(max(POLL_SECONDS, POLL_SECONDS_A_JOB * len(live)) if live else 0)
         except KeyboardInterrupt:
             raise RunError(

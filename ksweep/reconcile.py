@@ -7,13 +7,14 @@ import socket
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ksweep.errors import RequestError, StoreError
 from ksweep.evaluate import land_unfinished
 from ksweep.launch import states
-from ksweep.launch.job import Ending, Heartbeat, Job, is_alive
+from ksweep.launch.job import Ending, Heartbeat, Job, is_alive, read
 from ksweep.registry import attempts
 from ksweep.registry.attempts import Attempt
 
@@ -51,15 +52,21 @@ def settle(job: Job, verdict: states.Verdict) -> None:
         return
     job.release()
     left = attempts_of(job, verdict) if verdict.kind != "never submitted" else []
-    argument = job.spec()["argument"]
+    argument = job.spec().get("argument") or {}
     try:
-        if left:
+        if left and "registry" in argument:
             attempts.land(argument["registry"], left)
-        if verdict.state in ("failed", "stopped") and verdict.kind != "never submitted":
+        if verdict.state in ("failed", "stopped") and verdict.kind != "never submitted" and _is_of_cells(job):
             _land_run(job, verdict, left)
     except (RequestError, StoreError, OSError) as error:  # what ended the job is told beside; this must not hide it
         log.warning("the end of job %s could not be landed: %s", job.id, error)
     job.note("settled", {"state": verdict.state, "reason": verdict.reason, "kind": verdict.kind})
+
+
+def _is_of_cells(job: Job) -> bool:
+    """Whether there is a run to speak of: any other work (a job of another version, a test's) has attempts only."""
+    argument = job.spec().get("argument") or {}
+    return bool(job.spec().get("cells") and argument.get("cells") and {"registry", "sweep", "resources"} <= argument.keys())
 
 
 def verdict_of(ending: Ending) -> states.Verdict:
@@ -79,12 +86,9 @@ def _believed(ended: Sequence[tuple[Job, states.Verdict]]) -> list[tuple[Job, st
     if any(verdict.kind == "killed" and _is_elsewhere(job) for job, verdict in ended):
         time.sleep(BEATS_SECONDS)
     found = states.verdicts(jobs)
+    gone = [job for job in jobs if job.id in found and found[job.id].state not in states.LIVE]
     # A rank of another machine, told dead because the two clocks differ, goes on beating.
-    return [
-        (job, found[job.id])
-        for job in jobs
-        if found[job.id].state not in states.LIVE and (found[job.id].kind != "killed" or _beats(job) == before[job.id])
-    ]
+    return [(job, found[job.id]) for job in gone if found[job.id].kind != "killed" or _beats(job) == before[job.id]]
 
 
 def _hear_out(jobs: Sequence[Job]) -> None:
@@ -95,17 +99,17 @@ def _hear_out(jobs: Sequence[Job]) -> None:
 
 def _may_speak(job: Job) -> bool:
     """Whether a rank that has not said how it ended is alive, or was so lately on another machine."""
-    ended = {e.rank for e in job.endings()}
-    silent = [beat for beat in job.heartbeats() if beat.rank not in ended]
+    ended = {e.rank for e in read(job.endings, [])}
+    silent = [beat for beat in read(job.heartbeats, []) if beat.rank not in ended]
     return time.time() - job.last_sign() < LAST_WORDS_SECONDS and any(map(is_alive, silent))
 
 
 def _is_elsewhere(job: Job) -> bool:
-    return any(beat.host != socket.gethostname() for beat in job.heartbeats())
+    return any(beat.host != socket.gethostname() for beat in read(job.heartbeats, []))
 
 
 def _beats(job: Job) -> dict[int, float]:
-    return {beat.rank: beat.time for beat in job.heartbeats()}
+    return {beat.rank: beat.time for beat in read(job.heartbeats, [])}
 
 
 # What each rank of each start left
@@ -117,7 +121,7 @@ def attempts_of(job: Job, verdict: states.Verdict) -> list[Attempt]:
     starts = job.starts() or ([0] if any(path.stat().st_size for path in job.logs()) else [])
     common = {
         "job": job.id, "slurm_id": job.slurm_id(), "num_ranks": spec["num_ranks"],
-        "sweep": str(spec["argument"].get("sweep", "")),
+        "sweep": str((spec.get("argument") or {}).get("sweep", "")),
         "cells": tuple(cell["label"] for cell in spec.get("cells", [])),
     }  # fmt: skip
     labels = {cell["key"]: cell["label"] for cell in spec.get("cells", [])}
@@ -126,13 +130,13 @@ def attempts_of(job: Job, verdict: states.Verdict) -> list[Attempt]:
         newest = start == starts[-1]
         of_start = common | {"start": start, **_end_of_start(job, start, verdict, newest=newest)}
         wish = (job.noted("requeued", start) or {}).get("why", "")
-        beats = {beat.rank: beat for beat in job.heartbeats(start)}
-        endings = {ending.rank: ending for ending in job.endings(start)}
+        beats = {beat.rank: beat for beat in read(partial(job.heartbeats, start), [])}
+        endings = {ending.rank: ending for ending in read(partial(job.endings, start), [])}
         for rank in range(spec["num_ranks"]):
             beat, ending = beats.get(rank), endings.get(rank)
             told = _of_beat(beat, labels) | _of_ending(ending, verdict, wish, newest=newest)
             told["ended"] = _utc(ending.time if ending else beat.time if beat else None)
-            lines = job.last_log_lines(rank, start) or None
+            lines = read(partial(job.last_log_lines, rank, start), None) or None
             found.append(Attempt(**of_start, **told, rank=rank, last_log_lines=lines))
     return found
 
@@ -170,7 +174,9 @@ def _of_ending(ending: Ending | None, verdict: states.Verdict, wish: str, *, new
     if ending is None:
         # Of a job that a rank ended with words of its own, the silent ones are not to blame.
         known = (
-            newest and verdict.state != "finished" and (verdict.ending is None or verdict.kind in ("dead rank", "node failure"))
+            newest
+            and verdict.state != "finished"
+            and (verdict.ending is None or verdict.ending.kind in ("dead rank", "node failure"))
         )
         told = {"error_class": verdict.kind or None, "message": verdict.reason} if known else {}
         return {"status": "gone", **told}
@@ -189,7 +195,7 @@ def _of_ending(ending: Ending | None, verdict: states.Verdict, wish: str, *, new
 def _land_run(job: Job, verdict: states.Verdict, left: Sequence[Attempt]) -> None:
     """Put it into the registry with every rank's words; under a name that two who find the job at once both give it."""
     spec, newest = job.spec(), job.attempt()
-    beats = {beat.rank: beat for beat in job.heartbeats()}
+    beats = {beat.rank: beat for beat in read(job.heartbeats, [])}
     ending = verdict.ending
     beat = beats.get(ending.rank if ending else 0) or next(iter(beats.values()), None)
     first = next((a for a in left if a.start == newest and ending and a.rank == ending.rank), None)
@@ -200,7 +206,7 @@ def _land_run(job: Job, verdict: states.Verdict, left: Sequence[Attempt]) -> Non
         status="failed" if verdict.state == "failed" else "stopped",
         job=job.id, start=newest, error_class=verdict.kind or verdict.state,
         error_type=first.error_type if first else None,
-        error_message=ending.message if ending else verdict.reason,
+        error_message=ending.message if ending and ending.kind == verdict.kind else verdict.reason,
         tracebacks=tuple(words for a in left if a.start == newest and (words := _words(a))),
         host=beat.host if beat else None, device=beat.device or None if beat else None,
         num_ranks=spec["num_ranks"], seconds=beat.seconds if beat else {},

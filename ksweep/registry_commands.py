@@ -53,6 +53,7 @@ def sql(
     parquet: Annotated[Path | None, typer.Option(help="Write the answer to this Parquet file.")] = None,
 ) -> None:
     """Ask the registry: ksweep sql "select cell, k, fve from curves where k in (1, 16)", or ksweep sql @best_temperature."""
+    from ksweep.jobs.listing import book_ended
     from ksweep.registry.questions import ask
 
     if as_json + as_csv + (parquet is not None) > 1:
@@ -62,6 +63,7 @@ def sql(
         return
     assert question is not None
     text, variables = _question(registry, question, values or [])
+    book_ended(registry)
     answer = ask(registry, text, variables)
     if parquet is not None:
         _write_parquet(parquet, answer)

@@ -19,6 +19,7 @@ from ksweep.keys import Keys, cell_keys, complete_all
 from ksweep.launch import states, submission
 from ksweep.launch import submit as launch
 from ksweep.launch.plan import Step
+from ksweep.launch.slurm import SlurmError
 from ksweep.orders import groups, logs_of
 from ksweep.overrides import given_settings, lay_over
 from ksweep.planning import refuse_full_disk, refuse_places, steps_of
@@ -56,10 +57,16 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
         _parser(sweep).error("--json goes with --dry-run: `ksweep ls --json` and `ksweep sql --json` tell of results")
     sweep = lay_over(sweep, _settings(sweep, options, rest))
     to_slurm = launch.resolve_cluster(sweep.resources) == "slurm"
+    silence: SlurmError | None = None
     if to_slurm:
-        sweep = on_slurm.with_shape(sweep)
+        try:
+            sweep = on_slurm.with_shape(sweep)
+        except SlurmError as error:
+            silence = error
     cells = complete_all(sweep.cells())
     keys = [cell_keys(cell) for cell in cells]
+    if silence is not None:
+        return _without_slurm(sweep, cells, keys, options, silence)
     if options.dry_run:
         steps = steps_of(sweep, cells, keys, states.survey(logs_of(sweep)), retry=options.retry)
         together = groups(sweep, [(c, s) for c, s in zip(cells, steps, strict=True) if s.state == "missing"])
@@ -103,6 +110,26 @@ def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: 
     if under_way:
         on_slurm.wait(under_way, sweep)
     return _show(sweep, keys, steps, options)
+
+
+def _without_slurm(
+    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: argparse.Namespace, silence: SlurmError
+) -> int:
+    """Show the results that are there, which needs no Slurm; 1 where cells are missing, or to be planned."""
+    steps = steps_of(sweep, cells, keys, states.survey(logs_of(sweep)), retry=[])
+    done = sum(step.state == "done" for step in steps)
+    left = len(steps) - done
+    print(
+        f"Slurm does not answer ({silence})" + (f": {left} of {len(steps)} cells are left as they are" if left else ""),
+        file=sys.stderr,
+    )
+    if options.dry_run:
+        return 1
+    if done:
+        terminal.show(sweep, keys, computed=0, charts=not options.no_charts)
+        if sweep.export_json and not left:
+            _export(sweep, keys)
+    return 1 if left else 0
 
 
 def _show(sweep: Sweep, keys: Sequence[Keys], steps: Sequence[Step], options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from ksweep import console as console_module
+from ksweep.launch.job import Ending
 from ksweep.registry.landing import land
 from tests.job_directories import job, ksweep, me
 from tests.registry.landed_runs import controls_of, curve_of, record_of
@@ -91,6 +92,28 @@ def test_ls_tells_the_registry_of_jobs_that_ended_unseen(registry: Path) -> None
     dead = job(registry, "gone", "x")
     dead.beat(me().__class__(rank=0, pid=2**22 + 1, host=me().host, process_started=1.0))
     assert not any(r["sweep"] == "gone" and r["state"] in ("running", "waiting") for r in rows(registry))
+
+
+def test_ls_shows_the_class_of_a_failure_in_the_table_and_as_json(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    land(
+        registry,
+        record_of(
+            "r3", minutes=7, sweep="old", status="failed", error_class="disk full", error_type="OSError", error_message="no"
+        ),
+    )
+    found = {r["run"]: (r["error_class"], r["reason"]) for r in rows(registry, "--state", "failed")}
+    assert found == {"r3": ("disk full", "disk full: no"), "r1": (None, "out of memory: rank 1 is full")}
+    out = on_a_terminal(80)()
+    monkeypatch.setattr(console_module, "console", lambda: out)
+    assert ksweep(registry, "ls", "--state", "failed")[0] == 0
+    assert "disk full" in out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_sql_tells_the_registry_of_jobs_that_ended_unseen(registry: Path) -> None:
+    dead = job(registry, "gone", "x")
+    dead.end(Ending(rank=0, status="failed", kind="bug", message="x"))
+    code, out = ksweep(registry, "sql", "select error_class from attempts", "--csv")
+    assert (code, out) == (0, "error_class\nbug\n") and dead.given_up() is not None
 
 
 def on_a_terminal(width: int) -> Callable[[], Console]:

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -188,6 +189,28 @@ def test_watch_ends_quietly_when_its_reader_goes(registry: Path) -> None:
     assert b": running drawing 5/10" in os.read(reading, 4096)
     os.close(reading)
     assert process.wait(30) == 0 and process.stderr is not None and process.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_watch_that_is_interrupted_says_that_the_jobs_go_on(registry: Path) -> None:
+    """Ctrl-C as a terminal sends it: to the process group in its foreground."""
+    one = running(registry)
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", "from ksweep.cli import main; main()", "watch", "--registry", str(registry)]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+        preexec_fn=lambda: (signal.signal(signal.SIGINT, signal.default_int_handler), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+    )  # fmt: skip
+    os.close(slave)
+    try:
+        read_until(master, Screen(24), "1 running")
+        os.write(master, b"\x03")
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    assert process.stderr is not None
+    assert process.stderr.read() == "no longer watching: the jobs go on\n" and not one.asked_to_end()
 
 
 def test_watch_in_a_pipe_says_each_change_once_and_ends_with_the_last_job(

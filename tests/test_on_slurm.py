@@ -11,6 +11,7 @@ from ksweep import Activations, Autoencoder, Cell, Resources, RunError, Sweep, o
 from ksweep.launch import snapshot, states, submission
 from ksweep.launch.job import Job, all_jobs, create
 from ksweep.launch.plan import Step
+from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
 COMMANDS = {
     "srun": "",
@@ -83,3 +84,27 @@ def test_jobs_of_an_installed_package_say_what_code_they_run_and_the_command_onc
     code = [job.noted("code") for job in all_jobs(cluster / "logs")]
     assert code == [{"path": str(Path(ksweep.__file__).parent), "commit": f"ksweep {ksweep.__version__}", "diff": None}] * 2
     assert capsys.readouterr().err.count("jobs run the installed ksweep") == 1
+
+
+@pytest.mark.slow
+def test_results_are_shown_while_slurm_does_not_answer(
+    tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = talking_pair(tmp_path, num_rows=60)
+    done = Sweep(
+        name="tiny", cell=tiny_cell(pair, num_replicates=50), resources=Resources(cluster="inprocess", gpus=0),
+        registry=str(tmp_path / "registry"), vector_cache=str(tmp_path / "vector_cache"),
+    )  # fmt: skip
+    assert run(done) == 0
+    words = "Unable to contact slurm controller (connect failure)"
+    (cluster / "sinfo").write_text(f"#!/bin/sh\necho 'slurm_load_partitions: {words}' >&2\nexit 1\n")
+    (cluster / "sinfo").chmod(0o755)
+    capsys.readouterr()
+    assert run(done, "resources.cluster=slurm") == 0
+    said = capsys.readouterr()
+    assert "FVE, best of K" in said.out and "computed 0 of 1 cells" in said.out
+    assert said.err.startswith("Slurm does not answer (sinfo: slurm_load_partitions: Unable to contact") and words in said.err
+    assert run(done, "resources.cluster=slurm", "sampling.seed=[0,1]") == 1
+    said = capsys.readouterr()
+    assert "FVE, best of K" in said.out and "): 1 of 2 cells are left as they are" in said.err
+    assert run(done, "resources.cluster=slurm", "sampling.seed=7") == 1 and "FVE" not in capsys.readouterr().out

@@ -322,6 +322,26 @@ def test_a_checkpoint_that_has_gone_does_not_keep_a_job_from_being_booked(sweep:
     assert job.given_up() is not None and ask(sweep, "SELECT error_class FROM attempts WHERE rank = 0") == [("bug",)]
 
 
+@pytest.mark.parametrize("argument", [{}, {"registry": "here", "sweep": "tiny"}, {"registry": "here", "cells": []}])
+def test_a_job_without_cells_is_booked_with_its_attempts_alone(sweep: Sweep, argument: dict[str, Any]) -> None:
+    given = argument | ({"registry": sweep.registry} if "registry" in argument else {})
+    job = create(logs(sweep), "a:b", given, 1)
+    job.end(Ending(rank=0, status="failed", kind="bug", message="x"))
+    survey = book_ended(logs(sweep))
+    assert survey.failures == {} and (job.given_up() or {})["kind"] == "bug"
+    assert ask(sweep, "SELECT count(*) FROM attempts") == [(1 if given else 0,)]
+    assert ask(sweep, "SELECT count(*) FROM runs") == [(0,)]
+
+
+def test_a_torn_heartbeat_of_an_earlier_start_does_not_keep_a_job_from_being_booked(sweep: Sweep) -> None:
+    job = job_of(sweep, ranks=1)
+    job.beat(beat_of(0))
+    (job.path / "attempt-000" / "rank-0.json").write_text('{"rank": 0, "pi')
+    job.end(Ending(rank=0, status="failed", kind="bug", message="x", attempt=1))
+    book_ended(logs(sweep))
+    assert ask(sweep, "SELECT start, status FROM attempts ORDER BY start") == [(0, "gone"), (1, "failed")]
+
+
 # The files in the registry
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 from ksweep.errors import RunError
 from ksweep.jobs.finding import Named, facts_of
-from ksweep.jobs.looking import look, read
 from ksweep.launch import slurm, states
-from ksweep.launch.answers import numbers_here
-from ksweep.launch.job import Job, is_alive
+from ksweep.launch.answers import cluster_of, in_queue, numbers_here
+from ksweep.launch.job import Job, is_alive, read
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,30 @@ class Cancelled:
 
 def cancel(jobs: Sequence[Job]) -> list[Cancelled]:
     """End jobs at the border of their units; what became of the wish for each."""
-    found = look(jobs)
+    found = states.verdicts(jobs)
     live = [job for job in jobs if job.id in found and found[job.id].state in states.LIVE]
     numbers = {job.id: _number(job) for job in live}
-    out_of_reach = {job.id: hosts for job in live if numbers[job.id] is None and (hosts := _ask_ranks(job))}
-    slurm.cancel(numbers_here(live))
+    on_slurm = [job for job in live if numbers[job.id] is not None]
+    queued = in_queue(on_slurm)
+    out_of_reach = {job.id: _why_not(job) for job in on_slurm if job.id not in queued}
+    out_of_reach |= {
+        job.id: f"its ranks run on {hosts}: cancel it there" for job in live if job not in on_slurm and (hosts := _ask_ranks(job))
+    }
+    slurm.cancel(sorted(queued.values()))
     return [
         Cancelled(
             job.id, job in live and job.id not in out_of_reach, found[job.id].state,
-            f"its ranks run on {out_of_reach[job.id]}: cancel it there" if job.id in out_of_reach else found[job.id].reason,
-            numbers[job.id] if job in live else read(job.slurm_id, None),
+            out_of_reach.get(job.id, found[job.id].reason), numbers[job.id] if job in live else read(job.slurm_id, None),
         )
         for job in jobs if job.id in found
     ]  # fmt: skip
+
+
+def _why_not(job: Job) -> str:
+    """Of a job on Slurm that is not in this cluster's queue: its number may be another's by now, there or here."""
+    if not numbers_here([job]):
+        return f"it is on cluster {cluster_of(job)}: cancel it there (`scancel {read(job.slurm_id, None)}`)"
+    return f"Slurm has no job {read(job.slurm_id, None)} of ours in its queue: it has ended, or Slurm has forgotten it"
 
 
 def _number(job: Job) -> str | None:
@@ -115,7 +125,7 @@ def plan_retry(named: Named) -> Retry:
 
 
 def _nothing_to_retry(job: Job) -> str:
-    verdict = look([job])[job.id]
+    verdict = states.verdict(job)
     if verdict.state == "finished":
         return "has finished: nothing is to be run again"
     if verdict.state in states.LIVE:

@@ -9,8 +9,8 @@ from typing import Any
 
 from ksweep.console import duration_text
 from ksweep.jobs.advice import advice
-from ksweep.jobs.looking import Line, at_work, classed, read, seen
-from ksweep.launch.job import Job
+from ksweep.jobs.looking import Line, at_work, classed, seen
+from ksweep.launch.job import Job, read
 
 
 def why(job: Job) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def _start(job: Job, number: int) -> dict[str, Any]:
 
 def why_run(run: Mapping[str, Any]) -> dict[str, Any]:
     """What the registry knows of a run whose job is not there any more."""
-    names = {"failed": run["error_type"] or "", "stopped": run["error_type"] or "stopped"}
+    kind = run["error_class"] or run["error_type"]
+    names = {"failed": kind or "", "stopped": kind or "stopped"}
     line = Line(
         job=run["run_id"], sweep=run["sweep"], cells=run["label"], state=run["status"], reason=run["error_message"] or "",
         phase="", done=0, total=0, per_second=None, seconds_left=None, slurm=None, nodes=run["host"] or "", start=0, numbers={},

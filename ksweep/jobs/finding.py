@@ -175,7 +175,7 @@ def runs_called(registry: Path, name: str) -> list[dict[str, Any]]:
     from ksweep.registry.database import connect
 
     question = """
-        SELECT run_id, sweep, label, cell_key, status, error_type, error_message, tracebacks, host, device, finished
+        SELECT run_id, sweep, label, cell_key, status, error_class, error_type, error_message, tracebacks, host, device, finished
         FROM runs WHERE starts_with(run_id, $1) OR starts_with(split_part(run_id, '-', -1), $1) ORDER BY run_id
     """
     with connect(registry) as connection:

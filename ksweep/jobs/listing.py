@@ -12,9 +12,9 @@ from typing import Any
 from ksweep.console import ago_text
 from ksweep.errors import RequestError
 from ksweep.jobs.finding import Facts, facts_of, logs_of, short
-from ksweep.jobs.looking import Line, at_work, read, seen, unsettled
+from ksweep.jobs.looking import Line, at_work, seen, unsettled
 from ksweep.launch import states
-from ksweep.launch.job import Job
+from ksweep.launch.job import Job, read
 from ksweep.reconcile import book
 
 STATES = ("running", "waiting", "unknown", "finished", "failed", "stopped")
@@ -35,6 +35,8 @@ class Row:
     state: str
     reason: str
     """Of a failure or a stop its class and message, of a waiting cell what it waits for."""
+    error_class: str | None
+    """Why a run that has ended did not finish."""
     done: int | None
     total: int | None
     """Draws of a cell at work."""
@@ -89,8 +91,8 @@ def _book_and_look(registry: Path) -> list[tuple[Job, Line]]:
 
 
 _RUNS = """
-    SELECT run_id, sweep, cell, label, cell_key, status, error_type, error_message, num_activations, num_draws, num_draws_sampled,
-           round(tokens_per_second) AS tokens_per_second, finished, best.fve, best.k
+    SELECT run_id, sweep, cell, label, cell_key, status, error_class, error_type, error_message, num_activations, num_draws,
+           num_draws_sampled, round(tokens_per_second) AS tokens_per_second, finished, best.fve, best.k
     FROM runs LEFT JOIN (
         SELECT run_id, round(max(fve), 4) AS fve, arg_max(k, fve) AS k FROM run_curves GROUP BY run_id
     ) AS best USING (run_id) ORDER BY finished DESC, run_id
@@ -120,7 +122,7 @@ def _under_way(job: Job, line: Line, finished: Mapping[str, float]) -> Iterator[
         fve = line.numbers.get("fve") if here else None
         counted = here and line.total > 0
         yield Row(
-            None, job.id, line.sweep, f"{label} @{key[:8]}", state, reason, line.done if counted else None,
+            None, job.id, line.sweep, f"{label} @{key[:8]}", state, reason, None, line.done if counted else None,
             line.total if counted else None, fve, None if fve is None else 1, None, None, None,
             line.numbers.get("tokens_per_second") if here else None, submitted,
         )  # fmt: skip
@@ -134,11 +136,11 @@ def _standing(line: Line, *, here: bool) -> tuple[str, str]:
 
 
 def _ended(run: Mapping[str, Any]) -> Row:
-    words = [word for word in (run["error_type"], run["error_message"]) if word]
+    words = [word for word in (run["error_class"] or run["error_type"], run["error_message"]) if word]
     return Row(
-        run["run_id"], None, run["sweep"], run["cell"], run["status"], " ".join(": ".join(words).split()), None, None, run["fve"],
-        run["k"], run["num_activations"], run["num_draws"], run["num_draws_sampled"], run["tokens_per_second"],
-        f"{run['finished']:%Y-%m-%d %H:%M:%S}",
+        run["run_id"], None, run["sweep"], run["cell"], run["status"], " ".join(": ".join(words).split()),
+        run["error_class"], None, None, run["fve"], run["k"], run["num_activations"], run["num_draws"], run["num_draws_sampled"],
+        run["tokens_per_second"], f"{run['finished']:%Y-%m-%d %H:%M:%S}",
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ksweep.errors import RequestError, RunError
-from ksweep.jobs.looking import look
 from ksweep.launch import states
 from ksweep.launch.job import Job
 
@@ -27,7 +26,7 @@ def read_logs(job: Job, rank: int | None, *, follow: bool) -> Iterator[str]:
     newest: Path | None = None
     told = False
     while True:
-        verdict = look([job]).get(job.id)
+        verdict = states.verdicts([job]).get(job.id)
         over = not follow or verdict is None or verdict.state not in states.LIVE
         paths = _paths(job, rank)
         if not paths and over:

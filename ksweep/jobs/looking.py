@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from ksweep.jobs.finding import Facts, facts_of, listed
 from ksweep.launch import states
-from ksweep.launch.job import Heartbeat, Job
+from ksweep.launch.job import Heartbeat, Job, read
 
-T = TypeVar("T")
-U = TypeVar("U")
-UNREADABLE = (OSError, ValueError, LookupError, TypeError)
-"""What reading a file raises that is gone, half-written, or of a form that this version does not know."""
 RECENT_SECONDS = 3600.0
-
-
-def look(jobs: Sequence[Job]) -> dict[str, states.Verdict]:
-    """What has become of jobs, by id. One that cannot be read is unknown; one that is gone is left out."""
-    try:
-        return states.verdicts(jobs)
-    except UNREADABLE:
-        return {job.id: found for job in jobs if (found := _look_at(job)) is not None}
-
-
-def _look_at(job: Job) -> states.Verdict | None:
-    try:
-        return states.verdict(job)
-    except UNREADABLE as error:
-        if not (job.path / "job.json").exists():
-            return None
-        return states.Verdict("unknown", f"its files cannot be read ({type(error).__name__}: {error})")
 
 
 def unsettled(logs: Path, within: float = 0.0) -> list[Job]:
@@ -92,7 +70,7 @@ def lines(jobs: Sequence[Job], cells: Mapping[str, Sequence[str]] | None = None)
 
 def seen(jobs: Sequence[Job], cells: Mapping[str, Sequence[str]] | None = None) -> list[tuple[Line, states.Verdict]]:
     """The same with the verdicts."""
-    found = look(jobs)
+    found = states.verdicts(jobs)
     return [(_line(job, found[job.id], (cells or {}).get(job.id)), found[job.id]) for job in jobs if job.id in found]
 
 
@@ -109,14 +87,6 @@ def _line(job: Job, verdict: states.Verdict, cells: Sequence[str] | None) -> Lin
         numbers=beats[0].numbers if beats else {}, kind=verdict.kind, submitted=read(job.started, 0.0),
         last_sign=read(job.last_sign, 0.0), labels=labels,
     )  # fmt: skip
-
-
-def read(question: Callable[[], T], otherwise: U) -> T | U:
-    """What a job's files say, or something else where they cannot be read."""
-    try:
-        return question()
-    except UNREADABLE:
-        return otherwise
 
 
 def progress(beats: Sequence[Heartbeat]) -> tuple[int, int, float]:

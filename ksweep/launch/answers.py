@@ -9,14 +9,17 @@ from __future__ import annotations
 import getpass
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ksweep.launch import slurm
 from ksweep.launch.job import Job
 
 ASK_SECONDS = 15.0
 """$KSWEEP_SLURM_SECONDS sets another."""
+CLOCKS_SECONDS = 2 * 3600.0
+"""Two clocks differ by less, and so do the two readings of a moment in the hour that is repeated in autumn."""
 MOST_SECONDS = 60.0
 """So rarely is Slurm asked at last about jobs that all wait: one that starts says so itself."""
 
@@ -89,6 +92,20 @@ def numbers_here(jobs: Iterable[Job]) -> list[str]:
     return [number for job in ours if (number := job.slurm_id()) is not None]
 
 
+def in_queue(jobs: Sequence[Job]) -> dict[str, str]:
+    """Slurm's numbers of those jobs of this cluster that it has, by their id, asked at this moment and not from memory.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    here = {job.id: job for job in jobs if job.slurm_id() is not None and numbers_here([job])}
+    if not here:
+        return {}
+    there = {entry.id: entry for entry in slurm.queue(user=",".join(sorted({_owner(job) for job in here.values()})))}
+    found = {name: _own(job, there.get(str(job.slurm_id()))) for name, job in here.items()}
+    return {name: entry.id for name, entry in found.items() if entry is not None}
+
+
 def _owner(job: Job) -> str:
     return str((job.noted("slurm") or {}).get("user", getpass.getuser()))
 
@@ -98,7 +115,7 @@ def _answer(job: Job, number: str | None, word: _Word) -> Answer:
         return Answer()
     if not word.reachable:
         return Answer(reachable=False, at=word.at)
-    return Answer(_own(job, word.queued.get(number)), word.accounted.get(number), at=word.at)
+    return Answer(_own(job, word.queued.get(number)), _own_record(job, word.accounted.get(number)), at=word.at)
 
 
 def _word(numbers: frozenset[str], users: frozenset[str]) -> _Word:
@@ -133,4 +150,18 @@ def _own(job: Job, entry: slurm.Queued | None) -> slurm.Queued | None:
     noted = job.noted("slurm") or {}
     if entry is None or not entry.tag or entry.tag == noted.get("tag", entry.tag):
         return entry
-    return entry if entry.script and entry.script == f"{noted['folder']}/script.sh" else None
+    return entry if entry.script and entry.script == _script(noted) else None
+
+
+def _own_record(job: Job, word: slurm.Accounted | None) -> slurm.Accounted | None:
+    """The same of accounting, which seldom has the tag: our sbatch submitted it, and not before our job was there."""
+    noted = job.noted("slurm") or {}
+    if word is None or (word.command and "folder" in noted and _script(noted) not in word.command):
+        return None
+    before = word.submitted is not None and word.submitted < job.started() - CLOCKS_SECONDS
+    return None if before else word
+
+
+def _script(noted: Mapping[str, Any]) -> str:
+    """What sbatch was given for a submission."""
+    return f"{noted['folder']}/script.sh"

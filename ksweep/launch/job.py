@@ -18,11 +18,11 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -30,6 +30,20 @@ from ksweep.files import publish
 
 SILENCE_SECONDS = 120.0
 """A rank on another host that has been silent this long is taken for dead; on the same host its process is looked at."""
+
+
+T = TypeVar("T")
+U = TypeVar("U")
+UNREADABLE = (OSError, ValueError, LookupError, TypeError)
+"""What reading a file raises that is gone, half-written, or of a form that this version does not know."""
+
+
+def read(question: Callable[[], T], otherwise: U) -> T | U:
+    """What a job's files say, or something else where they cannot be read."""
+    try:
+        return question()
+    except UNREADABLE:
+        return otherwise
 
 
 @dataclass(frozen=True)
@@ -248,6 +262,14 @@ class Ending:
     attempt: int = 0
     error_type: str = ""
     """Python type of the exception, where there was one."""
+
+
+def first_cause(endings: Sequence[Ending]) -> Ending | None:
+    """The first failure, with which the others fell; before a rank that only saw another die, one that ran out of memory."""
+    failed = sorted((e for e in endings if e.status == "failed"), key=lambda e: e.time)
+    if failed and failed[0].kind == "dead rank":
+        return next((e for e in failed if e.kind == "out of memory"), failed[0])
+    return failed[0] if failed else None
 
 
 RESERVE = "reserve"

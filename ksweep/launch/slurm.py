@@ -10,13 +10,16 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
 from ksweep.errors import RunError
 
 COMMAND_SECONDS = 60
+ACCOUNTED = "JobID,State,ExitCode,NodeList,Submit"
 MAX_ARRAY_SIZE = 1000
 """Where the cluster does not say (Slurm's own default is 1001)."""
 
@@ -40,6 +43,10 @@ class SlurmError(RunError):
     """Slurm does not answer, or refuses."""
 
 
+class CutOffError(SlurmError):
+    """A command of Slurm's was killed before it said how it went."""
+
+
 @dataclass(frozen=True)
 class Queued:
     """A line of the queue."""
@@ -61,6 +68,10 @@ class Accounted:
     state: str
     exit_code: str = ""
     nodes: str = ""
+    submitted: float | None = None
+    """Seconds since 1970; of a job that was requeued the last time. None: not said."""
+    command: str = ""
+    """How it was submitted, with the file that sbatch was given; empty where Slurm is older than 21.08."""
 
 
 def ask(*command: str, text: str | None = None) -> str:
@@ -80,7 +91,8 @@ def ask(*command: str, text: str | None = None) -> str:
     if done.returncode != 0:
         lines = [line.strip().removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
         words = " ".join(line for line in lines if line)
-        raise SlurmError(f"{command[0]}: {words or f'exit code {done.returncode}'}")
+        kind = CutOffError if done.returncode < 0 else SlurmError
+        raise kind(f"{command[0]}: {words or f'exit code {done.returncode}'}")
     return done.stdout + (done.stderr if "--test-only" in command else "")
 
 
@@ -251,35 +263,55 @@ def accounting(ids: Sequence[str]) -> dict[str, Accounted]:
     if not ids:
         return {}
     main = ",".join(sorted({i.partition("_")[0] for i in ids}))
-    try:
-        text = ask("sacct", "-n", "-P", "-o", "JobID,State,ExitCode,NodeList", "-j", main)
-    except SlurmError:
-        return {}
+    text = _sacct(main)
     found: dict[str, Accounted] = {}
     steps_out_of_memory = set()
     for line in text.splitlines():
-        job, state, code, nodes = (line.split("|") + [""] * 4)[:4]
+        job, state, code, nodes, submitted, command = (line.split("|", 5) + [""] * 6)[:6]
         base, dot, _ = job.partition(".")
         if dot:
             # Slurm 22 says FAILED of a job whose step was killed for memory.
             if state == "OUT_OF_MEMORY":
                 steps_out_of_memory.add(base)
         elif base in ids:
-            found[base] = Accounted(state.split()[0] if state else "UNKNOWN", code, nodes)
+            found[base] = Accounted(state.split()[0] if state else "UNKNOWN", code, nodes, _moment(submitted), command)
     return {
-        job: Accounted("OUT_OF_MEMORY", word.exit_code, word.nodes)
-        if job in steps_out_of_memory and word.state == "FAILED"
-        else word
+        job: replace(word, state="OUT_OF_MEMORY") if job in steps_out_of_memory and word.state == "FAILED" else word
         for job, word in found.items()
     }
 
 
+def _sacct(jobs: str) -> str:
+    for fields in (f"{ACCOUNTED},SubmitLine", ACCOUNTED):  # an older Slurm refuses the whole question for a field that it has not
+        with suppress(SlurmError):
+            return ask("sacct", "-n", "-P", "-o", fields, "-j", jobs)
+    return ""
+
+
+def _moment(text: str) -> float | None:
+    """Of what Slurm's commands print, in this machine's time zone."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(text).timestamp()
+    return None
+
+
 def requeue(job_id: str) -> str | None:
-    """Put a running job back into the queue; why not, or None."""
-    try:
-        ask("scontrol", "requeue", job_id)
-    except SlurmError as error:
-        return str(error)
+    """Put a running job back into the queue; why not, or None.
+
+    Whoever asks this of the job that it runs in may be killed by the answer: then it is what Slurm says of the job that counts.
+    """
+    for last in (False, True):
+        try:
+            ask("scontrol", "requeue", job_id)
+        except CutOffError as error:
+            if describe(job_id).get("JobState", "") != "RUNNING":
+                return None
+            if last:
+                return str(error)
+        except SlurmError as error:
+            return str(error)
+        else:
+            return None
     return None
 
 

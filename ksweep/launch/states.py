@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ksweep.files import on_local_disk, publish
 from ksweep.launch import slurm, submission
 from ksweep.launch.answers import Answer, ask
-from ksweep.launch.job import Ending, Heartbeat, Job, is_alive
+from ksweep.launch.job import UNREADABLE, Ending, Heartbeat, Job, first_cause, is_alive, read
 
 FRESH_SECONDS = 20.0
 """A heartbeat younger than this says that the job runs; Slurm is not asked."""
@@ -45,6 +46,11 @@ OUT_OF_MEMORY = re.compile(
     r"oom[-_ ]kill|out of memory|OutOfMemory|Cannot allocate memory|exceeded (job |step )?memory limit", re.IGNORECASE
 )
 """The words of the kernel, of Python and torch, and of Slurm where it looks itself (JobAcctGatherParams=OverMemoryKill)."""
+KILLED_FOR_MEMORY = re.compile(
+    r"^(?:slurmstepd|srun)\b.*(?:oom[-_ ]kill|out of memory|exceeded (?:job |step )?memory limit).*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""Slurm's own lines only: a rank that survives another says "killed, or out of memory", and one that halves its batch."""
 ENDED_BY_SLURM = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (?:DUE TO ([A-Z ]+?) )?\*\*\*")
 
 
@@ -63,17 +69,40 @@ class Verdict:
     queue; a record, written but not seen from here yet; either."""
 
 
+GONE = Verdict("stopped", "its directory is gone", "lost")
+
+
 def verdict(job: Job) -> Verdict:
     """What has become of one job."""
-    return verdicts([job])[job.id]
+    return verdicts([job]).get(job.id, GONE)
 
 
 def verdicts(jobs: Sequence[Job]) -> dict[str, Verdict]:
-    """What has become of jobs, by id; Slurm is asked once for all that are silent."""
-    found = {job.id: _from_files(job) for job in jobs}
-    silent = [job for job in jobs if found[job.id] is None]
-    answers = ask(silent)
-    return {job.id: found[job.id] or _of_silent(job, answers[job.id]) for job in jobs}
+    """What has become of jobs, by id; Slurm is asked once for all that are silent.
+
+    One whose files cannot be read is unknown, whatever the others are; one whose directory is gone is left out.
+    """
+    told = {job.id: _guarded(job, partial(_from_files, job)) for job in jobs}
+    silent = [job for job in jobs if told[job.id] is None]
+    answers = _answers(silent)
+    found = {job.id: told[job.id] or _guarded(job, partial(_of_silent, job, answers[job.id])) for job in jobs}
+    return {name: verdict for name, verdict in found.items() if verdict is not None and verdict is not GONE}
+
+
+def _answers(silent: Sequence[Job]) -> dict[str, Answer]:
+    try:
+        return ask(silent)
+    except UNREADABLE:  # a file was torn between two looks at it: the next look tells more
+        return {job.id: Answer(reachable=False) for job in silent}
+
+
+def _guarded(job: Job, question: Callable[[], Verdict | None]) -> Verdict | None:
+    try:
+        return question()
+    except UNREADABLE as error:
+        if not (job.path / "job.json").exists():
+            return GONE
+        return Verdict("unknown", f"its files cannot be read ({type(error).__name__}: {error})")
 
 
 def _of_silent(job: Job, answer: Answer) -> Verdict:
@@ -91,7 +120,15 @@ def _from_files(job: Job) -> Verdict | None:
     beats, endings = job.heartbeats(attempt), job.endings(attempt)
     if not beats and not endings and job.slurm_id() is None:
         return _not_begun(job, spec)
-    return told(beats, endings, spec["num_ranks"], local=spec.get("cluster") != "slurm")
+    local = spec.get("cluster") != "slurm"
+    found = told(beats, endings, spec["num_ranks"], local=local)
+    return found if found is None or local or found.kind != "dead rank" else or_out_of_memory(found, _last_words(job))
+
+
+def or_out_of_memory(found: Verdict, words: str) -> Verdict:
+    """A rank that says that another died does not know of what; Slurm writes it into the job's output."""
+    line = KILLED_FOR_MEMORY.search(words)
+    return found if line is None else replace(found, kind="out of memory", reason=f"out of memory ({line[0]}); {found.reason}")
 
 
 def _not_begun(job: Job, spec: dict[str, Any]) -> Verdict:
@@ -105,9 +142,9 @@ def _not_begun(job: Job, spec: dict[str, Any]) -> Verdict:
 
 def told(beats: Sequence[Heartbeat], endings: Sequence[Ending], num_ranks: int, *, local: bool) -> Verdict | None:
     """What a job's files say by themselves; None where they are silent and somebody else has to be asked."""
-    failed = sorted((e for e in endings if e.status == "failed"), key=lambda e: e.time)
-    if failed:
-        return Verdict("failed", f"{failed[0].kind}: {failed[0].message}", failed[0].kind, failed[0])
+    first = first_cause(endings)
+    if first is not None:
+        return Verdict("failed", f"{first.kind}: {first.message}", first.kind, first)
     if len(endings) == num_ranks and all(e.status == "finished" for e in endings):
         return Verdict("finished", "every rank finished", ending=min(endings, key=lambda e: e.rank))
     stopped = next((e for e in endings if e.status == "stopped"), None)
@@ -298,8 +335,8 @@ class Survey:
         found: dict[str, tuple[str, str]] = {}
         for job, verdict in self.ended:
             if verdict.state == "failed":
-                cells = job.spec()["cells"]
-                at = {b.cell for b in job.heartbeats() if verdict.ending is not None and b.rank == verdict.ending.rank}
+                cells = _cells(job)
+                at = {b.cell for b in read(job.heartbeats, []) if verdict.ending is not None and b.rank == verdict.ending.rank}
                 blamed = [cell for cell in cells if cell["key"] in at] or cells[:1]
                 found |= {cell["key"]: (verdict.kind, verdict.reason) for cell in blamed}
         return found
@@ -332,9 +369,14 @@ def unsettled(logs: Path) -> list[Job]:
     return []
 
 
+def _cells(job: Job) -> list[dict[str, str]]:
+    return read(lambda: list(job.spec().get("cells", [])), [])
+
+
 def survey(logs: Path) -> Survey:
     """Every unsettled job below a directory of logs; Slurm is asked about those that are silent."""
     jobs = unsettled(logs)
     found = verdicts(jobs)
-    at_work = {cell["key"]: job for job in jobs if found[job.id].state in LIVE for cell in job.spec().get("cells", [])}
+    jobs = [job for job in jobs if job.id in found]
+    at_work = {cell["key"]: job for job in jobs if found[job.id].state in LIVE for cell in _cells(job)}
     return Survey(found, at_work, [(job, found[job.id]) for job in jobs if found[job.id].state not in LIVE])

@@ -18,7 +18,7 @@ import psutil
 
 from ksweep.errors import RequestError, RunError, SpecError
 from ksweep.launch import group, slurm, worker
-from ksweep.launch.job import Ending, Job, is_alive
+from ksweep.launch.job import Ending, Job, first_cause, is_alive
 from ksweep.spec import Resources
 
 log = logging.getLogger(__name__)
@@ -164,10 +164,9 @@ def _executor(folder: Path, resources: Resources, name: str, devices: Sequence[s
 def outcome(submitted: Submitted, ranks: int) -> Ending | None:
     """How the job as a whole ended, from the terminal records of its ranks; None while it runs."""
     endings = {e.rank: e for e in submitted.job.endings()}
-    failed = [e for e in endings.values() if e.status == "failed"]
-    if failed and (submitted.over() or len(endings) == ranks):
-        # The first cause, not the ranks that fell with it.
-        return min(failed, key=lambda e: e.time)
+    first = first_cause(list(endings.values()))
+    if first is not None and (submitted.over() or len(endings) == ranks):
+        return first
     if len(endings) == ranks:
         stopped = next((e for e in endings.values() if e.status == "stopped"), None)
         return stopped or endings[0]

@@ -92,6 +92,9 @@ def _ending_of(pulse: Pulse, environment: Any) -> Ending:
 
 
 def _work(pulse: Pulse, environment: Any) -> Any:
+    if pulse.job.asked_to_end():
+        # Whoever cancels a job asks first and then looks for heartbeats to signal: this rank's own has been there before.
+        raise Stopped("cancelled before it started")
     spec = pulse.job.spec()
     ranks = group.join(pulse, spec["gpus"], spec.get("gpus_per_model", 1), environment)
     result = load_entry(spec["entry"])(spec["argument"], ranks)

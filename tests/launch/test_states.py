@@ -5,11 +5,13 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -379,3 +381,89 @@ def test_a_failure_is_blamed_on_the_cell_that_the_rank_was_at(tmp_path: Path) ->
     job.beat(beat(1, cell="two"))
     job.end(Ending(rank=1, status="failed", kind="NaN", message="loss is NaN"))
     assert states.survey(tmp_path).failures == {"two": ("NaN", "NaN: loss is NaN")}
+
+
+# As sacct of Slurm 22.05 printed it: JobID,State,ExitCode,NodeList,Submit,SubmitLine. The second job was handed over with --wrap.
+RECORDED = """15001_0|COMPLETED|0:0|gpu1|2026-11-23T02:54:07|sbatch --wait --parsable {folder}/script.sh
+15001_0.batch|COMPLETED|0:0|gpu1|2026-11-23T02:54:08|
+15001_1|COMPLETED|0:0|gpu1|2026-11-23T02:54:07|sbatch --wait --parsable {folder}/script.sh
+15001_1.batch|COMPLETED|0:0|gpu1|2026-11-23T02:54:08|
+15003|COMPLETED|0:0|gpu1|2026-11-23T02:54:09|sbatch --wait --parsable --job-name=a b --output=/dev/null --wrap=true; echo 'x|y'
+echo two
+15003.batch|COMPLETED|0:0|gpu1|2026-11-23T02:54:10|"""
+
+
+def recorded(tmp_path: Path, number: str, submitted_at: str = "2026-11-23T02:54:05") -> Job:
+    job = submitted(tmp_path)
+    job.note("slurm", {"id": number, "folder": str(tmp_path / "sub"), "tag": "ksweep:mine", "cluster": "testbed"})
+    moment = datetime.fromisoformat(submitted_at).timestamp()
+    os.utime(job.path / "job.json", (moment, moment))
+    return job
+
+
+def test_accounting_is_believed_of_a_job_that_our_own_sbatch_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, squeue="", sacct=RECORDED.format(folder=tmp_path / "sub"))
+    found = answers.ask([recorded(tmp_path, "15001_1"), recorded(tmp_path, "15003")])
+    assert [a.accounted and a.accounted.state for a in found.values()] == ["COMPLETED", None]
+
+
+@pytest.mark.parametrize(("began", "believed"), [("2026-11-23T02:54:05", True), ("2026-11-23T09:00:00", False)])
+def test_accounting_without_submit_lines_is_not_believed_of_an_earlier_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: str, believed: bool
+) -> None:
+    stand_in(tmp_path, monkeypatch, squeue="", sacct="")
+    # Slurm before 21.08: "sacct: error: Invalid field requested".
+    script = "#!/bin/sh\ncase $* in *SubmitLine*) exit 1;; esac\necho '15003|COMPLETED|0:0|gpu1|2026-11-23T02:54:09'\n"
+    (tmp_path / "bin" / "sacct").write_text(script)
+    job = recorded(tmp_path, "15003", began)
+    assert (answers.ask([job])[job.id].accounted is not None) == believed
+
+
+@pytest.mark.parametrize(
+    ("state", "refused"), [("PENDING", None), ("COMPLETING", None), ("", None), ("RUNNING", "scontrol: exit code -15")]
+)
+def test_a_requeue_that_kills_its_own_scontrol_is_judged_by_what_slurm_then_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, refused: str | None
+) -> None:
+    stand_in(tmp_path, monkeypatch)
+    said = f"echo JobId=7 JobState={state}" if state else "exit 1"
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\ncase $1 in requeue) kill -TERM $$; sleep 9;; *) {said};; esac\n")
+    assert slurm.requeue("7") == refused
+
+
+def test_out_of_memory_of_any_rank_wins_over_a_rank_that_saw_another_die() -> None:
+    endings = [
+        Ending(rank=0, status="failed", kind="dead rank", message="rank 2 died", time=NOW),
+        Ending(rank=1, status="failed", kind="out of memory", message="no room", time=NOW + 1),
+    ]
+    found = told([], endings, 3, local=False)
+    assert found is not None and (found.kind, found.ending) == ("out of memory", endings[1])
+
+
+@pytest.mark.parametrize(
+    ("log", "kind"),
+    [
+        (OOM, "out of memory"),
+        ("srun: error: gpu1: task 1: Out Of Memory", "out of memory"),
+        ("rank 1 died without a word during 'drawing' (killed, or out of memory): ending rank 0", "dead rank"),
+        ("WARNING ksweep: out of memory while drawing; going on with at most 8 rows at once", "dead rank"),
+    ],
+)
+def test_a_dead_rank_is_out_of_memory_where_slurm_says_so_in_the_log(tmp_path: Path, log: str, kind: str) -> None:
+    job = submitted(tmp_path)
+    (job.path / "7_0_log.err").write_text(f"at work\n{log}\n")
+    job.end(Ending(rank=0, status="failed", kind="dead rank", message="rank 1 died"))
+    found = states.verdict(job)
+    assert (found.state, found.kind) == ("failed", kind) and "rank 1 died" in found.reason
+
+
+def test_a_survey_with_a_torn_heartbeat_tells_of_the_others_and_leaves_its_cells_to_it(tmp_path: Path) -> None:
+    torn, failed, gone = (create(tmp_path, "a:b", {}, 1, cells=[(key, key)]) for key in ("one", "two", "three"))
+    torn.beat(beat())
+    (torn.path / "attempt-000" / "rank-0.json").write_text('{"rank": 0, "pi')
+    failed.end(Ending(rank=0, status="failed", kind="NaN", message="loss is NaN"))
+    survey = states.survey(tmp_path)
+    assert survey.verdicts[torn.id].state == "unknown" and "cannot be read" in survey.verdicts[torn.id].reason
+    assert set(survey.at_work) == {"one", "three"} and [job.id for job, _ in survey.ended] == [failed.id]
+    shutil.rmtree(gone.path)
+    assert set(states.verdicts([torn, gone])) == {torn.id}
