@@ -197,8 +197,8 @@ def load_cells(registry: Path | str, names: Sequence[str] = (), *, vector_cache:
     with connect(root) as connection:
         connection.register("asked", asked)
         rows = connection.sql(_NAMED if names else _ALL).to_arrow_table().to_pylist()
-    found = {name for row in rows for name in (row["run_id"], row["cell"], row["label"], row["sweep"])}
-    if unknown := [name for name in names if name not in found]:
+    found = {place for row in rows for place in row.pop("places", ())}
+    if unknown := [name for place, name in enumerate(names) if place not in found]:
         raise RequestError(f"no finished run, cell, label or sweep {unknown[0]!r} in {registry}: `ksweep ls` lists them")
     cells = [_cell(row, root, None if vector_cache is None else Path(vector_cache)) for row in rows]
     return [replace(cell, label=label) for cell, label in zip(cells, _told_apart(cells), strict=True)]
@@ -311,12 +311,16 @@ _COLUMNS = """r.run_id, r.cell, r.label, r.sweep, r.temperature, r.activations_k
 _ALL = f"SELECT {_COLUMNS} FROM v_latest AS r WHERE draws_key IS NOT NULL ORDER BY r.finished, r.run_id"
 _NAMED = f"""
     WITH latest AS (SELECT run_id FROM v_latest), named AS (
-        SELECT run_id, min(place) AS place FROM runs JOIN asked
-        ON name = run_id OR (name IN (cell, label, sweep) AND run_id IN (FROM latest))
-        WHERE status = 'finished' AND draws_key IS NOT NULL GROUP BY run_id
+        SELECT run_id, place, 0 AS within FROM runs JOIN asked
+        ON name = run_id OR (name IN (cell, label) AND run_id IN (FROM latest))
+        UNION ALL SELECT c.run_id, asked.place, c.place FROM v_sweep_cells AS c JOIN asked ON name = c.sweep
+    ), first AS (
+        SELECT run_id, min(place) AS place, min(within) AS within, list(place) AS places FROM named GROUP BY run_id
     )
-    SELECT {_COLUMNS} FROM named JOIN runs AS r USING (run_id) ORDER BY named.place, r.finished, r.run_id
+    SELECT {_COLUMNS}, first.places FROM first JOIN runs AS r USING (run_id) WHERE status = 'finished' AND draws_key IS NOT NULL
+    ORDER BY first.place, first.within, r.finished, r.run_id
 """
+"""The cells of a sweep are those that it was last asked for, in its order."""
 
 
 def _cell(row: dict[str, Any], root: Path, vector_cache: Path | None) -> MeasuredCell:

@@ -5,12 +5,14 @@ No torch here: the launcher plans with these before any model is loaded.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import secrets
 import sys
 import tempfile
 import threading
@@ -128,6 +130,28 @@ def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What a file system says that has no hard links."""
+
+
+def publish_once(path: Path, data: bytes) -> None:
+    """Write a file that is never written again, all of it or nothing; of several who write it the first wins."""
+    if path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    publish(temporary, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 LOCK_POLL_SECONDS = 0.05

@@ -23,6 +23,7 @@ from ksweep.launch.slurm import SlurmError
 from ksweep.orders import groups, logs_of
 from ksweep.overrides import given_settings, lay_over
 from ksweep.planning import refuse_full_disk, refuse_places, steps_of
+from ksweep.registry import sweeps
 from ksweep.registry.questions import finished_runs
 from ksweep.spec import Cell, Sweep
 
@@ -85,6 +86,7 @@ def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: arg
         launch.refuse_here(sweep.resources)
     steps = steps_of(sweep, cells, keys, reconcile(sweep, keys, wait=True), retry=options.retry)
     refuse_full_disk(sweep, steps)
+    _keep_question(sweep, keys)
     missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
     terminal.say_failed([step for step in steps if step.state == "failed"])
     if missing:
@@ -99,6 +101,7 @@ def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: 
         jobs = reconcile(sweep, keys, wait=False)
         steps = steps_of(sweep, cells, keys, jobs, retry=options.retry)
         refuse_full_disk(sweep, steps)
+        _keep_question(sweep, keys)
         missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
         started = on_slurm.submit(sweep, missing, jobs.live) if missing else []
     terminal.say_failed([step for step in steps if step.state == "failed"])
@@ -130,6 +133,12 @@ def _without_slurm(
         if sweep.export_json and not left:
             _export(sweep, keys)
     return 1 if left else 0
+
+
+def _keep_question(sweep: Sweep, keys: Sequence[Keys]) -> None:
+    """What was asked stays in the registry, also where other sweeps have computed every cell."""
+    cells = zip((key.cell for key in keys), sweep.labels(), strict=True)
+    sweeps.land(sweep.registry, sweeps.asking_of(sweep.name, sweep.question, list(cells)))
 
 
 def _show(sweep: Sweep, keys: Sequence[Keys], steps: Sequence[Step], options: argparse.Namespace) -> int:

@@ -299,14 +299,16 @@ def test_charts_ask_a_connection_for_the_views_named_in_the_dictionary() -> None
             charts.compare(connection)
         connection.register("compared", differences())
         connection.execute(
-            "CREATE VIEW v_compare AS SELECT *, 's' AS sweep, 's' AS other_sweep, label AS cell, 'a' AS other_cell FROM compared"
+            "CREATE VIEW v_compare AS "
+            "SELECT *, 'r' AS run_id, 'r' AS other_run_id, label AS cell, 'a' AS other_cell FROM compared"
         )
+        connection.execute("CREATE TABLE v_sweep_cells AS SELECT 's' AS sweep, 'c' AS cell_key, 'r' AS run_id")
         connection.register("grouped", groups())
-        connection.execute("CREATE VIEW metrics AS SELECT * EXCLUDE (level), 'r' AS run_id, 's' AS sweep FROM grouped")
+        connection.execute("CREATE VIEW metrics AS SELECT * EXCLUDE (level), 'r' AS run_id, 'c' AS cell_key FROM grouped")
         connection.execute("CREATE TABLE curves AS SELECT 'r' AS run_id, 0.95 AS level")
         connection.execute("CREATE TABLE activations AS SELECT 'r' AS run_id, unnest([1.0, 2.0, 3.0]) AS norm")
         connection.execute(
-            "CREATE TABLE v_latest AS SELECT 'r' AS run_id, 's' AS sweep, 10 AS num_activations, '/models/Qwen' AS model, "
+            "CREATE TABLE v_latest AS SELECT 'r' AS run_id, 'c' AS cell_key, 10 AS num_activations, '/models/Qwen' AS model, "
             "NULL::VARCHAR AS vectors, 20 AS layer, 'x' AS activations_key"
         )
         assert charts.compare(connection, sweep="s").to_dict()["title"]["text"] == ["FVE less that of a"]

@@ -13,6 +13,7 @@ from ksweep.charts.style import (
     FVE,
     GREY,
     HEIGHT,
+    OF_SWEEP,
     WIDTH,
     Colours,
     K,
@@ -34,13 +35,15 @@ from ksweep.charts.style import (
 )
 from ksweep.errors import RequestError
 
-CURVES = """
+CURVES = f"""
     SELECT c.*, r.mean_tokens * c.k AS tokens FROM curves AS c JOIN runs AS r USING (run_id)
-    WHERE $sweep IS NULL OR c.sweep = $sweep ORDER BY c.finished, c.run_id, c.k
+    WHERE $sweep IS NULL OR c.{OF_SWEEP} ORDER BY c.finished, c.run_id, c.k
 """
-COMPARISONS = (
-    "SELECT * FROM v_compare WHERE $sweep IS NULL OR (sweep = $sweep AND other_sweep = $sweep) ORDER BY cell, other_cell, k"
-)
+COMPARISONS = """
+    WITH mine AS (SELECT run_id FROM v_sweep_cells WHERE sweep = $sweep)
+    SELECT * FROM v_compare WHERE $sweep IS NULL OR (run_id IN (FROM mine) AND other_run_id IN (FROM mine))
+    ORDER BY cell, other_cell, k
+"""
 TOKENS = "Tokens sampled per activation (mean length of a draw times K)"
 LIGHT = 0.4
 """Opacity of what lies beyond K = N/2."""

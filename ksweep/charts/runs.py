@@ -6,19 +6,19 @@ from typing import Any
 
 import altair as alt
 
-from ksweep.charts.style import INK, WIDTH, Colours, Rows, colour, data, finished, labels_of, natural, rows_of, table_of
+from ksweep.charts.style import INK, OF_SWEEP, WIDTH, Colours, Rows, colour, data, finished, labels_of, natural, rows_of, table_of
 from ksweep.errors import RequestError
 
-SPEEDS = """
+SPEEDS = f"""
     SELECT label, cell, tokens_per_second, num_ranks, device, finished FROM runs
-    WHERE status = 'finished' AND tokens_per_second IS NOT NULL AND ($sweep IS NULL OR sweep = $sweep)
+    WHERE status = 'finished' AND tokens_per_second IS NOT NULL AND ($sweep IS NULL OR {OF_SWEEP})
     QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC) <= 20 ORDER BY finished DESC
 """
-STATES = """
+STATES = f"""
     WITH newest AS (
         SELECT *, coalesce((spec->>'$.activations.num_activations')::BIGINT, num_activations) AS wanted_activations,
                CASE WHEN temperature = 0 THEN 1 ELSE (spec->>'$.sampling.num_draws')::BIGINT END AS wanted_draws
-        FROM runs WHERE draws_key IS NOT NULL AND ($sweep IS NULL OR sweep = $sweep)
+        FROM runs WHERE draws_key IS NOT NULL AND ($sweep IS NULL OR {OF_SWEEP})
         QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1
     )
     SELECT n.label, n.cell, n.status AS state, wanted_activations * wanted_draws AS total,

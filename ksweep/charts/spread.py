@@ -12,6 +12,7 @@ import pyarrow as pa
 from ksweep.charts.style import (
     FVE,
     HEIGHT,
+    OF_SWEEP,
     WIDTH,
     Colours,
     Rows,
@@ -34,20 +35,20 @@ TAIL = 0.005
 """Share of the values at an end that may lie far off; those that do are left out, or they would squeeze all others together."""
 MOST_PARTS = 30
 
-ERRORS = """
+ERRORS = f"""
     SELECT c.label, d.activation, d.error FROM draws AS d JOIN v_latest AS c USING (draws_key)
-    WHERE ($sweep IS NULL OR c.sweep = $sweep) AND d.activation < c.num_activations AND d.draw < c.num_draws
+    WHERE ($sweep IS NULL OR c.{OF_SWEEP}) AND d.activation < c.num_activations AND d.draw < c.num_draws
 """
-NORMS = """
+NORMS = f"""
     WITH one AS (
         SELECT arg_max(run_id, num_activations) AS run_id, any_value(parse_filename(coalesce(model, vectors))) AS model, layer
-        FROM v_latest WHERE $sweep IS NULL OR sweep = $sweep GROUP BY activations_key, layer
+        FROM v_latest WHERE $sweep IS NULL OR {OF_SWEEP} GROUP BY activations_key, layer
     )
     SELECT concat(one.model, ' layer ', one.layer) AS label, a.norm FROM activations AS a JOIN one USING (run_id)
 """
-GROUPS = """
+GROUPS = f"""
     SELECT m.*, c.level FROM metrics AS m LEFT JOIN (SELECT run_id, any_value(level) AS level FROM curves GROUP BY run_id) AS c
-    USING (run_id) WHERE ($sweep IS NULL OR sweep = $sweep) AND breakdown <> 'all' ORDER BY m.run_id, place
+    USING (run_id) WHERE ($sweep IS NULL OR {OF_SWEEP}) AND breakdown <> 'all' ORDER BY m.run_id, place
 """
 HELD_AGAINST = {
     "own": "distances from the mean of the group itself",

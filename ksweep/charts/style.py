@@ -31,6 +31,9 @@ WIDTH, HEIGHT, CONTROL_HEIGHT = 460, 290, 80
 FORMATS = ("html", "png", "pdf", "svg")
 
 
+OF_SWEEP = "cell_key IN (SELECT cell_key FROM v_sweep_cells WHERE sweep = $sweep)"
+"""The cells of a sweep, whoever computed them."""
+
 Rows = list[dict[str, Any]]
 Colours = Mapping[str, str]
 

@@ -6,23 +6,20 @@ job wins. It carries the SHA-256 of its entries: what was cut short or altered l
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ksweep.files import publish
+from ksweep.files import publish_once
 from ksweep.registry.landing import LandingError
 
 FOLDER = "attempts"
 FORMAT = 1
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +73,7 @@ def land(registry_root: Path | str, attempts: Sequence[Attempt]) -> None:
     entries = [attempt.to_json() for attempt in attempts]
     text = json.dumps({"format": FORMAT, "job": job, "sha256": _digest(entries), "attempts": entries}, indent=1)
     place = Path(registry_root) / FOLDER / f"{job}.json"
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(8)}.part")
-    if place.exists():
-        return
-    publish(temporary, text.encode())
-    try:
-        os.link(temporary, place)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
+    publish_once(place, text.encode())
 
 
 def landed(registry_root: Path | str) -> set[str]:

@@ -40,7 +40,7 @@ from ksweep.draws import SCHEMA as DRAWS_SCHEMA
 from ksweep.errors import DiskFullError, RequestError, StoreError
 from ksweep.files import locked, publish
 from ksweep.identity import canonical_json
-from ksweep.registry import attempts
+from ksweep.registry import attempts, sweeps
 from ksweep.registry.landing import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, read
 from ksweep.stats.bootstrap import student_quantile
 from ksweep.stats.influence import MAX_CLUSTERS
@@ -53,6 +53,8 @@ DatabaseError = duckdb.Error
 DATABASE = "ksweep.duckdb"
 ATTEMPTS = f"{attempts.FOLDER}/"
 """What the name of a job's file begins with, beside the names of runs."""
+SWEEPS = f"{sweeps.FOLDER}/"
+"""What that of a sweep's asking begins with."""
 STORAGE_VERSION = "v1.4.0"
 ROOM_TO_BUILD = 4_000_000
 """Bytes below which a failure to build the next file is put down to the disk."""
@@ -97,6 +99,8 @@ MEANINGS = {
     "examples": ("run_examples", "runs"),
     "v_throughput": ("runs",),
     "v_latest": ("runs",),
+    "v_sweeps": ("sweeps",),
+    "v_sweep_cells": ("sweep_cells", "runs"),
     "reference_quantities": ("run_reference", "runs"),
 }
 """Where the columns of a view get their comments from; for views that are not named here, run_curves and then runs."""
@@ -189,8 +193,8 @@ class _State:
     """What the present database holds."""
 
     run_ids: frozenset[str]
-    jobs: frozenset[str]
-    """Those whose attempts are in it."""
+    files: frozenset[str]
+    """attempts/<job> and sweeps/<id> that are in it."""
     quarantined: Mapping[str, Quarantined]
     signatures: Mapping[str, str]
     root: str
@@ -202,7 +206,7 @@ class _Plan:
 
     new: tuple[str, ...]
     removed: tuple[str, ...]
-    """Run ids and attempts/<job>, in quarantine or not, whose rows have to go."""
+    """Run ids, attempts/<job> and sweeps/<id>, in quarantine or not, whose rows have to go."""
     rebuilt: str | None
     moved: bool
     """Whether the registry lies elsewhere than the views say."""
@@ -218,15 +222,15 @@ def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
     if state is None:
         return _Plan(tuple(sorted(landed)), (), reason, False)
     changed = {name for name in state.quarantined if name in landed and _signature(root, name) != state.signatures[name]}
-    told = state.run_ids | {f"{ATTEMPTS}{job}" for job in state.jobs} | state.quarantined.keys()
+    told = state.run_ids | state.files | state.quarantined.keys()
     known = told - changed
     removed = (told - landed) | changed
     return _Plan(tuple(sorted(landed - known)), tuple(sorted(removed)), None, state.root != str(root))
 
 
 def _landed(root: Path) -> set[str]:
-    """Names under landing/, and attempts/<job>; those that begin with a dot are still being written."""
-    told = {f"{ATTEMPTS}{job}" for job in attempts.landed(root)}
+    """Names under landing/, attempts/<job>, sweeps/<id>; those that begin with a dot are still being written."""
+    told = {f"{ATTEMPTS}{job}" for job in attempts.landed(root)} | {f"{SWEEPS}{name}" for name in sweeps.landed(root)}
     try:
         return told | {name for name in os.listdir(root / "landing") if not name.startswith(".")}
     except FileNotFoundError:
@@ -251,9 +255,10 @@ def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_Sta
         return None, "it was made by another version of ksweep"
     run_ids = frozenset(name for (name,) in connection.execute("SELECT run_id FROM runs").fetchall())
     rows = connection.execute("SELECT run_id, reason, signature FROM quarantine ORDER BY run_id").fetchall()
-    jobs = frozenset(name for (name,) in connection.execute("SELECT DISTINCT job FROM attempts").fetchall())
+    files = "SELECT DISTINCT $1 || job FROM attempts UNION ALL SELECT $2 || sweep_id FROM sweeps"
+    others = frozenset(name for (name,) in connection.execute(files, [ATTEMPTS, SWEEPS]).fetchall())
     quarantined = {name: Quarantined(name, _path(root, name), reason) for name, reason, _ in rows}
-    return _State(run_ids, jobs, quarantined, {name: signature for name, _, signature in rows}, meta["root"]), None
+    return _State(run_ids, others, quarantined, {name: signature for name, _, signature in rows}, meta["root"]), None
 
 
 def _signature(root: Path, name: str) -> str:
@@ -265,7 +270,7 @@ def _signature(root: Path, name: str) -> str:
 
 def _path(root: Path, name: str) -> Path:
     """Where a landed name lies."""
-    return root / f"{name}.json" if name.startswith(ATTEMPTS) else root / "landing" / name
+    return root / f"{name}.json" if name.startswith((ATTEMPTS, SWEEPS)) else root / "landing" / name
 
 
 # Building the next file
@@ -315,16 +320,25 @@ def _forget(connection: duckdb.DuckDBPyConnection, run_ids: Sequence[str]) -> No
         connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [list(run_ids)])
     if jobs := [name.removeprefix(ATTEMPTS) for name in run_ids if name.startswith(ATTEMPTS)]:
         connection.execute("DELETE FROM attempts WHERE job IN (SELECT unnest(?))", [jobs])
+    if asked := [name.removeprefix(SWEEPS) for name in run_ids if name.startswith(SWEEPS)]:
+        for table in ("sweeps", "sweep_cells"):
+            connection.execute(f"DELETE FROM {table} WHERE sweep_id IN (SELECT unnest(?))", [asked])
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[str]) -> None:
-    schema, of_attempts = _arrow_schema(connection, "runs"), _arrow_schema(connection, "attempts")
-    rows: dict[str, list[pa.Table]] = {table: [] for table in ("runs", *RUN_TABLES, "attempts")}
+    tables = ("runs", *RUN_TABLES, "attempts", "sweeps", "sweep_cells")
+    schemas = {table: _arrow_schema(connection, table) for table in tables if table not in RUN_TABLES}
+    schema = schemas["runs"]
+    rows: dict[str, list[pa.Table]] = {table: [] for table in tables}
     bad = []
     for name in names:
         try:
             if name.startswith(ATTEMPTS):
-                rows["attempts"].append(_attempt_rows(_path(root, name), of_attempts))
+                rows["attempts"].append(_attempt_rows(_path(root, name), schemas["attempts"]))
+                continue
+            if name.startswith(SWEEPS):
+                for table, found in _sweep_rows(_path(root, name)).items():
+                    rows[table].append(_typed(found, schemas[table]))
                 continue
             landed = read(root / "landing" / name, of_each=False)
             rows["runs"].append(_run_row(landed, schema))
@@ -367,6 +381,19 @@ def _attempt_rows(path: Path, schema: pa.Schema) -> pa.Table:
     rows = [asdict(attempt) for attempt in attempts.read(path)]
     for row in rows:
         row |= {name: row[name] and row[name].astimezone(UTC).replace(tzinfo=None) for name in ("began", "ended")}
+    return _typed(rows, schema)
+
+
+def _sweep_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of `sweeps` and `sweep_cells`."""
+    asking, sweep_id = sweeps.read(path), path.stem
+    row = asdict(asking) | {"sweep_id": sweep_id, "asked": asking.asked.astimezone(UTC).replace(tzinfo=None)}
+    cells = [asdict(cell) | {"sweep_id": sweep_id, "sweep": asking.sweep} for cell in asking.cells]
+    return {"sweeps": [row | {"number": sweeps.number_of(sweep_id), "num_cells": len(cells)}], "sweep_cells": cells}
+
+
+def _typed(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows with the types of a table: what does not fit raises here, not in the middle of an insert."""
     return pa.table([pa.array([row[f.name] for row in rows], f.type) for f in schema], schema=schema)
 
 
@@ -487,7 +514,7 @@ def _report(root: Path, plan: _Plan, began: float, *, changed: bool) -> IngestRe
     return IngestReport(
         database=root / DATABASE,
         num_new=len(set(plan.new) & state.run_ids) if changed else 0,
-        num_removed=len({n for n in plan.removed if not n.startswith(ATTEMPTS)} - set(plan.new)) if changed else 0,
+        num_removed=len({n for n in plan.removed if not n.startswith((ATTEMPTS, SWEEPS))} - set(plan.new)) if changed else 0,
         num_runs=len(state.run_ids),
         quarantined=bad,
         rebuilt=plan.rebuilt if changed else None,

@@ -350,12 +350,49 @@ COMMENT ON COLUMN run_examples.context IS 'Text around the position of the activ
 COMMENT ON COLUMN run_examples.document IS 'Document that the activation comes from.';
 COMMENT ON COLUMN run_examples.position IS 'Token position of the activation in its row of text, 0-based.';
 
+CREATE TABLE sweeps (
+    sweep_id VARCHAR PRIMARY KEY,
+    sweep VARCHAR NOT NULL,
+    question VARCHAR NOT NULL,
+    num_cells INTEGER NOT NULL,
+    number INTEGER NOT NULL,
+    asked TIMESTAMP NOT NULL,
+    argv VARCHAR[] NOT NULL,
+    git_commit VARCHAR,
+    git_dirty BOOLEAN
+);
+COMMENT ON TABLE sweeps IS 'One row per asking of a sweep that differs from the one before: its question and, in sweep_cells, its cells, whoever computed them. Ask v_sweeps for what a sweep is now.';
+COMMENT ON COLUMN sweeps.sweep_id IS 'File under registry/sweeps: hash of the name, number, hash of what was asked.';
+COMMENT ON COLUMN sweeps.sweep IS 'Name of the sweep.';
+COMMENT ON COLUMN sweeps.question IS 'The question that it is to answer; empty where its file has none.';
+COMMENT ON COLUMN sweeps.num_cells IS 'Cells that were asked for.';
+COMMENT ON COLUMN sweeps.number IS 'Askings of the sweep before this one.';
+COMMENT ON COLUMN sweeps.asked IS 'When it was first asked so, UTC.';
+COMMENT ON COLUMN sweeps.argv IS 'Command line that asked.';
+COMMENT ON COLUMN sweeps.git_commit IS 'Commit of the code that asked.';
+COMMENT ON COLUMN sweeps.git_dirty IS 'Whether tracked files differed from the commit.';
+
+CREATE TABLE sweep_cells (
+    sweep_id VARCHAR NOT NULL,
+    sweep VARCHAR NOT NULL,
+    place INTEGER NOT NULL,
+    label VARCHAR NOT NULL,
+    cell_key VARCHAR NOT NULL,
+    PRIMARY KEY (sweep_id, place)
+);
+COMMENT ON TABLE sweep_cells IS 'One row per asking of a sweep and cell. Ask v_sweep_cells for the cells of a sweep as it is now.';
+COMMENT ON COLUMN sweep_cells.sweep_id IS 'Asking that the cell belongs to.';
+COMMENT ON COLUMN sweep_cells.sweep IS 'Name of the sweep.';
+COMMENT ON COLUMN sweep_cells.place IS 'Place of the cell in the sweep, 0-based.';
+COMMENT ON COLUMN sweep_cells.label IS 'What tells the cell from the others of this sweep: temperature=0.7. The run that computed it may bear another one.';
+COMMENT ON COLUMN sweep_cells.cell_key IS 'Identity of the cell: hash of all that changes its numbers.';
+
 CREATE TABLE quarantine (
     run_id VARCHAR PRIMARY KEY,
     reason VARCHAR NOT NULL,
     signature VARCHAR NOT NULL
 );
 COMMENT ON TABLE quarantine IS 'Landing directories that were not believed, and why. They are looked at again when they change.';
-COMMENT ON COLUMN quarantine.run_id IS 'Name of the directory under registry/landing, or attempts/<job>.';
+COMMENT ON COLUMN quarantine.run_id IS 'Name of the directory under registry/landing, or attempts/<job>, sweeps/<id>.';
 COMMENT ON COLUMN quarantine.reason IS 'What is wrong, with the name of the file.';
 COMMENT ON COLUMN quarantine.signature IS 'Names, sizes and times of its files when it was looked at.';

@@ -64,6 +64,32 @@ COMMENT ON COLUMN cells.finished IS 'When that run ended, UTC.';
 COMMENT ON COLUMN cells.k IS 'Largest K of that run.';
 COMMENT ON COLUMN cells.sweeps IS 'Sweeps that have asked for it.';
 
+CREATE VIEW v_sweeps AS
+SELECT sweep, question, num_cells, asked, argv, git_commit, git_dirty, number, sweep_id FROM sweeps
+QUALIFY row_number() OVER (PARTITION BY sweep ORDER BY number DESC, asked DESC, sweep_id DESC) = 1;
+COMMENT ON VIEW v_sweeps IS 'The newest asking of each sweep. Sweeps of versions that kept none, and imported ones, are not in it.';
+
+CREATE VIEW v_sweep_cells AS
+WITH asked AS (
+    SELECT s.sweep, c.place, c.label, c.cell_key FROM v_sweeps AS s JOIN sweep_cells AS c USING (sweep_id)
+), newest AS (
+    SELECT * FROM runs QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1
+), told AS (
+    -- Of cells that share a label the newest counts: such a sweep may have been asked again with other settings.
+    SELECT sweep, label, cell_key, finished, run_id FROM runs WHERE sweep NOT IN (SELECT sweep FROM sweeps)
+    QUALIFY row_number() OVER (PARTITION BY sweep, label ORDER BY status = 'finished' DESC, finished DESC, run_id DESC) = 1
+), members AS (
+    SELECT sweep, place, label, cell_key FROM asked
+    UNION ALL SELECT sweep, row_number() OVER (PARTITION BY sweep ORDER BY finished, run_id) - 1, label, cell_key FROM told
+)
+SELECT m.sweep, m.place, m.label, coalesce(n.status, 'not run') AS status, l.run_id, l.finished, l.temperature, n.sweep AS run_by, m.cell_key
+FROM members AS m LEFT JOIN newest AS n USING (cell_key) LEFT JOIN v_latest AS l USING (cell_key);
+COMMENT ON VIEW v_sweep_cells IS 'The cells of each sweep as it was last asked, in its order, whoever computed them; of sweeps without an asking those that its runs tell of.';
+COMMENT ON COLUMN v_sweep_cells.status IS 'How the newest run of the cell ended: finished, failed or stopped; not run: none has.';
+COMMENT ON COLUMN v_sweep_cells.run_id IS 'Its newest finished run; NULL while there is none.';
+COMMENT ON COLUMN v_sweep_cells.finished IS 'When that run ended, UTC.';
+COMMENT ON COLUMN v_sweep_cells.run_by IS 'Sweep that the newest run of the cell was for.';
+
 CREATE VIEW v_compare AS
 -- MATERIALIZED, and one join on all that must be equal: left to itself the optimizer joins all curves by k first (15 s on 5,000 runs).
 WITH measured AS MATERIALIZED (
