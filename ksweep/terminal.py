@@ -246,16 +246,16 @@ def warnings(curves: pa.Table) -> list[str]:
     lines = []
     for row in {r["label"]: r for r in curves.to_pylist()}.values():
         label = row["label"]
-        if row["failure_rate"] > FAILURES_TO_MENTION:
+        if (row["failure_rate"] or 0) > FAILURES_TO_MENTION:
             lines.append(f"{label}: {row['failure_rate']:.0%} of the draws failed; a failed draw uses up one of the K")
         if (row["cut_off_rate"] or 0) > CUT_OFF_TO_MENTION:
             cut_off = f"{row['cut_off_rate']:.0%}"
             lines.append(f"{label}: {cut_off} of the draws ran into max_new_tokens: raise sampling.max_new_tokens")
-        if row["num_draws"] > 1 and row["distinct_text_fraction"] < DISTINCT_TO_MENTION:
+        if (row["num_draws"] or 0) > 1 and (row["distinct_text_fraction"] or 1) < DISTINCT_TO_MENTION:
             lines.append(f"{label}: only {row['distinct_text_fraction']:.0%} of the texts are distinct: more draws bring little")
         if (row["cjk_fraction"] or 0) > CJK_TO_MENTION:
             lines.append(f"{label}: most explanations are Chinese or Japanese text, as when an injection does not reach the AV")
-        if row["num_documents"] < FEW_DOCUMENTS:
+        if row["num_documents"] is not None and row["num_documents"] < FEW_DOCUMENTS:
             lines.append(f"{label}: {row['num_documents']} documents are few for a bootstrap over documents; intervals are rough")
     return lines
 

@@ -353,7 +353,7 @@ def _temperature_lines(rows: Rows, colour: alt.Color) -> alt.LayerChart:
     axis = alt.Axis(values=temperatures if len(temperatures) <= 12 else alt.Undefined, grid=False)
     x = alt.X("temperature:Q", title="Sampling temperature", scale=alt.Scale(domain=domain, nice=False), axis=axis)
     y = _y("fve", FVE)
-    lighter = alt.Opacity("few:N", scale=alt.Scale(domain=[False, True], range=[1, LIGHT]), legend=None)
+    lighter = alt.Opacity("few:O", scale=alt.Scale(domain=[False, True], range=[1, LIGHT]), legend=None)
     layers: list[Any] = [_zero_line(FVE)] if _crosses_zero(rows, []) else []
     ks = sorted({r["k"] for r in rows})
     for place, k in enumerate(ks):

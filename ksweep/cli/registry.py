@@ -1,4 +1,4 @@
-"""What comes into the registry, what goes out of it, and what brings it up to date: plot, export, import-json, db."""
+"""What comes into the registry, what goes out of it, and what brings it up to date: plot, report, export, import-json, db."""
 
 from __future__ import annotations
 
@@ -54,6 +54,20 @@ def plot(
 
     for path in charts.save(charts.fve_by_k(named_curves(registry, names or [], metric), title=title), output):
         print(path)
+
+
+@app.command()
+def report(
+    sweep: Annotated[str, typer.Argument(help="Name of a sweep of which at least one cell has finished.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file; without, charts/SWEEP/report.html in the registry.")
+    ] = None,
+    registry: Registry = Path("registry"),
+) -> None:
+    """Write one HTML page that opens offline: answer, curves, numbers, groups, what it said, failures, origin."""
+    from ksweep.report import write_report
+
+    print(write_report(registry, sweep, output))
 
 
 @app.command()
