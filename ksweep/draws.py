@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 ROWS_PER_UNIT = 64
 DRAWS_PER_UNIT = 16
-"""Work is cut on this grid whatever the number of ranks: a unit is published whole or not at all."""
+"""Work is cut on this grid; towards the end of a job of several ranks in smaller pieces. What is taken is published whole or not
+at all."""
 
 SCHEMA = pa.schema(
     [
@@ -108,13 +109,7 @@ class DrawsStore:
 
     def missing(self, num_activations: int, num_draws: int) -> list[Unit]:
         """The rectangles still to be drawn, on the fixed grid."""
-        there = self.coverage(num_activations, num_draws)
-        units: list[Unit] = []
-        for row in range(0, num_activations, ROWS_PER_UNIT):
-            for draw in range(0, num_draws, DRAWS_PER_UNIT):
-                block = there[row : row + ROWS_PER_UNIT, draw : draw + DRAWS_PER_UNIT]
-                units += _rectangles(block, row, draw)
-        return units
+        return units_of(self.coverage(num_activations, num_draws))
 
     def still_missing(self, unit: Unit) -> list[Unit]:
         """What of a unit nobody has drawn yet: another sweep over the same draws may have been quicker."""
@@ -156,6 +151,11 @@ class DrawsStore:
 
         A damaged part is set aside with a message, and its draws count as missing.
         """
+        seen = self.read_seen(num_activations, num_draws, columns)
+        return None if seen is None else _square(seen, num_activations, num_draws)
+
+    def read_seen(self, num_activations: int, num_draws: int, columns: list[str] | None = None) -> pa.Table | None:
+        """Those of the first activations' first draws that are there, in no particular order; None where none are."""
         wanted = None if columns is None else list(dict.fromkeys(["activation", "draw", *columns]))
         tables = []
         for part in self.parts():
@@ -163,7 +163,11 @@ class DrawsStore:
                 table = self._read_part(part, wanted)
                 if table is not None:
                     tables.append(table)
-        return _square(pa.concat_tables(tables), num_activations, num_draws) if tables else None
+        if not tables:
+            return None
+        seen = pa.concat_tables(tables)
+        inside = (seen["activation"].to_numpy() < num_activations) & (seen["draw"].to_numpy() < num_draws)
+        return seen.filter(pa.array(inside))
 
     def reconstructions(
         self, activations: np.ndarray, draws: np.ndarray, d_model: int, parts: Sequence[Unit] | None = None
@@ -249,6 +253,15 @@ def _strange(table: pa.Table, part: Unit) -> str | None:
     return None
 
 
+def units_of(there: np.ndarray) -> list[Unit]:
+    """What [activation, draw] lacks, on the fixed grid."""
+    units: list[Unit] = []
+    for row in range(0, there.shape[0], ROWS_PER_UNIT):
+        for draw in range(0, there.shape[1], DRAWS_PER_UNIT):
+            units += _rectangles(there[row : row + ROWS_PER_UNIT, draw : draw + DRAWS_PER_UNIT], row, draw)
+    return units
+
+
 def _rectangles(there: np.ndarray, row: int, draw: int) -> list[Unit]:
     """The missing part of one grid block as few rectangles: neighbouring rows that lack the same run of draws go together."""
     units: list[Unit] = []
@@ -272,11 +285,8 @@ def _square(table: pa.Table, num_activations: int, num_draws: int) -> pa.Table |
     """Rows in order, each (activation, draw) once; None where one is missing."""
     activation = table["activation"].to_numpy()
     draw = table["draw"].to_numpy().astype(np.int64)
-    keep = np.flatnonzero((activation < num_activations) & (draw < num_draws))
-    _, first = np.unique(activation[keep] * num_draws + draw[keep], return_index=True)
-    if len(first) != num_activations * num_draws:
-        return None
-    return table.take(pa.array(keep[first]))
+    _, first = np.unique(activation * num_draws + draw, return_index=True)
+    return table.take(pa.array(first)) if len(first) == num_activations * num_draws else None
 
 
 def _guard_disk(path: Path, write: Any) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +10,6 @@ import pyarrow as pa
 
 from ksweep import so_far, stats
 from ksweep.draws import SCHEMA, Unit
-from ksweep.ranks import Ranks, Stopped
 from ksweep.spec import Sampling
 
 if TYPE_CHECKING:
@@ -23,77 +20,41 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Begun:
-    """A unit under way."""
-
-    unit: Unit
-    targets: np.ndarray
-    """[activation, d_model] what its explanations are to come back to."""
-    draws: list[Draw] = field(default_factory=list)
-
-
-@dataclass
 class UnitWork:
-    """Draws and scores units of one cell on one rank."""
+    """What one cell's units ask of the sampler, and what becomes of their draws; on one rank."""
 
     sampling: Sampling
-    label: str
     vectors: ActivationTable
     av: Verbalizer
     ar: Reconstructor
     batch_size: int | None
-    ranks: Ranks
-    total: int
+    device: str
     scoring: ScoringKind = "normalised"
-    done: int = 0
-    tokens: int = 0
-    began: float = field(default_factory=time.monotonic)
     others: np.ndarray | None = None
     so_far: so_far.FveSoFar | None = None
 
-    def run(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, pa.Table]]:
-        """Units as rows of the draws store, each as it ends; the next is taken when rows would otherwise stay idle.
+    @property
+    def fve_so_far(self) -> dict[str, float]:
+        """For whoever watches; empty while there is nothing to tell."""
+        return {} if self.so_far is None else self.so_far.numbers
 
-        Raises:
-            Stopped: a stop was asked for; units that were under way are lost.
-        """
-        from ksweep.autoencoder.decoding import stream
-
-        begun: dict[int, _Begun] = {}
-        for number, draw in stream(
-            self.av, self._orders(units, begun), top_p=self.sampling.top_p, max_new_tokens=self.sampling.max_new_tokens,
-            batch_size=self.batch_size, num_draws=-(-self.total // self.ranks.world_size), should_stop=self.ranks.should_stop,
-        ):  # fmt: skip
-            self.done += 1
-            self.tokens += len(draw.token_ids)
-            self._report()
-            begun[number].draws.append(draw)
-            if len(begun[number].draws) == begun[number].unit.num_draws:
-                whole = begun.pop(number)
-                yield whole.unit, self._scored(whole)
-        if begun:
-            lost = sum(len(one.draws) for one in begun.values())
-            raise Stopped(f"stopped in the middle of {len(begun)} units: their {lost} finished draws are taken again")
-
-    def _orders(self, units: Iterable[Unit], begun: dict[int, _Begun]) -> Iterator[Order]:
-        """What each unit asks the sampler for."""
+    def order(self, unit: Unit) -> Order:
+        """What a unit asks the sampler for."""
         from ksweep.autoencoder.decoding import Order, Request, as_vectors
 
-        for number, unit in enumerate(units):
-            begun[number] = _Begun(unit, self.vectors.vectors(unit.first_row, unit.last_row))
-            keys = self.vectors.column("activation_key", unit.first_row, unit.last_row)
-            requests = [
-                Request(row=row, activation_key=int(keys[row]), draw=k)
-                for row in range(unit.last_row - unit.first_row)
-                for k in range(unit.first_draw, unit.last_draw)
-            ]
-            inputs = self.av.inputs(as_vectors(begun[number].targets), self._known("position", unit))
-            yield Order(vectors=inputs, requests=requests, temperature=self.sampling.temperature, seed=self.sampling.seed)
+        keys = self.vectors.column("activation_key", unit.first_row, unit.last_row)
+        requests = [
+            Request(row=row, activation_key=int(keys[row]), draw=k)
+            for row in range(unit.last_row - unit.first_row)
+            for k in range(unit.first_draw, unit.last_draw)
+        ]
+        inputs = self.av.inputs(as_vectors(self._targets(unit)), self._known("position", unit))
+        return Order(vectors=inputs, requests=requests, temperature=self.sampling.temperature, seed=self.sampling.seed)
 
-    def _scored(self, whole: _Begun) -> pa.Table:
-        """A unit whose draws have all ended."""
-        unit, targets = whole.unit, whole.targets
-        draws = sorted(whole.draws, key=lambda d: (d.request.row, d.request.draw))
+    def scored(self, unit: Unit, draws: list[Draw]) -> pa.Table:
+        """A unit whose draws have all ended, parsed, reconstructed and scored: rows of the draws store."""
+        targets = self._targets(unit)
+        draws = sorted(draws, key=lambda d: (d.request.row, d.request.draw))
         texts = [self.av.decode(d.text_token_ids) for d in draws]
         parsed = [self.av.parse(text, d.finish) for text, d in zip(texts, draws, strict=True)]
         owners = np.array([d.request.row for d in draws])
@@ -110,9 +71,13 @@ class UnitWork:
             kept[i] = vector if keep[i] else None
         return self._table(unit, draws, texts, parsed, scores, kept)
 
+    def _targets(self, unit: Unit) -> np.ndarray:
+        """[activation, d_model] what its explanations are to come back to."""
+        return self.vectors.vectors(unit.first_row, unit.last_row)
+
     def _scored_at_once(self) -> int:
         """Rows that the AR reads in a batch. More are slower on a CPU (256 texts of 22 tokens: 3.7 s by 64, 4.4 s by 256)."""
-        return 64 if self.ranks.devices[0] == "cpu" else 512
+        return 64 if self.device == "cpu" else 512
 
     def _to_keep(self, unit: Unit, errors: np.ndarray) -> np.ndarray:
         """Whether a draw's reconstruction is kept: see SCHEMA of the draws store."""
@@ -137,17 +102,11 @@ class UnitWork:
             for d, text in zip(draws, texts, strict=True)
         ]
 
-    def _report(self) -> None:
-        rate = self.tokens / max(1e-9, time.monotonic() - self.began)
-        numbers = {} if self.so_far is None else self.so_far.numbers
-        self.ranks.report(f"{self.label}: drawing", self.done, self.total, tokens_per_second=rate, **numbers)
-
     def _keep_in_view(self, unit: Unit, errors: np.ndarray, owners: np.ndarray) -> None:
         """The FVE so far, for whoever watches."""
         if self.so_far is None:
             self.so_far = so_far.start(self.vectors.vectors(0, min(len(self.vectors), so_far.BASELINE_ACTIVATIONS)), self.scoring)
         self.so_far.add(errors, owners, self.vectors.column("document", unit.first_row, unit.last_row))
-        self._report()
 
     def _score(
         self, unit: Unit, targets: np.ndarray, owners: np.ndarray, good: np.ndarray, reconstructions: np.ndarray

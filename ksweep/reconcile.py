@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.errors import RequestError, StoreError
-from ksweep.evaluate import land_unfinished
 from ksweep.launch import states
 from ksweep.launch.job import Ending, Heartbeat, Job, is_alive, read
+from ksweep.recording import land_unfinished
 from ksweep.registry import attempts
 from ksweep.registry.attempts import Attempt
 

@@ -39,7 +39,7 @@ def draws_of(cell: Cell, place: Place) -> pa.Table:
 
 def test_a_stop_in_the_middle_of_a_stream_keeps_whole_units_and_loses_no_draw(cell: Cell, tmp_path: Path) -> None:
     undisturbed, place = place_in(tmp_path / "a"), place_in(tmp_path / "b", batch_size=48)
-    evaluate(cell, undisturbed, Solo(), Models("cpu"))
+    evaluate([cell], undisturbed, Solo(), Models("cpu"))
     ranks = Solo()
 
     def stop_late(phase: str, done: int, total: int, **numbers: float) -> None:
@@ -47,10 +47,10 @@ def test_a_stop_in_the_middle_of_a_stream_keeps_whole_units_and_loses_no_draw(ce
 
     ranks.on_report = stop_late
     with pytest.raises(Stopped):
-        evaluate(cell, place, ranks, Models("cpu"))
+        evaluate([cell], place, ranks, Models("cpu"))
     parts = list((place.registry / "draws").rglob("part-*.parquet"))
     assert 0 < len(parts) < 3 and all(pq.read_table(part).num_rows in (40 * 16, 40 * 8) for part in parts)
-    evaluate(cell, place, Solo(), Models("cpu"))
+    evaluate([cell], place, Solo(), Models("cpu"))
     assert draws_of(cell, place) == draws_of(cell, undisturbed)
 
 
@@ -68,7 +68,7 @@ def test_rows_of_the_next_unit_fill_the_places_of_the_last(cell: Cell, tmp_path:
         publish(self, unit, table)
 
     monkeypatch.setattr(DrawsStore, "publish", remember)
-    evaluate(cell, place_in(tmp_path, batch_size=64), Solo(), models)
+    evaluate([cell], place_in(tmp_path, batch_size=64), Solo(), models)
     hook.remove()
     assert len(published) == 3
     assert min(rows[: published[1]]) > 64 // 2, "rows stay busy while units end"

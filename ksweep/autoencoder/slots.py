@@ -287,6 +287,13 @@ def fits(model: Any, length: int) -> bool:
     return window is None or length <= window
 
 
+def numerics(model: Any, length: int) -> dict[str, str]:
+    """How a model is computed, for the record: attention of prompts and of single tokens, and whether float32 is TF32."""
+    prompts = str(model.get_decoder().config.get_text_config()._attn_implementation)
+    attention = f"{prompts}, {ATTENTION} while decoding" if fits(model, length) else prompts
+    return {"attention": attention, "tf32": "on" if torch.backends.cuda.matmul.allow_tf32 else "off"}
+
+
 def bytes_per_row(keys_and_values: Sequence[tuple[torch.Tensor, torch.Tensor]], capacity: int) -> int:
     """Of a slot with room for `capacity` tokens, for prompts with these keys and values."""
     heads = [_stored(one[:1, :, :1]).nbytes for both in keys_and_values for one in both]

@@ -1,0 +1,209 @@
+"""What the draws of a cell come to, and how it is landed; and the record of a run that came to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+
+from ksweep.breakdown import Breakdown, break_down
+from ksweep.draws import DrawsStore
+from ksweep.errors import DataError
+from ksweep.keys import Keys, cell_keys
+from ksweep.provenance import provenance
+from ksweep.ranks import Ranks
+from ksweep.reference import Quantities, StoredDraws, reference_quantities
+from ksweep.spec import Cell, cell_from_dict
+from ksweep.summary import RETRIEVAL_POOL, Summary, summarise
+
+if TYPE_CHECKING:
+    from ksweep.activations.roles import Role
+    from ksweep.activations.store import ActivationTable
+    from ksweep.drawing import Begun
+    from ksweep.evaluate import Place
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What the draws of a cell have come to."""
+
+    summary: Summary
+    reference: Quantities
+    """The reference sweep's own numbers; nothing for an NLA pair."""
+    tokens: dict[str, Any]
+    """token_stats and selected_token_stats of the run record."""
+    norms: np.ndarray
+    """Length of each activation."""
+    d_model: int
+    breakdown: Breakdown
+
+
+def measure(cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.Table, empty: np.ndarray | None) -> Measured:
+    """Every statistic of a cell; no model is needed."""
+    targets = vectors.vectors(0, len(vectors))
+    kind, roles = cell.autoencoder.scoring_kind, vectors.column("role").tolist()
+    pool = np.arange(min(len(targets), RETRIEVAL_POOL))
+    firsts = store.reconstructions(pool, np.zeros_like(pool), targets.shape[1])
+    reference = Quantities()
+    norms = np.linalg.norm(targets.astype(np.float64), axis=1)
+    columns = {name: vectors.column(name) for name in ("row_id", "document", "position", "role", "window")}
+    try:
+        summary = summarise(draws, targets, cell.scoring, cell.ks, empty, firsts, kind)
+        breakdown = break_down(draws, summary.baseline, cell.scoring, cell.ks, columns, norms)
+        if kind == "raw":
+            errors = draws["error"].to_numpy().reshape(len(targets), -1)
+            stored = StoredDraws(store=store, activations=targets, errors=errors, roles=roles)
+            reference = reference_quantities(stored, cell.ks, cell.scoring.reference_replicates)
+    except ValueError as error:  # what the statistics refuse is what was asked for: equal vectors, too few of them
+        raise DataError(str(error)) from error
+    return Measured(
+        summary=summary, reference=reference, tokens=_token_stats(vectors, roles),
+        norms=norms, d_model=targets.shape[1], breakdown=breakdown,
+    )  # fmt: skip
+
+
+def _token_stats(vectors: ActivationTable, roles: list[str | None]) -> dict[str, Any]:
+    """Roles over all tokens that were looked at and over the evaluated positions; None where no chat format tells them."""
+    from ksweep.activations.roles import count_roles, role_proportions
+
+    found: dict[str, Any] = {"token_stats": None, "selected_token_stats": None}
+    known = [cast("Role", role) for role in roles if role is not None]
+    if (counts := vectors.role_counts()) is not None:
+        said = {"counts": counts, "proportions": role_proportions(counts)}
+        found["token_stats"] = said | {"total_sequences": vectors.num_source_rows()}
+    if known:
+        counts = count_roles(known)
+        said = {"counts": counts, "proportions": role_proportions(counts)}
+        found["selected_token_stats"] = said | {"total_positions": len(roles)}
+    return found
+
+
+def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Table, numerics: dict[str, str]) -> str:
+    """Land the run of a cell; its id."""
+    from ksweep.registry import landing
+
+    cell, keys, clock, before = begun.cell, begun.keys, begun.clock, begun.before
+    new = ~before.reshape(-1)
+    tokens = begun.num_tokens_drawn(draws)
+    summary, reference = found.summary, found.reference
+    counts, first = summary.counts, summary.curve[0]
+    here = provenance()
+    record = landing.RunRecord(
+        **_identity(cell, keys),
+        **_asked(place.sweep, place.resources, {**here, **place.origin}, numerics),
+        status="finished",
+        job=ranks.job or None,
+        start=ranks.start,
+        started=clock.started,
+        finished=datetime.now(UTC),
+        seconds=clock.seconds,
+        host=here["host"],
+        device=ranks.device_name,
+        num_ranks=ranks.world_size,
+        num_activations=first["num_activations"],
+        num_documents=first["num_documents"],
+        d_model=found.d_model,
+        num_draws=first["num_draws"],
+        num_draws_sampled=int(new.sum()),
+        num_draws_reused=int(before.sum()),
+        num_tokens_sampled=tokens,
+        # Rank 0 may have waited for another rank's last unit: that is drawing time of the job too.
+        tokens_per_second=tokens / sum(clock.seconds.get(phase, 0.0) for phase in ("drawing", "waiting")) if tokens else None,
+        failures=counts["failures"],
+        failure_rate=counts["failure_rate"],
+        # A checkpoint's explanations all have the length that it was trained with: nothing is cut off.
+        cut_off_rate=None if cell.autoencoder.checkpoint else counts["cut_off_rate"],
+        cjk_fraction=counts["cjk_fraction"],
+        distinct_text_fraction=counts["distinct_text_fraction"],
+        mean_tokens=counts["mean_tokens"],
+        draws_bytes=begun.store.bytes_on_disk(),
+        fve_over_successes=first["fve_over_successes"],
+        baseline=first["baseline"],
+        baseline_kind=first["baseline_kind"],
+        baseline_num_activations=first["num_activations"] if first["baseline_kind"] == "evaluated set" else None,
+        **found.tokens,
+        notes=reference.notes,
+    )
+    raw = cell.autoencoder.scoring_kind == "raw"
+    landing.land(
+        place.registry,
+        record,
+        pa.Table.from_pylist([row | {"influence": found.breakdown.influence.get(row["k"])} for row in summary.curve]),
+        pa.Table.from_pylist(summary.controls),
+        reference=pa.Table.from_pylist(reference.rows, schema=landing.REFERENCE_SCHEMA) if reference.rows else None,
+        norms=pa.table({"activation": np.arange(len(found.norms)), "norm": found.norms}) if raw else None,
+        metrics=pa.Table.from_pylist(found.breakdown.metrics),
+        examples=found.breakdown.examples,
+        activations=found.breakdown.activations,
+    )
+    return record.run_id
+
+
+def _asked(
+    sweep: str, resources: dict[str, Any], origin: dict[str, Any], numerics: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Who asked, for what, with which code, and how that code was told to compute."""
+    return {
+        "sweep": sweep,
+        "resources": resources,
+        "git_commit": origin.get("git_commit"),
+        "git_dirty": origin.get("git_dirty"),
+        "argv": tuple(origin.get("argv", ())),
+        "packages": origin.get("packages", {}) | (numerics or {}),
+    }
+
+
+def _identity(cell: Cell, keys: Keys) -> dict[str, Any]:
+    """What was measured, under a new run id."""
+    from ksweep.registry.landing import new_run_id
+
+    return {
+        "run_id": new_run_id(keys.cell),
+        "cell": keys.name,
+        "label": keys.label,
+        "cell_key": keys.cell,
+        "draws_key": keys.draws,
+        "activations_key": keys.activations,
+        "spec": asdict(cell),
+        "layer": keys.layer,
+    }
+
+
+def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **told: Any) -> None:
+    """Land the run of a job that ended before its time; it says nothing itself, because no rank knows how the others ended.
+
+    Args:
+        argument: what the job was given.
+        cell: which of its cells it was at; None for the first that neither finished nor failed since the job was started.
+        name: end of the run id: two who find the same job make one run.
+        told: fields of the record: status, class, every rank's words.
+    """
+    from ksweep.registry import landing
+
+    registry = Path(argument["registry"])
+    cell = _cell_at_hand(argument, told["started"]) if cell is None else cell
+    if cell is None:
+        return
+    origin = argument.get("origin", {})
+    known = cell_from_dict(argument["cells"][cell])
+    keys = cell_keys(known)
+    identity = _identity(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
+    if (registry / "landing" / identity["run_id"]).exists():
+        return
+    record = landing.RunRecord(**identity, **_asked(argument["sweep"], argument["resources"], origin), **told)
+    landing.land(registry, record)
+
+
+def _cell_at_hand(argument: dict[str, Any], started: datetime) -> int | None:
+    """Of a job that did not say which cell it was at; None where an older version of it has landed its failure itself."""
+    from ksweep.registry.questions import runs_since
+
+    said = runs_since(Path(argument["registry"]), started)
+    keys = [cell_keys(cell).cell for cell in map(cell_from_dict, argument["cells"])]
+    if any(said.get(key) == "failed" for key in keys):
+        return None
+    return next((n for n, key in enumerate(keys) if key not in said), len(keys) - 1)
