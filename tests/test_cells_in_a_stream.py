@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -134,15 +135,16 @@ def test_a_failure_is_blamed_on_the_cell_whose_unit_was_at_hand(
 
 def test_time_spent_together_is_split_by_tokens_and_nothing_is_lost(cells: list[Cell], models: Models, tmp_path: Path) -> None:
     place = place_in(tmp_path / "a", batch_size=1000)  # every draw is under way at once, the cells end together
+    began = time.monotonic()
     evaluate(cells, place, Solo(), models)
+    elapsed = time.monotonic() - began
     rows = ask_place(
         place, "SELECT seconds['drawing'], num_tokens_sampled, tokens_per_second, packages['tf32'], seconds['waiting'] FROM runs"
     )
     assert len(rows) == 3 and all(row[3] == "off" for row in rows)
     for drawing, tokens, rate, _, waiting in rows:
         assert rate == pytest.approx(tokens / (drawing + (waiting or 0.0)))
-    rates = [row[2] for row in rows]
-    assert max(rates) < 5 * min(rates), "by draws alone the 40 greedy ones would seem the fastest or slowest by far"
+    assert all(row[0] > 0 for row in rows) and sum(row[0] for row in rows) < elapsed
 
 
 def test_a_clock_hands_over_shares_that_add_up() -> None:
