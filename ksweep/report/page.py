@@ -132,31 +132,36 @@ def _reference(facts: Facts, best: Sequence[str]) -> str | None:
     return next((label for label in best[:MOST_SHOWN] if labels.count(label) > 1 and label in compared), None)
 
 
-def curve_table(facts: Facts) -> tuple[list[str], list[list[str]], str]:
-    """Heads and rows: a cell a row, FVE with its interval at some K, the control at the largest, failures, speed; and in words
-    what all cells are measured on, where that is one thing."""
+def curve_table(facts: Facts) -> tuple[list[str], list[list[str]], str | list[list[str]]]:
+    """Heads and rows: a cell a row, FVE with its interval at some K, the control at the largest, failures; and what all cells are
+    measured on, in words where that is one thing, else a row for each."""
     rows = facts.curves.to_pylist()
     every = sorted({r["k"] for r in rows})
     ks = [k for k in every if k in SHOWN_KS or k == every[-1]]
-    found = {run["run_id"]: {r["k"]: r for r in rows if r["run_id"] == run["run_id"]} for run in facts.runs}
-    about = {run: _measured_on(mine[max(mine)]) for run, mine in found.items()}
-    same = len(set(about.values())) == 1
-    heads = ["cell", *(f"K = {k}" for k in ks), f"shuffled, K = {every[-1]}", "failed draws", *([] if same else ["measured on"])]
-    body = []
+    heads = ["cell", *(f"K = {k}" for k in ks), f"shuffled, K = {every[-1]}", "failed draws"]
+    body, about = [], []
     for run in facts.runs:
-        mine = found[run["run_id"]]
-        row = [run["label"], *(with_interval(mine[k]) if k in mine else "" for k in ks)]
-        row += [number(mine[max(mine)]["shuffled_fve"]), number(run["failure_rate"], ".1%")]
-        body.append(row if same else [*row, about[run["run_id"]]])
-    return heads, body, about[facts.runs[0]["run_id"]] if same else ""
+        mine = {r["k"]: r for r in rows if r["run_id"] == run["run_id"]}
+        last = mine[max(mine)]
+        points = [with_interval(mine[k]) if k in mine else "" for k in ks]
+        body.append([run["label"], *points, number(last["shuffled_fve"]), number(run["failure_rate"], ".1%")])
+        about.append([run["label"], *_measured_on(last)])
+    n, documents, baseline = about[0][1:]
+    same = all(row[1:] == about[0][1:] for row in about)
+    parts = [f"N = {n} activations", f"{documents} documents" if documents else "", f"baseline {baseline}" if baseline else ""]
+    return *_without_empty(heads, body), ", ".join(filter(None, parts)) if same else about
 
 
-def _measured_on(row: Row) -> str:
+def _measured_on(row: Row) -> list[str]:
     """N, documents, baseline."""
-    known = [f"N = {row['num_activations']:,} activations"]
-    known += [f"{row['num_documents']:,} documents"] if row["num_documents"] else []
-    known += [f"baseline {row['baseline']:.4g} ({row['baseline_kind']})"] if row["baseline"] else []
-    return ", ".join(known)
+    baseline = "" if row["baseline"] is None else f"{row['baseline']:.4g} ({row['baseline_kind']})"
+    return [number(row["num_activations"], ","), number(row["num_documents"], ","), baseline]
+
+
+def _without_empty(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without columns that say nothing of any cell."""
+    kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    return [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def difference_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
