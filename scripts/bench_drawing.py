@@ -107,7 +107,7 @@ def generated(av: NlaVerbalizer, vectors: torch.Tensor, k: int, batch_size: int,
     useful = done = 0
     for rows in batches(len(vectors), k, batch_size):
         embedded = prompts(av, vectors[rows])
-        mask = torch.ones(embedded.shape[:2], dtype=torch.long)
+        mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
         tokens = av.model.generate(inputs_embeds=embedded, attention_mask=mask, generation_config=config)
         useful += sum(useful_tokens(row, frozenset() if fixed else av.stop_token_ids) for row in tokens.tolist())
         if (done := done + len(rows)) >= options.generated:
@@ -121,7 +121,7 @@ def batches(activations: int, k: int, batch_size: int) -> Iterator[torch.Tensor]
 
 
 def prompts(av: NlaVerbalizer, vectors: torch.Tensor) -> torch.Tensor:
-    embedded = av.model.get_input_embeddings()(torch.tensor(av.prompt_ids)).repeat(len(vectors), 1, 1)
+    embedded = av.model.get_input_embeddings()(torch.tensor(av.prompt_ids, device=av.model.device)).repeat(len(vectors), 1, 1)
     embedded[:, av.injection_position] = scaled(vectors, av.info.sidecar.injection_scale or 1.0).to(embedded)
     return embedded
 

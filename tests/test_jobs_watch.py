@@ -145,9 +145,10 @@ class Screen:
             self.column += len(part)
 
 
-def read_until(master: int, seen: Screen, wanted: str) -> None:
+def read_until(master: int, seen: Screen, *wanted: str, times: int = 1) -> None:
+    """Reads until each is on the screen in so many rows: a screen comes in pieces, its headline first."""
     deadline = time.monotonic() + 60
-    while not any(wanted in row for row in seen.rows):
+    while any(sum(one in row for row in seen.rows) < times for one in wanted):
         assert time.monotonic() < deadline, "\n".join(seen.rows)
         seen.write(os.read(master, 65_536).decode())
 
@@ -164,8 +165,8 @@ def test_watch_on_a_terminal_of_80_by_24_stays_on_it_until_the_last_job_has_ende
     os.close(slave)
     seen = Screen(24)
     try:
-        read_until(master, seen, "12 running, 1 failed, 25 finished")
-        assert sum("drawing 50%" in row for row in seen.rows) == 12 and any("bug: KeyError" in row for row in seen.rows)
+        read_until(master, seen, "12 running, 1 failed, 25 finished", "bug: KeyError", "and ")
+        read_until(master, seen, "drawing 50%", times=12)
         assert any(row.startswith("and ") and row.rstrip().endswith("finished") for row in seen.rows)
         assert max(map(len, seen.rows)) <= 80
         for one in at_work[:11]:
