@@ -4,6 +4,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# One thread a worker: the tests' models are so small that threads would mostly wait for one another. The tests on a Slurm come
+# after the others, one bed for all, and wait side by side by themselves.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: sweep test quick check install demo-model clean
 
@@ -11,10 +14,11 @@ sweep: install demo-model
 	$(BIN)/python experiments/temp_sweep.py $(ARGS)
 
 test: .venv/.test check
-	$(BIN)/python -m pytest
+	$(PARALLEL) -m "not slurm"
+	$(BIN)/python -m pytest -m slurm
 
 quick: .venv/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PARALLEL) -m "not slow"
 
 check: .venv/.test
 	$(BIN)/ruff check .

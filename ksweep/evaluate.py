@@ -64,7 +64,8 @@ class Models:
     def _turn_to(self, autoencoder: Autoencoder) -> None:
         if autoencoder != self._of:
             self._of, self._av, self._ar = autoencoder, None, None
-            gc.collect()  # a model that is spread holds itself in cycles, and would keep its memory while the next one is placed
+            if len(self.devices) > 1:
+                gc.collect()  # a model that is spread holds itself in cycles: its memory is needed for the next one
 
     def verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
         """The AV, ready on the device."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,20 @@ def test_length_batches_hold_every_row_once_within_the_limit() -> None:
     batches = length_batches(lengths, 256)
     assert sorted(i for batch in batches for i in batch) == [i for i, n in enumerate(lengths) if n]
     assert all(max(lengths[i] for i in batch) * len(batch) <= 256 for batch in batches)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3_multimodal", "gpt2"])
+def test_closing_frees_the_weights_without_a_garbage_collection(family: str, tmp_path: Path) -> None:
+    reader = BlockReader(str(make_model(family, tmp_path / "base")), 1, "float32")
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(reader.vectors([list(range(9)), list(range(5))], [[8], [0, 4]])) == 3
+        weights = [weakref.ref(parameter) for parameter in reader.decoder.parameters()]
+        reader.close()
+        assert weights and not any(one() is not None for one in weights)
+    finally:
+        gc.enable()
 
 
 def test_layer_beyond_the_model_is_refused_with_its_depth(base: Path, text: Path, tmp_path: Path) -> None:
