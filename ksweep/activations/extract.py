@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ksweep import memory
 from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.activations.roles import Role, detect_template, token_roles
 from ksweep.activations.units import STORED_DTYPES
@@ -107,22 +109,44 @@ class BlockReader:
     def vectors(
         self, token_ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int | None = None
     ) -> np.ndarray:
-        """Vectors at positions[i] of row i, rows one after the other: [activation, d_model] in the stored dtype.
+        """Vectors at positions[i] of row i, rows one after the other: [activation, d_model] in the stored dtype."""
+        return self.begin(token_ids, positions, pad_id)()
+
+    def begin(
+        self, token_ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int | None = None
+    ) -> Callable[[], np.ndarray]:
+        """What `vectors` gives, when it is called; a GPU is at work on it meanwhile, and copies each batch beside the next one.
 
         Rows end at their last position (a causal model cannot see further) and run in batches of similar length; those with
-        padding before that apart from the others, which need no mask.
+        padding before that apart from the others, which need no mask. A batch that memory does not suffice for runs in halves.
         """
         needed = [list(ids[: max(p) + 1]) if p else [] for ids, p in zip(token_ids, positions, strict=True)]
         padded = [pad_id is not None and pad_id in ids for ids in needed]
-        parts: list[np.ndarray | None] = [None] * len(needed)
+        copies: list[tuple[list[int], torch.Tensor, torch.device]] = []
         for masked in (False, True):
             lengths = [len(ids) if has == masked else 0 for ids, has in zip(needed, padded, strict=True)]
             for batch in length_batches(lengths, BATCH_TOKENS):
-                hidden = self.outputs([needed[i] for i in batch], pad_id if masked else None)
-                for row, i in enumerate(batch):
-                    parts[i] = _stored(hidden[row, torch.tensor(positions[i], device=hidden.device)])
-        found = [part for part in parts if part is not None]
-        return np.concatenate(found) if found else np.empty((0, self.d_model), dtype=STORED_DTYPES[self.dtype])
+                run = partial(self._taken, pad_id=pad_id if masked else None)
+                taken = memory.in_halves(run, [(needed[i], positions[i]) for i in batch], self.device)
+                copies.append((batch, _on_its_way(taken), taken.device))
+        first = np.cumsum([0, *map(len, positions)])
+
+        def finished() -> np.ndarray:
+            found = np.empty((int(first[-1]), self.d_model), dtype=STORED_DTYPES[self.dtype])
+            for device in {device for _, _, device in copies if device.type == "cuda"}:
+                torch.cuda.synchronize(device)
+            for batch, copy, _ in copies:
+                found[np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])] = _stored(copy)
+            return found
+
+        return finished
+
+    def _taken(self, rows: Sequence[tuple[list[int], Sequence[int]]], pad_id: int | None) -> torch.Tensor:
+        """Of rows that fit into memory together: [activation, d_model] where the block is."""
+        hidden = self.outputs([ids for ids, _ in rows], pad_id)
+        places = [(row, position) for row, (_, taken) in enumerate(rows) for position in taken]
+        row, position = torch.tensor(places, device=hidden.device).unbind(1)
+        return hidden[row, position]
 
     @property
     def num_embeddings(self) -> int:
@@ -170,9 +194,15 @@ def length_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _stored(vectors: torch.Tensor) -> np.ndarray:
-    """Vectors on the host in the stored dtype, bit for bit."""
-    host = vectors.contiguous().cpu()
+def _on_its_way(vectors: torch.Tensor) -> torch.Tensor:
+    """A copy on the host: from a GPU it has yet to arrive, and nobody waits for it here."""
+    if vectors.device.type != "cuda":
+        return vectors.cpu()
+    return torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True).copy_(vectors, non_blocking=True)
+
+
+def _stored(host: torch.Tensor) -> np.ndarray:
+    """Vectors in the stored dtype, bit for bit."""
     return host.view(torch.int16).numpy().view(np.uint16) if host.dtype == torch.bfloat16 else host.numpy()
 
 

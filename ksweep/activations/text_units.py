@@ -121,11 +121,12 @@ class TextUnits:
         positions = [
             row_positions(i, row.row_id, reader.special_ids, self.activations, ends) for i, row in zip(ids, rows, strict=True)
         ]
+        vectors = reader.begin(ids, positions, pad_id)  # a GPU computes while what follows is looked up
         places = [(r, p) for r, taken in enumerate(positions) for p in taken]
         roles = [reader.roles(i, pad_id) for i in ids]
         starts = [unpadded(i, pad_id).start for i in ids]
         unit = Unit(
-            vectors=reader.vectors(ids, positions, pad_id),
+            vectors=vectors(),
             row_ids=[rows[r].row_id for r, _ in places],
             documents=[rows[r].document for r, _ in places],
             positions=[p for _, p in places],

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ksweep.autoencoder import memory, noise, slots
+from ksweep import memory
+from ksweep.autoencoder import noise, slots
 from ksweep.autoencoder.plain import draw_plainly
 from ksweep.autoencoder.requests import (
     Draw,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ksweep.autoencoder import memory
+from ksweep import memory
 from ksweep.autoencoder.checkpoint import CheckpointInfo, Role, inspect
 from ksweep.autoencoder.injection import check_vectors, injecting, scaled
 from ksweep.autoencoder.loading import load_backbone, load_causal_lm, load_head, load_tokenizer, torch_dtype

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ksweep.autoencoder import memory, noise
+from ksweep import memory
+from ksweep.autoencoder import noise
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.autoencoder.requests import Draw, Options, Order, Row, append, by_activation, finish_of, noise_keys, too_large
 from ksweep.errors import RunError

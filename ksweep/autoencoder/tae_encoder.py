@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ksweep.autoencoder import memory
+from ksweep import memory
 from ksweep.autoencoder.protocol import Explanation
 from ksweep.autoencoder.slots import repeated
 from ksweep.autoencoder.tae_base import blocks_of, check_contents, embedding_scale, exact_embedding_scale, is_identity

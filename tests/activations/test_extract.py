@@ -184,6 +184,26 @@ def test_length_batches_hold_every_row_once_within_the_limit() -> None:
     assert all(max(lengths[i] for i in batch) * len(batch) <= 256 for batch in batches)
 
 
+def test_a_batch_that_memory_does_not_suffice_for_is_run_in_halves(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = BlockReader(str(base), 1, "float32")
+    ids = reader.tokenize(passages(12), 64)
+    positions = [[len(row) - 1, *range(row_number % 3)] for row_number, row in enumerate(ids)]
+    expected, whole, sizes = reader.vectors(ids, positions), reader.outputs, list[int]()
+
+    def with_room_for_three(rows: list[list[int]], pad_id: int | None = None) -> torch.Tensor:
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return whole(rows, pad_id)
+
+    monkeypatch.setattr(reader, "outputs", with_room_for_three)
+    assert relative(reader.vectors(ids, positions), expected) < 1e-5
+    assert sizes == [12, 6, 3, 3, 6, 3, 3]
+    monkeypatch.setattr(reader, "outputs", lambda rows, pad_id: with_room_for_three(rows * 4))
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        reader.vectors(ids, positions)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3_multimodal", "gpt2"])
 def test_closing_frees_the_weights_without_a_garbage_collection(family: str, tmp_path: Path) -> None:
     reader = BlockReader(str(make_model(family, tmp_path / "base")), 1, "float32")

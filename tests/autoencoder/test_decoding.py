@@ -25,7 +25,8 @@ from transformers import (
     StaticCache,
 )
 
-from ksweep.autoencoder import memory, noise, slots
+from ksweep import memory
+from ksweep.autoencoder import noise, slots
 from ksweep.autoencoder.decoding import REFILL_SHARE, Order, Request, draw, stream
 from ksweep.autoencoder.plain import LIVE_SHARE
 from ksweep.autoencoder.protocol import Prefill

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ksweep.autoencoder import memory
+from ksweep import memory
 
 CPU = torch.device("cpu")
 
