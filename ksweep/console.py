@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 PIPE_WIDTH = 100_000
 
@@ -17,6 +18,16 @@ def console() -> Console:
 
     plain = Console(markup=False, emoji=False, highlight=False)
     return plain if plain.is_terminal else Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH, no_color=True)
+
+
+def columns(out: Console, **on_a_terminal: Any) -> Table:
+    """A table to be filled; in a pipe, where people grep and cut, without its borders: columns two blanks apart."""
+    from rich.table import Table
+
+    if out.is_terminal:
+        return Table(**on_a_terminal)
+    kept = {name: value for name, value in on_a_terminal.items() if name in ("title", "title_justify", "show_header")}
+    return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, **kept)
 
 
 def bytes_text(count: int) -> str:

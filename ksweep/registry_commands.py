@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from ksweep.console import bytes_text, console
+from ksweep.console import bytes_text, columns, console
 from ksweep.errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -246,12 +245,13 @@ def _print_rows(rows: Sequence[Row], as_json: bool, names: Iterable[str] | None 
         for row in rows:
             print(json.dumps(_jsonable(row)))
         return
-    table = Table(show_header=not names_are_blank(rows))
+    out = console()
+    table = columns(out, show_header=not names_are_blank(rows))
     for name in names if names is not None else dict.fromkeys(name for row in rows for name in row):
         table.add_column(Text(name), overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
-    console().print(table)
+    out.print(table)
 
 
 def names_are_blank(rows: Sequence[Row]) -> bool:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ksweep.console import bytes_text as bytes_text
-from ksweep.console import console, duration_text
+from ksweep.console import columns, console, duration_text
 from ksweep.keys import Keys
 from ksweep.launch import slurm
 from ksweep.launch.plan import Estimate, Step, estimate
@@ -51,7 +52,7 @@ def print_plan(
         _print_objects(sweep, steps, sums, gpus, shape, cells_of_jobs)
         return
     out = console()
-    out.print(_plan_table(sweep, steps, gpus, wide=out.width >= WIDE_COLUMNS))
+    out.print(_plan_table(sweep, steps, gpus, out))
     for line in _sums(sweep, sums, gpus, shape, cells_of_jobs):
         out.print(line)
 
@@ -70,11 +71,12 @@ def _print_objects(
     print(json.dumps(total))
 
 
-def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, *, wide: bool) -> Table:
+def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, out: Console) -> Table:
+    wide = out.width >= WIDE_COLUMNS
     counts = Counter(step.state for step in steps)
     others = "".join(f", {number} {state}" for state, number in sorted(counts.items()) if state != "missing")
     title = f"{sweep.name}: {counts['missing']} of {len(steps)} cells to run{others}"
-    table = Table(title=title, title_justify="left", box=HEAVY_HEAD if wide else SIMPLE_HEAD, pad_edge=wide)
+    table = columns(out, title=title, title_justify="left", box=HEAVY_HEAD if wide else SIMPLE_HEAD, pad_edge=wide)
     for name in ("cell", "state", "why"):
         table.add_column(name, overflow="fold")
     for name in (*(("activations",) if wide else ()), "draws", "disk", "GPU-hours" if gpus else "time"):
@@ -167,7 +169,7 @@ def show(sweep: Sweep, keys: Sequence[Keys], *, computed: int, charts: bool) -> 
     labels = dict(zip([k.cell for k in keys], sweep.labels(), strict=True))
     table = curves_of(registry, labels)
     out = console()
-    out.print(results_table(sweep, table, out.width))
+    out.print(results_table(sweep, table, out))
     for line in _footnotes(table):
         out.print(line)
     out.print(_controls_line(controls_of(registry, labels)))
@@ -179,20 +181,21 @@ def show(sweep: Sweep, keys: Sequence[Keys], *, computed: int, charts: bool) -> 
     out.print(f"computed {computed} of {len(keys)} cells; registry: {registry / DATABASE}", soft_wrap=True)
 
 
-def results_table(sweep: Sweep, curves: pa.Table, width: int = 160) -> Table:
+def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
     """A row a cell: FVE with its interval at as many K as the width has room for, the control, failures."""
-    rows = curves.to_pylist()
+    rows, width = curves.to_pylist(), out.width
     ks = sorted({r["k"] for r in rows})
     label_width = max(len(r["label"]) for r in rows)
     wide = width >= WIDE_COLUMNS
     beside = 16 + (24 if wide else 0)  # the control; failures and speed
     most = max(2, (width - min(label_width, LABEL_COLUMN) - 4 - beside) // COLUMN)
     shown = _spread([k for k in ks if k in SHOWN_KS or k == ks[-1]], most)
-    table = Table(title=f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)", title_justify="left", show_lines=True)
+    title = f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)"
+    table = columns(out, title=title, title_justify="left", show_lines=True)
     table.add_column("cell", overflow="fold")
     for k in shown:
         table.add_column(f"K={k}", justify="right", no_wrap=True)
-    for name in (f"shuffled\nK={ks[-1]}", "failed", "tokens/s")[: 3 if wide else 1]:
+    for name in (f"shuffled{chr(10) if out.is_terminal else ' '}K={ks[-1]}", "failed", "tokens/s")[: 3 if wide else 1]:
         table.add_column(name, justify="right", no_wrap=True)
     for label in dict.fromkeys(r["label"] for r in rows):
         mine = {r["k"]: r for r in rows if r["label"] == label}

@@ -50,7 +50,8 @@ def curves(*labels: str, num_draws: int = 64, **changes: Any) -> pa.Table:
 
 def printed(sweep: Sweep, table: pa.Table, width: int) -> str:
     file = io.StringIO()
-    Console(file=file, width=width).print(results_table(sweep, table, width))
+    out = Console(file=file, width=width, force_terminal=True, color_system=None)
+    out.print(results_table(sweep, table, out))
     return file.getvalue()
 
 

@@ -26,14 +26,14 @@ def print_rows(names: Sequence[str], rows: Sequence[dict[str, Any]], as_json: bo
 
 def print_table(names: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
     """Words in columns; folded where a terminal is too narrow, never cut."""
-    from rich.table import Table
     from rich.text import Text
 
-    from ksweep.console import console
+    from ksweep.console import columns, console
 
     out = console()
     # Borders would take a quarter of a narrow terminal.
-    table = Table() if out.width >= NARROW else Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    narrow = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = columns(out, **({} if out.width >= NARROW else narrow))
     for name in names:
         table.add_column(Text(name), overflow="fold")
     for row in rows:
