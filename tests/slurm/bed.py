@@ -78,7 +78,7 @@ SLOW = """import os, time
 import ksweep.draws
 publish = ksweep.draws.DrawsStore.publish
 def slowly(store, unit, table):
-    time.sleep({seconds})
+    time.sleep({seconds} if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < {starts} else 0)
     publish(store, unit, table)
 ksweep.draws.DrawsStore.publish = slowly
 """
@@ -103,10 +103,10 @@ class Place:
         """A cell of 40 activations with 8 draws each, on one CPU rank."""
         return replace(self.plain, registry=str(self.path / "registry"), vector_cache=str(self.path / "vector_cache"))
 
-    def long(self, units: int, seconds: float, **resources: Any) -> Sweep:
-        """A cell of so many units of 64 draws, each of so many seconds."""
+    def long(self, units: int, seconds: float, *, starts: int = 1000, **resources: Any) -> Sweep:
+        """A cell of so many units of 64 draws, each of so many seconds in the first starts of its job."""
         (self.path / "slow").mkdir(exist_ok=True)
-        (self.path / "slow" / "sitecustomize.py").write_text(SLOW.format(seconds=seconds))
+        (self.path / "slow" / "sitecustomize.py").write_text(SLOW.format(seconds=seconds, starts=starts))
         cell = self.plain.cell
         cell = replace(
             cell, sampling=replace(cell.sampling, num_draws=16 * units),

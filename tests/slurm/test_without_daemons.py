@@ -56,7 +56,7 @@ def test_without_accounting_the_queue_and_the_files_tell_the_ends(place: Place) 
 
 def test_without_slurmctld_jobs_go_on_and_are_waited_for_and_commands_change_nothing(place: Place) -> None:
     """slurmctld killed while a command waits and while another starts"""
-    sweep = place.long(8, 1.0)
+    sweep = place.long(20, 1.0)
     waiting = place.begin(sweep, "--wait")
     until("a unit", lambda: place.parts() >= 1)
     time.sleep(5)  # slurmctld saves what it knows every few seconds
