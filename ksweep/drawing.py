@@ -44,6 +44,8 @@ class Begun:
     """What is to be drawn for it."""
     done: int = 0
     """Draws that this rank has finished."""
+    unpublished: int = 0
+    """Tokens of those of them whose unit is still under way."""
 
     @property
     def wanted(self) -> tuple[int, int]:
@@ -164,11 +166,13 @@ class Drawing:
 
     def _count(self, cell: Begun, tokens: int) -> None:
         cell.done += 1
+        cell.unpublished += tokens
         self.tokens += tokens
 
     def _publish(self, one: _Open) -> None:
         self.at_hand.turn_to(one.cell.keys, one.cell.clock)
         one.cell.store.publish(one.unit, self.work[one.cell].scored(one.unit, one.draws))
+        one.cell.unpublished -= sum(len(draw.token_ids) for draw in one.draws)
         self._report(one.cell)
 
     def _report(self, cell: Begun) -> None:

@@ -250,10 +250,13 @@ class _Landing:
         self.waiting.remove(one)
 
     def _share(self, one: Begun, draws: pa.Table) -> float:
-        """Part of the time spent together that a cell is charged with: that of its tokens among all that are published."""
+        """Part of the time spent together that a cell is charged with: that of its tokens among all that are drawn.
+
+        Other ranks are taken to have as much under way as this one.
+        """
         mine = one.num_tokens_drawn(draws)
-        others = sum(cell.num_tokens_seen() for cell in self.waiting if cell is not one)
-        return mine / max(1, mine + others)
+        others = (c.num_tokens_seen() + self.ranks.world_size * c.unpublished for c in self.waiting if c is not one)
+        return mine / max(1, mine + sum(others))
 
 
 def _all_draws(store: DrawsStore, wanted: tuple[int, int], ranks: Ranks) -> pa.Table | None:

@@ -92,6 +92,7 @@ def _shuffled_fve(
 
 
 def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray) -> list[dict[str, Any]]:
+    band_low, band_high = stats.curve_band(curve)
     return [
         {
             "metric": "fve",
@@ -110,6 +111,8 @@ def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray)
             "baseline": curve.baseline.value,
             "baseline_kind": curve.baseline.kind,
             "shuffled_fve": _number(shuffled[i]),
+            "band_low": _number(band_low[i]),
+            "band_high": _number(band_high[i]),
         }
         for i, k in enumerate(curve.k)
     ]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import ksweep.evaluate as evaluating
 from ksweep import Cell, Resources, Sweep, connect
 from ksweep.clock import Clock
 from ksweep.draws import DrawsStore, Unit
@@ -145,6 +146,27 @@ def test_time_spent_together_is_split_by_tokens_and_nothing_is_lost(cells: list[
     for drawing, tokens, rate, _, waiting in rows:
         assert rate == pytest.approx(tokens / (drawing + (waiting or 0.0)))
     assert all(row[0] > 0 for row in rows) and sum(row[0] for row in rows) < elapsed
+
+
+def test_tokens_of_units_under_way_count_when_time_is_split(
+    cells: list[Cell], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first cell is landed when the places it left have long been drawing the next one."""
+    place, seen = place_in(tmp_path / "a", batch_size=200), list[tuple[float, int, list[int]]]()
+    split = evaluating._Landing._share
+
+    def watched(landing: Any, one: Any, draws: Any) -> float:
+        others = [cell for cell in landing.waiting if cell is not one]
+        seen.append(
+            (split(landing, one, draws), one.num_tokens_drawn(draws), [c.num_tokens_seen() + c.unpublished for c in others])
+        )
+        assert one.unpublished == 0
+        return seen[-1][0]
+
+    monkeypatch.setattr(evaluating._Landing, "_share", watched)
+    evaluate(cells, place, Solo(), models)
+    assert len(seen) == 3 and any(sum(others) for _, _, others in seen)
+    assert all(share == mine / (mine + sum(others)) for share, mine, others in seen)
 
 
 def test_a_clock_hands_over_shares_that_add_up() -> None:

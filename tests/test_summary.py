@@ -206,12 +206,20 @@ def test_shuffled_control_is_the_best_of_k_of_the_errors_against_another(vectors
         assert row["shuffled_fve"] == pytest.approx(1 - best / baseline, abs=1e-9)
 
 
+def test_the_band_for_all_k_is_around_the_curve_and_wider_than_the_intervals(vectors: np.ndarray) -> None:
+    curve = summary_of(draws_of(vectors), vectors, Scoring(num_replicates=2000)).curve
+    assert len(curve) > 2 and all(row["band_low"] < row["fve"] < row["band_high"] for row in curve)
+    widths = [(row["band_high"] - row["band_low"]) / (row["fve_high"] - row["fve_low"]) for row in curve]
+    assert np.mean(widths) > 1
+
+
 def test_one_document_leaves_shuffled_and_intervals_unknown(vectors: np.ndarray) -> None:
     n = NUM_ACTIVATIONS * NUM_DRAWS
     draws = edited(draws_of(vectors, per_document=100), shuffled_activation=[None] * n, shuffled_error=[None] * n)
     for row in summary_of(draws, vectors).curve:
         assert row["num_documents"] == 1
         assert row["shuffled_fve"] is None and row["fve_low"] is None and row["fve_high"] is None
+        assert row["band_low"] is None and row["band_high"] is None
         assert row["fve"] is not None
     gain = control(summary_of(draws, vectors), "gain")
     assert "interval" not in gain["note"]

@@ -178,6 +178,8 @@ CURVE_SCHEMA = pa.schema(
         pa.field("baseline", pa.float64()),
         pa.field("baseline_kind", pa.string()),
         pa.field("shuffled_fve", pa.float64()),
+        pa.field("band_low", pa.float64()),
+        pa.field("band_high", pa.float64()),
         pa.field("influence", pa.list_(pa.float32())),
     ]
 )

@@ -163,6 +163,8 @@ CREATE TABLE run_curves (
     baseline DOUBLE,
     baseline_kind VARCHAR,
     shuffled_fve DOUBLE,
+    band_low DOUBLE,
+    band_high DOUBLE,
     influence FLOAT[]
 );
 COMMENT ON TABLE run_curves IS 'One row per finished run and K, as landed. Ask curves (newest run of each cell) or curve_history (all runs) instead: they carry the names.';
@@ -172,6 +174,8 @@ COMMENT ON COLUMN run_curves.k IS 'Draws that the best is taken from.';
 COMMENT ON COLUMN run_curves.fve IS 'Fraction of variance explained by the best of k draws: 1 - error / baseline. The AR that scores also selects (oracle).';
 COMMENT ON COLUMN run_curves.fve_low IS 'Lower end of the interval of fve: bootstrap over documents.';
 COMMENT ON COLUMN run_curves.fve_high IS 'Upper end of the interval of fve.';
+COMMENT ON COLUMN run_curves.band_low IS 'Lower end of the band that covers the whole curve, all k at once, with probability level: for whoever picks a k after seeing the curve. NULL in runs landed before it was kept.';
+COMMENT ON COLUMN run_curves.band_high IS 'Upper end of the band for all k at once.';
 COMMENT ON COLUMN run_curves.level IS 'Coverage that the interval aims at, fraction: 0.95.';
 COMMENT ON COLUMN run_curves.error IS 'Mean over activations of the expected smallest error among k draws; NLA pairs: 2 (1 - cosine) per draw; a failed draw is never selected over a success.';
 COMMENT ON COLUMN run_curves.cosine IS 'Mean cosine of the selected draw with its activation.';

@@ -7,7 +7,7 @@ QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id 
 COMMENT ON VIEW v_latest IS 'The newest finished run of each cell.';
 
 CREATE VIEW curve_history AS
-SELECT runs.cell, runs.label, coalesce(c.metric, 'fve') AS metric, c.k, c.fve, c.fve_low, c.fve_high, c.level, c.error, c.cosine, c.shuffled_fve,
+SELECT runs.cell, runs.label, coalesce(c.metric, 'fve') AS metric, c.k, c.fve, c.fve_low, c.fve_high, c.band_low, c.band_high, c.level, c.error, c.cosine, c.shuffled_fve,
        c.fve_over_successes, c.failure_rate AS all_failed_rate, c.num_activations, c.num_documents, c.num_draws, c.baseline, c.baseline_kind,
        runs.temperature, runs.layer, runs.failure_rate, runs.cut_off_rate,
        runs.sweep, runs.cell_key, runs.draws_key, runs.activations_key, c.run_id, runs.finished
