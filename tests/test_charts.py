@@ -141,6 +141,13 @@ def test_fve_by_temperature_has_a_line_with_error_bars_per_k() -> None:
     assert only["encoding"]["color"]["scale"]["domain"] == [2, 16]
 
 
+def test_a_band_over_k_is_drawn_over_k_and_not_spoken_of_where_there_is_none() -> None:
+    banded = curves(band_low=0.1, band_high=0.6)
+    assert "Paler band" in json.dumps(charts.fve_by_k(banded).to_dict())
+    assert "Paler band" not in json.dumps(charts.fve_by_k(curves()).to_dict())
+    assert "Paler band" not in json.dumps(charts.fve_by_temperature(banded).to_dict())
+
+
 def test_fve_by_temperature_keeps_greedy_which_has_one_draw() -> None:
     table = pa.concat_tables([curves((0.0,), num_draws=1), curves()])
     line = next(u for u in layers(charts.fve_by_temperature(table)) if mark(u) == "line")

@@ -100,7 +100,9 @@ def fve_by_temperature(
     table = rows_of(table_of(source, CURVES, sweep), ("label", "k", "fve", "temperature"), _USED)
     rows = [r for r in table if r["temperature"] is not None]
     chosen = sorted(set(ks)) if ks is not None else _powers_of_four(rows)
-    rows = [{**r, "group": without_temperature(r["label"]), "few": _few(r)} for r in rows if r["k"] in chosen]
+    # It has error bars of single K: a band over K is not for it, and is not to be spoken of.
+    nothing = {"band_low": None, "band_high": None}
+    rows = [{**r, **nothing, "group": without_temperature(r["label"]), "few": _few(r)} for r in rows if r["k"] in chosen]
     if not rows:
         raise RequestError(f"no row of the table has a temperature and one of K = {list(chosen)}; name others with ks=")
     _refuse_ties(rows)
