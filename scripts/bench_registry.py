@@ -66,7 +66,7 @@ NUM_MODELS = 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5000)
-    parser.add_argument("--draws", type=int, default=10_000_000)
+    parser.add_argument("--draws", type=int, default=10_240_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--place", type=Path, help="where the files are made; a temporary directory without")
     parser.add_argument("--keep", type=Path, help="make the registry here, or use the one that is here, and leave it")
