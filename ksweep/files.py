@@ -154,6 +154,15 @@ def publish_once(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def json_names(folder: Path) -> set[str]:
+    """Names of the JSON files of a folder, without their ending; what is still being written begins with a dot."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return set()
+    return {name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")}
+
+
 LOCK_POLL_SECONDS = 0.05
 
 LEFTOVER_AGE = 3600.0

@@ -7,9 +7,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from ksweep import Cell, Sampling, Scoring, Sweep
 from ksweep.activations.fill import ensure
 from ksweep.autoencoder import nla
 from ksweep.autoencoder.decoding import as_vectors
@@ -17,6 +20,8 @@ from ksweep.keys import inspect_pair
 from ksweep.presets import demo_pair, held_out_passages
 
 LAYER = 20
+NATURAL_LIMIT = 64
+"""Tokens that a text of natural length may have."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -39,6 +44,22 @@ def held_out(count: int) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         table = ensure(held_out_passages(num_activations=count), LAYER, folder)
         return as_vectors(table.vectors(0, count))
+
+
+def demo_sweep(place: Path, num_activations: int, num_draws: int, num_replicates: int, **more: Any) -> Sweep:
+    """A sweep of the demo pair as a user has it, texts of natural length; `more` are its other fields."""
+    return Sweep(
+        name="bench",
+        cell=Cell(
+            autoencoder=demo_pair(),
+            activations=held_out_passages(num_activations=num_activations),
+            sampling=Sampling(num_draws=num_draws, max_new_tokens=NATURAL_LIMIT),
+            scoring=Scoring(num_replicates=num_replicates),
+        ),
+        registry=str(place / "registry"),
+        vector_cache=str(place / "vectors"),
+        **more,
+    )
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

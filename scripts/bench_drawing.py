@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from bench_common import alternate, held_out, load_pair, parser, rate, report
+from bench_common import NATURAL_LIMIT, alternate, held_out, load_pair, parser, rate, report
 from transformers import GenerationConfig
 
 from ksweep.autoencoder import slots
@@ -26,7 +26,6 @@ from ksweep.autoencoder.injection import scaled
 from ksweep.autoencoder.nla import NlaVerbalizer
 
 FIXED = 32
-NATURAL_LIMIT = 64
 TRIED = (16, 32, 64, 128, 256, 512)
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm")
 """Those of the model's weights; batched ones are attention's."""

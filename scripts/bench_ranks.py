@@ -20,12 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_common import parser, report, spread
-from bench_drawing import NATURAL_LIMIT
+from bench_common import demo_sweep, parser, report, spread
 
-from ksweep import Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
+from ksweep import Resources, Sweep, connect, sweep_main
 from ksweep.launch.job import all_jobs
-from ksweep.presets import demo_pair, held_out_passages
 
 
 def main() -> None:
@@ -57,17 +55,8 @@ def arguments() -> argparse.Namespace:
 
 
 def the_sweep(options: argparse.Namespace, place: Path) -> Sweep:
-    return Sweep(
-        name="bench",
-        cell=Cell(
-            autoencoder=demo_pair(),
-            activations=held_out_passages(num_activations=options.activations),
-            sampling=Sampling(num_draws=options.draws, max_new_tokens=NATURAL_LIMIT),
-            scoring=Scoring(num_replicates=50),
-        ),
-        resources=Resources(cluster="local", gpus=0, tasks=options.ranks),
-        registry=str(place / "registry"),
-        vector_cache=str(place / "vectors"),
+    return demo_sweep(
+        place, options.activations, options.draws, 50, resources=Resources(cluster="local", gpus=0, tasks=options.ranks)
     )
 
 

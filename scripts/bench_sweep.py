@@ -20,14 +20,14 @@ import time
 from pathlib import Path
 
 import torch
-from bench_common import held_out, load_pair, parser
-from bench_drawing import NATURAL_LIMIT, prompts
+from bench_common import NATURAL_LIMIT, demo_sweep, held_out, load_pair, parser
+from bench_drawing import prompts
 from bench_scoring import read_by_all_of_it
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ksweep import Cell, Sampling, Scoring, Sweep, connect, sweep_main
+from ksweep import Sweep, connect, sweep_main
 from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer
-from ksweep.presets import demo_model, demo_pair, held_out_passages
+from ksweep.presets import demo_model
 
 TEMPERATURES = (0.4, 0.8, 1.2)
 
@@ -67,18 +67,7 @@ def ks(options: argparse.Namespace) -> list[int]:
 
 
 def the_sweep(options: argparse.Namespace, place: Path) -> Sweep:
-    return Sweep(
-        name="bench",
-        cell=Cell(
-            autoencoder=demo_pair(),
-            activations=held_out_passages(num_activations=options.activations),
-            sampling=Sampling(num_draws=options.most_draws, max_new_tokens=NATURAL_LIMIT),
-            scoring=Scoring(num_replicates=2000),
-        ),
-        axes={"sampling.temperature": TEMPERATURES},
-        registry=str(place / "registry"),
-        vector_cache=str(place / "vectors"),
-    )
+    return demo_sweep(place, options.activations, options.most_draws, 2000, axes={"sampling.temperature": TEMPERATURES})
 
 
 def measure_ours(options: argparse.Namespace) -> tuple[float, float]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ksweep.files import publish_once
+from ksweep.files import json_names, publish_once
 from ksweep.registry.landing import LandingError
 
 FOLDER = "attempts"
@@ -78,11 +77,7 @@ def land(registry_root: Path | str, attempts: Sequence[Attempt]) -> None:
 
 def landed(registry_root: Path | str) -> set[str]:
     """Jobs that have been told; what is still being written begins with a dot."""
-    try:
-        names = os.listdir(Path(registry_root) / FOLDER)
-    except FileNotFoundError:
-        return set()
-    return {name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")}
+    return json_names(Path(registry_root) / FOLDER)
 
 
 def read(path: Path) -> list[Attempt]:

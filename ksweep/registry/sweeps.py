@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ksweep.files import publish_once
+from ksweep.files import json_names, publish_once
 from ksweep.identity import canonical_json, fingerprint
 from ksweep.registry.landing import LandingError
 
@@ -85,11 +84,7 @@ def land(registry_root: Path | str, asking: Asking) -> str:
 
 def landed(registry_root: Path | str) -> set[str]:
     """Ids that are there; what is still being written begins with a dot."""
-    try:
-        names = os.listdir(Path(registry_root) / FOLDER)
-    except FileNotFoundError:
-        return set()
-    return {name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")}
+    return json_names(Path(registry_root) / FOLDER)
 
 
 def number_of(name: str) -> int:
