@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CGROUP = Path("/sys/fs/cgroup")
+
+KEPT_BYTES = 256 * 2**20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -36,6 +40,14 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + kept
     known = [n for n in (_available(), _left_to_job()) if n is not None]
     return min(known) if device.type == "cpu" and known else None
+
+
+def keep_freed(device: torch.device) -> None:
+    """Let the C library keep what is freed, up to `KEPT_BYTES`, for the next use. Otherwise it maps and unmaps every tensor of
+    more than 32 MiB, and the kernel fills its pages with zeros each time: 15 of 105 ms of a product with 50 MB of logits."""
+    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def in_halves(run: Callable[[Sequence[T]], torch.Tensor], items: Sequence[T], device: torch.device) -> torch.Tensor:

@@ -6,21 +6,23 @@
 
 Three sides, in turn: ours; generate(inputs_embeds) as the reference sweep uses it, the K copies of one vector as a batch; and
 generate() over batches of any vectors, at the batch size that suits it best (tried first). Only useful tokens count: those up to
-and with a row's own stop token. "Fixed" makes every text 32 tokens long, "natural" lets each end where the AV ends it. Rates of
-generate() come from fewer activations than ours: its batches are alike and follow one another, so its rate does not depend on
-their number.
+and with a row's own stop token. "Fixed" makes every text 32 tokens long, "natural" lets each end where the AV ends it. Behind a
+longer prompt (`--prompt-tokens`; released pairs' have about 90) the demo's AV writes nonsense without end: there both sides end
+each draw where the AV ends the same draw behind its own prompt. Rates of generate() come from fewer activations than ours: its
+batches are alike and follow one another, so its rate does not depend on their number.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from bench_common import NATURAL_LIMIT, alternate, held_out, load_pair, parser, rate, report
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
-from ksweep.autoencoder import slots
+from ksweep.autoencoder import decoding, slots
 from ksweep.autoencoder.decoding import Request, draw
 from ksweep.autoencoder.injection import scaled
 from ksweep.autoencoder.nla import NlaVerbalizer
@@ -35,8 +37,11 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     av, _ = load_pair(options.dtype)
-    lengthen(av, options.prompt_tokens)
     vectors = held_out(options.activations)
+    if options.prompt_tokens > av.prompt_length:
+        if "natural" in options.lengths:
+            options.ends = natural_ends(av, vectors, max(options.draws), options)
+        lengthen(av, options.prompt_tokens)
     print(f"{options.threads} threads, {options.dtype}, prompt of {av.prompt_length} tokens, {options.temperature=}")
     if options.profile:
         profile(av, vectors, options)
@@ -56,16 +61,33 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--batch-size", type=int, default=None, help="ours; what memory allows without")
     options.add_argument("--generated", type=int, default=128, help="rows that generate() is timed over in a round, at least")
     options.add_argument("--profile", action="store_true")
+    options.set_defaults(ends=None)
     return options.parse_args()
 
 
+def natural_ends(av: NlaVerbalizer, vectors: torch.Tensor, k: int, options: argparse.Namespace) -> dict[tuple[int, int], int]:
+    """How many tokens each draw of each activation has behind the AV's own prompt."""
+    drawn = draw(
+        av, vectors, requests(len(vectors), k), temperature=options.temperature, max_new_tokens=NATURAL_LIMIT, seed=0
+    )
+    found = {(one.request.row, one.request.draw): len(one.token_ids) for one in drawn}
+    lengths = sorted(found.values())
+    print(f"natural lengths: mean {sum(lengths) / len(lengths):.1f}, median {lengths[len(lengths) // 2]}, largest {lengths[-1]}")
+    return found
+
+
+def requests(activations: int, k: int) -> list[Request]:
+    return [Request(row, row * 7919, i) for row in range(activations) for i in range(k)]
+
+
 def lengthen(av: NlaVerbalizer, to: int) -> None:
-    """Words before the prompt, for both sides. What is drawn then means nothing; use it with fixed lengths."""
+    """Words before the prompt, for both sides. What is drawn then means nothing."""
     words = av.tokenizer.encode("the quick brown fox jumps over the lazy dog " * to, add_special_tokens=False)
     more = tuple(words[: max(0, to - av.prompt_length)])
     av.prompt_ids = more + av.prompt_ids
     av.injection_position += len(more)
     av.prompt_length += len(more)
+    av._prefix = None  # it has run
 
 
 def compare(av: NlaVerbalizer, vectors: torch.Tensor, k: int, fixed: bool, options: argparse.Namespace) -> None:
@@ -83,40 +105,60 @@ def compare(av: NlaVerbalizer, vectors: torch.Tensor, k: int, fixed: bool, optio
 
 def ours(av: NlaVerbalizer, vectors: torch.Tensor, k: int, fixed: bool, options: argparse.Namespace) -> int:
     """Tokens drawn."""
-    requests = [Request(row, row * 7919, i) for row in range(len(vectors)) for i in range(k)]
-    stops, av.stop_token_ids = av.stop_token_ids, frozenset() if fixed else av.stop_token_ids
+    stops, av.stop_token_ids = av.stop_token_ids, frozenset() if fixed or options.ends else av.stop_token_ids
+    finish_of = decoding.finish_of
+    if options.ends and not fixed:
+        decoding.finish_of = lambda row, *_: (  # the sampler has no such option, and needs none
+            "length" if len(row.token_ids) >= options.ends[row.request.row, row.request.draw] else None
+        )
     try:
         drawn = draw(
-            av, vectors, requests, temperature=options.temperature, max_new_tokens=FIXED if fixed else NATURAL_LIMIT, seed=0,
-            batch_size=options.batch_size,
+            av, vectors, requests(len(vectors), k), temperature=options.temperature,
+            max_new_tokens=FIXED if fixed else NATURAL_LIMIT, seed=0, batch_size=options.batch_size,
         )  # fmt: skip
         return sum(len(one.token_ids) for one in drawn)
     finally:
-        av.stop_token_ids = stops
+        av.stop_token_ids, decoding.finish_of = stops, finish_of
+
+
+class Ends(StoppingCriteria):
+    """Each row at its own length."""
+
+    def __init__(self, lengths: torch.Tensor) -> None:
+        self.lengths = lengths
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids.shape[1] >= self.lengths
 
 
 @torch.inference_mode()
 def generated(av: NlaVerbalizer, vectors: torch.Tensor, k: int, batch_size: int, fixed: bool, options: argparse.Namespace) -> int:
     """Useful tokens of generate() over as many batches as hold `options.generated` rows."""
     stops = sorted(av.stop_token_ids)
+    ends: Mapping[tuple[int, int], int] | None = None if fixed else options.ends
     config = GenerationConfig(
         do_sample=True, temperature=options.temperature, max_new_tokens=FIXED if fixed else NATURAL_LIMIT, top_k=0,
-        eos_token_id=None if fixed else stops, pad_token_id=stops[0],
+        eos_token_id=None if fixed or ends else stops, pad_token_id=stops[0],
     )  # fmt: skip
     useful = done = 0
-    for rows in batches(len(vectors), k, batch_size):
+    for rows, draws in batches(len(vectors), k, batch_size):
         embedded = prompts(av, vectors[rows])
         mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
-        tokens = av.model.generate(inputs_embeds=embedded, attention_mask=mask, generation_config=config)
-        useful += sum(useful_tokens(row, frozenset() if fixed else av.stop_token_ids) for row in tokens.tolist())
+        lengths = [ends[one] for one in zip(rows.tolist(), draws.tolist(), strict=True)] if ends else []
+        tokens = av.model.generate(
+            inputs_embeds=embedded, attention_mask=mask, generation_config=config,
+            stopping_criteria=[Ends(torch.tensor(lengths))] if ends else [],
+        )  # fmt: skip
+        useful += sum(lengths) or sum(useful_tokens(row, frozenset() if fixed else av.stop_token_ids) for row in tokens.tolist())
         if (done := done + len(rows)) >= options.generated:
             break
     return useful
 
 
-def batches(activations: int, k: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Which vector each row of a batch is a copy of."""
-    yield from torch.split(torch.arange(activations).repeat_interleave(k), batch_size)
+def batches(activations: int, k: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Which vector each row of a batch is a copy of, and which of its draws it is."""
+    rows, draws = torch.arange(activations).repeat_interleave(k), torch.arange(k).repeat(activations)
+    yield from zip(torch.split(rows, batch_size), torch.split(draws, batch_size), strict=True)
 
 
 def prompts(av: NlaVerbalizer, vectors: torch.Tensor) -> torch.Tensor:
@@ -149,7 +191,7 @@ def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespac
 
     slots.AttentionInterface.register(slots.ATTENTION, watched)
     try:
-        work: Callable[[], int] = lambda: ours(av, vectors, 16, True, options)  # noqa: E731
+        work: Callable[[], int] = lambda: ours(av, vectors, options.draws[0], options.lengths[0] == "fixed", options)  # noqa: E731
         work()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             tokens = work()
@@ -165,7 +207,7 @@ def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespac
     print(f"all else {1 - (products + attention) / total:.1%}. By operation, those of attention among them:")
     for event in sorted(averages.values(), key=lambda event: -event.self_cpu_time_total)[:20]:
         print(f"  {event.key:<40}{event.self_cpu_time_total / 1e6 / total:6.1%}{event.count:8}")
-    ceiling(av, len(vectors) * 16, tokens, products)
+    ceiling(av, len(vectors) * options.draws[0], tokens, products)
 
 
 @torch.inference_mode()

@@ -126,6 +126,7 @@ def stream(
         if value is not None and value < 1:
             raise RequestError(f"{name}={value} must be at least 1")
     options = Options(top_p, max_new_tokens, should_stop or (lambda: False), on_step or (lambda _: None))
+    memory.keep_freed(verbalizer.model.device)
     fits = slots.fits(verbalizer.model, verbalizer.prompt_length + max_new_tokens)
     sampler = _draw_all if fits else draw_plainly
     most_rows = batch_size or MOST_ROWS

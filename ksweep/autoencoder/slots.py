@@ -6,7 +6,8 @@ A slot that is given up is filled by the last row, so that the rows alive always
 and nothing else. transformers' own cache appends by copying, holds the prompt once for every row, and its attention on one query
 is a product of a vector with a matrix for every head; here the queries of all rows meet the shared prompt in one matrix product,
 and those of one row that share a key head meet its slot in another. Measured on a CPU (512 rows, 9 heads over 3 key heads of 64,
-24 past tokens, bf16): 2.2 ms against 22 ms for a block.
+24 past tokens, bf16): 2.2 ms against 22 ms for a block. On a CPU with a C compiler the slots are read by a function of our own,
+see `compiled`; the one in torch is its oracle.
 
 The models themselves run unchanged: attention is a function registered with transformers' AttentionInterface, and what a block's
 cache hands it in the place of keys is a `Past`.
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
+
+from ksweep.autoencoder import compiled
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -46,6 +49,12 @@ class Past:
     values: Float[torch.Tensor, "row key_head token head_dim"]
     unused: Bool[torch.Tensor, "row token"]
     """Places behind a row's own length."""
+    reach: Int[torch.Tensor, " row"]
+    """Places up to and with a row's last token."""
+    longest: int
+    """Of them."""
+    compiled: bool
+    """Whether the compiled function reads it."""
 
 
 class SlotLayer:
@@ -57,8 +66,9 @@ class SlotLayer:
         """[slot, key_head, token, head_dim]"""
         self.values: torch.Tensor | None = None
         self._book = book
-        self._shared_keys = None if shared is None else _stored(shared[0][0].transpose(1, 2).contiguous())
-        self._shared_values = None if shared is None else _stored(shared[1][0].contiguous())
+        self._shared_keys = None if shared is None else _precise(shared[0][0].transpose(1, 2).contiguous())
+        self._shared_values = None if shared is None else _precise(shared[1][0].contiguous())
+        self._compiled = False
 
     def put(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The beginning of new rows in the slots from `first` on."""
@@ -72,6 +82,7 @@ class SlotLayer:
     def _make_room(self, keys: torch.Tensor, values: torch.Tensor, needed: int) -> None:
         """Room in every slot for that many tokens and some more; not for all that may come, most rows end early."""
         tokens = min(self._book.capacity, max(2 * needed, needed + 2 * LANES))
+        self._compiled = compiled.fits(keys)
         made = []
         for had, like in ((self.keys, keys), (self.values, values)):
             shape = (self._book.num_slots, like.shape[1], tokens, like.shape[3])
@@ -94,7 +105,7 @@ class SlotLayer:
         """Write one token of every row; what attention is to look at, twice: in the place of keys and of values."""
         assert self.keys is not None and self.values is not None
         book = self._book
-        lengths, rows, unused = book.on(self.keys.device)
+        lengths, rows, unused, reach = book.on(self.keys.device)
         n, width = len(key_states), book.width
         if width > self.keys.shape[2]:
             self._make_room(key_states, value_states, width)
@@ -105,13 +116,19 @@ class SlotLayer:
         else:
             self.keys[rows, :, lengths] = key_states[:, :, 0].to(self.keys.dtype)
             self.values[rows, :, lengths] = value_states[:, :, 0].to(self.values.dtype)
-        past = Past(self._shared_keys, self._shared_values, self.keys[:n, :, :width], self.values[:n, :, :width], unused)
+        keys, values = self.keys[:n, :, :width], self.values[:n, :, :width]
+        past = Past(self._shared_keys, self._shared_values, keys, values, unused, reach, book.longest + 1, self._compiled)
         return past, past
 
 
 def _stored(past: torch.Tensor) -> torch.Tensor:
-    """Keys or values in the precision that they are kept in: float32 on a CPU, whose bfloat16 products have bfloat16 results; on
-    scores that is an error of 3 % in a weight, which torch's fused attention does not make."""
+    """Keys or values in the precision that slots have: the model's own where the compiled function or a GPU reads them."""
+    return past if compiled.fits(past) else _precise(past)
+
+
+def _precise(past: torch.Tensor) -> torch.Tensor:
+    """In float32 on a CPU, whose bfloat16 products have bfloat16 results; on scores that is an error of 3 % in a weight, which
+    torch's fused attention does not make."""
     return past.float() if past.device.type == "cpu" else past
 
 
@@ -130,12 +147,14 @@ class _Book:
     """[row] 0, 1, 2, ...; None where all rows have the same length, and a slice does."""
     unused: Any = None
     """[row, place] bool: behind the row's last token."""
-    copies: dict[torch.device, tuple[Any, Any, Any]] = field(default_factory=dict)
+    reach: Any = None
+    """[row] int64: tokens in each row's slot once it has the new one."""
+    copies: dict[torch.device, tuple[Any, Any, Any, Any]] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> tuple[Any, Any, Any]:
-        """Lengths, rows and unused places for the blocks of a device."""
+    def on(self, device: torch.device) -> tuple[Any, Any, Any, Any]:
+        """Lengths, rows, unused places and reaches for the blocks of a device."""
         if device not in self.copies:
-            tensors = (self.lengths, self.rows, self.unused)
+            tensors = (self.lengths, self.rows, self.unused, self.reach)
             self.copies[device] = tuple(t if t is None else t.to(device) for t in tensors)  # type: ignore[assignment]
         return self.copies[device]
 
@@ -206,6 +225,7 @@ class SlotCache:
         book.rows = None if even else torch.arange(n, device=device)
         book.width = -(-(book.longest + 1 + book.shared) // LANES) * LANES - book.shared
         book.unused = torch.arange(book.width, device=device) > book.lengths[:, None]
+        book.reach = book.lengths + 1
         book.copies.clear()
         positions: torch.Tensor = book.lengths + book.shared
         return positions[:, None]
@@ -228,13 +248,20 @@ def attend(
     """Attention of one query a row over a `Past`; scores and softmax in float32 as the models' own functions have them."""
     past: Past = key
     n, heads, _, width = query.shape
+    scaling = width**-0.5 if scaling is None else scaling
+    if past.compiled:
+        out = compiled.attend(
+            query[:, :, 0], past.keys, past.values, past.reach, past.longest, past.shared_keys, past.shared_values,
+            scaling=scaling, softcap=softcap,
+        )  # fmt: skip
+        return out[:, None], None
     key_heads, length = past.keys.shape[1:3]
     group = heads // key_heads
     grouped = query.reshape(n * key_heads, group, width)
     own = torch.bmm(grouped.to(past.keys.dtype), past.keys.flatten(0, 1).transpose(1, 2)).view(n, key_heads, group, length)
     shared = _shared_scores(query, past, group)
     scores = (own if shared is None else torch.cat([shared, own], dim=-1)).float()
-    scores *= width**-0.5 if scaling is None else scaling
+    scores *= scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores[..., -length:].masked_fill_(past.unused[:, None, None], float("-inf"))
@@ -290,7 +317,11 @@ def fits(model: Any, length: int) -> bool:
 def numerics(model: Any, length: int) -> dict[str, str]:
     """How a model is computed, for the record: attention of prompts and of single tokens, and whether float32 is TF32."""
     prompts = str(model.get_decoder().config.get_text_config()._attn_implementation)
-    attention = f"{prompts}, {ATTENTION} while decoding" if fits(model, length) else prompts
+    parameter = next(model.parameters())
+    config = model.get_decoder().config.get_text_config()
+    head = parameter.new_empty(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    slots = f"{ATTENTION} (compiled)" if compiled.fits(head) else ATTENTION
+    attention = f"{prompts}, {slots} while decoding" if fits(model, length) else prompts
     return {"attention": attention, "tf32": "on" if torch.backends.cuda.matmul.allow_tf32 else "off"}
 
 
