@@ -67,9 +67,7 @@ def arguments() -> argparse.Namespace:
 
 def natural_ends(av: NlaVerbalizer, vectors: torch.Tensor, k: int, options: argparse.Namespace) -> dict[tuple[int, int], int]:
     """How many tokens each draw of each activation has behind the AV's own prompt."""
-    drawn = draw(
-        av, vectors, requests(len(vectors), k), temperature=options.temperature, max_new_tokens=NATURAL_LIMIT, seed=0
-    )
+    drawn = draw(av, vectors, requests(len(vectors), k), temperature=options.temperature, max_new_tokens=NATURAL_LIMIT, seed=0)
     found = {(one.request.row, one.request.draw): len(one.token_ids) for one in drawn}
     lengths = sorted(found.values())
     print(f"natural lengths: mean {sum(lengths) / len(lengths):.1f}, median {lengths[len(lengths) // 2]}, largest {lengths[-1]}")
@@ -107,7 +105,7 @@ def ours(av: NlaVerbalizer, vectors: torch.Tensor, k: int, fixed: bool, options:
     """Tokens drawn."""
     stops, av.stop_token_ids = av.stop_token_ids, frozenset() if fixed or options.ends else av.stop_token_ids
     finish_of = decoding.finish_of
-    if options.ends and not fixed:
+    if not fixed and options.ends:
         decoding.finish_of = lambda row, *_: (  # the sampler has no such option, and needs none
             "length" if len(row.token_ids) >= options.ends[row.request.row, row.request.draw] else None
         )

@@ -23,6 +23,7 @@ from ksweep import memory
 from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.activations.roles import Role, detect_template, token_roles
 from ksweep.activations.units import STORED_DTYPES
+from ksweep.batches import length_batches
 from ksweep.errors import CheckpointError, RequestError
 from ksweep.files import MODEL_LOADING, resolve
 from ksweep.placement import Devices, as_devices, placed
@@ -180,18 +181,6 @@ class BlockReader:
         tail = self.tokenizer.decode(token_ids[max(0, position + 1 - WINDOW_TOKENS) : position + 1], skip_special_tokens=True)
         # Decoding may start in the middle of a character.
         return str(tail).lstrip("\N{REPLACEMENT CHARACTER}")[-WINDOW_CHARACTERS:]
-
-
-def length_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Rows in batches of similar length, longest first, of at most `most_tokens` padded tokens; empty rows are left out."""
-    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= most_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 def _on_its_way(vectors: torch.Tensor) -> torch.Tensor:

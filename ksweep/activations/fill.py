@@ -25,8 +25,8 @@ from ksweep.spec import Activations
 
 log = logging.getLogger(__name__)
 
-EXTRACTOR_VERSION = 2
-"""Raised whenever the same request would give other vectors, other positions or other provenance (2: roles)."""
+EXTRACTOR_VERSION = 3
+"""Raised whenever the same request would give other vectors, other positions or other provenance (2: roles; 3: other batches)."""
 
 PATIENCE = 900.0
 """Seconds without news after which a waiting rank computes a missing unit itself."""

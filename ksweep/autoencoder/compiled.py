@@ -87,9 +87,7 @@ def attend(
     """
     loaded = library()
     assert loaded is not None, "no compiled attention: ask `fits` first"
-    return _attend(
-        loaded, query, keys, values, lengths, longest, shared_keys, shared_values, scaling=scaling, softcap=softcap
-    )
+    return _attend(loaded, query, keys, values, lengths, longest, shared_keys, shared_values, scaling=scaling, softcap=softcap)
 
 
 def _attend(

@@ -24,6 +24,7 @@ from ksweep.autoencoder.loading import load_backbone, load_causal_lm, load_head,
 from ksweep.autoencoder.prompts import ArPrompts, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.autoencoder.slots import repeated
+from ksweep.batches import length_batches
 from ksweep.errors import CheckpointError
 from ksweep.placement import Devices, as_devices
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 16_384
-"""Padded tokens that an AR reads at once, template included."""
+"""Padded tokens that an AR reads at once, without what its template has before the text."""
 
 DIFFERENCE = 1e-4
 """Least change of the logits, as a share of the largest, that opposite vectors must make; the fixtures' AVs change by half."""
@@ -239,12 +240,9 @@ class NlaReconstructor:
         common = list(self.prompts.common)
         begin = [bool(common) and list(row[: len(common)]) == common for row in ids]
         for shared in (True, False):
-            order = sorted((i for i in range(len(ids)) if begin[i] is shared), key=lambda i: len(ids[i]))
-            while order:
-                longest = len(ids[order[min(batch_size, len(order)) - 1]])
-                size = max(1, min(batch_size, BATCH_TOKENS // longest))
-                yield order[:size], self._template() if shared else None
-                order = order[size:]
+            lengths = [len(row) - len(common) * shared if begins is shared else 0 for row, begins in zip(ids, begin, strict=True)]
+            for batch in length_batches(lengths, BATCH_TOKENS, batch_size):
+                yield batch, self._template() if shared else None
 
     @torch.inference_mode()
     def _template(self) -> Any:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from ksweep.activations import ensure
-from ksweep.activations.extract import BlockReader, length_batches
+from ksweep.activations.extract import BlockReader
 from ksweep.activations.units import to_float32
 from ksweep.errors import CheckpointError, DataError, RequestError
 from tests.activations.helpers import passages, spec, write_jsonl
@@ -177,16 +177,9 @@ def test_bfloat16_batch_against_single_differs_by_rounding_only(base: Path) -> N
     assert relative(together, alone) < 0.02
 
 
-def test_length_batches_hold_every_row_once_within_the_limit() -> None:
-    lengths = [int(n) for n in np.random.default_rng(0).integers(0, 90, size=200)]
-    batches = length_batches(lengths, 256)
-    assert sorted(i for batch in batches for i in batch) == [i for i, n in enumerate(lengths) if n]
-    assert all(max(lengths[i] for i in batch) * len(batch) <= 256 for batch in batches)
-
-
 def test_a_batch_that_memory_does_not_suffice_for_is_run_in_halves(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = BlockReader(str(base), 1, "float32")
-    ids = reader.tokenize(passages(12), 64)
+    ids = reader.tokenize(passages(12), 8)  # of one length, so that they are one batch
     positions = [[len(row) - 1, *range(row_number % 3)] for row_number, row in enumerate(ids)]
     expected, whole, sizes = reader.vectors(ids, positions), reader.outputs, list[int]()
 

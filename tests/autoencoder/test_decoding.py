@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ksweep import memory
-from ksweep.autoencoder import noise, slots
+from ksweep.autoencoder import compiled, noise, slots
 from ksweep.autoencoder.decoding import REFILL_SHARE, Order, Request, draw, stream
 from ksweep.autoencoder.plain import LIVE_SHARE
 from ksweep.autoencoder.protocol import Prefill
@@ -115,12 +115,18 @@ def models():
     return built
 
 
-@pytest.fixture(scope="module", params=["slots", "plain"], autouse=True)
+IN_TORCH = "slots in torch"
+
+
+@pytest.fixture(scope="module", params=["slots", IN_TORCH, "plain"], autouse=True)
 def sampler(request):
-    """Everything is tried with both samplers; what cannot lie in slots is drawn plainly by both."""
+    """Everything is tried with all samplers; what cannot lie in slots is drawn plainly by each. "slots" are read by the compiled
+    function where there is a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
             patch.setattr(slots, "fits", lambda model, length: False)
+        if request.param == IN_TORCH:
+            patch.setattr(compiled, "fits", lambda like: False)
         yield request.param
 
 
@@ -290,7 +296,7 @@ def test_rows_that_ended_leave_the_batch(verbalizer, sampler):
     assert all(share * r <= n <= r for n, r in zip(live, rows, strict=True))
 
 
-@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
 def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler):
     rows, drawn = rows_of_each_step(verbalizer, requests_for(range(6), range(20)), batch_size=16)
     assert max(rows) == 16
@@ -321,7 +327,7 @@ def test_orders_in_one_stream_give_the_draws_of_each_by_itself(verbalizer, batch
     assert len(drawn) == sum(len(order.requests) for order in orders_of(temperatures))
 
 
-@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
 def test_an_order_is_asked_for_when_rows_would_stay_idle_and_not_before(verbalizer, sampler):
     taken, seen = [], []
     drawn = stream(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, batch_size=16)
@@ -350,7 +356,7 @@ def test_no_more_rows_are_made_than_draws_are_expected(verbalizer):
     assert taken == [0], "the next order of 20 draws is left to who has none"
 
 
-@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
 @pytest.mark.parametrize("family", IN_SLOTS)
 @pytest.mark.parametrize(("temperature", "top_p", "batch_size"), [(0.0, 1.0, 7), (1.0, 1.0, 3), (0.8, 0.9, 7), (1.2, 1.0, 64)])
 def test_slots_give_the_draws_of_the_plain_sampler(models, monkeypatch, sampler, family, temperature, top_p, batch_size):
@@ -421,7 +427,7 @@ def test_out_of_memory_in_a_stream_takes_no_draw_of_any_order_twice(models):
     assert drawn == reference
 
 
-@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
 def test_rows_at_once_are_as_many_as_free_memory_holds_unless_their_number_is_given(models, monkeypatch, sampler):
     own, heads, width, blocks, tokens = len(PROMPT) - MARKER, 2, 8, 4, 20
     row = 2 * 4 * heads * width * blocks * (own + tokens) + 4 * VOCABULARY  # keys, values, float32; its prompt's logits

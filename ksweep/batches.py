@@ -1,0 +1,36 @@
+"""Rows of a forward pass: of similar length, so that little is padding, and not too few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+BATCH_COST = 64
+"""What a batch costs beside its tokens, in tokens. Measured on 2 cores with 21 blocks of 576: launching its operations takes as
+long as 10 more tokens, and products with 64 tokens run at 3/4 of the speed of those with 512. Larger models and GPUs differ, but
+the best cuts hardly do."""
+
+
+def length_batches(lengths: Sequence[int], most_tokens: int, most_rows: int | None = None) -> list[list[int]]:
+    """Indices of rows in batches, longest first, so that padded tokens plus `BATCH_COST` a batch are as few as can be.
+
+    Rows of length 0 are left out. A batch has at most `most_rows` rows and `most_tokens` padded tokens, a single row perhaps
+    more. The same lengths give the same batches, on any machine.
+    """
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
+    ordered = np.array([lengths[i] for i in order], dtype=np.int64)
+    # cost[i]: of the first i rows in their best batches, the last of which begins at row begin[i] with its longest.
+    cost, begin = np.zeros(len(order) + 1, dtype=np.int64), np.zeros(len(order) + 1, dtype=np.int64)
+    for end in range(1, len(order) + 1):
+        first = np.arange(max(0, end - (most_rows or end)), end)
+        padded = (end - first) * ordered[first]
+        allowed = (padded <= most_tokens) | (first == end - 1)
+        total = np.where(allowed, cost[first] + padded + BATCH_COST, np.iinfo(np.int64).max)
+        best = int(total.argmin())
+        cost[end], begin[end] = total[best], first[best]
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[begin[end] : end])
+        end = int(begin[end])
+    return batches[::-1]

@@ -1,0 +1,190 @@
+"""The compiled attention against torch's, and what happens where it cannot be had."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ksweep.autoencoder import compiled, slots
+
+COMPILER = next((name for name in ("cc", "gcc") if shutil.which(name)), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler (cc or gcc) here")
+
+LENGTHS = [1, 40, 7, 33, 40, 2, 19]
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Nothing compiled or loaded yet; where it would go."""
+    monkeypatch.setenv("KSWEEP_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    compiled.library.cache_clear()
+    yield tmp_path / "home" / "compiled"
+    compiled.library.cache_clear()
+
+
+def random_past(lengths: list[int], key_heads: int, head_dim: int, shared: int, dtype: torch.dtype, seed: int = 0) -> slots.Past:
+    """Slots with more places than any row uses; what lies in those is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    reach = torch.tensor(lengths)
+    shape = (len(lengths), key_heads, max(lengths) + 5, head_dim)
+    keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    unused = torch.arange(shape[2]) >= reach[:, None]
+    for array in (keys, values):
+        array.masked_fill_(unused[:, None, :, None], float("nan"))
+    common = [torch.randn(key_heads, shared, head_dim, generator=generator).to(dtype).float() for _ in range(2)]
+    return slots.Past(
+        common[0].transpose(1, 2).contiguous() if shared else None, common[1] if shared else None,
+        keys, values, unused, reach, max(lengths), compiled=True,
+    )  # fmt: skip
+
+
+def in_torch(past: slots.Past) -> slots.Past:
+    """The same for torch's functions: float32, and 0 in the places not used (0 times NaN is NaN)."""
+    keys, values = (torch.nan_to_num(array.float()) for array in (past.keys, past.values))
+    return replace(past, keys=keys, values=values, compiled=False)
+
+
+def attended(past: slots.Past, query: torch.Tensor, **options: Any) -> torch.Tensor:
+    out, _ = slots.attend(None, query, past, past, None, **options)
+    return out
+
+
+def queries(rows: int, heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return (2 * torch.randn(rows, heads, 1, head_dim, generator=torch.Generator().manual_seed(9))).to(dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 8), (9, 3, 64), (8, 2, 128), (4, 1, 256), (6, 2, 20)])
+@pytest.mark.parametrize("shared", [0, 1, 73])
+@pytest.mark.parametrize("options", [{}, {"scaling": 0.3, "softcap": 2.0}])
+def test_it_gives_what_torch_gives(
+    dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, shared: int, options: dict[str, float]
+) -> None:
+    past = random_past(LENGTHS, key_heads, head_dim, shared, dtype)
+    assert compiled.fits(past.keys), "there is a compiler, and what it made passed its trial"
+    query = queries(len(LENGTHS), heads, head_dim, dtype)
+    ours, oracle = attended(past, query, **options), attended(in_torch(past), query.float(), **options)
+    assert ours.dtype == dtype and ours.shape == oracle.shape
+    # bfloat16 values have 8 bits; before the last rounding the two differ as in float32.
+    bound = {"rtol": 2.0**-8, "atol": 1e-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-6}
+    torch.testing.assert_close(ours.float(), oracle, **bound)
+
+
+@needs_compiler
+def test_a_row_does_not_depend_on_its_neighbours_to_the_last_bit() -> None:
+    past = random_past(LENGTHS, 3, 64, 0, torch.bfloat16)
+    query = queries(len(LENGTHS), 9, 64, torch.bfloat16)
+    together = attended(past, query)
+    for row, length in enumerate(LENGTHS):
+        one = slice(row, row + 1)
+        alone = replace(past, keys=past.keys[one], values=past.values[one], reach=past.reach[one], longest=length)
+        assert torch.equal(attended(alone, query[one]), together[one])
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+    past, query = random_past(LENGTHS, 3, 64, 11, torch.bfloat16), queries(len(LENGTHS), 9, 64, torch.bfloat16)
+    expected, before = attended(past, query), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(attended(past, query), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_far_apart_scores_neither_overflow_nor_vanish() -> None:
+    past = random_past(LENGTHS, 3, 64, 11, torch.float32)
+    query = 200 * queries(len(LENGTHS), 9, 64, torch.float32)
+    torch.testing.assert_close(attended(past, query), attended(in_torch(past), query), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(poison: float) -> None:
+    past, query = random_past(LENGTHS, 3, 64, 11, torch.float32), queries(len(LENGTHS), 9, 64, torch.float32)
+    query[2, 4, 0, 7] = poison
+    out = attended(past, query)
+    assert not out[2, 0, 4].isfinite().any()
+    assert out[[0, 1, 3, 4, 5, 6]].isfinite().all(), "the other rows are not touched"
+
+
+@needs_compiler
+def test_ranks_that_start_together_share_one_file(fresh: Path) -> None:
+    code = "from ksweep.autoencoder import compiled; assert compiled.library() is not None"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda _: subprocess.run([sys.executable, "-c", code], env=os.environ), range(3)))
+    assert [one.returncode for one in done] == [0, 0, 0]
+    assert len(list(fresh.iterdir())) == 1, "and leave nothing else behind"
+
+
+@needs_compiler
+def test_another_compiler_or_processor_has_a_file_of_its_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled.library() is not None
+    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    compiled.library.cache_clear()
+    assert compiled.library() is not None
+    assert len(list(fresh.iterdir())) == 2
+
+
+@needs_compiler
+def test_a_home_that_cannot_be_written_to_is_no_hindrance(fresh: Path) -> None:
+    fresh.parent.mkdir()
+    fresh.write_text("in the way")
+    assert compiled.library() is not None
+
+
+def test_without_a_compiler_torch_does_it(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(fresh))
+    assert compiled.library() is None and not compiled.fits(torch.zeros(1, 64))
+
+
+def test_it_can_be_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert compiled.library() is None
+
+
+def test_a_compiler_that_fails_is_told_of_once(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken-cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no OpenMP here" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with caplog.at_level(logging.WARNING):
+        assert compiled.library() is None and compiled.library() is None
+    [said] = caplog.messages
+    assert "broken-cc" in said and "no OpenMP here" in said and "torch's own" in said
+    assert not list(fresh.iterdir())
+
+
+@needs_compiler
+def test_a_compiler_that_makes_something_else_of_it_is_not_trusted(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "attention.c"
+    wrong.write_text(compiled.SOURCE.read_text().replace("float share = 1.0f /", "float share = 1.01f /"))
+    monkeypatch.setattr(compiled, "SOURCE", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert compiled.library() is None
+    assert "wrong by" in caplog.text
+
+
+def test_what_it_does_not_know_is_left_to_torch() -> None:
+    for like in (torch.zeros(1, 64, dtype=torch.float16), torch.zeros(1, 1024), torch.zeros(1, 64, device="meta")):
+        assert not compiled.fits(like)
