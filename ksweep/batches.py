@@ -15,15 +15,18 @@ the best cuts hardly do."""
 def length_batches(lengths: Sequence[int], most_tokens: int, most_rows: int | None = None) -> list[list[int]]:
     """Indices of rows in batches, longest first, so that padded tokens plus `BATCH_COST` a batch are as few as can be.
 
-    Rows of length 0 are left out. A batch has at most `most_rows` rows and `most_tokens` padded tokens, a single row perhaps
-    more. The same lengths give the same batches, on any machine.
+    Rows of length 0 are left out. A batch has at most `most_rows` rows (at least 1) and `most_tokens` padded tokens, a single row
+    perhaps more. The same lengths give the same batches, on any machine.
     """
+    most_rows = len(lengths) if most_rows is None else max(1, most_rows)
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
     ordered = np.array([lengths[i] for i in order], dtype=np.int64)
     # cost[i]: of the first i rows in their best batches, the last of which begins at row begin[i] with its longest.
     cost, begin = np.zeros(len(order) + 1, dtype=np.int64), np.zeros(len(order) + 1, dtype=np.int64)
     for end in range(1, len(order) + 1):
-        first = np.arange(max(0, end - (most_rows or end)), end)
+        # Every row of a batch is as long as its last one, at least.
+        rows = max(1, min(most_rows, most_tokens // int(ordered[end - 1]), end))
+        first = np.arange(end - rows, end)
         padded = (end - first) * ordered[first]
         allowed = (padded <= most_tokens) | (first == end - 1)
         total = np.where(allowed, cost[first] + padded + BATCH_COST, np.iinfo(np.int64).max)

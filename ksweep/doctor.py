@@ -202,6 +202,6 @@ def _engine() -> Iterator[Finding]:
         began = time.perf_counter()
         found = failures(device)
         said = "; ".join(found) or "greedy equals plain decoding, draws do not depend on the batch, vectors arrive"
-        if device == "cpu" and compiled.library() is None:
-            said += "; a C compiler (cc) would make drawing on a CPU a tenth to a fifth faster"
+        if device == "cpu":
+            said += "; attention is compiled" if compiled.library() else f"; attention is torch's: {compiled.why_not()}"
         yield Finding(f"engine on {device}", "bad" if found else "ok", f"{said} ({time.perf_counter() - began:.1f} s)")

@@ -43,7 +43,7 @@ swapped (weights are then never tied again in this process; seen with transforme
 
 
 def home() -> Path:
-    """Where downloads and remembered digests are kept: $KSWEEP_HOME, or ~/.cache/ksweep."""
+    """Where downloads, remembered digests and what was compiled are kept: $KSWEEP_HOME, or ~/.cache/ksweep."""
     return Path(os.environ.get("KSWEEP_HOME") or Path.home() / ".cache" / "ksweep")
 
 

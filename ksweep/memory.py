@@ -28,9 +28,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Give back what torch keeps for later, so that it can be had in pieces of another size."""
+    """Give back what torch or the C library keeps for later, so that it can be had in pieces of another size."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -42,12 +44,17 @@ def free_bytes(device: torch.device) -> int | None:
     return min(known) if device.type == "cpu" and known else None
 
 
-def keep_freed(device: torch.device) -> None:
-    """Let the C library keep what is freed, up to `KEPT_BYTES`, for the next use. Otherwise it maps and unmaps every tensor of
-    more than 32 MiB, and the kernel fills its pages with zeros each time: 15 of 105 ms of a product with 50 MB of logits."""
-    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
+def keep_freed(device: torch.device) -> bool:
+    """Let the C library keep what is freed of tensors up to `KEPT_BYTES` for their next use; whether it does.
+
+    Otherwise it maps and unmaps every tensor of more than 32 MiB, and the kernel fills its pages with zeros each time: 15 of 105
+    ms of a product with 50 MB of logits. `release` gives back what is kept. glibc before 2.35 refuses (32 MiB is the most).
+    """
+    libc = ctypes.CDLL(None)
+    if device.type != "cpu" or not hasattr(libc, "mallopt"):
+        return False
+    # In this order: any call that succeeds stops glibc from finding its own thresholds.
+    return bool(libc.mallopt(_MMAP_THRESHOLD, KEPT_BYTES) and libc.mallopt(_TRIM_THRESHOLD, KEPT_BYTES))
 
 
 def in_halves(run: Callable[[Sequence[T]], torch.Tensor], items: Sequence[T], device: torch.device) -> torch.Tensor:

@@ -40,7 +40,7 @@ def main() -> None:
     vectors = held_out(options.activations)
     if options.prompt_tokens > av.prompt_length:
         if "natural" in options.lengths:
-            options.ends = natural_ends(av, vectors, max(options.draws), options)
+            options.ends = natural_ends(av, vectors, max(16, *options.draws), options)  # 16 is where the best batch is sought
         lengthen(av, options.prompt_tokens)
     print(f"{options.threads} threads, {options.dtype}, prompt of {av.prompt_length} tokens, {options.temperature=}")
     if options.profile:

@@ -48,3 +48,4 @@ def test_a_row_longer_than_the_limit_goes_alone() -> None:
 def test_rows_of_one_length_are_not_cut() -> None:
     assert length_batches([7] * 50, most_tokens=10_000) == [list(range(50))]
     assert length_batches([], most_tokens=10) == []
+    assert length_batches([3, 2], most_tokens=10, most_rows=0) == [[0], [1]]

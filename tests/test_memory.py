@@ -1,8 +1,12 @@
 """Running out of memory, and how much there is."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import ClassVar
 
+import psutil
 import pytest
 import torch
 
@@ -71,3 +75,55 @@ def test_a_control_group_and_those_around_it_limit_what_is_free(tmp_path, monkey
     assert memory.free_bytes(CPU) == 2000
     (group / "memory.max").write_text("max\n")
     assert memory.free_bytes(CPU) > 1 << 20
+
+
+FAULTS = """
+import resource, torch
+from ksweep import memory
+kept = memory.keep_freed(torch.device("cpu")) if {keep} else False
+for _ in range(3):
+    torch.ones(60 * 2**20, dtype=torch.int8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(60 * 2**20, dtype=torch.int8)
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(keep: bool) -> tuple[bool, int]:
+    done = subprocess.run([sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, text=True, check=True)
+    kept, count = map(int, done.stdout.split())
+    return bool(kept), count
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library that is asked is glibc")
+def test_what_is_freed_is_kept_for_the_next_use() -> None:
+    kept, count = faults(keep=True)
+    if not kept:
+        pytest.skip("this C library does not let itself be asked (glibc before 2.35, or another)")
+    assert count < faults(keep=False)[1] / 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library that is asked is glibc")
+def test_kept_memory_is_given_back() -> None:
+    memory.keep_freed(torch.device("cpu"))
+    blocks = [torch.ones(60 * 2**20, dtype=torch.int8) for _ in range(10)]
+    pin = torch.ones(2 * 2**20, dtype=torch.int8)  # above them in the heap: nothing below it is trimmed by itself
+    used = psutil.Process().memory_info().rss
+    blocks.clear()
+    memory.release(torch.device("cpu"))
+    assert psutil.Process().memory_info().rss < used - 500 * 2**20
+    assert pin.sum() == len(pin)
+
+
+def test_where_the_c_library_refuses_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        asked: ClassVar[list[int]] = []
+
+        def mallopt(self, parameter: int, value: int) -> int:
+            self.asked.append(parameter)
+            return 0
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Refusing())
+    assert not memory.keep_freed(torch.device("cpu"))
+    assert Refusing.asked == [memory._MMAP_THRESHOLD], "the second would have stopped glibc from finding its own"

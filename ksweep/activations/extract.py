@@ -164,8 +164,7 @@ class BlockReader:
         del self.decoder, self.block
         if self.spread:
             gc.collect()  # such a model holds itself in cycles; any other is gone by now, and a collection takes 0.25 s
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        memory.release(self.device)
 
     def roles(self, token_ids: Sequence[int], pad_id: int | None = None) -> list[Role] | None:
         """Whose token each is, read off the whole row; None where the tokenizer has no chat template's tokens."""

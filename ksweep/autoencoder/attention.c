@@ -1,6 +1,7 @@
-/* Attention of one query a row over the row's own slot and what all rows share, on a CPU; see compiled.py.
+/* Attention of one query a row over the row's own slot, its softmax taken together with the scores of what all rows share;
+   products with the shared part are torch's, before and after. See compiled.py.
 
-   A row's numbers depend on nothing but its own query, slot and length: sums run in the same order in any batch.
+   A row's numbers depend on nothing but its own query, slot, length and shared scores: sums run in the same order in any batch.
    Keys and values are bfloat16 or float32, everything else is float32. */
 
 #include <math.h>
@@ -35,7 +36,8 @@ ALWAYS float stored(const void *array, int64_t i, int bfloat16) {
 
 ALWAYS const void *element(const void *array, int64_t i, int bfloat16) { return (const char *)array + i * (bfloat16 ? 2 : 4); }
 
-/* Both of a row's arrays begin on pages of their own, which the hardware does not read ahead across: 1.6 times as fast with this. */
+/* What is read of a slot are a few KB with gaps between them, too short for the hardware to read ahead: 1.6 times as fast with
+   this. */
 ALWAYS void soon(const void *array, int64_t i, int64_t head_dim, int bfloat16) {
     for (int64_t d = 0; d < head_dim; d += bfloat16 ? 32 : 16) __builtin_prefetch(element(array, i + d, bfloat16));
 }

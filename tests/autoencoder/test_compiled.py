@@ -24,14 +24,20 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C comp
 LENGTHS = [1, 40, 7, 33, 40, 2, 19]
 
 
+@pytest.fixture(autouse=True)
+def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever the tests are run with."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    compiled._found.cache_clear()
+    yield
+    compiled._found.cache_clear()
+
+
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Nothing compiled or loaded yet; where it would go."""
     monkeypatch.setenv("KSWEEP_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv(compiled.SWITCH, raising=False)
-    compiled.library.cache_clear()
-    yield tmp_path / "home" / "compiled"
-    compiled.library.cache_clear()
+    return tmp_path / "home" / "compiled"
 
 
 def random_past(lengths: list[int], key_heads: int, head_dim: int, shared: int, dtype: torch.dtype, seed: int = 0) -> slots.Past:
@@ -84,7 +90,7 @@ def test_it_gives_what_torch_gives(
 
 
 @needs_compiler
-def test_a_row_does_not_depend_on_its_neighbours_to_the_last_bit() -> None:
+def test_without_a_shared_part_a_row_does_not_depend_on_its_neighbours_to_the_last_bit() -> None:
     past = random_past(LENGTHS, 3, 64, 0, torch.bfloat16)
     query = queries(len(LENGTHS), 9, 64, torch.bfloat16)
     together = attended(past, query)
@@ -136,7 +142,7 @@ def test_ranks_that_start_together_share_one_file(fresh: Path) -> None:
 def test_another_compiler_or_processor_has_a_file_of_its_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.library() is not None
     monkeypatch.setattr(compiled, "_processor", lambda: "another")
-    compiled.library.cache_clear()
+    compiled._found.cache_clear()
     assert compiled.library() is not None
     assert len(list(fresh.iterdir())) == 2
 
@@ -152,37 +158,120 @@ def test_without_a_compiler_torch_does_it(fresh: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(fresh))
     assert compiled.library() is None and not compiled.fits(torch.zeros(1, 64))
+    assert "no C compiler" in compiled.why_not()
 
 
 def test_it_can_be_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(compiled.SWITCH, "0")
-    assert compiled.library() is None
+    assert compiled.library() is None and "KSWEEP_COMPILED=0" in compiled.why_not()
+
+
+def broken_compiler(tmp_path: Path) -> str:
+    broken = tmp_path / "broken-cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no OpenMP here" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    return str(broken)
 
 
 def test_a_compiler_that_fails_is_told_of_once(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken-cc"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no OpenMP here" >&2\nexit 1\n')
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("CC", broken_compiler(tmp_path))
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING):
         assert compiled.library() is None and compiled.library() is None
     [said] = caplog.messages
-    assert "broken-cc" in said and "no OpenMP here" in said and "torch's own" in said
-    assert not list(fresh.iterdir())
+    assert "broken-cc" in said and "no OpenMP here" in said and said.count("broken-cc") == 1
+    assert not fresh.exists()
 
 
 @needs_compiler
-def test_a_compiler_that_makes_something_else_of_it_is_not_trusted(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+@pytest.mark.parametrize("useless", ["broken", "no-such-compiler-anywhere", "gcc 'unclosed"])
+def test_after_a_useless_cc_the_usual_compilers_are_tried(
+    useless: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    wrong = tmp_path / "attention.c"
-    wrong.write_text(compiled.SOURCE.read_text().replace("float share = 1.0f /", "float share = 1.01f /"))
-    monkeypatch.setattr(compiled, "SOURCE", wrong)
+    monkeypatch.setenv("CC", broken_compiler(tmp_path) if useless == "broken" else useless)
+    assert compiled.library() is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("float share = 1.0f /", "float share = 1.01f /"),
+        ("ATTEND(128, 1);", "ATTEND(127, 1);"),
+        ("tanhf(scores[t] / softcap)", "tanhf(scores[t])"),
+        ("<< 16", "<< 15"),
+    ],
+)
+def test_a_library_that_computes_something_else_is_not_used(
+    right: str, wrong: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    source = compiled.SOURCE.read_text()
+    assert right in source
+    spoilt = tmp_path / "attention.c"
+    spoilt.write_text(source.replace(right, wrong))
+    monkeypatch.setattr(compiled, "SOURCE", spoilt)
     with caplog.at_level(logging.WARNING):
         assert compiled.library() is None
-    assert "wrong by" in caplog.text
+    assert "wrong by" in caplog.text and "wrong by" in compiled.why_not()
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:-9] + b"x" * 9])
+def test_a_damaged_file_is_made_anew(damage: Any, fresh: Path) -> None:
+    assert compiled.library() is not None
+    [path] = fresh.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    compiled._found.cache_clear()
+    assert compiled.library() is not None
+    assert [one.read_bytes() for one in fresh.iterdir()] == [whole]
+
+
+@needs_compiler
+def test_a_second_openmp_runtime_is_not_let_in(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtimes = iter([{"libgomp.so.1"}, {"libgomp.so.1", "libomp.so.5"}] * 2)
+    monkeypatch.setattr(compiled, "_openmp_runtimes", lambda: next(runtimes))
+    assert compiled.library() is None and "libomp.so.5" in compiled.why_not()
+
+
+@needs_compiler
+def test_torchs_own_runtime_is_the_one_used() -> None:
+    assert compiled.library() is not None
+    assert len(compiled._openmp_runtimes()) <= 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_process_does_not_matter(default: torch.dtype) -> None:
+    # transformers sets it while it loads a model, perhaps in another thread.
+    past, query = random_past(LENGTHS, 3, 64, 11, torch.bfloat16), queries(len(LENGTHS), 9, 64, torch.bfloat16)
+    expected = attended(past, query)
+    torch.set_default_dtype(default)
+    try:
+        compiled._found.cache_clear()
+        assert torch.equal(attended(past, query), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"values": torch.zeros(7, 3, 45, 64)},
+        {"keys": torch.zeros(7, 3, 45, 64, dtype=torch.float64), "values": torch.zeros(7, 3, 45, 64, dtype=torch.float64)},
+        {"keys": torch.zeros(7, 3, 64, 45, dtype=torch.bfloat16).transpose(2, 3)},
+        {"reach": torch.tensor(LENGTHS, dtype=torch.int32)},
+        {"reach": torch.tensor(LENGTHS[:-1])},
+        {"longest": 46},
+    ],
+)
+def test_nothing_is_read_by_address_that_is_not_what_it_should_be(wrong: dict[str, Any]) -> None:
+    past = replace(random_past(LENGTHS, 3, 64, 0, torch.bfloat16), **wrong)
+    with pytest.raises(AssertionError):
+        attended(past, queries(len(LENGTHS), 9, 64, torch.bfloat16))
 
 
 def test_what_it_does_not_know_is_left_to_torch() -> None:
