@@ -1,16 +1,19 @@
-"""Draws explanations: every activation's prompt runs once, is forked K ways, and every row is sampled with its own keyed noise.
+"""Draws explanations: every activation's prompt runs once, and every draw is sampled with its own keyed noise.
 
-What the prompts have in common runs once per process; a row that ends leaves its slot at once, and free slots are refilled with
-the next draws (continuous batching), of the next order where this one has none left. It never calls `generate()`, so nothing of
-a checkpoint's generation_config (repetition penalty, top_k, ...) reaches the draws. Where a model's past cannot lie in slots, the
-plain sampler draws the same.
+What the prompts have in common runs once per process. The draws of an activation share a row of the batch for as long as their
+tokens are the same, and fork where they part: an explanation's opening words, the first choices at a low temperature, and all of
+it at temperature 0 are computed once for all draws. A row whose draws have ended leaves its slot at once, and room is refilled
+with the next draws (continuous batching), of the next order where this one has none left. It never calls `generate()`, so nothing
+of a checkpoint's generation_config (repetition penalty, top_k, ...) reaches the draws. Where a model's past cannot lie in slots,
+the plain sampler draws the same.
 
-Memory: a slot a row, of its prompt's own part and its new tokens, and the prompts of `prefill_batch_size` activations. Running
-out of it halves both and goes on; the draws are the same.
+Memory: a slot for every draw under way, of its prompt's own part and its new tokens, and the prompts of `prefill_batch_size`
+activations. Running out of it halves both and goes on; the draws are the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -48,16 +51,13 @@ __all__ = ["Draw", "Order", "Request", "as_vectors", "draw", "stream"]
 log = logging.getLogger(__name__)
 
 MOST_ROWS = 512
-"""Rows at once where memory allows and nothing else is asked for."""
+"""Draws under way at once, and so rows at most, where memory allows and nothing else is asked for."""
 
 MEMORY_SHARE = 0.5
 """Of the free memory, what slots may take; the rest is for the prompts, the logits and a step's own tensors."""
 
 REFILL_SHARE = 0.25
-"""Free slots are refilled once they are this share of all: a prompt costs little more for many activations than for one."""
-
-FIRST_TOKENS = 64
-"""Rows whose first token is sampled at once: their logits are copies of their prompt's."""
+"""More draws begin once there is room for this share of all: a prompt costs little more for many activations than for one."""
 
 
 def as_vectors(vectors: np.ndarray) -> Float[torch.Tensor, "activation d_model"]:
@@ -109,7 +109,7 @@ def stream(
     An order is asked for only when rows would otherwise stay idle, so rows of several are under way at once.
 
     Args:
-        batch_size: most rows decoded at once; None: as many as memory allows, up to `MOST_ROWS`.
+        batch_size: most draws under way at once; None: as many as memory allows, up to `MOST_ROWS`.
         num_draws: how many are to be expected, where that is known: room is made for no more rows, and an order that another
             rank could begin with is not taken early.
         prefill_batch_size: most prompts run at once.
@@ -195,10 +195,15 @@ class _Backlog:
         return True
 
     def take(self, num_draws: int, num_activations: int) -> list[list[Row]]:
-        """The draws of the next activations: as many activations as have num_draws draws, num_activations at most."""
+        """The draws of the next activations: as many as have num_draws draws, the first one whatever it has; num_activations at
+        most."""
         taken: list[list[Row]] = []
-        while len(taken) < num_activations and sum(map(len, taken)) < num_draws and self.has_more():
+        left = num_draws
+        while left > 0 and len(taken) < num_activations and self.has_more():
+            if taken and len(self._waiting[0]) > left:
+                break
             taken.append(self._waiting.popleft())
+            left -= len(taken[-1])
         return taken
 
     def settle(self, row: Row) -> None:
@@ -217,20 +222,31 @@ class _Backlog:
 
 @dataclass
 class _Prompts:
-    """Prompts that have run, and the draws that are still to be forked from them."""
+    """Prompts that have run, and the draws that are still to begin from them."""
 
     keys_and_values: list[tuple[torch.Tensor, torch.Tensor]]
     """Of every block, without what all prompts have in common: [activation, key_head, token, head_dim]."""
     logits: Float[torch.Tensor, "activation vocabulary"]
     length: int
     """Tokens of a prompt behind the common ones."""
-    pending: deque[tuple[Row, int]]
-    """Draws, and which of the prompts each belongs to."""
+    pending: deque[tuple[int, list[Row]]]
+    """Of each prompt, its place and its draws."""
+
+    def take(self, room: int) -> list[tuple[int, list[Row]]]:
+        """Draws of the next prompts, those of a prompt together so that they share rows; only the first may have to be cut."""
+        taken: list[tuple[int, list[Row]]] = []
+        while room > 0 and self.pending and (len(self.pending[0][1]) <= room or not taken):
+            place, rows = self.pending.popleft()
+            if rest := rows[room:]:
+                self.pending.appendleft((place, rest))
+            taken.append((place, rows[:room]))
+            room -= len(rows[:room])
+        return taken
 
 
 @dataclass
 class _Stream:
-    """Rows under way in slots; more come in as places fall free."""
+    """Draws under way in slots; more come in as places fall free."""
 
     verbalizer: Verbalizer
     backlog: _Backlog
@@ -240,12 +256,15 @@ class _Stream:
     fixed: bool
     """Whether there are num_slots whatever memory is free; otherwise perhaps fewer."""
     rows: list[Row] = field(default_factory=list)
-    """Of slots 0, 1, 2, ..."""
+    """Of slots 0, 1, 2, ..., those that share a slot one after the other: never more than there are slots, so that a fork always
+    finds one."""
+    counts: list[int] = field(default_factory=list)
+    """[slot] how many of the rows share it: draws of an activation whose tokens are the same so far."""
     prompts: _Prompts | None = None
     prefix: Any = None
     cache: Any = None
     tokens: Any = None
-    """[row] last token of each, on the device."""
+    """[slot] last token of each, on the device."""
     keys: Any = None
     """[row] what each row's noise is counted from."""
 
@@ -253,25 +272,26 @@ class _Stream:
         """Every row as it ends, and why."""
         self.prefix = self.verbalizer.prefix()
         while True:
-            free = self.num_slots - len(self.rows)
-            if free >= max(1, REFILL_SHARE * self.num_slots):
-                yield from self._refill(free)
+            room = self.num_slots - len(self.rows)
+            if room >= max(1, REFILL_SHARE * self.num_slots):
+                yield from self._refill(room)
             if not self.rows:
                 return
             yield from self._step()
 
-    def _refill(self, free: int) -> Iterator[tuple[Row, FinishReason]]:
+    def _refill(self, room: int) -> Iterator[tuple[Row, FinishReason]]:
         """First tokens of as many draws as there is room for; those that end with it never take a slot."""
-        while free > 0:
+        while room > 0:
             if self.prompts is None or not self.prompts.pending:
                 self.prompts = None
-                if not (activations := self.backlog.take(free, self.prefill_batch_size)):
+                if not (activations := self.backlog.take(room, self.prefill_batch_size)):
                     return
                 self.prompts = self._run_prompts(activations)
-                free = min(free, self._room(self.prompts) - len(self.rows))
-            taken = [self.prompts.pending.popleft() for _ in range(min(free, FIRST_TOKENS, len(self.prompts.pending)))]
-            going_on: int = yield from self._first_tokens(self.prompts, [row for row, _ in taken], [place for _, place in taken])
-            free -= going_on
+                room = min(room, self._room(self.prompts) - len(self.rows))
+            if self.rows and room < len(self.prompts.pending[0][1]) <= self.num_slots // 2:
+                return  # parts of an activation share less: it waits for its room, if that will come soon
+            going_on: int = yield from self._first_tokens(self.prompts, self.prompts.take(room))
+            room -= going_on
 
     def _run_prompts(self, activations: list[list[Row]]) -> _Prompts:
         """The prompts of some activations, behind what they have in common."""
@@ -279,9 +299,8 @@ class _Stream:
         vectors = torch.stack([rows[0].order.vectors[rows[0].request.row] for rows in activations])
         prefill = self.verbalizer.prefill(vectors, self.prefix)
         common = 0 if self.prefix is None else self.prefix.get_seq_length()
-        pending = [(row, place) for place, rows in enumerate(activations) for row in rows]
         past = [(layer.keys[:, :, common:], layer.values[:, :, common:]) for layer in prefill.cache.layers]
-        return _Prompts(past, prefill.logits, prefill.prompt_length - common, deque(pending))
+        return _Prompts(past, prefill.logits, prefill.prompt_length - common, deque(enumerate(activations)))
 
     def _room(self, prompts: _Prompts) -> int:
         """Slots that there are; makes them with the first prompts, which say how large they are."""
@@ -295,38 +314,49 @@ class _Stream:
         return self.num_slots
 
     def _first_tokens(
-        self, prompts: _Prompts, rows: list[Row], places: list[int]
+        self, prompts: _Prompts, taken: list[tuple[int, list[Row]]]
     ) -> Generator[tuple[Row, FinishReason], None, int]:
-        """Sample from the prompts' logits and put the rows that go on into slots; returns how many did."""
+        """Sample from the prompts' logits and put what goes on into slots; returns how many draws do."""
         device = prompts.logits.device
-        origin, keys = torch.tensor(places, device=device), noise_keys(rows, device)
-        sampled = self._sample(rows, prompts.logits[origin], keys, 0)
+        rows, counts = [row for _, theirs in taken for row in theirs], [len(theirs) for _, theirs in taken]
+        places = torch.tensor([place for place, _ in taken], device=device)
+        keys = noise_keys(rows, device)
+        sampled = self._sample(rows, counts, prompts.logits[places], keys, 0)
         ended, alive = self._append(rows, sampled)
         yield from ended
         if not alive:
             return 0
-        kept = torch.tensor(alive, device=device)
-        forks = origin[kept]  # keys and values lie on the device of their block
-        self.cache.put([(k[forks.to(k.device)], v[forks.to(v.device)]) for k, v in prompts.keys_and_values], prompts.length)
-        self._extend([rows[i] for i in alive], sampled.token_ids[kept], keys[kept])
+        branches = _branches(rows, counts, alive)
+        origin = places[torch.tensor([slot for slot, _ in branches], device=device)]  # a place for every branch
+        past = [(k[origin.to(k.device)], v[origin.to(v.device)]) for k, v in prompts.keys_and_values]  # of their block's device
+        self.cache.put(past, prompts.length)
+        self._extend(rows, keys, sampled.token_ids, [theirs for _, theirs in branches])
         return len(alive)
 
-    def _extend(self, rows: list[Row], tokens: torch.Tensor, keys: torch.Tensor) -> None:
-        self.tokens = torch.cat([self.tokens, tokens]) if self.rows else tokens
-        self.keys = torch.cat([self.keys, keys]) if self.rows else keys
-        self.rows += rows
+    def _extend(self, rows: list[Row], keys: torch.Tensor, tokens: torch.Tensor, branches: list[list[int]]) -> None:
+        """Slots for branches of these rows, behind those there are."""
+        before = self.rows, self.counts, self.keys, self.tokens
+        self._settle(rows, keys, tokens, branches)
+        if before[0]:
+            self.rows, self.counts = before[0] + self.rows, before[1] + self.counts
+            self.keys, self.tokens = torch.cat([before[2], self.keys]), torch.cat([before[3], self.tokens])
+
+    def _settle(self, rows: list[Row], keys: torch.Tensor, tokens: torch.Tensor, branches: list[list[int]]) -> None:
+        """Slots 0, 1, 2, ... hold these branches of the rows, and nothing else."""
+        kept = [i for theirs in branches for i in theirs]
+        self.rows, self.counts = [rows[i] for i in kept], [len(theirs) for theirs in branches]
+        self.keys = keys[torch.tensor(kept, device=keys.device, dtype=torch.long)]
+        self.tokens = tokens[torch.tensor([theirs[0] for theirs in branches], device=tokens.device, dtype=torch.long)]
 
     def _step(self) -> Iterator[tuple[Row, FinishReason]]:
-        """One more token of every row; rows that end leave their slots."""
+        """One more token of every row; rows that end leave, rows that part from those they share a slot with get their own."""
         self.options.ask_to_stop()
         taken = torch.tensor([len(row.token_ids) for row in self.rows], device=self.tokens.device)
-        sampled = self._sample(self.rows, self._next_logits(), self.keys, taken)
+        sampled = self._sample(self.rows, self.counts, self._next_logits(), self.keys, taken)
         ended, alive = self._append(self.rows, sampled)
-        self.tokens = sampled.token_ids
-        if len(alive) < len(self.rows):
-            order = self.cache.keep(alive)
-            kept = torch.tensor(order, device=self.tokens.device, dtype=torch.long)
-            self.rows, self.tokens, self.keys = [self.rows[i] for i in order], self.tokens[kept], self.keys[kept]
+        branches = _branches(self.rows, self.counts, alive)
+        order = self.cache.select([slot for slot, _ in branches])
+        self._settle(self.rows, self.keys, sampled.token_ids, [branches[i][1] for i in order])
         yield from ended
 
     def _next_logits(self) -> Float[torch.Tensor, "row vocabulary"]:
@@ -345,10 +375,15 @@ class _Stream:
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
-    def _sample(self, rows: list[Row], logits: torch.Tensor, keys: torch.Tensor, step: int | torch.Tensor) -> noise.Sample:
-        temperatures = [row.order.temperature for row in rows]
+    def _sample(
+        self, rows: list[Row], counts: list[int], logits: torch.Tensor, keys: torch.Tensor, step: int | torch.Tensor
+    ) -> noise.Sample:
+        """A token of every row; counts[i] of them, which are of one order, from the i-th logits."""
+        ends = itertools.accumulate(counts)
+        temperatures = [rows[end - 1].order.temperature for end in ends]
         own = temperatures[0] if len(set(temperatures)) == 1 else torch.tensor(temperatures, device=logits.device)
-        return noise.sample(logits, noise.step_keys(keys, step), temperature=own, top_p=self.options.top_p)
+        shared = counts if len(counts) < len(rows) else None
+        return noise.sample(logits, noise.step_keys(keys, step), temperature=own, top_p=self.options.top_p, counts=shared)
 
     def _append(self, rows: list[Row], sampled: noise.Sample) -> tuple[list[tuple[Row, FinishReason]], list[int]]:
         """Add a token to each row; the rows that end with it, and the places of those that go on."""
@@ -362,3 +397,12 @@ class _Stream:
             else:
                 ended.append((row, finish))
         return ended, alive
+
+
+def _branches(rows: Sequence[Row], counts: Sequence[int], alive: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """The rows that go on, those together that shared a slot and took the same token now; and each branch's slot."""
+    slot_of = [slot for slot, count in enumerate(counts) for _ in range(count)]
+    together: dict[tuple[int, int], list[int]] = {}
+    for i in alive:
+        together.setdefault((slot_of[i], rows[i].token_ids[-1]), []).append(i)
+    return [(slot, theirs) for (slot, _), theirs in together.items()]

@@ -41,11 +41,11 @@ _BLOCK_COUNTER = 1 << 32
 
 @dataclass(frozen=True)
 class Sample:
-    """One token per row."""
+    """One token per key."""
 
-    token_ids: Int[torch.Tensor, " row"]
+    token_ids: Int[torch.Tensor, " key"]
     """int64; of a row whose logits are not finite it means nothing."""
-    log_probabilities: Float[torch.Tensor, " row"]
+    log_probabilities: Float[torch.Tensor, " key"]
     """float32: the model's own log probability of the token, at temperature 1 and without top_p, whatever it was drawn with:
     so it can be compared between temperatures. NaN exactly where the logits hold NaN or +inf, or nothing but -inf."""
 
@@ -68,22 +68,31 @@ def step_keys(rows: Int[torch.Tensor, " row"], step: int | Int[torch.Tensor, " r
 
 def sample(
     logits: Float[torch.Tensor, "row vocabulary"],
-    keys: Int[torch.Tensor, " row"],
+    keys: Int[torch.Tensor, " key"],
     *,
     temperature: float | Float[torch.Tensor, " row"],
     top_p: float = 1.0,
+    counts: Sequence[int] | None = None,
 ) -> Sample:
-    """One token per row from softmax(logits / temperature), cut to the nucleus of top_p; `keys` come from `step_keys`.
+    """One token per key from softmax(logits / temperature), cut to the nucleus of top_p; `keys` come from `step_keys`.
 
     The temperature is each row's own or the same for all. At 0 the largest logit is taken, the lowest token id on ties, and
     neither noise nor top_p is used. No synchronisation with the host, except with top_p < 1 (see `nucleus`).
+
+    Args:
+        counts: how many keys each row of the logits has, the keys of a row following one another; None: one each. What does not
+            depend on the key is computed once a row.
     """
     size = _rows_at_once(logits)
-    parts = []
+    origin = None if counts is None else _origin(counts, size, logits.device)
+    parts, first_key = [], 0
     for start in range(0, len(logits), size):
         chunk = slice(start, start + size)
         own = temperature[chunk] if isinstance(temperature, torch.Tensor) else temperature
-        parts.append(_sample_rows(logits[chunk].float(), keys[chunk], own, top_p))
+        last_key = first_key + (len(logits[chunk]) if counts is None else sum(counts[chunk]))
+        theirs = slice(first_key, last_key)
+        parts.append(_sample_rows(logits[chunk].float(), keys[theirs], own, top_p, None if origin is None else origin[theirs]))
+        first_key = last_key
     return Sample(torch.cat([tokens for tokens, _ in parts]), torch.cat([log_p for _, log_p in parts]))
 
 
@@ -102,14 +111,19 @@ def nucleus(weights: Float[torch.Tensor, "row vocabulary"], top_p: float) -> Flo
 
 
 def two_level_argmax(
-    weights: Float[torch.Tensor, "row vocabulary"], keys: Int[torch.Tensor, " row"]
-) -> Int[torch.Tensor, " row"]:
-    """A token id per row, drawn in proportion to non-negative weights of any scale: a block, then a token within it."""
+    weights: Float[torch.Tensor, "row vocabulary"],
+    keys: Int[torch.Tensor, " key"],
+    origin: Int[torch.Tensor, " key"] | None = None,
+) -> Int[torch.Tensor, " key"]:
+    """A token id per key, drawn in proportion to non-negative weights of any scale: a block, then a token within it.
+
+    `origin` is the row of the weights that each key draws from; None: its own.
+    """
     vocabulary = weights.shape[1]
-    blocks = _block_sums(weights)
-    block = (blocks.log() + _gumbel(keys, blocks.shape[1], _BLOCK_COUNTER)).argmax(-1, keepdim=True)
+    blocks = _of(_block_sums(weights).log(), origin)
+    block = (blocks + _gumbel(keys, blocks.shape[1], _BLOCK_COUNTER)).argmax(-1, keepdim=True)
     ids = block * BLOCK + torch.arange(BLOCK, device=weights.device)
-    inside = weights.gather(1, ids.clamp(max=vocabulary - 1)).masked_fill(ids >= vocabulary, 0.0)
+    inside = _at(weights, ids.clamp(max=vocabulary - 1), origin).masked_fill(ids >= vocabulary, 0.0)
     chosen = (inside.log() + _gumbel(keys, BLOCK, 0)).argmax(-1, keepdim=True)
     return ids.gather(1, chosen).squeeze(1)
 
@@ -123,24 +137,25 @@ def uniforms(keys: Int[torch.Tensor, " row"], count: int, first: int = 0) -> Flo
 
 def _sample_rows(
     logits: Float[torch.Tensor, "row vocabulary"],
-    keys: Int[torch.Tensor, " row"],
+    keys: Int[torch.Tensor, " key"],
     temperature: float | Float[torch.Tensor, " row"],
     top_p: float,
-) -> tuple[Int[torch.Tensor, " row"], Float[torch.Tensor, " row"]]:
+    origin: Int[torch.Tensor, " key"] | None,
+) -> tuple[Int[torch.Tensor, " key"], Float[torch.Tensor, " key"]]:
     if isinstance(temperature, torch.Tensor):
         # Rows at temperature 0 are sampled next to it, so that the division is one, and then replaced.
         near = _probabilities(logits, temperature.clamp(min=1e-30)[:, None])
-        tokens = two_level_argmax(nucleus(near, top_p) if top_p < 1 else near, keys)
-        tokens = torch.where(temperature == 0, logits.argmax(-1), tokens)
-        return tokens, _log_probabilities(logits, tokens)
+        tokens = two_level_argmax(nucleus(near, top_p) if top_p < 1 else near, keys, origin)
+        tokens = torch.where(_of(temperature == 0, origin), _of(logits.argmax(-1), origin), tokens)
+        return tokens, _log_probabilities(logits, tokens, origin)
     if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, _log_probabilities(logits, tokens)
+        tokens = _of(logits.argmax(-1), origin)
+        return tokens, _log_probabilities(logits, tokens, origin)
     weights = _probabilities(logits, temperature)
-    tokens = two_level_argmax(nucleus(weights, top_p) if top_p < 1 else weights, keys)
+    tokens = two_level_argmax(nucleus(weights, top_p) if top_p < 1 else weights, keys, origin)
     if temperature == 1:  # the softmax is there already: one pass over the vocabulary less
-        return tokens, weights.gather(1, tokens[:, None]).squeeze(1).log()
-    return tokens, _log_probabilities(logits, tokens)
+        return tokens, _at(weights, tokens[:, None], origin).squeeze(1).log()
+    return tokens, _log_probabilities(logits, tokens, origin)
 
 
 def _probabilities(
@@ -153,9 +168,24 @@ def _probabilities(
 
 
 def _log_probabilities(
-    logits: Float[torch.Tensor, "row vocabulary"], tokens: Int[torch.Tensor, " row"]
-) -> Float[torch.Tensor, " row"]:
-    return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    logits: Float[torch.Tensor, "row vocabulary"], tokens: Int[torch.Tensor, " key"], origin: Int[torch.Tensor, " key"] | None
+) -> Float[torch.Tensor, " key"]:
+    return _at(logits.log_softmax(-1), tokens[:, None], origin).squeeze(1)
+
+
+def _origin(counts: Sequence[int], size: int, device: torch.device) -> Int[torch.Tensor, " key"]:
+    """The row of each key, counted within its chunk of `size` rows."""
+    return torch.tensor([row % size for row, count in enumerate(counts) for _ in range(count)], device=device, dtype=torch.long)
+
+
+def _of(rows: torch.Tensor, origin: Int[torch.Tensor, " key"] | None) -> torch.Tensor:
+    """Each key's row."""
+    return rows if origin is None else rows[origin]
+
+
+def _at(rows: torch.Tensor, ids: Int[torch.Tensor, "key id"], origin: Int[torch.Tensor, " key"] | None) -> torch.Tensor:
+    """[key, id] of each key's row."""
+    return rows.gather(1, ids) if origin is None else rows[origin[:, None], ids]
 
 
 def _block_sums(weights: Float[torch.Tensor, "row vocabulary"]) -> Float[torch.Tensor, "row block"]:

@@ -2,12 +2,12 @@
 
     past of row i =  shared prompt [P]  |  slot i: the rest of its prompt, then its tokens [lengths[i]]
 
-A slot that is given up is filled by the last row, so that the rows alive always lie in slots 0 .. n - 1: every step reads n rows
-and nothing else. transformers' own cache appends by copying, holds the prompt once for every row, and its attention on one query
-is a product of a vector with a matrix for every head; here the queries of all rows meet the shared prompt in one matrix product,
-and those of one row that share a key head meet its slot in another. Measured on a CPU (512 rows, 9 heads over 3 key heads of 64,
-24 past tokens, bf16): 2.2 ms against 22 ms for a block. On a CPU with a C compiler the slots are read by a function of our own,
-see `compiled`; the one in torch is its oracle.
+A slot that is given up is filled by the copy of a row that forks or by the last row, so that the rows alive always lie in slots
+0 .. n - 1: every step reads n rows and nothing else. transformers' own cache appends by copying, holds the prompt once for every
+row, and its attention on one query is a product of a vector with a matrix for every head; here the queries of all rows meet the
+shared prompt in one matrix product, and those of one row that share a key head meet its slot in another. Measured on a CPU (512
+rows, 9 heads over 3 key heads of 64, 24 past tokens, bf16): 2.2 ms against 22 ms for a block. On a CPU with a C compiler a
+function of our own reads the slots, see `compiled`; the one in torch is its oracle.
 
 The models themselves run unchanged: attention is a function registered with transformers' AttentionInterface, and what a block's
 cache hands it in the place of keys is a `Past`.
@@ -194,22 +194,31 @@ class SlotCache:
             layer.put(first, keys, values)
         self.lengths += [length] * count
 
-    def keep(self, alive: Sequence[int]) -> list[int]:
-        """Give up all slots but these; the rows at the end move into the gaps. Returns the rows in their new order."""
-        kept = sorted(alive)
-        n = len(kept)
-        targets = sorted(set(range(n)) - set(kept))
-        sources = [row for row in kept if row >= n]
-        order = list(range(n))
-        for source, target in zip(sources, targets, strict=True):
-            order[target] = source
-        if sources:
-            moved, places = (torch.tensor(rows, device=self._device()) for rows in (sources, targets))
-            longest = max(self.lengths[row] for row in sources)
+    def select(self, rows: Sequence[int]) -> list[int]:
+        """Give up all slots but these; a row that is named more than once is copied. Returns the places in `rows` in their new
+        order: slot i holds what was rows[order[i]].
+
+        What stays keeps its slot where it can; the rows at the end and the copies fill the gaps, then follow.
+        """
+        n = len(rows)
+        assert n <= self.book.num_slots, (n, self.book.num_slots)
+        order: list[int | None] = [None] * n
+        others = []
+        for i, row in enumerate(rows):
+            if row < n and order[row] is None:
+                order[row] = i
+            else:
+                others.append(i)
+        gaps = [slot for slot, i in enumerate(order) if i is None]
+        if others:
+            sources, targets = (torch.tensor(found, device=self._device()) for found in ([rows[i] for i in others], gaps))
+            longest = max(self.lengths[rows[i]] for i in others)
             for layer in self.layers:
-                layer.move(moved, places, longest)
-        self.lengths = [self.lengths[row] for row in order]
-        return order
+                layer.move(sources, targets, longest)
+        left = iter(others)
+        placed = [next(left) if i is None else i for i in order]
+        self.lengths = [self.lengths[rows[i]] for i in placed]
+        return placed
 
     def _device(self) -> torch.device:
         keys = self.layers[0].keys

@@ -27,7 +27,7 @@ from transformers import (
 
 from ksweep import memory
 from ksweep.autoencoder import compiled, noise, slots
-from ksweep.autoencoder.decoding import REFILL_SHARE, Order, Request, draw, stream
+from ksweep.autoencoder.decoding import Order, Request, draw, stream
 from ksweep.autoencoder.plain import LIVE_SHARE
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.autoencoder.slots import repeated
@@ -287,23 +287,54 @@ def rows_of_each_step(verbalizer, requests, **options):
     return [len(ids) for ids in sizes if ids is not None and ids.shape[1] == 1], drawn
 
 
-def test_rows_that_ended_leave_the_batch(verbalizer, sampler):
-    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(6), range(6)))
-    assert rows == sorted(rows, reverse=True) and rows[-1] < 36 / 4
+def rows_needed(drawn, step):
+    """How many different beginnings of that many tokens the draws that are longer have."""
+    return len({(d.request.activation_key, d.token_ids[:step]) for d in drawn.values() if len(d.token_ids) > step})
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.6), (0.0, 1.0)])
+def test_rows_that_ended_leave_the_batch(verbalizer, sampler, temperature, top_p):
+    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(6), range(6)), temperature=temperature, top_p=top_p)
     lengths = np.array([len(d.token_ids) for d in drawn.values()])
-    live = [(lengths > step).sum() for step in range(1, len(rows) + 1)]
-    share = LIVE_SHARE if sampler == "plain" else 1.0
-    assert all(share * r <= n <= r for n, r in zip(live, rows, strict=True))
+    if sampler == "plain":
+        assert rows == sorted(rows, reverse=True)
+        live = [(lengths > step).sum() for step in range(1, len(rows) + 1)]
+        assert all(LIVE_SHARE * r <= n <= r for n, r in zip(live, rows, strict=True))
+    else:
+        assert rows == [rows_needed(drawn, step) for step in range(1, max(lengths))]
 
 
 @pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
-def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler):
-    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(6), range(20)), batch_size=16)
-    assert max(rows) == 16
-    num_steps = sum(len(d.token_ids) - 1 for d in drawn.values())
-    assert sum(rows) == num_steps, "no row of a step belongs to a draw that has ended"
-    last_full = max(i for i, n in enumerate(rows) if n == 16)
-    assert min(rows[:last_full]) > (1 - REFILL_SHARE) * 16 - 1
+def test_draws_of_an_activation_share_a_row_until_they_part(verbalizer, sampler):
+    rows, _ = rows_of_each_step(verbalizer, requests_for(range(3), range(8)), temperature=0.0)
+    assert rows[0] == 3 and max(rows) == 3, "all greedy draws of an activation are one row"
+    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(3), range(8)), temperature=0.5, top_p=0.6)
+    assert rows[0] < max(rows) <= 24, "some begin together and part later"
+    assert sum(rows) < sum(len(d.token_ids) - 1 for d in drawn.values())
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.6)])
+@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
+def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler, temperature, top_p):
+    """Eight draws of an activation begin together, so 16 are under way or more than 16 - 8."""
+    under_way: list[int] = []
+    options = {"temperature": temperature, "top_p": top_p, "batch_size": 16, "on_step": under_way.append}
+    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(6), range(8)), **options)
+    assert max(rows) <= max(under_way) == 16
+    most = max(len(d.token_ids) for d in drawn.values())
+    assert sum(rows) == sum(rows_needed(drawn, step) for step in range(1, most)), "no row of a step is one too many"
+    steps = under_way[: len(under_way) - under_way[::-1].index(16)]
+    begins = [i for i, n in enumerate(steps) if n == 8 or (i and n > steps[i - 1])]
+    assert len(begins) > 3 and min(n for i, n in enumerate(steps) if i not in begins) > 8
+
+
+@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
+def test_an_activation_with_more_draws_than_slots_is_drawn_in_parts(verbalizer, sampler):
+    under_way: list[int] = []
+    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(3), range(40)), batch_size=16, on_step=under_way.append)
+    assert len(drawn) == 120 and max(rows) <= 16
+    steps = [n for n in under_way if n > 12]
+    assert len(steps) > len(under_way) / 2, "slots are refilled with parts of an activation"
 
 
 def orders_of(temperatures, taken=None):
