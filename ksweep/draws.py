@@ -26,9 +26,11 @@ from ksweep.files import clear_leftovers, publish, readable_by_colleagues
 log = logging.getLogger(__name__)
 
 ROWS_PER_UNIT = 64
-DRAWS_PER_UNIT = 16
-"""Work is cut on this grid; towards the end of a job of several ranks in smaller pieces. What is taken is published whole or not
-at all."""
+DRAWS_PER_UNIT = 64
+MOST_PER_UNIT = 1024
+"""Work is cut on a grid of up to so many activations and draws of each, and so many of both together; towards the end of a job of
+several ranks in smaller pieces. What is taken is published whole or not at all. Draws of one activation share what begins alike,
+in drawing and in scoring, so they lie together first."""
 
 SCHEMA = pa.schema(
     [
@@ -56,7 +58,7 @@ SCHEMA = pa.schema(
 """`reconstruction` [d_model], as the AR gave it, is kept where something is computed from it: of draw 0 (retrieval among the
 activations) and, for a checkpoint, of every draw whose error is below that of each earlier draw of its activation in the unit.
 The best of the first K draws of an activation is always one of these, however its draws are cut into units. Of 16 draws 3.4 are
-kept on average, the 16th harmonic number. Parts written before that was so have draw 0 alone."""
+kept on average, of 64 draws 4.7 (harmonic numbers). Parts written before that was so have draw 0 alone."""
 
 PART = re.compile(r"^part-(\d+)-(\d+)-(\d+)-(\d+)\.parquet$")
 
@@ -254,11 +256,13 @@ def _strange(table: pa.Table, part: Unit) -> str | None:
 
 
 def units_of(there: np.ndarray) -> list[Unit]:
-    """What [activation, draw] lacks, on the fixed grid."""
+    """What [activation, draw] lacks, on a grid that depends on the number of draws alone."""
+    draws = min(DRAWS_PER_UNIT, there.shape[1])
+    rows = min(ROWS_PER_UNIT, MOST_PER_UNIT >> max(0, draws - 1).bit_length())  # a divisor of ROWS_PER_UNIT
     units: list[Unit] = []
-    for row in range(0, there.shape[0], ROWS_PER_UNIT):
+    for row in range(0, there.shape[0], rows):
         for draw in range(0, there.shape[1], DRAWS_PER_UNIT):
-            units += _rectangles(there[row : row + ROWS_PER_UNIT, draw : draw + DRAWS_PER_UNIT], row, draw)
+            units += _rectangles(there[row : row + rows, draw : draw + DRAWS_PER_UNIT], row, draw)
     return units
 
 

@@ -85,9 +85,10 @@ class Models:
         """How the AV is computed, for the record; nothing where it was not needed."""
         if self._av is None:
             return {}
-        from ksweep.autoencoder import slots
+        from ksweep.autoencoder import graphs, slots
 
-        return slots.numerics(self._av.model, self._av.prompt_length)
+        steps = {"cuda_graphs": "on" if graphs.fits(self._av.model) else "off"}
+        return slots.numerics(self._av.model, self._av.prompt_length) | steps
 
     def _load_verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
         from ksweep.autoencoder import nla, tae

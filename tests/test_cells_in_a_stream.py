@@ -140,9 +140,11 @@ def test_time_spent_together_is_split_by_tokens_and_nothing_is_lost(cells: list[
     evaluate(cells, place, Solo(), models)
     elapsed = time.monotonic() - began
     rows = ask_place(
-        place, "SELECT seconds['drawing'], num_tokens_sampled, tokens_per_second, packages['tf32'], seconds['waiting'] FROM runs"
+        place,
+        "SELECT seconds['drawing'], num_tokens_sampled, tokens_per_second, [packages['tf32'], packages['cuda_graphs']], "
+        "seconds['waiting'] FROM runs",
     )
-    assert len(rows) == 3 and all(row[3] == "off" for row in rows)
+    assert len(rows) == 3 and all(row[3] == ["off", "off"] for row in rows)
     for drawing, tokens, rate, _, waiting in rows:
         assert rate == pytest.approx(tokens / (drawing + (waiting or 0.0)))
     assert all(row[0] > 0 for row in rows) and sum(row[0] for row in rows) < elapsed

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksweep import draws as module
-from ksweep.draws import SCHEMA, DrawsStore, Unit
+from ksweep.draws import MOST_PER_UNIT, SCHEMA, DrawsStore, Unit, units_of
 from ksweep.errors import RunError
 from ksweep.evaluate import _all_draws
 from ksweep.ranks import Solo
@@ -40,10 +40,15 @@ def fill(store: DrawsStore, num_activations: int, num_draws: int) -> int:
 
 def test_a_new_store_misses_everything_on_the_grid(tmp_path: Path) -> None:
     units = DrawsStore(tmp_path, "k").missing(130, 20)
-    assert units == [
-        Unit(0, 64, 0, 16), Unit(0, 64, 16, 20), Unit(64, 128, 0, 16), Unit(64, 128, 16, 20),
-        Unit(128, 130, 0, 16), Unit(128, 130, 16, 20),
-    ]  # fmt: skip
+    assert units == [Unit(row, min(130, row + 32), 0, 20) for row in range(0, 130, 32)]
+
+
+@pytest.mark.parametrize(
+    ("num_draws", "rows", "draws"), [(1, 64, 1), (16, 64, 16), (17, 32, 17), (32, 32, 32), (64, 16, 64), (200, 16, 64)]
+)
+def test_units_hold_the_draws_of_an_activation_together(num_draws: int, rows: int, draws: int) -> None:
+    first = units_of(np.zeros((130, num_draws), dtype=bool))[0]
+    assert first == Unit(0, rows, 0, draws) and first.num_draws <= MOST_PER_UNIT
 
 
 @given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 40)), min_size=1, max_size=4))

@@ -122,4 +122,4 @@ def test_pieces_of_a_long_run_are_whole_units_but_for_its_end() -> None:
     units = units_of(np.zeros((6400, 64), dtype=bool))
     found = cut(units, 8)
     assert [unit.num_draws for unit in found[:300]] == [1024] * 300
-    assert found[-1].num_draws == 16 and len(found) < len(units) + 250
+    assert found[-1].num_draws == 64 and len(found) < len(units) + 250

@@ -79,6 +79,13 @@ class SlotLayer:
         self.keys[rows, :, :tokens] = keys
         self.values[rows, :, :tokens] = values
 
+    def reserve(self, tokens: int) -> int:
+        """Room for at least that many tokens in slots that have been put to use; the address of the keys."""
+        assert self.keys is not None and self.values is not None
+        if tokens > self.keys.shape[2]:
+            self._make_room(self.keys, self.values, tokens)
+        return self.keys.data_ptr()
+
     def _make_room(self, keys: torch.Tensor, values: torch.Tensor, needed: int) -> None:
         """Room in every slot for that many tokens and some more; not for all that may come, most rows end early."""
         tokens = min(self._book.capacity, max(2 * needed, needed + 2 * LANES))
@@ -238,6 +245,24 @@ class SlotCache:
         book.copies.clear()
         positions: torch.Tensor = book.lengths + book.shared
         return positions[:, None]
+
+    def reserve(self, tokens: int) -> tuple[int, ...]:
+        """Room for at least that many tokens in every slot; where the keys of each block lie, which changes as room is made."""
+        return tuple(layer.reserve(tokens) for layer in self.layers)
+
+    def begin_static_step(self, lengths: Int[torch.Tensor, " row"], width: int) -> Int[torch.Tensor, "row 1"]:
+        """As `begin_step`, for as many rows as there are lengths and `width` places; the host never looks at the lengths.
+
+        Args:
+            lengths: on the device of all blocks, each below `width`.
+        """
+        book = self.book
+        book.longest, book.width = width - 1, width
+        book.lengths, book.rows = lengths, torch.arange(len(lengths), device=lengths.device)
+        book.unused = torch.arange(width, device=lengths.device) > lengths[:, None]
+        book.reach = lengths + 1
+        book.copies.clear()
+        return (lengths + book.shared)[:, None]
 
     def end_step(self) -> None:
         """Every row has one more token."""

@@ -1,0 +1,175 @@
+"""Decoding steps on a GPU, recorded once for each shape as a CUDA graph and replayed.
+
+A step of a model of 28 blocks is some thousand short kernels, and the processor takes longer to launch them one by one than the
+GPU to run them: an estimated 20 to 30 ms against 5 to 12 ms for 7 billion parameters and up to 512 rows on an H100. A graph is
+launched as a whole.
+
+A graph repeats the same kernels at the same addresses. So tokens and lengths lie in tensors that are filled anew before every
+replay, nothing that the host does in a step depends on their values, and rows and places come in a few sizes: a row that is not
+in use writes into the first place of a slot that is free, where the next draw will begin.
+
+A shape is drawn as usual the first times. What its graph then gives is compared with what the step itself gave; a graph that
+fails, or gives something else, is never used, and drawing goes on without.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ksweep import memory
+from ksweep.autoencoder import slots
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+log = logging.getLogger(__name__)
+
+SWITCH = "KSWEEP_CUDA_GRAPHS"
+"""Environment variable; 0: every step as usual."""
+
+USES_BEFORE = 2
+"""A shape is recorded when it comes up once more than this: at the end of a run most come up once or twice."""
+
+PLACES = 64
+"""Widths of the past are multiples of this."""
+
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-4}
+"""Of a replay against the step itself, as a share of the largest logit. The kernels are the same: what is sought are a step that
+was recorded by halves and addresses that have moved."""
+
+
+class Recorded(Protocol):
+    """What can be run again."""
+
+    def replay(self) -> None:
+        """Once more, from and into the same tensors."""
+
+
+Recorder = Callable[[Callable[[], None]], Recorded]
+"""Records what a function does on the device, without running it or by running it."""
+
+
+def fits(model: Any) -> bool:
+    """Whether a model's steps can be recorded: on one GPU, and not switched off."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and os.environ.get(SWITCH) != "0"
+
+
+def cuda_recorder() -> Recorder:
+    """Graphs that share their memory: one runs at a time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(step: Callable[[], None]) -> Recorded:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the GPU: only what this one does is recorded.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step()
+        return graph
+
+    return record
+
+
+def rows_for(rows: int, most: int) -> int:
+    """Rows of the shape in which so many run: a power of two to 64, then a multiple of 64."""
+    size = 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
+    return min(size, most)
+
+
+class Steps:
+    """The steps of a model over a `SlotCache`, recorded as they come up."""
+
+    def __init__(self, model: Any, cache: slots.SlotCache, record: Recorder) -> None:
+        """None recorded yet.
+
+        Args:
+            model: causal language model, all of it on one device.
+            cache: where its past lies; rows may come and go between steps.
+            record: `cuda_recorder()`.
+        """
+        self._model, self._cache, self._record = model, cache, record
+        most, device = cache.book.num_slots, model.device
+        self._tokens = torch.zeros(most, dtype=torch.long, device=device)
+        self._lengths = torch.zeros(most, dtype=torch.long, device=device)
+        self._logits: Any = None
+        """[slot, vocabulary], where every graph leaves its logits."""
+        self._recorded: dict[tuple[int, int], Recorded] = {}
+        self._uses: Counter[tuple[int, int]] = Counter()
+        self._storage: tuple[int, ...] = ()
+        self._working = True
+
+    def logits(self, tokens: Int[torch.Tensor, " row"]) -> Float[torch.Tensor, "row vocabulary"]:
+        """Logits after each row's last token, whose keys and values go into its slot; to be read before the next call."""
+        n, most = len(tokens), self._cache.book.num_slots
+        shape = rows_for(n, most), self._width()
+        self._fill(tokens)
+        if self._working and shape not in self._recorded and self._uses[shape] >= USES_BEFORE:
+            self._try(shape)
+        if shape in self._recorded:
+            self._recorded[shape].replay()
+        else:
+            self._step(*shape)
+        self._uses[shape] += 1
+        self._cache.end_step()
+        logits: torch.Tensor = self._logits[:n]
+        return logits
+
+    def _width(self) -> int:
+        """Places for the longest row, its new token included; makes room for them."""
+        book = self._cache.book
+        width = min(-(-(max(self._cache.lengths) + 1) // PLACES) * PLACES, book.capacity)
+        storage = self._cache.reserve(width)
+        if storage != self._storage:  # graphs hold addresses
+            self._recorded.clear()
+            self._storage = storage
+        return width
+
+    def _fill(self, tokens: Int[torch.Tensor, " row"]) -> None:
+        """The rows of the next step; those that are not in use have length 0."""
+        n = len(tokens)
+        self._tokens[:n] = tokens
+        self._tokens[n:] = 0
+        self._lengths[:n] = torch.tensor(self._cache.lengths, device=self._lengths.device)
+        self._lengths[n:] = 0
+
+    def _step(self, rows: int, width: int) -> None:
+        """What is recorded: the logits of so many rows into `_logits`. Doing it twice changes nothing."""
+        positions = self._cache.begin_static_step(self._lengths[:rows], width)
+        with slots.attending(self._model):
+            output = self._model(
+                input_ids=self._tokens[:rows, None], position_ids=positions, past_key_values=self._cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+        logits = output.logits[:, -1]
+        if self._logits is None:
+            self._logits = logits.new_empty(self._cache.book.num_slots, logits.shape[1])
+        self._logits[:rows] = logits
+
+    def _try(self, shape: tuple[int, int]) -> None:
+        """Record a shape, if what the record gives is what the step gives."""
+        rows, _ = shape
+        self._step(*shape)
+        expected = self._logits[:rows].clone()
+        try:
+            recorded = self._record(lambda: self._step(*shape))
+            recorded.replay()
+            error = float((self._logits[:rows] - expected).abs().max() / expected.abs().max())
+        except RuntimeError as failure:
+            if memory.is_out_of_memory(failure):
+                raise
+            self._give_up(str(failure).strip().split("\n")[0])
+            return
+        if not error <= TOLERANCE.get(expected.dtype, 0.0):
+            self._give_up(f"the graph's logits differ by {error:.2g} of the largest")
+            return
+        self._recorded[shape] = recorded
+
+    def _give_up(self, why: str) -> None:
+        log.warning("decoding steps are not recorded as CUDA graphs, which makes drawing slower: %s", why)
+        self._working = False
+        self._recorded.clear()
