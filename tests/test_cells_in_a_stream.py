@@ -19,6 +19,7 @@ from ksweep.draws import DrawsStore, Unit
 from ksweep.evaluate import Models, Place, evaluate, in_groups
 from ksweep.keys import cell_keys
 from ksweep.ranks import Solo
+from tests.test_units_in_a_stream import draws_under_way
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
 TEMPERATURES = (0.7, 1.0, 0.0)
@@ -74,14 +75,10 @@ def test_cells_in_one_stream_have_the_draws_and_curves_of_jobs_of_their_own(
 
 
 def test_the_first_rows_of_a_cell_fill_the_places_that_the_last_of_another_leave(
-    cells: list[Cell], models: Models, tmp_path: Path
+    cells: list[Cell], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[int] = []
-    hook = models.verbalizer(cells[0].autoencoder).model.register_forward_pre_hook(
-        lambda _, __, given: rows.append(len(given["input_ids"])) if given["input_ids"].shape[1] == 1 else None, with_kwargs=True
-    )
+    rows = draws_under_way(monkeypatch)
     evaluate(cells[:2], place_in(tmp_path / "a", batch_size=32), Solo(), models)
-    hook.remove()
     # 640 draws of up to 20 tokens at 32 places: fewer than half are busy in the last 20 steps only.
     assert min(rows[:-20]) > 16
 

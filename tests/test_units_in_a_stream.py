@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep import Cell
+from ksweep.autoencoder.decoding import _Stream
 from ksweep.draws import DrawsStore, Unit
 from ksweep.evaluate import Models, Place, evaluate
 from ksweep.keys import cell_keys
@@ -37,6 +38,19 @@ def draws_of(cell: Cell, place: Place) -> pa.Table:
     return table
 
 
+def draws_under_way(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Their number at every step from now on."""
+    found: list[int] = []
+    step = _Stream._step
+
+    def watched(self: _Stream) -> Any:
+        found.append(len(self.rows))
+        return step(self)
+
+    monkeypatch.setattr(_Stream, "_step", watched)
+    return found
+
+
 def test_a_stop_in_the_middle_of_a_stream_keeps_whole_units_and_loses_no_draw(cell: Cell, tmp_path: Path) -> None:
     undisturbed, place = place_in(tmp_path / "a"), place_in(tmp_path / "b", batch_size=48)
     evaluate([cell], undisturbed, Solo(), Models("cpu"))
@@ -55,12 +69,8 @@ def test_a_stop_in_the_middle_of_a_stream_keeps_whole_units_and_loses_no_draw(ce
 
 
 def test_rows_of_the_next_unit_fill_the_places_of_the_last(cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
+    rows = draws_under_way(monkeypatch)
     published: list[int] = []
-    models = Models("cpu")
-    hook = models.verbalizer(cell.autoencoder).model.register_forward_pre_hook(
-        lambda _, __, given: rows.append(len(given["input_ids"])) if given["input_ids"].shape[1] == 1 else None, with_kwargs=True
-    )
     publish = DrawsStore.publish
 
     def remember(self: DrawsStore, unit: Unit, table: Any) -> None:
@@ -68,8 +78,7 @@ def test_rows_of_the_next_unit_fill_the_places_of_the_last(cell: Cell, tmp_path:
         publish(self, unit, table)
 
     monkeypatch.setattr(DrawsStore, "publish", remember)
-    evaluate([cell], place_in(tmp_path, batch_size=64), Solo(), models)
-    hook.remove()
+    evaluate([cell], place_in(tmp_path, batch_size=64), Solo(), Models("cpu"))
     assert len(published) == 3
     assert min(rows[: published[1]]) > 64 // 2, "rows stay busy while units end"
     assert rows[-1] < 64 // 4, "and run out once, at the end"
