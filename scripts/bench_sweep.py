@@ -6,7 +6,7 @@
 Ours is the sweep as a user runs it, a process of its own: planning, loading, extraction, drawing, scoring, 2,000 bootstrap
 replicates, landing. The other side is the algorithm alone, its models loaded already: generate() over the K copies of a vector,
 then the full model over the K texts, for every temperature and K. It runs for few activations and is scaled up to all, and its
-extraction and statistics are left out: both in its favour.
+extraction and statistics are left out: both in its favour. Where our time goes is from the sweep's own run records.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer
 from ksweep.presets import demo_model
 
 TEMPERATURES = (0.4, 0.8, 1.2)
+PHASES = "SELECT one.key, sum(one.value) FROM (SELECT unnest(map_entries(seconds)) AS one FROM runs) GROUP BY one.key"
+TEXTS = "SELECT avg(num_tokens), avg((finish = 'stop')::INTEGER), avg((parse = 'ok')::INTEGER) FROM draws"
 
 
 def main() -> None:
@@ -39,16 +42,17 @@ def main() -> None:
         sweep_main(the_sweep(options, options.measure), ["--no-charts"])
     av, ar = load_pair(options.dtype)
     whole = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=getattr(torch, options.dtype)).eval()
-    ours, theirs, shares = [], [], []
+    ours, theirs, phases = [], [], []
     for _ in range(options.repeats):
-        seconds, share = measure_ours(options)
+        seconds, found, texts = measure_ours(options)
         ours.append(seconds)
-        shares.append(share)
+        phases.append(found)
         theirs.append(measure_theirs(av, ar, whole, options))
         print(f"ours {ours[-1]:.0f} s, the reference's algorithm {theirs[-1]:.0f} s", flush=True)
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    print(f"{options.activations} activations, {len(TEMPERATURES)} temperatures, K to {options.most_draws}")
-    print(f"ours: median {statistics.median(ours):.0f} s; statistics {statistics.median(shares):.1%} of it")
+    print(f"{options.activations} activations, {len(TEMPERATURES)} temperatures, K to {options.most_draws}; {texts}")
+    print(f"ours: median {statistics.median(ours):.0f} s")
+    report_phases(phases, ours)
     print(f"the reference's algorithm, scaled up from {options.reference_activations}: median {statistics.median(theirs):.0f} s")
     print(f"ratio: median {statistics.median(ratios):.1f}x, {min(ratios):.1f}x to {max(ratios):.1f}x")
 
@@ -70,8 +74,8 @@ def the_sweep(options: argparse.Namespace, place: Path) -> Sweep:
     return demo_sweep(place, options.activations, options.most_draws, 2000, axes={"sampling.temperature": TEMPERATURES})
 
 
-def measure_ours(options: argparse.Namespace) -> tuple[float, float]:
-    """Seconds from start to end, and the share of the statistics."""
+def measure_ours(options: argparse.Namespace) -> tuple[float, dict[str, float], str]:
+    """Seconds from start to end, those of each phase, and a line on the texts."""
     with tempfile.TemporaryDirectory() as place:
         flags = ["--activations", str(options.activations), "--most-draws", str(options.most_draws)]
         command = [sys.executable, __file__, "--measure", place, "--threads", str(options.threads), *flags]
@@ -79,8 +83,21 @@ def measure_ours(options: argparse.Namespace) -> tuple[float, float]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
         with connect(Path(place) / "registry") as connection:
-            phases = connection.execute("SELECT seconds FROM runs").fetchall()
-    return seconds, sum(float(one["statistics"]) for (one,) in phases) / seconds
+            phases = connection.execute(PHASES).fetchall()
+            [(tokens, ended, parsed)] = connection.execute(TEXTS).fetchall()
+    return seconds, dict(phases), f"{tokens:.1f} tokens a text, {ended:.0%} end themselves, {parsed:.0%} are explanations"
+
+
+def report_phases(phases: Sequence[Mapping[str, float]], ours: Sequence[float]) -> None:
+    """Medians over the rounds, the longest first; what no run record has is the rest."""
+    names = sorted({name for one in phases for name in one}, key=lambda name: -phases[0].get(name, 0.0))
+    rows = {name: [one.get(name, 0.0) for one in phases] for name in names}
+    rest = "start, planning, loading and all else"
+    rows[rest] = [whole - sum(one.values()) for whole, one in zip(ours, phases, strict=True)]
+    print("| ours, by phase | s | share |\n|---|---|---|")
+    for name, values in rows.items():
+        share = statistics.median(value / whole for value, whole in zip(values, ours, strict=True))
+        print(f"| {name} | {statistics.median(values):.1f} | {share:.1%} |")
 
 
 def measure_theirs(av: NlaVerbalizer, ar: NlaReconstructor, whole: torch.nn.Module, options: argparse.Namespace) -> float:
