@@ -1,27 +1,46 @@
-"""What the speed benchmarks share: the demo's models and vectors, sides timed in turn, a table of ratios."""
+"""What the speed benchmarks share: the demo's models and vectors, a longer prompt for its AV, sides timed in turn, tables."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from ksweep import Cell, Sampling, Scoring, Sweep
+from ksweep import Autoencoder, Cell, Sampling, Scoring, Sweep
 from ksweep.activations.fill import ensure
 from ksweep.autoencoder import nla
 from ksweep.autoencoder.decoding import as_vectors
+from ksweep.autoencoder.loading import load_tokenizer
+from ksweep.autoencoder.prompts import av_prompt
 from ksweep.keys import inspect_pair
 from ksweep.presets import demo_pair, held_out_passages
 
 LAYER = 20
 NATURAL_LIMIT = 64
 """Tokens that a text of natural length may have."""
+
+
+PREFIX = (
+    "■■■■■■ yourself the Fried †■ exhibition■■■ jellyfish Pang chromos strenOUTOUTOUTOUT strenOUTOUT Pang Pang"
+    " stren■■OUTOUTOUTOUTOUTOUTOUTOUTOUTOUTOUTOUT Pang Pang Pang stip trol trump cass trump trump trump trump trump trump"
+    " trump trump trump trump<|endoftext|> trump trump trump trump trump trump trump trump"
+)
+"""What stands before the demo AV's prompt to make it as long as a released pair's: 82 tokens, exchanged one by one until the
+distributions behind it were nearest to those behind the AV's own prompt (0.24 nats a token; ordinary text: 0.5 and more).
+
+On 48 activations x 4 draws that the search did not see, temperature 1: 27.3 tokens a text (own prompt: 18.0), medians 20 and 17,
+84 % end themselves (99 %), 82 % are explanations (98 %); at 0.8 22.9 (17.2), 93 % and 92 %. Ordinary text instead: 50 tokens,
+36 %. So its texts are real ones, but one in six has no end.
+"""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -33,10 +52,40 @@ def parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_pair(dtype: str) -> tuple[nla.NlaVerbalizer, nla.NlaReconstructor]:
+def add_prompt_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=0, help="length of the AV's prompt, up to 87 (released pairs'); its own 5 without"
+    )
+
+
+def load_pair(dtype: str, prompt_tokens: int = 0) -> tuple[nla.NlaVerbalizer, nla.NlaReconstructor]:
     """The demo pair, on this machine's CPU."""
-    av, ar = inspect_pair(demo_pair())
-    return nla.load_verbalizer(av, dtype=dtype), nla.load_reconstructor(ar, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        av, ar = inspect_pair(lengthened(demo_pair(), prompt_tokens, Path(folder)))
+        return nla.load_verbalizer(av, dtype=dtype), nla.load_reconstructor(ar, dtype=dtype)
+
+
+def lengthened(pair: Autoencoder, prompt_tokens: int, place: Path) -> Autoencoder:
+    """The pair with as many tokens in its AV's prompt as asked for: a copy of the AV under `place`, PREFIX in its template.
+
+    Shorter ones have the end of PREFIX. The loader's own checks of the marker and its neighbours hold for the copy.
+    """
+    info, _ = inspect_pair(pair)
+    tokenizer = load_tokenizer(info)
+    words = tokenizer.encode(PREFIX, add_special_tokens=False)
+    own = len(av_prompt(info, tokenizer).ids)
+    if prompt_tokens <= own:
+        return pair
+    if prompt_tokens > own + len(words):
+        raise SystemExit(f"--prompt-tokens {prompt_tokens}: at most {own + len(words)}")
+    copy = Path(shutil.copytree(pair.av or "", place / "av"))
+    sidecar = yaml.safe_load((copy / "nla_meta.yaml").read_text(encoding="utf-8"))
+    sidecar["prompt_templates"]["av"] = tokenizer.decode(words[own - prompt_tokens :]) + sidecar["prompt_templates"]["av"]
+    (copy / "nla_meta.yaml").write_text(yaml.safe_dump(sidecar), encoding="utf-8")
+    made = replace(pair, av=str(copy))
+    found = len(av_prompt(inspect_pair(made)[0], tokenizer).ids)
+    assert found == prompt_tokens, f"{found} tokens, not {prompt_tokens}"
+    return made
 
 
 def held_out(count: int) -> torch.Tensor:
@@ -46,12 +95,14 @@ def held_out(count: int) -> torch.Tensor:
         return as_vectors(table.vectors(0, count))
 
 
-def demo_sweep(place: Path, num_activations: int, num_draws: int, num_replicates: int, **more: Any) -> Sweep:
+def demo_sweep(
+    place: Path, num_activations: int, num_draws: int, num_replicates: int, prompt_tokens: int = 0, **more: Any
+) -> Sweep:
     """A sweep of the demo pair as a user has it, texts of natural length; `more` are its other fields."""
     return Sweep(
         name="bench",
         cell=Cell(
-            autoencoder=demo_pair(),
+            autoencoder=lengthened(demo_pair(), prompt_tokens, place),
             activations=held_out_passages(num_activations=num_activations),
             sampling=Sampling(num_draws=num_draws, max_new_tokens=NATURAL_LIMIT),
             scoring=Scoring(num_replicates=num_replicates),

@@ -2,11 +2,14 @@
 
     python scripts/bench_sweep.py                                      # 200 activations, 3 temperatures, K = 1 .. 64
     python scripts/bench_sweep.py --activations 24 --most-draws 8 --reference-activations 2 --repeats 1
+    python scripts/bench_sweep.py --prompt-tokens 87                   # as long as released pairs' prompts, for both sides
 
 Ours is the sweep as a user runs it, a process of its own: planning, loading, extraction, drawing, scoring, 2,000 bootstrap
 replicates, landing. The other side is the algorithm alone, its models loaded already: generate() over the K copies of a vector,
 then the full model over the K texts, for every temperature and K. It runs for few activations and is scaled up to all, and its
-extraction and statistics are left out: both in its favour. Where our time goes is from the sweep's own run records.
+extraction and statistics are left out: both in its favour. Where our time goes is from the sweep's own run records. A longer
+prompt is in the template of a copy of the AV; what stands in it was sought so that the AV goes on writing explanations
+(`bench_common.PREFIX`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from bench_common import NATURAL_LIMIT, demo_sweep, held_out, load_pair, parser
+from bench_common import NATURAL_LIMIT, add_prompt_tokens, demo_sweep, held_out, load_pair, parser
 from bench_drawing import prompts
 from bench_scoring import read_by_all_of_it
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -40,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.measure:
         sweep_main(the_sweep(options, options.measure), ["--no-charts"])
-    av, ar = load_pair(options.dtype)
+    av, ar = load_pair(options.dtype, options.prompt_tokens)
     whole = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=getattr(torch, options.dtype)).eval()
     ours, theirs, phases = [], [], []
     for _ in range(options.repeats):
@@ -50,7 +53,8 @@ def main() -> None:
         theirs.append(measure_theirs(av, ar, whole, options))
         print(f"ours {ours[-1]:.0f} s, the reference's algorithm {theirs[-1]:.0f} s", flush=True)
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    print(f"{options.activations} activations, {len(TEMPERATURES)} temperatures, K to {options.most_draws}; {texts}")
+    print(f"{options.activations} activations, {len(TEMPERATURES)} temperatures, K to {options.most_draws}, ", end="")
+    print(f"prompt of {av.prompt_length} tokens; {texts}")
     print(f"ours: median {statistics.median(ours):.0f} s")
     report_phases(phases, ours)
     print(f"the reference's algorithm, scaled up from {options.reference_activations}: median {statistics.median(theirs):.0f} s")
@@ -62,6 +66,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--activations", type=int, default=200)
     options.add_argument("--most-draws", type=int, default=64, help="K goes up to it in powers of two")
     options.add_argument("--reference-activations", type=int, default=3)
+    add_prompt_tokens(options)
     options.add_argument("--measure", type=Path, help="our sweep alone, into this directory")
     return options.parse_args()
 
@@ -71,13 +76,17 @@ def ks(options: argparse.Namespace) -> list[int]:
 
 
 def the_sweep(options: argparse.Namespace, place: Path) -> Sweep:
-    return demo_sweep(place, options.activations, options.most_draws, 2000, axes={"sampling.temperature": TEMPERATURES})
+    axes = {"sampling.temperature": TEMPERATURES}
+    return demo_sweep(place, options.activations, options.most_draws, 2000, options.prompt_tokens, axes=axes)
 
 
 def measure_ours(options: argparse.Namespace) -> tuple[float, dict[str, float], str]:
     """Seconds from start to end, those of each phase, and a line on the texts."""
     with tempfile.TemporaryDirectory() as place:
-        flags = ["--activations", str(options.activations), "--most-draws", str(options.most_draws)]
+        flags = [
+            *("--activations", str(options.activations), "--most-draws", str(options.most_draws)),
+            *("--prompt-tokens", str(options.prompt_tokens)),
+        ]
         command = [sys.executable, __file__, "--measure", place, "--threads", str(options.threads), *flags]
         began = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
