@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 PIECES_LEFT = 4
 """A piece of work is at most this part of a rank's share of what is left. Idle tails on 4 ranks in the simulation of the tests,
-where a rank takes 512 rows at once: 200 activations x 64 draws 3 % in whole units, 2 % at 1, 2, 4 and 8; 200 x 8, where a rank
-takes all of its share at once, 29 %, 21 %, 7 % and 4 %. At 4 a long run ends in 20 to 30 small parts a rank."""
+where a rank takes 768 draws at once: 200 activations x 64 draws 10 % in whole units, 2 % at 1, 2, 4, 8; 200 x 8, where a rank
+takes all of its share at once, 29 %, 21 %, 8 % and 4 %. At 4 a long run ends in 20 to 30 small parts a rank."""
 
 
 @dataclass(eq=False)

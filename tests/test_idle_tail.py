@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from ksweep.autoencoder.decoding import MOST_ROWS, REFILL_SHARE
+from ksweep.autoencoder.decoding import MOST_DRAWS, REFILL_SHARE
 from ksweep.drawing import pieces
 from ksweep.draws import Unit, units_of
 from ksweep.ranks import Ranks, Solo, share
@@ -72,7 +72,7 @@ class PretendRank:
 def idle_share(num_activations: int, num_draws: int, speeds: tuple[float, ...], seed: int) -> float:
     """Of all the time that all ranks have, from the start until the last one ends, the part in which one has nothing to do."""
     cut_units = cut(units_of(np.zeros((num_activations, num_draws), dtype=bool)), len(speeds))
-    slots = min(MOST_ROWS, -(-num_activations * num_draws // len(speeds)))
+    slots = min(MOST_DRAWS, -(-num_activations * num_draws // len(speeds)))
     ranks = cast("Ranks", Solo(world_size=len(speeds)))
     lengths = np.random.default_rng(seed)
     under_way = [PretendRank(share(ranks, "queue", len(cut_units)), cut_units, slots, speed, lengths) for speed in speeds]

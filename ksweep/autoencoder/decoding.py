@@ -50,8 +50,9 @@ __all__ = ["Draw", "Order", "Request", "as_vectors", "draw", "stream"]
 
 log = logging.getLogger(__name__)
 
-MOST_ROWS = 512
-"""Draws under way at once, and so rows at most, where memory allows and nothing else is asked for."""
+MOST_DRAWS = 768
+"""Under way at once where memory allows and nothing else is asked for: some 500 rows, as draws that begin alike share them.
+Measured on 1 thread of a CPU, 48 activations x 16 draws: tokens a second 625 at 384, 644 at 512, 667 at 768, 655 all at once."""
 
 MEMORY_SHARE = 0.5
 """Of the free memory, what slots may take; the rest is for the prompts, the logits and a step's own tensors."""
@@ -109,7 +110,7 @@ def stream(
     An order is asked for only when rows would otherwise stay idle, so rows of several are under way at once.
 
     Args:
-        batch_size: most draws under way at once; None: as many as memory allows, up to `MOST_ROWS`.
+        batch_size: most draws under way at once; None: as many as memory allows, up to `MOST_DRAWS`.
         num_draws: how many are to be expected, where that is known: room is made for no more rows, and an order that another
             rank could begin with is not taken early.
         prefill_batch_size: most prompts run at once.
@@ -129,7 +130,7 @@ def stream(
     memory.keep_freed(verbalizer.model.device)
     fits = slots.fits(verbalizer.model, verbalizer.prompt_length + max_new_tokens)
     sampler = _draw_all if fits else draw_plainly
-    most_rows = batch_size or MOST_ROWS
+    most_rows = batch_size or MOST_DRAWS
     if num_draws is not None:
         most_rows = min(most_rows, num_draws)
     return _until_stopped(sampler(verbalizer, enumerate(orders), options, most_rows, prefill_batch_size, batch_size is not None))
