@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ksweep import memory
+from ksweep.autoencoder import trie
 from ksweep.autoencoder.checkpoint import CheckpointInfo, Role, inspect
 from ksweep.autoencoder.injection import check_vectors, injecting, scaled
 from ksweep.autoencoder.loading import load_backbone, load_causal_lm, load_head, load_tokenizer, torch_dtype
 from ksweep.autoencoder.prompts import ArPrompts, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.autoencoder.slots import repeated
-from ksweep.batches import length_batches
+from ksweep.autoencoder.tae_base import blocks_of
+from ksweep.autoencoder.tokenwise import only_at
 from ksweep.errors import CheckpointError
 from ksweep.placement import Devices, as_devices
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
     from ksweep.autoencoder.protocol import Explanation, FinishReason, ParseOutcome
 
@@ -213,8 +215,9 @@ class NlaReconstructor:
     def reconstruct_texts(self, texts: Sequence[str], batch_size: int = 64) -> Float[torch.Tensor, "text d_model"]:
         """Raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts are run once.
 
-        Each text is inserted as it is: strip and parse it first. Rows are batched by length and padded on the right, so a row's
-        neighbours do not change it beyond rounding. What the template has before the text runs once.
+        Each text is inserted as it is: strip and parse it first. What the template has before the text runs once, and so does
+        what texts begin with alike, where that is less to read (see `trie`); a text's neighbours do not change its vector beyond
+        rounding. At most `batch_size` texts are read at once.
 
         Raises:
             DataError: a text too long for the AR.
@@ -223,10 +226,13 @@ class NlaReconstructor:
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         ids = self.prompts.ids(list(place))
         out = torch.empty(len(ids), self.d_model)
-        for batch, prefix in self._batches(ids, batch_size):
+        for rows, prefix in self._groups(ids):
             done = 0 if prefix is None else len(self.prompts.common)
-            forward = partial(self._forward, prefix=prefix)
-            out[batch] = memory.in_halves(forward, [ids[i][done:] for i in batch], self.model.device)
+            rest = [ids[i][done:] for i in rows]
+            alike = prefix is not None and trie.fits(self.model, done + max(map(len, rest)))
+            for batch in trie.batches(rest, BATCH_TOKENS, max(1, batch_size), alike):
+                texts_of_batch = [rows[i] for pack in batch for i in pack.texts]
+                out[texts_of_batch] = memory.in_halves(partial(self._forward, prefix=prefix), batch, self.model.device)
         if not torch.isfinite(out).all():
             worst = list(place)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
             raise CheckpointError(
@@ -235,14 +241,13 @@ class NlaReconstructor:
             )
         return out[[place[text] for text in texts]]
 
-    def _batches(self, ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[list[int], Any | None]]:
-        """Rows of similar length, and the past they go on from; those whose text merged with the template have none."""
+    def _groups(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any | None]]:
+        """Texts, and the past they go on from; those that merged with the template have none."""
         common = list(self.prompts.common)
         begin = [bool(common) and list(row[: len(common)]) == common for row in ids]
         for shared in (True, False):
-            lengths = [len(row) - len(common) * shared if begins is shared else 0 for row, begins in zip(ids, begin, strict=True)]
-            for batch in length_batches(lengths, BATCH_TOKENS, batch_size):
-                yield batch, self._template() if shared else None
+            if group := [i for i, begins in enumerate(begin) if begins is shared]:
+                yield group, self._template() if shared else None
 
     @torch.inference_mode()
     def _template(self) -> Any:
@@ -253,21 +258,21 @@ class NlaReconstructor:
         return self._past
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Sequence[int]], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
-        """Rows, or what is left of them behind `prefix`. Padding on the right needs no mask: attention looks back only."""
-        lengths = torch.tensor([len(row) for row in rows])
-        ids, device = _padded_right(rows, lengths), self.model.device
-        past = repeated(prefix, len(rows))
-        hidden = self.model(input_ids=ids.to(device), past_key_values=past, use_cache=past is not None).last_hidden_state
-        last = hidden[torch.arange(len(rows), device=device), (lengths - 1).to(device)]
-        out: torch.Tensor = self.head(last)
+    def _forward(self, batch: Sequence[trie.Pack], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
+        """The texts of packs, pack after pack, or what is left of them behind `prefix`."""
+        device, past = self.model.device, repeated(prefix, len(batch))
+        read = trie.inputs(batch, 0 if prefix is None else len(self.prompts.common), self.model.dtype)
+        ends, mask = read.ends.to(device), None if read.mask is None else read.mask.to(device)
+        with only_at(blocks_of(self.model)[-1], ends):
+            hidden = self.model(
+                input_ids=read.ids.to(device),
+                position_ids=read.positions.to(device),
+                attention_mask=mask,
+                past_key_values=past,
+                use_cache=past is not None,
+            ).last_hidden_state
+        out: torch.Tensor = self.head(hidden.flatten(0, 1)[ends])
         return out.float().cpu()
-
-
-def _padded_right(rows: Sequence[Sequence[int]], lengths: Int[torch.Tensor, " text"]) -> Int[torch.Tensor, "text token"]:
-    """Token ids, any id as padding."""
-    width = int(lengths.max())
-    return torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
 
 
 def _inspected(checkpoint: CheckpointInfo | Path | str, role: Role, base: str | None) -> CheckpointInfo:

@@ -119,16 +119,17 @@ def test_what_prompts_have_in_common_runs_once_and_changes_nothing(pair: TinyPai
 
 def test_an_ar_that_runs_out_of_memory_goes_on_with_fewer_texts_at_once(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     ar = load_reconstructor(pair.ar, dtype="float32")
-    texts = [f"text {i} of {'several ' * (i % 4)}words" for i in range(20)]
-    expected, forward = ar.reconstruct_texts(texts), ar.model.forward
+    texts = [f"{i} is the number of a text of {'several ' * (i % 4)}words" for i in range(20)]
+    expected, forward, failed = ar.reconstruct_texts(texts), ar.model.forward, []
 
     def small(**given: Any) -> Any:
         if len(given["input_ids"]) > 3:
+            failed.append(len(given["input_ids"]))
             raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
         return forward(**given)
 
     monkeypatch.setattr(ar.model, "forward", small)
-    assert torch.allclose(ar.reconstruct_texts(texts), expected, atol=1e-5)
+    assert torch.allclose(ar.reconstruct_texts(texts), expected, atol=1e-5) and failed
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_multimodal"])

@@ -1,0 +1,141 @@
+"""Texts that begin alike, read as a trie: every distinct beginning runs once.
+
+    texts       a red house | a red car | a tree        node    0    1      2    3     4
+                                                        token   a   red  house  car  tree
+    as a trie   a -> red -> house                       depth   0    1      2    2     1
+                       \\-> car                          last    4    3      2    3     4
+                  \\-> tree
+
+Nodes lie depth first in a row of a batch, those of many texts in one row. A node has the position of its depth and sees what
+comes before all texts, its ancestors and itself, so it is computed as it would be in a text of its own ("tree attention":
+SpecInfer, Miao et al. 2023, arXiv 2305.09781). Node j is i or an ancestor of i where j <= i <= last[j].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ksweep.autoencoder import slots
+from ksweep.batches import BATCH_COST, length_batches
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+PACK_NODES = 128
+"""Nodes in a row of a batch, unless one text has more: attention has a score for every two of them."""
+
+
+@dataclass
+class Pack:
+    """Texts that share a row of a batch; a list with an entry for each node unless it says otherwise."""
+
+    texts: list[int] = field(default_factory=list)
+    """Indices of the texts."""
+    ends: list[int] = field(default_factory=list)
+    """Of each text the node of its last token."""
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    """Tokens before it in its texts."""
+    last: list[int] = field(default_factory=list)
+    """The last node behind it in any text, itself where there is none."""
+
+    def __len__(self) -> int:
+        """Nodes."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model reads for the packs of a batch."""
+
+    ids: Int[torch.Tensor, "pack node"]
+    positions: Int[torch.Tensor, "pack node"]
+    mask: Float[torch.Tensor, "pack 1 node seen"] | None
+    """0 where a node sees a token, the least number where it does not; None where each sees all before it."""
+    ends: Int[torch.Tensor, " text"]
+    """Of each text, pack after pack, the place of its last token in the flattened batch."""
+
+
+def batches(rows: Sequence[Sequence[int]], most_tokens: int, most_texts: int, alike: bool = True) -> list[list[Pack]]:
+    """Texts, as token ids, in batches of packs: each in a pack of its own or many in one, whichever is less to read.
+
+    Args:
+        rows: token ids, none without any.
+        most_tokens: padded tokens of a batch; a single pack may have more.
+        most_texts: of a batch.
+        alike: whether a pack may hold more than one text.
+    """
+    ways = [_cut(packs(rows, most), most_tokens, most_texts) for most in ([1, most_texts] if alike else [1])]
+    return min(ways, key=_cost)
+
+
+def _cut(found: Sequence[Pack], most_tokens: int, most_texts: int) -> list[list[Pack]]:
+    most_packs = most_texts // max((len(pack.texts) for pack in found), default=1)
+    return [[found[i] for i in batch] for batch in length_batches([len(pack) for pack in found], most_tokens, most_packs)]
+
+
+def _cost(cut: Sequence[Sequence[Pack]]) -> int:
+    """Padded tokens, and what a batch costs beside them."""
+    return sum(max(map(len, batch)) * len(batch) + BATCH_COST for batch in cut)
+
+
+def packs(rows: Sequence[Sequence[int]], most_texts: int, most_nodes: int = PACK_NODES) -> list[Pack]:
+    """Token ids of texts, none empty, as packs of at most `most_texts` texts and `most_nodes` nodes, a single text perhaps more.
+
+    Texts are taken in lexicographic order, so those that begin alike follow one another; what two packs share is in both.
+    """
+    found: list[Pack] = []
+    path: list[int] = []  # nodes of the text before
+    before: Sequence[int] = ()
+    for text in sorted(range(len(rows)), key=lambda i: tuple(rows[i])):
+        row = rows[text]
+        shared = _shared(before, row)
+        if not found or len(found[-1].texts) == most_texts or len(found[-1]) + len(row) - shared > most_nodes:
+            found.append(Pack())
+            path, shared = [], 0
+        pack = found[-1]
+        new = range(len(pack), len(pack) + len(row) - shared)
+        path[shared:] = new
+        pack.tokens += row[shared:]
+        pack.depths += range(shared, len(row))
+        pack.last += new
+        for node in path:
+            pack.last[node] = len(pack) - 1
+        pack.texts.append(text)
+        pack.ends.append(path[-1])
+        before = row
+    return found
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of their common beginning."""
+    least = min(len(one), len(other))
+    return next((i for i in range(least) if one[i] != other[i]), least)
+
+
+def inputs(batch: Sequence[Pack], num_before: int, dtype: torch.dtype) -> Inputs:
+    """Packs side by side behind `num_before` tokens that every node sees; padding, at the end, is seen by nobody else."""
+    width = max(map(len, batch))
+    ids, depths, last = (
+        torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+        for rows, fill in (([p.tokens for p in batch], 0), ([p.depths for p in batch], 0), ([p.last for p in batch], width))
+    )
+    ends = [i * width + end for i, pack in enumerate(batch) for end in pack.ends]
+    mask = None
+    if any(len(pack.texts) > 1 for pack in batch):
+        node = torch.arange(width)
+        unseen = (node[:, None] < node) | (node[:, None] > last[:, None, :])
+        mask = torch.zeros(len(batch), 1, width, num_before + width, dtype=dtype)
+        mask[:, 0, :, num_before:].masked_fill_(unseen, torch.finfo(dtype).min)
+    return Inputs(ids, depths + num_before, mask, torch.tensor(ends))
+
+
+def fits(model: Any, length: int) -> bool:
+    """Whether a text of up to `length` tokens, template included, can lie in a trie: the model's attention is known and takes a
+    mask of our own, and no window cuts the text."""
+    implementation = model.get_decoder().config.get_text_config()._attn_implementation
+    return implementation in ("sdpa", "eager") and slots.fits(model, length)
