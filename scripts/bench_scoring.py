@@ -1,10 +1,11 @@
 """How fast does the AR read explanations, beside the whole model over them in the order they come?
 
     python scripts/bench_scoring.py                       # 512 texts of the demo pair's AV
+    python scripts/bench_scoring.py --template prototype --draws 64 --temperature 0.4
     python scripts/bench_scoring.py --texts 128 --repeats 3 --template demo
 
-Texts are put into the template of the released pairs or into the demo's own, which is one word: what comes of the first means
-nothing, its cost is what a released pair's would be at this size.
+Texts are put into the template of the released pairs, into one of 22 tokens before the text and 11 after it, or into the demo's
+own, which is one word: what comes of the first two means nothing, their cost is what it would be at this size.
 
 The other side is the reference sweep's: the full causal language model with its head over every token and all hidden states kept,
 16 texts a batch, in the order they were drawn; its own read-out of the last token of the AR's layer is the same product. It runs
@@ -27,15 +28,20 @@ from ksweep.autoencoder.decoding import Request, draw
 from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer, load_reconstructor
 from ksweep.presets import demo_model, demo_pair
 
-RELEASED_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
+TEMPLATES = {
+    "released": "Summary of the following text: <text>{explanation}</text> <summary>",
+    "prototype": "The text below was written to describe one activation of a model. Read the text closely:\n<text>{explanation}"
+    "</text>\nThe activation described: <summary>",
+}
+"""Of the released pairs, and one as long (22 tokens before the text, 11 after it) as that of the trial which set the goal."""
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     av, ar = load_pair(options.dtype)
-    if options.template == "released":
-        ar = with_released_template(options.dtype)
+    if options.template in TEMPLATES:
+        ar = with_template(TEMPLATES[options.template], options.dtype)
     texts = drawn_texts(av, options)
     whole = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=getattr(torch, options.dtype)).eval()
     sides = {
@@ -46,7 +52,8 @@ def main() -> None:
     }
     rates = alternate({name: rate(side) for name, side in sides.items()}, options.repeats)
     tokens = sum(map(len, ar.prompts.ids(texts))) / len(texts)
-    title = f"{len(texts)} texts, {len(set(texts))} distinct, {tokens:.0f} tokens each in the {options.template} template"
+    title = f"{len(texts)} texts, {options.draws} an activation, {len(set(texts))} distinct, {tokens:.0f} tokens each in the "
+    title += f"{options.template} template ({len(ar.prompts.common)} of them before the text)"
     title += f"; {options.threads} threads, {options.dtype}"
     report(title, "texts/s", rates, next(iter(sides)))
 
@@ -54,27 +61,28 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--texts", type=int, default=512)
-    options.add_argument("--template", choices=("released", "demo"), default="released")
+    options.add_argument("--template", choices=(*TEMPLATES, "demo"), default="released")
+    options.add_argument("--draws", type=int, default=16, help="of one activation")
     options.add_argument("--temperature", type=float, default=0.7)
     options.add_argument("--batch-size", type=int, default=16, help="the full model's")
     return options.parse_args()
 
 
-def with_released_template(dtype: str) -> NlaReconstructor:
+def with_template(template: str, dtype: str) -> NlaReconstructor:
     """The demo's AR, but for the words around each text."""
     pair = demo_pair()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(shutil.copytree(pair.ar or "", f"{folder}/ar"))
         sidecar = yaml.safe_load((place / "nla_meta.yaml").read_text())
-        sidecar["prompt_templates"]["ar"] = RELEASED_TEMPLATE
+        sidecar["prompt_templates"]["ar"] = template
         (place / "nla_meta.yaml").write_text(yaml.safe_dump(sidecar))
         return load_reconstructor(place, base=pair.base, dtype=dtype)
 
 
 def drawn_texts(av: NlaVerbalizer, options: argparse.Namespace) -> list[str]:
-    """Explanations in the order in which the reference would score them: 16 of one activation after the other."""
-    vectors = held_out(max(1, options.texts // 16))
-    requests = [Request(row, row * 7919, k) for row in range(len(vectors)) for k in range(16)]
+    """Explanations in the order in which the reference would score them: all of one activation after the other."""
+    vectors = held_out(max(1, options.texts // options.draws))
+    requests = [Request(row, row * 7919, k) for row in range(len(vectors)) for k in range(options.draws)]
     found = draw(av, vectors, requests, temperature=options.temperature, max_new_tokens=64, seed=0)
     draws = sorted(found, key=lambda d: (d.request.row, d.request.draw))
     return [av.parse(av.decode(d.text_token_ids), d.finish)[0] or "" for d in draws]

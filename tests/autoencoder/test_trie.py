@@ -60,7 +60,7 @@ def test_every_text_is_its_last_node_with_its_ancestors(rows: list[list[int]], m
 
 
 def test_the_example_of_the_module() -> None:
-    (pack,) = trie.packs([[0, 1, 2], [0, 1, 3], [0, 4]], most_texts=9)
+    (pack,) = trie.packs([[0, 1, 2], [0, 1, 3], [0, 4]], most_texts=9, most_nodes=9)
     assert (pack.tokens, pack.depths, pack.last, pack.ends) == ([0, 1, 2, 3, 4], [0, 1, 2, 2, 1], [4, 3, 2, 3, 4], [2, 3, 4])
 
 
@@ -69,6 +69,8 @@ def test_texts_share_packs_only_where_that_is_less_to_read() -> None:
     alike = [[*range(9), i] for i in range(40)]
     assert all(len(pack.texts) == 1 for batch in trie.batches(different, 10_000, 64) for pack in batch)
     assert all(len(pack.texts) > 1 for batch in trie.batches(alike, 10_000, 64) for pack in batch)
+    long = [[*range(200), *[i] * 50] for i in range(40)]
+    assert all(len(pack.texts) > 1 for batch in trie.batches(long, 10_000, 64) for pack in batch)
     assert all(len(pack.texts) == 1 for batch in trie.batches(alike, 10_000, 64, alike=False) for pack in batch)
 
 
