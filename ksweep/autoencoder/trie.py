@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PACK_NODES = 96
 """Nodes in a row of a batch. Attention has a score for every two of them, and what two rows share runs twice. 128 texts of the
 demo pair, 21 blocks of 576, one CPU thread, against rows of their own and the whole last block: 48 nodes 1.14 and 1.16 times as
-fast (T = 0.7 and lower), 64 1.19 and 1.22, 96 1.20 and 1.23, 128 1.13 and 1.22, 192 1.13 and 1.11."""
+fast (T = 0.7 and 0.4), 64 1.19 and 1.22, 96 1.20 and 1.23, 128 1.13 and 1.22, 192 1.13 and 1.11."""
 PACK_TEXTS = 4
 """Texts of mean length that a row has room for at least, where they are long."""
 MASKED = 1.08
