@@ -57,8 +57,9 @@ Recorder = Callable[[Callable[[], None]], Recorded]
 
 def fits(model: Any) -> bool:
     """Whether a model's steps can be recorded: on one GPU, and not switched off."""
-    devices = {parameter.device for parameter in model.parameters()}
-    return len(devices) == 1 and next(iter(devices)).type == "cuda" and os.environ.get(SWITCH) != "0"
+    if model.device.type != "cuda" or os.environ.get(SWITCH) == "0":
+        return False
+    return {parameter.device for parameter in model.parameters()} == {model.device}
 
 
 def cuda_recorder() -> Recorder:

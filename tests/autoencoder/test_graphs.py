@@ -223,7 +223,7 @@ def test_no_graphs_on_a_cpu_nor_where_they_are_switched_off(models, monkeypatch)
 
     class OnDevices:
         def __init__(self, *devices: str) -> None:
-            self.devices = devices
+            self.devices, self.device = devices, torch.device(devices[0])
 
         def parameters(self) -> Any:
             return iter([type("Parameter", (), {"device": torch.device(device)}) for device in self.devices])
