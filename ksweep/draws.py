@@ -110,7 +110,7 @@ class DrawsStore:
         return there
 
     def missing(self, num_activations: int, num_draws: int) -> list[Unit]:
-        """The rectangles still to be drawn, on the fixed grid."""
+        """The rectangles still to be drawn, cut as `units_of` does."""
         return units_of(self.coverage(num_activations, num_draws))
 
     def still_missing(self, unit: Unit) -> list[Unit]:
@@ -256,7 +256,11 @@ def _strange(table: pa.Table, part: Unit) -> str | None:
 
 
 def units_of(there: np.ndarray) -> list[Unit]:
-    """What [activation, draw] lacks, on a grid that depends on the number of draws alone."""
+    """What [activation, draw] lacks, on a grid that depends on the number of draws alone.
+
+    Jobs that share draws but ask for different numbers of them may have the same draw under way in units of different shapes, and
+    then one of the two is dropped: rare, and cheaper than small units for all.
+    """
     draws = min(DRAWS_PER_UNIT, there.shape[1])
     rows = min(ROWS_PER_UNIT, MOST_PER_UNIT >> max(0, draws - 1).bit_length())  # a divisor of ROWS_PER_UNIT
     units: list[Unit] = []

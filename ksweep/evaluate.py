@@ -42,7 +42,7 @@ class Place:
     registry: Path
     vector_cache: Path
     batch_size: int | None = None
-    """Rows at once; None: as many as memory allows."""
+    """Draws at once; None: as many as memory allows."""
     sweep: str = ""
     resources: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -87,8 +87,8 @@ class Models:
             return {}
         from ksweep.autoencoder import graphs, slots
 
-        steps = {"cuda_graphs": "on" if graphs.fits(self._av.model) else "off"}
-        return slots.numerics(self._av.model, self._av.prompt_length) | steps
+        model, length = self._av.model, self._av.prompt_length
+        return slots.numerics(model, length) | {"cuda_graphs": graphs.state(model) if slots.fits(model, length) else "off"}
 
     def _load_verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
         from ksweep.autoencoder import nla, tae

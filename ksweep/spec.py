@@ -320,7 +320,8 @@ class Resources:
     max_parallel_jobs: int | None = None
     """Most jobs of the sweep that run at once. None: as many as there is room for."""
     batch_size: int | None = None
-    """Most rows decoded or scored at once on one rank; does not change the numbers. None: as many as memory allows, up to 512."""
+    """Most draws under way, and texts scored, at once on one rank; does not change the numbers. None: as many draws as memory
+    allows, up to 768."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Any further sbatch option, passed through, e.g. {"reservation": "nightly"}."""
 

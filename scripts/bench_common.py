@@ -84,7 +84,8 @@ def lengthened(pair: Autoencoder, prompt_tokens: int, place: Path) -> Autoencode
     (copy / "nla_meta.yaml").write_text(yaml.safe_dump(sidecar), encoding="utf-8")
     made = replace(pair, av=str(copy))
     found = len(av_prompt(inspect_pair(made)[0], tokenizer).ids)
-    assert found == prompt_tokens, f"{found} tokens, not {prompt_tokens}"
+    if found != prompt_tokens:
+        raise SystemExit(f"--prompt-tokens {prompt_tokens}: the words sought merge to {found} tokens; try another number, or 87")
     return made
 
 

@@ -1,12 +1,13 @@
 """How fast are drawing, scoring and extraction on this GPU, beside generate() and beside what the GPU could do at most?
 
     python scripts/bench_gpu.py                              # a pair of the shape of Qwen2.5-7B, layer 20, bfloat16
-    python scripts/bench_gpu.py --rows 64 256 --repeats 3
+    python scripts/bench_gpu.py --draws 64 256 --repeats 3
     python scripts/bench_gpu.py --tiny                       # the same code over a model of a few kB, on a CPU too
 
 Weights are random, in the exact shape of the released AV, AR and base model: nothing is downloaded, and a product of random
 numbers takes as long as any other. Texts are 32 tokens long, prompts 90. The other side of drawing is generate(inputs_embeds) as
-the reference sweep uses it: the 16 copies of one vector as a batch.
+the reference sweep uses it: the 16 copies of one vector as a batch. Steps are recorded as CUDA graphs anew for each stream of
+draws, so a stream is long enough to make little of that; the same without graphs stands beside it.
 
 Two ceilings, with the peaks measured on the spot. A step cannot be shorter than reading every weight once takes at the rate of a
 large copy, nor than the products of its rows take at the rate of a large bfloat16 product. The bound at a number of rows is the
@@ -16,8 +17,10 @@ lower of the two; reading the past of the rows, which takes more as there are mo
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,10 +31,13 @@ from bench_drawing import generated, ours
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from ksweep.activations.extract import BlockReader
+from ksweep.autoencoder import graphs
 from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer
 
 LAYER = 20
 COPIES = 16
+FILLS = 8
+"""Times that every slot is filled in a round."""
 PROMPT, INJECTED_AT = 90, 60
 TEMPLATE, TEXT = 10, 32
 """Tokens of the AR's prompt before a text, and of a text with what comes after it."""
@@ -55,8 +61,8 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256, 512], help="rows drawn at once")
-    options.add_argument("--activations", type=int, default=64)
+    options.add_argument("--draws", type=int, nargs="+", default=[64, 128, 256, 512], help="draws under way at once")
+    options.add_argument("--activations", type=int, default=128)
     options.add_argument("--generated", type=int, default=64, help="rows that generate() is timed over in a round")
     options.add_argument("--texts", type=int, default=2048)
     options.add_argument("--passages", type=int, default=256)
@@ -64,7 +70,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--tiny", action="store_true", help="a model of a few kB, on the CPU where there is no GPU")
     options = options.parse_args()
     if options.tiny:
-        options.rows, options.activations, options.generated, options.texts, options.passages = [8, 16], 4, 16, 64, 8
+        options.draws, options.activations, options.generated, options.texts, options.passages = [8, 16], 4, 16, 64, 8
     return options
 
 
@@ -146,10 +152,11 @@ def report_drawing(options: argparse.Namespace, bandwidth: float, flops: float) 
     weights = sum(p.nbytes for name, p in av.model.named_parameters() if "embed_tokens" not in name)
     products = sum(p.numel() for name, p in av.model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
     sides: dict[str, Callable[[], float]] = {"generate()": rate(lambda: generated(av, vectors, COPIES, COPIES, True, options))}
-    for rows in options.rows:
-        draws = max(1, -(-2 * rows // options.activations))  # every slot is filled twice
-        mine = argparse.Namespace(**vars(options) | {"batch_size": rows})
-        sides[f"{rows} rows"] = rate(lambda k=draws, mine=mine: ours(av, vectors, k, True, mine))
+    at_once = {"generate()": COPIES}
+    for rows in options.draws:
+        for recorded in (True, False) if graphs.fits(av.model) else (False,):
+            name = f"{rows} draws, graphs" if recorded else f"{rows} draws"
+            sides[name], at_once[name] = rate(lambda n=rows, recorded=recorded: drawn(av, vectors, n, recorded, options)), rows
     peak_memory(options)
     rates = alternate(sides, options.repeats)
     print(f"\ndrawing, {PROMPT} tokens of prompt; weights {weights / 1e9:.2f} GB; memory at peak {peak_memory(options)}")
@@ -157,13 +164,33 @@ def report_drawing(options: argparse.Namespace, bandwidth: float, flops: float) 
         "| | tokens/s, median (lowest to highest) | against generate() | bound, tokens/s | of the bound |\n|---|---|---|---|---|"
     )
     for name, values in rates.items():
-        rows = COPIES if name == "generate()" else int(name.split()[0])
+        rows = at_once[name]
         bound = rows / max(weights / bandwidth, 2 * products * rows / flops)
         ratios = [one / other for one, other in zip(values, rates["generate()"], strict=True)]
         share = [one / bound for one in values]
         print(
             f"| {name} | {spread(values, ',.0f')} | {spread(ratios, '.2f')} | {bound:,.0f} | {spread(share, '.1%')} |", flush=True
         )
+
+
+def drawn(av: NlaVerbalizer, vectors: torch.Tensor, at_once: int, recorded: bool, options: argparse.Namespace) -> int:
+    """Tokens of `FILLS` times as many draws as are under way at once."""
+    mine = argparse.Namespace(**vars(options) | {"batch_size": at_once})
+    with recording(recorded):
+        return ours(av, vectors, max(1, -(-FILLS * at_once // len(vectors))), True, mine)
+
+
+@contextmanager
+def recording(wanted: bool) -> Iterator[None]:
+    """Steps as CUDA graphs, where they can be, or as usual."""
+    before = os.environ.get(graphs.SWITCH)
+    os.environ[graphs.SWITCH] = "1" if wanted else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(graphs.SWITCH)
+        if before is not None:
+            os.environ[graphs.SWITCH] = before
 
 
 def report_scoring(options: argparse.Namespace) -> None:

@@ -27,7 +27,8 @@ def cut(units: list[Unit], num_ranks: int) -> list[Unit]:
 
 @dataclass
 class PretendRank:
-    """Continuous batching in pretended time: the refilling of decoding._Stream, with steps that cost what they are said to."""
+    """Continuous batching in pretended time, with steps that cost what they are said to: as decoding._Stream refills where no
+    draws share a row."""
 
     mine: Iterator[int]
     pieces: list[Unit]

@@ -18,6 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,8 +112,8 @@ def stream(
 
     Args:
         batch_size: most draws under way at once; None: as many as memory allows, up to `MOST_DRAWS`.
-        num_draws: how many are to be expected, where that is known: room is made for no more rows, and an order that another
-            rank could begin with is not taken early.
+        num_draws: how many are to be expected, where that is known: room is made for no more, and an order that another rank
+            could begin with is not taken early.
         prefill_batch_size: most prompts run at once.
         should_stop: asked before every step: once true no more draws come, and those under way are lost.
         on_step: hears after every step how many tokens were sampled.
@@ -172,7 +173,7 @@ def _draw_all(
         del attempt
         memory.release(verbalizer.model.device)
         backlog.start_again()
-        log.warning("out of memory while drawing; going on with at most %d rows at once", most_rows)
+        log.warning("out of memory while drawing; going on with at most %d draws at once", most_rows)
 
 
 class _Backlog:
@@ -200,8 +201,11 @@ class _Backlog:
         most."""
         taken: list[list[Row]] = []
         left = num_draws
-        while left > 0 and len(taken) < num_activations and self.has_more():
-            if taken and len(self._waiting[0]) > left:
+        while left > 0 and len(taken) < num_activations:
+            # The next order is not asked for where its first activation would hardly fit.
+            if taken and not self._waiting and len(taken[-1]) > left:
+                break
+            if not self.has_more() or (taken and len(self._waiting[0]) > left):
                 break
             taken.append(self._waiting.popleft())
             left -= len(taken[-1])
@@ -291,8 +295,8 @@ class _Stream:
                     return
                 self.prompts = self._run_prompts(activations)
                 room = min(room, self._room(self.prompts) - len(self.rows))
-            if self.rows and room < len(self.prompts.pending[0][1]) <= self.num_slots // 2:
-                return  # parts of an activation share less: it waits for its room, if that will come soon
+            if self.rows and room < len(self.prompts.pending[0][1]) <= REFILL_SHARE * self.num_slots:
+                return  # parts of an activation share less: it waits for the next time, when there is room for all of it
             going_on: int = yield from self._first_tokens(self.prompts, self.prompts.take(room))
             room -= going_on
 
@@ -315,7 +319,7 @@ class _Stream:
                 self.num_slots = max(1, min(self.num_slots, int(MEMORY_SHARE * free / row)))
             self.cache = slots.SlotCache(self.prefix, len(prompts.keys_and_values), self.num_slots, capacity)
             model = self.verbalizer.model
-            self.steps = graphs.Steps(model, self.cache, graphs.cuda_recorder()) if graphs.fits(model) else None
+            self.steps = graphs.Steps(model, self.cache, graphs.cuda_recorder(model.device)) if graphs.fits(model) else None
         return self.num_slots
 
     def _first_tokens(
@@ -326,7 +330,7 @@ class _Stream:
         rows, counts = [row for _, theirs in taken for row in theirs], [len(theirs) for _, theirs in taken]
         places = torch.tensor([place for place, _ in taken], device=device)
         keys = noise_keys(rows, device)
-        sampled = self._sample(rows, counts, prompts.logits[places], keys, 0)
+        sampled = self._sampler(rows, counts, keys, 0)(prompts.logits[places])
         ended, alive = self._append(rows, sampled)
         yield from ended
         if not alive:
@@ -357,11 +361,15 @@ class _Stream:
         """One more token of every row; rows that end leave, rows that part from those they share a slot with get their own."""
         self.options.ask_to_stop()
         taken = torch.tensor([len(row.token_ids) for row in self.rows], device=self.tokens.device)
-        sampled = self._sample(self.rows, self.counts, self._next_logits(), self.keys, taken)
+        sampler = self._sampler(self.rows, self.counts, self.keys, taken)
+        sampled = sampler(self._next_logits())
         ended, alive = self._append(self.rows, sampled)
         branches = _branches(self.rows, self.counts, alive)
-        order = self.cache.select([slot for slot, _ in branches])
-        self._settle(self.rows, self.keys, sampled.token_ids, [branches[i][1] for i in order])
+        if len(alive) == len(branches) == len(self.rows) == len(self.counts):
+            self.tokens = sampled.token_ids  # nothing was shared and nothing ended: every row keeps its slot
+        else:
+            order = self.cache.select([slot for slot, _ in branches])
+            self._settle(self.rows, self.keys, sampled.token_ids, [branches[i][1] for i in order])
         yield from ended
 
     def _next_logits(self) -> Float[torch.Tensor, "row vocabulary"]:
@@ -382,15 +390,17 @@ class _Stream:
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
-    def _sample(
-        self, rows: list[Row], counts: list[int], logits: torch.Tensor, keys: torch.Tensor, step: int | torch.Tensor
-    ) -> noise.Sample:
-        """A token of every row; counts[i] of them, which are of one order, from the i-th logits."""
-        ends = itertools.accumulate(counts)
-        temperatures = [rows[end - 1].order.temperature for end in ends]
-        own = temperatures[0] if len(set(temperatures)) == 1 else torch.tensor(temperatures, device=logits.device)
-        shared = counts if len(counts) < len(rows) else None
-        return noise.sample(logits, noise.step_keys(keys, step), temperature=own, top_p=self.options.top_p, counts=shared)
+    def _sampler(
+        self, rows: list[Row], counts: list[int], keys: torch.Tensor, step: int | torch.Tensor
+    ) -> Callable[[torch.Tensor], noise.Sample]:
+        """What takes a token of every row from logits, of which the i-th are for counts[i] rows, all of one order. What comes
+        from the host is sent before the logits are computed: a copy waits for all that the device was given before."""
+        temperatures = [rows[end - 1].order.temperature for end in itertools.accumulate(counts)]
+        own = temperatures[0] if len(set(temperatures)) == 1 else torch.tensor(temperatures, device=keys.device)
+        return partial(
+            noise.sample, keys=noise.step_keys(keys, step), temperature=own, top_p=self.options.top_p,
+            sharing=noise.sharing(counts, keys.device),
+        )  # fmt: skip
 
     def _append(self, rows: list[Row], sampled: noise.Sample) -> tuple[list[tuple[Row, FinishReason]], list[int]]:
         """Add a token to each row; the rows that end with it, and the places of those that go on."""

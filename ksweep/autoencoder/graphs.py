@@ -8,8 +8,10 @@ A graph repeats the same kernels at the same addresses. So tokens and lengths li
 replay, nothing that the host does in a step depends on their values, and rows and places come in a few sizes: a row that is not
 in use writes into the first place of a slot that is free, where the next draw will begin.
 
-A shape is drawn as usual the first times. What its graph then gives is compared with what the step itself gave; a graph that
-fails, or gives something else, is never used, and drawing goes on without.
+A shape is drawn as usual the first times. Before its graph is used, the graph has to make the logits of a step that was run
+beside it, with other tokens than it was recorded with and NaN where it has to write. A graph that does not, or cannot be
+recorded, ends recording for this process, with a warning, and drawing goes on without. Slots have all their places from the
+start, so that what graphs point to never moves.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 was recorded by halves and addresses that have moved."""
 
 
+_given_up: list[str] = []
+"""Why nothing more is recorded in this process: after a recording that failed, torch's allocator is not as it was before."""
+
+
 class Recorded(Protocol):
     """What can be run again."""
 
@@ -52,25 +58,34 @@ class Recorded(Protocol):
 
 
 Recorder = Callable[[Callable[[], None]], Recorded]
-"""Records what a function does on the device, without running it or by running it."""
+"""Records what a function does on the device; whether it also happens then is the recorder's affair."""
 
 
 def fits(model: Any) -> bool:
-    """Whether a model's steps can be recorded: on one GPU, and not switched off."""
-    if model.device.type != "cuda" or os.environ.get(SWITCH) == "0":
+    """Whether a model's steps can be recorded: on one GPU, and not switched off or given up."""
+    if model.device.type != "cuda" or os.environ.get(SWITCH) == "0" or _given_up:
         return False
     return {parameter.device for parameter in model.parameters()} == {model.device}
 
 
-def cuda_recorder() -> Recorder:
+def state(model: Any) -> str:
+    """For the record: "on", "off", or why recording was given up."""
+    return f"given up: {_given_up[0]}" if _given_up else "on" if fits(model) else "off"
+
+
+def cuda_recorder(device: torch.device) -> Recorder:
     """Graphs that share their memory: one runs at a time."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(step: Callable[[], None]) -> Recorded:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU: only what this one does is recorded.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            step()
+        with torch.cuda.device(device):  # or the graph would be of another device, and empty
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # Other threads may go on using the GPU: only what this one does is recorded.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    step()
+            finally:
+                torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own stream in place
         return graph
 
     return record
@@ -91,7 +106,7 @@ class Steps:
         Args:
             model: causal language model, all of it on one device.
             cache: where its past lies; rows may come and go between steps.
-            record: `cuda_recorder()`.
+            record: `cuda_recorder` of that device.
         """
         self._model, self._cache, self._record = model, cache, record
         most, device = cache.book.num_slots, model.device
@@ -101,34 +116,24 @@ class Steps:
         """[slot, vocabulary], where every graph leaves its logits."""
         self._recorded: dict[tuple[int, int], Recorded] = {}
         self._uses: Counter[tuple[int, int]] = Counter()
-        self._storage: tuple[int, ...] = ()
-        self._working = True
 
     def logits(self, tokens: Int[torch.Tensor, " row"]) -> Float[torch.Tensor, "row vocabulary"]:
         """Logits after each row's last token, whose keys and values go into its slot; to be read before the next call."""
-        n, most = len(tokens), self._cache.book.num_slots
-        shape = rows_for(n, most), self._width()
+        book = self._cache.book
+        self._cache.reserve(book.capacity)
+        longest = max(self._cache.lengths) + 1
+        shape = rows_for(len(tokens), book.num_slots), min(-(-longest // PLACES) * PLACES, book.capacity)
         self._fill(tokens)
-        if self._working and shape not in self._recorded and self._uses[shape] >= USES_BEFORE:
-            self._try(shape)
         if shape in self._recorded:
             self._recorded[shape].replay()
         else:
             self._step(*shape)
+            if self._uses[shape] >= USES_BEFORE and not _given_up:
+                self._try(shape)
         self._uses[shape] += 1
         self._cache.end_step()
-        logits: torch.Tensor = self._logits[:n]
+        logits: torch.Tensor = self._logits[: len(tokens)]
         return logits
-
-    def _width(self) -> int:
-        """Places for the longest row, its new token included; makes room for them."""
-        book = self._cache.book
-        width = min(-(-(max(self._cache.lengths) + 1) // PLACES) * PLACES, book.capacity)
-        storage = self._cache.reserve(width)
-        if storage != self._storage:  # graphs hold addresses
-            self._recorded.clear()
-            self._storage = storage
-        return width
 
     def _fill(self, tokens: Int[torch.Tensor, " row"]) -> None:
         """The rows of the next step; those that are not in use have length 0."""
@@ -152,25 +157,31 @@ class Steps:
         self._logits[:rows] = logits
 
     def _try(self, shape: tuple[int, int]) -> None:
-        """Record a shape, if what the record gives is what the step gives."""
+        """Record a shape whose step has just been run, if what the record gives is what the step gave. Leaves the step done."""
         rows, _ = shape
-        self._step(*shape)
-        expected = self._logits[:rows].clone()
+        expected, tokens = self._logits[:rows].clone(), self._tokens.clone()
         try:
+            self._tokens.copy_(tokens.roll(1))
             recorded = self._record(lambda: self._step(*shape))
+            self._tokens.copy_(tokens)
+            self._logits[:rows] = float("nan")
+            self._cache.spoil(self._lengths[:rows])
             recorded.replay()
             error = float((self._logits[:rows] - expected).abs().max() / expected.abs().max())
         except RuntimeError as failure:
             if memory.is_out_of_memory(failure):
-                raise
-            self._give_up(str(failure).strip().split("\n")[0])
-            return
-        if not error <= TOLERANCE.get(expected.dtype, 0.0):
-            self._give_up(f"the graph's logits differ by {error:.2g} of the largest")
-            return
-        self._recorded[shape] = recorded
+                memory.release(self._model.device)
+            # Of a capture that failed, the last error says only that it did.
+            self._give_up(str(failure.__context__ or failure).strip().split("\n")[0])
+        else:
+            if error <= TOLERANCE.get(expected.dtype, 0.0):
+                self._recorded[shape] = recorded
+                return
+            self._give_up(f"a graph's logits differ by {error:.2g} of the largest")
+        self._tokens.copy_(tokens)
+        self._step(*shape)
 
     def _give_up(self, why: str) -> None:
         log.warning("decoding steps are not recorded as CUDA graphs, which makes drawing slower: %s", why)
-        self._working = False
+        _given_up.append(why)
         self._recorded.clear()

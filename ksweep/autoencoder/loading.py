@@ -68,6 +68,22 @@ def load_backbone(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
     return _ready(model, info, devices)
 
 
+def blocks_of(model: Any) -> torch.nn.ModuleList:
+    """The blocks of a language model, first to last.
+
+    Raises:
+        CheckpointError: it keeps them elsewhere.
+    """
+    decoder = model.get_decoder()
+    blocks = getattr(decoder, "layers", getattr(decoder, "h", None))
+    if not isinstance(blocks, torch.nn.ModuleList):
+        raise CheckpointError(
+            f"a {type(decoder).__name__} keeps its blocks neither in .layers nor in .h, where they are looked for. Use a "
+            "checkpoint over GPT-2, Gemma-2, Gemma-3, Qwen2 or Llama."
+        )
+    return blocks
+
+
 def load_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> torch.nn.Linear:
     """The AR's value head: reconstruction = W h, no bias.
 

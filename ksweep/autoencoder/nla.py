@@ -21,11 +21,10 @@ from ksweep import memory
 from ksweep.autoencoder import trie
 from ksweep.autoencoder.checkpoint import CheckpointInfo, Role, inspect
 from ksweep.autoencoder.injection import check_vectors, injecting, scaled
-from ksweep.autoencoder.loading import load_backbone, load_causal_lm, load_head, load_tokenizer, torch_dtype
+from ksweep.autoencoder.loading import blocks_of, load_backbone, load_causal_lm, load_head, load_tokenizer, torch_dtype
 from ksweep.autoencoder.prompts import ArPrompts, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.autoencoder.slots import repeated
-from ksweep.autoencoder.tae_base import blocks_of
 from ksweep.autoencoder.tokenwise import only_at
 from ksweep.errors import CheckpointError
 from ksweep.placement import Devices, as_devices
@@ -261,17 +260,13 @@ class NlaReconstructor:
     def _forward(self, batch: Sequence[trie.Pack], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
         """The texts of packs, pack after pack, or what is left of them behind `prefix`."""
         device, past = self.model.device, repeated(prefix, len(batch))
-        read = trie.inputs(batch, 0 if prefix is None else len(self.prompts.common), self.model.dtype)
-        ends, mask = read.ends.to(device), None if read.mask is None else read.mask.to(device)
-        with only_at(blocks_of(self.model)[-1], ends):
+        read = trie.inputs(batch, 0 if prefix is None else len(self.prompts.common), self.model.dtype, device)
+        with only_at(blocks_of(self.model)[-1], read.ends):
             hidden = self.model(
-                input_ids=read.ids.to(device),
-                position_ids=read.positions.to(device),
-                attention_mask=mask,
-                past_key_values=past,
+                input_ids=read.ids, position_ids=read.positions, attention_mask=read.mask, past_key_values=past,
                 use_cache=past is not None,
-            ).last_hidden_state
-        out: torch.Tensor = self.head(hidden.flatten(0, 1)[ends])
+            ).last_hidden_state  # fmt: skip
+        out: torch.Tensor = self.head(hidden.flatten(0, 1)[read.ends])
         return out.float().cpu()
 
 

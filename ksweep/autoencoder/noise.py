@@ -40,6 +40,15 @@ _BLOCK_COUNTER = 1 << 32
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """How many keys each row of logits has, where some have several; a row's keys follow one another."""
+
+    counts: Sequence[int]
+    origin: Int[torch.Tensor, " key"]
+    """The row of each key."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One token per key."""
 
@@ -61,6 +70,13 @@ def row_keys(
     return key.to(device)
 
 
+def sharing(counts: Sequence[int], device: torch.device | str = "cpu") -> Sharing | None:
+    """What `sample` is told where some rows are for several keys."""
+    if all(count == 1 for count in counts):
+        return None
+    return Sharing(counts, torch.tensor([row for row, count in enumerate(counts) for _ in range(count)], device=device))
+
+
 def step_keys(rows: Int[torch.Tensor, " row"], step: int | Int[torch.Tensor, " row"]) -> Int[torch.Tensor, " row"]:
     """Keys of one decoding step (0 draws the first token), each row's own or the same for all, out of `row_keys`."""
     return _mix(_mix(rows + _GOLDEN) ^ step)
@@ -72,7 +88,7 @@ def sample(
     *,
     temperature: float | Float[torch.Tensor, " row"],
     top_p: float = 1.0,
-    counts: Sequence[int] | None = None,
+    sharing: Sharing | None = None,
 ) -> Sample:
     """One token per key from softmax(logits / temperature), cut to the nucleus of top_p; `keys` come from `step_keys`.
 
@@ -80,18 +96,17 @@ def sample(
     neither noise nor top_p is used. No synchronisation with the host, except with top_p < 1 (see `nucleus`).
 
     Args:
-        counts: how many keys each row of the logits has, the keys of a row following one another; None: one each. What does not
-            depend on the key is computed once a row.
+        sharing: which keys a row of the logits is for; None: one each. What does not depend on the key is computed once a row.
     """
     size = _rows_at_once(logits)
-    origin = None if counts is None else _origin(counts, size, logits.device)
     parts, first_key = [], 0
     for start in range(0, len(logits), size):
         chunk = slice(start, start + size)
         own = temperature[chunk] if isinstance(temperature, torch.Tensor) else temperature
-        last_key = first_key + (len(logits[chunk]) if counts is None else sum(counts[chunk]))
+        last_key = first_key + (len(logits[chunk]) if sharing is None else sum(sharing.counts[chunk]))
         theirs = slice(first_key, last_key)
-        parts.append(_sample_rows(logits[chunk].float(), keys[theirs], own, top_p, None if origin is None else origin[theirs]))
+        origin = None if sharing is None else sharing.origin[theirs] - start
+        parts.append(_sample_rows(logits[chunk].float(), keys[theirs], own, top_p, origin))
         first_key = last_key
     return Sample(torch.cat([tokens for tokens, _ in parts]), torch.cat([log_p for _, log_p in parts]))
 
@@ -171,11 +186,6 @@ def _log_probabilities(
     logits: Float[torch.Tensor, "row vocabulary"], tokens: Int[torch.Tensor, " key"], origin: Int[torch.Tensor, " key"] | None
 ) -> Float[torch.Tensor, " key"]:
     return _at(logits.log_softmax(-1), tokens[:, None], origin).squeeze(1)
-
-
-def _origin(counts: Sequence[int], size: int, device: torch.device) -> Int[torch.Tensor, " key"]:
-    """The row of each key, counted within its chunk of `size` rows."""
-    return torch.tensor([row % size for row, count in enumerate(counts) for _ in range(count)], device=device, dtype=torch.long)
 
 
 def _of(rows: torch.Tensor, origin: Int[torch.Tensor, " key"] | None) -> torch.Tensor:

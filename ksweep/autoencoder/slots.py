@@ -79,12 +79,18 @@ class SlotLayer:
         self.keys[rows, :, :tokens] = keys
         self.values[rows, :, :tokens] = values
 
-    def reserve(self, tokens: int) -> int:
-        """Room for at least that many tokens in slots that have been put to use; the address of the keys."""
+    def reserve(self, tokens: int) -> None:
+        """Room for at least that many tokens in slots that have been put to use."""
         assert self.keys is not None and self.values is not None
         if tokens > self.keys.shape[2]:
             self._make_room(self.keys, self.values, tokens)
-        return self.keys.data_ptr()
+
+    def spoil(self, lengths: torch.Tensor) -> None:
+        """NaN into the places behind these lengths, of as many slots."""
+        assert self.keys is not None and self.values is not None
+        rows = torch.arange(len(lengths), device=lengths.device)
+        for array in (self.keys, self.values):
+            array[rows, :, lengths] = float("nan")
 
     def _make_room(self, keys: torch.Tensor, values: torch.Tensor, needed: int) -> None:
         """Room in every slot for that many tokens and some more; not for all that may come, most rows end early."""
@@ -246,9 +252,15 @@ class SlotCache:
         positions: torch.Tensor = book.lengths + book.shared
         return positions[:, None]
 
-    def reserve(self, tokens: int) -> tuple[int, ...]:
-        """Room for at least that many tokens in every slot; where the keys of each block lie, which changes as room is made."""
-        return tuple(layer.reserve(tokens) for layer in self.layers)
+    def reserve(self, tokens: int) -> None:
+        """Room for at least that many tokens in every slot."""
+        for layer in self.layers:
+            layer.reserve(tokens)
+
+    def spoil(self, lengths: Int[torch.Tensor, " row"]) -> None:
+        """NaN where the next step of these rows is to write: what it reads without having written there shows."""
+        for layer in self.layers:
+            layer.spoil(lengths)
 
     def begin_static_step(self, lengths: Int[torch.Tensor, " row"], width: int) -> Int[torch.Tensor, "row 1"]:
         """As `begin_step`, for as many rows as there are lengths and `width` places; the host never looks at the lengths.

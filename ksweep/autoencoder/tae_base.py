@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ksweep.autoencoder.headers import BLOCK, NOT_TEXT, WRAPPED, some, text_names
-from ksweep.autoencoder.loading import LIBRARY_ERRORS, cut_blocks, is_sane, quiet
+from ksweep.autoencoder.loading import LIBRARY_ERRORS, blocks_of, cut_blocks, is_sane, quiet
 from ksweep.errors import CheckpointError
 from ksweep.placement import placed
 
@@ -60,22 +60,6 @@ def load_blocks(
     own = table.detach().clone() if stored else table
     lay_over(model, stored, path, "encoder")
     return _ready(model, directory, devices), own.detach().to(devices[0])
-
-
-def blocks_of(model: Any) -> torch.nn.ModuleList:
-    """The blocks of a language model, first to last.
-
-    Raises:
-        CheckpointError: it keeps them elsewhere.
-    """
-    decoder = model.get_decoder()
-    blocks = getattr(decoder, "layers", getattr(decoder, "h", None))
-    if not isinstance(blocks, torch.nn.ModuleList):
-        raise CheckpointError(
-            f"a {type(decoder).__name__} keeps its blocks neither in .layers nor in .h, so vectors cannot be put into it. Use a "
-            "checkpoint over GPT-2, Gemma-2, Gemma-3, Qwen2 or Llama."
-        )
-    return blocks
 
 
 def embedding_scale(model: Any) -> Float[torch.Tensor, ""]:

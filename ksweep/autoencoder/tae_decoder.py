@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from ksweep.autoencoder.injection import check_vectors
+from ksweep.autoencoder.loading import blocks_of
 from ksweep.autoencoder.protocol import Prefill
 from ksweep.autoencoder.slots import repeated
-from ksweep.autoencoder.tae_base import blocks_of, check_contents, embedding_scale, is_identity
+from ksweep.autoencoder.tae_base import check_contents, embedding_scale, is_identity
 from ksweep.autoencoder.tae_file import TaeInfo
 from ksweep.autoencoder.tae_layout import BASE
 from ksweep.errors import CheckpointError, DataError

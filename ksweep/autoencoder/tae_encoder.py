@@ -20,9 +20,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from ksweep import memory
+from ksweep.autoencoder.loading import blocks_of
 from ksweep.autoencoder.protocol import Explanation
 from ksweep.autoencoder.slots import repeated
-from ksweep.autoencoder.tae_base import blocks_of, check_contents, embedding_scale, exact_embedding_scale, is_identity
+from ksweep.autoencoder.tae_base import check_contents, embedding_scale, exact_embedding_scale, is_identity
 from ksweep.autoencoder.tae_decoder import position_rows
 from ksweep.autoencoder.tae_file import TaeInfo, soft_prompt_sides
 from ksweep.autoencoder.tae_layout import BASE

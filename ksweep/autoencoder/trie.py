@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PACK_NODES = 96
 """Nodes in a row of a batch. Attention has a score for every two of them, and what two rows share runs twice. 128 texts of the
 demo pair, 21 blocks of 576, one CPU thread, against rows of their own and the whole last block: 48 nodes 1.14 and 1.16 times as
-fast (T = 0.7 and 0.4), 64 1.19 and 1.22, 96 1.20 and 1.23, 128 1.13 and 1.22, 192 1.13 and 1.11."""
+fast (T = 0.7 and 0.4), 64 1.19 and 1.22, 96 1.20 and 1.23, 128 1.13 and 1.22, 192 1.13 and 1.11. Not measured on a GPU."""
 PACK_TEXTS = 4
 """Texts of mean length that a row has room for at least, where they are long."""
 MASKED = 1.08
@@ -60,7 +60,8 @@ class Inputs:
     """What a model reads for the packs of a batch."""
 
     ids: Int[torch.Tensor, "pack node"]
-    positions: Int[torch.Tensor, "pack node"]
+    positions: Int[torch.Tensor, "pack node"] | None
+    """None where they are those of rows, which models find themselves."""
     mask: Float[torch.Tensor, "pack 1 node seen"] | None
     """0 where a node sees a token, the least number where it does not; None where each sees all before it."""
     ends: Int[torch.Tensor, " text"]
@@ -129,21 +130,22 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i in range(least) if one[i] != other[i]), least)
 
 
-def inputs(batch: Sequence[Pack], num_before: int, dtype: torch.dtype) -> Inputs:
+def inputs(batch: Sequence[Pack], num_before: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Packs side by side behind `num_before` tokens that every node sees; padding, at the end, is seen by nobody else."""
     width = max(map(len, batch))
-    ids, depths, last = (
-        torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
-        for rows, fill in (([p.tokens for p in batch], 0), ([p.depths for p in batch], 0), ([p.last for p in batch], width))
-    )
-    ends = [i * width + end for i, pack in enumerate(batch) for end in pack.ends]
-    mask = None
-    if _is_shared(batch):
-        node = torch.arange(width)
-        unseen = (node[:, None] < node) | (node[:, None] > last[:, None, :])
-        mask = torch.zeros(len(batch), 1, width, num_before + width, dtype=dtype)
-        mask[:, 0, :, num_before:].masked_fill_(unseen, torch.finfo(dtype).min)
-    return Inputs(ids, depths + num_before, mask, torch.tensor(ends))
+
+    def padded(rows: Sequence[Sequence[int]], fill: int) -> Int[torch.Tensor, "pack node"]:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+
+    ids = padded([pack.tokens for pack in batch], 0)
+    ends = torch.tensor([i * width + end for i, pack in enumerate(batch) for end in pack.ends], device=device)
+    if not _is_shared(batch):
+        return Inputs(ids, None, None, ends)
+    last, node = padded([pack.last for pack in batch], width), torch.arange(width, device=device)
+    unseen = (node[:, None] < node) | (node[:, None] > last[:, None, :])
+    mask = torch.zeros(len(batch), 1, width, num_before + width, dtype=dtype, device=device)
+    mask[:, 0, :, num_before:].masked_fill_(unseen, torch.finfo(dtype).min)
+    return Inputs(ids, padded([pack.depths for pack in batch], 0) + num_before, mask, ends)
 
 
 def fits(model: Any, length: int) -> bool:

@@ -137,7 +137,7 @@ COMMENT ON COLUMN runs.num_ranks IS 'Processes that shared the work.';
 COMMENT ON COLUMN runs.git_commit IS 'Commit of the code that ran.';
 COMMENT ON COLUMN runs.git_dirty IS 'Whether tracked files differed from the commit.';
 COMMENT ON COLUMN runs.argv IS 'Command line that started the sweep.';
-COMMENT ON COLUMN runs.packages IS 'Versions by package: packages[''torch''].';
+COMMENT ON COLUMN runs.packages IS 'Versions by package, and how the AV was computed: packages[''torch''], packages[''attention''], packages[''cuda_graphs''].';
 COMMENT ON COLUMN runs.spec IS 'The cell as JSON, everything that changes its numbers: spec->>''$.sampling.temperature''.';
 COMMENT ON COLUMN runs.resources IS 'Where and how it ran, as JSON; never changes the numbers.';
 COMMENT ON COLUMN runs.cell_key IS 'Identity of the cell: hash of all that changes its numbers.';

@@ -316,16 +316,17 @@ def test_draws_of_an_activation_share_a_row_until_they_part(verbalizer, sampler)
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.6)])
 @pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
 def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler, temperature, top_p):
-    """Eight draws of an activation begin together, so 16 are under way or more than 16 - 8."""
+    """A quarter of 32 is room for the eight draws of an activation, which begin together."""
     under_way: list[int] = []
-    options = {"temperature": temperature, "top_p": top_p, "batch_size": 16, "on_step": under_way.append}
-    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(6), range(8)), **options)
-    assert max(rows) <= max(under_way) == 16
+    vectors = torch.randn(18, 32, generator=torch.Generator().manual_seed(2))
+    options = {"temperature": temperature, "top_p": top_p, "batch_size": 32, "on_step": under_way.append, "vectors": vectors}
+    rows, drawn = rows_of_each_step(verbalizer, requests_for(range(18), range(8)), **options)
+    assert max(rows) <= max(under_way) == 32
     most = max(len(d.token_ids) for d in drawn.values())
     assert sum(rows) == sum(rows_needed(drawn, step) for step in range(1, most)), "no row of a step is one too many"
-    steps = under_way[: len(under_way) - under_way[::-1].index(16)]
-    begins = [i for i, n in enumerate(steps) if n == 8 or (i and n > steps[i - 1])]
-    assert len(begins) > 3 and min(n for i, n in enumerate(steps) if i not in begins) > 8
+    steps = under_way[: len(under_way) - under_way[::-1].index(32)]
+    begins = [i for i, n in enumerate(steps) if n in (8, 16) or (i and n > steps[i - 1])]
+    assert len(begins) > 3 and min(n for i, n in enumerate(steps) if i not in begins) > 32 - 8
 
 
 @pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)

@@ -3,7 +3,7 @@ repeats the same operations on the same memory, whatever has changed on the host
 
 from __future__ import annotations
 
-from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ksweep.autoencoder import compiled, graphs
+from ksweep.autoencoder import compiled, graphs, slots
 from ksweep.autoencoder.decoding import Order, draw, stream
 from tests.autoencoder.test_decoding import (
     STOPS,
@@ -86,8 +86,9 @@ def recorder(monkeypatch):
     """What records every step from now on."""
     made = Recorder()
     monkeypatch.setattr(compiled, "fits", lambda like: False)
-    monkeypatch.setattr(graphs, "fits", lambda model: True)
-    monkeypatch.setattr(graphs, "cuda_recorder", lambda: made)
+    monkeypatch.setattr(graphs, "fits", lambda model: not graphs._given_up)
+    monkeypatch.setattr(graphs, "cuda_recorder", lambda device: made)
+    monkeypatch.setattr(graphs, "_given_up", [])
     return made
 
 
@@ -113,6 +114,32 @@ def test_replayed_steps_give_the_same_draws(models, recorder, expected, name, te
     assert recorder.replays > 20 > len(recorder.tapes)
 
 
+class WithoutPrefix(TinyVerbalizer):
+    """Nothing before the injection site is run beforehand."""
+
+    def prefix(self) -> None:
+        """None."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "draws", "options"),
+    [
+        (TinyVerbalizer, 40, {"batch_size": 16}),  # an activation has more draws than there are slots
+        (TinyVerbalizer, 1, {}),
+        (TinyVerbalizer, 12, {"max_new_tokens": 1}),
+        (TinyVerbalizer, 12, {"max_new_tokens": 2}),
+        (WithoutPrefix, 12, {}),
+    ],
+)
+def test_replayed_steps_at_the_edges(models, recorder, expected, monkeypatch, kind, draws, options):  # noqa: F811
+    monkeypatch.setattr(graphs, "USES_BEFORE", 0)
+    monkeypatch.setattr(graphs, "PLACES", 4)
+    verbalizer, requests = kind(models["llama"], STOPS), requests_for(range(4), range(draws))
+    options = {"max_new_tokens": 40} | options
+    assert texts(take(verbalizer, requests, **options)) == expected(verbalizer, requests, **options)
+    assert bool(recorder.replays) == (options["max_new_tokens"] > 1), "a first token needs no step"
+
+
 def test_rows_and_places_come_in_few_sizes(models, recorder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(graphs, "PLACES", 8)
     steps: list[int] = []
@@ -122,29 +149,23 @@ def test_rows_and_places_come_in_few_sizes(models, recorder, monkeypatch):  # no
     assert [graphs.rows_for(n, 100) for n in (63, 65, 100)] == [64, 100, 100]
 
 
-def test_graphs_are_recorded_anew_when_slots_move(models, recorder, expected, monkeypatch):  # noqa: F811
-    """Room for 8 places at first, then for more: what was recorded before points to memory that has been given up."""
+def test_what_graphs_point_to_never_moves(models, recorder, expected, monkeypatch):  # noqa: F811
+    """Slots grow as their texts do where nothing is recorded; here they have all their places before the first graph."""
     monkeypatch.setattr(graphs, "PLACES", 8)
-    verbalizer = TinyVerbalizer(models["llama"])  # no text ends by itself
-    requests = requests_for(range(4), range(4))
-    options = {"max_new_tokens": 90}
-    before = Counter[str]()
-    clear = dict.clear
+    verbalizer, requests = TinyVerbalizer(models["llama"]), requests_for(range(4), range(4))  # no text ends by itself
+    make_room, moved = slots.SlotLayer._make_room, []
 
-    class Watched(dict[Any, Any]):
-        def clear(self) -> None:
-            before["cleared"] += bool(self)
-            clear(self)
+    def watched(layer, *given):
+        moved.append(len(recorder.tapes))
+        make_room(layer, *given)
 
-    made = graphs.Steps.__init__
-
-    def watched(self: Any, *given: Any) -> None:
-        made(self, *given)
-        self._recorded = Watched()
-
-    monkeypatch.setattr(graphs.Steps, "__init__", watched)
-    assert texts(take(verbalizer, requests, **options)) == expected(verbalizer, requests, **options)
-    assert before["cleared"] >= 1
+    monkeypatch.setattr(slots.SlotLayer, "_make_room", watched)
+    drawn = texts(take(verbalizer, requests, max_new_tokens=90))
+    assert moved and set(moved) == {0} and len(recorder.tapes) > 3
+    moved.clear()
+    assert drawn == expected(verbalizer, requests, max_new_tokens=90)
+    layers = len(verbalizer.model.model.layers)
+    assert len(moved) > 2 * layers, "without graphs they do grow: the test would see it"
 
 
 def _without_the_last_write(tape: Tape) -> None:
@@ -159,13 +180,25 @@ def _with_other_tokens(tape: Tape) -> None:
     tape.done[place] = (func, (weight, (ids + 1) % len(weight), *rest), kwargs, made)
 
 
-@pytest.mark.parametrize("spoil", [_without_the_last_write, _with_other_tokens])
+def _empty(tape: Tape) -> None:
+    tape.done.clear()
+
+
+def _without_keys_and_values(tape: Tape) -> None:
+    """What earlier steps wrote is there, what this one was to write is not."""
+    tape.done[:] = [one for one in tape.done if not one[0].overloadpacket.__name__.startswith("index_put")]
+
+
+@pytest.mark.parametrize("spoil", [_without_the_last_write, _with_other_tokens, _empty, _without_keys_and_values])
 def test_a_graph_that_gives_something_else_is_not_used(models, recorder, expected, caplog, spoil):  # noqa: F811
     recorder.spoil = spoil
     verbalizer, requests = TinyVerbalizer(models["llama"], STOPS), requests_for(range(6), range(6))
     assert texts(take(verbalizer, requests, max_new_tokens=40)) == expected(verbalizer, requests, max_new_tokens=40)
     assert recorder.replays == 1
     assert caplog.text.count("not recorded as CUDA graphs") == 1 and "of the largest" in caplog.text
+    assert graphs.state(verbalizer.model).startswith("given up: a graph's logits differ")
+    take(verbalizer, requests, max_new_tokens=40)
+    assert len(recorder.tapes) == 1, "nor is anything recorded by the streams that follow"
 
 
 def test_what_cannot_be_recorded_is_drawn_without(models, recorder, expected, caplog, monkeypatch):  # noqa: F811
@@ -181,18 +214,16 @@ def test_what_cannot_be_recorded_is_drawn_without(models, recorder, expected, ca
     assert caplog.text.count("not permitted when stream is capturing") == 1
 
 
-def test_out_of_memory_while_recording_halves_the_batch(models, recorder, expected, caplog):  # noqa: F811
-    failures = []
+def test_out_of_memory_while_recording_ends_recording_and_not_the_batch(models, recorder, expected, caplog):  # noqa: F811
+    """Graphs have memory of their own, kept from the rest; without them there is room for as many rows as before."""
 
-    def fail_once(tape: Tape) -> None:
-        if not failures:
-            failures.append(1)
-            raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
+    def fail(tape: Tape) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
 
-    recorder.spoil = fail_once
+    recorder.spoil = fail
     verbalizer, requests = TinyVerbalizer(models["llama"], STOPS), requests_for(range(6), range(6))
     assert texts(take(verbalizer, requests, max_new_tokens=40)) == expected(verbalizer, requests, max_new_tokens=40)
-    assert "at most 18 rows" in caplog.text and recorder.replays > 5
+    assert "a test says so" in caplog.text and "draws at once" not in caplog.text and recorder.replays == 0
 
 
 def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(models, recorder, expected):  # noqa: F811
@@ -232,6 +263,52 @@ def test_no_graphs_on_a_cpu_nor_where_they_are_switched_off(models, monkeypatch)
     assert not graphs.fits(OnDevices("cuda:0", "cuda:1")), "blocks spread over several GPUs"
     monkeypatch.setenv(graphs.SWITCH, "0")
     assert not graphs.fits(OnDevices("cuda:0"))
+
+
+class CudaOfOneThread:
+    """As much of torch.cuda as a recording uses; `torch.cuda.graph` fails as a capture does that a step has broken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device: Any = "cuda:0"
+        self.stream = "the stream of drawing"
+        self.captured: list[tuple[Any, ...]] = []
+        for name in ("graph_pool_handle", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda name=name: name)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        monkeypatch.setattr(torch.cuda, "device", self.on)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextmanager
+    def on(self, device: Any) -> Any:
+        """torch.cuda.device"""
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, capture_error_mode: str) -> Any:
+        """torch.cuda.graph: its own stream, given back only where the capture ends well."""
+        before, self.stream = self.stream, "the stream of a capture"
+        self.captured.append((graph, pool, capture_error_mode, self.device))
+        yield
+        self.stream = before
+
+
+def test_a_recording_is_of_the_models_device_and_gives_the_stream_back(monkeypatch):
+    cuda = CudaOfOneThread(monkeypatch)
+    record = graphs.cuda_recorder(torch.device("cuda:1"))
+    seen = []
+    assert record(lambda: seen.append(cuda.stream)) == "CUDAGraph"
+    assert cuda.captured == [("CUDAGraph", "graph_pool_handle", "thread_local", torch.device("cuda:1"))]
+    assert seen == ["the stream of a capture"] and cuda.stream == "the stream of drawing"
+
+    def broken() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        record(broken)
+    assert cuda.stream == "the stream of drawing"
 
 
 def test_the_tape_itself_freezes_what_the_host_says():

@@ -117,7 +117,7 @@ def test_a_model_reads_packs_as_it_reads_each_text(name: str, attention: str) ->
     assert trie.fits(model, WINDOW)
     past = model(input_ids=torch.tensor([before]), use_cache=True).past_key_values
     batch = trie.packs(rows, 64, most_nodes=40)
-    read = trie.inputs(batch, len(before), torch.float32)
+    read = trie.inputs(batch, len(before), torch.float32, model.device)
     assert len(batch) > 1 and read.ids.numel() < sum(map(len, rows)) and read.mask is not None
     cache = repeated(past, len(batch))
     hidden = model(
