@@ -81,13 +81,13 @@ class Models:
             self._ar = self._load_reconstructor(autoencoder)
         return self._ar
 
-    def numerics(self) -> dict[str, str]:
-        """How the AV is computed, for the record; nothing where it was not needed."""
+    def numerics(self, max_new_tokens: int) -> dict[str, str]:
+        """How this rank's AV is computed in texts of that length, for the record; nothing where it was not needed."""
         if self._av is None:
             return {}
         from ksweep.autoencoder import graphs, slots
 
-        model, length = self._av.model, self._av.prompt_length
+        model, length = self._av.model, self._av.prompt_length + max_new_tokens
         return slots.numerics(model, length) | {"cuda_graphs": graphs.state(model) if slots.fits(model, length) else "off"}
 
     def _load_verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
@@ -247,7 +247,8 @@ class _Landing:
             for note in found.reference.notes:
                 log.warning("%s: %s", one.keys.name, note)
         one.clock.take(self.together, self._share(one, draws))
-        self.landed.append(land(one, self.place, self.ranks, found, draws, self.models.numerics()))
+        numerics = self.models.numerics(one.cell.sampling.max_new_tokens)
+        self.landed.append(land(one, self.place, self.ranks, found, draws, numerics))
         self.waiting.remove(one)
 
     def _share(self, one: Begun, draws: pa.Table) -> float:

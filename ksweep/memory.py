@@ -30,7 +30,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release(device: torch.device) -> None:
     """Give back what torch or the C library keeps for later, so that it can be had in pieces of another size."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # torch before 2.13 refuses for good once the recording of a CUDA graph has failed
+            log.warning("torch keeps the memory that it does not use: %s", str(error).split("\n")[0])
     elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 

@@ -5,9 +5,10 @@
     python scripts/bench_gpu.py --tiny                       # the same code over a model of a few kB, on a CPU too
 
 Weights are random, in the exact shape of the released AV, AR and base model: nothing is downloaded, and a product of random
-numbers takes as long as any other. Texts are 32 tokens long, prompts 90. The other side of drawing is generate(inputs_embeds) as
-the reference sweep uses it: the 16 copies of one vector as a batch. Steps are recorded as CUDA graphs anew for each stream of
-draws, so a stream is long enough to make little of that; the same without graphs stands beside it.
+numbers takes as long as any other. Prompts are 90 tokens long, texts 32, or of natural lengths: each token is the last one with
+probability 1/32. The other side of drawing is generate(inputs_embeds) as the reference sweep uses it: the 16 copies of one vector
+as a batch. The same draws without CUDA graphs stand beside ours; graphs are recorded anew for each stream of draws, for every
+number of rows that comes up often, of which there are many with natural lengths.
 
 Two ceilings, with the peaks measured on the spot. A step cannot be shorter than reading every weight once takes at the rate of a
 large copy, nor than the products of its rows take at the rate of a large bfloat16 product. The bound at a number of rows is the
@@ -36,6 +37,8 @@ from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer
 
 LAYER = 20
 COPIES = 16
+MEAN_LENGTH = 32
+"""Each token of which the number is a multiple of this ends a text of natural length; random weights hardly prefer any."""
 FILLS = 8
 """Times that every slot is filled in a round."""
 PROMPT, INJECTED_AT = 90, 60
@@ -151,33 +154,38 @@ def report_drawing(options: argparse.Namespace, bandwidth: float, flops: float) 
     vectors = torch.randn(options.activations, av.d_model)
     weights = sum(p.nbytes for name, p in av.model.named_parameters() if "embed_tokens" not in name)
     products = sum(p.numel() for name, p in av.model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
-    sides: dict[str, Callable[[], float]] = {"generate()": rate(lambda: generated(av, vectors, COPIES, COPIES, True, options))}
-    at_once = {"generate()": COPIES}
-    for rows in options.draws:
-        for recorded in (True, False) if graphs.fits(av.model) else (False,):
-            name = f"{rows} draws, graphs" if recorded else f"{rows} draws"
-            sides[name], at_once[name] = rate(lambda n=rows, recorded=recorded: drawn(av, vectors, n, recorded, options)), rows
-    peak_memory(options)
-    rates = alternate(sides, options.repeats)
-    print(f"\ndrawing, {PROMPT} tokens of prompt; weights {weights / 1e9:.2f} GB; memory at peak {peak_memory(options)}")
-    print(
-        "| | tokens/s, median (lowest to highest) | against generate() | bound, tokens/s | of the bound |\n|---|---|---|---|---|"
-    )
-    for name, values in rates.items():
-        rows = at_once[name]
-        bound = rows / max(weights / bandwidth, 2 * products * rows / flops)
-        ratios = [one / other for one, other in zip(values, rates["generate()"], strict=True)]
-        share = [one / bound for one in values]
-        print(
-            f"| {name} | {spread(values, ',.0f')} | {spread(ratios, '.2f')} | {bound:,.0f} | {spread(share, '.1%')} |", flush=True
-        )
+    print(f"\ndrawing, {PROMPT} tokens of prompt; weights {weights / 1e9:.2f} GB")
+    for fixed in (True, False):
+        sides: dict[str, Callable[[], float]] = {
+            "generate()": rate(lambda fixed=fixed: generated(av, vectors, COPIES, COPIES, fixed, options))
+        }
+        at_once = {"generate()": COPIES}
+        for n in options.draws:
+            for recorded in (True, False) if graphs.fits(av.model) else (False,):
+                name = f"{n} draws, graphs" if recorded else f"{n} draws"
+                sides[name] = rate(lambda n=n, r=recorded, fixed=fixed: drawn(av, vectors, n, r, fixed, options))
+                at_once[name] = n
+        peak_memory(options)
+        rates = alternate(sides, options.repeats)
+        lengths = "32 tokens each" if fixed else "natural lengths"
+        print(f"\n{lengths}; memory at peak {peak_memory(options)}; CUDA graphs {graphs.state(av.model)}")
+        print("| | tokens/s, median (lowest to highest) | against generate() | bound, tokens/s | of the bound |")
+        print("|---|---|---|---|---|")
+        for name, values in rates.items():
+            bound = at_once[name] / max(weights / bandwidth, 2 * products * at_once[name] / flops)
+            ratios = [one / other for one, other in zip(values, rates["generate()"], strict=True)]
+            share = [one / bound for one in values]
+            columns = spread(values, ",.0f"), spread(ratios, ".2f"), f"{bound:,.0f}", spread(share, ".1%")
+            print(f"| {name} | {' | '.join(columns)} |", flush=True)
 
 
-def drawn(av: NlaVerbalizer, vectors: torch.Tensor, at_once: int, recorded: bool, options: argparse.Namespace) -> int:
+def drawn(
+    av: NlaVerbalizer, vectors: torch.Tensor, at_once: int, recorded: bool, fixed: bool, options: argparse.Namespace
+) -> int:
     """Tokens of `FILLS` times as many draws as are under way at once."""
     mine = argparse.Namespace(**vars(options) | {"batch_size": at_once})
     with recording(recorded):
-        return ours(av, vectors, max(1, -(-FILLS * at_once // len(vectors))), True, mine)
+        return ours(av, vectors, max(1, -(-FILLS * at_once // len(vectors))), fixed, mine)
 
 
 @contextmanager
@@ -217,7 +225,8 @@ def report_extraction(options: argparse.Namespace) -> None:
 
 def verbalizer(options: argparse.Namespace) -> NlaVerbalizer:
     model = made(Qwen2ForCausalLM, options)
-    return NlaVerbalizer(info(model), model, None, tuple(range(1, PROMPT + 1)), INJECTED_AT, frozenset({0}))
+    ends = frozenset(range(0, model.config.vocab_size, MEAN_LENGTH))
+    return NlaVerbalizer(info(model), model, None, tuple(range(1, PROMPT + 1)), INJECTED_AT, ends)
 
 
 def reconstructor(options: argparse.Namespace) -> NlaReconstructor:

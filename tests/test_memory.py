@@ -101,7 +101,8 @@ def test_what_is_freed_is_kept_for_the_next_use() -> None:
     kept, count = faults(keep=True)
     if not kept:
         pytest.skip("this C library does not let itself be asked (glibc before 2.35, or another)")
-    assert count < faults(keep=False)[1] / 10
+    # A kernel short of memory takes pages from a process that waits: that only adds to the count.
+    assert min(count, *(faults(keep=True)[1] for _ in range(3))) < faults(keep=False)[1] / 10
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library that is asked is glibc")
@@ -114,6 +115,19 @@ def test_kept_memory_is_given_back() -> None:
     memory.release(torch.device("cpu"))
     assert psutil.Process().memory_info().rss < used - 500 * 2**20
     assert pin.sum() == len(pin)
+
+
+def test_torch_that_will_not_give_memory_back_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As torch 2.12 does for the rest of a process in which the recording of a CUDA graph has failed."""
+
+    def refuse() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED\nException raised from emptyCache")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    memory.release(torch.device("cuda"))
+    assert "captures_underway" in caplog.text and "Exception raised" not in caplog.text
 
 
 def test_where_the_c_library_refuses_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:

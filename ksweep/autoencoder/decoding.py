@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 MOST_DRAWS = 768
 """Under way at once where memory allows and nothing else is asked for: some 500 rows, as draws that begin alike share them.
-Measured on 1 thread of a CPU, 48 activations x 16 draws: tokens a second 625 at 384, 644 at 512, 667 at 768, 655 all at once."""
+Measured on 1 thread of a CPU, 48 activations x 16 draws: tokens a second 625 at 384, 644 at 512, 655 and 667 at 768."""
 
 MEMORY_SHARE = 0.5
 """Of the free memory, what slots may take; the rest is for the prompts, the logits and a step's own tensors."""

@@ -9,17 +9,20 @@ replay, nothing that the host does in a step depends on their values, and rows a
 in use writes into the first place of a slot that is free, where the next draw will begin.
 
 A shape is drawn as usual the first times. Before its graph is used, the graph has to make the logits of a step that was run
-beside it, with other tokens than it was recorded with and NaN where it has to write. A graph that does not, or cannot be
-recorded, ends recording for this process, with a warning, and drawing goes on without. Slots have all their places from the
-start, so that what graphs point to never moves.
+beside it, with other tokens and lengths than it was recorded with and NaN where it has to write. A graph that does not, or
+cannot be recorded, ends recording for this process, with a warning, and drawing goes on without. Slots have all their places
+from the start, so that what graphs point to never moves.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -35,8 +38,9 @@ log = logging.getLogger(__name__)
 SWITCH = "KSWEEP_CUDA_GRAPHS"
 """Environment variable; 0: every step as usual."""
 
-USES_BEFORE = 2
-"""A shape is recorded when it comes up once more than this: at the end of a run most come up once or twice."""
+USES_BEFORE = 8
+"""A shape is recorded when it comes up once more than this. To record and try one takes as long as some steps and empties torch's
+cache, so it pays after about as many replays; at the end of a run most shapes come up once or twice. An estimate."""
 
 PLACES = 64
 """Widths of the past are multiples of this."""
@@ -78,17 +82,49 @@ def cuda_recorder(device: torch.device) -> Recorder:
     pool = torch.cuda.graph_pool_handle()
 
     def record(step: Callable[[], None]) -> Recorded:
-        with torch.cuda.device(device):  # or the graph would be of another device, and empty
+        with torch.cuda.device(device), _uncollected():
+            # What asks the device fails here: an error while recording leaves torch's allocator in disorder, one here does not.
+            with _synchronisation_refused():
+                step()
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 # Other threads may go on using the GPU: only what this one does is recorded.
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
                     step()
             finally:
                 torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own stream in place
         return graph
 
     return record
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """What recordings on a device go through: torch's own would be of the device that was recorded on first, and every stream has
+    a work space of cuBLAS, 32 MiB on a recent GPU."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles: what it frees may do things to the device that no recording can hold."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def _synchronisation_refused() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def rows_for(rows: int, most: int) -> int:
@@ -158,30 +194,50 @@ class Steps:
 
     def _try(self, shape: tuple[int, int]) -> None:
         """Record a shape whose step has just been run, if what the record gives is what the step gave. Leaves the step done."""
-        rows, _ = shape
-        expected, tokens = self._logits[:rows].clone(), self._tokens.clone()
+        expected = self._logits[: shape[0]].clone()
+        if not _largest(expected) < float("inf"):
+            return  # nothing can be told from NaN; whoever scores these draws will say what is wrong
         try:
-            self._tokens.copy_(tokens.roll(1))
-            recorded = self._record(lambda: self._step(*shape))
-            self._tokens.copy_(tokens)
-            self._logits[:rows] = float("nan")
-            self._cache.spoil(self._lengths[:rows])
-            recorded.replay()
-            error = float((self._logits[:rows] - expected).abs().max() / expected.abs().max())
+            why = self._record_and_compare(shape, expected)
         except RuntimeError as failure:
-            if memory.is_out_of_memory(failure):
-                memory.release(self._model.device)
             # Of a capture that failed, the last error says only that it did.
-            self._give_up(str(failure.__context__ or failure).strip().split("\n")[0])
-        else:
-            if error <= TOLERANCE.get(expected.dtype, 0.0):
-                self._recorded[shape] = recorded
-                return
-            self._give_up(f"a graph's logits differ by {error:.2g} of the largest")
-        self._tokens.copy_(tokens)
-        self._step(*shape)
+            why = str(failure.__context__ or failure).strip().split("\n")[0]
+        if why is not None:
+            self._give_up(why)
+            self._step(*shape)
+
+    def _record_and_compare(self, shape: tuple[int, int], expected: torch.Tensor) -> str | None:
+        """Why a record of this shape is not to be used; None: from now on it is."""
+        rows, width = shape
+        lengths = self._cache.lengths
+        tokens = self._tokens[: len(lengths)].clone()
+        try:
+            self._cache.lengths = [min(length + 1, width - 1) for length in lengths]  # that place is not in use either
+            self._fill(torch.zeros_like(tokens))
+            recorded = self._record(lambda: self._step(*shape))
+        finally:
+            self._cache.lengths = lengths
+            self._fill(tokens)
+        self._logits[:rows] = float("nan")
+        self._cache.spoil(self._lengths[:rows])
+        recorded.replay()
+        error = _largest(self._logits[:rows], less=expected) / _largest(expected)
+        if error <= TOLERANCE.get(expected.dtype, 0.0):
+            self._recorded[shape] = recorded
+            return None
+        return f"a graph's logits differ by {error:.2g} of the largest"
 
     def _give_up(self, why: str) -> None:
         log.warning("decoding steps are not recorded as CUDA graphs, which makes drawing slower: %s", why)
         _given_up.append(why)
         self._recorded.clear()
+        memory.release(self._model.device)
+
+
+def _largest(x: torch.Tensor, less: torch.Tensor | None = None) -> float:
+    """Of |x - less|; NaN where one is. Some rows at a time: all logits at once are hundreds of megabytes."""
+    found = []
+    for start in range(0, len(x), 64):
+        rows = slice(start, start + 64)
+        found.append((x[rows] if less is None else x[rows] - less[rows]).abs().max())
+    return float(torch.stack(found).max())

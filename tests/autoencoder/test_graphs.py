@@ -3,6 +3,8 @@ repeats the same operations on the same memory, whatever has changed on the host
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from ksweep.autoencoder import compiled, graphs, slots
 from ksweep.autoencoder.decoding import Order, draw, stream
+from ksweep.errors import RunError
 from tests.autoencoder.test_decoding import (
     STOPS,
     VECTORS,
-    OutOfMemoryModel,
     TinyVerbalizer,
     models,  # noqa: F401  # a fixture
     requests_for,
@@ -89,6 +91,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(graphs, "fits", lambda model: not graphs._given_up)
     monkeypatch.setattr(graphs, "cuda_recorder", lambda device: made)
     monkeypatch.setattr(graphs, "_given_up", [])
+    monkeypatch.setattr(graphs, "USES_BEFORE", 2)  # these runs are short
     return made
 
 
@@ -214,6 +217,43 @@ def test_what_cannot_be_recorded_is_drawn_without(models, recorder, expected, ca
     assert caplog.text.count("not permitted when stream is capturing") == 1
 
 
+def test_a_graph_that_holds_what_the_host_knew_is_not_used(models, recorder, expected, caplog):  # noqa: F811
+    """A block that reads the rows' lengths on the host: its graph is right as long as they are what they were."""
+    model = models["llama"]
+
+    def by_length(module, args, kwargs, out):
+        lengths = getattr(kwargs["past_key_values"], "lengths", None)
+        return out if not lengths else out * (1 + max(lengths) / 50)
+
+    handle = model.model.layers[0].register_forward_hook(by_length, with_kwargs=True)
+    try:
+        verbalizer, requests = TinyVerbalizer(model, STOPS), requests_for(range(6), range(6))
+        assert texts(take(verbalizer, requests, max_new_tokens=40)) == expected(verbalizer, requests, max_new_tokens=40)
+    finally:
+        handle.remove()
+    assert recorder.replays == 1 and "of the largest" in caplog.text
+
+
+def test_a_step_of_nan_is_not_what_a_graph_is_judged_by(models, recorder):  # noqa: F811
+    """The step that a graph would have been compared with makes NaN, which ends these draws; the next ones have their graphs."""
+    model, steps = models["llama"], []
+
+    def nan_in_the_third(module, args, out):
+        steps.append(out.shape[1] == 1)
+        return out * float("nan") if steps[-1] and sum(steps) == 3 else out
+
+    verbalizer = TinyVerbalizer(model, STOPS)
+    handle = model.model.layers[0].register_forward_hook(nan_in_the_third)
+    try:
+        with pytest.raises(RunError, match="logits are not finite"):
+            take(verbalizer, requests_for([0], range(4)), max_new_tokens=40)
+    finally:
+        handle.remove()
+    assert recorder.tapes == [] and graphs._given_up == []
+    take(verbalizer, requests_for([1], range(4)), max_new_tokens=40)
+    assert recorder.replays
+
+
 def test_out_of_memory_while_recording_ends_recording_and_not_the_batch(models, recorder, expected, caplog):  # noqa: F811
     """Graphs have memory of their own, kept from the rest; without them there is room for as many rows as before."""
 
@@ -226,13 +266,29 @@ def test_out_of_memory_while_recording_ends_recording_and_not_the_batch(models, 
     assert "a test says so" in caplog.text and "draws at once" not in caplog.text and recorder.replays == 0
 
 
-def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(models, recorder, expected):  # noqa: F811
-    small = TinyVerbalizer(OutOfMemoryModel(models["llama"], most=8), STOPS)
-    requests = requests_for(range(4), range(8))
-    assert texts(take(small, requests, max_new_tokens=40)) == expected(
-        TinyVerbalizer(models["llama"], STOPS), requests, max_new_tokens=40
-    )
-    assert recorder.replays > 5
+def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(models, recorder, expected, monkeypatch, caplog):  # noqa: F811
+    """The second batch of prompts does not fit beside the slots and graphs of the first."""
+    requests = requests_for(range(6), range(8))
+    wanted = expected(TinyVerbalizer(models["llama"], STOPS), requests, max_new_tokens=40)
+    verbalizer, replays_when, made = TinyVerbalizer(models["llama"], STOPS), [], []
+    prefill, begin = TinyVerbalizer.prefill, graphs.Steps.__init__
+
+    def scarce(self, *given, **options):
+        if recorder.replays and not replays_when:
+            replays_when.append(recorder.replays)
+            raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
+        return prefill(self, *given, **options)
+
+    def noted(self, *given):
+        begin(self, *given)
+        made.append(weakref.ref(self))
+        assert [one() for one in made[:-1]] == [None] * (len(made) - 1), "what was recorded before holds its memory"
+
+    monkeypatch.setattr(TinyVerbalizer, "prefill", scarce)
+    monkeypatch.setattr(graphs.Steps, "__init__", noted)
+    assert texts(take(verbalizer, requests, max_new_tokens=40, batch_size=16)) == wanted
+    assert "going on with at most 8 draws" in caplog.text
+    assert len(made) == 2 and 0 < replays_when[0] < recorder.replays
 
 
 def test_orders_of_a_stream_share_graphs(models, recorder):  # noqa: F811
@@ -271,44 +327,74 @@ class CudaOfOneThread:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device: Any = "cuda:0"
         self.stream = "the stream of drawing"
+        self.on_synchronisation = "default"
         self.captured: list[tuple[Any, ...]] = []
         for name in ("graph_pool_handle", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, lambda name=name: name)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.on_synchronisation)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "on_synchronisation", mode))
         monkeypatch.setattr(torch.cuda, "device", self.on)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        graphs._stream.cache_clear()
 
     @contextmanager
     def on(self, device: Any) -> Any:
         """torch.cuda.device"""
         before, self.device = self.device, device
-        yield
-        self.device = before
+        try:
+            yield
+        finally:
+            self.device = before
 
     @contextmanager
-    def graph(self, graph: Any, pool: Any, capture_error_mode: str) -> Any:
-        """torch.cuda.graph: its own stream, given back only where the capture ends well."""
-        before, self.stream = self.stream, "the stream of a capture"
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Any:
+        """torch.cuda.graph: gives the stream back only where the capture ends well."""
+        before, self.stream = self.stream, stream
         self.captured.append((graph, pool, capture_error_mode, self.device))
         yield
         self.stream = before
 
+    def now(self) -> tuple[Any, ...]:
+        """Device, stream, what happens when the host waits, whether cycles are collected."""
+        return self.device, self.stream, self.on_synchronisation, gc.isenabled()
 
-def test_a_recording_is_of_the_models_device_and_gives_the_stream_back(monkeypatch):
-    cuda = CudaOfOneThread(monkeypatch)
-    record = graphs.cuda_recorder(torch.device("cuda:1"))
-    seen = []
-    assert record(lambda: seen.append(cuda.stream)) == "CUDAGraph"
-    assert cuda.captured == [("CUDAGraph", "graph_pool_handle", "thread_local", torch.device("cuda:1"))]
-    assert seen == ["the stream of a capture"] and cuda.stream == "the stream of drawing"
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """No device at all."""
+    yield CudaOfOneThread(monkeypatch)
+    graphs._stream.cache_clear()
+
+
+BEFORE = ("cuda:0", "the stream of drawing", "default", True)
+
+
+def test_a_recording_is_of_the_models_device_after_a_step_that_may_not_wait(cuda):
+    second, seen = torch.device("cuda:1"), []
+    record = graphs.cuda_recorder(second)
+    assert record(lambda: seen.append(cuda.now())) == "CUDAGraph"
+    assert seen == [(second, "the stream of drawing", "error", False), (second, "a stream of cuda:1", "default", False)]
+    assert cuda.captured == [("CUDAGraph", "graph_pool_handle", "thread_local", second)] and cuda.now() == BEFORE
+    graphs.cuda_recorder(torch.device("cuda:0"))(lambda: seen.append(cuda.now()))
+    assert seen[-1][:2] == (torch.device("cuda:0"), "a stream of cuda:0")
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_recording_that_fails_leaves_all_as_it_was(cuda, fails_at):
+    """At the step before it, where nothing has been captured yet, or while it goes on."""
+    steps = []
 
     def broken() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        steps.append(1)
+        if len(steps) == fails_at:
+            raise RuntimeError("called a synchronizing CUDA operation")
 
-    with pytest.raises(RuntimeError, match="not permitted"):
-        record(broken)
-    assert cuda.stream == "the stream of drawing"
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        graphs.cuda_recorder(torch.device("cuda:1"))(broken)
+    assert cuda.now() == BEFORE and len(cuda.captured) == fails_at - 1
 
 
 def test_the_tape_itself_freezes_what_the_host_says():
