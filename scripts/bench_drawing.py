@@ -8,15 +8,16 @@ Three sides, in turn: ours; generate(inputs_embeds) as the reference sweep uses 
 generate() over batches of any vectors, at the batch size that suits it best (tried first). Only useful tokens count: those up to
 and with a row's own stop token. "Fixed" makes every text 32 tokens long, "natural" lets each end where the AV ends it, and says
 first how long such texts are. `--prompt-tokens 87` is the length of released pairs' prompts; what stands before the demo's own 5
-tokens was sought so that its AV goes on writing explanations, but one in six then has no end (`bench_common.PREFIX`). Rates of
-generate() come from fewer activations than ours: its batches are alike and follow one another, so its rate does not depend on
-their number.
+tokens was sought so that its AV goes on writing explanations, of which one in five or six has no end (`bench_common.PREFIX`).
+Rates of generate() come from fewer activations than ours: its batches are alike and follow one another, so its rate does not
+depend on their number.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -146,7 +147,8 @@ def best_batch_size(av: NlaVerbalizer, vectors: torch.Tensor, fixed: bool, optio
 
 def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespace) -> None:
     """Share of our time by what it is spent on, and how near the matrix products are to what they reach by themselves."""
-    attend = slots.attend
+    attend, rows = slots.attend, list[int]()
+    first = next(module for module in av.model.modules() if isinstance(module, torch.nn.Linear))
 
     def watched(*given: object, **named: object) -> object:
         with torch.profiler.record_function("attention"):
@@ -156,12 +158,15 @@ def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespac
     try:
         work: Callable[[], int] = lambda: ours(av, vectors, options.draws[0], options.lengths[0] == "fixed", options)  # noqa: E731
         work()
+        handle = first.register_forward_pre_hook(lambda _, given: rows.append(given[0].numel() // first.in_features))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            began = time.perf_counter()
             tokens = work()
+            total = time.perf_counter() - began
+        handle.remove()
     finally:
         slots.AttentionInterface.register(slots.ATTENTION, attend)
     averages = {event.key: event for event in found.key_averages()}
-    total = sum(event.self_cpu_time_total for event in averages.values()) / 1e6
     products = sum(averages[name].self_cpu_time_total for name in MATRIX_PRODUCTS if name in averages) / 1e6
     attention = averages["attention"].cpu_time_total / 1e6
     print(
@@ -170,13 +175,13 @@ def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespac
     print(f"all else {1 - (products + attention) / total:.1%}. By operation, those of attention among them:")
     for event in sorted(averages.values(), key=lambda event: -event.self_cpu_time_total)[:20]:
         print(f"  {event.key:<40}{event.self_cpu_time_total / 1e6 / total:6.1%}{event.count:8}")
-    ceiling(av, len(vectors) * options.draws[0], tokens, products)
+    ceiling(av, max(rows), sum(rows), products)
 
 
 @torch.inference_mode()
-def ceiling(av: NlaVerbalizer, rows: int, tokens: int, seconds: float) -> None:
-    """The model's own weights, each times 512 rows of noise, one after the other and nothing else."""
-    rows = min(rows, 512)
+def ceiling(av: NlaVerbalizer, most: int, total: int, seconds: float) -> None:
+    """The model's own weights, each times as many rows of noise as in the largest step, one after the other and nothing else."""
+    rows = min(most, 512)
     layers = [module for module in av.model.modules() if isinstance(module, torch.nn.Linear)]
     inputs = {layer.in_features: torch.randn(rows, layer.in_features, dtype=layer.weight.dtype) for layer in layers}
 
@@ -186,9 +191,11 @@ def ceiling(av: NlaVerbalizer, rows: int, tokens: int, seconds: float) -> None:
         return rows
 
     rates = sorted(rate(once)() for _ in range(9))
-    best = tokens / rates[-1]
-    print(f"the same products by themselves, best of 9: {best:.2f} s for {tokens} tokens; in the run {seconds:.2f} s:")
-    print(f"  {best / seconds:.0%} of the ceiling (the prompts' products are counted in the run, not in the ceiling)")
+    best = total / rates[-1]
+    print(
+        f"the same products by themselves, {rows} rows at once, best of 9: {best:.2f} s for the {total} rows of the run, in which"
+    )
+    print(f"  they took {seconds:.2f} s: {best / seconds:.0%} of the ceiling")
 
 
 if __name__ == "__main__":

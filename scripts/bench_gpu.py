@@ -37,7 +37,7 @@ from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer
 
 LAYER = 20
 COPIES = 16
-MEAN_LENGTH = 32
+ONE_IN = 32
 """Each token of which the number is a multiple of this ends a text of natural length; random weights hardly prefer any."""
 FILLS = 8
 """Times that every slot is filled in a round."""
@@ -225,7 +225,7 @@ def report_extraction(options: argparse.Namespace) -> None:
 
 def verbalizer(options: argparse.Namespace) -> NlaVerbalizer:
     model = made(Qwen2ForCausalLM, options)
-    ends = frozenset(range(0, model.config.vocab_size, MEAN_LENGTH))
+    ends = frozenset(range(0, model.config.vocab_size, ONE_IN))
     return NlaVerbalizer(info(model), model, None, tuple(range(1, PROMPT + 1)), INJECTED_AT, ends)
 
 

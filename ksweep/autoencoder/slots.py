@@ -337,14 +337,15 @@ AttentionInterface.register(ATTENTION, attend)
 
 @contextmanager
 def attending(model: Any) -> Iterator[None]:
-    """While open, the model attends over a SlotCache. transformers makes no mask for an attention that it does not know."""
+    """While open, the model attends over a SlotCache. transformers makes no mask for an attention that it does not know; that
+    GPT-2 is given none would have it look for padding in every step, on the host."""
     config = model.get_decoder().config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
+    before = config._attn_implementation, getattr(config, "pad_token_id", None)
+    config._attn_implementation, config.pad_token_id = ATTENTION, None
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation, config.pad_token_id = before
 
 
 def fits(model: Any, length: int) -> bool:
