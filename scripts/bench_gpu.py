@@ -20,10 +20,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -182,23 +182,10 @@ def report_drawing(options: argparse.Namespace, bandwidth: float, flops: float) 
 def drawn(
     av: NlaVerbalizer, vectors: torch.Tensor, at_once: int, recorded: bool, fixed: bool, options: argparse.Namespace
 ) -> int:
-    """Tokens of `FILLS` times as many draws as are under way at once."""
+    """Tokens, steps as CUDA graphs or as usual, of `FILLS` times as many draws as are under way at once."""
     mine = argparse.Namespace(**vars(options) | {"batch_size": at_once})
-    with recording(recorded):
+    with patch.dict(os.environ, {graphs.SWITCH: "1" if recorded else "0"}):
         return ours(av, vectors, max(1, -(-FILLS * at_once // len(vectors))), fixed, mine)
-
-
-@contextmanager
-def recording(wanted: bool) -> Iterator[None]:
-    """Steps as CUDA graphs, where they can be, or as usual."""
-    before = os.environ.get(graphs.SWITCH)
-    os.environ[graphs.SWITCH] = "1" if wanted else "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(graphs.SWITCH)
-        if before is not None:
-            os.environ[graphs.SWITCH] = before
 
 
 def report_scoring(options: argparse.Namespace) -> None:

@@ -156,7 +156,8 @@ class Steps:
     def logits(self, tokens: Int[torch.Tensor, " row"]) -> Float[torch.Tensor, "row vocabulary"]:
         """Logits after each row's last token, whose keys and values go into its slot; to be read before the next call."""
         book = self._cache.book
-        self._cache.reserve(book.capacity)
+        if self._logits is None:
+            self._cache.reserve(book.capacity)
         longest = max(self._cache.lengths) + 1
         shape = rows_for(len(tokens), book.num_slots), min(-(-longest // PLACES) * PLACES, book.capacity)
         self._fill(tokens)
@@ -182,12 +183,7 @@ class Steps:
     def _step(self, rows: int, width: int) -> None:
         """What is recorded: the logits of so many rows into `_logits`. Doing it twice changes nothing."""
         positions = self._cache.begin_static_step(self._lengths[:rows], width)
-        with slots.attending(self._model):
-            output = self._model(
-                input_ids=self._tokens[:rows, None], position_ids=positions, past_key_values=self._cache, use_cache=True,
-                logits_to_keep=1,
-            )  # fmt: skip
-        logits = output.logits[:, -1]
+        logits = slots.next_logits(self._model, self._cache, self._tokens[:rows], positions)
         if self._logits is None:
             self._logits = logits.new_empty(self._cache.book.num_slots, logits.shape[1])
         self._logits[:rows] = logits

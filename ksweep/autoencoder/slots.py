@@ -240,17 +240,10 @@ class SlotCache:
 
     def begin_step(self, device: torch.device) -> Int[torch.Tensor, "row 1"]:
         """Prepare for one more token in every row; their positions."""
-        book, n = self.book, len(self.lengths)
-        book.longest = max(self.lengths)
-        even = min(self.lengths) == book.longest
-        book.lengths = torch.tensor(self.lengths, device=device)
-        book.rows = None if even else torch.arange(n, device=device)
-        book.width = -(-(book.longest + 1 + book.shared) // LANES) * LANES - book.shared
-        book.unused = torch.arange(book.width, device=device) > book.lengths[:, None]
-        book.reach = book.lengths + 1
-        book.copies.clear()
-        positions: torch.Tensor = book.lengths + book.shared
-        return positions[:, None]
+        shared, longest = self.book.shared, max(self.lengths)
+        width = -(-(longest + 1 + shared) // LANES) * LANES - shared
+        even = min(self.lengths) == longest
+        return self._begin(torch.tensor(self.lengths, device=device), longest, width, even)
 
     def reserve(self, tokens: int) -> None:
         """Room for at least that many tokens in every slot."""
@@ -268,10 +261,14 @@ class SlotCache:
         Args:
             lengths: on the device of all blocks, each below `width`.
         """
-        book = self.book
-        book.longest, book.width = width - 1, width
-        book.lengths, book.rows = lengths, torch.arange(len(lengths), device=lengths.device)
-        book.unused = torch.arange(width, device=lengths.device) > lengths[:, None]
+        return self._begin(lengths, width - 1, width, even=False)
+
+    def _begin(self, lengths: Int[torch.Tensor, " row"], longest: int, width: int, even: bool) -> Int[torch.Tensor, "row 1"]:
+        """`even`: whether all rows are as long as the longest."""
+        book, device = self.book, lengths.device
+        book.lengths, book.longest, book.width = lengths, longest, width
+        book.rows = None if even else torch.arange(len(lengths), device=device)
+        book.unused = torch.arange(width, device=device) > lengths[:, None]
         book.reach = lengths + 1
         book.copies.clear()
         return (lengths + book.shared)[:, None]
@@ -346,6 +343,20 @@ def attending(model: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation, config.pad_token_id = before
+
+
+def next_logits(
+    model: Any, cache: SlotCache, tokens: Int[torch.Tensor, " row"], positions: Int[torch.Tensor, "row 1"]
+) -> Float[torch.Tensor, "row vocabulary"]:
+    """Logits after each row's token, whose keys and values go into its slot; `positions` are those of the step that has begun.
+
+    The hidden state of a single position is contiguous, so lm_head folds it into one 2-D product (measured 1.0-1.1x of a 2-D
+    input). A slice out of several positions does not fold: 12x in float32 and 340x in bfloat16 for the last of 9.
+    """
+    with attending(model):
+        output = model(input_ids=tokens[:, None], position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
 
 
 def fits(model: Any, length: int) -> bool:
