@@ -181,7 +181,7 @@ class Common:
     num_activations: int
     baseline: stats.Baseline
     kind: str
-    """"evaluated set" or "stated constant": where the baseline's value comes from."""
+    """Kind of the baseline (`stats.BaselineKind`): where the baseline's value comes from."""
     note: str | None = None
     """What to know about the intervals."""
 
@@ -290,12 +290,13 @@ def common_ground(cells: Sequence[MeasuredCell]) -> Common:
         return Common(n, stats.stated_baseline(stated, scoring=first.kind), "stated constant")
     known = smallest.known(n)
     if known is None:
-        return Common(n, stats.stated_baseline(smallest.baseline_value, scoring=first.kind), "evaluated set", _KNOWN_BASELINE)
+        stated_value = stats.stated_baseline(smallest.baseline_value, scoring=first.kind)
+        return Common(n, stated_value, "distance from mean", _KNOWN_BASELINE)
     distances = known["distance"].to_numpy()
     baseline = stats.Baseline(
-        value=float(distances.mean()), kind="evaluated set", num_activations=n, scoring=first.kind, distances=distances
+        value=float(distances.mean()), kind="distance from mean", num_activations=n, scoring=first.kind, distances=distances
     )
-    return Common(n, baseline, "evaluated set")
+    return Common(n, baseline, "distance from mean")
 
 
 _KNOWN_BASELINE = (

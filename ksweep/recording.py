@@ -18,6 +18,7 @@ from ksweep.provenance import provenance
 from ksweep.ranks import Ranks
 from ksweep.reference import Quantities, StoredDraws, reference_quantities
 from ksweep.spec import Cell, cell_from_dict
+from ksweep.stats import MEASURED_KINDS
 from ksweep.summary import RETRIEVAL_POOL, Summary, summarise
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
         fve_over_successes=first["fve_over_successes"],
         baseline=first["baseline"],
         baseline_kind=first["baseline_kind"],
-        baseline_num_activations=first["num_activations"] if first["baseline_kind"] == "evaluated set" else None,
+        baseline_num_activations=first["num_activations"] if first["baseline_kind"] in MEASURED_KINDS else None,
         **found.tokens,
         notes=reference.notes,
     )

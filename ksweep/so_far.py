@@ -52,7 +52,7 @@ class FveSoFar:
 def start(vectors: np.ndarray, scoring: ScoringKind) -> FveSoFar:
     """Nothing yet; vectors without any variance have no FVE to show."""
     try:
-        value = stats.evaluated_set_baseline(vectors[:BASELINE_ACTIVATIONS], scoring).value
+        value = stats.mean_distance_baseline(vectors[:BASELINE_ACTIVATIONS], scoring).value
         return FveSoFar(scoring, stats.stated_baseline(value, scoring=scoring))
     except ValueError:
         return FveSoFar(scoring)

@@ -59,7 +59,7 @@ def summarise(
     errors = draws["error"].to_numpy().reshape(grid)
     documents = np.asarray(draws["document"].to_pylist(), dtype=object).reshape(grid)[:, 0]
     stated = scoring.baseline
-    baseline = stats.stated_baseline(stated, scoring=kind) if stated else stats.evaluated_set_baseline(vectors, kind)
+    baseline = stats.stated_baseline(stated, scoring=kind) if stated else stats.mean_distance_baseline(vectors, kind)
     curve = stats.fve_curve(
         errors, documents, baseline, ks=ks, failed_error=scoring.failed_error,
         num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level, selection=scoring.selection,
@@ -127,8 +127,8 @@ def _controls(
         value = float(1 - stats.reconstruction_errors(empty[None], vectors, baseline.scoring).mean() / baseline.value)
         rows.append(_control("empty_text", value, n, "FVE of the reconstruction of an empty text"))
     if n >= 2:
-        own = baseline.kind == "evaluated set"
-        measured = baseline if own else stats.evaluated_set_baseline(vectors, baseline.scoring)
+        own = baseline.kind == "distance from mean"
+        measured = baseline if own else stats.mean_distance_baseline(vectors, baseline.scoring)
         value = 1 - stats.mean_vector_error(measured) / baseline.value
         mean = "scaled mean" if baseline.scoring == "normalised" else "mean"
         rows.append(_control("mean_vector", value, n, f"FVE of the {mean} of the activations: the best constant"))

@@ -107,7 +107,7 @@ def test_compare_equals_brute_force_over_the_draws(sweep: Sweep) -> None:
         [row["difference_low"], row["difference_high"]], np.quantile(replicates, [0.0041, 0.9959]), atol=1e-3
     )
     assert row["band_low"] < row["difference"] < row["band_high"]
-    assert (row["num_activations"], row["num_documents"], row["baseline_kind"]) == (40, 7, "evaluated set")
+    assert (row["num_activations"], row["num_documents"], row["baseline_kind"]) == (40, 7, "distance from mean")
 
 
 def test_compare_gives_every_pair_every_common_k_and_each_at_its_own_best(sweep: Sweep) -> None:
@@ -206,14 +206,14 @@ def test_groups_of_cells_average_to_the_cell_and_give_both_baselines(sweep: Swee
 
 def test_groups_of_cells_own_baseline_is_that_of_the_group_alone(sweep: Sweep) -> None:
     from ksweep.activations.store import ActivationStore
-    from ksweep.stats import evaluated_set_baseline
+    from ksweep.stats import mean_distance_baseline
 
     (cell,) = [c for c in cells_of(sweep) if c.temperature == 0.9]
     vectors = ActivationStore(sweep.vector_cache, cell.activations_key, {}).open(40).vectors()
     norms = np.linalg.norm(vectors, axis=1)
     lowest = norms <= np.quantile(norms, 0.25)
     row = row_at(groups_of_cells([cell], "norm", ks=[1]), part="quarter 1 of 4", against="own")
-    assert row["baseline"] == pytest.approx(evaluated_set_baseline(vectors[lowest]).value)
+    assert row["baseline"] == pytest.approx(mean_distance_baseline(vectors[lowest]).value)
     assert row["num_activations"] == lowest.sum() == 10
 
 

@@ -32,6 +32,6 @@ def test_planning_does_not_load_torch() -> None:
 
 
 @pytest.mark.parametrize("module", ["ksweep.stats"])
-def test_statistics_need_numpy_alone(module: str) -> None:
-    loaded, _ = _loaded_after(f"import {module}")
-    assert "numpy" in loaded and not loaded & set(HEAVY)
+def test_statistics_need_numpy_and_the_quantiles_of_scipy_alone(module: str) -> None:
+    loaded, _ = _loaded_after(f"import {module}; assert 'scipy.stats' not in sys.modules")
+    assert {"numpy", "scipy"} <= loaded and not loaded & (set(HEAVY) - {"scipy"})

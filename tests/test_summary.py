@@ -114,7 +114,7 @@ def test_curve_is_the_mean_over_every_subset_of_draws(vectors: np.ndarray) -> No
         assert row["cosine"] == pytest.approx(1 - best / 2, abs=1e-9)  # a failure counts as a right angle in both
         assert row["fve_low"] <= row["fve"] <= row["fve_high"]
         assert (row["baseline_kind"], row["num_activations"], row["num_documents"], row["num_draws"]) == (
-            "evaluated set", NUM_ACTIVATIONS, 12, NUM_DRAWS,
+            "distance from mean", NUM_ACTIVATIONS, 12, NUM_DRAWS,
         )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import stdtrit
 
 from ksweep.draws import SCHEMA as DRAWS_SCHEMA
 from ksweep.errors import DiskFullError, RequestError, StoreError
@@ -42,7 +43,6 @@ from ksweep.files import locked, publish
 from ksweep.identity import canonical_json
 from ksweep.registry import attempts, sweeps
 from ksweep.registry.landing import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, read
-from ksweep.stats.bootstrap import student_quantile
 from ksweep.stats.influence import MAX_CLUSTERS
 
 log = logging.getLogger(__name__)
@@ -400,7 +400,7 @@ def _typed(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
 @lru_cache(maxsize=MAX_CLUSTERS)
 def _t_quantile(num_documents: int | None) -> float | None:
     clusters = min(num_documents or 0, MAX_CLUSTERS)
-    return student_quantile(0.975, clusters - 1) if clusters > 1 else None
+    return float(stdtrit(clusters - 1, 0.975)) if clusters > 1 else None
 
 
 def _role_counts(stats: Mapping[str, Any] | None) -> list[tuple[str, int]] | None:

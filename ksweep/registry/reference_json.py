@@ -166,7 +166,7 @@ def _result(point: Row, found: dict[str, Row] | None, record: RunRecord) -> Row:
 
 def _from_fve(point: Row) -> float | None:
     """mse_variance_recovery of a curve of ours: its variance has ddof 1; unknown where the baseline is a stated constant."""
-    if point["baseline_kind"] != "evaluated set" or point.get("metric") not in (None, "fve"):
+    if point["baseline_kind"] not in ("distance from mean", "evaluated set") or point.get("metric") not in (None, "fve"):
         return None
     n = point["num_activations"]
     return float(1 - (1 - point["fve"]) * (n - 1) / n)
@@ -463,7 +463,7 @@ def _point(path: Path, result: Row, results: Sequence[Row], metric: Metric, note
         "num_activations": _num_activations(path, result, notes),
         "num_draws": max(r["k"] for r in results) if streamed else result["k"],
         "baseline": baseline,
-        "baseline_kind": None if baseline is None else "evaluated set",
+        "baseline_kind": None if baseline is None else "distance from mean",
     }
 
 

@@ -207,7 +207,7 @@ def _curve(run: OfEach, rows: np.ndarray, k: int, level: float) -> stats.FveCurv
     """The best of k counts as the one draw of a curve: its replicates are those of every other."""
     errors, distances = run.errors[rows, run.ks.index(k)][:, None], run.distances[rows]
     baseline = stats.Baseline(
-        value=float(distances.mean()), kind="evaluated set", num_activations=len(rows), scoring="raw", distances=distances
+        value=float(distances.mean()), kind="distance from mean", num_activations=len(rows), scoring="raw", distances=distances
     )
     return stats.fve_curve(errors, run.documents[rows], baseline, ks=(1,), num_replicates=NUM_REPLICATES, level=level)
 
@@ -220,7 +220,7 @@ def _of_each(root: Path, run: Landed) -> OfEach | None:
         errors = np.asarray(table["errors"].combine_chunks().flatten()).reshape(-1, len(ks))
         distances = table["distance"].to_numpy()
         documents = np.asarray(table["document"].to_pylist(), dtype=object)
-        measured = run.record.baseline_kind == "evaluated set"
+        measured = run.record.baseline_kind in stats.MEASURED_KINDS
         return OfEach(_names(table), documents, ks, errors, distances, measured)
     return _from_draws(root, run)
 

@@ -1,6 +1,6 @@
-"""From errors of draws to a curve with honest error bars. NumPy only: no files, no models.
+"""From errors of draws to a curve with honest error bars. NumPy and SciPy's quantiles: no files, no models.
 
-    baseline = evaluated_set_baseline(vectors)              # the error at which FVE is 0
+    baseline = between_documents_baseline(vectors, documents)   # the error at which FVE is 0
     errors = reconstruction_errors(reconstructions, vectors[:, None])   # [activation, draw]; NaN = failed
     curve = fve_curve(errors, documents, baseline)          # FVE for every K, intervals over documents
     hotter = fve_curve(hot_errors, documents, baseline)
@@ -35,7 +35,16 @@ from ksweep.stats.best_of_k import (
     best_of_k_select,
     best_of_k_weights,
 )
-from ksweep.stats.bootstrap import FveCurve, Interval, fve_curve, gain_over, paired_difference
+from ksweep.stats.bootstrap import (
+    FveCurve,
+    Interval,
+    fve_curve,
+    gain_over,
+    interval_decimals,
+    interval_ends,
+    interval_reach,
+    paired_difference,
+)
 from ksweep.stats.controls import (
     Retrieval,
     derangement,
@@ -43,13 +52,17 @@ from ksweep.stats.controls import (
     mean_vector_error,
     retrieval,
 )
+from ksweep.stats.documents import effective_documents
 from ksweep.stats.fve import (
+    MEASURED_KINDS,
     ORTHOGONAL_ERROR,
     Baseline,
+    BaselineKind,
     ScoringKind,
+    between_documents_baseline,
     cosines,
-    evaluated_set_baseline,
     fve,
+    mean_distance_baseline,
     reconstruction_errors,
     stated_baseline,
     unit_scaled,
@@ -59,8 +72,10 @@ from ksweep.stats.reference import prefix_of_k_errors, prefix_of_k_select
 from ksweep.stats.selection import HeldOutBest, halves, held_out_best
 
 __all__ = [
+    "MEASURED_KINDS",
     "ORTHOGONAL_ERROR",
     "Baseline",
+    "BaselineKind",
     "FveCurve",
     "GroupCurve",
     "HeldOutBest",
@@ -73,13 +88,14 @@ __all__ = [
     "best_of_k_failure_rates",
     "best_of_k_select",
     "best_of_k_weights",
+    "between_documents_baseline",
     "cosines",
     "curve_band",
     "derangement",
     "difference_at_own_best",
     "difference_band",
+    "effective_documents",
     "effective_subsets",
-    "evaluated_set_baseline",
     "few_subsets",
     "fve",
     "fve_curve",
@@ -88,6 +104,10 @@ __all__ = [
     "group_curves",
     "halves",
     "held_out_best",
+    "interval_decimals",
+    "interval_ends",
+    "interval_reach",
+    "mean_distance_baseline",
     "mean_gain_per_doubling",
     "mean_reconstructions",
     "mean_vector_error",

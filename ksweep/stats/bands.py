@@ -11,12 +11,12 @@ more draws: earlier ones are kept, and only the missing ones cost anything.
 
 from __future__ import annotations
 
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
-from ksweep.stats.bootstrap import FveCurve, Interval, interval_of, paired_difference, paired_with, student_quantile
+from ksweep.stats.bootstrap import FveCurve, Interval, interval_of, paired_difference, paired_with
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -26,7 +26,10 @@ FEWEST_SUBSETS = 2.0
 
 
 def simultaneous_band(
-    estimate: Float[np.ndarray, " k"], replicates: Float[np.ndarray, "replicate k"], num_documents: int, level: float = 0.95
+    estimate: Float[np.ndarray, " k"],
+    replicates: Float[np.ndarray, "replicate k"],
+    effective_documents: float,
+    level: float = 0.95,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """Band that covers the whole curve with probability `level`: estimate -/+ c times its standard error at each K.
 
@@ -34,7 +37,7 @@ def simultaneous_band(
     Plagborg-Moeller 2019), widened for few documents as the pointwise interval is: Student's quantile in place of the normal one
     of the same probability, and sqrt(n/(n - 1)). Where nothing varies (a curve less itself) the band has no width.
     """
-    if num_documents < 2:
+    if not effective_documents > 1:
         nothing = np.full(len(estimate), np.nan)
         return nothing, nothing.copy()
     finite = np.isfinite(replicates).all(axis=1)
@@ -46,14 +49,14 @@ def simultaneous_band(
     studentised = np.divide(deviation, spread, out=np.zeros_like(deviation), where=spread > 1e-12 * np.abs(estimate).max())
     largest = np.concatenate([studentised.max(axis=1), np.full(int((~finite).sum()), np.inf)])
     normal = float(np.quantile(largest, level, method="inverted_cdf"))
-    multiplier = student_quantile(min(NormalDist().cdf(normal), 1 - 1e-12), num_documents - 1)
-    half = multiplier * np.sqrt(num_documents / (num_documents - 1)) * spread
+    multiplier = stdtrit(effective_documents - 1, min(ndtr(normal), 1 - 1e-12))
+    half = multiplier * np.sqrt(effective_documents / (effective_documents - 1)) * spread
     return estimate - half, estimate + half
 
 
 def curve_band(curve: FveCurve) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """The simultaneous band of a curve, beside its pointwise `fve_low` and `fve_high`."""
-    return simultaneous_band(curve.fve, curve.replicates, curve.num_documents, curve.level)
+    return simultaneous_band(curve.fve, curve.replicates, curve.effective_documents, curve.level)
 
 
 def effective_subsets(num_draws: int, ks: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
@@ -115,4 +118,4 @@ def difference_band(
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """The simultaneous band of `paired_difference`."""
     difference = paired_difference(curve, reference, level)
-    return simultaneous_band(difference.estimate, curve.replicates - reference.replicates, curve.num_documents, level)
+    return simultaneous_band(difference.estimate, curve.replicates - reference.replicates, curve.effective_documents, level)

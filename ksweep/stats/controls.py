@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ksweep.stats.bootstrap import unique_documents
+from ksweep.stats.documents import unique_documents
 from ksweep.stats.fve import Baseline, ScoringKind, comparable, comparable_chunks
 
 if TYPE_CHECKING:

@@ -14,15 +14,23 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from ksweep.stats.documents import unique_documents
 
-    from jaxtyping import Float
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from jaxtyping import Float, Int
 
 ScoringKind = Literal["normalised", "raw"]
 """How a reconstruction is compared with its activation."""
 
-BaselineKind = Literal["evaluated set", "stated constant"]
+BaselineKind = Literal["between documents", "distance from mean", "stated constant"]
+"""Where a baseline comes from: half the squared distance between activations of different documents, the distance of activations
+from their own mean, or someone's statement."""
+
+MEASURED_KINDS = frozenset({"between documents", "distance from mean", "evaluated set"})
+"""Kinds whose value was measured on the scored activations. "evaluated set" is only read: it is the word of older records for the
+distance from the mean."""
 
 ORTHOGONAL_ERROR = 2.0
 """Normalised error at a right angle to the target; what a failure counts as (NLA ``reward.py:35``)."""
@@ -45,7 +53,8 @@ class Baseline:
     """How many activations the value comes from; None where that is not known."""
     scoring: ScoringKind = "normalised"
     distances: Float[np.ndarray, " activation"] | None = field(default=None, repr=False, compare=False)
-    """Each evaluated activation's own part, with mean `value`; a stated constant has none."""
+    """Each evaluated activation's own part, with mean `value`; a stated constant has none. A document drawn w times counts its
+    parts w times: then sum(w * distances) / sum(w) is the baseline of the resampled documents, exactly or to first order."""
 
 
 def unit_scaled(vectors: Float[np.ndarray, "*rows d"]) -> Float[np.ndarray, "*rows d"]:
@@ -86,36 +95,67 @@ def cosines(
         return np.asarray(np.einsum("...d,...d->...", left, right) / lengths, dtype=np.float64)
 
 
-def evaluated_set_baseline(vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind = "normalised") -> Baseline:
+def between_documents_baseline(
+    vectors: Float[np.ndarray, "activation d"],
+    documents: Sequence[str] | Sequence[int] | np.ndarray,
+    scoring: ScoringKind = "normalised",
+) -> Baseline:
+    """Half the mean squared distance, per dimension, between activations of different documents.
+
+    This is the variance of activations over the population of documents without bias (a U-statistic over pairs of documents;
+    Hoeffding 1948), however few or uneven the documents are. No pair is enumerated: with x measured from the overall mean, n_c
+    and S_c the number and the sum of document c's activations, an activation of c has over all others outside c
+
+        a = [(N - n_c) |x|^2 + 2 x S_c + sum of |y|^2 outside c] / 2d,    value = U = sum of a / (N^2 - sum n_c^2).
+
+    `distances` are U + 2N (a - U (N - n_c)) / (N^2 - sum n_c^2). Their mean is U, and their mean over resampled documents is the
+    U of the resample to first order in the documents' weights; for many documents they tend to |x|^2 / d.
+    """
+    vectors = _checked_activations(vectors)
+    names, membership = unique_documents(documents)
+    if len(membership) != len(vectors):
+        raise ValueError(f"there are {len(vectors)} activations and document ids for {len(membership)}")
+    if len(names) < 2:
+        raise ValueError(
+            f"all {len(vectors)} activations are of one document, and this baseline compares activations of different documents: "
+            "take activations of more documents, state a baseline (scoring.baseline=...), or name the kind 'distance from mean'"
+        )
+    mean, square = _mean_and_square(vectors, scoring)
+    squares, with_own = _products_with_own_document(vectors, membership, mean, scoring)
+    sizes = np.bincount(membership)
+    others = (len(vectors) - sizes)[membership]
+    outside = squares.sum() - np.bincount(membership, weights=squares)[membership]
+    parts = (others * squares + 2 * with_own + outside) / (2 * vectors.shape[1])
+    num_pairs = float(others.sum())
+    value = float(parts.sum() / num_pairs)
+    _check_variance(value, square, len(vectors), scoring)
+    distances = value + 2 * len(vectors) / num_pairs * (parts - value * others)
+    return Baseline(
+        value=value, kind="between documents", num_activations=len(vectors), scoring=scoring, distances=distances
+    )
+
+
+def mean_distance_baseline(vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind = "normalised") -> Baseline:
     """Mean squared distance of the activations from their own mean (``mse_rawvar`` of NLA ``schema.py:153``).
 
     The mean is *not* scaled back to norm sqrt(d): doing so is a common mistake (0.94 instead of 0.72 on
     Qwen-7B). With normalised scoring the value is 1 - R^2, where R is the length of the mean unit vector.
 
     Measured from the sample's own mean it is too small on average: by the factor (n - 1)/n for n independent
-    activations, and by up to (documents - 1)/documents when those of a document are alike. FVE is then too
-    low by up to about (1 - FVE)/documents, alike in every cell, so differences between cells hardly feel it.
-    State a constant for comparison with published numbers.
+    activations, and by up to (documents - 1)/documents, with effective documents, when those of a document are alike. FVE is then
+    too low by up to about (1 - FVE)/documents, alike in every cell. `between_documents_baseline` is not; take this
+    one to compare with the public code.
     """
-    vectors = np.asarray(vectors)
-    if vectors.ndim != 2 or len(vectors) < 2:
-        raise ValueError(f"a baseline needs at least two activations as [activation, d]; got shape {vectors.shape}")
-    total, square = np.zeros(vectors.shape[1]), 0.0
-    for _, chunk in comparable_chunks(vectors, scoring):
-        total += chunk.sum(axis=0)
-        square += float(np.square(chunk).sum())
-    mean = total / len(vectors)
+    vectors = _checked_activations(vectors)
+    mean, square = _mean_and_square(vectors, scoring)
     distances = np.empty(len(vectors))
     for rows, chunk in comparable_chunks(vectors, scoring):
         distances[rows] = np.square(chunk - mean).mean(axis=1)
     value = float(distances.mean())
-    if value <= _DEGENERATE * square / vectors.size:
-        alike = "point the same way" if scoring == "normalised" else "are equal"
-        raise ValueError(
-            f"all {len(vectors)} activations {alike} (baseline {value:.3g}): no variance to explain; "
-            "check the layer, the positions and that rows are not copies"
-        )
-    return Baseline(value=value, kind="evaluated set", num_activations=len(vectors), scoring=scoring, distances=distances)
+    _check_variance(value, square, len(vectors), scoring)
+    return Baseline(
+        value=value, kind="distance from mean", num_activations=len(vectors), scoring=scoring, distances=distances
+    )
 
 
 def stated_baseline(value: float, *, num_activations: int | None = None, scoring: ScoringKind = "normalised") -> Baseline:
@@ -142,6 +182,58 @@ def fve(errors: Float[np.ndarray, " activation"], baseline: Baseline) -> float:
             "failed draws are counted by best_of_k_errors, not left as NaN"
         )
     return float(1 - errors.mean() / baseline.value)
+
+
+def _checked_activations(vectors: Float[np.ndarray, "activation d"]) -> Float[np.ndarray, "activation d"]:
+    vectors = np.asarray(vectors)
+    if vectors.ndim != 2 or len(vectors) < 2:
+        raise ValueError(f"a baseline needs at least two activations as [activation, d]; got shape {vectors.shape}")
+    return vectors
+
+
+def _mean_and_square(vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind) -> tuple[Float[np.ndarray, " d"], float]:
+    """Mean vector and mean square per dimension."""
+    total, square = np.zeros(vectors.shape[1]), 0.0
+    for _, chunk in comparable_chunks(vectors, scoring):
+        total += chunk.sum(axis=0)
+        square += float(np.square(chunk).sum())
+    return total / len(vectors), square / vectors.size
+
+
+def _products_with_own_document(
+    vectors: Float[np.ndarray, "activation d"],
+    membership: Int[np.ndarray, " activation"],
+    mean: Float[np.ndarray, " d"],
+    scoring: ScoringKind,
+) -> tuple[Float[np.ndarray, " activation"], Float[np.ndarray, " activation"]]:
+    """|x|^2 and x S_c for each activation, x measured from the mean, S_c the sum of its document.
+
+    A few documents at a time: the sums of all of them may be as large as the activations.
+    """
+    squares, with_own = np.empty(len(vectors)), np.empty(len(vectors))
+    order, step = np.argsort(membership, kind="stable"), _rows_at_once(vectors)
+    for first in range(0, int(membership.max()) + 1, step):
+        start, stop = np.searchsorted(membership[order], [first, first + step])
+        parts = [order[at : min(at + step, stop)] for at in range(start, stop, step)]
+        sums = np.zeros((int(membership[parts[-1][-1]]) - first + 1, vectors.shape[1]))
+        for rows in parts:
+            centred = comparable(vectors[rows], scoring) - mean
+            squares[rows] = np.square(centred).sum(axis=1)
+            present, starts = np.unique(membership[rows] - first, return_index=True)
+            sums[present] += np.add.reduceat(centred, starts, axis=0)
+        for rows in parts:
+            centred = comparable(vectors[rows], scoring) - mean
+            with_own[rows] = np.einsum("id,id->i", centred, sums[membership[rows] - first])
+    return squares, with_own
+
+
+def _check_variance(value: float, square: float, num_activations: int, scoring: ScoringKind) -> None:
+    if value <= _DEGENERATE * square:
+        alike = "point the same way" if scoring == "normalised" else "are equal"
+        raise ValueError(
+            f"all {num_activations} activations {alike} (baseline {value:.3g}): no variance to explain; "
+            "check the layer, the positions and that rows are not copies"
+        )
 
 
 def _check_scoring(scoring: str) -> None:
@@ -172,10 +264,14 @@ def comparable_chunks(
     vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind
 ) -> Iterator[tuple[slice, Float[np.ndarray, "row d"]]]:
     """Comparable float64 rows, a few at a time: the activations may be a memory map larger than memory."""
-    step = max(1, _CHUNK_VALUES // max(1, vectors.shape[1]))
+    step = _rows_at_once(vectors)
     for start in range(0, len(vectors), step):
         rows = slice(start, start + step)
         yield rows, comparable(vectors[rows], scoring, first_row=start)
+
+
+def _rows_at_once(vectors: Float[np.ndarray, "activation d"]) -> int:
+    return max(1, _CHUNK_VALUES // max(1, int(vectors.shape[1])))
 
 
 def _first_row(bad: np.ndarray, first_row: int = 0) -> int | tuple[int, ...]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ksweep.stats.bootstrap import FveCurve, fve_curve, unique_documents
+from ksweep.stats.bootstrap import FveCurve, fve_curve
+from ksweep.stats.documents import unique_documents
 from ksweep.stats.fve import Baseline, ScoringKind, comparable_chunks
 
 if TYPE_CHECKING:
@@ -127,5 +128,5 @@ def _baseline(overall: Baseline, distances: Float[np.ndarray, " activation"] | N
     if not value > 1e-10 * overall.value:
         return None
     return Baseline(
-        value=value, kind="evaluated set", num_activations=len(distances), scoring=overall.scoring, distances=distances
+        value=value, kind="distance from mean", num_activations=len(distances), scoring=overall.scoring, distances=distances
     )

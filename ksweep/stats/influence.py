@@ -15,8 +15,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import stdtrit
 
-from ksweep.stats.bootstrap import student_quantile, unique_documents
+from ksweep.stats.documents import unique_documents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,4 +67,4 @@ def clustered_interval(
 
 @lru_cache(maxsize=1024)  # groups of activations ask for the same few again and again
 def _quantile(probability: float, degrees: int) -> float:
-    return student_quantile(probability, degrees)
+    return float(stdtrit(degrees, probability))

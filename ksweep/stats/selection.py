@@ -16,12 +16,13 @@ import numpy as np
 from ksweep.stats.best_of_k import best_of_k_errors, checked_ks
 from ksweep.stats.bootstrap import (
     FveCurve,
+    as_stored,
     document_weights,
     fve_curve,
-    percentile_interval,
+    interval_ends,
     replicate_sums,
-    unique_documents,
 )
+from ksweep.stats.documents import unique_documents
 from ksweep.stats.fve import ORTHOGONAL_ERROR, Baseline
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def held_out_best(
     overall = best.mean(axis=1)
     curve = fve_curve(held_out[:, None], documents, baseline, num_replicates=num_replicates, seed=seed, level=level)
     replicates = _choosing_again(best, second, documents, baseline, num_replicates, seed)
-    low, high = percentile_interval(replicates, curve.num_documents, level)
+    low, high = interval_ends(curve.fve, replicates, curve.effective_documents, level)
     return HeldOutBest(
         k=k,
         best=int(overall.argmin()),
@@ -117,4 +118,4 @@ def _choosing_again(
     on_first = np.where(num_first == 0, best[:, ~second].sum(axis=1).argmin(), first.argmin(axis=1))
     on_second = np.where(num_other == 0, best[:, second].sum(axis=1).argmin(), other.argmin(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(1 - (other[rows, on_first] + first[rows, on_second]) / total)[:, None]
+        return as_stored(1 - (other[rows, on_first] + first[rows, on_second]) / np.maximum(total, 0.0))[:, None]

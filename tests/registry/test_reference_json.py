@@ -97,7 +97,7 @@ def test_the_honest_number_is_computed_where_an_early_file_lacks_it(tmp_path: Pa
     path = written(tmp_path, entry())
     assert read_reference_json(path, "mse_variance_recovery").curve["fve"].to_pylist() == [pytest.approx(0.7)]
     curve = read_reference_json(path).curve.to_pylist()[0]
-    assert curve["baseline"] == pytest.approx(2) and curve["num_draws"] == 1 and curve["baseline_kind"] == "evaluated set"
+    assert curve["baseline"] == pytest.approx(2) and curve["num_draws"] == 1 and curve["baseline_kind"] == "distance from mean"
 
 
 def test_the_streaming_mode_is_known_by_its_mislabelled_variance(tmp_path: Path) -> None:

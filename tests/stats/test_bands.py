@@ -58,22 +58,22 @@ def test_band_multiplier_is_the_normal_quantile_for_one_point_and_sidaks_for_ten
     # Sidak: the (1 + 0.95^(1/10)) / 2 quantile of the normal, 2.800.
     generator = np.random.default_rng(0)
     replicates = generator.normal(size=(40_000, 1 if shared else 10)) @ (np.ones((1, 10)) if shared else np.eye(10))
-    low, high = simultaneous_band(np.zeros(10), 0.3 * replicates, num_documents=10**6)
+    low, high = simultaneous_band(np.zeros(10), 0.3 * replicates, effective_documents=10**6)
     np.testing.assert_allclose([-low, high], 0.3 * multiplier, rtol=0.02)
 
 
 def test_band_is_unknown_from_one_document_or_without_variance_to_explain():
     replicates = np.random.default_rng(0).normal(size=(500, 3))
-    assert np.isnan(simultaneous_band(np.zeros(3), replicates, num_documents=1)).all()
+    assert np.isnan(simultaneous_band(np.zeros(3), replicates, effective_documents=1)).all()
     replicates[:100, 1] = -np.inf  # a fifth of the replicates sits on the mean
-    assert np.isnan(simultaneous_band(np.zeros(3), replicates, num_documents=30)).all()
+    assert np.isnan(simultaneous_band(np.zeros(3), replicates, effective_documents=30)).all()
     replicates[5:, 1] = 0.1
-    assert np.isfinite(simultaneous_band(np.zeros(3), replicates[5:], num_documents=30)).all()
+    assert np.isfinite(simultaneous_band(np.zeros(3), replicates[5:], effective_documents=30)).all()
 
 
 def test_band_of_a_gain_has_no_width_where_nothing_varies():
     replicates = np.column_stack([np.zeros(2000), np.random.default_rng(0).normal(size=2000)])
-    low, high = simultaneous_band(np.array([0.0, 0.5]), replicates + np.array([0.0, 0.5]), num_documents=10**6)
+    low, high = simultaneous_band(np.array([0.0, 0.5]), replicates + np.array([0.0, 0.5]), effective_documents=10**6)
     assert low[0] == high[0] == 0
     np.testing.assert_allclose([low[1], high[1]], [0.5 - 1.96, 0.5 + 1.96], atol=0.1)
 

@@ -3,11 +3,24 @@
 import tracemalloc
 from dataclasses import replace
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from ksweep.stats import evaluated_set_baseline, fve_curve, gain_over, paired_difference, stated_baseline
-from ksweep.stats.bootstrap import document_weights, percentile_interval, student_quantile
+from ksweep.stats import (
+    between_documents_baseline,
+    effective_documents,
+    fve_curve,
+    gain_over,
+    interval_decimals,
+    interval_ends,
+    interval_reach,
+    mean_distance_baseline,
+    paired_difference,
+    stated_baseline,
+)
+from ksweep.stats.bootstrap import document_weights
 
 KS = [1, 4, 16]
 
@@ -39,18 +52,18 @@ def covered(curve, truth):
 
 def test_intervals_over_documents_cover_the_truth_and_over_activations_do_not():
     generator, num_simulations = np.random.default_rng(0), 1500  # Monte-Carlo error 0.56 %
-    hits = {"evaluated set": 0, "stated constant": 0, "clusters ignored": 0}
+    hits = {"distance from mean": 0, "stated constant": 0, "clusters ignored": 0}
     for seed in range(num_simulations):
         documents, vectors, errors = sample(generator, num_documents=80)
         settings = {"ks": KS, "num_replicates": 400, "seed": seed}
-        measured, stated = evaluated_set_baseline(vectors, "raw"), stated_baseline(1, scoring="raw")
+        measured, stated = mean_distance_baseline(vectors, "raw"), stated_baseline(1, scoring="raw")
         ignored = np.arange(len(documents))
-        hits["evaluated set"] += covered(fve_curve(errors, documents, measured, **settings), true_fve(KS))
+        hits["distance from mean"] += covered(fve_curve(errors, documents, measured, **settings), true_fve(KS))
         hits["stated constant"] += covered(fve_curve(errors, documents, stated, **settings), true_fve(KS))
         if seed % 5 == 0:
             hits["clusters ignored"] += 5 * covered(fve_curve(errors, ignored, stated, **settings), true_fve(KS))
     coverage = {name: count / num_simulations for name, count in hits.items()}
-    for name in ("evaluated set", "stated constant"):
+    for name in ("distance from mean", "stated constant"):
         assert ((coverage[name] > 0.93) & (coverage[name] < 0.97)).all(), coverage
     assert (coverage["clusters ignored"] < 0.87).all(), coverage
 
@@ -73,7 +86,7 @@ def test_paired_difference_is_narrower_than_the_curves_and_covers():
     for seed in range(400):
         documents, vectors, errors = sample(generator, num_documents=60)
         better = 0.95 * errors * (0.95 + 0.1 * generator.random(errors.shape))  # mean ratio 0.95 at K = 1
-        baseline = evaluated_set_baseline(vectors, "raw")
+        baseline = mean_distance_baseline(vectors, "raw")
         one, other = (fve_curve(e, documents, baseline, ks=[1], num_replicates=400, seed=seed) for e in (better, errors))
         difference = paired_difference(one, other)
         hits += (difference.low <= 0.05 * 0.6) & (difference.high >= 0.05 * 0.6)  # mean error at K = 1 is 0.6
@@ -85,7 +98,7 @@ def test_paired_difference_is_narrower_than_the_curves_and_covers():
 
 def test_gain_over_one_draw_excludes_zero_where_the_curve_rises():
     documents, vectors, errors = sample(np.random.default_rng(3), num_documents=60)
-    curve = fve_curve(errors, documents, evaluated_set_baseline(vectors, "raw"), ks=KS)
+    curve = fve_curve(errors, documents, mean_distance_baseline(vectors, "raw"), ks=KS)
     gain = gain_over(curve, k=1)
     np.testing.assert_allclose(gain.estimate, curve.fve - curve.fve[0])
     assert gain.low[0] == gain.high[0] == 0
@@ -97,7 +110,7 @@ def test_replicate_by_hand_is_the_ratio_over_the_documents_drawn():
     documents = ["b", "a", "b"]
     vectors = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     errors = np.array([[0.2, 0.4], [0.6, 0.8], [0.1, 0.5]])
-    baseline = evaluated_set_baseline(vectors)
+    baseline = mean_distance_baseline(vectors)
     curve = fve_curve(errors, documents, baseline, ks=[2], num_replicates=50, seed=7)
     weights = document_weights(2, 50, 7)  # columns: documents in sorted order, a then b
     per_row = weights[:, [1, 0, 1]]
@@ -109,9 +122,9 @@ def test_curve_ignores_the_order_of_rows_and_the_type_of_document_ids():
     documents, vectors, errors = sample(np.random.default_rng(4), num_documents=30)
     errors[5, 2:9] = np.nan
     shuffle = np.random.default_rng(0).permutation(len(documents))
-    curve = fve_curve(errors, documents, evaluated_set_baseline(vectors))
+    curve = fve_curve(errors, documents, mean_distance_baseline(vectors))
     names = [str(name) for name in documents[shuffle]]
-    again = fve_curve(errors[shuffle], names, evaluated_set_baseline(vectors[shuffle]))
+    again = fve_curve(errors[shuffle], names, mean_distance_baseline(vectors[shuffle]))
     assert curve.resampling == again.resampling
     np.testing.assert_allclose(again.replicates, curve.replicates, atol=1e-12)
     for field in ("fve", "fve_low", "fve_high", "failure_rate", "fve_over_successes"):
@@ -120,7 +133,7 @@ def test_curve_ignores_the_order_of_rows_and_the_type_of_document_ids():
 
 def test_replicates_do_not_depend_on_which_k_are_asked_for():
     documents, vectors, errors = sample(np.random.default_rng(5), num_documents=20)
-    baseline = evaluated_set_baseline(vectors)
+    baseline = mean_distance_baseline(vectors)
     whole, one = fve_curve(errors, documents, baseline), fve_curve(errors, documents, baseline, ks=[7])
     np.testing.assert_allclose(whole.k, range(1, 17))
     np.testing.assert_allclose(one.replicates[:, 0], whole.replicates[:, 6], atol=1e-12)
@@ -137,7 +150,7 @@ def test_interval_holds_its_estimate_in_high_dimension_with_few_documents():
     # Re-centring the mean in every replicate would put the whole interval below the estimate here.
     generator = np.random.default_rng(6)
     documents, vectors, errors = sample(generator, num_documents=6, dimensions=2048)
-    curve = fve_curve(errors, documents, evaluated_set_baseline(vectors, "raw"))
+    curve = fve_curve(errors, documents, mean_distance_baseline(vectors, "raw"))
     middle = (curve.fve_low + curve.fve_high) / 2
     assert (abs(middle - curve.fve) < 0.2 * (curve.fve_high - curve.fve_low)).all()
 
@@ -167,26 +180,87 @@ def test_one_document_gives_an_estimate_without_an_interval():
 
 
 @pytest.mark.parametrize(
-    ("degrees", "table"),
+    ("effective", "level", "reach"),
     [
-        (1, 12.7062),
-        (2, 4.3027),
-        (3, 3.1824),
-        (9, 2.2622),
-        (10, 2.2281),
-        (39, 2.0227),
-        (120, 1.9799),
-        (9999, 1.9602),
+        # t / z sqrt(n / (n - 1)) with t from the printed table: 2.2622 at 9, 2.0227 at 39 degrees of freedom; z = 1.9600, 1.6449
+        (10, 0.95, 2.2622 / 1.9600 * np.sqrt(10 / 9)),
+        (40, 0.95, 2.0227 / 1.9600 * np.sqrt(40 / 39)),
+        (10, 0.90, 1.8331 / 1.6449 * np.sqrt(10 / 9)),
+        (1e6, 0.95, 1.0),
     ],
 )
-def test_student_quantile_equals_the_printed_table(degrees, table):
-    assert student_quantile(0.975, degrees) == pytest.approx(table, abs=6e-5)
+def test_interval_reach_equals_the_printed_table(effective, level, reach):
+    assert interval_reach(effective, level) == pytest.approx(reach, abs=1e-4)
 
 
-def test_percentile_interval_with_many_documents_is_the_plain_one():
-    replicates = np.random.default_rng(0).normal(size=(4000, 2))
-    low, high = percentile_interval(replicates, 100_000, level=0.9)
-    np.testing.assert_allclose([low, high], np.quantile(replicates, [0.05, 0.95], axis=0), atol=1e-3)
+def test_interval_reach_between_whole_numbers_of_documents_lies_between_theirs():
+    assert interval_reach(10, 0.95) > interval_reach(10.4, 0.95) > interval_reach(11, 0.95)
+
+
+def test_interval_ends_by_hand_stretch_the_quantiles_about_the_estimate():
+    # Replicates 0, 1, ..., 100: quantiles at 5 % and 95 % are 5 and 95; estimate 40, so ends 40 - 35 reach and 40 + 55 reach.
+    reach = interval_reach(7.5, 0.9)
+    low, high = interval_ends(np.array([40.0]), np.arange(101.0)[:, None], 7.5, level=0.9)
+    np.testing.assert_allclose([low[0], high[0]], [40 - 35 * reach, 40 + 55 * reach])
+
+
+def test_interval_ends_from_sql_over_stored_float_lists_are_the_same():
+    documents, vectors, errors = sample(np.random.default_rng(8), num_documents=12)
+    curve = fve_curve(errors, documents, between_documents_baseline(vectors, documents, "raw"), ks=[4])
+    kept = pa.table(
+        {
+            "replicates": pa.array([curve.replicates[:, 0].astype(np.float32)], pa.list_(pa.float32())),
+            "fve": curve.fve,
+            "reach": [interval_reach(curve.effective_documents, curve.level)],
+        }
+    )
+    stretched = "fve + reach * (list_aggregate(replicates::DOUBLE[], 'quantile_cont', [0.025, 0.975])[{}] - fve)"
+    (row,) = duckdb.sql(f"SELECT {stretched.format(1)}, {stretched.format(2)} FROM kept").fetchall()
+    assert kept.num_rows == 1
+    np.testing.assert_allclose(row, [curve.fve_low[0], curve.fve_high[0]], rtol=1e-13)
+
+
+def test_interval_decimals_of_another_seed_change_the_last_one_by_at_most_one():
+    documents, vectors, errors = sample(np.random.default_rng(9), num_documents=20)
+    baseline = between_documents_baseline(vectors, documents, "raw")
+    for replicates, expected in ((2000, 2), (100_000, 3)):
+        curves = [fve_curve(errors, documents, baseline, ks=[1], num_replicates=replicates, seed=seed) for seed in range(6)]
+        ends = np.array([[curve.fve_low[0], curve.fve_high[0]] for curve in curves])
+        decimals = {interval_decimals(low, high, replicates) for low, high in ends}
+        assert decimals == {expected}
+        assert np.ptp(np.round(ends, expected), axis=0).max() < 1.001 * 10.0**-expected
+
+
+def test_interval_decimals_of_an_unknown_or_empty_interval_are_three():
+    assert [interval_decimals(low, high, 2000) for low, high in ((np.nan, np.nan), (0.2, 0.2))] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("documents", "effective"),
+    [
+        (list("aabbcc"), 3.0),
+        (list("aaab"), 16 / 10),  # (3 + 1)^2 / (9 + 1)
+        ([7, 7, 7], 1.0),
+        ([3, 1, 2, 2, 2, 2], 36 / 18),  # (4 + 1 + 1)^2 / (16 + 1 + 1)
+    ],
+)
+def test_effective_documents_by_hand_equal_kish(documents, effective):
+    assert effective_documents(documents) == pytest.approx(effective)
+
+
+def test_curve_of_uneven_documents_warns_by_their_effective_number():
+    documents = np.repeat(np.arange(40), [200] + [1] * 39)  # 239^2 / (200^2 + 39) = 1.43
+    curve = fve_curve(np.random.default_rng(0).random((239, 2)), documents, stated_baseline(0.7))
+    assert (curve.num_documents, curve.few_documents) == (40, True)
+    assert curve.effective_documents == pytest.approx(239**2 / 40_039)
+    assert gain_over(curve).few_documents
+
+
+def test_replicates_are_float32_values():
+    documents, _, errors = sample(np.random.default_rng(4), num_documents=30)
+    replicates = fve_curve(errors, documents, stated_baseline(1)).replicates
+    assert replicates.dtype == np.float64
+    np.testing.assert_array_equal(replicates.astype(np.float32), replicates)
 
 
 def test_fve_curve_of_many_activations_stays_small_in_memory():
@@ -231,7 +305,7 @@ def curve_over(documents, seed=0, ks=(1, 2)):
         ),
         (lambda: fve_curve(np.ones((2, 4)), [0.5, 1.5], stated_baseline(0.7)), "got float64"),
         (
-            lambda: fve_curve(np.ones((2, 4)), ["a", "b"], evaluated_set_baseline(np.eye(3))),
+            lambda: fve_curve(np.ones((2, 4)), ["a", "b"], mean_distance_baseline(np.eye(3))),
             "baseline is of 3",
         ),
         (lambda: fve_curve(np.ones(4), ["a", "b"], stated_baseline(0.7)), r"\[activation, draw\]"),
@@ -242,7 +316,7 @@ def curve_over(documents, seed=0, ks=(1, 2)):
         ),
         (lambda: fve_curve([[0.1, np.nan]], ["a"], stated_baseline(4, scoring="raw")), "pass `failed_error`"),
         (
-            lambda: fve_curve(np.ones((3, 4)), list("abc"), replace(evaluated_set_baseline(np.eye(3)), distances=None)),
+            lambda: fve_curve(np.ones((3, 4)), list("abc"), replace(mean_distance_baseline(np.eye(3)), distances=None)),
             "lost its distances",
         ),
     ],

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from ksweep.stats import (
     derangement,
-    evaluated_set_baseline,
     fve,
     fve_curve,
+    mean_distance_baseline,
     mean_reconstructions,
     mean_vector_error,
     reconstruction_errors,
@@ -44,7 +44,7 @@ def synthetic(knowledge, num_activations=60, num_draws=8, d=24, seed=0):
 def test_draws_of_another_activation_climb_with_k_but_stay_far_below():
     vectors, draws = synthetic(0.6)
     documents = np.repeat(np.arange(20), 3)
-    baseline = evaluated_set_baseline(vectors)
+    baseline = mean_distance_baseline(vectors)
     donors = derangement(len(vectors), 0, documents)
     own = fve_curve(reconstruction_errors(draws, vectors[:, None]), documents, baseline)
     swapped = fve_curve(reconstruction_errors(draws[donors], vectors[:, None]), documents, baseline)
@@ -63,7 +63,7 @@ def test_scoring_in_the_donors_order_gives_the_same_errors():
 @pytest.mark.parametrize("scoring", ["normalised", "raw"])
 def test_mean_vector_error_equals_scoring_the_mean_itself(scoring):
     vectors, _ = synthetic(0)
-    baseline = evaluated_set_baseline(vectors, scoring)
+    baseline = mean_distance_baseline(vectors, scoring)
     directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     mean = (vectors if scoring == "raw" else directions).mean(axis=0)
     errors = reconstruction_errors(mean, vectors, scoring)

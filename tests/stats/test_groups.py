@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from ksweep.stats import (
-    evaluated_set_baseline,
     fve_curve,
     group_curves,
+    mean_distance_baseline,
     quantile_groups,
     stated_baseline,
     tails,
@@ -24,18 +24,18 @@ ERRORS[7, :2] = np.nan
 @pytest.mark.parametrize("kind", ["normalised", "raw"])
 def test_own_group_curve_is_what_measuring_that_group_alone_gives(kind):
     distances = within_group_distances(VECTORS, GROUPS, kind)
-    found = group_curves(ERRORS, DOCUMENTS, GROUPS, evaluated_set_baseline(VECTORS, kind), distances, ks=[1, 4], failed_error=2.0)
+    found = group_curves(ERRORS, DOCUMENTS, GROUPS, mean_distance_baseline(VECTORS, kind), distances, ks=[1, 4], failed_error=2.0)
     assert [g.group for g in found] == ["assistant", "special", "user"]
     for group in found:
         rows = group.group == GROUPS
-        alone = fve_curve(ERRORS[rows], DOCUMENTS[rows], evaluated_set_baseline(VECTORS[rows], kind), ks=[1, 4], failed_error=2.0)
+        alone = fve_curve(ERRORS[rows], DOCUMENTS[rows], mean_distance_baseline(VECTORS[rows], kind), ks=[1, 4], failed_error=2.0)
         np.testing.assert_allclose(group.curve.fve, alone.fve)
         np.testing.assert_allclose([group.curve.fve_low, group.curve.fve_high], [alone.fve_low, alone.fve_high])
         assert group.against == "own"
 
 
 def test_overall_group_fves_weighted_by_size_average_to_the_whole():
-    baseline = evaluated_set_baseline(VECTORS)
+    baseline = mean_distance_baseline(VECTORS)
     found = group_curves(ERRORS, DOCUMENTS, GROUPS, baseline, None, ks=[2])
     assert {g.against for g in found} == {"overall"}
     sizes = [g.curve.num_activations for g in found]
@@ -49,7 +49,7 @@ def test_own_baseline_gives_nothing_for_knowing_the_group():
     groups = ["a"] * 30 + ["b"] * 30
     means = np.repeat([vectors[:30].mean(axis=0), vectors[30:].mean(axis=0)], 30, axis=0)
     errors = ((vectors - means) ** 2).mean(axis=1, keepdims=True)
-    baseline = evaluated_set_baseline(vectors, "raw")
+    baseline = mean_distance_baseline(vectors, "raw")
     own = group_curves(errors, DOCUMENTS, groups, baseline, within_group_distances(vectors, groups, "raw"), ks=[1])
     np.testing.assert_allclose([g.curve.fve[0] for g in own], 0, atol=1e-12)
     overall = group_curves(errors, DOCUMENTS, groups, baseline, None, ks=[1])
@@ -58,7 +58,7 @@ def test_own_baseline_gives_nothing_for_knowing_the_group():
 
 def test_a_group_without_variance_of_its_own_has_no_own_curve():
     groups = ["rest"] * 59 + ["lonely"]
-    baseline = evaluated_set_baseline(VECTORS)
+    baseline = mean_distance_baseline(VECTORS)
     found = group_curves(ERRORS, DOCUMENTS, groups, baseline, within_group_distances(VECTORS, groups), ks=[1])
     assert [g.group for g in found] == ["rest"]
 

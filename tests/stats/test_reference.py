@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ksweep.stats import best_of_k_errors, evaluated_set_baseline, fve, reference
+from ksweep.stats import best_of_k_errors, fve, mean_distance_baseline, reference
 from ksweep.stats.reference import (
     Chunk,
     ReferenceSums,
@@ -115,7 +115,7 @@ def test_mse_variance_recovery_is_our_raw_fve_but_for_n_minus_one():
     activations, draws = made_up()
     (found,) = sums_of(streamed(activations, draws, (1,)), (1,)).quantities()
     errors = np.square(draws[:, 0] - activations).mean(axis=1)
-    ours = fve(errors, evaluated_set_baseline(activations, "raw"))
+    ours = fve(errors, mean_distance_baseline(activations, "raw"))
     assert found.mse_variance_recovery == pytest.approx(1 - (1 - ours) * 29 / 30, abs=1e-10)
 
 
