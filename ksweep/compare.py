@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep import evaluated, stats
+from ksweep.breakdown import group_rows
 from ksweep.draws import DrawsStore
 from ksweep.errors import RequestError
 from ksweep.registry.database import connect
@@ -59,6 +60,7 @@ COMPARISON_SCHEMA = pa.schema(
         ("other_tokens", pa.float64()),
         ("num_activations", pa.int64()),
         ("num_documents", pa.int64()),
+        ("effective_documents", pa.float64()),
         ("baseline", pa.float64()),
         ("baseline_kind", pa.string()),
         ("note", pa.string()),
@@ -83,6 +85,7 @@ BEST_SCHEMA = pa.schema(
         ("num_cells", pa.int32()),
         ("num_activations", pa.int64()),
         ("num_documents", pa.int64()),
+        ("effective_documents", pa.float64()),
         ("baseline", pa.float64()),
         ("baseline_kind", pa.string()),
     ]
@@ -106,13 +109,19 @@ GROUP_SCHEMA = pa.schema(
         ("fve_high", pa.float64()),
         ("level", pa.float64()),
         ("error", pa.float64()),
+        ("median_error", pa.float64()),
+        ("worst_share", pa.float64()),
         ("failure_rate", pa.float64()),
+        ("all_failed_rate", pa.float64()),
         ("num_activations", pa.int64()),
         ("num_documents", pa.int64()),
+        ("effective_documents", pa.float64()),
         ("baseline", pa.float64()),
+        ("baseline_kind", pa.string()),
     ]
 )
-"""against: own (distances from the group's own mean) or overall (baseline of all activations of the cell)."""
+"""Columns as in the registry's table metrics. against: overall (the baseline of all activations of the cell) or own (of the
+activations of the group alone)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,6 +138,7 @@ class MeasuredCell:
     num_activations: int
     num_draws: int
     baseline_value: float
+    baseline_kind: stats.BaselineKind
     scoring: Scoring
     kind: stats.ScoringKind
     registry: Path
@@ -180,8 +190,8 @@ class Common:
 
     num_activations: int
     baseline: stats.Baseline
-    kind: str
-    """Kind of the baseline (`stats.BaselineKind`): where the baseline's value comes from."""
+    kind: stats.BaselineKind
+    """Where the baseline's value comes from."""
     note: str | None = None
     """What to know about the intervals."""
 
@@ -241,6 +251,7 @@ def best_held_out(cells: Sequence[MeasuredCell], ks: Sequence[int] | None = None
         found = stats.held_out_best(
             [c.errors[:n] for c in able], documents, shared.baseline, k, failed_error=cells[0].scoring.failed_error,
             num_replicates=cells[0].scoring.num_replicates, seed=cells[0].scoring.seed, level=level,
+            selection=cells[0].scoring.selection,
         )  # fmt: skip
         rows.append(
             {
@@ -285,18 +296,16 @@ def common_ground(cells: Sequence[MeasuredCell]) -> Common:
     for cell in cells[1:]:
         _refuse_unlike(first, cell)
     smallest = min(cells, key=lambda cell: cell.num_activations)
-    n, stated = smallest.num_activations, first.scoring.baseline
-    if stated:
-        return Common(n, stats.stated_baseline(stated, scoring=first.kind), "stated constant")
+    n, kind = smallest.num_activations, first.baseline_kind
+    if kind == "stated constant":
+        return Common(n, stats.stated_baseline(first.baseline_value, scoring=first.kind), kind)
     known = smallest.known(n)
-    if known is None:
-        stated_value = stats.stated_baseline(smallest.baseline_value, scoring=first.kind)
-        return Common(n, stated_value, "distance from mean", _KNOWN_BASELINE)
-    distances = known["distance"].to_numpy()
-    baseline = stats.Baseline(
-        value=float(distances.mean()), kind="distance from mean", num_activations=n, scoring=first.kind, distances=distances
-    )
-    return Common(n, baseline, "distance from mean")
+    baseline = None if known is None else evaluated.baseline_of(known, kind, first.kind)
+    if baseline is None:
+        value = smallest.baseline_value
+        taken = stats.Baseline(value=value, kind="stated constant", num_activations=None, scoring=first.kind)
+        return Common(n, taken, kind, _KNOWN_BASELINE)
+    return Common(n, baseline, kind)
 
 
 _KNOWN_BASELINE = (
@@ -308,7 +317,7 @@ _KNOWN_BASELINE = (
 # Finding cells
 
 _COLUMNS = """r.run_id, r.cell, r.label, r.sweep, r.temperature, r.activations_key, r.draws_key, r.num_activations, r.num_draws,
-              r.baseline, r.spec"""
+              r.baseline, r.baseline_kind, r.spec"""
 _ALL = f"SELECT {_COLUMNS} FROM v_latest AS r WHERE draws_key IS NOT NULL ORDER BY r.finished, r.run_id"
 _NAMED = f"""
     WITH latest AS (SELECT run_id FROM v_latest), named AS (
@@ -330,9 +339,11 @@ def _cell(row: dict[str, Any], root: Path, vector_cache: Path | None) -> Measure
     if scoring.get("ks") is not None:
         scoring["ks"] = tuple(scoring["ks"])
     kind = Autoencoder(**spec["autoencoder"]).scoring_kind
+    # What older records call the evaluated set is the distance from its mean.
+    baseline_kind = row.pop("baseline_kind").replace("evaluated set", "distance from mean")
     return MeasuredCell(
-        **{name: row[name] for name in row if name != "baseline"}, baseline_value=row["baseline"], scoring=Scoring(**scoring),
-        kind=kind, registry=root, vector_cache=vector_cache,
+        baseline_value=row.pop("baseline"), baseline_kind=baseline_kind, scoring=Scoring(**scoring), kind=kind, registry=root,
+        vector_cache=vector_cache, **row,
     )  # fmt: skip
 
 
@@ -365,13 +376,19 @@ def _refuse_unlike(a: MeasuredCell, b: MeasuredCell) -> None:
         raise RequestError(
             f"{a.label} has {a.kind} errors and {b.label} {b.kind} ones: their FVEs are of different things; no difference"
         )
-    unlike = [name for name in ("baseline", "failed_error") if getattr(a.scoring, name) != getattr(b.scoring, name)]
-    if unlike:
-        name = unlike[0]
-        raise RequestError(
-            f"{a.label} has scoring.{name}={getattr(a.scoring, name)} and {b.label} {getattr(b.scoring, name)}: run one of them "
-            "again with the other's; stored draws are used, only the statistics are computed anew"
-        )
+    for name in ("baseline", "failed_error", "selection"):
+        one, other = (_scoring(cell, name) for cell in (a, b))
+        if one != other:
+            raise RequestError(
+                f"{a.label} has scoring.{name}={one} and {b.label} {other}: their FVEs do not mean the same. Run the sweep of "
+                "one of them again with the other's; stored draws are used, only the statistics are computed anew"
+            )
+
+
+def _scoring(cell: MeasuredCell, name: str) -> str:
+    """A field of the scoring in words; of a measured baseline the kind that the run had, which older versions chose otherwise."""
+    value = getattr(cell.scoring, name)
+    return cell.baseline_kind if name == "baseline" and cell.scoring.stated_baseline is None else str(value)
 
 
 # Rows
@@ -403,6 +420,7 @@ def _pair(a: MeasuredCell, b: MeasuredCell, level: float, memory: dict[Any, stat
         "cell": a.cell, "label": a.label, "run_id": a.run_id,
         "other_cell": b.cell, "other_label": b.label, "other_run_id": b.run_id,
         "level": level, "num_activations": shared.num_activations, "num_documents": one.num_documents,
+        "effective_documents": one.effective_documents,
         "baseline": shared.baseline.value, "baseline_kind": shared.kind,
         "note": shared.note,
     }  # fmt: skip
@@ -448,6 +466,7 @@ def _numbers(curve: stats.FveCurve) -> list[dict[str, Any]]:
             "failure_rate": float(curve.failure_rate[i]),
             "num_activations": curve.num_activations,
             "num_documents": curve.num_documents,
+            "effective_documents": curve.effective_documents,
             "num_draws": curve.num_draws,
             "baseline": curve.baseline.value,
             "baseline_kind": curve.baseline.kind,
@@ -462,7 +481,7 @@ def _curve_rows(cell: MeasuredCell) -> Iterator[dict[str, Any]]:
     curve = _curve(cell, shared, ks, cell.scoring, cell.scoring.level)
     low, high = stats.curve_band(curve)
     few, tokens = stats.few_subsets(cell.num_draws, curve.k), stats.tokens_drawn(cell.num_tokens, curve.k)
-    best = stats.best_of_k_errors(cell.errors, ks, cell.scoring.failed_error)
+    best = stats.best_errors(cell.errors, ks, cell.scoring.selection, cell.scoring.failed_error)
     gains = _gains(curve)
     for i, row in enumerate(_numbers(curve)):
         middle = stats.tails(best[:, i], shared.baseline)
@@ -498,38 +517,27 @@ def _group_rows(cell: MeasuredCell, by: Grouping, ks: Sequence[int] | None) -> I
         raise RequestError(f"activations are grouped by {', '.join(evaluated.GROUPINGS)} or document, not by {by!r}")
     shared = common_ground([cell])
     chosen = sorted({1, cell.num_draws}) if ks is None else [k for k in ks if k <= cell.num_draws]
-    names, distances = _groups(cell, by)
-    rows = [row for row, name in enumerate(names) if name is not None]
-    if not rows:
-        raise RequestError(f"no {by} is known of the activations of {cell.label}, so there are no groups")
-    places = evaluated.in_order({str(names[row]) for row in rows})
-    for own in (None,) if distances is None else (None, distances):
-        for found in stats.group_curves(
-            cell.errors[rows], cell.documents[rows], [str(names[row]) for row in rows],
-            shared.baseline, None if own is None else own[rows], ks=chosen, failed_error=cell.scoring.failed_error,
-            num_replicates=cell.scoring.num_replicates, seed=cell.scoring.seed, level=cell.scoring.level,
-        ):  # fmt: skip
-            for row in _numbers(found.curve):
-                yield row | {
-                    "cell": cell.cell, "label": cell.label, "run_id": cell.run_id, "temperature": cell.temperature,
-                    "breakdown": by, "part": found.group, "place": places.index(found.group), "against": found.against,
-                }  # fmt: skip
-
-
-def _groups(cell: MeasuredCell, by: Grouping) -> tuple[list[str | None], np.ndarray | None]:
-    """Group of each activation, and its distance from the group's mean."""
-    if by == "document":
-        return list(cell.documents), None
     known = cell.known(cell.num_activations)
-    if known is None:
+    if known is None and by != "document":
         raise RequestError(
             f"{cell.cell} ran before groups were kept, and its vectors are not at hand: give vector_cache, their directory"
         )
-    return known[evaluated.GROUPINGS[by]].to_pylist(), known[f"distance_in_{by}"].to_numpy(zero_copy_only=False)
+    known = pa.table({"document": pa.array(cell.documents, pa.string())}) if known is None else known
+    found = False
+    for row in group_rows(cell.errors, known, shared.baseline, cell.scoring, chosen, by):
+        found = True
+        yield row | {"cell": cell.cell, "label": cell.label, "run_id": cell.run_id, "temperature": cell.temperature}
+    if not found:
+        raise RequestError(f"no {by} is known of the activations of {cell.label}, so there are no groups")
 
 
 def _table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
+    """Rows with the columns of a schema; NaN, which SQL would sort above every number, becomes null."""
+    return pa.Table.from_pylist([{name: _null(row.get(name)) for name in schema.names} for row in rows], schema=schema)
+
+
+def _null(value: Any) -> Any:
+    return _known(value) if isinstance(value, float) else value
 
 
 def _known(value: float) -> float | None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ksweep import evaluated
 from ksweep.clock import Clock
 from ksweep.drawing import AtHand, Begun, Drawing
 from ksweep.draws import DrawsStore, units_of
@@ -166,6 +165,12 @@ def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_
     vectors = _activations(cell, keys, place, ranks, clock)
     if vectors.key != keys.activations:
         raise DataError(f"text or model of {keys.name} changed while it was begun: run again to use them as they are now")
+    if cell.scoring.baseline_kind == "between documents" and vectors.num_documents() < 2:
+        raise DataError(
+            f"all {len(vectors)} activations of {keys.name} are of one document, and the baseline compares activations of "
+            "different documents: evaluate more documents, state the baseline (scoring.baseline=0.7335), or measure it from "
+            "the mean (scoring.baseline=distance_from_mean)"
+        )
     store = DrawsStore(place.registry / "draws", keys.draws)
     wanted = (len(vectors), cell.sampling.effective_num_draws)
     if ranks.rank == 0:
@@ -204,7 +209,9 @@ def _work(missing: Sequence[Begun], place: Place, ranks: Ranks, models: Models, 
         ranks.report(f"{first.keys.label}: loading models", 0, 0)
         av, ar = models.verbalizer(autoencoder), models.reconstructor(autoencoder)
     return {
-        one: UnitWork(one.cell.sampling, one.vectors, av, ar, place.batch_size, ranks.devices[0], autoencoder.scoring_kind)
+        one: UnitWork(
+            one.cell.sampling, one.vectors, av, ar, place.batch_size, ranks.devices[0], autoencoder.scoring_kind, one.cell.scoring
+        )
         for one in missing
     }
 
@@ -242,8 +249,8 @@ class _Landing:
                     f"draws of {one.keys.name} are missing right after they were taken: is {one.store.path} being changed by "
                     "someone?"
                 )
-            found = measure(one.cell, one.vectors, one.store, draws, _empty_text(one.cell, one.store, self.models))
-            evaluated.describe(self.place.registry, one.vectors, one.cell.autoencoder.scoring_kind)
+            empty = _empty_text(one.cell, one.store, self.models)
+            found = measure(one.cell, one.vectors, one.store, draws, empty, self.place.registry)
             for note in found.reference.notes:
                 log.warning("%s: %s", one.keys.name, note)
         one.clock.take(self.together, self._share(one, draws))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from ksweep import so_far, stats
 from ksweep.draws import SCHEMA, Unit
-from ksweep.spec import Sampling
+from ksweep.spec import Sampling, Scoring
 
 if TYPE_CHECKING:
     from ksweep.activations.store import ActivationTable
@@ -30,6 +30,8 @@ class UnitWork:
     batch_size: int | None
     device: str
     scoring: ScoringKind = "normalised"
+    asked: Scoring = field(default_factory=Scoring)
+    """Baseline and failure policy of the FVE that a watcher sees."""
     others: np.ndarray | None = None
     so_far: so_far.FveSoFar | None = None
 
@@ -105,7 +107,9 @@ class UnitWork:
     def _keep_in_view(self, unit: Unit, errors: np.ndarray, owners: np.ndarray) -> None:
         """The FVE so far, for whoever watches."""
         if self.so_far is None:
-            self.so_far = so_far.start(self.vectors.vectors(0, min(len(self.vectors), so_far.BASELINE_ACTIVATIONS)), self.scoring)
+            last = min(len(self.vectors), so_far.BASELINE_ACTIVATIONS)
+            documents = self.vectors.column("document", 0, last)
+            self.so_far = so_far.start(self.vectors.vectors(0, last), documents, self.scoring, self.asked)
         self.so_far.add(errors, owners, self.vectors.column("document", unit.first_row, unit.last_row))
 
     def _score(

@@ -31,6 +31,9 @@ SAMPLER_VERSION = 2
 """Raised whenever the same seed would give other texts: 2 decodes in slots, which rounds otherwise in bfloat16."""
 SCORER_VERSION = 1
 """Raised whenever the same texts would give other errors."""
+STATISTICS_VERSION = 2
+"""Raised whenever the same errors would give other numbers: 2 measures the baseline between documents, and intervals go by the
+effective number of documents. Draws are kept; only the statistics of a cell are computed anew."""
 
 
 FIRST_SCORING_FIELDS = ("ks", "baseline", "failed_error", "level", "num_replicates", "seed")
@@ -82,6 +85,7 @@ def cell_keys(cell: Cell) -> Keys:
         "num_activations": cell.activations.num_activations,
         "num_draws": cell.sampling.effective_num_draws,
         "scoring": _scoring_identity(cell),
+        "statistics_version": STATISTICS_VERSION,
     }
     identity = {"activations": identity, "draws": draws, "layer": layer}
     return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
+from ksweep import evaluated
 from ksweep.breakdown import Breakdown, break_down
 from ksweep.draws import DrawsStore
 from ksweep.errors import DataError
@@ -18,7 +19,6 @@ from ksweep.provenance import provenance
 from ksweep.ranks import Ranks
 from ksweep.reference import Quantities, StoredDraws, reference_quantities
 from ksweep.spec import Cell, cell_from_dict
-from ksweep.stats import MEASURED_KINDS
 from ksweep.summary import RETRIEVAL_POOL, Summary, summarise
 
 if TYPE_CHECKING:
@@ -43,18 +43,20 @@ class Measured:
     breakdown: Breakdown
 
 
-def measure(cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.Table, empty: np.ndarray | None) -> Measured:
-    """Every statistic of a cell; no model is needed."""
+def measure(
+    cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.Table, empty: np.ndarray | None, registry: Path
+) -> Measured:
+    """Every statistic of a cell; no model is needed. What is known of its activations is kept in the registry."""
     targets = vectors.vectors(0, len(vectors))
     kind, roles = cell.autoencoder.scoring_kind, vectors.column("role").tolist()
     pool = np.arange(min(len(targets), RETRIEVAL_POOL))
     firsts = store.reconstructions(pool, np.zeros_like(pool), targets.shape[1])
     reference = Quantities()
     norms = np.linalg.norm(targets.astype(np.float64), axis=1)
-    columns = {name: vectors.column(name) for name in ("row_id", "document", "position", "role", "window")}
     try:
         summary = summarise(draws, targets, cell.scoring, cell.ks, empty, firsts, kind)
-        breakdown = break_down(draws, summary.baseline, cell.scoring, cell.ks, columns, norms)
+        known = evaluated.describe(registry, vectors, kind)
+        breakdown = break_down(draws, known, summary.baseline, cell.scoring, cell.ks, vectors.column("window").tolist())
         if kind == "raw":
             errors = draws["error"].to_numpy().reshape(len(targets), -1)
             stored = StoredDraws(store=store, activations=targets, errors=errors, roles=roles)
@@ -107,6 +109,7 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
         num_ranks=ranks.world_size,
         num_activations=first["num_activations"],
         num_documents=first["num_documents"],
+        effective_documents=first["effective_documents"],
         d_model=found.d_model,
         num_draws=first["num_draws"],
         num_draws_sampled=int(new.sum()),
@@ -125,7 +128,8 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
         fve_over_successes=first["fve_over_successes"],
         baseline=first["baseline"],
         baseline_kind=first["baseline_kind"],
-        baseline_num_activations=first["num_activations"] if first["baseline_kind"] in MEASURED_KINDS else None,
+        baseline_num_activations=summary.baseline.num_activations,
+        baseline_from_mean=None if summary.from_mean is None else summary.from_mean.value,
         **found.tokens,
         notes=reference.notes,
     )
@@ -133,7 +137,7 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
     landing.land(
         place.registry,
         record,
-        pa.Table.from_pylist([row | {"influence": found.breakdown.influence.get(row["k"])} for row in summary.curve]),
+        pa.Table.from_pylist(summary.curve),
         pa.Table.from_pylist(summary.controls),
         reference=pa.Table.from_pylist(reference.rows, schema=landing.REFERENCE_SCHEMA) if reference.rows else None,
         norms=pa.table({"activation": np.arange(len(found.norms)), "norm": found.norms}) if raw else None,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from ksweep.console import bytes_text, columns, console
+from ksweep.console import bytes_text, columns, console, decimals_of_intervals
 from ksweep.errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ Row = dict[str, Any]
 
 SHOWN_RUN = (
     "run_id", "status", "cell", "sweep", "started", "finished", "host", "device", "num_ranks", "git_commit", "git_dirty",
-    "num_activations", "num_documents", "layer", "d_model", "num_draws", "num_draws_sampled", "num_draws_reused", "draws_bytes",
-    "tokens_per_second", "mean_tokens", "baseline", "baseline_kind", "fve_over_successes", "distinct_text_fraction",
-    "cjk_fraction", "cell_key", "draws_key", "activations_key", "notes",
+    "num_activations", "num_documents", "effective_documents", "layer", "d_model", "num_draws", "num_draws_sampled",
+    "num_draws_reused", "draws_bytes", "tokens_per_second", "mean_tokens", "baseline", "baseline_kind", "baseline_from_mean",
+    "fve_over_successes", "distinct_text_fraction", "cjk_fraction", "cell_key", "draws_key", "activations_key", "notes",
 )  # fmt: skip
 CURVE = ("k", "fve", "fve_low", "fve_high", "shuffled_fve", "error", "cosine", "failure_rate", "fve_over_successes")
-GROUPS = ("breakdown", "part", "k", "fve", "fve_low", "fve_high", "error", "median_error", "worst_share", "failure_rate",
-          "num_activations", "num_documents")  # fmt: skip
+GROUPS = ("breakdown", "part", "against", "k", "fve", "fve_low", "fve_high", "baseline", "error", "median_error", "worst_share",
+          "failure_rate", "num_activations", "num_documents")  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -118,7 +118,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """One run: spec, curve, controls, failures, groups, and what it said where it is best, middling and worst."""
-    from ksweep.registry.story import flat, story
+    from ksweep.diff import flat
+    from ksweep.registry.story import story
 
     told = story(registry, run)
     if as_json:
@@ -134,7 +135,8 @@ def show(
     _section("curve: best of K draws, oracle selection by the AR", [{n: row[n] for n in CURVE} for row in _few(told["curve"])])
     _section("controls", told["controls"])
     _section("failed draws by cause", _failures(facts))
-    _section("groups at the largest K", [{name: row[name] for name in GROUPS} for row in told["groups"]])
+    groups = [{name: row[name] for name in GROUPS} for row in told["groups"]]
+    _section("groups at the largest K, against the baseline of all activations (overall) and against their own (own)", groups)
     _print_examples(told["examples"])
 
 
@@ -182,14 +184,14 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """What differs between two runs: spec, where they ran, counts, and FVE at each K with a paired interval."""
-    from ksweep.registry.story import compare
+    from ksweep.diff import diff as differences
 
     if not 0 < level < 1:
         raise RequestError(f"--level {level} is no coverage: give a number between 0 and 1, such as 0.95")
-    found = compare(registry, a, b, level)
+    found = differences(registry, a, b, level)
     if as_json:
         print(json.dumps(_jsonable(found)))
-        return
+        raise typer.Exit(2 if found["refused"] else 0)
     out = console()
     for name, run in zip("ab", found["runs"], strict=True):
         out.print(Text(f"{name}: {run['run_id']}  {run['cell']}  {run['status']} {run['finished']}"))
@@ -200,7 +202,9 @@ def diff(
             _section(title, found[title])
         else:
             out.print(Text(f"{title}: nothing differs"))
-    rows = [row | {"clear": _clear(row)} for row in _few(found["numbers"])]
+    if found["refused"]:
+        raise RequestError(found["note"])
+    rows = [row | {"clear": _clear(row), "level": level} for row in _few(found["numbers"])]
     _section("FVE: a less b", rows)
     out.print(Text(found["note"]))
 
@@ -249,9 +253,20 @@ def _print_rows(rows: Sequence[Row], as_json: bool, names: Iterable[str] | None 
     table = columns(out, show_header=not names_are_blank(rows))
     for name in names if names is not None else dict.fromkeys(name for row in rows for name in row):
         table.add_column(Text(name), overflow="fold")
+    decimals = _decimals_that_hold(rows)
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
+        table.add_row(*(Text(_cell(value, decimals.get(name, 4))) for name, value in row.items()))
     out.print(table)
+
+
+def _decimals_that_hold(rows: Sequence[Row]) -> dict[str, int]:
+    """Of columns with ends of intervals (fve_low and fve_high, low and high) the decimals that another seed leaves alone."""
+    found: dict[str, int] = {}
+    for low in (name for name in dict.fromkeys(name for row in rows for name in row) if name.endswith("low")):
+        high = f"{low.removesuffix('low')}high"
+        decimals = decimals_of_intervals(rows, low, high)
+        found |= {low: decimals, high: decimals}
+    return found
 
 
 def names_are_blank(rows: Sequence[Row]) -> bool:
@@ -263,12 +278,12 @@ def _brief(name: str, value: Any) -> Any:
     return bytes_text(value) if name.endswith("_bytes") else value
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, decimals: int = 4) -> str:
     if value is None:
         return ""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_cell, value))
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
 
 
 def _jsonable(value: Any) -> Any:

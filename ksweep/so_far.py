@@ -10,6 +10,7 @@ import numpy as np
 from ksweep import stats
 
 if TYPE_CHECKING:
+    from ksweep.spec import Scoring
     from ksweep.stats import ScoringKind
 
 BASELINE_ACTIVATIONS = 2048
@@ -21,7 +22,7 @@ REPLICATES = 200
 class FveSoFar:
     """Mean errors of the activations that this rank has finished, and the FVE at K = 1 that they come to."""
 
-    scoring: ScoringKind
+    failed_error: float
     baseline: stats.Baseline | None = None
     errors: list[np.ndarray] = field(default_factory=list)
     documents: list[np.ndarray] = field(default_factory=list)
@@ -32,10 +33,9 @@ class FveSoFar:
         """A unit: [draw] errors (NaN: failed), the row of each within the unit, the document of each row."""
         if self.baseline is None:
             return
-        filled = np.where(np.isnan(errors), stats.ORTHOGONAL_ERROR, errors) if self.scoring == "normalised" else errors
-        known = ~np.isnan(filled)
-        counts = np.bincount(owners[known], minlength=len(documents))
-        sums = np.bincount(owners[known], weights=filled[known], minlength=len(documents))
+        filled = np.where(np.isnan(errors), self.failed_error, errors)
+        counts = np.bincount(owners, minlength=len(documents))
+        sums = np.bincount(owners, weights=filled, minlength=len(documents))
         self.errors.append(sums[counts > 0] / counts[counts > 0])
         self.documents.append(np.asarray(documents, dtype=object)[counts > 0])
         self.numbers = self._numbers(self.baseline)
@@ -49,10 +49,13 @@ class FveSoFar:
         return {name: float(value) for name, value in found.items()} if np.isfinite(list(found.values())).all() else {}
 
 
-def start(vectors: np.ndarray, scoring: ScoringKind) -> FveSoFar:
-    """Nothing yet; vectors without any variance have no FVE to show."""
+def start(vectors: np.ndarray, documents: np.ndarray, kind: ScoringKind, scoring: Scoring) -> FveSoFar:
+    """Nothing yet, with the baseline that the cell asks for; vectors without any variance have no FVE to show."""
+    value = scoring.stated_baseline
     try:
-        value = stats.mean_distance_baseline(vectors[:BASELINE_ACTIVATIONS], scoring).value
-        return FveSoFar(scoring, stats.stated_baseline(value, scoring=scoring))
+        if value is None:
+            value = stats.measured_baseline(scoring.baseline_kind, vectors, documents, kind).value
     except ValueError:
-        return FveSoFar(scoring)
+        return FveSoFar(scoring.failed_error)
+    # Taken as known: its own spread would have to be resampled with the documents that are still to come.
+    return FveSoFar(scoring.failed_error, stats.Baseline(value=value, kind="stated constant", num_activations=None, scoring=kind))

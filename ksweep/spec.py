@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from ksweep.errors import SpecError
 
@@ -19,6 +19,10 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 PositionRule = Literal["random", "midpoint", "last", "all", "stride"]
 Candidates = Literal["not_special", "not_padding"]
 Selection = Literal["order_statistics", "prefix"]
+MeasuredBaseline = Literal["between_documents", "distance_from_mean"]
+"""Baselines that are measured on the evaluated set."""
+BaselineKind = Literal["between documents", "distance from mean", "stated constant"]
+"""What a baseline is, in the words of tables and charts."""
 EncoderPrompt = Literal["learned", "text"]
 Cluster = Literal["auto", "slurm", "local", "inprocess"]
 
@@ -169,9 +173,11 @@ class Scoring:
 
     ks: tuple[int, ...] | None = None
     """Values of K to report; None reports every K from 1 to num_draws."""
-    baseline: float | None = None
-    """Mean squared distance of the activations (of a pair: the scaled ones) from their mean; None measures it on the evaluated
-    set, a number states it (the released pairs quote 0.7335, 0.0302, ...)."""
+    baseline: float | MeasuredBaseline | None = None
+    """Error at which FVE is 0. between_documents (None means the same): half the mean squared distance between evaluated
+    activations of different documents (of a pair: of the scaled ones). distance_from_mean: mean squared distance from the
+    evaluated set's own mean, as the public code has it: too low with few or uneven documents. A number states it (the released
+    pairs quote 0.7335, 0.0302, ...)."""
     failed_error: float = 2.0
     """Error of an activation all of whose draws failed: 2 is an orthogonal reconstruction. A checkpoint's draws never fail."""
     selection: Selection = "order_statistics"
@@ -194,8 +200,14 @@ class Scoring:
             for k in self.ks:
                 _at_least("scoring.ks", k, 1)
             object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
-        if self.baseline is not None and not (_is_number(self.baseline) and self.baseline > 0):
-            raise SpecError(f"scoring.baseline={self.baseline!r} must be a number > 0, or None to measure it")
+        if self.baseline == "between_documents":  # one spelling, so that both are one cell
+            object.__setattr__(self, "baseline", None)
+        measured = self.baseline is None or self.baseline in get_args(MeasuredBaseline)
+        if not measured and not (_is_number(self.baseline) and self.baseline > 0):  # type: ignore[operator]
+            raise SpecError(
+                f"scoring.baseline={self.baseline!r} must be a number > 0, or one of {', '.join(get_args(MeasuredBaseline))}, "
+                "which measure it on the evaluated set"
+            )
         _one_of("scoring.selection", self.selection, Selection)
         if not (_is_number(self.level) and 0 < self.level < 1):
             raise SpecError(f"scoring.level={self.level!r} must lie between 0 and 1, e.g. 0.95")
@@ -209,6 +221,18 @@ class Scoring:
             raise SpecError(
                 f"scoring.failed_error={self.failed_error!r} must be a number > 0 (2.0 counts a failure as orthogonal)"
             )
+
+    @property
+    def stated_baseline(self) -> float | None:
+        """The baseline where a number states it; None where it is measured."""
+        return cast("float", self.baseline) if _is_number(self.baseline) else None
+
+    @property
+    def baseline_kind(self) -> BaselineKind:
+        """What the baseline is, in the words of the registry."""
+        if self.stated_baseline is not None:
+            return "stated constant"
+        return "distance from mean" if self.baseline == "distance_from_mean" else "between documents"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,14 +251,14 @@ class Cell:
                 f"scoring.ks asks for K={max(ks)} but sampling.num_draws={num_draws}: best-of-K needs at least K draws. "
                 f"Raise sampling.num_draws to {max(ks)} or leave out the larger K."
             )
-        baseline = self.scoring.baseline
+        baseline = self.scoring.stated_baseline
         if self.autoencoder.scoring_kind == "normalised" and baseline is not None and baseline > 1:
             raise SpecError(
                 f"scoring.baseline={baseline!r} must lie in (0, 1] (it is 1 - R^2 of vectors scaled to norm sqrt(d)), or be None "
                 "to measure it; only a checkpoint is scored on raw vectors"
             )
         self._check_reference()
-        if self.activations.num_activations < 2 and self.scoring.baseline is None:
+        if self.activations.num_activations < 2 and baseline is None:
             raise SpecError(
                 "activations.num_activations=1 has no variance to explain: ask for more activations, or state scoring.baseline"
             )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep import stats
+from ksweep.breakdown import kept_ks
 from ksweep.spec import Scoring
 
 SUMMARISED = [
@@ -32,6 +33,8 @@ class Summary:
     counts: dict[str, Any]
     """Failures by cause, distinct texts, tokens."""
     baseline: stats.Baseline
+    from_mean: stats.Baseline | None
+    """Distance of the activations from their mean, the public code's baseline; None for a single activation."""
 
 
 def summarise(
@@ -58,21 +61,28 @@ def summarise(
     grid = (num_activations, draws.num_rows // num_activations)
     errors = draws["error"].to_numpy().reshape(grid)
     documents = np.asarray(draws["document"].to_pylist(), dtype=object).reshape(grid)[:, 0]
-    stated = scoring.baseline
-    baseline = stats.stated_baseline(stated, scoring=kind) if stated else stats.mean_distance_baseline(vectors, kind)
+    from_mean = stats.mean_distance_baseline(vectors, kind) if num_activations > 1 else None
+    baseline = _baseline(scoring, vectors, documents, kind)
     curve = stats.fve_curve(
         errors, documents, baseline, ks=ks, failed_error=scoring.failed_error,
         num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level, selection=scoring.selection,
     )  # fmt: skip
     shuffled = _shuffled_fve(draws, grid, ks, scoring, baseline)
-    select = stats.prefix_of_k_select if scoring.selection == "prefix" else stats.best_of_k_select
-    cosine = select(draws["cosine"].to_numpy().reshape(grid), errors, ks, failed_value=0.0).mean(axis=0)
+    cosines = draws["cosine"].to_numpy().reshape(grid)
+    cosine = stats.select(cosines, errors, ks, scoring.selection, failed_value=0.0).mean(axis=0)
     return Summary(
         curve=_curve_rows(curve, shuffled, cosine),
-        controls=_controls(vectors, baseline, empty_text, first_draws) + _gain(curve),
+        controls=_controls(vectors, baseline, from_mean, empty_text, first_draws) + _gain(curve),
         counts=_counts(draws, curve),
         baseline=baseline,
+        from_mean=from_mean,
     )
+
+
+def _baseline(scoring: Scoring, vectors: np.ndarray, documents: np.ndarray, kind: stats.ScoringKind) -> stats.Baseline:
+    if scoring.stated_baseline is not None:
+        return stats.stated_baseline(scoring.stated_baseline, scoring=kind)
+    return stats.measured_baseline(scoring.baseline_kind, vectors, documents, kind)
 
 
 def _shuffled_fve(
@@ -86,13 +96,13 @@ def _shuffled_fve(
     if not paired.any():
         return np.full(len(ks), np.nan)
     errors = draws["shuffled_error"].to_numpy().reshape(grid)[paired]
-    best_of = stats.prefix_of_k_errors if scoring.selection == "prefix" else stats.best_of_k_errors
-    best: np.ndarray = best_of(errors, ks, scoring.failed_error).mean(axis=0)
-    return 1 - best / baseline.value
+    best = stats.best_errors(errors, ks, scoring.selection, scoring.failed_error).mean(axis=0)
+    return np.asarray(1 - best / baseline.value)
 
 
 def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray) -> list[dict[str, Any]]:
     band_low, band_high = stats.curve_band(curve)
+    kept = set(kept_ks(curve.k.tolist()))
     return [
         {
             "metric": "fve",
@@ -107,29 +117,33 @@ def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray)
             "fve_over_successes": _number(curve.fve_over_successes[i]),
             "num_activations": curve.num_activations,
             "num_documents": curve.num_documents,
+            "effective_documents": curve.effective_documents,
             "num_draws": curve.num_draws,
             "baseline": curve.baseline.value,
             "baseline_kind": curve.baseline.kind,
             "shuffled_fve": _number(shuffled[i]),
             "band_low": _number(band_low[i]),
             "band_high": _number(band_high[i]),
+            "replicates": curve.replicates[:, i].tolist() if int(k) in kept else None,
         }
         for i, k in enumerate(curve.k)
     ]
 
 
 def _controls(
-    vectors: np.ndarray, baseline: stats.Baseline, empty: np.ndarray | None, first_draws: np.ndarray
+    vectors: np.ndarray,
+    baseline: stats.Baseline,
+    from_mean: stats.Baseline | None,
+    empty: np.ndarray | None,
+    first_draws: np.ndarray,
 ) -> list[dict[str, Any]]:
     n = len(vectors)
     rows: list[dict[str, Any]] = []
     if empty is not None:
         value = float(1 - stats.reconstruction_errors(empty[None], vectors, baseline.scoring).mean() / baseline.value)
         rows.append(_control("empty_text", value, n, "FVE of the reconstruction of an empty text"))
-    if n >= 2:
-        own = baseline.kind == "distance from mean"
-        measured = baseline if own else stats.mean_distance_baseline(vectors, baseline.scoring)
-        value = 1 - stats.mean_vector_error(measured) / baseline.value
+    if from_mean is not None:
+        value = 1 - stats.mean_vector_error(from_mean) / baseline.value
         mean = "scaled mean" if baseline.scoring == "normalised" else "mean"
         rows.append(_control("mean_vector", value, n, f"FVE of the {mean} of the activations: the best constant"))
     pool = min(n, RETRIEVAL_POOL)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ksweep.console import bytes_text as bytes_text
-from ksweep.console import columns, console, duration_text
+from ksweep.console import columns, console, decimals_of_intervals, duration_text, effective_text, interval_text
 from ksweep.keys import Keys
 from ksweep.launch import slurm
 from ksweep.launch.plan import Estimate, Step, estimate
@@ -197,6 +197,7 @@ def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
         table.add_column(f"K={k}", justify="right", no_wrap=True)
     for name in (f"shuffled{chr(10) if out.is_terminal else ' '}K={ks[-1]}", "failed", "tokens/s")[: 3 if wide else 1]:
         table.add_column(name, justify="right", no_wrap=True)
+    decimals = decimals_of_intervals(row for row in rows if row["k"] in shown)
     for label in dict.fromkeys(r["label"] for r in rows):
         mine = {r["k"]: r for r in rows if r["label"] == label}
         last = mine[max(mine)]
@@ -205,7 +206,7 @@ def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
             _number(last["failure_rate"], ".1%"),
             _number(last["tokens_per_second"], ",.0f"),
         ]
-        table.add_row(Text(label), *(_fve(mine.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
+        table.add_row(Text(label), *(_fve(mine.get(k), decimals) for k in shown), *beside_it[: 3 if wide else 1])
     return table
 
 
@@ -232,13 +233,15 @@ def _footnotes(curves: pa.Table) -> list[str]:
     """Baseline, its kind and N stand beside every FVE: one line for each set of cells that share them."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for row in {r["label"]: r for r in curves.to_pylist()}.values():
-        facts = tuple(row[name] for name in ("level", "num_documents", "num_activations", "baseline", "baseline_kind"))
+        names = ("level", "num_documents", "effective_documents", "num_activations", "baseline", "baseline_kind")
+        facts = tuple(row[name] for name in names)
         groups.setdefault(facts, []).append(row["label"])
     lines = []
-    for (level, documents, activations, baseline, kind), labels in groups.items():
+    for (level, documents, effective, activations, baseline, kind), labels in groups.items():
         which = "" if len(groups) == 1 else f"{', '.join(labels)}: "
         lines.append(
-            f"{which}{level:.0%} intervals: bootstrap over {documents} documents; N = {activations} activations; "
+            f"{which}{level:.0%} intervals: bootstrap over {documents} documents{effective_text(documents, effective)}; "
+            f"N = {activations} activations; "
             f"baseline {baseline:.4f} ({kind}); shuffled: draws of another activation"
         )
     return lines
@@ -258,8 +261,12 @@ def warnings(curves: pa.Table) -> list[str]:
             lines.append(f"{label}: only {row['distinct_text_fraction']:.0%} of the texts are distinct: more draws bring little")
         if (row["cjk_fraction"] or 0) > CJK_TO_MENTION:
             lines.append(f"{label}: most explanations are Chinese or Japanese text, as when an injection does not reach the AV")
-        if row["num_documents"] is not None and row["num_documents"] < FEW_DOCUMENTS:
-            lines.append(f"{label}: {row['num_documents']} documents are few for a bootstrap over documents; intervals are rough")
+        effective = row["effective_documents"] or row["num_documents"]
+        if effective is not None and effective < FEW_DOCUMENTS:
+            lines.append(
+                f"{label}: {row['num_documents']} documents{effective_text(row['num_documents'], effective)} are few for a "
+                f"bootstrap over documents: below {FEW_DOCUMENTS} in effect intervals may cover less than they say"
+            )
     return lines
 
 
@@ -273,12 +280,8 @@ def _controls_line(controls: pa.Table) -> str:
     return "controls: " + ", ".join(words)
 
 
-def _fve(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    if row["fve_low"] is None:
-        return f"{row['fve']:.3f}"
-    return f"{row['fve']:.3f}\n[{row['fve_low']:.3f}, {row['fve_high']:.3f}]"
+def _fve(row: dict[str, Any] | None, decimals: int) -> str:
+    return "" if row is None else f"{row['fve']:.3f}\n{interval_text(row, decimals=decimals)}".rstrip()
 
 
 def _number(value: float | None, form: str) -> str:

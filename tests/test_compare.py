@@ -23,6 +23,7 @@ from ksweep.compare import (
 )
 from ksweep.errors import RequestError
 from ksweep.evaluated import position_bucket
+from ksweep.stats import between_documents_baseline, effective_documents, interval_reach
 from ksweep.stats.bootstrap import document_weights
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
@@ -96,18 +97,17 @@ def test_compare_equals_brute_force_over_the_draws(sweep: Sweep) -> None:
     best = [best_of_all(cell) for cell in (cold, hot)]
     known = cold.known(40)
     assert known is not None
-    distances = known["distance"].to_numpy()
+    distances = known["between"].to_numpy()
     names, membership = np.unique(cold.documents.astype(str), return_inverse=True)
     weights = document_weights(len(names), 300, 0)[:, membership]
     replicates = (weights @ best[1] - weights @ best[0]) / (weights @ distances)
     assert row["difference"] == pytest.approx((best[1] - best[0]).sum() / distances.sum())
     assert row["difference"] == pytest.approx(row["fve"] - row["other_fve"])
-    # Seven documents: Student's 2.447 sqrt(7/6) puts the ends at 0.41 % and 99.59 %.
-    np.testing.assert_allclose(
-        [row["difference_low"], row["difference_high"]], np.quantile(replicates, [0.0041, 0.9959]), atol=1e-3
-    )
+    reach = interval_reach(effective_documents(cold.documents), 0.95)
+    ends = row["difference"] + reach * (np.quantile(replicates, [0.025, 0.975]) - row["difference"])
+    np.testing.assert_allclose([row["difference_low"], row["difference_high"]], ends, atol=1e-6)
     assert row["band_low"] < row["difference"] < row["band_high"]
-    assert (row["num_activations"], row["num_documents"], row["baseline_kind"]) == (40, 7, "distance from mean")
+    assert (row["num_activations"], row["num_documents"], row["baseline_kind"]) == (40, 7, "between documents")
 
 
 def test_compare_gives_every_pair_every_common_k_and_each_at_its_own_best(sweep: Sweep) -> None:
@@ -137,14 +137,14 @@ def test_compare_of_cells_of_two_sizes_is_over_the_activations_that_both_have(sw
     assert known is not None
     errors = [np.where(np.isnan(c.errors[:24]), 2.0, c.errors[:24]).mean(axis=1) for c in (cold, fewer)]
     assert row["num_activations"] == 24
-    assert row["difference"] == pytest.approx((errors[1] - errors[0]).sum() / known["distance"].to_numpy().sum())
+    assert row["difference"] == pytest.approx((errors[1] - errors[0]).sum() / known["between"].to_numpy().sum())
 
 
 def test_compare_refuses_other_activations_and_other_baselines(sweep: Sweep) -> None:
     (hot,) = [c for c in cells_of(sweep) if c.temperature == 1.3]
     with pytest.raises(RequestError, match="different activations"):
         compare([hot, *cells_of(sweep, "others")])
-    with pytest.raises(RequestError, match=r"scoring\.baseline=None and .* 0\.9"):
+    with pytest.raises(RequestError, match=r"scoring\.baseline=between documents and .* 0\.9"):
         compare([hot, *cells_of(sweep, "stated")])
     with pytest.raises(RequestError, match="needs two cells"):
         compare([hot])
@@ -206,14 +206,14 @@ def test_groups_of_cells_average_to_the_cell_and_give_both_baselines(sweep: Swee
 
 def test_groups_of_cells_own_baseline_is_that_of_the_group_alone(sweep: Sweep) -> None:
     from ksweep.activations.store import ActivationStore
-    from ksweep.stats import mean_distance_baseline
 
     (cell,) = [c for c in cells_of(sweep) if c.temperature == 0.9]
-    vectors = ActivationStore(sweep.vector_cache, cell.activations_key, {}).open(40).vectors()
+    table = ActivationStore(sweep.vector_cache, cell.activations_key, {}).open(40)
+    vectors, documents = table.vectors(), table.column("document")
     norms = np.linalg.norm(vectors, axis=1)
     lowest = norms <= np.quantile(norms, 0.25)
     row = row_at(groups_of_cells([cell], "norm", ks=[1]), part="quarter 1 of 4", against="own")
-    assert row["baseline"] == pytest.approx(mean_distance_baseline(vectors[lowest]).value)
+    assert row["baseline"] == pytest.approx(between_documents_baseline(vectors[lowest], documents[lowest]).value)
     assert row["num_activations"] == lowest.sum() == 10
 
 
@@ -223,7 +223,9 @@ def test_evaluated_activations_are_kept_once_and_average_to_the_baseline(sweep: 
     key = cells_of(sweep)[0].activations_key
     table = pq.read_table(Path(sweep.registry, "activations", key, "normalised-40.parquet"))
     ((baseline,),) = ask(sweep, "SELECT DISTINCT baseline FROM curves WHERE sweep = 'temps'")
-    assert np.mean(table["distance"].to_numpy()) == pytest.approx(baseline, rel=1e-9)
+    assert np.mean(table["between"].to_numpy()) == pytest.approx(baseline, rel=1e-9)
+    ((from_mean,),) = ask(sweep, "SELECT DISTINCT baseline_from_mean FROM curves WHERE sweep = 'temps'")
+    assert np.mean(table["distance"].to_numpy()) == pytest.approx(from_mean, rel=1e-9)
     assert set(table["position_bucket"].to_pylist()) == {position_bucket(p) for p in table["position"].to_pylist()}
 
 

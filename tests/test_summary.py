@@ -104,9 +104,15 @@ def mean_direction_length(vectors: np.ndarray) -> float:
     return float(np.sqrt((units.mean(axis=0) ** 2).sum()))
 
 
+def between_documents(vectors: np.ndarray, per_document: int = 2) -> float:
+    """Half the mean squared distance of the scaled vectors over pairs of different documents: 1 - cosine, pair by pair."""
+    pairs = [(i, j) for i in range(len(vectors)) for j in range(i) if i // per_document != j // per_document]
+    return float(np.mean([1 - cosine(vectors[i].astype(float), vectors[j].astype(float)) for i, j in pairs]))
+
+
 def test_curve_is_the_mean_over_every_subset_of_draws(vectors: np.ndarray) -> None:
     draws = draws_of(vectors, failed=frozenset({(0, 0), (3, 1), (3, 2)}))
-    baseline = 1 - mean_direction_length(vectors) ** 2
+    baseline = between_documents(vectors)
     for row in summary_of(draws, vectors).curve:
         best = np.mean([best_of(errors, row["k"]) for errors in by_activation(draws, "error")])
         assert row["error"] == pytest.approx(best, abs=1e-12)
@@ -114,7 +120,7 @@ def test_curve_is_the_mean_over_every_subset_of_draws(vectors: np.ndarray) -> No
         assert row["cosine"] == pytest.approx(1 - best / 2, abs=1e-9)  # a failure counts as a right angle in both
         assert row["fve_low"] <= row["fve"] <= row["fve_high"]
         assert (row["baseline_kind"], row["num_activations"], row["num_documents"], row["num_draws"]) == (
-            "distance from mean", NUM_ACTIVATIONS, 12, NUM_DRAWS,
+            "between documents", NUM_ACTIVATIONS, 12, NUM_DRAWS,
         )  # fmt: skip
 
 
@@ -135,7 +141,7 @@ def test_failures_count_with_the_error_that_scoring_gives_them(vectors: np.ndarr
     row = summary_of(draws, vectors, Scoring(num_replicates=200, failed_error=1.5)).curve[0]
     assert row["error"] == pytest.approx((sum(known) + 2 * 1.5) / NUM_ACTIVATIONS, abs=1e-12)
     assert row["failure_rate"] == pytest.approx(2 / NUM_ACTIVATIONS)
-    baseline = 1 - mean_direction_length(vectors) ** 2
+    baseline = between_documents(vectors)
     assert row["fve_over_successes"] == pytest.approx(1 - np.mean(known) / baseline, abs=1e-12)
 
 
@@ -143,16 +149,16 @@ def test_empty_text_control_is_one_vector_held_against_all(vectors: np.ndarray) 
     empty = np.random.default_rng(1).normal(size=D).astype(np.float32)
     found = control(summary_of(draws_of(vectors), vectors, empty_text=empty), "empty_text")
     error = np.mean([2 - 2 * cosine(empty.astype(float), v) for v in vectors.astype(float)])
-    assert found["value"] == pytest.approx(1 - error / (1 - mean_direction_length(vectors) ** 2), abs=1e-6)
+    assert found["value"] == pytest.approx(1 - error / between_documents(vectors), abs=1e-6)
     assert found["num_activations"] == NUM_ACTIVATIONS
 
 
 def test_empty_text_control_by_hand() -> None:
-    # Two activations at a right angle: R^2 = 1/2, baseline 1/2. The empty text points along the first: errors 0 and 2, mean 1.
+    # Two activations at a right angle: half their squared distance is 1. The empty text points along the first: errors 0 and 2.
     vectors = np.eye(2, dtype=np.float32)
     draws = draws_of(vectors, num_draws=1, per_document=1)
     found = control(summary_of(draws, vectors, empty_text=np.array([3.0, 0.0])), "empty_text")
-    assert found["value"] == pytest.approx(1 - 1 / 0.5)
+    assert found["value"] == pytest.approx(1 - 1 / 1.0)
 
 
 def test_empty_text_control_is_left_out_where_it_was_not_measured(vectors: np.ndarray) -> None:
@@ -162,7 +168,7 @@ def test_empty_text_control_is_left_out_where_it_was_not_measured(vectors: np.nd
 @pytest.mark.parametrize("stated", [None, 0.7335])
 def test_mean_vector_control_is_two_times_one_less_r(vectors: np.ndarray, stated: float | None) -> None:
     r = mean_direction_length(vectors)
-    baseline = 1 - r**2 if stated is None else stated
+    baseline = between_documents(vectors) if stated is None else stated
     summary = summary_of(draws_of(vectors), vectors, Scoring(num_replicates=200, baseline=stated))
     assert control(summary, "mean_vector")["value"] == pytest.approx(1 - 2 * (1 - r) / baseline, abs=1e-6)
 
@@ -200,7 +206,7 @@ def test_retrieval_is_among_the_first_activations_where_there_are_many(monkeypat
 
 def test_shuffled_control_is_the_best_of_k_of_the_errors_against_another(vectors: np.ndarray) -> None:
     draws = draws_of(vectors, failed=frozenset({(2, 3)}))
-    baseline = 1 - mean_direction_length(vectors) ** 2
+    baseline = between_documents(vectors)
     for row in summary_of(draws, vectors).curve:
         best = np.mean([best_of(errors, row["k"]) for errors in by_activation(draws, "shuffled_error")])
         assert row["shuffled_fve"] == pytest.approx(1 - best / baseline, abs=1e-9)
@@ -216,12 +222,16 @@ def test_the_band_for_all_k_is_around_the_curve_and_wider_than_the_intervals(vec
 def test_one_document_leaves_shuffled_and_intervals_unknown(vectors: np.ndarray) -> None:
     n = NUM_ACTIVATIONS * NUM_DRAWS
     draws = edited(draws_of(vectors, per_document=100), shuffled_activation=[None] * n, shuffled_error=[None] * n)
-    for row in summary_of(draws, vectors).curve:
+    with pytest.raises(ValueError, match="of one document"):
+        summary_of(draws, vectors)
+    from_mean = Scoring(num_replicates=200, baseline="distance_from_mean")
+    for row in summary_of(draws, vectors, from_mean).curve:
+        assert row["fve"] == pytest.approx(1 - row["error"] / (1 - mean_direction_length(vectors) ** 2), abs=1e-9)
         assert row["num_documents"] == 1
         assert row["shuffled_fve"] is None and row["fve_low"] is None and row["fve_high"] is None
         assert row["band_low"] is None and row["band_high"] is None
         assert row["fve"] is not None
-    gain = control(summary_of(draws, vectors), "gain")
+    gain = control(summary_of(draws, vectors, from_mean), "gain")
     assert "interval" not in gain["note"]
 
 
@@ -268,7 +278,7 @@ def test_counts_by_hand() -> None:
 def test_cell_in_which_everything_failed_is_counted_and_not_dropped(vectors: np.ndarray) -> None:
     everything = frozenset((i, j) for i in range(NUM_ACTIVATIONS) for j in range(NUM_DRAWS))
     summary = summary_of(draws_of(vectors, failed=everything), vectors)
-    baseline = 1 - mean_direction_length(vectors) ** 2
+    baseline = between_documents(vectors)
     for row in summary.curve:
         assert row["fve"] == pytest.approx(1 - 2 / baseline)
         assert row["failure_rate"] == pytest.approx(1.0)

@@ -181,7 +181,7 @@ def test_quantities_by_role_are_the_formulas_over_the_vectors_of_a_role(sweep: S
 
 
 def test_with_prefix_selection_the_honest_recovery_is_the_fve_but_for_one_vector(sweep: Sweep) -> None:
-    assert run(sweep, CASES[0], "scoring.selection=prefix") == 0
+    assert run(sweep, CASES[0], "scoring.selection=prefix", "scoring.baseline=distance_from_mean") == 0
     recovery = landed(sweep)
     for k, fve in ask(sweep, "SELECT k, fve FROM curves ORDER BY k"):
         assert recovery["mse_variance_recovery", k] == pytest.approx(1 - (1 - fve) * (N - 1) / N, abs=1e-9)

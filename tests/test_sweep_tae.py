@@ -92,15 +92,19 @@ def test_the_curve_of_a_checkpoint_is_the_raw_fve_of_its_stored_draws(
     of_partners = np.square(firsts[found.with_partner] - partners).mean(axis=1)
     np.testing.assert_allclose(found.shuffled[:, 0], of_partners, rtol=1e-5)
 
-    baseline = np.square(found.vectors - found.vectors.mean(axis=0)).mean()
-    rows = ask(sweep, "SELECT fve, baseline, shuffled_fve, all_failed_rate FROM curves ORDER BY k")
+    documents = [name for _, name in ask(sweep, "SELECT DISTINCT activation, document FROM draws ORDER BY activation")]
+    pairs = [(i, j) for i in range(NUM_ACTIVATIONS) for j in range(i) if documents[i] != documents[j]]
+    baseline = np.mean([np.square(found.vectors[i] - found.vectors[j]).mean() / 2 for i, j in pairs])
+    from_mean = np.square(found.vectors - found.vectors.mean(axis=0)).mean()
+    rows = ask(sweep, "SELECT fve, baseline, shuffled_fve, all_failed_rate, baseline_from_mean FROM curves ORDER BY k")
     np.testing.assert_allclose([row[1] for row in rows], baseline, rtol=1e-6)
+    np.testing.assert_allclose([row[4] for row in rows], from_mean, rtol=1e-6)
     assert [row[3] for row in rows] == [0.0] * NUM_DRAWS
     for row, of in ((0, found.errors.mean(axis=1)), (NUM_DRAWS - 1, found.errors.min(axis=1))):
         assert rows[row][0] == pytest.approx(1 - of.mean() / baseline, abs=1e-6)
     assert rows[0][2] == pytest.approx(1 - found.shuffled.mean() / baseline, abs=1e-6)
     controls = dict(ask(sweep, "SELECT control, value FROM controls"))
-    assert controls["mean_vector"] == pytest.approx(0.0, abs=1e-9)
+    assert controls["mean_vector"] == pytest.approx(1 - from_mean / baseline, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,7 +119,7 @@ def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(sweep: 
 
 def test_prefix_selection_takes_the_best_of_the_first_k_from_the_same_draws(sweep: Sweep) -> None:
     assert run(sweep, CASES[0]) == 0
-    assert run(sweep, CASES[0], "scoring.selection=prefix") == 0
+    assert run(sweep, CASES[0], "scoring.selection=prefix", "scoring.baseline=distance_from_mean") == 0
     assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished") == [(NUM_ACTIVATIONS * NUM_DRAWS,), (0,)]
     found = kept(sweep, CASES[0])
     baseline = np.square(found.vectors - found.vectors.mean(axis=0)).mean()

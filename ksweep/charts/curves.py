@@ -33,6 +33,7 @@ from ksweep.charts.style import (
     value_of,
     without_temperature,
 )
+from ksweep.console import decimals_of_intervals
 from ksweep.errors import RequestError
 
 CURVES = f"""
@@ -171,11 +172,12 @@ def _turned(row: dict[str, Any], base: str) -> dict[str, Any]:
 
 _USED = (
     "label", "metric", "k", "fve", "fve_low", "fve_high", "level", "temperature", "baseline", "baseline_kind",
-    "num_activations", "num_documents", "num_draws", "shuffled_fve", "few_subsets", "band_low", "band_high", "tokens",
+    "num_activations", "num_documents", "effective_documents", "num_draws", "num_replicates", "shuffled_fve", "few_subsets",
+    "band_low", "band_high", "tokens",
 )  # fmt: skip
 _COMPARED = (
     "label", "other_label", "k", "difference", "difference_low", "difference_high", "band_low", "band_high", "level",
-    "few_subsets", "num_activations", "num_documents", "baseline", "baseline_kind",
+    "few_subsets", "num_activations", "num_documents", "effective_documents", "baseline", "baseline_kind",
 )  # fmt: skip
 
 
@@ -276,7 +278,7 @@ def _curves(
             area = base.mark_area(opacity=strength * opacity)
             layers.append(area.encode(x, alt.Y("fve_low:Q", title=value), alt.Y2("fve_high"), colour))
             line = base.mark_line(strokeWidth=2, opacity=opacity)
-            layers.append(line.encode(x, y, colour, dashes, tooltip=_tooltip()))
+            layers.append(line.encode(x, y, colour, dashes, tooltip=_tooltip(rows)))
     layers += _points(rows, x, y, colour, value)
     return alt.layer(*layers)
 
@@ -315,7 +317,7 @@ def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color, value: str) -> li
     single = [r for r in rows if num_ks[r["label"]] == 1]
     dots = [r for r in rows if num_ks[r["label"]] > 1 and (_is_power_of_two(r["k"]) or r["k"] == last[r["label"]])]
     layers = [
-        alt.Chart(data(some)).mark_point(filled=True, size=34, opacity=opacity).encode(x, y, colour, tooltip=_tooltip())
+        alt.Chart(data(some)).mark_point(filled=True, size=34, opacity=opacity).encode(x, y, colour, tooltip=_tooltip(rows))
         for some, opacity in ((_in_full(dots), 1), ([r for r in dots if _few(r)], LIGHT))
         if some or opacity == 1
     ]
@@ -323,7 +325,7 @@ def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color, value: str) -> li
         alone = alt.Chart(data(single))
         layers.append(alone.mark_rule(strokeWidth=2).encode(x, alt.Y("fve_low:Q", title=value), alt.Y2("fve_high"), colour))
         diamonds = alone.mark_point(filled=True, shape="diamond", size=110, opacity=1, stroke="white", strokeWidth=1)
-        layers.append(diamonds.encode(x, y, colour, tooltip=_tooltip()))
+        layers.append(diamonds.encode(x, y, colour, tooltip=_tooltip(rows)))
     return layers
 
 
@@ -368,12 +370,13 @@ def _temperature_lines(rows: Rows, colour: alt.Color) -> alt.LayerChart:
             tick = base.mark_tick(thickness=1.4, size=DODGE, orient="horizontal", xOffset=aside)
             layers.append(tick.encode(alt.Y(f"{end}:Q", title=FVE), colour))
         layers.append(base.mark_line(strokeWidth=2, xOffset=aside).encode(y, colour))
-        layers.append(base.mark_point(filled=True, size=44, xOffset=aside).encode(y, colour, tooltip=_tooltip()))
+        layers.append(base.mark_point(filled=True, size=44, xOffset=aside).encode(y, colour, tooltip=_tooltip(rows)))
     return alt.layer(*layers)
 
 
-def _tooltip() -> list[Any]:
-    numbers = [alt.Tooltip(f"{name}:Q", format=".4f") for name in ("fve", "fve_low", "fve_high")]
+def _tooltip(rows: Rows) -> list[Any]:
+    ends = f".{decimals_of_intervals(rows)}f"
+    numbers = [alt.Tooltip(f"{name}:Q", format=form) for name, form in (("fve", ".4f"), ("fve_low", ends), ("fve_high", ends))]
     return [alt.Tooltip("label:N"), alt.Tooltip("k:Q", title="K"), *numbers]
 
 

@@ -47,13 +47,12 @@ NORMS = f"""
     SELECT concat(one.model, ' layer ', one.layer) AS label, a.norm FROM activations AS a JOIN one USING (run_id)
 """
 GROUPS = f"""
-    SELECT m.*, c.level FROM metrics AS m LEFT JOIN (SELECT run_id, any_value(level) AS level FROM curves GROUP BY run_id) AS c
-    USING (run_id) WHERE ($sweep IS NULL OR {OF_SWEEP}) AND breakdown <> 'all' ORDER BY m.run_id, place
+    SELECT * FROM metrics WHERE ($sweep IS NULL OR {OF_SWEEP}) AND breakdown <> 'all' ORDER BY run_id, place
 """
 HELD_AGAINST = {
-    "own": "distances from the mean of the group itself",
-    "overall": "that of all activations",
-    None: "the group's distances from the mean of all activations",
+    "own": "own (that of the activations of the group alone)",
+    "overall": "overall (that of all activations)",
+    None: "the group's distances from the mean of all activations (run of an earlier version)",
 }
 BREAKDOWNS = {
     "role": "Role of the token",

@@ -14,6 +14,7 @@ from typing import Any
 
 import altair as alt
 
+from ksweep.console import effective_text
 from ksweep.errors import RequestError
 from ksweep.files import publish
 
@@ -241,9 +242,15 @@ def facts(rows: Rows) -> list[str]:
     known = [
         f"Baseline {baseline}{f' ({kinds})' if kinds else ''}" if baseline else "",
         f"N = {value_of(rows, 'num_activations', '{:,}')} activations" if value_of(rows, "num_activations", "{}") else "",
-        f"{value_of(rows, 'num_documents', '{:,}')} documents" if value_of(rows, "num_documents", "{}") else "",
+        f"{value_of(rows, 'num_documents', '{:,}')} documents{_effective(rows)}" if value_of(rows, "num_documents", "{}") else "",
     ]
     return [", ".join(f for f in known if f)] if any(known) else []
+
+
+def _effective(rows: Rows) -> str:
+    """ " (26.3 effective)" where documents have uneven sizes."""
+    uneven = any(effective_text(r.get("num_documents"), r.get("effective_documents")) for r in rows)
+    return f" ({value_of(rows, 'effective_documents', '{:.1f}')} effective)" if uneven else ""
 
 
 def span(values: Iterable[float | None]) -> tuple[float, float]:

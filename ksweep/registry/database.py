@@ -27,7 +27,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,14 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.special import stdtrit
 
 from ksweep.draws import SCHEMA as DRAWS_SCHEMA
 from ksweep.errors import DiskFullError, RequestError, StoreError
 from ksweep.files import locked, publish
 from ksweep.identity import canonical_json
 from ksweep.registry import attempts, sweeps
-from ksweep.registry.landing import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, read
-from ksweep.stats.influence import MAX_CLUSTERS
+from ksweep.registry.landing import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, RunRecord, read
+from ksweep.stats.bootstrap import interval_reach
 
 log = logging.getLogger(__name__)
 
@@ -371,7 +369,7 @@ def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
     row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages")}
     row |= {column: _role_counts(getattr(record, name)) for column, name in ROLE_COLUMNS.items()}
     row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
-    row["t_quantile"] = _t_quantile(record.num_documents)
+    row["interval_reach"] = _interval_reach(record)
     row["num_failed_draws"] = sum(record.failures.values()) if record.status == "finished" else None
     return pa.table([pa.array([row[f.name]], f.type) for f in schema], schema=schema)
 
@@ -397,10 +395,9 @@ def _typed(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.table([pa.array([row[f.name] for row in rows], f.type) for f in schema], schema=schema)
 
 
-@lru_cache(maxsize=MAX_CLUSTERS)
-def _t_quantile(num_documents: int | None) -> float | None:
-    clusters = min(num_documents or 0, MAX_CLUSTERS)
-    return float(stdtrit(clusters - 1, 0.975)) if clusters > 1 else None
+def _interval_reach(record: RunRecord) -> float | None:
+    effective, level = record.effective_documents, _at(record.spec, "scoring.level")
+    return interval_reach(effective, level) if effective and effective > 1 and level else None
 
 
 def _role_counts(stats: Mapping[str, Any] | None) -> list[tuple[str, int]] | None:
@@ -429,6 +426,8 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     old = connection.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal AND database_name = 'ksweep'").fetchall()
     for (name,) in old:
         connection.execute(f"DROP VIEW {name}")
+    for (name,) in connection.execute("SELECT function_name FROM duckdb_functions() WHERE database_name = 'ksweep'").fetchall():
+        connection.execute(f"DROP MACRO {name}")
     views = _sql("views.sql")
     # Not the directories that begin with a dot: those are being written. One of draws/_schema has no rows, and is always there.
     for place, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS}"}.items():

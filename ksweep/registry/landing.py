@@ -92,6 +92,8 @@ class RunRecord:
 
     num_activations: int | None = None
     num_documents: int | None = None
+    effective_documents: float | None = None
+    """Documents of equal size that would say as much: (sum n)^2 / sum n^2, n the activations of each."""
     d_model: int | None = None
     layer: int | None = None
     """Block whose output was verbalised (0-based), after the spec's None has been resolved."""
@@ -121,7 +123,9 @@ class RunRecord:
     """FVE at K = 1 when failed draws are left out."""
     baseline: float | None = None
     baseline_kind: str | None = None
-    """"evaluated set" or "stated constant"."""
+    """"between documents", "distance from mean" (in older records "evaluated set") or "stated constant"."""
+    baseline_from_mean: float | None = None
+    """Mean squared distance of the activations from their mean, whatever the baseline is: the public code's baseline."""
     baseline_num_activations: int | None = None
     """Activations the baseline comes from; None for a stated constant."""
 
@@ -174,13 +178,14 @@ CURVE_SCHEMA = pa.schema(
         pa.field("fve_over_successes", pa.float64()),
         pa.field("num_activations", pa.int64(), nullable=False),
         pa.field("num_documents", pa.int64()),
+        pa.field("effective_documents", pa.float64()),
         pa.field("num_draws", pa.int32()),
         pa.field("baseline", pa.float64()),
         pa.field("baseline_kind", pa.string()),
         pa.field("shuffled_fve", pa.float64()),
         pa.field("band_low", pa.float64()),
         pa.field("band_high", pa.float64()),
-        pa.field("influence", pa.list_(pa.float32())),
+        pa.field("replicates", pa.list_(pa.float32())),
     ]
 )
 """One row per K; registry/schema.sql says what each column means (table run_curves)."""
@@ -219,17 +224,22 @@ METRICS_SCHEMA = pa.schema(
         pa.field("breakdown", pa.string(), nullable=False),
         pa.field("part", pa.string(), nullable=False),
         pa.field("place", pa.int32(), nullable=False),
+        pa.field("against", pa.string()),
         pa.field("k", pa.int32(), nullable=False),
         pa.field("fve", pa.float64()),
         pa.field("fve_low", pa.float64()),
         pa.field("fve_high", pa.float64()),
+        pa.field("level", pa.float64()),
         pa.field("error", pa.float64()),
         pa.field("median_error", pa.float64()),
         pa.field("worst_share", pa.float64()),
         pa.field("baseline", pa.float64()),
+        pa.field("baseline_kind", pa.string()),
         pa.field("failure_rate", pa.float64()),
+        pa.field("all_failed_rate", pa.float64()),
         pa.field("num_activations", pa.int64(), nullable=False),
         pa.field("num_documents", pa.int64()),
+        pa.field("effective_documents", pa.float64()),
     ]
 )
 """One row per group of activations and K; see table run_metrics."""

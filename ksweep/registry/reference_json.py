@@ -30,8 +30,7 @@ from ksweep.errors import DataError, RequestError, SpecError
 from ksweep.files import publish
 from ksweep.identity import fingerprint
 from ksweep.registry.landing import CURVE_SCHEMA, REFERENCE_SCHEMA, Landed, RunRecord, land, read
-from ksweep.stats import best_of_k_errors
-from ksweep.stats.reference import prefix_of_k_errors
+from ksweep.stats import Selection, best_errors
 
 Metric = Literal["variance_recovery", "mse_variance_recovery"]
 Row = dict[str, Any]
@@ -133,7 +132,7 @@ def _result(point: Row, found: dict[str, Row] | None, record: RunRecord) -> Row:
     rows = found or {}
     value = {name: row.get("value") for name, row in rows.items()}
     if not rows:
-        value = {"avg_mse": point["error"], "mse_variance_recovery": _from_fve(point)}
+        value = {"avg_mse": point["error"], "mse_variance_recovery": _from_error(point, record)}
     recovery, mse, squared = (rows.get(name, {}) for name in ("variance_recovery", "avg_mse", "r_squared"))
     bias, vr = recovery.get("bias"), value.get("variance_recovery")
     return {
@@ -164,12 +163,17 @@ def _result(point: Row, found: dict[str, Row] | None, record: RunRecord) -> Row:
     }
 
 
-def _from_fve(point: Row) -> float | None:
-    """mse_variance_recovery of a curve of ours: its variance has ddof 1; unknown where the baseline is a stated constant."""
-    if point["baseline_kind"] not in ("distance from mean", "evaluated set") or point.get("metric") not in (None, "fve"):
+def _from_error(point: Row, record: RunRecord) -> float | None:
+    """mse_variance_recovery of a curve of ours, whose variance has ddof 1: from the distance of the activations from their mean.
+
+    None where that is not known: runs of earlier versions with a stated baseline, imported ones.
+    """
+    is_from_mean = point["baseline_kind"] in ("distance from mean", "evaluated set")
+    from_mean = point["baseline"] if is_from_mean else record.baseline_from_mean
+    if from_mean is None or point["error"] is None or point.get("metric") not in (None, "fve"):
         return None
     n = point["num_activations"]
-    return float(1 - (1 - point["fve"]) * (n - 1) / n)
+    return float(1 - point["error"] / from_mean * (n - 1) / n)
 
 
 def _by_role(quantities: Mapping[tuple[str | None, int], dict[str, Row]], k: int) -> Row:
@@ -267,11 +271,10 @@ def _best_errors(registry: Path, run: Landed) -> dict[int, list[float]]:
         return {}
     errors = draws["error"].to_numpy().reshape(record.num_activations, record.num_draws)
     scoring = record.spec.get("scoring") or {}
-    prefix = run.reference is not None or scoring.get("selection") == "prefix"
-    best = prefix_of_k_errors if prefix else best_of_k_errors
+    selection: Selection = "prefix" if run.reference is not None else scoring.get("selection", "order_statistics")
     failed = scoring.get("failed_error")
     ks = run.curve["k"].to_pylist()
-    found = best(errors, ks, 2.0 if failed is None else failed)
+    found = best_errors(errors, ks, selection, 2.0 if failed is None else failed)
     return {k: [float(x) for x in found[:, i]] for i, k in enumerate(ks)}
 
 

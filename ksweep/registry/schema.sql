@@ -28,6 +28,7 @@ CREATE TABLE runs (
     num_draws INTEGER,
     num_activations BIGINT,
     num_documents BIGINT,
+    effective_documents DOUBLE,
     layer INTEGER,
     d_model INTEGER,
     av VARCHAR,
@@ -41,6 +42,7 @@ CREATE TABLE runs (
     positions VARCHAR,
     baseline DOUBLE,
     baseline_kind VARCHAR,
+    baseline_from_mean DOUBLE,
     baseline_num_activations BIGINT,
     fve_over_successes DOUBLE,
     num_failed_draws BIGINT,
@@ -77,7 +79,7 @@ CREATE TABLE runs (
     cell_key VARCHAR NOT NULL,
     draws_key VARCHAR,
     activations_key VARCHAR,
-    t_quantile DOUBLE
+    interval_reach DOUBLE
 );
 COMMENT ON TABLE runs IS 'One row per run: a cell that was evaluated once, or the attempt that failed. All runs ever landed; v_latest keeps the newest finished one of each cell.';
 COMMENT ON COLUMN runs.run_id IS 'Name of the landing directory: UTC time, first digits of cell_key, random digits.';
@@ -94,6 +96,7 @@ COMMENT ON COLUMN runs.sampling_seed IS 'Seed of the draws.';
 COMMENT ON COLUMN runs.num_draws IS 'Explanations drawn per activation; the largest K that can be reported.';
 COMMENT ON COLUMN runs.num_activations IS 'Activations evaluated.';
 COMMENT ON COLUMN runs.num_documents IS 'Documents the activations come from: the clusters of the bootstrap.';
+COMMENT ON COLUMN runs.effective_documents IS 'Documents of equal size that would say as much, (sum n)^2 / sum n^2 with n the activations of each: what intervals are widened by. NULL in runs landed before it was kept.';
 COMMENT ON COLUMN runs.layer IS 'Block of the base model whose output was verbalised, 0-based.';
 COMMENT ON COLUMN runs.d_model IS 'Width of the activations, dimensions.';
 COMMENT ON COLUMN runs.av IS 'Activation verbalizer as given: path or hub id.';
@@ -105,8 +108,9 @@ COMMENT ON COLUMN runs.model IS 'Language model that the activations come from, 
 COMMENT ON COLUMN runs.text_source IS 'Text that the activations come from, as given: file, directory or hub id.';
 COMMENT ON COLUMN runs.vectors IS 'Parquet file of ready-made activations, as given; NULL when they were extracted.';
 COMMENT ON COLUMN runs.positions IS 'Rule for the token positions: random, midpoint, last, all, stride.';
-COMMENT ON COLUMN runs.baseline IS 'Mean squared distance of the (scaled) activations from their mean, per dimension: the error at FVE = 0.';
-COMMENT ON COLUMN runs.baseline_kind IS 'evaluated set: measured on these activations. stated constant: given in the spec.';
+COMMENT ON COLUMN runs.baseline IS 'The error at FVE = 0, per dimension, of the (scaled) activations; baseline_kind says what it is.';
+COMMENT ON COLUMN runs.baseline_kind IS 'between documents: half the mean squared distance between evaluated activations of different documents. distance from mean: mean squared distance from the mean of the evaluated activations, the public code''s (in older runs: evaluated set). stated constant: given in the spec.';
+COMMENT ON COLUMN runs.baseline_from_mean IS 'Mean squared distance of the (scaled) activations from their own mean, whatever the baseline is: 1 - error / baseline_from_mean is the FVE that the public code reports.';
 COMMENT ON COLUMN runs.baseline_num_activations IS 'Activations the baseline was measured on; NULL for a stated constant.';
 COMMENT ON COLUMN runs.fve_over_successes IS 'FVE at K = 1 when failed draws are left out, fraction.';
 COMMENT ON COLUMN runs.num_failed_draws IS 'Draws of the cell without a usable explanation, all causes.';
@@ -143,7 +147,7 @@ COMMENT ON COLUMN runs.resources IS 'Where and how it ran, as JSON; never change
 COMMENT ON COLUMN runs.cell_key IS 'Identity of the cell: hash of all that changes its numbers.';
 COMMENT ON COLUMN runs.draws_key IS 'Identity of the draws, shared by cells that differ only in counts and scoring; directory under registry/draws.';
 COMMENT ON COLUMN runs.activations_key IS 'Identity of the activations; directory under vector_cache.';
-COMMENT ON COLUMN runs.t_quantile IS '97.5 % quantile of Student''s t with one degree of freedom less than there are documents (at most 256): half of a 95 % interval in standard errors; NULL for fewer than two documents.';
+COMMENT ON COLUMN runs.interval_reach IS 'How far intervals of this run reach beyond the quantiles of their replicates: end = estimate + interval_reach * (quantile - estimate); more than 1, for few effective documents. NULL for fewer than two documents and for runs landed before replicates were kept.';
 
 CREATE TABLE run_curves (
     run_id VARCHAR NOT NULL,
@@ -159,13 +163,14 @@ CREATE TABLE run_curves (
     fve_over_successes DOUBLE,
     num_activations BIGINT NOT NULL,
     num_documents BIGINT,
+    effective_documents DOUBLE,
     num_draws INTEGER,
     baseline DOUBLE,
     baseline_kind VARCHAR,
     shuffled_fve DOUBLE,
     band_low DOUBLE,
     band_high DOUBLE,
-    influence FLOAT[]
+    replicates FLOAT[]
 );
 COMMENT ON TABLE run_curves IS 'One row per finished run and K, as landed. Ask curves (newest run of each cell) or curve_history (all runs) instead: they carry the names.';
 COMMENT ON COLUMN run_curves.run_id IS 'Run that measured it.';
@@ -183,11 +188,12 @@ COMMENT ON COLUMN run_curves.failure_rate IS 'Chance that all of k draws fail, m
 COMMENT ON COLUMN run_curves.fve_over_successes IS 'FVE when activations count only with their successful draws.';
 COMMENT ON COLUMN run_curves.num_draws IS 'Draws per activation that the curve is read off: the largest k possible.';
 COMMENT ON COLUMN run_curves.num_activations IS 'Activations averaged over.';
+COMMENT ON COLUMN run_curves.effective_documents IS 'Documents of equal size that would say as much: (sum n)^2 / sum n^2, n the activations of each.';
 COMMENT ON COLUMN run_curves.num_documents IS 'Documents resampled by the bootstrap.';
-COMMENT ON COLUMN run_curves.baseline IS 'Mean squared distance of the (scaled) activations from their mean, per dimension: the error at FVE = 0.';
-COMMENT ON COLUMN run_curves.baseline_kind IS 'evaluated set: measured on these activations. stated constant: given in the spec.';
+COMMENT ON COLUMN run_curves.baseline IS 'The error at FVE = 0, per dimension, of the (scaled) activations; baseline_kind says what it is.';
+COMMENT ON COLUMN run_curves.baseline_kind IS 'between documents: half the mean squared distance between evaluated activations of different documents. distance from mean: mean squared distance from the mean of the evaluated activations, the public code''s (in older runs: evaluated set). stated constant: given in the spec.';
 COMMENT ON COLUMN run_curves.shuffled_fve IS 'Control: FVE of the best of k draws of another activation. Selection alone also climbs with k.';
-COMMENT ON COLUMN run_curves.influence IS 'What each document adds to fve, to first order, in the sorted order of the documents (more than 256 are joined into 256 groups): the standard error of a difference of two fve over the same activations is sqrt(n / (n - 1)) * list_distance(influence, other influence). Kept for powers of two and the largest k; NULL for others.';
+COMMENT ON COLUMN run_curves.replicates IS 'fve in each bootstrap replicate over documents, for powers of two and the largest k: runs over the same activations share the replicates, so differences are taken element by element (v_compare). NULL for other k and in runs landed before they were kept.';
 
 CREATE TABLE run_controls (
     run_id VARCHAR NOT NULL,
@@ -295,34 +301,44 @@ CREATE TABLE run_metrics (
     breakdown VARCHAR NOT NULL,
     part VARCHAR NOT NULL,
     place INTEGER NOT NULL,
+    against VARCHAR,
     k INTEGER NOT NULL,
     fve DOUBLE,
     fve_low DOUBLE,
     fve_high DOUBLE,
+    level DOUBLE,
     error DOUBLE,
     median_error DOUBLE,
     worst_share DOUBLE,
     baseline DOUBLE,
+    baseline_kind VARCHAR,
     failure_rate DOUBLE,
+    all_failed_rate DOUBLE,
     num_activations BIGINT NOT NULL,
-    num_documents BIGINT
+    num_documents BIGINT,
+    effective_documents DOUBLE
 );
-COMMENT ON TABLE run_metrics IS 'One row per run, group of activations and K, as landed. Ask metrics (newest run of each cell) instead.';
+COMMENT ON TABLE run_metrics IS 'One row per run, group of activations, baseline (against) and K, as landed. Ask metrics (newest run of each cell) instead.';
 COMMENT ON COLUMN run_metrics.run_id IS 'Run that measured it.';
 COMMENT ON COLUMN run_metrics.breakdown IS 'What the groups are by: role (of the token), position (in its row of text, tokens), norm (quarters by the length of the activation), or all (one group).';
 COMMENT ON COLUMN run_metrics.part IS 'Which group: user, 32 to 63, quarter 1 of 4 (the smallest norms).';
 COMMENT ON COLUMN run_metrics.place IS 'Place of the group within its breakdown, 0-based, for sorting.';
+COMMENT ON COLUMN run_metrics.against IS 'Which baseline: overall (that of all activations; groups weighted by their sizes average to the whole) or own (of the activations of the group alone; knowing the group explains nothing). NULL in older runs: the mean over the group of the distances from the mean of all activations.';
 COMMENT ON COLUMN run_metrics.k IS 'Draws that the best is taken from: powers of two and the largest k of the run.';
-COMMENT ON COLUMN run_metrics.fve IS 'Fraction of variance explained within the group: 1 - mean error / baseline, both over the group.';
-COMMENT ON COLUMN run_metrics.fve_low IS 'Lower end of the 95 % interval of fve: linearised, over the documents of the group; NULL for a single one.';
-COMMENT ON COLUMN run_metrics.fve_high IS 'Upper end of the 95 % interval of fve.';
+COMMENT ON COLUMN run_metrics.fve IS 'Fraction of variance explained within the group: 1 - mean error of the group / baseline.';
+COMMENT ON COLUMN run_metrics.fve_low IS 'Lower end of the interval of fve: the bootstrap over documents of the whole run; NULL for a group of one document.';
+COMMENT ON COLUMN run_metrics.fve_high IS 'Upper end of the interval of fve.';
+COMMENT ON COLUMN run_metrics.level IS 'Coverage that the interval aims at, fraction: 0.95.';
 COMMENT ON COLUMN run_metrics.error IS 'Mean over the group of the expected smallest error among k draws.';
 COMMENT ON COLUMN run_metrics.median_error IS 'Median over the group of the expected smallest error among k draws: beside the mean it shows a heavy tail.';
 COMMENT ON COLUMN run_metrics.worst_share IS 'Part of the summed error that the worst 1 % of the activations have (at least one activation), fraction.';
-COMMENT ON COLUMN run_metrics.baseline IS 'Mean squared distance of the group''s (scaled) activations from the mean of all evaluated ones, per dimension; with a stated constant that constant.';
+COMMENT ON COLUMN run_metrics.baseline IS 'The error at fve = 0; against says of which activations.';
+COMMENT ON COLUMN run_metrics.baseline_kind IS 'between documents, distance from mean or stated constant, as of the run.';
 COMMENT ON COLUMN run_metrics.failure_rate IS 'Draws of the group without a usable explanation, fraction.';
+COMMENT ON COLUMN run_metrics.all_failed_rate IS 'Chance that all of k draws fail, mean over the group, fraction.';
 COMMENT ON COLUMN run_metrics.num_activations IS 'Activations in the group.';
 COMMENT ON COLUMN run_metrics.num_documents IS 'Documents they come from.';
+COMMENT ON COLUMN run_metrics.effective_documents IS 'Documents of equal size that would say as much: (sum n)^2 / sum n^2, n the activations of the group in each.';
 
 CREATE TABLE run_examples (
     run_id VARCHAR NOT NULL,

@@ -8,17 +8,19 @@ COMMENT ON VIEW v_latest IS 'The newest finished run of each cell.';
 
 CREATE VIEW curve_history AS
 SELECT runs.cell, runs.label, coalesce(c.metric, 'fve') AS metric, c.k, c.fve, c.fve_low, c.fve_high, c.band_low, c.band_high, c.level, c.error, c.cosine, c.shuffled_fve,
-       c.fve_over_successes, c.failure_rate AS all_failed_rate, c.num_activations, c.num_documents, c.num_draws, c.baseline, c.baseline_kind,
-       runs.temperature, runs.layer, runs.failure_rate, runs.cut_off_rate,
+       c.fve_over_successes, c.failure_rate AS all_failed_rate, c.num_activations, c.num_documents, c.effective_documents, c.num_draws,
+       c.baseline, c.baseline_kind, runs.baseline_from_mean, (runs.spec->>'$.scoring.num_replicates')::INTEGER AS num_replicates, runs.temperature, runs.layer, runs.failure_rate, runs.cut_off_rate,
        runs.sweep, runs.cell_key, runs.draws_key, runs.activations_key, c.run_id, runs.finished
 FROM run_curves AS c JOIN runs USING (run_id);
 COMMENT ON VIEW curve_history IS 'One row per finished run and K: every curve ever measured.';
+COMMENT ON COLUMN curve_history.num_replicates IS 'Bootstrap replicates behind the interval; NULL in imported runs.';
 COMMENT ON COLUMN curve_history.all_failed_rate IS 'Chance that all of k draws fail, mean over activations, fraction.';
 COMMENT ON COLUMN curve_history.failure_rate IS 'Draws of the cell without a usable explanation, fraction.';
 
 CREATE VIEW curves AS
 SELECT * FROM curve_history WHERE run_id IN (SELECT run_id FROM v_latest);
 COMMENT ON VIEW curves IS 'One row per cell and K: the curve of the newest finished run of each cell.';
+COMMENT ON COLUMN curves.num_replicates IS 'Bootstrap replicates behind the interval; NULL in imported runs.';
 COMMENT ON COLUMN curves.all_failed_rate IS 'Chance that all of k draws fail, mean over activations, fraction.';
 COMMENT ON COLUMN curves.failure_rate IS 'Draws of the cell without a usable explanation, fraction.';
 
@@ -28,10 +30,11 @@ FROM run_controls AS c JOIN v_latest AS runs USING (run_id);
 COMMENT ON VIEW controls IS 'One row per cell and control, of the newest finished run of each cell.';
 
 CREATE VIEW metrics AS
-SELECT runs.cell, runs.label, m.breakdown, m.part, m.place, m.k, m.fve, m.fve_low, m.fve_high, m.error, m.median_error, m.worst_share,
-       m.baseline, m.failure_rate, m.num_activations, m.num_documents, runs.temperature, runs.sweep, runs.cell_key, m.run_id
+SELECT runs.cell, runs.label, m.breakdown, m.part, m.place, m.against, m.k, m.fve, m.fve_low, m.fve_high, m.level, m.error,
+       m.median_error, m.worst_share, m.baseline, m.baseline_kind, m.failure_rate, m.all_failed_rate, m.num_activations,
+       m.num_documents, m.effective_documents, runs.temperature, runs.sweep, runs.cell_key, m.run_id
 FROM run_metrics AS m JOIN v_latest AS runs USING (run_id);
-COMMENT ON VIEW metrics IS 'One row per cell, group of activations (by role, position, norm; all) and K, of the newest finished run of each cell.';
+COMMENT ON VIEW metrics IS 'One row per cell, group of activations (by role, position, norm; all), baseline (against) and K, of the newest finished run of each cell.';
 
 CREATE VIEW examples AS
 SELECT runs.cell, runs.label, e.rank, e.number, e.error, e.cosine, e.explanation, e.text, e.parse, e.context, e.activation, e.draw,
@@ -90,48 +93,71 @@ COMMENT ON COLUMN v_sweep_cells.run_id IS 'Its newest finished run; NULL while t
 COMMENT ON COLUMN v_sweep_cells.finished IS 'When that run ended, UTC.';
 COMMENT ON COLUMN v_sweep_cells.run_by IS 'Sweep that the newest run of the cell was for.';
 
+-- The quantile q of a sorted list, linearly interpolated, as NumPy has it. NaN, which DuckDB sorts last, makes it unknown.
+CREATE MACRO sorted_quantile(numbers, q) AS
+    CASE WHEN NOT isnan(numbers[-1]) THEN
+        numbers[floor((len(numbers) - 1) * q)::BIGINT + 1] + ((len(numbers) - 1) * q - floor((len(numbers) - 1) * q))
+        * (numbers[ceil((len(numbers) - 1) * q)::BIGINT + 1] - numbers[floor((len(numbers) - 1) * q)::BIGINT + 1]) END;
+
+-- An end of an interval, as stats.interval_ends has it: a quantile of the sorted replicates, moved away from the estimate by the reach.
+CREATE MACRO interval_end(estimate, numbers, reach, q) AS
+    CASE WHEN isfinite(sorted_quantile(numbers, q)) THEN estimate + reach * (sorted_quantile(numbers, q) - estimate) END;
+
 CREATE VIEW v_compare AS
--- MATERIALIZED, and one join on all that must be equal: left to itself the optimizer joins all curves by k first (15 s on 5,000 runs).
+-- Pairs first, on what must be equal and without the lists; then the replicates of those that were asked for.
 WITH measured AS MATERIALIZED (
     SELECT runs.cell, runs.label, runs.temperature, runs.sweep, runs.cell_key, runs.run_id, runs.activations_key, runs.num_activations,
-           runs.num_documents, runs.t_quantile, c.k, c.fve, c.baseline, c.influence, len(c.influence) AS n
-    FROM v_latest AS runs JOIN run_curves AS c USING (run_id) WHERE c.influence IS NOT NULL
+           runs.num_documents, runs.effective_documents, runs.interval_reach, runs.baseline_kind, c.level, c.k, c.fve, c.baseline,
+           len(c.replicates) AS num_replicates, runs.checkpoint IS NULL AS scaled, spec->'$.scoring.seed' AS seed,
+           spec->>'$.scoring.selection' AS selection, spec->'$.scoring.failed_error' AS failed_error
+    FROM v_latest AS runs JOIN run_curves AS c USING (run_id) WHERE c.replicates IS NOT NULL
 ), paired AS (
     SELECT a.*, b.cell AS other_cell, b.label AS other_label, b.temperature AS other_temperature, b.sweep AS other_sweep,
-           b.run_id AS other_run_id, b.fve AS other_fve, a.baseline = b.baseline AS same_baseline, a.fve - b.fve AS difference,
-           sqrt(a.n / (a.n - 1)) * list_distance(a.influence, b.influence) AS standard_error
-    FROM measured AS a JOIN measured AS b USING (activations_key, num_activations, k, n)
-    WHERE a.cell_key <> b.cell_key
+           b.run_id AS other_run_id, b.fve AS other_fve, a.fve - b.fve AS difference
+    FROM measured AS a JOIN measured AS b
+    USING (activations_key, num_activations, k, level, num_replicates, seed, selection, failed_error, scaled, baseline_kind)
+    -- Measured on two machines the same baseline may differ in its last bits.
+    WHERE a.cell_key <> b.cell_key AND abs(a.baseline - b.baseline) <= 1e-9 * a.baseline
+), replicated AS (
+    SELECT p.*, list_sort(list_transform(c.replicates, lambda x, i: x::DOUBLE - d.replicates[i]::DOUBLE)) AS replicates
+    FROM paired AS p JOIN run_curves AS c ON c.run_id = p.run_id AND c.k = p.k
+    JOIN run_curves AS d ON d.run_id = p.other_run_id AND d.k = p.k
 )
-SELECT cell, other_cell, label, other_label, k, difference, difference - t_quantile * standard_error AS difference_low,
-       difference + t_quantile * standard_error AS difference_high, standard_error, fve, other_fve, temperature, other_temperature,
-       same_baseline, num_activations, num_documents, sweep, other_sweep, run_id, other_run_id, activations_key
-FROM paired;
-COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K, of the newest finished runs. The interval is linearised, over documents, 95 %; what both share (hard documents) cancels. Bootstrapped: ksweep diff. Ask for cells by name: all pairs of a large registry are many.';
+SELECT cell, other_cell, label, other_label, k, difference,
+       interval_end(difference, replicates, interval_reach, (1 - level) / 2) AS difference_low,
+       interval_end(difference, replicates, interval_reach, (1 + level) / 2) AS difference_high,
+       fve, other_fve, level, temperature, other_temperature, baseline, baseline_kind, num_activations, num_documents,
+       effective_documents, num_replicates, sweep, other_sweep, run_id, other_run_id, activations_key
+FROM replicated;
+COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K (powers of two and the largest), of the newest finished runs. The same bootstrap over documents, and the same numbers, as ksweep.compare and `ksweep diff`; what both share (hard documents) cancels. Cells whose baseline, selection, failed_error, seed or level differ are not in it: their FVEs do not mean the same. Ask for cells by name: all pairs of a large registry are many.';
 COMMENT ON COLUMN v_compare.other_cell IS 'The cell that is taken off.';
 COMMENT ON COLUMN v_compare.other_label IS 'What tells the other cell from those of its sweep.';
 COMMENT ON COLUMN v_compare.difference IS 'fve - other_fve.';
-COMMENT ON COLUMN v_compare.difference_low IS 'Lower end of the 95 % interval of difference; NULL for fewer than two documents.';
-COMMENT ON COLUMN v_compare.difference_high IS 'Upper end of the 95 % interval of difference.';
-COMMENT ON COLUMN v_compare.standard_error IS 'Cluster-robust standard error of difference, clusters are documents.';
+COMMENT ON COLUMN v_compare.difference_low IS 'Lower end of the interval of difference; NULL for fewer than two documents.';
+COMMENT ON COLUMN v_compare.difference_high IS 'Upper end of the interval of difference.';
+COMMENT ON COLUMN v_compare.num_replicates IS 'Bootstrap replicates that both runs share.';
 COMMENT ON COLUMN v_compare.other_fve IS 'FVE of the other cell at this K.';
 COMMENT ON COLUMN v_compare.other_temperature IS 'Sampling temperature of the other cell.';
-COMMENT ON COLUMN v_compare.same_baseline IS 'Whether both FVE have the same denominator; where not, part of the difference is the baseline''s.';
 COMMENT ON COLUMN v_compare.other_sweep IS 'Sweep of the other run.';
 COMMENT ON COLUMN v_compare.other_run_id IS 'The other run.';
 
 CREATE VIEW v_gain AS
-SELECT runs.cell, runs.label, c.k, d.k AS doubled_k, d.fve - c.fve AS gain,
-       d.fve - c.fve - runs.t_quantile * sqrt(len(c.influence) / (len(c.influence) - 1)) * list_distance(c.influence, d.influence) AS gain_low,
-       d.fve - c.fve + runs.t_quantile * sqrt(len(c.influence) / (len(c.influence) - 1)) * list_distance(c.influence, d.influence) AS gain_high,
-       c.fve, d.fve AS doubled_fve, d.shuffled_fve - c.shuffled_fve AS shuffled_gain, runs.temperature, runs.sweep, runs.cell_key, runs.run_id
-FROM v_latest AS runs JOIN run_curves AS c USING (run_id) JOIN run_curves AS d ON d.run_id = c.run_id AND d.k = 2 * c.k
-WHERE len(c.influence) = len(d.influence);
+WITH doubled AS (
+    SELECT runs.cell, runs.label, c.k, d.k AS doubled_k, d.fve - c.fve AS gain, c.fve, d.fve AS doubled_fve, c.level,
+           d.shuffled_fve - c.shuffled_fve AS shuffled_gain, runs.interval_reach, runs.temperature, runs.sweep, runs.cell_key, runs.run_id,
+           list_sort(list_transform(d.replicates, lambda x, i: x::DOUBLE - c.replicates[i]::DOUBLE)) AS replicates
+    FROM v_latest AS runs JOIN run_curves AS c USING (run_id) JOIN run_curves AS d ON d.run_id = c.run_id AND d.k = 2 * c.k
+    WHERE len(c.replicates) = len(d.replicates)
+)
+SELECT cell, label, k, doubled_k, gain, interval_end(gain, replicates, interval_reach, (1 - level) / 2) AS gain_low,
+       interval_end(gain, replicates, interval_reach, (1 + level) / 2) AS gain_high, level, fve, doubled_fve, shuffled_gain,
+       temperature, sweep, cell_key, run_id
+FROM doubled;
 COMMENT ON VIEW v_gain IS 'What doubling K brings, paired within the cell: one row per cell and K whose double was measured too (powers of two).';
 COMMENT ON COLUMN v_gain.doubled_k IS 'Twice k.';
 COMMENT ON COLUMN v_gain.gain IS 'FVE at doubled_k less FVE at k.';
-COMMENT ON COLUMN v_gain.gain_low IS 'Lower end of the 95 % interval of gain: linearised, over documents.';
-COMMENT ON COLUMN v_gain.gain_high IS 'Upper end of the 95 % interval of gain.';
+COMMENT ON COLUMN v_gain.gain_low IS 'Lower end of the interval of gain: the bootstrap over documents of its cell.';
+COMMENT ON COLUMN v_gain.gain_high IS 'Upper end of the interval of gain.';
 COMMENT ON COLUMN v_gain.doubled_fve IS 'FVE at doubled_k.';
 COMMENT ON COLUMN v_gain.shuffled_gain IS 'The same for draws of another activation: what selection alone brings.';
 

@@ -118,11 +118,13 @@ def facts_of(registry: Path, sweep: str) -> Facts:
         runs = _rows(connection, _RUNS)
         asked = _rows(connection, "SELECT * FROM v_sweeps WHERE sweep = ?", sweep)
         attempts = _rows(connection, _ATTEMPTS, sweep)
+        ids = [run["run_id"] for run in runs]
         facts = Facts(
             sweep=sweep, question=asked[0]["question"] if asked else "", asked=next(iter(asked), None), cells=cells, runs=runs,
-            curves=_arrow(connection, _CURVES), differences=_rows(connection, _DIFFERENCES), groups=_rows(connection, _GROUPS),
-            controls=_rows(connection, _CONTROLS), draw_failures=_rows(connection, _DRAW_FAILURES),
-            failed_runs=_rows(connection, _FAILED_RUNS, sweep), attempts=attempts[:SHOWN_ATTEMPTS], num_attempts=len(attempts),
+            curves=_arrow(connection, _CURVES), differences=_rows(connection, _DIFFERENCES, ids),
+            groups=_rows(connection, _GROUPS), controls=_rows(connection, _CONTROLS),
+            draw_failures=_rows(connection, _DRAW_FAILURES), failed_runs=_rows(connection, _FAILED_RUNS, sweep),
+            attempts=attempts[:SHOWN_ATTEMPTS], num_attempts=len(attempts),
             norms=_norms(connection), errors=_ERRORS.empty_table(), sampled="", explanations=[], num_shown=0,
         )  # fmt: skip
         return _with_draws(facts, connection, registry)
@@ -225,11 +227,13 @@ _CURVES = """
 """
 _DIFFERENCES = """
     SELECT a.label, b.label AS other_label, v.* EXCLUDE (label, other_label)
-    FROM v_compare AS v JOIN mine AS a USING (run_id) JOIN mine AS b ON b.run_id = v.other_run_id ORDER BY a.place, b.place, v.k
+    FROM v_compare AS v JOIN mine AS a USING (run_id) JOIN mine AS b ON b.run_id = v.other_run_id
+    -- Said twice, since a list goes into the view and a join does not: the replicates of other runs need not be read.
+    WHERE list_contains($1, v.run_id) AND list_contains($1, v.other_run_id) ORDER BY a.place, b.place, v.k
 """
 _GROUPS = """
     SELECT m.label, g.* EXCLUDE (label) FROM mine AS m JOIN metrics AS g USING (run_id) WHERE breakdown <> 'all'
-    ORDER BY m.place, breakdown = 'norm', breakdown, g.place
+    ORDER BY m.place, breakdown = 'norm', breakdown, g.place, g.against
 """
 _CONTROLS = """
     SELECT m.label, c.control, c.k, c.value, c.note FROM mine AS m JOIN controls AS c USING (run_id) ORDER BY c.control, m.place

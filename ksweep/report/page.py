@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ksweep import charts
+from ksweep.console import effective_text, interval_text
 from ksweep.errors import RequestError
 from ksweep.files import publish
 from ksweep.report.facts import Facts, Row, facts_of
@@ -87,7 +88,8 @@ def drawn(facts: Facts) -> dict[str, Any]:
         "fve_by_temperature": _try(lambda: charts.fve_by_temperature(curves)) if _varies(curves, "temperature") else None,
         "equal_compute": _try(lambda: charts.fve_by_k(curves, axis="tokens", colours=colours)) if _costs(curves) else None,
         "differences": _try(lambda: charts.compare(_near(facts, few), reference=_reference(facts, best), colours=colours)),
-        "groups": _try(lambda: charts.by_group(groups, colours=colours)),
+        "groups_own": _try(lambda: charts.by_group(groups, against="own", colours=colours)),
+        "groups_overall": _try(lambda: charts.by_group(_overall(groups), against="overall", colours=colours)),
         "errors": _try(lambda: charts.error_distribution(errors, colours=colours)),
         "norms": _try(lambda: charts.norm_distribution(facts.norms)),
         "throughput": _try(lambda: charts.throughput(facts.runs, colours=colours)),
@@ -101,6 +103,11 @@ def _several(groups: Sequence[Row]) -> list[Row]:
     for row in groups:
         parts.setdefault(row["breakdown"], set()).add(row["part"])
     return [row for row in groups if len(parts[row["breakdown"]]) > 1]
+
+
+def _overall(groups: Sequence[Row]) -> list[Row]:
+    """Runs of earlier versions have one baseline, which is neither: it is shown once."""
+    return [row for row in groups if row["against"] is not None]
 
 
 def _try(make: Callable[[], Any]) -> Any:
@@ -155,7 +162,8 @@ def curve_table(facts: Facts) -> tuple[list[str], list[list[str]], str | list[li
 def _measured_on(row: Row) -> list[str]:
     """N, documents, baseline."""
     baseline = "" if row["baseline"] is None else f"{row['baseline']:.4g} ({row['baseline_kind']})"
-    return [number(row["num_activations"], ","), number(row["num_documents"], ","), baseline]
+    documents = f"{number(row['num_documents'], ',')}{effective_text(row['num_documents'], row['effective_documents'])}"
+    return [number(row["num_activations"], ","), documents, baseline]
 
 
 def _without_empty(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -181,7 +189,8 @@ def _difference_cells(row: Row | None) -> list[str]:
     if row is None or row["difference_low"] is None:
         return ["", ""]
     low, high = row["difference_low"], row["difference_high"]
-    return [f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", "yes" if low > 0 or high < 0 else "no"]
+    interval = interval_text(row, "difference_low", "difference_high", sign="+")
+    return [f"{row['difference']:+.3f} {interval}", "yes" if low > 0 or high < 0 else "no"]
 
 
 def control_table(facts: Facts) -> tuple[list[str], list[list[str]], dict[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ksweep.console import interval_text
 from ksweep.errors import RequestError
 from ksweep.report.facts import Facts, Row
 
@@ -58,10 +59,10 @@ def _gap(facts: Facts, best: Row, other: Row, k: int) -> str:
     row = difference(facts, best, other, k)
     if row is None or row["difference_low"] is None:
         return f"Next is {other['label']} with {with_interval(other)}; no paired difference is known."
-    interval = f"{row['difference']:.3f} [{row['difference_low']:.3f}, {row['difference_high']:.3f}]"
+    value = f"{row['difference']:.3f} {interval_text(row, 'difference_low', 'difference_high')}"
     if row["difference_low"] <= 0:
-        return f"It is not told apart from {other['label']}: {interval} above it (paired), an interval that holds 0."
-    return f"That is {interval} above {other['label']}, the next (paired)."
+        return f"Not distinguishable from {other['label']}: paired difference {value}."
+    return f"That is {value} above {other['label']}, the next (paired)."
 
 
 def difference(facts: Facts, one: Row, other: Row, k: int) -> Row | None:
@@ -90,5 +91,4 @@ def without_winners_curse(registry: Path, facts: Facts) -> str:
 
 def with_interval(row: Any) -> str:
     """A value and, where it has one, its interval."""
-    interval = "" if row["fve_low"] is None else f" [{row['fve_low']:.3f}, {row['fve_high']:.3f}]"
-    return f"{row['fve']:.3f}{interval}"
+    return f"{row['fve']:.3f} {interval_text(row)}".rstrip()

@@ -29,11 +29,16 @@ from ksweep.stats.bands import (
     tokens_drawn,
 )
 from ksweep.stats.best_of_k import (
+    Selection,
+    all_failed_rates,
+    best_errors,
+    best_errors_over_successes,
     best_of_k_errors,
     best_of_k_errors_over_successes,
     best_of_k_failure_rates,
     best_of_k_select,
     best_of_k_weights,
+    select,
 )
 from ksweep.stats.bootstrap import (
     FveCurve,
@@ -63,12 +68,12 @@ from ksweep.stats.fve import (
     cosines,
     fve,
     mean_distance_baseline,
+    measured_baseline,
     reconstruction_errors,
     stated_baseline,
     unit_scaled,
 )
-from ksweep.stats.groups import GroupCurve, Tails, group_curves, quantile_groups, tails, within_group_distances
-from ksweep.stats.reference import prefix_of_k_errors, prefix_of_k_select
+from ksweep.stats.groups import GroupCurve, Tails, group_curves, quantile_groups, tails, within_group_distances, worst_share
 from ksweep.stats.selection import HeldOutBest, halves, held_out_best
 
 __all__ = [
@@ -82,7 +87,11 @@ __all__ = [
     "Interval",
     "Retrieval",
     "ScoringKind",
+    "Selection",
     "Tails",
+    "all_failed_rates",
+    "best_errors",
+    "best_errors_over_successes",
     "best_of_k_errors",
     "best_of_k_errors_over_successes",
     "best_of_k_failure_rates",
@@ -111,16 +120,17 @@ __all__ = [
     "mean_gain_per_doubling",
     "mean_reconstructions",
     "mean_vector_error",
+    "measured_baseline",
     "paired_difference",
-    "prefix_of_k_errors",
-    "prefix_of_k_select",
     "quantile_groups",
     "reconstruction_errors",
     "retrieval",
+    "select",
     "simultaneous_band",
     "stated_baseline",
     "tails",
     "tokens_drawn",
     "unit_scaled",
     "within_group_distances",
+    "worst_share",
 ]

@@ -4,13 +4,18 @@ Keeping the best of K is *oracle* selection: the reconstructor that picks the ex
 the activation at hand. It says how good an explanation is to be had among K draws, not what a reader without
 the activation would pick.
 
-A failed draw (no closing tag, empty, cut off) is NaN. It uses up one of the K and is never kept over a
-success; only where all K failed does the activation count with `failed_error`.
+`prefix` selection takes the best of the first K draws instead, as the reference sweep does: unbiased too, but K = 1
+uses one draw of N.
+
+A failed draw (no closing tag, empty, cut off) is NaN. It uses up one of the K and is never kept over a success; only
+where all K failed does the activation count with `failed_error`. A success may be worse than that: with errors
+[failed, 3.0] and failed_error 2.0 the best of one is 2.5 on average and the best of two is 3.0, since who keeps an
+explanation keeps the success. So a curve may fall where AV and AR point away from the activation.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -20,6 +25,91 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jaxtyping import Bool, Float
+
+Selection = Literal["order_statistics", "prefix"]
+"""order_statistics: the average over every choice of K draws. prefix: the best of the first K, as the reference does."""
+
+
+def best_errors(
+    errors: Float[np.ndarray, "activation draw"],
+    ks: Sequence[int],
+    selection: Selection = "order_statistics",
+    failed_error: float | Float[np.ndarray, " activation"] = ORTHOGONAL_ERROR,
+) -> Float[np.ndarray, "activation k"]:
+    """Best-of-K error of each activation under either selection."""
+    best_of = prefix_of_k_errors if _is_prefix(selection) else best_of_k_errors
+    return best_of(errors, ks, failed_error)
+
+
+def all_failed_rates(
+    errors: Float[np.ndarray, "activation draw"], ks: Sequence[int], selection: Selection = "order_statistics"
+) -> Float[np.ndarray, "activation k"]:
+    """Chance that all K draws of each activation failed; with `prefix` 1 where the first K did, else 0."""
+    if _is_prefix(selection):
+        failed = np.isnan(_checked_errors(errors))
+        return np.asarray(np.logical_and.accumulate(failed, axis=1)[:, _columns(ks, failed.shape[1])], dtype=np.float64)
+    return best_of_k_failure_rates(errors, ks)
+
+
+def best_errors_over_successes(
+    errors: Float[np.ndarray, "activation draw"], ks: Sequence[int], selection: Selection = "order_statistics"
+) -> Float[np.ndarray, "activation k"]:
+    """Best-of-K error over those choices of K that hold a success; NaN where there is none."""
+    if _is_prefix(selection):
+        return prefix_of_k_errors(errors, ks, np.nan)
+    return best_of_k_errors_over_successes(errors, ks)
+
+
+def select(
+    quantity: Float[np.ndarray, "activation draw"],
+    errors: Float[np.ndarray, "activation draw"],
+    ks: Sequence[int],
+    selection: Selection = "order_statistics",
+    *,
+    failed_value: float,
+) -> Float[np.ndarray, "activation k"]:
+    """Another quantity (cosine) of the draw that best-of-K keeps, under either selection."""
+    chosen = prefix_of_k_select if _is_prefix(selection) else best_of_k_select
+    return chosen(quantity, errors, ks, failed_value)
+
+
+def _is_prefix(selection: Selection) -> bool:
+    if selection not in get_args(Selection):
+        raise ValueError(f"selection must be one of {', '.join(get_args(Selection))}; got {selection!r}")
+    return selection == "prefix"
+
+
+def _columns(ks: Sequence[int], num_draws: int) -> np.ndarray:
+    return np.asarray(checked_ks(ks, num_draws)) - 1
+
+
+def prefix_of_k_errors(
+    errors: Float[np.ndarray, "activation draw"],
+    ks: Sequence[int],
+    failed_error: float | Float[np.ndarray, " activation"] = ORTHOGONAL_ERROR,
+) -> Float[np.ndarray, "activation k"]:
+    """Smallest error among the first K draws; a failed draw (NaN) is passed over, K failures count as `failed_error`."""
+    errors = _checked_errors(errors)
+    best = np.fmin.accumulate(errors, axis=1)[:, _columns(ks, errors.shape[1])]
+    instead = np.asarray(failed_error, dtype=np.float64)
+    return np.where(np.isnan(best), instead[:, None] if instead.ndim else instead, best)
+
+
+def prefix_of_k_select(
+    quantity: Float[np.ndarray, "activation draw"],
+    errors: Float[np.ndarray, "activation draw"],
+    ks: Sequence[int],
+    failed_value: float,
+) -> Float[np.ndarray, "activation k"]:
+    """Another quantity (cosine) of the draw with the smallest error among the first K; `failed_value` where all of them failed.
+
+    A tie goes to the earlier draw.
+    """
+    errors = _checked_errors(errors)
+    known = np.where(np.isnan(errors), failed_value, np.asarray(quantity, dtype=np.float64))
+    ranked = np.where(np.isnan(errors), np.inf, errors)
+    kept = [np.argmin(ranked[:, :k], axis=1) for k in checked_ks(ks, errors.shape[1])]
+    return np.take_along_axis(known, np.stack(kept, axis=1), axis=1)
 
 
 def best_of_k_weights(num_draws: int, ks: Sequence[int]) -> Float[np.ndarray, "rank k"]:

@@ -19,15 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from ksweep.stats.best_of_k import (
-    best_of_k_errors,
-    best_of_k_errors_over_successes,
-    best_of_k_failure_rates,
-    checked_ks,
-)
+from ksweep.stats.best_of_k import Selection, all_failed_rates, best_errors, best_errors_over_successes, checked_ks
 from ksweep.stats.documents import effective_documents, unique_documents
 from ksweep.stats.fve import MEASURED_KINDS, ORTHOGONAL_ERROR, Baseline
-from ksweep.stats.reference import Selection, prefix_of_k_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,8 +123,8 @@ def fve_curve(
 ) -> FveCurve:
     """FVE for each K (by default 1 to the number of draws) with a document-clustered bootstrap interval.
 
-    `selection="prefix"` takes the best of the first K draws, for comparison with the reference sweep; what is said of failures
-    stays the average over every choice.
+    `selection="prefix"` takes the best of the first K draws, for comparison with the reference sweep; so does what is said of
+    failures.
 
     In each replicate a document counts as often as it was drawn, in numerator and, for an evaluated-set
     baseline, denominator: 1 - sum_c w_c E_c / sum_c w_c D_c. The distances D stay those from the full set's
@@ -147,10 +141,9 @@ def fve_curve(
     _check_aligned(errors, documents, baseline)
     _check_level(level)
     chosen = checked_ks(range(1, errors.shape[1] + 1) if ks is None else ks, errors.shape[1])
-    best_of = prefix_of_k_errors if selection == "prefix" else best_of_k_errors
-    best = best_of(errors, chosen, _failed_error(failed_error, errors, baseline))
-    successes = best_of_k_errors_over_successes(errors, chosen)
-    success = ~np.isnan(successes[:, 0])
+    best = best_errors(errors, chosen, selection, _failed_error(failed_error, errors, baseline))
+    successes = best_errors_over_successes(errors, chosen, selection)
+    num_without_success = int(np.isnan(errors).all(axis=1).sum())
     numerator = best.mean(axis=0)
 
     names, membership = unique_documents(documents)
@@ -164,11 +157,9 @@ def fve_curve(
         fve_low=low,
         fve_high=high,
         error=numerator,
-        failure_rate=best_of_k_failure_rates(errors, chosen).mean(axis=0),
-        fve_over_successes=(
-            1 - successes[success].mean(axis=0) / baseline.value if success.any() else np.full(len(chosen), np.nan)
-        ),
-        num_without_success=int((~success).sum()),
+        failure_rate=all_failed_rates(errors, chosen, selection).mean(axis=0),
+        fve_over_successes=1 - _mean_of_known(successes) / baseline.value,
+        num_without_success=num_without_success,
         baseline=baseline,
         num_activations=len(errors),
         num_draws=errors.shape[1],
@@ -293,6 +284,12 @@ def _replicate_fve(
 def as_stored(replicates: Float[np.ndarray, "replicate k"]) -> Float[np.ndarray, "replicate k"]:
     """Replicates rounded to the float32 in which a registry keeps them."""
     return np.asarray(replicates.astype(np.float32), dtype=np.float64)
+
+
+def _mean_of_known(values: Float[np.ndarray, "activation k"]) -> Float[np.ndarray, " k"]:
+    """Mean over activations with NaN left out; NaN where nothing is known."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.nansum(values, axis=0) / (~np.isnan(values)).sum(axis=0))
 
 
 def replicate_sums(

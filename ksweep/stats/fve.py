@@ -95,6 +95,20 @@ def cosines(
         return np.asarray(np.einsum("...d,...d->...", left, right) / lengths, dtype=np.float64)
 
 
+def measured_baseline(
+    kind: BaselineKind,
+    vectors: Float[np.ndarray, "activation d"],
+    documents: Sequence[str] | Sequence[int] | np.ndarray,
+    scoring: ScoringKind = "normalised",
+) -> Baseline:
+    """The baseline of one of MEASURED_KINDS."""
+    if kind == "between documents":
+        return between_documents_baseline(vectors, documents, scoring)
+    if kind == "distance from mean":
+        return mean_distance_baseline(vectors, scoring)
+    raise ValueError(f"a measured baseline is one of {', '.join(MEASURED_KINDS)}; got {kind!r}")
+
+
 def between_documents_baseline(
     vectors: Float[np.ndarray, "activation d"],
     documents: Sequence[str] | Sequence[int] | np.ndarray,
@@ -130,9 +144,7 @@ def between_documents_baseline(
     value = float(parts.sum() / num_pairs)
     _check_variance(value, square, len(vectors), scoring)
     distances = value + 2 * len(vectors) / num_pairs * (parts - value * others)
-    return Baseline(
-        value=value, kind="between documents", num_activations=len(vectors), scoring=scoring, distances=distances
-    )
+    return Baseline(value=value, kind="between documents", num_activations=len(vectors), scoring=scoring, distances=distances)
 
 
 def mean_distance_baseline(vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind = "normalised") -> Baseline:
@@ -153,9 +165,7 @@ def mean_distance_baseline(vectors: Float[np.ndarray, "activation d"], scoring: 
         distances[rows] = np.square(chunk - mean).mean(axis=1)
     value = float(distances.mean())
     _check_variance(value, square, len(vectors), scoring)
-    return Baseline(
-        value=value, kind="distance from mean", num_activations=len(vectors), scoring=scoring, distances=distances
-    )
+    return Baseline(value=value, kind="distance from mean", num_activations=len(vectors), scoring=scoring, distances=distances)
 
 
 def stated_baseline(value: float, *, num_activations: int | None = None, scoring: ScoringKind = "normalised") -> Baseline:

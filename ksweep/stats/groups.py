@@ -1,38 +1,56 @@
 """FVE within groups of activations, against two baselines; and where the error sits.
 
-`own`: distances from the group's own mean, 1 - sum E / sum |x - mean_group|^2. Knowing which group an activation belongs to
-explains nothing here; it is the FVE that would have been measured on that group alone. Small groups of alike vectors (special
-tokens) have hardly any variance of their own and may come out far below zero.
+`own`: the baseline of the group's own activations. Knowing which group an activation belongs to explains nothing here; it is the
+FVE that would have been measured on that group alone. Small groups of alike vectors (special tokens) have hardly any variance of
+their own and may come out far below zero.
 
-`overall`: the baseline value of all activations for every group. The groups' FVEs, weighted by their sizes, average to the whole
-FVE, so this one says where the total is lost; a group near the common mean looks good here without a word of explanation.
+`overall`: the baseline of all activations for every group. The groups' FVEs, weighted by their sizes, average to the whole FVE,
+so this one says where the total is lost; a group near the common mean looks good here without a word of explanation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ksweep.stats.bootstrap import FveCurve, fve_curve
-from ksweep.stats.documents import unique_documents
-from ksweep.stats.fve import Baseline, ScoringKind, comparable_chunks
+from ksweep.stats.bootstrap import document_weights, interval_ends, replicate_sums
+from ksweep.stats.documents import effective_documents, unique_documents
+from ksweep.stats.fve import Baseline, BaselineKind, ScoringKind, comparable_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-GroupBaseline = Literal["own", "overall"]
+GroupBaseline = Literal["overall", "own"]
+
+_NO_VARIANCE = 1e-10
+"""Share of the overall baseline below which a group has no variance of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupCurve:
-    """The curve of one group."""
+    """FVE against K of one group, with intervals over documents; arrays have one entry per K."""
 
     group: str
-    curve: FveCurve
     against: GroupBaseline
+    k: Int[np.ndarray, " k"]
+    fve: Float[np.ndarray, " k"]
+    fve_low: Float[np.ndarray, " k"]
+    fve_high: Float[np.ndarray, " k"]
+    level: float
+    error: Float[np.ndarray, " k"]
+    """Mean best-of-K error of the group."""
+    failure_rate: Float[np.ndarray, " k"]
+    """Expected share of the group's activations for which all K draws failed; at K = 1 the share of failed draws."""
+    baseline: float
+    baseline_kind: BaselineKind
+    num_activations: int
+    num_documents: int
+    effective_documents: float
+    replicates: Float[np.ndarray, "replicate k"] = field(repr=False)
+    """NaN in replicates that drew no document of the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,38 +83,100 @@ def within_group_distances(
 
 
 def group_curves(
-    errors: Float[np.ndarray, "activation draw"],
-    documents: Sequence[str] | Sequence[int] | np.ndarray,
-    groups: Sequence[str] | np.ndarray,
-    baseline: Baseline,
-    distances: Float[np.ndarray, " activation"] | None,
-    *,
+    best: Float[np.ndarray, "activation k"],
+    all_failed: Float[np.ndarray, "activation k"],
     ks: Sequence[int],
-    failed_error: float | Float[np.ndarray, " activation"] | None = None,
+    documents: Sequence[str] | Sequence[int] | np.ndarray,
+    groups: Sequence[str | None],
+    baseline: Baseline,
+    own: Baseline | None = None,
+    *,
     num_replicates: int = 2000,
     seed: int = 0,
     level: float = 0.95,
 ) -> list[GroupCurve]:
-    """A curve for each group, sorted by name, with intervals over the documents that the group occurs in.
+    """A curve for each group, sorted by name, with the replicates of the whole cell.
 
-    `distances` are those from the group's own mean (`within_group_distances`) and give `own`; without them the value of
-    `baseline` is taken for all, `overall`. A group without variance of its own has no `own` curve. The value of `overall` is
-    taken as known in its intervals.
+    The documents of all activations are resampled, as for the cell's own curve; a replicate without a document of the group says
+    nothing of it. So the groups' replicates, too, average to those of the whole.
+
+    Args:
+        best: best-of-K error of each activation of the cell, whichever selection made it.
+        all_failed: chance that all K draws of the activation failed.
+        ks: the K of these columns.
+        documents: document of each activation.
+        groups: group of each activation; None belongs to none, but its document and its part of the baseline count.
+        baseline: of all activations: `overall`.
+        own: with the distances of each activation within its own group, NaN where unknown: gives `own`. A group without variance
+            of its own has no such curve.
     """
-    documents, (names, membership) = np.asarray(documents), unique_documents(groups)
+    best, all_failed = np.asarray(best, np.float64), np.asarray(all_failed, np.float64)
+    names, membership = unique_documents(documents)
+    weights = document_weights(len(names), num_replicates, seed)
+    whole = _replicate_means(_distances(baseline, len(best))[:, None], membership, weights)[:, 0]
+    labels = np.array([("",) if name is None else (name,) for name in groups], dtype=object)[:, 0]
     found = []
-    for i, name in enumerate(names):
-        rows = np.flatnonzero(membership == i)
-        of_group = _baseline(baseline, None if distances is None else distances[rows])
-        if of_group is None:
-            continue
-        failed = failed_error[rows] if isinstance(failed_error, np.ndarray) else failed_error
-        curve = fve_curve(
-            errors[rows], documents[rows], of_group, ks=ks, failed_error=failed, num_replicates=num_replicates, seed=seed,
-            level=level,
-        )  # fmt: skip
-        found.append(GroupCurve(group=name, curve=curve, against="overall" if distances is None else "own"))
+    for name in sorted({name for name in groups if name is not None}):
+        rows = np.flatnonzero(labels == name)
+        inside, places = np.unique(membership[rows], return_inverse=True)
+        drawn = weights[:, inside] if len(inside) > 1 else weights[:0, inside]  # of one document nothing can be said
+        errors = _replicate_means(best[rows], places, drawn)
+        of_both: list[tuple[GroupBaseline, Baseline, np.ndarray]] = [("overall", baseline, whole[: len(drawn)])]
+        if (its_own := _own_baseline(own, rows, baseline.value)) is not None and its_own.distances is not None:
+            of_both.append(("own", its_own, _replicate_means(its_own.distances[:, None], places, drawn)[:, 0]))
+        for against, of_rows, denominators in of_both:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                replicates = 1 - errors / denominators[:, None]
+            of_group = (best[rows], all_failed[rows], membership[rows], replicates)
+            found.append(_group_curve(name, against, of_rows, ks, *of_group, level))
     return found
+
+
+def _group_curve(
+    name: str,
+    against: GroupBaseline,
+    baseline: Baseline,
+    ks: Sequence[int],
+    best: Float[np.ndarray, "activation k"],
+    all_failed: Float[np.ndarray, "activation k"],
+    membership: Int[np.ndarray, " activation"],
+    replicates: Float[np.ndarray, "replicate k"],
+    level: float,
+) -> GroupCurve:
+    error, effective = best.mean(axis=0), effective_documents(membership)
+    fve = 1 - error / baseline.value
+    low, high = interval_ends(fve, replicates[~np.isnan(replicates).any(axis=1)], effective, level)
+    return GroupCurve(
+        group=name, against=against, k=np.asarray(ks), fve=fve, fve_low=low, fve_high=high, level=level, error=error,
+        failure_rate=all_failed.mean(axis=0), baseline=baseline.value, baseline_kind=baseline.kind, num_activations=len(best),
+        num_documents=len(np.unique(membership)), effective_documents=effective, replicates=replicates,
+    )  # fmt: skip
+
+
+def _distances(baseline: Baseline, count: int) -> Float[np.ndarray, " activation"]:
+    return np.full(count, baseline.value) if baseline.distances is None else baseline.distances
+
+
+def _replicate_means(
+    values: Float[np.ndarray, "activation value"],
+    membership: Int[np.ndarray, " activation"],
+    weights: Int[np.ndarray, "replicate document"],
+) -> Float[np.ndarray, "replicate value"]:
+    """Mean over the activations of each replicate; NaN in a replicate that drew none of them."""
+    if not len(weights):
+        return np.empty((0, values.shape[1]))
+    sums = replicate_sums(np.column_stack([values, np.ones(len(values))]), membership, weights)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums[:, :-1] / sums[:, -1:])
+
+
+def _own_baseline(own: Baseline | None, rows: Int[np.ndarray, " activation"], overall: float) -> Baseline | None:
+    """The baseline of a group's own activations; None where it is not known or there is no variance."""
+    distances = None if own is None or own.distances is None else own.distances[rows]
+    if own is None or distances is None or not np.isfinite(distances).all() or not distances.mean() > _NO_VARIANCE * overall:
+        return None
+    value = float(distances.mean())
+    return Baseline(value=value, kind=own.kind, num_activations=len(rows), scoring=own.scoring, distances=distances)
 
 
 def quantile_groups(values: Float[np.ndarray, " activation"], num_groups: int = 4) -> Int[np.ndarray, " activation"]:
@@ -109,24 +189,16 @@ def quantile_groups(values: Float[np.ndarray, " activation"], num_groups: int = 
 def tails(best: Float[np.ndarray, " activation"], baseline: Baseline, trim: float = 0.05, worst: float = 0.01) -> Tails:
     """Mean, median and trimmed FVE of one error per activation, and how much of the error the worst ones hold."""
     ranked = np.sort(np.asarray(best, dtype=np.float64))
-    cut, num_worst = int(trim * len(ranked)), max(1, round(worst * len(ranked)))
-    total = ranked.sum()
+    cut = int(trim * len(ranked))
     return Tails(
         fve=float(1 - ranked.mean() / baseline.value),
         fve_median=float(1 - np.median(ranked) / baseline.value),
         fve_trimmed=float(1 - ranked[cut : len(ranked) - cut].mean() / baseline.value),
-        worst_share=float(ranked[-num_worst:].sum() / total) if total else float("nan"),
+        worst_share=worst_share(ranked, worst),
     )
 
 
-def _baseline(overall: Baseline, distances: Float[np.ndarray, " activation"] | None) -> Baseline | None:
-    if distances is None:
-        return Baseline(
-            value=overall.value, kind="stated constant", num_activations=overall.num_activations, scoring=overall.scoring
-        )
-    value = float(distances.mean())
-    if not value > 1e-10 * overall.value:
-        return None
-    return Baseline(
-        value=value, kind="distance from mean", num_activations=len(distances), scoring=overall.scoring, distances=distances
-    )
+def worst_share(errors: Float[np.ndarray, " activation"], worst: float = 0.01) -> float:
+    """Share of the summed error that the worst activations hold (at least one); NaN where there is no error at all."""
+    num_worst, total = max(1, round(worst * len(errors))), float(np.sum(errors))
+    return float(np.sort(errors)[-num_worst:].sum()) / total if total > 0 else float("nan")

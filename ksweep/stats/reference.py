@@ -21,20 +21,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from ksweep.stats.best_of_k import best_of_k_weights, checked_ks
-from ksweep.stats.fve import ORTHOGONAL_ERROR
+from ksweep.stats.best_of_k import Selection, best_of_k_weights, checked_ks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float, Int
-
-Selection = Literal["order_statistics", "prefix"]
-"""order_statistics: the average over every choice of K draws. prefix: the best of the first K, as the reference does."""
 
 ROLE_MINIMUM = 10
 """A role's own variance is reported for more vectors than this."""
@@ -100,39 +96,6 @@ class ReferenceInterval:
     """Plain percentiles."""
     bca_low: float = np.nan
     bca_high: float = np.nan
-
-
-def prefix_of_k_errors(
-    errors: Float[np.ndarray, "activation draw"],
-    ks: Sequence[int],
-    failed_error: float | Float[np.ndarray, " activation"] = ORTHOGONAL_ERROR,
-) -> Float[np.ndarray, "activation k"]:
-    """Smallest error among the first K draws; a failed draw (NaN) is passed over, K failures count as `failed_error`.
-
-    The reference's estimator, for comparison: unbiased too, but K = 1 uses one draw of N. Prefer `best_of_k_errors`.
-    """
-    errors = np.asarray(errors, dtype=np.float64)
-    columns = np.asarray(checked_ks(ks, errors.shape[1])) - 1
-    best = np.fmin.accumulate(errors, axis=1)[:, columns]
-    instead = np.asarray(failed_error, dtype=np.float64)
-    return np.where(np.isnan(best), instead[:, None] if instead.ndim else instead, best)
-
-
-def prefix_of_k_select(
-    quantity: Float[np.ndarray, "activation draw"],
-    errors: Float[np.ndarray, "activation draw"],
-    ks: Sequence[int],
-    failed_value: float,
-) -> Float[np.ndarray, "activation k"]:
-    """Another quantity (cosine) of the draw with the smallest error among the first K; `failed_value` where all of them failed.
-
-    A tie goes to the earlier draw.
-    """
-    errors = np.asarray(errors, dtype=np.float64)
-    known = np.where(np.isnan(errors), failed_value, np.asarray(quantity, dtype=np.float64))
-    ranked = np.where(np.isnan(errors), np.inf, errors)
-    kept = [np.argmin(ranked[:, :k], axis=1) for k in checked_ks(ks, errors.shape[1])]
-    return np.take_along_axis(known, np.stack(kept, axis=1), axis=1)
 
 
 def prefix_of_k_draws(errors: Float[np.ndarray, "activation draw"], ks: Sequence[int]) -> Int[np.ndarray, "activation k"]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ksweep.stats.best_of_k import best_of_k_errors, checked_ks
+from ksweep.stats.best_of_k import Selection, best_errors
 from ksweep.stats.bootstrap import (
     FveCurve,
     as_stored,
@@ -70,6 +70,7 @@ def held_out_best(
     num_replicates: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    selection: Selection = "order_statistics",
 ) -> HeldOutBest:
     """Best of K with the setting chosen on one half of the documents and measured on the other, both ways, pooled.
 
@@ -80,7 +81,7 @@ def held_out_best(
     up to 99.8 % where settings are alike. With the two choices held fixed it covered 88 %: both halves then are lucky or unlucky
     together, since where the choices differ each half measures the setting that another one beat on it.
     """
-    best = np.stack([best_of_k_errors(e, checked_ks([k], np.shape(e)[1]), failed_error)[:, 0] for e in errors])
+    best = np.stack([best_errors(e, [k], selection, failed_error)[:, 0] for e in errors])
     second = halves(documents, seed)
     on_first, on_second = (int(best[:, half].mean(axis=1).argmin()) for half in (~second, second))
     held_out = np.where(second, best[on_first], best[on_second])

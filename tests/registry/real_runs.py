@@ -63,14 +63,15 @@ class Real:
         vectors = np.array(pa.concat_tables(tables)["vector"].to_pylist())[:40]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * np.sqrt(vectors.shape[1])
 
-    def distances(self) -> np.ndarray:
-        """[activation]: squared distance of the scaled activation from the mean, per dimension."""
-        scaled = self.scaled()
-        found: np.ndarray = np.square(scaled - scaled.mean(axis=0)).mean(axis=1)
-        return found
+    def between(self, rows: np.ndarray | None = None) -> float:
+        """Half the mean squared distance, per dimension, over every pair of activations of different documents."""
+        rows = np.arange(40) if rows is None else np.flatnonzero(rows)
+        scaled, documents = self.scaled()[rows], self.documents()[rows]
+        pairs = [(i, j) for i, j in combinations(range(len(rows)), 2) if documents[i] != documents[j]]
+        return float(np.mean([np.square(scaled[i] - scaled[j]).mean() / 2 for i, j in pairs]))
 
     def fve(self, temperature: float, k: int) -> float:
-        return float(1 - self.best_of(temperature, k).mean() / self.distances().mean())
+        return float(1 - self.best_of(temperature, k).mean() / self.between())
 
 
 def make(place: Path) -> Real:

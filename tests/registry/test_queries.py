@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats as scipy_stats
 
 from ksweep.errors import RequestError
 from ksweep.registry.named import queries, query_named, variables_of
 from ksweep.registry.questions import ask
+from ksweep.stats import interval_reach
+from ksweep.stats.bootstrap import document_weights
 from tests.registry.real_runs import KS, OTHER_COMMIT, TEMPERATURES, Real
 
 Rows = list[dict[str, Any]]
@@ -27,20 +28,35 @@ def answer(real: Real, name: str, *given: str) -> Rows:
     return rows
 
 
-def paired(real: Real, a: tuple[float, int], b: tuple[float, int]) -> tuple[float, float, float]:
-    """Difference of two FVE (temperature, K) and its 95 % interval: ratio estimator, linearised over documents, Student's t."""
-    difference, distance = real.best_of(*b) - real.best_of(*a), real.distances()
-    estimate = difference.sum() / distance.sum()
+def replicates(real: Real, temperature: float, k: int) -> np.ndarray:
+    """FVE in each of the 200 replicates of the spec: every draw of documents taken anew, activation by activation."""
     documents = real.documents()
-    names = np.unique(documents)
-    moved = np.array([(difference - estimate * distance)[documents == name].sum() for name in names])
-    error = math.sqrt(len(names) / (len(names) - 1) * np.square(moved).sum()) / distance.sum()
-    reach = float(scipy_stats.t.ppf(0.975, len(names) - 1)) * error
-    return estimate, estimate - reach, estimate + reach
+    names, membership = np.unique(documents, return_inverse=True)
+    best, scaled = real.best_of(temperature, k), real.scaled()
+    half_squares = np.array([[np.square(a - b).mean() / 2 for b in scaled] for a in scaled])
+    other = membership[:, None] != membership[None]
+    # A small change of a document's weight moves the mean over pairs by its pairs with others: the replicate to first order.
+    value, num_pairs = half_squares[other].mean(), other.sum()
+    parts = (half_squares * other).sum(axis=1) - value * other.sum(axis=1)
+    found = []
+    for drawn in document_weights(len(names), 200, 0):
+        times = drawn[membership]
+        baseline = value + 2 * len(best) / num_pairs * np.average(parts, weights=times)
+        found.append(1 - np.average(best, weights=times) / baseline)
+    return np.array(found)
+
+
+def paired(real: Real, a: tuple[float, int], b: tuple[float, int]) -> tuple[float, float, float]:
+    """Difference of two FVE (temperature, K) and its 95 % interval from the shared replicates."""
+    estimate = real.fve(*a) - real.fve(*b)
+    sizes = np.unique(real.documents(), return_counts=True)[1]
+    reach = interval_reach(sizes.sum() ** 2 / np.square(sizes).sum(), 0.95)
+    low, high = np.quantile(replicates(real, *a) - replicates(real, *b), [0.025, 0.975])
+    return estimate, estimate + reach * (low - estimate), estimate + reach * (high - estimate)
 
 
 def is_paired(found: tuple[Any, ...], real: Real, a: tuple[float, int], b: tuple[float, int]) -> bool:
-    # What single documents add is kept in 32 bits.
+    # Replicates are kept in 32 bits.
     return bool(np.allclose(found, paired(real, a, b), atol=1e-6))
 
 
@@ -179,7 +195,7 @@ def test_controls_beside_curves_are_those_of_the_landed_files(real: Real) -> Non
     assert sorted(row["temperature"] for row in rows) == list(TEMPERATURES)
     draws, scaled = real.draws(TEMPERATURES[0]), real.scaled()
     mean = scaled.mean(axis=0) * math.sqrt(scaled.shape[1]) / np.linalg.norm(scaled.mean(axis=0))
-    constant = 1 - np.square(scaled - mean).mean() / real.distances().mean()
+    constant = 1 - np.square(scaled - mean).mean() / real.between()
     for row in rows:
         t = row["temperature"]
         assert (row["largest_k"], row["retrieval_chance"]) == (8, 1 / 40)
@@ -192,7 +208,7 @@ def test_controls_beside_curves_are_those_of_the_landed_files(real: Real) -> Non
             if draws[i]["shuffled_activation"] is not None
             for errors in [shuffled[i : i + 8]]
         ]
-        assert row["shuffled"] == pytest.approx(1 - np.mean(best) / real.distances().mean(), abs=1e-9)
+        assert row["shuffled"] == pytest.approx(1 - np.mean(best) / real.between(), abs=1e-9)
 
 
 def test_equal_compute_ranks_what_so_many_tokens_reach(real: Real) -> None:
@@ -208,26 +224,40 @@ def test_equal_compute_ranks_what_so_many_tokens_reach(real: Real) -> None:
         assert row["place"] == 1 + len(better)
 
 
-def test_by_group_divides_the_error_of_a_group_by_its_own_distances(real: Real) -> None:
+def test_by_group_divides_the_error_of_a_group_by_both_baselines(real: Real) -> None:
     rows = answer(real, "by_group", f"cell={real.runs[1.0]}")
     positions = np.array([row["position"] for row in real.draws(1.0)[::8]])
+    norms = np.array(
+        ask(real.root, f"SELECT norm FROM activations WHERE run_id = '{real.runs[1.0]}' ORDER BY activation")["norm"]
+    )
+    quarters = np.searchsorted(np.quantile(norms, [0.25, 0.5, 0.75]), norms, side="left")
     failed = np.array([row["error"] is None for row in real.draws(1.0)]).reshape(40, 8).mean(axis=1)
     assert {row["breakdown"] for row in rows} >= {"all", "position", "norm"}
     for row in rows:
         best = real.best_of(1.0, row["k"])
         if row["breakdown"] == "all":
             inside = np.ones(40, dtype=bool)
-            assert row["worst_share"] == pytest.approx(best.max() / best.sum())
+            assert row["worst_share"] == pytest.approx(best.max() / best.sum()) and row["against"] == "overall"
         elif row["breakdown"] == "position":
             first, _, last = row["part"].split()
             inside = (positions >= int(first)) & (positions <= int(last))
+        elif row["breakdown"] == "norm":
+            inside = quarters == int(row["part"].split()[1]) - 1
         else:
             continue
+        baseline = real.between(inside) if row["against"] == "own" else real.between()
         assert row["num_activations"] == inside.sum()
-        assert row["fve"] == pytest.approx(1 - best[inside].sum() / real.distances()[inside].sum(), abs=1e-9)
+        assert row["baseline"] == pytest.approx(baseline, abs=1e-9)
+        assert row["fve"] == pytest.approx(1 - best[inside].mean() / baseline, abs=1e-9)
         assert row["median_error"] == pytest.approx(float(np.median(best[inside])))
         assert row["failure_rate"] == pytest.approx(failed[inside].mean())
-    assert sum(row["num_activations"] for row in rows if row["breakdown"] == "norm" and row["k"] == 1) == 40
+    quarters_at_one = [row for row in rows if row["breakdown"] == "norm" and row["k"] == 1]
+    assert {row["against"] for row in quarters_at_one} == {"overall", "own"}
+    overall = [row for row in quarters_at_one if row["against"] == "overall"]
+    assert np.average([r["fve"] for r in overall], weights=[r["num_activations"] for r in overall]) == pytest.approx(
+        real.fve(1.0, 1)
+    )
+    assert {row["against"] for row in answer(real, "by_group", "against=own")} == {"own"}
 
 
 def test_own_questions_lie_in_the_registry_and_unknown_ones_are_told(tmp_path: Path) -> None:

@@ -50,13 +50,24 @@ def test_the_answer_names_the_cell_that_the_curves_put_first(sweep: Sweep) -> No
     )
     own = next(r["label"] for r in facts.runs if r["cell"] == label)
     first, gap, *_ = answer(facts)
-    assert first.startswith(f"{own} reaches an FVE of {fve:.3f} [{low:.3f}, {high:.3f}] at best of 8 draws, ")
+    ends = re.match(rf"{re.escape(own)} reaches an FVE of {fve:.3f} \[(\S+), (\S+)\] at best of 8 draws, ", first)
+    assert ends is not None
+    assert_rounded(ends.groups(), (low, high))
     [(difference, low, high)] = ask(
         sweep,
         "SELECT difference, difference_low, difference_high FROM v_compare WHERE k = 8 AND difference > 0",
     )
-    assert f"{difference:.3f} [{low:.3f}, {high:.3f}]" in gap
-    assert ("not told apart" in gap) == (low <= 0)
+    ends = re.search(rf"{difference:.3f} \[(\S+), (\S+)\]", gap)
+    assert ends is not None
+    assert_rounded(ends.groups(), (low, high))
+    assert ("Not distinguishable" in gap) == (low <= 0)
+
+
+def assert_rounded(texts: tuple[str, ...], values: tuple[float, ...]) -> None:
+    """Ends of an interval as printed: the values with as many decimals as hold, one at least."""
+    for text, value in zip(texts, values, strict=True):
+        decimals = len(text.partition(".")[2])
+        assert decimals >= 1 and float(text) == pytest.approx(value, abs=0.5001 * 10**-decimals)
 
 
 def test_settings_are_split_into_common_and_varied_ones(sweep: Sweep) -> None:

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from ksweep.stats import best_of_k_errors, fve, mean_distance_baseline, reference
+from ksweep.stats.best_of_k import prefix_of_k_errors, prefix_of_k_select
 from ksweep.stats.reference import (
     Chunk,
     ReferenceSums,
     bca_interval,
-    prefix_of_k_errors,
-    prefix_of_k_select,
     reference_intervals,
     reference_weights,
     selected,

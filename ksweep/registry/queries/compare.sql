@@ -3,7 +3,7 @@
 -- Paired: what both share cancels. Set the two; without `other`, all cells over the same activations are compared with `cell`:
 --     ksweep sql @compare "cell=demo L20 T=0.7" "other=demo L20 T=1"
 SELECT cell, other_cell, k, difference, difference_low, difference_high, difference_low > 0 OR difference_high < 0 AS is_clear,
-       fve, other_fve, same_baseline, num_activations, num_documents
+       fve, other_fve, level, baseline, baseline_kind, num_activations, num_documents, effective_documents
 FROM v_compare
 WHERE (getvariable('cell') IS NULL OR getvariable('cell') IN (cell, label, run_id))
   AND (getvariable('other') IS NULL OR getvariable('other') IN (other_cell, other_label, other_run_id))

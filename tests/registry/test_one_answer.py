@@ -1,0 +1,141 @@
+"""One question, one answer: every way to ask for an interval of real runs gives the same digits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import altair as alt
+import pytest
+
+from ksweep import charts
+from ksweep.compare import compare, curves_of_cells, groups_of_cells, load_cells
+from ksweep.console import interval_text
+from ksweep.diff import diff
+from ksweep.registry.database import connect
+from ksweep.registry.named import query_named, variables_of
+from ksweep.registry.questions import ask
+from ksweep.registry.story import story
+from ksweep.report.facts import facts_of
+from ksweep.report.page import page
+from tests.registry.real_runs import KS, Real
+
+ENDS = ("difference", "difference_low", "difference_high")
+EXACT = 1e-12
+
+
+def rows_of(real: Real, question: str, *values: str) -> list[dict[str, Any]]:
+    found = query_named(real.root, question)
+    rows: list[dict[str, Any]] = ask(real.root, found.sql, variables_of(found, list(values))).to_pylist()
+    return rows
+
+
+def _datasets(chart: Any) -> Iterator[list[dict[str, Any]]]:
+    """The rows inside a chart, wherever Vega-Lite keeps them."""
+    if isinstance(chart, dict):
+        for name, value in chart.items():
+            if name == "values" and isinstance(value, str):
+                yield json.loads(value)
+            elif name == "datasets":
+                yield from (json.loads(rows) if isinstance(rows, str) else rows for rows in value.values())
+            else:
+                yield from _datasets(value)
+    elif isinstance(chart, list):
+        for value in chart:
+            yield from _datasets(value)
+
+
+def test_a_difference_is_the_same_in_diff_compare_sql_and_report(real: Real) -> None:
+    a, b = real.runs[0.5], real.runs[0.7]
+    cells = load_cells(real.root, [a, b])
+    python = {row["k"]: [row[name] for name in ENDS] for row in compare(cells, reference=b).to_pylist() if row["k"] in KS}
+    command = {
+        row["k"]: [row["difference"], row["low"], row["high"]] for row in diff(real.root, a, b)["numbers"] if row["k"] in KS
+    }
+    sql = {row["k"]: [row[name] for name in ENDS] for row in rows_of(real, "compare", f"cell={a}", f"other={b}")}
+    report = {
+        row["k"]: [row[name] for name in ENDS]
+        for row in facts_of(real.root, "tiny").differences
+        if (row["run_id"], row["other_run_id"]) == (a, b)
+    }
+    assert set(python) == set(KS)
+    for k in KS:
+        for found in (command, sql, report):
+            assert found[k] == pytest.approx(python[k], abs=EXACT)
+
+
+def test_the_printed_difference_is_the_same_in_diff_sql_and_report(
+    real: Real, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ksweep.cli import main
+
+    a, b = real.runs[0.5], real.runs[0.7]
+    [row] = [row for row in rows_of(real, "compare", f"cell={a}", f"other={b}") if row["k"] == 8]
+    low, high = interval_text(row, "difference_low", "difference_high").strip("[]").split(", ")
+    for command in (["diff", a, b], ["sql", "@compare", f"cell={a}", f"other={b}"]):
+        monkeypatch.setattr("sys.argv", ["ksweep", *command, "--registry", str(real.root)])
+        with pytest.raises(SystemExit):
+            main()
+        out = capsys.readouterr().out
+        assert re.search(rf"\s{re.escape(low)}\s+{re.escape(high)}\s", out), (command, low, high, out)
+    written = page(facts_of(real.root, "tiny")).replace("+", "")
+    best = max((0.5, 0.7), key=lambda t: real.fve(t, 8))
+    signed = (low, high) if best == 0.7 else (f"{-float(high):.{len(high) - 2}f}", f"{-float(low):.{len(low) - 2}f}")
+    assert any(f"[{x}, {y}]" in written for x, y in ((low, high), signed)), (low, high)
+
+
+def test_an_fve_is_the_same_in_show_curves_groups_and_charts(real: Real) -> None:
+    run = real.runs[1.0]
+    told = story(real.root, run)
+    landed = {row["k"]: [row["fve"], row["fve_low"], row["fve_high"]] for row in told["curve"]}
+    [cell] = load_cells(real.root, [run])
+    again = {row["k"]: [row["fve"], row["fve_low"], row["fve_high"]] for row in curves_of_cells([cell]).to_pylist()}
+    with connect(real.root) as connection:
+        chart = charts.fve_by_k(connection, sweep="again").to_dict()
+    drawn = {
+        tuple(row[name] for name in ("k", "fve", "fve_low", "fve_high"))
+        for rows in _datasets(chart)
+        for row in rows
+        if "fve_low" in row
+    }
+    [whole] = [row for row in told["groups"] if row["breakdown"] == "all"]
+    assert [whole["fve"], whole["fve_low"], whole["fve_high"]] == pytest.approx(landed[8], abs=1e-6)  # curves keep 32 bits
+    for k, values in landed.items():
+        assert again[k] == pytest.approx(values, abs=EXACT)
+        assert any(point == pytest.approx((k, *values), abs=EXACT) for point in drawn), k
+
+
+def test_a_group_is_the_same_in_show_sql_python_and_charts_and_names_its_baseline(real: Real) -> None:
+    run = real.runs[1.0]
+    names = ("fve", "fve_low", "fve_high", "baseline", "error")
+    told = [row for row in story(real.root, run)["groups"] if row["breakdown"] == "norm"]
+    shown = {(row["part"], row["against"]): [row[name] for name in names] for row in told}
+    assert {against for _, against in shown} == {"overall", "own"} and len(shown) == 8
+    sql = {
+        (row["part"], row["against"]): [row[name] for name in names]
+        for row in rows_of(real, "by_group", f"cell={run}")
+        if row["breakdown"] == "norm" and row["k"] == 8
+    }
+    table = groups_of_cells(load_cells(real.root, [run]), "norm", ks=[8])
+    python = {(row["part"], row["against"]): [row[name] for name in names] for row in table.to_pylist()}
+    assert set(sql) == set(python) == set(shown)
+    for key, values in shown.items():
+        assert sql[key] == pytest.approx(values, abs=EXACT) and python[key] == pytest.approx(values, abs=EXACT)
+    for against in ("overall", "own"):
+        chart = charts.by_group(table, against=against)
+        assert isinstance(chart, alt.TopLevelMixin)
+        words = json.dumps(chart.to_dict())
+        assert f"Baseline: {against}" in words
+
+
+def test_a_gain_is_the_same_in_sql_and_python(real: Real) -> None:
+    run = real.runs[0.7]
+    python = {row["k"]: row for row in curves_of_cells(load_cells(real.root, [run])).to_pylist()}
+    rows = ask(real.root, f"FROM v_gain WHERE run_id = '{run}'").to_pylist()
+    assert [row["doubled_k"] for row in sorted(rows, key=lambda row: row["k"])] == [2, 4, 8]
+    for row in rows:
+        other = python[row["doubled_k"]]
+        expected = [other["gain_per_doubling"], other["gain_low"], other["gain_high"]]
+        assert [row["gain"], row["gain_low"], row["gain_high"]] == pytest.approx(expected, abs=EXACT)
