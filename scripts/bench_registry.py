@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep import stats
-from ksweep.breakdown import break_down
+from ksweep.breakdown import break_down, kept_ks
 from ksweep.draws import SCHEMA, DrawsStore, Unit
+from ksweep.evaluated import SCHEMA as KNOWN
+from ksweep.evaluated import position_bucket
 from ksweep.identity import fingerprint
 from ksweep.registry.database import connect, ingest, rebuild
 from ksweep.registry.landing import RunRecord, land
@@ -109,12 +112,11 @@ def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
     errors[generator.random(errors.shape) < 0.01] = np.nan
     draws = draws_of(errors, generator)
     baseline = stats.Baseline(
-        value=1.0, kind="evaluated set", num_activations=num_activations, distances=np.ones(num_activations)
+        value=1.0, kind="between documents", num_activations=num_activations, distances=np.ones(num_activations)
     )
     columns = columns_of(num_activations)
-    documents, norms = np.array(columns["document"].tolist()), generator.gamma(9.0, 8.0, num_activations)
-    curve = stats.fve_curve(errors, documents, baseline, ks=KS, num_replicates=200)
-    found = break_down(draws, baseline, Scoring(), KS, columns, norms)
+    curve = stats.fve_curve(errors, columns["document"], baseline, ks=KS)
+    found = break_down(draws, known_of(columns, generator), baseline, Scoring(), KS, columns["window"].tolist())
     record = run_record(number, num_activations)
     store = DrawsStore(root / "draws", record.draws_key or "")
     for first in range(0, num_activations, 64):
@@ -123,8 +125,9 @@ def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
         {
             "metric": "fve", "k": k, "fve": curve.fve[i], "fve_low": curve.fve_low[i], "fve_high": curve.fve_high[i],
             "level": 0.95, "error": curve.error[i], "num_activations": num_activations, "num_documents": curve.num_documents,
-            "num_draws": NUM_DRAWS, "baseline": 1.0, "baseline_kind": "evaluated set", "shuffled_fve": -0.4 + k / 100,
-            "failure_rate": curve.failure_rate[i], "influence": found.influence.get(k),
+            "num_draws": NUM_DRAWS, "baseline": 1.0, "baseline_kind": "between documents", "shuffled_fve": -0.4 + k / 100,
+            "effective_documents": curve.effective_documents, "failure_rate": curve.failure_rate[i],
+            "replicates": curve.replicates[:, i].tolist() if k in kept_ks(KS) else None,
         }
         for i, k in enumerate(KS)
     ]  # fmt: skip
@@ -134,6 +137,17 @@ def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
         metrics=pa.Table.from_pylist(found.metrics), examples=found.examples, activations=found.activations,
     )  # fmt: skip
     return record
+
+
+def known_of(columns: dict[str, np.ndarray], generator: np.random.Generator) -> pa.Table:
+    n = len(columns["document"])
+    norms = generator.gamma(9.0, 8.0, n)
+    found = {name: columns[name].tolist() for name in ("row_id", "document", "position", "role")} | {
+        "activation": range(n), "norm": norms, "position_bucket": [position_bucket(p) for p in columns["position"].tolist()],
+        "norm_quarter": [f"quarter {q + 1} of 4" for q in stats.quantile_groups(norms)],
+        **{name: np.ones(n) for name in KNOWN.names if name.startswith(("distance", "between"))},
+    }  # fmt: skip
+    return pa.table([pa.array(found.get(f.name, pa.nulls(n)), f.type) for f in KNOWN], schema=KNOWN)
 
 
 def columns_of(num_activations: int) -> dict[str, np.ndarray]:
@@ -172,7 +186,7 @@ def run_record(number: int, num_activations: int) -> RunRecord:
         "autoencoder": {"av": "demo/av", "ar": "demo/ar", "dtype": "bfloat16"},
         "activations": {"model": "SmolLM2", "text": f"held_out_{sweep}.jsonl", "positions": "random"},
         "sampling": {"temperature": temperature, "top_p": 1.0, "max_new_tokens": 64, "seed": 0, "num_draws": NUM_DRAWS},
-        "scoring": {},
+        "scoring": asdict(Scoring()),
     }
     key = fingerprint(spec)
     num_draws = num_activations * NUM_DRAWS
@@ -185,7 +199,7 @@ def run_record(number: int, num_activations: int) -> RunRecord:
         num_documents=min(NUM_DOCUMENTS, num_activations), num_draws=NUM_DRAWS, layer=sweep, d_model=2048,
         num_draws_sampled=num_draws, num_draws_reused=0, num_tokens_sampled=num_draws * 20, tokens_per_second=3000.0 + number % 7,
         mean_tokens=20.0 + temperature, draws_bytes=100_000, failures={"no closing tag": 7}, failure_rate=0.01, baseline=1.0,
-        baseline_kind="evaluated set",
+        baseline_kind="between documents", effective_documents=float(min(NUM_DOCUMENTS, num_activations)),
     )  # fmt: skip
 
 
