@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtr, ndtri, stdtrit
 
-from ksweep.stats.bootstrap import FveCurve, Interval, interval_of, paired_difference, paired_with
+from ksweep.stats.bootstrap import FveCurve, Interval, interval_ends, interval_of, paired_difference, paired_with
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -31,27 +31,34 @@ def simultaneous_band(
     effective_documents: float,
     level: float = 0.95,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """Band that covers the whole curve with probability `level`: estimate -/+ c times its standard error at each K.
+    """Band that covers the whole curve with probability `level`: the pointwise intervals stretched about the estimate, all alike.
 
-    c is the `level` quantile over replicates of the largest studentised deviation over K (max-t; Montiel Olea and
-    Plagborg-Moeller 2019), widened for few documents as the pointwise interval is: Student's quantile in place of the normal one
-    of the same probability, and sqrt(n/(n - 1)). Where nothing varies (a curve less itself) the band has no width.
+    The stretch is the `level` quantile over replicates of how many times the way from the estimate to the pointwise quantiles a
+    replicate goes, at the K where it goes farthest (max-t; Montiel Olea and Plagborg-Moeller 2019, with quantiles for the
+    standard errors), and Student's quantile in place of the normal one of the same probability. Where nothing varies (a curve
+    less itself) the band has no width. From one document, or where an estimate lies outside its quantiles, it is unknown: NaN.
     """
-    if not effective_documents > 1:
+    low, high = interval_ends(estimate, replicates, effective_documents, level)
+    below, above = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0) - estimate
+    varies = above - below > 1e-7 * np.abs(estimate).max()  # more than the rounding to float32
+    if not np.isfinite(low).all() or (below[varies] >= 0).any() or (above[varies] <= 0).any():
         nothing = np.full(len(estimate), np.nan)
         return nothing, nothing.copy()
-    finite = np.isfinite(replicates).all(axis=1)
-    if finite.mean() < level:  # too many replicates without variance to explain
-        nothing = np.full(len(estimate), np.nan)
-        return nothing, nothing.copy()
-    spread = replicates[finite].std(axis=0)
-    deviation = np.abs(replicates[finite] - estimate)
-    studentised = np.divide(deviation, spread, out=np.zeros_like(deviation), where=spread > 1e-12 * np.abs(estimate).max())
-    largest = np.concatenate([studentised.max(axis=1), np.full(int((~finite).sum()), np.inf)])
-    normal = float(np.quantile(largest, level, method="inverted_cdf"))
-    multiplier = stdtrit(effective_documents - 1, min(ndtr(normal), 1 - 1e-12))
-    half = multiplier * np.sqrt(effective_documents / (effective_documents - 1)) * spread
-    return estimate - half, estimate + half
+    if not varies.any():
+        return low, high
+    deviation = (replicates - estimate)[:, varies]
+    farthest = np.maximum(deviation / below[varies], deviation / above[varies]).max(axis=1)
+    stretch = max(1.0, float(np.quantile(farthest, level, method="inverted_cdf")))
+    stretch *= _student_over_normal(stretch, effective_documents, level)
+    return estimate + stretch * (low - estimate), estimate + stretch * (high - estimate)
+
+
+def _student_over_normal(stretch: float, effective_documents: float, level: float) -> float:
+    """How much farther Student's quantile lies out than the normal one, compared with where `interval_reach` has it already."""
+    z = float(ndtri((1 + level) / 2))
+    normal = np.array([z, min(stretch * z, 7.0)])  # beyond 7 probabilities are 1
+    ratio = stdtrit(effective_documents + 1, ndtr(normal)) / normal
+    return float(ratio[1] / ratio[0])
 
 
 def curve_band(curve: FveCurve) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:

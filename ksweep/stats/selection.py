@@ -16,9 +16,9 @@ import numpy as np
 from ksweep.stats.best_of_k import Selection, best_errors
 from ksweep.stats.bootstrap import (
     FveCurve,
-    as_stored,
     document_weights,
     fve_curve,
+    fve_replicates,
     interval_ends,
     replicate_sums,
 )
@@ -118,5 +118,4 @@ def _choosing_again(
     # A replicate of one half alone has nothing to choose on for it: the choice stays what it was.
     on_first = np.where(num_first == 0, best[:, ~second].sum(axis=1).argmin(), first.argmin(axis=1))
     on_second = np.where(num_other == 0, best[:, second].sum(axis=1).argmin(), other.argmin(axis=1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return as_stored(1 - (other[rows, on_first] + first[rows, on_second]) / np.maximum(total, 0.0))[:, None]
+    return fve_replicates((other[rows, on_first] + first[rows, on_second])[:, None], total)

@@ -62,13 +62,24 @@ def test_band_multiplier_is_the_normal_quantile_for_one_point_and_sidaks_for_ten
     np.testing.assert_allclose([-low, high], 0.3 * multiplier, rtol=0.02)
 
 
-def test_band_is_unknown_from_one_document_or_without_variance_to_explain():
+def test_band_is_unknown_from_one_document_or_around_an_estimate_outside_its_replicates():
     replicates = np.random.default_rng(0).normal(size=(500, 3))
     assert np.isnan(simultaneous_band(np.zeros(3), replicates, effective_documents=1)).all()
-    replicates[:100, 1] = -np.inf  # a fifth of the replicates sits on the mean
-    assert np.isnan(simultaneous_band(np.zeros(3), replicates, effective_documents=30)).all()
-    replicates[5:, 1] = 0.1
-    assert np.isfinite(simultaneous_band(np.zeros(3), replicates[5:], effective_documents=30)).all()
+    assert np.isfinite(simultaneous_band(np.zeros(3), replicates, effective_documents=30)).all()
+    assert np.isnan(simultaneous_band(np.array([0.0, 5.0, 0.0]), replicates, effective_documents=30)).all()
+
+
+def test_band_holds_the_pointwise_intervals():
+    curve = curves()[0]
+    low, high = curve_band(curve)
+    assert (low <= curve.fve_low).all() and (high >= curve.fve_high).all()
+    assert (high - low > 1.05 * (curve.fve_high - curve.fve_low)).any()
+
+
+def test_band_of_one_point_is_its_interval():
+    curve = curves()[0]
+    low, high = simultaneous_band(curve.fve[:1], curve.replicates[:, :1], curve.effective_documents)
+    np.testing.assert_allclose([low[0], high[0]], [curve.fve_low[0], curve.fve_high[0]], atol=0.02)
 
 
 def test_band_of_a_gain_has_no_width_where_nothing_varies():

@@ -20,7 +20,7 @@ from ksweep.stats import (
     paired_difference,
     stated_baseline,
 )
-from ksweep.stats.bootstrap import document_weights
+from ksweep.stats.bootstrap import ASYMMETRY, document_weights
 
 KS = [1, 4, 16]
 
@@ -182,10 +182,10 @@ def test_one_document_gives_an_estimate_without_an_interval():
 @pytest.mark.parametrize(
     ("effective", "level", "reach"),
     [
-        # t / z sqrt(n / (n - 1)) with t from the printed table: 2.2622 at 9, 2.0227 at 39 degrees of freedom; z = 1.9600, 1.6449
-        (10, 0.95, 2.2622 / 1.9600 * np.sqrt(10 / 9)),
-        (40, 0.95, 2.0227 / 1.9600 * np.sqrt(40 / 39)),
-        (10, 0.90, 1.8331 / 1.6449 * np.sqrt(10 / 9)),
+        # (n + 1) / n t / z with t from the printed table: 2.2622 at 9, 2.0227 at 39, 1.8331 at 9 (90 %); z = 1.9600, 1.6449
+        (8, 0.95, 9 / 8 * 2.2622 / 1.9600),
+        (38, 0.95, 39 / 38 * 2.0227 / 1.9600),
+        (8, 0.90, 9 / 8 * 1.8331 / 1.6449),
         (1e6, 0.95, 1.0),
     ],
 )
@@ -197,11 +197,23 @@ def test_interval_reach_between_whole_numbers_of_documents_lies_between_theirs()
     assert interval_reach(10, 0.95) > interval_reach(10.4, 0.95) > interval_reach(11, 0.95)
 
 
-def test_interval_ends_by_hand_stretch_the_quantiles_about_the_estimate():
-    # Replicates 0, 1, ..., 100: quantiles at 5 % and 95 % are 5 and 95; estimate 40, so ends 40 - 35 reach and 40 + 55 reach.
+def test_interval_ends_by_hand_stretch_the_quantiles_and_lean_as_they_do():
+    # Replicates 0, 1, ..., 100: quantiles at 5 % and 95 % are 5 and 95, their middle 50; estimate 40: middle 40 + 1.5 x 10.
     reach = interval_reach(7.5, 0.9)
     low, high = interval_ends(np.array([40.0]), np.arange(101.0)[:, None], 7.5, level=0.9)
-    np.testing.assert_allclose([low[0], high[0]], [40 - 35 * reach, 40 + 55 * reach])
+    np.testing.assert_allclose([low[0], high[0]], [55 - 45 * reach, 55 + 45 * reach])
+
+
+def test_replicates_of_documents_without_variance_lie_far_out_and_differences_stay_numbers():
+    # Document c lies on the mean: a resample of c alone (1 in 27) has nothing to explain and counts 1 % of the usual variance.
+    vectors = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.0, 0.0], [0.0, 0.0]])
+    baseline = mean_distance_baseline(vectors, "raw")
+    assert baseline.distances.tolist() == [0.5, 0.5, 0.5, 0.5, 0, 0]
+    curves = [fve_curve(np.full((6, 1), error), list("aabbcc"), baseline) for error in (0.1, 0.2)]
+    lowest = curves[0].replicates.min()
+    assert lowest == pytest.approx(1 - 6 * 0.1 / (0.01 * 2), rel=0.02)  # mean sum of distances over resamples: 2
+    difference = paired_difference(*curves)
+    assert np.isfinite([difference.low, difference.high]).all() and difference.high[0] > 1
 
 
 def test_interval_ends_from_sql_over_stored_float_lists_are_the_same():
@@ -214,8 +226,10 @@ def test_interval_ends_from_sql_over_stored_float_lists_are_the_same():
             "reach": [interval_reach(curve.effective_documents, curve.level)],
         }
     )
-    stretched = "fve + reach * (list_aggregate(replicates::DOUBLE[], 'quantile_cont', [0.025, 0.975])[{}] - fve)"
-    (row,) = duckdb.sql(f"SELECT {stretched.format(1)}, {stretched.format(2)} FROM kept").fetchall()
+    quantiles = "SELECT fve, reach, list_aggregate(replicates::DOUBLE[], 'quantile_cont', [0.025, 0.975]) AS q FROM kept"
+    middle = f"fve + {ASYMMETRY} * ((q[1] + q[2]) / 2 - fve)"
+    ends = f"SELECT {middle} - reach * (q[2] - q[1]) / 2, {middle} + reach * (q[2] - q[1]) / 2 FROM ({quantiles})"
+    (row,) = duckdb.sql(ends).fetchall()
     assert kept.num_rows == 1
     np.testing.assert_allclose(row, [curve.fve_low[0], curve.fve_high[0]], rtol=1e-13)
 
@@ -223,7 +237,7 @@ def test_interval_ends_from_sql_over_stored_float_lists_are_the_same():
 def test_interval_decimals_of_another_seed_change_the_last_one_by_at_most_one():
     documents, vectors, errors = sample(np.random.default_rng(9), num_documents=20)
     baseline = between_documents_baseline(vectors, documents, "raw")
-    for replicates, expected in ((2000, 2), (100_000, 3)):
+    for replicates, expected in ((2000, 2), (200_000, 3)):
         curves = [fve_curve(errors, documents, baseline, ks=[1], num_replicates=replicates, seed=seed) for seed in range(6)]
         ends = np.array([[curve.fve_low[0], curve.fve_high[0]] for curve in curves])
         decimals = {interval_decimals(low, high, replicates) for low, high in ends}
