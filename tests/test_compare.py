@@ -104,7 +104,9 @@ def test_compare_equals_brute_force_over_the_draws(sweep: Sweep) -> None:
     assert row["difference"] == pytest.approx((best[1] - best[0]).sum() / distances.sum())
     assert row["difference"] == pytest.approx(row["fve"] - row["other_fve"])
     reach = interval_reach(effective_documents(cold.documents), 0.95)
-    ends = row["difference"] + reach * (np.quantile(replicates, [0.025, 0.975]) - row["difference"])
+    below, above = np.quantile(replicates, [0.025, 0.975])
+    middle, half = row["difference"] + 1.5 * ((below + above) / 2 - row["difference"]), reach * (above - below) / 2
+    ends = [middle - half, middle + half]
     np.testing.assert_allclose([row["difference_low"], row["difference_high"]], ends, atol=1e-6)
     assert row["band_low"] < row["difference"] < row["band_high"]
     assert (row["num_activations"], row["num_documents"], row["baseline_kind"]) == (40, 7, "between documents")

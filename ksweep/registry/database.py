@@ -41,7 +41,7 @@ from ksweep.files import locked, publish
 from ksweep.identity import canonical_json
 from ksweep.registry import attempts, sweeps
 from ksweep.registry.landing import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, RunRecord, read
-from ksweep.stats.bootstrap import interval_reach
+from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
 
 log = logging.getLogger(__name__)
 
@@ -432,6 +432,7 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     # Not the directories that begin with a dot: those are being written. One of draws/_schema has no rows, and is always there.
     for place, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS}"}.items():
         views = views.replace(f"'{place}'", _quoted(f"{_glob_escaped(root)}/{pattern}"))
+    views = views.replace("'ASYMMETRY'", str(ASYMMETRY))
     connection.execute(views)
     _inherit_comments(connection)
 
@@ -528,7 +529,9 @@ def _sql(name: str) -> str:
 
 def _schema_fingerprint() -> str:
     """Changes with anything that changes what the database would hold: a database made otherwise is built again."""
-    text = "\n".join([_sql("schema.sql"), _sql("views.sql"), repr(SPEC_COLUMNS), str(DRAWS_SCHEMA), str(ACTIVATIONS_SCHEMA)])
+    intervals = str((ASYMMETRY, interval_reach(10.0, 0.95)))
+    schemas = [repr(SPEC_COLUMNS), str(DRAWS_SCHEMA), str(ACTIVATIONS_SCHEMA)]
+    text = "\n".join([_sql("schema.sql"), _sql("views.sql"), *schemas, intervals])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -147,7 +147,7 @@ COMMENT ON COLUMN runs.resources IS 'Where and how it ran, as JSON; never change
 COMMENT ON COLUMN runs.cell_key IS 'Identity of the cell: hash of all that changes its numbers.';
 COMMENT ON COLUMN runs.draws_key IS 'Identity of the draws, shared by cells that differ only in counts and scoring; directory under registry/draws.';
 COMMENT ON COLUMN runs.activations_key IS 'Identity of the activations; directory under vector_cache.';
-COMMENT ON COLUMN runs.interval_reach IS 'How far intervals of this run reach beyond the quantiles of their replicates: end = estimate + interval_reach * (quantile - estimate); more than 1, for few effective documents. NULL for fewer than two documents and for runs landed before replicates were kept.';
+COMMENT ON COLUMN runs.interval_reach IS 'How far intervals of this run reach beyond the quantiles of their replicates, for few effective documents: an end lies interval_reach times half the distance of the quantiles from the middle; see the macro interval_end. NULL for fewer than two documents and for runs landed before replicates were kept.';
 
 CREATE TABLE run_curves (
     run_id VARCHAR NOT NULL,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ksweep.stats.bootstrap import document_weights, interval_ends, replicate_sums
+from ksweep.stats.bootstrap import document_weights, fve_replicates, interval_ends, replicate_sums
 from ksweep.stats.documents import effective_documents, unique_documents
 from ksweep.stats.fve import Baseline, BaselineKind, ScoringKind, comparable_chunks
 
@@ -125,8 +125,10 @@ def group_curves(
         if (its_own := _own_baseline(own, rows, baseline.value)) is not None and its_own.distances is not None:
             of_both.append(("own", its_own, _replicate_means(its_own.distances[:, None], places, drawn)[:, 0]))
         for against, of_rows, denominators in of_both:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                replicates = 1 - errors / denominators[:, None]
+            drew_it = ~np.isnan(errors).any(axis=1)
+            replicates = np.full(errors.shape, np.nan)
+            if drew_it.any():
+                replicates[drew_it] = fve_replicates(errors[drew_it], denominators[drew_it])
             of_group = (best[rows], all_failed[rows], membership[rows], replicates)
             found.append(_group_curve(name, against, of_rows, ks, *of_group, level))
     return found

@@ -101,7 +101,7 @@ def test_an_fve_is_the_same_in_show_curves_groups_and_charts(real: Real) -> None
         if "fve_low" in row
     }
     [whole] = [row for row in told["groups"] if row["breakdown"] == "all"]
-    assert [whole["fve"], whole["fve_low"], whole["fve_high"]] == pytest.approx(landed[8], abs=1e-6)  # curves keep 32 bits
+    assert [whole["fve"], whole["fve_low"], whole["fve_high"]] == pytest.approx(landed[8], abs=EXACT)
     for k, values in landed.items():
         assert again[k] == pytest.approx(values, abs=EXACT)
         assert any(point == pytest.approx((k, *values), abs=EXACT) for point in drawn), k

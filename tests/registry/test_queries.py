@@ -51,8 +51,9 @@ def paired(real: Real, a: tuple[float, int], b: tuple[float, int]) -> tuple[floa
     estimate = real.fve(*a) - real.fve(*b)
     sizes = np.unique(real.documents(), return_counts=True)[1]
     reach = interval_reach(sizes.sum() ** 2 / np.square(sizes).sum(), 0.95)
-    low, high = np.quantile(replicates(real, *a) - replicates(real, *b), [0.025, 0.975])
-    return estimate, estimate + reach * (low - estimate), estimate + reach * (high - estimate)
+    below, above = np.quantile(replicates(real, *a) - replicates(real, *b), [0.025, 0.975])
+    middle, half = estimate + 1.5 * ((below + above) / 2 - estimate), reach * (above - below) / 2
+    return estimate, middle - half, middle + half
 
 
 def is_paired(found: tuple[Any, ...], real: Real, a: tuple[float, int], b: tuple[float, int]) -> bool:
