@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ksweep.autoencoder.decoding import Draw, Order
     from ksweep.explain import UnitWork
     from ksweep.keys import Keys
+    from ksweep.notes import Note
     from ksweep.spec import Cell
 
 
@@ -42,6 +43,8 @@ class Begun:
     """[activation, draw] what need not be drawn for it: it is there, or an earlier cell of the job draws it."""
     units: list[Unit]
     """What is to be drawn for it."""
+    notes: tuple[Note, ...] = ()
+    """What checks of its checkpoints and activations say."""
     done: int = 0
     """Draws that this rank has finished."""
     unpublished: int = 0

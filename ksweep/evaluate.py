@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ksweep.draws import DrawsStore, units_of
 from ksweep.errors import DataError, RunError
 from ksweep.explain import UnitWork
 from ksweep.keys import Keys, cell_keys, complete, inspect_file, inspect_pair
+from ksweep.notes import Note, notes_of
 from ksweep.ranks import Ranks, Stopped
 from ksweep.recording import land, measure
 from ksweep.spec import Activations, Autoencoder, Cell, cell_from_dict
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NORMS_LOOKED_AT = 2048
+"""Activations whose lengths are compared with those of the training."""
 LISTING_SECONDS = 90.0
 """NFS remembers the listing of a directory for up to 60 s (acdirmax), whatever other nodes do in it meanwhile."""
 
@@ -168,7 +171,9 @@ def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_
         raise DataError(f"text or model of {keys.name} changed while it was begun: run again to use them as they are now")
     store = DrawsStore(place.registry / "draws", keys.draws)
     wanted = (len(vectors), cell.sampling.effective_num_draws)
+    notes = (*notes_of(keys, vectors), *_norm_notes(cell, vectors))
     if ranks.rank == 0:
+        _log_notes(keys, notes)
         store.set_damaged_aside(*wanted)
         store.describe(keys.identity)
     ranks.barrier()
@@ -176,7 +181,22 @@ def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_
     for other in earlier:
         if other.keys.draws == keys.draws:
             before[: other.before.shape[0], : other.before.shape[1]] = True
-    return Begun(cell, keys, clock, vectors, store, before, units_of(before))
+    return Begun(cell, keys, clock, vectors, store, before, units_of(before), notes)
+
+
+def _norm_notes(cell: Cell, vectors: ActivationTable) -> Iterator[Note]:
+    """What the lengths of the first activations say."""
+    from ksweep.autoencoder.norms import norm_notes, training_norm
+
+    is_pair = cell.autoencoder.checkpoint is None
+    trained = training_norm(*inspect_pair(cell.autoencoder)) if is_pair else None
+    source = cell.activations.vectors or f"{cell.activations.model} on {cell.activations.text}"
+    return norm_notes(vectors.vectors(0, min(len(vectors), NORMS_LOOKED_AT)), trained, source)
+
+
+def _log_notes(keys: Keys, notes: Iterable[Note]) -> None:
+    for note in notes:
+        log.warning("%s: %s: %s", keys.name, note.about, note.text)
 
 
 def _activations(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) -> ActivationTable:
@@ -203,6 +223,10 @@ def _work(missing: Sequence[Begun], place: Place, ranks: Ranks, models: Models, 
     with first.clock("loading"):
         ranks.report(f"{first.keys.label}: loading models", 0, 0)
         av, ar = models.verbalizer(autoencoder), models.reconstructor(autoencoder)
+    if ranks.rank == 0:
+        for cell in missing:
+            cell.store.keep_notes(notes_of(av, ar))
+        _log_notes(first.keys, notes_of(av, ar))
     return {
         one: UnitWork(one.cell.sampling, one.vectors, av, ar, place.batch_size, ranks.devices[0], autoencoder.scoring_kind)
         for one in missing
@@ -244,8 +268,7 @@ class _Landing:
                 )
             found = measure(one.cell, one.vectors, one.store, draws, _empty_text(one.cell, one.store, self.models))
             evaluated.describe(self.place.registry, one.vectors, one.cell.autoencoder.scoring_kind)
-            for note in found.reference.notes:
-                log.warning("%s: %s", one.keys.name, note)
+            _log_notes(one.keys, found.reference.notes)
         one.clock.take(self.together, self._share(one, draws))
         numerics = self.models.numerics(one.cell.sampling.max_new_tokens)
         self.landed.append(land(one, self.place, self.ranks, found, draws, numerics))

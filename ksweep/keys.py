@@ -20,6 +20,7 @@ from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, in
 from ksweep.errors import DataError, SpecError
 from ksweep.files import HUB_ID, resolve
 from ksweep.identity import fingerprint
+from ksweep.notes import Note, notes_of
 from ksweep.spec import Autoencoder, Cell, Sampling
 
 if TYPE_CHECKING:
@@ -46,12 +47,17 @@ class Keys:
     cell: str
     layer: int
     label: str
+    """What tells the cell from the others of its sweep ("temperature=0.8"); of a cell by itself, what it is."""
     identity: dict[str, Any]
+    notes: tuple[Note, ...] = ()
+    """What the checks of checkpoints and activations say that refuse nothing."""
+    title: str = ""
+    """What the cells of its sweep share, and the label: "demo L20 temperature=0.8". Empty: the label is all."""
 
     @property
     def name(self) -> str:
-        """What a person reads in tables: the label, and enough of the key to be unique."""
-        return f"{self.label} @{self.cell[:8]}"
+        """What a person reads in tables: the title, and enough of the key to be unique."""
+        return f"{self.title or self.label} @{self.cell[:8]}"
 
 
 def cell_keys(cell: Cell) -> Keys:
@@ -61,7 +67,7 @@ def cell_keys(cell: Cell) -> Keys:
         CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
     """
     cell = complete(cell)
-    layer, digests = _layer_and_digests(cell)
+    layer, digests, notes = _layer_and_digests(cell)
     activations, identity = activations_key(cell.activations, layer)
     draws = {
         "activations": activations,
@@ -84,7 +90,7 @@ def cell_keys(cell: Cell) -> Keys:
         "scoring": _scoring_identity(cell),
     }
     identity = {"activations": identity, "draws": draws, "layer": layer}
-    return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity)
+    return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity, notes)
 
 
 def _scoring_identity(cell: Cell) -> dict[str, Any]:
@@ -138,12 +144,12 @@ def inspect_file(autoencoder: Autoencoder) -> TaeInfo:
     return info
 
 
-def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
-    """The layer that the vectors are of, and what stands for AV and AR in the identity of draws."""
+def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...]]:
+    """The layer that the vectors are of, what stands for AV and AR in the identity of draws, and what was noted of them."""
     if cell.autoencoder.checkpoint is None:
         av, ar = inspect_pair(cell.autoencoder)
         _check_activations(cell, av, ar)
-        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar)}
+        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar)}, notes_of(av, ar)
     from ksweep.autoencoder.tae_file import digest_tae
 
     info = inspect_file(cell.autoencoder)
@@ -155,7 +161,7 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
     _check_width(cell, info)
     if cell.activations.vectors is not None:
         _check_vectors_suffice(cell.activations.vectors, info)
-    return info.layer, {"checkpoint": digest_tae(info)}
+    return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info)
 
 
 def _check_width(cell: Cell, info: TaeInfo) -> None:

@@ -126,7 +126,7 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
         baseline_kind=first["baseline_kind"],
         baseline_num_activations=first["num_activations"] if first["baseline_kind"] == "evaluated set" else None,
         **found.tokens,
-        notes=reference.notes,
+        notes=tuple(dict.fromkeys((*begun.notes, *begun.store.notes, *reference.notes))),
     )
     raw = cell.autoencoder.scoring_kind == "raw"
     landing.land(

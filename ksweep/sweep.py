@@ -20,12 +20,15 @@ from ksweep.launch import states, submission
 from ksweep.launch import submit as launch
 from ksweep.launch.plan import Step
 from ksweep.launch.slurm import SlurmError
+from ksweep.notes import notes_of
 from ksweep.orders import groups, logs_of
 from ksweep.overrides import given_settings, lay_over
 from ksweep.planning import refuse_full_disk, refuse_places, steps_of
 from ksweep.registry import sweeps
 from ksweep.registry.questions import finished_runs
 from ksweep.spec import Cell, Sweep
+
+log = logging.getLogger(__name__)
 
 
 def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
@@ -66,6 +69,8 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
             silence = error
     cells = complete_all(sweep.cells())
     keys = [cell_keys(cell) for cell in cells]
+    for note in notes_of(*keys):
+        log.warning("%s: %s", note.about, note.text)
     if silence is not None:
         return _without_slurm(sweep, cells, keys, options, silence)
     if options.dry_run:

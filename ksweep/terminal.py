@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,6 +175,8 @@ def show(sweep: Sweep, keys: Sequence[Keys], *, computed: int, charts: bool) -> 
     out.print(_controls_line(controls_of(registry, labels)))
     for line in warnings(table):
         out.print(f"warning: {line}")
+    for line in noted(table.to_pylist()):
+        out.print(Text(f"note on {line}"))
     if charts:
         for path in write_charts(sweep, table, registry / "charts" / sweep.name):
             out.print(f"chart: {path}", soft_wrap=True)
@@ -261,6 +263,19 @@ def warnings(curves: pa.Table) -> list[str]:
         if row["num_documents"] is not None and row["num_documents"] < FEW_DOCUMENTS:
             lines.append(f"{label}: {row['num_documents']} documents are few for a bootstrap over documents; intervals are rough")
     return lines
+
+
+def noted(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each note of some runs once, with its subject, and the labels of its runs where not all have it."""
+    of: dict[tuple[str, str], list[str]] = {}
+    labels = dict.fromkeys(row["label"] for row in rows)
+    for row in {row["label"]: row for row in rows}.values():
+        for note in row.get("notes") or ():
+            of.setdefault((note["about"], note["text"]), []).append(row["label"])
+    return [
+        f"{about}: {text}" if len(having) == len(labels) else f"{about} ({', '.join(having)}): {text}"
+        for (about, text), having in of.items()
+    ]
 
 
 def _controls_line(controls: pa.Table) -> str:

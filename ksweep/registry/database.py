@@ -371,6 +371,7 @@ def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
     row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages")}
     row |= {column: _role_counts(getattr(record, name)) for column, name in ROLE_COLUMNS.items()}
     row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
+    row["notes"] = [asdict(note) for note in record.notes]
     row["t_quantile"] = _t_quantile(record.num_documents)
     row["num_failed_draws"] = sum(record.failures.values()) if record.status == "finished" else None
     return pa.table([pa.array([row[f.name]], f.type) for f in schema], schema=schema)

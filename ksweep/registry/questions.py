@@ -165,7 +165,7 @@ def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
         connection.register("wanted_cells", wanted)
         return connection.sql(
             """
-            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction, r.cjk_fraction
+            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction, r.cjk_fraction, r.notes
             FROM wanted_cells AS w JOIN curves AS c USING (cell_key) JOIN runs AS r USING (run_id) ORDER BY w.place, c.k
             """
         ).to_arrow_table()

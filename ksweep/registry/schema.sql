@@ -57,7 +57,7 @@ CREATE TABLE runs (
     tokens_per_second DOUBLE,
     token_roles MAP(VARCHAR, BIGINT),
     selected_token_roles MAP(VARCHAR, BIGINT),
-    notes VARCHAR[],
+    notes STRUCT(about VARCHAR, text VARCHAR)[],
     seconds MAP(VARCHAR, DOUBLE),
     job VARCHAR,
     start INTEGER,
@@ -123,7 +123,7 @@ COMMENT ON COLUMN runs.num_tokens_sampled IS 'Tokens that this run sampled.';
 COMMENT ON COLUMN runs.tokens_per_second IS 'Tokens sampled per second of sampling, all ranks together.';
 COMMENT ON COLUMN runs.token_roles IS 'Tokens by role (user, assistant, system, special, other, pad, and their total) in all rows of text that were looked at; NULL where no chat format is known.';
 COMMENT ON COLUMN runs.selected_token_roles IS 'The same over the evaluated positions. Shares: v_token_roles.';
-COMMENT ON COLUMN runs.notes IS 'Why something is not known that could have been: quantities of the reference sweep without stored reconstructions.';
+COMMENT ON COLUMN runs.notes IS 'What checks say about the run without refusing it, each with its subject (norms, base model, layer, precision, prompt, checkpoint, text), and why something is not known that could have been (reference quantities). One row a note: select run_id, unnest(notes, recursive := true) from runs.';
 COMMENT ON COLUMN runs.seconds IS 'Wall-clock seconds by phase: seconds[''sampling''].';
 COMMENT ON COLUMN runs.job IS 'Job that the run was part of; what each of its ranks left: attempts. NULL for imported runs and those of older versions.';
 COMMENT ON COLUMN runs.start IS 'Start of the job in which the run ended, 0-based.';

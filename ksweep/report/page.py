@@ -19,7 +19,7 @@ from ksweep.errors import RequestError
 from ksweep.files import publish
 from ksweep.report.facts import Facts, Row, facts_of
 from ksweep.report.verdict import answer, difference, largest_common_k, ranked, with_interval, without_winners_curse
-from ksweep.terminal import SHOWN_KS, warnings
+from ksweep.terminal import SHOWN_KS, noted, warnings
 
 GOOD, BAD = (0, 114, 178), (213, 94, 0)
 """Blue and vermilion of Okabe and Ito: better and worse than the mean vector would be."""
@@ -67,6 +67,7 @@ def page(facts: Facts, held_out: str = "") -> str:
         differences=difference_table(facts),
         controls=control_table(facts),
         warnings=warnings(facts.curves),
+        notes=noted(facts.runs),
         charts={name: json.dumps(chart.to_dict()).replace("</", "<\\/") for name, chart in drawn(facts).items()},
         chart_scripts=_chart_scripts(),
         table_scripts=_table_scripts(),
