@@ -88,10 +88,18 @@ class Models:
         """How this rank's AV is computed in texts of that length, for the record; nothing where it was not needed."""
         if self._av is None:
             return {}
+        import torch
+
         from ksweep.autoencoder import graphs, slots
 
         model, length = self._av.model, self._av.prompt_length + max_new_tokens
-        return slots.numerics(model, length) | {"cuda_graphs": graphs.state(model) if slots.fits(model, length) else "off"}
+        fits = slots.fits(model, length)
+        threads = {"threads": str(torch.get_num_threads())} if model.device.type == "cpu" else {}
+        return slots.numerics(model, length) | threads | {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "sampler": "slots" if fits else "plain",
+            "cuda_graphs": graphs.state(model) if fits else "off",
+        }  # fmt: skip
 
     def _load_verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
         from ksweep.autoencoder import nla, tae
@@ -147,11 +155,12 @@ def evaluate(cells: Sequence[Cell], place: Place, ranks: Ranks, models: Models) 
     for cell in cells:
         begun.append(_begin(cell, begun, place, ranks, at_hand))
     ranks.barrier()  # nobody publishes before everyone has counted
-    landing = _Landing(list(begun), place, ranks, models, at_hand, together)
+    drawing = Drawing({}, place.batch_size, ranks, at_hand)
+    landing = _Landing(list(begun), place, ranks, models, drawing, at_hand, together)
     try:
         landing.whole_ones()
-        work = _work([cell for cell in begun if cell.units], place, ranks, models, at_hand)
-        for _ in together.each("drawing", Drawing(work, place.batch_size, ranks, at_hand).run(place.order)):
+        drawing.work = _work([cell for cell in begun if cell.units], place, ranks, models, at_hand)
+        for _ in together.each("drawing", drawing.run(place.order)):
             landing.whole_ones()
         with together("waiting"):
             ranks.barrier()
@@ -241,6 +250,7 @@ class _Landing:
     place: Place
     ranks: Ranks
     models: Models
+    drawing: Drawing
     at_hand: AtHand
     together: Clock
     """What the cells that wait have spent together."""
@@ -270,8 +280,8 @@ class _Landing:
             evaluated.describe(self.place.registry, one.vectors, one.cell.autoencoder.scoring_kind)
             _log_notes(one.keys, found.reference.notes)
         one.clock.take(self.together, self._share(one, draws))
-        numerics = self.models.numerics(one.cell.sampling.max_new_tokens)
-        self.landed.append(land(one, self.place, self.ranks, found, draws, numerics))
+        engine = (self.models.numerics(one.cell.sampling.max_new_tokens) | self.drawing.batches()) if one.units else {}
+        self.landed.append(land(one, self.place, self.ranks, found, draws, engine))
         self.waiting.remove(one)
 
     def _share(self, one: Begun, draws: pa.Table) -> float:

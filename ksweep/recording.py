@@ -82,7 +82,7 @@ def _token_stats(vectors: ActivationTable, roles: list[str | None]) -> dict[str,
     return found
 
 
-def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Table, numerics: dict[str, str]) -> str:
+def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Table, engine: dict[str, str]) -> str:
     """Land the run of a cell; its id."""
     from ksweep.registry import landing
 
@@ -94,7 +94,8 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
     here = provenance()
     record = landing.RunRecord(
         **_identity(cell, keys),
-        **_asked(place.sweep, place.resources, {**here, **place.origin}, numerics),
+        **_asked(place.sweep, place.resources, {**here, **place.origin}),
+        engine=engine,
         status="finished",
         job=ranks.job or None,
         start=ranks.start,
@@ -143,17 +144,15 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
     return record.run_id
 
 
-def _asked(
-    sweep: str, resources: dict[str, Any], origin: dict[str, Any], numerics: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """Who asked, for what, with which code, and how that code was told to compute."""
+def _asked(sweep: str, resources: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+    """Who asked, for what, and with which code."""
     return {
         "sweep": sweep,
         "resources": resources,
         "git_commit": origin.get("git_commit"),
         "git_dirty": origin.get("git_dirty"),
         "argv": tuple(origin.get("argv", ())),
-        "packages": origin.get("packages", {}) | (numerics or {}),
+        "packages": origin.get("packages", {}),
     }
 
 

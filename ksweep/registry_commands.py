@@ -127,6 +127,7 @@ def show(
     facts = told["run"]
     _section("run", [{"": name, " ": _brief(name, facts[name])} for name in SHOWN_RUN if facts[name] not in (None, [])])
     _section("notes", facts["notes"] or [])
+    _section("engine", [{"": name, " ": value} for name, value in (facts["engine"] or {}).items()])
     _section("spec", [{"": name, " ": value} for name, value in flat(told["spec"]) if value is not None])
     if facts["error_type"]:
         console().print(Text(f"{facts['error_type']}: {facts['error_message']}"))

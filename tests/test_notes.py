@@ -201,3 +201,52 @@ def test_records_with_plain_notes_or_none_stay_readable(tmp_path: Path) -> None:
         found = dict(connection.execute("SELECT run_id, notes FROM runs").fetchall())
     assert found["older"] == [] and found["new"] == [{"about": "layer", "text": "x"}]
     assert found["old"][0]["text"] == "variance_recovery is not known"
+
+
+# --- how draws were computed ---
+
+
+def engines(sweep: Sweep) -> list[dict[str, str]]:
+    with connect(sweep.registry) as connection:
+        return [engine for (engine,) in connection.execute("SELECT engine FROM runs ORDER BY run_id").fetchall()]
+
+
+def test_a_run_says_batch_settings_threads_and_dtype_of_the_draws_it_sampled(sweep: Sweep) -> None:
+    assert run(sweep, "sampling.temperature=0.7", "batch_size=7") == 0
+    assert run(sweep, "sampling.temperature=0.7", "scoring.seed=1") == 0
+    assert run(sweep, "sampling.temperature=1.3", "autoencoder.dtype=bfloat16") == 0
+    asked, reused, free = engines(sweep)
+    assert reused == {}, "nothing was sampled"
+    assert asked["batch_size"] == asked["draws_in_flight"] == asked["texts_at_once"] == "7" and asked["dtype"] == "float32"
+    assert free["batch_size"] == "auto" and free["draws_in_flight"] == str(40 * 8) and free["dtype"] == "bfloat16"
+    for engine in (asked, free):
+        assert engine["threads"] == str(torch.get_num_threads()) and engine["sampler"] == "slots"
+        assert {"attention", "tf32", "cuda_graphs", "prompts_at_once"} <= engine.keys()
+
+
+def test_a_batch_that_was_halved_for_memory_says_both_sizes(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ksweep.autoencoder.slots import SlotCache
+
+    whole = SlotCache.__init__
+
+    def small(self: SlotCache, *arguments: Any, **named: Any) -> None:
+        if arguments[2] > 100:
+            raise torch.OutOfMemoryError("out of memory: only a hundred slots here")
+        whole(self, *arguments, **named)
+
+    monkeypatch.setattr(SlotCache, "__init__", small)
+    assert run(sweep, "sampling.temperature=0.7") == 0
+    [engine] = engines(sweep)
+    assert engine["draws_in_flight"] == "320 then 160 then 80" and engine["batch_size"] == "auto"
+
+
+def test_records_that_kept_the_engine_among_the_packages_are_read_as_if_they_had_one(tmp_path: Path) -> None:
+    land(tmp_path, record_of("old", temperature=0.7), curve_of())
+    record = tmp_path / "landing" / "old" / "record.json"
+    value = json.loads(record.read_text())
+    del value["engine"]
+    value["packages"] = {"torch": "2.9", "attention": "sdpa", "tf32": "off", "cuda_graphs": "on"}
+    record.write_text(json.dumps(value))
+    with connect(tmp_path) as connection:
+        [(packages, engine)] = connection.execute("SELECT packages, engine FROM runs").fetchall()
+    assert packages == {"torch": "2.9"} and engine == {"attention": "sdpa", "tf32": "off", "cuda_graphs": "on"}

@@ -368,7 +368,7 @@ def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
     row = {f.name: getattr(record, f.name, None) for f in schema}
     row |= {column: _at(record.spec, path) for column, path in SPEC_COLUMNS.items()}
     row |= {name: getattr(record, name).replace(tzinfo=None) for name in ("started", "finished")}
-    row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages")}
+    row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages", "engine")}
     row |= {column: _role_counts(getattr(record, name)) for column, name in ROLE_COLUMNS.items()}
     row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
     row["notes"] = [asdict(note) for note in record.notes]

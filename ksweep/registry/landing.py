@@ -90,6 +90,8 @@ class RunRecord:
     argv: tuple[str, ...] = ()
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions by package name."""
+    engine: Mapping[str, str] = field(default_factory=dict)
+    """How the draws that this run sampled were computed, where it can change those of bfloat16: see runs.engine in schema.sql."""
 
     num_activations: int | None = None
     num_documents: int | None = None
@@ -149,6 +151,10 @@ class RunRecord:
         """The record of a parsed record.json; keys that this version does not know are left out."""
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
         known |= {name: tuple(known[name]) for name in ("argv", "tracebacks") if name in known}
+        # Earlier versions kept these among the packages.
+        packages, engine = dict(known.get("packages", {})), dict(known.get("engine", {}))
+        engine |= {name: packages.pop(name) for name in ("attention", "tf32", "cuda_graphs") if name in packages}
+        known |= {"packages": packages, "engine": engine}
         known |= {"notes": tuple(map(_note, known.get("notes", ())))}
         known |= {name: datetime.fromisoformat(known[name]) for name in ("started", "finished") if name in known}
         if "error_class" not in known and known.get("error_type"):  # written when one field held either

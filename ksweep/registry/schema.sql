@@ -72,6 +72,7 @@ CREATE TABLE runs (
     git_dirty BOOLEAN,
     argv VARCHAR[],
     packages MAP(VARCHAR, VARCHAR),
+    engine MAP(VARCHAR, VARCHAR),
     spec JSON NOT NULL,
     resources JSON,
     cell_key VARCHAR NOT NULL,
@@ -137,9 +138,10 @@ COMMENT ON COLUMN runs.num_ranks IS 'Processes that shared the work.';
 COMMENT ON COLUMN runs.git_commit IS 'Commit of the code that ran.';
 COMMENT ON COLUMN runs.git_dirty IS 'Whether tracked files differed from the commit.';
 COMMENT ON COLUMN runs.argv IS 'Command line that started the sweep.';
-COMMENT ON COLUMN runs.packages IS 'Versions by package, and how the AV was computed: packages[''torch''], packages[''attention''], packages[''cuda_graphs''].';
+COMMENT ON COLUMN runs.packages IS 'Versions by package: packages[''torch''].';
+COMMENT ON COLUMN runs.engine IS 'How the draws that this run sampled were computed on rank 0: dtype, attention, tf32, cuda_graphs, sampler (slots, or plain where a cache does not lie in them), threads (CPU), batch_size (asked; auto: as memory allows), draws_in_flight, prompts_at_once, texts_at_once (scored). In float32 none of them changes a draw; in bfloat16 each may change which of two nearly tied tokens is taken. Empty where all draws were there.';
 COMMENT ON COLUMN runs.spec IS 'The cell as JSON, everything that changes its numbers: spec->>''$.sampling.temperature''.';
-COMMENT ON COLUMN runs.resources IS 'Where and how it ran, as JSON; never changes the numbers.';
+COMMENT ON COLUMN runs.resources IS 'Where and how it was asked to run, as JSON; no part of any identity. In float32 it changes no number; in bfloat16 batch_size may change draws that are not stored yet: see engine.';
 COMMENT ON COLUMN runs.cell_key IS 'Identity of the cell: hash of all that changes its numbers.';
 COMMENT ON COLUMN runs.draws_key IS 'Identity of the draws, shared by cells that differ only in counts and scoring; directory under registry/draws.';
 COMMENT ON COLUMN runs.activations_key IS 'Identity of the activations; directory under vector_cache.';

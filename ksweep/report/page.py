@@ -72,7 +72,8 @@ def page(facts: Facts, held_out: str = "") -> str:
         chart_scripts=_chart_scripts(),
         table_scripts=_table_scripts(),
         explanations=explanation_table(facts.explanations),
-        packages=_common_packages(facts.runs),
+        packages=_of_runs(facts.runs, "packages"),
+        engine=_of_runs(facts.runs, "engine"),
     )
 
 
@@ -258,11 +259,11 @@ def words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _common_packages(runs: Iterable[Row]) -> dict[str, str]:
-    """Versions by package; several where cells were run with different ones."""
+def _of_runs(runs: Iterable[Row], column: str) -> dict[str, str]:
+    """What a column of names and values says of the runs; several values where cells were run with different ones."""
     found: dict[str, set[str]] = {}
     for run in runs:
-        for name, version in dict(run["packages"] or {}).items():
+        for name, version in dict(run[column] or {}).items():
             if version is not None:  # not installed there
                 found.setdefault(name, set()).add(version)
     return {name: ", ".join(sorted(versions)) for name, versions in sorted(found.items())}
