@@ -208,7 +208,7 @@ COMMENT ON VIEW draws IS 'One row per draw: a sampled explanation and its score,
 COMMENT ON COLUMN draws.cell IS 'Newest finished cell that used these draws; NULL while none has finished. Cells that differ only in counts or scoring share draws.';
 COMMENT ON COLUMN draws.draws_key IS 'Identity of the draws: directory under registry/draws.';
 COMMENT ON COLUMN draws.activation IS 'Index of the activation within its store, 0-based; a cell over N activations uses the first N.';
-COMMENT ON COLUMN draws.draw IS 'Index of the draw, 0-based; the same draw whatever the number of ranks. A cell of N draws uses the first N.';
+COMMENT ON COLUMN draws.draw IS 'Index of the draw, 0-based. In float32 the same draw for every batch size and number of ranks; in bfloat16 rounding may flip near ties (runs.engine). A cell of N draws uses the first N.';
 COMMENT ON COLUMN draws.rank IS 'Place of the draw by error among all stored draws of its activation, 1 is best; failed draws come last.';
 COMMENT ON COLUMN draws.error IS 'Error of the reconstruction; NLA pairs: 2 (1 - cosine). NULL when the draw failed.';
 COMMENT ON COLUMN draws.cosine IS 'Cosine of the reconstruction with its activation; NULL when the draw failed.';
