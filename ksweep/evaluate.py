@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ksweep.explain import UnitWork
 from ksweep.keys import Keys, cell_keys, complete, inspect_file, inspect_pair
 from ksweep.notes import Note, notes_of
 from ksweep.ranks import Ranks, Stopped
-from ksweep.recording import land, measure
+from ksweep.recording import land, measure, names_in
 from ksweep.spec import Activations, Autoencoder, Cell, cell_from_dict
 from ksweep.summary import SUMMARISED
 
@@ -50,6 +50,8 @@ class Place:
     resources: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
     """Provenance of the launcher: its commit and command."""
+    names: Mapping[Cell, tuple[str, str]] = field(default_factory=dict)
+    """Label and title of cells in the sweep, where one asked for them."""
     order: int = 0
     """Seed of the order in which a job takes the missing units: another for each job, the same for its ranks."""
 
@@ -130,6 +132,7 @@ def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
         resources=argument["resources"],
         origin=argument["origin"],
         order=argument.get("order", 0),
+        names=names_in(argument),
     )
     models = Models(ranks.devices)
     groups = in_groups([cell_from_dict(value) for value in argument["cells"]])
@@ -172,8 +175,8 @@ def evaluate(cells: Sequence[Cell], place: Place, ranks: Ranks, models: Models) 
 
 def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_hand: AtHand) -> Begun:
     """A cell with its activations, and what is left to draw for it once the earlier cells of its group have their draws."""
-    clock, cell = Clock(), complete(cell)
-    keys = cell_keys(cell)
+    clock, names, cell = Clock(), place.names.get(cell), complete(cell)
+    keys = cell_keys(cell) if names is None else cell_keys(cell).called(*names)
     at_hand.turn_to(keys, clock)
     vectors = _activations(cell, keys, place, ranks, clock)
     if vectors.key != keys.activations:

@@ -172,6 +172,12 @@ def _identity(cell: Cell, keys: Keys) -> dict[str, Any]:
     }
 
 
+def names_in(argument: dict[str, Any]) -> dict[Cell, tuple[str, str]]:
+    """Label and title of each cell of a job; none in jobs of earlier versions."""
+    names = argument.get("names", ())
+    return {cell_from_dict(cell): (label, title) for cell, (label, title) in zip(argument["cells"], names, strict=False)}
+
+
 def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **told: Any) -> None:
     """Land the run of a job that ended before its time; it says nothing itself, because no rank knows how the others ended.
 
@@ -189,7 +195,8 @@ def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **tol
         return
     origin = argument.get("origin", {})
     known = cell_from_dict(argument["cells"][cell])
-    keys = cell_keys(known)
+    names = names_in(argument).get(known)
+    keys = cell_keys(known) if names is None else cell_keys(known).called(*names)
     identity = _identity(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
     if (registry / "landing" / identity["run_id"]).exists():
         return

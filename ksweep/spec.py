@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ksweep.errors import SpecError
+from ksweep.naming import repeated, short_names
 
 if TYPE_CHECKING:
     from ksweep.stats import ScoringKind
@@ -262,6 +262,9 @@ class Cell:
         return tuple(k for k in asked if k <= n) or (1,)
 
 
+PATHS = ("av", "ar", "checkpoint", "base", "model", "text", "vectors")
+"""Fields of a cell that hold a path or a hub id."""
+
 LONGEST_PLAIN_MINUTES = 7 * 24 * 60
 
 
@@ -443,16 +446,18 @@ class Sweep:
         return out
 
     def labels(self) -> list[str]:
-        """What tells the cells of this sweep apart, for legends: "temperature=0.5"."""
-        names = list(self.axes)
+        """What tells the cells of this sweep apart, for legends: "temperature=0.5", "ar=untrained"."""
+        fields_of = _axis_names(list(self.axes))
+        texts = {path: _axis_texts(fields_of[path], values) for path, values in self.axes.items()}
         labels: dict[Cell, str] = {}
-        for values in itertools.product(*self.axes.values()):
+        for places in itertools.product(*(range(len(values)) for values in self.axes.values())):
             cell = self.cell
-            for path, value in zip(names, values, strict=True):
-                cell = replace_at(cell, path, value)
-            label = ", ".join(f"{path.rpartition('.')[2]}={_short(v)}" for path, v in zip(names, values, strict=True))
+            for (path, values), place in zip(self.axes.items(), places, strict=True):
+                cell = replace_at(cell, path, values[place])
+            label = ", ".join(filter(None, (texts[path][place] for path, place in zip(self.axes, places, strict=True))))
             labels.setdefault(cell, label or self.name)
-        return _unique(list(labels.values()), list(labels))
+        again = repeated(list(labels.values()))
+        return [f"{text} #{i}" if text in again else text for i, text in enumerate(labels.values())]
 
 
 def cell_from_dict(value: Mapping[str, Any]) -> Cell:
@@ -478,27 +483,40 @@ def replace_at(spec: Any, path: str, value: Any) -> Any:
     return replace(spec, **{head: changed})  # type: ignore[type-var]
 
 
-def _unique(labels: list[str], cells: list[Cell]) -> list[str]:
-    """Labels that tell cells apart: where pairs share a short name, what differs in their paths is added, then a number."""
-    for role in ("ar", "av", "checkpoint"):
-        paths = [str(getattr(c.autoencoder, role)) for c in cells]
-        if len(set(labels)) < len(labels) and len(set(paths)) > 1:
-            shared = len(os.path.commonpath(paths)) + 1 if all(p.startswith("/") for p in paths) else 0
-            labels = [f"{text}, {role}={path[shared:]}" for text, path in zip(labels, paths, strict=True)]
-    if len(set(labels)) < len(labels):
-        labels = [f"{text} #{i}" for i, text in enumerate(labels)]
-    return labels
+def _axis_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted path; all of it where two end alike."""
+    last = [path.rpartition(".")[2] for path in paths]
+    again = repeated(last)
+    return {path: path if name in again else name for path, name in zip(paths, last, strict=True)}
+
+
+def _axis_texts(name: str, values: Sequence[Any]) -> list[str]:
+    """What tells the values of an axis apart: numbers and words themselves, of whole parts of a cell the fields that differ."""
+    if not all(is_dataclass(value) for value in values):
+        return [f"{name}={text}" for text in _value_texts(name, values)]
+    if all(isinstance(value, Autoencoder) for value in values):
+        sources = short_names([value.source for value in values])
+        if len(set(sources)) == len(set(values)):
+            return [f"{name}={source}" for source in sources]
+    parts: list[list[str]] = [[] for _ in values]
+    for field_name in (f.name for f in fields(values[0])):
+        column = [getattr(value, field_name) for value in values]
+        for at, (value, text) in enumerate(zip(column, _value_texts(field_name, column), strict=True)):
+            parts[at] += [f"{field_name}={text}"] if value is not None and len(set(column)) > 1 else []
+    return [", ".join(part) for part in parts]
+
+
+def _value_texts(name: str, values: Sequence[Any]) -> list[str]:
+    """Values as short as tells them apart; paths by their last parts."""
+    if name.rpartition(".")[2] in PATHS:
+        known = [value for value in values if value is not None]
+        texts = dict(zip(known, short_names(known), strict=True)) if known else {}
+        return [texts.get(value, str(value)) for value in values]
+    return [f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value) for value in values]
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Autoencoder):
-        parts = value.source.rstrip("/").split("/")
-        return parts[-2] if parts[-1] == "av" and len(parts) > 1 else parts[-1]
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _one_of(name: str, value: object, options: Any) -> None:

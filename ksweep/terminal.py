@@ -87,7 +87,7 @@ def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, out: Console) ->
         numbers += [f"{step.draws_to_sample:,}", bytes_text(step.draw_bytes + step.activation_bytes), _time(step.seconds, gpus)]
         if step.state != "missing":
             numbers = [""] * len(numbers)
-        table.add_row(f"{step.label} {key}" if wide else f"{step.label}\n{key}", step.state, step.reason, *numbers)
+        table.add_row(f"{step.title} {key}" if wide else f"{step.title}\n{key}", step.state, step.reason, *numbers)
     return table
 
 
@@ -147,7 +147,7 @@ def _time(seconds: float | None, gpus: int) -> str:
 def say_failed(steps: Sequence[Step]) -> None:
     """Cells that failed and are not run again unasked."""
     for step in steps:
-        print(f"failed: {step.label} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
+        print(f"failed: {step.title} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
 
 
 def say_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attached: int) -> None:

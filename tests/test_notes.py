@@ -46,7 +46,7 @@ def sweep(pair: TinyPair, tmp_path: Path) -> Sweep:
 
 def notes_in(sweep: Sweep) -> list[list[dict[str, str]]]:
     with connect(sweep.registry) as connection:
-        return [notes for (notes,) in connection.execute("SELECT notes FROM runs ORDER BY run_id").fetchall()]
+        return [notes for (notes,) in connection.execute("SELECT notes FROM runs ORDER BY finished").fetchall()]
 
 
 def median_norm(sweep: Sweep) -> float:
@@ -153,7 +153,7 @@ def test_notes_of_a_loader_stay_with_the_draws_when_a_later_run_loads_nothing(tm
     first, second = ([note["text"] for note in notes] for notes in notes_in(sweep))
     assert first == second and any("encoder's projection" in text for text in first)
     with connect(sweep.registry) as connection:
-        assert connection.execute("SELECT num_draws_sampled > 0 FROM runs ORDER BY run_id").fetchall() == [(True,), (False,)]
+        assert connection.execute("SELECT num_draws_sampled > 0 FROM runs ORDER BY finished").fetchall() == [(True,), (False,)]
 
 
 def test_notes_kept_beside_activations_reach_every_later_run_over_them(sweep: Sweep) -> None:
@@ -208,7 +208,7 @@ def test_records_with_plain_notes_or_none_stay_readable(tmp_path: Path) -> None:
 
 def engines(sweep: Sweep) -> list[dict[str, str]]:
     with connect(sweep.registry) as connection:
-        return [engine for (engine,) in connection.execute("SELECT engine FROM runs ORDER BY run_id").fetchall()]
+        return [engine for (engine,) in connection.execute("SELECT engine FROM runs ORDER BY finished").fetchall()]
 
 
 def test_a_run_says_batch_settings_threads_and_dtype_of_the_draws_it_sampled(sweep: Sweep) -> None:
