@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,6 +28,7 @@ from ksweep import evaluated, stats
 from ksweep.breakdown import group_rows
 from ksweep.draws import DrawsStore
 from ksweep.errors import RequestError
+from ksweep.naming import told_apart
 from ksweep.registry.database import connect
 from ksweep.spec import Autoencoder, Scoring
 
@@ -211,7 +211,8 @@ def load_cells(registry: Path | str, names: Sequence[str] = (), *, vector_cache:
     if unknown := [name for place, name in enumerate(names) if place not in found]:
         raise RequestError(f"no finished run, cell, label or sweep {unknown[0]!r} in {registry}: `ksweep ls` lists them")
     cells = [_cell(row, root, None if vector_cache is None else Path(vector_cache)) for row in rows]
-    return [replace(cell, label=label) for cell, label in zip(cells, _told_apart(cells), strict=True)]
+    labels = told_apart([{name: getattr(cell, name) for name in ("label", "sweep", "cell", "run_id")} for cell in cells])
+    return [replace(cell, label=label) for cell, label in zip(cells, labels, strict=True)]
 
 
 def compare(cells: Sequence[MeasuredCell], reference: str | None = None, *, level: float = 0.95) -> pa.Table:
@@ -321,13 +322,15 @@ _COLUMNS = """r.run_id, r.cell, r.label, r.sweep, r.temperature, r.activations_k
 _ALL = f"SELECT {_COLUMNS} FROM v_latest AS r WHERE draws_key IS NOT NULL ORDER BY r.finished, r.run_id"
 _NAMED = f"""
     WITH latest AS (SELECT run_id FROM v_latest), named AS (
-        SELECT run_id, place, 0 AS within FROM runs JOIN asked
+        SELECT run_id, label, place, 0 AS within FROM runs JOIN asked
         ON name = run_id OR (name IN (cell, label) AND run_id IN (FROM latest))
-        UNION ALL SELECT c.run_id, asked.place, c.place FROM v_sweep_cells AS c JOIN asked ON name = c.sweep
+        UNION ALL SELECT c.run_id, c.label, asked.place, c.place FROM v_sweep_cells AS c JOIN asked ON name = c.sweep
     ), first AS (
-        SELECT run_id, min(place) AS place, min(within) AS within, list(place) AS places FROM named GROUP BY run_id
+        SELECT run_id, arg_min(label, place) AS label, min(place) AS place, min(within) AS within, list(place) AS places
+        FROM named GROUP BY run_id
     )
-    SELECT {_COLUMNS}, first.places FROM first JOIN runs AS r USING (run_id) WHERE status = 'finished' AND draws_key IS NOT NULL
+    SELECT {_COLUMNS.replace("r.label", "first.label")}, first.places FROM first JOIN runs AS r USING (run_id)
+    WHERE status = 'finished' AND draws_key IS NOT NULL
     ORDER BY first.place, first.within, r.finished, r.run_id
 """
 """The cells of a sweep are those that it was last asked for, in its order."""
@@ -345,15 +348,6 @@ def _cell(row: dict[str, Any], root: Path, vector_cache: Path | None) -> Measure
         baseline_value=row.pop("baseline"), baseline_kind=baseline_kind, scoring=Scoring(**scoring), kind=kind, registry=root,
         vector_cache=vector_cache, **row,
     )  # fmt: skip
-
-
-def _told_apart(cells: Sequence[MeasuredCell]) -> list[str]:
-    """Labels; where two sweeps use the same one, with the sweep, and where that is not enough the cell's name."""
-    for names in ([c.label for c in cells], [f"{c.label} ({c.sweep})" for c in cells], [c.cell for c in cells]):
-        if len(set(names)) == len(names):
-            return names
-    counts = Counter(c.cell for c in cells)
-    return [c.cell if counts[c.cell] == 1 else f"{c.cell} {c.run_id}" for c in cells]
 
 
 def _the_one(cells: Sequence[MeasuredCell], name: str) -> MeasuredCell:

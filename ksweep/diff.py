@@ -53,7 +53,7 @@ def diff(root: Path, first: str, second: str, level: float = 0.95) -> Row:
         "spec": list(_differences(a.spec, b.spec)),
         "provenance": [
             *_differences(*({name: getattr(r, name) for name in PROVENANCE} for r in (a, b))),
-            *_differences(*({"packages": r.packages} for r in (a, b))),
+            *_differences(*({"packages": r.packages, "engine": r.engine} for r in (a, b))),
         ],
         "counts": list(_differences(*({name: getattr(r, name) for name in COUNTS} for r in (a, b)))),
         "numbers": numbers.rows,

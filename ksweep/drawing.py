@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ksweep.autoencoder.decoding import Draw, Order
     from ksweep.explain import UnitWork
     from ksweep.keys import Keys
+    from ksweep.notes import Note
     from ksweep.spec import Cell
 
 
@@ -42,6 +43,8 @@ class Begun:
     """[activation, draw] what need not be drawn for it: it is there, or an earlier cell of the job draws it."""
     units: list[Unit]
     """What is to be drawn for it."""
+    notes: tuple[Note, ...] = ()
+    """What checks of its checkpoints and activations say."""
     done: int = 0
     """Draws that this rank has finished."""
     unpublished: int = 0
@@ -108,6 +111,8 @@ class Drawing:
     ranks: Ranks
     at_hand: AtHand
     tokens: int = 0
+    room: list[tuple[int, int]] = field(default_factory=list)
+    """Draws in flight and prompts at once at most; a further entry where memory ran out and they were halved."""
     began: float = field(default_factory=time.monotonic)
 
     def run(self, order: int) -> Iterator[Begun]:
@@ -132,7 +137,7 @@ class Drawing:
         for number, draw in stream(
             work.av, self._orders(self._mine(order), begun), top_p=sampling.top_p, max_new_tokens=sampling.max_new_tokens,
             batch_size=self.batch_size, num_draws=-(-sum(cell.num_missing for cell in self.work) // ranks.world_size),
-            should_stop=ranks.should_stop,
+            should_stop=ranks.should_stop, on_room=lambda draws, prompts: self.room.append((draws, prompts)),
         ):  # fmt: skip
             one = begun[number]
             one.draws.append(draw)
@@ -145,6 +150,15 @@ class Drawing:
         if begun:
             lost = sum(len(one.draws) for one in begun.values())
             raise Stopped(f"stopped in the middle of {len(begun)} units: their {lost} finished draws are taken again")
+
+    def batches(self) -> dict[str, str]:
+        """How much this rank computes at once, for the record: in bfloat16 it decides how logits are rounded."""
+        asked = {"batch_size": "auto" if self.batch_size is None else str(self.batch_size)}
+        if not self.room:  # other ranks have drawn everything
+            return asked
+        draws, prompts = (" then ".join(map(str, dict.fromkeys(each))) for each in zip(*self.room, strict=True))
+        texts = next(iter(self.work.values())).scored_at_once
+        return asked | {"draws_in_flight": draws, "prompts_at_once": prompts, "texts_at_once": str(texts)}
 
     def _mine(self, order: int) -> Iterator[tuple[Begun, Unit]]:
         """Units that fall to this rank; of each what nobody has drawn meanwhile."""

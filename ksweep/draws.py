@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from ksweep.errors import DiskFullError, RunError
 from ksweep.files import clear_leftovers, publish, readable_by_colleagues
+from ksweep.notes import Note, keep, kept
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +230,15 @@ class DrawsStore:
             raise RunError(f"draws part {path} is damaged ({reason}) and cannot be set aside ({error.strerror})") from error
         log.warning("draws part %s is damaged (%s): set aside as %s, its draws are taken again", path, reason, aside.name)
         return None
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What was noted of the AV and the AR that the draws are of."""
+        return kept(self.path)
+
+    def keep_notes(self, notes: Iterable[Note]) -> None:
+        """Keep notes beside the draws."""
+        _guard_disk(self.path, lambda: keep(self.path, notes))
 
     def controls(self) -> dict[str, Any] | None:
         """What was measured once per key beside the draws (the AR's answer to an empty text)."""

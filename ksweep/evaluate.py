@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,9 @@ from ksweep.draws import DrawsStore, units_of
 from ksweep.errors import DataError, RunError
 from ksweep.explain import UnitWork
 from ksweep.keys import Keys, cell_keys, complete, inspect_file, inspect_pair
+from ksweep.notes import Note, notes_of
 from ksweep.ranks import Ranks, Stopped
-from ksweep.recording import land, measure
+from ksweep.recording import land, measure, names_in
 from ksweep.spec import Activations, Autoencoder, Cell, cell_from_dict
 from ksweep.summary import SUMMARISED
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NORMS_LOOKED_AT = 2048
+"""Activations whose lengths are compared with those of the training."""
 LISTING_SECONDS = 90.0
 """NFS remembers the listing of a directory for up to 60 s (acdirmax), whatever other nodes do in it meanwhile."""
 
@@ -46,6 +49,8 @@ class Place:
     resources: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
     """Provenance of the launcher: its commit and command."""
+    names: Mapping[Cell, tuple[str, str]] = field(default_factory=dict)
+    """Label and title of cells in the sweep, where one asked for them."""
     order: int = 0
     """Seed of the order in which a job takes the missing units: another for each job, the same for its ranks."""
 
@@ -84,10 +89,18 @@ class Models:
         """How this rank's AV is computed in texts of that length, for the record; nothing where it was not needed."""
         if self._av is None:
             return {}
+        import torch
+
         from ksweep.autoencoder import graphs, slots
 
         model, length = self._av.model, self._av.prompt_length + max_new_tokens
-        return slots.numerics(model, length) | {"cuda_graphs": graphs.state(model) if slots.fits(model, length) else "off"}
+        fits = slots.fits(model, length)
+        threads = {"threads": str(torch.get_num_threads())} if model.device.type == "cpu" else {}
+        return slots.numerics(model, length) | threads | {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "sampler": "slots" if fits else "plain",
+            "cuda_graphs": graphs.state(model) if fits else "off",
+        }  # fmt: skip
 
     def _load_verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
         from ksweep.autoencoder import nla, tae
@@ -118,6 +131,7 @@ def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
         resources=argument["resources"],
         origin=argument["origin"],
         order=argument.get("order", 0),
+        names=names_in(argument),
     )
     models = Models(ranks.devices)
     groups = in_groups([cell_from_dict(value) for value in argument["cells"]])
@@ -143,11 +157,12 @@ def evaluate(cells: Sequence[Cell], place: Place, ranks: Ranks, models: Models) 
     for cell in cells:
         begun.append(_begin(cell, begun, place, ranks, at_hand))
     ranks.barrier()  # nobody publishes before everyone has counted
-    landing = _Landing(list(begun), place, ranks, models, at_hand, together)
+    drawing = Drawing({}, place.batch_size, ranks, at_hand)
+    landing = _Landing(list(begun), place, ranks, models, drawing, at_hand, together)
     try:
         landing.whole_ones()
-        work = _work([cell for cell in begun if cell.units], place, ranks, models, at_hand)
-        for _ in together.each("drawing", Drawing(work, place.batch_size, ranks, at_hand).run(place.order)):
+        drawing.work = _work([cell for cell in begun if cell.units], place, ranks, models, at_hand)
+        for _ in together.each("drawing", drawing.run(place.order)):
             landing.whole_ones()
         with together("waiting"):
             ranks.barrier()
@@ -159,8 +174,8 @@ def evaluate(cells: Sequence[Cell], place: Place, ranks: Ranks, models: Models) 
 
 def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_hand: AtHand) -> Begun:
     """A cell with its activations, and what is left to draw for it once the earlier cells of its group have their draws."""
-    clock, cell = Clock(), complete(cell)
-    keys = cell_keys(cell)
+    clock, names, cell = Clock(), place.names.get(cell), complete(cell)
+    keys = cell_keys(cell) if names is None else cell_keys(cell).called(*names)
     at_hand.turn_to(keys, clock)
     vectors = _activations(cell, keys, place, ranks, clock)
     if vectors.key != keys.activations:
@@ -173,7 +188,9 @@ def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_
         )
     store = DrawsStore(place.registry / "draws", keys.draws)
     wanted = (len(vectors), cell.sampling.effective_num_draws)
+    notes = (*notes_of(keys, vectors), *_norm_notes(cell, vectors))
     if ranks.rank == 0:
+        _log_notes(keys, notes)
         store.set_damaged_aside(*wanted)
         store.describe(keys.identity)
     ranks.barrier()
@@ -181,7 +198,22 @@ def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_
     for other in earlier:
         if other.keys.draws == keys.draws:
             before[: other.before.shape[0], : other.before.shape[1]] = True
-    return Begun(cell, keys, clock, vectors, store, before, units_of(before))
+    return Begun(cell, keys, clock, vectors, store, before, units_of(before), notes)
+
+
+def _norm_notes(cell: Cell, vectors: ActivationTable) -> Iterator[Note]:
+    """What the lengths of the first activations say."""
+    from ksweep.autoencoder.norms import norm_notes, training_norm
+
+    is_pair = cell.autoencoder.checkpoint is None
+    trained = training_norm(*inspect_pair(cell.autoencoder)) if is_pair else None
+    source = cell.activations.vectors or f"{cell.activations.model} on {cell.activations.text}"
+    return norm_notes(vectors.vectors(0, min(len(vectors), NORMS_LOOKED_AT)), trained, source)
+
+
+def _log_notes(keys: Keys, notes: Iterable[Note]) -> None:
+    for note in notes:
+        log.warning("%s: %s: %s", keys.name, note.about, note.text)
 
 
 def _activations(cell: Cell, keys: Keys, place: Place, ranks: Ranks, clock: Clock) -> ActivationTable:
@@ -208,6 +240,10 @@ def _work(missing: Sequence[Begun], place: Place, ranks: Ranks, models: Models, 
     with first.clock("loading"):
         ranks.report(f"{first.keys.label}: loading models", 0, 0)
         av, ar = models.verbalizer(autoencoder), models.reconstructor(autoencoder)
+    if ranks.rank == 0:
+        for cell in missing:
+            cell.store.keep_notes(notes_of(av, ar))
+        _log_notes(first.keys, notes_of(av, ar))
     return {
         one: UnitWork(
             one.cell.sampling, one.vectors, av, ar, place.batch_size, ranks.devices[0], autoencoder.scoring_kind, one.cell.scoring
@@ -224,6 +260,7 @@ class _Landing:
     place: Place
     ranks: Ranks
     models: Models
+    drawing: Drawing
     at_hand: AtHand
     together: Clock
     """What the cells that wait have spent together."""
@@ -251,11 +288,10 @@ class _Landing:
                 )
             empty = _empty_text(one.cell, one.store, self.models)
             found = measure(one.cell, one.vectors, one.store, draws, empty, self.place.registry)
-            for note in found.reference.notes:
-                log.warning("%s: %s", one.keys.name, note)
+            _log_notes(one.keys, found.reference.notes)
         one.clock.take(self.together, self._share(one, draws))
-        numerics = self.models.numerics(one.cell.sampling.max_new_tokens)
-        self.landed.append(land(one, self.place, self.ranks, found, draws, numerics))
+        engine = (self.models.numerics(one.cell.sampling.max_new_tokens) | self.drawing.batches()) if one.units else {}
+        self.landed.append(land(one, self.place, self.ranks, found, draws, engine))
         self.waiting.remove(one)
 
     def _share(self, one: Begun, draws: pa.Table) -> float:

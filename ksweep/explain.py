@@ -62,9 +62,7 @@ class UnitWork:
         owners = np.array([d.request.row for d in draws])
         good = np.array([i for i, (explanation, _) in enumerate(parsed) if explanation is not None], dtype=int)
         explanations = self._explanations(unit, [draws[i] for i in good], [parsed[i][0] or "" for i in good])
-        reconstructions = np.asarray(
-            self.ar.reconstruct(explanations, self.batch_size or self._scored_at_once()), dtype=np.float64
-        )
+        reconstructions = np.asarray(self.ar.reconstruct(explanations, self.scored_at_once), dtype=np.float64)
         scores = self._score(unit, targets, owners, good, reconstructions)
         self._keep_in_view(unit, scores["error"], owners)
         kept: list[np.ndarray | None] = [None] * len(draws)
@@ -77,9 +75,10 @@ class UnitWork:
         """[activation, d_model] what its explanations are to come back to."""
         return self.vectors.vectors(unit.first_row, unit.last_row)
 
-    def _scored_at_once(self) -> int:
+    @property
+    def scored_at_once(self) -> int:
         """Rows that the AR reads in a batch. More are slower on a CPU (256 texts of 22 tokens: 3.7 s by 64, 4.4 s by 256)."""
-        return 64 if self.device == "cpu" else 512
+        return self.batch_size or (64 if self.device == "cpu" else 512)
 
     def _to_keep(self, unit: Unit, errors: np.ndarray) -> np.ndarray:
         """Whether a draw's reconstruction is kept: see SCHEMA of the draws store."""

@@ -20,7 +20,8 @@ from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, in
 from ksweep.errors import DataError, SpecError
 from ksweep.files import HUB_ID, resolve
 from ksweep.identity import fingerprint
-from ksweep.spec import Autoencoder, Cell, Sampling
+from ksweep.notes import Note, notes_of
+from ksweep.spec import Autoencoder, Cell, Sampling, Sweep
 
 if TYPE_CHECKING:
     from ksweep.autoencoder.tae_file import TaeInfo
@@ -49,12 +50,24 @@ class Keys:
     cell: str
     layer: int
     label: str
+    """What tells the cell from the others of its sweep ("temperature=0.8"); of a cell by itself, what it is."""
     identity: dict[str, Any]
+    notes: tuple[Note, ...] = ()
+    """What the checks of checkpoints and activations say that refuse nothing."""
+    title: str = ""
+    """Where the cell stands alone: what the cells of its sweep share, and the label: "demo L20 temperature=0.8"."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.label)
 
     @property
     def name(self) -> str:
-        """What a person reads in tables: the label, and enough of the key to be unique."""
-        return f"{self.label} @{self.cell[:8]}"
+        """What a person reads in tables: the title, and enough of the key to be unique."""
+        return f"{self.title} @{self.cell[:8]}"
+
+    def called(self, label: str, title: str) -> Keys:
+        """The same under the names that it has in a sweep."""
+        return replace(self, label=label, title=title)
 
 
 def cell_keys(cell: Cell) -> Keys:
@@ -64,7 +77,7 @@ def cell_keys(cell: Cell) -> Keys:
         CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
     """
     cell = complete(cell)
-    layer, digests = _layer_and_digests(cell)
+    layer, digests, notes = _layer_and_digests(cell)
     activations, identity = activations_key(cell.activations, layer)
     draws = {
         "activations": activations,
@@ -88,7 +101,7 @@ def cell_keys(cell: Cell) -> Keys:
         "statistics_version": STATISTICS_VERSION,
     }
     identity = {"activations": identity, "draws": draws, "layer": layer}
-    return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity)
+    return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity, notes)
 
 
 def _scoring_identity(cell: Cell) -> dict[str, Any]:
@@ -142,12 +155,12 @@ def inspect_file(autoencoder: Autoencoder) -> TaeInfo:
     return info
 
 
-def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
-    """The layer that the vectors are of, and what stands for AV and AR in the identity of draws."""
+def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...]]:
+    """The layer that the vectors are of, what stands for AV and AR in the identity of draws, and what was noted of them."""
     if cell.autoencoder.checkpoint is None:
         av, ar = inspect_pair(cell.autoencoder)
         _check_activations(cell, av, ar)
-        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar)}
+        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar)}, notes_of(av, ar)
     from ksweep.autoencoder.tae_file import digest_tae
 
     info = inspect_file(cell.autoencoder)
@@ -159,7 +172,7 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
     _check_width(cell, info)
     if cell.activations.vectors is not None:
         _check_vectors_suffice(cell.activations.vectors, info)
-    return info.layer, {"checkpoint": digest_tae(info)}
+    return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info)
 
 
 def _check_width(cell: Cell, info: TaeInfo) -> None:
@@ -235,12 +248,32 @@ def _layer(cell: Cell, av: int | None, ar: int | None) -> int:
 
 def label(cell: Cell, layer: int) -> str:
     """What a cell is, in a few words; the same in every sweep it is part of."""
-    parts = [f"{pair_name(cell.autoencoder)} L{layer}", f"T={cell.sampling.temperature:g}"]
+    return " ".join(_parts(cell, layer).values())
+
+
+def _parts(cell: Cell, layer: int) -> dict[str, str]:
+    """What a cell is, by the field of the spec that says so."""
+    source = "autoencoder.checkpoint" if cell.autoencoder.checkpoint else "autoencoder.av"
+    parts = {
+        source: pair_name(cell.autoencoder), "activations.layer": f"L{layer}",
+        "sampling.temperature": f"T={cell.sampling.temperature:g}",
+    }  # fmt: skip
     if cell.sampling.top_p < 1:
-        parts.append(f"top_p={cell.sampling.top_p:g}")
+        parts["sampling.top_p"] = f"top_p={cell.sampling.top_p:g}"
     if cell.autoencoder.encoder_prompt != "learned":
-        parts.append(f"encoder_prompt={cell.autoencoder.encoder_prompt}")
-    return " ".join(parts)
+        parts["autoencoder.encoder_prompt"] = f"encoder_prompt={cell.autoencoder.encoder_prompt}"
+    return parts
+
+
+def keys_of(sweep: Sweep, cells: Sequence[Cell]) -> list[Keys]:
+    """`cell_keys` of a sweep's cells, completed, under the names that they have in it: what differs, behind what all share."""
+    keys = [cell_keys(cell) for cell in cells]
+    parts = [_parts(cell, key.layer) for cell, key in zip(cells, keys, strict=True)]
+    shared = [text for name, text in parts[0].items() if all(other.get(name) == text for other in parts)]
+    own = {text for name, text in parts[0].items() if name in sweep.axes}  # its label says so already
+    before = [text for text in shared if text not in own]
+    titles = (" ".join([*before, *([label_] if sweep.axes else [])]) for label_ in sweep.labels())
+    return [key.called(label_, title) for key, label_, title in zip(keys, sweep.labels(), titles, strict=True)]
 
 
 def pair_name(autoencoder: Autoencoder) -> str:

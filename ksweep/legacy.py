@@ -220,7 +220,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("eval.temperature", "evaluation", ("sampling.temperature",), "0 is greedy (the reference divided by it)"),
     Option(
         "eval.max_generation_batch_size", "evaluation", ("resources.batch_size",),
-        "draws under way, or texts scored, at once on one rank; does not change the numbers", _number("resources.batch_size"),
+        "draws in flight, or texts scored, at once on one rank; in float32 it changes no draw, in bfloat16 it flips near ties",
+        _number("resources.batch_size"),
     ),
     Option("eval.vector_extraction_batch_size", "evaluation", (), _TOKENS, kind="not needed"),
     Option("eval.dataloader_batch_size", "evaluation", (), _LOADER, kind="not needed"),

@@ -37,6 +37,7 @@ def job_for(sweep: Sweep, group: Missing, cluster: str) -> Job:
     """A new job directory for a group of cells."""
     argument = {
         "cells": [asdict(cell) for cell, _ in group],
+        "names": [(step.label, step.title or step.label) for _, step in group],
         "sweep": sweep.name,
         "registry": os.path.abspath(sweep.registry),
         "vector_cache": os.path.abspath(sweep.vector_cache),

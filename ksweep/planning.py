@@ -51,6 +51,7 @@ def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, plann
         cell_key=keys.cell,
         activations_key=keys.activations,
         label=keys.label,
+        title=keys.title,
         finished_run=finished_run,
         activations_present=needed.present,
         activations_wanted=cell.activations.num_activations,

@@ -85,7 +85,7 @@ def _token_stats(vectors: ActivationTable, roles: list[str | None]) -> dict[str,
     return found
 
 
-def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Table, numerics: dict[str, str]) -> str:
+def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Table, engine: dict[str, str]) -> str:
     """Land the run of a cell; its id."""
     from ksweep.registry import landing
 
@@ -97,7 +97,8 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
     here = provenance()
     record = landing.RunRecord(
         **_identity(cell, keys),
-        **_asked(place.sweep, place.resources, {**here, **place.origin}, numerics),
+        **_asked(place.sweep, place.resources, {**here, **place.origin}),
+        engine=engine,
         status="finished",
         job=ranks.job or None,
         start=ranks.start,
@@ -131,7 +132,7 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
         baseline_num_activations=summary.baseline.num_activations,
         baseline_from_mean=None if summary.from_mean is None else summary.from_mean.value,
         **found.tokens,
-        notes=reference.notes,
+        notes=tuple(dict.fromkeys((*begun.notes, *begun.store.notes, *reference.notes))),
     )
     raw = cell.autoencoder.scoring_kind == "raw"
     landing.land(
@@ -148,17 +149,15 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
     return record.run_id
 
 
-def _asked(
-    sweep: str, resources: dict[str, Any], origin: dict[str, Any], numerics: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """Who asked, for what, with which code, and how that code was told to compute."""
+def _asked(sweep: str, resources: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+    """Who asked, for what, and with which code."""
     return {
         "sweep": sweep,
         "resources": resources,
         "git_commit": origin.get("git_commit"),
         "git_dirty": origin.get("git_dirty"),
         "argv": tuple(origin.get("argv", ())),
-        "packages": origin.get("packages", {}) | (numerics or {}),
+        "packages": origin.get("packages", {}),
     }
 
 
@@ -178,6 +177,12 @@ def _identity(cell: Cell, keys: Keys) -> dict[str, Any]:
     }
 
 
+def names_in(argument: dict[str, Any]) -> dict[Cell, tuple[str, str]]:
+    """Label and title of each cell of a job; none in jobs of earlier versions."""
+    names = argument.get("names", ())
+    return {cell_from_dict(cell): (label, title) for cell, (label, title) in zip(argument["cells"], names, strict=False)}
+
+
 def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **told: Any) -> None:
     """Land the run of a job that ended before its time; it says nothing itself, because no rank knows how the others ended.
 
@@ -195,7 +200,8 @@ def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **tol
         return
     origin = argument.get("origin", {})
     known = cell_from_dict(argument["cells"][cell])
-    keys = cell_keys(known)
+    names = names_in(argument).get(known)
+    keys = cell_keys(known) if names is None else cell_keys(known).called(*names)
     identity = _identity(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
     if (registry / "landing" / identity["run_id"]).exists():
         return

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ksweep.draws import ROWS_PER_UNIT, DrawsStore, Unit
+from ksweep.notes import REFERENCE_QUANTITIES, Note
 from ksweep.stats.reference import (
     FEWEST_FOR_INTERVALS,
     Chunk,
@@ -50,7 +51,7 @@ class Quantities:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of REFERENCE_SCHEMA; what is not known has no row."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     """Why something is not known."""
 
 
@@ -58,7 +59,7 @@ def reference_quantities(draws: StoredDraws, ks: Sequence[int], num_replicates: 
     """Every quantity for each K and role; with replicates, intervals over single vectors too."""
     without = int((~np.isfinite(draws.errors)).sum())
     if without:
-        return Quantities(notes=(f"no quantities of the reference sweep: {without} draws have no finite error",))
+        return Quantities(notes=_notes([f"no quantities of the reference sweep: {without} draws have no finite error"]))
     sums, parts = ReferenceSums(tuple(ks)), draws.store.parts()
     for chunk in _chunks(draws, ks, parts):
         sums.add(chunk)
@@ -70,7 +71,11 @@ def reference_quantities(draws: StoredDraws, ks: Sequence[int], num_replicates: 
     if num_replicates and not possible:
         why = "reconstructions are lacking" if lacking else f"{n} activations; at least {FEWEST_FOR_INTERVALS} are needed"
         notes.append(f"no intervals over single vectors (scoring.reference_replicates={num_replicates}): {why}")
-    return Quantities(reference_rows(sums, intervals), tuple(notes))
+    return Quantities(reference_rows(sums, intervals), _notes(notes))
+
+
+def _notes(texts: Sequence[str]) -> tuple[Note, ...]:
+    return tuple(Note(REFERENCE_QUANTITIES, text) for text in texts)
 
 
 def _intervals(

@@ -30,7 +30,7 @@ SHOWN_RUN = (
     "run_id", "status", "cell", "sweep", "started", "finished", "host", "device", "num_ranks", "git_commit", "git_dirty",
     "num_activations", "num_documents", "effective_documents", "layer", "d_model", "num_draws", "num_draws_sampled",
     "num_draws_reused", "draws_bytes", "tokens_per_second", "mean_tokens", "baseline", "baseline_kind", "baseline_from_mean",
-    "fve_over_successes", "distinct_text_fraction", "cjk_fraction", "cell_key", "draws_key", "activations_key", "notes",
+    "fve_over_successes", "distinct_text_fraction", "cjk_fraction", "cell_key", "draws_key", "activations_key",
 )  # fmt: skip
 CURVE = ("k", "fve", "fve_low", "fve_high", "shuffled_fve", "error", "cosine", "failure_rate", "fve_over_successes")
 GROUPS = ("breakdown", "part", "against", "k", "fve", "fve_low", "fve_high", "baseline", "error", "median_error", "worst_share",
@@ -127,6 +127,8 @@ def show(
         return
     facts = told["run"]
     _section("run", [{"": name, " ": _brief(name, facts[name])} for name in SHOWN_RUN if facts[name] not in (None, [])])
+    _section("notes", facts["notes"] or [])
+    _section("engine", [{"": name, " ": value} for name, value in (facts["engine"] or {}).items()])
     _section("spec", [{"": name, " ": value} for name, value in flat(told["spec"]) if value is not None])
     if facts["error_type"]:
         console().print(Text(f"{facts['error_type']}: {facts['error_message']}"))

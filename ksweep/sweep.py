@@ -15,17 +15,20 @@ from ksweep import here, on_slurm, terminal
 from ksweep.earlier import reconcile
 from ksweep.errors import RequestError, RunError, StoreError
 from ksweep.files import locked
-from ksweep.keys import Keys, cell_keys, complete_all
+from ksweep.keys import Keys, complete_all, keys_of
 from ksweep.launch import states, submission
 from ksweep.launch import submit as launch
 from ksweep.launch.plan import Step
 from ksweep.launch.slurm import SlurmError
+from ksweep.notes import notes_of
 from ksweep.orders import groups, logs_of
 from ksweep.overrides import given_settings, lay_over
 from ksweep.planning import refuse_full_disk, refuse_places, steps_of
 from ksweep.registry import sweeps
 from ksweep.registry.questions import finished_runs
 from ksweep.spec import Cell, Sweep
+
+log = logging.getLogger(__name__)
 
 
 def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +68,9 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
         except SlurmError as error:
             silence = error
     cells = complete_all(sweep.cells())
-    keys = [cell_keys(cell) for cell in cells]
+    keys = keys_of(sweep, cells)
+    for note in notes_of(*keys):
+        log.warning("%s: %s", note.about, note.text)
     if silence is not None:
         return _without_slurm(sweep, cells, keys, options, silence)
     if options.dry_run:
@@ -137,8 +142,8 @@ def _without_slurm(
 
 def _keep_question(sweep: Sweep, keys: Sequence[Keys]) -> None:
     """What was asked stays in the registry, also where other sweeps have computed every cell."""
-    cells = zip((key.cell for key in keys), sweep.labels(), strict=True)
-    sweeps.land(sweep.registry, sweeps.asking_of(sweep.name, sweep.question, list(cells)))
+    cells = [(key.cell, key.label) for key in keys]
+    sweeps.land(sweep.registry, sweeps.asking_of(sweep.name, sweep.question, cells))
 
 
 def _show(sweep: Sweep, keys: Sequence[Keys], steps: Sequence[Step], options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, out: Console) ->
         numbers += [f"{step.draws_to_sample:,}", bytes_text(step.draw_bytes + step.activation_bytes), _time(step.seconds, gpus)]
         if step.state != "missing":
             numbers = [""] * len(numbers)
-        table.add_row(f"{step.label} {key}" if wide else f"{step.label}\n{key}", step.state, step.reason, *numbers)
+        table.add_row(f"{step.title} {key}" if wide else f"{step.title}\n{key}", step.state, step.reason, *numbers)
     return table
 
 
@@ -147,7 +147,7 @@ def _time(seconds: float | None, gpus: int) -> str:
 def say_failed(steps: Sequence[Step]) -> None:
     """Cells that failed and are not run again unasked."""
     for step in steps:
-        print(f"failed: {step.label} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
+        print(f"failed: {step.title} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
 
 
 def say_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attached: int) -> None:
@@ -175,6 +175,8 @@ def show(sweep: Sweep, keys: Sequence[Keys], *, computed: int, charts: bool) -> 
     out.print(_controls_line(controls_of(registry, labels)))
     for line in warnings(table):
         out.print(f"warning: {line}")
+    for line in noted(table.to_pylist()):
+        out.print(Text(f"note on {line}"))
     if charts:
         for path in write_charts(sweep, table, registry / "charts" / sweep.name):
             out.print(f"chart: {path}", soft_wrap=True)
@@ -268,6 +270,19 @@ def warnings(curves: pa.Table) -> list[str]:
                 f"bootstrap over documents: below {FEW_DOCUMENTS} in effect intervals may cover less than they say"
             )
     return lines
+
+
+def noted(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each note of some runs once, with its subject, and the labels of its runs where not all have it."""
+    of: dict[tuple[str, str], list[str]] = {}
+    labels = dict.fromkeys(row["label"] for row in rows)
+    for row in {row["label"]: row for row in rows}.values():
+        for note in row.get("notes") or ():
+            of.setdefault((note["about"], note["text"]), []).append(row["label"])
+    return [
+        f"{about}: {text}" if len(having) == len(labels) else f"{about} ({', '.join(having)}): {text}"
+        for (about, text), having in of.items()
+    ]
 
 
 def _controls_line(controls: pa.Table) -> str:

@@ -454,6 +454,7 @@ def evaluate(
     rank, workers = dist.get_rank(), dist.get_world_size()
     own = np.arange(rank, len(rows.vector), workers)
     table: dict[str, Any] = {"baseline": baseline(rows.vector), "num_activations": len(rows.vector), "num_draws": num_draws}
+    table["activation_norm"] = round(float(rows.vector.norm(dim=1).median()), 1)
     for temperature in temperatures:
         generator = torch.Generator().manual_seed(seed * 1000 + rank)
         mine = []

@@ -138,7 +138,7 @@ def test_time_spent_together_is_split_by_tokens_and_nothing_is_lost(cells: list[
     elapsed = time.monotonic() - began
     rows = ask_place(
         place,
-        "SELECT seconds['drawing'], num_tokens_sampled, tokens_per_second, [packages['tf32'], packages['cuda_graphs']], "
+        "SELECT seconds['drawing'], num_tokens_sampled, tokens_per_second, [engine['tf32'], engine['cuda_graphs']], "
         "seconds['waiting'] FROM runs",
     )
     assert len(rows) == 3 and all(row[3] == ["off", "off"] for row in rows)

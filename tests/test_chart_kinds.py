@@ -300,15 +300,18 @@ def test_charts_ask_a_connection_for_the_views_named_in_the_dictionary() -> None
         connection.register("compared", differences())
         connection.execute(
             "CREATE VIEW v_compare AS "
-            "SELECT *, 'r' AS run_id, 'r' AS other_run_id, label AS cell, 'a' AS other_cell FROM compared"
+            "SELECT *, label AS run_id, other_label AS other_run_id, label AS cell, 'a' AS other_cell FROM compared"
         )
-        connection.execute("CREATE TABLE v_sweep_cells AS SELECT 's' AS sweep, 'c' AS cell_key, 'r' AS run_id")
+        named = "'s' AS sweep, label, label AS cell, label AS run_id, label AS cell_key, now() AS finished, 'finished' AS status"
+        labels = "SELECT label FROM compared UNION SELECT other_label FROM compared UNION SELECT label FROM grouped"
         connection.register("grouped", groups())
-        connection.execute("CREATE VIEW metrics AS SELECT * EXCLUDE (level), 'r' AS run_id, 'c' AS cell_key FROM grouped")
-        connection.execute("CREATE TABLE curves AS SELECT 'r' AS run_id, 0.95 AS level")
-        connection.execute("CREATE TABLE activations AS SELECT 'r' AS run_id, unnest([1.0, 2.0, 3.0]) AS norm")
+        connection.execute(f"CREATE TABLE runs AS SELECT {named}, row_number() OVER () AS place FROM ({labels})")
+        connection.execute("CREATE VIEW v_sweep_cells AS FROM runs")
+        connection.execute("CREATE VIEW metrics AS SELECT * EXCLUDE (level), label AS run_id, label AS cell_key FROM grouped")
+        connection.execute("CREATE VIEW curves AS SELECT label AS run_id, 0.95 AS level FROM grouped")
+        connection.execute("CREATE TABLE activations AS SELECT 'b' AS run_id, unnest([1.0, 2.0, 3.0]) AS norm")
         connection.execute(
-            "CREATE TABLE v_latest AS SELECT 'r' AS run_id, 'c' AS cell_key, 10 AS num_activations, '/models/Qwen' AS model, "
+            "CREATE TABLE v_latest AS SELECT 'b' AS run_id, 'b' AS cell_key, 10 AS num_activations, '/models/Qwen' AS model, "
             "NULL::VARCHAR AS vectors, 20 AS layer, 'x' AS activations_key"
         )
         assert charts.compare(connection, sweep="s").to_dict()["title"]["text"] == ["FVE less that of a"]

@@ -264,7 +264,9 @@ def test_draws_without_their_reconstructions_leave_the_residual_variance_unknown
     assert {q for q, _ in before} - {q for q, _ in after} == {"variance_recovery", "residual_variance"}
     for key, value in after.items():
         assert value == pytest.approx(before[key], rel=1e-9)
-    [(notes,)] = ask(sweep, "SELECT notes FROM runs ORDER BY finished DESC LIMIT 1")
+    [(found,)] = ask(sweep, "SELECT notes FROM runs ORDER BY finished DESC LIMIT 1")
+    notes = [note["text"] for note in found]
+    assert {note["about"] for note in found} == {"reference quantities"}
     assert "variance_recovery is not known" in notes[0] and "no intervals over single vectors" in notes[1]
     assert notes[0] in caplog.text
     document = json.loads(out.read_text())

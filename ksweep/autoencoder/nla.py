@@ -9,7 +9,6 @@ broken, this raises CheckpointError.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
     from ksweep.autoencoder.protocol import Explanation, FinishReason, ParseOutcome
-
-log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 16_384
 """Padded tokens that an AR reads at once, without what its template has before the text."""
@@ -133,7 +130,6 @@ class NlaVerbalizer:
         check_vectors(vectors, self.d_model)
         if len(vectors) and not self._checked:
             self.differential_check(vectors[0])
-            self._warn_of_norms(vectors)
             self._checked = True
         return self._prefill(vectors, prefix)
 
@@ -167,16 +163,6 @@ class NlaVerbalizer:
     def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
         """The explanation in a sampled text, or None and why there is none; see `prompts.parse_explanation`."""
         return parse_explanation(text, finish)
-
-    def _warn_of_norms(self, vectors: Float[torch.Tensor, "activation d_model"]) -> None:
-        """Direction is all that is injected, so odd norms are no error; but they hint at vectors of another layer or model."""
-        norms, scale = vectors.float().norm(dim=1), self.info.sidecar.injection_scale or 1.0
-        median = float(norms.median())
-        if not 0.3 <= median / scale <= 3:
-            log.warning(
-                "the vectors' median norm is %.3g, but AV %s was trained on about %.3g: are they raw outputs of block %s?",
-                *(median, self.info.path, scale, self.info.layer),
-            )
 
     @torch.inference_mode()
     def _prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:

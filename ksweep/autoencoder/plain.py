@@ -5,7 +5,7 @@ mask and no position to get wrong; rows that end leave, and their places stay em
 
 Memory: each fork holds its own copy of the prompt's keys and values, `batch_size` of them at most, beside one copy per
 activation of the group; transformers' DynamicCache holds one layer twice while it grows. Out of memory halves the batch and
-goes on; the draws are the same.
+goes on, with draws as of another batch size: see `decoding.stream`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def draw_plainly(
 ) -> Iterator[tuple[int, Draw]]:
     """Order after order, and group after group; of one that does not fit into memory, what it has not yielded yet is tried again
     at half the size, and so is all that follows. `fixed` is for the other sampler: nothing is measured here."""
+    options.on_room(batch_size, prefill_batch_size)
     for number, order in orders:
         waiting = deque(by_activation(number, order, range(len(order.requests))))
         while waiting:
@@ -69,6 +70,7 @@ def draw_plainly(
             batch_size = min(batch_size, len(group)) // 2 or 1
             prefill_batch_size = min(prefill_batch_size, batch_size)
             memory.release(verbalizer.model.device)
+            options.on_room(batch_size, prefill_batch_size)
             log.warning("out of memory while drawing; going on with at most %d rows at once", batch_size)
 
 

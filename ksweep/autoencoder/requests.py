@@ -94,6 +94,7 @@ class Options:
     max_new_tokens: int
     should_stop: Callable[[], bool]
     on_step: Callable[[int], None]
+    on_room: Callable[[int, int], None]
 
     def ask_to_stop(self) -> None:
         """Raises StopRequested."""

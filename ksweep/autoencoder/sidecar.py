@@ -40,6 +40,8 @@ class Sidecar:
     """"sha256:<hex>" of the base's model.safetensors; ours, for adapters: they fit one set of weights only."""
     injection_scale: float | None
     """Norm of the injected row."""
+    activation_norm: float | None
+    """Median length of the vectors that it was trained on; ours, in no public sidecar."""
     mse_scale: float | None
     """Norm that both vectors are scaled to for the error."""
     marker: str | None
@@ -92,6 +94,7 @@ def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
         base_checkpoint=_text(meta, "base_checkpoint", path),
         base_digest=_text(meta, "base_digest", path),
         injection_scale=_scale(meta, "injection_scale", d_model, path, absent=None),
+        activation_norm=_positive(meta, "training.activation_norm", path),
         mse_scale=_scale(meta, "mse_scale", d_model, path, absent=math.sqrt(d_model)),
         marker=_text(meta, "tokens.injection_char", path),
         marker_id=_whole(meta, "tokens.injection_token_id", path),
@@ -179,6 +182,15 @@ def _whole(meta: Mapping[str, Any], key: str, path: Path, minimum: int = 0) -> i
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
         _wrong(path, key, value, f"a whole number >= {minimum}")
     return value
+
+
+def _positive(meta: Mapping[str, Any], key: str, path: Path) -> float | None:
+    value = _at(meta, key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        _wrong(path, key, value, "a finite number > 0")
+    return float(value)
 
 
 def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | None:

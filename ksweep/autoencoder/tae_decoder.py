@@ -10,7 +10,6 @@ serves, and so does the sampler that the NLA pairs use.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,13 +26,12 @@ from ksweep.autoencoder.tae_base import check_contents, embedding_scale, is_iden
 from ksweep.autoencoder.tae_file import TaeInfo
 from ksweep.autoencoder.tae_layout import BASE
 from ksweep.errors import CheckpointError, DataError
+from ksweep.notes import Note
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
     from ksweep.autoencoder.protocol import FinishReason, ParseOutcome
-
-log = logging.getLogger(__name__)
 
 
 class TaeVerbalizer:
@@ -56,6 +54,7 @@ class TaeVerbalizer:
         self._scale = embedding_scale(model)
         self._parts = _parts(info, model)
         self._prefix: Any | None = None
+        self.notes = _untrained(info)
 
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None] | None = None
@@ -194,10 +193,15 @@ def _parts(info: TaeInfo, model: Any) -> _Parts:
     stacked = info.decoder.is_stacked
     weight = state["proj_weight"] if stacked else state["proj.weight"][None]
     bias = state["proj_bias"] if stacked else state["proj.bias"][None]
-    if is_identity(weight):
-        log.warning("%s: the decoder's projections are still the identity that training starts from", info.path)
     empty = torch.empty(0, info.d_model)
     left, right = (state.get(name, empty) for name in ("prompt_left_emb", "prompt_right_emb"))
     weight, bias, left, right = (tensor.to(device=model.device, dtype=model.dtype) for tensor in (weight, bias, left, right))
     positions = state.get("activation_pos_embedder.weight")
     return _Parts(weight, bias, left, right, None if positions is None else positions.float().to(model.device))
+
+
+def _untrained(info: TaeInfo) -> tuple[Note, ...]:
+    weight = info.states["decoder"]["proj_weight" if info.decoder.is_stacked else "proj.weight"]
+    if not is_identity(weight if info.decoder.is_stacked else weight[None]):
+        return ()
+    return (Note("checkpoint", f"The decoder's projections in {info.path} are still the identity that training starts from."),)

@@ -10,7 +10,6 @@ It reads the sampled tokens themselves: text that is tokenised again may come ou
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,11 +27,10 @@ from ksweep.autoencoder.tae_decoder import position_rows
 from ksweep.autoencoder.tae_file import TaeInfo, soft_prompt_sides
 from ksweep.autoencoder.tae_layout import BASE
 from ksweep.errors import CheckpointError, DataError
+from ksweep.notes import Note
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-log = logging.getLogger(__name__)
 
 TextPrompt = tuple[tuple[int, ...], tuple[int, ...]]
 """Tokens before and after an explanation whose embeddings stand in for the trained ones."""
@@ -65,6 +63,7 @@ class TaeReconstructor:
         self._decoder = model.get_decoder()
         self._block = _read_out(blocks_of(model), info.encoder.output_layer)
         self._parts = _parts(info, model, token_embeddings, prompt)
+        self.notes = tuple(_untrained(info.states["encoder"], info))
         self.reads_empty_text = bool(len(self._parts.soft_prompt) + len(self._parts.postfix))
         self._own_scale, self._scale = exact_embedding_scale(model), embedding_scale(model)
         self._past: Any | None = None
@@ -237,7 +236,6 @@ class _Parts:
 def _parts(info: TaeInfo, model: Any, table: torch.Tensor | None, prompt: TextPrompt | None) -> _Parts:
     state = {name: tensor for name, tensor in info.states["encoder"].items() if not name.startswith(BASE)}
     check_contents(state, "encoder", info.path)
-    _warn_of_untrained(state, info)
 
     def part(name: str, dtype: torch.dtype) -> torch.Tensor | None:
         return state[name].to(device=model.device, dtype=dtype) if name in state else None
@@ -259,11 +257,11 @@ def _parts(info: TaeInfo, model: Any, table: torch.Tensor | None, prompt: TextPr
     )
 
 
-def _warn_of_untrained(state: Mapping[str, torch.Tensor], info: TaeInfo) -> None:
+def _untrained(state: Mapping[str, torch.Tensor], info: TaeInfo) -> Iterator[Note]:
     if "proj.weight" in state and is_identity(state["proj.weight"]):
-        log.warning("%s: the encoder's projection is still the identity that training starts from", info.path)
+        yield Note("checkpoint", f"The encoder's projection in {info.path} is still the identity that training starts from.")
     if "special_last_token_vector" in state and not state["special_last_token_vector"].any():
-        log.warning("%s: the encoder's special vector is still the zero that training starts from", info.path)
+        yield Note("checkpoint", f"The encoder's special vector in {info.path} is still the zero that training starts from.")
 
 
 def _read_out(blocks: nn.ModuleList, output_layer: int) -> tuple[nn.Module, bool]:

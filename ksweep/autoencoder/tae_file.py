@@ -26,11 +26,13 @@ from ksweep.autoencoder.tae_layout import (
     EncoderLayout,
     decoder_layout,
     encoder_layout,
+    layout_notes,
     section,
     soft_prompt_text,
     whole_number,
 )
 from ksweep.errors import CheckpointError
+from ksweep.notes import Note
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +73,8 @@ class TaeInfo:
     """Words that the encoder's soft prompt, and behind "<text>" its postfix, were initialised with."""
     states: Mapping[str, Mapping[str, torch.Tensor]] = field(repr=False, compare=False)
     """Tensors of "decoder" and "encoder", names without torch.compile's prefix, contents still on disk."""
+    notes: tuple[Note, ...] = ()
+    """What was taken for granted."""
 
     @property
     def shares_base_with_activations(self) -> bool:
@@ -103,8 +107,10 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
     decoder = decoder_layout(config, states["decoder"], model, path)
     encoder = encoder_layout(config, states["encoder"], model, path)
     _check_room(decoder, encoder, num_tokens, model, path)
+    notes = list(layout_notes(config, {"decoder": decoder, "encoder": encoder}, model, path))
     if encoder.has_base and not (decoder.has_base or encoder.trains_base):
-        log.warning("%s holds base weights of the encoder and none of the decoder, which shared one base in training", path)
+        text = f"{path} holds base weights of the encoder and none of the decoder, which shared one base in training."
+        notes.append(Note("checkpoint", text))
     return TaeInfo(
         path=path,
         step=_step(checkpoint),
@@ -119,6 +125,7 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
         model_config=model,
         soft_prompt_text=soft_prompt_text(config),
         states=states,
+        notes=tuple(notes),
     )
 
 

@@ -7,24 +7,27 @@ identity projections or plain token embeddings.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.headers import some
 from ksweep.errors import CheckpointError
+from ksweep.notes import Note
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
 JUST_INPUT = "just_input"
 """patch_all_layers: the vector is a prompt embedding and no block's input is overwritten."""
 BASE = "base."
+DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "decoder": {"patch_all_layers": False},
+    "encoder": {"output_layer": -1, "add_current_token": False},
+}
+"""Options that files of an early reference lack, and that change what is computed."""
 Shape = tuple[int | None, ...]
 """None: any length of at least 1."""
 
@@ -126,8 +129,6 @@ def encoder_layout(
         raise CheckpointError(
             f"{path}: its encoder was trained without a base model (use_base_model=false), which is unknown here"
         )
-    _tell_default(options, "output_layer", -1, path)
-    _tell_default(options, "add_current_token", False, path)
     output_layer = whole_number({"output_layer": -1, **options}, "output_layer", -2, depth - 1, path, f"there are {depth} blocks")
     has_projection = _flag(options, "use_projection_layer", True, path)
     special = _flag(options, "special_last_token_vector", False, path)
@@ -202,14 +203,33 @@ def _flag(options: Mapping[str, Any], key: str, default: bool, path: Path) -> bo
     return bool(value)
 
 
-def _tell_default(options: Mapping[str, Any], key: str, default: object, path: Path) -> None:
-    if key not in options:
-        log.warning("%s: its config says nothing of %s; taken as %r, the reference's default", path, key, default)
+def layout_notes(
+    config: Mapping[str, Any], layouts: Mapping[str, DecoderLayout | EncoderLayout], model: Mapping[str, Any], path: Path
+) -> Iterator[Note]:
+    """What was taken for granted of decoder and encoder: options that the file does not say, base weights that it does not hold.
+
+    Args:
+        config, model, path: as for `decoder_layout`. layouts: "decoder" and "encoder", both checked.
+    """
+    for role, defaults in DEFAULTS.items():
+        options = _options(config, role, path)
+        for key, default in defaults.items():
+            if key not in options:
+                yield Note(
+                    "checkpoint",
+                    f"The config of {path} does not say {role}.{key}: taken as {default!r}, the default of the reference system.",
+                )
+    for role, layout in layouts.items():
+        if not layout.has_base and _base_was_trained(config, role, model, path):
+            yield Note(
+                "checkpoint",
+                f"{path} holds no base weights of the {role}, which its config says were trained: taken as written before they "
+                "were unfrozen.",
+            )
 
 
 def _num_patched(options: Mapping[str, Any], depth: int, path: Path) -> int:
     """true: every block; n: the first n (1 is not true); false or "just_input": none."""
-    _tell_default(options, "patch_all_layers", False, path)
     value = options.get("patch_all_layers", False)
     if isinstance(value, bool) or value is None:
         return depth if value else 0
@@ -293,7 +313,6 @@ def _check_base(
         return has_base
     schedule = config.get("freeze_schedule")
     if isinstance(schedule, dict) and schedule.get("enabled"):
-        log.warning("%s holds no base weights of the %s: taken as written before they were unfrozen", path, role)
         return False
     raise CheckpointError(
         f"the {role} in {path} was trained together with its base model, but the file holds no {BASE}* tensors. The untrained "

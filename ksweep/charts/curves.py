@@ -13,7 +13,7 @@ from ksweep.charts.style import (
     FVE,
     GREY,
     HEIGHT,
-    OF_SWEEP,
+    NAMED,
     WIDTH,
     Colours,
     K,
@@ -27,6 +27,7 @@ from ksweep.charts.style import (
     natural,
     ordinal_colour,
     palette,
+    refuse_ties,
     rows_of,
     span,
     table_of,
@@ -37,13 +38,13 @@ from ksweep.console import decimals_of_intervals
 from ksweep.errors import RequestError
 
 CURVES = f"""
-    SELECT c.*, r.mean_tokens * c.k AS tokens FROM curves AS c JOIN runs AS r USING (run_id)
-    WHERE $sweep IS NULL OR c.{OF_SWEEP} ORDER BY c.finished, c.run_id, c.k
+    SELECT n.label, c.* EXCLUDE (label), r.mean_tokens * c.k AS tokens
+    FROM curves AS c JOIN {NAMED} AS n USING (run_id) JOIN runs AS r USING (run_id) ORDER BY n.place, c.k
 """
-COMPARISONS = """
-    WITH mine AS (SELECT run_id FROM v_sweep_cells WHERE sweep = $sweep)
-    SELECT * FROM v_compare WHERE $sweep IS NULL OR (run_id IN (FROM mine) AND other_run_id IN (FROM mine))
-    ORDER BY cell, other_cell, k
+COMPARISONS = f"""
+    SELECT n.label, o.label AS other_label, c.* EXCLUDE (label, other_label)
+    FROM v_compare AS c JOIN {NAMED} AS n USING (run_id) JOIN {NAMED} AS o ON o.run_id = c.other_run_id
+    ORDER BY n.place, o.place, c.k
 """
 TOKENS = "Tokens sampled per activation (mean length of a draw times K)"
 LIGHT = 0.4
@@ -73,6 +74,7 @@ def fve_by_k(
         title: above the chart.
     """
     rows = rows_of(table_of(source, CURVES, sweep), ("label", "k", "fve", *([axis] if axis != "k" else [])), _USED)
+    refuse_ties(rows, "label", "k")
     shuffled = [r for r in rows if r.get("shuffled_fve") is not None]
     colouring = colour(labels_of(rows), colours)
     near = not shuffled or _near(rows)
@@ -130,29 +132,41 @@ def compare(
 
     Args:
         source: connection, relation or table with the columns of `v_compare` or of `compare.compare`.
-        reference: label that is taken off; None takes the first by name of those with the most K (greedy has one).
+        reference: label that is taken off; None takes the table's own where it has one, else the first by name of those with the
+            most K (greedy has one).
         sweep: with a connection, the sweep to show.
         colours: see `palette`; a cell has the colour it has elsewhere.
         title: above the chart.
     """
     needed = ("label", "other_label", "k", "difference", "difference_low", "difference_high")
-    table = [r for r in rows_of(table_of(source, COMPARISONS, sweep), needed, _COMPARED) if r["k"] is not None]
+    rows = rows_of(table_of(source, COMPARISONS, sweep), needed, _COMPARED, sides=("", "other_"))
+    table = [r for r in rows if r["k"] is not None]
     names = sorted({r[name] for r in table for name in ("label", "other_label")}, key=natural)
-    num_ks = {name: len({r["k"] for r in table if name in (r["label"], r["other_label"])}) for name in names}
-    base = reference if reference is not None else max(names, key=lambda name: num_ks[name])
+    base = _reference(table, names) if reference is None else reference
     if base not in names:
         raise RequestError(f"no cell is called {base!r}; the reference is one of {', '.join(names)}")
     rows = [_turned(r, base) for r in table if base in (r["label"], r["other_label"])]
-    rows = list({(r["label"], r["k"]): r for r in rows}.values())
+    rows = list({(r["label"], r["k"]): r for r in rows}.values())  # v_compare has every pair in both orders
     rows.sort(key=lambda r: (natural(r["label"]), r["k"]))
+    left_out = [name for name in names if name not in {base, *labels_of(rows)}]
     colours = colours or palette(names)  # with the reference among them, as in the charts that show it
     chart = _curves(
         rows, colour(labels_of(rows), colours), _x(rows, "k", titled=True), [], "Difference in FVE", colours, zero=True
     )
     interval = value_of(rows, "level", "{:.0%}") or "95%"
     lines = [f"Paired over the same activations; {interval} intervals over documents, for each K by itself.", *_about_lines(rows)]
+    lines += [f"The table has no difference from {base} for {', '.join(left_out)}."] if left_out else []
     heading = title or (f"{rows[0]['label']} less {base}" if len(labels_of(rows)) == 1 else f"FVE less that of {base}")
     return finished(chart.properties(width=WIDTH, height=HEIGHT), heading, [*lines, *facts(rows)])
+
+
+def _reference(table: Rows, names: Sequence[str]) -> str:
+    """The cell that every row is taken against; in a table of all pairs the first by name of those with the most K."""
+    others = {r["other_label"] for r in table}
+    if len(others) == 1:
+        return str(others.pop())
+    num_ks = {name: len({r["k"] for r in table if name in (r["label"], r["other_label"])}) for name in names}
+    return max(names, key=lambda name: num_ks[name])
 
 
 def _turned(row: dict[str, Any], base: str) -> dict[str, Any]:

@@ -6,22 +6,37 @@ from typing import Any
 
 import altair as alt
 
-from ksweep.charts.style import INK, OF_SWEEP, WIDTH, Colours, Rows, colour, data, finished, labels_of, natural, rows_of, table_of
+from ksweep.charts.style import (
+    INK,
+    NAMED,
+    WIDTH,
+    Colours,
+    Rows,
+    colour,
+    data,
+    finished,
+    labels_of,
+    natural,
+    refuse_ties,
+    rows_of,
+    table_of,
+)
 from ksweep.errors import RequestError
 
 SPEEDS = f"""
-    SELECT label, cell, tokens_per_second, num_ranks, device, finished FROM runs
-    WHERE status = 'finished' AND tokens_per_second IS NOT NULL AND ($sweep IS NULL OR {OF_SWEEP})
+    SELECT n.label, r.cell, tokens_per_second, num_ranks, device, finished FROM runs AS r JOIN {NAMED} AS n USING (cell_key)
+    WHERE status = 'finished' AND tokens_per_second IS NOT NULL
     QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC) <= 20 ORDER BY finished DESC
 """
 STATES = f"""
     WITH newest AS (
-        SELECT *, coalesce((spec->>'$.activations.num_activations')::BIGINT, num_activations) AS wanted_activations,
+        SELECT r.*, n.label AS name,
+               coalesce((spec->>'$.activations.num_activations')::BIGINT, num_activations) AS wanted_activations,
                CASE WHEN temperature = 0 THEN 1 ELSE (spec->>'$.sampling.num_draws')::BIGINT END AS wanted_draws
-        FROM runs WHERE draws_key IS NOT NULL AND ($sweep IS NULL OR {OF_SWEEP})
-        QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1
+        FROM runs AS r JOIN {NAMED} AS n USING (cell_key) WHERE draws_key IS NOT NULL
+        QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, r.run_id DESC) = 1
     )
-    SELECT n.label, n.cell, n.status AS state, wanted_activations * wanted_draws AS total,
+    SELECT n.name AS label, n.cell, n.status AS state, wanted_activations * wanted_draws AS total,
            (SELECT count(*) FROM draws AS d
             WHERE d.draws_key = n.draws_key AND d.activation < wanted_activations AND d.draw < wanted_draws) AS done
     FROM newest AS n ORDER BY n.finished
@@ -39,7 +54,7 @@ def throughput(
     Table: `label, tokens_per_second` and, where known, `num_ranks, device`.
     """
     used = ("label", "tokens_per_second", "num_ranks", "device")
-    rows = [r for r in rows_of(table_of(source, SPEEDS, sweep), used[:2], used) if r["tokens_per_second"] is not None]
+    rows = [r for r in rows_of(table_of(source, SPEEDS, sweep), used[:2], used, runs=False) if r["tokens_per_second"] is not None]
     if not rows:
         raise RequestError("no run of the table sampled anything: all draws were there already")
     labels = sorted(labels_of(rows)[:MOST_LABELS], key=natural)
@@ -69,6 +84,7 @@ def progress(source: Any, *, sweep: str | None = None, title: str | None = None)
     """
     used = ("label", "done", "total", "state")
     rows = [r for r in rows_of(table_of(source, STATES, sweep), used, used) if r["total"]]
+    refuse_ties(rows, "label")
     if not rows:
         raise RequestError("no cell of the table says how many draws it wants: there is no progress to show")
     shown = _unfinished_first(rows)

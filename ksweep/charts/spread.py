@@ -8,11 +8,12 @@ from typing import Any, Literal
 import altair as alt
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ksweep.charts.style import (
     FVE,
     HEIGHT,
-    OF_SWEEP,
+    NAMED,
     WIDTH,
     Colours,
     Rows,
@@ -22,12 +23,14 @@ from ksweep.charts.style import (
     finished,
     labels_of,
     natural,
+    refuse_ties,
     rows_of,
     span,
     table_of,
     value_of,
 )
 from ksweep.errors import RequestError
+from ksweep.naming import told_apart
 
 ERROR = "Error (mean squared difference per dimension)"
 MOST_BINS, FEWEST_BINS = 60, 12
@@ -36,18 +39,25 @@ TAIL = 0.005
 MOST_PARTS = 30
 
 ERRORS = f"""
-    SELECT c.label, d.activation, d.error FROM draws AS d JOIN v_latest AS c USING (draws_key)
-    WHERE ($sweep IS NULL OR c.{OF_SWEEP}) AND d.activation < c.num_activations AND d.draw < c.num_draws
+    SELECT n.label, d.activation, d.error
+    FROM draws AS d JOIN v_latest AS c USING (draws_key) JOIN {NAMED} AS n ON n.run_id = c.run_id
+    WHERE d.activation < c.num_activations AND d.draw < c.num_draws
 """
 NORMS = f"""
     WITH one AS (
-        SELECT arg_max(run_id, num_activations) AS run_id, any_value(parse_filename(coalesce(model, vectors))) AS model, layer
-        FROM v_latest WHERE $sweep IS NULL OR {OF_SWEEP} GROUP BY activations_key, layer
+        SELECT arg_max(c.run_id, num_activations) AS run_id, any_value(parse_filename(coalesce(model, vectors))) AS model, layer,
+               activations_key
+        FROM v_latest AS c JOIN {NAMED} AS n ON n.run_id = c.run_id GROUP BY activations_key, layer
+    ), called AS (
+        SELECT run_id, concat(model, ' layer ', layer, CASE WHEN count(*) OVER (PARTITION BY model, layer) > 1
+                              THEN concat(' @', left(activations_key, 8)) END) AS label
+        FROM one
     )
-    SELECT concat(one.model, ' layer ', one.layer) AS label, a.norm FROM activations AS a JOIN one USING (run_id)
+    SELECT called.label, a.norm FROM activations AS a JOIN called USING (run_id)
 """
 GROUPS = f"""
-    SELECT * FROM metrics WHERE ($sweep IS NULL OR {OF_SWEEP}) AND breakdown <> 'all' ORDER BY run_id, place
+    SELECT n.label, m.* EXCLUDE (label) FROM metrics AS m JOIN {NAMED} AS n USING (run_id)
+    WHERE breakdown <> 'all' ORDER BY n.place, m.place
 """
 HELD_AGAINST = {
     "own": "own (that of the activations of the group alone)",
@@ -136,6 +146,7 @@ def by_group(
     rows = rows_of(table_of(source, GROUPS, sweep), needed, (*needed, "place", "against", "level", "num_activations", "baseline"))
     rows = [r for r in rows if breakdown in (None, r["breakdown"]) and r["fve"] is not None]
     rows = [r for r in rows if r["against"] in (None, against)]
+    refuse_ties(rows, "label", "breakdown", "part", "k")
     common = set.intersection(*({r["k"] for r in rows if r["label"] == label} for label in labels_of(rows))) if rows else set()
     chosen = k if k is not None else max(common, default=None)
     rows = [r for r in rows if r["k"] == chosen]
@@ -168,9 +179,27 @@ def _columns(table: Any, needed: Sequence[str]) -> dict[str, np.ndarray]:
     if missing := [name for name in needed if name not in table.column_names]:
         raise RequestError(f"the table lacks {', '.join(missing)}; the chart takes {', '.join(needed)}, a row for each")
     names = [name for name in (*needed, "activation") if name in table.column_names]
+    table = _named(table)
     return {
         name: table[name].combine_chunks().dictionary_encode() if name == "label" else _numbers(table[name]) for name in names
     }
+
+
+def _named(table: pa.Table) -> pa.Table:
+    """The table with a label for each of its cells, as far as it says which cell and run its rows are of.
+
+    Raises:
+        RequestError: a draw that stands there twice under one label.
+    """
+    columns = [name for name in ("label", "sweep", "cell", "run_id") if name in table.column_names]
+    cells = table.select(columns).group_by(columns).aggregate([])
+    if len(set(cells["label"].to_pylist())) < len(cells):
+        cells = cells.append_column("name", pa.array(told_apart(cells.to_pylist()), pa.string()))
+        table = table.join(cells, columns).drop_columns("label").rename_columns({"name": "label"})
+    draws = [name for name in ("label", "activation", "draw") if name in table.column_names]
+    if len(draws) == 3 and len(again := table.group_by(draws).aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)):
+        refuse_ties([row for row in again.slice(0, 1).to_pylist() for _ in range(2)], *draws)
+    return table
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import pyarrow as pa
 
 from ksweep.console import effective_text
 from ksweep.errors import RequestError
 from ksweep.files import publish
+from ksweep.naming import told_apart
 
 FVE = "FVE (fraction of variance explained)"
 K = "K (draws the best is taken from)"
@@ -32,8 +34,19 @@ WIDTH, HEIGHT, CONTROL_HEIGHT = 460, 290, 80
 FORMATS = ("html", "png", "pdf", "svg")
 
 
-OF_SWEEP = "cell_key IN (SELECT cell_key FROM v_sweep_cells WHERE sweep = $sweep)"
-"""The cells of a sweep, whoever computed them."""
+CELLS = """
+    WITH newest AS (
+        SELECT * FROM runs
+        QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY status = 'finished' DESC, finished DESC, run_id DESC) = 1
+    )
+    SELECT place, label, cell, sweep, run_id, cell_key FROM v_sweep_cells WHERE sweep = $sweep
+    UNION ALL
+    SELECT row_number() OVER (ORDER BY finished, run_id), label, cell, sweep, run_id, cell_key FROM newest WHERE $sweep IS NULL
+    ORDER BY place
+"""
+"""The cells of a sweep, whoever computed them, under the labels that they have in it; without a sweep all cells."""
+NAMED = "named_cells"
+"""What questions to a connection join, a row a cell: cell_key, run_id (newest finished run), label (its one name), place."""
 
 Rows = list[dict[str, Any]]
 Colours = Mapping[str, str]
@@ -76,23 +89,71 @@ def table_of(source: Any, question: str, sweep: str | None = None) -> Any:
     if not hasattr(source, "cursor"):
         return source.to_arrow_table() if hasattr(source, "to_arrow_table") else source
     try:
-        return source.sql(question, params={"sweep": sweep}).to_arrow_table()
+        source.register(NAMED, _named(source, sweep))
+        return source.sql(question).to_arrow_table()
     except Exception as error:
         if type(error).__name__ not in ("CatalogException", "BinderException"):  # naming them would be importing duckdb
             raise
         raise RequestError(
             f"this database cannot answer ({str(error).splitlines()[0]}): give a connection of ksweep.connect(), or a table"
         ) from error
+    finally:
+        source.unregister(NAMED)
 
 
-def rows_of(table: Any, needed: Iterable[str], used: Iterable[str]) -> Rows:
-    """Plain rows of an Arrow table or a list of dicts; NaN becomes None."""
+def _named(connection: Any, sweep: str | None) -> pa.Table:
+    cells = connection.sql(CELLS, params={"sweep": sweep}).to_arrow_table().to_pylist()
+    names = told_apart(cells)
+    return pa.table(
+        {
+            "cell_key": pa.array([cell["cell_key"] for cell in cells], pa.string()),
+            "run_id": pa.array([cell["run_id"] for cell in cells], pa.string()),
+            "label": pa.array(names, pa.string()),
+            "place": pa.array(range(len(cells)), pa.int64()),
+        }
+    )
+
+
+def named_rows(rows: Rows, sides: Sequence[str] = ("",), *, runs: bool = True) -> Rows:
+    """Rows under names that tell their cells apart, as far as they say which cell and run they are of.
+
+    Args:
+        sides: prefixes of the columns that name a cell: "other_" for the other one of a difference.
+        runs: whether several runs of a cell are several things; otherwise they share its name.
+    """
+    columns = ("label", "sweep", "cell", "run_id") if runs else ("label", "sweep", "cell")
+    cells = {tuple(row.get(f"{side}{name}") for name in columns): None for row in rows for side in sides}
+    names = dict(zip(cells, told_apart([dict(zip(columns, cell, strict=True)) for cell in cells]), strict=True))
+    labels = [{f"{side}label": names[tuple(row.get(f"{side}{name}") for name in columns)] for side in sides} for row in rows]
+    return [row | new for row, new in zip(rows, labels, strict=True)]
+
+
+def refuse_ties(rows: Rows, *columns: str) -> None:
+    """One point a cell.
+
+    Raises:
+        RequestError: two rows that stand at one place under one name.
+    """
+    seen = set()
+    for row in rows:
+        point = tuple(row.get(name) for name in columns)
+        if point in seen:
+            where = "".join(f", {name} = {value}" for name, value in zip(columns[1:], point[1:], strict=True))
+            raise RequestError(
+                f"two rows of the table are of {row['label']!r}{where}: a mark for both would mean nothing. Give each cell a "
+                "label of its own, keep the columns cell and run_id, which tell them apart, or pass the rows of one of them"
+            )
+        seen.add(point)
+
+
+def rows_of(table: Any, needed: Iterable[str], used: Iterable[str], sides: Sequence[str] = ("",), *, runs: bool = True) -> Rows:
+    """Plain rows of an Arrow table or a list of dicts, named as by `named_rows`; NaN becomes None."""
     rows = table.to_pylist() if hasattr(table, "to_pylist") else [dict(r) for r in table]
     if not rows:
         raise RequestError("there is nothing to draw: the table has no rows; has a cell of this sweep finished?")
     if missing := [name for name in needed if name not in rows[0]]:
         raise RequestError(f"the table lacks {', '.join(missing)}; a chart takes the columns of the registry's `curves`")
-    return [{name: _plain(r.get(name)) for name in used} for r in rows]
+    return [{name: _plain(r.get(name)) for name in used} for r in named_rows(rows, sides, runs=runs)]
 
 
 def _plain(value: Any) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,8 @@ class Facts:
     sweep: str
     cells: tuple[tuple[str, str], ...]
     """Key and label of each."""
+    titles: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Names of cells where they stand alone, by key; none in jobs of earlier versions."""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -53,7 +55,9 @@ def facts_of(job: Job) -> Facts:
     """
     spec = json.loads((job.path / "job.json").read_text())
     cells = tuple((str(cell["key"]), str(cell["label"])) for cell in spec.get("cells", []))
-    return Facts(str((spec.get("argument") or {}).get("sweep", "")), cells)
+    argument = spec.get("argument") or {}
+    titles = {key: str(title) for (key, _), (_, title) in zip(cells, argument.get("names", ()), strict=False)}
+    return Facts(str(argument.get("sweep", "")), cells, titles)
 
 
 def facts_of_all(jobs: Sequence[Job]) -> dict[Job, Facts]:

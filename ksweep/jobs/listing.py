@@ -108,11 +108,8 @@ def _finished(ended: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _under_way(job: Job, line: Line, finished: Mapping[str, float]) -> Iterator[Row]:
     """The cells of a job that is not over: the one at hand, and those that have yet to come."""
-    cells = [
-        (key, label)
-        for key, label in read(partial(facts_of, job), Facts("", ())).cells
-        if finished.get(key, -1.0) < line.submitted
-    ]
+    facts = read(partial(facts_of, job), Facts("", ()))
+    cells = [(key, label) for key, label in facts.cells if finished.get(key, -1.0) < line.submitted]
     # A job that loads models or activations is at the first cell that it has not finished.
     at = at_work(line)[0] or next((label for _, label in cells), "")
     submitted = f"{datetime.fromtimestamp(line.submitted, UTC):%Y-%m-%d %H:%M:%S}"
@@ -122,8 +119,8 @@ def _under_way(job: Job, line: Line, finished: Mapping[str, float]) -> Iterator[
         fve = line.numbers.get("fve") if here else None
         counted = here and line.total > 0
         yield Row(
-            None, job.id, line.sweep, f"{label} @{key[:8]}", state, reason, None, line.done if counted else None,
-            line.total if counted else None, fve, None if fve is None else 1, None, None, None,
+            None, job.id, line.sweep, f"{facts.titles.get(key, label)} @{key[:8]}", state, reason, None,
+            line.done if counted else None, line.total if counted else None, fve, None if fve is None else 1, None, None, None,
             line.numbers.get("tokens_per_second") if here else None, submitted,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 State = Literal["done", "running", "waiting", "failed", "missing"]
@@ -44,6 +44,8 @@ class Facts:
     """A job that is at work on the cell or waits to be, and what is known of it."""
     failure: tuple[str, str] | None = None
     """Class and message of the newest run, where that failed."""
+    title: str = ""
+    """Name of the cell where it stands alone; empty: its label."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Step:
     draw_bytes: int
     activation_bytes: int
     seconds: float | None
+    title: str = ""
+    """Name of the cell where it stands alone; its label is what tells it from the others of its sweep."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def plan(facts: Iterable[Facts], *, retry: Sequence[str] = ()) -> list[Step]:
     extracted: dict[str, int] = {}
     for fact in facts:
         planned = max(extracted.get(fact.activations_key, 0), fact.activations_present)
-        steps.append(_step(fact, max(0, fact.activations_wanted - planned), fact.cell_key.startswith(tuple(retry))))
+        step = _step(fact, max(0, fact.activations_wanted - planned), fact.cell_key.startswith(tuple(retry)))
+        steps.append(replace(step, title=fact.title or fact.label))
         if steps[-1].state == "missing":
             extracted[fact.activations_key] = max(planned, fact.activations_wanted)
     return steps

@@ -366,9 +366,10 @@ def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
     row = {f.name: getattr(record, f.name, None) for f in schema}
     row |= {column: _at(record.spec, path) for column, path in SPEC_COLUMNS.items()}
     row |= {name: getattr(record, name).replace(tzinfo=None) for name in ("started", "finished")}
-    row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages")}
+    row |= {name: list(getattr(record, name).items()) for name in ("failures", "seconds", "packages", "engine")}
     row |= {column: _role_counts(getattr(record, name)) for column, name in ROLE_COLUMNS.items()}
     row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
+    row["notes"] = [asdict(note) for note in record.notes]
     row["interval_reach"] = _interval_reach(record)
     row["num_failed_draws"] = sum(record.failures.values()) if record.status == "finished" else None
     return pa.table([pa.array([row[f.name]], f.type) for f in schema], schema=schema)

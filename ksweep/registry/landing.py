@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from ksweep.errors import RequestError, StoreError, class_of_type
 from ksweep.files import publish
+from ksweep.notes import REFERENCE_QUANTITIES, Note
 
 Status = Literal["finished", "failed", "stopped"]
 
@@ -89,6 +90,8 @@ class RunRecord:
     argv: tuple[str, ...] = ()
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions by package name."""
+    engine: Mapping[str, str] = field(default_factory=dict)
+    """How the draws that this run sampled were computed, where it can change those of bfloat16: see runs.engine in schema.sql."""
 
     num_activations: int | None = None
     num_documents: int | None = None
@@ -134,8 +137,8 @@ class RunRecord:
     {...}, "total_sequences": 3}. None where no chat format is known."""
     selected_token_stats: Mapping[str, Any] | None = None
     """The same over the evaluated positions, with "total_positions"."""
-    notes: tuple[str, ...] = ()
-    """Why something is not known that could have been."""
+    notes: tuple[Note, ...] = ()
+    """What checks say about the run, and why something is not known that could have been."""
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
@@ -151,7 +154,12 @@ class RunRecord:
     def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
         """The record of a parsed record.json; keys that this version does not know are left out."""
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
-        known |= {name: tuple(known[name]) for name in ("argv", "tracebacks", "notes") if name in known}
+        known |= {name: tuple(known[name]) for name in ("argv", "tracebacks") if name in known}
+        # Earlier versions kept these among the packages.
+        packages, engine = dict(known.get("packages", {})), dict(known.get("engine", {}))
+        engine |= {name: packages.pop(name) for name in ("attention", "tf32", "cuda_graphs") if name in packages}
+        known |= {"packages": packages, "engine": engine}
+        known |= {"notes": tuple(map(_note, known.get("notes", ())))}
         known |= {name: datetime.fromisoformat(known[name]) for name in ("started", "finished") if name in known}
         if "error_class" not in known and known.get("error_type"):  # written when one field held either
             known |= {"error_class": class_of_type(known["error_type"])}
@@ -480,6 +488,11 @@ def _checked_curve(curve: pa.Table) -> pa.Table:
 def _check_status_and_curve(record: RunRecord, curve: pa.Table | None) -> None:
     if (record.status == "finished") != (curve is not None):
         raise ValueError(f"a {record.status} run {'needs a' if curve is None else 'has no'} curve (run {record.run_id})")
+
+
+def _note(value: Mapping[str, Any] | str) -> Note:
+    """A note of record.json; earlier versions wrote plain sentences, all about quantities of the reference sweep."""
+    return Note(REFERENCE_QUANTITIES, value) if isinstance(value, str) else Note(value["about"], value["text"])
 
 
 def _finite(value: Any) -> Any:

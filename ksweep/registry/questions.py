@@ -111,7 +111,7 @@ def named_curves(root: Path, names: Sequence[str], metric: str | None = None) ->
         raise RequestError(f"metric={metric!r} is not one of fve, {', '.join(REFERENCE_METRICS)}")
     with connect(root) as connection:
         connection.register("asked", pa.table({"name": pa.array(names, pa.string()), "place": pa.array(range(len(names)))}))
-        everything = "(SELECT run_id, 0 AS place, 0 AS within FROM v_latest)" if not names else _NAMED_RUNS
+        everything = "(SELECT run_id, label, 0 AS place, 0 AS within FROM v_latest)" if not names else _NAMED_RUNS
         unknown = connection.sql(f"SELECT name FROM asked WHERE place NOT IN (SELECT place FROM {_NAMED_RUNS})").fetchall()
         if unknown:
             raise RequestError(f"no finished run, cell, label or sweep {unknown[0][0]!r} in {root}: `ksweep ls` lists them")
@@ -125,18 +125,18 @@ def named_curves(root: Path, names: Sequence[str], metric: str | None = None) ->
 
 
 _NAMED_RUNS = """(
-    SELECT run_id, min(place) AS place, min(within) AS within FROM (
-        SELECT run_id, place, 0 AS within FROM v_latest JOIN asked ON name IN (run_id, cell, label)
-        UNION ALL SELECT c.run_id, asked.place, c.place FROM v_sweep_cells AS c JOIN asked ON name = c.sweep
+    SELECT run_id, arg_min(label, place) AS label, min(place) AS place, min(within) AS within FROM (
+        SELECT run_id, label, place, 0 AS within FROM v_latest JOIN asked ON name IN (run_id, cell, label)
+        UNION ALL SELECT c.run_id, c.label, asked.place, c.place FROM v_sweep_cells AS c JOIN asked ON name = c.sweep
         WHERE c.run_id IS NOT NULL
     ) GROUP BY run_id
 )"""
 _CURVES = """
-    SELECT c.* FROM {runs} AS n JOIN curves AS c USING (run_id)
+    SELECT n.label, c.* EXCLUDE (label) FROM {runs} AS n JOIN curves AS c USING (run_id)
     WHERE $metric IS NULL OR metric = $metric ORDER BY n.place, n.within, c.finished, c.run_id, c.k
 """
 _REFERENCE_CURVES = """
-    SELECT q.cell, q.label, q.quantity AS metric, q.k, q.value AS fve, q.low AS fve_low, q.high AS fve_high, c.level,
+    SELECT q.cell, n.label, q.quantity AS metric, q.k, q.value AS fve, q.low AS fve_low, q.high AS fve_high, c.level,
            q.num_activations, c.num_documents, c.baseline, c.baseline_kind, q.temperature, NULL::DOUBLE AS shuffled_fve,
            q.sweep, q.run_id
     FROM {runs} AS n JOIN reference_quantities AS q USING (run_id) LEFT JOIN curves AS c USING (run_id, k)
@@ -165,7 +165,7 @@ def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
         connection.register("wanted_cells", wanted)
         return connection.sql(
             """
-            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction, r.cjk_fraction
+            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction, r.cjk_fraction, r.notes
             FROM wanted_cells AS w JOIN curves AS c USING (cell_key) JOIN runs AS r USING (run_id) ORDER BY w.place, c.k
             """
         ).to_arrow_table()

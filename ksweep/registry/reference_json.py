@@ -249,7 +249,7 @@ def _about(run: Landed, results: Sequence[Row], of_reference: bool) -> Row:
         "selection": "prefix" if of_reference else scoring.get("selection", "order_statistics"),
         "misleading": MISLEADING | missing,
         "unknown": unknown,
-        "notes": list(record.notes),
+        "notes": [note.text for note in record.notes],
         "curve": run.curve.to_pylist(),
         "started": record.started.isoformat(),
         "finished": record.finished.isoformat(),

@@ -59,7 +59,7 @@ CREATE TABLE runs (
     tokens_per_second DOUBLE,
     token_roles MAP(VARCHAR, BIGINT),
     selected_token_roles MAP(VARCHAR, BIGINT),
-    notes VARCHAR[],
+    notes STRUCT(about VARCHAR, text VARCHAR)[],
     seconds MAP(VARCHAR, DOUBLE),
     job VARCHAR,
     start INTEGER,
@@ -74,6 +74,7 @@ CREATE TABLE runs (
     git_dirty BOOLEAN,
     argv VARCHAR[],
     packages MAP(VARCHAR, VARCHAR),
+    engine MAP(VARCHAR, VARCHAR),
     spec JSON NOT NULL,
     resources JSON,
     cell_key VARCHAR NOT NULL,
@@ -127,7 +128,7 @@ COMMENT ON COLUMN runs.num_tokens_sampled IS 'Tokens that this run sampled.';
 COMMENT ON COLUMN runs.tokens_per_second IS 'Tokens sampled per second of sampling, all ranks together.';
 COMMENT ON COLUMN runs.token_roles IS 'Tokens by role (user, assistant, system, special, other, pad, and their total) in all rows of text that were looked at; NULL where no chat format is known.';
 COMMENT ON COLUMN runs.selected_token_roles IS 'The same over the evaluated positions. Shares: v_token_roles.';
-COMMENT ON COLUMN runs.notes IS 'Why something is not known that could have been: quantities of the reference sweep without stored reconstructions.';
+COMMENT ON COLUMN runs.notes IS 'What checks say about the run without refusing it, each with its subject (norms, base model, layer, precision, prompt, checkpoint, text), and why something is not known that could have been (reference quantities). One row a note: select run_id, unnest(notes, recursive := true) from runs.';
 COMMENT ON COLUMN runs.seconds IS 'Wall-clock seconds by phase: seconds[''sampling''].';
 COMMENT ON COLUMN runs.job IS 'Job that the run was part of; what each of its ranks left: attempts. NULL for imported runs and those of older versions.';
 COMMENT ON COLUMN runs.start IS 'Start of the job in which the run ended, 0-based.';
@@ -141,9 +142,10 @@ COMMENT ON COLUMN runs.num_ranks IS 'Processes that shared the work.';
 COMMENT ON COLUMN runs.git_commit IS 'Commit of the code that ran.';
 COMMENT ON COLUMN runs.git_dirty IS 'Whether tracked files differed from the commit.';
 COMMENT ON COLUMN runs.argv IS 'Command line that started the sweep.';
-COMMENT ON COLUMN runs.packages IS 'Versions by package, and how the AV was computed: packages[''torch''], packages[''attention''], packages[''cuda_graphs''].';
+COMMENT ON COLUMN runs.packages IS 'Versions by package: packages[''torch''].';
+COMMENT ON COLUMN runs.engine IS 'How the draws that this run sampled were computed on rank 0: dtype, attention, tf32, cuda_graphs, sampler (slots, or plain where a cache does not lie in them), threads (CPU), batch_size (asked; auto: as memory allows), draws_in_flight, prompts_at_once, texts_at_once (scored). In float32 none of them changes a draw; in bfloat16 each may change which of two nearly tied tokens is taken. Empty where all draws were there.';
 COMMENT ON COLUMN runs.spec IS 'The cell as JSON, everything that changes its numbers: spec->>''$.sampling.temperature''.';
-COMMENT ON COLUMN runs.resources IS 'Where and how it ran, as JSON; never changes the numbers.';
+COMMENT ON COLUMN runs.resources IS 'Where and how it was asked to run, as JSON; no part of any identity. In float32 it changes no number; in bfloat16 batch_size may change draws that are not stored yet: see engine.';
 COMMENT ON COLUMN runs.cell_key IS 'Identity of the cell: hash of all that changes its numbers.';
 COMMENT ON COLUMN runs.draws_key IS 'Identity of the draws, shared by cells that differ only in counts and scoring; directory under registry/draws.';
 COMMENT ON COLUMN runs.activations_key IS 'Identity of the activations; directory under vector_cache.';

@@ -78,14 +78,18 @@ WITH asked AS (
 ), newest AS (
     SELECT * FROM runs QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1
 ), told AS (
-    -- Of cells that share a label the newest counts: such a sweep may have been asked again with other settings.
+    -- Of cells that share a label and what they are measured with the newest counts: such a sweep may have been asked again with
+    -- other settings. Earlier versions gave pairs of one name the same label: those are several cells, told apart by their names.
     SELECT sweep, label, cell_key, finished, run_id FROM runs WHERE sweep NOT IN (SELECT sweep FROM sweeps)
-    QUALIFY row_number() OVER (PARTITION BY sweep, label ORDER BY status = 'finished' DESC, finished DESC, run_id DESC) = 1
+    QUALIFY row_number() OVER (
+        PARTITION BY sweep, label, av, ar, checkpoint, model, text_source, vectors, layer
+        ORDER BY status = 'finished' DESC, finished DESC, run_id DESC
+    ) = 1
 ), members AS (
     SELECT sweep, place, label, cell_key FROM asked
     UNION ALL SELECT sweep, row_number() OVER (PARTITION BY sweep ORDER BY finished, run_id) - 1, label, cell_key FROM told
 )
-SELECT m.sweep, m.place, m.label, coalesce(n.status, 'not run') AS status, l.run_id, l.finished, l.temperature, n.sweep AS run_by, m.cell_key
+SELECT m.sweep, m.place, m.label, coalesce(l.cell, n.cell) AS cell, coalesce(n.status, 'not run') AS status, l.run_id, l.finished, l.temperature, n.sweep AS run_by, m.cell_key
 FROM members AS m LEFT JOIN newest AS n USING (cell_key) LEFT JOIN v_latest AS l USING (cell_key);
 COMMENT ON VIEW v_sweep_cells IS 'The cells of each sweep as it was last asked, in its order, whoever computed them; of sweeps without an asking those that its runs tell of.';
 COMMENT ON COLUMN v_sweep_cells.status IS 'How the newest run of the cell ended: finished, failed or stopped; not run: none has.';
@@ -252,7 +256,7 @@ COMMENT ON VIEW draws IS 'One row per draw: a sampled explanation and its score,
 COMMENT ON COLUMN draws.cell IS 'Newest finished cell that used these draws; NULL while none has finished. Cells that differ only in counts or scoring share draws.';
 COMMENT ON COLUMN draws.draws_key IS 'Identity of the draws: directory under registry/draws.';
 COMMENT ON COLUMN draws.activation IS 'Index of the activation within its store, 0-based; a cell over N activations uses the first N.';
-COMMENT ON COLUMN draws.draw IS 'Index of the draw, 0-based; the same draw whatever the number of ranks. A cell of N draws uses the first N.';
+COMMENT ON COLUMN draws.draw IS 'Index of the draw, 0-based. In float32 the same draw for every batch size and number of ranks; in bfloat16 rounding may flip near ties (runs.engine). A cell of N draws uses the first N.';
 COMMENT ON COLUMN draws.rank IS 'Place of the draw by error among all stored draws of its activation, 1 is best; failed draws come last.';
 COMMENT ON COLUMN draws.error IS 'Error of the reconstruction; NLA pairs: 2 (1 - cosine). NULL when the draw failed.';
 COMMENT ON COLUMN draws.cosine IS 'Cosine of the reconstruction with its activation; NULL when the draw failed.';

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ksweep.draws import ROWS_PER_UNIT, DrawsStore
 from ksweep.errors import RequestError
+from ksweep.naming import told_apart
 from ksweep.registry.database import connect
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def facts_of(registry: Path, sweep: str) -> Facts:
             known = _rows(connection, "SELECT DISTINCT sweep FROM v_sweep_cells WHERE run_id IS NOT NULL ORDER BY sweep")
             there = ", ".join(row["sweep"] for row in known) or "none"
             raise RequestError(f"no cell of a sweep {sweep!r} has finished in {registry}; sweeps there: {there}")
+        cells = [cell | {"label": name} for cell, name in zip(cells, told_apart(cells), strict=True)]
         connection.register("mine", pa.Table.from_pylist([cell for cell in cells if cell["run_id"]]))
         runs = _rows(connection, _RUNS)
         asked = _rows(connection, "SELECT * FROM v_sweeps WHERE sweep = ?", sweep)
@@ -256,7 +258,11 @@ _ATTEMPTS = """
     ORDER BY a.job DESC, a.start DESC, a.rank
 """
 _ACTIVATION_SETS = """
-    SELECT arg_max(run_id, num_activations) AS run_id,
-           concat_ws(' layer ', any_value(parse_filename(coalesce(model, vectors))), layer) AS label
-    FROM runs JOIN (SELECT run_id FROM mine) USING (run_id) WHERE activations_key IS NOT NULL GROUP BY activations_key, layer
+    WITH one AS (
+        SELECT arg_max(run_id, num_activations) AS run_id, activations_key,
+               concat_ws(' layer ', any_value(parse_filename(coalesce(model, vectors))), layer) AS label
+        FROM runs JOIN (SELECT run_id FROM mine) USING (run_id) WHERE activations_key IS NOT NULL GROUP BY activations_key, layer
+    )
+    SELECT run_id, CASE WHEN count(*) OVER (PARTITION BY label) = 1 THEN label
+                        ELSE concat(label, ' @', left(activations_key, 8)) END AS label FROM one
 """

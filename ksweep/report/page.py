@@ -20,7 +20,7 @@ from ksweep.errors import RequestError
 from ksweep.files import publish
 from ksweep.report.facts import Facts, Row, facts_of
 from ksweep.report.verdict import answer, difference, largest_common_k, ranked, with_interval, without_winners_curse
-from ksweep.terminal import SHOWN_KS, warnings
+from ksweep.terminal import SHOWN_KS, noted, warnings
 
 GOOD, BAD = (0, 114, 178), (213, 94, 0)
 """Blue and vermilion of Okabe and Ito: better and worse than the mean vector would be."""
@@ -68,11 +68,13 @@ def page(facts: Facts, held_out: str = "") -> str:
         differences=difference_table(facts),
         controls=control_table(facts),
         warnings=warnings(facts.curves),
+        notes=noted(facts.runs),
         charts={name: json.dumps(chart.to_dict()).replace("</", "<\\/") for name, chart in drawn(facts).items()},
         chart_scripts=_chart_scripts(),
         table_scripts=_table_scripts(),
         explanations=explanation_table(facts.explanations),
-        packages=_common_packages(facts.runs),
+        packages=_of_runs(facts.runs, "packages"),
+        engine=_of_runs(facts.runs, "engine"),
     )
 
 
@@ -266,11 +268,11 @@ def words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _common_packages(runs: Iterable[Row]) -> dict[str, str]:
-    """Versions by package; several where cells were run with different ones."""
+def _of_runs(runs: Iterable[Row], column: str) -> dict[str, str]:
+    """What a column of names and values says of the runs; several values where cells were run with different ones."""
     found: dict[str, set[str]] = {}
     for run in runs:
-        for name, version in dict(run["packages"] or {}).items():
+        for name, version in dict(run[column] or {}).items():
             if version is not None:  # not installed there
                 found.setdefault(name, set()).add(version)
     return {name: ", ".join(sorted(versions)) for name, versions in sorted(found.items())}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -259,18 +258,21 @@ def test_change_is_refused_by_name(case_and_change: tuple[str, Callable[..., Any
     assert named in message, message
 
 
-def test_options_that_an_old_file_lacks_are_the_references_defaults_and_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def noted(*sources: Any) -> list[str]:
+    return [note.text for source in sources for note in source.notes]
+
+
+def test_options_that_an_old_file_lacks_are_the_references_defaults_and_noted(tmp_path: Path) -> None:
     path = copy_case("gpt2_patch_all", tmp_path)
+    assert inspect_tae(path).notes == ()
     edited(path, lambda v: [options(v, "encoder").pop(name) for name in ("output_layer", "add_current_token")])
-    with caplog.at_level(logging.WARNING):
-        info = inspect_tae(path)
+    info = inspect_tae(path)
     assert (info.encoder.output_layer, info.encoder.adds_current_token) == (-1, False)
-    assert "output_layer; taken as -1" in caplog.text
+    first, second = noted(info)
+    assert "does not say encoder.output_layer: taken as -1" in first and "encoder.add_current_token: taken as False" in second
 
 
-def test_base_weights_of_the_encoder_alone_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_base_weights_of_the_encoder_alone_are_noted(tmp_path: Path) -> None:
     """Decoder and encoder shared one base in training, so trained position embeddings belong to both."""
     path = copy_case("gpt2_patch_all", tmp_path)
     base = load_file(FIXTURES / "gpt2_patch_all" / "base" / "model.safetensors")
@@ -281,10 +283,11 @@ def test_base_weights_of_the_encoder_alone_are_told(tmp_path: Path, caplog: pyte
 
     edited(path, train_positions)
     load(path)
-    assert "holds base weights of the encoder and none of the decoder" in caplog.text
+    [text] = noted(inspect_tae(path))
+    assert "holds base weights of the encoder and none of the decoder" in text
 
 
-def test_untrained_projections_and_vectors_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_untrained_projections_and_vectors_are_noted(tmp_path: Path) -> None:
     path = copy_case("gemma3_patch_two", tmp_path)
 
     def untrain(value: dict[str, Any]) -> None:
@@ -293,9 +296,9 @@ def test_untrained_projections_and_vectors_are_told(tmp_path: Path, caplog: pyte
         value["models"]["encoder"]["special_last_token_vector"].zero_()
 
     edited(path, untrain)
-    with caplog.at_level(logging.WARNING):
-        load(path)
-    assert "decoder's projections" in caplog.text and "encoder's projection" in caplog.text and "special vector" in caplog.text
+    decoder, encoder = map(noted, load(path))
+    assert len(decoder) == 1 and "decoder's projections" in decoder[0]
+    assert "encoder's projection" in encoder[0] and "special vector" in encoder[1]
 
 
 def test_missing_current_token_or_wrong_width_is_a_data_error(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from ksweep import draws
 from ksweep.errors import RequestError, StoreError
+from ksweep.notes import Note
 from ksweep.registry import database
 from ksweep.registry.database import connect, ingest, rebuild
 from ksweep.registry.landing import land
@@ -309,12 +310,15 @@ def test_draws_before_the_first_draw_are_an_empty_table_with_types(root: Path) -
 
 def test_tokens_by_role_are_rows_with_shares_and_unknown_formats_have_none(root: Path) -> None:
     stats = {"counts": {"user": 6, "assistant": 2, "pad": 4, "total": 12}, "proportions": {}, "total_sequences": 2}
-    land(root, record_of("r1", temperature=0.5, token_stats=stats, selected_token_stats=stats, notes=("why not",)), curve_of())
+    notes = (Note("layer", "why not"),)
+    land(root, record_of("r1", temperature=0.5, token_stats=stats, selected_token_stats=stats, notes=notes), curve_of())
     land(root, record_of("r2", temperature=0.7), curve_of())
     found = rows(root, "SELECT run_id, tokens, role, num_tokens, share FROM v_token_roles ORDER BY tokens, num_tokens")
     one = [("assistant", 2, 0.25), ("pad", 4, None), ("user", 6, 0.75)]
     assert found == [("r1", tokens, *row) for tokens in ("all", "evaluated") for row in one]
-    assert rows(root, "SELECT token_roles['user'], notes FROM runs ORDER BY run_id") == [(6, ["why not"]), (None, [])]
+    assert rows(root, "SELECT token_roles['user'], notes FROM runs ORDER BY run_id") == [
+        (6, [{"about": "layer", "text": "why not"}]), (None, []),
+    ]  # fmt: skip
 
 
 def test_draws_are_ranked_by_error_with_failures_last_and_named_by_cell(root: Path) -> None:

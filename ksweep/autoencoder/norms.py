@@ -1,0 +1,79 @@
+"""Whether vectors are as long as those that a pair was trained on: a sign of another layer or another model. No torch here.
+
+Only their direction is injected, so lengths change no number. `injection_scale` says nothing of them: it is the length that every
+vector is scaled to. They are compared with the training vectors' own, where the pair says it, and otherwise not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ksweep import files
+from ksweep.errors import RequestError
+from ksweep.notes import Note
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from ksweep.autoencoder.checkpoint import CheckpointInfo
+
+REPORT = "training_report.json"
+"""Beside AV and AR where scripts/train_demo_pair.py made them."""
+FACTOR = 1.3
+"""How far medians may lie apart. SmolLM2-135M on the demo's passages, medians by layer: 133 at 10, 167 at 15, 198 at 18, 223 at
+19, 238 at 20; half of the activations of layer 20 lie between 229 and 250. Length does not tell neighbouring layers apart."""
+SAME_LENGTH = 1e-3
+"""Relative spread of lengths that are one length: float32 keeps 1e-7, bfloat16 4e-3 for a number and some 1e-4 for a length."""
+FEWEST = 8
+"""Vectors that a median or a spread is taken from."""
+
+
+def training_norm(*infos: CheckpointInfo) -> float | None:
+    """Median length of a pair's training vectors, from a sidecar or the training report beside it; None: not said."""
+    for info in infos:
+        if info.sidecar.activation_norm is not None:
+            return info.sidecar.activation_norm
+    for info in infos:
+        report = info.path.resolve().parent / REPORT
+        if report.is_file() and (said := _said_in(report)) is not None:
+            return said
+    return None
+
+
+def _said_in(report: Path) -> float | None:
+    """held_out.activation_norm: of other texts than the training's, of the same model and layer."""
+    try:
+        held_out = files.read_json(report, "training report").get("held_out")
+    except RequestError:
+        return None
+    said = held_out.get("activation_norm") if isinstance(held_out, dict) else None
+    return float(said) if isinstance(said, (int, float)) and said > 0 else None
+
+
+def norm_notes(vectors: Float[np.ndarray, "activation d_model"], trained: float | None, source: str) -> Iterator[Note]:
+    """What the lengths of vectors say.
+
+    Args:
+        trained: median length of the training vectors; None: not known, and not compared.
+        source: where the vectors come from, for the words.
+    """
+    if len(vectors) < FEWEST:
+        return
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    median = float(np.median(norms))
+    if trained is not None and not 1 / FACTOR <= median / trained <= FACTOR:
+        yield Note(
+            "norms",
+            f"The activations of {source} have a median norm of {median:.3g}, and those that the pair was trained on had "
+            f"{trained:.3g}: they may come from another layer or another model.",
+        )
+    if norms.std() < SAME_LENGTH * median:
+        yield Note(
+            "norms",
+            f"All activations of {source} have the norm {median:.4g}: they were normalised before they were stored, and "
+            "their own lengths are not known.",
+        )

@@ -1,0 +1,288 @@
+"""Every snippet of README.md, docs/ and registry/README.md is run, in a project directory that a tiny pair's sweeps have filled.
+
+Python is run as it stands. Commands that read are run; those that would draw for minutes are planned (`--dry-run`); those that
+need what is not here are parsed by the real parser. NOT_CODE and PARSED_ONLY hold what is not run and why; the tests print it.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksweep import cli, connect
+from ksweep.overrides import given_settings, lay_over
+from tests.tiny_sweeps import talking_pair
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "registry/README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+TAE = next((ROOT / "tests" / "fixtures" / "tae" / "gemma3_patch_two").glob("*.pt"))
+
+PROGRAMS = ("make", "duckdb", "ksweep", "python", "scripts/submit_k_sweep.sh")
+NOT_CODE = {
+    ("README.md", "cell                        K=1"): "the result table of `make sweep`",
+    ("README.md", "ksweep/        the library"): "a tree of directories",
+    ("registry/README.md", "draws/<key>/part-*.parquet"): "a tree of directories",
+}
+"""Blocks that are neither Python nor commands, by their first line."""
+
+PARSED_ONLY = {
+    r"^make ": "installs and runs for minutes: `make -n` says what it would do",
+    r"cluster=slurm": "needs a Slurm: its settings are laid over the experiment",
+    r"^ksweep logs ": "needs a job of four ranks: its arguments are parsed",
+    r"^ksweep (retry|cancel) ": "acts on jobs that are over here: its arguments are parsed",
+    r"^ksweep doctor": "looks this machine over, which tests/test_doctor.py does: its arguments are parsed",
+    r"^python experiments/": "would draw for minutes: planned with --dry-run",
+    r"^scripts/submit_k_sweep": "would draw for minutes: planned with --dry-run",
+}
+"""Commands that are not run, and what is done instead; the first that fits counts."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """An indented or fenced block of a page."""
+
+    page: str
+    line: int
+    text: str
+
+    @property
+    def is_python(self) -> bool:
+        if not re.match(r"(from|import) ", self.text):
+            return False
+        ast.parse(self.text)
+        return True
+
+    @property
+    def why_not_code(self) -> str | None:
+        return next((why for (page, start), why in NOT_CODE.items() if page == self.page and self.text.startswith(start)), None)
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """Lines that are indented by four, and those between fences; blank lines inside belong to them."""
+    found: list[str] = []
+    start, fenced = 0, False
+    for number, line in enumerate([*(ROOT / page).read_text().splitlines(), "end"], 1):
+        fence = line.lstrip().startswith("```")
+        inside = (fenced and not fence) or (not fenced and (line.startswith("    ") or (bool(found) and not line.strip())))
+        if inside:
+            start = start if found else number
+            found.append(line if fenced else line[4:])
+        elif found:
+            yield Block(page, start, "\n".join(found).strip("\n"))
+            found = []
+        fenced = fenced != fence
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+CODE = [block for block in BLOCKS if block.why_not_code is None]
+COMMANDS = [
+    pytest.param(line, id=f"{block.page}:{block.line + at}")
+    for block in CODE
+    if not block.is_python
+    for at, line in enumerate(block.text.splitlines())
+    if line.strip()
+]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A directory as a user has it, with results of the sweeps that the pages speak of."""
+
+    root: Path
+    tiny: list[str]
+    """Settings that put the tiny pair and its text in the place of the demo's."""
+    tae: list[str]
+    """Settings with which a checkpoint is measured on that text."""
+    words: dict[str, str]
+    """What the placeholders of the pages stand for."""
+
+
+def experiment(name: str, *arguments: str) -> int:
+    """An experiment run as `python experiments/NAME.py`; its exit code."""
+    argv, sys.argv = sys.argv, [f"experiments/{name}.py", *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = argv
+    raise AssertionError("a sweep ends with an exit code")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    root = tmp_path_factory.mktemp("project")
+    pair = talking_pair(tmp_path_factory.mktemp("pairs"), num_rows=60)
+    shutil.copytree(ROOT / "experiments", root / "experiments")
+    shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("_demo", "*.py"))
+    shutil.copytree(ROOT / "tests" / "fixtures" / "reference_json", root / "old_results")
+    (root / "my_sweep.yaml").write_text("sampling: {num_draws: 4}\n")
+    text = pair.base.parent / "text.jsonl"
+    small = [
+        f"activations.text={text}", "activations.num_activations=24", "activations.min_position=10", "activations.dtype=float32",
+        "activations.max_length=2048", "autoencoder.dtype=float32", "scoring.num_replicates=50", "cluster=inprocess", "gpus=0",
+    ]  # fmt: skip
+    tiny = [*small, f"autoencoder.av={pair.av}", f"autoencoder.ar={pair.ar}", f"activations.model={pair.base}"]
+    tae = [*small, "activations.model=null", "activations.num_activations=8", "sampling.num_draws=4"]
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        assert experiment("temp_sweep", *tiny, "sampling.num_draws=4", "sampling.max_new_tokens=20", "--no-charts") == 0
+        assert experiment("k_sweep", *tae, f"autoencoder.checkpoint={TAE}", "--no-charts") == 0
+    finally:
+        os.chdir(before)
+    with connect(root / "registry") as connection:
+        [(run, key)] = connection.execute(
+            "SELECT run_id, activations_key FROM v_latest WHERE label = 'temperature=0.8'"
+        ).fetchall()
+    words = {
+        "RUN": run, "KEY": key, "JOB": next((root / "logs").glob("2*")).name, "A": "temperature=0.4", "B": "temperature=0.8",
+        "autoencoder.av=DIR": f"autoencoder.av={pair.av}", "autoencoder.ar=DIR": f"autoencoder.ar={pair.ar}",
+        "activations.model=DIR": f"activations.model={pair.base}", "DIR": str(TAE.parent / "base"),
+        "autoencoder.checkpoint=PATH.pt": f"autoencoder.checkpoint={TAE}",
+        "+eval.checkpoint_path=PATH.pt": f"+eval.checkpoint_path={TAE}",
+    }  # fmt: skip
+    yield Project(root, tiny, tae, words)
+
+
+def commands(line: str, words: dict[str, str]) -> list[list[str]]:
+    """The commands of a line as a shell splits them, comments left out and placeholders filled in."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";")
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    found: list[list[str]] = [[]]
+    for token in lexer:
+        if token == ";":
+            found.append([])
+        elif token != "...":
+            found[-1] += sorted(glob.glob(token)) if "*" in token and " " not in token else [words.get(token, token)]
+    return found
+
+
+def why_not_run(line: str) -> str | None:
+    return next((why for pattern, why in PARSED_ONLY.items() if re.search(pattern, line)), None)
+
+
+# --- the tests ---
+
+
+def test_every_block_is_code_or_named_with_its_reason() -> None:
+    for page, start in NOT_CODE:
+        assert any(b.page == page and b.text.startswith(start) for b in BLOCKS), f"{start!r} is no longer a block of {page}"
+    for block in BLOCKS:
+        if block.why_not_code:
+            print(f"{block.page}:{block.line} is not run: {block.why_not_code}")
+        elif not block.is_python:
+            first = block.text.split()[0]
+            assert first in PROGRAMS, f"{block.page}:{block.line} begins with {first}: run it, or name it in NOT_CODE"
+    assert len(CODE) >= 12 and len(COMMANDS) >= 45
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=f"{b.page}:{b.line}") for b in CODE if b.is_python])
+def test_python_runs_as_it_stands(block: Block, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.root)
+    namespace: dict[str, Any] = {"__name__": "snippet"}
+    exec(compile(block.text, f"{block.page}:{block.line}", "exec"), namespace)
+    if "sweep_main(sweep)" in block.text:
+        print(f"{block.page}:{block.line}: its models are on the hub: the sweep is built and planned with the tiny pair instead")
+        (project.root / "experiments" / "of_the_page.py").write_text(block.text)
+        assert experiment("of_the_page", *project.tiny, "--dry-run") == 0
+        assert namespace["sweep"].labels() == ["temperature=0.5", "temperature=0.7", "temperature=1"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_runs(
+    line: str, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project.root)
+    if why := why_not_run(line):
+        print(f"{line}\n    is not run: {why}")
+    for command in commands(line, project.words):
+        run(command, line, project, monkeypatch)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    if line.startswith("ksweep sql"):
+        assert len(said.out.strip().splitlines()) > 1 or re.search(r": [1-9]\d* rows", said.out), "a question without an answer"
+
+
+def run(command: list[str], line: str, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *arguments = command
+    if name == "make":
+        assert shutil.which("make"), "the pages begin with make"
+        done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout, done.stderr
+    elif name == "duckdb":
+        program = shutil.which("duckdb") or str(Path(sys.executable).parent / "duckdb")
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    elif name == "ksweep":
+        ksweep(arguments, parsed_only=why_not_run(line) is not None, monkeypatch=monkeypatch)
+    elif name == "scripts/submit_k_sweep.sh":
+        submit(arguments, project)
+    else:
+        assert (name, arguments[0].split("/")[0]) == ("python", "experiments"), line
+        planned(Path(arguments[0]).stem, arguments[1:], project)
+
+
+def ksweep(arguments: list[str], *, parsed_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    if parsed_only:
+        group: Any = typer.main.get_command(cli.app)
+        command = group.commands[arguments[0]]
+        assert command.make_context(arguments[0], arguments[1:]).params
+        return
+    monkeypatch.setattr("sys.argv", ["ksweep", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (None, 0), arguments
+
+
+def submit(arguments: list[str], project: Project) -> None:
+    """The script of the old names, on this machine."""
+    variables = {**os.environ, "PYTHON": sys.executable, "EXPERIMENT": "experiments/k_sweep.py"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    small = [word for word in project.tae if not word.startswith(("cluster", "gpus"))]
+    done = subprocess.run(
+        ["bash", "scripts/submit_k_sweep.sh", *arguments, *small, "force_direct=true", "--dry-run"],
+        capture_output=True, text=True, timeout=120, env=variables,
+    )  # fmt: skip
+    assert done.returncode == 0 and "cells to run" in done.stdout, done.stderr
+
+
+def planned(name: str, arguments: list[str], project: Project) -> None:
+    """The plan of an experiment over the tiny pair or checkpoint; on Slurm only its settings."""
+    of_checkpoint = any(word.startswith("autoencoder.checkpoint=") for word in arguments)
+    if "cluster=slurm" in arguments:
+        sweep = runpy.run_path(f"experiments/{name}.py")["sweep"]
+        settings = [word for word in arguments if not word.startswith("--")]
+        assert lay_over(sweep, given_settings(settings, None)).resources.cluster == "slurm"
+        return
+    small = project.tae if of_checkpoint else project.tiny
+    assert experiment(name, *small, *arguments, *(["--dry-run"] if "--dry-run" not in arguments else [])) == 0
+
+
+def test_what_the_pages_ask_of_the_registry_has_answers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question of a page that finds nothing would pass unseen."""
+    monkeypatch.chdir(project.root)
+    asked = [re.search(r'^duckdb \S+ "([^"]*)"', param.values[0]) for param in COMMANDS]  # type: ignore[arg-type]
+    questions = {found[1] for found in asked if found}
+    with connect("registry") as connection:
+        empty = [question for question in questions if not connection.execute(question).fetchall()]
+    assert len(questions) >= 4 and all("v_token_roles" in question for question in empty), empty
+    assert json.loads((ROOT / "registry" / "charts.ipynb").read_text())
