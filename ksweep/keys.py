@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from ksweep.activations.fill import activations_key
 from ksweep.activations.model_config import text_config
 from ksweep.activations.vectors import POSITIONS, read_sidecar, vectors_say_positions, vectors_shape
-from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
+from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest, inspect
+from ksweep.bos import text_gets_second_bos
 from ksweep.errors import DataError, SpecError
 from ksweep.files import HUB_ID, resolve
 from ksweep.identity import fingerprint
+from ksweep.notes import Note, notes_of
 from ksweep.spec import Autoencoder, Cell, Sampling
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class Keys:
     layer: int
     label: str
     identity: dict[str, Any]
+    notes: tuple[Note, ...] = ()
+    """What the checks of checkpoints and activations say that refuse nothing."""
 
     @property
     def name(self) -> str:
@@ -61,7 +65,7 @@ def cell_keys(cell: Cell) -> Keys:
         CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
     """
     cell = complete(cell)
-    layer, digests = _layer_and_digests(cell)
+    layer, digests, notes = _layer_and_digests(cell)
     activations, identity = activations_key(cell.activations, layer)
     draws = {
         "activations": activations,
@@ -84,7 +88,7 @@ def cell_keys(cell: Cell) -> Keys:
         "scoring": _scoring_identity(cell),
     }
     identity = {"activations": identity, "draws": draws, "layer": layer}
-    return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity)
+    return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity, notes)
 
 
 def _scoring_identity(cell: Cell) -> dict[str, Any]:
@@ -138,12 +142,12 @@ def inspect_file(autoencoder: Autoencoder) -> TaeInfo:
     return info
 
 
-def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
-    """The layer that the vectors are of, and what stands for AV and AR in the identity of draws."""
+def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...]]:
+    """The layer that the vectors are of, what stands for AV and AR in the identity of draws, and what was noted of them."""
     if cell.autoencoder.checkpoint is None:
         av, ar = inspect_pair(cell.autoencoder)
-        _check_activations(cell, av, ar)
-        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar)}
+        notes = (*notes_of(av, ar), *_check_activations(cell, av, ar))
+        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar), **_reading(av, ar)}, notes
     from ksweep.autoencoder.tae_file import digest_tae
 
     info = inspect_file(cell.autoencoder)
@@ -155,7 +159,17 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str]]:
     _check_width(cell, info)
     if cell.activations.vectors is not None:
         _check_vectors_suffice(cell.activations.vectors, info)
-    return info.layer, {"checkpoint": digest_tae(info)}
+    return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info)
+
+
+def _reading(av: CheckpointInfo, ar: CheckpointInfo) -> dict[str, str]:
+    """What the same checkpoints are read by otherwise than before; nothing for most, so that their keys hold."""
+    reading = {}
+    if av.thinks:  # thoughts before the answer are passed over
+        reading["parser"] = "after_thoughts"
+    if text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer):
+        reading["ar_bos"] = "once"
+    return reading
 
 
 def _check_width(cell: Cell, info: TaeInfo) -> None:
@@ -189,17 +203,18 @@ def _check_vectors_suffice(vectors: str, info: TaeInfo) -> None:
         )
 
 
-def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> None:
+def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> tuple[Note, ...]:
     """That the vectors are of the layer, width and model that the pair was trained on, as far as anyone says."""
     given = cell.activations
     if given.vectors is None:
-        check_pair(av, ar, activations_layer=given.layer, activations_base=given.model)
-        return
+        notes = check_pair(av, ar, activations_layer=given.layer, activations_base=given.model)
+        if given.model and not Path(given.model).expanduser().exists() and notes:  # another hub id than the base's
+            check_same_architecture(av, resolve(given.model, "base model"), given.model)
+        return notes
     _, width = vectors_shape(given.vectors)
     said = read_sidecar(given.vectors)
     if said is None:
-        check_pair(av, ar, activations_layer=given.layer, activations_d_model=width)
-        return
+        return check_pair(av, ar, activations_layer=given.layer, activations_d_model=width)
     if said.d_model not in (None, width):
         raise DataError(
             f"{given.vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: "
@@ -210,7 +225,7 @@ def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> No
             f"activations.layer={given.layer}, but the sidecar of {given.vectors} says layer {said.layer}: leave it out"
         )
     layer = given.layer if said.layer is None else said.layer
-    check_pair(av, ar, activations_layer=layer, activations_d_model=width, activations_base=said.base_model)
+    return check_pair(av, ar, activations_layer=layer, activations_d_model=width, activations_base=said.base_model)
 
 
 def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointInfo]:

@@ -188,9 +188,12 @@ def test_vectors_whose_sidecar_leaves_the_width_out_are_held_to_the_width_they_h
         cell_keys(with_sidecar(replace_at(ready_made, "activations.vectors", str(narrow)), layer_index=1))
 
 
-def test_vectors_whose_sidecar_names_another_model_are_refused(ready_made: Cell) -> None:
-    with pytest.raises(DataError, match="someone/other-model"):
-        cell_keys(with_sidecar(ready_made, base_model="someone/other-model"))
+def test_vectors_whose_sidecar_names_another_model_are_noted(ready_made: Cell) -> None:
+    """A fine-tune of the base is a use of a pair like another."""
+    before = cell_keys(replace_at(ready_made, "activations.layer", 1))
+    keys = cell_keys(with_sidecar(ready_made, layer_index=1, base_model="someone/other-model"))
+    assert [note.about for note in keys.notes] == ["base model"] and "someone/other-model" in keys.notes[0].text
+    assert changed(before, keys) == set()
 
 
 def test_keys_of_a_missing_checkpoint_name_the_path(cell: Cell) -> None:

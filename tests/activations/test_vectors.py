@@ -105,7 +105,7 @@ def sidecar(path: Path, **meta: object) -> Path:
 
 
 def test_sidecar_says_where_the_vectors_are_from(tmp_path: Path) -> None:
-    extraction = {"base_model": "Qwen/Qwen2.5-7B-Instruct", "d_model": 3584, "layer_index": 20, "norm": "none", "extra": 1}
+    extraction = {"base_model": "Qwen/Qwen2.5-7B-Instruct", "d_model": 3584, "layer_index": 20, "norm": "none", "corpus": "web"}
     found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction))
     assert found is not None
     assert (found.layer, found.base_model, found.d_model, found.norm) == (20, "Qwen/Qwen2.5-7B-Instruct", 3584, "none")
