@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ksweep.activations.fill import activations_key
 from ksweep.activations.model_config import text_config
-from ksweep.activations.vectors import POSITIONS, read_sidecar, vectors_say_positions, vectors_shape
+from ksweep.activations.vectors import POSITIONS, read_sidecar, vectors_layer, vectors_say_positions, vectors_shape
 from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest, inspect
 from ksweep.bos import text_gets_second_bos
 from ksweep.errors import DataError, SpecError
@@ -175,8 +175,7 @@ def _reading(av: CheckpointInfo, ar: CheckpointInfo) -> dict[str, str]:
 def _check_width(cell: Cell, info: TaeInfo) -> None:
     """That the activations are of the width and layer that the checkpoint was trained on, as far as anyone says."""
     given = cell.activations
-    said = None if given.vectors is None else read_sidecar(given.vectors)
-    layer = None if said is None else said.layer
+    layer = None if given.vectors is None else vectors_layer(given.vectors)
     if given.vectors is not None:
         _, width = vectors_shape(given.vectors)
     else:
@@ -212,20 +211,17 @@ def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> tu
             check_same_architecture(av, resolve(given.model, "base model"), given.model)
         return notes
     _, width = vectors_shape(given.vectors)
-    said = read_sidecar(given.vectors)
-    if said is None:
-        return check_pair(av, ar, activations_layer=given.layer, activations_d_model=width)
-    if said.d_model not in (None, width):
+    said, layer = read_sidecar(given.vectors), vectors_layer(given.vectors)
+    if said is not None and said.d_model not in (None, width):
         raise DataError(
             f"{given.vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: "
             "the two are of different files"
         )
-    if said.layer is not None and given.layer not in (None, said.layer):
-        raise SpecError(
-            f"activations.layer={given.layer}, but the sidecar of {given.vectors} says layer {said.layer}: leave it out"
-        )
-    layer = given.layer if said.layer is None else said.layer
-    return check_pair(av, ar, activations_layer=layer, activations_d_model=width, activations_base=said.base_model)
+    if layer is not None and given.layer not in (None, layer):
+        whose = "the sidecar of " if said is not None and said.layer is not None else ""
+        raise SpecError(f"activations.layer={given.layer}, but {whose}{given.vectors} says layer {layer}: leave it out")
+    layer, base = given.layer if layer is None else layer, None if said is None else said.base_model
+    return check_pair(av, ar, activations_layer=layer, activations_d_model=width, activations_base=base)
 
 
 def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointInfo]:

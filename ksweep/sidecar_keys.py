@@ -193,6 +193,11 @@ def check_keys(meta: Mapping[Any, Any], understood: frozenset[str], path: Path, 
     _Judge(meta, understood, path, refuse).judge_all()
 
 
+def is_done(key: str, value: Any) -> bool:
+    """Whether a key of this name asks for what is done anyway."""
+    return any(_same(usual, value) for usual in ALREADY_SO.get(_plain(key), ()))
+
+
 class _Judge:
     """The keys of one sidecar."""
 
@@ -242,8 +247,7 @@ class _Judge:
         """Says nothing, is read, repeats what is read, asks for what is done, or only tells of the making."""
         last = name.rpartition(".")[2]
         repeats = last in self.own and _same(self.own[last], value)
-        done = any(_same(usual, value) for usual in ALREADY_SO.get(_plain(last), ()))
-        return value is None or name in self.understood or repeats or done or last in OPAQUE
+        return value is None or name in self.understood or repeats or is_done(last, value) or last in OPAQUE
 
     def refuse_change(self, name: str, value: Any) -> None:
         """A key that changes numbers, or an entry that is not understood of a mapping that does."""

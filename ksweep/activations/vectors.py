@@ -6,6 +6,7 @@ doc_id                       document, the cluster of the bootstrap; activations
 n_raw_tokens                 position + 1, special tokens counted
 detokenized_text_truncated   text up to the position
 role                         whose token it is: user, assistant, ...
+activation_layer             block whose output the vectors are, the same in every row
 
 A sidecar `{file}.nla_meta.yaml` says which model and layer they are of. A key of it that is not understood is refused by name
 (`ksweep.sidecar_keys` lists those that only inform).
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 
 from ksweep.activations.units import Unit, refuse_unusable
 from ksweep.errors import DataError
-from ksweep.sidecar_keys import LAYER_KEYS, RAW, abbreviated, at, base_model, check_keys, read_layer, read_yaml
+from ksweep.sidecar_keys import LAYER_KEYS, abbreviated, at, base_model, check_keys, is_done, read_layer, read_yaml
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -34,6 +35,7 @@ COLUMN = "activation_vector"
 POSITIONS = "n_raw_tokens"
 DOCUMENTS = ("doc_id", "document")
 """Columns that name documents, where none is asked for: the public datasets', and that of texts."""
+LAYERS = "activation_layer"
 PROVENANCE = (POSITIONS, "detokenized_text_truncated", "role")
 UNDERSTOOD = frozenset({
     "kind", "schema_version", "d_model", "base_model", "base_checkpoint", "extraction.base_model", "extraction.d_model",
@@ -74,7 +76,7 @@ def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
     if not isinstance(meta.get("extraction") or {}, dict):
         raise DataError(f"sidecar {path} has an `extraction` that is no mapping: {abbreviated(meta['extraction'])}")
     norm = at(meta, "extraction.norm")
-    if norm is not None and not (isinstance(norm, (str, bool)) and norm in RAW):
+    if norm is not None and not is_done("norm", norm):
         raise DataError(
             f"sidecar {path} has extraction.norm={abbreviated(norm)}: the vectors are not as the model gives them, and AV and AR "
             "are trained on raw ones (norm: none). Give the raw vectors, or extract them from text (activations.text)."
@@ -109,6 +111,35 @@ def vectors_say_positions(vectors: str | Path) -> bool:
     """
     with _open(vectors) as file:
         return POSITIONS in file.schema_arrow.names
+
+
+def vectors_layer(vectors: str | Path) -> int | None:
+    """The layer that a file of vectors is of, as its sidecar and its column `activation_layer` say; None where neither does.
+
+    Raises:
+        DataError: they disagree, or the rows are of several layers; and as `read_sidecar` and `vectors_shape`.
+    """
+    said = read_sidecar(vectors)
+    in_sidecar, in_rows = None if said is None else said.layer, _layer_of_rows(vectors)
+    if None not in (in_sidecar, in_rows) and in_sidecar != in_rows:
+        raise DataError(
+            f"the sidecar of {vectors} says layer {in_sidecar} and its column {LAYERS!r} says {in_rows}: the two are of "
+            "different files, or one is wrong"
+        )
+    return in_rows if in_sidecar is None else in_sidecar
+
+
+def _layer_of_rows(vectors: str | Path) -> int | None:
+    with _open(vectors) as file:
+        if LAYERS not in file.schema_arrow.names or not pa.types.is_integer(file.schema_arrow.field(LAYERS).type):
+            return None
+        layers = pc.unique(file.read(columns=[LAYERS]).column(0).drop_null()).to_pylist()
+    if len(layers) > 1:
+        raise DataError(
+            f"{vectors} holds activations of several layers ({', '.join(map(str, sorted(layers)[:5]))} in column {LAYERS!r}), "
+            "and a pair is of one: write those of its layer to a file of their own"
+        )
+    return layers[0] if layers else None
 
 
 def document_column(vectors: str | Path, asked: str | None) -> str | None:

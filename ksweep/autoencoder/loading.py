@@ -232,6 +232,12 @@ def _explained(info: CheckpointInfo, what: str) -> Iterator[None]:
         raise
     except LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())[:400]
+        if "does not support an attention implementation" in reason:
+            raise CheckpointError(
+                f"{info.role.upper()} {info.path} is a {info.config.get('model_type')} model, which transformers "
+                f"{transformers.__version__} runs without its sdpa attention only. AVs and ARs are run with it, so that pairs "
+                "over such models are not supported yet. Use a pair over a Qwen2, Qwen3, Llama or Gemma-3 model."
+            ) from error
         raise CheckpointError(
             f"{info.role.upper()} {info.path}: {what} cannot be loaded by transformers {transformers.__version__} "
             f"({type(error).__name__}: {reason}). "
