@@ -177,7 +177,7 @@ def _check_width(cell: Cell, info: TaeInfo) -> None:
     given = cell.activations
     layer = None if given.vectors is None else vectors_layer(given.vectors)
     if given.vectors is not None:
-        _, width = vectors_shape(given.vectors)
+        width = _width_of_vectors(given.vectors)
     else:
         width = text_config(resolve(given.model or "", "base model"))["hidden_size"]
     if width != info.d_model or layer not in (None, info.layer):
@@ -186,6 +186,16 @@ def _check_width(cell: Cell, info: TaeInfo) -> None:
             f"but {info.path} was trained on width {info.d_model}, layer {info.layer}: give it those of its own model "
             f"({info.activations_model})"
         )
+
+
+def _width_of_vectors(vectors: str) -> int:
+    """Raises DataError: the sidecar says another width than the file has."""
+    (_, width), said = vectors_shape(vectors), read_sidecar(vectors)
+    if said is not None and said.d_model not in (None, width):
+        raise DataError(
+            f"{vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: the two are of different files"
+        )
+    return width
 
 
 def _check_vectors_suffice(vectors: str, info: TaeInfo) -> None:
@@ -210,13 +220,8 @@ def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> tu
         if given.model and not Path(given.model).expanduser().exists() and notes:  # another hub id than the base's
             check_same_architecture(av, resolve(given.model, "base model"), given.model)
         return notes
-    _, width = vectors_shape(given.vectors)
+    width = _width_of_vectors(given.vectors)
     said, layer = read_sidecar(given.vectors), vectors_layer(given.vectors)
-    if said is not None and said.d_model not in (None, width):
-        raise DataError(
-            f"{given.vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: "
-            "the two are of different files"
-        )
     if layer is not None and given.layer not in (None, layer):
         whose = "the sidecar of " if said is not None and said.layer is not None else ""
         raise SpecError(f"activations.layer={given.layer}, but {whose}{given.vectors} says layer {layer}: leave it out")

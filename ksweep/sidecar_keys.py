@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ CHANGES = re.compile(
     r"|(?:^|_)prompt(?:s|ing)?$|prompt_(?:format|style|prefix|suffix|text|template)|system_prompt|system_message|marker"
     r"|(?:^|_)bos(?:_|$)|^pca|mean_subtract|subtract_mean|^cent(?:er|re)(?:ed|ing)?$|^standardi[sz]e"
     r"|^norm$|^norm_(?:kind|type|mode|method)$|normali[sz]ation|^normali[sz]e(?:_(?:activations?|vectors?|inputs?))?$"
-    r"|final_norm|^checkpoints$|^depth_|^layers$|layer_ind(?:ices|exes)$|^min_layer$|fresh_block|summary_token|(?:^|_)slots$"
+    r"|(?:^|_)hook|residual|^stream$|final_norm|^checkpoints$|^depth_|^layers$|layer_ind(?:ices|exes)$|^min_layer$|fresh_block|summary_token|(?:^|_)slots$"
 )  # fmt: skip
 """Names that say how vectors are made, how a prompt is built or where a reading is taken, whatever section they stand in."""
 
@@ -81,28 +82,38 @@ OPAQUE = frozenset({
 
 INFORMATIONAL = OPAQUE | frozenset({
     # who, when, with what
-    "author", "authors", "citation", "command", "comment", "comments", "contact", "date", "description", "doi", "experiment",
-    "framework", "hardware", "homepage", "host", "hostname", "language", "languages", "license", "model_card", "name", "note",
-    "notes", "paper", "provenance", "readme", "repo_id", "source", "tags", "title", "tool", "url", "user", "version", "versions",
+    "author", "authors", "citation", "comment", "comments", "contact", "date", "description", "doi", "experiment", "framework",
+    "git_branch", "git_commit", "git_dirty", "hardware", "homepage", "host", "hostname", "language", "languages", "license",
+    "model_card", "name", "note", "notes", "paper", "provenance", "readme", "repo_id", "revision", "run", "run_id", "run_name",
+    "tags", "timestamp", "title", "url", "user", "version", "versions", "wandb", "wandb_run", "wandb_run_id", "wandb_url",
     # training
-    "batch_size", "config", "duration", "epoch", "epochs", "examples", "global_step", "hours", "hyperparameters", "loss",
-    "losses", "lora_alpha", "lora_r", "lora_rank", "loss_type", "lr", "method", "minutes", "optimizer", "rollout_id", "run",
-    "scheduler", "seed", "stage", "step", "steps", "training", "training_args", "world_size",
+    "batch_size", "duration", "epoch", "epochs", "examples", "global_batch_size", "global_step", "hours", "hyperparameters",
+    "learning_rate", "lora_alpha", "lora_r", "lora_rank", "loss_type", "lr", "minutes", "optimizer", "rollout_id", "scheduler",
+    "seed", "stage", "step", "steps", "train_batch_size", "training", "training_args", "training_data", "world_size",
     # results
-    "baseline", "eval", "evaluation", "fve", "metrics", "results", "scores", "stats",
+    "baseline", "eval", "evaluation", "fve", "loss", "losses", "metrics", "results", "scores",
     # data
-    "corpus", "data", "dataset", "datasets", "keep_debug_metadata", "positions_per_doc", "row_count", "split",
+    "corpus", "dataset", "dataset_id", "dataset_name", "dataset_url", "datasets", "keep_debug_metadata", "row_count",
     # the model, as its own files say it
-    "dtype", "n_layers", "num_layers", "num_params", "num_parameters", "torch_dtype",
+    "base_commit", "base_revision", "dtype", "n_layers", "num_layers", "num_parameters", "num_params", "torch_dtype",
 })  # fmt: skip
-"""Names that only inform, at the top and in the sections `extraction`, `tokens`, `critic`, ..."""
+"""Names at the top of a sidecar that only inform."""
 
 INFORMATIONAL_PATTERN = re.compile(
-    r"^(?:git|wandb|mlflow|license|dataset|corpus|eval|val|test|best|held_out|training|run|base_revision|base_commit)_"
-    r"|_(?:at|by|date|time|timestamp|commit|version|revision|loss|losses|fve|metrics|steps|epochs|dataset|datasets|lr|url)$"
-    r"|^(?:commit|revision|timestamp|num_(?:docs|documents|examples|rows|samples|tokens|gpus))$|^(?:global_|train_)?batch_size$"
-    r"|^learning_rate$|^fve_|^loss_|^created|^updated"
+    r"^(?:created|updated|modified|generated|trained|exported|written|converted|saved|published|released|uploaded|started|finished)"
+    r"_(?:at|by|on|with)$|(?:^|_)(?:commit|date|timestamp)$"
+    r"|^(?:torch|transformers|peft|python|cuda|numpy|vllm|sglang|code|library|package|writer|nla|ksweep)_(?:version|revision)$"
+    r"|^(?:(?:train|training|eval|val|test|best|final|mean|held_out|sft|rl)_)*(?:[a-z0-9]+_)?"
+    r"(?:loss|fve|fve_nrm|mse|mse_nrm|cosine|accuracy|score|reward|perplexity|steps?|epochs?|time|hours|metrics)$"
+    r"|^num_(?:activations|docs|documents|epochs|examples|gpus|rows|samples|steps|tokens|vectors)$"
 )
+"""Families of such names: dates, commits, versions of libraries, results, counts of data."""
+
+ABOUT_DATA = frozenset({
+    "batch_size", "corpus", "corpus_config", "corpus_name", "corpus_revision", "corpus_slice", "corpus_split", "dataset",
+    "doc_count", "dtype", "max_length", "model_revision", "num_docs", "num_vectors", "positions_per_doc", "seed", "split",
+})  # fmt: skip
+"""Names in the section `extraction` that tell of the training data's making."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 60, 30, 60
@@ -114,6 +125,17 @@ def abbreviated(value: Any) -> str:
     return " ".join(_SHORT.repr(value).split())[:200]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML forbids a key to stand twice in a mapping; PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError: a key that stands twice."""
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {abbreviated(twice[0])} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, refuse: Refuse) -> Any:
     """The content of a sidecar; FileNotFoundError passes through.
 
@@ -123,7 +145,7 @@ def read_yaml(path: Path, refuse: Refuse) -> Any:
     try:
         if (size := path.stat().st_size) > LARGEST:
             raise refuse(f"{path} has {size} bytes, expected a sidecar of a few thousand. Is it the right file?")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
@@ -228,13 +250,12 @@ class _Judge:
 
     def judge(self, name: str, value: Any) -> None:
         """One key, of which nothing is taken for granted; below an informational one only what changes numbers is refused."""
-        last = name.rpartition(".")[2]
         if self.is_harmless(name, value):
             return
         self.refuse_change(name, value)
         if _is_arguments(name, value):
             return
-        if _plain(last) not in INFORMATIONAL and not INFORMATIONAL_PATTERN.search(_plain(last)):
+        if not _informs(name):
             raise self.refuse(
                 f"{self.path} has {_shown(name)}={abbreviated(value)}, a key that is not known and could change a vector, a "
                 "prompt or a reading. If it only informs, move it below `training:` or remove it from the sidecar."
@@ -259,6 +280,14 @@ class _Judge:
                 "is not understood by this version: numbers taken without it would be wrong. Use a checkpoint (or vectors) "
                 "made without it."
             )
+
+
+def _informs(name: str) -> bool:
+    section, _, last = name.rpartition(".")
+    leaf = _plain(last)
+    if section:
+        return section == "extraction" and (leaf in ABOUT_DATA or leaf in OPAQUE)
+    return leaf in INFORMATIONAL or INFORMATIONAL_PATTERN.search(leaf) is not None
 
 
 def _is_arguments(name: str, value: Any) -> bool:

@@ -83,6 +83,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tokens__smell": 1}, "tokens.smell=1, a key that is not known"),
     ({"critic__depth": {"a": 1}}, "critic.depth={'a': 1}"),
     ({"extraction__position": "last"}, "extraction.position='last', a key that is not known"),
+    ({"extraction__method": "mean_pool"}, "extraction.method='mean_pool', a key that is not known"),
+    ({"scaled_by": 2.0}, "scaled_by=2.0, a key that is not known"),
+    ({"critic__version": 2}, "critic.version=2, a key that is not known"),
+    ({"extraction__layerIndex": 0}, "extraction.layerIndex=0, a key that is not known"),
+    ({"provenance": {"made": [{"hook_point": "mlp"}]}}, "provenance.made.hook_point='mlp'"),
     ({"tokens": ["x"]}, "tokens=['x'], expected keys and values"),
 ]  # fmt: skip
 
@@ -123,6 +128,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "losses and dates": {
         "final_loss": 0.3, "eval_fve": 0.75, "fve_nrm": 0.75, "best_step": 4200, "wandb_run": "x", "release_date": "2026-04-01",
         "license": "mit", "description": "An AV.", "transformers_version": "4.57.1", "training_steps": 4200, "notes": ["a", "b"],
+        "best_val_cosine": 0.9, "commit": "abc", "base_commit": "abc", "created_on": "2026-03-16", "num_tokens": 1e9, "loss": 0.2,
         "training": {"held_out_loss": {"text": 3.9, "shuffled": 5.6}, "grad_norm": 1.0, "optimizer": {"name": "adamw"}},
     },
 }  # fmt: skip
@@ -199,10 +205,9 @@ def test_every_sidecar_that_comes_with_the_library_is_read_without_a_note() -> N
         assert read_sidecar(path.parent, role).notes == ()
 
 
-@pytest.mark.parametrize("key", ["chat", "training"])
-def test_mapping_that_holds_itself_is_read_to_an_end(key: str, pair: Path) -> None:
+def test_mapping_that_holds_itself_is_read_to_an_end(pair: Path) -> None:
     file = pair / "nla-av" / "nla_meta.yaml"
-    file.write_text(f"{file.read_text()}\nprovenance: &a\n  {key}: *a\n  chat: {{injection: *a, chat: *a}}\n")
+    file.write_text(f"{file.read_text()}\nprovenance: &a\n  again: [*a, *a]\n  chat: &b\n    injection: *b\n    chat: *b\n")
     assert inspect(pair / "nla-av", "av").layer == 2
 
 
@@ -241,6 +246,7 @@ def test_value_of_any_size_makes_a_short_message_or_none(key: str, pair: Path) -
         ("kind: nla_model\n# " + "x" * 2_000_000, "bytes, expected a sidecar of a few thousand"),
         ("kind: nla_model\nrole: av\n? [1, 2]\n: 3\n", "cannot be read as YAML|not known"),
         ("kind: nla_model\nrole: av\n7: 3\n", "has 7=3, a key that is not known"),
+        ("kind: nla_model\nextraction:\n  norm: whitened\n  norm: none\n", "the key 'norm' stands twice"),
         ("kind: !!python/object/apply:os.system ['true']\n", "cannot be read as YAML"),
     ],
 )  # fmt: skip
