@@ -28,8 +28,8 @@ class Autoencoder:
     """A verbalizer and a reconstructor that belong together: a public NLA pair, or a talkative autoencoder."""
 
     av: str | None = None
-    """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision"). A key of its
-    sidecar nla_meta.yaml that is not understood is refused by name (docs/sidecars.md)."""
+    """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision"). A key of
+    its sidecar nla_meta.yaml that is not understood is refused by name (docs/sidecars.md)."""
     ar: str | None = None
     """Activation reconstructor: likewise."""
     checkpoint: str | None = None

@@ -181,7 +181,8 @@ def _adapter_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """Adapter weights, named as over a text-only causal LM; they may have been made over its backbone or a multimodal wrapper."""
     prefix = "base_model.model."
     names = text_names(name.removeprefix(prefix) for name in state)
-    full = (name if name.startswith(("model.", "transformer.", "gpt_neox.", "lm_head.", "embed_out.")) else f"model.{name}" for name in names)
+    whole = ("model.", "transformer.", "gpt_neox.", *(f"{head}." for head in HEADS))
+    full = (name if name.startswith(whole) else f"model.{name}" for name in names)
     kept = (tensor for name, tensor in state.items() if not NOT_TEXT.match(name.removeprefix(prefix)))
     return {prefix + name: tensor for name, tensor in zip(full, kept, strict=True)}
 
