@@ -41,6 +41,8 @@ def text_gets_second_bos(text: str, directory: Path) -> bool:
     Where they do not tell what the tokenizer puts there, it is taken to put the BOS that they name.
     """
     begin = text.lstrip()[:200]
+    if begin[:1].isalnum():
+        return False  # special tokens begin with a bracket
     config = _read(directory / "tokenizer_config.json")
     named = [_content(said.get("bos_token")) for said in (config, _read(directory / "special_tokens_map.json"))]
     if any(named) and not any(name and begin.startswith(name) for name in named):

@@ -35,17 +35,19 @@ LAYER_KEYS = (
     *(
         f"{section}{key}"
         for section in ("", "extraction.", "critic.", "ar.", "av.", "actor.", "training.")
-        for key in ("extraction_layer_index", "layer_index", "layer")
+        for key in ("extraction_layer_index", "extraction_layer", "layer_index", "layer_idx", "layer")
         if f"{section}{key}" != "critic.extraction_layer_index"
     ),
 )
 """Where a sidecar says L."""
+LAYER_NAMES = frozenset({"extraction_layer_index", "extraction_layer", "layer_index", "layer_idx"})
+"""Names that say it wherever they stand."""
 BASE_KEYS = ("base_checkpoint", "base_model", "extraction.base_model")
 
 RAW = (False, "", "none", "null", "raw", "no", "off")
 """What is said of vectors as block L gives them, of `norm` and `whitening`."""
 ALREADY_SO: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("norm", "normalization", "normalisation", "activation_normalization"), RAW),
+    **dict.fromkeys(("norm", "normalize", "normalized", "normalization", "normalisation", "activation_normalization"), RAW),
     **dict.fromkeys(("whiten", "whitened", "whitening", "whitening_method", "pca_whiten", "is_whitened"), (*RAW, {}, [])),
     "variant": (False, "", "none", "null"),
     **dict.fromkeys(("mean_subtract", "center", "centered", "ar_fresh_block"), (False,)),
@@ -69,8 +71,9 @@ ARGUMENTS = ("chat_template_kwargs", "chat_template_args", "chat_kwargs", "chat"
 CHANGES = re.compile(
     r"inject|whiten|prefill|think|reasoning|variant|template|^chat|chat_(?:format|kwargs|style|args)"
     r"|(?:^|_)prompt(?:s|ing)?$|prompt_(?:format|style|prefix|suffix|text|template)|system_prompt|system_message|marker"
-    r"|(?:^|_)bos(?:_|$)|^pca|mean_subtract|subtract_mean|^cent(?:er|re)(?:ed|ing)?$|^standardi[sz]e"
-    r"|^norm$|^norm_(?:kind|type|mode|method)$|normali[sz]ation|^normali[sz]e(?:_(?:activations?|vectors?|inputs?))?$"
+    r"|(?:^|_)bos(?:_|$)|^pca|mean_subtract|subtract_mean|^cent(?:er|re)(?:ed|ing)?$|standardi[sz]e|z_?score"
+    r"|^norm$|^norm_(?:kind|type|mode|method)$|unit_norm|normali[sz]ation|(?:^|_)normali[sz]ed?(?:_(?:activations?|vectors?|inputs?))?$"
+    r"|^prefix$|^suffix$|(?:assistant|response|answer|generation|completion|forced|output)_(?:prefix|prompt|start)"
     r"|(?:^|_)hook|residual|^stream$|final_norm|^checkpoints$|^depth_|^layers$|layer_ind(?:ices|exes)$|^min_layer$|fresh_block|summary_token|(?:^|_)slots$"
 )  # fmt: skip
 """Names that say how vectors are made, how a prompt is built or where a reading is taken, whatever section they stand in."""
@@ -173,6 +176,7 @@ def read_layer(meta: Mapping[str, Any], path: Path, refuse: Refuse) -> int | Non
         What `refuse` makes: no whole number, or two places that disagree.
     """
     said = {key: value for key in LAYER_KEYS if (value := at(meta, key)) is not None}
+    said |= {key: value for key, value in _nested(meta) if key.rpartition(".")[2] in LAYER_NAMES and value is not None}
     for key, value in said.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise refuse(

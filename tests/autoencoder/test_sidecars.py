@@ -44,6 +44,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"provenance": {"vectors": {"whitening": WHITENED}}}, "provenance.vectors.whitening="),
     ({"extraction__normalization": "l2"}, "extraction.normalization='l2'"),
     ({"extraction__centered": True}, "extraction.centered=True"),
+    ({"training__normalize_activations": True}, "training.normalize_activations=True"),
+    ({"training__l2_normalized": True}, "training.l2_normalized=True"),
     # several checkpoints, layers or depths in one
     ({"variant": "universal"}, "variant='universal'"),
     ({"checkpoints": ["a", "b"]}, "checkpoints=['a', 'b']"),
@@ -51,6 +53,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"depth_percentages": [10, 40, 70]}, "depth_percentages=[10, 40, 70]"),
     ({"layers": [1, 2]}, "layers=[1, 2]"),
     ({"critic__layers": [1, 2]}, "critic.layers=[1, 2]"),
+    ({"provenance": {"extractor": {"layer_index": 1}}}, "provenance.extractor.layer_index=1"),
+    ({"layer_idx": 1}, "layer_idx=1"),
     # how the prompt is built
     ({"actor_reasoning_mode": "forced_final"}, "actor_reasoning_mode='forced_final'"),
     ({"training__actor_reasoning_mode": "forced_final"}, "training.actor_reasoning_mode='forced_final'"),
@@ -68,6 +72,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt_templates__system": "You are an AV."}, "prompt_templates.system='You are an AV.'"),
     ({"system_prompt": "You are an AV."}, "system_prompt='You are an AV.'"),
     ({"add_bos": False}, "add_bos=False"),
+    ({"training__response_prefix": "- "}, "training.response_prefix='- '"),
+    ({"training__nothink": True}, "training.nothink=True"),
     # how a vector gets in, where a reading is taken
     ({"injection_mode": "add"}, "injection_mode='add'"),
     ({"extraction__injection_layer": 1}, "extraction.injection_layer=1"),
