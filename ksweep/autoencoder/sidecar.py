@@ -14,7 +14,8 @@ from typing import Any, Literal, NoReturn
 
 from ksweep.errors import CheckpointError
 from ksweep.notes import Note
-from ksweep.sidecar_keys import LAYER_KEYS, abbreviated, at, base_model, check_keys, read_layer, read_yaml, says
+from ksweep.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, says
+from ksweep.sidecar_keys import at as _at
 
 Role = Literal["av", "ar"]
 FILE_NAME = "nla_meta.yaml"
@@ -213,21 +214,21 @@ def _wrong(path: Path, key: str, value: Any, expected: str) -> NoReturn:
 
 
 def _text(meta: Mapping[str, Any], key: str, path: Path) -> str | None:
-    value = at(meta, key)
+    value = _at(meta, key)
     if value is not None and not isinstance(value, str):
         _wrong(path, key, value, "text")
     return value
 
 
 def _whole(meta: Mapping[str, Any], key: str, path: Path, minimum: int = 0) -> int | None:
-    value = at(meta, key)
+    value = _at(meta, key)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
         _wrong(path, key, value, f"a whole number >= {minimum}")
     return value
 
 
 def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | None:
-    value = at(meta, key)
+    value = _at(meta, key)
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
@@ -274,8 +275,8 @@ def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent:
 
 
 def _check_injection(meta: Mapping[str, Any], path: Path) -> None:
-    method = at(meta, "training.method")
-    if method in WITHOUT_INJECTION_MODE and at(meta, "training.injection_mode") is None:
+    method = _at(meta, "training.method")
+    if method in WITHOUT_INJECTION_MODE and _at(meta, "training.injection_mode") is None:
         raise CheckpointError(
             f"{path} has training.method={method!r} and no training.injection_mode: AVs of this trainer got their vectors times "
             "injection_scale, not scaled to that norm, in a prompt without chat template, which is not supported yet. Use an "
