@@ -75,6 +75,8 @@ def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
         raise DataError(f"sidecar {path} is of kind {kind}; beside a file of vectors `kind: nla_dataset` is expected")
     if not isinstance(meta.get("extraction") or {}, dict):
         raise DataError(f"sidecar {path} has an `extraction` that is no mapping: {abbreviated(meta['extraction'])}")
+    if (version := meta.get("schema_version")) not in (None, 1, 2):
+        raise DataError(f"sidecar {path} has schema_version={abbreviated(version)}; 1 is understood: use a later ksweep for it")
     norm = at(meta, "extraction.norm")
     if norm is not None and not is_done("norm", norm):
         raise DataError(

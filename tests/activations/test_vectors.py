@@ -190,6 +190,7 @@ def test_sidecar_of_raw_vectors_is_read(norm: Any, tmp_path: Path) -> None:
         ({"extraction": {"norm": {"kind": "unit"}}}, r"norm={'kind': 'unit'}"),
         ({"extraction": {"whitening": {"method": "zca"}}}, r"extraction.whitening={'method': 'zca'}"),
         ({"norm": "unit"}, r"norm='unit'"),
+        ({"schema_version": 3}, r"schema_version=3; 1 is understood"),
         ({"provenance": {"normalization": "l2"}}, r"provenance.normalization='l2'"),
         ({"extraction": {"projection": "pca"}}, r"extraction.projection='pca', a key that is not known"),
         ({"checkpoints": [1]}, r"checkpoints=\[1\]"),
