@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ksweep.activations.fill import activations_key
 from ksweep.activations.model_config import text_config
-from ksweep.activations.vectors import POSITIONS, read_sidecar, vectors_say_positions, vectors_shape
-from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, digest, inspect
+from ksweep.activations.vectors import POSITIONS, read_sidecar, vectors_layer, vectors_say_positions, vectors_shape
+from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest, inspect
+from ksweep.bos import text_gets_second_bos
 from ksweep.errors import DataError, SpecError
 from ksweep.files import HUB_ID, resolve
 from ksweep.identity import fingerprint
@@ -159,8 +160,8 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...
     """The layer that the vectors are of, what stands for AV and AR in the identity of draws, and what was noted of them."""
     if cell.autoencoder.checkpoint is None:
         av, ar = inspect_pair(cell.autoencoder)
-        _check_activations(cell, av, ar)
-        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar)}, notes_of(av, ar)
+        notes = (*notes_of(av, ar), *_check_activations(cell, av, ar))
+        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar), **_reading(av, ar)}, notes
     from ksweep.autoencoder.tae_file import digest_tae
 
     info = inspect_file(cell.autoencoder)
@@ -175,13 +176,22 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...
     return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info)
 
 
+def _reading(av: CheckpointInfo, ar: CheckpointInfo) -> dict[str, str]:
+    """What the same checkpoints are read by otherwise than before; nothing for most, so that their keys hold."""
+    reading = {}
+    if av.thinks:  # thoughts before the answer are passed over
+        reading["parser"] = "after_thoughts"
+    if text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer):
+        reading["ar_bos"] = "once"
+    return reading
+
+
 def _check_width(cell: Cell, info: TaeInfo) -> None:
     """That the activations are of the width and layer that the checkpoint was trained on, as far as anyone says."""
     given = cell.activations
-    said = None if given.vectors is None else read_sidecar(given.vectors)
-    layer = None if said is None else said.layer
+    layer = None if given.vectors is None else vectors_layer(given.vectors)
     if given.vectors is not None:
-        _, width = vectors_shape(given.vectors)
+        width = _width_of_vectors(given.vectors)
     else:
         width = text_config(resolve(given.model or "", "base model"))["hidden_size"]
     if width != info.d_model or layer not in (None, info.layer):
@@ -190,6 +200,16 @@ def _check_width(cell: Cell, info: TaeInfo) -> None:
             f"but {info.path} was trained on width {info.d_model}, layer {info.layer}: give it those of its own model "
             f"({info.activations_model})"
         )
+
+
+def _width_of_vectors(vectors: str) -> int:
+    """Raises DataError: the sidecar says another width than the file has."""
+    (_, width), said = vectors_shape(vectors), read_sidecar(vectors)
+    if said is not None and said.d_model not in (None, width):
+        raise DataError(
+            f"{vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: the two are of different files"
+        )
+    return width
 
 
 def _check_vectors_suffice(vectors: str, info: TaeInfo) -> None:
@@ -206,28 +226,21 @@ def _check_vectors_suffice(vectors: str, info: TaeInfo) -> None:
         )
 
 
-def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> None:
+def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> tuple[Note, ...]:
     """That the vectors are of the layer, width and model that the pair was trained on, as far as anyone says."""
     given = cell.activations
     if given.vectors is None:
-        check_pair(av, ar, activations_layer=given.layer, activations_base=given.model)
-        return
-    _, width = vectors_shape(given.vectors)
-    said = read_sidecar(given.vectors)
-    if said is None:
-        check_pair(av, ar, activations_layer=given.layer, activations_d_model=width)
-        return
-    if said.d_model not in (None, width):
-        raise DataError(
-            f"{given.vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: "
-            "the two are of different files"
-        )
-    if said.layer is not None and given.layer not in (None, said.layer):
-        raise SpecError(
-            f"activations.layer={given.layer}, but the sidecar of {given.vectors} says layer {said.layer}: leave it out"
-        )
-    layer = given.layer if said.layer is None else said.layer
-    check_pair(av, ar, activations_layer=layer, activations_d_model=width, activations_base=said.base_model)
+        notes = check_pair(av, ar, activations_layer=given.layer, activations_base=given.model)
+        if given.model and not Path(given.model).expanduser().exists() and notes:  # another hub id than the base's
+            check_same_architecture(av, resolve(given.model, "base model"), given.model)
+        return notes
+    width = _width_of_vectors(given.vectors)
+    said, layer = read_sidecar(given.vectors), vectors_layer(given.vectors)
+    if layer is not None and given.layer not in (None, layer):
+        whose = "the sidecar of " if said is not None and said.layer is not None else ""
+        raise SpecError(f"activations.layer={given.layer}, but {whose}{given.vectors} says layer {layer}: leave it out")
+    layer, base = given.layer if layer is None else layer, None if said is None else said.base_model
+    return check_pair(av, ar, activations_layer=layer, activations_d_model=width, activations_base=base)
 
 
 def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointInfo]:

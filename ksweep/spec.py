@@ -32,7 +32,8 @@ class Autoencoder:
     """A verbalizer and a reconstructor that belong together: a public NLA pair, or a talkative autoencoder."""
 
     av: str | None = None
-    """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision")."""
+    """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision"). A key of
+    its sidecar nla_meta.yaml that is not understood is refused by name (docs/sidecars.md)."""
     ar: str | None = None
     """Activation reconstructor: likewise."""
     checkpoint: str | None = None
@@ -76,21 +77,24 @@ class Activations:
     """Which vectors: a base model, a layer, a text and a rule for positions; or ready-made vectors."""
 
     model: str | None = None
-    """Base language model: path or hub id. None: the one that a talkative autoencoder names, or not needed with `vectors`."""
+    """Base language model: path or hub id. None: the one that a talkative autoencoder names, or not needed with `vectors`. A
+    fine-tune of the pair's base is noted in the record; a directory of another architecture or size is refused."""
     layer: int | None = None
     """Block whose output is taken (0-based; = hidden_states[layer + 1]). None: the layer that the autoencoder was trained on."""
     text: str | None = None
-    """.txt (a document per blank-line-separated paragraph), .jsonl, .parquet, a `datasets` directory, or a hub dataset id."""
+    """.txt (a document per blank-line-separated paragraph), .jsonl, .parquet, a `datasets` directory, or a hub dataset id. Text
+    that begins with the model's BOS, as chat templates write it, gets no second one; all rows must begin so, or none."""
     text_column: str = "text"
     """Column of texts, or of lists of token ids, which are used as they are: padding (the tokenizer's pad id, else EOS) on either
     side is masked and left out, positions are indices in the padded row, min_position counts from its first other token."""
     text_split: str = "train"
     """Split of a hub dataset or a `datasets` directory of several splits."""
     document_column: str | None = None
-    """Column that names the document a row belongs to, the cluster of the bootstrap. None: "document" where there is one,
-    else each row is a document of its own."""
+    """Column, of text or of vectors, that names the document a row belongs to, the cluster of the bootstrap. None: "document"
+    (of vectors "doc_id", else "document") where there is one, else each row is a document of its own."""
     vectors: str | None = None
-    """Parquet file with an `activation_vector` column (public NLA datasets), used instead of model and text."""
+    """Parquet file with an `activation_vector` column (public NLA datasets), used instead of model and text. Its sidecar
+    FILE.nla_meta.yaml, where there is one, must say raw vectors (norm: none) of the pair's layer (docs/sidecars.md)."""
     num_activations: int = 1000
     positions: PositionRule = "random"
     candidates: Candidates = "not_special"

@@ -188,9 +188,12 @@ def test_vectors_whose_sidecar_leaves_the_width_out_are_held_to_the_width_they_h
         cell_keys(with_sidecar(replace_at(ready_made, "activations.vectors", str(narrow)), layer_index=1))
 
 
-def test_vectors_whose_sidecar_names_another_model_are_refused(ready_made: Cell) -> None:
-    with pytest.raises(DataError, match="someone/other-model"):
-        cell_keys(with_sidecar(ready_made, base_model="someone/other-model"))
+def test_vectors_whose_sidecar_names_another_model_are_noted(ready_made: Cell) -> None:
+    """A fine-tune of the base is a use of a pair like another."""
+    before = cell_keys(replace_at(ready_made, "activations.layer", 1))
+    keys = cell_keys(with_sidecar(ready_made, layer_index=1, base_model="someone/other-model"))
+    assert [note.about for note in keys.notes] == ["base model"] and "someone/other-model" in keys.notes[0].text
+    assert changed(before, keys) == set()
 
 
 def test_keys_of_a_missing_checkpoint_name_the_path(cell: Cell) -> None:
@@ -246,3 +249,56 @@ def test_keys_of_a_pair_are_those_that_its_stored_results_have(tmp_path: Path) -
     assert keys.draws == "e16d676791fba0da91ca21357dba7f7d"
     assert keys.cell == "426076d6751ecf3d61a2cee8c5fba7eb"  # of statistics version 2
     assert prefix.draws == keys.draws and prefix.cell != keys.cell
+
+
+def in_hub_cache(name: str, directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A hub id whose snapshot is a copy of a directory; nothing is asked of the hub."""
+    from huggingface_hub import constants
+
+    commit, repo = "0" * 40, cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(directory, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return name
+
+
+def test_activations_of_a_fine_tune_of_the_base_are_noted_and_of_another_architecture_refused(
+    cell: Cell, pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine_tune = in_hub_cache("someone/qwen2-dpo", pair.base, tmp_path / "hub", monkeypatch)
+    [note] = cell_keys(replace_at(cell, "activations.model", fine_tune)).notes
+    assert note.about == "base model"
+    assert note.text == "The activations come from someone/qwen2-dpo, but the pair was trained on tiny/qwen2."
+    other = make_pair(tmp_path / "other", "llama", layer=1).base
+    in_hub_cache("someone/llama", other, tmp_path / "hub", monkeypatch)
+    with pytest.raises(DataError, match=r"come from someone/llama, whose config.json says model_type=llama"):
+        cell_keys(replace_at(cell, "activations.model", "someone/llama"))
+
+
+def test_directory_that_may_be_the_base_is_noted_and_changes_no_key(cell: Cell, pair: TinyPair, tmp_path: Path) -> None:
+    keys = cell_keys(cell)
+    assert ["cannot be told" in note.text for note in keys.notes] == [True]
+    copy = shutil.copytree(pair.base, tmp_path / "copy")
+    assert changed(keys, cell_keys(replace_at(cell, "activations.model", str(copy)))) == set()
+
+
+@pytest.mark.parametrize(
+    ("extraction", "says"),
+    [
+        ({"norm": "whitened_zca_v1", "whitening": {"method": "zca"}}, "norm='whitened_zca_v1'"),
+        ({"whitening": {"method": "zca"}}, "whitening="),
+        ({"layer_index": 1, "position": "mean"}, "position='mean', a key that is not known"),
+    ],
+)
+def test_vectors_of_another_kind_than_the_pairs_are_refused(ready_made: Cell, extraction: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        cell_keys(with_sidecar(ready_made, **extraction))
+
+
+def test_pair_of_whitened_vectors_is_refused_before_anything_is_computed(cell: Cell, pair: TinyPair, tmp_path: Path) -> None:
+    av = shutil.copytree(pair.av, tmp_path / "nla-av")
+    edit_sidecar(av, extraction__norm="whitened_zca_v1")
+    with pytest.raises(RequestError, match="norm='whitened_zca_v1'"):
+        cell_keys(replace_at(cell, "autoencoder.av", str(av)))

@@ -24,6 +24,7 @@ from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.activations.roles import Role, detect_template, token_roles
 from ksweep.activations.units import STORED_DTYPES
 from ksweep.batches import length_batches
+from ksweep.bos import document_bos, puts_bos
 from ksweep.errors import CheckpointError, RequestError
 from ksweep.files import MODEL_LOADING, resolve
 from ksweep.placement import Devices, as_devices, placed
@@ -67,13 +68,33 @@ class BlockReader:
         # Pretokenised rows are padded with EOS where the tokenizer has nothing else (pretokenize_dataset.py of the reference).
         self.filler_id: int | None = self.tokenizer.eos_token_id if self.pad_id is None else self.pad_id
         self.template = detect_template(self.tokenizer.get_vocab())
+        self.puts_bos = puts_bos(self.tokenizer)
+        self.document_bos = document_bos(self.tokenizer)
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right."""
+        """Token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right.
+
+        A text that begins with BOS, as chat templates write it, keeps that one and gets no second.
+        """
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=True, truncation=True, max_length=max_length)
-        return [list(ids) for ids in encoded["input_ids"]]
+        alone = [text.lstrip() if self.text_begins_with_bos(text) else text for text in texts]
+        encoded = self.tokenizer(alone, add_special_tokens=True, truncation=True, max_length=max_length)
+        rows = [list(ids) for ids in encoded["input_ids"]]
+        twice = [self.tokenizer.bos_token_id] * 2
+        for i, ids in enumerate(rows):
+            if self.puts_bos and ids[:2] == twice:
+                whole = self.tokenizer(alone[i], add_special_tokens=True, truncation=True, max_length=max_length + 1)
+                rows[i] = list(whole["input_ids"][1:])
+        return rows
+
+    def text_begins_with_bos(self, text: str) -> bool:
+        """Whether a text itself begins with what documents of this model begin with."""
+        return self.document_bos is not None and text.lstrip().startswith(self.tokenizer.bos_token)
+
+    def begins_with_bos(self, token_ids: Sequence[int]) -> bool:
+        """The same of token ids."""
+        return self.document_bos is not None and list(token_ids[:1]) == [self.document_bos]
 
     @torch.inference_mode()
     def outputs(self, token_ids: Sequence[Sequence[int]], pad_id: int | None = None) -> torch.Tensor:

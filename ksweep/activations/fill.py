@@ -16,7 +16,7 @@ from typing import Any
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import rule_identity
 from ksweep.activations.store import ActivationStore, ActivationTable, Shard, estimate_bytes
-from ksweep.activations.text import text_identity
+from ksweep.activations.text import text_begins_with_bos, text_identity
 from ksweep.activations.units import UnitSource
 from ksweep.errors import DataError, RunError, SpecError
 from ksweep.files import clear_leftovers, digest, resolve
@@ -264,7 +264,7 @@ def _source(activations: Activations, layer: int | None, device: Any) -> UnitSou
     if activations.vectors is not None:
         from ksweep.activations.vectors import VectorUnits
 
-        return VectorUnits(activations.vectors)
+        return VectorUnits(activations.vectors, activations.document_column)
     from ksweep.activations.text_units import TextUnits
 
     return TextUnits(activations, _layer(layer), device)
@@ -280,7 +280,7 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
     layer = _layer(layer)
     path = resolve(activations.model or "", "base model")
     max_length = positions_limit(text_config(path, layer), activations)
-    return {
+    identity = {
         "kind": "text",
         "extractor": {"version": EXTRACTOR_VERSION, "rows_per_unit": rows_per_unit(activations, max_length)},
         "text": text_identity(activations),
@@ -290,10 +290,13 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
         "max_length": max_length,
         "dtype": activations.dtype,
     }
+    if text_begins_with_bos(activations, path):  # EXTRACTOR_VERSION 3 gave such text a second one
+        identity["bos"] = "once"
+    return identity
 
 
 def _vectors_identity(activations: Activations) -> dict[str, Any]:
-    from ksweep.activations.vectors import ROWS_PER_UNIT, vectors_shape
+    from ksweep.activations.vectors import DOCUMENTS, ROWS_PER_UNIT, document_column, vectors_shape
 
     path = Path(activations.vectors or "").expanduser()
     rows, d_model = vectors_shape(path)
@@ -303,7 +306,11 @@ def _vectors_identity(activations: Activations) -> dict[str, Any]:
             f"set activations.num_activations={rows}, or take a larger file"
         )
     reader = {"version": EXTRACTOR_VERSION, "rows_per_unit": ROWS_PER_UNIT}
-    return {"kind": "vectors", "extractor": reader, "vectors": digest(path), "d_model": d_model}
+    identity = {"kind": "vectors", "extractor": reader, "vectors": digest(path), "d_model": d_model}
+    documents = document_column(path, activations.document_column)
+    if documents not in (None, DOCUMENTS[0]):  # so that keys of the public columns hold
+        identity["document_column"] = documents
+    return identity
 
 
 def _shape(activations: Activations) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from typing import Any
 from ksweep.activations.positions import most_per_row
 from ksweep.errors import CheckpointError, RequestError, SpecError
 from ksweep.files import read_json
+from ksweep.model_sizes import language_model
 from ksweep.spec import Activations
 
 CUTTABLE = frozenset({
@@ -31,11 +32,8 @@ def text_config(path: Path, layer: int | None = None) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise CheckpointError(f"base model {path} is a file; expected a directory with config.json, weights and tokenizer")
-    config: dict[str, Any] = read_json(path / "config.json", "model configuration")
-    if isinstance(config.get("text_config"), dict):
-        config = config["text_config"]
-    depth = config.get("num_hidden_layers", config.get("n_layer", config.get("num_layers")))
-    width = config.get("hidden_size", config.get("n_embd", config.get("d_model")))
+    config = language_model(read_json(path / "config.json", "model configuration"))
+    depth, width = config.get("num_hidden_layers"), config.get("hidden_size")
     if not isinstance(depth, int) or not isinstance(width, int):
         raise CheckpointError(f"{path / 'config.json'} does not say how many blocks there are or how wide: a language model?")
     if layer is not None and not 0 <= layer < depth:
@@ -43,7 +41,7 @@ def text_config(path: Path, layer: int | None = None) -> dict[str, Any]:
             f"layer {layer} of base model {path} does not exist: it has {depth} blocks, so activations.layer is 0 to {depth - 1} "
             f"(the output of block {depth - 1} is hidden_states[{depth}])"
         )
-    return {**config, "num_hidden_layers": depth, "hidden_size": width}
+    return config
 
 
 def positions_limit(config: dict[str, Any], activations: Activations) -> int:
@@ -52,7 +50,7 @@ def positions_limit(config: dict[str, Any], activations: Activations) -> int:
     Raises:
         SpecError: min_position leaves nothing.
     """
-    context = config.get("max_position_embeddings", config.get("n_positions"))
+    context = config.get("max_position_embeddings")
     limit = min(activations.max_length, context) if isinstance(context, int) else activations.max_length
     if activations.candidates == "not_special" and activations.min_position >= limit:
         raise SpecError(

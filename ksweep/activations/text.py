@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from ksweep.bos import text_gets_second_bos
 from ksweep.errors import DataError
 from ksweep.files import digest
 from ksweep.spec import Activations
@@ -89,6 +90,20 @@ def text_identity(activations: Activations) -> dict[str, object]:
     if first is not None and first.token_ids is not None:
         identity["holds"] = "token_ids"
     return identity | {"digest": digest(_local(activations))}
+
+
+def text_begins_with_bos(activations: Activations, model: Path) -> bool:
+    """Whether the first row that is not empty begins with the BOS that the tokenizer of the model puts before texts.
+
+    Rows of a hub dataset are not asked for while planning: `TextUnits` refuses theirs.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    if text_format(activations) == "hub":
+        return False
+    first = next((row for row in read_documents(activations) if row.holds_something), None)
+    return first is not None and first.token_ids is None and text_gets_second_bos(first.text, model)
 
 
 def text_format(activations: Activations) -> Format:

@@ -11,7 +11,7 @@ import numpy as np
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import most_per_row, row_positions, unpadded
 from ksweep.activations.roles import count_roles
-from ksweep.activations.text import TextRow, read_documents
+from ksweep.activations.text import TextRow, read_documents, text_format
 from ksweep.activations.units import Unit, refuse_unusable, to_float32
 from ksweep.errors import DataError
 from ksweep.files import resolve
@@ -41,6 +41,8 @@ class TextUnits:
         self._rows: Iterator[TextRow] = iter(())
         self._next_unit: int | None = None
         self._ahead: TextRow | None = None
+        self._first: TextRow | None = None
+        """The first row of the text that is not empty."""
 
     @property
     def dtype(self) -> str:
@@ -86,6 +88,7 @@ class TextUnits:
             rows: list[TextRow] = []
             while self._ahead is not None and len(rows) < self.rows_per_unit:
                 rows.append(self._ahead)
+                self._first = self._first or (self._ahead if self._ahead.holds_something else None)
                 self._ahead = next(self._rows, None)
             self._next_unit += 1
             if self._next_unit > index:
@@ -93,6 +96,7 @@ class TextUnits:
 
     def _tokens(self, rows: Sequence[TextRow]) -> tuple[list[list[int]], int | None]:
         """Token ids of rows, and what they are padded with: texts are not, pretokenised rows come as they are."""
+        self._refuse_mixed(rows)
         given = [row.token_ids for row in rows if row.token_ids is not None]
         if not given:
             return self.reader.tokenize([row.text for row in rows], self.max_length), None
@@ -102,6 +106,29 @@ class TextUnits:
             refuse_strange(ids, known, where)
             self._refuse_long(ids, unpadded(ids, pad_id).stop, where)
         return [list(ids[: self.max_length]) for ids in given], pad_id
+
+    def _refuse_mixed(self, rows: Sequence[TextRow]) -> None:
+        """Rows that begin with BOS and others that do not are of two kinds, e.g. chats beside plain text."""
+        if self.reader.document_bos is None or self._first is None:
+            return
+        told = {row.index: self._begins_with_bos(row) for row in (self._first, *rows) if row.holds_something}
+        with_bos, without = ([str(index) for index, begins in told.items() if begins is which] for which in (True, False))
+        text, bos = self.activations.text, self.reader.tokenizer.bos_token
+        if with_bos and without:
+            raise DataError(
+                f"{text} is mixed: rows {some_of(with_bos)} begin with {bos}, which the chat template or a tokenizer has put "
+                f"there, and rows {some_of(without)} do not. Make all rows alike: chat-templated, or plain text."
+            )
+        if with_bos and self.reader.puts_bos and self._first.token_ids is None and text_format(self.activations) == "hub":
+            raise DataError(
+                f"the rows of hub dataset {text} begin with {bos}, which only local text may: save it as .parquet or .jsonl and "
+                "set activations.text to that file."
+            )
+
+    def _begins_with_bos(self, row: TextRow) -> bool:
+        if row.token_ids is None:
+            return self.reader.text_begins_with_bos(row.text)
+        return self.reader.begins_with_bos(row.token_ids[unpadded(row.token_ids, self.reader.filler_id).start :])
 
     def _refuse_long(self, ids: Sequence[int], end: int, where: str) -> None:
         """Right padding may be cut off, but not text: of a row that is padded on the left perhaps nothing else would be left."""
@@ -140,6 +167,12 @@ class TextUnits:
         )
         refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")
         return unit if self.activations.max_norm is None else without_long(unit, self.activations.max_norm)
+
+
+def some_of(numbers: Sequence[str], most: int = 5) -> str:
+    """A few row numbers for a message: "0, 3, 4 and 12 more"."""
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(numbers[:most]) + more
 
 
 def refuse_strange(token_ids: Sequence[int], num_embeddings: int, where: str) -> None:

@@ -1,15 +1,20 @@
 """Ready-made vectors: a Parquet file with an `activation_vector` column, as the public NLA datasets are (stage0_extract.py).
 
 activation_vector            FixedSizeList<float32>[d] (hand-made files: list of float or double)     required
-doc_id                       document, the cluster of the bootstrap                                    else the row
+doc_id                       document, the cluster of the bootstrap; activations.document_column names another column
+                             (without either: "document" where there is one, else each row is a document of its own)
 n_raw_tokens                 position + 1, special tokens counted
 detokenized_text_truncated   text up to the position
 role                         whose token it is: user, assistant, ...
+activation_layer             block whose output the vectors are, the same in every row
+
+A sidecar `{file}.nla_meta.yaml` says which model and layer they are of. A key of it that is not understood is refused by name
+(`ksweep.sidecar_keys` lists those that only inform).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +23,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
 
 from ksweep.activations.units import Unit, refuse_unusable
 from ksweep.errors import DataError
+from ksweep.sidecar_keys import LAYER_KEYS, abbreviated, at, base_model, check_keys, is_done, read_layer, read_yaml
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
 
 COLUMN = "activation_vector"
 POSITIONS = "n_raw_tokens"
-PROVENANCE = ("doc_id", POSITIONS, "detokenized_text_truncated", "role")
+DOCUMENTS = ("doc_id", "document")
+"""Columns that name documents, where none is asked for: the public datasets', and that of texts."""
+LAYERS = "activation_layer"
+PROVENANCE = (POSITIONS, "detokenized_text_truncated", "role")
+UNDERSTOOD = frozenset({
+    "kind", "schema_version", "d_model", "base_model", "base_checkpoint", "extraction.base_model", "extraction.d_model",
+    "extraction.norm", "extraction.injection_scale", "extraction.mse_scale", *LAYER_KEYS,
+})  # fmt: skip
+"""Keys of a vectors' sidecar that are read, or that are about how a pair uses the vectors and not how they were made."""
+ABOUT_PROMPTS = frozenset({"tokens", "prompt_templates"})
+"""Sections that tell trainers how to build prompts; an AV and an AR have their own."""
 ROWS_PER_UNIT = 1024
 WINDOW_CHARACTERS = 200
 
@@ -41,35 +56,42 @@ class VectorsSidecar:
     base_model: str | None
     d_model: int | None
     norm: str | None
-    """"none" for raw vectors."""
+    """"none" for raw vectors, and nothing else: no pair is understood that takes other ones."""
 
 
 def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
-    """The sidecar beside a file of vectors, or None where there is none. Unknown keys are tolerated.
+    """The sidecar beside a file of vectors, or None where there is none.
 
     Raises:
-        DataError: a sidecar that is damaged or of another kind.
+        DataError: a sidecar that is damaged, of another kind, of vectors that are not raw, or with a key that is not understood.
     """
     path = Path(f"{Path(vectors).expanduser()}.nla_meta.yaml")
-    if not path.is_file():
-        return None
     try:
-        meta = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"sidecar {path} is not YAML: {str(error).splitlines()[0]}") from error
+        meta = read_yaml(path, DataError)
+    except FileNotFoundError:
+        return None
     if not isinstance(meta, dict) or meta.get("kind") != "nla_dataset":
-        kind = meta.get("kind") if isinstance(meta, dict) else type(meta).__name__
-        raise DataError(f"sidecar {path} is of kind {kind!r}; beside a file of vectors `kind: nla_dataset` is expected")
-    extraction = meta.get("extraction")
-    if extraction is None:
-        extraction = {}
-    if not isinstance(extraction, dict):
-        raise DataError(f"sidecar {path} has an `extraction` that is no mapping: {extraction!r}")
+        kind = abbreviated(meta.get("kind")) if isinstance(meta, dict) else repr(type(meta).__name__)
+        raise DataError(f"sidecar {path} is of kind {kind}; beside a file of vectors `kind: nla_dataset` is expected")
+    if not isinstance(meta.get("extraction") or {}, dict):
+        raise DataError(f"sidecar {path} has an `extraction` that is no mapping: {abbreviated(meta['extraction'])}")
+    if (version := meta.get("schema_version")) not in (None, 1, 2):
+        raise DataError(f"sidecar {path} has schema_version={abbreviated(version)}; 1 is understood: use a later ksweep for it")
+    norm = at(meta, "extraction.norm")
+    if norm is not None and not is_done("norm", norm):
+        raise DataError(
+            f"sidecar {path} has extraction.norm={abbreviated(norm)}: the vectors are not as the model gives them, and AV and AR "
+            "are trained on raw ones (norm: none). Give the raw vectors, or extract them from text (activations.text)."
+        )
+    check_keys({key: value for key, value in meta.items() if key not in ABOUT_PROMPTS}, UNDERSTOOD, path, DataError)
+    top, inner, _ = (_whole(meta, key, path) for key in ("d_model", "extraction.d_model", "extraction.layer_index"))
+    if None not in (top, inner) and top != inner:
+        raise DataError(f"sidecar {path} has d_model={top} and extraction.d_model={inner}: make them agree")
     return VectorsSidecar(
-        layer=_typed(extraction, "layer_index", int, path),
-        base_model=_typed(extraction, "base_model", str, path),
-        d_model=_typed(extraction, "d_model", int, path),
-        norm=_typed(extraction, "norm", str, path),
+        layer=read_layer(meta, path, DataError),
+        base_model=base_model(meta, path, DataError),
+        d_model=top if inner is None else inner,
+        norm=None if norm is None else "none",
     )
 
 
@@ -93,19 +115,67 @@ def vectors_say_positions(vectors: str | Path) -> bool:
         return POSITIONS in file.schema_arrow.names
 
 
+def vectors_layer(vectors: str | Path) -> int | None:
+    """The layer that a file of vectors is of, as its sidecar and its column `activation_layer` say; None where neither does.
+
+    Raises:
+        DataError: they disagree, or the rows are of several layers; and as `read_sidecar` and `vectors_shape`.
+    """
+    said = read_sidecar(vectors)
+    in_sidecar, in_rows = None if said is None else said.layer, _layer_of_rows(vectors)
+    if None not in (in_sidecar, in_rows) and in_sidecar != in_rows:
+        raise DataError(
+            f"the sidecar of {vectors} says layer {in_sidecar} and its column {LAYERS!r} says {in_rows}: the two are of "
+            "different files, or one is wrong"
+        )
+    return in_rows if in_sidecar is None else in_sidecar
+
+
+def _layer_of_rows(vectors: str | Path) -> int | None:
+    with _open(vectors) as file:
+        if LAYERS not in file.schema_arrow.names or not pa.types.is_integer(file.schema_arrow.field(LAYERS).type):
+            return None
+        layers = pc.unique(file.read(columns=[LAYERS]).column(0).drop_null()).to_pylist()
+    if len(layers) > 1:
+        raise DataError(
+            f"{vectors} holds activations of several layers ({', '.join(map(str, sorted(layers)[:5]))} in column {LAYERS!r}), "
+            "and a pair is of one: write those of its layer to a file of their own"
+        )
+    return layers[0] if layers else None
+
+
+def document_column(vectors: str | Path, asked: str | None) -> str | None:
+    """The column that names the documents of a file of vectors; None: each row is a document of its own.
+
+    Raises:
+        DataError: no such column, no such file, or not Parquet.
+    """
+    with _open(vectors) as file:
+        names = file.schema_arrow.names
+    if asked is not None and asked not in names:
+        raise DataError(
+            f"{vectors} has no column {asked!r}; it has {', '.join(names)}. Set activations.document_column to the right one."
+        )
+    return asked if asked is not None else next((name for name in DOCUMENTS if name in names), None)
+
+
 class VectorUnits:
     """Units of a file of vectors. They are kept in float32: the public files are, and rounding them would be a silent change."""
 
     dtype = "float32"
     most_per_unit = ROWS_PER_UNIT
 
-    def __init__(self, vectors: str | Path) -> None:
+    def __init__(self, vectors: str | Path, documents: str | None = None) -> None:
         """Reads the footer only.
 
+        Args:
+            documents: column that names the documents; None: see `document_column`.
+
         Raises:
-            DataError: as `vectors_shape`.
+            DataError: as `vectors_shape` and `document_column`.
         """
         self.path = Path(vectors).expanduser()
+        self.documents = document_column(self.path, documents)
         self.num_rows, self.d_model = vectors_shape(self.path)
         self._tables: Iterator[pa.Table] = iter(())
         self._next_unit = -1
@@ -122,7 +192,8 @@ class VectorUnits:
         """
         for index in indices:
             if not 0 <= self._next_unit <= index:
-                self._tables, self._next_unit = _tables(self.path, index * ROWS_PER_UNIT, ROWS_PER_UNIT), index
+                wanted = {COLUMN, *PROVENANCE, self.documents}
+                self._tables, self._next_unit = _tables(self.path, index * ROWS_PER_UNIT, ROWS_PER_UNIT, wanted), index
             while True:
                 table = next(self._tables)
                 self._next_unit += 1
@@ -132,13 +203,15 @@ class VectorUnits:
 
     def _unit(self, table: pa.Table, index: int) -> Unit:
         first, n = index * ROWS_PER_UNIT, len(table)
-        columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * n for name in PROVENANCE}
+        wanted = [*PROVENANCE, *([] if self.documents is None else [self.documents])]
+        columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * n for name in wanted}
+        named = [None] * n if self.documents is None else columns[self.documents]
         rows = [f"row:{first + i}" for i in range(n)]
         lengths = columns[POSITIONS]
         unit = Unit(
             vectors=flat_vectors(table.column(COLUMN), self.d_model, f"{self.path} from row {first}"),
             row_ids=rows,
-            documents=[row if document is None else str(document) for row, document in zip(rows, columns["doc_id"], strict=True)],
+            documents=[row if document is None else str(document) for row, document in zip(rows, named, strict=True)],
             positions=[None if length is None else int(length) - 1 for length in lengths],
             token_ids=[None] * n,
             windows=[str(text or "")[-WINDOW_CHARACTERS:] for text in columns["detokenized_text_truncated"]],
@@ -180,11 +253,11 @@ def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[n
     return flat.reshape(len(column), d_model)
 
 
-def _tables(path: Path, start: int, rows: int) -> Iterator[pa.Table]:
+def _tables(path: Path, start: int, rows: int, wanted: Collection[str | None]) -> Iterator[pa.Table]:
     """Consecutive tables of `rows` rows from row `start` on, without end: short, then empty where the file has ended."""
     with _open(path) as file:
         groups, skip = _groups_from(file, start)
-        columns = [COLUMN, *(name for name in PROVENANCE if name in file.schema_arrow.names)]
+        columns = [name for name in file.schema_arrow.names if name in wanted]
         batches = file.iter_batches(batch_size=rows, row_groups=groups, columns=columns) if groups else iter(())
         held = file.schema_arrow.empty_table().select(columns)
         while True:
@@ -240,8 +313,8 @@ def _width(file: pq.ParquetFile, path: Path) -> int:
     return len(first)
 
 
-def _typed(mapping: dict[str, Any], key: str, kind: type, path: Path) -> Any:
-    value = mapping.get(key)
-    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+def _whole(meta: dict[str, Any], key: str, path: Path) -> int | None:
+    value = at(meta, key)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
-    raise DataError(f"sidecar {path}: extraction.{key} is {value!r}, expected {'a whole number' if kind is int else 'text'}")
+    raise DataError(f"sidecar {path}: {key} is {abbreviated(value)}, expected a whole number")

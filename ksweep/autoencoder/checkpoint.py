@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksweep import files
-from ksweep.autoencoder.headers import Tensor, check_blocks, model_tensors, read_header, some
+from ksweep.autoencoder.headers import Tensor, check_attention, check_blocks, model_tensors, read_header, some
 from ksweep.autoencoder.sidecar import Role, Sidecar, read_sidecar
 from ksweep.errors import CheckpointError, DataError
+from ksweep.model_sizes import language_model
+from ksweep.notes import Note
 
-__all__ = ["CheckpointInfo", "Role", "Sidecar", "check_pair", "digest", "family", "inspect"]
+__all__ = ["CheckpointInfo", "Role", "Sidecar", "check_pair", "check_same_architecture", "digest", "family", "inspect"]
 
 Family = Literal["nla", "tae"]
 HEAD, ADAPTER, ADAPTER_CONFIG = "value_head.safetensors", "adapter_model.safetensors", "adapter_config.json"
 HEAD_DTYPES = ("F32", "BF16", "F16", "F64")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,14 @@ class CheckpointInfo:
     num_layers: int
     """Blocks that will be loaded: all of an AV's, L + 1 of an AR's."""
     config: Mapping[str, Any]
-    """config.json of the model, or under an adapter of its base; the language model's part of a multimodal one."""
+    """config.json of the model, or under an adapter of its base; the language model's part of a multimodal one, its sizes under
+    their usual names."""
     base: Path | None
     """Base model of an adapter; None: full weights."""
     tensors: Mapping[str, Tensor]
     """Headers of the weights (or adapter weights) in `path`, names as they are in the files."""
+    notes: tuple[Note, ...] = ()
+    """What is unusual, was accepted, and should stand beside the numbers."""
 
     @property
     def role(self) -> Role:
@@ -61,6 +67,16 @@ class CheckpointInfo:
     def weights(self) -> Path:
         """Directory that config.json and the full weights are in."""
         return self.base or self.path
+
+    @property
+    def tokenizer(self) -> Path:
+        """Directory that the tokenizer is in: the checkpoint's, or its base's."""
+        return _tokenizer_directory(self.path, self.weights)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the AV may think aloud before it answers."""
+        return self.role == "av" and "<think>" in _chat_template(self.tokenizer)
 
 
 def family(path: Path) -> Family:
@@ -101,16 +117,18 @@ def inspect(path: Path | str, expected_role: Role, base: str | None = None) -> C
     config = _config(base_path or path)
     _check_width(config, sidecar, base_path or path)
     depth = _positive(config, "num_hidden_layers", base_path or path)
+    check_attention(config, base_path or path)
     layer = _layer(sidecar, depth, path, is_adapter=base_path is not None)
     num_layers = layer + 1 if expected_role == "ar" and layer is not None else depth
     tensors = _adapter_tensors(path, num_layers) if base_path else model_tensors(path)
     if base_path:
-        check_blocks(model_tensors(base_path), depth, base_path)
+        check_blocks(model_tensors(base_path), config, base_path)
     else:
-        check_blocks(tensors, depth, path)
+        check_blocks(tensors, config, path)
     if expected_role == "ar":
         _check_head(path, sidecar.d_model)
-    return CheckpointInfo(path, sidecar, layer, num_layers, config, base_path, tensors)
+    notes = (*sidecar.notes, *_thinking_notes(sidecar, path, _tokenizer_directory(path, base_path or path)))
+    return CheckpointInfo(path, sidecar, layer, num_layers, config, base_path, tensors, notes)
 
 
 def check_pair(
@@ -119,12 +137,16 @@ def check_pair(
     activations_layer: int | None = None,
     activations_d_model: int | None = None,
     activations_base: str | None = None,
-) -> None:
+) -> tuple[Note, ...]:
     """AV, AR and the activations belong together: one layer, one width, one base model, one marker.
 
     Args:
         activations_layer, activations_d_model, activations_base: of the vectors; None is not checked. A base given as a local
-            path is compared by the digest of its weights where the sidecars have one, else not at all: a path says little.
+            path is compared by the digest of its weights where the sidecars have one, else by its config.json; of a hub id
+            only the name is compared, and another one is noted: fine-tunes of a base are what pairs are often used on.
+
+    Returns:
+        What was accepted and should stand beside the numbers.
 
     Raises:
         CheckpointError: AV and AR do not fit. DataError: the activations fit neither.
@@ -144,7 +166,7 @@ def check_pair(
                 f"AV {av.path} and AR {ar.path} do not belong together: {what} is {ours!r} in the AV and {theirs!r} in the AR. "
                 "Pass both halves of one pair."
             )
-    _check_activations(av, ar, activations_layer, activations_d_model, activations_base)
+    return _check_activations(av, ar, activations_layer, activations_d_model, activations_base)
 
 
 def digest(info: CheckpointInfo) -> str:
@@ -157,7 +179,7 @@ def digest(info: CheckpointInfo) -> str:
 
 def _check_activations(
     av: CheckpointInfo, ar: CheckpointInfo, asked_layer: int | None, d_model: int | None, base: str | None
-) -> None:
+) -> tuple[Note, ...]:
     layer = ar.layer if ar.layer is not None else av.layer
     if None not in (asked_layer, layer) and asked_layer != layer:
         raise DataError(
@@ -169,8 +191,7 @@ def _check_activations(
             f"the activations have {d_model} dimensions, but AV {av.path} and AR {ar.path} take {av.d_model}. Use "
             f"activations of the pair's base model ({av.sidecar.base_checkpoint})."
         )
-    if base is not None:
-        _check_activations_base(av, ar, base)
+    return () if base is None else _check_activations_base(av, ar, base)
 
 
 def _base_digests(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[str | None, str | None]:
@@ -237,9 +258,7 @@ def _config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} has no config.json, so its model is unknown. Copy it from where the weights came from."
         )
-    config: dict[str, Any] = files.read_json(directory / "config.json", "model configuration")
-    text = config.get("text_config")
-    return dict(text) if isinstance(text, dict) else config
+    return language_model(files.read_json(directory / "config.json", "model configuration"))
 
 
 def _positive(config: Mapping[str, Any], key: str, directory: Path) -> int:
@@ -329,21 +348,70 @@ def _hub_name(source: str | None) -> str | None:
     return source.partition("@")[0].lower()
 
 
-def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str) -> None:
+def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str) -> tuple[Note, ...]:
     path = Path(source).expanduser()
+    if path.exists():
+        return _check_base_directory(av, ar, path, source)
+    theirs = _hub_name(source)
+    for info in (av, ar):
+        ours = _hub_name(info.sidecar.base_checkpoint)
+        if theirs and ours and theirs.split("/")[1] != ours.split("/")[1]:  # mirrors keep the name under another owner
+            text = f"The activations come from {source}, but the pair was trained on {info.sidecar.base_checkpoint}."
+            return (Note("base model", text),)
+    return ()
+
+
+def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, source: str) -> tuple[Note, ...]:
+    weights = path / "model.safetensors"
+    is_known = av.base is not None and av.base == path.resolve()
     for info in (av, ar):
         expected = info.sidecar.base_digest
-        if path.exists():
-            weights = path / "model.safetensors"
-            if expected and weights.exists() and _weights_digest(weights) != _short(expected):
+        if expected and weights.exists():
+            if _weights_digest(weights) != _short(expected):
                 raise DataError(
                     f"the activations come from {source}, whose model.safetensors is not the one that {info.path} was trained "
                     f"over ({expected}). Set activations.model to the pair's base model."
                 )
-            continue
-        theirs, ours = _hub_name(source), _hub_name(info.sidecar.base_checkpoint)
-        if theirs and ours and theirs.split("/")[1] != ours.split("/")[1]:  # mirrors keep the name under another owner
+            is_known = True
+    if is_known or not (path / "config.json").exists():
+        return ()
+    check_same_architecture(av, path, source)
+    base = av.sidecar.base_checkpoint or "the pair's base model"
+    text = f"Whether the activations' model {source} is {base} cannot be told: it has the same architecture and sizes."
+    return (Note("base model", text),)
+
+
+def check_same_architecture(av: CheckpointInfo, directory: Path, source: str) -> None:
+    """Raises DataError: the activations' model has another architecture, depth or width than the AV, and so is not its base."""
+    config = _config(directory)
+    for key in ("model_type", "num_hidden_layers", "hidden_size"):
+        ours, theirs = (str(one.get(key)).removesuffix("_text") for one in (av.config, config))
+        if ours != theirs:
             raise DataError(
-                f"the activations come from {source}, but {info.path} was trained on {info.sidecar.base_checkpoint}. Set "
-                "activations.model to the pair's base model."
+                f"the activations come from {source}, whose config.json says {key}={theirs}; AV {av.path} was trained over a "
+                f"model of {key}={ours} ({av.sidecar.base_checkpoint or 'unnamed'}). Set activations.model to the pair's base "
+                "model, or to a fine-tune of it."
             )
+
+
+def _tokenizer_directory(path: Path, weights: Path) -> Path:
+    return path if any((path / name).exists() for name in TOKENIZER_FILES) else weights
+
+
+def _chat_template(directory: Path) -> str:
+    """The chat template's text, wherever a tokenizer keeps it; empty where there is none."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    found = [directory / name for name in ("tokenizer_config.json", "chat_template.json") if (directory / name).is_file()]
+    return " ".join(str(files.read_json(path, "tokenizer configuration").get("chat_template") or "") for path in found)
+
+
+def _thinking_notes(sidecar: Sidecar, path: Path, tokenizer: Path) -> tuple[Note, ...]:
+    if sidecar.role == "ar" or sidecar.asks_for_thinking or "enable_thinking" not in _chat_template(tokenizer):
+        return ()
+    text = (
+        f"The chat template of {path} can be rendered with thinking on or off (enable_thinking), and the sidecar does not say "
+        "which the AV was trained with; the template's default was used."
+    )
+    return (Note("prompt", text),)

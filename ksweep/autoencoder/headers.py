@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ksweep.errors import CheckpointError
 from ksweep.files import read_json
+from ksweep.model_sizes import block_types
 
 WRAPPED = {r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)": "model.", r"^language_model\.lm_head\.": "lm_head."}
 """Names of the text model inside a multimodal wrapper (two spellings in use) -> its own names; given to transformers as well."""
@@ -101,13 +103,17 @@ def text_names(names: Iterable[str]) -> list[str]:
     return out
 
 
-def check_blocks(names: Iterable[str], num_layers: int, where: Path) -> None:
-    """Every block 0..num_layers-1 is there, none beyond, and each holds what most blocks hold.
+def check_blocks(names: Iterable[str], config: Mapping[str, Any], where: Path) -> None:
+    """Every block 0..num_hidden_layers-1 is there, none beyond, and each holds what most blocks of its kind hold.
+
+    Args:
+        names: tensors of the model.
+        config: as `ksweep.model_sizes.language_model` gives it.
 
     Raises:
         CheckpointError: with the names that are missing or too many.
     """
-    names = text_names(names)
+    names, num_layers = text_names(names), int(config["num_hidden_layers"])
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise CheckpointError(
             f"{where} holds the same tensors under two spellings: {some(twice)}. Remove the language_model. copies or the bare "
@@ -125,13 +131,43 @@ def check_blocks(names: Iterable[str], num_layers: int, where: Path) -> None:
             f"config.json says {num_layers} blocks (0 to {num_layers - 1}). "
             "Weights and config.json are not of the same checkpoint."
         )
-    counts = Counter(part for parts in blocks.values() for part in parts)
-    usual = {part for part, count in counts.items() if 2 * count > num_layers}
-    missing = [f"{prefix}{i}.{part}" for i in range(num_layers) for part in sorted(usual - blocks.get(i, set()))]
+    missing = [f"{prefix}{i}.{part}" for i, part in _missing_parts(blocks, block_types(config, num_layers))]
     if missing or not blocks:
         raise CheckpointError(
             f"{where} lacks weights: {some(missing) or 'of every block'}; config.json says {num_layers} blocks. They would be "
             "filled at random. Download the checkpoint again, or correct num_hidden_layers."
+        )
+
+
+def _missing_parts(blocks: Mapping[int, set[str]], types: Sequence[str]) -> list[tuple[int, str]]:
+    """What single blocks lack that most of their kind have; a kind is how a block mixes tokens, and whether it has experts."""
+    kinds: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for i, block_type in enumerate(types):
+        if i in blocks:
+            kinds[block_type, any("expert" in part for part in blocks[i])].append(i)
+    missing = []
+    for alike in kinds.values():
+        counts = Counter(part for i in alike for part in blocks[i])
+        usual = {part for part, count in counts.items() if 2 * count > len(alike)}
+        missing += [(i, part) for i in alike for part in sorted(usual - blocks[i])]
+    absent = [i for i in range(len(types)) if i not in blocks]
+    common = sorted(set.intersection(*blocks.values())) if blocks else []
+    return sorted(missing + [(i, part) for i in absent for part in common])
+
+
+def check_attention(config: Mapping[str, Any], where: Path) -> None:
+    """Every block keeps keys and values that draws can be forked from.
+
+    Raises:
+        CheckpointError: other blocks (linear attention, convolutions, state spaces), which are not supported yet.
+    """
+    types = block_types(config, int(config["num_hidden_layers"]))
+    if others := sorted(set(types) - {"attention"}):
+        count = sum(block_type in others for block_type in types)
+        raise CheckpointError(
+            f"{where} is a {config.get('model_type')} model: {count} of its {len(types)} blocks are of the kind "
+            f"{', '.join(others)}, which keeps no keys and values. Drawing and scoring go on from shared ones, so that such "
+            "models are not supported yet as AV or AR. Use a pair over a model with attention in every block."
         )
 
 

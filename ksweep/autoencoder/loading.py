@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from ksweep.autoencoder.checkpoint import ADAPTER, HEAD, CheckpointInfo
 from ksweep.autoencoder.headers import BLOCK, NOT_TEXT, WRAPPED, some, text_names
-from ksweep.autoencoder.prompts import tokenizer_directory
 from ksweep.errors import CheckpointError
 from ksweep.files import MODEL_LOADING
 from ksweep.placement import placed
 
-FINAL_NORMS = ("norm", "final_layernorm", "ln_f")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+HEADS = ("lm_head", "embed_out")
 LARGEST_WEIGHT = 1e9
 LARGEST_HEAD_WEIGHT = 1e4
 """Trained heads stay near the identity; half-saved ones in the wild held 3e38 or NaN in half of their rows."""
@@ -33,10 +33,9 @@ LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Runt
 
 def load_tokenizer(info: CheckpointInfo) -> Any:
     """The checkpoint's own tokenizer, or its base's."""
-    directory = tokenizer_directory(info)
     with quiet(), _explained(info, "its tokenizer"):
         config = AutoConfig.from_pretrained(info.weights)  # an adapter's directory may hold a tokenizer and no config.json
-        return AutoTokenizer.from_pretrained(directory, config=config)
+        return AutoTokenizer.from_pretrained(info.tokenizer, config=config)
 
 
 def load_causal_lm(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
@@ -135,8 +134,10 @@ def cut_blocks(config: Any, num_layers: int) -> None:
 
 def _check_report(info: CheckpointInfo, report: Mapping[str, Any], is_wrapped: bool) -> None:
     """Raises CheckpointError for every tensor that is missing, extra or of another shape, less those an AR never applies."""
-    norms = (f"{prefix}{name}.weight" for prefix in ("", "model.") for name in FINAL_NORMS)
-    unused = {"lm_head.weight", *norms} if info.role == "ar" else set()
+    prefixes = ("", "model.", "transformer.", "gpt_neox.")
+    norms = {f"{prefix}{name}.{part}" for prefix in prefixes for name in FINAL_NORMS for part in ("weight", "bias")}
+    heads = {f"{name}.{part}" for name in HEADS for part in ("weight", "bias")}
+    unused = norms | heads if info.role == "ar" else set()
     missing = set(report["missing_keys"]) - unused
     extra = {name for name in report["unexpected_keys"] if not (is_wrapped and NOT_TEXT.match(name))}
     if info.is_adapter:
@@ -180,7 +181,8 @@ def _adapter_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """Adapter weights, named as over a text-only causal LM; they may have been made over its backbone or a multimodal wrapper."""
     prefix = "base_model.model."
     names = text_names(name.removeprefix(prefix) for name in state)
-    full = (name if name.startswith(("model.", "lm_head.", "transformer.")) else f"model.{name}" for name in names)
+    whole = ("model.", "transformer.", "gpt_neox.", *(f"{head}." for head in HEADS))
+    full = (name if name.startswith(whole) else f"model.{name}" for name in names)
     kept = (tensor for name, tensor in state.items() if not NOT_TEXT.match(name.removeprefix(prefix)))
     return {prefix + name: tensor for name, tensor in zip(full, kept, strict=True)}
 
@@ -231,6 +233,12 @@ def _explained(info: CheckpointInfo, what: str) -> Iterator[None]:
         raise
     except LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())[:400]
+        if "does not support an attention implementation" in reason:
+            raise CheckpointError(
+                f"{info.role.upper()} {info.path} is a {info.config.get('model_type')} model, which transformers "
+                f"{transformers.__version__} runs without its sdpa attention only. AVs and ARs are run with it, so that pairs "
+                "over such models are not supported yet. Use a pair over a Qwen2, Qwen3, Llama or Gemma-3 model."
+            ) from error
         raise CheckpointError(
             f"{info.role.upper()} {info.path}: {what} cannot be loaded by transformers {transformers.__version__} "
             f"({type(error).__name__}: {reason}). "

@@ -7,20 +7,22 @@ sidecar states is compared.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep import files
 from ksweep.autoencoder.checkpoint import CheckpointInfo
+from ksweep.bos import document_bos, puts_bos
 from ksweep.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from ksweep.autoencoder.protocol import FinishReason, ParseOutcome
 
 EXPLANATION = re.compile(r"<explanation>(.*?)</explanation>", re.DOTALL)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+THOUGHTS = re.compile(r"\s*<think>(.*?)(?:</think>|$)", re.DOTALL)
+OPEN_ANSWER = re.compile(r"<(?:explanation|think|thinking|thought|reasoning)>\s*$")
+"""A prompt that ends so has begun the answer, or lets the model think first."""
 DRIFT = "The tokenizer is not the one that the checkpoint was trained with: use the tokenizer files that were released with it."
 
 
@@ -28,8 +30,11 @@ def parse_explanation(text: str, finish: FinishReason) -> tuple[str | None, Pars
     """What stands between the first <explanation> and the next </explanation>, stripped; or None and why there is nothing.
 
     A draw that was cut off after its closing tag is complete and counts as ok: what was cut is never shown to the AR. (The public
-    training code counted such draws as failed, the public client did not.)
+    training code counted such draws as failed, the public client did not.) Thoughts before the answer, between <think> and
+    </think>, are passed over: they may mention the tags.
     """
+    if thoughts := THOUGHTS.match(text):
+        text = text[thoughts.end() :]
     match = EXPLANATION.search(text)
     if match:
         explanation = match[1].strip()
@@ -63,7 +68,13 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
             f"AV {info.path}: the marker {sidecar.marker!r} is tokenized as {found}{unknown}; the sidecar says "
             f"injection_token_id={sidecar.marker_id}. {DRIFT}"
         )
-    ids = _chat_ids(info, tokenizer, [{"role": "user", "content": sidecar.av_message}])
+    message = [{"role": "user", "content": sidecar.av_message}]
+    ids = _chat_ids(info, tokenizer, message)
+    if sidecar.asks_for_thinking and _chat_ids(info, tokenizer, message, enable_thinking=True) != ids:
+        raise CheckpointError(
+            f"AV {info.path}: its sidecar says enable_thinking: true, with which its chat template renders another prompt than "
+            "by default, and arguments of chat templates are not supported yet. Use an AV that was trained with the default."
+        )
     _check_chat_bos(info, tokenizer, ids)
     sites = [i for i, token in enumerate(ids) if token == sidecar.marker_id]
     if len(sites) != 1 or not 0 < sites[0] < len(ids) - 1:
@@ -72,12 +83,13 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
             "expected exactly one place inside. "
             "Use the chat template and prompt template that were released with the checkpoint."
         )
-    around = (ids[sites[0] - 1], ids[sites[0] + 1])
-    if around != (sidecar.left_id, sidecar.right_id):
+    around, said = (ids[sites[0] - 1], ids[sites[0] + 1]), (sidecar.left_id, sidecar.right_id)
+    if any(id_said not in (None, found) for id_said, found in zip(said, around, strict=True)):
         raise CheckpointError(
             f"AV {info.path}: the marker stands between the tokens {around[0]} and {around[1]}; the sidecar says "
-            f"{sidecar.left_id} and {sidecar.right_id}. {DRIFT}"
+            f"{said[0]} and {said[1]}. {DRIFT}"
         )
+    _check_end(info, tokenizer, ids)
     return AvPrompt(tuple(ids), sites[0])
 
 
@@ -117,6 +129,8 @@ class ArPrompts:
         self._before, self._after = info.sidecar.ar_affixes
         self._limit: int | None = info.config.get("max_position_embeddings")
         self._bos = _document_bos(info, tokenizer)
+        begins = tokenizer.encode(f"{self._before}x{self._after}", add_special_tokens=False)[:1]
+        self._adds_special = self._bos is None or begins != [self._bos]  # a template that begins with BOS gets no second one
         self.common = _common_beginning(self.ids(["A", "zebra", "1", ""], check_suffix=False))
         """Tokens that prompts begin with. A text may still merge with the last of them: look before relying on it."""
         for probe in ("", "A probe."):
@@ -133,7 +147,8 @@ class ArPrompts:
         if not explanations:
             return []
         prompts = [self._before + text + self._after for text in explanations]
-        rows: list[list[int]] = self._tokenizer(prompts, add_special_tokens=True, padding=False, truncation=False)["input_ids"]
+        encoded = self._tokenizer(prompts, add_special_tokens=self._adds_special, padding=False, truncation=False)
+        rows: list[list[int]] = encoded["input_ids"]
         for text, row in zip(explanations, rows, strict=True):
             self._check_size(text, row)
             if check_suffix:
@@ -164,7 +179,7 @@ class ArPrompts:
     def _check_specials(self, probe: str) -> None:
         text = self._before + probe + self._after
         ids, plain = self._tokenizer.encode(text), self._tokenizer.encode(text, add_special_tokens=False)
-        if ids == ([] if self._bos is None else [self._bos]) + plain:
+        if not self._adds_special or ids == ([] if self._bos is None else [self._bos]) + plain:
             return
         if self._bos is not None and ids[:1] != [self._bos]:
             raise CheckpointError(
@@ -182,19 +197,26 @@ class ArPrompts:
         )
 
 
-def tokenizer_directory(info: CheckpointInfo) -> Path:
-    """Where the tokenizer is: in the checkpoint, or with its base."""
-    return info.path if any((info.path / name).exists() for name in TOKENIZER_FILES) else info.weights
+def _check_end(info: CheckpointInfo, tokenizer: Any, ids: list[int]) -> None:
+    """Raises CheckpointError: the prompt has already begun the answer."""
+    if tag := OPEN_ANSWER.search(tokenizer.decode(ids[-8:])):
+        raise CheckpointError(
+            f"AV {info.path}: its chat template ends the prompt with the open tag {tag[0].strip()}, so that the answer begins "
+            "inside it, which is not supported yet: explanations would be missed, or thoughts taken for them. Use an AV whose "
+            "answers hold <explanation>...</explanation>."
+        )
 
 
-def _chat_ids(info: CheckpointInfo, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def _chat_ids(info: CheckpointInfo, tokenizer: Any, messages: list[dict[str, str]], **arguments: Any) -> list[int]:
     if not tokenizer.chat_template:
         raise CheckpointError(
             f"AV {info.path}: its tokenizer has no chat template, which the prompt is built with. Add chat_template.jinja, as "
             "released."
         )
     # transformers 5 returns a BatchEncoding unless told otherwise, and iterating over that gives its keys.
-    ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    ids: list[int] = tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False, **arguments
+    )
     return ids
 
 
@@ -219,20 +241,6 @@ def _document_bos(info: CheckpointInfo, tokenizer: Any) -> int | None:
     neither starts a document with it; they are told by BOS = EOS, by a chat that holds it more than once, or by
     `add_bos_token: false`.
     """
-    bos: int | None = tokenizer.bos_token_id
-    if bos is None or tokenizer.encode("x")[:1] == [bos]:
-        return bos
-    config = tokenizer_directory(info) / "tokenizer_config.json"
-    if bos in (tokenizer.eos_token_id, tokenizer.unk_token_id):
-        return None
-    if config.exists() and files.read_json(config, "tokenizer configuration").get("add_bos_token") is False:
-        return None
-    if tokenizer.chat_template:
-        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-        if _count(tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False), bos) > 1:
-            return None
-    return bos
-
-
-def _count(ids: Iterable[int], token: int) -> int:
-    return sum(i == token for i in ids)
+    config = info.tokenizer / "tokenizer_config.json"
+    is_off = config.exists() and files.read_json(config, "tokenizer configuration").get("add_bos_token") is False
+    return None if is_off and not puts_bos(tokenizer) else document_bos(tokenizer)

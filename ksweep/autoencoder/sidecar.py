@@ -1,35 +1,49 @@
-"""`nla_meta.yaml`: what a public NLA checkpoint says about itself, in all the spellings that were published. No torch here."""
+"""`nla_meta.yaml`: what a public NLA checkpoint says about itself, in all the spellings that were published. No torch here.
+
+A key that is not understood is refused by name (`ksweep.sidecar_keys` lists those that only inform).
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
-
 from ksweep.errors import CheckpointError
+from ksweep.notes import Note
+from ksweep.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, says
+from ksweep.sidecar_keys import at as _at
 
 Role = Literal["av", "ar"]
 FILE_NAME = "nla_meta.yaml"
 ROLES: Mapping[str, Role] = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 """Released sidecars say av / ar, those of the training code actor / critic."""
-LAYER_KEYS = (
-    "critic.extraction_layer_index",
-    "critic.num_hidden_layers",  # schema 1: the value is L, not L + 1
-    "ar.extraction_layer_index",
-    "ar.num_hidden_layers",
-    "extraction_layer_index",
-    "layer",
-)
+TEMPLATE_KEYS: Mapping[Role, tuple[str, str]] = {
+    "av": ("prompt_templates.av", "prompt_templates.actor"), "ar": ("prompt_templates.ar", "prompt_templates.critic"),
+}  # fmt: skip
+UNDERSTOOD = frozenset({
+    "kind", "schema_version", "role", "d_model", "extraction.d_model", "base_checkpoint", "base_digest", "base_model",
+    "extraction.base_model", "extraction.injection_scale", "extraction.mse_scale", "tokens.injection_char",
+    "tokens.injection_token_id", "tokens.injection_left_neighbor_id", "tokens.injection_right_neighbor_id",
+    "tokens.critic_suffix_ids", "training.activation_norm", *LAYER_KEYS, *TEMPLATE_KEYS["av"], *TEMPLATE_KEYS["ar"],
+})  # fmt: skip
+HEADS = ("value_head.safetensors", "ar_lora_value_head.safetensors")
+"""Files that only an AR has."""
 MARKER_FIELD, TEXT_FIELD = "{injection_char}", "{explanation}"
+FIELD = re.compile(r"\{\s*(?:[A-Za-z_]\w*|\d+)\s*(?:[.\[!:][^{}]*)?\}")
+"""A replacement field of `str.format`; braces around anything else (JSON, code) are text."""
+OPEN_TAG = re.compile(r"<[A-Za-z][\w-]*>\s*$")
+WITHOUT_INJECTION_MODE = ("lora_sft", "full_ft_sft")
+"""Values of training.method of a trainer whose first version injected vector x scale, unnormalised, into a prompt without chat
+template, and said so only by leaving training.injection_mode and training.chat_template out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """A parsed nla_meta.yaml; None is "not said". Unknown keys are dropped: writers added them over time."""
+    """A parsed nla_meta.yaml; None is "not said"."""
 
     role: Role
     d_model: int
@@ -52,6 +66,9 @@ class Sidecar:
     """Last token ids of every AR prompt."""
     av_template: str | None
     ar_template: str | None
+    asks_for_thinking: bool
+    """It says enable_thinking: true, which has to be what the chat template does by default."""
+    notes: tuple[Note, ...]
 
     @property
     def ar_affixes(self) -> tuple[str, str]:
@@ -74,24 +91,17 @@ def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
         CheckpointError: missing, not an NLA model's, of another role, or unusable in a value that this role needs.
     """
     path = directory / FILE_NAME
-    meta = _read_yaml(path, directory, expected_role)
-    if meta.get("kind") != "nla_model":
-        raise CheckpointError(
-            f"{path} has kind={meta.get('kind')!r}, expected 'nla_model': it does not describe an AV or AR. Pass the directory "
-            f"of the {_name(expected_role)}."
-        )
-    role = _role(meta, path, expected_role)
-    d_model = _whole(meta, "d_model", path, minimum=1)
-    if d_model is None:
-        raise CheckpointError(
-            f"{path} does not say d_model, the width of the vectors. Add it, or use the sidecar that was released with the "
-            "weights."
-        )
+    meta = _read(path, directory, expected_role)
+    _check_kind(meta, path, expected_role)
+    notes: list[Note] = []
+    role = _role(meta, path, expected_role, notes)
+    check_keys(meta, UNDERSTOOD, path, CheckpointError)
+    d_model = _d_model(meta, path, notes)
     sidecar = Sidecar(
         role=role,
         d_model=d_model,
-        layer=_layer(meta, path),
-        base_checkpoint=_text(meta, "base_checkpoint", path),
+        layer=read_layer(meta, path, CheckpointError),
+        base_checkpoint=base_model(meta, path, CheckpointError),
         base_digest=_text(meta, "base_digest", path),
         injection_scale=_scale(meta, "injection_scale", d_model, path, absent=None),
         activation_norm=_positive(meta, "training.activation_norm", path),
@@ -101,27 +111,45 @@ def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
         left_id=_whole(meta, "tokens.injection_left_neighbor_id", path),
         right_id=_whole(meta, "tokens.injection_right_neighbor_id", path),
         suffix_ids=_ids(meta, "tokens.critic_suffix_ids", path),
-        av_template=_text(meta, "prompt_templates.av", path) or _text(meta, "prompt_templates.actor", path),
-        ar_template=_text(meta, "prompt_templates.ar", path) or _text(meta, "prompt_templates.critic", path),
+        av_template=_template(meta, "av", path),
+        ar_template=_template(meta, "ar", path),
+        asks_for_thinking=says(meta, "enable_thinking"),
+        notes=tuple(notes),
     )
-    (_check_av if role == "av" else _check_ar)(sidecar, path)
-    return sidecar
+    if role == "ar":
+        _check_ar(sidecar, path)
+        return sidecar
+    _check_injection(meta, path)
+    return replace(sidecar, notes=(*notes, *_check_av(sidecar, path)))
 
 
-def _read_yaml(path: Path, directory: Path, expected: Role) -> dict[str, Any]:
+def _read(path: Path, directory: Path, expected: Role) -> dict[str, Any]:
     try:
-        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
+        meta = read_yaml(path, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(_no_sidecar(directory, expected)) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as YAML ({str(error).splitlines()[0]}). Copy the sidecar again, whole."
-        ) from error
     if not isinstance(meta, dict):
         raise CheckpointError(
             f"{path} holds a {type(meta).__name__}, expected keys and values (kind, role, d_model, ...). Is the file whole?"
         )
     return meta
+
+
+def _check_kind(meta: Mapping[str, Any], path: Path, expected: Role) -> None:
+    kind, version = meta.get("kind"), meta.get("schema_version")
+    if kind == "nla_dataset":
+        raise CheckpointError(
+            f"{path} has kind='nla_dataset', expected 'nla_model': it is the sidecar of a data set, as some trainers (EasyNLA, "
+            "nanoNLA) copy it beside a checkpoint. It says neither how the AV's vector is injected nor how its chat template "
+            "and the AR's prompt are used, and such pairs are not supported yet. Use a pair in the public NLA layout."
+        )
+    if kind != "nla_model":
+        raise CheckpointError(
+            f"{path} has kind={abbreviated(kind)}, expected 'nla_model': it does not describe an AV or AR. Pass the directory "
+            f"of the {_name(expected)}."
+        )
+    if version not in (None, 1, 2):
+        _wrong(path, "schema_version", version, "1 or 2, the versions that are understood")
 
 
 def _no_sidecar(directory: Path, expected: Role) -> str:
@@ -137,12 +165,21 @@ def _no_sidecar(directory: Path, expected: Role) -> str:
     )
 
 
-def _role(meta: Mapping[str, Any], path: Path, expected: Role) -> Role:
+def _role(meta: Mapping[str, Any], path: Path, expected: Role, notes: list[Note]) -> Role:
     said = meta.get("role")
+    if said is None:
+        if expected == "av" and (heads := [name for name in HEADS if (path.parent / name).exists()]):
+            raise CheckpointError(
+                f"{path.parent} is an {_name('ar')} checkpoint (it holds {heads[0]}), given as the {_name('av')}. Pass it as "
+                "`ar`, and the AV (verbalizer) as `av`."
+            )
+        notes.append(Note("checkpoint", f"{path} does not say a role; it was taken as the {_name(expected)}, as it was given."))
+        return expected
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise CheckpointError(
-            f"{path} has role={said!r}; expected one of {', '.join(ROLES)}. Correct the sidecar, or use the released one."
+            f"{path} has role={abbreviated(said)}; expected one of {', '.join(ROLES)}. Correct the sidecar, or use the released "
+            "one."
         )
     if role != expected:
         raise CheckpointError(
@@ -156,17 +193,26 @@ def _name(role: Role) -> str:
     return "AV (verbalizer)" if role == "av" else "AR (reconstructor)"
 
 
-def _at(meta: Mapping[str, Any], dotted: str) -> Any:
-    """Value under a dotted key; None where it or a parent is absent."""
-    value: Any = meta
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def _d_model(meta: Mapping[str, Any], path: Path, notes: list[Note]) -> int:
+    top, inner = _whole(meta, "d_model", path, minimum=1), _whole(meta, "extraction.d_model", path, minimum=1)
+    if top is None and inner is None:
+        raise CheckpointError(
+            f"{path} does not say d_model, the width of the vectors. Add it, or use the sidecar that was released with the "
+            "weights."
+        )
+    if top is not None and inner not in (None, top):
+        raise CheckpointError(f"{path} has d_model={top} and extraction.d_model={inner}: make them agree.")
+    if top is None:
+        notes.append(Note("checkpoint", f"{path} says d_model under `extraction` only; it was read there."))
+    width = inner if top is None else top
+    assert width is not None
+    return width
 
 
 def _wrong(path: Path, key: str, value: Any, expected: str) -> NoReturn:
     raise CheckpointError(
-        f"{path} has {key}={value!r}, expected {expected}. Correct it, or use the sidecar that was released with the weights."
+        f"{path} has {key}={abbreviated(value)}, expected {expected}. Correct it, or use the sidecar that was released with the "
+        "weights."
     )
 
 
@@ -202,14 +248,24 @@ def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | Non
     return tuple(value)
 
 
-def _layer(meta: Mapping[str, Any], path: Path) -> int | None:
-    said = {key: _whole(meta, key, path) for key in LAYER_KEYS if _at(meta, key) is not None}
-    if len(set(said.values())) > 1:
-        spelled = ", ".join(f"{key}={value}" for key, value in said.items())
+def _template(meta: Mapping[str, Any], role: Role, path: Path) -> str | None:
+    """A prompt template, under either of its names, with nothing left to fill in but the marker or the explanation.
+
+    The AV's is filled by replacement, so that doubled braces stay; the AR's by `str.format`, which undoubles them.
+    """
+    keys = TEMPLATE_KEYS[role]
+    found = {key: text for key in keys if (text := _text(meta, key, path)) is not None}
+    if len(set(found.values())) > 1:
+        raise CheckpointError(f"{path} has {' and '.join(found)}, which differ: which was trained with is not clear. Keep one.")
+    text = next(iter(found.values()), None)
+    rest = (text or "").replace(MARKER_FIELD if role == "av" else TEXT_FIELD, "")
+    if left := FIELD.search(re.sub(r"\{\{|\}\}", "", rest) if role == "ar" else rest):
         raise CheckpointError(
-            f"{path} names different layers: {spelled}. All of them mean the block that was verbalized: make them agree."
+            f"{path}: {next(iter(found))} has {abbreviated(left[0])}, a field that nothing fills in, so that it would stand in "
+            "the prompt as it is. Use a checkpoint whose templates have no field but "
+            f"{MARKER_FIELD} (AV) and {TEXT_FIELD} (AR)."
         )
-    return next(iter(said.values()), None)
+    return text
 
 
 def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent: float | None) -> float | None:
@@ -230,7 +286,18 @@ def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent:
         _wrong(path, f"extraction.{name}", value, 'a number, null, or "sqrt_d_model"')
 
 
-def _check_av(sidecar: Sidecar, path: Path) -> None:
+def _check_injection(meta: Mapping[str, Any], path: Path) -> None:
+    method = _at(meta, "training.method")
+    if method in WITHOUT_INJECTION_MODE and _at(meta, "training.injection_mode") is None:
+        raise CheckpointError(
+            f"{path} has training.method={method!r} and no training.injection_mode: AVs of this trainer got their vectors times "
+            "injection_scale, not scaled to that norm, in a prompt without chat template, which is not supported yet. Use an "
+            "AV with training.injection_mode: normalize."
+        )
+
+
+def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
+    """Raises CheckpointError; returns what is unusual and does not hinder."""
     scale = sidecar.injection_scale
     if scale is None:
         raise CheckpointError(
@@ -240,15 +307,33 @@ def _check_av(sidecar: Sidecar, path: Path) -> None:
         )
     if not (math.isfinite(scale) and scale > 0):
         _wrong(path, "extraction.injection_scale", scale, "a finite number > 0")
-    _require(sidecar, path, "marker", "marker_id", "left_id", "right_id", "av_template")
-    assert sidecar.marker is not None
-    if len(sidecar.marker) != 1:
-        _wrong(path, "tokens.injection_char", sidecar.marker, "one character")
+    _require(sidecar, path, "marker", "marker_id", "av_template")
+    assert sidecar.marker is not None and sidecar.av_template is not None
+    if not sidecar.marker:
+        _wrong(path, "tokens.injection_char", sidecar.marker, "one token, usually one character")
     if (count := sidecar.av_message.count(sidecar.marker)) != 1:
         raise CheckpointError(
             f"{path}: prompt_templates.av has {count} places for the marker ({MARKER_FIELD}), expected exactly one, where the "
             "vector is injected. Use the released template."
         )
+    if tag := OPEN_TAG.search(sidecar.av_template):
+        raise CheckpointError(
+            f"{path}: prompt_templates.av ends with the open tag {abbreviated(tag[0].strip())}, so the AV answers without it: a "
+            "prefilled answer is not supported yet, and every draw would count as failed. Use an AV whose answers hold "
+            "<explanation>...</explanation>."
+        )
+    return _unusual(sidecar, path)
+
+
+def _unusual(sidecar: Sidecar, path: Path) -> list[Note]:
+    notes, marker = [], sidecar.marker or ""
+    if len(marker) != 1:
+        notes.append(Note("prompt", f"{path} names a marker of {len(marker)} characters, {abbreviated(marker)}, not one."))
+    ids = {"injection_left_neighbor_id": sidecar.left_id, "injection_right_neighbor_id": sidecar.right_id}
+    if missing := [name for name, value in ids.items() if value is None]:
+        keys = " and ".join(f"tokens.{name}" for name in missing)
+        notes.append(Note("prompt", f"{path} lacks {keys}, so the tokens around the marker are not all checked."))
+    return notes
 
 
 def _check_ar(sidecar: Sidecar, path: Path) -> None:
@@ -273,8 +358,6 @@ def _require(sidecar: Sidecar, path: Path, *names: str) -> None:
     keys = {
         "marker": "tokens.injection_char",
         "marker_id": "tokens.injection_token_id",
-        "left_id": "tokens.injection_left_neighbor_id",
-        "right_id": "tokens.injection_right_neighbor_id",
         "av_template": "prompt_templates.av",
         "ar_template": "prompt_templates.ar",
     }

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep import files
-from ksweep.autoencoder.headers import check_blocks, model_tensors, some
+from ksweep.autoencoder.headers import check_attention, check_blocks, model_tensors, some
 from ksweep.autoencoder.tae_layout import (
     DecoderLayout,
     EncoderLayout,
+    check_unfreezing,
     decoder_layout,
     encoder_layout,
     layout_notes,
@@ -31,7 +32,9 @@ from ksweep.autoencoder.tae_layout import (
     soft_prompt_text,
     whole_number,
 )
+from ksweep.autoencoder.tae_schedule import Written
 from ksweep.errors import CheckpointError
+from ksweep.model_sizes import language_model
 from ksweep.notes import Note
 
 if TYPE_CHECKING:
@@ -108,6 +111,7 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
     encoder = encoder_layout(config, states["encoder"], model, path)
     _check_room(decoder, encoder, num_tokens, model, path)
     notes = list(layout_notes(config, {"decoder": decoder, "encoder": encoder}, model, path))
+    check_unfreezing(config, {"decoder": decoder, "encoder": encoder}, model, _written(checkpoint, config, path), path)
     if encoder.has_base and not (decoder.has_base or encoder.trains_base):
         text = f"{path} holds base weights of the encoder and none of the decoder, which shared one base in training."
         notes.append(Note("checkpoint", text))
@@ -322,13 +326,11 @@ def _source(name: str, path: Path) -> str:
 
 def _model_config(directory: Path) -> dict[str, Any]:
     """config.json of the language model, depth, width and context under these names; its weight files are complete."""
-    config: dict[str, Any] = files.read_json(directory / "config.json", "model configuration")
-    config = dict(config["text_config"]) if isinstance(config.get("text_config"), dict) else config
-    for name, other in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd"), ("max_position_embeddings", "n_positions")):
-        config.setdefault(name, config.get(other))
+    config = language_model(files.read_json(directory / "config.json", "model configuration"))
     for name in ("num_hidden_layers", "hidden_size"):
         whole_number(config, name, 1, None, directory / "config.json", "is it a causal language model's?")
-    check_blocks(model_tensors(directory), config["num_hidden_layers"], directory)
+    check_blocks(model_tensors(directory), config, directory)
+    check_attention(config, directory)
     return config
 
 
@@ -353,6 +355,18 @@ def _whole(value: object) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def _written(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> Written:
+    step, epoch = _step(checkpoint), _whole(checkpoint.get("epoch"))
+    current = _whole(checkpoint.get("current_epoch"))
+    return Written(
+        step=_step_in_name(path) if step is None else step,
+        epoch=current if current is not None else None if epoch is None else epoch - 1,
+        steps_per_epoch=_whole(checkpoint.get("steps_per_epoch")),
+        accumulation=_whole(config.get("gradient_accumulation_steps")),
+        is_before_unfreezing=True if "pre_unfreeze" in path.name else False if "tau" in checkpoint else None,
+    )
 
 
 def _place_in_training(checkpoint: Mapping[str, Any], path: Path) -> tuple[int, int, str]:

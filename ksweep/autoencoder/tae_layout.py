@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.headers import some
+from ksweep.autoencoder.tae_schedule import Written, is_scheduled, unfreezing, was_enabled, was_unfrozen
 from ksweep.errors import CheckpointError
 from ksweep.notes import Note
 
@@ -311,13 +312,46 @@ def _check_base(
     has_base = any(name.startswith(BASE) for name in state)
     if has_base or not _base_was_trained(config, role, model, path):
         return has_base
-    schedule = config.get("freeze_schedule")
-    if isinstance(schedule, dict) and schedule.get("enabled"):
+    if is_scheduled(config):  # `check_unfreezing` judges whether it was written before they were unfrozen; `layout_notes` says so
         return False
     raise CheckpointError(
         f"the {role} in {path} was trained together with its base model, but the file holds no {BASE}* tensors. The untrained "
         "base would give other numbers: get the whole file."
     )
+
+
+def check_unfreezing(
+    config: Mapping[str, Any],
+    layouts: Mapping[str, DecoderLayout | EncoderLayout],
+    model: Mapping[str, Any],
+    written: Written,
+    path: Path,
+) -> None:
+    """A half without base weights, whose base training unfreezes, was written before that.
+
+    Args:
+        layouts: "decoder" and "encoder".
+        written: when the file was written.
+
+    Raises:
+        CheckpointError: the other half holds its base, or the schedule had unfrozen it.
+    """
+    for role, other in (("decoder", "encoder"), ("encoder", "decoder")):
+        if layouts[role].has_base or not _base_was_trained(config, role, model, path):
+            continue
+        if layouts[other].has_base:
+            evidence = f"the {other}, which shared one base with it, holds them, so that the base had been unfrozen"
+        elif was_unfrozen(config, role, written):
+            evidence = (
+                f"it was written at step {written.step} (epoch {written.epoch}), after its schedule had unfrozen the base "
+                f"(at {' and '.join(unfreezing(config, role))})"
+            )
+        else:
+            continue
+        raise CheckpointError(
+            f"the {role} in {path} was trained together with its base model, but the file holds no {BASE}* tensors of it: "
+            f"{evidence}. The untrained base would give other numbers: get the whole file."
+        )
 
 
 def _base_was_trained(config: Mapping[str, Any], role: str, model: Mapping[str, Any], path: Path) -> bool:
@@ -326,7 +360,8 @@ def _base_was_trained(config: Mapping[str, Any], role: str, model: Mapping[str, 
     Decoder and encoder share one base object, whose embeddings the encoder, built last, has the last word on.
     """
     options = {name: _options(config, name, path) for name in ("decoder", "encoder")}
-    if _flag(options[role], "base_model", role == "encoder", path):
+    scheduled = was_enabled(config, role, "base_model")
+    if _flag(options[role], "base_model", role == "encoder", path) if scheduled is None else scheduled:
         return True
 
     def trains(key: str, encoder_default: bool) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ksweep.activations import ensure, plan, read_sidecar
-from ksweep.activations.vectors import ROWS_PER_UNIT, VectorUnits
+from ksweep.activations import activations_key, ensure, plan, read_sidecar
+from ksweep.activations.vectors import ROWS_PER_UNIT, VectorUnits, vectors_layer
 from ksweep.errors import DataError
+from ksweep.spec import Activations
 from tests.activations.helpers import random_vectors, vector_spec, write_vectors
 
 
@@ -105,7 +108,7 @@ def sidecar(path: Path, **meta: object) -> Path:
 
 
 def test_sidecar_says_where_the_vectors_are_from(tmp_path: Path) -> None:
-    extraction = {"base_model": "Qwen/Qwen2.5-7B-Instruct", "d_model": 3584, "layer_index": 20, "norm": "none", "extra": 1}
+    extraction = {"base_model": "Qwen/Qwen2.5-7B-Instruct", "d_model": 3584, "layer_index": 20, "norm": "none", "corpus": "web"}
     found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction))
     assert found is not None
     assert (found.layer, found.base_model, found.d_model, found.norm) == (20, "Qwen/Qwen2.5-7B-Instruct", 3584, "none")
@@ -118,3 +121,97 @@ def test_sidecar_of_another_kind_is_refused(tmp_path: Path) -> None:
         read_sidecar(sidecar(tmp_path / "v.parquet", kind="nla_model"))
     with pytest.raises(DataError, match="layer_index is 'twenty'"):
         read_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": "twenty"}))
+
+
+# documents
+
+
+def documents_of(path: Path, count: int, cache: Path, column: str | None = None) -> list[str]:
+    table = ensure(Activations(vectors=str(path), num_activations=count, document_column=column), None, cache)
+    return [str(document) for document in table.column("document")]
+
+
+def test_document_column_that_is_asked_for_names_the_documents(tmp_path: Path) -> None:
+    items = [f"q{i // 8}" for i in range(24)]
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(24), item_id=items, doc_id=[f"d{i}" for i in range(24)])
+    assert documents_of(path, 24, tmp_path / "cache", "item_id") == items
+    assert documents_of(path, 24, tmp_path / "cache") == [f"d{i}" for i in range(24)]  # not what the cache held of the other
+    assert documents_of(path, 24, tmp_path / "cache", "doc_id") == [f"d{i}" for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"doc_id": ["a", "a", "b"], "document": ["x", "y", "z"]}, ["a", "a", "b"]),
+        ({"document": ["x", "x", "z"]}, ["x", "x", "z"]),
+        ({"doc_id": [3, 3, None]}, ["3", "3", "row:2"]),
+        ({}, ["row:0", "row:1", "row:2"]),
+    ],
+)
+def test_documents_without_a_column_asked_for(columns: dict[str, list[Any]], expected: list[str], tmp_path: Path) -> None:
+    assert documents_of(write_vectors(tmp_path / "v.parquet", random_vectors(3), **columns), 3, tmp_path / "cache") == expected
+
+
+def test_documents_are_part_of_the_key_where_they_are_others_than_doc_id(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3), doc_id=["a", "a", "b"], item=["x", "y", "y"])
+    request = vector_spec(path, 3)
+    keys = {column: activations_key(replace(request, document_column=column), None)[0] for column in (None, "doc_id", "item")}
+    assert keys[None] == keys["doc_id"] != keys["item"]
+    assert "document_column" not in activations_key(request, None)[1]  # keys of the public files are as they were
+
+
+@pytest.mark.parametrize("act", [plan, ensure])
+def test_document_column_that_is_missing_is_refused_with_those_there_are(act: Any, tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3), doc_id=["a", "a", "b"])
+    request = Activations(vectors=str(path), num_activations=3, document_column="item_id")
+    with pytest.raises(DataError, match=r"no column 'item_id'; it has activation_vector, doc_id\. Set .*document_column"):
+        act(request, None, tmp_path / "cache")
+
+
+# sidecars
+
+
+@pytest.mark.parametrize("norm", ["none", None, "None", False, "raw"])
+def test_sidecar_of_raw_vectors_is_read(norm: Any, tmp_path: Path) -> None:
+    extraction = {"base_model": "a/b", "layer_index": 20, "norm": norm, "whitening": None, "corpus_slice": {"start": 0}}
+    more = {
+        "dataset_id": "base_x", "stage": "rl", "row_count": 7, "keep_debug_metadata": True, "parent_datasets": ["a"],
+        "tokens": {"injection_char": "x", "anything": 1}, "prompt_templates": {"actor": "{depth_pct}"}, "git_commit": "abc",
+        "api_summaries": {"model": "m", "instruction_prompt": "{text}"}, "created_at": "2026-03-13", "created_by": "nla",
+    }  # fmt: skip
+    found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction, **more))
+    assert found is not None and (found.layer, found.base_model) == (20, "a/b")
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        ({"extraction": {"norm": "whitened_zca_v1"}}, r"norm='whitened_zca_v1': the vectors are not as the model gives them"),
+        ({"extraction": {"norm": {"kind": "unit"}}}, r"norm={'kind': 'unit'}"),
+        ({"extraction": {"whitening": {"method": "zca"}}}, r"extraction.whitening={'method': 'zca'}"),
+        ({"norm": "unit"}, r"norm='unit'"),
+        ({"schema_version": 3}, r"schema_version=3; 1 is understood"),
+        ({"provenance": {"normalization": "l2"}}, r"provenance.normalization='l2'"),
+        ({"extraction": {"projection": "pca"}}, r"extraction.projection='pca', a key that is not known"),
+        ({"checkpoints": [1]}, r"checkpoints=\[1\]"),
+        ({"extraction": {"layer_index": 1}, "layer": 2}, r"names different layers: .*layer=2"),
+        ({"extraction": {"base_model": "a/b"}, "base_model": "a/c"}, r"different base models"),
+        ({"extraction": {"d_model": 8}, "d_model": 16}, r"d_model=16 and extraction.d_model=8"),
+        ({"extraction": [1]}, r"`extraction` that is no mapping: \[1\]"),
+    ],
+)
+def test_sidecar_that_says_more_than_is_understood_is_refused_by_name(meta: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says) as raised:
+        read_sidecar(sidecar(tmp_path / "v.parquet", **meta))
+    assert "\n" not in str(raised.value)
+
+
+def test_layer_of_the_rows_is_read_and_compared_with_the_sidecar(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3), activation_layer=[20, 20, 20])
+    assert vectors_layer(path) == 20
+    assert vectors_layer(sidecar(path, extraction={"layer_index": 20})) == 20
+    with pytest.raises(DataError, match=r"sidecar of .* says layer 21 and its column 'activation_layer' says 20"):
+        vectors_layer(sidecar(path, extraction={"layer_index": 21}))
+    with pytest.raises(DataError, match=r"several layers \(20, 21 in column"):
+        vectors_layer(write_vectors(tmp_path / "w.parquet", random_vectors(3), activation_layer=[21, 20, 21]))
+    assert vectors_layer(write_vectors(tmp_path / "x.parquet", random_vectors(3))) is None

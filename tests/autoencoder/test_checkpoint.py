@@ -18,6 +18,7 @@ import yaml
 from ksweep import files
 from ksweep.autoencoder.checkpoint import check_pair, digest, family, inspect
 from ksweep.errors import CheckpointError, DataError
+from ksweep.notes import Note
 from tests.tiny_models import FIXTURES, TinyPair, edit_sidecar, edit_weights, make_pair
 
 CASES = ("qwen2_text", "gemma3_text")
@@ -86,8 +87,10 @@ REFUSED = [
     Refusal("base_as_av", "av", replace_by("base"), r"no nla_meta.yaml: it looks like a plain language model, not an AV"),
     Refusal("base_as_ar", "ar", replace_by("base"), r"no nla_meta.yaml: it looks like a plain language model, not an AR"),
     Refusal("role_unknown", "av", side(role="reader"), r"role='reader'; expected one of av, actor, ar, critic"),
-    Refusal("role_absent", "av", side(role=...), r"role=None"),
-    Refusal("ar_role_absent", "ar", side(role=...), r"role=None"),
+    Refusal(
+        "ar_as_av_without_role", "av",
+        lambda p: (replace_by("nla-ar")(p), edit_sidecar(p, role=...)), r"holds value_head.safetensors\), given as the AV",
+    ),
     Refusal("no_sidecar", "av", lambda p: (p / "nla_meta.yaml").unlink(), r"has no nla_meta.yaml"),
     Refusal("sidecar_broken", "av", lambda p: (p / "nla_meta.yaml").write_text("kind: [nla"), r"cannot be read as YAML"),
     Refusal("sidecar_a_list", "av", lambda p: (p / "nla_meta.yaml").write_text("- 1"), r"holds a list"),
@@ -116,6 +119,14 @@ REFUSED = [
         r"names different layers: .*critic.extraction_layer_index=1",
     ),
     Refusal("av_layers_disagree", "av", side(layer=0), r"names different layers"),
+    Refusal("av_layer_elsewhere", "av", side(extraction__layer_index=0), r"names different layers: .*extraction.layer_index=0"),
+    Refusal("ar_layer_elsewhere", "ar", side(training__layer_index=0), r"names different layers: .*training.layer_index=0"),
+    Refusal("two_widths", "ar", side(extraction__d_model=32), r"d_model=64 and extraction.d_model=32"),
+    Refusal("two_bases", "av", side(base_model="other/model"), r"different base models: .*base_model='other/model'"),
+    Refusal(
+        "two_templates", "av", side(prompt_templates__actor="Another <x>{injection_char}</x>."), r"av and .*actor, which differ",
+    ),
+    Refusal("schema_version_3", "ar", side(schema_version=3), r"schema_version=3, expected 1 or 2"),
     Refusal("av_layer_beyond", "av", side(extraction_layer_index=9), r"is of layer 9"),
     Refusal("layer_no_number", "av", side(extraction_layer_index="two"), r"extraction_layer_index='two'"),
     Refusal("av_lacks_tensor", "av", weights(lambda s: s.pop(UP)), rf"lacks weights: {UP}"),
@@ -183,7 +194,15 @@ def test_inspect_of_a_changed_checkpoint_says_what_is_wrong(case: str, refusal: 
 
 
 ACCEPTED = {
-    "unknown_keys": ("av", side(colour="blue", tokens__smell=1, training__num_layers=99)),
+    "role_absent": ("av", side(role=...)),
+    "ar_role_absent": ("ar", side(role=...)),
+    "d_model_under_extraction": ("av", side(d_model=..., extraction__d_model=64)),
+    "ar_d_model_under_extraction": ("ar", side(d_model=..., extraction__d_model=64)),
+    "no_neighbour_ids": (
+        "av", side(tokens__injection_left_neighbor_id=..., tokens__injection_right_neighbor_id=...),
+    ),
+    "one_neighbour_id": ("av", side(tokens__injection_left_neighbor_id=...)),
+    "marker_of_many_characters": ("av", side(tokens__injection_char="<|im_end|>", tokens__injection_token_id=539)),
     "role_actor": ("av", side(role="actor")),
     "role_critic": ("ar", side(role="critic")),
     "ar_scale_null": ("ar", side(extraction__injection_scale=None)),
@@ -208,9 +227,35 @@ def test_inspect_accepts_what_was_published(case: str, name: str, tmp_path: Path
     assert inspect(path, role).role == role  # type: ignore[arg-type]
 
 
+NOTED = {  # of those above, what is noted of each
+    "role_absent": ("checkpoint", "does not say a role; it was taken as the AV"),
+    "ar_role_absent": ("checkpoint", "does not say a role; it was taken as the AR"),
+    "d_model_under_extraction": ("checkpoint", "d_model under `extraction` only"),
+    "ar_d_model_under_extraction": ("checkpoint", "d_model under `extraction` only"),
+    "no_neighbour_ids": ("prompt", "lacks tokens.injection_left_neighbor_id and tokens.injection_right_neighbor_id"),
+    "one_neighbour_id": ("prompt", "lacks tokens.injection_left_neighbor_id,"),
+    "marker_of_many_characters": ("prompt", "names a marker of 10 characters, '<|im_end|>'"),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_inspect_notes_what_a_check_lacks_and_nothing_of_an_ordinary_sidecar(name: str, tmp_path: Path) -> None:
+    role, change = ACCEPTED[name]
+    path = copied("qwen2_text", tmp_path) / PART[role]
+    change(path)
+    notes = inspect(path, role).notes  # type: ignore[arg-type]
+    assert len(notes) == (name in NOTED)
+    for note in notes:
+        about, text = NOTED[name]
+        assert note.about == about and text in note.text and note.text.endswith(".")
+
+
 @pytest.mark.parametrize(
     "key",
-    ["critic.extraction_layer_index", "critic.num_hidden_layers", "ar.num_hidden_layers", "extraction_layer_index", "layer"],
+    [
+        "critic.extraction_layer_index", "critic.num_hidden_layers", "ar.num_hidden_layers", "extraction_layer_index", "layer",
+        "extraction.layer_index", "extraction.extraction_layer_index", "layer_index", "av.layer_index", "training.layer",
+    ],
 )
 @pytest.mark.parametrize("role", ["av", "ar"])
 def test_layer_is_read_under_each_of_its_spellings(key: str, role: Any, tmp_path: Path) -> None:
@@ -264,8 +309,8 @@ def fixture_pair(tmp_path: Path, case: str = "qwen2_text") -> tuple[Path, Path]:
     return directory / "nla-av", directory / "nla-ar"
 
 
-def checked(av: Path, ar: Path, *args: Any, **kwargs: Any) -> None:
-    check_pair(inspect(av, "av"), inspect(ar, "ar"), *args, **kwargs)
+def checked(av: Path, ar: Path, *args: Any, **kwargs: Any) -> tuple[Note, ...]:
+    return check_pair(inspect(av, "av"), inspect(ar, "ar"), *args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +350,34 @@ def test_check_pair_of_activations_compares_layer_width_and_base(tmp_path: Path)
         checked(av, ar, 1)
     with pytest.raises(DataError, match="have 32 dimensions"):
         checked(av, ar, 2, 32)
-    with pytest.raises(DataError, match="come from other/model"):
-        checked(av, ar, activations_base="other/model")
+
+
+def test_check_pair_notes_that_the_activations_are_of_another_model_by_name(tmp_path: Path) -> None:
+    """A fine-tune of the base is a use of a pair like another."""
+    av, ar = fixture_pair(tmp_path)
+    assert checked(av, ar, activations_base="tiny-fixture/qwen2-text-base") == ()
+    [note] = checked(av, ar, activations_base="someone/qwen2-text-base-dpo")
+    assert note.about == "base model"
+    assert note.text == (
+        "The activations come from someone/qwen2-text-base-dpo, but the pair was trained on tiny-fixture/qwen2-text-base."
+    )
+
+
+def test_check_pair_compares_a_directory_by_its_config(tmp_path: Path) -> None:
+    av, ar = fixture_pair(tmp_path)
+    model = Path(shutil.copytree(FIXTURES / "qwen2_text" / "base", tmp_path / "fine-tune"))
+    [note] = checked(av, ar, activations_base=str(model))
+    assert note.about == "base model" and f"model {model} is tiny-fixture/qwen2-text-base cannot be told" in note.text
+    config = json.loads((model / "config.json").read_text())
+    others = {"hidden_size": 128, "num_hidden_layers": config["num_hidden_layers"] + 1, "model_type": "llama"}
+    for key, value in others.items():
+        (model / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(DataError, match=rf"config.json says {key}={value}; AV .* {key}={config[key]}"):
+            checked(av, ar, activations_base=str(model))
+
+
+def test_check_pair_says_nothing_of_the_base_that_the_adapters_lie_over(adapters: TinyPair) -> None:
+    assert checked(adapters.av, adapters.ar, activations_base=str(adapters.base)) == ()
 
 
 def test_check_pair_ignores_local_paths_left_by_training(tmp_path: Path) -> None:

@@ -1,0 +1,263 @@
+"""Keys of nla_meta.yaml that say how vectors, prompts or readings are made: understood, or refused by name."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from ksweep.autoencoder.checkpoint import inspect
+from ksweep.autoencoder.sidecar import read_sidecar
+from ksweep.errors import CheckpointError
+from tests.tiny_models import FIXTURES, edit_sidecar
+
+Role = Literal["av", "ar"]
+ROLES: tuple[Role, Role] = ("av", "ar")
+WHITENED = {"method": "whitened_zca_v1", "stats_path": "whitening_stats.npz", "stats_sha256": "0" * 64, "n_samples": 1000}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "qwen2_text", tmp_path / "pair"))
+
+
+def refused(path: Path, role: Role) -> str:
+    with pytest.raises(CheckpointError) as raised:
+        inspect(path, role)
+    message = str(raised.value)
+    assert "\n" not in message and str(path / "nla_meta.yaml") in message and len(message) < 1500
+    return message
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    # how vectors were made
+    ({"extraction__norm": "whitened_zca_v1"}, "extraction.norm='whitened_zca_v1'"),
+    ({"norm": "unit"}, "norm='unit'"),
+    ({"extraction__whitening": WHITENED}, "extraction.whitening={'method': 'whitened_zca_v1'"),
+    ({"whitening": True}, "whitening=True"),
+    ({"whitened": "zca"}, "whitened='zca'"),
+    ({"training__pca_whiten": True}, "training.pca_whiten=True"),
+    ({"training__mean_subtract": True}, "training.mean_subtract=True"),
+    ({"provenance": {"vectors": {"whitening": WHITENED}}}, "provenance.vectors.whitening="),
+    ({"extraction__normalization": "l2"}, "extraction.normalization='l2'"),
+    ({"extraction__centered": True}, "extraction.centered=True"),
+    ({"training__normalize_activations": True}, "training.normalize_activations=True"),
+    ({"training__l2_normalized": True}, "training.l2_normalized=True"),
+    # several checkpoints, layers or depths in one
+    ({"variant": "universal"}, "variant='universal'"),
+    ({"checkpoints": ["a", "b"]}, "checkpoints=['a', 'b']"),
+    ({"extraction__checkpoints": {"20": "av"}}, "extraction.checkpoints="),
+    ({"depth_percentages": [10, 40, 70]}, "depth_percentages=[10, 40, 70]"),
+    ({"layers": [1, 2]}, "layers=[1, 2]"),
+    ({"critic__layers": [1, 2]}, "critic.layers=[1, 2]"),
+    ({"provenance": {"extractor": {"layer_index": 1}}}, "provenance.extractor.layer_index=1"),
+    ({"layer_idx": 1}, "layer_idx=1"),
+    # how the prompt is built
+    ({"actor_reasoning_mode": "forced_final"}, "actor_reasoning_mode='forced_final'"),
+    ({"training__actor_reasoning_mode": "forced_final"}, "training.actor_reasoning_mode='forced_final'"),
+    ({"enable_thinking": False}, "enable_thinking=False"),
+    ({"enableThinking": False}, "enableThinking=False"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking=False"),
+    ({"training__chat_template_kwargs": {"enable_thinking": False}}, "training.chat_template_kwargs.enable_thinking=False"),
+    ({"chat": {"thinking": False}}, "chat.thinking=False"),
+    ({"chat_template_kwargs": {"add_day": "monday"}}, "chat_template_kwargs.add_day='monday'"),
+    ({"training__chat_template": False}, "training.chat_template=False"),
+    ({"chat_template": "{{ messages }}"}, "chat_template='{{ messages }}'"),
+    ({"prefill": "<explanation>"}, "prefill='<explanation>'"),
+    ({"tokens__assistant_prefill": "- "}, "tokens.assistant_prefill='- '"),
+    ({"prompt_templates__prefill": "<explanation>"}, "prompt_templates.prefill='<explanation>'"),
+    ({"prompt_templates__system": "You are an AV."}, "prompt_templates.system='You are an AV.'"),
+    ({"system_prompt": "You are an AV."}, "system_prompt='You are an AV.'"),
+    ({"add_bos": False}, "add_bos=False"),
+    ({"training__response_prefix": "- "}, "training.response_prefix='- '"),
+    ({"training__nothink": True}, "training.nothink=True"),
+    # how a vector gets in, where a reading is taken
+    ({"injection_mode": "add"}, "injection_mode='add'"),
+    ({"extraction__injection_layer": 1}, "extraction.injection_layer=1"),
+    ({"training__injection_mode": "raw"}, "training.injection_mode='raw'"),
+    ({"training__injection_scale": 7.5}, "training.injection_scale=7.5"),
+    ({"injection": {"site": "block_1"}}, "injection.site='block_1'"),
+    ({"tokens__n_slots": 2}, "tokens.n_slots=2"),
+    ({"tokens__second_marker": "x"}, "tokens.second_marker='x'"),
+    ({"critic__final_norm": "kept"}, "critic.final_norm='kept'"),
+    ({"critic__summary_token_id": 7}, "critic.summary_token_id=7"),
+    # keys that nobody knows
+    ({"colour": "blue"}, "colour='blue', a key that is not known"),
+    ({"tokens__smell": 1}, "tokens.smell=1, a key that is not known"),
+    ({"critic__depth": {"a": 1}}, "critic.depth={'a': 1}"),
+    ({"extraction__position": "last"}, "extraction.position='last', a key that is not known"),
+    ({"extraction__method": "mean_pool"}, "extraction.method='mean_pool', a key that is not known"),
+    ({"scaled_by": 2.0}, "scaled_by=2.0, a key that is not known"),
+    ({"critic__version": 2}, "critic.version=2, a key that is not known"),
+    ({"extraction__layerIndex": 0}, "extraction.layerIndex=0, a key that is not known"),
+    ({"provenance": {"made": [{"hook_point": "mlp"}]}}, "provenance.made.hook_point='mlp'"),
+    ({"tokens": ["x"]}, "tokens=['x'], expected keys and values"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("changes", "says"), REFUSED, ids=[says.partition("=")[0] for _, says in REFUSED])
+def test_key_that_changes_numbers_is_refused_by_name(changes: dict[str, Any], says: str, role: Role, pair: Path) -> None:
+    edit_sidecar(pair / f"nla-{role}", **changes)
+    assert says in refused(pair / f"nla-{role}", role)
+
+
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "raw vectors": {"extraction__norm": "none", "whitening": None, "extraction__whitening": False, "training__pca_whiten": False},
+    "no norm": {"norm": None, "extraction__norm": "None"},
+    "no variant": {"variant": "none", "depth_percentages": [], "checkpoints": None},
+    "thinking as by default": {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": True}, "prefill": ""},
+    "a chat template": {"training__chat_template": True, "chat_template_kwargs": {}, "system_prompt": None},
+    "a row that is replaced": {"training__injection_mode": "normalize", "injection_mode": "replace", "tokens__n_slots": 1},
+    "the same value twice": {"training__injection_token_id": 536},
+    "null": {"actor_reasoning_mode": None, "whatever": None, "critic": None},
+    "the training code's": {
+        "stage": "rl", "trained_on": ["web"], "parent_checkpoints": ["/checkpoints/sft"], "created_at": "2026-03-16T00:00:00",
+        "created_by": "nla.train_actor.NLAFSDPActor", "git_commit": "abc1234", "role_aliases": {"actor": "av"},
+        "training": {"rollout_id": 4199, "lr": 1.41e-05, "loss_type": "policy_loss", "global_batch_size": 1024, "num_layers": 28},
+    },
+    "nla-at-home's": {
+        "n_layers": 28, "training": {
+            "method": "full_ft_sft", "injection_mode": "normalize", "chat_template": True, "lora_r": 4, "lora_alpha": 8,
+            "best_val_loss": 2.0, "best_val_cosine": 0.9, "n_train": 10, "description_file": "x.json", "mse_scale": 59.87,
+            "corpus": "nla-at-home", "backbone_layers": 21, "normalize_mse": True,
+        },
+    },
+    "a data set's": {
+        "dataset_id": "base_x_L2_0", "row_count": 1000, "keep_debug_metadata": True, "parent_datasets": ["a", "b"],
+        "api_summaries": {"model": "m", "max_tokens": 300, "temperature": 1.0, "instruction_prompt": "{text}"},
+        "extraction__corpus": "web", "extraction__corpus_slice": {"start": 0, "length": 10}, "extraction__positions_per_doc": 10,
+    },
+    "losses and dates": {
+        "final_loss": 0.3, "eval_fve": 0.75, "fve_nrm": 0.75, "best_step": 4200, "wandb_run": "x", "release_date": "2026-04-01",
+        "license": "mit", "description": "An AV.", "transformers_version": "4.57.1", "training_steps": 4200, "notes": ["a", "b"],
+        "best_val_cosine": 0.9, "commit": "abc", "base_commit": "abc", "created_on": "2026-03-16", "num_tokens": 1e9, "loss": 0.2,
+        "training": {"held_out_loss": {"text": 3.9, "shuffled": 5.6}, "grad_norm": 1.0, "optimizer": {"name": "adamw"}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_key_that_informs_or_asks_for_what_is_done_is_accepted_without_a_word(name: str, role: Role, pair: Path) -> None:
+    before = inspect(pair / f"nla-{role}", role)
+    edit_sidecar(pair / f"nla-{role}", **ACCEPTED[name])
+    after = inspect(pair / f"nla-{role}", role)
+    assert (after.layer, after.d_model, after.notes) == (before.layer, before.d_model, ())
+    assert after.sidecar.marker_id == before.sidecar.marker_id
+
+
+FIELDS = [
+    ("av", "av", "At depth {depth_pct}%: <c>{injection_char}</c>", "{depth_pct}"),
+    ("av", "actor", "At depth {{depth_pct}}: <c>{injection_char}</c>", "{depth_pct}"),
+    ("av", "av", "Of ${ model }: <c>{injection_char}</c>", "{ model }"),
+    ("av", "av", "<c>{injection_char}</c> {explanation}", "{explanation}"),
+    ("av", "ar", "From depth {depth}%: <text>{explanation}</text>", "{depth}"),
+    ("ar", "ar", "From depth {depth}%: <text>{explanation}</text> <summary>", "{depth}"),
+    ("ar", "critic", "<text>{explanation}</text> <summary>{injection_char}", "{injection_char}"),
+    ("ar", "ar", "{0} <text>{explanation}</text>", "{0}"),
+    ("ar", "ar", "<text>{explanation}</text> {layer!r:>3}", "{layer!r:>3}"),
+    ("ar", "av", "At {depth_pct}: <c>{injection_char}</c>", "{depth_pct}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("role", "key", "template", "left"), FIELDS)
+def test_field_left_over_in_a_template_is_refused_by_name(role: Role, key: str, template: str, left: str, pair: Path) -> None:
+    path = pair / f"nla-{role}"
+    templates = yaml.safe_load((path / "nla_meta.yaml").read_text())["prompt_templates"]
+    templates.pop({"actor": "av", "critic": "ar"}.get(key, key), None)
+    edit_sidecar(path, prompt_templates=templates | {key: template})
+    assert f"prompt_templates.{key} has '{left}', a field that nothing fills in" in refused(path, role)
+
+
+def test_braces_that_are_no_field_stay_text(pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", prompt_templates__av='Answer as {"text": "..."}: <c>{injection_char}</c> {} {-}')
+    edit_sidecar(pair / "nla-ar", prompt_templates__ar='{{"depth": 1}} {{x}} <text>{explanation}</text>')
+    assert inspect(pair / "nla-av", "av").sidecar.av_message.startswith('Answer as {"text": "..."}')
+    before, after = inspect(pair / "nla-ar", "ar").sidecar.ar_affixes
+    expected = '{{"depth": 1}} {{x}} <text>{explanation}</text>'.format(explanation="EXPLANATION")
+    assert f"{before}EXPLANATION{after}" == expected
+
+
+@pytest.mark.parametrize("end", ["<explanation>", "\n\n<explanation>\n", "<answer> "])
+def test_template_that_ends_with_an_open_tag_is_refused(end: str, pair: Path) -> None:
+    """The AV was trained to answer without the tag: every draw would be called failed."""
+    edit_sidecar(pair / "nla-av", prompt_templates__av=f"<c>{{injection_char}}</c> Answer.{end}")
+    assert f"ends with the open tag '{end.strip()}'" in refused(pair / "nla-av", "av")
+
+
+@pytest.mark.parametrize("method", ["lora_sft", "full_ft_sft"])
+def test_av_of_a_trainer_that_injects_unnormalised_unless_it_says_otherwise_is_refused(method: str, pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", training={"method": method, "lr": 1e-5})
+    assert f"training.method='{method}' and no training.injection_mode" in refused(pair / "nla-av", "av")
+
+
+def test_sidecar_of_a_data_set_is_called_so_and_not_another_directory(pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", kind="nla_dataset", role=...)
+    message = refused(pair / "nla-av", "av")
+    assert "it is the sidecar of a data set" in message and "not supported yet" in message and "Pass the directory" not in message
+
+
+def test_every_sidecar_that_comes_with_the_library_is_read_without_a_note() -> None:
+    import ksweep
+
+    found = [*FIXTURES.rglob("nla_meta.yaml"), *(Path(ksweep.__file__).parent / "demo").rglob("nla_meta.yaml")]
+    assert len(found) == 7
+    for path in found:
+        role: Role = "av" if path.parent.name.endswith("av") else "ar"
+        assert read_sidecar(path.parent, role).notes == ()
+
+
+def test_mapping_that_holds_itself_is_read_to_an_end(pair: Path) -> None:
+    file = pair / "nla-av" / "nla_meta.yaml"
+    file.write_text(f"{file.read_text()}\nprovenance: &a\n  again: [*a, *a]\n  chat: &b\n    injection: *b\n    chat: *b\n")
+    assert inspect(pair / "nla-av", "av").layer == 2
+
+
+# hostile files
+
+
+def bomb(levels: int) -> str:
+    """YAML of aliases that would be 10 ** levels strings if it were written out."""
+    lines = ["x0: &x0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+ANY = ("whitening", "colour", "training", "extraction", "d_model", "kind", "role", "layer", "base_model", "chat")
+
+
+@pytest.mark.parametrize("key", ANY)
+def test_value_of_any_size_makes_a_short_message_or_none(key: str, pair: Path) -> None:
+    file = pair / "nla-av" / "nla_meta.yaml"
+    meta = {name: value for name, value in yaml.safe_load(file.read_text()).items() if name != key}
+    own = yaml.safe_dump(meta, allow_unicode=True)
+    inside = "{nested: *x29, deeper: [{again: *x29}]}" if key in ("training", "extraction") else "*x29"
+    before = "parent_datasets:\n  " + bomb(30).replace("\n", "\n  ")
+    file.write_text(f"{before}\n{own}{key}: {inside}\n")
+    if key == "training":
+        assert inspect(pair / "nla-av", "av").layer == 2
+    else:
+        assert key in refused(pair / "nla-av", "av")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("kind: nla_model\nrole: av\n" + "x: " + "[" * 5000, "cannot be read as YAML"),
+        ("kind: nla_model\ncreated_at: 2026-13-45\n", "cannot be read as YAML"),
+        ("kind: nla_model\n# " + "x" * 2_000_000, "bytes, expected a sidecar of a few thousand"),
+        ("kind: nla_model\nrole: av\n? [1, 2]\n: 3\n", "cannot be read as YAML|not known"),
+        ("kind: nla_model\nrole: av\n7: 3\n", "has 7=3, a key that is not known"),
+        ("kind: nla_model\nextraction:\n  norm: whitened\n  norm: none\n", "the key 'norm' stands twice"),
+        ("kind: !!python/object/apply:os.system ['true']\n", "cannot be read as YAML"),
+    ],
+)  # fmt: skip
+def test_damaged_or_hostile_yaml_is_refused_in_one_line(text: str, says: str, pair: Path) -> None:
+    (pair / "nla-av" / "nla_meta.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        inspect(pair / "nla-av", "av")
+    refused(pair / "nla-av", "av")
