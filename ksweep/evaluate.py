@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ksweep import evaluated
+from ksweep import evaluated, machine
 from ksweep.clock import Clock
 from ksweep.drawing import AtHand, Begun, Drawing
 from ksweep.draws import DrawsStore, units_of
@@ -247,7 +247,7 @@ class _Landing:
             for note in found.reference.notes:
                 log.warning("%s: %s", one.keys.name, note)
         one.clock.take(self.together, self._share(one, draws))
-        numerics = self.models.numerics(one.cell.sampling.max_new_tokens)
+        numerics = self.models.numerics(one.cell.sampling.max_new_tokens) | machine.threads_in_use()
         self.landed.append(land(one, self.place, self.ranks, found, draws, numerics))
         self.waiting.remove(one)
 

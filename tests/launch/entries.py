@@ -22,9 +22,10 @@ def count(argument: dict[str, Any], ranks: Ranks) -> list[int]:
     mine = []
     for index in share(ranks, "numbers", argument["total"]):
         (folder / f"{index:04d}-{ranks.rank}").touch(exist_ok=False)
+        if not mine:
+            ranks.barrier()  # every rank takes a number before one takes the second
         ranks.report("counting", index, argument["total"], speed=1.0)
         mine.append(index)
-        time.sleep(0.02)
     ranks.barrier()
     assert len(list(folder.iterdir())) == argument["total"], "the barrier let a rank through too early"
     return mine
@@ -89,3 +90,10 @@ def has_no_memory(argument: dict[str, Any], ranks: Ranks) -> None:
 def sleeps(argument: dict[str, Any], ranks: Ranks) -> None:
     """A rank that looks at nothing for longer than anybody waits."""
     time.sleep(600)
+
+
+def threads(argument: dict[str, Any], ranks: Ranks) -> dict[str, str]:
+    """What the record of a run would say of this rank's threads, once torch and NumPy are loaded."""
+    from ksweep.machine import threads_in_use
+
+    return threads_in_use()
