@@ -35,8 +35,8 @@ from ksweep.ranks import Ranks
 
 NUM_ACTIVATIONS = 64
 MOST_SECONDS = 45
-"""A job that is not done by then is ended; what its ranks have reported counts. One that has not ended a single step counts as if it
-had, so that its rate is too high and the ratio of the others to it too low."""
+"""A job that is not done by then is ended; what its ranks have reported counts. One that has not ended a single step counts as if
+it had, so that its rate is too high and the ratio of the others to it too low."""
 SPINNING = {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": str(machine.num_cores())}
 
 

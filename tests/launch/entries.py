@@ -54,10 +54,13 @@ def works_until_told_to_stop(argument: dict[str, Any], ranks: Ranks) -> None:
 
 
 def holds_gpus(argument: dict[str, Any], ranks: Ranks) -> None:
-    """Say which GPUs this process was given, and from when until when it had them."""
+    """Say which GPUs this process was given, and from when until when it had them: until so many jobs have begun at least."""
     place = Path(argument["folder"]) / f"gpus-{os.getpid()}.json"
     told = {"devices": os.environ["CUDA_VISIBLE_DEVICES"], "pid": os.getpid(), "begun": time.time(), "ended": 0.0}
     publish(place, json.dumps(told).encode())
+    deadline = time.monotonic() + 120
+    while len(list(place.parent.parent.glob("*/gpus-*.json"))) < argument["beside"] and time.monotonic() < deadline:
+        time.sleep(0.05)
     time.sleep(argument["seconds"])
     publish(place, json.dumps(told | {"ended": time.time()}).encode())
 
