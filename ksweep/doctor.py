@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from ksweep import machine
 from ksweep.provenance import PACKAGES
 from ksweep.terminal import bytes_text
 
@@ -57,11 +58,10 @@ def _machine() -> Iterator[Finding]:
     import psutil
 
     memory = psutil.virtual_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding(
         "machine", "ok",
-        f"{platform.node()}: {platform.platform()}, Python {platform.python_version()} ({sys.prefix}), {cores} cores, "
-        f"{bytes_text(memory.available)} of {bytes_text(memory.total)} memory free",
+        f"{platform.node()}: {platform.platform()}, Python {platform.python_version()} ({sys.prefix}), "
+        f"{machine.num_cores()} cores, {bytes_text(memory.available)} of {bytes_text(memory.total)} memory free",
     )  # fmt: skip
 
 

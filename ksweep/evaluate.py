@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ksweep import machine
 from ksweep.clock import Clock
 from ksweep.drawing import AtHand, Begun, Drawing
 from ksweep.draws import DrawsStore, units_of
@@ -89,13 +90,11 @@ class Models:
         """How this rank's AV is computed in texts of that length, for the record; nothing where it was not needed."""
         if self._av is None:
             return {}
-        import torch
-
         from ksweep.autoencoder import graphs, slots
 
         model, length = self._av.model, self._av.prompt_length + max_new_tokens
         fits = slots.fits(model, length)
-        threads = {"threads": str(torch.get_num_threads())} if model.device.type == "cpu" else {}
+        threads = machine.threads_in_use() if model.device.type == "cpu" else {}
         return slots.numerics(model, length) | threads | {
             "dtype": str(model.dtype).removeprefix("torch."),
             "sampler": "slots" if fits else "plain",

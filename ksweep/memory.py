@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from ksweep import machine
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-CGROUP = Path("/sys/fs/cgroup")
 
 KEPT_BYTES = 256 * 2**20
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -39,12 +39,13 @@ def release(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None where nobody says."""
+    """Bytes that a rank can still have on its device, on a CPU its share of them; None where nobody says."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    known = [n for n in (_available(), _left_to_job()) if n is not None]
-    return min(known) if device.type == "cpu" and known else None
+    if device.type != "cpu" or (free := machine.free_memory()) is None:
+        return None
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the other ranks of this machine fill theirs meanwhile
 
 
 def keep_freed(device: torch.device) -> bool:
@@ -72,31 +73,3 @@ def in_halves(run: Callable[[Sequence[T]], torch.Tensor], items: Sequence[T], de
     half = len(items) // 2
     log.warning("out of memory with %d rows at once; going on with halves of them", len(items))
     return torch.cat([in_halves(run, items[:half], device), in_halves(run, items[half:], device)])
-
-
-def _available() -> int | None:
-    """MemAvailable of the machine."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _left_to_job() -> int | None:
-    """What the control groups of a container or a Slurm job leave. Their page cache counts as used: on the safe side."""
-    try:
-        own = next(line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return None
-    group = CGROUP / own.lstrip("/")
-    left = [_left_to_group(one) for one in (group, *group.parents) if one.is_relative_to(CGROUP)]
-    return min((n for n in left if n is not None), default=None)
-
-
-def _left_to_group(group: Path) -> int | None:
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        return None if limit == "max" else max(0, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return None

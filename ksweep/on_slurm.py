@@ -30,6 +30,8 @@ def with_shape(sweep: Sweep) -> Sweep:
     resources = submission.with_users_defaults(sweep.resources)
     if resources.gpus is None:
         resources = replace(resources, gpus=min(1, submission.most_gpus(resources)))
+    if not resources.gpus and resources.tasks is None:
+        resources = replace(resources, tasks=1)
     submission.refuse(resources)
     return replace(sweep, resources=resources)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ksweep import terminal
+from ksweep import machine, terminal
 from ksweep.activations.fill import plan as plan_activations
+from ksweep.autoencoder.headers import model_tensors
 from ksweep.draws import DRAWS_PER_UNIT, DrawsStore
 from ksweep.errors import DiskFullError, SpecError
-from ksweep.keys import Keys, inspect_file
+from ksweep.keys import Keys, inspect_file, inspect_pair
 from ksweep.launch import states
+from ksweep.launch import submit as launch
 from ksweep.launch.plan import Facts, Step, plan
+from ksweep.orders import groups
 from ksweep.registry.questions import failed_runs, finished_runs, seconds_per_draw
-from ksweep.spec import Cell, Sweep
+from ksweep.spec import Autoencoder, Cell, Sweep
 
 DATABASE_BYTES = 8_000_000
 """Room for the database, its next version beside it, and job logs."""
@@ -96,6 +100,35 @@ def refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
                 f"{terminal.bytes_text(free)} are free: nothing was started. Free some room, ask for fewer draws or activations, "
                 "or set registry= and vector_cache= to a larger disk."
             )
+
+
+def with_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
+    """The sweep with the ranks that a job on the CPUs of this machine gets, where `tasks` leaves that open.
+
+    Every job gets as many as the one with the most draws; models of the largest autoencoder decide what memory allows.
+    """
+    resources = sweep.resources
+    if launch.resolve_cluster(resources) != "local" or launch.num_gpus(resources) or resources.tasks is not None or not missing:
+        return sweep
+    most_draws = max(sum(step.draws_to_sample for _, step in group) for group in groups(sweep, missing))
+    weights = max(_model_bytes(autoencoder) for autoencoder in {cell.autoencoder for cell, _ in missing})
+    ranks = machine.num_ranks(most_draws, weights, resources.cpus_per_task)
+    # Jobs that the user wants side by side share the cores.
+    ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(groups(sweep, missing))))
+    return replace(sweep, resources=replace(resources, tasks=ranks))
+
+
+def _model_bytes(autoencoder: Autoencoder) -> int:
+    """Weights of AV and AR as a rank holds them; an AR's blocks above its layer, which are not loaded, count too."""
+    item = 4 if autoencoder.dtype == "float32" else 2
+    if autoencoder.checkpoint is not None:
+        info = inspect_file(autoencoder)
+        return 2 * item * _num_weights(info.base)
+    return sum(item * _num_weights(info.weights) for info in inspect_pair(autoencoder))
+
+
+def _num_weights(model: Path) -> int:
+    return sum(math.prod(tensor.shape) for tensor in model_tensors(model).values())
 
 
 def _existing(place: Path) -> Path:

@@ -322,15 +322,16 @@ class Resources:
     gpus: int | None = None
     """GPUs of a job on each node, one rank for every `gpus_per_model` of them. 0 runs on the CPU; None takes what machine or
     partition has, one at most."""
-    tasks: int = 1
-    """Ranks on each node when gpus=0."""
+    tasks: int | None = None
+    """Ranks on each node when gpus=0. None: on this machine one a core, up to 8, as far as memory and the number of draws to be
+    taken allow; on Slurm one."""
     nodes: int = 1
     """Nodes of a job: its ranks form one process group, and each takes draws that are still to be done."""
     gpus_per_model: int = 1
     """GPUs over which a rank spreads each of its models, for models that one GPU cannot hold; `gpus` is a multiple of it."""
     cpus_per_gpu: int | None = None
     cpus_per_task: int | None = None
-    """CPUs of each rank when gpus=0."""
+    """CPUs of each rank when gpus=0, and so its threads. None: an equal share, with the default of `tasks` one."""
     mem_gb: float | None = None
     """Memory on each node. None: the cluster's default, or all of it with `exclusive`."""
     time: int | str = 24 * 60
@@ -364,9 +365,9 @@ class Resources:
         _one_of("resources.cluster", self.cluster, Cluster)
         if self.gpus is not None:
             _at_least("resources.gpus", self.gpus, 0)
-        for name in ("tasks", "nodes", "gpus_per_model"):
+        for name in ("nodes", "gpus_per_model"):
             _at_least(f"resources.{name}", getattr(self, name), 1)
-        for name in ("cpus_per_gpu", "cpus_per_task", "cells_per_job", "max_parallel_jobs", "batch_size"):
+        for name in ("tasks", "cpus_per_gpu", "cpus_per_task", "cells_per_job", "max_parallel_jobs", "batch_size"):
             if getattr(self, name) is not None:
                 _at_least(f"resources.{name}", getattr(self, name), 1)
         if self.gpus_per_model > 1 and (not self.gpus or self.gpus % self.gpus_per_model):

@@ -23,7 +23,7 @@ from ksweep.launch.slurm import SlurmError
 from ksweep.notes import notes_of
 from ksweep.orders import groups, logs_of
 from ksweep.overrides import given_settings, lay_over
-from ksweep.planning import refuse_full_disk, refuse_places, steps_of
+from ksweep.planning import refuse_full_disk, refuse_places, steps_of, with_ranks
 from ksweep.registry import sweeps
 from ksweep.registry.questions import finished_runs
 from ksweep.spec import Cell, Sweep
@@ -75,7 +75,8 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
         return _without_slurm(sweep, cells, keys, options, silence)
     if options.dry_run:
         steps = steps_of(sweep, cells, keys, states.survey(logs_of(sweep)), retry=options.retry)
-        together = groups(sweep, [(c, s) for c, s in zip(cells, steps, strict=True) if s.state == "missing"])
+        missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
+        sweep, together = with_ranks(sweep, missing), groups(sweep, missing)
         terminal.print_plan(
             sweep, steps, shape=_shape(sweep), cells_of_jobs=[len(group) for group in together], as_json=options.json
         )
@@ -95,7 +96,7 @@ def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: arg
     missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
     terminal.say_failed([step for step in steps if step.state == "failed"])
     if missing:
-        here.run(sweep, missing)
+        here.run(with_ranks(sweep, missing), missing)
     return _show(sweep, keys, steps, options)
 
 

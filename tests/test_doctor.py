@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ksweep.autoencoder import slots
+from ksweep.autoencoder import noise, slots
 from ksweep.cli import main
 from ksweep.registry.landing import land
-from ksweep.selftest import failures
+from ksweep.selftest import MAX_TOKENS, NUM_ACTIVATIONS, NUM_DRAWS, VOCABULARY, WIDTH, TinyVerbalizer, failures
 from tests.registry.landed_runs import curve_of, record_of
 
 
@@ -44,3 +46,21 @@ def test_doctor_names_a_landing_that_is_not_believed_and_exits_with_one(
     assert ended.value.code == 1 and [finding["subject"] for finding in bad] == ["registry"]
     assert "r1/curve.parquet is not what was written" in bad[0]["said"]
     assert {"machine", "packages", "vector cache", "disk", "engine on cpu"} <= {finding["subject"] for finding in findings}
+
+
+@torch.inference_mode()
+def test_no_token_of_the_self_test_is_near_a_tie_that_another_processor_could_decide() -> None:
+    exact, generator = TinyVerbalizer("cpu", torch.float64), torch.Generator().manual_seed(0)
+    vectors = 3 * np.random.default_rng(0).normal(size=(NUM_ACTIVATIONS, WIDTH))
+    off = 3e-3 * (2 * torch.rand(64, VOCABULARY, generator=generator) - 1)
+    off[0] = 0.0
+    for temperature, num_draws in ((0.0, 1), (1.0, NUM_DRAWS)):
+        for row, k in itertools.product(range(NUM_ACTIVATIONS), range(num_draws)):
+            keys, sequence = noise.row_keys(0, 64 * [row + 1], 64 * [k]), exact.embedded(torch.from_numpy(vectors[row : row + 1]))
+            for step in range(MAX_TOKENS):
+                logits = exact.model(inputs_embeds=sequence, use_cache=False).logits[:, -1] + off
+                tokens = noise.sample(logits.float(), noise.step_keys(keys, step), temperature=temperature).token_ids
+                assert len(tokens.unique()) == 1
+                if int(tokens[0]) in exact.stop_token_ids:
+                    break
+                sequence = torch.cat([sequence, exact.model.get_input_embeddings()(tokens[:1, None])], dim=1)

@@ -7,10 +7,10 @@ import fcntl
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,15 +122,23 @@ def held_lock(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
 
 
 def test_locked_is_waited_for_and_says_so_once_and_a_dead_holder_holds_nothing(
-    held_lock: tuple[Path, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+    held_lock: tuple[Path, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, holder = held_lock
-    threading.Timer(0.4, holder.kill).start()
-    begun = time.monotonic()
+    said, waits = [], 0
+
+    def wait(_seconds: float) -> None:
+        nonlocal waits
+        said.append(capsys.readouterr().err)
+        waits += 1
+        if waits == 3:
+            holder.kill()
+            holder.wait()
+
+    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
     with locked(path, "another command", aloud=True) as held:
-        assert held and time.monotonic() - begun > 0.3
-    said = capsys.readouterr().err
-    assert said.splitlines() == [f"another command is at work in {path.parent}: waiting for it"]
+        assert held and waits == 3
+    assert said == [f"another command is at work in {path.parent}: waiting for it\n", "", ""]
 
 
 def test_locked_goes_on_beside_a_holder_after_its_patience(

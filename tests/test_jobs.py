@@ -185,12 +185,12 @@ def test_following_logs_ends_with_the_job_and_begins_again_with_a_new_start(
 
 
 def test_cancel_asks_the_ranks_of_a_sweep_to_stop(registry: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     running, done = job(registry), ended(registry, "finished")
     running.beat(me(pid=process.pid))
     code, out = ksweep(registry, "cancel", "tiny")
     assert code == 0 and f"cancelled: {running.id}" in out and done.id not in out and "1 job had ended before" in out
-    assert process.wait(10) == -signal.SIGTERM and running.asked_to_end() and not done.asked_to_end()
+    assert process.wait(240) == -signal.SIGTERM and running.asked_to_end() and not done.asked_to_end()
     code, out = ksweep(registry, "cancel", "tiny")
     assert (code, out) == (0, "nothing of tiny is under way: 2 jobs had ended before\n")
 

@@ -147,7 +147,7 @@ class Screen:
 
 def read_until(master: int, seen: Screen, *wanted: str, times: int = 1) -> None:
     """Reads until each is on the screen in so many rows: a screen comes in pieces, its headline first."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while any(sum(one in row for row in seen.rows) < times for one in wanted):
         assert time.monotonic() < deadline, "\n".join(seen.rows)
         seen.write(os.read(master, 65_536).decode())
@@ -174,7 +174,7 @@ def test_watch_on_a_terminal_of_80_by_24_stays_on_it_until_the_last_job_has_ende
         read_until(master, seen, "1 running, 1 failed, 36 finished")
         at_work[11].end(Ending(rank=0, status="finished"))
         read_until(master, seen, "tiny, 38 jobs: 1 failed, 37 finished")
-        assert process.wait(30) == 1, "a job of the sweep failed"
+        assert process.wait(240) == 1, "a job of the sweep failed"
     finally:
         process.kill()
     assert not any("jobs:" in row for row in seen.lost), "nothing of an older state has scrolled out of the screen"
@@ -189,7 +189,7 @@ def test_watch_ends_quietly_when_its_reader_goes(registry: Path) -> None:
     os.close(writing)
     assert b": running drawing 5/10" in os.read(reading, 4096)
     os.close(reading)
-    assert process.wait(30) == 0 and process.stderr is not None and process.stderr.read() == ""
+    assert process.wait(240) == 0 and process.stderr is not None and process.stderr.read() == ""
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_watch_that_is_interrupted_says_that_the_jobs_go_on(registry: Path) -> N
     try:
         read_until(master, Screen(24), "1 running")
         os.write(master, b"\x03")
-        assert process.wait(30) == 130
+        assert process.wait(240) == 130
     finally:
         process.kill()
     assert process.stderr is not None

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from ksweep import memory
+from ksweep import machine, memory
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_a_control_group_and_those_around_it_limit_what_is_free(tmp_path, monkey
     own = next((x[3:].strip() for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::")), None)
     if own is None:
         pytest.skip("no unified control groups")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     group = tmp_path / own.lstrip("/")
     group.mkdir(parents=True, exist_ok=True)
     (group / "memory.max").write_text("5000\n")

@@ -175,7 +175,7 @@ def test_no_memory_is_a_class_that_is_not_run_again_unasked(
     assert rebuilt(here)
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+def until(condition: Callable[[], Any], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -42,11 +42,13 @@ NUM_UNITS = 60
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-def python(script: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
+def python(
+    script: str, *arguments: object, environment: Mapping[str, str] | None = None, **options: object
+) -> subprocess.Popen[str]:
     """A process of its own group that runs a script."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **options)  # type: ignore[call-overload,no-any-return]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.Popen(command, env=variables, text=True, start_new_session=True, **options)  # type: ignore[call-overload,no-any-return]
 
 
 # ---- activations
@@ -58,12 +60,19 @@ from ksweep.activations.fill import ensure
 from ksweep.spec import Activations
 computed = []
 publish_unit = store.ActivationStore.publish_unit
-store.ActivationStore.publish_unit = lambda *all: (computed.append(all[1]), publish_unit(*all))[1]
-vectors, root, count, start = sys.argv[1:]
+vectors, root, count, start, most = sys.argv[1:]
+def publish_and_wait(*all):
+    computed.append(all[1])
+    shard = publish_unit(*all)
+    while len(computed) >= int(most):  # to be killed
+        time.sleep(1)
+    return shard
+store.ActivationStore.publish_unit = publish_and_wait
 time.sleep(max(0, float(start) - time.time()))
 ensure(Activations(vectors=vectors, num_activations=int(count)), None, root)
 print(len(computed))
 """
+"""Fills; after `most` units it waits and computes no more."""
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +94,10 @@ def test_kill_9_while_filling_vectors_leaves_whole_shards_and_the_next_run_carri
     resumed = left_parts = 0
     for trial in range(TRIALS):
         root, rng = tmp_path / str(trial), random.Random(trial)
-        enough = rng.randrange(NUM_UNITS)
-        filler = python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, 0, stdout=subprocess.DEVNULL)
-        while filler.poll() is None and published(root) < enough:
+        enough = 1 + rng.randrange(NUM_UNITS - 3)
+        filler = python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, 0, enough + 2, stdout=subprocess.DEVNULL)
+        while published(root) < enough:
+            assert filler.poll() is None
             time.sleep(0.0005)
         time.sleep(rng.random() * 0.01)
         filler.kill()
@@ -96,14 +106,31 @@ def test_kill_9_while_filling_vectors_leaves_whole_shards_and_the_next_run_carri
         stated = [json.loads(p.read_text())["file"] for p in root.rglob("shard-*.json")]
         assert all(expected[name] == content for name, content in shard_files(root).items() if name in stated)
         left_parts += len(list(root.rglob("*.part")))
-        again = python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, 0, stdout=subprocess.PIPE)
+        again = python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, 0, NUM_UNITS + 1, stdout=subprocess.PIPE)
         assert int(again.communicate()[0]) == NUM_UNITS - whole, "only what was missing is computed"
         assert shard_files(root) == expected
         resumed += 0 < whole < NUM_UNITS
     print(
         f"\nactivations from vectors: {TRIALS} kills, {resumed} resumed in the middle, {left_parts} *.part left; all bytes equal"
     )
-    assert resumed
+    assert resumed == TRIALS
+
+
+EXTRACT = """
+import time
+from ksweep.activations import ensure, store
+from ksweep.spec import Activations
+computed = []
+publish_unit = store.ActivationStore.publish_unit
+def publish_and_wait(*all):
+    computed.append(all[1])
+    shard = publish_unit(*all)
+    while len(computed) >= {most}:  # to be killed
+        time.sleep(1)
+    return shard
+store.ActivationStore.publish_unit = publish_and_wait
+{call}
+"""
 
 
 def test_kill_9_while_a_model_extracts_leaves_whole_shards_and_the_next_run_carries_on(tmp_path: Path) -> None:
@@ -113,12 +140,12 @@ def test_kill_9_while_a_model_extracts_leaves_whole_shards_and_the_next_run_carr
     request = spec(base, text, count)
     expected = shard_files(ensure(request, 1, tmp_path / "undisturbed").directory)
     call = f"ensure({request!r}, 1, {str(tmp_path / 'killed')!r})"
-    script = f"from ksweep.activations import ensure\nfrom ksweep.spec import Activations\n{call}"
     resumed, rng = 0, random.Random(0)
     for _ in range(TRIALS):
         before, enough = published(tmp_path / "killed"), rng.randrange(8)
-        filler = python(script)
-        while filler.poll() is None and published(tmp_path / "killed") < before + enough + 1:
+        filler = python(EXTRACT.format(call=call, most=enough + 2))
+        while published(tmp_path / "killed") < before + enough + 1:
+            assert filler.poll() is None
             time.sleep(0.0005)
         time.sleep(rng.random() * 0.03)
         filler.kill()
@@ -140,7 +167,9 @@ def test_two_processes_that_fill_one_key_at_once_share_the_work(vectors: tuple[P
     twice = []
     for trial in range(max(1, TRIALS // 3)):
         root, start = tmp_path / str(trial), time.time() + 1.5
-        fillers = [python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, start, stdout=subprocess.PIPE) for _ in range(2)]
+        fillers = [
+            python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, start, NUM_UNITS + 1, stdout=subprocess.PIPE) for _ in range(2)
+        ]
         computed = [int(filler.communicate()[0]) for filler in fillers]
         assert shard_files(root) == expected and not list(root.rglob("*.part"))
         assert sum(computed) <= 2 * NUM_UNITS
@@ -163,7 +192,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
 @pytest.fixture(scope="module")
 def undisturbed(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """What all the others must be a part of: a smaller run has the first activations and the first draws of a larger one."""
-    sweep = tiny_sweep(pair, tmp_path_factory.mktemp("undisturbed"), max(640, 128 * TRIALS), 16)
+    sweep = tiny_sweep(pair, tmp_path_factory.mktemp("undisturbed"), max(640, 128 * TRIALS + 128), 16)
     run(sweep)
     return sweep
 
@@ -196,9 +225,34 @@ def run(sweep: Sweep) -> None:
     assert end.value.code == 0
 
 
-def launched(sweep: Sweep, before: str = "") -> subprocess.Popen[str]:
+def launched(sweep: Sweep, before: str = "", **environment: str) -> subprocess.Popen[str]:
     script = f"{before}\nfrom ksweep import *\nsweep_main({sweep!r}, ['--no-charts'])"
-    return python(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return python(script, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+WAITING = """
+import os, time
+if "SUBMITIT_LOCAL_GLOBALID" in os.environ:  # a rank, not its launcher
+    from ksweep.draws import DrawsStore
+    from ksweep.launch.pulse import Pulse
+    published, asked = [], []
+    publish, ask_to_stop = DrawsStore.publish, Pulse.ask_to_stop
+    def publish_and_wait(self, unit, table):
+        publish(self, unit, table)
+        published.append(unit)
+        while len(published) >= int(os.environ["MOST_PARTS"]) and not asked:
+            time.sleep(0.01)
+    DrawsStore.publish = publish_and_wait
+    Pulse.ask_to_stop = lambda self, *signal: (asked.append(signal), ask_to_stop(self, *signal))[1]
+"""
+"""sitecustomize of the ranks: once a rank has published so many parts it waits until it is asked to stop, or killed."""
+
+
+def waiting(sweep: Sweep, place: Path, most_parts: int) -> subprocess.Popen[str]:
+    """The sweep's launcher, with ranks that never come to the end of their work."""
+    (place / "hooks").mkdir(exist_ok=True)
+    (place / "hooks" / "sitecustomize.py").write_text(WAITING)
+    return launched(sweep, PYTHONPATH=f"{place / 'hooks'}{os.pathsep}{ROOT}", MOST_PARTS=str(most_parts))
 
 
 def parts(sweep: Sweep) -> list[Path]:
@@ -236,14 +290,14 @@ def assert_same(one: pa.Table, two: pa.Table) -> float:
 def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_and_the_next_run_carries_on(
     pair: TinyPair, undisturbed: Sweep, tmp_path: Path
 ) -> None:
-    count = 64 * 2 * TRIALS
+    count = 64 * (2 * TRIALS + 2)  # a trial leaves two parts at most, the first one three
     other = tiny_sweep(pair, tmp_path / "killed", count, 16, cluster="local")
     rng, kills, resumed, left = random.Random(0), 0, 0, 0
-    for _ in range(TRIALS):
-        before = len(parts(other))
-        launcher = launched(other)
-        enough = before + rng.randrange(3)
-        while launcher.poll() is None and not (len(parts(other)) >= enough and any(drawing(other))):
+    for trial in range(TRIALS):
+        before, enough = len(parts(other)), rng.randrange(2) + (trial == 0)
+        launcher = waiting(other, tmp_path, enough + 1)
+        while not (len(parts(other)) >= before + enough and any(drawing(other))):
+            assert launcher.poll() is None, launcher.communicate()
             time.sleep(0.002)
         time.sleep(rng.random() * 0.7)
         victims = ranks_at_work(other)
@@ -265,7 +319,7 @@ def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_and_the_next_run_carri
         f"\ndraws: {kills} kills of {TRIALS}, {resumed} resumed, {left} *.part left, {after} of {count // 64} parts after the "
         f"last; texts equal, largest difference of an error {worst:.1e}"
     )
-    assert kills >= TRIALS - 1 and resumed
+    assert kills == TRIALS and resumed == TRIALS - 1
 
 
 def drawing(sweep: Sweep) -> Iterator[bool]:
@@ -321,8 +375,9 @@ def test_stop_signals_leave_whole_parts_and_another_number_of_ranks_carries_on(
     sweep = tiny_sweep(pair, tmp_path, 640, 16, cluster="local")
     for stops, (name, ranks) in enumerate([("SIGTERM", 1), ("SIGUSR2", 2), ("Ctrl-C", 1)], start=1):
         before = len(parts(sweep))
-        launcher = launched(replace(sweep, resources=replace(sweep.resources, tasks=ranks)))
-        while launcher.poll() is None and len(parts(sweep)) <= before:
+        launcher = waiting(replace(sweep, resources=replace(sweep.resources, tasks=ranks)), tmp_path, 1)
+        while len(parts(sweep)) <= before:
+            assert launcher.poll() is None, launcher.communicate()
             time.sleep(0.01)
         if name == "Ctrl-C":
             os.killpg(launcher.pid, signal.SIGINT)  # a terminal sends it to every process in front
@@ -370,7 +425,6 @@ def test_growth_costs_what_is_new_and_gives_what_a_run_from_scratch_gives(pair: 
             f"{seconds[1]:.1f} s for {sampled:,} new draws; from scratch {seconds[2]:.1f} s; texts equal, "
             f"errors within {worst:.1e}"
         )
-        assert seconds[1] < seconds[2] or not FULL  # at small sizes other work on the machine decides
 
 
 # ---- full disks
@@ -427,15 +481,17 @@ def test_full_disk_while_filling_is_told_and_leaves_whole_shards(tmp_path: Path)
 
 
 DRAW_ON_A_SMALL_DISK = """
-import contextlib, io, json, os, shutil, sys, threading, time
+import contextlib, io, json, os, shutil, sys
 from pathlib import Path
 from ksweep import *
 place = Path(sys.argv[1])
 sweep = eval(sys.argv[2])
-def fill():
-    while not list(place.glob("registry/draws/*/part-0*")):
-        time.sleep(0.001)
-    (place / "ballast").write_bytes(bytes(shutil.disk_usage(place).free - 40_000))
+from ksweep.draws import DrawsStore
+publish = DrawsStore.publish
+def publish_and_fill(self, unit, table):
+    publish(self, unit, table)
+    if not (place / "ballast").exists():
+        (place / "ballast").write_bytes(bytes(shutil.disk_usage(place).free - 40_000))
 def run():
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
@@ -443,8 +499,9 @@ def run():
             sweep_main(sweep, ["--no-charts"])
         except SystemExit as end:
             return end.code, said.getvalue()
-threading.Thread(target=fill, daemon=True).start()
+DrawsStore.publish = publish_and_fill
 code, message = run()
+DrawsStore.publish = publish
 left = [p.name for p in place.rglob("*.part")]
 there = len(list(place.glob("registry/draws/*/part-0*")))
 (place / "ballast").unlink()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,7 +340,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
             [sys.executable, script, "--no-charts"], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
         )
         try:
-            process.wait(moments.uniform(2.0, 9.0))
+            while not killed and not Path(other.registry).exists():
+                time.sleep(0.01)
+            process.wait(moments.uniform(2.0, 9.0) if killed else 0.0)  # the first as soon as it has begun
             break
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

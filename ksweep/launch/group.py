@@ -86,7 +86,6 @@ def join(pulse: Pulse, gpus: int, gpus_per_model: int, environment: Any) -> Grou
     pulse.beat = replace(pulse.beat, device=name_of(devices), gpu=cards_of(devices))
     if environment.num_tasks == 1:
         return Group(pulse, devices)
-    import torch
     import torch.distributed as dist
     from submitit.helpers import TorchDistributedEnvironment
 
@@ -94,8 +93,6 @@ def join(pulse: Pulse, gpus: int, gpus_per_model: int, environment: Any) -> Grou
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     # Processes of an earlier start may still hold its port.
     os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["MASTER_PORT"]) - 20000 + 97 * pulse.attempt) % 40000)
-    if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(environment)))
     # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
     dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://", timeout=COLLECTIVE_TIMEOUT)
     return Group(pulse, devices, dist.distributed_c10d._get_default_store())
@@ -146,7 +143,3 @@ def _card(device: str) -> str:
 
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return f"{device} GPU-{str(uuid).removeprefix('GPU-')}" if uuid else device
-
-
-def _local_ranks(environment: Any) -> int:
-    return max(1, int(environment.num_tasks) // max(1, int(environment.num_nodes)))

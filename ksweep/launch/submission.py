@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ksweep import machine
 from ksweep.errors import SpecError
 from ksweep.files import publish
 from ksweep.launch import slurm
@@ -58,7 +59,7 @@ def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str =
         "job_name": resources.job_name or name,
         "time": resources.minutes,
         "nodes": resources.nodes,
-        "ntasks_per_node": gpus // resources.gpus_per_model or resources.tasks,
+        "ntasks_per_node": gpus // resources.gpus_per_model or resources.tasks or 1,
         "gpus_per_node": gpus or None,
         # Slurm's own --cpus-per-gpu excludes --cpus-per-task, and submitit wants --gpus-per-task with it.
         "cpus_per_task": _cpus_per_rank(resources),
@@ -95,7 +96,8 @@ def script(
     # The user's lines first: what they set must not take away the code as submitted.
     path = f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"' if code else ""
     # A signal for the whole job must not end the shell before the ranks have stopped.
-    given["setup"] = [*given["setup"], "trap : TERM USR2", *([path] if path else [])]
+    threads = machine.rank_environment_lines(given["ntasks_per_node"])
+    given["setup"] = [*given["setup"], *threads, "trap : TERM USR2", *([path] if path else [])]
     executor.update_parameters(**given)
     if num_jobs > 1:
         executor.parameters["map_count"] = num_jobs
@@ -122,7 +124,7 @@ def refuse(resources: Resources) -> None:
         ("mem_gb", resources.mem_gb or 0, max((p.memory_mb for p in wanted), default=0) / 1024),
         (
             f"{ranks} x {cpus}",
-            getattr(resources, ranks) * (getattr(resources, cpus) or 1),
+            (getattr(resources, ranks) or 1) * (getattr(resources, cpus) or 1),
             max((p.cpus for p in wanted), default=0),
         ),
     ):
@@ -327,8 +329,8 @@ def _number(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
 
 def shape(resources: Resources) -> str:
     """What one job takes, in words: "2 nodes x 8 GPUs, 24:00:00, partition main"."""
-    gpus = resources.gpus or 0
-    what = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else f"{resources.tasks} CPU rank{'s' * (resources.tasks != 1)}"
+    gpus, tasks = resources.gpus or 0, resources.tasks or 1
+    what = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else f"{tasks} CPU rank{'s' * (tasks != 1)}"
     what += f" ({resources.gpus_per_model} per model)" if resources.gpus_per_model > 1 else ""
     nodes = f"{resources.nodes} nodes x " if resources.nodes > 1 else ""
     hours, mins = divmod(resources.minutes, 60)

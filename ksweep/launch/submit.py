@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from ksweep import machine
 from ksweep.errors import RequestError, RunError, SpecError
 from ksweep.launch import group, slurm, worker
 from ksweep.launch.job import Ending, Job, first_cause, is_alive
@@ -59,8 +60,8 @@ def visible_devices() -> tuple[str, ...]:
 
 
 def tasks_per_node(resources: Resources) -> int:
-    """Ranks on each node: one for every `gpus_per_model` GPUs, or `tasks` on CPUs."""
-    return num_gpus(resources) // resources.gpus_per_model or resources.tasks
+    """Ranks on each node: one for every `gpus_per_model` GPUs, or `tasks` on CPUs (one where that is left open)."""
+    return num_gpus(resources) // resources.gpus_per_model or resources.tasks or 1
 
 
 def num_ranks(resources: Resources) -> int:
@@ -111,9 +112,24 @@ def submit(
         worker.run_here(job, devices, on_report)
         return Submitted(job, None)
     executor = _executor(job.path, resources, name, gpus)
-    with _deaf_to_interrupts():
+    with _deaf_to_interrupts(), _environment(machine.rank_environment(tasks_per_node(resources), resources.cpus_per_task)):
         handle = executor.submit(worker.run_rank, str(job.path))
     return Submitted(job, handle)
+
+
+@contextmanager
+def _environment(added: Mapping[str, str]) -> Iterator[None]:
+    """Processes started inside have these variables; OpenMP and BLAS libraries read theirs when they are loaded, not later."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

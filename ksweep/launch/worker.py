@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ksweep import machine
 from ksweep.errors import RequestError, RunError, StoreError, classify
 from ksweep.launch import group
 from ksweep.launch.job import Ending, Job
@@ -105,6 +106,7 @@ def _work(pulse: Pulse, environment: Any) -> Any:
 def run_here(job: Job, devices: tuple[str, ...], on_report: Callable[..., None] | None = None) -> Ending:
     """The same job as the only rank, in this process, for debugging; exceptions are recorded, not raised."""
     spec = job.spec()
+    os.environ.update(machine.wait_environment())  # without effect where torch has been imported already
     pulse = Pulse(job, 0, 1)  # without its thread: a watchdog must not end a notebook
     pulse.beat = replace(pulse.beat, device=group.name_of(devices), gpu=group.cards_of(devices))
     solo = Solo(

@@ -132,8 +132,9 @@ def test_last_block_is_taken_before_the_final_norm(family: str, tmp_path: Path) 
 
 
 def reference_model(path: Path) -> Any:
-    """The whole model, by transformers; the tiny multimodal wrapper's vision part does not fit together, and is not looked at."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, ignore_mismatched_sizes=True).eval()
+    """The whole model, by transformers, in float64 but for norms. The tiny multimodal wrapper's vision part does not fit
+    together, and is not looked at."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, ignore_mismatched_sizes=True).eval()
 
 
 def reader_blocks(decoder: Any) -> Any:

@@ -341,7 +341,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, di
 def test_two_processes_fill_one_key_at_once(many: tuple[Path, np.ndarray, dict[str, bytes]], tmp_path: Path) -> None:
     path, vectors, expected = many
     fillers = [start_filler(path, tmp_path, len(vectors)) for _ in range(2)]
-    assert [filler.wait(60) for filler in fillers] == [0, 0], [filler.stderr.read() for filler in fillers if filler.stderr]
+    assert [filler.wait(240) for filler in fillers] == [0, 0], [filler.stderr.read() for filler in fillers if filler.stderr]
     assert shard_files(tmp_path) == expected and not list(tmp_path.rglob("*.part"))
     assert np.array_equal(ensure(vector_spec(path, len(vectors)), None, tmp_path).vectors(), vectors)
 

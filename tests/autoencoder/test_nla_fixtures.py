@@ -45,7 +45,7 @@ def test_ar_prompts_hold_each_text_verbatim_between_the_expected_tokens(case: st
 
 @pytest.mark.parametrize("case", CASES)
 def test_reconstructions_do_not_depend_on_batch_order_or_repetition(case: str) -> None:
-    ar, texts = load_reconstructor(FIXTURES / case / "nla-ar", dtype="float32"), expected(case)["ar"]["texts"]
+    ar, texts = load_reconstructor(FIXTURES / case / "nla-ar", dtype=torch.float64), expected(case)["ar"]["texts"]
     together, alone = ar.reconstruct_texts(texts), ar.reconstruct_texts(texts, batch_size=1)
     mixed = [3, 0, 3, 7, 1, 0]
     assert float((together - alone).abs().max() / alone.abs().max()) < 1e-5
@@ -71,7 +71,7 @@ def test_bfloat16_equals_plain_transformers_with_inputs_embeds(case: str) -> Non
 
 
 def test_vectors_are_injected_by_direction_whatever_their_norm_and_dtype() -> None:
-    av = load_verbalizer(FIXTURES / "qwen2_text" / "nla-av", dtype="float32")
+    av = load_verbalizer(FIXTURES / "qwen2_text" / "nla-av", dtype=torch.float64)
     vectors = torch.tensor(np.load(FIXTURES / "qwen2_text" / "expected.npz")["activations"])
     logits = av.prefill(vectors).logits
     assert torch.allclose(av.prefill(vectors.double() * 1e-3).logits, logits, atol=1e-4)

@@ -251,7 +251,13 @@ def plain(base: Path, stored: dict[str, torch.Tensor] | None = None) -> Any:
     given = {name.replace("language_model.", "model."): value for name, value in given.items()}
     given.setdefault("lm_head.weight", next(v for k, v in given.items() if k.endswith(("wte.weight", "embed_tokens.weight"))))
     model.load_state_dict({name: given[name] for name in model.state_dict()})
-    return model.eval()
+    return model.eval().double()  # but for transformers' norms and softmax, which are taken in float32
+
+
+def halves(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint holds, in float64."""
+    models = torch.load(path, weights_only=True)["models"]
+    return {role: {name: tensor.double() for name, tensor in state.items()} for role, state in models.items()}
 
 
 def body(model: Any) -> tuple[Any, str]:
@@ -265,8 +271,7 @@ def scale(tiny: Tiny) -> float:
 @torch.no_grad()
 def slow_logits(tiny: Tiny, path: Path, vectors: torch.Tensor, positions: list[int], tokens: torch.Tensor) -> torch.Tensor:
     """Logits after the prompt and after every token: [row, token + 1, vocabulary]."""
-    checkpoint = torch.load(path, weights_only=True)
-    state = checkpoint["models"]["decoder"]
+    state, vectors = halves(path)["decoder"], vectors.double()
     model = plain(path.parent / "base", stored_in(state))
     if tiny.subtracts:
         vectors = vectors - state["activation_pos_embedder.weight"][positions]
@@ -298,7 +303,7 @@ def slow_vectors(
     positions: list[int],
     instead: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    models = torch.load(path, weights_only=True)["models"]
+    models = halves(path)
     state = models["encoder"] | (instead or {})
     of_decoder = plain(path.parent / "base", stored_in(models["decoder"])).get_input_embeddings().weight
     model = plain(path.parent / "base", stored_in(state))
@@ -356,9 +361,11 @@ def compare(tiny: Tiny, tmp_path: Path) -> None:
     tokens = torch.tensor([d.token_ids for d in found])
     logits = slow_logits(tiny, info.path, vectors, positions, tokens)
     assert (av.prefill(av.inputs(vectors, positions)).logits - logits[:, 0]).abs().max() < 1e-4
-    assert tokens.tolist() == logits[:, :-1].argmax(-1).tolist()
-    log_probabilities = logits[:, :-1].log_softmax(-1).amax(-1).sum(-1)
-    assert torch.allclose(torch.tensor([d.log_probability for d in found]), log_probabilities, atol=1e-4)
+    best = logits[:, :-1].gather(-1, tokens[..., None])[..., 0]
+    assert (best >= logits[:, :-1].amax(-1) - 2e-4).all()  # twice the allowed difference: a tie may go either way
+    log_probabilities = (best - logits[:, :-1].logsumexp(-1)).sum(-1)
+    said = torch.tensor([d.log_probability for d in found], dtype=torch.float64)
+    assert torch.allclose(said, log_probabilities, atol=1e-4)
     current = [5, 6, 7]
     reconstructions = ar.reconstruct_tokens(tokens, current, positions, batch_size=2)
     expected = slow_vectors(tiny, info.path, tokens, current, positions)
@@ -382,9 +389,7 @@ def test_the_text_prompt_is_the_plain_embedding_of_its_words_in_the_encoders_bas
     info, av, learned = loaded(tiny, tmp_path)
     ar = load_reconstructor(info, dtype="float32", sharing=av, encoder_prompt="text")
     tokenizer = Tokenizer.from_file(str(info.base / "tokenizer.json"))  # no library of ours, no special tokens around
-    table = (
-        plain(info.base, stored_in(torch.load(info.path, weights_only=True)["models"]["encoder"])).get_input_embeddings().weight
-    )
+    table = plain(info.base, stored_in(halves(info.path)["encoder"])).get_input_embeddings().weight
     prefix, _, postfix = (info.soft_prompt_text or "").partition("<text>")
     assert prefix == "<|endoftext|>In other words:" and bool(postfix) == bool(tiny.postfix)
     ids = [tokenizer.encode(words, add_special_tokens=False).ids for words in (prefix, postfix)]

@@ -161,9 +161,10 @@ def test_draws_do_not_depend_on_batches_and_score_as_their_tokens(case: str) -> 
     assert [d.token_ids for d in together] == [d.token_ids for d in alone]
     tokens = torch.tensor([d.token_ids for d in together])
     assert tokens.shape == (3 * len(vectors), av.num_tokens) and len({d.token_ids for d in together}) > len(vectors)
+    exact = load_verbalizer(av.info, dtype=torch.float64)
     with torch.inference_mode():
-        logits, _ = continued(av, vectors.repeat_interleave(3, dim=0), lambda step, _: tokens[:, step])
-    expected = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, :, None]).sum((1, 2))
+        logits, _ = continued(exact, vectors.repeat_interleave(3, dim=0), lambda step, _: tokens[:, step])
+    expected = logits.double()[:, :-1].log_softmax(-1).gather(-1, tokens[:, :, None]).sum((1, 2))
     assert np.allclose([d.log_probability for d in together], expected.numpy(), atol=1e-4)
 
 

@@ -111,13 +111,13 @@ def test_every_known_architecture_is_tried() -> None:
 @torch.inference_mode()
 def test_a_model_reads_packs_as_it_reads_each_text(name: str, attention: str) -> None:
     torch.manual_seed(0)
-    model = AutoModel.from_config(CONFIGS[name], attn_implementation=attention).eval()
+    model = AutoModel.from_config(CONFIGS[name], attn_implementation=attention).eval().double()
     before = [7, 8, 9]
     rows = [[i % 4, i % 3, *[5] * (i % 5), i] for i in range(30)]
     assert trie.fits(model, WINDOW)
     past = model(input_ids=torch.tensor([before]), use_cache=True).past_key_values
     batch = trie.packs(rows, 64, most_nodes=40)
-    read = trie.inputs(batch, len(before), torch.float32, model.device)
+    read = trie.inputs(batch, len(before), torch.float64, model.device)
     assert len(batch) > 1 and read.ids.numel() < sum(map(len, rows)) and read.mask is not None
     cache = repeated(past, len(batch))
     hidden = model(
@@ -125,6 +125,7 @@ def test_a_model_reads_packs_as_it_reads_each_text(name: str, attention: str) ->
     ).last_hidden_state
     order = [text for pack in batch for text in pack.texts]
     alone = torch.stack([model(input_ids=torch.tensor([before + rows[text]])).last_hidden_state[0, -1] for text in order])
+    # In float64, where transformers takes norms and softmax alone in float32.
     assert torch.allclose(hidden.flatten(0, 1)[read.ends], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +141,7 @@ def test_a_text_longer_than_a_window_or_an_attention_without_masks_does_not_fit(
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reconstructor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NlaReconstructor:
-    return in_a_wide_window(load_reconstructor(tiny_ar(tmp_path_factory.mktemp("pair"), request.param), dtype="float32"))
+    return in_a_wide_window(load_reconstructor(tiny_ar(tmp_path_factory.mktemp("pair"), request.param), dtype=torch.float64))
 
 
 def tiny_ar(directory: Path, family: Family) -> Path:
@@ -174,6 +175,7 @@ def reading(ar: NlaReconstructor) -> Iterator[list[tuple[int, bool]]]:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of models in float64: reconstructions are rounded to float32 (6e-8), as are norms within."""
     return float((one - other).abs().max() / other.abs().max()) < 1e-5
 
 
@@ -209,7 +211,7 @@ def test_texts_that_merge_with_the_template_are_read_whole(reconstructor: NlaRec
 
 
 def test_one_text_longer_than_the_window_leaves_all_to_rows_of_their_own(tmp_path: Path) -> None:
-    ar = in_a_wide_window(load_reconstructor(tiny_ar(tmp_path, "gemma3"), dtype="float32"), 64)
+    ar = in_a_wide_window(load_reconstructor(tiny_ar(tmp_path, "gemma3"), dtype=torch.float64), 64)
     for texts, masked in ((TEXTS, True), ([*TEXTS, "a red car " * 20], False)):
         alone = ar.reconstruct_texts(texts, batch_size=1)
         with reading(ar) as seen:

@@ -22,9 +22,10 @@ def count(argument: dict[str, Any], ranks: Ranks) -> list[int]:
     mine = []
     for index in share(ranks, "numbers", argument["total"]):
         (folder / f"{index:04d}-{ranks.rank}").touch(exist_ok=False)
+        if not mine:
+            ranks.barrier()  # every rank takes a number before one takes the second
         ranks.report("counting", index, argument["total"], speed=1.0)
         mine.append(index)
-        time.sleep(0.02)
     ranks.barrier()
     assert len(list(folder.iterdir())) == argument["total"], "the barrier let a rank through too early"
     return mine
@@ -53,10 +54,13 @@ def works_until_told_to_stop(argument: dict[str, Any], ranks: Ranks) -> None:
 
 
 def holds_gpus(argument: dict[str, Any], ranks: Ranks) -> None:
-    """Say which GPUs this process was given, and from when until when it had them."""
+    """Say which GPUs this process was given, and from when until when it had them: until so many jobs have begun at least."""
     place = Path(argument["folder"]) / f"gpus-{os.getpid()}.json"
     told = {"devices": os.environ["CUDA_VISIBLE_DEVICES"], "pid": os.getpid(), "begun": time.time(), "ended": 0.0}
     publish(place, json.dumps(told).encode())
+    deadline = time.monotonic() + 120
+    while len(list(place.parent.parent.glob("*/gpus-*.json"))) < argument["beside"] and time.monotonic() < deadline:
+        time.sleep(0.05)
     time.sleep(argument["seconds"])
     publish(place, json.dumps(told | {"ended": time.time()}).encode())
 
@@ -89,3 +93,10 @@ def has_no_memory(argument: dict[str, Any], ranks: Ranks) -> None:
 def sleeps(argument: dict[str, Any], ranks: Ranks) -> None:
     """A rank that looks at nothing for longer than anybody waits."""
     time.sleep(600)
+
+
+def threads(argument: dict[str, Any], ranks: Ranks) -> dict[str, str]:
+    """What the record of a run would say of this rank's threads, once torch and NumPy are loaded."""
+    from ksweep.machine import threads_in_use
+
+    return threads_in_use()

@@ -29,7 +29,7 @@ def start(tmp_path: Path, entry: str, ranks: int, **argument: Any) -> launch.Sub
     return launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
 
 
-def end(submitted: launch.Submitted, ranks: int, seconds: float = 90) -> Ending:
+def end(submitted: launch.Submitted, ranks: int, seconds: float = 240) -> Ending:
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() < deadline:

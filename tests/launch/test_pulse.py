@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ksweep.launch import job as job_module
 from ksweep.launch import pulse as module
 from ksweep.launch import slurm
 from ksweep.launch.job import Ending, Heartbeat, Job, create
@@ -58,10 +59,39 @@ def beating(mine: Pulse) -> Iterator[None]:
     """The same, looking around; over when its thread is."""
     with mine:
         yield
-    mine._thread.join(10)
+    mine._thread.join(120)
 
 
-def until(condition: Callable[[], Any], seconds: float = 5) -> None:
+class Clock:
+    """Time as the watchdog measures it: it passes when told to, after the watchdog has looked around."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.looks = 1000.0, 0
+        self.time, self.sleep, attempt = time.time, time.sleep, Job.attempt
+
+        def counted(job: Job) -> int:
+            self.looks += 1
+            return attempt(job)
+
+        monkeypatch.setattr(Job, "attempt", counted)
+        monkeypatch.setattr(module, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        """Not before a whole look, which begins after this call, has seen what there is."""
+        before = self.looks
+        until(lambda: self.looks >= before + 2)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
@@ -141,57 +171,55 @@ def test_a_record_that_cannot_be_read_does_not_silence_a_rank(tmp_path: Path, le
     broken.write_text("")
     with beating(mine):
         own = broken.with_name("rank-0.json")
-        time.sleep(0.4)  # longer than one look at the broken record takes
-        before = own.stat().st_mtime_ns
-        until(lambda: own.stat().st_mtime_ns > before)
+        for _ in range(2):  # a beat after a look at the broken record
+            before = own.stat().st_mtime_ns
+            until(lambda: own.stat().st_mtime_ns > before)  # noqa: B023
     assert not left
 
 
-def test_a_record_that_comes_back_at_once_is_read(tmp_path: Path) -> None:
+def test_a_record_that_comes_back_at_once_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = create(tmp_path, "a:b", {}, 1)
     path = job.folder(0) / "rank-0.json"
     path.parent.mkdir()
     path.write_text("")
-    threading.Timer(0.07, lambda: job.beat(elsewhere(0))).start()
+    monkeypatch.setattr(job_module, "time", SimpleNamespace(sleep=lambda _: job.beat(elsewhere(0))))
     assert [h.host for h in job.heartbeats()] == ["elsewhere"]
 
 
 def test_a_rank_on_another_node_is_told_dead_by_its_silence_and_not_by_its_clock(
-    tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, left: list[int], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 10.0)
     mine = pulse(tmp_path)
     beat = elsewhere()
     mine.job.beat(beat)
     with beating(mine):
         for second in range(20):
             mine.job.beat(replace(beat, time=beat.time + second))
-            time.sleep(0.04)
+            clock.passes(9.0)
+        clock.passes(0.5)
         assert not left
+        clock.passes(0.6)
         until(lambda: left)
     # On one node srun sees a dead task at once: silence from another means that the node is gone, and the cell is run again.
     assert own_word(mine.job).kind == "node failure"
 
 
 def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
-    tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, left: list[int], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.6)
-    monkeypatch.setattr(module, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 20.0)
+    monkeypatch.setattr(module, "STALL_SECONDS", 15.0)
     mine = pulse(tmp_path)
     mine.job.beat(elsewhere())
-    looks, attempt = [0], Job.attempt
-
-    def stutters(job: Job) -> int:
-        looks[0] += 1
-        if looks[0] == 3:
-            time.sleep(1.0)
-        return attempt(job)
-
-    monkeypatch.setattr(Job, "attempt", stutters)
     with beating(mine):
-        until(lambda: looks[0] > 6)
-    assert not left
+        clock.passes(14.0)
+        clock.passes(100.0)  # as if it had been stopped meanwhile
+        clock.passes(14.0)
+        clock.passes(5.0)
+        assert not left, "silence counts from when it was back"
+        clock.passes(2.0)
+        until(lambda: left)
 
 
 def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

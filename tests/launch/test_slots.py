@@ -110,20 +110,21 @@ from ksweep.launch.job import create
 from ksweep.spec import Resources
 
 reconcile._land_run = lambda *_: None  # these jobs compute no cell
-here.SLOT_SECONDS, (folder, count, seconds, gpus) = 0.2, sys.argv[1:]
+here.SLOT_SECONDS, (folder, count, seconds, gpus, beside) = 0.2, sys.argv[1:]
 # gpus=0 for the ranks: nothing is behind these GPUs, so torch must not be asked for them.
-argument = {"folder": folder, "seconds": float(seconds), "registry": f"{folder}/registry", "sweep": "test", "cells": []}
+argument = {"folder": folder, "seconds": float(seconds), "beside": int(beside)}
+argument |= {"registry": f"{folder}/registry", "sweep": "test", "cells": []}
 order = partial(create, Path(folder) / "logs", "tests.launch.entries:holds_gpus", argument, 1, 0)
 here.run_jobs([order] * int(count), Resources(cluster="local", gpus=int(gpus), time=5), "test")
 """
 
 
-def launcher(folder: Path, shown: str, count: int, seconds: float) -> subprocess.Popen[bytes]:
-    """A launcher of so many jobs, each on one of the GPUs that are shown to it."""
+def launcher(folder: Path, shown: str, count: int, seconds: float, beside: int = 1) -> subprocess.Popen[bytes]:
+    """A launcher of so many jobs, each on one of the GPUs that are shown to it; none ends before so many have begun."""
     folder.mkdir(exist_ok=True)
     log = (folder / f"launcher-{time.monotonic_ns()}.log").open("wb")
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(folder), str(count), str(seconds), "1"], stdout=log, stderr=log,
+        [sys.executable, "-c", LAUNCHER, str(folder), str(count), str(seconds), "1", str(beside)], stdout=log, stderr=log,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": shown},
     )  # fmt: skip
 
@@ -133,7 +134,7 @@ def told(folder: Path) -> list[dict[str, Any]]:
     return sorted((json.loads(path.read_text()) for path in folder.glob("gpus-*.json")), key=lambda t: t["begun"])
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 240) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
@@ -150,8 +151,8 @@ def overlaps(told: list[dict[str, Any]]) -> int:
 @pytest.mark.slow
 def test_two_launchers_at_once_share_four_gpus_without_overlap(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b")]
-    several = [launcher(folder, "0,1,2,3", 4, 1.5) for folder in folders]
-    assert [process.wait(120) for process in several] == [0, 0]
+    several = [launcher(folder, "0,1,2,3", 4, 0.5, beside=2) for folder in folders]
+    assert [process.wait(280) for process in several] == [0, 0]
     all_of_them = told(folders[0]) + told(folders[1])
     assert len(all_of_them) == 8 and {job["devices"] for job in all_of_them} == {"0", "1", "2", "3"}
     for device in "0123":
@@ -166,21 +167,21 @@ def test_a_killed_launchers_job_keeps_its_gpu_until_it_ends(tmp_path: Path) -> N
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = launcher(tmp_path / "b", "0", 1, 0.0)
-    assert second.wait(60) == 0
+    assert second.wait(240) == 0
     [one], [two] = told(tmp_path / "a"), told(tmp_path / "b")
     assert one["ended"] and two["begun"] >= one["ended"]
 
 
 @pytest.mark.slow
 def test_the_gpu_of_a_job_that_was_shot_is_lent_to_the_next(tmp_path: Path) -> None:
-    first = launcher(tmp_path / "a", "GPU-8f3c", 1, 100.0)
+    first = launcher(tmp_path / "a", "GPU-8f3c", 1, 600.0)
     [job] = until(lambda: told(tmp_path / "a"))
     assert job["devices"] == "GPU-8f3c"
     second = launcher(tmp_path / "b", "GPU-8f3c", 1, 0.0)
     log = next((tmp_path / "b").glob("launcher-*.log"))
     until(lambda: "waiting for 1 of 1 GPUs (GPU GPU-8f3c: job" in log.read_text())
     os.kill(job["pid"], signal.SIGKILL)
-    assert (first.wait(60), second.wait(60)) == (1, 0)
+    assert (first.wait(240), second.wait(240)) == (1, 0)
     assert "of 1 ended without a terminal record" in next((tmp_path / "a").glob("launcher-*.log")).read_text()
     assert [j["devices"] for j in told(tmp_path / "b")] == ["GPU-8f3c"]
     assert all(Job(path.parent).noted("settled") for path in tmp_path.glob("*/logs/*/job.json"))

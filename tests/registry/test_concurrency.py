@@ -27,12 +27,14 @@ import sys, pathlib
 from ksweep.registry.database import connect
 root, stop, seen, reads = sys.argv[1], pathlib.Path(sys.argv[2]), 0, 0
 print("ready", flush=True)
-while not stop.exists():
+while True:
     with connect(root) as c:
         runs, = c.execute("SELECT count(*) FROM runs").fetchone()
         points, owners = c.execute("SELECT count(*), count(DISTINCT run_id) FROM run_curves").fetchone()
     assert runs >= seen and points == 4 * owners and owners == runs, (seen, runs, points, owners)
     seen, reads = runs, reads + 1
+    if stop.exists():
+        break
 print(reads)
 """
 """A reader: what it sees only grows, and is never half of an ingest."""
@@ -42,9 +44,11 @@ import sys, pathlib
 from ksweep.registry.database import ingest
 root, stop, n = sys.argv[1], pathlib.Path(sys.argv[2]), 0
 print("ready", flush=True)
-while not stop.exists():
+while True:
     ingest(root)
     n += 1
+    if stop.exists():
+        break
 print(n)
 """
 """An ingester: often a reader, who ingests as well, has been quicker and there is nothing left to do."""
@@ -64,7 +68,7 @@ def in_the_background(code: str, root: Path, stop: Path) -> Iterator[subprocess.
 
 
 def count_of(process: subprocess.Popen[str]) -> int:
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 0
     return int(out)
 
@@ -83,7 +87,7 @@ def test_fifty_processes_landing_while_two_read_and_one_ingests_lose_nothing(roo
         for lander in landers:
             lander.start()
         for lander in landers:
-            lander.join(120)
+            lander.join(240)
         stop.touch()
         counts = [count_of(process) for process in (one, other, ingester)]
     assert [lander.exitcode for lander in landers] == [0] * NUM_LANDERS

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,7 +185,7 @@ def held_open_by_another_process(path: Path, read_only: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            process.communicate("\n", timeout=30)
+            process.communicate("\n", timeout=240)
 
 
 @pytest.mark.parametrize("read_only", [True, False], ids=["reading", "writing"])
@@ -274,29 +274,29 @@ def test_ten_processes_landing_while_two_ingest_lose_nothing(root: Path) -> None
     code = "import sys; from ksweep.registry.database import ingest\nfor _ in range(5): ingest(sys.argv[1])"
     ingesters = [subprocess.Popen([sys.executable, "-c", code, str(root)]) for _ in range(2)]
     for writer in writers:
-        writer.join(60)
+        writer.join(240)
         assert writer.exitcode == 0
-    assert [p.wait(60) for p in ingesters] == [0, 0]
+    assert [p.wait(240) for p in ingesters] == [0, 0]
     report = ingest(root)
     assert (report.num_runs, report.quarantined) == (30, ())
     assert rows(root, "SELECT count(*), count(DISTINCT run_id) FROM run_curves") == [(120, 30)]
     assert not list(root.glob(".*.next*"))
 
 
-def test_killed_ingester_leaves_no_lock_and_its_leftover_is_removed(root: Path) -> None:
+def test_killed_ingester_leaves_no_lock_and_its_leftover_is_removed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     land_three(root)
     code = (
         "import sys, time; from ksweep.registry import database as d; real = d._fill\n"
-        "def fill(*a): real(*a); print('filled', flush=True); time.sleep(60)\n"
+        "def fill(*a): real(*a); print('filled', flush=True); time.sleep(600)\n"
         "d._fill = fill; d.ingest(sys.argv[1])"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "filled\n"
         assert len(list(root.glob(".ksweep.duckdb.*.next"))) == 1 and not (root / "ksweep.duckdb").exists()
         process.kill()
-    began = time.monotonic()
-    assert ingest(root).num_runs == 3
-    assert time.monotonic() - began < 10
+    with caplog.at_level(logging.WARNING):
+        assert ingest(root).num_runs == 3
+    assert not caplog.messages, "a dead holder is not waited for"
     assert not list(root.glob(".ksweep.duckdb.*"))
 
 

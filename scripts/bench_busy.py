@@ -1,0 +1,127 @@
+"""Does drawing keep its speed while something else uses the cores? The ranks that a sweep gets by default against one rank whose
+threads spin at barriers.
+
+    python scripts/bench_busy.py --repeats 2                     # alone, beside one and beside two busy cores; some 9 minutes
+    python scripts/bench_busy.py --busy 1 --seconds 10 --repeats 1
+
+Each side is a job as a sweep starts it: processes of ranks that load the demo's AV and draw for some seconds. Its rate is the
+tokens that all ranks have sampled over the time of the slowest. "one rank, threads spin" has a thread a core with the OpenMP
+runtime's own default (libgomp: 300,000 turns, GNU's documentation of GOMP_SPINCOUNT), as ranks had before; "one rank, threads
+sleep" is what a rank with several threads has now, where memory holds no rank a core or `tasks=1` is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_common import NATURAL_LIMIT, held_out, load_pair, parser, report
+
+from ksweep import Resources, machine
+from ksweep.autoencoder.decoding import MOST_DRAWS, Request, draw
+from ksweep.launch import submit as launch
+from ksweep.launch.job import create
+from ksweep.ranks import Ranks
+
+NUM_ACTIVATIONS = 64
+MOST_SECONDS = 45
+"""A job that is not done by then is ended; what its ranks have reported counts. One that has not ended a single step counts as if
+it had, so that its rate is too high and the ratio of the others to it too low."""
+SPINNING = {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": str(machine.num_cores())}
+
+
+def main() -> None:
+    options = arguments()
+    sides: dict[str, tuple[int, dict[str, str]]] = {
+        "one rank, threads spin": (1, SPINNING),
+        "one rank, threads sleep": (1, {}),
+        "default": (machine.num_ranks(NUM_ACTIVATIONS * 64, 10**9), {}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        vectors = Path(folder) / "vectors.npy"
+        np.save(vectors, held_out(NUM_ACTIVATIONS).float().numpy())
+        for busy in options.busy:
+            rates: dict[str, list[float]] = {name: [] for name in sides}
+            for _ in range(options.repeats):
+                for name, (ranks, environment) in sides.items():
+                    with busy_cores(busy):
+                        rates[name].append(tokens_per_second(vectors, ranks, environment, options))
+            title = f"beside {busy} busy cores" if busy else "alone"
+            title += f": {machine.num_cores()} cores, {sides['default'][0]} ranks by default"
+            report(title, "tokens/s", rates, next(iter(sides)))
+
+
+def arguments() -> argparse.Namespace:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="cores kept busy by other processes")
+    options.add_argument("--seconds", type=float, default=10, help="of drawing")
+    return options.parse_args()
+
+
+@contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    """Processes that do nothing but keep a core busy."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def tokens_per_second(vectors: Path, ranks: int, environment: Mapping[str, str], options: argparse.Namespace) -> float:
+    """Of a job with so many ranks, started as a sweep starts its jobs."""
+    argument = {"vectors": str(vectors), "seconds": options.seconds, "dtype": options.dtype}
+    before = dict(os.environ)
+    os.environ.update(environment, PYTHONPATH=os.pathsep.join([*sys.path]))
+    try:
+        job = create(vectors.parent / "logs", "bench_busy:draw_for", argument, ranks)
+        submitted = launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "bench")
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    began = time.monotonic()
+    while not submitted.over() and time.monotonic() - began < MOST_SECONDS:
+        time.sleep(0.2)
+    submitted.kill()
+    if failed := [e for e in job.endings() if e.status == "failed"]:
+        sys.exit(failed[0].message + failed[0].traceback)
+    said = [e.result for e in job.endings()] or [beat.numbers for beat in job.heartbeats()]
+    tokens, seconds = sum(n.get("tokens", 0) for n in said), max((n.get("seconds", 0) for n in said), default=0)
+    return tokens / seconds if tokens else MOST_DRAWS / MOST_SECONDS
+
+
+def draw_for(argument: dict[str, Any], ranks: Ranks) -> dict[str, float]:
+    """What a rank of the job runs: tokens that it has sampled, and in how many seconds."""
+    av, _ = load_pair(argument["dtype"])
+    vectors = torch.from_numpy(np.load(argument["vectors"]))
+    requests = [Request(row=r, activation_key=r + 1, draw=k + 64 * ranks.rank) for r in range(len(vectors)) for k in range(64)]
+    ranks.barrier()
+    began, said = time.monotonic(), {"tokens": 0.0, "seconds": 0.0}
+
+    def count(tokens: int) -> None:
+        said.update(tokens=said["tokens"] + tokens, seconds=time.monotonic() - began)
+        ranks.report("drawing", 0, 0, **said)
+
+    while said["seconds"] < argument["seconds"]:
+        for _ in draw(
+            av, vectors, requests, temperature=1.0, max_new_tokens=NATURAL_LIMIT, seed=0, on_step=count,
+            should_stop=lambda: said["seconds"] >= argument["seconds"],
+        ):  # fmt: skip
+            pass
+    return said
+
+
+if __name__ == "__main__":
+    main()

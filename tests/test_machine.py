@@ -1,0 +1,186 @@
+"""Ranks and threads: how many a job on CPUs gets, and what the process of a rank starts with."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ksweep import Resources, Sweep, machine
+from ksweep.launch import submit as launch
+from ksweep.launch.job import create
+from tests.launch.test_jobs import ROOT, end
+from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
+
+SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(machine, "num_cores", lambda: 16)
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000 * GB)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        ({}, 8),  # 16 cores, 8 at most
+        ({"cores": 4}, 4),
+        ({"cores": 1}, 1),
+        ({"cores": 4, "cpus_per_rank": 2}, 2),
+        ({"cores": 4, "OMP_NUM_THREADS": "2"}, 2),
+        ({"cores": 4, "OMP_NUM_THREADS": "4,2"}, 1),
+        ({"cores": 4, "OMP_NUM_THREADS": "1", "cpus_per_rank": 4}, 1),
+        ({"cores": 4, "OMP_NUM_THREADS": "many"}, 4),
+        ({"cores": 2, "cpus_per_rank": 8}, 1),
+        ({"num_draws": 3 * machine.DRAWS_PER_RANK}, 3),
+        ({"num_draws": 5}, 1),
+        ({"num_draws": 0}, 1),
+        ({"memory": 24 * GB, "model_bytes": int(4.5 * GB)}, 4),  # 6 GB a rank
+        ({"memory": 2 * GB, "model_bytes": 16 * GB}, 1),
+        ({"memory": None}, 8),
+    ],
+)
+def test_ranks_are_one_a_core_as_far_as_memory_and_work_allow(
+    given: dict[str, object], ranks: int, cores: pytest.MonkeyPatch
+) -> None:
+    for name in SETTINGS:
+        if name in given:
+            cores.setenv(name, str(given[name]))
+    if "cores" in given:
+        cores.setattr(machine, "num_cores", lambda: given["cores"])
+    if "memory" in given:
+        cores.setattr(machine, "free_memory", lambda: given["memory"])
+    asked = {"num_draws": 10**6, "model_bytes": 0, "cpus_per_rank": None} | given
+    assert machine.num_ranks(asked["num_draws"], asked["model_bytes"], asked["cpus_per_rank"]) == ranks
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("150000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("", None)])
+def test_cores_of_a_container_are_those_of_its_quota(
+    quota: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlimited = machine.num_cores()
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    own = next((x[3:].strip() for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::")), None)
+    if own is None:
+        pytest.skip("no unified control groups")
+    (tmp_path / own.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    (tmp_path / own.lstrip("/") / "cpu.max").write_text(quota)
+    assert 1 <= machine.num_cores() == (expected or unlimited) <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("user", "ranks", "cpus", "expected"),
+    [
+        ({}, 16, None, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}),
+        ({}, 3, None, {"OMP_NUM_THREADS": "5", "OMP_WAIT_POLICY": "PASSIVE"}),
+        ({}, 40, None, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}),
+        ({}, 2, 3, {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"OMP_NUM_THREADS": "7"}, 2, 3, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 16, None, {"OMP_NUM_THREADS": "1"}),
+        ({"GOMP_SPINCOUNT": "3000"}, 16, None, {"OMP_NUM_THREADS": "1"}),
+        ({"KMP_BLOCKTIME": "200", "OMP_NUM_THREADS": "2"}, 16, None, {}),
+        ({"OMP_NUM_THREADS": "", "OMP_WAIT_POLICY": ""}, 16, None, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}),
+    ],
+)
+def test_a_rank_starts_with_its_share_of_the_cores_unless_the_user_has_said_otherwise(
+    user: dict[str, str], ranks: int, cpus: int | None, expected: dict[str, str], cores: pytest.MonkeyPatch
+) -> None:
+    for name, value in user.items():
+        cores.setenv(name, value)
+    assert machine.rank_environment(ranks, cpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("slurm", "ranks", "expected"),
+    [
+        ({}, 1, ("1", "PASSIVE")),
+        ({"SLURM_CPUS_ON_NODE": "8"}, 2, ("4", "PASSIVE")),
+        ({"SLURM_CPUS_ON_NODE": "64"}, 8, ("8", "PASSIVE")),
+        ({"SLURM_CPUS_ON_NODE": "1"}, 4, ("1", "PASSIVE")),
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "3"}, 2, ("3", "PASSIVE")),
+        ({"SLURM_CPUS_ON_NODE": "8", "OMP_NUM_THREADS": "5"}, 2, ("5", "PASSIVE")),
+        ({"SLURM_CPUS_ON_NODE": "8", "GOMP_SPINCOUNT": "100"}, 2, ("4", "")),
+        ({"SLURM_CPUS_ON_NODE": "8", "OMP_WAIT_POLICY": "ACTIVE"}, 2, ("4", "ACTIVE")),
+    ],
+)
+def test_a_batch_script_gives_its_ranks_the_same(slurm: dict[str, str], ranks: int, expected: tuple[str, str]) -> None:
+    script = "\n".join([*machine.rank_environment_lines(ranks), 'echo "$OMP_NUM_THREADS,${OMP_WAIT_POLICY:-}"'])
+    environment = {"PATH": os.environ["PATH"], **slurm}
+    done = subprocess.run(["bash", "-eu", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip().split(",") == list(expected), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("user", "ranks", "threads", "policy"),
+    [({}, 2, 1, "PASSIVE"), ({}, 1, 2, "PASSIVE"), ({"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"}, 2, 2, "ACTIVE")],
+)
+def test_torch_and_its_openmp_runtime_start_with_what_the_rank_was_given(
+    user: dict[str, str], ranks: int, threads: int, policy: str, tmp_path: Path, cores: pytest.MonkeyPatch
+) -> None:
+    cores.setattr(machine, "num_cores", lambda: 2)
+    for name, value in {**user, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "true"}.items():
+        cores.setenv(name, value)
+    before = dict(os.environ)
+    job = create(tmp_path / "logs", "tests.launch.entries:threads", {}, ranks)
+    submitted = launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
+    assert os.environ == before, "what ranks start with is not left to the launcher"
+    assert end(submitted, ranks).status == "finished"
+    in_use = {"threads": str(min(threads, os.cpu_count() or 1)), "omp_wait_policy": policy}  # torch has none beyond the cores
+    assert [e.result for e in job.endings()] == [in_use] * ranks
+    # The runtime prints what it has read when it is loaded.
+    said = [path.read_text() for path in job.path.glob("*_log.err")]
+    assert len(said) == ranks and all(re.search(rf"OMP_WAIT_POLICY\s*=\s*'{policy}'", text) for text in said), said
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """80 activations x 8 draws: enough for two ranks and not for three."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cell = tiny_cell(talking_pair(folder, 60), num_replicates=50)
+    cell = replace(cell, activations=replace(cell.activations, num_activations=80))
+    return Sweep(name="tiny", cell=cell, resources=Resources(cluster="local", gpus=0), registry="", vector_cache="")
+
+
+def placed(sweep: Sweep, place: Path, **resources: object) -> Sweep:
+    return replace(
+        sweep, resources=replace(sweep.resources, **resources), registry=str(place / "registry"), vector_cache=str(place / "v")
+    )  # type: ignore[arg-type]
+
+
+DRAWS = "SELECT activation, draw, token_ids FROM draws ORDER BY ALL"
+
+
+@pytest.mark.slow
+def test_a_sweep_has_a_rank_a_core_says_so_in_its_record_and_draws_the_same(
+    sweep: Sweep, tmp_path: Path, cores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cores.setattr(machine, "num_cores", lambda: 2)
+    many, alone = placed(sweep, tmp_path / "many"), placed(sweep, tmp_path / "alone", tasks=1)
+    assert run(many, "--dry-run") == 0 and "2 CPU ranks" in capsys.readouterr().out
+    assert run(many) == run(alone) == 0
+    recorded = "SELECT num_ranks, resources->>'$.tasks', engine['threads'], engine['omp_wait_policy'] FROM runs"
+    assert ask(many, recorded) == [(2, "2", "1", "PASSIVE")]
+    assert ask(alone, recorded) == [(1, "1", str(min(2, os.cpu_count() or 1)), "PASSIVE")], "what the user asks for decides"
+    assert ask(many, DRAWS) == ask(alone, DRAWS)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_few_draws_has_one_rank(sweep: Sweep, tmp_path: Path, cores: pytest.MonkeyPatch) -> None:
+    cell = replace(sweep.cell, activations=replace(sweep.cell.activations, num_activations=40))
+    few = placed(replace(sweep, cell=cell), tmp_path)
+    assert run(few) == 0
+    assert ask(few, "SELECT num_ranks, resources->>'$.tasks' FROM runs") == [(1, "1")]
