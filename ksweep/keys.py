@@ -158,9 +158,10 @@ def inspect_file(autoencoder: Autoencoder) -> TaeInfo:
 
 def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...]]:
     """The layer that the vectors are of, what stands for AV and AR in the identity of draws, and what was noted of them."""
+    vectors = None if cell.activations.vectors is None else read_sidecar(cell.activations.vectors)
     if cell.autoencoder.checkpoint is None:
         av, ar = inspect_pair(cell.autoencoder)
-        notes = (*notes_of(av, ar), *_check_activations(cell, av, ar))
+        notes = (*notes_of(av, ar, vectors), *_check_activations(cell, av, ar))
         return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar), **_reading(av, ar)}, notes
     from ksweep.autoencoder.tae_file import digest_tae
 
@@ -173,7 +174,7 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...
     _check_width(cell, info)
     if cell.activations.vectors is not None:
         _check_vectors_suffice(cell.activations.vectors, info)
-    return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info)
+    return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info, vectors)
 
 
 def _reading(av: CheckpointInfo, ar: CheckpointInfo) -> dict[str, str]:

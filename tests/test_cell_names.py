@@ -213,3 +213,32 @@ def test_what_a_table_cannot_say_against_another_reference_is_said() -> None:
 
 def test_curves_of_cells_are_drawn_under_the_names_of_the_sweep(two: Sweep) -> None:
     assert labels_in(charts.fve_by_k(curves_of_cells(load_cells(two.registry, ["checkpoints"])))) == set(two.labels())
+
+
+def test_a_run_that_failed_bears_the_name_that_its_cell_has_in_the_sweep(
+    two: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = replace(two, registry=str(tmp_path / "registry"), vector_cache=str(tmp_path / "vector_cache"))
+    monkeypatch.setattr("ksweep.orders.ENTRY", "tests.launch.entries:has_no_memory")
+    assert run(failing) == 1
+    with connect(failing.registry) as connection:
+        [(label, cell)] = connection.execute("SELECT label, cell FROM runs").fetchall()
+        [cells] = connection.execute("SELECT cells FROM attempts").fetchall()
+    assert label == two.labels()[0] and f"L1 T=1 {label} @" in cell and cells == ([label],)
+
+
+def test_jobs_of_before_that_say_no_names_are_measured_under_their_own(two: Sweep, tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    from ksweep.evaluate import run_job
+    from ksweep.ranks import Solo
+
+    [first, _] = complete_all(two.cells())
+    argument = {
+        "cells": [asdict(first)], "sweep": "s", "registry": str(tmp_path / "registry"), "vector_cache": two.vector_cache,
+        "batch_size": None, "resources": {}, "origin": {},
+    }  # fmt: skip
+    assert len(run_job(argument, Solo())) == 1
+    with connect(tmp_path / "registry") as connection:
+        [(label,)] = connection.execute("SELECT label FROM runs").fetchall()
+    assert label.endswith(" L1 T=1")
