@@ -85,3 +85,10 @@ def effective_text(num_documents: int | None, effective_documents: float | None)
     if num_documents is None or effective_documents is None or f"{effective_documents:.1f}" == f"{num_documents:.1f}":
         return ""
     return f" ({effective_documents:.1f} effective)"
+
+
+def baseline_text(row: Mapping[str, Any]) -> str:
+    """ "baseline 0.4420 (between documents; distance from mean: 0.4359)": its kind, and the public code's where it is another."""
+    kind, from_mean = row["baseline_kind"], row.get("baseline_from_mean")
+    also = "" if from_mean is None or kind == "distance from mean" else f"; distance from mean: {from_mean:.4f}"
+    return f"baseline {row['baseline']:.4f} ({kind}{also})"

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ksweep.console import baseline_text, columns, console, decimals_of_intervals, duration_text, effective_text, interval_text
 from ksweep.console import bytes_text as bytes_text
-from ksweep.console import columns, console, decimals_of_intervals, duration_text, effective_text, interval_text
 from ksweep.keys import Keys
 from ksweep.launch import slurm
 from ksweep.launch.plan import Estimate, Step, estimate
@@ -235,16 +235,15 @@ def _footnotes(curves: pa.Table) -> list[str]:
     """Baseline, its kind and N stand beside every FVE: one line for each set of cells that share them."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for row in {r["label"]: r for r in curves.to_pylist()}.values():
-        names = ("level", "num_documents", "effective_documents", "num_activations", "baseline", "baseline_kind")
-        facts = tuple(row[name] for name in names)
+        names = ("level", "num_documents", "effective_documents", "num_activations")
+        facts = (*(row[name] for name in names), baseline_text(row))
         groups.setdefault(facts, []).append(row["label"])
     lines = []
-    for (level, documents, effective, activations, baseline, kind), labels in groups.items():
+    for (level, documents, effective, activations, baseline), labels in groups.items():
         which = "" if len(groups) == 1 else f"{', '.join(labels)}: "
         lines.append(
             f"{which}{level:.0%} intervals: bootstrap over {documents} documents{effective_text(documents, effective)}; "
-            f"N = {activations} activations; "
-            f"baseline {baseline:.4f} ({kind}); shuffled: draws of another activation"
+            f"N = {activations} activations; {baseline}; shuffled: draws of another activation"
         )
     return lines
 

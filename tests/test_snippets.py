@@ -206,9 +206,7 @@ def test_python_runs_as_it_stands(block: Block, project: Project, monkeypatch: p
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_command_runs(
-    line: str, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_runs(line: str, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(project.root)
     if why := why_not_run(line):
         print(f"{line}\n    is not run: {why}")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ksweep import charts
-from ksweep.console import effective_text, interval_text
+from ksweep.console import baseline_text, effective_text, interval_text
 from ksweep.errors import RequestError
 from ksweep.files import publish
 from ksweep.report.facts import Facts, Row, facts_of
@@ -163,7 +163,7 @@ def curve_table(facts: Facts) -> tuple[list[str], list[list[str]], str | list[li
 
 def _measured_on(row: Row) -> list[str]:
     """N, documents, baseline."""
-    baseline = "" if row["baseline"] is None else f"{row['baseline']:.4g} ({row['baseline_kind']})"
+    baseline = "" if row["baseline"] is None else baseline_text(row).removeprefix("baseline ")
     documents = f"{number(row['num_documents'], ',')}{effective_text(row['num_documents'], row['effective_documents'])}"
     return [number(row["num_activations"], ","), documents, baseline]
 

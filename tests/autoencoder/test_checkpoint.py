@@ -88,8 +88,10 @@ REFUSED = [
     Refusal("base_as_ar", "ar", replace_by("base"), r"no nla_meta.yaml: it looks like a plain language model, not an AR"),
     Refusal("role_unknown", "av", side(role="reader"), r"role='reader'; expected one of av, actor, ar, critic"),
     Refusal(
-        "ar_as_av_without_role", "av",
-        lambda p: (replace_by("nla-ar")(p), edit_sidecar(p, role=...)), r"holds value_head.safetensors\), given as the AV",
+        "ar_as_av_without_role",
+        "av",
+        lambda p: (replace_by("nla-ar")(p), edit_sidecar(p, role=...)),
+        r"holds value_head.safetensors\), given as the AV",
     ),
     Refusal("no_sidecar", "av", lambda p: (p / "nla_meta.yaml").unlink(), r"has no nla_meta.yaml"),
     Refusal("sidecar_broken", "av", lambda p: (p / "nla_meta.yaml").write_text("kind: [nla"), r"cannot be read as YAML"),
@@ -124,7 +126,10 @@ REFUSED = [
     Refusal("two_widths", "ar", side(extraction__d_model=32), r"d_model=64 and extraction.d_model=32"),
     Refusal("two_bases", "av", side(base_model="other/model"), r"different base models: .*base_model='other/model'"),
     Refusal(
-        "two_templates", "av", side(prompt_templates__actor="Another <x>{injection_char}</x>."), r"av and .*actor, which differ",
+        "two_templates",
+        "av",
+        side(prompt_templates__actor="Another <x>{injection_char}</x>."),
+        r"av and .*actor, which differ",
     ),
     Refusal("schema_version_3", "ar", side(schema_version=3), r"schema_version=3, expected 1 or 2"),
     Refusal("av_layer_beyond", "av", side(extraction_layer_index=9), r"is of layer 9"),
@@ -199,7 +204,8 @@ ACCEPTED = {
     "d_model_under_extraction": ("av", side(d_model=..., extraction__d_model=64)),
     "ar_d_model_under_extraction": ("ar", side(d_model=..., extraction__d_model=64)),
     "no_neighbour_ids": (
-        "av", side(tokens__injection_left_neighbor_id=..., tokens__injection_right_neighbor_id=...),
+        "av",
+        side(tokens__injection_left_neighbor_id=..., tokens__injection_right_neighbor_id=...),
     ),
     "one_neighbour_id": ("av", side(tokens__injection_left_neighbor_id=...)),
     "marker_of_many_characters": ("av", side(tokens__injection_char="<|im_end|>", tokens__injection_token_id=539)),
@@ -253,8 +259,16 @@ def test_inspect_notes_what_a_check_lacks_and_nothing_of_an_ordinary_sidecar(nam
 @pytest.mark.parametrize(
     "key",
     [
-        "critic.extraction_layer_index", "critic.num_hidden_layers", "ar.num_hidden_layers", "extraction_layer_index", "layer",
-        "extraction.layer_index", "extraction.extraction_layer_index", "layer_index", "av.layer_index", "training.layer",
+        "critic.extraction_layer_index",
+        "critic.num_hidden_layers",
+        "ar.num_hidden_layers",
+        "extraction_layer_index",
+        "layer",
+        "extraction.layer_index",
+        "extraction.extraction_layer_index",
+        "layer_index",
+        "av.layer_index",
+        "training.layer",
     ],
 )
 @pytest.mark.parametrize("role", ["av", "ar"])

@@ -9,11 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksweep.stats import (
+    all_failed_rates,
+    best_errors,
+    best_errors_over_successes,
     best_of_k_errors,
     best_of_k_errors_over_successes,
     best_of_k_failure_rates,
     best_of_k_select,
     best_of_k_weights,
+    select,
 )
 
 NAN = np.nan
@@ -146,3 +150,34 @@ def test_estimates_leave_their_input_alone():
 def test_bad_input_gets_a_message_that_helps(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# A failed draw and a success of error 3, which is worse than the 2 that a failure counts as.
+WORSE_THAN_A_FAILURE = np.array([[NAN, 3.0]])
+
+
+@pytest.mark.parametrize(("selection", "first"), [("order_statistics", 2.5), ("prefix", 2.0)])
+def test_a_success_worse_than_a_failure_is_kept_all_the_same(selection, first):
+    # One draw of the two is the failure (2) or the success (3); the first draw is the failure. Of both the success is kept.
+    assert best_errors(WORSE_THAN_A_FAILURE, [1, 2], selection).tolist() == [[first, 3.0]]
+    assert best_errors(WORSE_THAN_A_FAILURE, [2], selection, failed_error=0.5).tolist() == [[3.0]]
+    cosines = select(np.array([[NAN, -0.5]]), WORSE_THAN_A_FAILURE, [2], selection, failed_value=0.0)
+    assert cosines.tolist() == [[-0.5]]
+    assert best_errors_over_successes(WORSE_THAN_A_FAILURE, [2], selection).tolist() == [[3.0]]
+    assert all_failed_rates(WORSE_THAN_A_FAILURE, [1, 2], selection)[0].tolist() == [first == 2.0 or 0.5, 0.0]
+
+
+@given(errors_of_one)
+@settings(max_examples=100, deadline=None)
+def test_prefix_selection_keeps_the_best_success_of_the_first_k(errors):
+    ks = range(1, len(errors) + 1)
+    assert best_errors([errors], ks, "prefix")[0].tolist() == [best(errors, range(k)) for k in ks]
+    failed = [float(np.isnan(errors[:k]).all()) for k in ks]
+    assert all_failed_rates([errors], ks, "prefix")[0].tolist() == failed
+    known = best_errors_over_successes([errors], ks, "prefix")[0]
+    assert np.isnan(known).tolist() == [rate == 1.0 for rate in failed]
+
+
+def test_an_unknown_selection_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="one of order_statistics, prefix; got 'best'"):
+        best_errors([[1.0]], [1], "best")
