@@ -162,8 +162,9 @@ def _gain(curve: stats.FveCurve) -> list[dict[str, Any]]:
     if 1 not in curve.k or len(curve.k) < 2:
         return []
     gain = stats.gain_over(curve, k=1, level=curve.level)
-    low, high = _number(gain.low[-1]), _number(gain.high[-1])
-    interval = "" if low is None or high is None else f", {curve.level:.0%} interval {low:.4f} to {high:.4f}"
+    low, high = float(gain.low[-1]), float(gain.high[-1])
+    form = f".{stats.interval_decimals(low, high, curve.resampling.num_replicates, curve.level)}f"
+    interval = "" if np.isnan([low, high]).any() else f", {curve.level:.0%} interval {low:{form}} to {high:{form}}"
     last = int(curve.k[-1])
     return [
         _control(

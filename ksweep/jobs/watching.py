@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ksweep.console import duration_text
+from ksweep.console import duration_text, interval_text
 from ksweep.errors import RequestError
 from ksweep.jobs.finding import Facts, facts_of_all, find, logs_of, short
 from ksweep.jobs.looking import RECENT_SECONDS, Line, at_work, classed, lines, unsettled
@@ -214,7 +214,9 @@ def how_far(line: Line, *, wide: bool) -> str:
     words = [f"{phase} {line.done:,}/{line.total:,}" if wide else f"{phase} {line.done / line.total:.0%}"]
     words += [f"{duration_text(line.seconds_left)} left"] if line.seconds_left is not None else []
     if (fve := line.numbers.get("fve")) is not None:
-        between = f" [{line.numbers['fve_low']:.3f}, {line.numbers['fve_high']:.3f}] so far (K=1)"
+        from ksweep.so_far import REPLICATES  # with NumPy and SciPy, which a list of jobs does without
+
+        between = f" {interval_text(line.numbers | {'num_replicates': REPLICATES})} so far (K=1)"
         words.append(f"FVE {fve:.3f}{between if wide else ''}")
     words += [f"{line.per_second:,.1f}/s"] if line.per_second and wide else []
     return ", ".join(words)
