@@ -169,6 +169,15 @@ def test_runs_of_before_that_share_a_label_are_told_apart_by_their_cells(tmp_pat
     assert {run_["label"] for run_ in facts.runs} == cells
 
 
+def test_a_cell_without_a_result_does_not_lengthen_the_names_of_those_with_one(tmp_path: Path) -> None:
+    land(tmp_path, record_of("r1", temperature=0.4), curve_of())
+    failed = record_of("r2", temperature=0.4, num_draws=64, minutes=1, status="failed", error_type="RunError", error_message="x")
+    land(tmp_path, failed)
+    with connect(tmp_path) as connection:
+        assert labels_in(charts.fve_by_k(connection)) == {"temperature=0.4"}
+        assert len(connection.execute("SELECT * FROM runs").fetchall()) == 2
+
+
 def test_two_draws_at_one_place_under_one_label_are_refused_and_those_of_two_cells_told_apart() -> None:
     rows = [{"label": "a", "cell": cell, "activation": i, "draw": 0, "error": 0.1 * i} for cell in "xy" for i in range(40)]
     assert labels_in(charts.error_distribution(pa.Table.from_pylist(rows))) == {"x", "y"}

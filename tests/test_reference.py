@@ -76,7 +76,8 @@ def test_one_lacking_reconstruction_leaves_unknown_what_needs_it_and_no_more(tmp
     assert gone == {(q, role, k) for q in ("variance_recovery", "residual_variance") for role in (None, "user") for k in KS}
     for name, row in rows.items():
         assert row == pytest.approx(whole[name], rel=1e-9)
-    assert "of 1 of 70 activations" in found.notes[0] and str(draws.store.path) in found.notes[0] and len(found.notes) == 2
+    first, _ = found.notes
+    assert "of 1 of 70 activations" in first.text and str(draws.store.path) in first.text
     kept_unneeded, _ = stored(tmp_path / "unneeded", frozenset({(3, int(draws.errors[3].argmax()))}) - {(3, 0)})
     assert reference_quantities(kept_unneeded, KS[-1:]).notes == ()
 
@@ -86,7 +87,7 @@ def test_intervals_of_two_activations_are_unknown_and_said_so(tmp_path: Path) ->
     few = StoredDraws(store=draws.store, activations=draws.activations[:2], errors=draws.errors[:2], roles=ROLES[:2])
     found = reference_quantities(few, KS, 30)
     assert any(row["quantity"] == "variance_recovery" for row in found.rows) and not any("low" in row for row in found.rows)
-    assert "at least 3" in found.notes[0]
+    assert "at least 3" in found.notes[0].text
 
 
 def test_failed_draws_leave_everything_unknown(tmp_path: Path) -> None:
@@ -94,4 +95,4 @@ def test_failed_draws_leave_everything_unknown(tmp_path: Path) -> None:
     errors = draws.errors.copy()
     errors[0, 0] = np.nan
     found = reference_quantities(StoredDraws(store=draws.store, activations=draws.activations, errors=errors), KS)
-    assert found.rows == [] and "1 draws have no finite error" in found.notes[0]
+    assert found.rows == [] and "1 draws have no finite error" in found.notes[0].text

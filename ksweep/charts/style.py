@@ -41,7 +41,9 @@ CELLS = """
     )
     SELECT place, label, cell, sweep, run_id, cell_key FROM v_sweep_cells WHERE sweep = $sweep
     UNION ALL
-    SELECT row_number() OVER (ORDER BY finished, run_id), label, cell, sweep, run_id, cell_key FROM newest WHERE $sweep IS NULL
+    SELECT row_number() OVER (ORDER BY finished, run_id), label, cell, sweep,
+           CASE WHEN status = 'finished' THEN run_id END, cell_key
+    FROM newest WHERE $sweep IS NULL
     ORDER BY place
 """
 """The cells of a sweep, whoever computed them, under the labels that they have in it; without a sweep all cells."""
@@ -103,12 +105,15 @@ def table_of(source: Any, question: str, sweep: str | None = None) -> Any:
 
 def _named(connection: Any, sweep: str | None) -> pa.Table:
     cells = connection.sql(CELLS, params={"sweep": sweep}).to_arrow_table().to_pylist()
-    names = told_apart(cells)
+    done = [cell for cell in cells if cell["run_id"] is not None]
+    # A cell without a result must not lengthen the names of those that have one.
+    names = dict(zip((cell["cell_key"] for cell in cells), told_apart(cells), strict=True))
+    names |= zip((cell["cell_key"] for cell in done), told_apart(done), strict=True)
     return pa.table(
         {
             "cell_key": pa.array([cell["cell_key"] for cell in cells], pa.string()),
             "run_id": pa.array([cell["run_id"] for cell in cells], pa.string()),
-            "label": pa.array(names, pa.string()),
+            "label": pa.array([names[cell["cell_key"]] for cell in cells], pa.string()),
             "place": pa.array(range(len(cells)), pa.int64()),
         }
     )

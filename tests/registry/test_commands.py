@@ -36,7 +36,7 @@ def ksweep(real: Real, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 def test_sql_by_name_writes_table_json_csv_and_parquet_alike(ksweep: Command, tmp_path: Path) -> None:
     code, table, _ = ksweep("sql", "@growth_with_k")
-    assert code == 0 and "\x1b" not in table and table.count("tiny L1 T=0.5 @") == 4
+    assert code == 0 and "\x1b" not in table and table.count("tiny L1 temperature=0.5 @") == 4
     objects = [json.loads(line) for line in ksweep("sql", "@growth_with_k", "--json")[1].splitlines()]
     rows = list(csv.DictReader(io.StringIO(ksweep("sql", "@growth_with_k", "--csv")[1])))
     code, said, _ = ksweep("sql", "@growth_with_k", "--parquet", str(tmp_path / "out.parquet"))

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep.errors import StoreError
+from ksweep.notes import Note
 from ksweep.registry.landing import CURVE_SCHEMA, LandingError, land, new_run_id, read
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
@@ -32,7 +33,7 @@ def test_land_then_read_gives_back_record_curve_and_controls(root: Path) -> None
 
 def test_land_keeps_norms_reference_rows_token_counts_and_notes(root: Path) -> None:
     stats = {"counts": {"user": 3, "pad": 1, "total": 4}, "proportions": {"user": 1.0, "other": None}, "total_sequences": 2}
-    record = record_of("r1", token_stats=stats, selected_token_stats=None, notes=("why not",))
+    record = record_of("r1", token_stats=stats, selected_token_stats=None, notes=(Note("layer", "why not"),))
     norms = pa.table({"activation": [0, 1], "norm": [1.5, float("nan")]})
     reference = pa.table({"quantity": ["avg_mse"], "k": [1], "value": [0.25]})
     landed = read(land(root, record, curve_of(), reference=reference, norms=norms))
