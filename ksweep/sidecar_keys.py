@@ -74,7 +74,8 @@ CHANGES = re.compile(
     r"|(?:^|_)bos(?:_|$)|^pca|mean_subtract|subtract_mean|^cent(?:er|re)(?:ed|ing)?$|standardi[sz]e|z_?score"
     r"|^norm$|^norm_(?:kind|type|mode|method)$|unit_norm|normali[sz]ation|(?:^|_)normali[sz]ed?(?:_(?:activations?|vectors?|inputs?))?$"
     r"|^prefix$|^suffix$|(?:assistant|response|answer|generation|completion|forced|output)_(?:prefix|prompt|start)"
-    r"|(?:^|_)hook|residual|^stream$|final_norm|^checkpoints$|^depth_|^layers$|layer_ind(?:ices|exes)$|^min_layer$|fresh_block|summary_token|(?:^|_)slots$"
+    r"|(?:^|_)hook|residual|^stream$|final_norm|^checkpoints$|^depth_|^layers$|layer_ind(?:ices|exes)$|^min_layer$"
+    r"|fresh_block|summary_token|(?:^|_)slots$"
 )  # fmt: skip
 """Names that say how vectors are made, how a prompt is built or where a reading is taken, whatever section they stand in."""
 
@@ -98,7 +99,8 @@ INFORMATIONAL = OPAQUE | frozenset({
     # data
     "corpus", "dataset", "dataset_id", "dataset_name", "dataset_url", "datasets", "keep_debug_metadata", "row_count",
     # the model, as its own files say it
-    "base_commit", "base_revision", "dtype", "n_layers", "num_layers", "num_parameters", "num_params", "torch_dtype",
+    "architecture", "architectures", "base_commit", "base_revision", "dtype", "library_name", "model_type", "n_layers",
+    "num_layers", "num_parameters", "num_params", "torch_dtype",
 })  # fmt: skip
 """Names at the top of a sidecar that only inform."""
 
@@ -107,7 +109,7 @@ INFORMATIONAL_PATTERN = re.compile(
     r"_(?:at|by|on|with)$|(?:^|_)(?:commit|date|timestamp)$"
     r"|^(?:torch|transformers|peft|python|cuda|numpy|vllm|sglang|code|library|package|writer|nla|ksweep)_(?:version|revision)$"
     r"|^(?:(?:train|training|eval|val|test|best|final|mean|held_out|sft|rl)_)*(?:[a-z0-9]+_)?"
-    r"(?:loss|fve|fve_nrm|mse|mse_nrm|cosine|accuracy|score|reward|perplexity|steps?|epochs?|time|hours|metrics)$"
+    r"(?:loss|fve|fve_nrm|mse|mse_nrm|baseline|cosine|accuracy|score|reward|perplexity|steps?|epochs?|time|hours|metrics)$"
     r"|^num_(?:activations|docs|documents|epochs|examples|gpus|rows|samples|steps|tokens|vectors)$"
 )
 """Families of such names: dates, commits, versions of libraries, results, counts of data."""
@@ -125,7 +127,10 @@ _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
 
 def abbreviated(value: Any) -> str:
     """A value for a message: one line of bounded length, however large or often aliased it is."""
-    return " ".join(_SHORT.repr(value).split())[:200]
+    try:
+        return " ".join(_SHORT.repr(value).split())[:200]
+    except ValueError:  # a whole number of more digits than Python prints
+        return f"a huge {type(value).__name__}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -178,7 +183,7 @@ def read_layer(meta: Mapping[str, Any], path: Path, refuse: Refuse) -> int | Non
     said = {key: value for key in LAYER_KEYS if (value := at(meta, key)) is not None}
     said |= {key: value for key, value in _nested(meta) if key.rpartition(".")[2] in LAYER_NAMES and value is not None}
     for key, value in said.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
             raise refuse(
                 f"{path} has {key}={abbreviated(value)}, expected a whole number >= 0. Correct it, or use the sidecar that was "
                 "released with the weights."

@@ -315,6 +315,6 @@ def _width(file: pq.ParquetFile, path: Path) -> int:
 
 def _whole(meta: dict[str, Any], key: str, path: Path) -> int | None:
     value = at(meta, key)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31):
         return value
     raise DataError(f"sidecar {path}: {key} is {abbreviated(value)}, expected a whole number")

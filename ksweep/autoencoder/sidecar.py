@@ -225,7 +225,7 @@ def _text(meta: Mapping[str, Any], key: str, path: Path) -> str | None:
 
 def _whole(meta: Mapping[str, Any], key: str, path: Path, minimum: int = 0) -> int | None:
     value = _at(meta, key)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31):
         _wrong(path, key, value, f"a whole number >= {minimum}")
     return value
 
@@ -282,7 +282,7 @@ def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent:
         if isinstance(value, bool):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         _wrong(path, f"extraction.{name}", value, 'a number, null, or "sqrt_d_model"')
 
 

@@ -245,6 +245,14 @@ def test_value_of_any_size_makes_a_short_message_or_none(key: str, pair: Path) -
 
 
 @pytest.mark.parametrize(
+    "key", ["d_model", "layer", "tokens__injection_token_id", "extraction__injection_scale", "extraction__mse_scale"]
+)
+def test_number_beyond_all_sizes_is_refused_by_its_key(key: str, pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", **{key: int("f" * 3000, 16)})
+    assert f"{key.replace('__', '.')}=" in refused(pair / "nla-av", "av")
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("kind: nla_model\nrole: av\n" + "x: " + "[" * 5000, "cannot be read as YAML"),
@@ -253,6 +261,7 @@ def test_value_of_any_size_makes_a_short_message_or_none(key: str, pair: Path) -
         ("kind: nla_model\nrole: av\n? [1, 2]\n: 3\n", "cannot be read as YAML|not known"),
         ("kind: nla_model\nrole: av\n7: 3\n", "has 7=3, a key that is not known"),
         ("kind: nla_model\nextraction:\n  norm: whitened\n  norm: none\n", "the key 'norm' stands twice"),
+        ("kind: nla_model\nrole: av\nwhitening: 0x" + "f" * 50_000, "whitening=a huge int"),
         ("kind: !!python/object/apply:os.system ['true']\n", "cannot be read as YAML"),
     ],
 )  # fmt: skip
