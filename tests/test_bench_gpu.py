@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def bench(*arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "scripts" / "bench_gpu.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -415,7 +415,7 @@ def echo(tmp_path: Path) -> Path:
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     known = {k: v for k, v in os.environ.items() if k.lower() not in legacy.FROM_ENVIRONMENT}
     env = known | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | environment
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=840, check=False)
 
 
 def test_the_wrapper_runs_the_sweep_with_new_names(echo: Path) -> None:

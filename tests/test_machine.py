@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +177,18 @@ def test_a_sweep_has_a_rank_a_core_says_so_in_its_record_and_draws_the_same(
     assert ask(many, recorded) == [(2, "2", "1", "PASSIVE")]
     assert ask(alone, recorded) == [(1, "1", str(min(2, os.cpu_count() or 1)), "PASSIVE")], "what the user asks for decides"
     assert ask(many, DRAWS) == ask(alone, DRAWS)
+
+
+@pytest.mark.slow
+def test_a_run_in_the_users_own_process_lets_its_threads_sleep(sweep: Sweep, tmp_path: Path) -> None:
+    here = placed(sweep, tmp_path, cluster="inprocess")
+    code = f"from ksweep import *\nsweep_main({here!r}, ['--no-charts'])"
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment |= {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    # The runtime prints what it has read when it is loaded.
+    assert done.returncode == 0 and re.search(r"OMP_WAIT_POLICY\s*=\s*'PASSIVE'", done.stderr), done.stderr
+    assert ask(here, "SELECT num_ranks, packages['omp_wait_policy'] FROM runs") == [(1, "PASSIVE")]
 
 
 @pytest.mark.slow

@@ -63,6 +63,16 @@ def test_free_memory_is_no_more_than_the_machine_has():
     assert free is not None and 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def test_ranks_of_one_machine_have_a_share_of_its_memory_each(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 2000)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert memory.free_bytes(CPU) == 2000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_bytes(CPU) == 500
+    monkeypatch.setattr(machine, "free_memory", lambda: None)
+    assert memory.free_bytes(CPU) is None
+
+
 def test_a_control_group_and_those_around_it_limit_what_is_free(tmp_path, monkeypatch):
     own = next((x[3:].strip() for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::")), None)
     if own is None:

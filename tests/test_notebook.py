@@ -24,7 +24,7 @@ def executed(registry: str, sweep: str) -> list[dict[str, Any]]:
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     variables = {**os.environ, "KSWEEP_REGISTRY": registry, "KSWEEP_SWEEP": sweep}
-    client = nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": registry}})
+    client = nbclient.NotebookClient(notebook, timeout=840, kernel_name="python3", resources={"metadata": {"path": registry}})
     client.execute(env=variables)
     return [cell for cell in notebook.cells if cell["cell_type"] == "code"]
 

@@ -282,7 +282,7 @@ def test_k_sweep_from_the_command_line_gives_the_same_on_two_ranks_as_on_one(swe
             f"resources.tasks={tasks}", f"registry={place / 'registry'}", f"vector_cache={place / 'vectors'}", "--no-charts",
         ]  # fmt: skip
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            command, capture_output=True, text=True, timeout=840, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
         )
         assert done.returncode == 0 and "computed 1 of 1 cells" in done.stdout, done.stderr
 
