@@ -54,14 +54,15 @@ def main() -> None:
     truth = truth_of(options.difficulty)
     error = 100 * np.sqrt(LEVEL * (1 - LEVEL) / options.simulations)
     print(f"{options.simulations} simulations (standard error {error:.1f} %), {options.replicates} replicates, K = 1, 4, 16")
-    print("documents, in effect | baseline | way | cell | difference | bands: cell, difference | FVE off at K = 1")
+    print("documents, in effect | baseline | way | cell | difference | bands: cell, difference | FVE off by the baseline, K = 1")
     for sizes in options.sizes:
         for num_documents in options.documents:
             found = coverage(num_documents, sizes, options.difficulty, truth, options.simulations, options.replicates)
             for (baseline, way), row in found.items():
                 shares = [100 * row[name] for name in ("cell", "difference", "bands")]
                 cells = " | ".join(" ".join(f"{x:.1f}" for x in share) for share in shares)
-                print(f"{num_documents} {sizes}, {row['effective']:.0f} | {baseline} | {way} | {cells} | {row['bias']:+.4f}")
+                off = row["fve"] - found["stated", way]["fve"]
+                print(f"{num_documents} {sizes}, {row['effective']:.0f} | {baseline} | {way} | {cells} | {off:+.4f}", flush=True)
 
 
 def truth_of(difficulty: float) -> Truth:
@@ -84,12 +85,12 @@ def coverage(
         resampling = {"ks": KS, "num_replicates": replicates, "seed": simulation % 4, "level": LEVEL}
         for baseline, way, curves in curves_of(vectors, errors, documents, truth.baseline, resampling):
             ends, bands = new_ends(*curves) if way == "new" else old_ends(*curves)
-            row = rows.setdefault((baseline, way), {"cell": [], "difference": [], "bands": [], "bias": [], "effective": []})
+            row = rows.setdefault((baseline, way), {"cell": [], "difference": [], "bands": [], "fve": [], "effective": []})
             for name, target in targets.items():
                 row[name].append((ends[name][0] <= target) & (target <= ends[name][1]))
             row["bands"].append([((bands[n][0] <= t) & (t <= bands[n][1])).all() for n, t in targets.items()])
-            row["bias"].append(curves[0].fve[0] - truth.fve[0, 0])
-            row["effective"].append(stats.effective_documents(documents))
+            row["fve"].append(curves[0].fve[0])
+            row["effective"].append(curves[0].effective_documents)
     return {key: {name: np.mean(values, axis=0) for name, values in row.items()} for key, row in rows.items()}
 
 

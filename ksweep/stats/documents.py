@@ -35,5 +35,9 @@ def effective_documents(documents: Sequence[str] | Sequence[int] | np.ndarray) -
 
     It equals the number of documents where all have as many activations, and tends to 1 where one document has nearly all.
     """
-    sizes = np.bincount(unique_documents(documents)[1]).astype(np.float64)
-    return float(sizes.sum() ** 2 / np.square(sizes).sum())
+    return effective_number(np.bincount(unique_documents(documents)[1]))
+
+
+def effective_number(sizes: Int[np.ndarray, " document"]) -> float:
+    """`effective_documents` from how many activations each document has."""
+    return float(sizes.sum() ** 2 / np.square(sizes, dtype=np.float64).sum())
