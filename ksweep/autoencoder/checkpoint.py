@@ -362,20 +362,18 @@ def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str)
 
 
 def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, source: str) -> tuple[Note, ...]:
-    weights = path / "model.safetensors"
-    is_known = av.base is not None and av.base == path.resolve()
-    for info in (av, ar):
-        expected = info.sidecar.base_digest
-        if expected and weights.exists():
-            if _weights_digest(weights) != _short(expected):
-                raise DataError(
-                    f"the activations come from {source}, whose model.safetensors is not the one that {info.path} was trained "
-                    f"over ({expected}). Set activations.model to the pair's base model."
-                )
-            is_known = True
-    if is_known or not (path / "config.json").exists():
+    if not (path / "config.json").exists():
         return ()
     check_same_architecture(av, path, source)
+    weights = path / "model.safetensors"
+    expected = next((info.sidecar.base_digest for info in (av, ar) if info.sidecar.base_digest), None)
+    if expected and weights.exists():
+        if _weights_digest(weights) == _short(expected):
+            return ()
+        text = f"The activations come from {source}, whose weights are not those that the pair was trained over ({expected})."
+        return (Note("base model", f"{text} It has the same architecture and sizes: a fine-tune?"),)
+    if av.base is not None and av.base == path.resolve():
+        return ()
     base = av.sidecar.base_checkpoint or "the pair's base model"
     text = f"Whether the activations' model {source} is {base} cannot be told: it has the same architecture and sizes."
     return (Note("base model", text),)
