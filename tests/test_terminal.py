@@ -40,7 +40,7 @@ def curves(*labels: str, num_draws: int = 64, **changes: Any) -> pa.Table:
     plain = {
         "fve_low": -0.234, "fve_high": -0.123, "level": 0.95, "shuffled_fve": -0.512, "failure_rate": 0.2, "cut_off_rate": 0.1,
         "tokens_per_second": 12345.0, "num_draws": num_draws, "distinct_text_fraction": 0.2, "cjk_fraction": 0.5,
-        "num_documents": 10, "num_activations": 1000, "baseline": 0.7335, "baseline_kind": "evaluated set", "temperature": 1.0,
+        "num_documents": 20, "num_activations": 1000, "baseline": 0.7335, "baseline_kind": "evaluated set", "temperature": 1.0,
     }  # fmt: skip
     rows = [
         plain | {"label": label, "k": k, "fve": -0.187 + k / 1000} | changes for label in labels for k in range(1, num_draws + 1)
@@ -159,7 +159,7 @@ def test_warnings_at_their_thresholds_are_silent() -> None:
         ({"cut_off_rate": 0.11}, "11% of the draws ran into max_new_tokens"),
         ({"distinct_text_fraction": 0.19}, "only 19% of the texts are distinct"),
         ({"cjk_fraction": 0.51}, "Chinese or Japanese"),
-        ({"num_documents": 9}, "9 documents are few"),
+        ({"num_documents": 19}, "19 documents are few"),
     ],
 )
 def test_warnings_past_a_threshold_name_the_cell_once(change: dict[str, Any], words: str) -> None:

@@ -75,11 +75,13 @@ def derangement(
 
 
 def mean_vector_error(baseline: Baseline) -> float:
-    """Error of one vector for all, the mean: the best a constant text could reach.
+    """Error of one vector for all, the mean: the best a constant text could reach; `baseline` is a distance from the mean.
 
     With normalised scoring the prediction is scaled too, so it stands at 2(1 - R), above the baseline 1 -
     R^2, and its FVE is below 0 (-0.32 on public Qwen-7B). With raw scoring it is the baseline, FVE 0.
     """
+    if baseline.kind == "between documents":
+        raise ValueError("the mean's own error follows from the distance from the mean: pass mean_distance_baseline(vectors)")
     if baseline.scoring == "raw":
         return baseline.value
     # 2(1 - R) with R = sqrt(1 - b), written so that a baseline of 0.03 keeps its digits.

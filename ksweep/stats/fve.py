@@ -154,9 +154,9 @@ def mean_distance_baseline(vectors: Float[np.ndarray, "activation d"], scoring: 
     Qwen-7B). With normalised scoring the value is 1 - R^2, where R is the length of the mean unit vector.
 
     Measured from the sample's own mean it is too small on average: by the factor (n - 1)/n for n independent
-    activations, and by up to (documents - 1)/documents, with effective documents, when those of a document are alike. FVE is then
-    too low by up to about (1 - FVE)/documents, alike in every cell. `between_documents_baseline` is not; take this
-    one to compare with the public code.
+    activations, and by up to the same of the effective number of documents when those of a document are alike. FVE is
+    then too low by up to about (1 - FVE)/documents, alike in every cell. `between_documents_baseline` has no such bias;
+    this one is for comparison with the public code.
     """
     vectors = _checked_activations(vectors)
     mean, square = _mean_and_square(vectors, scoring)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksweep.stats import (
+    between_documents_baseline,
     derangement,
     fve,
     fve_curve,
@@ -69,6 +70,12 @@ def test_mean_vector_error_equals_scoring_the_mean_itself(scoring):
     errors = reconstruction_errors(mean, vectors, scoring)
     assert mean_vector_error(baseline) == pytest.approx(errors.mean(), abs=1e-12)
     assert fve(errors, baseline) <= 1e-12
+
+
+def test_mean_vector_error_of_a_baseline_between_documents_is_refused_with_the_one_to_pass():
+    vectors, _ = synthetic(0)
+    with pytest.raises(ValueError, match="pass mean_distance_baseline"):
+        mean_vector_error(between_documents_baseline(vectors, np.arange(len(vectors))))
 
 
 def test_mean_vector_error_of_public_baselines_equals_the_published_table():
