@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ from bench_common import NATURAL_LIMIT, held_out, load_pair, parser, report
 from ksweep import Resources, machine
 from ksweep.autoencoder.decoding import MOST_DRAWS, Request, draw
 from ksweep.launch import submit as launch
-from ksweep.launch.job import create
+from ksweep.launch.job import Job, create
 from ksweep.ranks import Ranks
 
 NUM_ACTIVATIONS = 64
-MOST_SECONDS = 45
-"""A job that is not done by then is ended; what its ranks have reported counts. One that has not ended a single step counts as if
-it had, so that its rate is too high and the ratio of the others to it too low."""
+LOADING_SECONDS, MOST_SECONDS = 120, 40
+"""For loading the models, and for drawing: then a job is ended, and what its ranks have reported counts. One that has not ended a
+single step counts as if it had, so that its rate is too high and the ratio of the others to it too low."""
 SPINNING = {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": str(machine.num_cores())}
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     sides: dict[str, tuple[int, dict[str, str]]] = {
         "one rank, threads spin": (1, SPINNING),
         "one rank, threads sleep": (1, {}),
-        "default": (machine.num_ranks(NUM_ACTIVATIONS * 64, 10**9), {}),
+        "default": (default_ranks(), {}),
     }
     with tempfile.TemporaryDirectory() as folder:
         vectors = Path(folder) / "vectors.npy"
@@ -59,6 +59,12 @@ def main() -> None:
             title = f"beside {busy} busy cores" if busy else "alone"
             title += f": {machine.num_cores()} cores, {sides['default'][0]} ranks by default"
             report(title, "tokens/s", rates, next(iter(sides)))
+
+
+def default_ranks() -> int:
+    """As a sweep of the demo has, whose AV and AR are some 0.5 GB."""
+    with only({}):
+        return machine.num_ranks(NUM_ACTIVATIONS * 64, 5 * 10**8)
 
 
 def arguments() -> argparse.Namespace:
@@ -83,23 +89,43 @@ def busy_cores(count: int) -> Iterator[None]:
 def tokens_per_second(vectors: Path, ranks: int, environment: Mapping[str, str], options: argparse.Namespace) -> float:
     """Of a job with so many ranks, started as a sweep starts its jobs."""
     argument = {"vectors": str(vectors), "seconds": options.seconds, "dtype": options.dtype}
-    before = dict(os.environ)
-    os.environ.update(environment, PYTHONPATH=os.pathsep.join([*sys.path]))
-    try:
-        job = create(vectors.parent / "logs", "bench_busy:draw_for", argument, ranks)
+    job = create(vectors.parent / "logs", "bench_busy:draw_for", argument, ranks)
+    with only(environment):
         submitted = launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "bench")
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    began = time.monotonic()
-    while not submitted.over() and time.monotonic() - began < MOST_SECONDS:
-        time.sleep(0.2)
+    wait(submitted, LOADING_SECONDS, lambda: has_begun(job))
+    wait(submitted, MOST_SECONDS, lambda: False)
     submitted.kill()
     if failed := [e for e in job.endings() if e.status == "failed"]:
         sys.exit(failed[0].message + failed[0].traceback)
-    said = [e.result for e in job.endings()] or [beat.numbers for beat in job.heartbeats()]
-    tokens, seconds = sum(n.get("tokens", 0) for n in said), max((n.get("seconds", 0) for n in said), default=0)
-    return tokens / seconds if tokens else MOST_DRAWS / MOST_SECONDS
+    if not has_begun(job):
+        sys.exit(f"the models were not loaded within {LOADING_SECONDS} s: {job.log_tail()}")
+    said = {beat.rank: beat.numbers for beat in job.heartbeats()} | {e.rank: e.result for e in job.endings()}
+    tokens = sum(numbers.get("tokens", 0) for numbers in said.values())
+    return tokens / max(numbers.get("seconds", 0) for numbers in said.values()) if tokens else MOST_DRAWS / MOST_SECONDS
+
+
+@contextmanager
+def only(environment: Mapping[str, str]) -> Iterator[None]:
+    """Of all that decides about threads only these variables are set inside."""
+    before = dict(os.environ)
+    for name in (machine.NUM_THREADS, *machine.SPIN_SETTINGS):
+        os.environ.pop(name, None)
+    os.environ.update(environment, PYTHONPATH=os.pathsep.join(sys.path))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def wait(submitted: launch.Submitted, seconds: float, until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not submitted.over() and not until() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def has_begun(job: Job) -> bool:
+    return any(beat.phase == "drawing" for beat in job.heartbeats())
 
 
 def draw_for(argument: dict[str, Any], ranks: Ranks) -> dict[str, float]:
@@ -109,6 +135,7 @@ def draw_for(argument: dict[str, Any], ranks: Ranks) -> dict[str, float]:
     requests = [Request(row=r, activation_key=r + 1, draw=k + 64 * ranks.rank) for r in range(len(vectors)) for k in range(64)]
     ranks.barrier()
     began, said = time.monotonic(), {"tokens": 0.0, "seconds": 0.0}
+    ranks.report("drawing", 0, 0, **said)
 
     def count(tokens: int) -> None:
         said.update(tokens=said["tokens"] + tokens, seconds=time.monotonic() - began)
