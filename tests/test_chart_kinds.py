@@ -218,7 +218,7 @@ def test_fve_by_tokens_puts_curves_on_an_axis_of_equal_compute() -> None:
 def test_by_group_draws_each_breakdown_against_the_baseline_asked_for() -> None:
     chart = charts.by_group(groups())
     assert len(chart.to_dict()["vconcat"]) == 2
-    assert "Best of K = 16" in subtitle(chart) and "mean of the group itself" in subtitle(chart)
+    assert "Best of K = 16" in subtitle(chart) and "Baseline: own" in subtitle(chart)
     rows = [r for rows in rows_in(chart) for r in rows]
     assert {r["against"] for r in rows} == {"own"} and {r["k"] for r in rows} == {16}
     assert "user  (N = 1,200)" in {r["named"] for r in rows}

@@ -32,7 +32,10 @@ GENERATOR = np.random.default_rng(0)
 
 @pytest.fixture
 def pair(tmp_path: Path) -> TinyPair:
-    return talking_pair(tmp_path, num_rows=60)
+    pair = talking_pair(tmp_path, num_rows=60)
+    for path in (pair.av, pair.ar):
+        edit_sidecar(path, base_checkpoint=f"tiny/{pair.base.name}")  # whose directory tells the base by its name
+    return pair
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ def curves(*labels: str, num_draws: int = 64, **changes: Any) -> pa.Table:
     plain = {
         "fve_low": -0.234, "fve_high": -0.123, "level": 0.95, "shuffled_fve": -0.512, "failure_rate": 0.2, "cut_off_rate": 0.1,
         "tokens_per_second": 12345.0, "num_draws": num_draws, "distinct_text_fraction": 0.2, "cjk_fraction": 0.5,
-        "num_documents": 20, "num_activations": 1000, "baseline": 0.7335, "baseline_kind": "evaluated set", "temperature": 1.0,
+        "num_documents": 20, "effective_documents": 20.0, "num_activations": 1000, "baseline": 0.7335, "baseline_kind": "evaluated set",
+        "temperature": 1.0,
     }  # fmt: skip
     rows = [
         plain | {"label": label, "k": k, "fve": -0.187 + k / 1000} | changes for label in labels for k in range(1, num_draws + 1)
@@ -117,7 +118,7 @@ def test_show_in_a_pipe_has_no_escape_codes_and_cuts_nothing(sweep: Sweep, capsy
     assert ESCAPE not in out and ELLIPSIS not in out
     for label in long.labels():
         assert len(label) > 100 and label in out
-    assert all(f"K={k}" in out for k in (1, 2, 4)) and "[0.280, 0.320]" in out
+    assert all(f"K={k}" in out for k in (1, 2, 4)) and "[0.28, 0.32]" in out
 
 
 def test_show_puts_every_fact_once_where_cells_share_it(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +160,8 @@ def test_warnings_at_their_thresholds_are_silent() -> None:
         ({"cut_off_rate": 0.11}, "11% of the draws ran into max_new_tokens"),
         ({"distinct_text_fraction": 0.19}, "only 19% of the texts are distinct"),
         ({"cjk_fraction": 0.51}, "Chinese or Japanese"),
-        ({"num_documents": 19}, "19 documents are few"),
+        ({"num_documents": 19, "effective_documents": 19.0}, "19 documents are few"),
+        ({"num_documents": 80, "effective_documents": 19.4}, "80 documents (19.4 effective) are few"),
     ],
 )
 def test_warnings_past_a_threshold_name_the_cell_once(change: dict[str, Any], words: str) -> None:

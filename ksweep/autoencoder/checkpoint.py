@@ -372,11 +372,17 @@ def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, so
             return ()
         text = f"The activations come from {source}, whose weights are not those that the pair was trained over ({expected})."
         return (Note("base model", f"{text} It has the same architecture and sizes: a fine-tune?"),)
-    if av.base is not None and av.base == path.resolve():
-        return ()
     base = av.sidecar.base_checkpoint or "the pair's base model"
+    if (av.base is not None and av.base == path.resolve()) or _is_named_in(base, path):
+        return ()
     text = f"Whether the activations' model {source} is {base} cannot be told: it has the same architecture and sizes."
     return (Note("base model", text),)
+
+
+def _is_named_in(hub_id: str, path: Path) -> bool:
+    """Whether a directory is named after a model: .../Qwen2.5-7B-Instruct, .../models--Qwen--Qwen2.5-7B-Instruct/snapshots/..."""
+    name = hub_id.partition("@")[0].rpartition("/")[2].lower()
+    return any(part.lower().rpartition("--")[2] == name for part in path.absolute().parts)
 
 
 def check_same_architecture(av: CheckpointInfo, directory: Path, source: str) -> None:

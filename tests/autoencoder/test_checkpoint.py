@@ -377,6 +377,13 @@ def test_check_pair_notes_that_the_activations_are_of_another_model_by_name(tmp_
     )
 
 
+@pytest.mark.parametrize("place", ["Qwen2-text-base", "hub/models--tiny-fixture--qwen2-text-base/snapshots/0123"])
+def test_check_pair_believes_a_directory_that_is_named_after_the_base(tmp_path: Path, place: str) -> None:
+    av, ar = fixture_pair(tmp_path)
+    model = shutil.copytree(FIXTURES / "qwen2_text" / "base", tmp_path / place)
+    assert checked(av, ar, activations_base=str(model)) == ()
+
+
 def test_check_pair_compares_a_directory_by_its_config(tmp_path: Path) -> None:
     av, ar = fixture_pair(tmp_path)
     model = Path(shutil.copytree(FIXTURES / "qwen2_text" / "base", tmp_path / "fine-tune"))
