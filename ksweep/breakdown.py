@@ -40,9 +40,8 @@ def break_down(
     kept = kept_ks(ks)
     errors = draws["error"].to_numpy().reshape(len(known), -1)
     best = stats.best_errors(errors, kept, scoring.selection, scoring.failed_error)
-    distances = np.full(len(best), baseline.value) if baseline.distances is None else baseline.distances
     return Breakdown(
-        activations=_activations(best, kept, distances, np.isnan(errors).sum(axis=1), known),
+        activations=_activations(best, kept, baseline.parts(len(best)), np.isnan(errors).sum(axis=1), known),
         metrics=[row for by in (None, *evaluated.GROUPINGS) for row in group_rows(errors, known, baseline, scoring, kept, by)],
         examples=_examples(draws, errors, known, windows),
     )

@@ -143,7 +143,7 @@ class MeasuredCell:
     kind: stats.ScoringKind
     registry: Path
     vector_cache: Path | None = field(default=None, repr=False)
-    """Where distances are computed from for runs of before they were kept in the registry."""
+    """Where distances are computed from for runs that predate keeping them in the registry."""
 
     @cached_property
     def draws(self) -> pa.Table:
@@ -215,13 +215,13 @@ def load_cells(registry: Path | str, names: Sequence[str] = (), *, vector_cache:
     return [replace(cell, label=label) for cell, label in zip(cells, labels, strict=True)]
 
 
-def compare(cells: Sequence[MeasuredCell], reference: str | None = None, *, level: float = 0.95) -> pa.Table:
+def compare(cells: Sequence[MeasuredCell], reference: str | None = None, *, level: float | None = None) -> pa.Table:
     """Paired differences of every two cells, or of each cell from `reference` (a label, cell or run id); COMPARISON_SCHEMA.
 
-    Over the activations that both have, with the replicates of the curves (seed and number of the first cell's scoring).
+    Over the activations that both have, with the replicates of their curves. `level`: None takes the cells' own.
 
     Raises:
-        RequestError: cells over different activations, or whose FVEs do not mean the same.
+        RequestError: cells over different activations, whose FVEs do not mean the same, or that were not resampled alike.
     """
     if reference is None:
         pairs = list(itertools.combinations(cells, 2))
@@ -230,16 +230,17 @@ def compare(cells: Sequence[MeasuredCell], reference: str | None = None, *, leve
         pairs = [(cell, base) for cell in cells if cell is not base]
     if not pairs:
         raise RequestError(f"a comparison needs two cells; there is {', '.join(c.label for c in cells) or 'none'}")
-    memory: dict[Any, stats.FveCurve] = {}
+    level, memory = _level(cells, level), dict[Any, stats.FveCurve]()
     return pa.Table.from_pylist([row for a, b in pairs for row in _pair(a, b, level, memory)], schema=COMPARISON_SCHEMA)
 
 
-def best_held_out(cells: Sequence[MeasuredCell], ks: Sequence[int] | None = None, *, level: float = 0.95) -> pa.Table:
+def best_held_out(cells: Sequence[MeasuredCell], ks: Sequence[int] | None = None, *, level: float | None = None) -> pa.Table:
     """Which cell is best at each K, and what that is worth on documents it was not chosen on; BEST_SCHEMA.
 
-    Cells with fewer than K draws take no part at that K. `ks`: by default 1, 2, 4, ... that two cells have.
+    Cells with fewer than K draws take no part at that K. `ks`: by default 1, 2, 4, ... that two cells have. `level`: None takes
+    the cells' own.
     """
-    shared = common_ground(cells)
+    shared, level = common_ground(cells), _level(cells, level)
     n, documents = shared.num_activations, cells[0].documents[: shared.num_activations]
     if len(set(documents)) < 2:
         raise RequestError("all activations are of one document: there is no half to choose on and half to measure on")
@@ -368,15 +369,28 @@ def _refuse_unlike(a: MeasuredCell, b: MeasuredCell) -> None:
         )
     if a.kind != b.kind:
         raise RequestError(
-            f"{a.label} has {a.kind} errors and {b.label} {b.kind} ones: their FVEs are of different things; no difference"
+            f"{a.label} has {a.kind} errors and {b.label} {b.kind} ones: their FVEs measure different things and cannot be "
+            "subtracted"
         )
-    for name in ("baseline", "failed_error", "selection"):
+    for name in ("baseline", "failed_error", "selection", "seed", "num_replicates"):
         one, other = (_scoring(cell, name) for cell in (a, b))
         if one != other:
+            why = "their FVEs do not mean the same" if name in MEANING else "they do not share their bootstrap replicates"
             raise RequestError(
-                f"{a.label} has scoring.{name}={one} and {b.label} {other}: their FVEs do not mean the same. Run the sweep of "
-                "one of them again with the other's; stored draws are used, only the statistics are computed anew"
+                f"{a.label} has scoring.{name}={one} and {b.label} {other}: {why}. Run the sweep of one of them again with the "
+                "other's; stored draws are used, only the statistics are computed anew"
             )
+
+
+MEANING = ("baseline", "failed_error", "selection")
+"""Fields of the scoring that change what an FVE is; seed and number of replicates change its interval alone."""
+
+
+def _level(cells: Sequence[MeasuredCell], level: float | None) -> float:
+    levels = sorted({cell.scoring.level for cell in cells}) if level is None else [level]
+    if len(levels) > 1:
+        raise RequestError(f"the cells have intervals of {' and '.join(f'{x:.0%}' for x in levels)}: name one level")
+    return levels[0]
 
 
 def _scoring(cell: MeasuredCell, name: str) -> str:

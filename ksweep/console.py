@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,32 +56,23 @@ def ago_text(seconds: float) -> str:
     return f"{seconds / 86_400:.0f}d"
 
 
-def interval_text(
-    row: Mapping[str, Any], low: str = "fve_low", high: str = "fve_high", *, decimals: int | None = None, sign: str = ""
-) -> str:
-    """ "[0.48, 0.57]": an interval with the decimals that hold, or those given; empty where it is not known."""
+def interval_text(row: Mapping[str, Any], low: str = "fve_low", high: str = "fve_high", *, sign: str = "") -> str:
+    """ "[0.48, 0.57]": an interval with the decimals that hold; empty where it is not known."""
     if row.get(low) is None or row.get(high) is None:
         return ""
-    form = f"{sign}.{decimals_of_intervals([row], low, high) if decimals is None else decimals}f"
+    form = f"{sign}z.{decimals_of_interval(row, low, high)}f"  # z: no -0.00
     return f"[{row[low]:{form}}, {row[high]:{form}}]"
 
 
-def decimals_of_intervals(rows: Iterable[Mapping[str, Any]], low: str = "fve_low", high: str = "fve_high") -> int:
-    """Decimals that hold for all these intervals: another seed of the bootstrap changes the last one by at most one."""
+def decimals_of_interval(row: Mapping[str, Any], low: str = "fve_low", high: str = "fve_high") -> int:
+    """Decimals that hold for the ends of an interval: another seed of the bootstrap changes the last one by at most one."""
     from ksweep.stats.bootstrap import interval_decimals
 
-    known = [row for row in rows if row.get(low) is not None and row.get(high) is not None]
-    return min(
-        (
-            interval_decimals(row[low], row[high], row.get("num_replicates") or USUAL_REPLICATES, row.get("level") or 0.95)
-            for row in known
-        ),
-        default=3,
-    )
+    return interval_decimals(row[low], row[high], row.get("num_replicates") or USUAL_REPLICATES, row.get("level") or 0.95)
 
 
 def effective_text(num_documents: int | None, effective_documents: float | None) -> str:
-    """ " (26.3 effective)" behind a number of documents of uneven sizes; nothing where they are even or it is not known."""
+    """ " (26.3 effective)" behind a number of documents of uneven sizes; nothing where sizes are equal or it is not known."""
     if num_documents is None or effective_documents is None or f"{effective_documents:.1f}" == f"{num_documents:.1f}":
         return ""
     return f" ({effective_documents:.1f} effective)"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksweep.compare import compare, load_cells
+from ksweep.compare import common_ground, compare, load_cells
+from ksweep.console import effective_text
 from ksweep.errors import RequestError
 from ksweep.registry.landing import Landed, read
 from ksweep.registry.questions import run_named
@@ -30,12 +31,15 @@ class Numbers:
     rows: list[Row]
     """k, a, b, difference; low and high are None where nothing is paired."""
     note: str
+    level: float | None = None
     refused: bool = False
     """Whether the two FVEs must not be subtracted: `rows` is empty then."""
 
 
-def diff(root: Path, first: str, second: str, level: float = 0.95) -> Row:
+def diff(root: Path, first: str, second: str, level: float | None = None) -> Row:
     """What differs between two runs: in the spec, in where they ran, in the counts, and the paired differences of their FVE.
+
+    `level`: of the intervals; None takes the runs' own.
 
     Raises:
         RequestError: a name that nothing has.
@@ -59,7 +63,7 @@ def diff(root: Path, first: str, second: str, level: float = 0.95) -> Row:
         "numbers": numbers.rows,
         "note": numbers.note,
         "refused": numbers.refused,
-        "level": level,
+        "level": numbers.level,
     }
 
 
@@ -83,32 +87,33 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _numbers(root: Path, a: Landed, b: Landed, level: float) -> Numbers:
+def _numbers(root: Path, a: Landed, b: Landed, level: float | None) -> Numbers:
     """FVE of a less FVE of b at every K that both have."""
-    if a.record.run_id == b.record.run_id:
+    runs = [a.record.run_id, b.record.run_id]
+    if runs[0] == runs[1]:
         return Numbers(rows=[], note="both names are of one run: there is no difference")
     if lacking := [run.record.run_id for run in (a, b) if run.curve is None]:
         return Numbers(rows=[], note=f"no FVE to compare: {', '.join(lacking)} did not finish")
     if lacking := [run.record.run_id for run in (a, b) if run.record.draws_key is None]:
-        return Numbers(rows=_side_by_side(a, b), note=f"no paired interval: no draws are kept of {', '.join(lacking)}")
-    cells = load_cells(root, [a.record.run_id, b.record.run_id])
+        note = f"not subtracted: {', '.join(lacking)} has no draws here, so whether both are over the same activations is unknown"
+        return Numbers(rows=[row | {"difference": None} for row in _side_by_side(a, b)], note=note)
+    cells = load_cells(root, runs)
     try:
-        for cell in cells:
-            cell.draws  # noqa: B018 - read now, so that what is missing is told from what is refused
-    except RequestError as error:
-        return Numbers(rows=_side_by_side(a, b), note=f"no paired interval: {error}")
-    try:
-        table = compare(cells, reference=b.record.run_id, level=level).to_pylist()
+        common_ground(cells)
     except RequestError as error:
         return Numbers(rows=[], note=str(error), refused=True)
+    try:
+        table = compare(cells, reference=runs[1], level=level).to_pylist()
+    except RequestError as error:  # draws that are missing, levels that differ
+        return Numbers(rows=_side_by_side(a, b), note=f"no paired interval: {error}")
     rows = [
         {
             "k": row["k"], "a": row["fve"], "b": row["other_fve"], "difference": row["difference"],
-            "low": row["difference_low"], "high": row["difference_high"],
+            "low": row["difference_low"], "high": row["difference_high"], "num_replicates": cells[0].scoring.num_replicates,
         }
         for row in table if row["k"] is not None
     ]  # fmt: skip
-    return Numbers(rows=rows, note=_note(table[0], a, b, level))
+    return Numbers(rows=rows, note=_note(table[0], a, b), level=table[0]["level"])
 
 
 def _side_by_side(a: Landed, b: Landed) -> list[Row]:
@@ -120,13 +125,13 @@ def _side_by_side(a: Landed, b: Landed) -> list[Row]:
     ]
 
 
-def _note(row: Row, a: Landed, b: Landed, level: float) -> str:
+def _note(row: Row, a: Landed, b: Landed) -> str:
     """Over what the two were paired."""
     sizes = {run.record.num_activations for run in (a, b)}
     some = "" if sizes == {row["num_activations"]} else f" (of {a.record.num_activations} and {b.record.num_activations})"
     note = (
-        f"paired over the {row['num_activations']} activations{some} of {row['num_documents']} documents "
-        f"({row['effective_documents']:.1f} effective) that both have: {level:.0%} bootstrap over documents; "
-        f"baseline {row['baseline']:.4f} ({row['baseline_kind']})"
+        f"paired over the {row['num_activations']} activations{some} that both runs share ({row['num_documents']} documents"
+        f"{effective_text(row['num_documents'], row['effective_documents']).replace(' (', ', ').rstrip(')')}); "
+        f"{row['level']:.0%} bootstrap intervals over documents; baseline {row['baseline']:.4f} ({row['baseline_kind']})"
     )
     return note if row["note"] is None else f"{note}; {row['note']}"

@@ -43,12 +43,14 @@ SCHEMA = pa.schema(
         ("between_in_role", pa.float64()),
         ("between_in_position", pa.float64()),
         ("between_in_norm", pa.float64()),
-    ]
+    ],
+    metadata={"version": "2"},
 )
 """What each of the first `num_activations` adds to a baseline, in the space where `scoring` (normalised or raw) takes
 differences; the mean of a column is the baseline's value. `distance`: squared distance per dimension from the mean. `between`:
 its part of the baseline between documents (stats.between_documents_baseline). `..._in_...`: the same within the activation's own
-group; null where the group is not known or, between documents, has one document."""
+group; null where the group is not known or, between documents, has one document. The version is raised when a column changes
+its meaning: a file of another one is written anew by the next run."""
 
 GROUPINGS = {"role": "role", "position": "position_bucket", "norm": "norm_quarter"}
 """What activations are grouped by, and the column that says so."""
@@ -62,7 +64,7 @@ BUCKET_STARTS = (0, 32, 64, 128, 256, 512, 1024)
 def describe(registry: Path, vectors: ActivationTable, kind: stats.ScoringKind) -> pa.Table:
     """What is known of these activations, kept for later readers unless it is there already."""
     kept = read(registry, vectors.key, kind, len(vectors))
-    if kept is not None and kept.schema.names == SCHEMA.names:  # an earlier version kept fewer columns
+    if kept is not None and (kept.schema.metadata or {}).get(b"version") == SCHEMA.metadata[b"version"]:
         return kept
     table, sink = table_of(vectors, kind), pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)

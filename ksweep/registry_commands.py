@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from ksweep.console import bytes_text, columns, console, decimals_of_intervals
+from ksweep.console import bytes_text, columns, console, decimals_of_interval
 from ksweep.errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ SHOWN_RUN = (
 )  # fmt: skip
 CURVE = ("k", "fve", "fve_low", "fve_high", "shuffled_fve", "error", "cosine", "failure_rate", "fve_over_successes")
 GROUPS = ("breakdown", "part", "against", "k", "fve", "fve_low", "fve_high", "baseline", "error", "median_error", "worst_share",
-          "failure_rate", "num_activations", "num_documents")  # fmt: skip
+          "failure_rate", "num_activations", "num_documents", "effective_documents")  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -134,11 +134,14 @@ def show(
         console().print(Text(f"{facts['error_type']}: {facts['error_message']}"))
         for words in facts["tracebacks"]:
             console().print(Text(words))
-    _section("curve: best of K draws, oracle selection by the AR", [{n: row[n] for n in CURVE} for row in _few(told["curve"])])
+    scoring = told["spec"].get("scoring") or {}
+    about = {name: scoring.get(name) for name in ("level", "num_replicates")}
+    curve = [{name: row[name] for name in CURVE} for row in _few(told["curve"])]
+    _section("curve: best of K draws, oracle selection by the AR", curve, about)
     _section("controls", told["controls"])
     _section("failed draws by cause", _failures(facts))
     groups = [{name: row[name] for name in GROUPS} for row in told["groups"]]
-    _section("groups at the largest K, against the baseline of all activations (overall) and against their own (own)", groups)
+    _section("groups at the largest K, against two baselines: of all activations (overall), of the group's (own)", groups, about)
     _print_examples(told["examples"])
 
 
@@ -182,13 +185,13 @@ def diff(
     a: Annotated[str, typer.Argument(help="Run, cell, label, or sweep of one cell; the beginning of a run id or key will do.")],
     b: Annotated[str, typer.Argument(help="The one that is taken off.")],
     registry: Registry = Path("registry"),
-    level: Annotated[float, typer.Option(help="Coverage of the interval.")] = 0.95,
+    level: Annotated[float | None, typer.Option(help="Coverage of the intervals; by default that of the runs.")] = None,
     as_json: Json = False,
 ) -> None:
     """What differs between two runs: spec, where they ran, counts, and FVE at each K with a paired interval."""
     from ksweep.diff import diff as differences
 
-    if not 0 < level < 1:
+    if level is not None and not 0 < level < 1:
         raise RequestError(f"--level {level} is no coverage: give a number between 0 and 1, such as 0.95")
     found = differences(registry, a, b, level)
     if as_json:
@@ -206,8 +209,10 @@ def diff(
             out.print(Text(f"{title}: nothing differs"))
     if found["refused"]:
         raise RequestError(found["note"])
-    rows = [row | {"clear": _clear(row), "level": level} for row in _few(found["numbers"])]
-    _section("FVE: a less b", rows)
+    shown = ("k", "a", "b", "difference", "low", "high")
+    rows = [{name: row[name] for name in shown} | {"clear": _clear(row)} for row in _few(found["numbers"])]
+    about = {"level": found["level"], "num_replicates": next((row.get("num_replicates") for row in found["numbers"]), None)}
+    _section("FVE: a less b", rows, about)
     out.print(Text(found["note"]))
 
 
@@ -240,13 +245,14 @@ def doctor(
 # Rows on the terminal
 
 
-def _section(title: str, rows: Sequence[Row]) -> None:
+def _section(title: str, rows: Sequence[Row], about: Row | None = None) -> None:
     if rows:
         console().print(Text(f"\n{title}"))
-        _print_rows(rows, as_json=False)
+        _print_rows(rows, as_json=False, about=about)
 
 
-def _print_rows(rows: Sequence[Row], as_json: bool, names: Iterable[str] | None = None) -> None:
+def _print_rows(rows: Sequence[Row], as_json: bool, names: Iterable[str] | None = None, about: Row | None = None) -> None:
+    """`about`: level and num_replicates of all intervals, where the rows do not say them."""
     if as_json:
         for row in rows:
             print(json.dumps(_jsonable(row)))
@@ -255,19 +261,19 @@ def _print_rows(rows: Sequence[Row], as_json: bool, names: Iterable[str] | None 
     table = columns(out, show_header=not names_are_blank(rows))
     for name in names if names is not None else dict.fromkeys(name for row in rows for name in row):
         table.add_column(Text(name), overflow="fold")
-    decimals = _decimals_that_hold(rows)
     for row in rows:
+        decimals = _decimals_that_hold(row | (about or {}))
         table.add_row(*(Text(_cell(value, decimals.get(name, 4))) for name, value in row.items()))
     out.print(table)
 
 
-def _decimals_that_hold(rows: Sequence[Row]) -> dict[str, int]:
-    """Of columns with ends of intervals (fve_low and fve_high, low and high) the decimals that another seed leaves alone."""
+def _decimals_that_hold(row: Row) -> dict[str, int]:
+    """Of columns with the ends of an interval (fve_low and fve_high, low and high) the decimals that hold for this row."""
     found: dict[str, int] = {}
-    for low in (name for name in dict.fromkeys(name for row in rows for name in row) if name.endswith("low")):
+    for low in row:
         high = f"{low.removesuffix('low')}high"
-        decimals = decimals_of_intervals(rows, low, high)
-        found |= {low: decimals, high: decimals}
+        if (low == "low" or low.endswith("_low")) and all(isinstance(row.get(name), float) for name in (low, high)):
+            found |= dict.fromkeys((low, high), decimals_of_interval(row, low, high))
     return found
 
 
@@ -285,7 +291,7 @@ def _cell(value: Any, decimals: int = 4) -> str:
         return ""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_cell, value))
-    return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+    return f"{value:z.{decimals}f}" if isinstance(value, float) else str(value)
 
 
 def _jsonable(value: Any) -> Any:

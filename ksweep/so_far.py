@@ -22,7 +22,7 @@ REPLICATES = 200
 class FveSoFar:
     """Mean errors of the activations that this rank has finished, and the FVE at K = 1 that they come to."""
 
-    failed_error: float
+    asked: Scoring
     baseline: stats.Baseline | None = None
     errors: list[np.ndarray] = field(default_factory=list)
     documents: list[np.ndarray] = field(default_factory=list)
@@ -33,7 +33,7 @@ class FveSoFar:
         """A unit: [draw] errors (NaN: failed), the row of each within the unit, the document of each row."""
         if self.baseline is None:
             return
-        filled = np.where(np.isnan(errors), self.failed_error, errors)
+        filled = np.where(np.isnan(errors), self.asked.failed_error, errors)
         counts = np.bincount(owners, minlength=len(documents))
         sums = np.bincount(owners, weights=filled, minlength=len(documents))
         self.errors.append(sums[counts > 0] / counts[counts > 0])
@@ -44,7 +44,9 @@ class FveSoFar:
         errors, documents = np.concatenate(self.errors), np.concatenate(self.documents)
         if len(errors) < 2:
             return {}
-        curve = stats.fve_curve(errors[:, None], documents, baseline, ks=(1,), num_replicates=REPLICATES)
+        curve = stats.fve_curve(
+            errors[:, None], documents, baseline, ks=(1,), num_replicates=REPLICATES, seed=self.asked.seed, level=self.asked.level
+        )
         found = {"fve": curve.fve[0], "fve_low": curve.fve_low[0], "fve_high": curve.fve_high[0]}
         return {name: float(value) for name, value in found.items()} if np.isfinite(list(found.values())).all() else {}
 
@@ -56,6 +58,7 @@ def start(vectors: np.ndarray, documents: np.ndarray, kind: ScoringKind, scoring
         if value is None:
             value = stats.measured_baseline(scoring.baseline_kind, vectors, documents, kind).value
     except ValueError:
-        return FveSoFar(scoring.failed_error)
+        return FveSoFar(scoring)
     # Taken as known: its own spread would have to be resampled with the documents that are still to come.
-    return FveSoFar(scoring.failed_error, stats.Baseline(value=value, kind="stated constant", num_activations=None, scoring=kind))
+    known = stats.Baseline(value=value, kind="stated constant", num_activations=None, scoring=kind)
+    return FveSoFar(scoring, known)

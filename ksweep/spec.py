@@ -258,10 +258,10 @@ class Cell:
                 f"Raise sampling.num_draws to {max(ks)} or leave out the larger K."
             )
         baseline = self.scoring.stated_baseline
-        if self.autoencoder.scoring_kind == "normalised" and baseline is not None and baseline > 1:
+        if self.autoencoder.scoring_kind == "normalised" and baseline is not None and baseline > 2:
             raise SpecError(
-                f"scoring.baseline={baseline!r} must lie in (0, 1] (it is 1 - R^2 of vectors scaled to norm sqrt(d)), or be None "
-                "to measure it; only a checkpoint is scored on raw vectors"
+                f"scoring.baseline={baseline!r} must lie in (0, 2] (of vectors scaled to norm sqrt(d)), or be None to measure "
+                "it; only a checkpoint is scored on raw vectors"
             )
         self._check_reference()
         if self.activations.num_activations < 2 and baseline is None:

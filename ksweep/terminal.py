@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ksweep.console import baseline_text, columns, console, decimals_of_intervals, duration_text, effective_text, interval_text
+from ksweep.console import baseline_text, columns, console, duration_text, effective_text, interval_text
 from ksweep.console import bytes_text as bytes_text
 from ksweep.keys import Keys
 from ksweep.launch import slurm
@@ -199,7 +199,6 @@ def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
         table.add_column(f"K={k}", justify="right", no_wrap=True)
     for name in (f"shuffled{chr(10) if out.is_terminal else ' '}K={ks[-1]}", "failed", "tokens/s")[: 3 if wide else 1]:
         table.add_column(name, justify="right", no_wrap=True)
-    decimals = decimals_of_intervals(row for row in rows if row["k"] in shown)
     for label in dict.fromkeys(r["label"] for r in rows):
         mine = {r["k"]: r for r in rows if r["label"] == label}
         last = mine[max(mine)]
@@ -208,7 +207,7 @@ def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
             _number(last["failure_rate"], ".1%"),
             _number(last["tokens_per_second"], ",.0f"),
         ]
-        table.add_row(Text(label), *(_fve(mine.get(k), decimals) for k in shown), *beside_it[: 3 if wide else 1])
+        table.add_row(Text(label), *(_fve(mine.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
     return table
 
 
@@ -294,8 +293,8 @@ def _controls_line(controls: pa.Table) -> str:
     return "controls: " + ", ".join(words)
 
 
-def _fve(row: dict[str, Any] | None, decimals: int) -> str:
-    return "" if row is None else f"{row['fve']:.3f}\n{interval_text(row, decimals=decimals)}".rstrip()
+def _fve(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['fve']:.3f}\n{interval_text(row)}".rstrip()
 
 
 def _number(value: float | None, form: str) -> str:

@@ -84,7 +84,7 @@ def test_a_long_reason_takes_no_room_from_the_other_columns(registry: Path) -> N
 
 def test_a_wide_terminal_shows_counts_rate_and_interval(registry: Path) -> None:
     text = "\n".join(printed(lines([running(registry)]), 180))
-    assert "5/10" in text and "[0.490, 0.530] so far (K=1)" in text
+    assert "5/10" in text and "[0.49, 0.53] so far (K=1)" in text
 
 
 def test_a_job_of_several_cells_shows_the_one_it_is_at(registry: Path) -> None:

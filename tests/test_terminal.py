@@ -40,8 +40,8 @@ def curves(*labels: str, num_draws: int = 64, **changes: Any) -> pa.Table:
     plain = {
         "fve_low": -0.234, "fve_high": -0.123, "level": 0.95, "shuffled_fve": -0.512, "failure_rate": 0.2, "cut_off_rate": 0.1,
         "tokens_per_second": 12345.0, "num_draws": num_draws, "distinct_text_fraction": 0.2, "cjk_fraction": 0.5,
-        "num_documents": 20, "effective_documents": 20.0, "num_activations": 1000, "baseline": 0.7335, "baseline_kind": "evaluated set",
-        "temperature": 1.0,
+        "num_documents": 20, "effective_documents": 20.0, "num_activations": 1000, "baseline": 0.7335,
+        "baseline_kind": "evaluated set", "temperature": 1.0,
     }  # fmt: skip
     rows = [
         plain | {"label": label, "k": k, "fve": -0.187 + k / 1000} | changes for label in labels for k in range(1, num_draws + 1)

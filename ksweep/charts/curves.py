@@ -34,7 +34,7 @@ from ksweep.charts.style import (
     value_of,
     without_temperature,
 )
-from ksweep.console import decimals_of_intervals
+from ksweep.console import interval_text
 from ksweep.errors import RequestError
 
 CURVES = f"""
@@ -75,6 +75,7 @@ def fve_by_k(
     """
     rows = rows_of(table_of(source, CURVES, sweep), ("label", "k", "fve", *([axis] if axis != "k" else [])), _USED)
     refuse_ties(rows, "label", "k")
+    rows = [r | {"interval": interval_text(r)} for r in rows]
     shuffled = [r for r in rows if r.get("shuffled_fve") is not None]
     colouring = colour(labels_of(rows), colours)
     near = not shuffled or _near(rows)
@@ -106,6 +107,7 @@ def fve_by_temperature(
     # It has error bars of single K: a band over K is not for it, and is not to be spoken of.
     nothing = {"band_low": None, "band_high": None}
     rows = [{**r, **nothing, "group": without_temperature(r["label"]), "few": _few(r)} for r in rows if r["k"] in chosen]
+    rows = [r | {"interval": interval_text(r)} for r in rows]
     if not rows:
         raise RequestError(f"no row of the table has a temperature and one of K = {list(chosen)}; name others with ks=")
     _refuse_ties(rows)
@@ -145,8 +147,12 @@ def compare(
     base = _reference(table, names) if reference is None else reference
     if base not in names:
         raise RequestError(f"no cell is called {base!r}; the reference is one of {', '.join(names)}")
-    rows = [_turned(r, base) for r in table if base in (r["label"], r["other_label"])]
-    rows = list({(r["label"], r["k"]): r for r in rows}.values())  # v_compare has every pair in both orders
+    rows = [r for r in table if base in (r["label"], r["other_label"])]
+    mirrored = {(r["label"], r["other_label"], r["k"]) for r in rows}
+    # v_compare has every pair in both orders: one of the two is turned round.
+    rows = [r for r in rows if r["other_label"] == base or (r["other_label"], base, r["k"]) not in mirrored]
+    rows = [_turned(r, base) for r in rows]
+    refuse_ties(rows, "label", "k")
     rows.sort(key=lambda r: (natural(r["label"]), r["k"]))
     left_out = [name for name in names if name not in {base, *labels_of(rows)}]
     colours = colours or palette(names)  # with the reference among them, as in the charts that show it
@@ -178,7 +184,8 @@ def _turned(row: dict[str, Any], base: str) -> dict[str, Any]:
             None if v is None else -v for v in (value, high, low, band_high, band_low)
         )  # fmt: skip
     label = row["other_label"] if row["label"] == base else row["label"]
-    return row | {"label": label, "fve": value, "fve_low": low, "fve_high": high, "band_low": band_low, "band_high": band_high}
+    turned = row | {"label": label, "fve": value, "fve_low": low, "fve_high": high, "band_low": band_low, "band_high": band_high}
+    return turned | {"interval": interval_text(turned)}
 
 
 # Rows
@@ -191,7 +198,7 @@ _USED = (
 )  # fmt: skip
 _COMPARED = (
     "label", "other_label", "k", "difference", "difference_low", "difference_high", "band_low", "band_high", "level",
-    "few_subsets", "num_activations", "num_documents", "effective_documents", "baseline", "baseline_kind",
+    "num_replicates", "few_subsets", "num_activations", "num_documents", "effective_documents", "baseline", "baseline_kind",
 )  # fmt: skip
 
 
@@ -292,7 +299,7 @@ def _curves(
             area = base.mark_area(opacity=strength * opacity)
             layers.append(area.encode(x, alt.Y("fve_low:Q", title=value), alt.Y2("fve_high"), colour))
             line = base.mark_line(strokeWidth=2, opacity=opacity)
-            layers.append(line.encode(x, y, colour, dashes, tooltip=_tooltip(rows)))
+            layers.append(line.encode(x, y, colour, dashes, tooltip=_tooltip()))
     layers += _points(rows, x, y, colour, value)
     return alt.layer(*layers)
 
@@ -331,7 +338,7 @@ def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color, value: str) -> li
     single = [r for r in rows if num_ks[r["label"]] == 1]
     dots = [r for r in rows if num_ks[r["label"]] > 1 and (_is_power_of_two(r["k"]) or r["k"] == last[r["label"]])]
     layers = [
-        alt.Chart(data(some)).mark_point(filled=True, size=34, opacity=opacity).encode(x, y, colour, tooltip=_tooltip(rows))
+        alt.Chart(data(some)).mark_point(filled=True, size=34, opacity=opacity).encode(x, y, colour, tooltip=_tooltip())
         for some, opacity in ((_in_full(dots), 1), ([r for r in dots if _few(r)], LIGHT))
         if some or opacity == 1
     ]
@@ -339,7 +346,7 @@ def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color, value: str) -> li
         alone = alt.Chart(data(single))
         layers.append(alone.mark_rule(strokeWidth=2).encode(x, alt.Y("fve_low:Q", title=value), alt.Y2("fve_high"), colour))
         diamonds = alone.mark_point(filled=True, shape="diamond", size=110, opacity=1, stroke="white", strokeWidth=1)
-        layers.append(diamonds.encode(x, y, colour, tooltip=_tooltip(rows)))
+        layers.append(diamonds.encode(x, y, colour, tooltip=_tooltip()))
     return layers
 
 
@@ -384,14 +391,13 @@ def _temperature_lines(rows: Rows, colour: alt.Color) -> alt.LayerChart:
             tick = base.mark_tick(thickness=1.4, size=DODGE, orient="horizontal", xOffset=aside)
             layers.append(tick.encode(alt.Y(f"{end}:Q", title=FVE), colour))
         layers.append(base.mark_line(strokeWidth=2, xOffset=aside).encode(y, colour))
-        layers.append(base.mark_point(filled=True, size=44, xOffset=aside).encode(y, colour, tooltip=_tooltip(rows)))
+        layers.append(base.mark_point(filled=True, size=44, xOffset=aside).encode(y, colour, tooltip=_tooltip()))
     return alt.layer(*layers)
 
 
-def _tooltip(rows: Rows) -> list[Any]:
-    ends = f".{decimals_of_intervals(rows)}f"
-    numbers = [alt.Tooltip(f"{name}:Q", format=form) for name, form in (("fve", ".4f"), ("fve_low", ends), ("fve_high", ends))]
-    return [alt.Tooltip("label:N"), alt.Tooltip("k:Q", title="K"), *numbers]
+def _tooltip() -> list[Any]:
+    fve, interval = alt.Tooltip("fve:Q", format=".4f"), alt.Tooltip("interval:N")
+    return [alt.Tooltip("label:N"), alt.Tooltip("k:Q", title="K"), fve, interval]
 
 
 # Words

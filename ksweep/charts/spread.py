@@ -179,10 +179,14 @@ def _columns(table: Any, needed: Sequence[str]) -> dict[str, np.ndarray]:
     if missing := [name for name in needed if name not in table.column_names]:
         raise RequestError(f"the table lacks {', '.join(missing)}; the chart takes {', '.join(needed)}, a row for each")
     names = [name for name in (*needed, "activation") if name in table.column_names]
-    table = _named(table)
+    table = _named(table.select([name for name in table.column_names if name in {*names, *CELL_COLUMNS, "draw"}]))
     return {
         name: table[name].combine_chunks().dictionary_encode() if name == "label" else _numbers(table[name]) for name in names
     }
+
+
+CELL_COLUMNS = ("label", "sweep", "cell", "run_id")
+"""What tells of which cell and run a row is."""
 
 
 def _named(table: pa.Table) -> pa.Table:
@@ -191,11 +195,14 @@ def _named(table: pa.Table) -> pa.Table:
     Raises:
         RequestError: a draw that stands there twice under one label.
     """
-    columns = [name for name in ("label", "sweep", "cell", "run_id") if name in table.column_names]
-    cells = table.select(columns).group_by(columns).aggregate([])
-    if len(set(cells["label"].to_pylist())) < len(cells):
-        cells = cells.append_column("name", pa.array(told_apart(cells.to_pylist()), pa.string()))
-        table = table.join(cells, columns).drop_columns("label").rename_columns({"name": "label"})
+    columns = [name for name in CELL_COLUMNS if name in table.column_names]
+    cells = table.select(columns).group_by(columns).aggregate([]).to_pylist()
+    if len({cell["label"] for cell in cells}) < len(cells):
+        # A join would not match what is null, such as the sweep of imported rows.
+        names = dict(zip((tuple(cell.values()) for cell in cells), told_apart(cells), strict=True))
+        keys = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        labels = pa.array([names[key] for key in keys], pa.string())
+        table = table.set_column(table.column_names.index("label"), "label", labels)
     draws = [name for name in ("label", "activation", "draw") if name in table.column_names]
     if len(draws) == 3 and len(again := table.group_by(draws).aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)):
         refuse_ties([row for row in again.slice(0, 1).to_pylist() for _ in range(2)], *draws)

@@ -145,7 +145,7 @@ def refuse_ties(rows: Rows, *columns: str) -> None:
         if point in seen:
             where = "".join(f", {name} = {value}" for name, value in zip(columns[1:], point[1:], strict=True))
             raise RequestError(
-                f"two rows of the table are of {row['label']!r}{where}: a mark for both would mean nothing. Give each cell a "
+                f"two rows of the table are of {row['label']!r}{where}: one mark cannot stand for both. Give each cell a "
                 "label of its own, keep the columns cell and run_id, which tell them apart, or pass the rows of one of them"
             )
         seen.add(point)

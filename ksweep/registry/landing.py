@@ -284,7 +284,7 @@ ACTIVATIONS_SCHEMA = pa.schema(
         pa.field("errors", pa.list_(pa.float64())),
     ]
 )
-"""One row per activation: what paired comparisons are made from. A view reads them where they lie; see view activations."""
+"""One row per activation. A view reads them where they lie; see view activations."""
 
 NORMS_SCHEMA = pa.schema([pa.field("activation", pa.int64(), nullable=False), pa.field("norm", pa.float64())])
 """Length of each activation of a checkpoint's run: what the reference's JSON has as activation_norms. Not in the database."""

@@ -5,8 +5,8 @@
     import_files(registry, paths)             -> lands them; a file that has landed before is left alone
 
 The number of an old curve is `variance_recovery` (blind to a constant bias) unless `mse_variance_recovery` is asked for, which is
-our FVE of raw errors but for a factor (N - 1)/N. It stands in the column `fve`, so that old and new curves share a chart, and
-`metric` tells them apart.
+our FVE of raw errors with scoring.baseline=distance_from_mean but for a factor (N - 1)/N. It stands in the column `fve`, so
+that old and new curves share a chart, and `metric` tells them apart.
 """
 
 from __future__ import annotations

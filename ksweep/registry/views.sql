@@ -2,9 +2,10 @@
 -- A column without a comment here has the name and the meaning of a column of schema.sql, and gets its comment from there.
 
 CREATE VIEW v_latest AS
+-- The same draws under the same spec are the same cell, whichever version of the statistics its key was made with.
 SELECT * FROM runs WHERE status = 'finished'
-QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1;
-COMMENT ON VIEW v_latest IS 'The newest finished run of each cell.';
+QUALIFY row_number() OVER (PARTITION BY coalesce(draws_key || md5(spec), cell_key) ORDER BY finished DESC, run_id DESC) = 1;
+COMMENT ON VIEW v_latest IS 'The newest finished run of each cell. Runs that differ in the version of the statistics alone are of one cell.';
 
 CREATE VIEW curve_history AS
 SELECT runs.cell, runs.label, coalesce(c.metric, 'fve') AS metric, c.k, c.fve, c.fve_low, c.fve_high, c.band_low, c.band_high, c.level, c.error, c.cosine, c.shuffled_fve,
@@ -32,7 +33,7 @@ COMMENT ON VIEW controls IS 'One row per cell and control, of the newest finishe
 CREATE VIEW metrics AS
 SELECT runs.cell, runs.label, m.breakdown, m.part, m.place, m.against, m.k, m.fve, m.fve_low, m.fve_high, m.level, m.error,
        m.median_error, m.worst_share, m.baseline, m.baseline_kind, m.failure_rate, m.all_failed_rate, m.num_activations,
-       m.num_documents, m.effective_documents, runs.temperature, runs.sweep, runs.cell_key, m.run_id
+       m.num_documents, m.effective_documents, (runs.spec->>'$.scoring.num_replicates')::INTEGER AS num_replicates, runs.temperature, runs.sweep, runs.cell_key, m.run_id
 FROM run_metrics AS m JOIN v_latest AS runs USING (run_id);
 COMMENT ON VIEW metrics IS 'One row per cell, group of activations (by role, position, norm; all), baseline (against) and K, of the newest finished run of each cell.';
 
@@ -40,6 +41,7 @@ CREATE VIEW examples AS
 SELECT runs.cell, runs.label, e.rank, e.number, e.error, e.cosine, e.explanation, e.text, e.parse, e.context, e.activation, e.draw,
        e.document, e.position, runs.temperature, runs.sweep, runs.cell_key, e.run_id
 FROM run_examples AS e JOIN v_latest AS runs USING (run_id);
+COMMENT ON COLUMN metrics.num_replicates IS 'Bootstrap replicates behind the interval; NULL in imported runs.';
 COMMENT ON VIEW examples IS 'What the newest finished run of each cell said of the activations it is best, middling and worst at, beside the text.';
 
 CREATE VIEW cells AS
@@ -151,7 +153,7 @@ SELECT cell, other_cell, label, other_label, k, difference, interval_end(differe
        fve, other_fve, level, temperature, other_temperature, baseline, baseline_kind, num_activations, num_documents,
        effective_documents, num_replicates, sweep, other_sweep, run_id, other_run_id, activations_key
 FROM replicated;
-COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K (powers of two and the largest), of the newest finished runs. The same bootstrap over documents, and the same numbers, as ksweep.compare and `ksweep diff`; what both share (hard documents) cancels. Cells whose baseline, selection, failed_error, seed or level differ are not in it: their FVEs do not mean the same. Ask for cells by name: all pairs of a large registry are many.';
+COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K (powers of two and the largest), of the newest finished runs. The same bootstrap over documents, and the same numbers, as ksweep.compare and `ksweep diff`; what both share (hard documents) cancels. Cells whose baseline, selection, failed_error, seed or level differ are not in it: their FVEs do not mean the same; nor are runs landed before replicates were kept (`ksweep diff` compares those). Ask for cells by name: all pairs of a large registry are many.';
 COMMENT ON COLUMN v_compare.other_cell IS 'The cell that is taken off.';
 COMMENT ON COLUMN v_compare.other_label IS 'What tells the other cell from those of its sweep.';
 COMMENT ON COLUMN v_compare.difference IS 'fve - other_fve.';
@@ -175,7 +177,7 @@ SELECT cell, label, k, doubled_k, gain, interval_end(gain, quantiles, interval_r
        interval_end(gain, quantiles, interval_reach, 1) AS gain_high, level, fve, doubled_fve, shuffled_gain,
        temperature, sweep, cell_key, run_id
 FROM doubled;
-COMMENT ON VIEW v_gain IS 'What doubling K brings, paired within the cell: one row per cell and K whose double was measured too (powers of two).';
+COMMENT ON VIEW v_gain IS 'What doubling K brings, paired within the cell: one row per cell and K whose double was measured too (powers of two), of runs that keep their replicates.';
 COMMENT ON COLUMN v_gain.doubled_k IS 'Twice k.';
 COMMENT ON COLUMN v_gain.gain IS 'FVE at doubled_k less FVE at k.';
 COMMENT ON COLUMN v_gain.gain_low IS 'Lower end of the interval of gain: the bootstrap over documents of its cell.';
@@ -201,7 +203,7 @@ COMMENT ON COLUMN v_throughput.torch_version IS 'Version of torch.';
 CREATE VIEW activations AS
 SELECT parse_path(a.filename)[-2] AS run_id, a.activation, a.row_id, a.document, a.position, a.role, a.norm, a.distance, a.num_failed, a.ks, a.errors
 FROM read_parquet('ACTIVATIONS', union_by_name = false, filename = true) AS a;
-COMMENT ON VIEW activations IS 'One row per run and activation, straight from the landing files (a file a run: ask with run_id = ...): what paired comparisons are made from.';
+COMMENT ON VIEW activations IS 'One row per run and activation, straight from the landing files (a file a run: ask with run_id = ...).';
 COMMENT ON COLUMN activations.run_id IS 'Run that measured it.';
 COMMENT ON COLUMN activations.activation IS 'Index of the activation within its store, 0-based.';
 COMMENT ON COLUMN activations.row_id IS 'Row of text and position that the activation comes from.';
@@ -209,7 +211,7 @@ COMMENT ON COLUMN activations.document IS 'Document that the activation comes fr
 COMMENT ON COLUMN activations.position IS 'Token position of the activation in its row of text, 0-based.';
 COMMENT ON COLUMN activations.role IS 'Role of its token: user, assistant, system, special, other; NULL where no chat format is known.';
 COMMENT ON COLUMN activations.norm IS 'Length of the activation.';
-COMMENT ON COLUMN activations.distance IS 'What it adds to the baseline: squared distance of the (scaled) activation from the mean, per dimension; with a stated constant that constant.';
+COMMENT ON COLUMN activations.distance IS 'What it adds to the baseline of the run, whose value is their mean: its part of the distances between documents (may be negative), or its squared distance from the mean; with a stated constant that constant.';
 COMMENT ON COLUMN activations.num_failed IS 'Draws of it that failed.';
 COMMENT ON COLUMN activations.ks IS 'Values of K that errors is given for.';
 COMMENT ON COLUMN activations.errors IS 'Expected smallest error among K draws, for each K in ks.';
@@ -288,10 +290,11 @@ WITH siblings AS (
 )
 SELECT s.setting, c.k, c.temperature, c.fve, c.fve_low, c.fve_high,
        rank() OVER (PARTITION BY s.setting, c.k ORDER BY c.fve DESC) AS place,
-       c.shuffled_fve, c.num_activations, c.num_documents, c.baseline, c.baseline_kind,
+       c.shuffled_fve, c.num_activations, c.num_documents, c.effective_documents, c.baseline, c.baseline_kind, c.level, c.num_replicates,
        s.av, s.ar, s.checkpoint, s.model, c.layer, c.cell, c.label, c.sweep, c.run_id
 FROM curves AS c JOIN siblings AS s USING (run_id);
 COMMENT ON VIEW v_temperature IS 'FVE by temperature: cells that differ in nothing else share a setting. The best of several temperatures on the same activations is flattered by the choice (winner''s curse): look at the intervals.';
+COMMENT ON COLUMN v_temperature.num_replicates IS 'Bootstrap replicates behind the interval; NULL in imported runs.';
 COMMENT ON COLUMN v_temperature.setting IS 'Fingerprint of the spec without its temperature.';
 COMMENT ON COLUMN v_temperature.place IS 'Place of the temperature by FVE at this K within its setting, 1 is best.';
 

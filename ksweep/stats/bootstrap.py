@@ -286,8 +286,7 @@ def _replicate_fve(
     membership: Int[np.ndarray, " activation"],
     weights: Int[np.ndarray, "replicate document"],
 ) -> Float[np.ndarray, "replicate k"]:
-    distances = np.full(len(best), baseline.value) if baseline.distances is None else baseline.distances
-    sums = replicate_sums(np.column_stack([best, distances]), membership, weights)
+    sums = replicate_sums(np.column_stack([best, baseline.parts(len(best))]), membership, weights)
     return fve_replicates(sums[:, :-1], sums[:, -1])
 
 

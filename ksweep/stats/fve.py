@@ -56,6 +56,10 @@ class Baseline:
     """Each evaluated activation's own part, with mean `value`; a stated constant has none. A document drawn w times counts its
     parts w times: then sum(w * distances) / sum(w) is the baseline of the resampled documents, exactly or to first order."""
 
+    def parts(self, num_activations: int) -> Float[np.ndarray, " activation"]:
+        """The distances; of a stated constant that constant for each activation."""
+        return np.full(num_activations, self.value) if self.distances is None else self.distances
+
 
 def unit_scaled(vectors: Float[np.ndarray, "*rows d"]) -> Float[np.ndarray, "*rows d"]:
     """Vectors scaled to norm sqrt(d): the mean square of each is 1, whatever d."""
@@ -106,7 +110,7 @@ def measured_baseline(
         return between_documents_baseline(vectors, documents, scoring)
     if kind == "distance from mean":
         return mean_distance_baseline(vectors, scoring)
-    raise ValueError(f"a measured baseline is one of {', '.join(MEASURED_KINDS)}; got {kind!r}")
+    raise ValueError(f"a measured baseline is one of between documents, distance from mean; got {kind!r}")
 
 
 def between_documents_baseline(
@@ -173,10 +177,10 @@ def stated_baseline(value: float, *, num_activations: int | None = None, scoring
     _check_scoring(scoring)
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"a baseline must be a positive number; got {value!r}")
-    if scoring == "normalised" and value > 1:
+    if scoring == "normalised" and value > 2:
         raise ValueError(
-            f"a normalised baseline is 1 - R^2 and cannot exceed 1; got {value!r}: "
-            "was it measured on raw vectors, or from a mean that had been normalised?"
+            f"a normalised baseline is half a squared distance of scaled vectors and cannot exceed 2; got {value!r}: was it "
+            "measured on raw vectors?"
         )
     return Baseline(value=float(value), kind="stated constant", num_activations=num_activations, scoring=scoring)
 

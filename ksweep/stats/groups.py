@@ -113,7 +113,7 @@ def group_curves(
     best, all_failed = np.asarray(best, np.float64), np.asarray(all_failed, np.float64)
     names, membership = unique_documents(documents)
     weights = document_weights(len(names), num_replicates, seed)
-    whole = _replicate_means(_distances(baseline, len(best))[:, None], membership, weights)[:, 0]
+    whole = _replicate_means(baseline.parts(len(best))[:, None], membership, weights)[:, 0]
     labels = np.array([("",) if name is None else (name,) for name in groups], dtype=object)[:, 0]
     found = []
     for name in sorted({name for name in groups if name is not None}):
@@ -153,10 +153,6 @@ def _group_curve(
         failure_rate=all_failed.mean(axis=0), baseline=baseline.value, baseline_kind=baseline.kind, num_activations=len(best),
         num_documents=len(np.unique(membership)), effective_documents=effective, replicates=replicates,
     )  # fmt: skip
-
-
-def _distances(baseline: Baseline, count: int) -> Float[np.ndarray, " activation"]:
-    return np.full(count, baseline.value) if baseline.distances is None else baseline.distances
 
 
 def _replicate_means(

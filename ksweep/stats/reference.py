@@ -9,7 +9,8 @@
 With A the activations, R = A - reconstruction and variances per dimension (ddof 1) summed over dimensions:
 
 * ``variance_recovery`` = 1 - var(R) / var(A). A constant bias of the reconstruction costs nothing.
-* ``mse_variance_recovery`` = 1 - mean |R|^2 / var(A): the bias counts. With our raw FVE it is 1 - (1 - FVE) (N - 1) / N.
+* ``mse_variance_recovery`` = 1 - mean |R|^2 / var(A): the bias counts. With our raw FVE against the
+  distance from the mean it is 1 - (1 - FVE) (N - 1) / N.
 * ``r_squared`` = 1 - sum R^2 / sum (A - m)^2 with one scalar mean m: what dimensions differ in counts as explained (0.966 beside
   0.750 on Gemma-3-27B).
 

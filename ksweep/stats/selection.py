@@ -108,7 +108,7 @@ def _choosing_again(
 ) -> Float[np.ndarray, "replicate 1"]:
     """Held-out FVE in each replicate of the documents, with the setting chosen in that replicate."""
     names, membership = unique_documents(documents)
-    distances = np.full(len(second), baseline.value) if baseline.distances is None else baseline.distances
+    distances = baseline.parts(len(second))
     weights = document_weights(len(names), num_replicates, seed)
     values = np.concatenate([best * ~second, best * second, [distances], [~second], [second]]).T
     sums = replicate_sums(values, membership, weights)

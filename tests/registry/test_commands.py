@@ -110,7 +110,23 @@ def test_diff_is_paired_at_every_k_over_documents(ksweep: Command, real: Real) -
         # 95 % of few documents: somewhat more than 1.96 standard deviations to each side, and never twice that.
         assert 1.0 < (row["high"] - row["low"]) / (2 * 1.96 * spread) < 2.0
     _, out, _ = ksweep("diff", real.runs[1.0], real.runs[0.5])
-    assert "paired over the 40 activations of" in out and "sampling.temperature" in out
+    assert "paired over the 40 activations that both runs share" in out and "sampling.temperature" in out
+
+
+@pytest.mark.parametrize(
+    ("question", "printed"),
+    [
+        ("select 0.25 as low, 0.75 as high", "0.25  0.75"),  # decimals, not floats: as they are
+        ("select 0.5::double as below, 0.25::double as low", "0.5000  0.2500"),  # no interval
+        ("select -0.001::double as x_low, 0.9::double as x_high, 2000 as num_replicates", "0.0  0.9"),  # and no -0.0
+        ("select min(finished) as low, max(finished) as high from runs", "2026"),
+    ],
+)
+def test_sql_prints_ends_of_intervals_with_the_decimals_that_hold_and_leaves_the_rest(
+    ksweep: Command, question: str, printed: str
+) -> None:
+    code, out, _ = ksweep("sql", question)
+    assert code == 0 and " ".join(printed.split()) in " ".join(out.split())
 
 
 def test_diff_of_a_run_with_itself_is_nothing(ksweep: Command, real: Real) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pytest
 
-from ksweep import charts
-from ksweep.compare import compare, curves_of_cells, groups_of_cells, load_cells
+from ksweep import Resources, Sweep, charts
+from ksweep.compare import best_held_out, compare, curves_of_cells, groups_of_cells, load_cells
 from ksweep.console import interval_text
 from ksweep.diff import diff
+from ksweep.errors import RequestError
 from ksweep.registry.database import connect
 from ksweep.registry.named import query_named, variables_of
 from ksweep.registry.questions import ask
@@ -21,9 +25,11 @@ from ksweep.registry.story import story
 from ksweep.report.facts import facts_of
 from ksweep.report.page import page
 from tests.registry.real_runs import KS, Real
+from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
 ENDS = ("difference", "difference_low", "difference_high")
 EXACT = 1e-12
+UNUSUAL = ("scoring.level=0.8", "scoring.seed=3", "scoring.selection=prefix", "scoring.baseline=distance_from_mean")
 
 
 def rows_of(real: Real, question: str, *values: str) -> list[dict[str, Any]]:
@@ -80,10 +86,85 @@ def test_the_printed_difference_is_the_same_in_diff_sql_and_report(
             main()
         out = capsys.readouterr().out
         assert re.search(rf"\s{re.escape(low)}\s+{re.escape(high)}\s", out), (command, low, high, out)
-    written = page(facts_of(real.root, "tiny")).replace("+", "")
-    best = max((0.5, 0.7), key=lambda t: real.fve(t, 8))
-    signed = (low, high) if best == 0.7 else (f"{-float(high):.{len(high) - 2}f}", f"{-float(low):.{len(low) - 2}f}")
-    assert any(f"[{x}, {y}]" in written for x, y in ((low, high), signed)), (low, high)
+    turned = {"low": -row["difference_high"], "high": -row["difference_low"], "num_replicates": 200}
+    ends = {interval_text(row, "difference_low", "difference_high", sign="+"), interval_text(turned, "low", "high", sign="+")}
+    assert any(text in page(facts_of(real.root, "tiny")) for text in ends), ends
+
+
+@pytest.fixture(scope="module")
+def unusual(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """Two cells under every setting of the statistics that is not the default."""
+    folder = tmp_path_factory.mktemp("unusual")
+    sweep = Sweep(
+        name="unusual", cell=tiny_cell(talking_pair(folder, num_rows=60), num_replicates=300), registry=str(folder / "registry"),
+        vector_cache=str(folder / "vectors"), axes={"sampling.temperature": (0.5, 1.0)},
+        resources=Resources(cluster="inprocess", gpus=0),
+    )  # fmt: skip
+    assert run(sweep, *UNUSUAL) == 0
+    return sweep
+
+
+def test_every_way_to_ask_honours_level_seed_selection_and_baseline(unusual: Sweep) -> None:
+    root = Path(unusual.registry)
+    cells = load_cells(root, ["unusual"])
+    [cold, hot] = cells
+    python = {row["k"]: [row[name] for name in ENDS] for row in compare(cells, reference=cold.run_id).to_pylist() if row["k"]}
+    with connect(root) as connection:
+        found = connection.sql(f"FROM v_compare WHERE run_id = '{hot.run_id}'").to_arrow_table().to_pylist()
+    command = diff(root, hot.run_id, cold.run_id)
+    assert len(found) == len(KS) and command["level"] == 0.8
+    landed = {(row["run_id"], row["k"]): row for cell in cells for row in _curve(root, cell.run_id)}
+    for row in found:
+        k = row["k"]
+        assert [row[name] for name in ENDS] == pytest.approx(python[k], abs=EXACT)
+        [said] = [one for one in command["numbers"] if one["k"] == k]
+        assert [said["difference"], said["low"], said["high"]] == pytest.approx(python[k], abs=EXACT)
+        # prefix: the best of the first k draws, by hand
+        best = [np.nan_to_num(np.fmin.reduce(cell.errors[:, :k], axis=1), nan=2.0) for cell in (cold, hot)]
+        assert row["difference"] == pytest.approx((best[0] - best[1]).mean() / row["baseline"], abs=1e-9)
+        assert (row["baseline_kind"], row["level"]) == ("distance from mean", 0.8)
+    for again in curves_of_cells(cells).to_pylist():
+        row = landed[again["run_id"], again["k"]]
+        names = ("fve", "fve_low", "fve_high", "band_low", "band_high", "error", "failure_rate")
+        assert [again[name] for name in names] == pytest.approx([row[name] for name in names], abs=EXACT)
+    for by in ("norm", "position"):
+        groups = [row for row in groups_of_cells([hot], by, ks=[4]).to_pylist() if row["against"] == "overall"]
+        sizes = [row["num_activations"] for row in groups]
+        assert np.average([row["fve"] for row in groups], weights=sizes) == pytest.approx(landed[hot.run_id, 4]["fve"], abs=1e-9)
+    [held_out] = best_held_out(cells, ks=[8]).to_pylist()
+    assert held_out["level"] == 0.8
+    assert held_out["naive_fve"] == pytest.approx(max(landed[cell.run_id, 8]["fve"] for cell in cells), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("scoring.selection=order_statistics", "scoring.selection="),
+        ("scoring.seed=4", "do not share their bootstrap replicates"),
+        ("scoring.baseline=between_documents", "scoring.baseline="),
+        ("scoring.level=0.9", "name one level"),
+    ],
+)
+def test_what_compare_refuses_diff_refuses_and_sql_leaves_out(unusual: Sweep, setting: str, words: str) -> None:
+    settings = dict(text.split("=") for text in UNUSUAL)
+    name, _, settings[name] = setting.partition("=")
+    other = replace(unusual, name=f"other_{name.rpartition('.')[2]}", axes={})
+    assert run(other, *(f"{key}={value}" for key, value in settings.items()), "sampling.temperature=0.5") == 0
+    root = Path(unusual.registry)
+    [one], hot = load_cells(root, [other.name]), load_cells(root, ["unusual"])[1]
+    with pytest.raises(RequestError, match=words):
+        compare([one, hot])
+    found = diff(root, one.run_id, hot.run_id)
+    assert words in found["note"] and all(row["low"] is None for row in found["numbers"])
+    assert found["refused"] == (not name.endswith("level"))
+    with connect(root) as connection:
+        pairs = f"FROM v_compare WHERE run_id = '{one.run_id}' AND other_run_id = '{hot.run_id}'"
+        assert connection.sql(pairs).to_arrow_table().num_rows == 0
+
+
+def _curve(root: Path, run_id: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = story(root, run_id)["curve"]
+    return [row | {"run_id": run_id} for row in rows]
 
 
 def test_an_fve_is_the_same_in_show_curves_groups_and_charts(real: Real) -> None:

@@ -26,7 +26,9 @@ def simulated():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_documents", "sizes"), [(20, "uneven"), (80, "uneven"), (40, "even")])
+@pytest.mark.parametrize(
+    ("num_documents", "sizes"), [*((n, "uneven") for n in (10, 20, 40, 80)), *((n, "even") for n in (20, 40, 80))]
+)
 def test_intervals_and_bands_cover_and_with_uneven_documents_the_old_ones_do_not(simulated, num_documents, sizes):
     found = simulated(num_documents, sizes)
     shares = {key: np.concatenate([row[name] for name in ("cell", "difference", "bands")]) for key, row in found.items()}

@@ -147,7 +147,7 @@ def test_baseline_of_parallel_float32_activations_is_refused():
         mean_distance_baseline(direction * np.linspace(0.1, 9, 20, dtype=np.float32)[:, None])
 
 
-@pytest.mark.parametrize("value", [0, -0.1, np.nan, np.inf, 1.4])
+@pytest.mark.parametrize("value", [0, -0.1, np.nan, np.inf, 2.4])
 def test_stated_baseline_that_cannot_be_is_refused(value):
     with pytest.raises(ValueError, match="baseline"):
         stated_baseline(value)

@@ -16,7 +16,7 @@ SELECT coalesce(b.checkpoint, b.av) AS autoencoder, b.layer, b.k, b.temperature 
        p.other_temperature AS next_temperature, p.difference AS lead,
        interval_end(p.difference, p.quantiles, p.interval_reach, -1) AS lead_low,
        interval_end(p.difference, p.quantiles, p.interval_reach, 1) AS lead_high, b.num_temperatures,
-       b.num_activations, b.num_documents, b.baseline, b.baseline_kind, b.cell, b.sweep
+       b.num_activations, b.num_documents, b.effective_documents, b.baseline, b.baseline_kind, b.level, b.num_replicates, b.cell, b.sweep
 FROM placed AS b LEFT JOIN pairs AS p ON p.run_id = b.run_id AND p.k = b.k
 WHERE b.place = 1
 ORDER BY autoencoder, b.layer, b.num_activations, b.setting, b.k;

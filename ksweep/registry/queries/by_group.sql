@@ -4,7 +4,7 @@
 -- whole), and `own`, that of the group alone. `worst_share` is the part of the error that the worst 1 % of a group has: 0.01 would be
 -- an even spread.
 SELECT cell, breakdown, part, against, k, fve, fve_low, fve_high, error, median_error, worst_share, failure_rate, baseline,
-       num_activations, num_documents
+       baseline_kind, num_activations, num_documents, effective_documents, level, num_replicates
 FROM metrics
 WHERE (getvariable('cell') IS NULL OR getvariable('cell') IN (cell, label, run_id))
   AND (getvariable('against') IS NULL OR against = getvariable('against'))

@@ -3,7 +3,7 @@
 -- Paired: what both share cancels. Set the two; without `other`, all cells over the same activations are compared with `cell`:
 --     ksweep sql @compare "cell=temperature=0.4" "other=temperature=0.8"
 SELECT cell, other_cell, k, difference, difference_low, difference_high, difference_low > 0 OR difference_high < 0 AS is_clear,
-       fve, other_fve, level, baseline, baseline_kind, num_activations, num_documents, effective_documents
+       fve, other_fve, level, baseline, baseline_kind, num_activations, num_documents, effective_documents, num_replicates
 FROM v_compare
 WHERE (getvariable('cell') IS NULL OR getvariable('cell') IN (cell, label, run_id))
   AND (getvariable('other') IS NULL OR getvariable('other') IN (other_cell, other_label, other_run_id))

@@ -4,7 +4,7 @@
 -- draws (`few_subsets`) there are few different choices of K, and the points lean on one another.
 SELECT cell, label, temperature, k, fve, fve_low, fve_high, fve - first_value(fve) OVER w AS over_one_draw, shuffled_fve,
        shuffled_fve - first_value(shuffled_fve) OVER w AS shuffled_over_one_draw, all_failed_rate, k > num_draws / 2 AS few_subsets,
-       num_draws, num_activations, num_documents, baseline, baseline_kind, sweep
+       num_draws, num_activations, num_documents, effective_documents, baseline, baseline_kind, level, num_replicates, sweep
 FROM curves
 WHERE bit_count(k) = 1 OR k = num_draws
 WINDOW w AS (PARTITION BY run_id ORDER BY k)
