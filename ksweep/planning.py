@@ -105,7 +105,7 @@ def refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
 def with_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
     """The sweep with the ranks that a job on the CPUs of this machine gets, where `tasks` leaves that open.
 
-    Every job gets as many as the one with the most draws; models of the largest autoencoder decide what memory allows.
+    Every job gets as many as the one with the most draws; memory is budgeted for the largest autoencoder.
     """
     resources = sweep.resources
     if launch.resolve_cluster(resources) != "local" or launch.num_gpus(resources) or resources.tasks is not None or not missing:
