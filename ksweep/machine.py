@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -140,9 +140,18 @@ def _available() -> int | None:
 
 
 def _left_to_group(group: Path) -> int | None:
-    """What a container or a Slurm job has left. Its page cache counts as used: on the safe side."""
+    """What a container or a Slurm job has left. Pages of files that it has read and no longer uses are given up when needed."""
     try:
         limit = (group / "memory.max").read_text().strip()
-        return None if limit == "max" else max(0, int(limit) - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text()) - _inactive_file(group)
+        return None if limit == "max" else max(0, int(limit) - max(0, used))
     except (OSError, ValueError):
         return None
+
+
+def _inactive_file(group: Path) -> int:
+    """Bytes of a group's page cache that the kernel takes back first; 0 where it does not say."""
+    with suppress(OSError):
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return 0

@@ -70,18 +70,48 @@ def test_ranks_are_one_a_core_as_far_as_memory_and_work_allow(
     assert machine.num_ranks(asked["num_draws"], asked["model_bytes"], asked["cpus_per_rank"]) == ranks
 
 
-@pytest.mark.parametrize(("quota", "expected"), [("150000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("", None)])
-def test_cores_of_a_container_are_those_of_its_quota(
-    quota: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unlimited = machine.num_cores()
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+@pytest.fixture
+def control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Directory of this process's control group, under a root of its own."""
     own = next((x[3:].strip() for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::")), None)
     if own is None:
         pytest.skip("no unified control groups")
-    (tmp_path / own.lstrip("/")).mkdir(parents=True, exist_ok=True)
-    (tmp_path / own.lstrip("/") / "cpu.max").write_text(quota)
-    assert 1 <= machine.num_cores() == (expected or unlimited) <= (os.cpu_count() or 1)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    group = tmp_path / own.lstrip("/")
+    group.mkdir(parents=True, exist_ok=True)
+    return group
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("150000 100000", 1), ("50000 100000", 1), ("300000 100000", 3), ("max 100000", 4), ("", 4)]
+)
+def test_cores_of_a_container_are_those_of_its_quota(
+    quota: str, expected: int, control_group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    (control_group / "cpu.max").write_text(quota)
+    assert machine.num_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("current", "stat", "left"),
+    [
+        (60, None, 40),
+        (60, "anon 10\ninactive_file 45\nactive_file 5\n", 85),  # weights that were just read
+        (60, "anon 60\n", 40),
+        (60, "inactive_file 70\n", 100),  # the two files are read at different moments
+        (110, "inactive_file 0\n", 0),
+    ],
+)
+def test_memory_of_a_container_is_its_limit_less_what_is_used_without_idle_pages_of_files(
+    current: int, stat: str | None, left: int, control_group: Path
+) -> None:
+    megabyte = 10**6
+    (control_group / "memory.max").write_text(f"{100 * megabyte}\n")
+    (control_group / "memory.current").write_text(f"{current * megabyte}\n")
+    if stat is not None:
+        (control_group / "memory.stat").write_text(re.sub(r"(\d+)", r"\g<1>000000", stat))
+    assert machine.free_memory() == left * megabyte
 
 
 @pytest.mark.parametrize(
