@@ -1,7 +1,7 @@
 """Integrity notes: what a check says about a run without refusing it. They are landed with the run and shown beside its numbers.
 
-A note that is seen while something is computed which is not computed again (activations, draws) is kept in its directory, a file
-a note, so that every later run over the same activations or draws has it too.
+A note that is seen while something is computed which is not computed again (draws) is kept in its directory, a file a note,
+so that every later run over the same draws has it too.
 """
 
 from __future__ import annotations
