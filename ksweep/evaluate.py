@@ -19,7 +19,7 @@ from ksweep.drawing import AtHand, Begun, Drawing
 from ksweep.draws import DrawsStore, units_of
 from ksweep.errors import DataError, RunError
 from ksweep.explain import UnitWork
-from ksweep.keys import Keys, cell_keys, complete, inspect_file, inspect_pair
+from ksweep.keys import Keys, cell_keys, complete, inspect_file, inspect_pair, one_document_error
 from ksweep.notes import Note, notes_of
 from ksweep.ranks import Ranks, Stopped
 from ksweep.recording import land, measure, names_in
@@ -180,14 +180,10 @@ def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_
     if vectors.key != keys.activations:
         raise DataError(f"text or model of {keys.name} changed while it was begun: run again to use them as they are now")
     if cell.scoring.baseline_kind == "between documents" and vectors.num_documents() < 2:
-        raise DataError(
-            f"all {len(vectors)} activations of {keys.name} are of one document, and the baseline compares activations of "
-            "different documents: evaluate more documents, state the baseline (scoring.baseline=0.7335), or measure it from "
-            "the mean (scoring.baseline=distance_from_mean)"
-        )
+        raise one_document_error(cell, keys.name)
     store = DrawsStore(place.registry / "draws", keys.draws)
     wanted = (len(vectors), cell.sampling.effective_num_draws)
-    notes = (*notes_of(keys, vectors), *_norm_notes(cell, vectors))
+    notes = (*keys.notes, *_norm_notes(cell, vectors))
     if ranks.rank == 0:
         _log_notes(keys, notes)
         store.set_damaged_aside(*wanted)

@@ -43,14 +43,14 @@ def run_jobs(orders: Sequence[Callable[[], Job]], resources: Resources, name: st
     waiting, running = list(orders), list[_Running]()
     failure: Exception | None = None
     gpus = launch.num_gpus(resources) if launch.resolve_cluster(resources) == "local" else 0
-    most = resources.max_parallel_jobs or (len(waiting) if gpus else 1)
+    most = _most_at_once(resources, gpus, len(waiting))
     with Watch() as watch:
         while waiting or running:
             while waiting and len(running) < most:
                 devices = _devices_for(name, gpus, watch, wait=not running)
                 if devices is None:
                     break
-                running.append(_start(waiting.pop(0)(), resources, name, devices, watch))
+                running.append(_start(waiting.pop(0)(), resources, name, devices, watch, most))
             try:
                 _wait([r.submitted for r in running], launch.num_ranks(resources), watch, first=bool(waiting))
             except (RequestError, RunError, StoreError) as error:
@@ -66,16 +66,22 @@ def run_jobs(orders: Sequence[Callable[[], Job]], resources: Resources, name: st
         raise failure
 
 
+def _most_at_once(resources: Resources, gpus: int, num_jobs: int) -> int:
+    """Jobs that run side by side, as far as the GPUs of this machine suffice."""
+    room = launch.visible_gpus() // gpus if gpus else num_jobs
+    return max(1, min(resources.max_parallel_jobs or (num_jobs if gpus else 1), num_jobs, room))
+
+
 @dataclass(frozen=True)
 class _Running:
     submitted: launch.Submitted
     devices: tuple[str, ...]
 
 
-def _start(job: Job, resources: Resources, name: str, devices: tuple[str, ...], watch: Watch) -> _Running:
+def _start(job: Job, resources: Resources, name: str, devices: tuple[str, ...], watch: Watch, most: int) -> _Running:
     watch.show(f"job {job.id}: starting", 0, 0)
     slots.hand_on(devices, job, os.getpid())
-    submitted = launch.submit(job, resources, name, watch.show, devices or None)
+    submitted = launch.submit(job, resources, name, watch.show, devices or None, most)
     if devices:
         slots.hand_on(devices, job, int(submitted.handle.job_id))
     return _Running(submitted, devices)

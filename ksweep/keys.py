@@ -112,6 +112,15 @@ def _scoring_identity(cell: Cell) -> dict[str, Any]:
     return {name: value for name, value in scoring if name in FIRST_SCORING_FIELDS or value != defaults[name]}
 
 
+def one_document_error(cell: Cell, name: str) -> DataError:
+    """What is said of a cell whose activations, all of one document, allow no baseline between documents."""
+    return DataError(
+        f"all {cell.activations.num_activations} activations of {name} are of one document, and the baseline compares those of "
+        "different documents: evaluate more documents, state the baseline (scoring.baseline=0.7335), or measure it from the "
+        "mean (scoring.baseline=distance_from_mean)"
+    )
+
+
 def complete(cell: Cell) -> Cell:
     """The cell with what its checkpoint decides put in: a talkative autoencoder names the activations' model, and fixes how
     long explanations are. A directory becomes the file that it stands for now: a training run may write a later one before the
@@ -158,10 +167,9 @@ def inspect_file(autoencoder: Autoencoder) -> TaeInfo:
 
 def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...]]:
     """The layer that the vectors are of, what stands for AV and AR in the identity of draws, and what was noted of them."""
-    vectors = None if cell.activations.vectors is None else read_sidecar(cell.activations.vectors)
     if cell.autoencoder.checkpoint is None:
         av, ar = inspect_pair(cell.autoencoder)
-        notes = (*notes_of(av, ar, vectors), *_check_activations(cell, av, ar))
+        notes = (*notes_of(av, ar), *_check_activations(cell, av, ar))
         return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar), **_reading(av, ar)}, notes
     from ksweep.autoencoder.tae_file import digest_tae
 
@@ -174,7 +182,7 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...
     _check_width(cell, info)
     if cell.activations.vectors is not None:
         _check_vectors_suffice(cell.activations.vectors, info)
-    return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info, vectors)
+    return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info)
 
 
 def _reading(av: CheckpointInfo, ar: CheckpointInfo) -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 Threads of one parallel region meet at a barrier many times a token. An OpenMP runtime that spins there loses its whole time slice
 to any other process on one of the cores: two threads on two cores drew 1,550 tokens/s alone and fewer than 55 beside one busy
-core. One thread has no barriers (1,035 beside it), and threads that sleep at barriers keep 890 (930 alone). So ranks on CPUs have
-one thread each, as many ranks as cores, and where a rank has several threads they wait asleep.
+core. One thread has no barriers (1,035 beside it), and threads that sleep at barriers keep 890 (930 alone). So a job on
+CPUs has a rank a core, up to `MOST_RANKS` and as memory and work allow; each rank has an equal share of the cores as its threads,
+and where that is several they wait asleep.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -57,7 +59,7 @@ def rank_environment(num_ranks: int, cpus_per_rank: int | None = None) -> dict[s
     """Variables that a rank's process starts with, for torch and NumPy alike: what the user has set is left as it is.
 
     Args:
-        num_ranks: ranks that share the cores of this machine.
+        num_ranks: ranks that share the cores of this machine, those of jobs side by side included.
         cpus_per_rank: threads of each; None: an equal share of the cores.
     """
     threads = {} if os.environ.get(NUM_THREADS) else {NUM_THREADS: str(cpus_per_rank or max(1, num_cores() // num_ranks))}
@@ -69,10 +71,26 @@ def wait_environment() -> dict[str, str]:
     return {} if any(os.environ.get(name) for name in SPIN_SETTINGS) else {WAIT_POLICY: "PASSIVE"}
 
 
+@contextmanager
+def environment(added: Mapping[str, str]) -> Iterator[None]:
+    """Processes started inside have these variables; OpenMP and BLAS libraries read theirs when they are loaded, not later."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def rank_environment_lines(num_ranks: int) -> list[str]:
     """`rank_environment` as shell lines for a Slurm job, which learns there how many CPUs its node has for it."""
     spins = "".join(f"${{{name}:-}}" for name in SPIN_SETTINGS)
-    share = f"$(( (${{SLURM_CPUS_ON_NODE:-1}} + {num_ranks - 1}) / {num_ranks} ))"
+    cpus = "${SLURM_CPUS_ON_NODE:-1}"
+    share = f"$(( {cpus} < {num_ranks} ? 1 : {cpus} / {num_ranks} ))"
     return [
         f'[ -n "{spins}" ] || export {WAIT_POLICY}=PASSIVE',
         f'export {NUM_THREADS}="${{{NUM_THREADS}:-${{SLURM_CPUS_PER_TASK:-{share}}}}}"',
@@ -122,9 +140,18 @@ def _available() -> int | None:
 
 
 def _left_to_group(group: Path) -> int | None:
-    """What a container or a Slurm job has left. Its page cache counts as used: on the safe side."""
+    """What a container or a Slurm job has left. Pages of files that it has read and no longer uses are given up when needed."""
     try:
         limit = (group / "memory.max").read_text().strip()
-        return None if limit == "max" else max(0, int(limit) - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text()) - _inactive_file(group)
+        return None if limit == "max" else max(0, int(limit) - max(0, used))
     except (OSError, ValueError):
         return None
+
+
+def _inactive_file(group: Path) -> int:
+    """Bytes of a group's page cache that the kernel takes back first; 0 where it does not say."""
+    with suppress(OSError):
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return 0

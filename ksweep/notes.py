@@ -1,11 +1,12 @@
 """Integrity notes: what a check says about a run without refusing it. They are landed with the run and shown beside its numbers.
 
-A note that is seen while something is computed which is not computed again (activations, draws) is kept in its directory, a file
-a note, so that every later run over the same activations or draws has it too.
+A note that is seen while something is computed which is not computed again (draws) is kept in its directory, a file a note,
+so that every later run over the same draws has it too.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from ksweep.identity import fingerprint
 
 log = logging.getLogger(__name__)
 
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What a system says of a directory that cannot be written to: no permission, or a mount that is read only."""
 REFERENCE_QUANTITIES = "reference quantities"
 """Subject of notes on quantities of the reference sweep that are not known."""
 
@@ -43,7 +46,9 @@ def keep(directory: Path, notes: Iterable[Note]) -> None:
         if not path.exists():
             try:
                 publish(path, json.dumps(asdict(note)).encode())
-            except PermissionError:  # a cache of someone else's, where whoever computed has kept theirs
+            except OSError as error:  # a cache of someone else's, where whoever computed has kept theirs
+                if error.errno not in NOT_OURS:
+                    raise
                 log.warning("%s: %s", note.about, note.text)
 
 

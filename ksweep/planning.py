@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ksweep import machine, terminal
 from ksweep.activations.fill import plan as plan_activations
+from ksweep.activations.vectors import are_of_one_document
 from ksweep.autoencoder.headers import model_tensors
 from ksweep.draws import DRAWS_PER_UNIT, DrawsStore
 from ksweep.errors import DiskFullError, SpecError
-from ksweep.keys import Keys, inspect_file, inspect_pair
+from ksweep.keys import Keys, inspect_file, inspect_pair, one_document_error
 from ksweep.launch import states
 from ksweep.launch import submit as launch
 from ksweep.launch.plan import Facts, Step, plan
@@ -45,6 +46,8 @@ def steps_of(
 
 def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, planned: Sequence[tuple[int, int]]) -> Facts:
     """`planned`: (activations, draws) that earlier cells of the sweep will have drawn under the same key."""
+    if finished_run is None:
+        _refuse_one_document(cell, keys)
     registry = Path(sweep.registry)
     wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
     there = DrawsStore(registry / "draws", keys.draws).coverage(*wanted)
@@ -65,6 +68,15 @@ def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, plann
         bytes_per_draw=BYTES_PER_DRAW + _bytes_of_reconstructions(cell),
         seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.source),
     )
+
+
+def _refuse_one_document(cell: Cell, keys: Keys) -> None:
+    """What a run would refuse, where a file of vectors says it before; documents of text are known when it has been read."""
+    given = cell.activations
+    if cell.scoring.baseline_kind != "between documents" or given.vectors is None:
+        return
+    if are_of_one_document(given.vectors, given.document_column, given.num_activations):
+        raise one_document_error(cell, keys.name)
 
 
 def _bytes_of_reconstructions(cell: Cell) -> int:
@@ -105,7 +117,7 @@ def refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
 def with_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
     """The sweep with the ranks that a job on the CPUs of this machine gets, where `tasks` leaves that open.
 
-    Every job gets as many as the one with the most draws; models of the largest autoencoder decide what memory allows.
+    Every job gets as many as the one with the most draws; memory is budgeted for the largest autoencoder.
     """
     resources = sweep.resources
     if launch.resolve_cluster(resources) != "local" or launch.num_gpus(resources) or resources.tasks is not None or not missing:

@@ -331,7 +331,7 @@ class Resources:
     """GPUs over which a rank spreads each of its models, for models that one GPU cannot hold; `gpus` is a multiple of it."""
     cpus_per_gpu: int | None = None
     cpus_per_task: int | None = None
-    """CPUs of each rank when gpus=0, and so its threads. None: an equal share, with the default of `tasks` one."""
+    """CPUs of each rank when gpus=0, and so its threads. None: an equal share of the cores that the job has."""
     mem_gb: float | None = None
     """Memory on each node. None: the cluster's default, or all of it with `exclusive`."""
     time: int | str = 24 * 60

@@ -33,11 +33,12 @@ def test_the_demo_pair_explains_held_out_text_far_above_every_control(tmp_path: 
         curve = dict(connection.execute("SELECT k, fve FROM curves").fetchall())
         shuffled = max(x for (x,) in connection.execute("SELECT shuffled_fve FROM curves").fetchall())
         controls = dict(connection.execute("SELECT control, value FROM controls").fetchall())
-        [(failure_rate,)] = connection.execute("SELECT failure_rate FROM runs").fetchall()
+        [(failure_rate, notes)] = connection.execute("SELECT failure_rate, notes FROM runs").fetchall()
     # 128 activations gave 0.52 at K = 1 and 0.69 at K = 8; 32 of them leave about 0.05 of noise.
     assert curve[1] > 0.3 and curve[8] > curve[1] + 0.05
     assert shuffled < 0 and controls["empty_text"] < 0 and controls["mean_vector"] < 0
     assert controls["retrieval_top1"] > 0.5 and failure_rate < 0.1
+    assert notes == [], "the pair is run on the layer, model and lengths that it was trained on"
 
 
 def test_the_held_out_passages_are_many_and_from_many_documents() -> None:

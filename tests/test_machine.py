@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from ksweep import Resources, Sweep, machine
+from ksweep import Resources, Sweep, here, machine, reconcile
 from ksweep.launch import submit as launch
 from ksweep.launch.job import create
 from tests.launch.test_jobs import ROOT, end
@@ -68,18 +70,48 @@ def test_ranks_are_one_a_core_as_far_as_memory_and_work_allow(
     assert machine.num_ranks(asked["num_draws"], asked["model_bytes"], asked["cpus_per_rank"]) == ranks
 
 
-@pytest.mark.parametrize(("quota", "expected"), [("150000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("", None)])
-def test_cores_of_a_container_are_those_of_its_quota(
-    quota: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unlimited = machine.num_cores()
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+@pytest.fixture
+def control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Directory of this process's control group, under a root of its own."""
     own = next((x[3:].strip() for x in Path("/proc/self/cgroup").read_text().splitlines() if x.startswith("0::")), None)
     if own is None:
         pytest.skip("no unified control groups")
-    (tmp_path / own.lstrip("/")).mkdir(parents=True, exist_ok=True)
-    (tmp_path / own.lstrip("/") / "cpu.max").write_text(quota)
-    assert 1 <= machine.num_cores() == (expected or unlimited) <= (os.cpu_count() or 1)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    group = tmp_path / own.lstrip("/")
+    group.mkdir(parents=True, exist_ok=True)
+    return group
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("150000 100000", 1), ("50000 100000", 1), ("300000 100000", 3), ("max 100000", 4), ("", 4)]
+)
+def test_cores_of_a_container_are_those_of_its_quota(
+    quota: str, expected: int, control_group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    (control_group / "cpu.max").write_text(quota)
+    assert machine.num_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("current", "stat", "left"),
+    [
+        (60, None, 40),
+        (60, "anon 10\ninactive_file 45\nactive_file 5\n", 85),  # weights that were just read
+        (60, "anon 60\n", 40),
+        (60, "inactive_file 70\n", 100),  # the two files are read at different moments
+        (110, "inactive_file 0\n", 0),
+    ],
+)
+def test_memory_of_a_container_is_its_limit_less_what_is_used_without_idle_pages_of_files(
+    current: int, stat: str | None, left: int, control_group: Path
+) -> None:
+    megabyte = 10**6
+    (control_group / "memory.max").write_text(f"{100 * megabyte}\n")
+    (control_group / "memory.current").write_text(f"{current * megabyte}\n")
+    if stat is not None:
+        (control_group / "memory.stat").write_text(re.sub(r"(\d+)", r"\g<1>000000", stat))
+    assert machine.free_memory() == left * megabyte
 
 
 @pytest.mark.parametrize(
@@ -111,6 +143,8 @@ def test_a_rank_starts_with_its_share_of_the_cores_unless_the_user_has_said_othe
         ({"SLURM_CPUS_ON_NODE": "8"}, 2, ("4", "PASSIVE")),
         ({"SLURM_CPUS_ON_NODE": "64"}, 8, ("8", "PASSIVE")),
         ({"SLURM_CPUS_ON_NODE": "1"}, 4, ("1", "PASSIVE")),
+        ({"SLURM_CPUS_ON_NODE": "5"}, 4, ("1", "PASSIVE")),
+        ({"SLURM_CPUS_ON_NODE": "11"}, 4, ("2", "PASSIVE")),
         ({"SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "3"}, 2, ("3", "PASSIVE")),
         ({"SLURM_CPUS_ON_NODE": "8", "OMP_NUM_THREADS": "5"}, 2, ("5", "PASSIVE")),
         ({"SLURM_CPUS_ON_NODE": "8", "GOMP_SPINCOUNT": "100"}, 2, ("4", "")),
@@ -147,6 +181,39 @@ def test_torch_and_its_openmp_runtime_start_with_what_the_rank_was_given(
     assert len(said) == ranks and all(re.search(rf"OMP_WAIT_POLICY\s*=\s*'{policy}'", text) for text in said), said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("resources", "num_jobs", "threads"),
+    [
+        ({"gpus": 0, "tasks": 2}, 1, "8"),
+        ({"gpus": 0, "tasks": 2, "max_parallel_jobs": 2}, 2, "4"),
+        ({"gpus": 0, "tasks": 2, "max_parallel_jobs": 4}, 2, "4"),
+        ({"gpus": 0, "tasks": 2, "max_parallel_jobs": 2, "cpus_per_task": 3}, 2, "3"),
+        ({"gpus": 1}, 2, "8"),
+        ({"gpus": 1, "max_parallel_jobs": 1}, 2, "16"),
+        ({"gpus": 2}, 3, "4"),  # four GPUs: two jobs of two ranks at once
+        ({"gpus": 1, "cpus_per_gpu": 3}, 2, "3"),
+        ({"cpus_per_gpu": 3}, 2, "3"),
+    ],
+)
+def test_jobs_side_by_side_share_the_cores(
+    resources: dict[str, int], num_jobs: int, threads: str, tmp_path: Path, cores: pytest.MonkeyPatch
+) -> None:
+    cores.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    cores.setenv("KSWEEP_HOME", str(tmp_path / "home"))
+    cores.setenv("PYTHONPATH", str(ROOT))
+    cores.setattr(reconcile, "_land_run", lambda *_: None)  # these jobs compute no cell
+    asked = Resources(cluster="local", time=5, **resources)  # type: ignore[arg-type]
+    argument = {"folder": str(tmp_path), "seconds": 0.0, "beside": 1, "registry": str(tmp_path / "registry"), "sweep": "test"}
+    # No GPUs for the ranks: nothing is behind these, so torch must not be asked for them.
+    order = partial(
+        create, tmp_path / "logs", "tests.launch.entries:holds_gpus", argument | {"cells": []}, launch.num_ranks(asked), 0
+    )
+    here.run_jobs([order] * num_jobs, asked, "test")
+    told = [json.loads(path.read_text())["threads"] for path in tmp_path.glob("gpus-*.json")]
+    assert told == [threads] * num_jobs * launch.num_ranks(asked)
+
+
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """80 activations x 8 draws: enough for two ranks and not for three."""
@@ -180,15 +247,36 @@ def test_a_sweep_has_a_rank_a_core_says_so_in_its_record_and_draws_the_same(
 
 
 @pytest.mark.slow
+def test_jobs_of_a_sweep_side_by_side_have_no_more_threads_than_there_are_cores(
+    sweep: Sweep, tmp_path: Path, cores: pytest.MonkeyPatch
+) -> None:
+    cores.setattr(machine, "num_cores", lambda: 2)
+    two = placed(sweep, tmp_path, cells_per_job=1, max_parallel_jobs=2)
+    assert run(replace(two, axes={"sampling.temperature": (0.7, 1.3)})) == 0
+    assert ask(two, "SELECT num_ranks, engine['threads'] FROM runs") == [(1, "1")] * 2
+
+
+@pytest.mark.slow
 def test_a_run_in_the_users_own_process_lets_its_threads_sleep(sweep: Sweep, tmp_path: Path) -> None:
-    here = placed(sweep, tmp_path, cluster="inprocess")
-    code = f"from ksweep import *\nsweep_main({here!r}, ['--no-charts'])"
+    own = placed(sweep, tmp_path, cluster="inprocess")
+    code = "import atexit, os\natexit.register(lambda: print('left behind:', os.environ.get('OMP_WAIT_POLICY')))\n"
+    code += f"from ksweep import *\nsweep_main({own!r}, ['--no-charts'])"
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     environment |= {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     # The runtime prints what it has read when it is loaded.
     assert done.returncode == 0 and re.search(r"OMP_WAIT_POLICY\s*=\s*'PASSIVE'", done.stderr), done.stderr
-    assert ask(here, "SELECT num_ranks, packages['omp_wait_policy'] FROM runs") == [(1, "PASSIVE")]
+    assert "left behind: None" in done.stdout
+    assert ask(own, "SELECT num_ranks, engine['omp_wait_policy'] FROM runs") == [(1, "PASSIVE")]
+
+
+@pytest.mark.slow
+def test_a_run_beside_a_loaded_torch_says_nothing_of_how_its_threads_wait(sweep: Sweep, tmp_path: Path) -> None:
+    assert "torch" in sys.modules
+    own = placed(sweep, tmp_path, cluster="inprocess")
+    before = dict(os.environ)
+    assert run(own) == 0
+    assert os.environ == before and ask(own, "SELECT engine['omp_wait_policy'] FROM runs") == [(None,)]
 
 
 @pytest.mark.slow

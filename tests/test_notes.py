@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import pytest
 import torch
 
 from ksweep import Resources, Sweep, connect
+from ksweep import notes as module
 from ksweep.autoencoder.norms import norm_notes, training_norm
 from ksweep.cli import main
+from ksweep.errors import RunError
 from ksweep.keys import inspect_pair
 from ksweep.notes import Note, keep, kept, notes_of
 from ksweep.presets import demo_pair
@@ -159,15 +163,6 @@ def test_notes_of_a_loader_stay_with_the_draws_when_a_later_run_loads_nothing(tm
         assert connection.execute("SELECT num_draws_sampled > 0 FROM runs ORDER BY finished").fetchall() == [(True,), (False,)]
 
 
-def test_notes_kept_beside_activations_reach_every_later_run_over_them(sweep: Sweep) -> None:
-    note = Note("text", "3 of 60 rows begin with the token that begins every text.")
-    assert run(sweep, "sampling.temperature=0.7") == 0
-    [directory] = (path.parent for path in Path(sweep.vector_cache).glob("*/manifest.json"))
-    keep(directory, [note, note])
-    assert run(sweep, "sampling.temperature=1.3") == 0
-    assert notes_in(sweep) == [[], [{"about": note.about, "text": note.text}]]
-
-
 # --- the record ---
 
 
@@ -188,6 +183,30 @@ def test_kept_notes_come_back_whole_and_a_damaged_one_is_left_out(tmp_path: Path
     next(tmp_path.glob("note-*.json")).write_text('{"about": "cut sho')
     assert len(kept(tmp_path)) == 1
     assert kept(tmp_path / "nowhere") == ()
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_note_in_a_directory_that_cannot_be_written_is_said_and_ends_nothing(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse_writing(monkeypatch, reason)
+    keep(tmp_path, [Note("layer", "one"), Note("prompt", "two")])
+    assert [record.getMessage() for record in caplog.records] == ["layer: one", "prompt: two"] and kept(tmp_path) == ()
+
+
+def test_a_note_that_a_full_disk_does_not_take_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_writing(monkeypatch, errno.ENOSPC)
+    with pytest.raises((OSError, RunError)):
+        keep(tmp_path, [Note("layer", "one")])
+
+
+def refuse_writing(monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    """As a disk would; root may write wherever it is mounted for writing."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(module, "publish", refuse)
 
 
 def test_records_with_plain_notes_or_none_stay_readable(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import glob
-import json
 import os
 import re
 import runpy
@@ -283,4 +282,3 @@ def test_what_the_pages_ask_of_the_registry_has_answers(project: Project, monkey
     with connect("registry") as connection:
         empty = [question for question in questions if not connection.execute(question).fetchall()]
     assert len(questions) >= 4 and all("v_token_roles" in question for question in empty), empty
-    assert json.loads((ROOT / "registry" / "charts.ipynb").read_text())

@@ -255,6 +255,19 @@ def test_an_empty_text_file_is_refused(sweep: Sweep, tmp_path: Path, capsys: pyt
         assert name in capsys.readouterr().err
 
 
+def test_vectors_of_one_document_are_refused_while_planning_unless_the_baseline_needs_no_other(
+    sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, pair.d_model)).astype(np.float32)
+    lists = pa.FixedSizeListArray.from_arrays(vectors.ravel(), pair.d_model)
+    pq.write_table(pa.table({"activation_vector": lists, "doc_id": ["one"] * 45 + ["two"] * 5}), tmp_path / "v.parquet")
+    asked = (f"activations.vectors={tmp_path / 'v.parquet'}", "--dry-run")
+    assert run(sweep, *asked) == 2 and "all 40 activations" in capsys.readouterr().err
+    for other in ("scoring.baseline=0.7", "scoring.baseline=distance_from_mean", "activations.num_activations=50"):
+        assert run(sweep, *asked, other) == 0
+    assert not list(Path(sweep.vector_cache).glob("*"))
+
+
 def test_a_bad_vector_in_the_middle_is_landed_as_a_failed_run(
     sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

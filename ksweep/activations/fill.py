@@ -21,7 +21,6 @@ from ksweep.activations.units import UnitSource
 from ksweep.errors import DataError, RunError, SpecError
 from ksweep.files import clear_leftovers, digest, resolve
 from ksweep.identity import fingerprint
-from ksweep.notes import keep, notes_of
 from ksweep.spec import Activations
 
 log = logging.getLogger(__name__)
@@ -113,7 +112,6 @@ def ensure(
         fill(store, source, activations.num_activations, rank=rank, world_size=world_size, progress=progress, check=check)
     finally:
         source.close()
-    keep(store.directory, notes_of(source))
     # After the barrier nobody sets a shard aside any more, and every rank sees the same.
     barrier()
     _refuse_too_few(store, activations)

@@ -38,7 +38,6 @@ import ksweep
 from ksweep.activations.units import STORED_DTYPES, Unit, keys_of, norms_of, to_float32
 from ksweep.errors import DiskFullError, RunError, StoreError
 from ksweep.files import publish, readable_by_colleagues
-from ksweep.notes import Note, kept
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
@@ -416,11 +415,6 @@ class ActivationTable:
         if pa.types.is_string(whole.type) or whole.null_count:
             return np.array(whole.to_pylist(), dtype=object)
         return np.asarray(whole.to_numpy())
-
-    @property
-    def notes(self) -> tuple[Note, ...]:
-        """What was noted while these activations were computed."""
-        return kept(self.directory)
 
     def num_documents(self) -> int:
         """Distinct documents: how many clusters the bootstrap has."""

@@ -159,6 +159,27 @@ def document_column(vectors: str | Path, asked: str | None) -> str | None:
     return asked if asked is not None else next((name for name in DOCUMENTS if name in names), None)
 
 
+def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -> bool:
+    """Whether the first rows of a file of vectors are all of one document; reads as far as the second one.
+
+    Raises:
+        DataError: as `document_column`.
+    """
+    column, seen, left = document_column(vectors, asked), set[str](), num_rows
+    if column is None:
+        return num_rows == 1
+    with _open(vectors) as file:
+        for batch in file.iter_batches(batch_size=ROWS_PER_UNIT, columns=[column]):
+            names = batch.column(0).slice(0, left)
+            seen.update(map(str, names.drop_null().unique().to_pylist()))
+            if len(seen) > 1 or (names.null_count and left > 1):  # a row without a name is a document of its own
+                return False
+            left -= len(names)
+            if not left:
+                break
+    return True
+
+
 class VectorUnits:
     """Units of a file of vectors. They are kept in float32: the public files are, and rounding them would be a silent change."""
 

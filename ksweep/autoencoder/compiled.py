@@ -175,7 +175,7 @@ def _openmp_runtimes() -> set[str]:
 @torch.inference_mode()
 def _error(loaded: ctypes.CDLL) -> float:
     """The largest of trials of everything that is compiled separately, against torch in float64: its float32 has errors of its
-    own, on an Xeon with AMX a hundred times those of what is compiled here."""
+    own, on a Xeon with AMX a hundred times those of what is compiled here."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:

@@ -62,7 +62,7 @@ def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str =
         "ntasks_per_node": gpus // resources.gpus_per_model or resources.tasks or 1,
         "gpus_per_node": gpus or None,
         # Slurm's own --cpus-per-gpu excludes --cpus-per-task, and submitit wants --gpus-per-task with it.
-        "cpus_per_task": _cpus_per_rank(resources),
+        "cpus_per_task": cpus_per_rank(resources, gpus),
         "mem": None if resources.mem_gb is None else f"{round(resources.mem_gb * 1024)}MB",
         "partition": resources.partition,
         "account": resources.account,
@@ -79,8 +79,9 @@ def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str =
     return {k: v for k, v in found.items() if v is not None}
 
 
-def _cpus_per_rank(resources: Resources) -> int | None:
-    if not resources.gpus:
+def cpus_per_rank(resources: Resources, gpus: int) -> int | None:
+    """CPUs that the user asks for a rank of a job with so many GPUs on a node; None where that is left open."""
+    if not gpus:
         return resources.cpus_per_task
     return None if resources.cpus_per_gpu is None else resources.cpus_per_gpu * resources.gpus_per_model
 

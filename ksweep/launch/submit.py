@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -18,7 +18,7 @@ import psutil
 
 from ksweep import machine
 from ksweep.errors import RequestError, RunError, SpecError
-from ksweep.launch import group, slurm, worker
+from ksweep.launch import group, slurm, submission, worker
 from ksweep.launch.job import Ending, Job, first_cause, is_alive
 from ksweep.spec import Resources
 
@@ -104,32 +104,28 @@ class Submitted:
 
 
 def submit(
-    job: Job, resources: Resources, name: str, on_report: Callable[..., None] | None = None, gpus: Sequence[str] | None = None
+    job: Job,
+    resources: Resources,
+    name: str,
+    on_report: Callable[..., None] | None = None,
+    gpus: Sequence[str] | None = None,
+    side_by_side: int = 1,
 ) -> Submitted:
-    """Start a job on this machine, on these GPUs; in-process jobs have ended when this returns."""
+    """Start a job on this machine, on these GPUs; in-process jobs have ended when this returns.
+
+    Args:
+        side_by_side: jobs of this kind that run at once and share the cores.
+    """
     if resolve_cluster(resources) == "inprocess":
         devices = group.own_gpus(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
         worker.run_here(job, devices, on_report)
         return Submitted(job, None)
     executor = _executor(job.path, resources, name, gpus)
-    with _deaf_to_interrupts(), _environment(machine.rank_environment(tasks_per_node(resources), resources.cpus_per_task)):
+    cpus = submission.cpus_per_rank(resources, num_gpus(resources))
+    added = machine.rank_environment(tasks_per_node(resources) * side_by_side, cpus)
+    with _deaf_to_interrupts(), machine.environment(added):
         handle = executor.submit(worker.run_rank, str(job.path))
     return Submitted(job, handle)
-
-
-@contextmanager
-def _environment(added: Mapping[str, str]) -> Iterator[None]:
-    """Processes started inside have these variables; OpenMP and BLAS libraries read theirs when they are loaded, not later."""
-    before = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

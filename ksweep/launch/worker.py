@@ -106,14 +106,15 @@ def _work(pulse: Pulse, environment: Any) -> Any:
 def run_here(job: Job, devices: tuple[str, ...], on_report: Callable[..., None] | None = None) -> Ending:
     """The same job as the only rank, in this process, for debugging; exceptions are recorded, not raised."""
     spec = job.spec()
-    os.environ.update(machine.wait_environment())  # without effect where torch has been imported already
+    # torch's OpenMP runtime reads how threads wait when it is loaded: later the record would tell of what is not so.
+    added = {} if "torch" in sys.modules else machine.wait_environment()
     pulse = Pulse(job, 0, 1)  # without its thread: a watchdog must not end a notebook
     pulse.beat = replace(pulse.beat, device=group.name_of(devices), gpu=group.cards_of(devices))
     solo = Solo(
         devices=devices, device_name=pulse.beat.device, job=job.id, on_report=_relay(pulse, on_report), on_cell=pulse.begin_cell
     )
     pulse.say_alive()
-    with _stopped_by_sigterm(solo):
+    with _stopped_by_sigterm(solo), machine.environment(added):
         ending = guarded(0, lambda: load_entry(spec["entry"])(spec["argument"], solo))
     pulse.end(ending)
     return ending

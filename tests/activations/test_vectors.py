@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ksweep.activations import activations_key, ensure, plan, read_sidecar
-from ksweep.activations.vectors import ROWS_PER_UNIT, VectorUnits, vectors_layer
+from ksweep.activations.vectors import ROWS_PER_UNIT, VectorUnits, are_of_one_document, vectors_layer
 from ksweep.errors import DataError
 from ksweep.spec import Activations
 from tests.activations.helpers import random_vectors, vector_spec, write_vectors
@@ -129,6 +129,19 @@ def test_sidecar_of_another_kind_is_refused(tmp_path: Path) -> None:
 def documents_of(path: Path, count: int, cache: Path, column: str | None = None) -> list[str]:
     table = ensure(Activations(vectors=str(path), num_activations=count, document_column=column), None, cache)
     return [str(document) for document in table.column("document")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 1500])
+@pytest.mark.parametrize(
+    "start", [["a", "a", "a"], ["a", "a", "b"], ["a", None, "a"], [None, "a", "a"], [None, None, "a"], [3, 3, 4], None]
+)
+def test_whether_vectors_are_of_one_document_is_told_as_their_table_does(
+    start: list[Any] | None, count: int, tmp_path: Path
+) -> None:
+    columns = {} if start is None else {"doc_id": start + [start[2]] * 1495 + [7 if start[2] == 4 else "7"] * 2}
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(1500), **columns)
+    table = ensure(vector_spec(path, count), None, tmp_path / "cache")
+    assert are_of_one_document(path, None, count) == (table.num_documents() == 1)
 
 
 def test_document_column_that_is_asked_for_names_the_documents(tmp_path: Path) -> None:
