@@ -54,7 +54,7 @@ def works_until_told_to_stop(argument: dict[str, Any], ranks: Ranks) -> None:
 
 
 def holds_gpus(argument: dict[str, Any], ranks: Ranks) -> None:
-    """Say which GPUs and threads this process was given, and from when until when it had them: until so many jobs have begun at least."""
+    """Say which GPUs and threads this process was given, and from when until when: until so many jobs have begun at least."""
     place = Path(argument["folder"]) / f"gpus-{os.getpid()}.json"
     told = {"devices": os.environ["CUDA_VISIBLE_DEVICES"], "pid": os.getpid(), "begun": time.time(), "ended": 0.0}
     told |= {"threads": os.environ.get("OMP_NUM_THREADS")}

@@ -25,7 +25,7 @@ def resources(bed: Bed) -> Resources:
 
 
 def start(place: Path, entry: str, asked: Resources, count: int = 1, **argument: Any) -> list[Job]:
-    ranks = (asked.gpus or asked.tasks) * asked.nodes
+    ranks = (asked.gpus or asked.tasks or 1) * asked.nodes
     created = [
         create(place / "logs", f"tests.slurm.entries:{entry}", argument, ranks, cluster="slurm", cells=[(f"cell-{i}", f"n={i}")])
         for i in range(count)

@@ -69,6 +69,7 @@ def test_an_array_of_twelve_runs_three_at_a_time_in_two_arrays(place: Place) -> 
         f"sampling.seed={list(range(12))}".replace(" ", ""),
         "sampling.num_draws=2",
         "activations.num_activations=4",
+        "scoring.baseline=distance_from_mean",  # these four are of one document
         "--wait",
     )
     assert done.code == 0, done.err
