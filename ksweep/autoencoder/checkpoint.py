@@ -373,16 +373,21 @@ def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, so
         text = f"The activations come from {source}, whose weights are not those that the pair was trained over ({expected})."
         return (Note("base model", f"{text} It has the same architecture and sizes: a fine-tune?"),)
     base = av.sidecar.base_checkpoint or "the pair's base model"
-    if (av.base is not None and av.base == path.resolve()) or _is_named_in(base, path):
+    if (av.base is not None and av.base == path.resolve()) or _is_named(base, path):
         return ()
-    text = f"Whether the activations' model {source} is {base} cannot be told: it has the same architecture and sizes."
+    text = f"Could not verify that {source} is {base}: it has the same architecture and sizes, and its name does not tell."
     return (Note("base model", text),)
 
 
-def _is_named_in(hub_id: str, path: Path) -> bool:
-    """Whether a directory is named after a model: .../Qwen2.5-7B-Instruct, .../models--Qwen--Qwen2.5-7B-Instruct/snapshots/..."""
-    name = hub_id.partition("@")[0].rpartition("/")[2].lower()
-    return any(part.lower().rpartition("--")[2] == name for part in path.absolute().parts)
+def _is_named(hub_id: str, path: Path) -> bool:
+    """Whether a directory is named after a model: .../Qwen2.5-7B-Instruct, or its hub cache .../models--*--*/snapshots/<revision>.
+
+    Directories above it say nothing: outputs of training lie below the name of the base as often as the base itself does.
+    """
+    name, parts = hub_id.partition("@")[0].rpartition("/")[2].lower(), path.absolute().parts
+    if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].lower().rpartition("--")[2] == name
+    return path.absolute().name.lower() == name
 
 
 def check_same_architecture(av: CheckpointInfo, directory: Path, source: str) -> None:
