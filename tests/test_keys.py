@@ -289,7 +289,7 @@ def test_directory_that_may_be_the_base_is_noted_and_changes_no_key(cell: Cell, 
     [
         ({"norm": "whitened_zca_v1", "whitening": {"method": "zca"}}, "norm='whitened_zca_v1'"),
         ({"whitening": {"method": "zca"}}, "whitening="),
-        ({"layer_index": 1, "position": "mean"}, "position='mean', a key that is not known"),
+        ({"layer_index": 1, "position": "mean"}, "position='mean', which says how"),
     ],
 )
 def test_vectors_of_another_kind_than_the_pairs_are_refused(ready_made: Cell, extraction: dict[str, Any], says: str) -> None:

@@ -26,7 +26,18 @@ import pyarrow.parquet as pq
 
 from ksweep.activations.units import Unit, refuse_unusable
 from ksweep.errors import DataError
-from ksweep.sidecar_keys import LAYER_KEYS, abbreviated, at, base_model, check_keys, is_done, read_layer, read_yaml
+from ksweep.notes import Note
+from ksweep.sidecar_keys import (
+    LAYER_KEYS,
+    TEXT_OF_VECTORS,
+    abbreviated,
+    at,
+    base_model,
+    check_keys,
+    is_done,
+    read_layer,
+    read_yaml,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -39,6 +50,7 @@ LAYERS = "activation_layer"
 PROVENANCE = (POSITIONS, "detokenized_text_truncated", "role")
 UNDERSTOOD = frozenset({
     "kind", "schema_version", "d_model", "base_model", "base_checkpoint", "extraction.base_model", "extraction.d_model",
+    "hidden_size", "extraction.hidden_size",
     "extraction.norm", "extraction.injection_scale", "extraction.mse_scale", *LAYER_KEYS,
 })  # fmt: skip
 """Keys of a vectors' sidecar that are read, or that are about how a pair uses the vectors and not how they were made."""
@@ -57,6 +69,7 @@ class VectorsSidecar:
     d_model: int | None
     norm: str | None
     """"none" for raw vectors, and nothing else: no pair is understood that takes other ones."""
+    notes: tuple[Note, ...] = ()
 
 
 def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
@@ -83,16 +96,24 @@ def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
             f"sidecar {path} has extraction.norm={abbreviated(norm)}: the vectors are not as the model gives them, and AV and AR "
             "are trained on raw ones (norm: none). Give the raw vectors, or extract them from text (activations.text)."
         )
-    check_keys({key: value for key, value in meta.items() if key not in ABOUT_PROMPTS}, UNDERSTOOD, path, DataError)
-    top, inner, _ = (_whole(meta, key, path) for key in ("d_model", "extraction.d_model", "extraction.layer_index"))
-    if None not in (top, inner) and top != inner:
-        raise DataError(f"sidecar {path} has d_model={top} and extraction.d_model={inner}: make them agree")
+    judged = {key: value for key, value in meta.items() if key not in ABOUT_PROMPTS}
+    check_keys(judged, UNDERSTOOD, path, DataError, TEXT_OF_VECTORS)
+    notes: list[Note] = []
     return VectorsSidecar(
         layer=read_layer(meta, path, DataError),
-        base_model=base_model(meta, path, DataError),
-        d_model=top if inner is None else inner,
+        base_model=base_model(meta, path, DataError, notes),
+        d_model=_said_width(meta, path),
         norm=None if norm is None else "none",
+        notes=tuple(notes),
     )
+
+
+def _said_width(meta: dict[str, Any], path: Path) -> int | None:
+    keys = ("d_model", "extraction.d_model", "hidden_size", "extraction.hidden_size")
+    said = {key: width for key in keys if (width := _whole(meta, key, path)) is not None}
+    if len(set(said.values())) > 1:
+        raise DataError(f"sidecar {path} has {' and '.join(f'{key}={width}' for key, width in said.items())}: make them agree")
+    return next(iter(said.values()), None)
 
 
 def vectors_shape(vectors: str | Path) -> tuple[int, int]:

@@ -380,7 +380,7 @@ def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, so
 
 
 def _is_named(hub_id: str, path: Path) -> bool:
-    """Whether a directory is named after a model: .../Qwen2.5-7B-Instruct, or its hub cache .../models--*--*/snapshots/<revision>.
+    """Whether a directory is named after a model: .../Qwen2.5-7B-Instruct, or .../models--*--*/snapshots/<revision> of the hub.
 
     Directories above it say nothing: outputs of training lie below the name of the base as often as the base itself does.
     """

@@ -25,8 +25,8 @@ TEMPLATE_KEYS: Mapping[Role, tuple[str, str]] = {
     "av": ("prompt_templates.av", "prompt_templates.actor"), "ar": ("prompt_templates.ar", "prompt_templates.critic"),
 }  # fmt: skip
 UNDERSTOOD = frozenset({
-    "kind", "schema_version", "role", "d_model", "extraction.d_model", "base_checkpoint", "base_digest", "base_model",
-    "extraction.base_model", "extraction.injection_scale", "extraction.mse_scale", "tokens.injection_char",
+    "kind", "schema_version", "role", "d_model", "extraction.d_model", "hidden_size", "base_checkpoint", "base_digest",
+    "base_model", "extraction.base_model", "extraction.injection_scale", "extraction.mse_scale", "tokens.injection_char",
     "tokens.injection_token_id", "tokens.injection_left_neighbor_id", "tokens.injection_right_neighbor_id",
     "tokens.critic_suffix_ids", "training.activation_norm", *LAYER_KEYS, *TEMPLATE_KEYS["av"], *TEMPLATE_KEYS["ar"],
 })  # fmt: skip
@@ -101,7 +101,7 @@ def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
         role=role,
         d_model=d_model,
         layer=read_layer(meta, path, CheckpointError),
-        base_checkpoint=base_model(meta, path, CheckpointError),
+        base_checkpoint=base_model(meta, path, CheckpointError, notes),
         base_digest=_text(meta, "base_digest", path),
         injection_scale=_scale(meta, "injection_scale", d_model, path, absent=None),
         activation_norm=_positive(meta, "training.activation_norm", path),
@@ -206,6 +206,8 @@ def _d_model(meta: Mapping[str, Any], path: Path, notes: list[Note]) -> int:
         notes.append(Note("checkpoint", f"{path} says d_model under `extraction` only; it was read there."))
     width = inner if top is None else top
     assert width is not None
+    if (hidden := _whole(meta, "hidden_size", path)) not in (None, width):
+        raise CheckpointError(f"{path} has d_model={width} and hidden_size={hidden}: make them agree.")
     return width
 
 
