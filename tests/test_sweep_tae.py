@@ -202,6 +202,19 @@ def test_vectors_that_do_not_say_what_the_checkpoint_needs_are_refused_before_an
     assert not (tmp_path / "registry" / "landing").exists()
 
 
+@pytest.mark.parametrize(("base", "noted"), [("someone/another", True), ("owner/base", False), (None, False)])
+def test_vectors_of_another_model_than_the_checkpoints_are_noted(base: str | None, noted: bool, tmp_path: Path) -> None:
+    info = inspect_tae(checkpoint("gpt2_patch_all"))
+    assert Path(info.activations_model).name == "base"
+    vectors = write_vectors(tmp_path / "v.parquet", random_vectors(30, info.d_model))
+    said = {"kind": "nla_dataset", "extraction": {"base_model": base, "layer_index": info.layer}}
+    Path(f"{vectors}.nla_meta.yaml").write_text(json.dumps(said))
+    autoencoder = Autoencoder(checkpoint=str(checkpoint("gpt2_patch_all")))
+    keys = cell_keys(Cell(autoencoder=autoencoder, activations=Activations(vectors=str(vectors), num_activations=30)))
+    found = [note.text for note in keys.notes if note.about == "base model"]
+    assert [text.startswith("Could not verify that someone/another is ") for text in found] == [True] * noted
+
+
 def test_a_checkpoint_and_a_pair_each_take_the_place_of_the_other(sweep: Sweep) -> None:
     with_file = apply_overrides(sweep, ["autoencoder.checkpoint=a.pt"])
     assert with_file.cell.autoencoder == Autoencoder(checkpoint="a.pt", dtype="float32")

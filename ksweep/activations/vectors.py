@@ -154,9 +154,9 @@ def vectors_layer(vectors: str | Path) -> int | None:
 
 def _layer_of_rows(vectors: str | Path) -> int | None:
     with _open(vectors) as file:
-        if LAYERS not in file.schema_arrow.names or not pa.types.is_integer(file.schema_arrow.field(LAYERS).type):
+        if LAYERS not in file.schema_arrow.names:
             return None
-        layers = pc.unique(file.read(columns=[LAYERS]).column(0).drop_null()).to_pylist()
+        layers = _whole_layers(pc.unique(file.read(columns=[LAYERS]).column(0)).to_pylist(), vectors)
     if len(layers) > 1:
         raise DataError(
             f"{vectors} holds activations of several layers ({', '.join(map(str, sorted(layers)[:5]))} in column {LAYERS!r}), "
@@ -165,17 +165,35 @@ def _layer_of_rows(vectors: str | Path) -> int | None:
     return layers[0] if layers else None
 
 
+def _whole_layers(values: list[Any], vectors: str | Path) -> list[int]:
+    """Values of the column of layers as whole numbers, without nulls (NaN is one): pandas makes 20.0 of 20 beside them."""
+    said = [value for value in values if value is not None and value == value]
+    wrong = [value for value in said if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1]
+    if wrong:
+        raise DataError(
+            f"{vectors} has {abbreviated(wrong[0])} in column {LAYERS!r}; expected whole numbers, the block whose output the "
+            "vectors are. Correct or drop the column."
+        )
+    return sorted({int(value) for value in said})
+
+
 def document_column(vectors: str | Path, asked: str | None) -> str | None:
     """The column that names the documents of a file of vectors; None: each row is a document of its own.
 
     Raises:
-        DataError: no such column, no such file, or not Parquet.
+        DataError: no such column, one of lists or structs, no such file, or not Parquet.
     """
     with _open(vectors) as file:
-        names = file.schema_arrow.names
+        schema = file.schema_arrow
+    names = schema.names
     if asked is not None and asked not in names:
         raise DataError(
             f"{vectors} has no column {asked!r}; it has {', '.join(names)}. Set activations.document_column to the right one."
+        )
+    if asked is not None and pa.types.is_nested(schema.field(asked).type):
+        raise DataError(
+            f"column {asked!r} of {vectors} is of type {schema.field(asked).type}; expected text or numbers that name documents. "
+            "Set activations.document_column to such a column."
         )
     return asked if asked is not None else next((name for name in DOCUMENTS if name in names), None)
 
@@ -196,7 +214,7 @@ class VectorUnits:
             DataError: as `vectors_shape` and `document_column`.
         """
         self.path = Path(vectors).expanduser()
-        self.documents = document_column(self.path, documents)
+        self.documents, self._asked = document_column(self.path, documents), documents is not None
         self.num_rows, self.d_model = vectors_shape(self.path)
         self._tables: Iterator[pa.Table] = iter(())
         self._next_unit = -1
@@ -227,6 +245,8 @@ class VectorUnits:
         wanted = [*PROVENANCE, *([] if self.documents is None else [self.documents])]
         columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * n for name in wanted}
         named = [None] * n if self.documents is None else columns[self.documents]
+        if self._asked:
+            self._refuse_unnamed(named, first)
         rows = [f"row:{first + i}" for i in range(n)]
         lengths = columns[POSITIONS]
         unit = Unit(
@@ -243,6 +263,15 @@ class VectorUnits:
         )
         refuse_unusable(unit, str(self.path))
         return unit
+
+    def _refuse_unnamed(self, named: list[Any], first: int) -> None:
+        """Raises DataError: rows whose document is null, NaN or empty text, in a column that was asked for."""
+        rows = [str(first + i) for i, name in enumerate(named) if name is None or name != name or str(name).strip() == ""]
+        if rows:
+            raise DataError(
+                f"{self.path} names no document in column {self.documents!r} of {len(rows)} rows ({', '.join(rows[:5])}"
+                f"{', ...' if len(rows) > 5 else ''}), and the bootstrap draws documents: fill them in, or drop those rows."
+            )
 
 
 def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[np.ndarray, "row d_model"]:

@@ -352,13 +352,18 @@ def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str)
     path = Path(source).expanduser()
     if path.exists():
         return _check_base_directory(av, ar, path, source)
-    theirs = _hub_name(source)
-    for info in (av, ar):
-        ours = _hub_name(info.sidecar.base_checkpoint)
-        if theirs and ours and theirs.split("/")[1] != ours.split("/")[1]:  # mirrors keep the name under another owner
-            text = f"The activations come from {source}, but the pair was trained on {info.sidecar.base_checkpoint}."
-            return (Note("base model", text),)
-    return ()
+    return next((notes for info in (av, ar) if (notes := base_notes(source, info.sidecar.base_checkpoint, "the pair"))), ())
+
+
+def base_notes(source: str, trained_on: str | None, whose: str) -> tuple[Note, ...]:
+    """A note where two names are of other models. A path that activations come from is compared with nothing."""
+    theirs, ours = _hub_name(source), _hub_name(trained_on)
+    if theirs and trained_on and Path(trained_on).is_dir():
+        text = f"Could not verify that {source} is {trained_on}, the model that {whose} was trained on."
+        return () if _is_named(source, Path(trained_on)) else (Note("base model", text),)
+    if theirs is None or ours is None or theirs.split("/")[1] == ours.split("/")[1]:  # mirrors keep the name under another owner
+        return ()
+    return (Note("base model", f"The activations come from {source}, but {whose} was trained on {trained_on}."),)
 
 
 def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, source: str) -> tuple[Note, ...]:

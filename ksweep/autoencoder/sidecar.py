@@ -33,9 +33,13 @@ UNDERSTOOD = frozenset({
 HEADS = ("value_head.safetensors", "ar_lora_value_head.safetensors")
 """Files that only an AR has."""
 MARKER_FIELD, TEXT_FIELD = "{injection_char}", "{explanation}"
-FIELD = re.compile(r"\{\s*(?:[A-Za-z_]\w*|\d+)\s*(?:[.\[!:][^{}]*)?\}")
-"""A replacement field of `str.format`; braces around anything else (JSON, code) are text."""
+FIELD = re.compile(r"\{[\w\s-]*(?:[.\[!:][^{}]*)?\}|<<[\w\s-]+>>|\[\[[\w\s-]+\]\]|%\(\w+\)[sdfgr]")
+"""A field of `str.format` or of another way to fill templates; braces around anything else (JSON, code) are text."""
 OPEN_TAG = re.compile(r"<[A-Za-z][\w-]*>\s*$")
+ANSWER_TAG = re.compile(r"<(explanation|answer|think|thinking|thought|reasoning)>")
+"""A tag that begins an answer, or lets the model think first."""
+MENTION = re.compile(r"\s*(?:xml\s+)?(?:tags?|elements?|brackets|markers?)\b|[.,;!?)`'\"]|\s+(?:and|or|to)\b", re.IGNORECASE)
+"""What follows a tag that is only spoken of: "within <explanation> tags"."""
 WITHOUT_INJECTION_MODE = ("lora_sft", "full_ft_sft")
 """Values of training.method of a trainer whose first version injected vector x scale, unnormalised, into a prompt without chat
 template, and said so only by leaving training.injection_mode and training.chat_template out."""
@@ -318,13 +322,23 @@ def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
             f"{path}: prompt_templates.av has {count} places for the marker ({MARKER_FIELD}), expected exactly one, where the "
             "vector is injected. Use the released template."
         )
-    if tag := OPEN_TAG.search(sidecar.av_template):
+    tag = OPEN_TAG.search(sidecar.av_template)
+    if begun := tag[0].strip() if tag else begun_answer(sidecar.av_message.partition(sidecar.marker)[2]):
         raise CheckpointError(
-            f"{path}: prompt_templates.av ends with the open tag {abbreviated(tag[0].strip())}, so the AV answers without it: a "
+            f"{path}: prompt_templates.av ends with the open tag {abbreviated(begun)}, so the AV answers without it: a "
             "prefilled answer is not supported yet, and every draw would count as failed. Use an AV whose answers hold "
             "<explanation>...</explanation>."
         )
     return _unusual(sidecar, path)
+
+
+def begun_answer(text: str) -> str | None:
+    """The tag of an answer that a prompt has begun: its last one, if it is neither closed nor only spoken of."""
+    tags = list(ANSWER_TAG.finditer(text))
+    if not tags:
+        return None
+    after = text[tags[-1].end() :]
+    return None if f"</{tags[-1][1]}>" in after or MENTION.match(after) else tags[-1][0]
 
 
 def _unusual(sidecar: Sidecar, path: Path) -> list[Note]:

@@ -211,6 +211,31 @@ def test_sidecar_that_says_more_than_is_understood_is_refused_by_name(meta: dict
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("layers", [[20.0, 20.0, 20.0], [20.0, None, 20.0], [20.0, float("nan"), 20.0], [20, None, 20]])
+def test_layer_of_the_rows_may_be_a_whole_float(layers: list[Any], tmp_path: Path) -> None:
+    assert vectors_layer(write_vectors(tmp_path / "v.parquet", random_vectors(3), activation_layer=layers)) == 20
+
+
+@pytest.mark.parametrize("layers", [[20.5] * 3, ["20"] * 3, [True] * 3, [float("inf")] * 3])
+def test_layer_of_the_rows_that_is_no_whole_number_is_refused(layers: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"in column 'activation_layer'; expected whole numbers"):
+        vectors_layer(write_vectors(tmp_path / "v.parquet", random_vectors(3), activation_layer=layers))
+
+
+@pytest.mark.parametrize("names", [["a", None, None], ["a", "", " "], [1.0, float("nan"), float("nan")]])
+def test_rows_without_a_document_in_the_column_asked_for_are_refused(names: list[Any], tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3), item=names)
+    with pytest.raises(DataError, match=r"names no document in column 'item' of 2 rows \(1, 2\)"):
+        documents_of(path, 3, tmp_path / "cache", "item")
+
+
+@pytest.mark.parametrize("column", ["activation_vector", "nested"])
+def test_document_column_of_lists_or_structs_is_refused(column: str, tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3), nested=[{"a": 1}] * 3)
+    with pytest.raises(DataError, match=rf"column '{column}' of .* is of type .*; expected text or numbers"):
+        documents_of(path, 3, tmp_path / "cache", column)
+
+
 TEXT_KEYS = ("chat_template", "add_generation_prompt", "add_special_tokens", "enable_thinking")
 MADE_WITH: list[dict[str, Any]] = [
     *({key: value} for key in TEXT_KEYS for value in (True, False)),

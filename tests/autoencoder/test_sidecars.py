@@ -251,6 +251,14 @@ FIELDS = [
     ("ar", "critic", "<text>{explanation}</text> <summary>{injection_char}", "{injection_char}"),
     ("ar", "ar", "{0} <text>{explanation}</text>", "{0}"),
     ("ar", "ar", "<text>{explanation}</text> {layer!r:>3}", "{layer!r:>3}"),
+    ("av", "av", "{} <c>{injection_char}</c>", "{}"),
+    ("av", "av", "At {depth-pct}: <c>{injection_char}</c>", "{depth-pct}"),
+    ("av", "av", "At {layer index}: <c>{injection_char}</c>", "{layer index}"),
+    ("av", "av", "At <<depth>>: <c>{injection_char}</c>", "<<depth>>"),
+    ("av", "av", "At [[layer]]: <c>{injection_char}</c>", "[[layer]]"),
+    ("ar", "ar", "{} <text>{explanation}</text>", "{}"),
+    ("ar", "ar", "{depth-pct} <text>{explanation}</text>", "{depth-pct}"),
+    ("ar", "ar", "{layer index} <text>{explanation}</text>", "{layer index}"),
     ("ar", "av", "At {depth_pct}: <c>{injection_char}</c>", "{depth_pct}"),
 ]  # fmt: skip
 
@@ -265,7 +273,7 @@ def test_field_left_over_in_a_template_is_refused_by_name(role: Role, key: str, 
 
 
 def test_braces_that_are_no_field_stay_text(pair: Path) -> None:
-    edit_sidecar(pair / "nla-av", prompt_templates__av='Answer as {"text": "..."}: <c>{injection_char}</c> {} {-}')
+    edit_sidecar(pair / "nla-av", prompt_templates__av='Answer as {"text": "..."}: <c>{injection_char}</c> [1] <a> {"}')
     edit_sidecar(pair / "nla-ar", prompt_templates__ar='{{"depth": 1}} {{x}} <text>{explanation}</text>')
     assert inspect(pair / "nla-av", "av").sidecar.av_message.startswith('Answer as {"text": "..."}')
     before, after = inspect(pair / "nla-ar", "ar").sidecar.ar_affixes
@@ -278,6 +286,27 @@ def test_template_that_ends_with_an_open_tag_is_refused(end: str, pair: Path) ->
     """The AV was trained to answer without the tag: every draw would be called failed."""
     edit_sidecar(pair / "nla-av", prompt_templates__av=f"<c>{{injection_char}}</c> Answer.{end}")
     assert f"ends with the open tag '{end.strip()}'" in refused(pair / "nla-av", "av")
+
+
+@pytest.mark.parametrize(
+    "end", ["<explanation>\n- ", "<explanation>Sure:", "<explanation>x</explanation> <explanation>\n1.", "<think>\nI"]
+)
+def test_template_that_begins_the_answer_is_refused(end: str, pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", prompt_templates__av=f"<c>{{injection_char}}</c> Answer.{end}")
+    assert "ends with the open tag" in refused(pair / "nla-av", "av")
+
+
+SPOKEN_OF = [
+    "Within <explanation> tags: <c>{injection_char}</c> Go.", "<c>{injection_char}</c> Answer within <explanation> tags.",
+    "<c>{injection_char}</c> Answer between <explanation> and </explanation>.", "<c>{injection_char}</c> Use `<explanation>` once.",
+    "<c>{injection_char}</c> Begin with <explanation>.", "<c>{injection_char}</c> As in <explanation>words</explanation>.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", SPOKEN_OF)
+def test_template_that_only_speaks_of_the_tag_is_accepted(template: str, pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", prompt_templates__av=template)
+    assert inspect(pair / "nla-av", "av").sidecar.av_template == template
 
 
 @pytest.mark.parametrize("method", ["lora_sft", "full_ft_sft"])
