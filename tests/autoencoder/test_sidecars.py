@@ -298,7 +298,7 @@ def test_template_that_begins_the_answer_is_refused(end: str, pair: Path) -> Non
 
 SPOKEN_OF = [
     "Within <explanation> tags: <c>{injection_char}</c> Go.", "<c>{injection_char}</c> Answer within <explanation> tags.",
-    "<c>{injection_char}</c> Answer between <explanation> and </explanation>.", "<c>{injection_char}</c> Use `<explanation>` once.",
+    "<c>{injection_char}</c> Between <explanation> and </explanation>.", "<c>{injection_char}</c> Use `<explanation>` once.",
     "<c>{injection_char}</c> Begin with <explanation>.", "<c>{injection_char}</c> As in <explanation>words</explanation>.",
 ]  # fmt: skip
 
