@@ -88,7 +88,7 @@ ARGUMENTS = ("chat_template_kwargs", "chat_template_args", "chat_kwargs", "chat"
 
 CHANGES = re.compile(
     r"inject|whiten|prefill|think|reasoning|variant|template|^chat|chat_(?:format|kwargs|style|args)"
-    r"|(?:^|_)prompt(?:s|ing)?$|prompt_(?:format|style|prefix|suffix|text|template)|system_prompt|system_message|marker"
+    r"|(?:^|(?<!^n)(?<!^num)_)prompt(?:s|ing)?$|prompt_(?:format|style|prefix|suffix|text|template)|system_prompt|system_message|marker"
     r"|(?:^|_)bos(?:_|$)|^pca|mean_subtract|subtract_mean|^cent(?:er|re)(?:ed|ing)?$|standardi[sz]e|z_?score"
     r"|^norm$|^norm_(?:kind|type|mode|method)$|unit_norm|normali[sz]ation|(?:^|_)normali[sz]ed?(?:_(?:activations?|vectors?|inputs?))?$"
     r"|^prefix$|^suffix$|(?:assistant|response|answer|generation|completion|forced|output)_(?:prefix|prompt|start)"
@@ -99,7 +99,8 @@ CHANGES = re.compile(
     r"|(?:^|_)subtract(?:s|ed)?_|(?:^|_)l[12]_?norm(?:ed|ali[sz]ed)?$|(?:^|_)normed(?:_|$)|^(?:layer|rms)_?norm(?:ed|ali[sz]ed)?$"
     r"|^norm_(?:activations?|vectors?|inputs?)|^(?:input|vector|output)s?_norm$|^clip_(?:norm|activations?|vectors?)$"
     r"|(?:^|_)(?:activation|vector|input)s?_(?:transform|pre_?process|scal(?:e|ing)(?:_|$)|clip)|^pre_?process(?:ing|ed)?$"
-    r"|^transforms?$|(?:^|_)affine(?:_|$)|^re_?scal(?:e|ed|ing)(?:_|$)|^scaled(?:_by)?$|^scale_(?:by|factor|activations?|vectors?)$"
+    r"|^transforms?$|(?:^|_)affine(?:_|$)|^re_?scal(?:e|ed|ing)(?:_(?:by|to|factor|activations?|vectors?))?$"
+    r"|^scaled(?:_by)?$|^scale_(?:by|factor|activations?|vectors?)$"
     r"|^(?:projection|projected|rotation|rotated)$"
     # where a reading is taken
     r"|^(?:activation_|read(?:ing|out)?_|extraction_|capture_)?(?:sites?|module|component|target|tap|pooling|readout|stream)$"

@@ -194,6 +194,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
             "num_positions": 10, "rms_norm_eps": 1e-6, "num_heads": 4, "head_dim": 8, "preprocessing_num_workers": 4,
             "format": "parquet",
             "loss_scale": 2, "gradient_accumulation_steps": 4, "max_position_embeddings": 512, "num_layers": 28, "mode": "lora",
+            "num_prompts": 8, "rescale_rewards": True,
         },
         "architecture": {"layer_norm_eps": 1e-5}, "site": "resid_post", "head_bias": False, "num_vectors": 1,
     },
