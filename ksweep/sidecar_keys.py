@@ -47,8 +47,8 @@ RESULTS = frozenset({"baseline", "eval", "evaluation", "fve", "loss", "losses", 
 """Sections and keys of what was measured."""
 BASE_KEYS = ("base_checkpoint", "base_model", "extraction.base_model")
 OF_TRAINING = re.compile(
-    r"^(?:\w+[_-])?(?:outputs?|out|checkpoints?|ckpts?|runs?|models|results|exps?|experiments?|logs?|saves?|saved|tmp|work|workspace|scratch"
-    r"|weights|artifacts|train|training)/[\w.-]+$"
+    r"^(?:\w+[_-])?(?:outputs?|out|checkpoints?|ckpts?|runs?|models|results|exps?|experiments?|logs?|saves?|saved|tmp|work"
+    r"|workspace|scratch|weights|artifacts|train|training)/[\w.-]+$"
     r"|/(?:(?:global_)?step|iter|epoch|ckpt|checkpoint|run)[-_]?\d+$",
     re.IGNORECASE,
 )
@@ -88,8 +88,8 @@ ARGUMENTS = ("chat_template_kwargs", "chat_template_args", "chat_kwargs", "chat"
 
 CHANGES = re.compile(
     r"inject|whiten|prefill|think|reasoning|variant|template|^chat|chat_(?:format|kwargs|style|args)"
-    r"|(?:^|(?<!^n)(?<!^num)_)prompt(?:s|ing)?$|prompt_(?:format|style|prefix|suffix|text|template)|system_prompt|system_message|marker"
-    r"|(?:^|_)bos(?:_|$)|^pca|mean_subtract|subtract_mean|^cent(?:er|re)(?:ed|ing)?$|standardi[sz]e|z_?score"
+    r"|(?:^|(?<!^n)(?<!^num)_)prompt(?:s|ing)?$|prompt_(?:format|style|prefix|suffix|text|template)|system_prompt"
+    r"|system_message|marker|(?:^|_)bos(?:_|$)|^pca|mean_subtract|subtract_mean|^cent(?:er|re)(?:ed|ing)?$|standardi[sz]e|z_?score"
     r"|^norm$|^norm_(?:kind|type|mode|method)$|unit_norm|normali[sz]ation|(?:^|_)normali[sz]ed?(?:_(?:activations?|vectors?|inputs?))?$"
     r"|^prefix$|^suffix$|(?:assistant|response|answer|generation|completion|forced|output)_(?:prefix|prompt|start)"
     r"|(?:^|_)hook|residual|^stream$|final_norm|^checkpoints$|^depth_|^layers$|layer_ind(?:ices|exes)$|^min_layer$"
@@ -147,11 +147,9 @@ INFORMATIONAL = OPAQUE | RESULTS | frozenset({
 MEASURED_OF = (
     "train", "training", "eval", "evaluation", "val", "validation", "test", "dev", "held_out", "heldout", "holdout", "best",
     "final", "first", "last", "initial", "current", "mean", "median", "avg", "average", "min", "max", "total", "num", "n", "sft",
-    "rl",
-    "sl", "grpo", "ppo", "av", "ar", "actor", "critic", "nla", "text", "gold", "shuffled", "round_trip", "roundtrip", "raw",
-    "policy",
-    "global", "optimizer", "warmup", "save", "saved", "logging", "accumulation", "gradient_accumulation", "wall", "wall_clock",
-    "gpu", "extraction", "rollout", "fve",
+    "rl", "sl", "grpo", "ppo", "av", "ar", "actor", "critic", "nla", "text", "gold", "shuffled", "round_trip", "roundtrip",
+    "raw", "policy", "global", "optimizer", "warmup", "save", "saved", "logging", "accumulation", "gradient_accumulation",
+    "wall", "wall_clock", "gpu", "extraction", "rollout", "fve",
 )  # fmt: skip
 """What may stand before the name of something that was measured or counted: whose it is, and when. A verb makes another name of
 it (`subtract_baseline`, `refine_steps`)."""
