@@ -35,6 +35,17 @@ def document_bos(tokenizer: Any) -> int | None:
     return None if bos in (tokenizer.eos_token_id, tokenizer.unk_token_id) or marks_turns(tokenizer) else bos
 
 
+def one_bos(text: str, tokenizer: Any) -> str:
+    """A text whose own BOS stands at its very beginning, once; the text as it is where it has none or the tokenizer puts none."""
+    bos: str | None = tokenizer.bos_token
+    begin = text.lstrip()
+    if not bos or not begin.startswith(bos) or not puts_bos(tokenizer):
+        return text
+    while (rest := begin[len(bos) :].lstrip()).startswith(bos):
+        begin = rest
+    return begin
+
+
 def text_gets_second_bos(text: str, directory: Path) -> bool:
     """Whether a text begins with the token that the tokenizer in a directory puts before texts; from its files alone.
 

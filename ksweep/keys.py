@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ksweep.activations.fill import activations_key
 from ksweep.activations.model_config import text_config
 from ksweep.activations.vectors import POSITIONS, read_sidecar, vectors_layer, vectors_say_positions, vectors_shape
-from ksweep.autoencoder.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest, inspect
+from ksweep.autoencoder.checkpoint import CheckpointInfo, base_notes, check_pair, check_same_architecture, digest, inspect
 from ksweep.bos import text_gets_second_bos
 from ksweep.errors import DataError, SpecError
 from ksweep.files import HUB_ID, resolve
@@ -182,7 +182,10 @@ def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...
     _check_width(cell, info)
     if cell.activations.vectors is not None:
         _check_vectors_suffice(cell.activations.vectors, info)
-    return info.layer, {"checkpoint": digest_tae(info)}, notes_of(info)
+    vectors = None if cell.activations.vectors is None else read_sidecar(cell.activations.vectors)
+    source = cell.activations.model if vectors is None else vectors.base_model
+    notes = () if source is None else base_notes(source, info.activations_model, str(info.path))
+    return info.layer, {"checkpoint": digest_tae(info)}, (*notes_of(info), *notes)
 
 
 def _reading(av: CheckpointInfo, ar: CheckpointInfo) -> dict[str, str]:

@@ -21,7 +21,9 @@ from ksweep import Autoencoder, Resources, Scoring, Sweep, connect
 from ksweep.activations import ensure
 from ksweep.autoencoder.tae_file import TaeInfo, inspect_tae
 from ksweep.errors import SpecError
+from ksweep.keys import cell_keys
 from ksweep.overrides import apply_overrides
+from ksweep.spec import Activations, Cell
 from tests.activations.helpers import random_vectors, write_vectors
 from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, checkpoint, run, sweep_over
 from tests.tiny_sweeps import ask
@@ -200,6 +202,19 @@ def test_vectors_that_do_not_say_what_the_checkpoint_needs_are_refused_before_an
     assert run(sweep, "gpt2_patch_all", f"autoencoder.checkpoint={tmp_path / 'positions.pt'}", *given) == 2
     assert "its position (column n_raw_tokens), which" in capsys.readouterr().err
     assert not (tmp_path / "registry" / "landing").exists()
+
+
+@pytest.mark.parametrize(("base", "noted"), [("someone/another", True), ("owner/base", False), (None, False)])
+def test_vectors_of_another_model_than_the_checkpoints_are_noted(base: str | None, noted: bool, tmp_path: Path) -> None:
+    info = inspect_tae(checkpoint("gpt2_patch_all"))
+    assert Path(info.activations_model).name == "base"
+    vectors = write_vectors(tmp_path / "v.parquet", random_vectors(30, info.d_model))
+    said = {"kind": "nla_dataset", "extraction": {"base_model": base, "layer_index": info.layer}}
+    Path(f"{vectors}.nla_meta.yaml").write_text(json.dumps(said))
+    autoencoder = Autoencoder(checkpoint=str(checkpoint("gpt2_patch_all")))
+    keys = cell_keys(Cell(autoencoder=autoencoder, activations=Activations(vectors=str(vectors), num_activations=30)))
+    found = [note.text for note in keys.notes if note.about == "base model"]
+    assert [text.startswith("Could not verify that someone/another is ") for text in found] == [True] * noted
 
 
 def test_a_checkpoint_and_a_pair_each_take_the_place_of_the_other(sweep: Sweep) -> None:

@@ -24,7 +24,7 @@ from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.activations.roles import Role, detect_template, token_roles
 from ksweep.activations.units import STORED_DTYPES
 from ksweep.batches import length_batches
-from ksweep.bos import document_bos, puts_bos
+from ksweep.bos import document_bos, one_bos, puts_bos
 from ksweep.errors import CheckpointError, RequestError
 from ksweep.files import MODEL_LOADING, resolve
 from ksweep.placement import Devices, as_devices, placed
@@ -74,11 +74,12 @@ class BlockReader:
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right.
 
-        A text that begins with BOS, as chat templates write it, keeps that one and gets no second.
+        A text that begins with BOS, as chat templates write it, keeps one and gets no second; where the tokenizer puts none, the
+        text is taken as it is.
         """
         if not texts:
             return []
-        alone = [text.lstrip() if self.text_begins_with_bos(text) else text for text in texts]
+        alone = [one_bos(text, self.tokenizer) if self.puts_bos and self.text_begins_with_bos(text) else text for text in texts]
         encoded = self.tokenizer(alone, add_special_tokens=True, truncation=True, max_length=max_length)
         rows = [list(ids) for ids in encoded["input_ids"]]
         twice = [self.tokenizer.bos_token_id] * 2

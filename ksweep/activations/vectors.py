@@ -26,7 +26,18 @@ import pyarrow.parquet as pq
 
 from ksweep.activations.units import Unit, refuse_unusable
 from ksweep.errors import DataError
-from ksweep.sidecar_keys import LAYER_KEYS, abbreviated, at, base_model, check_keys, is_done, read_layer, read_yaml
+from ksweep.notes import Note
+from ksweep.sidecar_keys import (
+    LAYER_KEYS,
+    TEXT_OF_VECTORS,
+    abbreviated,
+    at,
+    base_model,
+    check_keys,
+    is_done,
+    read_layer,
+    read_yaml,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -39,6 +50,7 @@ LAYERS = "activation_layer"
 PROVENANCE = (POSITIONS, "detokenized_text_truncated", "role")
 UNDERSTOOD = frozenset({
     "kind", "schema_version", "d_model", "base_model", "base_checkpoint", "extraction.base_model", "extraction.d_model",
+    "hidden_size", "extraction.hidden_size",
     "extraction.norm", "extraction.injection_scale", "extraction.mse_scale", *LAYER_KEYS,
 })  # fmt: skip
 """Keys of a vectors' sidecar that are read, or that are about how a pair uses the vectors and not how they were made."""
@@ -57,6 +69,7 @@ class VectorsSidecar:
     d_model: int | None
     norm: str | None
     """"none" for raw vectors, and nothing else: no pair is understood that takes other ones."""
+    notes: tuple[Note, ...] = ()
 
 
 def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
@@ -83,16 +96,24 @@ def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
             f"sidecar {path} has extraction.norm={abbreviated(norm)}: the vectors are not as the model gives them, and AV and AR "
             "are trained on raw ones (norm: none). Give the raw vectors, or extract them from text (activations.text)."
         )
-    check_keys({key: value for key, value in meta.items() if key not in ABOUT_PROMPTS}, UNDERSTOOD, path, DataError)
-    top, inner, _ = (_whole(meta, key, path) for key in ("d_model", "extraction.d_model", "extraction.layer_index"))
-    if None not in (top, inner) and top != inner:
-        raise DataError(f"sidecar {path} has d_model={top} and extraction.d_model={inner}: make them agree")
+    judged = {key: value for key, value in meta.items() if key not in ABOUT_PROMPTS}
+    check_keys(judged, UNDERSTOOD, path, DataError, TEXT_OF_VECTORS)
+    notes: list[Note] = []
     return VectorsSidecar(
         layer=read_layer(meta, path, DataError),
-        base_model=base_model(meta, path, DataError),
-        d_model=top if inner is None else inner,
+        base_model=base_model(meta, path, DataError, notes),
+        d_model=_said_width(meta, path),
         norm=None if norm is None else "none",
+        notes=tuple(notes),
     )
+
+
+def _said_width(meta: dict[str, Any], path: Path) -> int | None:
+    keys = ("d_model", "extraction.d_model", "hidden_size", "extraction.hidden_size")
+    said = {key: width for key in keys if (width := _whole(meta, key, path)) is not None}
+    if len(set(said.values())) > 1:
+        raise DataError(f"sidecar {path} has {' and '.join(f'{key}={width}' for key, width in said.items())}: make them agree")
+    return next(iter(said.values()), None)
 
 
 def vectors_shape(vectors: str | Path) -> tuple[int, int]:
@@ -133,9 +154,9 @@ def vectors_layer(vectors: str | Path) -> int | None:
 
 def _layer_of_rows(vectors: str | Path) -> int | None:
     with _open(vectors) as file:
-        if LAYERS not in file.schema_arrow.names or not pa.types.is_integer(file.schema_arrow.field(LAYERS).type):
+        if LAYERS not in file.schema_arrow.names:
             return None
-        layers = pc.unique(file.read(columns=[LAYERS]).column(0).drop_null()).to_pylist()
+        layers = _whole_layers(pc.unique(file.read(columns=[LAYERS]).column(0)).to_pylist(), vectors)
     if len(layers) > 1:
         raise DataError(
             f"{vectors} holds activations of several layers ({', '.join(map(str, sorted(layers)[:5]))} in column {LAYERS!r}), "
@@ -144,17 +165,35 @@ def _layer_of_rows(vectors: str | Path) -> int | None:
     return layers[0] if layers else None
 
 
+def _whole_layers(values: list[Any], vectors: str | Path) -> list[int]:
+    """Values of the column of layers as whole numbers, without nulls (NaN is one): pandas makes 20.0 of 20 beside them."""
+    said = [value for value in values if value is not None and value == value]
+    wrong = [value for value in said if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1]
+    if wrong:
+        raise DataError(
+            f"{vectors} has {abbreviated(wrong[0])} in column {LAYERS!r}; expected whole numbers, the block whose output the "
+            "vectors are. Correct or drop the column."
+        )
+    return sorted({int(value) for value in said})
+
+
 def document_column(vectors: str | Path, asked: str | None) -> str | None:
     """The column that names the documents of a file of vectors; None: each row is a document of its own.
 
     Raises:
-        DataError: no such column, no such file, or not Parquet.
+        DataError: no such column, one of lists or structs, no such file, or not Parquet.
     """
     with _open(vectors) as file:
-        names = file.schema_arrow.names
+        schema = file.schema_arrow
+    names = schema.names
     if asked is not None and asked not in names:
         raise DataError(
             f"{vectors} has no column {asked!r}; it has {', '.join(names)}. Set activations.document_column to the right one."
+        )
+    if asked is not None and pa.types.is_nested(schema.field(asked).type):
+        raise DataError(
+            f"column {asked!r} of {vectors} is of type {schema.field(asked).type}; expected text or numbers that name documents. "
+            "Set activations.document_column to such a column."
         )
     return asked if asked is not None else next((name for name in DOCUMENTS if name in names), None)
 
@@ -196,7 +235,7 @@ class VectorUnits:
             DataError: as `vectors_shape` and `document_column`.
         """
         self.path = Path(vectors).expanduser()
-        self.documents = document_column(self.path, documents)
+        self.documents, self._asked = document_column(self.path, documents), documents is not None
         self.num_rows, self.d_model = vectors_shape(self.path)
         self._tables: Iterator[pa.Table] = iter(())
         self._next_unit = -1
@@ -227,6 +266,8 @@ class VectorUnits:
         wanted = [*PROVENANCE, *([] if self.documents is None else [self.documents])]
         columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * n for name in wanted}
         named = [None] * n if self.documents is None else columns[self.documents]
+        if self._asked:
+            self._refuse_unnamed(named, first)
         rows = [f"row:{first + i}" for i in range(n)]
         lengths = columns[POSITIONS]
         unit = Unit(
@@ -243,6 +284,15 @@ class VectorUnits:
         )
         refuse_unusable(unit, str(self.path))
         return unit
+
+    def _refuse_unnamed(self, named: list[Any], first: int) -> None:
+        """Raises DataError: rows whose document is null, NaN or empty text, in a column that was asked for."""
+        rows = [str(first + i) for i, name in enumerate(named) if name is None or name != name or str(name).strip() == ""]
+        if rows:
+            raise DataError(
+                f"{self.path} names no document in column {self.documents!r} of {len(rows)} rows ({', '.join(rows[:5])}"
+                f"{', ...' if len(rows) > 5 else ''}), and the bootstrap draws documents: fill them in, or drop those rows."
+            )
 
 
 def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[np.ndarray, "row d_model"]:

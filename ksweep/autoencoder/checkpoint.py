@@ -352,13 +352,18 @@ def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str)
     path = Path(source).expanduser()
     if path.exists():
         return _check_base_directory(av, ar, path, source)
-    theirs = _hub_name(source)
-    for info in (av, ar):
-        ours = _hub_name(info.sidecar.base_checkpoint)
-        if theirs and ours and theirs.split("/")[1] != ours.split("/")[1]:  # mirrors keep the name under another owner
-            text = f"The activations come from {source}, but the pair was trained on {info.sidecar.base_checkpoint}."
-            return (Note("base model", text),)
-    return ()
+    return next((notes for info in (av, ar) if (notes := base_notes(source, info.sidecar.base_checkpoint, "the pair"))), ())
+
+
+def base_notes(source: str, trained_on: str | None, whose: str) -> tuple[Note, ...]:
+    """A note where two names are of other models. A path that activations come from is compared with nothing."""
+    theirs, ours = _hub_name(source), _hub_name(trained_on)
+    if theirs and trained_on and Path(trained_on).is_dir():
+        text = f"Could not verify that {source} is {trained_on}, the model that {whose} was trained on."
+        return () if _is_named(source, Path(trained_on)) else (Note("base model", text),)
+    if theirs is None or ours is None or theirs.split("/")[1] == ours.split("/")[1]:  # mirrors keep the name under another owner
+        return ()
+    return (Note("base model", f"The activations come from {source}, but {whose} was trained on {trained_on}."),)
 
 
 def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, source: str) -> tuple[Note, ...]:
@@ -373,16 +378,21 @@ def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, so
         text = f"The activations come from {source}, whose weights are not those that the pair was trained over ({expected})."
         return (Note("base model", f"{text} It has the same architecture and sizes: a fine-tune?"),)
     base = av.sidecar.base_checkpoint or "the pair's base model"
-    if (av.base is not None and av.base == path.resolve()) or _is_named_in(base, path):
+    if (av.base is not None and av.base == path.resolve()) or _is_named(base, path):
         return ()
-    text = f"Whether the activations' model {source} is {base} cannot be told: it has the same architecture and sizes."
+    text = f"Could not verify that {source} is {base}: it has the same architecture and sizes, and its name does not tell."
     return (Note("base model", text),)
 
 
-def _is_named_in(hub_id: str, path: Path) -> bool:
-    """Whether a directory is named after a model: .../Qwen2.5-7B-Instruct, .../models--Qwen--Qwen2.5-7B-Instruct/snapshots/..."""
-    name = hub_id.partition("@")[0].rpartition("/")[2].lower()
-    return any(part.lower().rpartition("--")[2] == name for part in path.absolute().parts)
+def _is_named(hub_id: str, path: Path) -> bool:
+    """Whether a directory is named after a model: .../Qwen2.5-7B-Instruct, or .../models--*--*/snapshots/<revision> of the hub.
+
+    Directories above it say nothing: outputs of training lie below the name of the base as often as the base itself does.
+    """
+    name, parts = hub_id.partition("@")[0].rpartition("/")[2].lower(), path.absolute().parts
+    if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].lower().rpartition("--")[2] == name
+    return path.absolute().name.lower() == name
 
 
 def check_same_architecture(av: CheckpointInfo, directory: Path, source: str) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ksweep import files
 from ksweep.autoencoder.checkpoint import CheckpointInfo
-from ksweep.bos import document_bos, puts_bos
+from ksweep.autoencoder.sidecar import begun_answer
+from ksweep.bos import document_bos, one_bos, puts_bos
 from ksweep.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 EXPLANATION = re.compile(r"<explanation>(.*?)</explanation>", re.DOTALL)
 THOUGHTS = re.compile(r"\s*<think>(.*?)(?:</think>|$)", re.DOTALL)
-OPEN_ANSWER = re.compile(r"<(?:explanation|think|thinking|thought|reasoning)>\s*$")
-"""A prompt that ends so has begun the answer, or lets the model think first."""
 DRIFT = "The tokenizer is not the one that the checkpoint was trained with: use the tokenizer files that were released with it."
 
 
@@ -89,7 +88,7 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
             f"AV {info.path}: the marker stands between the tokens {around[0]} and {around[1]}; the sidecar says "
             f"{said[0]} and {said[1]}. {DRIFT}"
         )
-    _check_end(info, tokenizer, ids)
+    _check_end(info, tokenizer.decode(ids[sites[0] + 1 :]))
     return AvPrompt(tuple(ids), sites[0])
 
 
@@ -128,6 +127,7 @@ class ArPrompts:
         self._info, self._tokenizer, self._num_embeddings = info, tokenizer, num_embeddings
         self._before, self._after = info.sidecar.ar_affixes
         self._limit: int | None = info.config.get("max_position_embeddings")
+        self._before = one_bos(self._before, tokenizer)
         self._bos = _document_bos(info, tokenizer)
         begins = tokenizer.encode(f"{self._before}x{self._after}", add_special_tokens=False)[:1]
         self._adds_special = self._bos is None or begins != [self._bos]  # a template that begins with BOS gets no second one
@@ -197,11 +197,12 @@ class ArPrompts:
         )
 
 
-def _check_end(info: CheckpointInfo, tokenizer: Any, ids: list[int]) -> None:
-    """Raises CheckpointError: the prompt has already begun the answer."""
-    if tag := OPEN_ANSWER.search(tokenizer.decode(ids[-8:])):
+def _check_end(info: CheckpointInfo, after_marker: str) -> None:
+    """Raises CheckpointError: the prompt has already begun the answer, behind the message that the sidecar's template is."""
+    message = info.sidecar.av_message.partition(info.sidecar.marker or "")[2].strip()
+    if tag := begun_answer(after_marker.rpartition(message)[2] if message else after_marker):
         raise CheckpointError(
-            f"AV {info.path}: its chat template ends the prompt with the open tag {tag[0].strip()}, so that the answer begins "
+            f"AV {info.path}: its chat template ends the prompt with the open tag {tag}, so that the answer begins "
             "inside it, which is not supported yet: explanations would be missed, or thoughts taken for them. Use an AV whose "
             "answers hold <explanation>...</explanation>."
         )

@@ -25,17 +25,21 @@ TEMPLATE_KEYS: Mapping[Role, tuple[str, str]] = {
     "av": ("prompt_templates.av", "prompt_templates.actor"), "ar": ("prompt_templates.ar", "prompt_templates.critic"),
 }  # fmt: skip
 UNDERSTOOD = frozenset({
-    "kind", "schema_version", "role", "d_model", "extraction.d_model", "base_checkpoint", "base_digest", "base_model",
-    "extraction.base_model", "extraction.injection_scale", "extraction.mse_scale", "tokens.injection_char",
+    "kind", "schema_version", "role", "d_model", "extraction.d_model", "hidden_size", "base_checkpoint", "base_digest",
+    "base_model", "extraction.base_model", "extraction.injection_scale", "extraction.mse_scale", "tokens.injection_char",
     "tokens.injection_token_id", "tokens.injection_left_neighbor_id", "tokens.injection_right_neighbor_id",
     "tokens.critic_suffix_ids", "training.activation_norm", *LAYER_KEYS, *TEMPLATE_KEYS["av"], *TEMPLATE_KEYS["ar"],
 })  # fmt: skip
 HEADS = ("value_head.safetensors", "ar_lora_value_head.safetensors")
 """Files that only an AR has."""
 MARKER_FIELD, TEXT_FIELD = "{injection_char}", "{explanation}"
-FIELD = re.compile(r"\{\s*(?:[A-Za-z_]\w*|\d+)\s*(?:[.\[!:][^{}]*)?\}")
-"""A replacement field of `str.format`; braces around anything else (JSON, code) are text."""
+FIELD = re.compile(r"\{[\w\s-]*(?:[.\[!:][^{}]*)?\}|<<[\w\s-]+>>|\[\[[\w\s-]+\]\]|%\(\w+\)[sdfgr]")
+"""A field of `str.format` or of another way to fill templates; braces around anything else (JSON, code) are text."""
 OPEN_TAG = re.compile(r"<[A-Za-z][\w-]*>\s*$")
+ANSWER_TAG = re.compile(r"<(explanation|answer|think|thinking|thought|reasoning)>")
+"""A tag that begins an answer, or lets the model think first."""
+MENTION = re.compile(r"\s*(?:xml\s+)?(?:tags?|elements?|brackets|markers?)\b|[.,;!?)`'\"]|\s+(?:and|or|to)\b", re.IGNORECASE)
+"""What follows a tag that is only spoken of: "within <explanation> tags"."""
 WITHOUT_INJECTION_MODE = ("lora_sft", "full_ft_sft")
 """Values of training.method of a trainer whose first version injected vector x scale, unnormalised, into a prompt without chat
 template, and said so only by leaving training.injection_mode and training.chat_template out."""
@@ -101,7 +105,7 @@ def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
         role=role,
         d_model=d_model,
         layer=read_layer(meta, path, CheckpointError),
-        base_checkpoint=base_model(meta, path, CheckpointError),
+        base_checkpoint=base_model(meta, path, CheckpointError, notes),
         base_digest=_text(meta, "base_digest", path),
         injection_scale=_scale(meta, "injection_scale", d_model, path, absent=None),
         activation_norm=_positive(meta, "training.activation_norm", path),
@@ -206,6 +210,8 @@ def _d_model(meta: Mapping[str, Any], path: Path, notes: list[Note]) -> int:
         notes.append(Note("checkpoint", f"{path} says d_model under `extraction` only; it was read there."))
     width = inner if top is None else top
     assert width is not None
+    if (hidden := _whole(meta, "hidden_size", path)) not in (None, width):
+        raise CheckpointError(f"{path} has d_model={width} and hidden_size={hidden}: make them agree.")
     return width
 
 
@@ -316,13 +322,23 @@ def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
             f"{path}: prompt_templates.av has {count} places for the marker ({MARKER_FIELD}), expected exactly one, where the "
             "vector is injected. Use the released template."
         )
-    if tag := OPEN_TAG.search(sidecar.av_template):
+    tag = OPEN_TAG.search(sidecar.av_template)
+    if begun := tag[0].strip() if tag else begun_answer(sidecar.av_message.partition(sidecar.marker)[2]):
         raise CheckpointError(
-            f"{path}: prompt_templates.av ends with the open tag {abbreviated(tag[0].strip())}, so the AV answers without it: a "
+            f"{path}: prompt_templates.av ends with the open tag {abbreviated(begun)}, so the AV answers without it: a "
             "prefilled answer is not supported yet, and every draw would count as failed. Use an AV whose answers hold "
             "<explanation>...</explanation>."
         )
     return _unusual(sidecar, path)
+
+
+def begun_answer(text: str) -> str | None:
+    """The tag of an answer that a prompt has begun: its last one, if it is neither closed nor only spoken of."""
+    tags = list(ANSWER_TAG.finditer(text))
+    if not tags:
+        return None
+    after = text[tags[-1].end() :]
+    return None if f"</{tags[-1][1]}>" in after or MENTION.match(after) else tags[-1][0]
 
 
 def _unusual(sidecar: Sidecar, path: Path) -> list[Note]:

@@ -60,10 +60,19 @@ def test_second_bos_leaves_no_trace_in_the_tokens(base: Path, before: str, max_l
     reader = BlockReader(str(base), LAYER, "float32")
     plain, words = "the cat and the dog " * 6, reader.tokenizer("the cat and the dog " * 6)["input_ids"]
     assert words[0] == BOS_ID
-    found = reader.tokenize([plain, f"{before}{BOS}{plain}", f"x {BOS} y"], max_length)
+    found = reader.tokenize([plain, f"{before}{BOS}{plain}", f"x {BOS} y", f"{before}{BOS}{BOS}\n{BOS}{plain}"], max_length)
+    assert found[3] == found[1]
     assert found[0] == words[:max_length]
     assert found[1] == AutoTokenizer.from_pretrained(base)(BOS + plain, add_special_tokens=False)["input_ids"][:max_length]
     assert found[2] == reader.tokenizer(f"x {BOS} y")["input_ids"][:max_length]  # inside a text it is somebody's words
+
+
+def test_text_is_taken_as_it_is_where_the_tokenizer_puts_no_bos(tmp_path: Path) -> None:
+    model = make_base(tmp_path / "base", "qwen2", num_layers=2, d_model=16)
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": "<|im_start|>"}))
+    reader, text = BlockReader(str(model), 1, "float32"), "\n<|im_start|>the cat"
+    assert reader.tokenize([text], 64) == [AutoTokenizer.from_pretrained(model)(text)["input_ids"]]
 
 
 def test_key_is_another_one_only_where_a_second_bos_was(base: Path, tmp_path: Path) -> None:

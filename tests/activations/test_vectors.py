@@ -119,7 +119,7 @@ def test_sidecar_says_where_the_vectors_are_from(tmp_path: Path) -> None:
 def test_sidecar_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"kind 'nla_model'.*nla_dataset"):
         read_sidecar(sidecar(tmp_path / "v.parquet", kind="nla_model"))
-    with pytest.raises(DataError, match="layer_index is 'twenty'"):
+    with pytest.raises(DataError, match="layer_index='twenty'"):
         read_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": "twenty"}))
 
 
@@ -205,11 +205,16 @@ def test_sidecar_of_raw_vectors_is_read(norm: Any, tmp_path: Path) -> None:
         ({"norm": "unit"}, r"norm='unit'"),
         ({"schema_version": 3}, r"schema_version=3; 1 is understood"),
         ({"provenance": {"normalization": "l2"}}, r"provenance.normalization='l2'"),
-        ({"extraction": {"projection": "pca"}}, r"extraction.projection='pca', a key that is not known"),
+        ({"extraction": {"projection": "pca"}}, r"extraction.projection='pca', which says how"),
         ({"checkpoints": [1]}, r"checkpoints=\[1\]"),
         ({"extraction": {"layer_index": 1}, "layer": 2}, r"names different layers: .*layer=2"),
         ({"extraction": {"base_model": "a/b"}, "base_model": "a/c"}, r"different base models"),
         ({"extraction": {"d_model": 8}, "d_model": 16}, r"d_model=16 and extraction.d_model=8"),
+        ({"hidden_size": 8, "d_model": 16}, r"d_model=16 and hidden_size=8"),
+        ({"parent_datasets": [{"extraction": {"norm": "whitened_zca_v1"}}]}, r"parent_datasets.extraction.norm="),
+        ({"extraction": {"hook_point": "resid_pre"}}, r"extraction.hook_point='resid_pre'"),
+        ({"training": {"zca": True}}, r"training.zca=True"),
+        ({"subtract_baseline": True}, r"subtract_baseline=True"),
         ({"extraction": [1]}, r"`extraction` that is no mapping: \[1\]"),
     ],
 )
@@ -217,6 +222,56 @@ def test_sidecar_that_says_more_than_is_understood_is_refused_by_name(meta: dict
     with pytest.raises(DataError, match=says) as raised:
         read_sidecar(sidecar(tmp_path / "v.parquet", **meta))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layers", [[20.0, 20.0, 20.0], [20.0, None, 20.0], [20.0, float("nan"), 20.0], [20, None, 20]])
+def test_layer_of_the_rows_may_be_a_whole_float(layers: list[Any], tmp_path: Path) -> None:
+    assert vectors_layer(write_vectors(tmp_path / "v.parquet", random_vectors(3), activation_layer=layers)) == 20
+
+
+@pytest.mark.parametrize("layers", [[20.5] * 3, ["20"] * 3, [True] * 3, [float("inf")] * 3])
+def test_layer_of_the_rows_that_is_no_whole_number_is_refused(layers: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"in column 'activation_layer'; expected whole numbers"):
+        vectors_layer(write_vectors(tmp_path / "v.parquet", random_vectors(3), activation_layer=layers))
+
+
+@pytest.mark.parametrize("names", [["a", None, None], ["a", "", " "], [1.0, float("nan"), float("nan")]])
+def test_rows_without_a_document_in_the_column_asked_for_are_refused(names: list[Any], tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3), item=names)
+    with pytest.raises(DataError, match=r"names no document in column 'item' of 2 rows \(1, 2\)"):
+        documents_of(path, 3, tmp_path / "cache", "item")
+
+
+@pytest.mark.parametrize("column", ["activation_vector", "nested"])
+def test_document_column_of_lists_or_structs_is_refused(column: str, tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3), nested=[{"a": 1}] * 3)
+    with pytest.raises(DataError, match=rf"column '{column}' of .* is of type .*; expected text or numbers"):
+        documents_of(path, 3, tmp_path / "cache", column)
+
+
+TEXT_KEYS = ("chat_template", "add_generation_prompt", "add_special_tokens", "enable_thinking")
+MADE_WITH: list[dict[str, Any]] = [
+    *({key: value} for key in TEXT_KEYS for value in (True, False)),
+    {
+        "min_position": 50, "text_column": "text", "tokenizer": "a/b", "torch_dtype": "bfloat16", "git_commit": "abc",
+        "device": "cuda",
+        "created_at": "2026-03-13", "extractor": "hook", "hook_point": "resid_post", "num_vectors": 100_000, "wall_time": 3.5,
+        "transformers_version": "4.57.1",
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", MADE_WITH, ids=lambda made: "-".join(map(str, next(iter(made.items())))))
+def test_sidecar_that_says_of_which_text_the_vectors_are_is_read(made: dict[str, Any], tmp_path: Path) -> None:
+    found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": 20, **made}))
+    assert found is not None and found.layer == 20 and found.notes == ()
+
+
+def test_sidecar_of_vectors_notes_a_directory_of_training(tmp_path: Path) -> None:
+    extraction = {"base_model": "checkpoints/sft_av", "layer_index": 20}
+    found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction, base_model="a/b", hidden_size=8))
+    assert found is not None and (found.base_model, found.d_model) == ("a/b", 8)
+    assert ["extraction.base_model='checkpoints/sft_av'" in note.text for note in found.notes] == [True]
 
 
 def test_layer_of_the_rows_is_read_and_compared_with_the_sidecar(tmp_path: Path) -> None:

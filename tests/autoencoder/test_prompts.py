@@ -66,11 +66,12 @@ def test_thinking_that_the_template_does_not_do_by_default_is_refused(originals:
         load_verbalizer(path, dtype="float32")
 
 
+@pytest.mark.parametrize("behind", ["", "Sure:", "- "])
 @pytest.mark.parametrize("tag", ["<explanation>", "<think>"])
 def test_prompt_that_the_chat_template_ends_with_an_open_tag_is_refused(
-    tag: str, originals: dict[str, TinyPair], tmp_path: Path
+    tag: str, behind: str, originals: dict[str, TinyPair], tmp_path: Path
 ) -> None:
-    path = av_with_chat(originals, tmp_path, "{{- '" + tag + "\\n' }}")
+    path = av_with_chat(originals, tmp_path, "{{- '" + tag + "\\n" + behind + "' }}")
     with pytest.raises(CheckpointError, match=rf"ends the prompt with the open tag {tag}.* not supported yet"):
         load_verbalizer(path, dtype="float32")
 
@@ -118,11 +119,12 @@ def cell(pair: TinyPair, ar: Path, text: Path) -> Cell:
     )
 
 
-def test_ar_template_that_begins_with_bos_gets_no_second_one(originals: dict[str, TinyPair], tmp_path: Path) -> None:
+@pytest.mark.parametrize("begin", ["<|begin_of_text|>", "\n<|begin_of_text|>", "<|begin_of_text|><|begin_of_text|>"])
+def test_ar_template_that_begins_with_bos_gets_no_second_one(begin: str, originals: dict[str, TinyPair], tmp_path: Path) -> None:
     """The same prompt as of a template without BOS, before which the tokenizer puts it; and scores of their own key."""
     pair = originals["llama"]
     path = Path(shutil.copytree(pair.ar, tmp_path / "nla-ar"))
-    edit_sidecar(path, prompt_templates__ar="<|begin_of_text|>" + AR_TEMPLATE)
+    edit_sidecar(path, prompt_templates__ar=begin + AR_TEMPLATE)
     plain, written = load_reconstructor(pair.ar, dtype="float32"), load_reconstructor(path, dtype="float32")
     texts = ["x", "", "a few words", "<|begin_of_text|> inside"]
     assert written.prompts.ids(texts) == plain.prompts.ids(texts)

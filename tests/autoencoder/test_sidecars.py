@@ -88,9 +88,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"colour": "blue"}, "colour='blue', a key that is not known"),
     ({"tokens__smell": 1}, "tokens.smell=1, a key that is not known"),
     ({"critic__depth": {"a": 1}}, "critic.depth={'a': 1}"),
-    ({"extraction__position": "last"}, "extraction.position='last', a key that is not known"),
+    ({"extraction__position": "last"}, "extraction.position='last', which says how"),
     ({"extraction__method": "mean_pool"}, "extraction.method='mean_pool', a key that is not known"),
-    ({"scaled_by": 2.0}, "scaled_by=2.0, a key that is not known"),
+    ({"scaled_by": 2.0}, "scaled_by=2.0, which says how"),
     ({"critic__version": 2}, "critic.version=2, a key that is not known"),
     ({"extraction__layerIndex": 0}, "extraction.layerIndex=0, a key that is not known"),
     ({"provenance": {"made": [{"hook_point": "mlp"}]}}, "provenance.made.hook_point='mlp'"),
@@ -105,7 +105,99 @@ def test_key_that_changes_numbers_is_refused_by_name(changes: dict[str, Any], sa
     assert says in refused(pair / f"nla-{role}", role)
 
 
+CHANGING: dict[str, Any] = {
+    # vectors
+    "zca": True, "mean_center": True, "mean_centered": True, "demean": True, "remove_mean": True, "l2norm": True, "normed": True,
+    "layernorm": True, "layer_norm": True, "rms_norm": True, "norm_activations": True, "input_norm": "l2",
+    "activation_transform": "pca",
+    "preprocessing": "center", "affine": {"a": 1}, "activation_scale": 2.0, "rescale": 2.0, "clip_norm": 1.0, "zcaMode": "x",
+    "subtract_baseline": True, "activation_scaling": "mean", "vector_preprocessing": "x", "removed_mean": True, "rescaled": True,
+    # where a reading is taken
+    "site": "attn_out", "module": "mlp", "component": "attn", "target": "mlp_out", "tap": "pre", "pooling": "mean",
+    "readout": "mean",
+    "read_position": 3, "token_position": "first", "position": "mean", "read_layer": 5, "output_layer": 5, "num_vectors": 4,
+    "hook_point": "resid_pre", "activation_site": "mlp_out",
+    # prompts
+    "system": "You are", "instruction": "Describe.", "conversation": "vicuna", "format": "chatml", "concept_tag": "vec",
+    "open_tag": "<a>", "stop_strings": ["x"], "add_special_tokens": False, "cot": True, "mode": "reasoning",
+    # heads
+    "head_type": "mlp", "head_bias": True,
+}  # fmt: skip
+PLACES: dict[str, Any] = {
+    "at the top": lambda key, value: {key: value},
+    "below training": lambda key, value: {"training": {"injection_mode": "normalize", key: value}},
+    "below provenance": lambda key, value: {"provenance": {"made": [{key: value}]}},
+    "of a parent": lambda key, value: {"parent_checkpoints": [{"extraction": {key: value}}]},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("key", CHANGING)
+def test_key_that_changes_numbers_passes_nowhere(key: str, place: str, pair: Path) -> None:
+    for role in ROLES:
+        edit_sidecar(pair / f"nla-{role}", **PLACES[place](key, CHANGING[key]))
+        assert f"{key}=" in refused(pair / f"nla-{role}", role)
+
+
+@pytest.mark.parametrize("section", ["parent_datasets", "trained_on", "parent_dataset", "role_aliases"])
+def test_whitened_parents_are_refused(section: str, pair: Path) -> None:
+    for made in ({"norm": "whitened_zca_v1"}, {"whitening": WHITENED}):
+        edit_sidecar(pair / "nla-av", **{section: [{"extraction": made}, "words"]})
+        assert f"{section}.extraction.{next(iter(made))}=" in refused(pair / "nla-av", "av")
+
+
+@pytest.mark.parametrize("key", ["refine_steps", "diffusion_steps", "denoising_steps", "use_score", "hidden_time"])
+def test_name_that_only_ends_like_a_result_is_not_known(key: str, pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", **{key: 3})
+    assert f"{key}=3, a key that is not known" in refused(pair / "nla-av", "av")
+
+
+@pytest.mark.parametrize(
+    "said", [{"training": {"extraction": {"layer": 5}}}, {"training_data": {"layer": 5}}, {"provenance": {"layerIndex": 5}}]
+)
+def test_layer_that_disagrees_is_refused_wherever_it_stands(said: dict[str, Any], pair: Path) -> None:
+    edit_sidecar(pair / "nla-ar", **said)
+    assert "names different layers" in refused(pair / "nla-ar", "ar")
+
+
+def test_hidden_size_must_equal_the_width(pair: Path) -> None:
+    width = inspect(pair / "nla-av", "av").d_model
+    edit_sidecar(pair / "nla-av", hidden_size=width)
+    assert inspect(pair / "nla-av", "av").d_model == width
+    edit_sidecar(pair / "nla-av", hidden_size=width + 1)
+    assert f"d_model={width} and hidden_size={width + 1}" in refused(pair / "nla-av", "av")
+
+
+@pytest.mark.parametrize("left", ["outputs/run3", "checkpoints/sft_av", "my_runs/a", "someone/step-300"])
+def test_directory_of_training_beside_the_base_is_noted(left: str, pair: Path) -> None:
+    base = inspect(pair / "nla-av", "av").sidecar.base_checkpoint
+    edit_sidecar(pair / "nla-av", base_model=left)
+    info = inspect(pair / "nla-av", "av")
+    [note] = info.notes
+    assert note.about == "base model" and f"base_model='{left}', taken as a directory of its training" in note.text
+    assert info.sidecar.base_checkpoint == base
+    edit_sidecar(pair / "nla-av", base_model=base, base_checkpoint=left)
+    assert inspect(pair / "nla-av", "av").sidecar.base_checkpoint == base
+
+
 ACCEPTED: dict[str, dict[str, Any]] = {
+    "runs and hashes": {
+        "wandb_id": "x", "job_id": 7, "slurm_job_id": 7, "sha256": "0", "checksum": "0", "uuid": "0", "repo": "a/b",
+        "hf_repo": "a/b",
+        "source": "web", "iteration": 4200, "kl_coef": 0.01, "group_size": 8, "held_out": 0.7, "heldout_fve_pct": 75.2,
+        "nla_baseline_rawvar": 0.73, "shuffle_seed": 42, "splits": ["a"], "metrics": {"layer": 7}, "mean_baseline": 0.7,
+    },
+    "training options": {
+        "training": {
+            "injection_mode": "normalize", "max_grad_norm": 1.0, "grad_clip_norm": 1.0, "lora": {"target_modules": ["q"],
+            "alpha": 4},
+            "num_positions": 10, "rms_norm_eps": 1e-6, "num_heads": 4, "head_dim": 8, "preprocessing_num_workers": 4,
+            "format": "parquet",
+            "loss_scale": 2, "gradient_accumulation_steps": 4, "max_position_embeddings": 512, "num_layers": 28, "mode": "lora",
+            "num_prompts": 8, "rescale_rewards": True,
+        },
+        "architecture": {"layer_norm_eps": 1e-5}, "site": "resid_post", "head_bias": False, "num_vectors": 1,
+    },
     "raw vectors": {"extraction__norm": "none", "whitening": None, "extraction__whitening": False, "training__pca_whiten": False},
     "no norm": {"norm": None, "extraction__norm": "None"},
     "no variant": {"variant": "none", "depth_percentages": [], "checkpoints": None},
@@ -160,6 +252,14 @@ FIELDS = [
     ("ar", "critic", "<text>{explanation}</text> <summary>{injection_char}", "{injection_char}"),
     ("ar", "ar", "{0} <text>{explanation}</text>", "{0}"),
     ("ar", "ar", "<text>{explanation}</text> {layer!r:>3}", "{layer!r:>3}"),
+    ("av", "av", "{} <c>{injection_char}</c>", "{}"),
+    ("av", "av", "At {depth-pct}: <c>{injection_char}</c>", "{depth-pct}"),
+    ("av", "av", "At {layer index}: <c>{injection_char}</c>", "{layer index}"),
+    ("av", "av", "At <<depth>>: <c>{injection_char}</c>", "<<depth>>"),
+    ("av", "av", "At [[layer]]: <c>{injection_char}</c>", "[[layer]]"),
+    ("ar", "ar", "{} <text>{explanation}</text>", "{}"),
+    ("ar", "ar", "{depth-pct} <text>{explanation}</text>", "{depth-pct}"),
+    ("ar", "ar", "{layer index} <text>{explanation}</text>", "{layer index}"),
     ("ar", "av", "At {depth_pct}: <c>{injection_char}</c>", "{depth_pct}"),
 ]  # fmt: skip
 
@@ -174,7 +274,7 @@ def test_field_left_over_in_a_template_is_refused_by_name(role: Role, key: str, 
 
 
 def test_braces_that_are_no_field_stay_text(pair: Path) -> None:
-    edit_sidecar(pair / "nla-av", prompt_templates__av='Answer as {"text": "..."}: <c>{injection_char}</c> {} {-}')
+    edit_sidecar(pair / "nla-av", prompt_templates__av='Answer as {"text": "..."}: <c>{injection_char}</c> [1] <a> {"}')
     edit_sidecar(pair / "nla-ar", prompt_templates__ar='{{"depth": 1}} {{x}} <text>{explanation}</text>')
     assert inspect(pair / "nla-av", "av").sidecar.av_message.startswith('Answer as {"text": "..."}')
     before, after = inspect(pair / "nla-ar", "ar").sidecar.ar_affixes
@@ -187,6 +287,27 @@ def test_template_that_ends_with_an_open_tag_is_refused(end: str, pair: Path) ->
     """The AV was trained to answer without the tag: every draw would be called failed."""
     edit_sidecar(pair / "nla-av", prompt_templates__av=f"<c>{{injection_char}}</c> Answer.{end}")
     assert f"ends with the open tag '{end.strip()}'" in refused(pair / "nla-av", "av")
+
+
+@pytest.mark.parametrize(
+    "end", ["<explanation>\n- ", "<explanation>Sure:", "<explanation>x</explanation> <explanation>\n1.", "<think>\nI"]
+)
+def test_template_that_begins_the_answer_is_refused(end: str, pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", prompt_templates__av=f"<c>{{injection_char}}</c> Answer.{end}")
+    assert "ends with the open tag" in refused(pair / "nla-av", "av")
+
+
+SPOKEN_OF = [
+    "Within <explanation> tags: <c>{injection_char}</c> Go.", "<c>{injection_char}</c> Answer within <explanation> tags.",
+    "<c>{injection_char}</c> Between <explanation> and </explanation>.", "<c>{injection_char}</c> Use `<explanation>` once.",
+    "<c>{injection_char}</c> Begin with <explanation>.", "<c>{injection_char}</c> As in <explanation>words</explanation>.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", SPOKEN_OF)
+def test_template_that_only_speaks_of_the_tag_is_accepted(template: str, pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", prompt_templates__av=template)
+    assert inspect(pair / "nla-av", "av").sidecar.av_template == template
 
 
 @pytest.mark.parametrize("method", ["lora_sft", "full_ft_sft"])
