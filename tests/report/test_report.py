@@ -148,7 +148,16 @@ def test_the_page_opens_offline_without_errors_and_its_table_can_be_searched(
     shown.on("pageerror", lambda error: said.append(f"error: {error}"))
     shown.on("request", lambda request: asked.append(request.url))
     shown.goto(path.as_uri())
-    for name in ("fve_by_k", "fve_by_temperature", "differences", "groups", "errors", "norms", "throughput"):
+    for name in (
+        "fve_by_k",
+        "fve_by_temperature",
+        "differences",
+        "groups_own",
+        "groups_overall",
+        "errors",
+        "norms",
+        "throughput",
+    ):
         shown.wait_for_selector(f"#chart-{name} svg")
     shown.wait_for_selector("#explanations tbody tr")
     assert not said
