@@ -164,7 +164,8 @@ def by_group(
     lines = [f"Best of K = {chosen} draws, oracle selection by the AR. {interval}".strip()]
     lines += [f"Baseline: {HELD_AGAINST[rows[0]['against']]}.", *([left_out] if left_out else [])]
     chart = panels[0] if len(panels) == 1 else alt.vconcat(*panels, spacing=16)
-    return finished(chart, title or "FVE by group of activations", lines)
+    named = f", {rows[0]['against']} baseline" if rows[0]["against"] else ""
+    return finished(chart, title or f"FVE by group of activations{named}", lines)
 
 
 # Counting
