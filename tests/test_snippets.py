@@ -34,7 +34,7 @@ TAE = next((ROOT / "tests" / "fixtures" / "tae" / "gemma3_patch_two").glob("*.pt
 
 PROGRAMS = ("make", "duckdb", "ksweep", "python", "scripts/submit_k_sweep.sh")
 NOT_CODE = {
-    ("README.md", "cell                        K=1"): "the result table of `make sweep`",
+    ("README.md", "cell                      K=1"): "the result table of `make sweep`",
     ("README.md", "ksweep/        the library"): "a tree of directories",
     ("registry/README.md", "draws/<key>/part-*.parquet"): "a tree of directories",
 }
