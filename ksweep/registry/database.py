@@ -96,6 +96,7 @@ MEANINGS = {
     "metrics": ("run_metrics", "runs"),
     "examples": ("run_examples", "runs"),
     "v_throughput": ("runs",),
+    "v_compare": ("v_pairs", "run_curves", "runs"),
     "v_latest": ("runs",),
     "v_sweeps": ("sweeps",),
     "v_sweep_cells": ("sweep_cells", "runs"),

@@ -154,16 +154,8 @@ SELECT cell, other_cell, label, other_label, k, difference, interval_end(differe
        effective_documents, num_replicates, sweep, other_sweep, run_id, other_run_id, activations_key
 FROM replicated;
 COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K (powers of two and the largest), of the newest finished runs. The same bootstrap over documents, and the same numbers, as ksweep.compare and `ksweep diff`; what both share (hard documents) cancels. Cells whose baseline, selection, failed_error, seed or level differ are not in it: their FVEs do not mean the same; nor are runs landed before replicates were kept (`ksweep diff` compares those). Ask for cells by name: all pairs of a large registry are many.';
-COMMENT ON COLUMN v_compare.other_cell IS 'The cell that is taken off.';
-COMMENT ON COLUMN v_compare.other_label IS 'What tells the other cell from those of its sweep.';
-COMMENT ON COLUMN v_compare.difference IS 'fve - other_fve.';
 COMMENT ON COLUMN v_compare.difference_low IS 'Lower end of the interval of difference; NULL for fewer than two documents.';
 COMMENT ON COLUMN v_compare.difference_high IS 'Upper end of the interval of difference.';
-COMMENT ON COLUMN v_compare.num_replicates IS 'Bootstrap replicates that both runs share.';
-COMMENT ON COLUMN v_compare.other_fve IS 'FVE of the other cell at this K.';
-COMMENT ON COLUMN v_compare.other_temperature IS 'Sampling temperature of the other cell.';
-COMMENT ON COLUMN v_compare.other_sweep IS 'Sweep of the other run.';
-COMMENT ON COLUMN v_compare.other_run_id IS 'The other run.';
 
 CREATE VIEW v_gain AS
 WITH doubled AS (
