@@ -12,7 +12,7 @@ my_pairs.yaml:
 """
 
 from ksweep import Cell, Sampling, Sweep, sweep_main
-from ksweep.presets import demo_pair, held_out_passages
+from ksweep.config.presets import demo_pair, held_out_passages
 
 sweep = Sweep(
     name="checkpoint_sweep",

@@ -8,7 +8,7 @@ python experiments/k_sweep.py autoencoder.checkpoint=PATH.pt --checkpoint-data -
 """
 
 from ksweep import Cell, Sampling, Sweep, sweep_main
-from ksweep.presets import demo_pair, held_out_passages
+from ksweep.config.presets import demo_pair, held_out_passages
 
 sweep = Sweep(
     name="k_sweep",

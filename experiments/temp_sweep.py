@@ -7,7 +7,7 @@ python experiments/temp_sweep.py autoencoder.av=DIR autoencoder.ar=DIR activatio
 """
 
 from ksweep import Cell, Sampling, Sweep, sweep_main
-from ksweep.presets import demo_pair, held_out_passages
+from ksweep.config.presets import demo_pair, held_out_passages
 
 sweep = Sweep(
     name="temp_sweep",

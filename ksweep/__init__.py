@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ksweep.errors import RequestError, RunError
-from ksweep.spec import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, replace_at
+from ksweep.config.resources import Resources
+from ksweep.config.spec import Activations, Autoencoder, Cell, Sampling, Scoring, replace_at
+from ksweep.config.sweep import Sweep
+from ksweep.utils import moved
+from ksweep.utils.errors import RequestError, RunError
+from ksweep.utils.version import VERSION
 
 if TYPE_CHECKING:
+    from ksweep.launch.sweep_main import sweep_main
     from ksweep.registry.database import connect
-    from ksweep.sweep import sweep_main
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Activations",
     "Autoencoder",
@@ -34,7 +38,8 @@ __all__ = [
     "sweep_main",
 ]
 
-_LATER = {"connect": "ksweep.registry.database", "sweep_main": "ksweep.sweep"}
+_LATER = {"connect": "ksweep.registry.database", "sweep_main": "ksweep.launch.sweep_main"}
+moved.keep_earlier_names()
 
 
 def __getattr__(name: str) -> Any:
@@ -43,4 +48,8 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(_LATER[name]), name)
+    if (earlier := f"ksweep.{name}") in moved.MOVED:
+        from importlib import import_module
+
+        return import_module(earlier)
     raise AttributeError(f"module 'ksweep' has no attribute {name!r}")

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from bench_common import NATURAL_LIMIT, held_out, load_pair, parser, report
 
-from ksweep import Resources, machine
-from ksweep.autoencoder.decoding import MOST_DRAWS, Request, draw
-from ksweep.launch import submit as launch
+from ksweep import Resources
+from ksweep.evaluation.distributed import Ranks
+from ksweep.inference.engine import MOST_DRAWS, Request, draw
+from ksweep.launch import local_executor as launch
 from ksweep.launch.job import Job, create
-from ksweep.ranks import Ranks
+from ksweep.utils import machine
 
 NUM_ACTIVATIONS = 64
 LOADING_SECONDS, MOST_SECONDS = 120, 40

@@ -16,13 +16,13 @@ import torch
 import yaml
 
 from ksweep import Autoencoder, Cell, Sampling, Scoring, Sweep
-from ksweep.activations.fill import ensure
-from ksweep.autoencoder import nla
-from ksweep.autoencoder.decoding import as_vectors
-from ksweep.autoencoder.loading import load_tokenizer
-from ksweep.autoencoder.prompts import av_prompt
-from ksweep.keys import inspect_pair
-from ksweep.presets import demo_pair, held_out_passages
+from ksweep.activations.caching import ensure
+from ksweep.autoencoder.nla import models as nla
+from ksweep.autoencoder.nla.loading import load_tokenizer
+from ksweep.autoencoder.nla.prompts import av_prompt
+from ksweep.config.presets import demo_pair, held_out_passages
+from ksweep.evaluation.identity import inspect_pair
+from ksweep.inference.engine import as_vectors
 
 LAYER = 20
 NATURAL_LIMIT = 64

@@ -24,10 +24,10 @@ import torch
 from bench_common import NATURAL_LIMIT, add_prompt_tokens, alternate, held_out, load_pair, parser, rate, report
 from transformers import GenerationConfig
 
-from ksweep.autoencoder import slots
-from ksweep.autoencoder.decoding import Request, draw
 from ksweep.autoencoder.injection import scaled
-from ksweep.autoencoder.nla import NlaVerbalizer
+from ksweep.autoencoder.nla.models import NlaVerbalizer
+from ksweep.inference import kv_cache
+from ksweep.inference.engine import Request, draw
 
 FIXED = 32
 TRIED = (16, 32, 64, 128, 256, 512)
@@ -147,14 +147,14 @@ def best_batch_size(av: NlaVerbalizer, vectors: torch.Tensor, fixed: bool, optio
 
 def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespace) -> None:
     """Share of our time by what it is spent on, and how near the matrix products are to what they reach by themselves."""
-    attend, rows = slots.attend, list[int]()
+    attend, rows = kv_cache.attend, list[int]()
     first = next(module for module in av.model.modules() if isinstance(module, torch.nn.Linear))
 
     def watched(*given: object, **named: object) -> object:
         with torch.profiler.record_function("attention"):
             return attend(*given, **named)
 
-    slots.AttentionInterface.register(slots.ATTENTION, watched)
+    kv_cache.AttentionInterface.register(kv_cache.ATTENTION, watched)
     try:
         work: Callable[[], int] = lambda: ours(av, vectors, options.draws[0], options.lengths[0] == "fixed", options)  # noqa: E731
         work()
@@ -165,7 +165,7 @@ def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespac
             total = time.perf_counter() - began
         handle.remove()
     finally:
-        slots.AttentionInterface.register(slots.ATTENTION, attend)
+        kv_cache.AttentionInterface.register(kv_cache.ATTENTION, attend)
     averages = {event.key: event for event in found.key_averages()}
     products = sum(averages[name].self_cpu_time_total for name in MATRIX_PRODUCTS if name in averages) / 1e6
     attention = averages["attention"].cpu_time_total / 1e6

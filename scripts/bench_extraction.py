@@ -17,8 +17,8 @@ import torch
 from bench_common import LAYER, alternate, parser, rate, report
 from transformers import AutoModelForCausalLM
 
-from ksweep.activations.extract import BlockReader
-from ksweep.presets import DEMO, demo_model
+from ksweep.activations.hidden_states import BlockReader
+from ksweep.config.presets import DEMO, demo_model
 
 
 def main() -> None:

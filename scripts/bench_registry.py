@@ -29,15 +29,16 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep import stats
-from ksweep.breakdown import break_down, kept_ks
-from ksweep.draws import SCHEMA, DrawsStore, Unit
-from ksweep.evaluated import SCHEMA as KNOWN
-from ksweep.evaluated import position_bucket
-from ksweep.identity import fingerprint
+from ksweep.config.spec import Scoring
+from ksweep.evaluation.breakdown import break_down
+from ksweep.registry.activation_metadata import SCHEMA as KNOWN
+from ksweep.registry.activation_metadata import position_bucket
 from ksweep.registry.database import connect, ingest, rebuild
-from ksweep.registry.landing import RunRecord, land
-from ksweep.registry.named import queries
-from ksweep.spec import Scoring
+from ksweep.registry.draws import SCHEMA, DrawsStore, Unit
+from ksweep.registry.run_record import RunRecord, land
+from ksweep.registry.stored_queries import queries
+from ksweep.stats.best_of_k import kept_ks
+from ksweep.utils.fingerprint import fingerprint
 
 TEMPERATURES = tuple(round(0.3 + 0.1 * i, 1) for i in range(10))
 NUM_DRAWS = 16

@@ -24,9 +24,9 @@ import yaml
 from bench_common import alternate, held_out, load_pair, parser, rate, report
 from transformers import AutoModelForCausalLM
 
-from ksweep.autoencoder.decoding import Request, draw
-from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer, load_reconstructor
-from ksweep.presets import demo_model, demo_pair
+from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_reconstructor
+from ksweep.config.presets import demo_model, demo_pair
+from ksweep.inference.engine import Request, draw
 
 TEMPLATES = {
     "released": "Summary of the following text: <text>{explanation}</text> <summary>",

@@ -30,8 +30,8 @@ from bench_scoring import read_by_all_of_it
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ksweep import Sweep, connect, sweep_main
-from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer
-from ksweep.presets import demo_model
+from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
+from ksweep.config.presets import demo_model
 
 TEMPERATURES = (0.4, 0.8, 1.2)
 PHASES = "SELECT one.key, sum(one.value) FROM (SELECT unnest(map_entries(seconds)) AS one FROM runs) GROUP BY one.key"

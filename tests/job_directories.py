@@ -10,8 +10,8 @@ import psutil
 from typer.testing import CliRunner
 
 from ksweep.cli import app
-from ksweep.errors import RequestError, RunError
 from ksweep.launch.job import Ending, Heartbeat, Job, create
+from ksweep.utils.errors import RequestError, RunError
 
 LABEL = "temperature=0.7"
 

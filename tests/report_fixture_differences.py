@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ksweep.autoencoder.nla import NlaReconstructor, NlaVerbalizer, load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_reconstructor, load_verbalizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nla"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))

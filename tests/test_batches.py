@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksweep.batches import BATCH_COST, length_batches
+from ksweep.inference.batching import BATCH_COST, length_batches
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=12)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ksweep.activations import ActivationStore, ensure, housekeeping
+from ksweep.activations import ActivationStore, ensure, maintenance
 from ksweep.cli import main
-from ksweep.registry.landing import land
-from ksweep.spec import Activations
+from ksweep.config.spec import Activations
+from ksweep.registry.run_record import land
 from tests.activations.helpers import passages, random_vectors, shard_files, vector_spec, write_jsonl, write_vectors
 from tests.activations.test_store import flip_a_byte, make_unit
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
@@ -319,9 +319,9 @@ def test_a_length_of_time_that_is_none_exits_with_two(ksweep: Command, cache: Pa
 def test_key_that_a_job_begins_to_read_after_gc_looked_is_kept(
     cache: Path, keys: dict[str, str], filled: tuple[Path, dict[str, str]]
 ) -> None:
-    [removal] = [r for r in housekeeping.unused(housekeeping.entries(cache), 0, None) if r.key == keys["short"]]
+    [removal] = [r for r in maintenance.unused(maintenance.entries(cache), 0, None) if r.key == keys["short"]]
     table = ensure(vector_spec(filled[0] / "short.parquet", 10), None, cache)
-    assert not housekeeping.remove(removal)
+    assert not maintenance.remove(removal)
     assert np.array_equal(table.vectors(), random_vectors(10)) and keys["short"] in there(cache)
 
 
@@ -329,9 +329,9 @@ def test_gc_of_a_key_that_is_a_link_removes_the_link_alone(cache: Path, keys: di
     directory, elsewhere = cache / keys["long"], tmp_path / "elsewhere"
     directory.rename(elsewhere)
     directory.symlink_to(elsewhere)
-    (removal,) = [r for r in housekeeping.unused(housekeeping.entries(cache), 0, None) if r.path == directory]
+    (removal,) = [r for r in maintenance.unused(maintenance.entries(cache), 0, None) if r.path == directory]
     assert removal.bytes == 0 and "a link" in removal.reason
-    assert housekeeping.remove(removal) and not directory.is_symlink()
+    assert maintenance.remove(removal) and not directory.is_symlink()
     assert list(elsewhere.glob("shard-*.arrow")) and not list(cache.glob(".removing-*"))
 
 
@@ -339,9 +339,9 @@ def test_filler_whose_directory_is_removed_begins_anew_and_ends_whole(cache: Pat
     key = "e" * 32
     store = ActivationStore(cache, key, {})
     store.write_unit(0, make_unit(random_vectors(5)), "float32")
-    [entry] = [e for e in housekeeping.entries(cache) if e.key == key]
-    [removal] = housekeeping.unused([entry], 0, None)
-    assert housekeeping.remove(removal, force=True) and key not in there(cache)
+    [entry] = [e for e in maintenance.entries(cache) if e.key == key]
+    [removal] = maintenance.unused([entry], 0, None)
+    assert maintenance.remove(removal, force=True) and key not in there(cache)
     assert not [name for name in there(cache) if name.startswith(".removing")]
     assert store.missing_units(5, most_per_unit=5) == [0]
     store.write_unit(0, make_unit(random_vectors(5)), "float32")
@@ -359,8 +359,8 @@ def test_removal_that_is_killed_leaves_no_half_key(
     killed = subprocess.run([sys.executable, "-c", script, str(cache), keys["long"]], check=False)
     assert killed.returncode == -9 and keys["long"] not in there(cache)
     assert ensure(vector_spec(filled[0] / "long.parquet", 2500), None, cache).vectors().shape == (2500, 8)
-    [removal] = housekeeping.leftovers_in(cache)
-    assert removal.path.name.startswith(f".removing-{keys['long']}") and housekeeping.remove(removal)
+    [removal] = maintenance.leftovers_in(cache)
+    assert removal.path.name.startswith(f".removing-{keys['long']}") and maintenance.remove(removal)
     assert there(cache) == set(keys.values())
 
 
@@ -391,7 +391,7 @@ def test_cache_on_a_read_only_disk_is_read_all_the_same_and_damage_is_told(
     if damaged:
         flip_a_byte(next((cache / keys["long"]).glob("shard-00001-*.arrow")))
     script = (
-        "import sys; from ksweep.activations import ensure; from ksweep.spec import Activations\n"
+        "import sys; from ksweep.activations import ensure; from ksweep.config.spec import Activations\n"
         "table = ensure(Activations(vectors=sys.argv[1], num_activations=2500), None, sys.argv[2])\n"
         "print(table.vectors().shape)"
     )

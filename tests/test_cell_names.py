@@ -13,15 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksweep import Autoencoder, Resources, Sweep, charts, connect
-from ksweep.compare import compare, curves_of_cells, load_cells
-from ksweep.errors import RequestError
-from ksweep.keys import complete_all, keys_of
-from ksweep.naming import short_names, told_apart
-from ksweep.registry.landing import land
-from ksweep.registry.questions import named_curves
-from ksweep.report.facts import facts_of
-from ksweep.spec import Sampling
+from ksweep import Autoencoder, Resources, Sweep, connect
+from ksweep.analysis import charts
+from ksweep.analysis.compare import compare, curves_of_cells, load_cells
+from ksweep.analysis.report.data import facts_of
+from ksweep.config.spec import Sampling
+from ksweep.evaluation.identity import complete_all, keys_of
+from ksweep.registry.query import named_curves
+from ksweep.registry.run_record import land
+from ksweep.utils.cell_names import short_names, told_apart
+from ksweep.utils.errors import RequestError
 from tests.registry.landed_runs import curve_of, record_of
 from tests.test_chart_kinds import differences, rows_in, subtitle
 from tests.tiny_models import make_pair
@@ -228,7 +229,7 @@ def test_a_run_that_failed_bears_the_name_that_its_cell_has_in_the_sweep(
     two: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = replace(two, registry=str(tmp_path / "registry"), vector_cache=str(tmp_path / "vector_cache"))
-    monkeypatch.setattr("ksweep.orders.ENTRY", "tests.launch.entries:has_no_memory")
+    monkeypatch.setattr("ksweep.launch.job_spec.ENTRY", "tests.launch.entries:has_no_memory")
     assert run(failing) == 1
     with connect(failing.registry) as connection:
         [(label, cell)] = connection.execute("SELECT label, cell FROM runs").fetchall()
@@ -239,8 +240,8 @@ def test_a_run_that_failed_bears_the_name_that_its_cell_has_in_the_sweep(
 def test_jobs_of_before_that_say_no_names_are_measured_under_their_own(two: Sweep, tmp_path: Path) -> None:
     from dataclasses import asdict
 
-    from ksweep.evaluate import run_job
-    from ksweep.ranks import Solo
+    from ksweep.evaluation.distributed import Solo
+    from ksweep.evaluation.evaluate import run_job
 
     [first, _] = complete_all(two.cells())
     argument = {

@@ -12,13 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import ksweep.evaluate as evaluating
+import ksweep.evaluation.evaluate as evaluating
 from ksweep import Cell, Resources, Sweep, connect
-from ksweep.clock import Clock
-from ksweep.draws import DrawsStore, Unit
-from ksweep.evaluate import Models, Place, evaluate, in_groups
-from ksweep.keys import cell_keys
-from ksweep.ranks import Solo
+from ksweep.evaluation.context import Place
+from ksweep.evaluation.distributed import Solo
+from ksweep.evaluation.evaluate import evaluate, in_groups
+from ksweep.evaluation.identity import cell_keys
+from ksweep.evaluation.models import Models
+from ksweep.registry.draws import DrawsStore, Unit
+from ksweep.utils.timing import Clock
 from tests.test_units_in_a_stream import draws_under_way
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ksweep import charts, connect
-from ksweep.errors import RequestError
-from ksweep.registry.landing import land
+from ksweep import connect
+from ksweep.analysis import charts
+from ksweep.registry.run_record import land
+from ksweep.utils.errors import RequestError
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
 from tests.test_charts import curves, layers, mark
 

@@ -13,8 +13,8 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from ksweep import charts
-from ksweep.errors import RequestError
+from ksweep.analysis import charts
+from ksweep.utils.errors import RequestError
 
 
 def curves(

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoTokenizer
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep
-from ksweep.autoencoder.tae_file import inspect_tae
-from ksweep.checkpoint_data import with_checkpoint_data
-from ksweep.errors import CheckpointError, SpecError
-from ksweep.keys import cell_keys, complete, complete_all, label
-from ksweep.overrides import apply_overrides, given_settings, lay_over
-from ksweep.spec import replace_at
+from ksweep.autoencoder.tae.checkpoint import inspect_tae
+from ksweep.autoencoder.tae.training_data import with_checkpoint_data
+from ksweep.config.overrides import apply_overrides, given_settings, lay_over
+from ksweep.config.spec import replace_at
+from ksweep.evaluation.identity import cell_keys, complete, complete_all, label
+from ksweep.utils.errors import CheckpointError, SpecError
 from tests.tiny_sweeps import ask, run
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tae"

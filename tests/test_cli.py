@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ksweep.cli import main
-from ksweep.registry.landing import land
+from ksweep.registry.run_record import land
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
 
 ROOT = Path(__file__).parents[1]

@@ -13,18 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep import Cell, Resources, Sweep, replace_at
-from ksweep.compare import (
-    MeasuredCell,
-    best_held_out,
-    compare,
-    curves_of_cells,
-    groups_of_cells,
-    load_cells,
-)
-from ksweep.errors import RequestError
-from ksweep.evaluated import position_bucket
+from ksweep.analysis.compare import MeasuredCell, best_held_out, compare, curves_of_cells, groups_of_cells, load_cells
+from ksweep.registry.activation_metadata import position_bucket
 from ksweep.stats import between_documents_baseline, effective_documents, interval_reach
 from ksweep.stats.bootstrap import document_weights
+from ksweep.utils.errors import RequestError
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ksweep import connect
-from ksweep.presets import DEMO, demo_model
+from ksweep.config.presets import DEMO, demo_model
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.autoencoder import noise, slots
 from ksweep.cli import main
-from ksweep.registry.landing import land
-from ksweep.selftest import MAX_TOKENS, NUM_ACTIVATIONS, NUM_DRAWS, VOCABULARY, WIDTH, TinyVerbalizer, failures
+from ksweep.cli.selftest import MAX_TOKENS, NUM_ACTIVATIONS, NUM_DRAWS, VOCABULARY, WIDTH, TinyVerbalizer, failures
+from ksweep.inference import gumbel_sampling, kv_cache
+from ksweep.registry.run_record import land
 from tests.registry.landed_runs import curve_of, record_of
 
 
@@ -22,12 +22,12 @@ def test_the_engine_passes_its_self_test() -> None:
 
 
 def test_slots_that_mix_up_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = slots.SlotLayer.put
+    real = kv_cache.SlotLayer.put
 
-    def of_the_first(layer: slots.SlotLayer, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def of_the_first(layer: kv_cache.SlotLayer, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         real(layer, first, keys[:1].expand_as(keys), values[:1].expand_as(values))
 
-    monkeypatch.setattr(slots.SlotLayer, "put", of_the_first)
+    monkeypatch.setattr(kv_cache.SlotLayer, "put", of_the_first)
     assert "greedy text from the forked cache differs from plain decoding without one" in failures("cpu")
 
 
@@ -36,7 +36,7 @@ def test_doctor_names_a_landing_that_is_not_believed_and_exits_with_one(
 ) -> None:
     land(tmp_path / "registry", record_of("r1"), curve_of())
     (tmp_path / "registry" / "landing" / "r1" / "curve.parquet").write_bytes(b"cut short")
-    monkeypatch.setattr("ksweep.selftest.failures", lambda device: [])
+    monkeypatch.setattr("ksweep.cli.selftest.failures", lambda device: [])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["ksweep", "doctor", "--json"])
     with pytest.raises(SystemExit) as ended:
@@ -56,10 +56,15 @@ def test_no_token_of_the_self_test_is_near_a_tie_that_another_processor_could_de
     off[0] = 0.0
     for temperature, num_draws in ((0.0, 1), (1.0, NUM_DRAWS)):
         for row, k in itertools.product(range(NUM_ACTIVATIONS), range(num_draws)):
-            keys, sequence = noise.row_keys(0, 64 * [row + 1], 64 * [k]), exact.embedded(torch.from_numpy(vectors[row : row + 1]))
+            keys, sequence = (
+                gumbel_sampling.row_keys(0, 64 * [row + 1], 64 * [k]),
+                exact.embedded(torch.from_numpy(vectors[row : row + 1])),
+            )
             for step in range(MAX_TOKENS):
                 logits = exact.model(inputs_embeds=sequence, use_cache=False).logits[:, -1] + off
-                tokens = noise.sample(logits.float(), noise.step_keys(keys, step), temperature=temperature).token_ids
+                tokens = gumbel_sampling.sample(
+                    logits.float(), gumbel_sampling.step_keys(keys, step), temperature=temperature
+                ).token_ids
                 assert len(tokens.unique()) == 1
                 if int(tokens[0]) in exact.stop_token_ids:
                     break

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksweep import draws as module
-from ksweep.draws import MOST_PER_UNIT, SCHEMA, DrawsStore, Unit, units_of
-from ksweep.errors import RunError
-from ksweep.evaluate import _all_draws
-from ksweep.ranks import Solo
+from ksweep.evaluation.distributed import Solo
+from ksweep.evaluation.evaluate import _all_draws
+from ksweep.registry import draws as module
+from ksweep.registry.draws import MOST_PER_UNIT, SCHEMA, DrawsStore, Unit, units_of
+from ksweep.utils.errors import RunError
 
 
 def rows(unit: Unit) -> pa.Table:

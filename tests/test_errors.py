@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.errors import CheckpointError, DataError, DiskFullError, RunError, StoreError, class_of_type, classify
+from ksweep.utils.errors import CheckpointError, DataError, DiskFullError, RunError, StoreError, class_of_type, classify
 
 
 def raised_from(cause: BaseException) -> StoreError:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksweep.explain import neighbours, running_minima
+from ksweep.evaluation.scoring import neighbours, running_minima
 
 # Documents in the order of a store: runs of activations of one document, neighbouring runs of different ones.
 runs = st.lists(st.integers(1, 5), min_size=1, max_size=8)

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ksweep import files
-from ksweep.errors import CheckpointError
-from ksweep.files import locked
+from ksweep.utils import files
+from ksweep.utils.errors import CheckpointError
+from ksweep.utils.files import locked
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_digest_leaves_out_what_datasets_caches_beside_its_data(tmp_path: Path) 
     assert files.digest(tmp_path) == before
 
 
-HOLDER = """import sys; from pathlib import Path; from ksweep.files import locked
+HOLDER = """import sys; from pathlib import Path; from ksweep.utils.files import locked
 with locked(Path(sys.argv[1]), "it"):
     print(1, flush=True)
     input()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksweep import Sampling
-from ksweep.identity import canonical_json, fingerprint
+from ksweep.utils.fingerprint import canonical_json, fingerprint
 
 plain = st.recursive(
     st.none()
@@ -31,7 +31,9 @@ def test_canonical_json_of_sampling_equals_the_text_worked_out_by_hand() -> None
 
 
 def test_fingerprint_in_another_process_is_the_same() -> None:
-    code = "from ksweep import Sampling; from ksweep.identity import fingerprint; print(fingerprint(Sampling(temperature=0.7)))"
+    code = (
+        "from ksweep import Sampling; from ksweep.utils import fingerprint as f; print(f.fingerprint(Sampling(temperature=0.7)))"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == fingerprint(Sampling(temperature=0.7))
 

@@ -11,10 +11,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from ksweep.autoencoder.decoding import MOST_DRAWS, REFILL_SHARE
-from ksweep.drawing import pieces
-from ksweep.draws import Unit, units_of
-from ksweep.ranks import Ranks, Solo, share
+from ksweep.evaluation.distributed import Ranks, Solo, share
+from ksweep.evaluation.draw_loop import pieces
+from ksweep.inference.engine import MOST_DRAWS, REFILL_SHARE
+from ksweep.registry.draws import Unit, units_of
 
 MOST_TOKENS = 64
 

@@ -27,7 +27,10 @@ def test_import_ksweep_takes_less_than_a_third_of_a_second() -> None:
 
 
 def test_planning_does_not_load_torch() -> None:
-    loaded, _ = _loaded_after("import ksweep.sweep, ksweep.keys, ksweep.draws, ksweep.presets, ksweep.registry.database")
+    loaded, _ = _loaded_after(
+        "import ksweep.launch.sweep_main, ksweep.evaluation.identity, ksweep.config.presets, "
+        "ksweep.registry.draws, ksweep.registry.database"
+    )
     assert not loaded & {"torch", "transformers", "peft", "altair"}
 
 

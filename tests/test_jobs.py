@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from ksweep.errors import RequestError
-from ksweep.jobs import logs as logs_module
-from ksweep.jobs.finding import find, named
-from ksweep.jobs.logs import read_logs
+from ksweep.cli.jobs import logs as logs_module
+from ksweep.cli.jobs.find import find, named
+from ksweep.cli.jobs.logs import read_logs
 from ksweep.launch.job import Ending, Job
-from ksweep.registry.landing import land
+from ksweep.registry.run_record import land
+from ksweep.utils.errors import RequestError
 from tests.job_directories import ended, job, ksweep, me
 from tests.registry.landed_runs import record_of
 

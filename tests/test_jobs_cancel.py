@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ksweep.launch import answers, slurm
-from ksweep.launch import submit as launch
+from ksweep.config.resources import Resources
+from ksweep.launch import local_executor as launch
 from ksweep.launch.job import Job, create
-from ksweep.spec import Resources
+from ksweep.launch.slurm import commands, polling
 from tests.job_directories import ksweep, me
 
 CONFIG = "ClusterName             = testbed"
@@ -34,8 +34,8 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in folder.iterdir():
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(answers, "_last", answers._Word())
-    slurm._config.cache_clear()
+    monkeypatch.setattr(polling, "_last", polling._Word())
+    commands._config.cache_clear()
     return tmp_path / "told"
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ksweep import console as console_module
 from ksweep.launch.job import Ending
-from ksweep.registry.landing import land
+from ksweep.registry.run_record import land
+from ksweep.utils import console as console_module
 from tests.job_directories import job, ksweep, me
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 

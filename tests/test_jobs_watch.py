@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ksweep.jobs import watching
-from ksweep.jobs.looking import Line, lines
-from ksweep.jobs.watching import most_wanted, screen, show, table, watch
+from ksweep.cli.jobs import watch as watching
+from ksweep.cli.jobs.rows import Line, lines
+from ksweep.cli.jobs.watch import most_wanted, screen, show, table, watch
 from ksweep.launch.job import Ending, Job
 from tests.job_directories import LABEL, ended, job, ksweep, me
 

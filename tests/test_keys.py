@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Sweep
-from ksweep.errors import DataError, RequestError, SpecError
-from ksweep.keys import Keys, cell_keys, label, pair_name
-from ksweep.spec import replace_at
+from ksweep.config.spec import replace_at
+from ksweep.evaluation.identity import Keys, cell_keys, label, pair_name
+from ksweep.utils.errors import DataError, RequestError, SpecError
 from tests.activations.helpers import passages, random_vectors, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, edit_sidecar, edit_weights, make_pair
 

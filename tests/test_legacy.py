@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, legacy
-from ksweep.errors import SpecError
-from ksweep.legacy import (
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect
+from ksweep.config import reference_options
+from ksweep.config.overrides import apply_overrides, lay_over
+from ksweep.config.reference_options import (
     OPTIONS,
     from_environment,
     minutes,
@@ -26,7 +27,8 @@ from ksweep.legacy import (
     translate_checkpoint_config,
     translate_config,
 )
-from ksweep.overrides import apply_overrides, known_keys, lay_over
+from ksweep.config.sweep import known_keys
+from ksweep.utils.errors import SpecError
 
 ROOT = Path(__file__).parents[1]
 
@@ -413,7 +415,7 @@ def echo(tmp_path: Path) -> Path:
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    known = {k: v for k, v in os.environ.items() if k.lower() not in legacy.FROM_ENVIRONMENT}
+    known = {k: v for k, v in os.environ.items() if k.lower() not in reference_options.FROM_ENVIRONMENT}
     env = known | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | environment
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=840, check=False)
 
@@ -427,7 +429,7 @@ def test_the_wrapper_runs_the_sweep_with_new_names(echo: Path) -> None:
 
 
 def test_the_wrapper_refuses_a_mistyped_option_with_exit_code_2(echo: Path) -> None:
-    done = run([sys.executable, "-m", "ksweep.legacy", str(echo), "eval.k_vals=[1]"])
+    done = run([sys.executable, "-m", "ksweep.config.reference_options", str(echo), "eval.k_vals=[1]"])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: unknown option 'eval.k_vals': did you mean eval.k_values")
 

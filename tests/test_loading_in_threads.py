@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ksweep.activations.extract import BlockReader
-from ksweep.autoencoder.nla import load_verbalizer
+from ksweep.activations.hidden_states import BlockReader
+from ksweep.autoencoder.nla.models import load_verbalizer
 
 GEMMA = Path(__file__).parent / "fixtures" / "nla" / "gemma3_text"
 

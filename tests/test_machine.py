@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ksweep import Resources, Sweep, here, machine, reconcile
-from ksweep.launch import submit as launch
+from ksweep import Resources, Sweep
+from ksweep.launch import hardware, reconcile, run_locally
+from ksweep.launch import local_executor as launch
 from ksweep.launch.job import create
+from ksweep.utils import machine
 from tests.launch.test_jobs import ROOT, end
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
@@ -207,11 +209,11 @@ def test_jobs_side_by_side_share_the_cores(
     argument = {"folder": str(tmp_path), "seconds": 0.0, "beside": 1, "registry": str(tmp_path / "registry"), "sweep": "test"}
     # No GPUs for the ranks: nothing is behind these, so torch must not be asked for them.
     order = partial(
-        create, tmp_path / "logs", "tests.launch.entries:holds_gpus", argument | {"cells": []}, launch.num_ranks(asked), 0
+        create, tmp_path / "logs", "tests.launch.entries:holds_gpus", argument | {"cells": []}, hardware.num_ranks(asked), 0
     )
-    here.run_jobs([order] * num_jobs, asked, "test")
+    run_locally.run_jobs([order] * num_jobs, asked, "test")
     told = [json.loads(path.read_text())["threads"] for path in tmp_path.glob("gpus-*.json")]
-    assert told == [threads] * num_jobs * launch.num_ranks(asked)
+    assert told == [threads] * num_jobs * hardware.num_ranks(asked)
 
 
 @pytest.fixture(scope="module")

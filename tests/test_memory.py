@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 
-from ksweep import machine, memory
+from ksweep.inference import memory
+from ksweep.utils import machine
 
 CPU = torch.device("cpu")
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from ksweep import Resources, Sweep, connect
-from ksweep import notes as module
+from ksweep.analysis.report import write_report
 from ksweep.autoencoder.norms import norm_notes, training_norm
 from ksweep.cli import main
-from ksweep.errors import RunError
-from ksweep.keys import inspect_pair
-from ksweep.notes import Note, keep, kept, notes_of
-from ksweep.presets import demo_pair
-from ksweep.registry.landing import land, read
-from ksweep.report import write_report
+from ksweep.config.presets import demo_pair
+from ksweep.evaluation.identity import inspect_pair
+from ksweep.registry.run_record import land, read
+from ksweep.utils import notes as module
+from ksweep.utils.errors import RunError
+from ksweep.utils.notes import Note, keep, kept, notes_of
 from tests.registry.landed_runs import curve_of, record_of
 from tests.tae_sweeps import checkpoint, sweep_over
 from tests.tae_sweeps import run as run_tae
@@ -247,7 +247,7 @@ def test_a_run_says_batch_settings_threads_and_dtype_of_the_draws_it_sampled(swe
 
 
 def test_a_batch_that_was_halved_for_memory_says_both_sizes(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ksweep.autoencoder.slots import SlotCache
+    from ksweep.inference.kv_cache import SlotCache
 
     whole = SlotCache.__init__
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ksweep.activations.extract import BlockReader
-from ksweep.autoencoder import nla, tae
-from ksweep.autoencoder.decoding import Request, draw
-from ksweep.errors import CheckpointError, RunError
-from ksweep.placement import Devices, block_map
+from ksweep.activations.hidden_states import BlockReader
+from ksweep.autoencoder.nla import models as nla
+from ksweep.autoencoder.tae import models as tae
+from ksweep.inference.device_map import Devices, block_map
+from ksweep.inference.engine import Request, draw
+from ksweep.utils.errors import CheckpointError, RunError
 from tests.autoencoder import test_tae_architectures as architectures
 from tests.pretend_devices import PretendDevices
 from tests.tiny_models import FAMILIES, TinyPair, edit_weights, make_base, make_pair

@@ -17,14 +17,14 @@ import psutil
 import pytest
 
 from ksweep import Resources, Sweep
-from ksweep.errors import RequestError
-from ksweep.keys import cell_keys
-from ksweep.launch import states
-from ksweep.launch import submit as launch
-from ksweep.launch.answers import Answer
+from ksweep.evaluation.identity import cell_keys
+from ksweep.launch import local_executor as launch
+from ksweep.launch import status
 from ksweep.launch.job import Ending, Heartbeat, Job, all_jobs, create, is_alive
-from ksweep.reconcile import book, book_ended
+from ksweep.launch.reconcile import book, book_ended
+from ksweep.launch.slurm.polling import Answer
 from ksweep.registry.database import connect, ingest, rebuild
+from ksweep.utils.errors import RequestError
 from tests.tiny_models import TinyPair
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
@@ -89,7 +89,7 @@ def rebuilt(sweep: Sweep) -> bool:
 def test_two_ranks_that_raise_leave_a_traceback_each_and_the_user_is_told_one(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ksweep.orders.ENTRY", "tests.launch.entries:two_ranks_raise")
+    monkeypatch.setattr("ksweep.launch.job_spec.ENTRY", "tests.launch.entries:two_ranks_raise")
     assert run(sweep) == 1
     error = capsys.readouterr().err
     assert any(f"rank {r} failed (bug): ValueError: what only rank {r} knows" in error for r in (0, 1))
@@ -121,7 +121,7 @@ def test_two_ranks_that_raise_leave_a_traceback_each_and_the_user_is_told_one(
 def test_a_rank_that_is_shot_is_told_by_its_peer_and_has_a_row(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ksweep.orders.ENTRY", "tests.launch.entries:one_rank_is_killed")
+    monkeypatch.setattr("ksweep.launch.job_spec.ENTRY", "tests.launch.entries:one_rank_is_killed")
     assert run(sweep) == 1
     assert "(dead rank): rank 1 (pid" in capsys.readouterr().err
     rows = ask(sweep, "SELECT rank, status, error_class, host IS NOT NULL, why FROM attempts ORDER BY rank")
@@ -150,7 +150,7 @@ def test_no_memory_is_a_class_that_is_not_run_again_unasked(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = replace(sweep, resources=Resources(cluster="inprocess", gpus=0))
-    monkeypatch.setattr("ksweep.orders.ENTRY", "tests.launch.entries:has_no_memory")
+    monkeypatch.setattr("ksweep.launch.job_spec.ENTRY", "tests.launch.entries:has_no_memory")
     assert run(here) == 1
     assert ask(here, "SELECT status, error_class, error_type, host, num_ranks FROM runs") == [
         ("failed", "out of memory", "MemoryError", socket.gethostname(), 1)
@@ -231,8 +231,8 @@ def test_a_job_that_only_wrote_to_its_log_has_a_row_for_each_rank(sweep: Sweep, 
     job = job_of(sweep, cluster="slurm")
     job.note("slurm", {"id": "7", "folder": str(logs(sweep)), "tag": "x"})
     write_log(job, 0, "ModuleNotFoundError: No module named 'ksweep'\n")
-    monkeypatch.setattr(states, "ask", lambda jobs: {job.id: Answer() for job in jobs})
-    monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(status, "ask", lambda jobs: {job.id: Answer() for job in jobs})
+    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
     book_ended(logs(sweep))
     rows = ask(sweep, "SELECT rank, slurm_id, host, status, error_class, last_log_lines FROM attempts ORDER BY rank")
     words = "ModuleNotFoundError: No module named 'ksweep'"
@@ -261,7 +261,7 @@ def test_booking_waits_for_the_last_words_of_a_living_rank(sweep: Sweep) -> None
 
 
 def test_a_rank_that_does_not_end_is_waited_for_a_few_seconds(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksweep.reconcile.LAST_WORDS_SECONDS", 0.5)
+    monkeypatch.setattr("ksweep.launch.reconcile.LAST_WORDS_SECONDS", 0.5)
     job = job_of(sweep)
     job.beat(beat_of(1, alive=True))
     job.end(Ending(rank=0, status="failed", kind="bug", message="first"))
@@ -270,10 +270,10 @@ def test_a_rank_that_does_not_end_is_waited_for_a_few_seconds(sweep: Sweep, monk
 
 
 def test_a_job_that_has_come_back_meanwhile_is_not_booked(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksweep.reconcile.LAST_WORDS_SECONDS", 0.5)
+    monkeypatch.setattr("ksweep.launch.reconcile.LAST_WORDS_SECONDS", 0.5)
     job = job_of(sweep)
     job.beat(beat_of(0))
-    verdict = states.verdict(job)
+    verdict = status.verdict(job)
     assert verdict.state == "stopped"
     job.beat(beat_of(0, alive=True, attempt=1))
     assert not book(job, verdict)
@@ -283,26 +283,26 @@ def test_a_job_that_has_come_back_meanwhile_is_not_booked(sweep: Sweep, monkeypa
 def test_a_survey_of_a_job_that_came_back_during_it_says_that_it_runs(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(sweep)
     job.beat(beat_of(0))
-    monkeypatch.setattr("ksweep.reconcile._hear_out", lambda _: job.beat(beat_of(0, alive=True, attempt=1)))
+    monkeypatch.setattr("ksweep.launch.reconcile._hear_out", lambda _: job.beat(beat_of(0, alive=True, attempt=1)))
     survey = book_ended(logs(sweep))
     assert survey.verdicts[job.id].state == "running" and set(survey.at_work) == {c["key"] for c in job.spec()["cells"]}
 
 
 def test_a_rank_on_a_machine_with_another_clock_is_not_taken_for_dead(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksweep.reconcile.BEATS_SECONDS", 0.3)
+    monkeypatch.setattr("ksweep.launch.reconcile.BEATS_SECONDS", 0.3)
     job = job_of(sweep, ranks=1)
     late = beat_of(0, host="elsewhere", time=time.time() - 3600)
     job.beat(late)
     threading.Timer(0.1, lambda: job.beat(replace(late, time=late.time + 1))).start()
-    verdict = states.verdict(job)
+    verdict = status.verdict(job)
     assert verdict.kind == "killed" and not book(job, verdict) and job.given_up() is None
-    assert book(job, states.verdict(job)), "nothing has come since"
+    assert book(job, status.verdict(job)), "nothing has come since"
 
 
 def test_two_that_find_the_same_job_leave_one_run_and_one_file(sweep: Sweep) -> None:
     job = job_of(sweep)
     job.end(Ending(rank=0, status="failed", kind="bug", message="x"))
-    verdict = states.verdict(job)
+    verdict = status.verdict(job)
     assert book(job, verdict)
     (job.path / "settled.json").unlink()
     assert book(job, verdict)

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ksweep import reference
-from ksweep.draws import SCHEMA, DrawsStore
-from ksweep.reference import StoredDraws, reference_quantities
-from ksweep.stats.reference import ReferenceSums, reference_intervals, reference_rows, selected
+from ksweep.evaluation import tae_summary
+from ksweep.evaluation.tae_summary import StoredDraws, reference_quantities
+from ksweep.registry.draws import SCHEMA, DrawsStore
+from ksweep.stats.tae_metrics import ReferenceSums, reference_intervals, reference_rows, selected
 
 N, NUM_DRAWS, D = 70, 9, 5
 KS = (1, 2, 5, 9)
@@ -54,8 +54,8 @@ def by_name(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]
 def test_quantities_do_not_depend_on_how_activations_and_ks_are_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_values: int, replicate_values: int
 ) -> None:
-    monkeypatch.setattr(reference, "CHUNK_VALUES", chunk_values)
-    monkeypatch.setattr(reference, "REPLICATE_VALUES", replicate_values)
+    monkeypatch.setattr(tae_summary, "CHUNK_VALUES", chunk_values)
+    monkeypatch.setattr(tae_summary, "REPLICATE_VALUES", replicate_values)
     draws, made = stored(tmp_path)
     for num_replicates in (0, 30):
         found = reference_quantities(draws, KS, num_replicates)

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from ksweep import cli, connect
-from ksweep.overrides import given_settings, lay_over
+from ksweep.config.overrides import given_settings, lay_over
 from tests.tiny_sweeps import talking_pair
 
 pytestmark = pytest.mark.slow

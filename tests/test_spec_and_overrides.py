@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from ksweep import Activations, Autoencoder, Cell, RequestError, Sampling, Scoring, Sweep, replace_at
-from ksweep.errors import SpecError
-from ksweep.overrides import apply_overrides
-from ksweep.spec import Resources, cell_from_dict
+from ksweep.config.overrides import apply_overrides
+from ksweep.config.resources import Resources
+from ksweep.config.spec import cell_from_dict
+from ksweep.utils.errors import SpecError
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ import pytest
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
 from ksweep.activations import ensure
-from ksweep.activations.vectors import ROWS_PER_UNIT
-from ksweep.draws import DrawsStore
+from ksweep.activations.vector_source import ROWS_PER_UNIT
+from ksweep.registry.draws import DrawsStore
 from tests.activations.helpers import passages, random_vectors, shard_files, spec, vector_spec, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, make_base, make_pair
 
@@ -56,8 +56,8 @@ def python(
 FILL = """
 import sys, time
 from ksweep.activations import store
-from ksweep.activations.fill import ensure
-from ksweep.spec import Activations
+from ksweep.activations.caching import ensure
+from ksweep.config.spec import Activations
 computed = []
 publish_unit = store.ActivationStore.publish_unit
 vectors, root, count, start, most = sys.argv[1:]
@@ -119,7 +119,7 @@ def test_kill_9_while_filling_vectors_leaves_whole_shards_and_the_next_run_carri
 EXTRACT = """
 import time
 from ksweep.activations import ensure, store
-from ksweep.spec import Activations
+from ksweep.config.spec import Activations
 computed = []
 publish_unit = store.ActivationStore.publish_unit
 def publish_and_wait(*all):
@@ -233,8 +233,8 @@ def launched(sweep: Sweep, before: str = "", **environment: str) -> subprocess.P
 WAITING = """
 import os, time
 if "SUBMITIT_LOCAL_GLOBALID" in os.environ:  # a rank, not its launcher
-    from ksweep.draws import DrawsStore
-    from ksweep.launch.pulse import Pulse
+    from ksweep.registry.draws import DrawsStore
+    from ksweep.launch.worker.heartbeat import Pulse
     published, asked = [], []
     publish, ask_to_stop = DrawsStore.publish, Pulse.ask_to_stop
     def publish_and_wait(self, unit, table):
@@ -332,7 +332,7 @@ def drawing(sweep: Sweep) -> Iterator[bool]:
 
 COUNTING = """
 import atexit, json, sys
-from ksweep.draws import DrawsStore
+from ksweep.registry.draws import DrawsStore
 counted = []
 publish = DrawsStore.publish
 DrawsStore.publish = lambda self, unit, table: (counted.append(unit.num_draws), publish(self, unit, table))[1]
@@ -449,8 +449,8 @@ FILL_A_SMALL_DISK = """
 import json, sys
 from pathlib import Path
 from ksweep.activations import ensure
-from ksweep.errors import RunError
-from ksweep.spec import Activations
+from ksweep.utils.errors import RunError
+from ksweep.config.spec import Activations
 place, vectors, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 (place / "ballast").write_bytes(bytes(3_000_000))
 request = Activations(vectors=vectors, num_activations=count)
@@ -486,7 +486,7 @@ from pathlib import Path
 from ksweep import *
 place = Path(sys.argv[1])
 sweep = eval(sys.argv[2])
-from ksweep.draws import DrawsStore
+from ksweep.registry.draws import DrawsStore
 publish = DrawsStore.publish
 def publish_and_fill(self, unit, table):
     publish(self, unit, table)

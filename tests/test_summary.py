@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksweep.draws import SCHEMA
-from ksweep.spec import Scoring
-from ksweep.summary import SUMMARISED, Summary, summarise
+from ksweep.config.spec import Scoring
+from ksweep.evaluation.summary import SUMMARISED, Summary, summarise
+from ksweep.registry.draws import SCHEMA
 
 SCORING = Scoring(num_replicates=200)
 NUM_ACTIVATIONS, NUM_DRAWS, D = 24, 4, 6
@@ -196,7 +196,7 @@ def test_retrieval_control_is_what_comparing_every_pair_gives(seed: int, noise: 
 
 
 def test_retrieval_is_among_the_first_activations_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksweep.summary.RETRIEVAL_POOL", 4)
+    monkeypatch.setattr("ksweep.evaluation.summary.RETRIEVAL_POOL", 4)
     vectors = np.eye(6, dtype=np.float32) + 0.1
     summary = summary_of(draws_of(vectors, num_draws=1, noise=0.01), vectors)
     found = control(summary, "retrieval_top1")

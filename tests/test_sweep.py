@@ -81,7 +81,7 @@ def test_the_second_run_computes_nothing(
 ) -> None:
     assert run(sweep) == 0
     before = curve(sweep)
-    monkeypatch.setattr("ksweep.launch.submit.submit", lambda *_: pytest.fail("a job was submitted"))
+    monkeypatch.setattr("ksweep.launch.local_executor.submit", lambda *_: pytest.fail("a job was submitted"))
     assert run(sweep) == 0
     assert "computed 0 of 1 cells" in capsys.readouterr().out
     assert ask(sweep, "SELECT count(*) FROM runs") == [(1,)]
@@ -287,7 +287,7 @@ def test_a_full_disk_exits_with_one_says_so_and_leaves_nothing_half_written(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ksweep.draws.DrawsStore._write", full)
+    monkeypatch.setattr("ksweep.registry.draws.DrawsStore._write", full)
     assert run(sweep) == 1
     error = capsys.readouterr().err
     assert "is full" in error and "Traceback" not in error
@@ -302,7 +302,7 @@ def test_a_cell_that_failed_is_reported_and_run_again_only_with_retry(
     def broken(*_: object) -> None:
         raise KeyError("a bug in the statistics")
 
-    monkeypatch.setattr("ksweep.recording.summarise", broken)
+    monkeypatch.setattr("ksweep.evaluation.recording.summarise", broken)
     assert run(sweep) == 1
     monkeypatch.undo()
     capsys.readouterr()
@@ -320,7 +320,7 @@ def test_a_cell_that_failed_is_reported_and_run_again_only_with_retry(
 def test_a_disk_that_is_too_small_is_refused_before_anything_starts(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ksweep.planning.BYTES_PER_DRAW", 10**15)
+    monkeypatch.setattr("ksweep.launch.preflight.BYTES_PER_DRAW", 10**15)
     assert run(sweep) == 1
     assert "nothing was started" in capsys.readouterr().err
     assert not list(Path(sweep.vector_cache).rglob("*.arrow"))

@@ -16,14 +16,14 @@ import pytest
 
 from ksweep import Activations, Autoencoder, Scoring, Sweep
 from ksweep.activations import ensure
-from ksweep.autoencoder.protocol import Explanation
-from ksweep.autoencoder.tae import load_reconstructor
-from ksweep.autoencoder.tae_file import inspect_tae
+from ksweep.autoencoder.base import Explanation
+from ksweep.autoencoder.tae.checkpoint import inspect_tae
+from ksweep.autoencoder.tae.models import load_reconstructor
 from ksweep.cli import main
-from ksweep.draws import SCHEMA
-from ksweep.errors import SpecError
-from ksweep.keys import cell_keys
-from ksweep.spec import replace_at
+from ksweep.config.spec import replace_at
+from ksweep.evaluation.identity import cell_keys
+from ksweep.registry.draws import SCHEMA
+from ksweep.utils.errors import SpecError
 from tests.tae_sweeps import CASES, WORDS, checkpoint, run, sweep_over
 from tests.tiny_sweeps import ask
 

@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 
 from ksweep import Autoencoder, Resources, Scoring, Sweep, connect
 from ksweep.activations import ensure
-from ksweep.autoencoder.tae_file import TaeInfo, inspect_tae
-from ksweep.errors import SpecError
-from ksweep.keys import cell_keys
-from ksweep.overrides import apply_overrides
-from ksweep.spec import Activations, Cell
+from ksweep.autoencoder.tae.checkpoint import TaeInfo, inspect_tae
+from ksweep.config.overrides import apply_overrides
+from ksweep.config.spec import Activations, Cell
+from ksweep.evaluation.identity import cell_keys
+from ksweep.utils.errors import SpecError
 from tests.activations.helpers import random_vectors, write_vectors
 from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, checkpoint, run, sweep_over
 from tests.tiny_sweeps import ask

@@ -11,11 +11,13 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep, terminal
-from ksweep.keys import Keys
+from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep
+from ksweep.analysis import results_table as terminal
+from ksweep.analysis.results_table import bytes_text, results_table, show, warnings
+from ksweep.evaluation.identity import Keys
 from ksweep.launch.plan import Facts, plan
-from ksweep.registry.landing import land
-from ksweep.terminal import bytes_text, print_plan, results_table, show, warnings
+from ksweep.launch.plan_table import print_plan
+from ksweep.registry.run_record import land
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
 ESCAPE, ELLIPSIS = "\x1b", "…"

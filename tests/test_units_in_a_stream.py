@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep import Cell
-from ksweep.autoencoder.decoding import _Stream
-from ksweep.draws import DrawsStore, Unit
-from ksweep.evaluate import Models, Place, evaluate
-from ksweep.keys import cell_keys
-from ksweep.ranks import Solo, Stopped
+from ksweep.evaluation.context import Place
+from ksweep.evaluation.distributed import Solo, Stopped
+from ksweep.evaluation.evaluate import evaluate
+from ksweep.evaluation.identity import cell_keys
+from ksweep.evaluation.models import Models
+from ksweep.inference.engine import _Stream
+from ksweep.registry.draws import DrawsStore, Unit
 from tests.tiny_sweeps import talking_pair, tiny_cell
 
 COLUMNS = ["activation", "draw", "token_ids", "text", "explanation", "finish"]

@@ -5,11 +5,11 @@ table = ensure(activations, layer, root)        have it or compute it
 table.vectors(0, 100), table.column("document")
 """
 
-from ksweep.activations.fill import ActivationPlan, activations_key, ensure, fill, plan
+from ksweep.activations.caching import ActivationPlan, activations_key, ensure, fill, plan
+from ksweep.activations.datasets import TextRow, read_documents
+from ksweep.activations.source import Unit, UnitSource, activation_key
 from ksweep.activations.store import ActivationStore, ActivationTable, estimate_bytes, free_bytes
-from ksweep.activations.text import TextRow, read_documents
-from ksweep.activations.units import Unit, UnitSource, activation_key
-from ksweep.activations.vectors import VectorsSidecar, read_sidecar
+from ksweep.activations.vector_source import VectorsSidecar, read_sidecar
 
 __all__ = [
     "ActivationPlan",

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.activations.positions import most_per_row
-from ksweep.errors import CheckpointError, RequestError, SpecError
-from ksweep.files import read_json
-from ksweep.model_sizes import language_model
-from ksweep.spec import Activations
+from ksweep.config.spec import Activations
+from ksweep.utils.errors import CheckpointError, RequestError, SpecError
+from ksweep.utils.files import read_json
+from ksweep.utils.model_sizes import language_model
 
 CUTTABLE = frozenset({
     "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3",

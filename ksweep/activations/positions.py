@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Collection, Sequence
 
-from ksweep.spec import Activations
+from ksweep.config.spec import Activations
 
 
 def row_positions(

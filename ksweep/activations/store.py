@@ -34,10 +34,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-import ksweep
-from ksweep.activations.units import STORED_DTYPES, Unit, keys_of, norms_of, to_float32
-from ksweep.errors import DiskFullError, RunError, StoreError
-from ksweep.files import publish, readable_by_colleagues
+from ksweep.activations.source import STORED_DTYPES, Unit, keys_of, norms_of, to_float32
+from ksweep.utils.errors import DiskFullError, RunError, StoreError
+from ksweep.utils.files import publish, readable_by_colleagues
+from ksweep.utils.version import VERSION
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
@@ -484,7 +484,7 @@ def free_bytes(directory: str | Path) -> int:
 
 def producer_versions() -> dict[str, str]:
     """Versions of the packages that decide the bits."""
-    out = {"ksweep": ksweep.__version__}
+    out = {"ksweep": VERSION}
     for name in ("torch", "transformers", "pyarrow"):
         try:
             out[name] = version(name)

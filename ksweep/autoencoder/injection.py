@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ksweep.errors import CheckpointError, DataError
+from ksweep.utils.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ksweep import files
-from ksweep.errors import RequestError
-from ksweep.notes import Note
+from ksweep.utils import files
+from ksweep.utils.errors import RequestError
+from ksweep.utils.notes import Note
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from ksweep.autoencoder.checkpoint import CheckpointInfo
+    from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 
 REPORT = "training_report.json"
 """Beside AV and AR where scripts/train_demo_pair.py made them."""

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ksweep.autoencoder import slots
-from ksweep.batches import BATCH_COST, length_batches
+from ksweep.inference import kv_cache
+from ksweep.inference.batching import BATCH_COST, length_batches
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -152,4 +152,4 @@ def fits(model: Any, length: int) -> bool:
     """Whether a text of up to `length` tokens, template included, can lie in a trie: the model's attention is known and takes a
     mask of our own, and no window cuts the text."""
     implementation = model.get_decoder().config.get_text_config()._attn_implementation
-    return implementation in ("sdpa", "eager") and slots.fits(model, length)
+    return implementation in ("sdpa", "eager") and kv_cache.fits(model, length)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import sys
 
-from ksweep import registry_commands
-from ksweep.cli import cache, jobs, registry
+from ksweep.cli import cache_commands, job_commands, registry_commands, registry_queries  # noqa: F401
 from ksweep.cli.app import app
 from ksweep.cli.app import cache as cache_group
 from ksweep.cli.app import db as db_group
-from ksweep.errors import RequestError, RunError, StoreError
+from ksweep.utils.errors import RequestError, RunError, StoreError
 
 __all__ = ["app", "cache", "jobs", "main", "registry"]
 
-registry_commands.register(app)
+registry_queries.register(app)
 app.add_typer(db_group, name="db")
 app.add_typer(cache_group, name="cache")
 

@@ -28,7 +28,7 @@ def print_table(names: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
     """Words in columns; folded where a terminal is too narrow, never cut."""
     from rich.text import Text
 
-    from ksweep.console import columns, console
+    from ksweep.utils.console import columns, console
 
     out = console()
     # Borders would take a quarter of a narrow terminal.

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ksweep.files import publish
+from ksweep.utils.files import publish
 
 SILENCE_SECONDS = 120.0
 """A rank on another host that has been silent this long is taken for dead; on the same host its process is looked at."""
@@ -254,7 +254,7 @@ class Ending:
     status: str
     """finished, failed or stopped."""
     kind: str = ""
-    """For a failure its class (ksweep.errors.ErrorClass)."""
+    """For a failure its class (ksweep.utils.errors.ErrorClass)."""
     message: str = ""
     traceback: str = ""
     result: Any = None

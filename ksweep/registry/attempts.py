@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ksweep.files import json_names, publish_once
-from ksweep.registry.landing import LandingError
+from ksweep.registry.run_record import LandingError
+from ksweep.utils.files import json_names, publish_once
 
 FOLDER = "attempts"
 FORMAT = 1

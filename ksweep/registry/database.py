@@ -35,13 +35,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ksweep.draws import SCHEMA as DRAWS_SCHEMA
-from ksweep.errors import DiskFullError, RequestError, StoreError
-from ksweep.files import locked, publish
-from ksweep.identity import canonical_json
 from ksweep.registry import attempts, sweeps
-from ksweep.registry.landing import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, RunRecord, read
+from ksweep.registry.draws import SCHEMA as DRAWS_SCHEMA
+from ksweep.registry.run_record import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, RunRecord, read
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
+from ksweep.utils.errors import DiskFullError, RequestError, StoreError
+from ksweep.utils.files import locked, publish
+from ksweep.utils.fingerprint import canonical_json
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ksweep.files import json_names, publish_once
-from ksweep.identity import canonical_json, fingerprint
-from ksweep.registry.landing import LandingError
+from ksweep.registry.run_record import LandingError
+from ksweep.utils.files import json_names, publish_once
+from ksweep.utils.fingerprint import canonical_json, fingerprint
 
 FOLDER = "sweeps"
 FORMAT = 1
@@ -116,7 +116,7 @@ def read(path: Path) -> Asking:
 
 def asking_of(sweep: str, question: str, cells: Sequence[tuple[str, str]]) -> Asking:
     """What this process asks: (cell key, label) of each cell, in order."""
-    from ksweep.provenance import provenance
+    from ksweep.utils.provenance import provenance
 
     facts = provenance()
     return Asking(

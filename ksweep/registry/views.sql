@@ -153,7 +153,7 @@ SELECT cell, other_cell, label, other_label, k, difference, interval_end(differe
        fve, other_fve, level, temperature, other_temperature, baseline, baseline_kind, num_activations, num_documents,
        effective_documents, num_replicates, sweep, other_sweep, run_id, other_run_id, activations_key
 FROM replicated;
-COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K (powers of two and the largest), of the newest finished runs. The same bootstrap over documents, and the same numbers, as ksweep.compare and `ksweep diff`; what both share (hard documents) cancels. Cells whose baseline, selection, failed_error, seed or level differ are not in it: their FVEs do not mean the same; nor are runs landed before replicates were kept (`ksweep diff` compares those). Ask for cells by name: all pairs of a large registry are many.';
+COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K (powers of two and the largest), of the newest finished runs. The same bootstrap over documents, and the same numbers, as ksweep.analysis.compare and `ksweep diff`; what both share (hard documents) cancels. Cells whose baseline, selection, failed_error, seed or level differ are not in it: their FVEs do not mean the same; nor are runs landed before replicates were kept (`ksweep diff` compares those). Ask for cells by name: all pairs of a large registry are many.';
 COMMENT ON COLUMN v_compare.difference_low IS 'Lower end of the interval of difference; NULL for fewer than two documents.';
 COMMENT ON COLUMN v_compare.difference_high IS 'Upper end of the interval of difference.';
 

@@ -15,6 +15,7 @@ explanation keeps the success. So a curve may fall where AV and AR point away fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -234,3 +235,8 @@ def _mean_over_ties(
     block = np.cumsum(starts.ravel()) - 1
     mean = np.bincount(block, weights=quantity.ravel()) / np.bincount(block)
     return np.asarray(mean[block].reshape(quantity.shape))
+
+
+def kept_ks(ks: Sequence[int]) -> list[int]:
+    """The K of which something is kept for each activation: powers of two, and the largest."""
+    return [k for k in sorted(ks) if k & (k - 1) == 0 or k == max(ks)]

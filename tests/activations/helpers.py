@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ksweep.spec import Activations
+from ksweep.config.spec import Activations
 
 SENTENCE = "the river canal lock keeper wrote of stone oak iron gates spring flood council market bread winter road and bell"
 

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ksweep.activations import activations_key, ensure
-from ksweep.activations.extract import BlockReader
-from ksweep.activations.text_units import TextUnits
-from ksweep.errors import DataError
+from ksweep.activations.hidden_states import BlockReader
+from ksweep.activations.text_source import TextUnits
+from ksweep.utils.errors import DataError
 from tests.activations.helpers import passages, spec, write_jsonl
 from tests.tiny_models import make_base
 

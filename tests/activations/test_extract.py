@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from ksweep.activations import ensure
-from ksweep.activations.extract import BlockReader
-from ksweep.activations.units import to_float32
-from ksweep.errors import CheckpointError, DataError, RequestError
+from ksweep.activations.hidden_states import BlockReader
+from ksweep.activations.source import to_float32
+from ksweep.utils.errors import CheckpointError, DataError, RequestError
 from tests.activations.helpers import passages, spec, write_jsonl
 from tests.tiny_models import FAMILIES, FIXTURES, make_base, save_tokenizer
 

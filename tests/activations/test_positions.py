@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksweep.activations.positions import most_per_row, row_positions, rule_identity
-from ksweep.spec import Activations
+from ksweep.config.spec import Activations
 
 TAE = Path(__file__).parents[1] / "fixtures" / "tae"
 IDS = [1, 9, 9, 9, 1, 9, 9, 9, 9, 9]  # 1 is special

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ksweep.activations import ActivationTable, activations_key, ensure, plan
-from ksweep.activations.text import text_identity
-from ksweep.errors import DataError
-from ksweep.spec import Activations
+from ksweep.activations.datasets import text_identity
+from ksweep.config.spec import Activations
+from ksweep.utils.errors import DataError
 from tests.activations.chats import PAD, conversation, make_chat_base, roles_by_offset, written
 from tests.activations.helpers import passages, shard_files, spec, write_jsonl
 from tests.activations.test_extract import make_gpt2, reference_model, relative

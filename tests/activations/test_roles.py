@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ksweep.activations.roles import ROLES, count_roles, detect_template, role_proportions, token_roles
+from ksweep.activations.chat_roles import ROLES, count_roles, detect_template, role_proportions, token_roles
 
 SHORT = {"u": "user", "a": "assistant", "s": "system", ".": "special", "-": "other", "_": "pad"}
 

@@ -22,12 +22,12 @@ import torch
 
 from ksweep.activations import ActivationStore, activation_key, activations_key, ensure, estimate_bytes, plan
 from ksweep.activations import store as store_module
-from ksweep.activations.fill import fill
+from ksweep.activations.caching import fill
+from ksweep.activations.source import Unit, to_bfloat16_bits, to_float32
 from ksweep.activations.tensors import tensors
-from ksweep.activations.units import Unit, to_bfloat16_bits, to_float32
-from ksweep.activations.vectors import ROWS_PER_UNIT
-from ksweep.errors import DataError, RunError, SpecError, StoreError
-from ksweep.spec import Activations
+from ksweep.activations.vector_source import ROWS_PER_UNIT
+from ksweep.config.spec import Activations
+from ksweep.utils.errors import DataError, RunError, SpecError, StoreError
 from tests.activations.helpers import passages, random_vectors, shard_files, spec, vector_spec, write_jsonl, write_vectors
 
 
@@ -244,7 +244,7 @@ def test_byte_estimate_is_close_to_what_a_fill_takes(tmp_path: Path) -> None:
 def test_planning_and_reading_need_no_torch(base: Path, text: Path, tmp_path: Path) -> None:
     ensure(spec(base, text, 20), 1, tmp_path)
     code = (
-        "import sys; from ksweep.activations import ensure, plan; from ksweep.spec import Activations\n"
+        "import sys; from ksweep.activations import ensure, plan; from ksweep.config.spec import Activations\n"
         f"a = Activations(model={str(base)!r}, text={str(text)!r}, num_activations=20, min_position=4, max_length=128, "
         "dtype='float32')\n"
         f"assert plan(a, 1, {str(tmp_path)!r}).missing == 0 and ensure(a, 1, {str(tmp_path)!r}).vectors().shape == (20, 16)\n"
@@ -308,7 +308,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(base: Path, text: Path, tmp_pa
 
 
 def test_rank_takes_over_from_one_that_is_gone(tmp_path: Path) -> None:
-    from ksweep.activations.vectors import VectorUnits
+    from ksweep.activations.vector_source import VectorUnits
 
     vectors = random_vectors(3 * ROWS_PER_UNIT)
     source = VectorUnits(write_vectors(tmp_path / "v.parquet", vectors))
@@ -320,7 +320,7 @@ def test_rank_takes_over_from_one_that_is_gone(tmp_path: Path) -> None:
 FILLER = """
 import sys
 from ksweep.activations import ensure
-from ksweep.spec import Activations
+from ksweep.config.spec import Activations
 ensure(Activations(vectors=sys.argv[1], num_activations=int(sys.argv[3])), None, sys.argv[2])
 """
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ksweep.activations.text import hub_dataset, read_documents, text_format, text_identity
-from ksweep.errors import DataError
-from ksweep.spec import Activations
+from ksweep.activations.datasets import hub_dataset, read_documents, text_format, text_identity
+from ksweep.config.spec import Activations
+from ksweep.utils.errors import DataError
 from tests.activations.helpers import write_jsonl
 
 TEXTS = ["First row.\nIts second line.", "Zweite Zeile – ü.", "third"]

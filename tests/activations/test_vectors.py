@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from ksweep.activations import activations_key, ensure, plan, read_sidecar
-from ksweep.activations.vectors import ROWS_PER_UNIT, VectorUnits, are_of_one_document, vectors_layer
-from ksweep.errors import DataError
-from ksweep.spec import Activations
+from ksweep.activations.vector_source import ROWS_PER_UNIT, VectorUnits, are_of_one_document, vectors_layer
+from ksweep.config.spec import Activations
+from ksweep.utils.errors import DataError
 from tests.activations.helpers import random_vectors, vector_spec, write_vectors
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
-from ksweep import files
-from ksweep.autoencoder.checkpoint import check_pair, digest, family, inspect
-from ksweep.errors import CheckpointError, DataError
-from ksweep.notes import Note
+from ksweep.autoencoder.nla.checkpoint import check_pair, digest, family, inspect
+from ksweep.utils import files
+from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.notes import Note
 from tests.tiny_models import FIXTURES, TinyPair, edit_sidecar, edit_weights, make_pair
 
 CASES = ("qwen2_text", "gemma3_text")
@@ -503,6 +503,7 @@ def test_digest_follows_the_content_of_checkpoint_and_base(adapters: TinyPair, t
 
 
 def test_checkpoint_module_needs_neither_torch_nor_numpy() -> None:
-    code = "import sys, ksweep.autoencoder.checkpoint; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    asked = "[m for m in ('torch', 'transformers', 'numpy') if m in sys.modules]"
+    code = f"import sys, ksweep.autoencoder.nla.checkpoint; print({asked})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert out.stdout.strip() == "[]"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ksweep.autoencoder import compiled, slots
+from ksweep.inference import compiled, kv_cache
 
 COMPILER = next((name for name in ("cc", "gcc") if shutil.which(name)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler (cc or gcc) here")
@@ -40,7 +40,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "home" / "compiled"
 
 
-def random_past(lengths: list[int], key_heads: int, head_dim: int, shared: int, dtype: torch.dtype, seed: int = 0) -> slots.Past:
+def random_past(
+    lengths: list[int], key_heads: int, head_dim: int, shared: int, dtype: torch.dtype, seed: int = 0
+) -> kv_cache.Past:
     """Slots with more places than any row uses; what lies in those is NaN."""
     generator = torch.Generator().manual_seed(seed)
     reach = torch.tensor(lengths)
@@ -50,7 +52,7 @@ def random_past(lengths: list[int], key_heads: int, head_dim: int, shared: int, 
     for array in (keys, values):
         array.masked_fill_(unused[:, None, :, None], float("nan"))
     common = [torch.randn(key_heads, shared, head_dim, generator=generator).to(dtype).float() for _ in range(2)]
-    return slots.Past(
+    return kv_cache.Past(
         common[0].transpose(1, 2).contiguous() if shared else None, common[1] if shared else None,
         keys, values, unused, reach, max(lengths), compiled=True,
     )  # fmt: skip
@@ -61,7 +63,11 @@ UNIT = 2.0**-24
 
 
 def exactly(
-    past: slots.Past, query: torch.Tensor, scaling: float | None = None, softcap: float | None = None, exact_scores: bool = False
+    past: kv_cache.Past,
+    query: torch.Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    exact_scores: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in float64, and how far float32 may be from it, whatever the order of its sums.
 
@@ -90,13 +96,13 @@ def exactly(
     return out.transpose(1, 2), bound.transpose(1, 2)
 
 
-def zeroed(past: slots.Past) -> dict[str, torch.Tensor]:
+def zeroed(past: kv_cache.Past) -> dict[str, torch.Tensor]:
     """Keys and values for torch's functions: float32, and 0 in the places not used (0 times NaN is NaN)."""
     return {name: torch.nan_to_num(getattr(past, name).float()) for name in ("keys", "values")}
 
 
-def attended(past: slots.Past, query: torch.Tensor, **options: Any) -> torch.Tensor:
-    out, _ = slots.attend(None, query, past, past, None, **options)
+def attended(past: kv_cache.Past, query: torch.Tensor, **options: Any) -> torch.Tensor:
+    out, _ = kv_cache.attend(None, query, past, past, None, **options)
     return out
 
 
@@ -171,7 +177,7 @@ def test_what_is_not_finite_is_not_hidden(poison: float) -> None:
 
 @needs_compiler
 def test_ranks_that_start_together_share_one_file(fresh: Path) -> None:
-    code = "from ksweep.autoencoder import compiled; assert compiled.library() is not None"
+    code = "from ksweep.inference import compiled; assert compiled.library() is not None"
     with concurrent.futures.ThreadPoolExecutor() as pool:
         done = list(pool.map(lambda _: subprocess.run([sys.executable, "-c", code], env=os.environ), range(3)))
     assert [one.returncode for one in done] == [0, 0, 0]

@@ -26,13 +26,12 @@ from transformers import (
     StaticCache,
 )
 
-from ksweep import memory
-from ksweep.autoencoder import compiled, noise, slots
-from ksweep.autoencoder.decoding import Order, Request, draw, stream
-from ksweep.autoencoder.plain import LIVE_SHARE
-from ksweep.autoencoder.protocol import Prefill
-from ksweep.autoencoder.slots import repeated
-from ksweep.errors import RequestError, RunError
+from ksweep.inference import compiled, gumbel_sampling, kv_cache, memory
+from ksweep.inference.backend import Prefill
+from ksweep.inference.engine import Order, Request, draw, stream
+from ksweep.inference.kv_cache import repeated
+from ksweep.inference.naive_engine import LIVE_SHARE
+from ksweep.utils.errors import RequestError, RunError
 
 VOCABULARY = 300  # two noise blocks, the second one short
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
@@ -65,7 +64,7 @@ def gemma3(window):
 
 
 STOPS = frozenset(range(0, VOCABULARY, 20))
-FITS = slots.fits
+FITS = kv_cache.fits
 
 
 @dataclass
@@ -125,7 +124,7 @@ def sampler(request):
     function where there is a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            patch.setattr(slots, "fits", lambda model, length: False)
+            patch.setattr(kv_cache, "fits", lambda model, length: False)
         if request.param == IN_TORCH:
             patch.setattr(compiled, "fits", lambda like: False)
         yield request.param
@@ -166,7 +165,7 @@ def assert_is_naive(ours, verbalizer, *, temperature, top_p=1.0, max_new_tokens=
     Where logits that differ by rounding give different tokens, ours may be any of them, and the loop goes on from ours.
     """
     exact = TinyVerbalizer(copy.deepcopy(verbalizer.model).double(), verbalizer.stop_token_ids)
-    keys = noise.row_keys(seed, 9 * [ours.request.activation_key], 9 * [ours.request.draw])
+    keys = gumbel_sampling.row_keys(seed, 9 * [ours.request.activation_key], 9 * [ours.request.draw])
     generator = torch.Generator().manual_seed(0)
     total = 0.0
     for step, token in enumerate(ours.token_ids):
@@ -175,7 +174,7 @@ def assert_is_naive(ours, verbalizer, *, temperature, top_p=1.0, max_new_tokens=
         off = ROUNDING * (2 * torch.rand(9, VOCABULARY, generator=generator) - 1)
         off[0] = 0.0
         near = (logits + off).float()
-        sampled = noise.sample(near, noise.step_keys(keys, step), temperature=temperature, top_p=top_p)
+        sampled = gumbel_sampling.sample(near, gumbel_sampling.step_keys(keys, step), temperature=temperature, top_p=top_p)
         assert token in (near.argmax(-1) if temperature == 0 else sampled.token_ids).tolist()
         assert token not in exact.stop_token_ids or step == len(ours.token_ids) - 1
         total += float(torch.log_softmax(logits[0], -1)[token])
@@ -408,7 +407,7 @@ def test_slots_give_the_draws_of_the_plain_sampler(models, monkeypatch, sampler,
     options = {"temperature": temperature, "top_p": top_p, "batch_size": batch_size, "max_new_tokens": 24}
     assert FITS(models[family], len(PROMPT) + 24)
     ours = take(verbalizer, requests, **options)
-    monkeypatch.setattr(slots, "fits", lambda model, length: False)
+    monkeypatch.setattr(kv_cache, "fits", lambda model, length: False)
     plain = take(verbalizer, requests, **options)
     assert temperature == 0 or len({len(d.token_ids) for d in ours.values()}) > 3, "rows of many lengths were alive at once"
     same = [key for key in ours if texts(ours)[key] == texts(plain)[key]]
@@ -531,7 +530,7 @@ def test_a_cache_that_cannot_be_forked_is_refused(models, monkeypatch):
         def prefill(self, vectors, prefix=None):
             return Prefill(StaticCache(config=self.model.config, max_cache_len=64), torch.zeros(len(vectors), VOCABULARY), 12)
 
-    monkeypatch.setattr(slots, "fits", lambda model, length: False)
+    monkeypatch.setattr(kv_cache, "fits", lambda model, length: False)
     with pytest.raises(RunError, match="StaticLayer"):
         take(Static(models["llama"]), requests_for([0], [0]))
 

@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ksweep.autoencoder import compiled, graphs, slots
-from ksweep.autoencoder.decoding import Order, draw, stream
-from ksweep.errors import RunError
+from ksweep.inference import compiled, cuda_graphs, kv_cache
+from ksweep.inference.engine import Order, draw, stream
+from ksweep.utils.errors import RunError
 from tests.autoencoder.test_decoding import (
     STOPS,
     VECTORS,
@@ -89,10 +89,10 @@ def recorder(monkeypatch):
     """What records every step from now on."""
     made = Recorder()
     monkeypatch.setattr(compiled, "fits", lambda like: False)
-    monkeypatch.setattr(graphs, "fits", lambda model: not graphs._given_up)
-    monkeypatch.setattr(graphs, "cuda_recorder", lambda device: made)
-    monkeypatch.setattr(graphs, "_given_up", [])
-    monkeypatch.setattr(graphs, "USES_BEFORE", 2)  # these runs are short
+    monkeypatch.setattr(cuda_graphs, "fits", lambda model: not cuda_graphs._given_up)
+    monkeypatch.setattr(cuda_graphs, "cuda_recorder", lambda device: made)
+    monkeypatch.setattr(cuda_graphs, "_given_up", [])
+    monkeypatch.setattr(cuda_graphs, "USES_BEFORE", 2)  # these runs are short
     return made
 
 
@@ -102,7 +102,7 @@ def expected(monkeypatch):
 
     def drawn(verbalizer, requests, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(graphs, "fits", lambda model: False)
+            patch.setattr(cuda_graphs, "fits", lambda model: False)
             return texts(take(verbalizer, requests, **options))
 
     return drawn
@@ -136,8 +136,8 @@ class WithoutPrefix(TinyVerbalizer):
     ],
 )
 def test_replayed_steps_at_the_edges(models, recorder, expected, monkeypatch, kind, draws, options):  # noqa: F811
-    monkeypatch.setattr(graphs, "USES_BEFORE", 0)
-    monkeypatch.setattr(graphs, "PLACES", 4)
+    monkeypatch.setattr(cuda_graphs, "USES_BEFORE", 0)
+    monkeypatch.setattr(cuda_graphs, "PLACES", 4)
     verbalizer, requests = kind(models["llama"], STOPS), requests_for(range(4), range(draws))
     options = {"max_new_tokens": 40} | options
     assert texts(take(verbalizer, requests, **options)) == expected(verbalizer, requests, **options)
@@ -145,25 +145,25 @@ def test_replayed_steps_at_the_edges(models, recorder, expected, monkeypatch, ki
 
 
 def test_rows_and_places_come_in_few_sizes(models, recorder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(graphs, "PLACES", 8)
+    monkeypatch.setattr(cuda_graphs, "PLACES", 8)
     steps: list[int] = []
     take(TinyVerbalizer(models["llama"], STOPS), requests_for(range(6), range(20)), max_new_tokens=40, on_step=steps.append)
     assert len(recorder.tapes) < 15 and recorder.replays > len(steps) / 2
-    assert [graphs.rows_for(n, 512) for n in (1, 2, 3, 33, 64, 65, 128, 129, 512)] == [1, 2, 4, 64, 64, 128, 128, 192, 512]
-    assert [graphs.rows_for(n, 100) for n in (63, 65, 100)] == [64, 100, 100]
+    assert [cuda_graphs.rows_for(n, 512) for n in (1, 2, 3, 33, 64, 65, 128, 129, 512)] == [1, 2, 4, 64, 64, 128, 128, 192, 512]
+    assert [cuda_graphs.rows_for(n, 100) for n in (63, 65, 100)] == [64, 100, 100]
 
 
 def test_what_graphs_point_to_never_moves(models, recorder, expected, monkeypatch):  # noqa: F811
     """Slots grow as their texts do where nothing is recorded; here they have all their places before the first graph."""
-    monkeypatch.setattr(graphs, "PLACES", 8)
+    monkeypatch.setattr(cuda_graphs, "PLACES", 8)
     verbalizer, requests = TinyVerbalizer(models["llama"]), requests_for(range(4), range(4))  # no text ends by itself
-    make_room, moved = slots.SlotLayer._make_room, []
+    make_room, moved = kv_cache.SlotLayer._make_room, []
 
     def watched(layer, *given):
         moved.append(len(recorder.tapes))
         make_room(layer, *given)
 
-    monkeypatch.setattr(slots.SlotLayer, "_make_room", watched)
+    monkeypatch.setattr(kv_cache.SlotLayer, "_make_room", watched)
     drawn = texts(take(verbalizer, requests, max_new_tokens=90))
     assert moved and set(moved) == {0} and len(recorder.tapes) > 3
     moved.clear()
@@ -200,7 +200,7 @@ def test_a_graph_that_gives_something_else_is_not_used(models, recorder, expecte
     assert texts(take(verbalizer, requests, max_new_tokens=40)) == expected(verbalizer, requests, max_new_tokens=40)
     assert recorder.replays == 1
     assert caplog.text.count("not recorded as CUDA graphs") == 1 and "a graph's logits differ by" in caplog.text
-    assert graphs.state(verbalizer.model).startswith("given up: a graph's logits differ")
+    assert cuda_graphs.state(verbalizer.model).startswith("given up: a graph's logits differ")
     take(verbalizer, requests, max_new_tokens=40)
     assert len(recorder.tapes) == 1, "nor is anything recorded by the streams that follow"
 
@@ -250,7 +250,7 @@ def test_a_step_of_nan_is_not_what_a_graph_is_judged_by(models, recorder):  # no
             take(verbalizer, requests_for([0], range(4)), max_new_tokens=40)
     finally:
         handle.remove()
-    assert recorder.tapes == [] and graphs._given_up == []
+    assert recorder.tapes == [] and cuda_graphs._given_up == []
     take(verbalizer, requests_for([1], range(4)), max_new_tokens=40)
     assert recorder.replays
 
@@ -278,7 +278,7 @@ def test_logits_that_are_all_the_same_can_be_compared(models, recorder):  # noqa
         take(TinyVerbalizer(model, STOPS), requests_for(range(2), range(4)), max_new_tokens=40)
     finally:
         handle.remove()
-    assert recorder.replays and graphs._given_up == []
+    assert recorder.replays and cuda_graphs._given_up == []
 
 
 def test_a_pad_token_does_not_have_gpt2_look_for_padding(models, recorder, monkeypatch):  # noqa: F811
@@ -314,7 +314,7 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
     requests = requests_for(range(6), range(8))
     wanted = expected(TinyVerbalizer(models["llama"], STOPS), requests, max_new_tokens=40)
     verbalizer, replays_when, made = TinyVerbalizer(models["llama"], STOPS), [], []
-    prefill, begin = TinyVerbalizer.prefill, graphs.Steps.__init__
+    prefill, begin = TinyVerbalizer.prefill, cuda_graphs.Steps.__init__
 
     def scarce(self, *given, **options):
         if recorder.replays and not replays_when:
@@ -328,7 +328,7 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
         assert [one() for one in made[:-1]] == [None] * (len(made) - 1), "what was recorded before holds its memory"
 
     monkeypatch.setattr(TinyVerbalizer, "prefill", scarce)
-    monkeypatch.setattr(graphs.Steps, "__init__", noted)
+    monkeypatch.setattr(cuda_graphs.Steps, "__init__", noted)
     assert texts(take(verbalizer, requests, max_new_tokens=40, batch_size=16)) == wanted
     assert "going on with at most 8 draws" in caplog.text
     assert len(made) == 2 and 0 < replays_when[0] < recorder.replays
@@ -349,7 +349,7 @@ def test_orders_of_a_stream_share_graphs(models, recorder):  # noqa: F811
 
 
 def test_no_graphs_on_a_cpu_nor_where_they_are_switched_off(models, monkeypatch):  # noqa: F811
-    assert not graphs.fits(models["llama"])
+    assert not cuda_graphs.fits(models["llama"])
 
     class OnDevices:
         def __init__(self, *devices: str) -> None:
@@ -358,10 +358,10 @@ def test_no_graphs_on_a_cpu_nor_where_they_are_switched_off(models, monkeypatch)
         def parameters(self) -> Any:
             return iter([type("Parameter", (), {"device": torch.device(device)}) for device in self.devices])
 
-    assert graphs.fits(OnDevices("cuda:0", "cuda:0"))
-    assert not graphs.fits(OnDevices("cuda:0", "cuda:1")), "blocks spread over several GPUs"
-    monkeypatch.setenv(graphs.SWITCH, "0")
-    assert not graphs.fits(OnDevices("cuda:0"))
+    assert cuda_graphs.fits(OnDevices("cuda:0", "cuda:0"))
+    assert not cuda_graphs.fits(OnDevices("cuda:0", "cuda:1")), "blocks spread over several GPUs"
+    monkeypatch.setenv(cuda_graphs.SWITCH, "0")
+    assert not cuda_graphs.fits(OnDevices("cuda:0"))
 
 
 class CudaOfOneThread:
@@ -422,11 +422,11 @@ BEFORE = ("cuda:0", "the stream of drawing", "default", True)
 @pytest.mark.filterwarnings("error")
 def test_a_recording_is_of_the_models_device_after_a_step_that_may_not_wait(cuda):
     second, seen = torch.device("cuda:1"), []
-    record = graphs.cuda_recorder(second)
+    record = cuda_graphs.cuda_recorder(second)
     assert record(lambda: seen.append(cuda.now())) == "CUDAGraph"
     assert seen == [(second, "the stream of drawing", "error", False), (second, "a stream of cuda:1", "default", False)]
     assert cuda.captured == [("CUDAGraph", "graph_pool_handle", "thread_local", second)] and cuda.now() == BEFORE
-    graphs.cuda_recorder(torch.device("cuda:0"))(lambda: seen.append(cuda.now()))
+    cuda_graphs.cuda_recorder(torch.device("cuda:0"))(lambda: seen.append(cuda.now()))
     assert seen[-1][:2] == (torch.device("cuda:0"), "a stream of cuda:0")
 
 
@@ -441,7 +441,7 @@ def test_a_recording_that_fails_leaves_all_as_it_was(cuda, fails_at):
             raise RuntimeError("called a synchronizing CUDA operation")
 
     with pytest.raises(RuntimeError, match="synchronizing"):
-        graphs.cuda_recorder(torch.device("cuda:1"))(broken)
+        cuda_graphs.cuda_recorder(torch.device("cuda:1"))(broken)
     assert cuda.now() == BEFORE and len(cuda.captured) == fails_at - 1
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ksweep.autoencoder.checkpoint import inspect
-from ksweep.autoencoder.decoding import Request, draw
-from ksweep.autoencoder.nla import load_reconstructor, load_verbalizer
-from ksweep.autoencoder.prompts import parse_explanation
+from ksweep.autoencoder.nla.checkpoint import inspect
+from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.prompts import parse_explanation
+from ksweep.inference.engine import Request, draw
 from tests.tiny_models import FAMILIES, Family, TinyPair, edit_sidecar, edit_weights, make_pair, merge_adapters
 
 TEXTS = [

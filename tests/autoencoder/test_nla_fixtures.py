@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.autoencoder.nla import load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
 from tests.report_fixture_differences import CASES, FIXTURES, differences
 
 

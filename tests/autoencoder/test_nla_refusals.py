@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.autoencoder import checkpoint
-from ksweep.autoencoder.nla import load_reconstructor, load_verbalizer
-from ksweep.errors import CheckpointError, DataError
+from ksweep.autoencoder.nla import checkpoint
+from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
+from ksweep.utils.errors import CheckpointError, DataError
 from tests.tiny_models import FIXTURES, Family, TinyPair, edit_sidecar, edit_weights, make_pair
 
 CASES = ("qwen2_text", "gemma3_text", "llama")

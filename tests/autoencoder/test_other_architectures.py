@@ -14,10 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ksweep.autoencoder.checkpoint import inspect
-from ksweep.autoencoder.decoding import Request, draw
-from ksweep.autoencoder.nla import load_reconstructor, load_verbalizer
-from ksweep.errors import CheckpointError
+from ksweep.autoencoder.nla.checkpoint import inspect
+from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
+from ksweep.inference.engine import Request, draw
+from ksweep.utils.errors import CheckpointError
 from tests.tiny_models import AR_TEMPLATE, AV_TEMPLATE, edit_weights, save_tokenizer
 
 D, LAYERS, MARKER = 32, 4, "\u320e"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ksweep.autoencoder.checkpoint import inspect
-from ksweep.autoencoder.nla import load_reconstructor, load_verbalizer
-from ksweep.autoencoder.prompts import parse_explanation
-from ksweep.errors import CheckpointError
-from ksweep.keys import cell_keys
-from ksweep.spec import Activations, Autoencoder, Cell
+from ksweep.autoencoder.nla.checkpoint import inspect
+from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.prompts import parse_explanation
+from ksweep.config.spec import Activations, Autoencoder, Cell
+from ksweep.evaluation.identity import cell_keys
+from ksweep.utils.errors import CheckpointError
 from tests.tiny_models import AR_TEMPLATE, TinyPair, edit_sidecar, make_pair
 
 CHAT = (

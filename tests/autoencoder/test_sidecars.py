@@ -9,9 +9,9 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from ksweep.autoencoder.checkpoint import inspect
-from ksweep.autoencoder.sidecar import read_sidecar
-from ksweep.errors import CheckpointError
+from ksweep.autoencoder.nla.checkpoint import inspect
+from ksweep.autoencoder.nla.sidecar import read_sidecar
+from ksweep.utils.errors import CheckpointError
 from tests.tiny_models import FIXTURES, edit_sidecar
 
 Role = Literal["av", "ar"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.autoencoder import slots
+from ksweep.inference import kv_cache
 
 LAYERS, HEADS, WIDTH = 2, 2, 4
 
@@ -17,7 +17,7 @@ def past_of(rows: list[list[float]], length: int) -> list[tuple[torch.Tensor, to
     return [(x + 1000 * layer, -(x + 1000 * layer)) for layer in range(LAYERS)]
 
 
-def held(cache: slots.SlotCache) -> list[list[float]]:
+def held(cache: kv_cache.SlotCache) -> list[list[float]]:
     """Every slot's tokens, which have to be the same in all blocks and heads."""
     found = []
     for slot, length in enumerate(cache.lengths):
@@ -38,7 +38,7 @@ def test_slots_hold_what_lists_hold(seed: int) -> None:
     """Rows come, are given up, reordered and copied at random; rows of different lengths side by side."""
     rng = np.random.default_rng(seed)
     num_slots = int(rng.integers(1, 9))
-    cache = slots.SlotCache(None, LAYERS, num_slots, capacity=6)
+    cache = kv_cache.SlotCache(None, LAYERS, num_slots, capacity=6)
     expected: list[list[float]] = []
     number = 0
     for _ in range(20):
@@ -59,10 +59,10 @@ def test_slots_hold_what_lists_hold(seed: int) -> None:
 
 def test_rows_that_stay_are_not_moved() -> None:
     """Three slots, the middle one given up and the first copied: one row is written, and that is the copy."""
-    cache = slots.SlotCache(None, LAYERS, 3, capacity=4)
+    cache = kv_cache.SlotCache(None, LAYERS, 3, capacity=4)
     cache.put(past_of([[1.0], [2.0], [3.0]], 1), 1)
     moves: list[tuple[list[int], list[int]]] = []
-    move = slots.SlotLayer.move
+    move = kv_cache.SlotLayer.move
     cache.layers[0].move = lambda sources, targets, length: (  # type: ignore[method-assign]
         moves.append((sources.tolist(), targets.tolist())),
         move(cache.layers[0], sources, targets, length),
@@ -74,7 +74,7 @@ def test_rows_that_stay_are_not_moved() -> None:
 
 
 def test_spoiled_places_are_those_that_come_next() -> None:
-    cache = slots.SlotCache(None, LAYERS, 3, capacity=4)
+    cache = kv_cache.SlotCache(None, LAYERS, 3, capacity=4)
     cache.put(past_of([[1.0, 2.0], [3.0, 4.0]], 2), 2)
     cache.spoil(torch.tensor([2, 2, 0]))
     assert held(cache) == [[1.0, 2.0], [3.0, 4.0]]

@@ -27,7 +27,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from ksweep.autoencoder.tae import (
+from ksweep.autoencoder.tae.models import (
     Explanation,
     TaeInfo,
     TaeReconstructor,
@@ -36,7 +36,7 @@ from ksweep.autoencoder.tae import (
     load_reconstructor,
     load_verbalizer,
 )
-from ksweep.errors import CheckpointError, DataError
+from ksweep.utils.errors import CheckpointError, DataError
 from tests.autoencoder.test_tae_fixtures import FIXTURES, drawn
 from tests.tiny_models import make_base
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.autoencoder.decoding import Draw, Request, draw
-from ksweep.autoencoder.tae import (
+from ksweep.autoencoder.tae.models import (
     Explanation,
     TaeInfo,
     TaeReconstructor,
@@ -24,6 +23,7 @@ from ksweep.autoencoder.tae import (
     load_reconstructor,
     load_verbalizer,
 )
+from ksweep.inference.engine import Draw, Request, draw
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tae"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))

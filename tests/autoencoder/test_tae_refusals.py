@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ksweep.autoencoder.tae import (
+from ksweep.autoencoder.tae.checkpoint import read_checkpoint
+from ksweep.autoencoder.tae.models import (
     Explanation,
     TaeReconstructor,
     TaeVerbalizer,
@@ -27,8 +28,7 @@ from ksweep.autoencoder.tae import (
     load_reconstructor,
     load_verbalizer,
 )
-from ksweep.autoencoder.tae_file import read_checkpoint
-from ksweep.errors import CheckpointError, DataError, RequestError
+from ksweep.utils.errors import CheckpointError, DataError, RequestError
 from tests.autoencoder.test_tae_fixtures import FIXTURES, arrays, said
 
 BAD = json.loads((FIXTURES / "bad_inputs.json").read_text())

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ksweep.autoencoder.tae import inspect_tae
-from ksweep.errors import CheckpointError
+from ksweep.autoencoder.tae.models import inspect_tae
+from ksweep.utils.errors import CheckpointError
 from tests.autoencoder.test_tae_fixtures import FIXTURES
 from tests.autoencoder.test_tae_refusals import copy_case, edited
 

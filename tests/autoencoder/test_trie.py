@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from ksweep.autoencoder import trie
-from ksweep.autoencoder.nla import NlaReconstructor, load_reconstructor
-from ksweep.autoencoder.slots import ARCHITECTURES, repeated
+from ksweep.autoencoder.nla.models import NlaReconstructor, load_reconstructor
+from ksweep.inference.kv_cache import ARCHITECTURES, repeated
 from tests.tiny_models import FAMILIES, Family, make_pair
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), max_size=12)

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ksweep.errors import DataError
-from ksweep.files import publish
-from ksweep.ranks import Ranks, share
+from ksweep.evaluation.distributed import Ranks, share
+from ksweep.utils.errors import DataError
+from ksweep.utils.files import publish
 
 
 def count(argument: dict[str, Any], ranks: Ranks) -> list[int]:
@@ -70,7 +70,7 @@ def gpus_of_this_rank(gpus_per_model: int) -> list[str]:
     """The numbers that the GPUs of a rank have for the machine; called by submitit itself."""
     import submitit
 
-    from ksweep.launch.group import own_gpus
+    from ksweep.launch.worker.process_group import own_gpus
 
     seen = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     own = own_gpus(submitit.JobEnvironment().local_rank, gpus_per_model)
@@ -98,6 +98,6 @@ def sleeps(argument: dict[str, Any], ranks: Ranks) -> None:
 
 def threads(argument: dict[str, Any], ranks: Ranks) -> dict[str, str]:
     """What the record of a run would say of this rank's threads, once torch and NumPy are loaded."""
-    from ksweep.machine import threads_in_use
+    from ksweep.evaluation.models import threads_in_use
 
     return threads_in_use()

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import submitit
 
-from ksweep.errors import SpecError
-from ksweep.launch import submit as launch
-from ksweep.launch.group import own_gpus
+from ksweep.config.resources import Resources
+from ksweep.launch import hardware
+from ksweep.launch import local_executor as launch
 from ksweep.launch.job import Ending, Heartbeat, create, is_alive
-from ksweep.spec import Resources
+from ksweep.launch.worker.process_group import own_gpus
+from ksweep.utils.errors import SpecError
 from tests.launch.entries import gpus_of_this_rank
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_two_ranks_take_each_number_once_and_both_finish(tmp_path: Path) -> None
 @pytest.mark.parametrize(("gpus", "per_model", "ranks"), [(8, 1, 8), (8, 2, 4), (8, 8, 1), (6, 3, 2)])
 def test_ranks_share_the_gpus_of_a_node_out_among_them(gpus: int, per_model: int, ranks: int) -> None:
     resources = Resources(cluster="local", gpus=gpus, gpus_per_model=per_model)
-    assert launch.num_ranks(resources) == launch.tasks_per_node(resources) == ranks
+    assert hardware.num_ranks(resources) == hardware.tasks_per_node(resources) == ranks
     taken = [own_gpus(rank, per_model) for rank in range(ranks)]
     assert [device for own in taken for device in own] == [f"cuda:{i}" for i in range(gpus)]
     assert {len(own) for own in taken} == {per_model}
@@ -64,7 +65,7 @@ def test_ranks_share_the_gpus_of_a_node_out_among_them(gpus: int, per_model: int
 @pytest.mark.slow
 def test_two_processes_take_two_gpus_each_of_those_that_their_job_was_lent(tmp_path: Path) -> None:
     executor = submitit.LocalExecutor(folder=tmp_path)
-    ranks = launch.tasks_per_node(Resources(cluster="local", gpus=4, gpus_per_model=2))
+    ranks = hardware.tasks_per_node(Resources(cluster="local", gpus=4, gpus_per_model=2))
     executor.update_parameters(tasks_per_node=ranks, gpus_per_node=4, visible_gpus=(1, 4, 6, 7), timeout_min=2)
     assert executor.submit(gpus_of_this_rank, 2).results() == [["1", "4"], ["6", "7"]]
 
@@ -124,8 +125,8 @@ def test_resources_that_cannot_be_had_are_refused_before_anything_starts(
 def test_slurm_without_sbatch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SpecError, match="no sbatch here"):
-        launch.resolve_cluster(Resources(cluster="slurm"))
-    assert launch.resolve_cluster(Resources(cluster="auto")) == "local"
+        hardware.resolve_cluster(Resources(cluster="slurm"))
+    assert hardware.resolve_cluster(Resources(cluster="auto")) == "local"
 
 
 def test_a_process_that_reuses_a_pid_is_not_taken_for_the_rank() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep, sweep_main
-from ksweep.keys import cell_keys
+from ksweep.evaluation.identity import cell_keys
 from ksweep.launch.plan import Facts, estimate, plan
-from ksweep.registry.landing import land
+from ksweep.registry.run_record import land
 from tests.activations.helpers import random_vectors, write_vectors
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
 from tests.tiny_models import TinyPair, make_pair

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from ksweep.launch import job as job_module
-from ksweep.launch import pulse as module
-from ksweep.launch import slurm
 from ksweep.launch.job import Ending, Heartbeat, Job, create
-from ksweep.launch.pulse import Pulse
-from ksweep.launch.requeue import requeue
+from ksweep.launch.slurm import commands
+from ksweep.launch.worker import heartbeat as module
+from ksweep.launch.worker.heartbeat import Pulse
+from ksweep.launch.worker.requeue import requeue
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # how `left` ends a thread
 
@@ -42,8 +42,8 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Jobs that were put back into the queue of a Slurm that says they run."""
     numbers: list[str] = []
-    monkeypatch.setattr(slurm, "describe", lambda _: {"JobState": "RUNNING"})
-    monkeypatch.setattr(slurm, "requeue", lambda number: numbers.append(number))
+    monkeypatch.setattr(commands, "describe", lambda _: {"JobState": "RUNNING"})
+    monkeypatch.setattr(commands, "requeue", lambda number: numbers.append(number))
     return numbers
 
 
@@ -131,7 +131,7 @@ def test_a_job_stuck_at_its_time_limit_fails_also_where_rank_0_only_follows(
 ) -> None:
     mine = pulse(tmp_path, attempt=2)
     for start in (0, 1):
-        mine.job.note("requeued", {"why": "time limit", "place": mine.place()}, start)
+        mine.job.note("requeued", {"why": "time limit", "place": mine.stopped_start().progress}, start)
     mine.ask_to_stop(signal.SIGUSR2, None)
     mine.job.end(Ending(rank=1, status="stopped", message="its unit was given up", attempt=2))
     with beating(mine):
@@ -244,10 +244,10 @@ def test_a_job_that_was_given_up_ends_its_ranks_and_is_not_requeued(tmp_path: Pa
 
 def test_a_rank_on_its_way_out_does_not_requeue_a_job_that_was_given_up(tmp_path: Path, requeued: list[str]) -> None:
     mine = pulse(tmp_path)
-    requeue(mine)
+    requeue(mine.stopped_start())
     assert requeued == ["7"]
     mine.job.note("settled", {"state": "stopped", "kind": "lost", "reason": "gone"})
-    requeue(mine)
+    requeue(mine.stopped_start())
     assert requeued == ["7"]
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from ksweep.errors import SpecError
-from ksweep.launch import slots
-from ksweep.launch import submit as launch
+from ksweep.config.resources import Resources
+from ksweep.launch import gpu_leases, hardware
+from ksweep.launch import local_executor as launch
 from ksweep.launch.job import Heartbeat, Job, create, myself
-from ksweep.spec import Resources
+from ksweep.utils.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,48 +33,48 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpus_are_lent_once_and_waited_for_together() -> None:
-    assert slots.take(("0", "1", "2"), 2, "first") == ("0", "1")
-    assert slots.take(("0", "1", "2"), 2, "second") is None
-    assert slots.take(("0", "1", "2"), 1, "third") == ("2",)
-    assert slots.holders(("0", "1", "2")) == {"0": "job first", "1": "job first", "2": "job third"}
-    slots.release(("0", "1", "2"), "first")
-    assert slots.take(("0", "1", "2"), 2, "second") == ("0", "1")
+    assert gpu_leases.take(("0", "1", "2"), 2, "first") == ("0", "1")
+    assert gpu_leases.take(("0", "1", "2"), 2, "second") is None
+    assert gpu_leases.take(("0", "1", "2"), 1, "third") == ("2",)
+    assert gpu_leases.holders(("0", "1", "2")) == {"0": "job first", "1": "job first", "2": "job third"}
+    gpu_leases.release(("0", "1", "2"), "first")
+    assert gpu_leases.take(("0", "1", "2"), 2, "second") == ("0", "1")
 
 
 def test_only_the_gpus_that_are_visible_are_lent() -> None:
-    assert slots.take(("5", "7"), 1, "a") == ("5",)
-    assert slots.take(("5",), 1, "b") is None
-    assert slots.take(("5", "7"), 1, "c") == ("7",)
+    assert gpu_leases.take(("5", "7"), 1, "a") == ("5",)
+    assert gpu_leases.take(("5",), 1, "b") is None
+    assert gpu_leases.take(("5", "7"), 1, "c") == ("7",)
 
 
 def test_a_gpu_named_by_its_uuid_and_by_its_number_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bus, uuid in (("0000:65:00.0", "GPU-bbbb-2"), ("0000:17:00.0", "GPU-aaaa-1")):
         (tmp_path / "gpus" / bus).mkdir(parents=True)
         (tmp_path / "gpus" / bus / "information").write_text(f"Model: \t\t NVIDIA H100\nGPU UUID: \t {uuid}\nBus Type: PCIe\n")
-    monkeypatch.setattr(slots, "DRIVER", tmp_path / "gpus")
-    assert slots.take(("GPU-bbbb",), 1, "by uuid") == ("GPU-bbbb",)
-    assert slots.take(("0", "1"), 2, "by number") is None
-    assert slots.take(("0", "1"), 1, "by number") == ("0",)
+    monkeypatch.setattr(gpu_leases, "DRIVER", tmp_path / "gpus")
+    assert gpu_leases.take(("GPU-bbbb",), 1, "by uuid") == ("GPU-bbbb",)
+    assert gpu_leases.take(("0", "1"), 2, "by number") is None
+    assert gpu_leases.take(("0", "1"), 1, "by number") == ("0",)
     # A slice of a GPU, and a UUID that this machine has not, are slots of their own.
-    assert slots.take(("MIG-GPU-aaaa-1/0/1", "GPU-cccc"), 2, "more") == ("MIG-GPU-aaaa-1/0/1", "GPU-cccc")
+    assert gpu_leases.take(("MIG-GPU-aaaa-1/0/1", "GPU-cccc"), 2, "more") == ("MIG-GPU-aaaa-1/0/1", "GPU-cccc")
 
 
 def test_a_gpu_is_held_as_long_as_the_controller_or_a_rank_lives(tmp_path: Path) -> None:
     controller, rank = (subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2))
     job = create(tmp_path / "logs", "a:b", {}, 1)
-    assert slots.take(("0",), 1, "sweep") == ("0",)
-    slots.hand_on(("0",), job, controller.pid)
+    assert gpu_leases.take(("0",), 1, "sweep") == ("0",)
+    gpu_leases.hand_on(("0",), job, controller.pid)
     import psutil
 
     me = {**myself(), "pid": rank.pid, "process_started": psutil.Process(rank.pid).create_time()}
     job.beat(Heartbeat(rank=0, **me))
     for process in (controller, rank):
-        assert slots.take(("0",), 1, "other") is None
+        assert gpu_leases.take(("0",), 1, "other") is None
         process.kill()
         process.wait()
-    assert slots.take(("0",), 1, "other") == ("0",)
-    slots.release(("0",), job.id)  # its launcher has noticed only now
-    assert slots.take(("0",), 1, "third") is None
+    assert gpu_leases.take(("0",), 1, "other") == ("0",)
+    gpu_leases.release(("0",), job.id)  # its launcher has noticed only now
+    assert gpu_leases.take(("0",), 1, "third") is None
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_visible_devices_are_those_that_cuda_would_see(
     monkeypatch: pytest.MonkeyPatch, shown: str, devices: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-    assert launch.visible_devices() == devices and launch.visible_gpus() == len(devices)
+    assert hardware.visible_devices() == devices and hardware.visible_gpus() == len(devices)
 
 
 def test_several_slices_for_one_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ from functools import partial
 from pathlib import Path
 from ksweep import here, reconcile
 from ksweep.launch.job import create
-from ksweep.spec import Resources
+from ksweep.config.resources import Resources
 
 reconcile._land_run = lambda *_: None  # these jobs compute no cell
 here.SLOT_SECONDS, (folder, count, seconds, gpus, beside) = 0.2, sys.argv[1:]

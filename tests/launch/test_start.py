@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ksweep.launch import start, worker
+from ksweep.launch import start
 from ksweep.launch.job import create
+from ksweep.launch.worker import main
 
 
 def test_an_element_runs_its_own_job_unless_that_was_given_up_or_cancelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(worker, "run_rank", ran.append)
+    monkeypatch.setattr(main, "run_rank", ran.append)
     jobs = [create(tmp_path, "a:b", {}, 1, cluster="slurm") for _ in range(3)]
     (tmp_path / "jobs.json").write_text(json.dumps([str(job.path) for job in jobs]))
     jobs[1].note("settled", {"state": "stopped", "reason": "lost", "kind": "lost"})

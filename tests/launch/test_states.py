@@ -18,12 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
-from ksweep.launch import answers, slurm, states, submission
-from ksweep.launch.answers import Answer
+from ksweep.launch import status
 from ksweep.launch.job import Ending, Heartbeat, Job, create
-from ksweep.launch.requeue import is_stuck
-from ksweep.launch.slurm import Accounted, Queued
-from ksweep.launch.states import Traces, explained, told
+from ksweep.launch.slurm import commands, polling, sbatch
+from ksweep.launch.slurm.commands import Accounted, Queued
+from ksweep.launch.slurm.polling import Answer
+from ksweep.launch.status import Traces, explained, told
+from ksweep.launch.worker.requeue import is_stuck
 
 NOW = time.time()
 
@@ -31,7 +32,7 @@ NOW = time.time()
 @pytest.fixture(autouse=True)
 def asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSWEEP_SLURM_SECONDS", "0")
-    monkeypatch.setattr(answers, "_last", answers._Word())
+    monkeypatch.setattr(polling, "_last", polling._Word())
 
 
 def beat(rank: int = 0, age: float = 1.0, **changes: Any) -> Heartbeat:
@@ -140,7 +141,7 @@ def submitted(tmp_path: Path) -> Job:
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **words: str) -> None:
     """Slurm's commands as scripts that say one thing (or fail)."""
-    slurm._config.cache_clear()
+    commands._config.cache_clear()
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
     for name in ("squeue", "sacct", "scontrol"):
@@ -153,27 +154,27 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **words: str) -> N
 def test_a_job_that_seems_gone_is_believed_gone_only_at_a_second_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|NODE_FAIL|0:0|gpu1")
     job = submitted(tmp_path)
-    assert states.verdict(job).state == "unknown"
-    monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
-    found = states.verdict(job)
+    assert status.verdict(job).state == "unknown"
+    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
+    found = status.verdict(job)
     assert (found.state, found.kind) == ("stopped", "node failure")
     # It comes back: whatever was believed is forgotten.
     stand_in(tmp_path, monkeypatch, squeue="7|PENDING|BeginTime|ksweep:mine|(null)", sacct="7|NODE_FAIL|0:0|gpu1")
-    assert states.verdict(job).state == "waiting" and job.noted("seems-gone") is None
+    assert status.verdict(job).state == "waiting" and job.noted("seems-gone") is None
 
 
 def test_a_number_that_slurm_gave_twice_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|somebody else's|(null)", sacct="")
-    assert states.verdict(submitted(tmp_path)).look_again
+    assert status.verdict(submitted(tmp_path)).look_again
     stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|ksweep:mine|(null)", sacct="")
-    assert states.verdict(submitted(tmp_path)).state == "running"
+    assert status.verdict(submitted(tmp_path)).state == "running"
 
 
 def test_a_job_whose_comment_a_site_has_rewritten_is_known_by_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, squeue=f"7|RUNNING|None|billed | to lab|{tmp_path}/script.sh", sacct="")
-    assert states.verdict(submitted(tmp_path)).state == "running"
+    assert status.verdict(submitted(tmp_path)).state == "running"
     stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|billed | to lab|/elsewhere/script.sh", sacct="")
-    assert states.verdict(submitted(tmp_path)).look_again
+    assert status.verdict(submitted(tmp_path)).look_again
 
 
 # Lines of `scontrol show config` of Slurm 22.05.
@@ -183,15 +184,15 @@ CONFIG = "AccountingStorageEnforce = associations,limits,qos\nClusterName       
 def test_a_job_on_another_cluster_of_the_same_file_system_is_not_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
     job = submitted(tmp_path)
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|FAILED|1:0|x1", scontrol=CONFIG.format("other"))
-    found = states.verdict(job)
+    found = status.verdict(job)
     assert found.state == "unknown" and "on cluster testbed, and this command runs on other: ask there" in found.reason
-    assert answers.numbers_here([job]) == [], "its number is somebody else's job here"
+    assert polling.numbers_here([job]) == [], "its number is somebody else's job here"
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|FAILED|1:0|x1", scontrol=CONFIG.format("testbed"))
-    assert states.verdict(job).state == "failed" and answers.numbers_here([job]) == ["7"]
-    assert slurm.max_array_size() == 9
+    assert status.verdict(job).state == "failed" and polling.numbers_here([job]) == ["7"]
+    assert commands.max_array_size() == 9
 
 
 def test_a_submission_that_died_on_another_cluster_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +203,7 @@ def test_a_submission_that_died_on_another_cluster_is_left_to_it(tmp_path: Path,
     dead = {"pid": 2**22 + 1, "host": socket.gethostname(), "process_started": 0.0, "time": 0.0}
     intent = {"tag": "ksweep:one", "launcher": dead, "user": getpass.getuser(), "cluster": "testbed"}
     (folder / "intent.json").write_text(json.dumps(intent))
-    [line] = submission.settle(tmp_path)
+    [line] = sbatch.settle(tmp_path)
     assert "its launcher died on cluster testbed; this is other" in line and not (folder / "submitted.json").exists()
 
 
@@ -218,14 +219,14 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: str) -> Path:
 def test_slurm_is_asked_once_in_a_while_however_often_one_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSWEEP_SLURM_SECONDS", "15")
     clock = [1000.0]
-    monkeypatch.setattr(answers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(polling.time, "monotonic", lambda: clock[0])
     count = asked(tmp_path, monkeypatch, "7|PENDING|Priority|ksweep:mine|(null)")
     job = submitted(tmp_path)
     moments = []
     for second in range(300):
         clock[0] = 1000.0 + second
         before = len(count.read_text()) if count.exists() else 0
-        assert states.verdict(job).state == "waiting"
+        assert status.verdict(job).state == "waiting"
         if len(count.read_text()) > before:
             moments.append(second)
     # All that it says is that the job waits: the pause grows to a minute.
@@ -234,7 +235,7 @@ def test_slurm_is_asked_once_in_a_while_however_often_one_looks(tmp_path: Path, 
     new = submitted(tmp_path)
     new.note("slurm", {"id": "8", "folder": str(tmp_path), "tag": "ksweep:new", "cluster": "testbed"})
     for _ in range(3):
-        assert states.verdict(new).look_again
+        assert status.verdict(new).look_again
     assert len(count.read_text().split()) == len(moments) + 1
 
 
@@ -242,7 +243,7 @@ def test_jobs_that_speak_cost_slurm_nothing(tmp_path: Path, monkeypatch: pytest.
     count = asked(tmp_path, monkeypatch, "")
     job = submitted(tmp_path)
     job.beat(beat())
-    assert states.verdict(job).state == "running" and not count.exists()
+    assert status.verdict(job).state == "running" and not count.exists()
 
 
 def test_what_may_only_be_out_of_sight_is_waited_for_longer_on_a_network_file_system(
@@ -251,25 +252,25 @@ def test_what_may_only_be_out_of_sight_is_waited_for_longer_on_a_network_file_sy
     """A file that another node has put into a directory may stay unseen for 60 s on NFS."""
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|COMPLETED|0:0|gpu1", scontrol=CONFIG.format("testbed"))
     job, now = submitted(tmp_path), [NOW]
-    monkeypatch.setattr(answers.time, "time", lambda: now[0])
-    monkeypatch.setattr(states, "on_local_disk", lambda _: False)
+    monkeypatch.setattr(polling.time, "time", lambda: now[0])
+    monkeypatch.setattr(status, "on_local_disk", lambda _: False)
     for age, state in ((0, "unknown"), (61, "unknown"), (76, "failed")):
         now[0] = NOW + age
-        assert states.verdict(job).state == state, age
+        assert status.verdict(job).state == state, age
     job.end(Ending(rank=0, status="finished"))
-    assert states.verdict(job).state == "finished"
+    assert status.verdict(job).state == "finished"
     (job.folder() / "ended-0.json").unlink()
-    monkeypatch.setattr(states, "on_local_disk", lambda _: True)
-    assert states.verdict(job).state == "failed"
+    monkeypatch.setattr(status, "on_local_disk", lambda _: True)
+    assert status.verdict(job).state == "failed"
 
 
 def test_lines_of_setup_that_end_a_job_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
     stand_in(tmp_path, monkeypatch, squeue="", scontrol=CONFIG.format("testbed"))
     job = submitted(tmp_path)
     (tmp_path / "7_0_log.err").write_text("Lmod has detected the following error:\nThe module cuda/99 is unknown\n")
     (tmp_path / "7_0_log.out").write_text("")
-    found = states.verdict(job)
+    found = status.verdict(job)
     assert (found.state, found.kind) == ("failed", "setup") and found.reason.endswith(
         'last lines: "Lmod has detected the following error: | The module cuda/99 is unknown"'
     )
@@ -279,11 +280,11 @@ def test_a_colleagues_job_that_this_user_cannot_see_in_the_queue_is_not_given_up
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|PENDING|0:0|")
-    monkeypatch.setattr(states, "SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
     job = submitted(tmp_path)
-    assert states.verdict(job).state == "stopped"
+    assert status.verdict(job).state == "stopped"
     job.note("slurm", {"id": "7", "folder": str(tmp_path), "tag": "ksweep:mine", "user": "a colleague"})
-    assert states.verdict(job).state == "unknown"
+    assert status.verdict(job).state == "unknown"
 
 
 def test_a_job_whose_launcher_died_at_sbatch_is_left_to_the_settling(tmp_path: Path) -> None:
@@ -293,15 +294,15 @@ def test_a_job_whose_launcher_died_at_sbatch_is_left_to_the_settling(tmp_path: P
     path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     (folder / "jobs.json").write_text(f'["{path}"]')
     (folder / "intent.json").write_text("{}")
-    assert states.verdict(Job(Path(path))).state == "unknown"
+    assert status.verdict(Job(Path(path))).state == "unknown"
     (folder / "submitted.json").write_text("{}")
-    assert states.verdict(Job(Path(path))).kind == "never submitted"
+    assert status.verdict(Job(Path(path))).kind == "never submitted"
 
 
 def test_slurm_that_does_not_answer_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch)
-    found = states.verdict(submitted(tmp_path))
-    assert found.state == "unknown" and "does not answer" in found.reason and found.state in states.LIVE
+    found = status.verdict(submitted(tmp_path))
+    assert found.state == "unknown" and "does not answer" in found.reason and found.state in status.LIVE
 
 
 def test_an_older_start_is_not_taken_for_the_newer(tmp_path: Path) -> None:
@@ -309,20 +310,20 @@ def test_an_older_start_is_not_taken_for_the_newer(tmp_path: Path) -> None:
     job.beat(beat(age=300))
     job.end(Ending(rank=0, status="failed", kind="dead rank", message="cut off", attempt=0))
     job.beat(beat(attempt=1))
-    assert states.verdict(job).state == "running"
+    assert status.verdict(job).state == "running"
     # The older start ends after the newer began; whatever it says is about itself.
     job.end(Ending(rank=0, status="finished", attempt=0))
-    assert states.verdict(job).state == "running" and job.endings() == []
+    assert status.verdict(job).state == "running" and job.endings() == []
 
 
 def test_a_job_that_its_launcher_never_started_ends_with_it(tmp_path: Path) -> None:
     job = create(tmp_path, "a:b", {"sweep": "s"}, 1, cells=[("key", "n=1")])
-    assert states.verdict(job).state == "waiting"
+    assert status.verdict(job).state == "waiting"
     code = f"import pathlib, ksweep.launch.job as j; print(j.create(pathlib.Path({str(tmp_path)!r}), 'a:b', {{}}, 1).id)"
     other = Job(
         tmp_path / subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     )
-    found = states.verdict(other)
+    found = status.verdict(other)
     assert (found.state, found.kind) == ("stopped", "never submitted")
 
 
@@ -331,10 +332,10 @@ def test_a_local_rank_is_alive_as_long_as_its_process(tmp_path: Path) -> None:
     job = create(tmp_path, "a:b", {"sweep": "s"}, 1)
     started = psutil.Process(process.pid).create_time()
     job.beat(replace(beat(age=900), pid=process.pid, host=socket.gethostname(), process_started=started))
-    assert states.verdict(job).state == "running"
+    assert status.verdict(job).state == "running"
     process.kill()
     process.wait()
-    found = states.verdict(job)
+    found = status.verdict(job)
     assert (found.state, found.kind) == ("stopped", "killed")
 
 
@@ -355,24 +356,24 @@ def test_a_survey_names_the_cells_that_are_at_work_and_the_jobs_that_ended(tmp_p
     running.beat(replace(beat(), pid=os.getpid(), host=socket.gethostname(), process_started=psutil.Process().create_time()))
     failed.end(Ending(rank=0, status="failed", kind="NaN", message="loss is NaN"))
     settled.note("settled", {"state": "failed", "reason": "said before", "kind": "bug"})
-    survey = states.survey(tmp_path)
+    survey = status.survey(tmp_path)
     assert set(survey.at_work) == {"one"} and [job.id for job, _ in survey.ended] == [failed.id]
     assert survey.failures == {"two": ("NaN", "NaN: loss is NaN")}
 
 
 def test_a_survey_looks_into_settled_jobs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "SETTLED_AT_ONCE", 3)
-    assert states.survey(tmp_path / "nowhere").verdicts == {}
+    monkeypatch.setattr(status, "SETTLED_AT_ONCE", 3)
+    assert status.survey(tmp_path / "nowhere").verdicts == {}
     jobs = [create(tmp_path, "a:b", {}, 1, cells=[("key", "n=1")]) for _ in range(5)]
     for job in jobs[:4]:
         job.note("settled", {"state": "finished", "reason": "", "kind": ""})
     for _ in range(2):
-        assert set(states.survey(tmp_path).verdicts) == {jobs[4].id}
+        assert set(status.survey(tmp_path).verdicts) == {jobs[4].id}
     for job in jobs[:4]:  # looked into again, these would be open
         (job.path / "settled.json").unlink()
-    assert set(states.survey(tmp_path).verdicts) == {jobs[4].id}
-    (tmp_path / states.SETTLED).unlink()
-    assert len(states.survey(tmp_path).verdicts) == 5
+    assert set(status.survey(tmp_path).verdicts) == {jobs[4].id}
+    (tmp_path / status.SETTLED).unlink()
+    assert len(status.survey(tmp_path).verdicts) == 5
 
 
 def test_a_failure_is_blamed_on_the_cell_that_the_rank_was_at(tmp_path: Path) -> None:
@@ -380,7 +381,7 @@ def test_a_failure_is_blamed_on_the_cell_that_the_rank_was_at(tmp_path: Path) ->
     job.beat(beat(0, cell="one"))
     job.beat(beat(1, cell="two"))
     job.end(Ending(rank=1, status="failed", kind="NaN", message="loss is NaN"))
-    assert states.survey(tmp_path).failures == {"two": ("NaN", "NaN: loss is NaN")}
+    assert status.survey(tmp_path).failures == {"two": ("NaN", "NaN: loss is NaN")}
 
 
 # As sacct of Slurm 22.05 printed it: JobID,State,ExitCode,NodeList,Submit,SubmitLine. The second job was handed over with --wrap.
@@ -403,7 +404,7 @@ def recorded(tmp_path: Path, number: str, submitted_at: str = "2026-11-23T02:54:
 
 def test_accounting_is_believed_of_a_job_that_our_own_sbatch_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, squeue="", sacct=RECORDED.format(folder=tmp_path / "sub"))
-    found = answers.ask([recorded(tmp_path, "15001_1"), recorded(tmp_path, "15003")])
+    found = polling.ask([recorded(tmp_path, "15001_1"), recorded(tmp_path, "15003")])
     assert [a.accounted and a.accounted.state for a in found.values()] == ["COMPLETED", None]
 
 
@@ -416,7 +417,7 @@ def test_accounting_without_submit_lines_is_not_believed_of_an_earlier_job(
     script = "#!/bin/sh\ncase $* in *SubmitLine*) exit 1;; esac\necho '15003|COMPLETED|0:0|gpu1|2026-11-23T02:54:09'\n"
     (tmp_path / "bin" / "sacct").write_text(script)
     job = recorded(tmp_path, "15003", began)
-    assert (answers.ask([job])[job.id].accounted is not None) == believed
+    assert (polling.ask([job])[job.id].accounted is not None) == believed
 
 
 @pytest.mark.parametrize(
@@ -428,7 +429,7 @@ def test_a_requeue_that_kills_its_own_scontrol_is_judged_by_what_slurm_then_says
     stand_in(tmp_path, monkeypatch)
     said = f"echo JobId=7 JobState={state}" if state else "exit 1"
     (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\ncase $1 in requeue) kill -TERM $$; sleep 9;; *) {said};; esac\n")
-    assert slurm.requeue("7") == refused
+    assert commands.requeue("7") == refused
 
 
 def test_out_of_memory_of_any_rank_wins_over_a_rank_that_saw_another_die() -> None:
@@ -453,7 +454,7 @@ def test_a_dead_rank_is_out_of_memory_where_slurm_says_so_in_the_log(tmp_path: P
     job = submitted(tmp_path)
     (job.path / "7_0_log.err").write_text(f"at work\n{log}\n")
     job.end(Ending(rank=0, status="failed", kind="dead rank", message="rank 1 died"))
-    found = states.verdict(job)
+    found = status.verdict(job)
     assert (found.state, found.kind) == ("failed", kind) and "rank 1 died" in found.reason
 
 
@@ -462,8 +463,8 @@ def test_a_survey_with_a_torn_heartbeat_tells_of_the_others_and_leaves_its_cells
     torn.beat(beat())
     (torn.path / "attempt-000" / "rank-0.json").write_text('{"rank": 0, "pi')
     failed.end(Ending(rank=0, status="failed", kind="NaN", message="loss is NaN"))
-    survey = states.survey(tmp_path)
+    survey = status.survey(tmp_path)
     assert survey.verdicts[torn.id].state == "unknown" and "cannot be read" in survey.verdicts[torn.id].reason
     assert set(survey.at_work) == {"one", "three"} and [job.id for job, _ in survey.ended] == [failed.id]
     shutil.rmtree(gone.path)
-    assert set(states.verdicts([torn, gone])) == {torn.id}
+    assert set(status.verdicts([torn, gone])) == {torn.id}

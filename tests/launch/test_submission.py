@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from ksweep.errors import SpecError
-from ksweep.launch import slurm, states, submission
+from ksweep.config.overrides import apply_overrides
+from ksweep.config.resources import Resources
+from ksweep.config.spec import Activations, Autoencoder, Cell
+from ksweep.config.sweep import Sweep
+from ksweep.launch import status
 from ksweep.launch.job import Job, all_jobs, create
-from ksweep.overrides import apply_overrides
-from ksweep.spec import Activations, Autoencoder, Cell, Resources, Sweep
+from ksweep.launch.slurm import commands, sbatch
+from ksweep.utils.errors import SpecError
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +28,7 @@ def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def script(num_jobs: int = 1, after: str | None = None, code: Path | None = None, **changes: Any) -> list[str]:
     resources = Resources(cluster="slurm", **({"gpus": 0} | changes))
-    text = submission.script(Path("/logs/x"), resources, "tiny", num_jobs=num_jobs, tag="ksweep:x", after=after, code=code)
+    text = sbatch.script(Path("/logs/x"), resources, "tiny", num_jobs=num_jobs, tag="ksweep:x", after=after, code=code)
     return text.splitlines()
 
 
@@ -70,7 +73,7 @@ def test_what_is_not_asked_for_is_not_in_the_script(changes: dict[str, Any], opt
 def test_a_failing_rank_ends_the_job_and_one_that_is_done_does_not() -> None:
     [command] = [line for line in script() if line.startswith("srun")]
     assert "--kill-on-bad-exit=1" in command and "--wait=0" in command
-    assert command.endswith("-u -P -m ksweep.launch.start /logs/x")
+    assert command.endswith("-u -P -m ksweep.launch.worker.start /logs/x")
 
 
 def test_the_users_lines_come_before_the_code_as_submitted() -> None:
@@ -96,7 +99,7 @@ def test_arrays_keep_to_the_cap() -> None:
     ],
 )
 def test_the_shape_of_a_job_is_said_in_words(changes: dict[str, Any], words: str) -> None:
-    assert submission.shape(Resources(cluster="slurm", exclusive=False, **changes)) == f"{words}, 24:00:00"
+    assert sbatch.shape(Resources(cluster="slurm", exclusive=False, **changes)) == f"{words}, 24:00:00"
 
 
 def sweep_with(*arguments: str) -> Resources:
@@ -158,16 +161,16 @@ def nodes_of_64_cpus(tmp_path: Path) -> None:
     ],
 )
 def test_more_memory_or_cpus_than_a_node_has_are_refused_with_what_it_has(changes: dict[str, Any], words: str) -> None:
-    submission.refuse(Resources(cluster="slurm", gpus=8, cpus_per_gpu=8, mem_gb=500))
+    sbatch.refuse(Resources(cluster="slurm", gpus=8, cpus_per_gpu=8, mem_gb=500))
     with pytest.raises(SpecError, match=words):
-        submission.refuse(Resources(cluster="slurm", **changes))
+        sbatch.refuse(Resources(cluster="slurm", **changes))
 
 
 def says(folder: Path, name: str, text: str | None) -> None:
     """A command of Slurm's that prints this, or fails."""
     (folder / name).write_text(f"#!/bin/sh\ncat <<'E'\n{text}\nE\n" if text is not None else "#!/bin/sh\nexit 1\n")
     (folder / name).chmod(0o755)
-    slurm._config.cache_clear()
+    commands._config.cache_clear()
 
 
 ENFORCED = "AccountingStorageEnforce = associations,limits,qos\nClusterName             = testbed"
@@ -192,10 +195,10 @@ def test_accounts_and_qos_of_others_are_refused_with_ones_own(tmp_path: Path, ch
     says(tmp_path, "sacctmgr", ANN)
     wanted = Resources(cluster="slurm", gpus=0, partition="main", **changes)
     if words is None:
-        submission.refuse(wanted)
+        sbatch.refuse(wanted)
     else:
         with pytest.raises(SpecError, match=words):
-            submission.refuse(wanted)
+            sbatch.refuse(wanted)
 
 
 @pytest.mark.usefixtures("nodes_of_64_cpus")
@@ -208,7 +211,7 @@ def test_where_accounting_says_nothing_of_a_user_it_is_left_to_sbatch(
 ) -> None:
     says(tmp_path, "scontrol", config)
     says(tmp_path, "sacctmgr", mine)
-    submission.refuse(Resources(cluster="slurm", gpus=0, account="any", qos="any"))
+    sbatch.refuse(Resources(cluster="slurm", gpus=0, account="any", qos="any"))
 
 
 def test_a_dependency_of_the_users_holds_beside_that_of_the_cap() -> None:
@@ -231,7 +234,7 @@ TIMES_OUT = f'echo "9|PENDING|Priority|billed to lab|$2" >{{folder}}/queue; {REF
 @pytest.fixture
 def cluster_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A cluster with arrays of two that takes so many submissions; what the next one meets is `then`."""
-    monkeypatch.setattr(submission, "SBATCH_SECONDS", 0.0)
+    monkeypatch.setattr(sbatch, "SBATCH_SECONDS", 0.0)
     says(tmp_path, "scontrol", "ClusterName = testbed\nMaxArraySize = 2")
     (tmp_path / "queue").write_text("")
     (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
@@ -244,10 +247,10 @@ def cluster_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     return takes
 
 
-def hand_over(tmp_path: Path, count: int, beside: Sequence[str] = (), **changes: Any) -> tuple[list[Job], submission.Submitted]:
+def hand_over(tmp_path: Path, count: int, beside: Sequence[str] = (), **changes: Any) -> tuple[list[Job], sbatch.Submitted]:
     jobs = [create(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cluster="slurm") for _ in range(count)]
     resources = Resources(cluster="slurm", gpus=0, **changes)
-    return jobs, submission.submit(tmp_path / "logs", jobs, resources, "tiny", beside=beside)
+    return jobs, sbatch.submit(tmp_path / "logs", jobs, resources, "tiny", beside=beside)
 
 
 def test_what_slurm_does_not_take_after_a_first_array_is_left_for_the_next_command(
@@ -257,8 +260,8 @@ def test_what_slurm_does_not_take_after_a_first_array_is_left_for_the_next_comma
     jobs, done = hand_over(tmp_path, 5)
     assert done.arrays == ["101"] and done.left == jobs[2:] and "QOSMaxSubmitJobPerUserLimit" in done.why
     assert [job.slurm_id() for job in jobs] == ["101_0", "101_1", None, None, None]
-    assert [states.verdict(job).kind for job in jobs[2:]] == ["never submitted"] * 3
-    assert submission.settle(tmp_path / "logs") == []
+    assert [status.verdict(job).kind for job in jobs[2:]] == ["never submitted"] * 3
+    assert sbatch.settle(tmp_path / "logs") == []
 
 
 def test_an_array_that_was_taken_although_sbatch_failed_is_found_by_its_script(
@@ -272,9 +275,9 @@ def test_an_array_that_was_taken_although_sbatch_failed_is_found_by_its_script(
 
 def test_nothing_taken_is_an_error_and_forgotten(tmp_path: Path, cluster_of_two: Callable[..., None]) -> None:
     cluster_of_two(0)
-    with pytest.raises(slurm.SlurmError, match="QOSMaxSubmitJobPerUserLimit"):
+    with pytest.raises(commands.SlurmError, match="QOSMaxSubmitJobPerUserLimit"):
         hand_over(tmp_path, 3)
-    assert {states.verdict(job).kind for job in all_jobs(tmp_path / "logs")} == {"never submitted"}
+    assert {status.verdict(job).kind for job in all_jobs(tmp_path / "logs")} == {"never submitted"}
 
 
 @pytest.mark.parametrize(("cap", "chain"), [(3, ["afterany:55:77", "afterany:101"]), (None, [])])
@@ -292,7 +295,7 @@ def test_what_the_users_shell_tells_sbatch_fills_what_the_sweep_leaves_open(monk
     monkeypatch.setenv("SBATCH_PARTITION", "debug")
     monkeypatch.setenv("SBATCH_WCKEY", "project")
     monkeypatch.setenv("SBATCH_RESERVATION", "night")
-    found = submission.with_users_defaults(Resources(cluster="slurm", gpus=0, partition="h100", extra={"reservation": "day"}))
+    found = sbatch.with_users_defaults(Resources(cluster="slurm", gpus=0, partition="h100", extra={"reservation": "day"}))
     assert (found.account, found.partition, found.qos) == ("lab", "h100", None)
     assert found.extra == {"wckey": "project", "reservation": "day"}
 
@@ -301,7 +304,7 @@ def test_slurms_commands_without_a_cluster_are_none(tmp_path: Path, monkeypatch:
     for name in ("sbatch", "scontrol"):
         (tmp_path / name).write_text("#!/bin/sh\necho 'Could not establish a configuration source' >&2\nexit 1\n")
         (tmp_path / name).chmod(0o755)
-    assert not slurm.is_there()
+    assert not commands.is_there()
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Slurmctld(primary) at head is UP'\n")
     monkeypatch.setenv("SLURM_CONF", "elsewhere")
-    assert slurm.is_there()
+    assert commands.is_there()

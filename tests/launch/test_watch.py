@@ -8,9 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from ksweep.launch import watch as module
+from ksweep.launch import progress as module
 from ksweep.launch.job import Heartbeat
-from ksweep.launch.watch import Watch
+from ksweep.launch.progress import Watch
 
 
 class Clock:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from ksweep import draws
-from ksweep.identity import fingerprint
-from ksweep.registry.landing import RunRecord
+from ksweep.registry import draws
+from ksweep.registry.run_record import RunRecord
+from ksweep.utils.fingerprint import fingerprint
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 

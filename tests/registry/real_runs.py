@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep import Resources, Sweep
-from ksweep.registry.landing import land, read
+from ksweep.registry.run_record import land, read
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
 TEMPERATURES = (0.5, 0.7, 1.0)

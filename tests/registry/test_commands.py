@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep.cli import main
-from ksweep.registry.landing import land, read
+from ksweep.registry.run_record import land, read
 from tests.registry.real_runs import Real
 
 Command = Callable[..., tuple[object, str, str]]

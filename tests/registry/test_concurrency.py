@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ksweep.registry.database import connect, ingest
-from ksweep.registry.landing import land
+from ksweep.registry.run_record import land
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
 NUM_LANDERS = 50

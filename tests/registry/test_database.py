@@ -17,12 +17,11 @@ from typing import Any
 import duckdb
 import pytest
 
-from ksweep import draws
-from ksweep.errors import RequestError, StoreError
-from ksweep.notes import Note
-from ksweep.registry import database
+from ksweep.registry import database, draws
 from ksweep.registry.database import connect, ingest, rebuild
-from ksweep.registry.landing import land
+from ksweep.registry.run_record import land
+from ksweep.utils.errors import RequestError, StoreError
+from ksweep.utils.notes import Note
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
 
 TABLES = (

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ksweep.errors import StoreError
-from ksweep.notes import Note
-from ksweep.registry.landing import CURVE_SCHEMA, LandingError, land, new_run_id, read
+from ksweep.registry.run_record import CURVE_SCHEMA, LandingError, land, new_run_id, read
+from ksweep.utils.errors import StoreError
+from ksweep.utils.notes import Note
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ksweep.charts import fve_by_k
+from ksweep.analysis.charts import fve_by_k
 from ksweep.cli import main
-from ksweep.errors import RequestError
-from ksweep.registry.landing import REFERENCE_SCHEMA, land
-from ksweep.registry.questions import named_curves
-from ksweep.registry.reference_json import import_files
+from ksweep.registry.query import named_curves
+from ksweep.registry.run_record import REFERENCE_SCHEMA, land
+from ksweep.registry.tae_json import import_files
+from ksweep.utils.errors import RequestError
 from tests.registry.landed_runs import curve_of, record_of
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "reference_json"

@@ -13,17 +13,18 @@ import altair as alt
 import numpy as np
 import pytest
 
-from ksweep import Resources, Sweep, charts
-from ksweep.compare import best_held_out, compare, curves_of_cells, groups_of_cells, load_cells
-from ksweep.console import interval_text
-from ksweep.diff import diff
-from ksweep.errors import RequestError
+from ksweep import Resources, Sweep
+from ksweep.analysis import charts
+from ksweep.analysis.compare import best_held_out, compare, curves_of_cells, groups_of_cells, load_cells
+from ksweep.analysis.diff import diff
+from ksweep.analysis.report.data import facts_of
+from ksweep.analysis.report.page import page
 from ksweep.registry.database import connect
-from ksweep.registry.named import query_named, variables_of
-from ksweep.registry.questions import ask
-from ksweep.registry.story import story
-from ksweep.report.facts import facts_of
-from ksweep.report.page import page
+from ksweep.registry.query import ask
+from ksweep.registry.run_details import story
+from ksweep.registry.stored_queries import query_named, variables_of
+from ksweep.stats.interval_text import interval_text
+from ksweep.utils.errors import RequestError
 from tests.registry.real_runs import KS, Real
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ksweep.errors import RequestError
-from ksweep.registry.named import queries, query_named, variables_of
-from ksweep.registry.questions import ask
+from ksweep.registry.query import ask
+from ksweep.registry.stored_queries import queries, query_named, variables_of
 from ksweep.stats import interval_reach
 from ksweep.stats.bootstrap import document_weights
+from ksweep.utils.errors import RequestError
 from tests.registry.real_runs import KS, OTHER_COMMIT, TEMPERATURES, Real
 
 Rows = list[dict[str, Any]]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ksweep.errors import RequestError
-from ksweep.registry.landing import land
-from ksweep.registry.questions import ask, controls_of, curves_of, finished_runs, seconds_per_draw
+from ksweep.registry.query import ask, controls_of, curves_of, finished_runs, seconds_per_draw
+from ksweep.registry.run_record import land
+from ksweep.utils.errors import RequestError
 from tests.registry.landed_runs import controls_of as landed_controls
 from tests.registry.landed_runs import curve_of, record_of
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 
 from ksweep.cli import main
-from ksweep.errors import DataError, RequestError
 from ksweep.registry.database import connect
-from ksweep.registry.landing import REFERENCE_SCHEMA, land, read
-from ksweep.registry.reference_json import export, export_run, import_files, read_reference_json, write_json
-from ksweep.stats.reference import ReferenceSums, reference_intervals, reference_rows, selected
+from ksweep.registry.run_record import REFERENCE_SCHEMA, land, read
+from ksweep.registry.tae_json import export, export_run, import_files, read_reference_json, write_json
+from ksweep.stats.tae_metrics import ReferenceSums, reference_intervals, reference_rows, selected
+from ksweep.utils.errors import DataError, RequestError
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "reference_json"
@@ -166,7 +166,7 @@ def test_a_missing_file_or_metric_is_refused(tmp_path: Path) -> None:
 
 
 def test_old_and_new_curves_share_a_table_and_a_chart(tmp_path: Path) -> None:
-    from ksweep.charts import fve_by_k
+    from ksweep.analysis.charts import fve_by_k
 
     land(tmp_path, record_of("new"), curve_of(0.75))
     arrivals = import_files(tmp_path, sorted(PUBLISHED.glob("*full*.json")))

@@ -14,7 +14,7 @@ import pytest
 from ksweep import Resources, Sweep, connect
 from ksweep.registry import sweeps
 from ksweep.registry.database import ingest, rebuild
-from ksweep.registry.landing import land
+from ksweep.registry.run_record import land
 from ksweep.registry.sweeps import AskedCell, Asking
 from tests.registry.landed_runs import curve_of, record_of
 from tests.tiny_sweeps import run, talking_pair, tiny_cell

@@ -65,6 +65,6 @@ def pytest_report_header() -> list[str]:
 
 
 def written(sweep: Sweep, folder: Path) -> Path:
-    from ksweep.report import write_report
+    from ksweep.analysis.report import write_report
 
     return write_report(Path(sweep.registry), sweep.name, folder / "report.html")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ksweep import Sweep
-from ksweep.errors import RequestError
+from ksweep.analysis.report import data as facts_module
+from ksweep.analysis.report.data import facts_of, flat
+from ksweep.analysis.report.page import answer, page, write_report
 from ksweep.registry import attempts, sweeps
-from ksweep.report import facts as facts_module
-from ksweep.report.facts import facts_of, flat
-from ksweep.report.page import answer, page, write_report
+from ksweep.utils.errors import RequestError
 from tests.report.conftest import written
 from tests.tiny_sweeps import ask, run
 

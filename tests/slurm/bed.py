@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from ksweep import Cell, Resources, Sweep
-from ksweep.launch import states
+from ksweep.launch import status
 from ksweep.launch.job import Job, all_jobs
 from tests.slurm.story import Story
 from tests.tiny_sweeps import ask
@@ -75,13 +75,13 @@ class Ran:
 
 
 SLOW = """import os, time
-import ksweep.draws
-publish = ksweep.draws.DrawsStore.publish
+import ksweep.registry.draws
+publish = ksweep.registry.draws.DrawsStore.publish
 def slowly(store, unit, table):
     time.sleep({seconds} if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < {starts} else 0)
     publish(store, unit, table)
-ksweep.draws.DrawsStore.publish = slowly
-ksweep.draws.DRAWS_PER_UNIT = 16
+ksweep.registry.draws.DrawsStore.publish = slowly
+ksweep.registry.draws.DRAWS_PER_UNIT = 16
 """
 """Units of a tiny pair take a tenth of a second; with this they take as long as those of a large one, at no cost; and there are
 more of them, of fewer draws each."""
@@ -208,10 +208,10 @@ def until(what: str, condition: Callable[[], Any], seconds: float = 120) -> Any:
     raise AssertionError(f"{what}: not within {seconds} s")
 
 
-def ended(job: Job, seconds: float = 120) -> states.Verdict:
-    def look() -> states.Verdict | None:
-        found = states.verdict(job)
-        return found if found.state not in states.LIVE else None
+def ended(job: Job, seconds: float = 120) -> status.Verdict:
+    def look() -> status.Verdict | None:
+        found = status.verdict(job)
+        return found if found.state not in status.LIVE else None
 
     return until(f"an end of job {job.slurm_id()}", look, seconds)  # type: ignore[no-any-return]
 
@@ -221,7 +221,7 @@ def process_of(job: Job, rank: int) -> psutil.Process:
     folder = str((job.noted("slurm") or {})["folder"])
     for process in psutil.process_iter(["name", "cmdline"]):
         words = process.info["cmdline"] or []
-        if "ksweep.launch.start" in words and folder in words and process.info["name"].startswith("python"):
+        if "ksweep.launch.worker.start" in words and folder in words and process.info["name"].startswith("python"):
             environment = process.environ()
             number = environment.get("SLURM_ARRAY_TASK_ID")
             mine = number is None or str(job.slurm_id()).endswith(f"_{number}")

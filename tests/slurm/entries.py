@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ksweep.ranks import Ranks, share
+from ksweep.evaluation.distributed import Ranks, share
 
 
 def units(argument: dict[str, Any], ranks: Ranks) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ksweep.errors import SpecError
-from ksweep.launch import slurm as commands
-from ksweep.launch import snapshot, states, submission
+from ksweep.config.resources import Resources
+from ksweep.launch import code_snapshot, status
 from ksweep.launch.job import Job, create
-from ksweep.spec import Resources
+from ksweep.launch.slurm import commands, sbatch
+from ksweep.utils.errors import SpecError
 from tests.slurm.bed import ANYWHERE, NODES, ROOT, Bed, ended, only, slurm, until
 
 
@@ -30,7 +30,7 @@ def start(place: Path, entry: str, asked: Resources, count: int = 1, **argument:
         create(place / "logs", f"tests.slurm.entries:{entry}", argument, ranks, cluster="slurm", cells=[(f"cell-{i}", f"n={i}")])
         for i in range(count)
     ]
-    submission.submit(place / "logs", created, asked, "test")
+    sbatch.submit(place / "logs", created, asked, "test")
     return created
 
 
@@ -136,7 +136,7 @@ def test_a_job_put_back_by_hand_goes_on_where_it_was(resources: Resources, share
 )
 def test_what_the_cluster_has_not_is_refused_with_what_it_has(resources: Resources, change: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
-        submission.refuse(replace(resources, **change))
+        sbatch.refuse(replace(resources, **change))
 
 
 def test_an_option_that_sbatch_refuses_leaves_nothing_in_the_queue(resources: Resources, tmp_path: Path) -> None:
@@ -150,12 +150,12 @@ def test_a_job_runs_the_code_as_it_was_submitted(tmp_path: Path, resources: Reso
     subprocess.run(["git", "clone", "-q", str(ROOT), str(tree)], check=True)
     added = tree / "ksweep" / "added_later.py"
     added.write_text("def say(argument, ranks):\n    return 'as submitted'\n")
-    code = snapshot.take(tmp_path / "logs", tree / "ksweep")
+    code = code_snapshot.take(tmp_path / "logs", tree / "ksweep")
     assert code is not None and code.diff is not None and "as submitted" in code.diff.read_text()
     job = create(tmp_path / "logs", "ksweep.added_later:say", {}, 1, cluster="slurm")
-    submission.submit(tmp_path / "logs", [job], replace(resources, setup="sleep 3"), "code", code.path)
+    sbatch.submit(tmp_path / "logs", [job], replace(resources, setup="sleep 3"), "code", code.path)
     added.write_text("def say(argument, ranks):\n    return 'changed since'\n")
-    until("its end", lambda: states.verdict(job).state not in states.LIVE)
+    until("its end", lambda: status.verdict(job).state not in status.LIVE)
     assert [e.result for e in job.endings()] == ["as submitted"], job.log_tail()
     assert time.time() - job.started() < 100
 

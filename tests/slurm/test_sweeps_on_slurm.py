@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ksweep.keys import cell_keys
-from ksweep.launch import slurm as commands
-from ksweep.launch import states, submission
+from ksweep.evaluation.identity import cell_keys
+from ksweep.launch import status
 from ksweep.launch.job import create
-from ksweep.reconcile import book_ended
+from ksweep.launch.reconcile import book_ended
+from ksweep.launch.slurm import commands, sbatch
 from tests.slurm.bed import Place, ended, only, process_of, slurm, until
 
 pytestmark = [pytest.mark.beside, pytest.mark.timeout(600)]  # on a machine that is busy with other things as well
@@ -29,7 +29,7 @@ def test_a_time_limit_reached_twice_ends_in_a_third_start(place: Place) -> None:
     # at most 44 units of 3 s, the third has only seconds to go.
     sweep = place.long(50, 3.0, starts=2, time=2)
     assert place.run(sweep).code == 0
-    until("its end", lambda: states.verdict(place.jobs()[0]).state == "finished", 560)
+    until("its end", lambda: status.verdict(place.jobs()[0]).state == "finished", 560)
     done = place.run(sweep)
     assert done.code == 0 and "computed 0 of 1 cells" in done.out
     [job] = place.jobs()
@@ -49,7 +49,7 @@ def test_a_job_whose_nodes_daemon_died_runs_once_elsewhere_and_the_old_start_end
     assert job.heartbeats()[0].host == "gpu3"
     try:
         place.daemons("kill-slurmd", "gpu3")
-        until("its end", lambda: states.verdict(job).state == "finished", 230)
+        until("its end", lambda: status.verdict(job).state == "finished", 230)
     finally:
         place.bed.script("boot", "gpu3")
     done = place.run(sweep)
@@ -242,15 +242,15 @@ def test_every_rank_of_a_failed_job_is_in_the_registry_with_words_of_its_own(pla
     Path(sweep.registry).mkdir()
     argument = {"sweep": "tiny", "cells": [asdict(sweep.cell)], "registry": sweep.registry, "resources": {}, "origin": {}}
     job = create(place.path / "logs", "tests.slurm.entries:two_ranks_raise", argument, 2, cluster="slurm", cells=[(key, "tiny")])
-    submission.submit(place.path / "logs", [job], sweep.resources, "both")
+    sbatch.submit(place.path / "logs", [job], sweep.resources, "both")
     ended(job)
     book_ended(place.path / "logs")
     rows = place.ask("SELECT rank, slurm_id, host, status, error_class, message, last_log_lines, traceback FROM attempts")
     assert len({host for _, _, host, *_ in rows}) == 2
-    for rank, number, host, status, kind, message, lines, traceback in sorted(rows):
-        assert (number, status, kind) == (job.slurm_id(), "failed", "bug") and host.startswith("gpu")
+    for rank, number, host, rank_status, kind, message, lines, traceback in sorted(rows):
+        assert (number, rank_status, kind) == (job.slurm_id(), "failed", "bug") and host.startswith("gpu")
         assert message == f"ValueError: what only rank {rank} knows" and message in traceback
-        assert f"rank {rank} ksweep.launch.worker: failed" in lines and "(its traceback)" in lines
+        assert f"rank {rank} ksweep.launch.worker.main: failed" in lines and "(its traceback)" in lines
     [(words, kind)] = place.ask("SELECT tracebacks, error_class FROM runs")
     assert len(words) == 2 and kind == "bug"
 
@@ -284,5 +284,5 @@ def test_a_launcher_killed_around_sbatch_leaves_no_orphan(place: Place, handed_o
     assert words in again.err
     assert place.ask("SELECT status FROM runs") == [("finished",)]
     assert len(place.jobs()) == (1 if handed_over else 2)
-    ours = {f"{submission.TAG}{p.name}" for p in Path(place.path).glob("logs/submissions/*")}
+    ours = {f"{sbatch.TAG}{p.name}" for p in Path(place.path).glob("logs/submissions/*")}
     assert not [e for e in commands.queue(user=getpass.getuser()) if e.tag in ours]

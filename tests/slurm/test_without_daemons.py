@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import time
 
-from ksweep.launch import slurm as commands
-from ksweep.launch import states
+from ksweep.launch import status
+from ksweep.launch.slurm import commands
 from tests.slurm.bed import Place, ended, only, process_of, slurm, until
 
 
@@ -66,7 +66,7 @@ def test_without_slurmctld_jobs_go_on_and_are_waited_for_and_commands_change_not
         refused = place.run(sweep)
         assert refused.code == 1 and "Unable to contact slurm controller" in refused.err
         until("the end of the job", lambda: len(job.endings()) == 1)
-        assert states.verdict(job).state == "finished"
+        assert status.verdict(job).state == "finished"
         done = place.finish(waiting, sweep, "--wait")
     finally:
         place.daemons("controller", "start")

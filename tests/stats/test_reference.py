@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ksweep.stats import best_of_k_errors, fve, mean_distance_baseline, reference
+from ksweep.stats import best_of_k_errors, fve, mean_distance_baseline, tae_metrics
 from ksweep.stats.best_of_k import prefix_of_k_errors, prefix_of_k_select
-from ksweep.stats.reference import (
+from ksweep.stats.tae_metrics import (
     Chunk,
     ReferenceSums,
     bca_interval,
@@ -181,7 +181,7 @@ def test_roles_have_their_own_mean_as_baseline_and_need_more_than_ten_vectors():
     (user,) = sums.by_role["user"].quantities()
     for name, value in naive(activations[:18], chosen[:18]).items():
         assert getattr(user, name) == pytest.approx(value, rel=1e-10), name
-    assert reference.ROLE_MINIMUM == 10
+    assert tae_metrics.ROLE_MINIMUM == 10
 
 
 def test_tokens_of_no_known_role_count_for_all_and_for_no_role():
@@ -208,7 +208,7 @@ def test_errors_alone_leave_the_variance_of_residuals_unknown():
         for name, value in expected.items():
             of_residuals = name in ("variance_recovery", "residual_variance")
             assert np.isnan(getattr(found, name)) if of_residuals else getattr(found, name) == pytest.approx(value, rel=1e-10)
-    named = {row["quantity"] for row in reference.reference_rows(sums)}
+    named = {row["quantity"] for row in tae_metrics.reference_rows(sums)}
     assert "avg_mse" in named and not {"variance_recovery", "residual_variance"} & named
     with pytest.raises(ValueError, match="reconstructions of every chunk"):
         reference_intervals(sums, [known, rest], num_replicates=10)

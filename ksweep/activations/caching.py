@@ -1,0 +1,320 @@
+"""Have it or compute it: one question. The key of a set of activations, what of it is missing, and the loop that fills the rest.
+
+plan(activations, layer, root)      -> present, missing, bytes     (no torch: what --dry-run prints)
+ensure(activations, layer, root)    -> ActivationTable             (what a rank calls)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksweep.activations.datasets import text_begins_with_bos, text_identity
+from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
+from ksweep.activations.positions import rule_identity
+from ksweep.activations.source import UnitSource
+from ksweep.activations.store import ActivationStore, ActivationTable, Shard, estimate_bytes
+from ksweep.config.spec import Activations
+from ksweep.utils.errors import DataError, RunError, SpecError
+from ksweep.utils.files import clear_leftovers, digest, resolve
+from ksweep.utils.fingerprint import fingerprint
+
+log = logging.getLogger(__name__)
+
+EXTRACTOR_VERSION = 3
+"""Raised whenever the same request would give other vectors, other positions or other provenance (2: roles; 3: other batches)."""
+
+PATIENCE = 900.0
+"""Seconds without news after which a waiting rank computes a missing unit itself."""
+
+Progress = Callable[[int, int], None]
+"""Called with (activations that are there, activations asked for)."""
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """What a request would find and what it would have to compute."""
+
+    key: str
+    present: int
+    """Activations that can be read now, at most the number asked for."""
+    missing: int
+    d_model: int
+    bytes_needed: int
+    """On disk, for the missing ones; whole units are computed, so up to a unit more."""
+
+
+def activations_key(activations: Activations, layer: int | None) -> tuple[str, dict[str, Any]]:
+    """Key and readable identity of a set of activations: what changes its content, and nothing else.
+
+    Not in it: how many, batch size, ranks, device, paths.
+
+    Raises:
+        RequestError: a model, layer, text or vector file that is not there or cannot be what it is given as.
+    """
+    identity = _vectors_identity(activations) if activations.vectors is not None else _text_identity(activations, layer)
+    return fingerprint(identity), identity
+
+
+def plan(activations: Activations, layer: int | None, root: str | Path) -> ActivationPlan:
+    """What of a request is there and what is missing. Does not import torch, loads no model, reads no text beyond its first row.
+
+    Raises:
+        RequestError: as `activations_key`.
+    """
+    key, identity = activations_key(activations, layer)
+    store = ActivationStore(root, key, identity)
+    shards = store.contiguous()
+    if shards and shards[-1].is_last:
+        _refuse_too_few(store, activations)
+    present = min(sum(shard.rows for shard in shards), activations.num_activations)
+    missing = activations.num_activations - present
+    d_model, dtype = _shape(activations)
+    return ActivationPlan(
+        key=key,
+        present=present,
+        missing=missing,
+        d_model=d_model,
+        bytes_needed=estimate_bytes(missing, d_model, dtype),
+    )
+
+
+def ensure(
+    activations: Activations,
+    layer: int | None,
+    root: str | Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    device: Any = "cpu",
+    progress: Progress | None = None,
+) -> ActivationTable:
+    """The first `num_activations` activations, computing what is missing. Every rank calls it; `barrier` is called once by each.
+
+    Args:
+        layer: block whose output is taken; only ready-made vectors need none.
+        root: the vector cache.
+        device: where this rank runs the base model: a torch device or its name, or several.
+
+    Raises:
+        RequestError: a bad model, layer or text; text or file with too few activations (DataError). RunError: no space left.
+    """
+    key, identity = activations_key(activations, layer)
+    store = ActivationStore(root, key, identity)
+    source = _source(activations, layer, device)
+    try:
+        check = _SameSource(activations, identity)
+        fill(store, source, activations.num_activations, rank=rank, world_size=world_size, progress=progress, check=check)
+    finally:
+        source.close()
+    # After the barrier nobody sets a shard aside any more, and every rank sees the same.
+    barrier()
+    _refuse_too_few(store, activations)
+    if rank == 0:
+        named = {name: getattr(activations, name) for name in ("model", "text", "vectors")}
+        store.write_manifest({name: value for name, value in named.items() if value is not None})
+    return store.open(activations.num_activations)
+
+
+def fill(
+    store: ActivationStore,
+    source: UnitSource,
+    num_activations: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+    patience: float = PATIENCE,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Publish units until the first `num_activations` are there, or the source has ended; then compare checksums of this share.
+
+    Missing units go round the ranks. A rank looks only at the store to know what is missing: it needs no word from the others, a
+    unit that another job has published meanwhile is left alone, and one whose rank is gone is taken over in the end. `check` is
+    called before each unit is published, and raises where it must not be.
+    """
+    worker = _Filler(store, source, num_activations, rank, world_size, progress, patience, check)
+    clear_leftovers(store.directory)
+    store.touch()
+    while True:
+        worker.fill_missing()
+        if not store.verify(worker.own_share()):
+            return
+
+
+@dataclass
+class _Filler:
+    """One rank at work on one store."""
+
+    store: ActivationStore
+    source: UnitSource
+    num_activations: int
+    rank: int
+    world_size: int
+    progress: Progress | None
+    patience: float
+    check: Callable[[], None]
+
+    def fill_missing(self) -> None:
+        """Compute what falls to this rank, wait for the rest."""
+        waited, published, beaten = 0.0, -1, False
+        while missing := self.store.missing_units(self.num_activations, self.source.most_per_unit):
+            now = self._report()
+            if now != published:
+                waited, published = 0.0, now
+            mine = [unit for unit in missing if unit % self.world_size == self.rank]
+            if not mine and waited < self.patience:
+                pause = min(2.0, 0.05 + waited / 10)
+                time.sleep(pause)
+                waited += pause
+                continue
+            if not mine:
+                log.warning("no news of %d units for %.0f s: computing unit %d here", len(missing), waited, missing[0])
+            # Two jobs that both began at the front would go on side by side and compute everything twice.
+            beaten = self._compute(mine[len(mine) // 2 if beaten else 0 :] or missing[:1])
+        self._report()
+
+    def _compute(self, units: list[int]) -> bool:
+        """Publish units one by one, until another job turns out to be at the same ones; says whether it was so.
+
+        Those that another process has published meanwhile are left alone.
+        """
+        for index, unit in self.source.units(unit for unit in units if not self.store.has(unit)):
+            self.check()
+            shard, first = self.store.publish_unit(index, unit, self.source.dtype)
+            self._report()
+            if shard.is_last or not first:
+                return not first
+        return False
+
+    def own_share(self) -> list[int]:
+        """This rank's units among those needed: it compares their checksums, and computes them again where one differs."""
+        rows, own = 0, []
+        for shard in self.store.contiguous():
+            if rows >= self.num_activations:
+                break
+            rows += shard.rows
+            if shard.unit % self.world_size == self.rank:
+                own.append(shard.unit)
+        return own
+
+    def _report(self) -> int:
+        """Tell the progress; returns how many shards there are."""
+        shards = self.store.shards()
+        if self.progress is not None:
+            self.progress(min(sum(shard.rows for shard in shards.values()), self.num_activations), self.num_activations)
+        return len(shards)
+
+
+class _SameSource:
+    """That the text or file of vectors still is what the key was made from: a fill takes hours, and files are written anew."""
+
+    def __init__(self, activations: Activations, identity: dict[str, Any]) -> None:
+        self.path = Path(activations.vectors or activations.text or "").expanduser()
+        self.digest = identity.get("vectors") or identity.get("text", {}).get("digest")
+        self._seen: list[tuple[str, int, int]] | None = None
+
+    def __call__(self) -> None:
+        if self.digest is None or not self.path.exists():  # a hub data set at its commit; removed, and read to the end
+            return
+        files = [self.path] if self.path.is_file() else sorted(path for path in self.path.rglob("*") if path.is_file())
+        now = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
+        if now != self._seen and digest(self.path) != self.digest:
+            raise DataError(
+                f"{self.path} has changed since this run began: what was kept before is of the old content, and nothing of the "
+                "new one was mixed in. Run again to use it as it is now."
+            )
+        self._seen = now
+
+
+def _refuse_too_few(store: ActivationStore, activations: Activations) -> None:
+    shards = store.contiguous()
+    found = sum(shard.rows for shard in shards)
+    if found >= activations.num_activations:
+        return
+    if not shards or not shards[-1].is_last:
+        raise RunError(
+            f"{store.directory} lost shards while it was being filled: {found} of {activations.num_activations} activations are "
+            "there. Is someone else removing files? Run again to have the rest computed."
+        )
+    raise DataError(f"activations.num_activations={activations.num_activations}, but {_shortage(activations, shards, found)}")
+
+
+def _shortage(activations: Activations, shards: list[Shard], found: int) -> str:
+    rows, skipped = sum(s.source_rows for s in shards), sum(s.skipped_rows for s in shards)
+    more = {"random": "raise activations.positions_per_document, ", "last": "set activations.positions=random or all, "}
+    low = activations.min_position
+    advice = f"lower activations.min_position (now {low}: rows of fewer tokens give none), or give more text"
+    if found == 0:
+        return f"no row of {activations.text} ({rows} rows) has an allowed position: {advice}."
+    return (
+        f"{activations.text} gives {found} ({rows} rows, {skipped} of them without an allowed position): "
+        f"set activations.num_activations={found}, {more.get(activations.positions, '')}{advice}."
+    )
+
+
+def _source(activations: Activations, layer: int | None, device: Any) -> UnitSource:
+    if activations.vectors is not None:
+        from ksweep.activations.vector_source import VectorUnits
+
+        return VectorUnits(activations.vectors, activations.document_column)
+    from ksweep.activations.text_source import TextUnits
+
+    return TextUnits(activations, _layer(layer), device)
+
+
+def _layer(layer: int | None) -> int:
+    if layer is None:
+        raise SpecError("activations.layer is not known: set it, or give an autoencoder whose sidecar says its layer")
+    return layer
+
+
+def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any]:
+    layer = _layer(layer)
+    path = resolve(activations.model or "", "base model")
+    max_length = positions_limit(text_config(path, layer), activations)
+    identity = {
+        "kind": "text",
+        "extractor": {"version": EXTRACTOR_VERSION, "rows_per_unit": rows_per_unit(activations, max_length)},
+        "text": text_identity(activations),
+        "model": digest(path),
+        "layer": layer,
+        "positions": rule_identity(activations),
+        "max_length": max_length,
+        "dtype": activations.dtype,
+    }
+    if text_begins_with_bos(activations, path):  # EXTRACTOR_VERSION 3 gave such text a second one
+        identity["bos"] = "once"
+    return identity
+
+
+def _vectors_identity(activations: Activations) -> dict[str, Any]:
+    from ksweep.activations.vector_source import DOCUMENTS, ROWS_PER_UNIT, document_column, vectors_shape
+
+    path = Path(activations.vectors or "").expanduser()
+    rows, d_model = vectors_shape(path)
+    if rows < activations.num_activations:
+        raise DataError(
+            f"activations.num_activations={activations.num_activations}, but {path} has {rows} rows: "
+            f"set activations.num_activations={rows}, or take a larger file"
+        )
+    reader = {"version": EXTRACTOR_VERSION, "rows_per_unit": ROWS_PER_UNIT}
+    identity = {"kind": "vectors", "extractor": reader, "vectors": digest(path), "d_model": d_model}
+    documents = document_column(path, activations.document_column)
+    if documents not in (None, DOCUMENTS[0]):  # so that keys of the public columns hold
+        identity["document_column"] = documents
+    return identity
+
+
+def _shape(activations: Activations) -> tuple[int, str]:
+    """Width and stored dtype, without loading anything."""
+    if activations.vectors is not None:
+        from ksweep.activations.vector_source import vectors_shape
+
+        return vectors_shape(activations.vectors)[1], "float32"
+    return int(text_config(resolve(activations.model or "", "base model"))["hidden_size"]), activations.dtype

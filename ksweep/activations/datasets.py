@@ -1,0 +1,351 @@
+"""Text to read activations from: paragraphs, JSONL, Parquet, a `datasets` directory or a hub dataset, as one stream of rows.
+
+A column of a table holds texts, or token ids that some tokenizer has made of them already, padding and all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from ksweep.config.spec import Activations
+from ksweep.utils.bos_token import text_gets_second_bos
+from ksweep.utils.errors import DataError
+from ksweep.utils.files import digest
+
+Format = Literal["txt", "jsonl", "parquet", "datasets", "hub"]
+
+HUB_DATASET = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One row of text. Activations of a row depend on this row alone."""
+
+    index: int
+    row_id: str
+    """Keys the generator of positions: the `row_id` column, else "repo:split:index" of a hub dataset (the public NLA rule), else
+    "row:index"."""
+    document: str
+    """Cluster of the bootstrap: the document column, or the row id where there is none."""
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    """Of a pretokenised row, which has no text: used as they are, padding included."""
+
+    @property
+    def holds_something(self) -> bool:
+        """Neither null nor empty."""
+        return bool(self.token_ids or self.text.strip())
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A hub dataset at a commit."""
+
+    repo: str
+    config: str | None
+    revision: str
+
+
+def read_documents(activations: Activations) -> Iterator[TextRow]:
+    """The rows of `activations.text`, in order, as a stream. Rows without text are yielded as empty: they keep their index.
+
+    Raises:
+        DataError: nothing there, an unknown format, a missing column, a value that is neither text nor token ids, a mix of both,
+            or no text at all.
+    """
+    any_text = False
+    for row in _rows(activations):
+        any_text |= row.holds_something
+        yield row
+    if not any_text:
+        column = "" if text_format(activations) == "txt" else f" in column {activations.text_column!r}"
+        raise DataError(f"{activations.text} holds no text{column}: expected at least one row that is not empty")
+
+
+def text_identity(activations: Activations) -> dict[str, object]:
+    """What of the text changes the activations: content digest (or hub commit), format, column, kind and split; never the path.
+
+    Local files are opened as far as their first text, so that an empty file or a mistyped column shows at planning time.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    kind = text_format(activations)
+    identity: dict[str, object] = {"format": kind, "document_column": activations.document_column}
+    if kind != "txt":
+        identity["column"] = activations.text_column
+    if kind == "hub":
+        hub = hub_dataset(activations.text or "")
+        return identity | {"hub": hub.repo, "config": hub.config, "revision": hub.revision, "split": activations.text_split}
+    if kind == "datasets":
+        identity["split"] = activations.text_split
+    first = next((row for row in read_documents(activations) if row.holds_something), None)
+    if first is not None and first.token_ids is not None:
+        identity["holds"] = "token_ids"
+    return identity | {"digest": digest(_local(activations))}
+
+
+def text_begins_with_bos(activations: Activations, model: Path) -> bool:
+    """Whether the first row that is not empty begins with the BOS that the tokenizer of the model puts before texts.
+
+    Rows of a hub dataset are not asked for while planning: `TextUnits` refuses theirs.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    if text_format(activations) == "hub":
+        return False
+    first = next((row for row in read_documents(activations) if row.holds_something), None)
+    return first is not None and first.token_ids is None and text_gets_second_bos(first.text, model)
+
+
+def text_format(activations: Activations) -> Format:
+    """How the text is to be read, from what lies at the path.
+
+    Raises:
+        DataError: nothing there, or nothing that is known.
+    """
+    source = activations.text or ""
+    path = _local(activations)
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return "datasets"
+        raise DataError(
+            f"text directory {path} is not a `datasets` directory (no state.json or dataset_dict.json as save_to_disk writes): "
+            "name one .txt, .jsonl or .parquet file in it, or save it with datasets"
+        )
+    if path.is_file():
+        return _file_format(path)
+    if HUB_DATASET.match(source) and path.suffix not in (".txt", ".jsonl", ".parquet"):
+        return "hub"
+    raise DataError(
+        f"no text at {source!r}: expected an existing .txt, .jsonl or .parquet file, a `datasets` directory, or a hub dataset id "
+        "(owner/name, owner/name:config, owner/name@revision). Check the spelling, and that a relative path starts from the "
+        "current directory."
+    )
+
+
+def _file_format(path: Path) -> Format:
+    known: dict[str, Format] = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
+    if path.suffix.lower() not in known:
+        raise DataError(f"text file {path} ends in {path.suffix or 'nothing'!r}; expected one of {', '.join(known)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"text file {path} is empty (0 bytes): was it written to the end?")
+    return known[path.suffix.lower()]
+
+
+def _local(activations: Activations) -> Path:
+    return Path(activations.text or "").expanduser()
+
+
+def _rows(activations: Activations) -> Iterator[TextRow]:
+    kind, path = text_format(activations), _local(activations)
+    if kind == "txt":
+        yield from (TextRow(i, f"row:{i}", f"row:{i}", text) for i, text in enumerate(_paragraphs(path)))
+        return
+    if kind == "jsonl":
+        yield from _named(_json_lines(path), activations, "row")
+    elif kind == "parquet":
+        yield from _named(_parquet_rows(path, activations), activations, "row")
+    elif kind == "datasets":
+        yield from _named(_saved_dataset(path, activations), activations, "row")
+    else:
+        hub = hub_dataset(activations.text or "")
+        yield from _named(_hub_rows(hub, activations), activations, f"{hub.repo}:{activations.text_split}")
+
+
+def _named(records: Iterable[Mapping[str, Any]], activations: Activations, prefix: str) -> Iterator[TextRow]:
+    """Records of a table -> rows: which column is text, which names the document, which the row."""
+    pretokenised, numbered = _begin(records, activations.text_column)
+    for index, record in numbered:
+        value = _value(record, activations.text_column, "text_column", index, activations)
+        where = f"row {index} of {activations.text}", f"in column {activations.text_column!r}"
+        row_id = str(record["row_id"]) if record.get("row_id") is not None else f"{prefix}:{index}"
+        document = _document(record, row_id, index, activations)
+        if pretokenised:
+            yield TextRow(index, row_id, document, "", _token_ids(value, *where))
+        else:
+            yield TextRow(index, row_id, document, _text(value, *where))
+
+
+def _begin(records: Iterable[Mapping[str, Any]], column: str) -> tuple[bool, Iterator[tuple[int, Mapping[str, Any]]]]:
+    """Whether the first value that is not null is a list, and so the column pretokenised; and all records, numbered."""
+    numbered, seen = enumerate(records), []
+    for index, record in numbered:
+        seen.append((index, record))
+        if record.get(column, "missing") is not None:
+            break
+    return bool(seen) and isinstance(seen[-1][1].get(column), list), chain(seen, numbered)
+
+
+def _text(value: Any, row: str, column: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise DataError(
+        f"{row} has a {type(value).__name__} {column}; expected text, or in every row a list of token ids. "
+        "Is activations.text_column the right one?"
+    )
+
+
+def _token_ids(value: Any, row: str, column: str) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise DataError(
+            f"{row} has a {type(value).__name__} {column}, where earlier rows have lists of token ids: make all alike"
+        )
+    for place, token in enumerate(value):
+        if type(token) is not int:  # bool is an int, too
+            raise DataError(
+                f"{row} has a list {column} with {str(token)[:50]!r} ({type(token).__name__}) at index {place}; expected token "
+                "ids, which are whole numbers, or text. Is activations.text_column the right one?"
+            )
+    return tuple(value)
+
+
+def _document(record: Mapping[str, Any], row_id: str, index: int, activations: Activations) -> str:
+    if activations.document_column is None:
+        value = record.get("document")
+    else:
+        value = _value(record, activations.document_column, "document_column", index, activations)
+    return row_id if value is None else str(value)
+
+
+def _value(record: Mapping[str, Any], column: str, field: str, index: int, activations: Activations) -> Any:
+    if column in record:
+        return record[column]
+    raise DataError(
+        f"row {index} of {activations.text} has no column {column!r}; it has {', '.join(map(str, record)) or 'none'}. "
+        f"Set activations.{field} to the right one."
+    )
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    """Blocks of lines between blank lines."""
+    block: list[str] = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                if line.strip():
+                    block.append(line)
+                elif block:
+                    yield "".join(block).strip()
+                    block = []
+    except UnicodeDecodeError as error:
+        raise DataError(f"text file {path} is not UTF-8 ({error.reason}): convert it first") from error
+    if block:
+        yield "".join(block).strip()
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"line {number} of {path} is not JSON ({error}); expected one object a line") from error
+            if not isinstance(record, dict):
+                what = type(record).__name__
+                raise DataError(f"line {number} of {path} is a {what}; expected an object such as {{'text': '...'}}")
+            yield record
+
+
+def _parquet_rows(path: Path, activations: Activations) -> Iterator[Mapping[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"text file {path} is not a readable Parquet file ({error}); is it whole?") from error
+    with file:
+        for batch in file.iter_batches(batch_size=256, columns=_columns(file.schema_arrow.names, activations)):
+            yield from batch.to_pylist()
+
+
+def _columns(present: list[str], activations: Activations) -> list[str]:
+    """Columns to read. One that is missing is left to `_value`, which can name those there are."""
+    if activations.text_column not in present or activations.document_column not in (None, *present):
+        return present
+    wanted = {activations.text_column, activations.document_column or "document", "row_id"}
+    return [name for name in present if name in wanted]
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            "this text needs the package `datasets`, which is not installed: pip install datasets, or give a .txt, .jsonl or "
+            ".parquet file"
+        ) from error
+    return datasets
+
+
+def _saved_dataset(path: Path, activations: Activations) -> Iterable[Mapping[str, Any]]:
+    datasets = _datasets()
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"`datasets` cannot load {path} ({error}); is the directory whole?") from error
+    if isinstance(found, Mapping):
+        if activations.text_split not in found:
+            splits = ", ".join(found)
+            raise DataError(f"{path} has no split {activations.text_split!r}; it has {splits}. Set activations.text_split.")
+        found = found[activations.text_split]
+    # A saved format (torch, numpy) would hand out tensors instead of lists.
+    rows: Iterable[Mapping[str, Any]] = found.with_format(None).select_columns(_columns(found.column_names, activations))
+    return rows
+
+
+@cache
+def hub_dataset(source: str) -> HubDataset:
+    """Repository, configuration and commit of "owner/name:config@revision". The hub is asked once: a process sees one commit.
+
+    Raises:
+        DataError: the hub cannot be reached or does not have it.
+    """
+    match = HUB_DATASET.match(source)
+    assert match, source
+    repo, config, revision = match["repo"], match["config"], match["revision"]
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return HubDataset(repo, config, revision)
+    from huggingface_hub import HfApi
+
+    try:
+        sha = HfApi().dataset_info(repo, revision=revision).sha
+    except Exception as error:  # which HTTP library's errors come through depends on the hub client's version
+        raise DataError(
+            f"text {source!r} is neither a local path nor to be had from the hub ({_brief(error)}). "
+            "Check the spelling, log in for gated datasets (hf auth login), name a full commit (owner/name@<40 hex digits>) to "
+            "work from the local hub cache, or pass a local file."
+        ) from error
+    assert sha
+    return HubDataset(repo, config, sha)
+
+
+def _hub_rows(hub: HubDataset, activations: Activations) -> Iterable[Mapping[str, Any]]:
+    datasets = _datasets()
+    try:
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+            hub.repo, name=hub.config, split=activations.text_split, revision=hub.revision, streaming=True
+        )
+    except Exception as error:  # the library raises a dozen unrelated classes for a wrong split, configuration or network
+        raise DataError(
+            f"hub dataset {hub.repo} (configuration {hub.config}, split {activations.text_split!r}, commit {hub.revision[:8]}) "
+            f"cannot be opened: {_brief(error)}. Set activations.text_split, or name a configuration as owner/name:config."
+        ) from error
+    return rows
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,0 +1,196 @@
+"""Units of a base model running over text: rows -> tokens -> positions -> vectors. A model is loaded when one is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ksweep.activations.chat_roles import count_roles
+from ksweep.activations.datasets import TextRow, read_documents, text_format
+from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
+from ksweep.activations.positions import most_per_row, row_positions, unpadded
+from ksweep.activations.source import Unit, refuse_unusable, to_float32
+from ksweep.config.spec import Activations
+from ksweep.utils.errors import DataError
+from ksweep.utils.files import resolve
+
+if TYPE_CHECKING:
+    from ksweep.activations.hidden_states import BlockReader
+
+PROVENANCE = ("row_ids", "documents", "positions", "token_ids", "windows", "roles")
+"""Fields of a unit with a value for each activation, besides the vectors."""
+
+
+@dataclass
+class TextUnits:
+    """The units of (model, layer, text, position rule)."""
+
+    activations: Activations
+    layer: int
+    device: Any = "cpu"
+    """torch device, or its name, that the model runs on; or several."""
+
+    def __post_init__(self) -> None:
+        config = text_config(resolve(self.activations.model or "", "base model"))
+        self.max_length = positions_limit(config, self.activations)
+        self.rows_per_unit = rows_per_unit(self.activations, self.max_length)
+        self._reader: BlockReader | None = None
+        self._rows: Iterator[TextRow] = iter(())
+        self._next_unit: int | None = None
+        self._ahead: TextRow | None = None
+        self._first: TextRow | None = None
+        """The first row of the text that is not empty."""
+
+    @property
+    def dtype(self) -> str:
+        """Of computation and of the vectors on disk."""
+        return self.activations.dtype
+
+    @property
+    def most_per_unit(self) -> int:
+        """When every row is long enough."""
+        return self.rows_per_unit * most_per_row(self.activations, self.max_length)
+
+    @property
+    def reader(self) -> BlockReader:
+        """The model, loaded when it is first asked for."""
+        if self._reader is None:
+            from ksweep.activations.hidden_states import BlockReader  # torch: only when something has to be computed
+
+            self._reader = BlockReader(self.activations.model or "", self.layer, self.activations.dtype, self.device)
+        return self._reader
+
+    def close(self) -> None:
+        """Give the memory of the model back."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader, self._next_unit = None, None
+
+    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, Unit]]:
+        """Compute units; the text is streamed, going back starts it again.
+
+        Raises:
+            DataError: text that cannot be read, vectors that are not finite. CheckpointError: a model that cannot be loaded.
+        """
+        for index in indices:
+            rows, is_last = self._read_unit(index)
+            yield index, self._unit(rows, is_last)
+
+    def _read_unit(self, index: int) -> tuple[list[TextRow], bool]:
+        """Rows of a unit, and whether the text ends with it. Text is a stream: going back starts it again."""
+        if self._next_unit is None or index < self._next_unit:
+            self._rows, self._next_unit = read_documents(self.activations), 0
+            self._ahead = next(self._rows, None)
+        while True:
+            rows: list[TextRow] = []
+            while self._ahead is not None and len(rows) < self.rows_per_unit:
+                rows.append(self._ahead)
+                self._first = self._first or (self._ahead if self._ahead.holds_something else None)
+                self._ahead = next(self._rows, None)
+            self._next_unit += 1
+            if self._next_unit > index:
+                return rows, self._ahead is None
+
+    def _tokens(self, rows: Sequence[TextRow]) -> tuple[list[list[int]], int | None]:
+        """Token ids of rows, and what they are padded with: texts are not, pretokenised rows come as they are."""
+        self._refuse_mixed(rows)
+        given = [row.token_ids for row in rows if row.token_ids is not None]
+        if not given:
+            return self.reader.tokenize([row.text for row in rows], self.max_length), None
+        pad_id, known = self.reader.filler_id, self.reader.num_embeddings
+        for row, ids in zip(rows, given, strict=True):
+            where = f"row {row.index} of {self.activations.text} (column {self.activations.text_column!r})"
+            refuse_strange(ids, known, where)
+            self._refuse_long(ids, unpadded(ids, pad_id).stop, where)
+        return [list(ids[: self.max_length]) for ids in given], pad_id
+
+    def _refuse_mixed(self, rows: Sequence[TextRow]) -> None:
+        """Rows that begin with BOS and others that do not are of two kinds, e.g. chats beside plain text."""
+        if self.reader.document_bos is None or self._first is None:
+            return
+        told = {row.index: self._begins_with_bos(row) for row in (self._first, *rows) if row.holds_something}
+        with_bos, without = ([str(index) for index, begins in told.items() if begins is which] for which in (True, False))
+        text, bos = self.activations.text, self.reader.tokenizer.bos_token
+        if with_bos and without:
+            raise DataError(
+                f"{text} is mixed: rows {some_of(with_bos)} begin with {bos}, which the chat template or a tokenizer has put "
+                f"there, and rows {some_of(without)} do not. Make all rows alike: chat-templated, or plain text."
+            )
+        if with_bos and self.reader.puts_bos and self._first.token_ids is None and text_format(self.activations) == "hub":
+            raise DataError(
+                f"the rows of hub dataset {text} begin with {bos}, which only local text may: save it as .parquet or .jsonl and "
+                "set activations.text to that file."
+            )
+
+    def _begins_with_bos(self, row: TextRow) -> bool:
+        if row.token_ids is None:
+            return self.reader.text_begins_with_bos(row.text)
+        return self.reader.begins_with_bos(row.token_ids[unpadded(row.token_ids, self.reader.filler_id).start :])
+
+    def _refuse_long(self, ids: Sequence[int], end: int, where: str) -> None:
+        """Right padding may be cut off, but not text: of a row that is padded on the left perhaps nothing else would be left."""
+        if end <= self.max_length:
+            return
+        if self.max_length < self.activations.max_length:
+            advice = f"the model's context ends there: take text pretokenised to at most {self.max_length} tokens"
+        else:
+            advice = f"set activations.max_length={len(ids)}"
+        raise DataError(f"{where} has {len(ids)} token ids, and activations are taken from the first {self.max_length}: {advice}")
+
+    def _unit(self, rows: Sequence[TextRow], is_last: bool) -> Unit:
+        reader = self.reader
+        ids, pad_id = self._tokens(rows)
+        # The rule not_padding goes by id in texts, too: it leaves out a padding token that a text ends with.
+        ends = reader.pad_id if pad_id is None and self.activations.candidates == "not_padding" else pad_id
+        positions = [
+            row_positions(i, row.row_id, reader.special_ids, self.activations, ends) for i, row in zip(ids, rows, strict=True)
+        ]
+        vectors = reader.begin(ids, positions, pad_id)  # a GPU computes while what follows is looked up
+        places = [(r, p) for r, taken in enumerate(positions) for p in taken]
+        roles = [reader.roles(i, pad_id) for i in ids]
+        starts = [unpadded(i, pad_id).start for i in ids]
+        unit = Unit(
+            vectors=vectors(),
+            row_ids=[rows[r].row_id for r, _ in places],
+            documents=[rows[r].document for r, _ in places],
+            positions=[p for _, p in places],
+            token_ids=[ids[r][p] for r, p in places],
+            windows=[reader.window(ids[r][starts[r] :], p - starts[r]) for r, p in places],
+            roles=[None if (of_row := roles[r]) is None else of_row[p] for r, p in places],
+            num_rows=len(rows),
+            num_skipped=sum(not taken for taken in positions),
+            is_last=is_last,
+            role_counts=None if reader.template is None else count_roles(role for of_row in roles for role in of_row or ()),
+        )
+        refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")
+        return unit if self.activations.max_norm is None else without_long(unit, self.activations.max_norm)
+
+
+def some_of(numbers: Sequence[str], most: int = 5) -> str:
+    """A few row numbers for a message: "0, 3, 4 and 12 more"."""
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(numbers[:most]) + more
+
+
+def refuse_strange(token_ids: Sequence[int], num_embeddings: int, where: str) -> None:
+    """Token ids that the model has no embedding for.
+
+    Raises:
+        DataError: names the first of them.
+    """
+    strange = next((i for i, token in enumerate(token_ids) if not 0 <= token < num_embeddings), None)
+    if strange is not None:
+        raise DataError(
+            f"{where} has token id {token_ids[strange]} at index {strange}, and the model knows 0 to {num_embeddings - 1}: "
+            "was it tokenised for another model?"
+        )
+
+
+def without_long(unit: Unit, max_norm: float) -> Unit:
+    """The activations of a unit that are no longer than this."""
+    keep = np.flatnonzero(np.linalg.norm(to_float32(unit.vectors).astype(np.float64), axis=1) <= max_norm)
+    columns: dict[str, Any] = {name: [getattr(unit, name)[i] for i in keep] for name in PROVENANCE}
+    return replace(unit, vectors=unit.vectors[keep], **columns)

@@ -1,0 +1,391 @@
+"""Ready-made vectors: a Parquet file with an `activation_vector` column, as the public NLA datasets are (stage0_extract.py).
+
+activation_vector            FixedSizeList<float32>[d] (hand-made files: list of float or double)     required
+doc_id                       document, the cluster of the bootstrap; activations.document_column names another column
+                             (without either: "document" where there is one, else each row is a document of its own)
+n_raw_tokens                 position + 1, special tokens counted
+detokenized_text_truncated   text up to the position
+role                         whose token it is: user, assistant, ...
+activation_layer             block whose output the vectors are, the same in every row
+
+A sidecar `{file}.nla_meta.yaml` says which model and layer they are of. A key of it that is not understood is refused by name
+(`ksweep.utils.sidecar_keys` lists those that only inform).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ksweep.activations.source import Unit, refuse_unusable
+from ksweep.utils.errors import DataError
+from ksweep.utils.notes import Note
+from ksweep.utils.sidecar_keys import (
+    LAYER_KEYS,
+    TEXT_OF_VECTORS,
+    abbreviated,
+    at,
+    base_model,
+    check_keys,
+    is_done,
+    read_layer,
+    read_yaml,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
+
+COLUMN = "activation_vector"
+POSITIONS = "n_raw_tokens"
+DOCUMENTS = ("doc_id", "document")
+"""Columns that name documents, where none is asked for: the public datasets', and that of texts."""
+LAYERS = "activation_layer"
+PROVENANCE = (POSITIONS, "detokenized_text_truncated", "role")
+UNDERSTOOD = frozenset({
+    "kind", "schema_version", "d_model", "base_model", "base_checkpoint", "extraction.base_model", "extraction.d_model",
+    "hidden_size", "extraction.hidden_size",
+    "extraction.norm", "extraction.injection_scale", "extraction.mse_scale", *LAYER_KEYS,
+})  # fmt: skip
+"""Keys of a vectors' sidecar that are read, or that are about how a pair uses the vectors and not how they were made."""
+ABOUT_PROMPTS = frozenset({"tokens", "prompt_templates"})
+"""Sections that tell trainers how to build prompts; an AV and an AR have their own."""
+ROWS_PER_UNIT = 1024
+WINDOW_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class VectorsSidecar:
+    """What `{file}.nla_meta.yaml` says of a file of vectors; None where it does not."""
+
+    layer: int | None
+    base_model: str | None
+    d_model: int | None
+    norm: str | None
+    """"none" for raw vectors, and nothing else: no pair is understood that takes other ones."""
+    notes: tuple[Note, ...] = ()
+
+
+def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
+    """The sidecar beside a file of vectors, or None where there is none.
+
+    Raises:
+        DataError: a sidecar that is damaged, of another kind, of vectors that are not raw, or with a key that is not understood.
+    """
+    path = Path(f"{Path(vectors).expanduser()}.nla_meta.yaml")
+    try:
+        meta = read_yaml(path, DataError)
+    except FileNotFoundError:
+        return None
+    if not isinstance(meta, dict) or meta.get("kind") != "nla_dataset":
+        kind = abbreviated(meta.get("kind")) if isinstance(meta, dict) else repr(type(meta).__name__)
+        raise DataError(f"sidecar {path} is of kind {kind}; beside a file of vectors `kind: nla_dataset` is expected")
+    if not isinstance(meta.get("extraction") or {}, dict):
+        raise DataError(f"sidecar {path} has an `extraction` that is no mapping: {abbreviated(meta['extraction'])}")
+    if (version := meta.get("schema_version")) not in (None, 1, 2):
+        raise DataError(f"sidecar {path} has schema_version={abbreviated(version)}; 1 is understood: use a later ksweep for it")
+    norm = at(meta, "extraction.norm")
+    if norm is not None and not is_done("norm", norm):
+        raise DataError(
+            f"sidecar {path} has extraction.norm={abbreviated(norm)}: the vectors are not as the model gives them, and AV and AR "
+            "are trained on raw ones (norm: none). Give the raw vectors, or extract them from text (activations.text)."
+        )
+    judged = {key: value for key, value in meta.items() if key not in ABOUT_PROMPTS}
+    check_keys(judged, UNDERSTOOD, path, DataError, TEXT_OF_VECTORS)
+    notes: list[Note] = []
+    return VectorsSidecar(
+        layer=read_layer(meta, path, DataError),
+        base_model=base_model(meta, path, DataError, notes),
+        d_model=_said_width(meta, path),
+        norm=None if norm is None else "none",
+        notes=tuple(notes),
+    )
+
+
+def _said_width(meta: dict[str, Any], path: Path) -> int | None:
+    keys = ("d_model", "extraction.d_model", "hidden_size", "extraction.hidden_size")
+    said = {key: width for key in keys if (width := _whole(meta, key, path)) is not None}
+    if len(set(said.values())) > 1:
+        raise DataError(f"sidecar {path} has {' and '.join(f'{key}={width}' for key, width in said.items())}: make them agree")
+    return next(iter(said.values()), None)
+
+
+def vectors_shape(vectors: str | Path) -> tuple[int, int]:
+    """Rows and width of a file of vectors, from its footer where the type says it, else from the first row.
+
+    Raises:
+        DataError: no such file, not Parquet, no `activation_vector` column, another type, or no rows.
+    """
+    with _open(vectors) as file:
+        return file.metadata.num_rows, _width(file, Path(vectors))
+
+
+def vectors_say_positions(vectors: str | Path) -> bool:
+    """Whether a file of vectors has the column that positions are read from.
+
+    Raises:
+        DataError: no such file, or not Parquet.
+    """
+    with _open(vectors) as file:
+        return POSITIONS in file.schema_arrow.names
+
+
+def vectors_layer(vectors: str | Path) -> int | None:
+    """The layer that a file of vectors is of, as its sidecar and its column `activation_layer` say; None where neither does.
+
+    Raises:
+        DataError: they disagree, or the rows are of several layers; and as `read_sidecar` and `vectors_shape`.
+    """
+    said = read_sidecar(vectors)
+    in_sidecar, in_rows = None if said is None else said.layer, _layer_of_rows(vectors)
+    if None not in (in_sidecar, in_rows) and in_sidecar != in_rows:
+        raise DataError(
+            f"the sidecar of {vectors} says layer {in_sidecar} and its column {LAYERS!r} says {in_rows}: the two are of "
+            "different files, or one is wrong"
+        )
+    return in_rows if in_sidecar is None else in_sidecar
+
+
+def _layer_of_rows(vectors: str | Path) -> int | None:
+    with _open(vectors) as file:
+        if LAYERS not in file.schema_arrow.names:
+            return None
+        layers = _whole_layers(pc.unique(file.read(columns=[LAYERS]).column(0)).to_pylist(), vectors)
+    if len(layers) > 1:
+        raise DataError(
+            f"{vectors} holds activations of several layers ({', '.join(map(str, sorted(layers)[:5]))} in column {LAYERS!r}), "
+            "and a pair is of one: write those of its layer to a file of their own"
+        )
+    return layers[0] if layers else None
+
+
+def _whole_layers(values: list[Any], vectors: str | Path) -> list[int]:
+    """Values of the column of layers as whole numbers, without nulls (NaN is one): pandas makes 20.0 of 20 beside them."""
+    said = [value for value in values if value is not None and value == value]
+    wrong = [value for value in said if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1]
+    if wrong:
+        raise DataError(
+            f"{vectors} has {abbreviated(wrong[0])} in column {LAYERS!r}; expected whole numbers, the block whose output the "
+            "vectors are. Correct or drop the column."
+        )
+    return sorted({int(value) for value in said})
+
+
+def document_column(vectors: str | Path, asked: str | None) -> str | None:
+    """The column that names the documents of a file of vectors; None: each row is a document of its own.
+
+    Raises:
+        DataError: no such column, one of lists or structs, no such file, or not Parquet.
+    """
+    with _open(vectors) as file:
+        schema = file.schema_arrow
+    names = schema.names
+    if asked is not None and asked not in names:
+        raise DataError(
+            f"{vectors} has no column {asked!r}; it has {', '.join(names)}. Set activations.document_column to the right one."
+        )
+    if asked is not None and pa.types.is_nested(schema.field(asked).type):
+        raise DataError(
+            f"column {asked!r} of {vectors} is of type {schema.field(asked).type}; expected text or numbers that name documents. "
+            "Set activations.document_column to such a column."
+        )
+    return asked if asked is not None else next((name for name in DOCUMENTS if name in names), None)
+
+
+def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -> bool:
+    """Whether the first rows of a file of vectors are all of one document; reads as far as the second one.
+
+    Raises:
+        DataError: as `document_column`.
+    """
+    column, seen, left = document_column(vectors, asked), set[str](), num_rows
+    if column is None:
+        return num_rows == 1
+    with _open(vectors) as file:
+        for batch in file.iter_batches(batch_size=ROWS_PER_UNIT, columns=[column]):
+            names = batch.column(0).slice(0, left)
+            seen.update(map(str, names.drop_null().unique().to_pylist()))
+            if len(seen) > 1 or (names.null_count and left > 1):  # a row without a name is a document of its own
+                return False
+            left -= len(names)
+            if not left:
+                break
+    return True
+
+
+class VectorUnits:
+    """Units of a file of vectors. They are kept in float32: the public files are, and rounding them would be a silent change."""
+
+    dtype = "float32"
+    most_per_unit = ROWS_PER_UNIT
+
+    def __init__(self, vectors: str | Path, documents: str | None = None) -> None:
+        """Reads the footer only.
+
+        Args:
+            documents: column that names the documents; None: see `document_column`.
+
+        Raises:
+            DataError: as `vectors_shape` and `document_column`.
+        """
+        self.path = Path(vectors).expanduser()
+        self.documents, self._asked = document_column(self.path, documents), documents is not None
+        self.num_rows, self.d_model = vectors_shape(self.path)
+        self._tables: Iterator[pa.Table] = iter(())
+        self._next_unit = -1
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._tables, self._next_unit = iter(()), -1
+
+    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, Unit]]:
+        """Read units; the file is streamed, going back opens it again at the row group in question.
+
+        Raises:
+            DataError: null, ragged, non-finite or zero vectors.
+        """
+        for index in indices:
+            if not 0 <= self._next_unit <= index:
+                wanted = {COLUMN, *PROVENANCE, self.documents}
+                self._tables, self._next_unit = _tables(self.path, index * ROWS_PER_UNIT, ROWS_PER_UNIT, wanted), index
+            while True:
+                table = next(self._tables)
+                self._next_unit += 1
+                if self._next_unit > index:
+                    break
+            yield index, self._unit(table, index)
+
+    def _unit(self, table: pa.Table, index: int) -> Unit:
+        first, n = index * ROWS_PER_UNIT, len(table)
+        wanted = [*PROVENANCE, *([] if self.documents is None else [self.documents])]
+        columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * n for name in wanted}
+        named = [None] * n if self.documents is None else columns[self.documents]
+        if self._asked:
+            self._refuse_unnamed(named, first)
+        rows = [f"row:{first + i}" for i in range(n)]
+        lengths = columns[POSITIONS]
+        unit = Unit(
+            vectors=flat_vectors(table.column(COLUMN), self.d_model, f"{self.path} from row {first}"),
+            row_ids=rows,
+            documents=[row if document is None else str(document) for row, document in zip(rows, named, strict=True)],
+            positions=[None if length is None else int(length) - 1 for length in lengths],
+            token_ids=[None] * n,
+            windows=[str(text or "")[-WINDOW_CHARACTERS:] for text in columns["detokenized_text_truncated"]],
+            roles=[None if role is None else str(role) for role in columns["role"]],
+            num_rows=n,
+            num_skipped=0,
+            is_last=first + n >= self.num_rows,
+        )
+        refuse_unusable(unit, str(self.path))
+        return unit
+
+    def _refuse_unnamed(self, named: list[Any], first: int) -> None:
+        """Raises DataError: rows whose document is null, NaN or empty text, in a column that was asked for."""
+        rows = [str(first + i) for i, name in enumerate(named) if name is None or name != name or str(name).strip() == ""]
+        if rows:
+            raise DataError(
+                f"{self.path} names no document in column {self.documents!r} of {len(rows)} rows ({', '.join(rows[:5])}"
+                f"{', ...' if len(rows) > 5 else ''}), and the bootstrap draws documents: fill them in, or drop those rows."
+            )
+
+
+def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[np.ndarray, "row d_model"]:
+    """A list column as one float32 array, read flat.
+
+    `flatten` drops nulls and does not see rows of unequal length: every vector behind one would shift
+    (cast_to_fixed_size_list.py), so nulls and lengths are checked first.
+
+    Raises:
+        DataError: a null, or rows that are not all of width `d_model`.
+    """
+    parts = []
+    for chunk in column.chunks:
+        if chunk.null_count:
+            raise DataError(f"{where}: {chunk.null_count} rows of {COLUMN} are null; each needs a vector of {d_model} numbers")
+        lengths = pc.min_max(pc.list_value_length(chunk)).as_py()
+        if len(chunk) and (lengths["min"], lengths["max"]) != (d_model, d_model):
+            raise DataError(
+                f"{where}: {COLUMN} is ragged: {lengths['min']} to {lengths['max']} numbers a row, expected {d_model}"
+            )
+        flat = chunk.flatten()
+        if flat.null_count:
+            raise DataError(f"{where}: {flat.null_count} numbers of {COLUMN} are null; a vector must be complete")
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is refused by row
+            parts.append(flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False))
+    flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+    if flat.size != len(column) * d_model:
+        raise DataError(f"{where}: {COLUMN} has {flat.size} numbers in {len(column)} rows, expected {len(column)} x {d_model}")
+    return flat.reshape(len(column), d_model)
+
+
+def _tables(path: Path, start: int, rows: int, wanted: Collection[str | None]) -> Iterator[pa.Table]:
+    """Consecutive tables of `rows` rows from row `start` on, without end: short, then empty where the file has ended."""
+    with _open(path) as file:
+        groups, skip = _groups_from(file, start)
+        columns = [name for name in file.schema_arrow.names if name in wanted]
+        batches = file.iter_batches(batch_size=rows, row_groups=groups, columns=columns) if groups else iter(())
+        held = file.schema_arrow.empty_table().select(columns)
+        while True:
+            while len(held) < skip + rows and (batch := next(batches, None)) is not None:
+                held = pa.concat_tables([held, pa.Table.from_batches([batch]).cast(held.schema)])
+                dropped = min(skip, len(held))
+                held, skip = held.slice(dropped), skip - dropped
+            yield held.slice(0, rows)
+            held = held.slice(rows)
+
+
+def _groups_from(file: pq.ParquetFile, start: int) -> tuple[list[int], int]:
+    """Row groups from the one that holds row `start` on, and how many rows of it come before."""
+    before = 0
+    for group in range(file.num_row_groups):
+        size = file.metadata.row_group(group).num_rows
+        if start < before + size:
+            return list(range(group, file.num_row_groups)), start - before
+        before += size
+    return [], 0
+
+
+def _open(vectors: str | Path) -> pq.ParquetFile:
+    path = Path(vectors).expanduser()
+    if not path.is_file():
+        raise DataError(f"no file of vectors at {str(vectors)!r}: expected Parquet with a column {COLUMN!r}; check the path")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file ({error}); is it whole?") from error
+    names = file.schema_arrow.names
+    if COLUMN not in names:
+        raise DataError(
+            f"{path} has no column {COLUMN!r}; it has {', '.join(names)}. Text goes to activations.text, not .vectors."
+        )
+    if file.metadata.num_rows == 0:
+        raise DataError(f"{path} has a column {COLUMN!r} but no rows")
+    return file
+
+
+def _width(file: pq.ParquetFile, path: Path) -> int:
+    kind = file.schema_arrow.field(COLUMN).type
+    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_floating(kind.value_type):
+        raise DataError(
+            f"column {COLUMN!r} of {path} is of type {kind}; expected FixedSizeList<float32>[d_model] or a list of floats"
+        )
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size)
+    first: Any = next(file.iter_batches(batch_size=1, columns=[COLUMN])).column(0)[0].as_py()
+    if not first:
+        raise DataError(f"row 0 of {COLUMN!r} in {path} is {'null' if first is None else 'empty'}; every row needs a vector")
+    return len(first)
+
+
+def _whole(meta: dict[str, Any], key: str, path: Path) -> int | None:
+    value = at(meta, key)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31):
+        return value
+    raise DataError(f"sidecar {path}: {key} is {abbreviated(value)}, expected a whole number")

@@ -1,0 +1,36 @@
+"""Results as pictures for a paper: a DuckDB connection or an Arrow table in, an Altair chart out. The only package with altair.
+
+    with ksweep.connect("registry") as connection:
+        colours = charts.palette(label for (label,) in connection.execute("select label from v_latest").fetchall())
+        charts.save(charts.fve_by_k(connection, sweep="temp_sweep", colours=colours), "fve_by_k")
+
+A connection is asked for what a chart shows (`sweep` narrows it down); tables have the columns of the view that is named with the
+chart, relations and lists of dicts do as well. Labels keep the order in which they first appear; a label has the same colour in
+every chart that is given the same `colours`. Colours are those of Okabe and Ito, which people with colour-blindness tell apart; a
+scale runs from dark to light where only the temperature differs. Everything is aggregated before it reaches the chart: a
+distribution over ten million draws is a few hundred rows in the browser.
+"""
+
+from ksweep.analysis.charts.curves import compare, fve_by_k, fve_by_temperature
+from ksweep.analysis.charts.distributions import by_group, error_distribution, norm_distribution
+from ksweep.analysis.charts.runs import progress, throughput
+from ksweep.analysis.charts.style import FVE, GREY, OKABE_ITO, ORDERED, WIDTH, K, palette, save
+
+__all__ = [
+    "FVE",
+    "GREY",
+    "K",
+    "OKABE_ITO",
+    "ORDERED",
+    "WIDTH",
+    "by_group",
+    "compare",
+    "error_distribution",
+    "fve_by_k",
+    "fve_by_temperature",
+    "norm_distribution",
+    "palette",
+    "progress",
+    "save",
+    "throughput",
+]

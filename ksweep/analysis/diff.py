@@ -1,0 +1,137 @@
+"""What differs between two runs: spec, where they ran, counts, and FVE, paired as `ksweep.analysis.compare` has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksweep.analysis.compare import common_ground, compare, load_cells
+from ksweep.registry.query import run_named
+from ksweep.registry.run_record import Landed, read
+from ksweep.stats.interval_text import effective_text
+from ksweep.utils.errors import RequestError
+
+Row = dict[str, Any]
+
+PROVENANCE = ("git_commit", "git_dirty", "host", "device", "num_ranks", "argv")
+COUNTS = (
+    "num_activations", "num_documents", "effective_documents", "num_draws", "baseline", "baseline_kind", "baseline_from_mean",
+    "failure_rate", "cut_off_rate", "distinct_text_fraction", "cjk_fraction", "mean_tokens", "fve_over_successes",
+    "tokens_per_second",
+)  # fmt: skip
+"""Numbers of a run that are laid side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """FVE of two runs at each K, and how it was paired or why not."""
+
+    rows: list[Row]
+    """k, a, b, difference; low and high are None where nothing is paired."""
+    note: str
+    level: float | None = None
+    refused: bool = False
+    """Whether the two FVEs must not be subtracted: `rows` is empty then."""
+
+
+def diff(root: Path, first: str, second: str, level: float | None = None) -> Row:
+    """What differs between two runs: in the spec, in where they ran, in the counts, and the paired differences of their FVE.
+
+    `level`: of the intervals; None takes the runs' own.
+
+    Raises:
+        RequestError: a name that nothing has.
+    """
+    one, other = (read(root / "landing" / run_named(root, name), of_each=False) for name in (first, second))
+    a, b = one.record, other.record
+    numbers = _numbers(root, one, other, level)
+    return {
+        "runs": [{"run_id": r.run_id, "cell": r.cell, "status": r.status, "finished": r.finished.isoformat()} for r in (a, b)],
+        "same": {
+            "cell": a.cell_key == b.cell_key,
+            "draws": a.draws_key is not None and a.draws_key == b.draws_key,
+            "activations": a.activations_key is not None and a.activations_key == b.activations_key,
+        },
+        "spec": list(_differences(a.spec, b.spec)),
+        "provenance": [
+            *_differences(*({name: getattr(r, name) for name in PROVENANCE} for r in (a, b))),
+            *_differences(*({"packages": r.packages, "engine": r.engine} for r in (a, b))),
+        ],
+        "counts": list(_differences(*({name: getattr(r, name) for name in COUNTS} for r in (a, b)))),
+        "numbers": numbers.rows,
+        "note": numbers.note,
+        "refused": numbers.refused,
+        "level": numbers.level,
+    }
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted names."""
+    for name, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            yield from flat(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", inner
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Row]:
+    ours, others = dict(flat(a)), dict(flat(b))
+    for name in dict.fromkeys([*ours, *others]):
+        if ours.get(name) != others.get(name):
+            yield {"name": name, "a": _listed(ours.get(name)), "b": _listed(others.get(name))}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _numbers(root: Path, a: Landed, b: Landed, level: float | None) -> Numbers:
+    """FVE of a less FVE of b at every K that both have."""
+    runs = [a.record.run_id, b.record.run_id]
+    if runs[0] == runs[1]:
+        return Numbers(rows=[], note="both names are of one run: there is no difference")
+    if lacking := [run.record.run_id for run in (a, b) if run.curve is None]:
+        return Numbers(rows=[], note=f"no FVE to compare: {', '.join(lacking)} did not finish")
+    if lacking := [run.record.run_id for run in (a, b) if run.record.draws_key is None]:
+        note = f"not subtracted: {', '.join(lacking)} has no draws here, so whether both are over the same activations is unknown"
+        return Numbers(rows=[row | {"difference": None} for row in _side_by_side(a, b)], note=note)
+    cells = load_cells(root, runs)
+    try:
+        common_ground(cells)
+    except RequestError as error:
+        return Numbers(rows=[], note=str(error), refused=True)
+    try:
+        table = compare(cells, reference=runs[1], level=level).to_pylist()
+    except RequestError as error:  # draws that are missing, levels that differ
+        return Numbers(rows=_side_by_side(a, b), note=f"no paired interval: {error}")
+    rows = [
+        {
+            "k": row["k"], "a": row["fve"], "b": row["other_fve"], "difference": row["difference"],
+            "low": row["difference_low"], "high": row["difference_high"], "num_replicates": cells[0].scoring.num_replicates,
+        }
+        for row in table if row["k"] is not None
+    ]  # fmt: skip
+    return Numbers(rows=rows, note=_note(table[0], a, b), level=table[0]["level"])
+
+
+def _side_by_side(a: Landed, b: Landed) -> list[Row]:
+    """The landed values at every K that both have, without an interval."""
+    curves = [{} if run.curve is None else {row["k"]: row["fve"] for row in run.curve.to_pylist()} for run in (a, b)]
+    return [
+        {"k": k, "a": curves[0][k], "b": curves[1][k], "difference": curves[0][k] - curves[1][k], "low": None, "high": None}
+        for k in sorted(curves[0].keys() & curves[1].keys())
+    ]
+
+
+def _note(row: Row, a: Landed, b: Landed) -> str:
+    """Over what the two were paired."""
+    sizes = {run.record.num_activations for run in (a, b)}
+    some = "" if sizes == {row["num_activations"]} else f" (of {a.record.num_activations} and {b.record.num_activations})"
+    note = (
+        f"paired over the {row['num_activations']} activations{some} that both runs share ({row['num_documents']} documents"
+        f"{effective_text(row['num_documents'], row['effective_documents']).replace(' (', ', ').rstrip(')')}); "
+        f"{row['level']:.0%} bootstrap intervals over documents; baseline {row['baseline']:.4f} ({row['baseline_kind']})"
+    )
+    return note if row["note"] is None else f"{note}; {row['note']}"

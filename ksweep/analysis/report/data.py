@@ -1,0 +1,268 @@
+"""What a report tells of a sweep, read from the registry as plain rows; nothing here knows of HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from ksweep.registry.database import connect
+from ksweep.registry.draws import ROWS_PER_UNIT, DrawsStore
+from ksweep.utils.cell_names import told_apart
+from ksweep.utils.errors import RequestError
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+Row = dict[str, Any]
+EXPLANATIONS = 1500
+"""Rows of the browsable table: about a megabyte, which a browser searches without a pause."""
+DRAWS_READ = 400_000
+"""Draws looked at over all cells, whole blocks of activations at a time: a sweep of ten million is not read for a page."""
+FEWEST_READ = 4000
+"""Of each cell, whatever their number."""
+SHOWN_TEXT = 700
+"""Characters of a text or an explanation that are shown."""
+SHOWN_ATTEMPTS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """A sweep as it was last asked, told by the newest finished run of each of its cells."""
+
+    sweep: str
+    question: str
+    asked: Row | None
+    """When, by which command and commit; None for sweeps of versions that did not keep it, and imported ones."""
+    cells: list[Row]
+    """Every cell of the sweep, in its order: label, status, run_id."""
+    runs: list[Row]
+    """The runs of the cells that have finished, in the order of the cells, under the labels of the sweep."""
+    curves: pa.Table
+    differences: list[Row]
+    """Paired differences between these cells, as v_compare has them."""
+    groups: list[Row]
+    controls: list[Row]
+    draw_failures: list[Row]
+    """Failed draws by cell and cause."""
+    failed_runs: list[Row]
+    """Cells without a result: how their newest run ended."""
+    attempts: list[Row]
+    """Ranks of the jobs of these cells that did not finish, and starts that were put back into the queue; newest first."""
+    num_attempts: int
+    """How many there are, shown or not."""
+    norms: pa.Table
+    """label, norm: length of each activation, of each set of activations once."""
+    errors: pa.Table
+    """label, activation, error of the draws that were read."""
+    sampled: str
+    """What part of the draws was read, in words; empty where it was all of them."""
+    explanations: list[Row]
+    """Best, median and worst draw of some activations of each cell."""
+    num_shown: int
+    """Activations among `explanations`, of each cell."""
+
+    @property
+    def common(self) -> Row:
+        """Settings that all cells share, by dotted name."""
+        specs = self._specs
+        return {name: value for name, value in specs[0].items() if all(s.get(name) == value for s in specs)}
+
+    @property
+    def varied(self) -> list[str]:
+        """Settings in which the cells differ, by dotted name."""
+        return sorted({name for spec in self._specs for name in spec} - set(self.common))
+
+    @property
+    def unfinished(self) -> list[Row]:
+        """Cells without a result."""
+        return [cell for cell in self.cells if cell["run_id"] is None]
+
+    @property
+    def _specs(self) -> list[Row]:
+        return [flat(json.loads(run["spec"])) for run in self.runs]
+
+    def setting(self, run: Row, name: str) -> Any:
+        """A setting of one cell by its dotted name."""
+        return flat(json.loads(run["spec"])).get(name)
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> Row:
+    """{"sampling.temperature": 0.7} of nested settings; what is None was left open and is not listed."""
+    found: Row = {}
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            found |= flat(inner, f"{prefix}{name}.")
+        elif inner is not None:
+            found[f"{prefix}{name}"] = inner
+    return found
+
+
+def facts_of(registry: Path, sweep: str) -> Facts:
+    """Everything that a report of a sweep shows.
+
+    Raises:
+        RequestError: no cell of such a sweep has finished.
+    """
+    with connect(registry) as connection:
+        cells = _rows(connection, "SELECT * FROM v_sweep_cells WHERE sweep = ? ORDER BY place", sweep)
+        if not any(cell["run_id"] for cell in cells):
+            known = _rows(connection, "SELECT DISTINCT sweep FROM v_sweep_cells WHERE run_id IS NOT NULL ORDER BY sweep")
+            there = ", ".join(row["sweep"] for row in known) or "none"
+            raise RequestError(f"no cell of a sweep {sweep!r} has finished in {registry}; sweeps there: {there}")
+        cells = [cell | {"label": name} for cell, name in zip(cells, told_apart(cells), strict=True)]
+        connection.register("mine", pa.Table.from_pylist([cell for cell in cells if cell["run_id"]]))
+        runs = _rows(connection, _RUNS)
+        asked = _rows(connection, "SELECT * FROM v_sweeps WHERE sweep = ?", sweep)
+        attempts = _rows(connection, _ATTEMPTS, sweep)
+        ids = [run["run_id"] for run in runs]
+        facts = Facts(
+            sweep=sweep, question=asked[0]["question"] if asked else "", asked=next(iter(asked), None), cells=cells, runs=runs,
+            curves=_arrow(connection, _CURVES), differences=_rows(connection, _DIFFERENCES, ids),
+            groups=_rows(connection, _GROUPS), controls=_rows(connection, _CONTROLS),
+            draw_failures=_rows(connection, _DRAW_FAILURES), failed_runs=_rows(connection, _FAILED_RUNS, sweep),
+            attempts=attempts[:SHOWN_ATTEMPTS], num_attempts=len(attempts),
+            norms=_norms(connection), errors=_ERRORS.empty_table(), sampled="", explanations=[], num_shown=0,
+        )  # fmt: skip
+        return _with_draws(facts, connection, registry)
+
+
+def _rows(connection: DuckDBPyConnection, question: str, *values: Any) -> list[Row]:
+    found: list[Row] = _arrow(connection, question, *values).to_pylist()
+    return found
+
+
+def _arrow(connection: DuckDBPyConnection, question: str, *values: Any) -> pa.Table:
+    return connection.sql(question, params=list(values)).to_arrow_table()
+
+
+def _norms(connection: DuckDBPyConnection) -> pa.Table:
+    """Only the landing files of these runs are read."""
+    parts = []
+    for row in _rows(connection, _ACTIVATION_SETS):
+        norms = _arrow(connection, "SELECT norm FROM activations WHERE run_id = ? AND norm IS NOT NULL", row["run_id"])
+        parts.append(norms.append_column("label", pa.array([row["label"]] * len(norms), pa.string())))
+    return (
+        pa.concat_tables(parts) if parts else pa.table({"norm": pa.array([], pa.float64()), "label": pa.array([], pa.string())})
+    )
+
+
+# Draws
+
+
+def _with_draws(facts: Facts, connection: DuckDBPyConnection, registry: Path) -> Facts:
+    """The facts with errors and explanations, from as many draws as a page needs."""
+    runs = [run for run in facts.runs if run["draws_key"] and run["num_draws"]]
+    num_shown = max(1, EXPLANATIONS // (3 * max(1, len(runs))))
+    most = max(FEWEST_READ, DRAWS_READ // max(1, len(runs)))
+    errors, explanations, read, there = [facts.errors], list[Row](), 0, 0
+    for run in runs:
+        files = _files(registry, run, most)
+        if not files:
+            continue
+        connection.execute(_READ, [files, run["num_activations"], run["num_draws"], SHOWN_TEXT])
+        errors.append(_arrow(connection, "SELECT ? AS label, activation, error FROM read_draws", run["label"]).cast(_ERRORS))
+        explanations += _explanations(connection, run, num_shown)
+        read, there = read + errors[-1].num_rows, there + run["num_activations"] * run["num_draws"]
+    sampled = f"{read:,} of {there:,} draws, whole blocks of activations evenly spaced" if read < there else ""
+    return replace(facts, errors=pa.concat_tables(errors), explanations=explanations, num_shown=num_shown, sampled=sampled)
+
+
+def _files(registry: Path, run: Row, most: int) -> list[str]:
+    """Parts with draws of a run: all, or those of some blocks of activations, evenly spaced, with about `most` draws."""
+    store = DrawsStore(registry / "draws", run["draws_key"])
+    parts = [p for p in store.parts() if p.first_row < run["num_activations"] and p.first_draw < run["num_draws"]]
+    blocks = sorted({part.first_row // ROWS_PER_UNIT for part in parts})
+    wanted = max(1, most // (ROWS_PER_UNIT * run["num_draws"]))
+    chosen = {blocks[place] for place in _evenly(len(blocks), wanted)} if blocks else set()
+    return [str(store.path / part.file_name) for part in parts if part.first_row // ROWS_PER_UNIT in chosen]
+
+
+def _explanations(connection: DuckDBPyConnection, run: Row, most: int) -> Iterator[Row]:
+    """Best, median and worst draw of up to `most` activations of a cell, from its best reconstructed activation to its worst."""
+    order = _arrow(connection, _BY_BEST_ERROR)["activation"].to_numpy()
+    chosen = order[_evenly(len(order), most)]
+    connection.register("chosen", pa.table({"activation": chosen, "place": np.arange(len(chosen))}))
+    for row in _rows(connection, _EXPLANATIONS):
+        yield row | {"label": run["label"], "baseline": run["baseline"]}
+
+
+def _evenly(count: int, most: int) -> Sequence[int]:
+    """Up to `most` of `count` places, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))  # type: ignore[return-value]
+
+
+_ERRORS = pa.schema([("label", pa.string()), ("activation", pa.int64()), ("error", pa.float64())])
+_READ = """
+    CREATE OR REPLACE TEMP TABLE read_draws AS
+    SELECT activation, draw, error, parse, document, position, right(context, $4) AS context,
+           left(coalesce(explanation, text), $4) AS explanation
+    FROM read_parquet($1, filename = true) WHERE activation < $2 AND draw < $3
+    QUALIFY row_number() OVER (PARTITION BY activation, draw ORDER BY filename) = 1
+"""
+"""Two sweeps at once may both have taken a draw: it counts once, as in the view draws."""
+_BY_BEST_ERROR = "SELECT activation FROM read_draws GROUP BY activation ORDER BY min(error) NULLS LAST, activation"
+_EXPLANATIONS = """
+    WITH ranked AS (
+        SELECT d.*, c.place, row_number() OVER (PARTITION BY activation ORDER BY d.error NULLS LAST, d.draw) AS rank,
+               count(*) OVER (PARTITION BY activation) AS num_draws
+        FROM read_draws AS d JOIN chosen AS c USING (activation)
+    )
+    SELECT activation, document, position, context, explanation, error, parse, draw, rank,
+           CASE WHEN rank = 1 THEN 'best' WHEN rank = num_draws THEN 'worst' ELSE 'median' END AS which
+    FROM ranked WHERE rank IN (1, (num_draws + 1) // 2, num_draws) ORDER BY place, rank
+"""
+
+
+# Runs. `mine` are the finished cells of the sweep: their labels are those of the sweep, the runs' own may be of another.
+
+_RUNS = "SELECT m.label, r.* EXCLUDE (label) FROM mine AS m JOIN runs AS r USING (run_id) ORDER BY m.place"
+_CURVES = """
+    SELECT m.label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction, r.cjk_fraction,
+           r.mean_tokens * c.k AS tokens
+    FROM mine AS m JOIN curves AS c USING (run_id) JOIN runs AS r USING (run_id) ORDER BY m.place, c.k
+"""
+_DIFFERENCES = """
+    SELECT a.label, b.label AS other_label, v.* EXCLUDE (label, other_label)
+    FROM v_compare AS v JOIN mine AS a USING (run_id) JOIN mine AS b ON b.run_id = v.other_run_id
+    -- Said twice, since a list goes into the view and a join does not: the replicates of other runs need not be read.
+    WHERE list_contains($1, v.run_id) AND list_contains($1, v.other_run_id) ORDER BY a.place, b.place, v.k
+"""
+_GROUPS = """
+    SELECT m.label, g.* EXCLUDE (label) FROM mine AS m JOIN metrics AS g USING (run_id) WHERE breakdown <> 'all'
+    ORDER BY m.place, breakdown = 'norm', breakdown, g.place, g.against
+"""
+_CONTROLS = """
+    SELECT m.label, c.control, c.k, c.value, c.note FROM mine AS m JOIN controls AS c USING (run_id) ORDER BY c.control, m.place
+"""
+_DRAW_FAILURES = """
+    SELECT m.label, f.cause, f.num_failed_draws, f.failure_rate FROM mine AS m JOIN v_draw_failures AS f USING (run_id)
+    ORDER BY m.place, f.num_failed_draws DESC
+"""
+_FAILED_RUNS = """
+    SELECT c.label, f.status, f.error_class, f.error_type, f.error_message, f.host, f.finished
+    FROM v_sweep_cells AS c JOIN v_failures AS f USING (cell_key) WHERE c.sweep = ? AND c.run_id IS NULL
+    QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY f.finished DESC) = 1 ORDER BY c.place
+"""
+_ATTEMPTS = """
+    SELECT a.job, a.start, a.rank, a.num_ranks, a.label, a.host, a.gpu, a.device, a.phase, a.ended, a.status, a.error_class,
+           a.error_type, a.message, a.requeued, a.why, a.traceback
+    FROM attempts AS a
+    WHERE (a.sweep = $1 OR a.cell_key IN (SELECT cell_key FROM v_sweep_cells WHERE sweep = $1))
+      AND (a.status <> 'finished' OR a.requeued IS NOT NULL)
+    ORDER BY a.job DESC, a.start DESC, a.rank
+"""
+_ACTIVATION_SETS = """
+    WITH one AS (
+        SELECT arg_max(run_id, num_activations) AS run_id, activations_key,
+               concat_ws(' layer ', any_value(parse_filename(coalesce(model, vectors))), layer) AS label
+        FROM runs JOIN (SELECT run_id FROM mine) USING (run_id) WHERE activations_key IS NOT NULL GROUP BY activations_key, layer
+    )
+    SELECT run_id, CASE WHEN count(*) OVER (PARTITION BY label) = 1 THEN label
+                        ELSE concat(label, ' @', left(activations_key, 8)) END AS label FROM one
+"""

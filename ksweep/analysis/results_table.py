@@ -1,0 +1,169 @@
+"""What a sweep's command prints when its cells are computed: the table of FVE by K, its footnotes and warnings, its charts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ksweep.config.sweep import Sweep
+from ksweep.registry.database import DATABASE
+from ksweep.registry.query import controls_of, curves_of
+from ksweep.stats.bootstrap import FEW_DOCUMENTS
+from ksweep.stats.interval_text import baseline_text, effective_text, interval_text
+from ksweep.utils.console import WIDE_COLUMNS, columns, console
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN_KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FAILURES_TO_MENTION = 0.2
+CUT_OFF_TO_MENTION = 0.1
+DISTINCT_TO_MENTION = 0.2
+CJK_TO_MENTION = 0.5
+LABEL_COLUMN = 24
+"""Labels longer than this are folded where the width is short."""
+COLUMN = 19
+"""Characters that one K takes: "[-0.123, -0.123]" and its border."""
+
+
+def show(sweep: Sweep, cell_keys: Sequence[str], *, computed: int, charts: bool) -> None:
+    """Bring the database up to date, print the table, write the pictures."""
+    registry = Path(sweep.registry)
+    labels = dict(zip(cell_keys, sweep.labels(), strict=True))
+    table = curves_of(registry, labels)
+    out = console()
+    out.print(results_table(sweep, table, out))
+    for line in _footnotes(table):
+        out.print(line)
+    out.print(_controls_line(controls_of(registry, labels)))
+    for line in warnings(table):
+        out.print(f"warning: {line}")
+    for line in noted(table.to_pylist()):
+        out.print(Text(f"note on {line}"))
+    if charts:
+        for path in write_charts(sweep, table, registry / "charts" / sweep.name):
+            out.print(f"chart: {path}", soft_wrap=True)
+    out.print(f"computed {computed} of {len(cell_keys)} cells; registry: {registry / DATABASE}", soft_wrap=True)
+
+
+def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
+    """A row a cell: FVE with its interval at as many K as the width has room for, the control, failures."""
+    rows, width = curves.to_pylist(), out.width
+    ks = sorted({r["k"] for r in rows})
+    label_width = max(len(r["label"]) for r in rows)
+    wide = width >= WIDE_COLUMNS
+    beside = 16 + (24 if wide else 0)  # the control; failures and speed
+    most = max(2, (width - min(label_width, LABEL_COLUMN) - 4 - beside) // COLUMN)
+    shown = _spread([k for k in ks if k in SHOWN_KS or k == ks[-1]], most)
+    title = f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)"
+    table = columns(out, title=title, title_justify="left", show_lines=True)
+    table.add_column("cell", overflow="fold")
+    for k in shown:
+        table.add_column(f"K={k}", justify="right", no_wrap=True)
+    for name in (f"shuffled{chr(10) if out.is_terminal else ' '}K={ks[-1]}", "failed", "tokens/s")[: 3 if wide else 1]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label in dict.fromkeys(r["label"] for r in rows):
+        mine = {r["k"]: r for r in rows if r["label"] == label}
+        last = mine[max(mine)]
+        beside_it = [
+            _number(last["shuffled_fve"], ".3f"),
+            _number(last["failure_rate"], ".1%"),
+            _number(last["tokens_per_second"], ",.0f"),
+        ]
+        table.add_row(Text(label), *(_fve(mine.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
+    return table
+
+
+def _spread(values: list[int], most: int) -> list[int]:
+    """At most so many of the values, the first and the last among them."""
+    if len(values) <= most:
+        return values
+    if most < 2:
+        return values[-1:]
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def write_charts(sweep: Sweep, curves: pa.Table, folder: Path) -> list[Path]:
+    """FVE by K, and by temperature where that varies; HTML, PNG and PDF."""
+    from ksweep.analysis import charts
+
+    written = charts.save(charts.fve_by_k(curves, title=sweep.question or sweep.name), folder / "fve_by_k")
+    if len(set(curves["temperature"].to_pylist())) > 1:
+        written += charts.save(charts.fve_by_temperature(curves), folder / "fve_by_temperature")
+    return written
+
+
+def _footnotes(curves: pa.Table) -> list[str]:
+    """Baseline, its kind and N stand beside every FVE: one line for each set of cells that share them."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for row in {r["label"]: r for r in curves.to_pylist()}.values():
+        names = ("level", "num_documents", "effective_documents", "num_activations")
+        facts = (*(row[name] for name in names), baseline_text(row))
+        groups.setdefault(facts, []).append(row["label"])
+    lines = []
+    for (level, documents, effective, activations, baseline), labels in groups.items():
+        which = "" if len(groups) == 1 else f"{', '.join(labels)}: "
+        lines.append(
+            f"{which}{level:.0%} intervals: bootstrap over {documents} documents{effective_text(documents, effective)}; "
+            f"N = {activations} activations; {baseline}; shuffled: draws of another activation"
+        )
+    return lines
+
+
+def warnings(curves: pa.Table) -> list[str]:
+    """What a reader of the numbers should know before believing them, a line each."""
+    lines = []
+    for row in {r["label"]: r for r in curves.to_pylist()}.values():
+        label = row["label"]
+        if (row["failure_rate"] or 0) > FAILURES_TO_MENTION:
+            lines.append(f"{label}: {row['failure_rate']:.0%} of the draws failed; a failed draw uses up one of the K")
+        if (row["cut_off_rate"] or 0) > CUT_OFF_TO_MENTION:
+            cut_off = f"{row['cut_off_rate']:.0%}"
+            lines.append(f"{label}: {cut_off} of the draws ran into max_new_tokens: raise sampling.max_new_tokens")
+        if (row["num_draws"] or 0) > 1 and (row["distinct_text_fraction"] or 1) < DISTINCT_TO_MENTION:
+            lines.append(f"{label}: only {row['distinct_text_fraction']:.0%} of the texts are distinct: more draws bring little")
+        if (row["cjk_fraction"] or 0) > CJK_TO_MENTION:
+            lines.append(f"{label}: most explanations are Chinese or Japanese text, as when an injection does not reach the AV")
+        effective = row["effective_documents"] or row["num_documents"]
+        if effective is not None and effective < FEW_DOCUMENTS:
+            lines.append(
+                f"{label}: {row['num_documents']} documents{effective_text(row['num_documents'], effective)} are few for a "
+                f"bootstrap over documents: below {FEW_DOCUMENTS} in effect intervals may cover less than they say"
+            )
+    return lines
+
+
+def noted(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each note of some runs once, with its subject, and the labels of its runs where not all have it."""
+    of: dict[tuple[str, str], list[str]] = {}
+    labels = dict.fromkeys(row["label"] for row in rows)
+    for row in {row["label"]: row for row in rows}.values():
+        for note in row.get("notes") or ():
+            of.setdefault((note["about"], note["text"]), []).append(row["label"])
+    return [
+        f"{about}: {text}" if len(having) == len(labels) else f"{about} ({', '.join(having)}): {text}"
+        for (about, text), having in of.items()
+    ]
+
+
+def _controls_line(controls: pa.Table) -> str:
+    """Controls that do not depend on K, each once where all cells share it, else as a range."""
+    values: dict[str, list[float]] = {}
+    for row in controls.to_pylist():
+        values.setdefault(row["control"], []).append(row["value"])
+    spans = {name: (min(v), max(v)) for name, v in values.items()}
+    words = [f"{name} {a:.3f}" if round(a, 3) == round(b, 3) else f"{name} {a:.3f} to {b:.3f}" for name, (a, b) in spans.items()]
+    return "controls: " + ", ".join(words)
+
+
+def _fve(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['fve']:.3f}\n{interval_text(row)}".rstrip()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,1 @@
+"""Pairs of an activation verbalizer and an activation reconstructor in the NLA layouts."""

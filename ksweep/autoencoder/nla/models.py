@@ -1,0 +1,269 @@
+"""Public NLA pairs: an AV that reads a vector from one row of its prompt, an AR that answers a text with a vector.
+
+    av = load_verbalizer("kitft/nla-qwen2.5-7b-L20-av", device="cuda")
+    ar = load_reconstructor("kitft/nla-qwen2.5-7b-L20-ar", device="cuda")
+
+The rules are those of the public code (kitft/natural_language_autoencoders); where that would go on silently with something
+broken, this raises CheckpointError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ksweep.autoencoder import trie
+from ksweep.autoencoder.injection import check_vectors, injecting, scaled
+from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, Role, inspect
+from ksweep.autoencoder.nla.loading import load_backbone, load_causal_lm, load_head, load_tokenizer
+from ksweep.autoencoder.nla.prompts import ArPrompts, av_prompt, parse_explanation, stop_token_ids
+from ksweep.autoencoder.tokenwise import only_at
+from ksweep.autoencoder.transformers_models import blocks_of, torch_dtype
+from ksweep.inference import memory
+from ksweep.inference.backend import Prefill
+from ksweep.inference.device_map import Devices, as_devices
+from ksweep.inference.kv_cache import repeated
+from ksweep.utils.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from ksweep.autoencoder.base import Explanation, ParseOutcome
+    from ksweep.inference.backend import FinishReason
+
+BATCH_TOKENS = 16_384
+"""Padded tokens that an AR reads at once, without what its template has before the text."""
+
+DIFFERENCE = 1e-4
+"""Least change of the logits, as a share of the largest, that opposite vectors must make; the fixtures' AVs change by half."""
+
+
+def load_verbalizer(
+    checkpoint: CheckpointInfo | Path | str,
+    *,
+    base: str | None = None,
+    dtype: str = "bfloat16",
+    device: Devices = "cpu",
+) -> NlaVerbalizer:
+    """Load an AV, every check made that needs no vectors.
+
+    Args:
+        checkpoint: what `inspect` returned, a directory, or a hub id.
+        base: base model of an adapter; see `inspect`.
+        dtype: compute precision, "bfloat16", "float16" or "float32"; weights are converted to it.
+        device: where it runs; over several devices its blocks are spread.
+
+    Raises:
+        CheckpointError: one paragraph on what is wrong with it.
+    """
+    info = _inspected(checkpoint, "av", base)
+    tokenizer = load_tokenizer(info)
+    prompt, stops = av_prompt(info, tokenizer), stop_token_ids(info, tokenizer)
+    model = load_causal_lm(info, torch_dtype(dtype), as_devices(device))
+    rows = model.get_input_embeddings().num_embeddings
+    if max(prompt.ids) >= rows:
+        raise CheckpointError(
+            f"AV {info.path}: its prompt holds token {max(prompt.ids)}, but the model has {rows} embedding rows. Tokenizer and "
+            "weights are not of the same model."
+        )
+    return NlaVerbalizer(info, model, tokenizer, prompt.ids, prompt.position, stops)
+
+
+def load_reconstructor(
+    checkpoint: CheckpointInfo | Path | str,
+    *,
+    base: str | None = None,
+    dtype: str = "bfloat16",
+    device: Devices = "cpu",
+) -> NlaReconstructor:
+    """Load an AR; arguments and errors as for `load_verbalizer`."""
+    info = _inspected(checkpoint, "ar", base)
+    tokenizer = load_tokenizer(info)
+    devices = as_devices(device)
+    head = load_head(info, torch_dtype(dtype), devices[0])
+    model = load_backbone(info, torch_dtype(dtype), devices)
+    prompts = ArPrompts(info, tokenizer, model.get_input_embeddings().num_embeddings)
+    return NlaReconstructor(info, model, head, prompts)
+
+
+class NlaVerbalizer:
+    """AV: vectors -> text. Implements `protocol.Verbalizer`."""
+
+    def __init__(
+        self, info: CheckpointInfo, model: Any, tokenizer: Any, prompt_ids: tuple[int, ...], position: int, stops: frozenset[int]
+    ) -> None:
+        """Parts that belong together; `load_verbalizer` makes them."""
+        self.info = info
+        self.model = model
+        self.tokenizer = tokenizer
+        self.d_model = info.d_model
+        self.prompt_ids = prompt_ids
+        self.injection_position = position
+        self.stop_token_ids = stops
+        self.prompt_length = len(prompt_ids)
+        self._checked = False
+        self._prefix: Any | None = None
+
+    def inputs(
+        self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
+    ) -> Float[torch.Tensor, "activation d_model"]:
+        """The activations as they are."""
+        return vectors
+
+    @torch.inference_mode()
+    def prefix(self) -> Any | None:
+        """The past of the prompt's tokens before the vector."""
+        if self._prefix is None and self.injection_position:
+            ids = torch.tensor([self.prompt_ids[: self.injection_position]], device=self.model.device)
+            self._prefix = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return self._prefix
+
+    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
+        """Run the prompt (behind `prefix`: the rest) once per vector, injected; the first call also makes the differential check.
+
+        Raises:
+            DataError: a vector that is not finite, all zero, or of another width.
+            CheckpointError: the AV does not read its vector.
+        """
+        check_vectors(vectors, self.d_model)
+        if len(vectors) and not self._checked:
+            self.differential_check(vectors[0])
+            self._checked = True
+        return self._prefill(vectors, prefix)
+
+    def differential_check(self, vector: Float[torch.Tensor, " d_model"]) -> None:
+        """Opposite vectors give different logits, the same vector twice gives equal ones.
+
+        Raises:
+            CheckpointError: the AV ignores what is injected, is not deterministic, or overflows in its dtype.
+        """
+        logits = self._prefill(torch.stack([vector, vector, -vector])).logits
+        if not torch.isfinite(logits).all():
+            raise CheckpointError(
+                f"AV {self.info.path} gives NaN or infinite logits in {self.model.dtype}. Use autoencoder.dtype=bfloat16 or "
+                "float32 (float16 overflows on Gemma)."
+            )
+        same, opposite = ((logits[0] - logits[i]).abs().max().item() for i in (1, 2))
+        if opposite <= DIFFERENCE * logits.abs().max().item() or opposite <= 10 * same:
+            raise CheckpointError(
+                f"AV {self.info.path} does not read its vector: opposite vectors change the next-token logits by "
+                f"{opposite:.2g}, the same vector twice by {same:.2g}. "
+                "The checkpoint may not be an AV of this layout (other places or ways of injecting exist), or its weights are "
+                "damaged."
+            )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of sampled tokens up to the first stop token, special tokens kept."""
+        end = next((i for i, token in enumerate(token_ids) if token in self.stop_token_ids), len(token_ids))
+        text: str = self.tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
+        """The explanation in a sampled text, or None and why there is none; see `prompts.parse_explanation`."""
+        return parse_explanation(text, finish)
+
+    @torch.inference_mode()
+    def _prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
+        scale = self.info.sidecar.injection_scale
+        assert scale is not None
+        rows = scaled(vectors.to(self.model.device), scale)
+        done = 0 if prefix is None else self.injection_position
+        ids = torch.tensor(self.prompt_ids[done:], device=self.model.device).expand(len(vectors), -1)
+        with injecting(self.model.get_input_embeddings(), rows, self.injection_position - done):
+            output = self.model(input_ids=ids, past_key_values=repeated(prefix, len(vectors)), use_cache=True, logits_to_keep=1)
+        return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
+
+
+class NlaReconstructor:
+    """AR: text -> vector. Implements `protocol.Reconstructor`."""
+
+    reads_empty_text = True
+    """Its prompt surrounds every text."""
+
+    def __init__(self, info: CheckpointInfo, model: Any, head: torch.nn.Linear, prompts: ArPrompts) -> None:
+        """Parts that belong together; `load_reconstructor` makes them."""
+        self.info = info
+        self.model = model
+        self.head = head
+        self.prompts = prompts
+        self.d_model = info.d_model
+        self._past: Any | None = None
+
+    def reconstruct(
+        self, explanations: Sequence[Explanation], batch_size: int = 64
+    ) -> Float[torch.Tensor, "explanation d_model"]:
+        """`reconstruct_texts` of the explanations' texts."""
+        return self.reconstruct_texts([explanation.text for explanation in explanations], batch_size)
+
+    def reconstruct_texts(self, texts: Sequence[str], batch_size: int = 64) -> Float[torch.Tensor, "text d_model"]:
+        """Raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts are run once.
+
+        Each text is inserted as it is: strip and parse it first. What the template has before the text runs once, and so does
+        what texts begin with alike, where that is less to read (see `trie`); a text's neighbours do not change its vector beyond
+        rounding. At most `batch_size` texts are read at once.
+
+        Raises:
+            DataError: a text too long for the AR.
+            CheckpointError: a prompt that does not end as the AR was trained, or an output that is not finite.
+        """
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        ids = self.prompts.ids(list(place))
+        out = torch.empty(len(ids), self.d_model)
+        for rows, prefix in self._groups(ids):
+            done = 0 if prefix is None else len(self.prompts.common)
+            rest = [ids[i][done:] for i in rows]
+            alike = prefix is not None and trie.fits(self.model, done + max(map(len, rest)))
+            for batch in trie.batches(rest, BATCH_TOKENS, max(1, batch_size), alike):
+                texts_of_batch = [rows[i] for pack in batch for i in pack.texts]
+                out[texts_of_batch] = memory.in_halves(partial(self._forward, prefix=prefix), batch, self.model.device)
+        if not torch.isfinite(out).all():
+            worst = list(place)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
+            raise CheckpointError(
+                f"AR {self.info.path} gives NaN or infinite values for {worst[:60]!r} in {self.model.dtype}. Use "
+                "autoencoder.dtype=bfloat16 or float32."
+            )
+        return out[[place[text] for text in texts]]
+
+    def _groups(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any | None]]:
+        """Texts, and the past they go on from; those that merged with the template have none."""
+        common = list(self.prompts.common)
+        begin = [bool(common) and list(row[: len(common)]) == common for row in ids]
+        for shared in (True, False):
+            if group := [i for i, begins in enumerate(begin) if begins is shared]:
+                yield group, self._template() if shared else None
+
+    @torch.inference_mode()
+    def _template(self) -> Any:
+        """Keys and values of the template's tokens before the text, one row."""
+        if self._past is None:
+            ids = torch.tensor([self.prompts.common], device=self.model.device)
+            self._past = self.model(input_ids=ids, use_cache=True).past_key_values
+        return self._past
+
+    @torch.inference_mode()
+    def _forward(self, batch: Sequence[trie.Pack], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
+        """The texts of packs, pack after pack, or what is left of them behind `prefix`."""
+        device, past = self.model.device, repeated(prefix, len(batch))
+        read = trie.inputs(batch, 0 if prefix is None else len(self.prompts.common), self.model.dtype, device)
+        with only_at(blocks_of(self.model)[-1], read.ends):
+            hidden = self.model(
+                input_ids=read.ids, position_ids=read.positions, attention_mask=read.mask, past_key_values=past,
+                use_cache=past is not None,
+            ).last_hidden_state  # fmt: skip
+        out: torch.Tensor = self.head(hidden.flatten(0, 1)[read.ends])
+        return out.float().cpu()
+
+
+def _inspected(checkpoint: CheckpointInfo | Path | str, role: Role, base: str | None) -> CheckpointInfo:
+    if not isinstance(checkpoint, CheckpointInfo):
+        return inspect(checkpoint, role, base)
+    if checkpoint.role != role:
+        raise CheckpointError(
+            f"{checkpoint.path} is an {checkpoint.role.upper()} checkpoint; expected the {role.upper()}. Pass it as "
+            f"`{checkpoint.role}`."
+        )
+    return checkpoint

@@ -1,0 +1,389 @@
+"""`nla_meta.yaml`: what a public NLA checkpoint says about itself, in all the spellings that were published. No torch here.
+
+A key that is not understood is refused by name (`ksweep.utils.sidecar_keys` lists those that only inform).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from ksweep.utils.errors import CheckpointError
+from ksweep.utils.notes import Note
+from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, says
+from ksweep.utils.sidecar_keys import at as _at
+
+Role = Literal["av", "ar"]
+FILE_NAME = "nla_meta.yaml"
+ROLES: Mapping[str, Role] = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
+"""Released sidecars say av / ar, those of the training code actor / critic."""
+TEMPLATE_KEYS: Mapping[Role, tuple[str, str]] = {
+    "av": ("prompt_templates.av", "prompt_templates.actor"), "ar": ("prompt_templates.ar", "prompt_templates.critic"),
+}  # fmt: skip
+UNDERSTOOD = frozenset({
+    "kind", "schema_version", "role", "d_model", "extraction.d_model", "hidden_size", "base_checkpoint", "base_digest",
+    "base_model", "extraction.base_model", "extraction.injection_scale", "extraction.mse_scale", "tokens.injection_char",
+    "tokens.injection_token_id", "tokens.injection_left_neighbor_id", "tokens.injection_right_neighbor_id",
+    "tokens.critic_suffix_ids", "training.activation_norm", *LAYER_KEYS, *TEMPLATE_KEYS["av"], *TEMPLATE_KEYS["ar"],
+})  # fmt: skip
+HEADS = ("value_head.safetensors", "ar_lora_value_head.safetensors")
+"""Files that only an AR has."""
+MARKER_FIELD, TEXT_FIELD = "{injection_char}", "{explanation}"
+FIELD = re.compile(r"\{[\w\s-]*(?:[.\[!:][^{}]*)?\}|<<[\w\s-]+>>|\[\[[\w\s-]+\]\]|%\(\w+\)[sdfgr]")
+"""A field of `str.format` or of another way to fill templates; braces around anything else (JSON, code) are text."""
+OPEN_TAG = re.compile(r"<[A-Za-z][\w-]*>\s*$")
+ANSWER_TAG = re.compile(r"<(explanation|answer|think|thinking|thought|reasoning)>")
+"""A tag that begins an answer, or lets the model think first."""
+MENTION = re.compile(r"\s*(?:xml\s+)?(?:tags?|elements?|brackets|markers?)\b|[.,;!?)`'\"]|\s+(?:and|or|to)\b", re.IGNORECASE)
+"""What follows a tag that is only spoken of: "within <explanation> tags"."""
+WITHOUT_INJECTION_MODE = ("lora_sft", "full_ft_sft")
+"""Values of training.method of a trainer whose first version injected vector x scale, unnormalised, into a prompt without chat
+template, and said so only by leaving training.injection_mode and training.chat_template out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """A parsed nla_meta.yaml; None is "not said"."""
+
+    role: Role
+    d_model: int
+    layer: int | None
+    """L: the block whose output was verbalized, 0-based."""
+    base_checkpoint: str | None
+    base_digest: str | None
+    """"sha256:<hex>" of the base's model.safetensors; ours, for adapters: they fit one set of weights only."""
+    injection_scale: float | None
+    """Norm of the injected row."""
+    activation_norm: float | None
+    """Median length of the vectors that it was trained on; ours, in no public sidecar."""
+    mse_scale: float | None
+    """Norm that both vectors are scaled to for the error."""
+    marker: str | None
+    marker_id: int | None
+    left_id: int | None
+    right_id: int | None
+    suffix_ids: tuple[int, ...] | None
+    """Last token ids of every AR prompt."""
+    av_template: str | None
+    ar_template: str | None
+    asks_for_thinking: bool
+    """It says enable_thinking: true, which has to be what the chat template does by default."""
+    notes: tuple[Note, ...]
+
+    @property
+    def ar_affixes(self) -> tuple[str, str]:
+        """What stands before and after the explanation in the AR's prompt, as `template.format` would leave it."""
+        assert self.ar_template is not None
+        before, _, after = self.ar_template.partition(TEXT_FIELD)
+        return _unescaped(before), _unescaped(after)
+
+    @property
+    def av_message(self) -> str:
+        """The AV's user message, the marker in its place."""
+        assert self.av_template is not None and self.marker is not None
+        return self.av_template.replace(MARKER_FIELD, self.marker)
+
+
+def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
+    """Parse and check `directory/nla_meta.yaml`.
+
+    Raises:
+        CheckpointError: missing, not an NLA model's, of another role, or unusable in a value that this role needs.
+    """
+    path = directory / FILE_NAME
+    meta = _read(path, directory, expected_role)
+    _check_kind(meta, path, expected_role)
+    notes: list[Note] = []
+    role = _role(meta, path, expected_role, notes)
+    check_keys(meta, UNDERSTOOD, path, CheckpointError)
+    d_model = _d_model(meta, path, notes)
+    sidecar = Sidecar(
+        role=role,
+        d_model=d_model,
+        layer=read_layer(meta, path, CheckpointError),
+        base_checkpoint=base_model(meta, path, CheckpointError, notes),
+        base_digest=_text(meta, "base_digest", path),
+        injection_scale=_scale(meta, "injection_scale", d_model, path, absent=None),
+        activation_norm=_positive(meta, "training.activation_norm", path),
+        mse_scale=_scale(meta, "mse_scale", d_model, path, absent=math.sqrt(d_model)),
+        marker=_text(meta, "tokens.injection_char", path),
+        marker_id=_whole(meta, "tokens.injection_token_id", path),
+        left_id=_whole(meta, "tokens.injection_left_neighbor_id", path),
+        right_id=_whole(meta, "tokens.injection_right_neighbor_id", path),
+        suffix_ids=_ids(meta, "tokens.critic_suffix_ids", path),
+        av_template=_template(meta, "av", path),
+        ar_template=_template(meta, "ar", path),
+        asks_for_thinking=says(meta, "enable_thinking"),
+        notes=tuple(notes),
+    )
+    if role == "ar":
+        _check_ar(sidecar, path)
+        return sidecar
+    _check_injection(meta, path)
+    return replace(sidecar, notes=(*notes, *_check_av(sidecar, path)))
+
+
+def _read(path: Path, directory: Path, expected: Role) -> dict[str, Any]:
+    try:
+        meta = read_yaml(path, CheckpointError)
+    except FileNotFoundError:
+        raise CheckpointError(_no_sidecar(directory, expected)) from None
+    if not isinstance(meta, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(meta).__name__}, expected keys and values (kind, role, d_model, ...). Is the file whole?"
+        )
+    return meta
+
+
+def _check_kind(meta: Mapping[str, Any], path: Path, expected: Role) -> None:
+    kind, version = meta.get("kind"), meta.get("schema_version")
+    if kind == "nla_dataset":
+        raise CheckpointError(
+            f"{path} has kind='nla_dataset', expected 'nla_model': it is the sidecar of a data set, as some trainers (EasyNLA, "
+            "nanoNLA) copy it beside a checkpoint. It says neither how the AV's vector is injected nor how its chat template "
+            "and the AR's prompt are used, and such pairs are not supported yet. Use a pair in the public NLA layout."
+        )
+    if kind != "nla_model":
+        raise CheckpointError(
+            f"{path} has kind={abbreviated(kind)}, expected 'nla_model': it does not describe an AV or AR. Pass the directory "
+            f"of the {_name(expected)}."
+        )
+    if version not in (None, 1, 2):
+        _wrong(path, "schema_version", version, "1 or 2, the versions that are understood")
+
+
+def _no_sidecar(directory: Path, expected: Role) -> str:
+    if (directory / "config.json").exists():
+        return (
+            f"{directory} has no {FILE_NAME}: it looks like a plain language model, not an {_name(expected)}. Pass the "
+            f"{_name(expected)} checkpoint as "
+            f"`{expected}`; the plain model belongs in activations.model, or in autoencoder.base under adapters."
+        )
+    return (
+        f"{directory} has no {FILE_NAME}: expected an {_name(expected)} directory in the public NLA layout. Pass the "
+        "directory that holds the sidecar and the weights."
+    )
+
+
+def _role(meta: Mapping[str, Any], path: Path, expected: Role, notes: list[Note]) -> Role:
+    said = meta.get("role")
+    if said is None:
+        if expected == "av" and (heads := [name for name in HEADS if (path.parent / name).exists()]):
+            raise CheckpointError(
+                f"{path.parent} is an {_name('ar')} checkpoint (it holds {heads[0]}), given as the {_name('av')}. Pass it as "
+                "`ar`, and the AV (verbalizer) as `av`."
+            )
+        notes.append(Note("checkpoint", f"{path} does not say a role; it was taken as the {_name(expected)}, as it was given."))
+        return expected
+    role = ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise CheckpointError(
+            f"{path} has role={abbreviated(said)}; expected one of {', '.join(ROLES)}. Correct the sidecar, or use the released "
+            "one."
+        )
+    if role != expected:
+        raise CheckpointError(
+            f"{path.parent} is an {_name(role)} checkpoint (role={said!r}), given as the {_name(expected)}. Pass it as "
+            f"`{role}`, and the {_name(expected)} as `{expected}`."
+        )
+    return role
+
+
+def _name(role: Role) -> str:
+    return "AV (verbalizer)" if role == "av" else "AR (reconstructor)"
+
+
+def _d_model(meta: Mapping[str, Any], path: Path, notes: list[Note]) -> int:
+    top, inner = _whole(meta, "d_model", path, minimum=1), _whole(meta, "extraction.d_model", path, minimum=1)
+    if top is None and inner is None:
+        raise CheckpointError(
+            f"{path} does not say d_model, the width of the vectors. Add it, or use the sidecar that was released with the "
+            "weights."
+        )
+    if top is not None and inner not in (None, top):
+        raise CheckpointError(f"{path} has d_model={top} and extraction.d_model={inner}: make them agree.")
+    if top is None:
+        notes.append(Note("checkpoint", f"{path} says d_model under `extraction` only; it was read there."))
+    width = inner if top is None else top
+    assert width is not None
+    if (hidden := _whole(meta, "hidden_size", path)) not in (None, width):
+        raise CheckpointError(f"{path} has d_model={width} and hidden_size={hidden}: make them agree.")
+    return width
+
+
+def _wrong(path: Path, key: str, value: Any, expected: str) -> NoReturn:
+    raise CheckpointError(
+        f"{path} has {key}={abbreviated(value)}, expected {expected}. Correct it, or use the sidecar that was released with the "
+        "weights."
+    )
+
+
+def _text(meta: Mapping[str, Any], key: str, path: Path) -> str | None:
+    value = _at(meta, key)
+    if value is not None and not isinstance(value, str):
+        _wrong(path, key, value, "text")
+    return value
+
+
+def _whole(meta: Mapping[str, Any], key: str, path: Path, minimum: int = 0) -> int | None:
+    value = _at(meta, key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31):
+        _wrong(path, key, value, f"a whole number >= {minimum}")
+    return value
+
+
+def _positive(meta: Mapping[str, Any], key: str, path: Path) -> float | None:
+    value = _at(meta, key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        _wrong(path, key, value, "a finite number > 0")
+    return float(value)
+
+
+def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | None:
+    value = _at(meta, key)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+        _wrong(path, key, value, "a list of token ids")
+    return tuple(value)
+
+
+def _template(meta: Mapping[str, Any], role: Role, path: Path) -> str | None:
+    """A prompt template, under either of its names, with nothing left to fill in but the marker or the explanation.
+
+    The AV's is filled by replacement, so that doubled braces stay; the AR's by `str.format`, which undoubles them.
+    """
+    keys = TEMPLATE_KEYS[role]
+    found = {key: text for key in keys if (text := _text(meta, key, path)) is not None}
+    if len(set(found.values())) > 1:
+        raise CheckpointError(f"{path} has {' and '.join(found)}, which differ: which was trained with is not clear. Keep one.")
+    text = next(iter(found.values()), None)
+    rest = (text or "").replace(MARKER_FIELD if role == "av" else TEXT_FIELD, "")
+    if left := FIELD.search(re.sub(r"\{\{|\}\}", "", rest) if role == "ar" else rest):
+        raise CheckpointError(
+            f"{path}: {next(iter(found))} has {abbreviated(left[0])}, a field that nothing fills in, so that it would stand in "
+            "the prompt as it is. Use a checkpoint whose templates have no field but "
+            f"{MARKER_FIELD} (AV) and {TEXT_FIELD} (AR)."
+        )
+    return text
+
+
+def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent: float | None) -> float | None:
+    """A scale under `extraction`: a number, null, or one of the sentinels of the training code."""
+    extraction = meta.get("extraction")
+    if not isinstance(extraction, dict) or name not in extraction:
+        return absent
+    value = extraction[name]
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("raw", "none", "null")):
+        return None
+    if isinstance(value, str) and value.strip().lower() == "sqrt_d_model":
+        return math.sqrt(d_model)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        _wrong(path, f"extraction.{name}", value, 'a number, null, or "sqrt_d_model"')
+
+
+def _check_injection(meta: Mapping[str, Any], path: Path) -> None:
+    method = _at(meta, "training.method")
+    if method in WITHOUT_INJECTION_MODE and _at(meta, "training.injection_mode") is None:
+        raise CheckpointError(
+            f"{path} has training.method={method!r} and no training.injection_mode: AVs of this trainer got their vectors times "
+            "injection_scale, not scaled to that norm, in a prompt without chat template, which is not supported yet. Use an "
+            "AV with training.injection_mode: normalize."
+        )
+
+
+def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
+    """Raises CheckpointError; returns what is unusual and does not hinder."""
+    scale = sidecar.injection_scale
+    if scale is None:
+        raise CheckpointError(
+            f"{path} has no extraction.injection_scale, the norm that a vector is given before it is injected. An AV cannot be "
+            "run without the value it was trained with: "
+            "take it from the released sidecar or the training log."
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        _wrong(path, "extraction.injection_scale", scale, "a finite number > 0")
+    _require(sidecar, path, "marker", "marker_id", "av_template")
+    assert sidecar.marker is not None and sidecar.av_template is not None
+    if not sidecar.marker:
+        _wrong(path, "tokens.injection_char", sidecar.marker, "one token, usually one character")
+    if (count := sidecar.av_message.count(sidecar.marker)) != 1:
+        raise CheckpointError(
+            f"{path}: prompt_templates.av has {count} places for the marker ({MARKER_FIELD}), expected exactly one, where the "
+            "vector is injected. Use the released template."
+        )
+    tag = OPEN_TAG.search(sidecar.av_template)
+    if begun := tag[0].strip() if tag else begun_answer(sidecar.av_message.partition(sidecar.marker)[2]):
+        raise CheckpointError(
+            f"{path}: prompt_templates.av ends with the open tag {abbreviated(begun)}, so the AV answers without it: a "
+            "prefilled answer is not supported yet, and every draw would count as failed. Use an AV whose answers hold "
+            "<explanation>...</explanation>."
+        )
+    return _unusual(sidecar, path)
+
+
+def begun_answer(text: str) -> str | None:
+    """The tag of an answer that a prompt has begun: its last one, if it is neither closed nor only spoken of."""
+    tags = list(ANSWER_TAG.finditer(text))
+    if not tags:
+        return None
+    after = text[tags[-1].end() :]
+    return None if f"</{tags[-1][1]}>" in after or MENTION.match(after) else tags[-1][0]
+
+
+def _unusual(sidecar: Sidecar, path: Path) -> list[Note]:
+    notes, marker = [], sidecar.marker or ""
+    if len(marker) != 1:
+        notes.append(Note("prompt", f"{path} names a marker of {len(marker)} characters, {abbreviated(marker)}, not one."))
+    ids = {"injection_left_neighbor_id": sidecar.left_id, "injection_right_neighbor_id": sidecar.right_id}
+    if missing := [name for name, value in ids.items() if value is None]:
+        keys = " and ".join(f"tokens.{name}" for name in missing)
+        notes.append(Note("prompt", f"{path} lacks {keys}, so the tokens around the marker are not all checked."))
+    return notes
+
+
+def _check_ar(sidecar: Sidecar, path: Path) -> None:
+    scale = sidecar.mse_scale
+    if scale is None:
+        raise CheckpointError(
+            f"{path} has extraction.mse_scale null: an AR trained on raw vectors, whose normalised error 2(1 - cos) means "
+            "nothing. Use an AR with a number there (sqrt(d_model))."
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        _wrong(path, "extraction.mse_scale", scale, "a finite number > 0")
+    _require(sidecar, path, "ar_template")
+    assert sidecar.ar_template is not None
+    if (count := sidecar.ar_template.count(TEXT_FIELD)) != 1:
+        raise CheckpointError(
+            f"{path}: prompt_templates.ar has {count} places for the explanation ({TEXT_FIELD}), expected exactly one. Use the "
+            "released template."
+        )
+
+
+def _require(sidecar: Sidecar, path: Path, *names: str) -> None:
+    keys = {
+        "marker": "tokens.injection_char",
+        "marker_id": "tokens.injection_token_id",
+        "av_template": "prompt_templates.av",
+        "ar_template": "prompt_templates.ar",
+    }
+    missing = [keys[name] for name in names if getattr(sidecar, name) is None]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}: without it the {_name(sidecar.role)}'s prompt cannot be built. Use the "
+            "sidecar that was released with the weights."
+        )
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("{{", "{").replace("}}", "}")

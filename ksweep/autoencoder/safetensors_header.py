@@ -1,0 +1,178 @@
+"""What tensors a model directory holds, from the safetensors headers alone: no weights are read, no torch is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksweep.utils.errors import CheckpointError
+from ksweep.utils.files import read_json
+from ksweep.utils.model_sizes import block_types
+
+WRAPPED = {r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)": "model.", r"^language_model\.lm_head\.": "lm_head."}
+"""Names of the text model inside a multimodal wrapper (two spellings in use) -> its own names; given to transformers as well."""
+NOT_TEXT = re.compile(r"^(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|visual)\.")
+BLOCK = re.compile(r"^(.*\b(?:layers|h)\.)(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a safetensors header."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it: F32, BF16, ..."""
+    file: str
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Names, shapes and types in one .safetensors file: 8 bytes of length, then JSON.
+
+    Raises:
+        CheckpointError: unreadable, not safetensors, or shorter than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 8 + length <= size else None
+        entries = {name: e for name, e in header.items() if name != "__metadata__"} if header is not None else None
+        tensors = entries and {name: Tensor(tuple(e["shape"]), e["dtype"], path.name) for name, e in entries.items()}
+        end = max((e["data_offsets"][1] for e in entries.values()), default=0) if entries else 0
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({type(error).__name__}: {error}). Copy or download it again."
+        ) from error
+    if tensors is None or 8 + length + end > size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, fewer than its header announces: a copy or download was cut off. Fetch it again."
+        )
+    return tensors or {}
+
+
+def model_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of the model in a directory: model.safetensors, or the shards that its index lists.
+
+    Raises:
+        CheckpointError: no safetensors weights, a shard missing, or an index that does not fit its shards.
+    """
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        single = directory / "model.safetensors"
+        if not single.exists():
+            raise CheckpointError(
+                f"{directory} holds neither model.safetensors nor {index.name}. Weights in another format (.bin, .pt) must be "
+                "saved as safetensors first; "
+                "a hub snapshot may be incomplete."
+            )
+        return read_header(single)
+    weight_map = read_json(index, "weight index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map. Download the index again.")
+    return _sharded(directory, index, {str(k): str(v) for k, v in weight_map.items()})
+
+
+def _sharded(directory: Path, index: Path, weight_map: Mapping[str, str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (directory / name).exists():
+            raise CheckpointError(f"{index} lists {name}, which is not in {directory}. Download the missing shard.")
+        tensors.update(read_header(directory / name))
+    if absent := sorted(weight_map.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"{index} lists tensors that no shard holds: {some(absent)}. Index and shards are of different checkpoints, or "
+            "incomplete."
+        )
+    return tensors
+
+
+def text_names(names: Iterable[str]) -> list[str]:
+    """Tensor names as the bare text model spells them; vision parts left out."""
+    out = []
+    for name in names:
+        if NOT_TEXT.match(name):
+            continue
+        for pattern, replacement in WRAPPED.items():
+            name = re.sub(pattern, replacement, name)
+        out.append(name)
+    return out
+
+
+def check_blocks(names: Iterable[str], config: Mapping[str, Any], where: Path) -> None:
+    """Every block 0..num_hidden_layers-1 is there, none beyond, and each holds what most blocks of its kind hold.
+
+    Args:
+        names: tensors of the model.
+        config: as `ksweep.utils.model_sizes.language_model` gives it.
+
+    Raises:
+        CheckpointError: with the names that are missing or too many.
+    """
+    names, num_layers = text_names(names), int(config["num_hidden_layers"])
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise CheckpointError(
+            f"{where} holds the same tensors under two spellings: {some(twice)}. Remove the language_model. copies or the bare "
+            "ones."
+        )
+    blocks: dict[int, set[str]] = defaultdict(set)
+    prefix = "model.layers."
+    for name in names:
+        if match := BLOCK.match(name):
+            prefix = match[1]
+            blocks[int(match[2])].add(match[3])
+    if beyond := sorted(i for i in blocks if i >= num_layers):
+        raise CheckpointError(
+            f"{where} holds unexpected weights of block {beyond[0]}, e.g. {prefix}{beyond[0]}.{min(blocks[beyond[0]])}, but "
+            f"config.json says {num_layers} blocks (0 to {num_layers - 1}). "
+            "Weights and config.json are not of the same checkpoint."
+        )
+    missing = [f"{prefix}{i}.{part}" for i, part in _missing_parts(blocks, block_types(config, num_layers))]
+    if missing or not blocks:
+        raise CheckpointError(
+            f"{where} lacks weights: {some(missing) or 'of every block'}; config.json says {num_layers} blocks. They would be "
+            "filled at random. Download the checkpoint again, or correct num_hidden_layers."
+        )
+
+
+def _missing_parts(blocks: Mapping[int, set[str]], types: Sequence[str]) -> list[tuple[int, str]]:
+    """What single blocks lack that most of their kind have; a kind is how a block mixes tokens, and whether it has experts."""
+    kinds: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for i, block_type in enumerate(types):
+        if i in blocks:
+            kinds[block_type, any("expert" in part for part in blocks[i])].append(i)
+    missing = []
+    for alike in kinds.values():
+        counts = Counter(part for i in alike for part in blocks[i])
+        usual = {part for part, count in counts.items() if 2 * count > len(alike)}
+        missing += [(i, part) for i in alike for part in sorted(usual - blocks[i])]
+    absent = [i for i in range(len(types)) if i not in blocks]
+    common = sorted(set.intersection(*blocks.values())) if blocks else []
+    return sorted(missing + [(i, part) for i in absent for part in common])
+
+
+def check_attention(config: Mapping[str, Any], where: Path) -> None:
+    """Every block keeps keys and values that draws can be forked from.
+
+    Raises:
+        CheckpointError: other blocks (linear attention, convolutions, state spaces), which are not supported yet.
+    """
+    types = block_types(config, int(config["num_hidden_layers"]))
+    if others := sorted(set(types) - {"attention"}):
+        count = sum(block_type in others for block_type in types)
+        raise CheckpointError(
+            f"{where} is a {config.get('model_type')} model: {count} of its {len(types)} blocks are of the kind "
+            f"{', '.join(others)}, which keeps no keys and values. Drawing and scoring go on from shared ones, so that such "
+            "models are not supported yet as AV or AR. Use a pair over a model with attention in every block."
+        )
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """A few names for a message: "a, b, c and 12 more"."""
+    listed = sorted(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

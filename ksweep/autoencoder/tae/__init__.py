@@ -1,0 +1,1 @@
+"""Talkative-autoencoder checkpoints: one .pt file with a decoder (AV) and an encoder (AR)."""

@@ -1,0 +1,208 @@
+"""The decoder of a talkative autoencoder as an AV: a trained prompt around the vector, which also overwrites blocks' inputs.
+
+    prompt    left | p0(a) | right                            embeddings, times sqrt(d) for Gemma
+    blocks    input of block i at the vector's position := pi(a)    for every patched block, not scaled
+    then      num_tokens sampled tokens, each fed back as a token; nothing is patched any more, and no token ends a text
+
+The prompt runs through the model's own forward pass with hooks on its blocks, so any attention and cache of transformers
+serves, and so does the sampler that the NLA pairs use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ksweep.autoencoder.injection import check_vectors
+from ksweep.autoencoder.tae.base_model import check_contents, embedding_scale, is_identity
+from ksweep.autoencoder.tae.checkpoint import TaeInfo
+from ksweep.autoencoder.tae.layout import BASE
+from ksweep.autoencoder.transformers_models import blocks_of
+from ksweep.inference.backend import Prefill
+from ksweep.inference.kv_cache import repeated
+from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.notes import Note
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from ksweep.autoencoder.base import ParseOutcome
+    from ksweep.inference.backend import FinishReason
+
+
+class TaeVerbalizer:
+    """AV: vectors -> text. Implements `protocol.Verbalizer`."""
+
+    def __init__(self, info: TaeInfo, model: Any, tokenizer: Any) -> None:
+        """A model that `tae_base.load_causal_lm` made; the rest comes from the checkpoint.
+
+        Raises:
+            CheckpointError: a tensor of the decoder that is not finite, or projects everything to zero.
+        """
+        self.info = info
+        self.model = model
+        self.tokenizer = tokenizer
+        self.d_model = info.d_model
+        self.stop_token_ids: frozenset[int] = frozenset()
+        self.num_tokens: int | None = info.num_tokens
+        self.prompt_length = info.decoder.prefix_length
+        self._blocks = list(blocks_of(model))[: info.decoder.num_patched]
+        self._scale = embedding_scale(model)
+        self._parts = _parts(info, model)
+        self._prefix: Any | None = None
+        self.notes = _untrained(info)
+
+    def inputs(
+        self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None] | None = None
+    ) -> Float[torch.Tensor, "activation d_model"]:
+        """What `prefill` takes: the activations, less the embedding of their position where the decoder was trained so.
+
+        Args:
+            positions: index of each activation's token in its row of text; not needed where the decoder takes nothing off.
+
+        Raises:
+            DataError: positions are needed and missing, or beyond the trained ones.
+        """
+        if self._parts.positions is None:
+            return vectors
+        rows = position_rows(self._parts.positions, positions, len(vectors), f"the decoder in {self.info.path}")
+        return vectors.float() - rows.to(vectors.device)
+
+    @torch.inference_mode()
+    def prefix(self) -> Any | None:
+        """The past of the prompt's left side."""
+        if self._prefix is None and len(self._parts.left):
+            output = self.model(inputs_embeds=self._scale * self._parts.left[None], use_cache=True, logits_to_keep=1)
+            self._prefix = output.past_key_values
+        return self._prefix
+
+    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
+        """Run the prompt, behind `prefix` the rest of it, once per vector.
+
+        Raises:
+            DataError: a vector that is not finite, all zero, or of another width.
+        """
+        check_vectors(vectors, self.d_model)
+        with torch.inference_mode():
+            rows = self._projected(vectors.to(self._parts.weight))
+            left = self._parts.left if prefix is None else self._parts.left[:0]
+            prompt = self._scale * _around(left, rows[0], self._parts.right)
+            with patching(self._blocks, rows[1:], len(left)):
+                output = self.model(
+                    inputs_embeds=prompt, past_key_values=repeated(prefix, len(vectors)), use_cache=True, logits_to_keep=1
+                )
+        return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of sampled tokens, special ones kept: an end-of-text token is a token like any other."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
+        """All of the text: there are no tags, so no draw fails, and every one has the same length."""
+        return text, "ok"
+
+    def _projected(self, vectors: Float[torch.Tensor, "activation d_model"]) -> list[Float[torch.Tensor, "activation d_model"]]:
+        """The prompt embedding, and the input of each patched block; a projection used twice is applied once."""
+        used = self.info.decoder.projections
+        made = {i: nn.functional.linear(vectors, self._parts.weight[i], self._parts.bias[i]) for i in dict.fromkeys(used)}
+        return [made[i] for i in used]
+
+
+@contextmanager
+def patching(
+    blocks: Sequence[nn.Module], rows: Sequence[Float[torch.Tensor, "activation d_model"]], position: int
+) -> Iterator[None]:
+    """While open, the input of blocks[i] has rows[i] at `position`; open for exactly one forward pass.
+
+    Raises:
+        CheckpointError: a block did not run exactly once, so a vector did not get where it belongs.
+    """
+    firings = [0] * len(blocks)
+
+    def patch(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        firings[i] += 1
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        hidden[:, position] = rows[i].to(hidden)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    with ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+            handle = block.register_forward_pre_hook(
+                lambda _module, args, kwargs, i=i: patch(i, args, kwargs), with_kwargs=True, prepend=True
+            )
+            hooks.callback(handle.remove)
+        yield
+    if any(count != 1 for count in firings):
+        raise CheckpointError(
+            f"blocks of the decoder's base ran {sorted(set(firings))} times in one prefill, expected once each: its architecture "
+            "calls them in another way. Use a checkpoint over GPT-2, Gemma-2, Gemma-3, Qwen2 or Llama."
+        )
+
+
+def position_rows(
+    table: Float[torch.Tensor, "position d_model"], positions: Sequence[int | None] | None, count: int, who: str
+) -> Float[torch.Tensor, "activation d_model"]:
+    """The position embedding of each activation, float32.
+
+    Raises:
+        DataError: unknown, of another number, or beyond the table.
+    """
+    known = [place for place in positions or () if place is not None]
+    if len(known) != count:
+        raise DataError(
+            f"{who} uses the position of every activation, and {count - len(known)} of {count} are unknown: extract the "
+            "activations from text, or use vectors that say their positions"
+        )
+    if beyond := [place for place in known if not 0 <= place < len(table)]:
+        raise DataError(
+            f"{who} has embeddings of positions 0 to {len(table) - 1}, but an activation is at position {beyond[0]}. Cut the "
+            f"text to {len(table)} tokens."
+        )
+    return table[torch.tensor(known, dtype=torch.long, device=table.device)].float()
+
+
+def _around(
+    left: Float[torch.Tensor, "left d_model"],
+    middle: Float[torch.Tensor, "activation d_model"],
+    right: Float[torch.Tensor, "right d_model"],
+) -> Float[torch.Tensor, "activation token d_model"]:
+    n = len(middle)
+    return torch.cat([left.expand(n, -1, -1), middle[:, None], right.expand(n, -1, -1)], dim=1)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The decoder's own tensors, on its device and in its dtype."""
+
+    weight: Float[torch.Tensor, "projection d_model d_model"]
+    bias: Float[torch.Tensor, "projection d_model"]
+    left: Float[torch.Tensor, "left d_model"]
+    right: Float[torch.Tensor, "right d_model"]
+    positions: Float[torch.Tensor, "position d_model"] | None
+    """Embeddings taken off an activation by its position, float32."""
+
+
+def _parts(info: TaeInfo, model: Any) -> _Parts:
+    state = {name: tensor for name, tensor in info.states["decoder"].items() if not name.startswith(BASE)}
+    check_contents(state, "decoder", info.path)
+    stacked = info.decoder.is_stacked
+    weight = state["proj_weight"] if stacked else state["proj.weight"][None]
+    bias = state["proj_bias"] if stacked else state["proj.bias"][None]
+    empty = torch.empty(0, info.d_model)
+    left, right = (state.get(name, empty) for name in ("prompt_left_emb", "prompt_right_emb"))
+    weight, bias, left, right = (tensor.to(device=model.device, dtype=model.dtype) for tensor in (weight, bias, left, right))
+    positions = state.get("activation_pos_embedder.weight")
+    return _Parts(weight, bias, left, right, None if positions is None else positions.float().to(model.device))
+
+
+def _untrained(info: TaeInfo) -> tuple[Note, ...]:
+    weight = info.states["decoder"]["proj_weight" if info.decoder.is_stacked else "proj.weight"]
+    if not is_identity(weight if info.decoder.is_stacked else weight[None]):
+        return ()
+    return (Note("checkpoint", f"The decoder's projections in {info.path} are still the identity that training starts from."),)

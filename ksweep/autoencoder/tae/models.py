@@ -1,0 +1,119 @@
+"""Talkative-autoencoder checkpoints: one .pt file that holds a decoder (AV) and an encoder (AR) over one base model.
+
+    info = inspect_tae("checkpoints/run_17")                          # the file with the highest step
+    av = load_verbalizer(info, device="cuda")
+    ar = load_reconstructor(info, device="cuda", sharing=av)          # one base in memory where both use the same weights
+
+Decoder and encoder stand on the checkpoint's `model_name`; activations come from `info.activations_model`, its
+`orig_model_name`, which may be another model. Formats and arithmetic: the README of tests/fixtures/tae; shapes and names:
+`tae_layout.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ksweep.autoencoder.base import Explanation
+from ksweep.autoencoder.tae.base_model import load_blocks, load_causal_lm, load_tokenizer
+from ksweep.autoencoder.tae.checkpoint import TaeInfo, digest_tae, highest_step, inspect_tae, is_tae
+from ksweep.autoencoder.tae.decoder import TaeVerbalizer
+from ksweep.autoencoder.tae.encoder import BEFORE_BLOCKS, TaeReconstructor, text_prompt
+from ksweep.autoencoder.tae.layout import base_state
+from ksweep.autoencoder.transformers_models import torch_dtype
+from ksweep.inference.device_map import Devices, as_devices
+
+if TYPE_CHECKING:
+    from ksweep.config.spec import EncoderPrompt
+
+__all__ = [
+    "Explanation",
+    "TaeInfo",
+    "TaeReconstructor",
+    "TaeVerbalizer",
+    "digest_tae",
+    "highest_step",
+    "inspect_tae",
+    "is_tae",
+    "load_reconstructor",
+    "load_verbalizer",
+]
+
+
+def load_verbalizer(
+    checkpoint: TaeInfo | Path | str,
+    *,
+    base: str | None = None,
+    dtype: str = "bfloat16",
+    device: Devices = "cpu",
+) -> TaeVerbalizer:
+    """Load the decoder.
+
+    Args:
+        checkpoint: what `inspect_tae` returned, a .pt file, or a directory of them.
+        base: see `inspect_tae`.
+        dtype: compute precision, "bfloat16", "float16" or "float32"; weights are converted to it.
+        device: where it runs; over several devices its blocks are spread.
+
+    Raises:
+        CheckpointError: one paragraph on what is wrong with it.
+    """
+    info = _inspected(checkpoint, base)
+    model = load_causal_lm(info.base, base_state(info.states["decoder"]), torch_dtype(dtype), as_devices(device), info.path)
+    return TaeVerbalizer(info, model, load_tokenizer(info.base))
+
+
+def load_reconstructor(
+    checkpoint: TaeInfo | Path | str,
+    *,
+    base: str | None = None,
+    dtype: str = "bfloat16",
+    device: Devices = "cpu",
+    sharing: TaeVerbalizer | None = None,
+    encoder_prompt: EncoderPrompt = "learned",
+) -> TaeReconstructor:
+    """Load the encoder; arguments and errors as for `load_verbalizer`.
+
+    Args:
+        sharing: decoder whose model is used as it is where that gives the same numbers: same checkpoint, dtype and device, and
+            neither half holds base weights of its own. Otherwise the base is loaded up to the block that is read out.
+        encoder_prompt: "text" puts the token embeddings of the file's soft_prompt_init_text in the place of the trained prompt.
+    """
+    info = _inspected(checkpoint, base)
+    prompt = text_prompt(info, load_tokenizer(info.base)) if encoder_prompt == "text" else None
+    where = as_devices(device)
+    if sharing is not None and _can_share(info, sharing, torch_dtype(dtype), where[0]):
+        return TaeReconstructor(info, sharing.model, prompt=prompt)
+    stored = base_state(info.states["encoder"])
+    model, table = load_blocks(info.base, _num_blocks(info), stored, torch_dtype(dtype), where, info.path)
+    return TaeReconstructor(info, model, _decoder_table(info, model, table), prompt)
+
+
+def _decoder_table(info: TaeInfo, model: Any, of_base: torch.Tensor) -> torch.Tensor:
+    """Token embeddings of the decoder's base: its own in the file, else those of the base directory."""
+    stored = base_state(info.states["decoder"])
+    if not stored:
+        return of_base
+    weight = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    found = [tensor for key, tensor in stored.items() if key.endswith(f".{name}") and tensor.shape == weight.shape]
+    return found[0] if found else of_base
+
+
+def _num_blocks(info: TaeInfo) -> int:
+    """Blocks that the encoder runs."""
+    layer = info.encoder.output_layer
+    return 1 if layer == BEFORE_BLOCKS else info.num_layers if layer < 0 else layer + 1
+
+
+def _can_share(info: TaeInfo, verbalizer: TaeVerbalizer, dtype: torch.dtype, device: torch.device) -> bool:
+    model = verbalizer.model
+    same = (verbalizer.info.path, verbalizer.info.base) == (info.path, info.base)
+    on_device = model.device.type == device.type and device.index in (None, model.device.index)
+    return same and not info.decoder.has_base and not info.encoder.has_base and model.dtype == dtype and on_device
+
+
+def _inspected(checkpoint: TaeInfo | Path | str, base: str | None) -> TaeInfo:
+    return checkpoint if isinstance(checkpoint, TaeInfo) else inspect_tae(checkpoint, base=base)

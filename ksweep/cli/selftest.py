@@ -1,0 +1,115 @@
+"""Does the engine draw here what it should? A tiny random model made on the spot, checked against the plain way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ksweep.autoencoder.base import ParseOutcome
+from ksweep.inference.backend import FinishReason, Prefill
+from ksweep.inference.engine import Draw, Request, draw
+from ksweep.inference.kv_cache import repeated
+
+WIDTH, VOCABULARY, PROMPT, STOP = 32, 64, (5, 6, 0, 7), 1
+INJECT_AT = 2
+NUM_ACTIVATIONS, NUM_DRAWS, MAX_TOKENS = 4, 5, 12
+
+
+class TinyVerbalizer:
+    """A random two-block Llama that reads a vector in the place of one prompt token."""
+
+    d_model = WIDTH
+    stop_token_ids = frozenset({STOP})
+    prompt_length = len(PROMPT)
+
+    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
+        """The same weights wherever it is made: on the CPU in float32, then moved."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.2, bos_token_id=0, eos_token_id=STOP,
+        )  # fmt: skip
+        self.model: Any = LlamaForCausalLM(config).eval().to(device, dtype)
+        torch.set_rng_state(state)
+
+    def embedded(self, vectors: torch.Tensor) -> torch.Tensor:
+        """[activation, prompt token, width], the vector among them."""
+        tokens = torch.tensor(PROMPT, device=self.model.device).expand(len(vectors), -1)
+        prompt: torch.Tensor = self.model.get_input_embeddings()(tokens).clone()
+        prompt[:, INJECT_AT] = vectors.to(prompt)
+        return prompt
+
+    def inputs(self, vectors: torch.Tensor, positions: Sequence[int | None]) -> torch.Tensor:
+        """The vectors as they are."""
+        return vectors
+
+    def prefix(self) -> Any:
+        """The prompt before the vector, run once."""
+        tokens = torch.tensor([PROMPT[:INJECT_AT]], device=self.model.device)
+        return self.model(input_ids=tokens, use_cache=True).past_key_values
+
+    def prefill(self, vectors: torch.Tensor, prefix: Any | None = None) -> Prefill:
+        """The prompt, or what is left of it behind `prefix`."""
+        rest = self.embedded(vectors) if prefix is None else self.embedded(vectors)[:, INJECT_AT:]
+        past = repeated(prefix, len(vectors))
+        out = self.model(inputs_embeds=rest, past_key_values=past, use_cache=True, logits_to_keep=1)
+        return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Numbers, for want of words."""
+        return " ".join(map(str, token_ids))
+
+    def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
+        """Every text is an explanation."""
+        return text, "ok"
+
+
+def failures(device: str) -> list[str]:
+    """What is wrong with drawing on this device; nothing where all is well.
+
+    Tokens are compared exactly: none of them changes where logits are off by 3e-3, and float32 is off by 1e-5.
+    """
+    av, exact = TinyVerbalizer(device), TinyVerbalizer(device, torch.float64)
+    vectors = torch.from_numpy(3 * np.random.default_rng(0).normal(size=(NUM_ACTIVATIONS, WIDTH)).astype(np.float32))
+    greedy = _taken(av, vectors, temperature=0.0, batch_size=64, num_draws=1)
+    plain = {(row, 0): _greedy_without_cache(exact, vectors[row]) for row in range(NUM_ACTIVATIONS)}
+    together = _taken(av, vectors, temperature=1.0, batch_size=64, num_draws=NUM_DRAWS)
+    alone = _taken(av, vectors, temperature=1.0, batch_size=1, num_draws=NUM_DRAWS)
+    found = []
+    if greedy != plain:
+        found.append("greedy text from the forked cache differs from plain decoding without one")
+    if together != alone:
+        found.append("draws depend on the batch size")
+    if len(set(plain.values())) == 1:
+        found.append("every vector gives the same text: the vector does not arrive")
+    if len(set(together.values())) < len(together) // 2:
+        found.append("draws repeat one another: the noise is not random")
+    return found
+
+
+def _taken(
+    av: TinyVerbalizer, vectors: torch.Tensor, *, temperature: float, batch_size: int, num_draws: int
+) -> dict[tuple[int, int], tuple[int, ...]]:
+    requests = [Request(row=row, activation_key=row + 1, draw=k) for row in range(len(vectors)) for k in range(num_draws)]
+    drawn: list[Draw] = list(
+        draw(av, vectors, requests, temperature=temperature, max_new_tokens=MAX_TOKENS, seed=0, batch_size=batch_size)
+    )
+    return {(d.request.row, d.request.draw): tuple(d.token_ids) for d in drawn}
+
+
+@torch.inference_mode()
+def _greedy_without_cache(av: TinyVerbalizer, vector: torch.Tensor) -> tuple[int, ...]:
+    """The whole sequence run anew for each token, in float64."""
+    sequence = av.embedded(vector[None])
+    said: list[int] = []
+    while len(said) < MAX_TOKENS and (not said or said[-1] != STOP):
+        token = av.model(inputs_embeds=sequence, use_cache=False).logits[0, -1].argmax()
+        said.append(int(token))
+        sequence = torch.cat([sequence, av.model.get_input_embeddings()(token[None, None])], dim=1)
+    return tuple(said)

@@ -1,0 +1,1 @@
+"""What can be asked: the spec, a sweep, resources, overrides, presets."""

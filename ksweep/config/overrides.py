@@ -1,0 +1,246 @@
+"""key=value and YAML onto a sweep, with the types of the spec and a "did you mean" for what it does not know."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ksweep.config.resources import Resources
+from ksweep.config.spec import Autoencoder, Cell, Sampling
+from ksweep.config.sweep import GROUPS, PLAIN, Sweep, known_keys
+from ksweep.utils.errors import SpecError
+
+log = logging.getLogger(__name__)
+
+
+def apply_overrides(sweep: Sweep, arguments: Sequence[str] = (), config: str | Path | None = None) -> Sweep:
+    """The sweep with a YAML file and then key=value arguments laid over it.
+
+    Raises:
+        SpecError: as `given_settings` and `lay_over`.
+    """
+    return lay_over(sweep, given_settings(arguments, config))
+
+
+def given_settings(arguments: Sequence[str] = (), config: str | Path | None = None) -> dict[str, Any]:
+    """What a YAML file and key=value arguments ask for, by whole key; the arguments win.
+
+    A key is a dotted field ("sampling.num_draws") or a last part that only one field has ("num_draws").
+
+    Raises:
+        SpecError: unknown or ambiguous key, unreadable file or value.
+    """
+    given: dict[str, Any] = {}
+    if config is not None:
+        given |= _config(_read_yaml(Path(config)))
+    for argument in arguments:
+        key, value = _split(argument)
+        given[_resolve(key)] = value
+    return given
+
+
+def lay_over(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
+    """The sweep with settings by whole key laid over it.
+
+    A list given for a field that holds one value makes that field an axis; one value given for an axis reduces it to that value.
+
+    Raises:
+        SpecError: value of the wrong type, a spec that contradicts itself.
+    """
+    return _build(sweep, given) if given else sweep
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        value = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise SpecError(f"no configuration file at {path}: give --config an existing YAML file") from None
+    except (OSError, OmegaConfBaseException, ValueError) as error:
+        raise SpecError(f"{path} is no YAML that can be read: {error}") from error
+    except Exception as error:  # yaml.YAMLError has no common base with the above
+        raise SpecError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{path} holds a {type(value).__name__}, expected keys such as\n  sampling:\n    num_draws: 32")
+    return typing.cast("Mapping[str, Any]", value)
+
+
+def _config(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file by dotted key; one of the reference's old shape (all below `eval`) is translated."""
+    from ksweep.config import reference_options  # asks this module for the known keys
+
+    if not reference_options.is_old_config(tree):
+        return dict(_flatten(tree))
+    settings, warnings = reference_options.translate_config(tree)
+    for warning in warnings:
+        log.warning(warning)
+    return {_resolve(key): value for key, value in settings.items()}
+
+
+def _flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Leaves of a YAML tree as dotted keys; dotted keys and groups may be mixed."""
+    for key, value in tree.items():
+        if key in GROUPS and isinstance(value, Mapping):
+            for name, leaf in value.items():
+                yield _resolve(f"{key}.{name}"), leaf
+        else:
+            yield _resolve(str(key)), value
+
+
+def _split(argument: str) -> tuple[str, Any]:
+    key, equals, text = argument.partition("=")
+    if not equals:
+        raise SpecError(f"argument {argument!r} is neither an option nor key=value; expected for example sampling.num_draws=32")
+    if re.fullmatch(r"[\d-]*\d+(:\d+)+", text.strip()):
+        return key.strip().lstrip("+"), text.strip()  # 24:00:00 is a time; YAML reads a number in base 60
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)
+    except Exception as error:
+        raise SpecError(f"the value of {argument!r} cannot be read: {error}") from error
+    assert isinstance(parsed, dict)
+    return key.strip().lstrip("+"), parsed["value"]
+
+
+def _resolve(key: str) -> str:
+    keys = known_keys()
+    if key in keys or key in GROUPS:
+        return key
+    ends = [k for k in keys if k.rpartition(".")[2] == key]
+    if len(ends) == 1:
+        return ends[0]
+    if ends:
+        raise SpecError(f"{key!r} could be {' or '.join(ends)}: write the whole key")
+    raise SpecError(f"unknown key {key!r}: {_hint(key, list(keys))}")
+
+
+def _hint(key: str, keys: list[str]) -> str:
+    if key == "axes":
+        return "a list given for a field makes an axis, e.g. sampling.temperature=[0.5,1.0]"
+    group = key.partition(".")[0]
+    inside = [k for k in keys if k.startswith(f"{group}.")]
+    tails = {k.rpartition(".")[2]: k for k in (inside or keys)}
+    close = [] if inside else difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    close = close or [tails[t] for t in difflib.get_close_matches(key.rpartition(".")[2], tails, n=2, cutoff=0.7)]
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"{group} has {', '.join(k.rpartition('.')[2] for k in inside)}" if inside else "known keys: " + ", ".join(keys)
+
+
+def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
+    """One construction at the end, so that fields which depend on each other may come in any order."""
+    hints = known_keys()
+    axes = dict(sweep.axes)
+    cell, resources, plain = _as_dict(sweep.cell), _as_dict(sweep.resources), {}
+    given = _with_what_they_replace(given, sweep.cell)
+    changed: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        group, _, name = key.partition(".")
+        if key in PLAIN:
+            plain[key] = _convert(key, value, str)
+        elif group == "resources" and name:
+            resources[name] = _convert(key, value, hints[key])
+        elif key in GROUPS:
+            axes[key] = tuple(_group_value(key, v) for v in (value if isinstance(value, list) else [value]))
+        elif key in axes or (isinstance(value, list) and not _takes_list(hints[key])):
+            axes[key] = tuple(_convert(key, v, hints[key]) for v in (value if isinstance(value, list) else [value]))
+        else:
+            converted = _convert(key, value, hints[key])
+            cell[group][name] = changed.setdefault(group, {})[name] = converted
+    for group in changed.keys() & axes.keys():  # an axis of whole groups: the changes hold for each of its values
+        axes[group] = tuple(replace(v, **changed[group]) for v in axes[group])
+    for key in [k for k, values in axes.items() if "." in k and (k in given or len(values) == 1)]:
+        group, _, name = key.partition(".")
+        cell[group][name] = axes[key][0]
+    built = Cell(**{name: spec(**cell[name]) for name, spec in GROUPS.items() if name != "resources"})
+    return replace(sweep, cell=built, axes=axes, resources=Resources(**resources), **plain)
+
+
+def _with_what_they_replace(given: Mapping[str, Any], old: Cell) -> dict[str, Any]:
+    """A new AV or checkpoint takes the old base with it, a checkpoint and a pair each the place of the other; a checkpoint names
+    model and layer of its activations and the length of explanations, so those of a pair go too. Ready-made vectors take the
+    place of model and text."""
+    cleared: dict[str, Any] = {}
+    if given.get("autoencoder.checkpoint") is not None:
+        cleared |= {"autoencoder.av": None, "autoencoder.ar": None, "autoencoder.base": None}
+        if old.autoencoder.checkpoint is None:
+            cleared |= {"activations.model": None, "activations.layer": None}
+            cleared |= {"sampling.max_new_tokens": Sampling.max_new_tokens}
+    elif "autoencoder.av" in given:
+        cleared |= {"autoencoder.checkpoint": None, "autoencoder.base": None, "autoencoder.encoder_prompt": "learned"}
+    if given.get("activations.vectors") is not None:
+        cleared |= {"activations.model": None, "activations.text": None}
+    return cleared | dict(given)
+
+
+def _as_dict(spec: Any) -> dict[str, Any]:
+    return {f.name: _as_dict(v) if is_dataclass(v := getattr(spec, f.name)) else v for f in fields(spec)}
+
+
+def _group_value(key: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        example = "{av: DIR, ar: DIR}" if GROUPS[key] is Autoencoder else "{...}"
+        raise SpecError(f"{key}={value!r}: expected a mapping of its fields, such as {example}, or a list of them")
+    return GROUPS[key](
+        **{name: _convert(f"{key}.{name}", v, known_keys()[_resolve(f"{key}.{name}")]) for name, v in value.items()}
+    )
+
+
+def _takes_list(hint: Any) -> bool:
+    return any(typing.get_origin(h) is tuple for h in _alternatives(hint))
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """A YAML value as the type of its field; whole floats pass as integers ("1e3"), numbers never as text by accident."""
+    for option in _alternatives(hint):
+        origin = typing.get_origin(option)
+        if option is type(None) and value is None:
+            return None
+        if origin is typing.Literal and value in typing.get_args(option):
+            return value
+        if origin is tuple and isinstance(value, (list, tuple, int)):
+            inner = typing.get_args(option)[0]
+            return tuple(_convert(key, v, inner) for v in (value if isinstance(value, (list, tuple)) else [value]))
+        if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+            return dict(value)
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if option is int and _whole(value):
+            return int(value)
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is str and isinstance(value, (str, int)) and not isinstance(value, bool):
+            return str(value)
+    raise SpecError(f"{key}={value!r} has the wrong type: expected {_describe(hint)}")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
+
+
+def _describe(hint: Any) -> str:
+    names = []
+    for option in _alternatives(hint):
+        if typing.get_origin(option) is typing.Literal:
+            names.append("one of " + ", ".join(map(str, typing.get_args(option))))
+        elif typing.get_origin(option) is tuple:
+            names.append("a list such as [1,2,4]")
+        else:
+            names.append(
+                {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(
+                    option, str(option)
+                )
+            )
+    return " or ".join(names)

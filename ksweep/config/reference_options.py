@@ -1,0 +1,638 @@
+"""Options of the reference sweep (talkative autoencoder) under their old names: what each is called here, or why it has no name.
+
+    translate(["num_gpus=8", "+eval.k_values=[1,2,4]"])   -> new key=value arguments, warnings
+    translate_config(yaml_tree)                           -> new settings of a file of the old conf/eval shape, warnings
+    translate_checkpoint_config(config)                   -> what the config in a checkpoint says about activations and sampling
+    python -m ksweep.legacy experiments/k_sweep.py ...    -> runs a sweep with old names (scripts/submit_k_sweep.sh)
+
+docs/options.md is printed from OPTIONS (python -m ksweep.legacy --table).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ksweep.config.resources import minutes
+from ksweep.config.sweep import known_keys
+from ksweep.utils.errors import RequestError, SpecError
+
+Settings = dict[str, Any]
+"""New dotted key -> value."""
+
+Table = Literal["submission", "evaluation", "checkpoint"]
+Kind = Literal["translated", "not needed", "no effect"]
+Convert = Callable[[str, Any, Mapping[str, Any]], Settings]
+
+CONFIG_DIRECTORY = Path("conf") / "eval"
+"""Where `+eval=NAME` looks for NAME.yaml."""
+
+FROM_ENVIRONMENT = ("num_gpus", "time", "job_name", "nodes", "nice", "force_direct")
+"""Submission options that the old script also took from variables: NUM_GPUS, TIME, ..."""
+
+SAYS_DATA = ("--checkpoint-data", "activations.text=", "text=", "activations.vectors=", "vectors=")
+_NOT_ITS_DATA = (
+    "eval.checkpoint_path: the reference took text, positions and norm filter from the checkpoint's config; here those of the "
+    "experiment hold unless --checkpoint-data, activations.text=PATH or activations.vectors=FILE is given"
+)
+
+TAKE_A_VALUE = ("--config", "--base", "--config-name", "--config-path", "-cn", "-cp")
+"""Dashed options whose value may be the next argument; the last four were Hydra's."""
+
+IGNORED_SECTIONS = ("dataset", "data", "on_the_fly", "activation_dumper", "defaults", "hydra")
+"""Sections of an old evaluation file that Hydra filed where nobody read them."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the reference."""
+
+    name: str
+    table: Table
+    keys: tuple[str, ...] = ()
+    """What it is called here."""
+    says: str = ""
+    """What differs, or why there is no such option; shown in the table, and as a warning where nothing is translated."""
+    to: Convert | None = None
+    """From its name, its value and all that was given to new settings; None hands the value on to the only key."""
+    kind: Kind = "translated"
+    warns: bool = False
+    """Whether `says` is also told when the option is translated."""
+
+    def settings(self, value: Any, given: Mapping[str, Any]) -> Settings:
+        """New settings; none where nothing is translated or null stands for the default."""
+        if self.kind != "translated" or value is None:
+            return {}
+        return {self.keys[0]: value} if self.to is None else self.to(self.name, value, given)
+
+    def warning(self, value: Any) -> str | None:
+        """What whoever gave this value should know."""
+        if value is None or (self.kind == "translated" and not self.warns):
+            return None
+        if self.kind == "translated":
+            return f"{self.name}: {self.says}"
+        what = "never had an effect in the reference" if self.kind == "no effect" else "is not needed here"
+        return f"{self.name} {what} and is left out: {self.says}"
+
+
+# From an old value to new ones
+
+
+def _k_values(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    ks = sorted({_whole(name, k) for k in (value if isinstance(value, (list, tuple)) else [value])})
+    if not ks or ks[0] < 1:
+        raise SpecError(f"{name}={value!r}: expected whole numbers of at least 1, such as [1,2,4,8]")
+    return {"scoring.ks": ks, "sampling.num_draws": ks[-1]}
+
+
+def _max_val_samples(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    per_row = given.get("eval.num_positions")
+    return {
+        "activations.num_activations": _whole(name, value) * (1 if per_row is None else _whole("eval.num_positions", per_row))
+    }
+
+
+def _checkpoint(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    if not str(value).strip():
+        raise SpecError(f"{name} is empty: give a checkpoint_*.pt file, or a directory of them")
+    return {"autoencoder.checkpoint": str(value)}
+
+
+def _export_json(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    folder = given.get("eval.output_dir") or "eval_results"
+    return {"export_json": os.path.join(str(folder), str(given.get("eval.output_file") or "k_sweep_results.json"))}
+
+
+def _strategy(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    if value not in ("random", "midpoint"):
+        raise SpecError(f"{name}={value!r} is not one of random, midpoint")
+    return {"activations.positions": value, "activations.candidates": "not_padding"}
+
+
+def _min_pos(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    return {"activations.min_position": _whole(name, value), "activations.candidates": "not_padding"}
+
+
+def _pretokenized(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    split = str(given.get("dataset.val_split") or "validation")
+    return {"activations.text": os.path.join(str(value), split), "activations.text_column": "input_ids"}
+
+
+def _filter_norms(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    norm = given.get("dataset.on_the_fly.max_activation_norm")
+    return {"activations.max_norm": 300_000.0 if norm is None else norm} if _truth(name, value) else {}
+
+
+def _max_norm(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    name = "dataset.on_the_fly.filter_large_norms"
+    return {} if given.get(name) is None else _filter_norms(name, given[name], given)
+
+
+def _time(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    minutes(str(value))
+    return {"resources.time": str(value)}
+
+
+def _nice(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    text = str(value).strip().lower()
+    if text in ("", "0", "false", "no"):
+        return {}
+    level = int(text) if text.isdigit() and text != "1" else True
+    return {"resources.qos": "preemptable", "resources.nice": level}
+
+
+def _force_direct(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    return {"resources.cluster": "local"} if _truth(name, value) else {}
+
+
+def _seed(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+    return dict.fromkeys(("sampling.seed", "activations.seed"), _whole(name, value))
+
+
+def _number(key: str) -> Convert:
+    return lambda name, value, given: {key: _whole(name, value)}
+
+
+def _switch(key: str, on: Any, off: Any) -> Convert:
+    return lambda name, value, given: {key: on if _truth(name, value) else off}
+
+
+# The tables
+
+_LOADER = "activations come from the activation store; there is no data loader"
+_TOKENS = "extraction fills batches by tokens (16,384), alike everywhere, because another batch changes the last bits"
+_CONFIG = "the reference's normal path read this from the checkpoint's config only; here it counts"
+_SHARDS = "dumped .pt shards are not read: activations are extracted from the text, or given as activations.vectors=FILE"
+_PER_K = (
+    "true becomes prefix. false becomes order_statistics: the expectation of fresh draws for every K, from those of the "
+    "largest K. Left out, order_statistics holds (the reference: true)"
+)
+_BOOTSTRAP = (
+    "true becomes 1000: the reference's percentile and BCa intervals over single vectors, in every mode. The interval over "
+    "documents is always there (scoring.num_replicates)"
+)
+_BASE = (
+    "model whose activations are explained. The reference's sweep ran decoder and encoder on it too; here they stay on model_name"
+)
+
+OPTIONS: tuple[Option, ...] = (
+    Option("num_gpus", "submission", ("resources.gpus",), "one rank per GPU", _number("resources.gpus")),
+    Option("time", "submission", ("resources.time",), "minutes, or 24:00:00", _time),
+    Option("job_name", "submission", ("name",), "also names the sweep in the registry"),
+    Option("nodes", "submission", ("resources.nodes",), "the reference ran on one, however many", _number("resources.nodes")),
+    Option(
+        "nice", "submission", ("resources.qos", "resources.nice"),
+        "qos preemptable and nice N (10000 for `true`); a requeued job carries on instead of starting from zero", _nice,
+    ),
+    Option("force_direct", "submission", ("resources.cluster",), "true becomes local", _force_direct),
+    Option("partition", "submission", ("resources.partition",), "in the reference's examples, where Hydra refused it"),
+    Option(
+        "eval.checkpoint_path", "evaluation", ("autoencoder.checkpoint",),
+        "of a directory the checkpoint with the highest step, not the newest file of any type", _checkpoint,
+    ),
+    Option(
+        "eval.k_values", "evaluation", ("scoring.ks", "sampling.num_draws"),
+        "as many draws as the largest K; every K is read off the same draws", _k_values,
+    ),
+    Option(
+        "eval.constant_k_mode", "evaluation", ("scoring.selection",), _PER_K,
+        _switch("scoring.selection", "prefix", "order_statistics"),
+    ),
+    Option(
+        "eval.max_val_samples", "evaluation", ("activations.num_activations",),
+        "rows, times num_positions. A text with fewer is an error that names how many there are; no remainder is dropped",
+        _max_val_samples,
+    ),
+    Option(
+        "eval.max_batches", "evaluation", (),
+        "it meant batches or samples per rank, by mode; set activations.num_activations instead", kind="not needed",
+    ),
+    Option("eval.temperature", "evaluation", ("sampling.temperature",), "0 is greedy (the reference divided by it)"),
+    Option(
+        "eval.max_generation_batch_size", "evaluation", ("resources.batch_size",),
+        "draws in flight, or texts scored, at once on one rank; in float32 it changes no draw, in bfloat16 it flips near ties",
+        _number("resources.batch_size"),
+    ),
+    Option("eval.vector_extraction_batch_size", "evaluation", (), _TOKENS, kind="not needed"),
+    Option("eval.dataloader_batch_size", "evaluation", (), _LOADER, kind="not needed"),
+    Option("eval.dataloader_fwd_pass_batch_size", "evaluation", (), _TOKENS, kind="not needed"),
+    Option(
+        "eval.num_positions", "evaluation", ("activations.positions_per_document",),
+        "max_val_samples is multiplied by it; works in every mode", _number("activations.positions_per_document"),
+    ),
+    Option(
+        "eval.min_pos", "evaluation", ("activations.min_position", "activations.candidates"), _CONFIG, _min_pos, warns=True
+    ),
+    Option(
+        "eval.position_selection_strategy", "evaluation", ("activations.positions", "activations.candidates"), _CONFIG, _strategy,
+        warns=True,
+    ),
+    Option(
+        "eval.do_bootstrap", "evaluation", ("scoring.reference_replicates",), _BOOTSTRAP,
+        _switch("scoring.reference_replicates", 1000, 0),
+    ),
+    Option(
+        "eval.load_store", "evaluation", (),
+        "activations are always stored, and found again by the content of model, text and rule", kind="not needed",
+    ),
+    Option("eval.cache_dir", "evaluation", ("vector_cache",), "old vectors.pkl files are not read"),
+    Option(
+        "eval.output_dir", "evaluation", ("export_json",),
+        "directory of the JSON in the reference's schema; results themselves go to the registry (registry=DIR)", _export_json,
+    ),
+    Option("eval.output_file", "evaluation", ("export_json",), "name of that JSON", _export_json),
+    Option(
+        "eval.use_bf16", "evaluation", ("autoencoder.dtype",), "bfloat16, or float32 (the reference: a dtype error)",
+        _switch("autoencoder.dtype", "bfloat16", "float32"),
+    ),
+    Option(
+        "eval.use_hard_encoder_string", "evaluation", ("autoencoder.encoder_prompt",),
+        "true becomes text: the token embeddings of soft_prompt_init_text instead of the learned prompt",
+        _switch("autoencoder.encoder_prompt", "text", "learned"),
+    ),
+    Option(
+        "eval.compute_variance_by_role", "evaluation", (),
+        "errors and variance recovery by role are always there where a chat template tells roles (Gemma, ChatML, Llama-3, "
+        "Harmony), over all ranks", kind="not needed",
+    ),
+    Option("eval.batch_size", "evaluation", (), "nothing read it", kind="no effect"),
+    Option("eval.generation_batch_size", "evaluation", (), "nothing read it", kind="no effect"),
+    Option(
+        "seed", "evaluation", ("sampling.seed", "activations.seed"),
+        "in the reference the checkpoint's random state replaced it, alike on every rank; here draws and positions follow it",
+        _seed, warns=True,
+    ),
+    Option("data.num_workers", "evaluation", (), f"0 was forced; {_LOADER}", kind="no effect"),
+    Option("model_name", "checkpoint", ("autoencoder.base",), "base of decoder and encoder"),
+    Option("orig_model_name", "checkpoint", ("activations.model",), _BASE),
+    Option("tokenizer_name", "checkpoint", (), "each model brings its own tokenizer", kind="not needed"),
+    Option("layer_l", "checkpoint", ("activations.layer",), "block whose output is explained, 0-based"),
+    Option("t_text", "checkpoint", ("sampling.max_new_tokens",), "always exactly so many tokens: EOS does not stop"),
+    Option(
+        "attn_implementation", "checkpoint", (),
+        "eager where attention is soft-capped (Gemma-2, trained so), else torch's own, which gives the same numbers",
+        kind="not needed",
+    ),
+    Option(
+        "use_bf16", "checkpoint", ("activations.dtype",), "absent: bfloat16", _switch("activations.dtype", "bfloat16", "float32")
+    ),
+    Option("dataset.on_the_fly.enabled", "checkpoint", (), "what is missing is always extracted", kind="not needed"),
+    Option(
+        "dataset.on_the_fly.pretokenized_path", "checkpoint", ("activations.text", "activations.text_column"),
+        "the `datasets` directory of the split below it; its column input_ids, on whatever side it was padded", _pretokenized,
+    ),
+    Option(
+        "dataset.on_the_fly.min_pos", "checkpoint", ("activations.min_position", "activations.candidates"),
+        "counted from the first token that is not padding; a shorter row gives its last token", _min_pos,
+    ),
+    Option(
+        "dataset.on_the_fly.position_selection_strategy", "checkpoint", ("activations.positions", "activations.candidates"),
+        "random or midpoint", _strategy,
+    ),
+    Option(
+        "dataset.on_the_fly.val_vectors_per_sequence", "checkpoint", ("activations.positions_per_document",),
+        "positions of a row", _number("activations.positions_per_document"),
+    ),
+    Option("dataset.on_the_fly.shuffle_after_generation", "checkpoint", (), "order changes no number", kind="not needed"),
+    Option(
+        "dataset.on_the_fly.filter_large_norms", "checkpoint", ("activations.max_norm",),
+        "true: max_activation_norm, or 300000 where that is absent; false leaves it at null", _filter_norms,
+    ),
+    Option(
+        "dataset.on_the_fly.max_activation_norm", "checkpoint", ("activations.max_norm",),
+        "the norm of the activation alone decides, not that of its unused partner", _max_norm,
+    ),
+    Option(
+        "dataset.val_split", "checkpoint", ("activations.text",), "a directory below pretokenized_path; absent: validation",
+        lambda name, value, given: {},
+    ),
+    Option("dataset.activation_dir", "checkpoint", (), _SHARDS, kind="not needed"),
+    Option("dataset.val_activation_dir", "checkpoint", (), _SHARDS, kind="not needed"),
+)  # fmt: skip
+"""Every option of the reference's submission script, of its evaluation, and what it read from the checkpoint's config."""
+
+BY_NAME = {option.name: option for option in OPTIONS}
+
+
+# Translation
+
+
+def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DIRECTORY) -> tuple[list[str], list[str]]:
+    """Arguments with old names as arguments with new ones, and what to tell whoever gave them.
+
+    Understood are `key=value` with Hydra's `+` and `++` in front, `+eval=NAME` (a file of the old shape), and new names, which
+    pass through and win. `--config FILE` of the old shape is `+eval=FILE`; other options that begin with a dash pass through with
+    their value, Hydra's own --config-name apart.
+
+    Raises:
+        SpecError: an unknown name, with those it may have meant; a value that cannot be meant.
+    """
+    given: dict[str, Any] = {}
+    named: dict[str, Any] = {}
+    new: list[str] = []
+    warnings: list[str] = []
+    for argument in _with_values(arguments):
+        option, _, value = argument.partition("=")
+        if option in ("--config-name", "--config-path", "-cn", "-cp"):
+            warnings.append(f"{argument} never had an effect beside a checkpoint and is left out: its own config decides")
+            continue
+        if option == "--config" and _is_old_file(Path(value)):
+            named |= _old_options(_read_yaml(Path(value)))
+            continue
+        key, setting = ("", None) if argument.startswith("-") else _split(argument)
+        if key == "eval":
+            named |= _named_config(str(setting), Path(config_directory))
+        elif key and (key in BY_NAME or _ignored(key) or not _is_new(key)):
+            given[_known(key)] = setting
+        else:
+            new.append(argument.lstrip("+") if key else argument)
+    settings, more = translate_options(named | given, from_checkpoint=False)
+    if "autoencoder.checkpoint" in settings and not any(argument.startswith(SAYS_DATA) for argument in new):
+        warnings.append(_NOT_ITS_DATA)
+    return [f"{key}={_text(value)}" for key, value in settings.items()] + new, warnings + more
+
+
+def translate_options(given: Mapping[str, Any], *, from_checkpoint: bool) -> tuple[Settings, list[str]]:
+    """Old options by full name ("eval.k_values") -> new settings, warnings.
+
+    `from_checkpoint` says that they are the config inside a checkpoint: only there did the third table count.
+
+    Raises:
+        SpecError: an unknown name or a value that cannot be meant.
+    """
+    settings: Settings = {}
+    warnings: list[str] = []
+    sections: dict[str, None] = {}
+    for name, value in given.items():
+        if not from_checkpoint and _ignored(name):
+            sections[_section(name)] = None
+            continue
+        option = BY_NAME[_known(name)]
+        _refuse_interpolation(name, value)
+        if option.table == "checkpoint" and not from_checkpoint:
+            where = f"; here set {' and '.join(option.keys)}" if option.keys else ""
+            warnings.append(f"{name} never had an effect here: the reference read it from the checkpoint's config{where}")
+            continue
+        settings |= option.settings(value, given)
+        warnings += [text for text in [option.warning(value)] if text]
+    warnings += [_section_warning(section) for section in sections]
+    return settings, warnings
+
+
+def translate_config(tree: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """A YAML tree of the old conf/eval shape -> new settings, warnings.
+
+    Raises:
+        SpecError: as `translate_options`.
+    """
+    return translate_options(_old_options(tree), from_checkpoint=False)
+
+
+def is_old_config(tree: Mapping[str, Any]) -> bool:
+    """Whether a YAML tree has the old conf/eval shape: its settings stand below `eval`."""
+    return isinstance(tree.get("eval"), Mapping)
+
+
+def read_config(path: Path | str) -> tuple[Settings, list[str]]:
+    """A YAML file of the old conf/eval shape -> new settings, warnings.
+
+    Raises:
+        SpecError: it cannot be read, has another shape, or as `translate_options`.
+    """
+    return translate_config(_read_yaml(Path(path)))
+
+
+def translate_checkpoint_config(config: Mapping[str, Any]) -> Settings:
+    """What the config inside a checkpoint says about activations and sampling, as new settings; the rest of it is for the loader.
+
+    Where it is silent the reference's defaults hold: orig_model_name is model_name, min_pos is 8.
+    """
+    leaves = dict(_leaves(config))
+    given = {option.name: leaves[option.name] for option in OPTIONS if option.table == "checkpoint" and option.name in leaves}
+    if given.get("orig_model_name") is None and given.get("model_name") is not None:
+        given["orig_model_name"] = given["model_name"]
+    if given.get("dataset.on_the_fly.pretokenized_path") is not None:
+        given.setdefault("dataset.on_the_fly.min_pos", 8)
+    return translate_options(given, from_checkpoint=True)[0]
+
+
+def from_environment(environment: Mapping[str, str]) -> list[str]:
+    """Submission options that stand in variables, as the old script took them."""
+    return [f"{name}={environment[name.upper()]}" for name in FROM_ENVIRONMENT if environment.get(name.upper())]
+
+
+def _old_options(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by full old name: `eval.eval.x` is `eval.x`, and what stands further out wins, as in the reference."""
+    leaves = dict(_leaves(tree))
+    inner = {name.removeprefix("eval."): value for name, value in leaves.items() if name.startswith("eval.eval.")}
+    return inner | {name: value for name, value in leaves.items() if not name.startswith("eval.eval.")}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _named_config(name: str, directory: Path) -> dict[str, Any]:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else directory / f"{name}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in directory.glob("*.yaml"))) if directory.is_dir() else "none: no such directory"
+        raise SpecError(f"eval={name}: no file {path} (there are: {there}). Give the file itself, as eval=PATH.yaml")
+    return _old_options(_read_yaml(path))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(tree, Mapping) or not is_old_config(tree):
+        raise SpecError(f"{path} has not the old shape: expected a key `eval` with settings such as k_values below it")
+    return tree
+
+
+def _with_values(arguments: Sequence[str]) -> Iterator[str]:
+    """Dashed options that take a value in one piece with it: --config FILE becomes --config=FILE."""
+    rest = iter(arguments)
+    for argument in rest:
+        value = next(rest, "") if argument in TAKE_A_VALUE else ""
+        yield f"{argument}={value}" if value else argument
+
+
+def _is_old_file(path: Path) -> bool:
+    """Anything else is for whoever reads it to refuse."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(tree, Mapping) and is_old_config(tree)
+
+
+def _split(argument: str) -> tuple[str, Any]:
+    """Old `+key=value`, quoted as a whole, in its value or not at all -> key, value."""
+    text = argument.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    key, equals, value = text.partition("=")
+    if key.startswith("~"):
+        raise SpecError(f"{argument!r}: taking an option away has no meaning here; leave it out")
+    if not equals:
+        raise SpecError(f"argument {argument!r} is neither an option nor key=value; expected for example eval.k_values=[1,2,4]")
+    key = key.lstrip("+").strip()
+    key = key.removeprefix("eval.") if key.startswith("eval.eval.") else key
+    if key == "time":  # YAML reads 24:00:00 as a number in base 60
+        return key, value
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"the value of {argument!r} cannot be read: {error}") from error
+
+
+def _known(key: str) -> str:
+    if key in BY_NAME or _ignored(key):
+        return key
+    names = {*BY_NAME, *known_keys()}
+    tails = {name.rpartition(".")[2]: name for name in (*known_keys(), *BY_NAME)}  # an old name wins
+    close = difflib.get_close_matches(key, names, n=2, cutoff=0.6)
+    close += [tails[t] for t in difflib.get_close_matches(key.rpartition(".")[2], tails, n=2, cutoff=0.75)]
+    hint = f"did you mean {' or '.join(dict.fromkeys(close))}?" if close else "docs/options.md lists the old names and the new"
+    raise SpecError(f"unknown option {key!r}: {hint}")
+
+
+def _is_new(key: str) -> bool:
+    """Whether a key is one of today's, in full, a whole group, or by a last part that only one has."""
+    keys = known_keys()
+    return key in keys or any(k.startswith(f"{key}.") for k in keys) or [k.rpartition(".")[2] for k in keys].count(key) == 1
+
+
+def _section(name: str) -> str:
+    return name.removeprefix("eval.").partition(".")[0]
+
+
+def _ignored(name: str) -> bool:
+    return _section(name) in IGNORED_SECTIONS and name not in BY_NAME
+
+
+def _section_warning(section: str) -> str:
+    return f"`{section}` settings never had an effect in the reference and are left out: the checkpoint's own config decided"
+
+
+def _refuse_interpolation(name: str, value: Any) -> None:
+    if isinstance(value, str) and "${" in value:
+        raise SpecError(f"{name}={value!r} refers to a setting that is not there: write the value itself")
+
+
+def _truth(name: str, value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off", ""):
+        return False
+    raise SpecError(f"{name}={value!r} has the wrong type: expected true or false")
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = float(value)  # YAML reads 1e5 as text
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not number.is_integer():
+        raise SpecError(f"{name}={value!r} has the wrong type: expected a whole number")
+    return int(number)
+
+
+def _text(value: Any) -> str:
+    """A value as it stands behind key= in an override."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_text, value)) + "]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[\w./@~:+-]*[\w./]", value) and yaml.safe_load(value) == value
+        return value if plain else json.dumps(value)
+    return json.dumps(value)
+
+
+# The table, and the wrapper
+
+
+def options_document() -> str:
+    """docs/options.md."""
+    parts = [_HEAD]
+    for table, title in _TITLES.items():
+        parts.append(f"## {title}\n\n| old | new | |\n|---|---|---|\n")
+        parts += [_row(option) for option in OPTIONS if option.table == table]
+        parts.append(_REST if table == "evaluation" else "")
+        parts.append("\n")
+    return "".join(parts).rstrip("\n") + "\n"
+
+
+_TITLES: dict[Table, str] = {
+    "submission": "Submission (`scripts/submit_k_sweep.sh name=value`, or NUM_GPUS, TIME, ... in the environment)",
+    "evaluation": "Evaluation (`eval.*`, on the command line or in a file of the old `conf/eval` shape)",
+    "checkpoint": "What the reference read from the checkpoint's config (its data: with `--checkpoint-data`)",
+}
+
+_HEAD = """<!-- Printed from ksweep/config/reference_options.py: python -m ksweep.legacy --table > docs/options.md -->
+# Old names, new names
+
+Every option of the reference sweep and what it is called here. The old names work on `scripts/submit_k_sweep.sh` (also with `+`
+in front, and with `+eval=NAME`), the old files with `--config FILE`; a new name may stand beside old ones and wins. An option
+without a new name is accepted with a warning that says why; an unknown one is refused with what it may have meant.
+
+"""
+
+_REST = (
+    "| `dataset.*`, `data.*` in such a file | – | never had an effect: Hydra filed them below `eval`, where nothing read them |\n"
+)
+
+
+def _row(option: Option) -> str:
+    new = ", ".join(f"`{key}`" for key in option.keys) or "–"
+    why = {"no effect": "never had an effect: ", "not needed": "not needed: ", "translated": ""}[option.kind]
+    return f"| `{option.name}` | {new} | {why}{option.says} |\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m ksweep.legacy SCRIPT old=value ...` runs a sweep; --print shows its arguments, --table docs/options.md."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        print(
+            "usage: python -m ksweep.legacy SCRIPT [old=value ...] | --print [old=value ...] | --table",
+            file=sys.stderr,
+        )
+        return 2
+    first, *rest = arguments
+    if first == "--table":
+        print(options_document(), end="")
+        return 0
+    try:
+        new, warnings = translate([*from_environment(os.environ), *rest])
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if first == "--print":
+        print("\n".join(new))
+        return 0
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, first, *new])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""Where and how a sweep runs: cluster, GPUs, ranks, time, batches. Never part of any identity."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ksweep.config.validation import at_least, is_number, one_of
+from ksweep.utils.errors import SpecError
+
+if TYPE_CHECKING:
+    pass
+
+
+Cluster = Literal["auto", "slurm", "local", "inprocess"]
+
+
+LONGEST_PLAIN_MINUTES = 7 * 24 * 60
+
+
+_LOST = "without ours a job would be lost sight of"
+
+
+_TOLD = "without ours a job could not be told to stop, or would not come back"
+
+
+_SHAPE = "its ranks would be others than planned; set resources.gpus, tasks or nodes"
+
+
+OWN_OPTIONS = {
+    **dict.fromkeys(("comment", "error", "open-mode", "output", "parsable", "test-only", "wait", "wrap"), _LOST),
+    **dict.fromkeys(("requeue", "no-requeue", "signal"), _TOLD),
+    **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task", "nodes", "ntasks", "ntasks-per-gpu", "ntasks-per-node"), _SHAPE),
+    "array": "an element is a job of ours; set resources.cells_per_job or max_parallel_jobs",
+    "clusters": "jobs are looked for on this cluster; log in to the other one",
+    "time": "set resources.time", "partition": "set resources.partition", "account": "set resources.account",
+    "qos": "set resources.qos", "constraint": "set resources.constraint", "job-name": "set resources.job_name",
+    "nice": "set resources.nice", "mem": "set resources.mem_gb", "cpus-per-gpu": "set resources.cpus_per_gpu",
+    "cpus-per-task": "set resources.cpus_per_gpu, or cpus_per_task with gpus=0",
+}  # fmt: skip
+"""Options of sbatch that `Resources.extra` cannot take over, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Where and how a sweep runs; never part of any identity. `batch_size` says what of this can change draws in bfloat16."""
+
+    cluster: Cluster = "auto"
+    """auto: Slurm where a cluster is set up, else local. inprocess: here, for debugging."""
+    gpus: int | None = None
+    """GPUs of a job on each node, one rank for every `gpus_per_model` of them. 0 runs on the CPU; None takes what machine or
+    partition has, one at most."""
+    tasks: int | None = None
+    """Ranks on each node when gpus=0. None: on this machine one a core, up to 8, as far as memory and the number of draws to be
+    taken allow; on Slurm one."""
+    nodes: int = 1
+    """Nodes of a job: its ranks form one process group, and each takes draws that are still to be done."""
+    gpus_per_model: int = 1
+    """GPUs over which a rank spreads each of its models, for models that one GPU cannot hold; `gpus` is a multiple of it."""
+    cpus_per_gpu: int | None = None
+    cpus_per_task: int | None = None
+    """CPUs of each rank when gpus=0, and so its threads. None: an equal share of the cores that the job has."""
+    mem_gb: float | None = None
+    """Memory on each node. None: the cluster's default, or all of it with `exclusive`."""
+    time: int | str = 24 * 60
+    """Limit of one start of a job: minutes, or as Slurm writes it ("24:00:00", "2-12"). A job that reaches it is requeued."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    """Features that a node must have, e.g. "h100" or "h100&ib"."""
+    nice: bool | int = False
+    """true (10000) or a number: lets other jobs go first. Every job can be requeued, whatever its priority."""
+    exclusive: bool | None = None
+    """Whether nodes are not shared. None: when a whole node of 8 GPUs is asked for."""
+    job_name: str | None = None
+    """Name in the queue. None: the sweep's."""
+    setup: str | tuple[str, ...] = ()
+    """Shell lines that a job runs before Python, e.g. "module load cuda"."""
+    cells_per_job: int | None = None
+    """None: all cells that share an autoencoder, so that models are loaded once."""
+    max_parallel_jobs: int | None = None
+    """Most jobs of the sweep that run at once. None: as many as there is room for."""
+    batch_size: int | None = None
+    """Most draws in flight, and texts scored, at once on one rank. None: as many draws as memory allows, up to 768. With
+    autoencoder.dtype=float32 the draws are the same, bit for bit, for every batch size and number of ranks. In bfloat16 another
+    batch size rounds otherwise and flips near ties: of the demo pair's draws 15, 17 and 29 % had other tokens at temperatures
+    0.4, 0.8 and 1.2 (on a CPU). What is stored is never drawn again; the run record says with which settings (runs.engine)."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Any further sbatch option, passed through, e.g. {"reservation": "nightly"}."""
+
+    def __post_init__(self) -> None:
+        one_of("resources.cluster", self.cluster, Cluster)
+        if self.gpus is not None:
+            at_least("resources.gpus", self.gpus, 0)
+        for name in ("nodes", "gpus_per_model"):
+            at_least(f"resources.{name}", getattr(self, name), 1)
+        for name in ("tasks", "cpus_per_gpu", "cpus_per_task", "cells_per_job", "max_parallel_jobs", "batch_size"):
+            if getattr(self, name) is not None:
+                at_least(f"resources.{name}", getattr(self, name), 1)
+        if self.gpus_per_model > 1 and (not self.gpus or self.gpus % self.gpus_per_model):
+            raise SpecError(
+                f"resources.gpus_per_model={self.gpus_per_model}, but gpus={self.gpus}: set resources.gpus, the GPUs of a job on "
+                f"each node, to a multiple of it, e.g. {-(-(self.gpus or 1) // self.gpus_per_model) * self.gpus_per_model}"
+            )
+        if self.mem_gb is not None and not (is_number(self.mem_gb) and self.mem_gb > 0):
+            raise SpecError(f"resources.mem_gb={self.mem_gb!r} must be a number of gigabytes > 0")
+        if not isinstance(self.nice, bool):
+            at_least("resources.nice", self.nice, 0)
+        if self.cpus_per_gpu is not None and self.gpus == 0:
+            raise SpecError(f"resources.cpus_per_gpu={self.cpus_per_gpu}, but gpus=0: set resources.cpus_per_task")
+        if self.cpus_per_task is not None and self.gpus:
+            raise SpecError(f"resources.cpus_per_task={self.cpus_per_task} is for gpus=0: set resources.cpus_per_gpu")
+        for key in self.extra:
+            _refuse_own_option(key)
+        _ = self.minutes
+
+    @property
+    def minutes(self) -> int:
+        """Limit of one start of a job, minutes."""
+        if isinstance(self.time, int) and not 0 < self.time <= LONGEST_PLAIN_MINUTES:
+            # YAML reads an unquoted 24:00:00 as 86400.
+            raise SpecError(f'resources.time={self.time} minutes: write a limit of more than a week as "D-HH:MM:SS", in quotes')
+        return minutes(str(self.time), "resources.time")
+
+    @property
+    def niceness(self) -> int:
+        """What `nice` comes to, 0 for none."""
+        return int(self.nice) if not isinstance(self.nice, bool) else 10_000 * self.nice
+
+    @property
+    def whole_nodes(self) -> bool:
+        """What `exclusive` comes to."""
+        return self.exclusive if self.exclusive is not None else (self.gpus or 0) >= 8
+
+    @property
+    def setup_lines(self) -> list[str]:
+        """Shell lines, one each."""
+        return self.setup.splitlines() if isinstance(self.setup, str) else list(self.setup)
+
+
+def _refuse_own_option(key: str) -> None:
+    option = str(key).replace("_", "-").lstrip("-")
+    # sbatch takes the beginning of an option for the whole: "comm" would be a comment.
+    own = option if option in OWN_OPTIONS else next((o for o in OWN_OPTIONS if o.startswith(option)), None)
+    if own is not None:
+        raise SpecError(f"resources.extra has {key}: ksweep sets --{own} itself ({OWN_OPTIONS[own]}). Leave it out")
+
+
+def minutes(text: str, name: str = "time") -> int:
+    """A Slurm time limit in whole minutes, rounded up: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00.
+
+    Raises:
+        SpecError: anything else.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip().strip("'\""))
+    if not match:
+        raise SpecError(f"{name}={text!r} is no Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00")
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    with_hours = match[1] is not None or match[4] is not None
+    hours, mins, seconds = (first, second, third) if with_hours else (0, first, second)
+    return max(1, days * 24 * 60 + hours * 60 + mins + math.ceil(seconds / 60))

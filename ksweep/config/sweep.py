@@ -1,0 +1,122 @@
+"""A sweep: a question, one cell, and the values along which the cell is varied."""
+
+from __future__ import annotations
+
+import itertools
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from ksweep.config.resources import Resources
+from ksweep.config.spec import Autoencoder, Cell, replace_at
+from ksweep.utils.cell_names import repeated, short_names
+from ksweep.utils.errors import SpecError
+
+if TYPE_CHECKING:
+    pass
+
+
+PATHS = ("av", "ar", "checkpoint", "base", "model", "text", "vectors")
+"""Fields of a cell that hold a path or a hub id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A question: one cell, and the values along which it is varied."""
+
+    name: str
+    cell: Cell
+    axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Dotted field of the cell -> its values, e.g. {"sampling.temperature": (0.5, 1.0)}; cells are the product."""
+    question: str = ""
+    resources: Resources = field(default_factory=Resources)
+    registry: str = "registry"
+    """Directory of draws, landing files and the database."""
+    vector_cache: str = "vector_cache"
+    """Directory of the activation store."""
+    export_json: str = ""
+    """File that results also go to in the reference sweep's JSON schema; with several cells one for each, by its label."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise SpecError(f"sweep name {self.name!r} must be usable as a directory name, e.g. temp_sweep")
+        for path, values in self.axes.items():
+            if not isinstance(values, (tuple, list)):
+                raise SpecError(
+                    f"axis {path!r} of sweep {self.name!r} is {values!r}: give its values as a tuple, e.g. ({values!r},)"
+                )
+            if not values:
+                raise SpecError(f"axis {path!r} of sweep {self.name!r} has no values")
+        self.cells()
+
+    def cells(self) -> list[Cell]:
+        """The product of the axes, in order, duplicates left out."""
+        out = []
+        for values in itertools.product(*self.axes.values()):
+            cell = self.cell
+            for path, value in zip(self.axes, values, strict=True):
+                cell = replace_at(cell, path, value)
+            if cell not in out:
+                out.append(cell)
+        return out
+
+    def labels(self) -> list[str]:
+        """What tells the cells of this sweep apart, for legends: "temperature=0.5", "ar=untrained"."""
+        fields_of = _axis_names(list(self.axes))
+        texts = {path: _axis_texts(fields_of[path], values) for path, values in self.axes.items()}
+        labels: dict[Cell, str] = {}
+        for places in itertools.product(*(range(len(values)) for values in self.axes.values())):
+            cell = self.cell
+            for (path, values), place in zip(self.axes.items(), places, strict=True):
+                cell = replace_at(cell, path, values[place])
+            label = ", ".join(filter(None, (texts[path][place] for path, place in zip(self.axes, places, strict=True))))
+            labels.setdefault(cell, label or self.name)
+        again = repeated(list(labels.values()))
+        return [f"{text} #{i}" if text in again else text for i, text in enumerate(labels.values())]
+
+
+def _axis_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted path; all of it where two end alike."""
+    last = [path.rpartition(".")[2] for path in paths]
+    again = repeated(last)
+    return {path: path if name in again else name for path, name in zip(paths, last, strict=True)}
+
+
+def _axis_texts(name: str, values: Sequence[Any]) -> list[str]:
+    """What tells the values of an axis apart: numbers and words themselves, of whole parts of a cell the fields that differ."""
+    if not all(is_dataclass(value) for value in values):
+        return [f"{name}={text}" for text in _value_texts(name, values)]
+    if all(isinstance(value, Autoencoder) for value in values):
+        sources = short_names([value.source for value in values])
+        if len(set(sources)) == len(set(values)):
+            return [f"{name}={source}" for source in sources]
+    parts: list[list[str]] = [[] for _ in values]
+    for field_name in (f.name for f in fields(values[0])):
+        column = [getattr(value, field_name) for value in values]
+        for at, (value, text) in enumerate(zip(column, _value_texts(field_name, column), strict=True)):
+            parts[at] += [f"{field_name}={text}"] if value is not None and len(set(column)) > 1 else []
+    return [", ".join(part) for part in parts]
+
+
+def _value_texts(name: str, values: Sequence[Any]) -> list[str]:
+    """Values as short as tells them apart; paths by their last parts."""
+    if name.rpartition(".")[2] in PATHS:
+        known = [value for value in values if value is not None]
+        texts = dict(zip(known, short_names(known), strict=True)) if known else {}
+        return [texts.get(value, str(value)) for value in values]
+    return [f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value) for value in values]
+
+
+GROUPS: dict[str, type] = {**typing.get_type_hints(Cell), "resources": Resources}
+
+
+PLAIN = ("name", "question", "registry", "vector_cache", "export_json")
+
+
+def known_keys() -> dict[str, Any]:
+    """Every dotted key and its type."""
+    keys: dict[str, Any] = dict.fromkeys(PLAIN, str)
+    for group, spec in GROUPS.items():
+        keys |= {f"{group}.{name}": hint for name, hint in typing.get_type_hints(spec).items()}
+    return keys

@@ -1,0 +1,208 @@
+"""From the draws of a cell to its curve, its controls and its counts. Arrays in, tables out; no model, no file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ksweep import stats
+from ksweep.config.spec import Scoring
+from ksweep.stats.best_of_k import kept_ks
+
+SUMMARISED = [
+    "document", "text", "explanation", "finish", "parse", "num_tokens",
+    "error", "cosine", "shuffled_error", "shuffled_activation",
+]  # fmt: skip
+"""Columns of the draws store that a summary needs. Reconstructions, which need a hundred times the room, come by themselves."""
+
+RETRIEVAL_POOL = 2048
+"""Activations among which an activation's own draws must find it; the first ones where there are more."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a cell has come to."""
+
+    curve: list[dict[str, Any]]
+    """A row for each K."""
+    controls: list[dict[str, Any]]
+    counts: dict[str, Any]
+    """Failures by cause, distinct texts, tokens."""
+    baseline: stats.Baseline
+    from_mean: stats.Baseline | None
+    """Distance of the activations from their mean, the public code's baseline; None for a single activation."""
+
+
+def summarise(
+    draws: pa.Table,
+    vectors: np.ndarray,
+    scoring: Scoring,
+    ks: tuple[int, ...],
+    empty_text: np.ndarray | None,
+    first_draws: np.ndarray,
+    kind: stats.ScoringKind = "normalised",
+) -> Summary:
+    """Statistics of a cell.
+
+    Args:
+        draws: every draw, ordered by activation and draw (`DrawsStore.read`).
+        vectors: [activation, d_model] float32 targets.
+        scoring: baseline, failure policy, interval.
+        ks: values of K to report.
+        empty_text: [d_model] what the AR makes of an empty text; None for one that cannot read it.
+        first_draws: [activation, d_model] reconstruction of draw 0, NaN where it failed, of the first RETRIEVAL_POOL activations.
+        kind: how the errors in `draws` were taken.
+    """
+    num_activations = len(vectors)
+    grid = (num_activations, draws.num_rows // num_activations)
+    errors = draws["error"].to_numpy().reshape(grid)
+    documents = np.asarray(draws["document"].to_pylist(), dtype=object).reshape(grid)[:, 0]
+    from_mean = stats.mean_distance_baseline(vectors, kind) if num_activations > 1 else None
+    baseline = _baseline(scoring, vectors, documents, kind)
+    curve = stats.fve_curve(
+        errors, documents, baseline, ks=ks, failed_error=scoring.failed_error,
+        num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level, selection=scoring.selection,
+    )  # fmt: skip
+    shuffled = _shuffled_fve(draws, grid, ks, scoring, baseline)
+    cosines = draws["cosine"].to_numpy().reshape(grid)
+    cosine = stats.select(cosines, errors, ks, scoring.selection, failed_value=0.0).mean(axis=0)
+    return Summary(
+        curve=_curve_rows(curve, shuffled, cosine),
+        controls=_controls(vectors, baseline, from_mean, empty_text, first_draws) + _gain(curve),
+        counts=_counts(draws, curve),
+        baseline=baseline,
+        from_mean=from_mean,
+    )
+
+
+def _baseline(scoring: Scoring, vectors: np.ndarray, documents: np.ndarray, kind: stats.ScoringKind) -> stats.Baseline:
+    if scoring.stated_baseline is not None:
+        return stats.stated_baseline(scoring.stated_baseline, scoring=kind)
+    return stats.measured_baseline(scoring.baseline_kind, vectors, documents, kind)
+
+
+def _shuffled_fve(
+    draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], scoring: Scoring, baseline: stats.Baseline
+) -> np.ndarray:
+    """FVE of the best of K draws of another activation, chosen by their error against this one.
+
+    Over the activations that have such a partner: all but those of the first document. Unknown with one document.
+    """
+    paired = draws["shuffled_activation"].is_valid().to_numpy().reshape(grid)[:, 0]
+    if not paired.any():
+        return np.full(len(ks), np.nan)
+    errors = draws["shuffled_error"].to_numpy().reshape(grid)[paired]
+    best = stats.best_errors(errors, ks, scoring.selection, scoring.failed_error).mean(axis=0)
+    return np.asarray(1 - best / baseline.value)
+
+
+def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray) -> list[dict[str, Any]]:
+    band_low, band_high = stats.curve_band(curve)
+    kept = set(kept_ks(curve.k.tolist()))
+    return [
+        {
+            "metric": "fve",
+            "k": int(k),
+            "fve": float(curve.fve[i]),
+            "fve_low": _number(curve.fve_low[i]),
+            "fve_high": _number(curve.fve_high[i]),
+            "level": curve.level,
+            "error": float(curve.error[i]),
+            "cosine": _number(cosine[i]),
+            "failure_rate": float(curve.failure_rate[i]),
+            "fve_over_successes": _number(curve.fve_over_successes[i]),
+            "num_activations": curve.num_activations,
+            "num_documents": curve.num_documents,
+            "effective_documents": curve.effective_documents,
+            "num_draws": curve.num_draws,
+            "baseline": curve.baseline.value,
+            "baseline_kind": curve.baseline.kind,
+            "shuffled_fve": _number(shuffled[i]),
+            "band_low": _number(band_low[i]),
+            "band_high": _number(band_high[i]),
+            "replicates": curve.replicates[:, i].tolist() if int(k) in kept else None,
+        }
+        for i, k in enumerate(curve.k)
+    ]
+
+
+def _controls(
+    vectors: np.ndarray,
+    baseline: stats.Baseline,
+    from_mean: stats.Baseline | None,
+    empty: np.ndarray | None,
+    first_draws: np.ndarray,
+) -> list[dict[str, Any]]:
+    n = len(vectors)
+    rows: list[dict[str, Any]] = []
+    if empty is not None:
+        value = float(1 - stats.reconstruction_errors(empty[None], vectors, baseline.scoring).mean() / baseline.value)
+        rows.append(_control("empty_text", value, n, "FVE of the reconstruction of an empty text"))
+    if from_mean is not None:
+        value = 1 - stats.mean_vector_error(from_mean) / baseline.value
+        mean = "scaled mean" if baseline.scoring == "normalised" else "mean"
+        rows.append(_control("mean_vector", value, n, f"FVE of the {mean} of the activations: the best constant"))
+    pool = min(n, RETRIEVAL_POOL)
+    if pool >= 2:
+        known = np.flatnonzero(~np.isnan(first_draws[:pool]).any(axis=1))
+        means = stats.mean_reconstructions(first_draws[known], known, pool, baseline.scoring)
+        found = stats.retrieval(means, vectors[:pool], baseline.scoring)
+        note = "share of activations that their first draw is nearer to than to any other"
+        rows.append(_control("retrieval_top1", found.top_1_rate, pool, note))
+        rows.append(_control("retrieval_chance", found.chance, pool, "the same for draws that know nothing"))
+    return rows
+
+
+def _gain(curve: stats.FveCurve) -> list[dict[str, Any]]:
+    """What the best of the most draws brings over one, paired over documents: the two points share their noise."""
+    if 1 not in curve.k or len(curve.k) < 2:
+        return []
+    gain = stats.gain_over(curve, k=1, level=curve.level)
+    low, high = float(gain.low[-1]), float(gain.high[-1])
+    form = f".{stats.interval_decimals(low, high, curve.resampling.num_replicates, curve.level)}f"
+    interval = "" if np.isnan([low, high]).any() else f", {curve.level:.0%} interval {low:{form}} to {high:{form}}"
+    last = int(curve.k[-1])
+    return [
+        _control(
+            "gain",
+            float(gain.estimate[-1]),
+            curve.num_activations,
+            f"FVE at K = {last} less FVE at K = 1, paired{interval}",
+            last,
+        )
+    ]
+
+
+def _control(name: str, value: float, num_activations: int, note: str, k: int | None = None) -> dict[str, Any]:
+    return {"control": name, "k": k, "value": value, "num_activations": num_activations, "note": note}
+
+
+def _counts(draws: pa.Table, curve: stats.FveCurve) -> dict[str, Any]:
+    parse = Counter(draws["parse"].to_pylist())
+    num_draws = draws.num_rows
+    explanations = draws["explanation"].drop_null()
+    pairs = set(zip(draws["activation"].to_pylist(), draws["text"].to_pylist(), strict=True))
+    return {
+        "num_draws_total": num_draws,
+        "failures": {cause: count for cause, count in sorted(parse.items()) if cause != "ok"},
+        "failure_rate": (num_draws - parse["ok"]) / num_draws,
+        "cut_off_rate": Counter(draws["finish"].to_pylist())["length"] / num_draws,
+        "distinct_text_fraction": len(pairs) / num_draws,
+        "cjk_fraction": sum(map(_mostly_cjk, explanations.to_pylist())) / max(1, len(explanations)),
+        "mean_tokens": float(np.mean(draws["num_tokens"].to_numpy())),
+        "num_without_success": curve.num_without_success,
+    }
+
+
+def _mostly_cjk(text: str) -> bool:
+    """Whether a text is mostly Chinese or Japanese: the known symptom of an injection that did not arrive."""
+    letters = [c for c in text if c.isalpha()]
+    return bool(letters) and sum("⺀" <= c <= "鿿" or "㐀" <= c <= "䶿" for c in letters) > len(letters) / 2
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,1 @@
+"""Sampling continuations of a prompt with a vector in it, and the memory that takes."""

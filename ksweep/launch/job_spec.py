@@ -1,0 +1,54 @@
+"""Cells that are missing -> job directories: which cells share a job, and all that its ranks will need to know."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ksweep.config.spec import Autoencoder, Cell
+from ksweep.config.sweep import Sweep
+from ksweep.launch import hardware
+from ksweep.launch.job import Job, create
+from ksweep.launch.plan import Step
+from ksweep.utils.provenance import provenance
+
+ENTRY = "ksweep.evaluation.evaluate:run_job"
+
+Missing = Sequence[tuple[Cell, Step]]
+
+
+def logs_of(sweep: Sweep) -> Path:
+    """Where the jobs of a sweep say how they go: beside its registry."""
+    return Path(os.path.abspath(sweep.registry)).parent / "logs"
+
+
+def groups(sweep: Sweep, missing: Missing) -> list[list[tuple[Cell, Step]]]:
+    """Cells that share an autoencoder go to one job, so that models are loaded once."""
+    sharing: dict[Autoencoder, list[tuple[Cell, Step]]] = {}
+    for cell, step in missing:
+        sharing.setdefault(cell.autoencoder, []).append((cell, step))
+    most = sweep.resources.cells_per_job or len(missing)
+    return [same[start : start + most] for same in sharing.values() for start in range(0, len(same), most)]
+
+
+def job_for(sweep: Sweep, group: Missing, cluster: str) -> Job:
+    """A new job directory for a group of cells."""
+    argument = {
+        "cells": [asdict(cell) for cell, _ in group],
+        "names": [(step.label, step.title or step.label) for _, step in group],
+        "sweep": sweep.name,
+        "registry": os.path.abspath(sweep.registry),
+        "vector_cache": os.path.abspath(sweep.vector_cache),
+        "batch_size": sweep.resources.batch_size,
+        "resources": {**asdict(sweep.resources), "extra": dict(sweep.resources.extra)},
+        "origin": {**provenance(), "directory": os.getcwd()},
+        "order": secrets.randbelow(2**31),
+    }
+    resources = sweep.resources
+    return create(
+        logs_of(sweep), ENTRY, argument, hardware.num_ranks(resources), hardware.num_gpus(resources), cluster=cluster,
+        gpus_per_model=resources.gpus_per_model, cells=[(step.cell_key, step.label) for _, step in group],
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""Resources -> submitit executor -> a job on this machine, or in this process. For Slurm see submission.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ksweep.config.resources import Resources
+from ksweep.launch.hardware import num_gpus, resolve_cluster, tasks_per_node, visible_devices, visible_gpus
+from ksweep.launch.job import Ending, Job, first_cause, is_alive
+from ksweep.launch.slurm import sbatch
+from ksweep.launch.worker import main, process_group
+from ksweep.utils import machine
+from ksweep.utils.errors import RequestError, RunError, SpecError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Submitted:
+    """A job that was handed over."""
+
+    job: Job
+    handle: Any
+    """submitit's job, or None for a job that ran in this process."""
+
+    def over(self) -> bool:
+        """Whether no process of the job is left, as far as submitit can tell."""
+        return self.handle is None or bool(self.handle.done())
+
+    def stop(self) -> None:
+        """Ask every rank to stop at the end of its unit (a second call ends them at once)."""
+        if self.handle is None:
+            return
+        for heartbeat in self.job.heartbeats():
+            if is_alive(heartbeat):
+                with suppress(ProcessLookupError):
+                    os.kill(heartbeat.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End what is left of a local job: its controller and every rank."""
+        if self.handle is None:
+            return
+        with suppress(psutil.NoSuchProcess):
+            controller = psutil.Process(int(self.handle.job_id))
+            for process in [*controller.children(recursive=True), controller]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def submit(
+    job: Job,
+    resources: Resources,
+    name: str,
+    on_report: Callable[..., None] | None = None,
+    gpus: Sequence[str] | None = None,
+    side_by_side: int = 1,
+) -> Submitted:
+    """Start a job on this machine, on these GPUs; in-process jobs have ended when this returns.
+
+    Args:
+        side_by_side: jobs of this kind that run at once and share the cores.
+    """
+    if resolve_cluster(resources) == "inprocess":
+        devices = process_group.own_gpus(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
+        main.run_here(job, devices, on_report)
+        return Submitted(job, None)
+    executor = _executor(job.path, resources, name, gpus)
+    cpus = sbatch.cpus_per_rank(resources, num_gpus(resources))
+    added = machine.rank_environment(tasks_per_node(resources) * side_by_side, cpus)
+    with _deaf_to_interrupts(), machine.environment(added):
+        handle = executor.submit(main.run_rank, str(job.path))
+    return Submitted(job, handle)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C, which a terminal sends to all of them: the launcher decides what it means."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def refuse_here(resources: Resources) -> None:
+    """Say before anything is started what this machine has not.
+
+    Raises:
+        SpecError: more than one node, more GPUs than there are, several slices of GPUs.
+    """
+    if resources.nodes > 1:
+        raise SpecError(f"resources.nodes={resources.nodes}: a local job has one node; use cluster=slurm")
+    gpus = num_gpus(resources)
+    if gpus > (there := visible_gpus()):
+        raise SpecError(f"resources.gpus={gpus}, but this machine has {there}: lower it, or gpus=0 for the CPU")
+    if gpus > 1 and any(device.startswith("MIG-") for device in visible_devices()[:gpus]):
+        raise SpecError(
+            f"resources.gpus={gpus}, but CUDA_VISIBLE_DEVICES names slices of GPUs (MIG), of which a process sees one: use "
+            "gpus=1; jobs of several cells then run side by side (cells_per_job=1)"
+        )
+
+
+def _executor(folder: Path, resources: Resources, name: str, devices: Sequence[str] | None) -> Any:
+    import submitit
+
+    refuse_here(resources)
+    gpus = num_gpus(resources)
+    local = submitit.LocalExecutor(folder=folder)
+    local.update_parameters(
+        timeout_min=resources.minutes, tasks_per_node=tasks_per_node(resources), gpus_per_node=gpus, name=name
+    )
+    # It joins them to CUDA_VISIBLE_DEVICES; its own check knows numbers only.
+    local.parameters["visible_gpus"] = tuple(devices if devices is not None else visible_devices()[:gpus])
+    return local
+
+
+def outcome(submitted: Submitted, ranks: int) -> Ending | None:
+    """How the job as a whole ended, from the terminal records of its ranks; None while it runs."""
+    endings = {e.rank: e for e in submitted.job.endings()}
+    first = first_cause(list(endings.values()))
+    if first is not None and (submitted.over() or len(endings) == ranks):
+        return first
+    if len(endings) == ranks:
+        stopped = next((e for e in endings.values() if e.status == "stopped"), None)
+        return stopped or endings[0]
+    if submitted.over():
+        silent = [r for r in range(ranks) if r not in endings]
+        message = f"rank {', '.join(map(str, silent))} of {ranks} ended without a terminal record (killed, or out of memory)"
+        return Ending(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=submitted.job.log_tail())
+    return None
+
+
+def raise_for(ending: Ending, job: Job) -> None:
+    """Turn a failed job into the error that the user sees: a mistake of theirs as such, a bug with its traceback."""
+    if ending.status != "failed":
+        return
+    if ending.kind == "bad input":
+        raise RequestError(ending.message)
+    if ending.kind in ("disk full", "failure"):
+        raise RunError(ending.message)
+    logs = f"logs: {job.path}"
+    raise RunError(
+        f"job {job.id}: rank {ending.rank} failed ({ending.kind}): {ending.message}\n{ending.traceback}".rstrip() + f"\n{logs}"
+    )

@@ -1,0 +1,144 @@
+"""What a sweep's command says before it computes: the plan, what was submitted, what failed."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ksweep.config.sweep import Sweep
+from ksweep.launch.hardware import num_gpus, resolve_cluster
+from ksweep.launch.plan import Estimate, Step, estimate
+from ksweep.launch.slurm import commands
+from ksweep.utils.console import WIDE_COLUMNS, bytes_text, columns, console, duration_text
+
+if TYPE_CHECKING:
+    pass
+
+
+def print_plan(
+    sweep: Sweep, steps: Sequence[Step], shape: str = "", cells_of_jobs: Sequence[int] = (), *, as_json: bool = False
+) -> None:
+    """Each cell: its state and why, draws to sample, estimated disk and time; then the jobs and the sums."""
+    gpus, sums = num_gpus(sweep.resources), estimate(steps)
+    if as_json:
+        _print_objects(sweep, steps, sums, gpus, shape, cells_of_jobs)
+        return
+    out = console()
+    out.print(_plan_table(sweep, steps, gpus, out))
+    for line in _sums(sweep, sums, gpus, shape, cells_of_jobs):
+        out.print(line)
+
+
+def _print_objects(
+    sweep: Sweep, steps: Sequence[Step], sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]
+) -> None:
+    """An object a cell, then one with the sums."""
+    for step in steps:
+        print(json.dumps({**asdict(step), "gpu_hours": _hours(step.seconds, gpus)}))
+    total = {
+        "sweep": sweep.name, "cells": len(steps), "states": Counter(step.state for step in steps), "job": shape,
+        "cells_of_jobs": list(cells_of_jobs), **asdict(sums), "gpu_hours": _hours(sums.seconds, gpus),
+        "most_gpu_hours": _most_hours(sweep, cells_of_jobs),
+    }  # fmt: skip
+    print(json.dumps(total))
+
+
+def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, out: Console) -> Table:
+    wide = out.width >= WIDE_COLUMNS
+    counts = Counter(step.state for step in steps)
+    others = "".join(f", {number} {state}" for state, number in sorted(counts.items()) if state != "missing")
+    title = f"{sweep.name}: {counts['missing']} of {len(steps)} cells to run{others}"
+    table = columns(out, title=title, title_justify="left", box=HEAVY_HEAD if wide else SIMPLE_HEAD, pad_edge=wide)
+    for name in ("cell", "state", "why"):
+        table.add_column(name, overflow="fold")
+    for name in (*(("activations",) if wide else ()), "draws", "disk", "GPU-hours" if gpus else "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for step in steps:
+        key = f"@{step.cell_key[:8]}"
+        numbers = [f"{step.activations_to_extract:,}"] if wide else []
+        numbers += [f"{step.draws_to_sample:,}", bytes_text(step.draw_bytes + step.activation_bytes), _time(step.seconds, gpus)]
+        if step.state != "missing":
+            numbers = [""] * len(numbers)
+        table.add_row(f"{step.title} {key}" if wide else f"{step.title}\n{key}", step.state, step.reason, *numbers)
+    return table
+
+
+def _sums(sweep: Sweep, sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]) -> Iterator[str]:
+    """What is to be done, what it takes, and in how many jobs."""
+    yield (
+        f"to extract: {sums.activations:,} activations; to sample: {sums.draws:,} draws; "
+        f"disk about {bytes_text(sums.activation_bytes + sums.draw_bytes)} "
+        f"({bytes_text(sums.activation_bytes)} activations, {bytes_text(sums.draw_bytes)} draws); "
+        f"time {duration_text(sums.seconds)} on one rank" + _source(sums)
+    )
+    if gpus and cells_of_jobs:
+        limit = f"{_most_hours(sweep, cells_of_jobs):,.1f} if every job goes to its time limit ({sweep.resources.time}) once"
+        yield f"GPU-hours: {_time(sums.seconds, gpus)}; {limit}"
+    if cells_of_jobs:
+        yield f"jobs: {len(cells_of_jobs)}{_arrays(sweep, len(cells_of_jobs))}, {_each(cells_of_jobs)}"
+    if shape:
+        yield f"a job: {shape}"
+
+
+def _source(sums: Estimate) -> str:
+    if sums.num_unknown == 0:
+        return " (from the newest run of this pair)" if sums.seconds else ""
+    known = f"; {duration_text(sums.known_seconds)} for {sums.num_known} of {sums.num_known + sums.num_unknown} cells"
+    return f" (no earlier run of this pair to estimate it from{known if sums.num_known else ''})"
+
+
+def _each(cells: Sequence[int]) -> str:
+    """ "3 cells each", or "2 to 4 cells each"."""
+    low, high = min(cells), max(cells)
+    return f"{low} cell{'s' * (low != 1)} each" if low == high else f"{low} to {high} cells each"
+
+
+def _arrays(sweep: Sweep, num_jobs: int) -> str:
+    if resolve_cluster(sweep.resources) != "slurm" or num_jobs == 1:
+        return ""
+    arrays = math.ceil(num_jobs / commands.max_array_size())
+    return f" in {arrays} array{'s' * (arrays != 1)}"
+
+
+def _most_hours(sweep: Sweep, cells_of_jobs: Sequence[int]) -> float:
+    """GPU-hours if every job takes its whole time limit once."""
+    resources = sweep.resources
+    return len(cells_of_jobs) * resources.nodes * num_gpus(resources) * resources.minutes / 60
+
+
+def _hours(seconds: float | None, gpus: int) -> float | None:
+    """GPU-hours: a rank has one GPU."""
+    return None if seconds is None or not gpus else seconds / 3600
+
+
+def _time(seconds: float | None, gpus: int) -> str:
+    hours = _hours(seconds, gpus)
+    return duration_text(seconds) if hours is None else f"{hours:,.2f}"
+
+
+def say_failed(steps: Sequence[Step]) -> None:
+    """Cells that failed and are not run again unasked."""
+    for step in steps:
+        print(f"failed: {step.title} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
+
+
+def say_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attached: int) -> None:
+    """What was handed to Slurm, what is there already, and how to see more of it."""
+    counts = Counter(step.state for step in steps)
+    counted = ", ".join(
+        f"{counts[state]} {state}" for state in ("done", "running", "waiting", "missing", "failed") if counts[state]
+    )
+    print(f"{sweep.name}: {len(steps)} cells ({counted}); submitted {submitted} jobs, {attached} were there already")
+    print(
+        f"they need this command no longer: `ksweep watch {sweep.name}` shows them, "
+        "the same command shows results once they are there"
+    )

@@ -1,0 +1,155 @@
+"""What a sweep's command plans: facts of each cell from the stores, steps, and whether there is room for them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ksweep.activations.caching import plan as plan_activations
+from ksweep.activations.vector_source import are_of_one_document
+from ksweep.autoencoder.safetensors_header import model_tensors
+from ksweep.config.spec import Autoencoder, Cell
+from ksweep.config.sweep import Sweep
+from ksweep.evaluation.identity import Keys, inspect_file, inspect_pair, one_document_error
+from ksweep.launch import hardware, status
+from ksweep.launch.job_spec import groups
+from ksweep.launch.plan import Facts, Step, plan
+from ksweep.registry.draws import DRAWS_PER_UNIT, DrawsStore
+from ksweep.registry.query import failed_runs, finished_runs, seconds_per_draw
+from ksweep.utils import machine
+from ksweep.utils.console import bytes_text
+from ksweep.utils.errors import DiskFullError, SpecError
+
+DATABASE_BYTES = 8_000_000
+"""Room for the database, its next version beside it, and job logs."""
+BYTES_PER_DRAW = 700
+"""Measured on the demo: a draw of 20 tokens with its texts takes 0.3 to 0.7 kB in Parquet; 200 tokens about 1.5."""
+
+
+def steps_of(
+    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], jobs: status.Survey, *, retry: Sequence[str]
+) -> list[Step]:
+    """What is there for each cell, and so what is to be done; reads names and manifests only."""
+    finished, failed = finished_runs(Path(sweep.registry)), failed_runs(Path(sweep.registry))
+    planned: dict[str, list[tuple[int, int]]] = {}
+    facts = []
+    for cell, key in zip(cells, keys, strict=True):
+        fact = _facts(sweep, cell, key, finished.get(key.cell), planned.setdefault(key.draws, []))
+        facts.append(replace(fact, job=jobs.at_work_on(key.cell), failure=failed.get(key.cell) or jobs.failures.get(key.cell)))
+        if key.cell not in finished:
+            planned[key.draws].append((cell.activations.num_activations, cell.sampling.effective_num_draws))
+    return plan(facts, retry=retry)
+
+
+def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, planned: Sequence[tuple[int, int]]) -> Facts:
+    """`planned`: (activations, draws) that earlier cells of the sweep will have drawn under the same key."""
+    if finished_run is None:
+        _refuse_one_document(cell, keys)
+    registry = Path(sweep.registry)
+    wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
+    there = DrawsStore(registry / "draws", keys.draws).coverage(*wanted)
+    for num_activations, num_draws in planned:
+        there[:num_activations, :num_draws] = True
+    needed = plan_activations(cell.activations, keys.layer, Path(sweep.vector_cache))
+    return Facts(
+        cell_key=keys.cell,
+        activations_key=keys.activations,
+        label=keys.label,
+        title=keys.title,
+        finished_run=finished_run,
+        activations_present=needed.present,
+        activations_wanted=cell.activations.num_activations,
+        draws_present=int(there.sum()),
+        draws_wanted=wanted[0] * wanted[1],
+        bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
+        bytes_per_draw=BYTES_PER_DRAW + _bytes_of_reconstructions(cell),
+        seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.source),
+    )
+
+
+def _refuse_one_document(cell: Cell, keys: Keys) -> None:
+    """What a run would refuse, where a file of vectors says it before; documents of text are known when it has been read."""
+    given = cell.activations
+    if cell.scoring.baseline_kind != "between documents" or given.vectors is None:
+        return
+    if are_of_one_document(given.vectors, given.document_column, given.num_activations):
+        raise one_document_error(cell, keys.name)
+
+
+def _bytes_of_reconstructions(cell: Cell) -> int:
+    """What a draw of a checkpoint takes besides: of n draws of a unit those that are the best so far, 1 + 1/2 + ... + 1/n."""
+    if cell.autoencoder.checkpoint is None:
+        return 0
+    n = min(cell.sampling.effective_num_draws, DRAWS_PER_UNIT)
+    return int(4 * inspect_file(cell.autoencoder).d_model * sum(1 / i for i in range(1, n + 1)) / n)
+
+
+def refuse_places(sweep: Sweep) -> None:
+    """Directories that cannot be written are a mistake in the request, told before anything runs."""
+    for key, place in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise SpecError(f"{key}={place} cannot be written ({error.strerror}): give a directory that can") from error
+
+
+def refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
+    """The two stores may lie on two disks; each must hold what goes there."""
+    draws, activations = sum(s.draw_bytes for s in steps), sum(s.activation_bytes for s in steps)
+    registry, cache = Path(sweep.registry), Path(sweep.vector_cache)
+    together = _existing(registry).stat().st_dev == _existing(cache).stat().st_dev
+    needs = {registry: draws + DATABASE_BYTES + (activations if together else 0), cache: activations}
+    for place, needed in needs.items():
+        free = shutil.disk_usage(_existing(place)).free
+        if any(step.state != "done" for step in steps) and needed > free:
+            raise DiskFullError(
+                f"this sweep needs about {bytes_text(needed)} in {place.absolute()}, where "
+                f"{bytes_text(free)} are free: nothing was started. Free some room, ask for fewer draws or activations, "
+                "or set registry= and vector_cache= to a larger disk."
+            )
+
+
+def with_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
+    """The sweep with the ranks that a job on the CPUs of this machine gets, where `tasks` leaves that open.
+
+    Every job gets as many as the one with the most draws; memory is budgeted for the largest autoencoder.
+    """
+    resources = sweep.resources
+    if (
+        hardware.resolve_cluster(resources) != "local"
+        or hardware.num_gpus(resources)
+        or resources.tasks is not None
+        or not missing
+    ):
+        return sweep
+    most_draws = max(sum(step.draws_to_sample for _, step in group) for group in groups(sweep, missing))
+    weights = max(_model_bytes(autoencoder) for autoencoder in {cell.autoencoder for cell, _ in missing})
+    ranks = machine.num_ranks(most_draws, weights, resources.cpus_per_task)
+    # Jobs that the user wants side by side share the cores.
+    ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(groups(sweep, missing))))
+    return replace(sweep, resources=replace(resources, tasks=ranks))
+
+
+def _model_bytes(autoencoder: Autoencoder) -> int:
+    """Weights of AV and AR as a rank holds them; an AR's blocks above its layer, which are not loaded, count too."""
+    item = 4 if autoencoder.dtype == "float32" else 2
+    if autoencoder.checkpoint is not None:
+        info = inspect_file(autoencoder)
+        return 2 * item * _num_weights(info.base)
+    return sum(item * _num_weights(info.weights) for info in inspect_pair(autoencoder))
+
+
+def _num_weights(model: Path) -> int:
+    return sum(math.prod(tensor.shape) for tensor in model_tensors(model).values())
+
+
+def _existing(place: Path) -> Path:
+    """A directory, or where it will be created: a dry run creates nothing."""
+    place = place.absolute()
+    return next(path for path in (place, *place.parents) if path.exists())

@@ -1,0 +1,1 @@
+"""Jobs on Slurm: their scripts, their submission, their state."""

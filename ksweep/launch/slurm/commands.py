@@ -1,0 +1,330 @@
+"""What Slurm is asked and told, through its commands; each answer as plain values, each refusal as a reason.
+
+Nothing here believes Slurm about a job's success: its word explains a job that no longer speaks for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+
+from ksweep.utils.errors import RunError
+
+COMMAND_SECONDS = 60
+ACCOUNTED = "JobID,State,ExitCode,NodeList,Submit"
+MAX_ARRAY_SIZE = 1000
+"""Where the cluster does not say (Slurm's own default is 1001)."""
+
+WAITING = (
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+    "SUSPENDED",
+    "STOPPED",
+)
+UNDER_WAY = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "RESIZING")
+"""What accounting says of a job that has not ended."""
+ALIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING")
+
+
+class SlurmError(RunError):
+    """Slurm does not answer, or refuses."""
+
+
+class CutOffError(SlurmError):
+    """A command of Slurm's was killed before it said how it went."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A line of the queue."""
+
+    id: str
+    """As squeue shows it: 12, or 12_3 for an element of an array."""
+    state: str
+    reason: str
+    tag: str
+    """What the job was submitted with as its comment; some sites write their own over it."""
+    script: str = ""
+    """The file that sbatch was given."""
+
+
+@dataclass(frozen=True)
+class Accounted:
+    """What accounting says of a job that has left the queue."""
+
+    state: str
+    exit_code: str = ""
+    nodes: str = ""
+    submitted: float | None = None
+    """Seconds since 1970; of a job that was requeued the last time. None: not said."""
+    command: str = ""
+    """How it was submitted, with the file that sbatch was given; empty where Slurm is older than 21.08."""
+
+
+def ask(*command: str, text: str | None = None) -> str:
+    """The standard output of a Slurm command.
+
+    Raises:
+        SlurmError: it is not there, takes too long or refuses; with its words.
+    """
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False, env=environment()
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(f"{command[0]} is not here: log in to a submit node") from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{command[0]} has not answered within {COMMAND_SECONDS} s") from error
+    if done.returncode != 0:
+        lines = [line.strip().removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+        words = " ".join(line for line in lines if line)
+        kind = CutOffError if done.returncode < 0 else SlurmError
+        raise kind(f"{command[0]}: {words or f'exit code {done.returncode}'}")
+    return done.stdout + (done.stderr if "--test-only" in command else "")
+
+
+def environment() -> dict[str, str]:
+    """Without what an allocation that this process may run in would hand on: a job of its own is asked for."""
+    inherited = ("SLURM_CONF",)
+    return {k: v for k, v in os.environ.items() if k in inherited or not k.startswith(("SLURM_", "SUBMITIT_", "SBATCH_"))}
+
+
+def is_there() -> bool:
+    """Whether a cluster is set up here (its commands alone, without a configuration, are none)."""
+    return shutil.which("sbatch") is not None and _configured(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
+
+
+@lru_cache
+def _configured(conf: str | None, path: str | None) -> bool:
+    try:
+        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "Slurmctld" in done.stdout
+
+
+def config() -> dict[str, str]:
+    """How the cluster is set up, asked once; empty where it does not answer."""
+    try:
+        return _config(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
+    except SlurmError:
+        return {}
+
+
+@lru_cache
+def _config(conf: str | None, path: str | None) -> dict[str, str]:
+    return dict(re.findall(r"^(\w+) *= *(.*?) *$", ask("scontrol", "show", "config"), re.MULTILINE))
+
+
+def cluster_name() -> str | None:
+    """What this cluster calls itself; numbers of jobs mean something on their own cluster only."""
+    return config().get("ClusterName")
+
+
+def max_array_size() -> int:
+    """Most elements of an array: Slurm's MaxArraySize bounds the index, which counts from 0."""
+    return int(config().get("MaxArraySize", MAX_ARRAY_SIZE))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a partition can give."""
+
+    name: str
+    num_nodes: int
+    gpus: int
+    """Most GPUs on a node."""
+    cpus: int
+    memory_mb: int
+    minutes: int | None
+    """Longest time limit; None: no limit."""
+    features: frozenset[str]
+    is_default: bool
+
+
+def partitions() -> dict[str, Partition]:
+    """The partitions that this user sees."""
+    found: dict[str, Partition] = {}
+    for line in ask("sinfo", "-h", "-a", "-o", "%P|%D|%G|%c|%m|%l|%f").splitlines():
+        name, nodes, gres, cpus, memory, limit, features = (part.strip() for part in line.split("|"))
+        plain = name.rstrip("*")
+        before = found.get(plain, Partition(plain, 0, 0, 0, 0, _minutes(limit), frozenset(), name.endswith("*")))
+        found[plain] = Partition(
+            plain, before.num_nodes + int(nodes), max(before.gpus, _gpus(gres)), max(before.cpus, _number(cpus)),
+            max(before.memory_mb, _number(memory)), before.minutes, before.features | _features(features), before.is_default,
+        )  # fmt: skip
+    return found
+
+
+def _gpus(gres: str) -> int:
+    """GPUs of a node from "gpu:h100:8(S:0-1),shard:4"."""
+    found = re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres)
+    return sum(map(int, found))
+
+
+def _features(text: str) -> frozenset[str]:
+    return frozenset() if text in ("(null)", "") else frozenset(text.split(","))
+
+
+def _number(text: str) -> int:
+    return int(re.sub(r"\D.*", "", text) or 0)
+
+
+def _minutes(limit: str) -> int | None:
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if not match:
+        return None
+    days, hours, mins, _ = (int(part or 0) for part in match.groups())
+    return days * 1440 + hours * 60 + mins
+
+
+@dataclass(frozen=True)
+class Association:
+    """An account that a user may charge, and what they may ask for with it."""
+
+    account: str
+    partition: str
+    """The only partition that it holds in; empty: all of them."""
+    qos: frozenset[str]
+    """Empty: nothing is said about it."""
+
+
+def associations(user: str) -> list[Association]:
+    """What a user may submit under on this cluster; none where there is no accounting."""
+    here = [f"cluster={name}"] if (name := cluster_name()) else []
+    try:
+        lines = ask("sacctmgr", "-n", "-P", "show", "assoc", "where", f"user={user}", *here, "format=account,partition,qos")
+    except SlurmError:
+        return []
+    rows = [line.strip().split("|") for line in lines.splitlines() if line.count("|") == 2]
+    return [Association(account, partition, frozenset(filter(None, qos.split(",")))) for account, partition, qos in rows]
+
+
+def enforced() -> frozenset[str]:
+    """What of accounting a job is held to: associations, limits, qos."""
+    return frozenset(config().get("AccountingStorageEnforce", "").lower().split(","))
+
+
+def refusal(script: str) -> str | None:
+    """Why the cluster would not take a batch script; None where it would."""
+    try:
+        ask("sbatch", "--test-only", text=script)
+    except SlurmError as error:
+        return str(error)
+    return None
+
+
+def submit(script: Path) -> str:
+    """Hand a batch script over, as a file by which the job is known; its job id."""
+    answer = ask("sbatch", "--parsable", str(script))
+    return answer.strip().splitlines()[-1].partition(";")[0]
+
+
+def queue(ids: Iterable[str] = (), user: str | None = None) -> list[Queued]:
+    """What of some jobs, or of all jobs of a user (of several: "a,b"), is in the queue, an element of an array a line.
+
+    Raises:
+        SlurmError: Slurm does not answer; a job that it has forgotten is simply not listed.
+    """
+    wanted = sorted(set(ids))
+    command = ["squeue", "-h", "-r", "-o", "%i|%T|%r|%k|%o"]
+    command += ["-u", user] if user else []
+    if wanted and not user:
+        # One forgotten id in a list is an error for the whole list: all of this user's are asked for instead.
+        command += ["--me"]
+    lines = ask(*command).splitlines()
+    found = [_queued(line) for line in lines if line.count("|") >= 4]
+    return [entry for entry in found if not wanted or entry.id in wanted]
+
+
+def _queued(line: str) -> Queued:
+    number, state, reason, *tag, script = (part.strip() for part in line.split("|"))  # a site's comment may hold anything
+    return Queued(number, state, reason, "|".join(tag).replace("(null)", ""), script.replace("(null)", ""))
+
+
+def accounting(ids: Sequence[str]) -> dict[str, Accounted]:
+    """The newest word of accounting on each job; empty where there is no accounting.
+
+    `-D` would list earlier starts too; without it the last one stands.
+    """
+    if not ids:
+        return {}
+    main = ",".join(sorted({i.partition("_")[0] for i in ids}))
+    text = _sacct(main)
+    found: dict[str, Accounted] = {}
+    steps_out_of_memory = set()
+    for line in text.splitlines():
+        job, state, code, nodes, submitted, command = (line.split("|", 5) + [""] * 6)[:6]
+        base, dot, _ = job.partition(".")
+        if dot:
+            # Slurm 22 says FAILED of a job whose step was killed for memory.
+            if state == "OUT_OF_MEMORY":
+                steps_out_of_memory.add(base)
+        elif base in ids:
+            found[base] = Accounted(state.split()[0] if state else "UNKNOWN", code, nodes, _moment(submitted), command)
+    return {
+        job: replace(word, state="OUT_OF_MEMORY") if job in steps_out_of_memory and word.state == "FAILED" else word
+        for job, word in found.items()
+    }
+
+
+def _sacct(jobs: str) -> str:
+    for fields in (f"{ACCOUNTED},SubmitLine", ACCOUNTED):  # an older Slurm refuses the whole question for a field that it has not
+        with suppress(SlurmError):
+            return ask("sacct", "-n", "-P", "-o", fields, "-j", jobs)
+    return ""
+
+
+def _moment(text: str) -> float | None:
+    """Of what Slurm's commands print, in this machine's time zone."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(text).timestamp()
+    return None
+
+
+def requeue(job_id: str) -> str | None:
+    """Put a running job back into the queue; why not, or None.
+
+    Whoever asks this of the job that it runs in may be killed by the answer: then it is what Slurm says of the job that counts.
+    """
+    for last in (False, True):
+        try:
+            ask("scontrol", "requeue", job_id)
+        except CutOffError as error:
+            if describe(job_id).get("JobState", "") != "RUNNING":
+                return None
+            if last:
+                return str(error)
+        except SlurmError as error:
+            return str(error)
+        else:
+            return None
+    return None
+
+
+def cancel(ids: Sequence[str]) -> None:
+    """End jobs; those that are gone already are no error."""
+    if ids:
+        ask("scancel", "--quiet", *ids)
+
+
+def describe(job_id: str) -> dict[str, str]:
+    """scontrol's KEY=VALUE of a job; empty where it does not answer."""
+    try:
+        text = ask("scontrol", "-o", "show", "job", job_id)
+    except SlurmError:
+        return {}
+    return dict(part.split("=", 1) for part in text.split() if "=" in part)

@@ -1,0 +1,1 @@
+"""One rank of a job: its process group, heartbeat, requeue and end."""

@@ -1,0 +1,145 @@
+"""The ranks of a job as its work sees them: process group, device, shared queue."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+from ksweep.launch.worker.heartbeat import Pulse
+from ksweep.utils.errors import RunError
+
+COLLECTIVE_TIMEOUT = timedelta(days=2)
+"""Ranks may wait long for the last unit of another; the watchdog, not the collective, notices a dead one."""
+
+
+@dataclass
+class Group:
+    """The ranks of a torch.distributed job (or of a job with one rank)."""
+
+    pulse: Pulse
+    devices: tuple[str, ...]
+    store: Any = None
+    taken: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.pulse.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the job."""
+        return self.pulse.world_size
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's own name, or the processor's."""
+        return name_of(self.devices)
+
+    @property
+    def job(self) -> str:
+        """Id of the job."""
+        return self.pulse.job.id
+
+    @property
+    def start(self) -> int:
+        """Which start of the job this is."""
+        return self.pulse.attempt
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.store is not None:
+            import torch.distributed as dist
+
+            self.pulse.waiting = True
+            dist.barrier()
+            self.pulse.waiting = False
+
+    def take(self, queue: str) -> int:
+        """The next number of a queue; the store of the process group counts, so a fast rank takes more."""
+        if self.store is not None:
+            return int(self.store.add(f"ksweep/{queue}", 1)) - 1
+        self.taken[queue] = self.taken.get(queue, -1) + 1
+        return self.taken[queue]
+
+    def should_stop(self) -> bool:
+        """Whether a stop signal has come."""
+        return self.pulse.stopping
+
+    def report(self, phase: str, done: int, total: int, **numbers: float) -> None:
+        """Progress, published with the next heartbeat."""
+        self.pulse.update(phase, done, total, numbers)
+
+    def begin_cell(self, key: str, seconds: Mapping[str, float]) -> None:
+        """Which cell the rank is at from now on, published with every heartbeat."""
+        self.pulse.begin_cell(key, seconds)
+
+
+def join(pulse: Pulse, gpus: int, gpus_per_model: int, environment: Any) -> Group:
+    """This rank on its devices, among the others of its job."""
+    devices = _devices(environment, gpus, gpus_per_model)
+    device = devices[0]
+    pulse.beat = replace(pulse.beat, device=name_of(devices), gpu=cards_of(devices))
+    if environment.num_tasks == 1:
+        return Group(pulse, devices)
+    import torch.distributed as dist
+    from submitit.helpers import TorchDistributedEnvironment
+
+    # Each rank sees all GPUs of its node and takes its own by number; with gpus=0 it must not be handed one.
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    # Processes of an earlier start may still hold its port.
+    os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["MASTER_PORT"]) - 20000 + 97 * pulse.attempt) % 40000)
+    # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://", timeout=COLLECTIVE_TIMEOUT)
+    return Group(pulse, devices, dist.distributed_c10d._get_default_store())
+
+
+def leave(group: Group) -> None:
+    """Take the process group down. After success only: the other ranks fail with it, and their words would hide the cause."""
+    if group.store is not None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def _devices(environment: Any, gpus: int, per_model: int) -> tuple[str, ...]:
+    if gpus == 0:
+        return ("cpu",)
+    import torch
+
+    if (there := torch.cuda.device_count()) < gpus:
+        raise RunError(f"the job was given {gpus} GPUs, torch sees {there}: is this torch built for CUDA, and the driver loaded?")
+    devices = own_gpus(environment.local_rank, per_model)
+    torch.cuda.set_device(devices[0])  # barriers go over this one
+    return devices
+
+
+def own_gpus(local_rank: int, per_model: int) -> tuple[str, ...]:
+    """The GPUs of a rank among those that its job sees on the node: equal runs of numbers, in the order of the ranks."""
+    return tuple(f"cuda:{local_rank * per_model + i}" for i in range(per_model))
+
+
+def name_of(devices: tuple[str, ...]) -> str:
+    """What torch devices are: the GPU's own name, and how many, or the kind of processor."""
+    if not devices[0].startswith("cuda"):
+        return f"cpu ({platform.machine()})"
+    import torch
+
+    several = f"{len(devices)} x " if len(devices) > 1 else ""
+    return several + str(torch.cuda.get_device_name(devices[0]))
+
+
+def cards_of(devices: tuple[str, ...]) -> str:
+    """Which cards GPUs are, as nvidia-smi -L names them: to find the one that fails again and again. Nothing for a processor."""
+    return ", ".join(_card(device) for device in devices if device.startswith("cuda"))
+
+
+def _card(device: str) -> str:
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"{device} GPU-{str(uuid).removeprefix('GPU-')}" if uuid else device

@@ -1,0 +1,81 @@
+"""How a job on Slurm comes back: it puts itself into the queue again, unless somebody has ended it or it gets nowhere."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ksweep.launch.job import Ending, Job
+
+log = logging.getLogger(__name__)
+
+STARTS_WITHOUT_PROGRESS = 3
+"""So often a job may be stopped at the same place; then its units do not fit into its time limit."""
+
+
+@dataclass(frozen=True)
+class StoppedStart:
+    """A start of a job on Slurm that was stopped, as rank 0 of it knows it."""
+
+    job: Job
+    attempt: int
+    slurm_id: str
+    signal: int
+    """Number of the signal that stopped it; 0 where another rank was stopped."""
+    phase: str
+    progress: list[Any]
+    """What is published; equal in two starts that publish nothing between them."""
+
+
+def fail_if_stuck(start: StoppedStart, ending: Ending) -> Ending:
+    """Turn a stop into a failure when the job keeps reaching its time limit at the same point; requeued, it would never end."""
+    at_limit = start.signal == signal.SIGUSR2 and not start.job.asked_to_end()
+    if at_limit and is_stuck([start.job.noted("requeued", n) for n in range(start.attempt)], start.progress):
+        message = (
+            f"{STARTS_WITHOUT_PROGRESS} starts reached the time limit in {start.phase!r} and published nothing: a unit of "
+            "work takes longer than a start may last. Raise resources.time, or spread the work over more ranks"
+        )
+        return replace(ending, status="failed", kind="time limit", message=message)
+    return ending
+
+
+def is_stuck(requeues: Sequence[Mapping[str, Any] | None], place: list[Any]) -> bool:
+    """Whether the starts before this one reached their time limit where this one is stopped, with nothing published between."""
+    last = requeues[-(STARTS_WITHOUT_PROGRESS - 1) :]
+    same = [r for r in last if r and r["why"] == "time limit" and r["place"] == place]
+    return len(same) == STARTS_WITHOUT_PROGRESS - 1
+
+
+def requeue(start: StoppedStart) -> None:
+    """Put this job back into the queue after a signal of Slurm's; not when somebody has ended it, nor when a rank has failed."""
+    from ksweep.launch.slurm import commands
+
+    job, number = start.job, start.slurm_id
+    if any(e.status == "failed" for e in job.endings(start.attempt)):
+        log.warning("not requeued: a rank of job %s has failed", number)
+        return
+    if job.given_up() is not None:
+        log.warning("not requeued: job %s was given up, its cells belong to another by now", number)
+        return
+    facts = commands.describe(number)
+    tag = (job.noted("slurm") or {}).get("tag")
+    if tag and facts.get("Comment", tag) != tag:
+        log.warning("not requeued: job %s is another by now: slurmctld forgot this one and gave its number again", number)
+        return
+    if job.asked_to_end() or (facts.get("JobState") != "RUNNING"):
+        log.warning(
+            "not requeued: job %s is %s", number, "to end" if job.asked_to_end() else facts.get("JobState", "unknown to Slurm")
+        )
+        return
+    preempted = facts.get("PreemptTime", "None") not in ("None", "", "Unknown", "N/A")
+    why = "preempted" if preempted else "time limit" if start.signal == signal.SIGUSR2 else "asked to stop"
+    note = {"why": why, "time": time.time(), "place": start.progress}
+    job.note("requeued", note, start.attempt)
+    refused = commands.requeue(number)
+    if refused is not None:
+        log.warning("Slurm does not requeue job %s: %s", number, refused)
+        job.note("requeued", note | {"refused": refused}, start.attempt)

@@ -1,0 +1,321 @@
+"""The draws store: what has been sampled already, what is missing. `registry/draws/<key>/part-*.parquet`, a row a draw."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ksweep.utils.errors import DiskFullError, RunError
+from ksweep.utils.files import clear_leftovers, publish, readable_by_colleagues
+from ksweep.utils.notes import Note, keep, kept
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_UNIT = 64
+DRAWS_PER_UNIT = 64
+MOST_PER_UNIT = 1024
+"""Work is cut on a grid of up to so many activations and draws of each, and so many of both together; towards the end of a job of
+several ranks in smaller pieces. What is taken is published whole or not at all. Draws of one activation share what begins alike,
+in drawing and in scoring, so they lie together first."""
+
+SCHEMA = pa.schema(
+    [
+        ("activation", pa.int64()),
+        ("draw", pa.int32()),
+        ("row_id", pa.string()),
+        ("document", pa.string()),
+        ("position", pa.int32()),
+        ("context", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("num_tokens", pa.int32()),
+        ("text", pa.string()),
+        ("explanation", pa.string()),
+        ("finish", pa.string()),
+        ("parse", pa.string()),
+        ("error", pa.float64()),
+        ("cosine", pa.float64()),
+        ("norm", pa.float64()),
+        ("log_probability", pa.float64()),
+        ("shuffled_error", pa.float64()),
+        ("shuffled_activation", pa.int64()),
+        ("reconstruction", pa.list_(pa.float32())),
+    ]
+)
+"""`reconstruction` [d_model], as the AR gave it, is kept where something is computed from it: of draw 0 (retrieval among the
+activations) and, for a checkpoint, of every draw whose error is below that of each earlier draw of its activation in the unit.
+The best of the first K draws of an activation is always one of these, however its draws are cut into units. Of 16 draws 3.4 are
+kept on average, of 64 draws 4.7 (harmonic numbers). Parts written before that was so have draw 0 alone."""
+
+PART = re.compile(r"^part-(\d+)-(\d+)-(\d+)-(\d+)\.parquet$")
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """A rectangle of work: activations [first_row, last_row) x draws [first_draw, last_draw)."""
+
+    first_row: int
+    last_row: int
+    first_draw: int
+    last_draw: int
+
+    @property
+    def num_draws(self) -> int:
+        """Draws in the rectangle."""
+        return (self.last_row - self.first_row) * (self.last_draw - self.first_draw)
+
+    @property
+    def file_name(self) -> str:
+        """The part that holds this unit."""
+        return f"part-{self.first_row:08d}-{self.last_row:08d}-{self.first_draw:05d}-{self.last_draw:05d}.parquet"
+
+
+class DrawsStore:
+    """All draws of one key: one autoencoder, one set of activations, one way of sampling."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        """`root` is registry/draws; nothing is created until something is published."""
+        self.key = key
+        self.path = root / key
+
+    def parts(self) -> list[Unit]:
+        """The units that are there, from the file names: a name exists only after its file was whole."""
+        if not self.path.is_dir():
+            return []
+        found = (PART.match(name) for name in os.listdir(self.path))
+        return sorted(Unit(*map(int, match.groups())) for match in found if match)
+
+    def bytes_on_disk(self) -> int:
+        """What the parts take."""
+        return sum((self.path / part.file_name).stat().st_size for part in self.parts())
+
+    def coverage(self, num_activations: int, num_draws: int) -> np.ndarray:
+        """Boolean [activation, draw]: which draws are there."""
+        there = np.zeros((num_activations, num_draws), dtype=bool)
+        for part in self.parts():
+            there[part.first_row : part.last_row, part.first_draw : part.last_draw] = True
+        return there
+
+    def missing(self, num_activations: int, num_draws: int) -> list[Unit]:
+        """The rectangles still to be drawn, cut as `units_of` does."""
+        return units_of(self.coverage(num_activations, num_draws))
+
+    def still_missing(self, unit: Unit) -> list[Unit]:
+        """What of a unit nobody has drawn yet: another sweep over the same draws may have been quicker."""
+        block = self.coverage(unit.last_row, unit.last_draw)[unit.first_row :, unit.first_draw :]
+        return _rectangles(block, unit.first_row, unit.first_draw)
+
+    def describe(self, identity: dict[str, Any]) -> None:
+        """Keep the readable identity beside the parts."""
+        target = self.path / "identity.json"
+        if not target.exists():
+            _guard_disk(self.path, lambda: publish(target, json.dumps(identity, indent=1, sort_keys=True).encode()))
+
+    def publish(self, unit: Unit, table: pa.Table) -> None:
+        """Write a unit beside its place and rename it into it.
+
+        Raises:
+            RunError: no room on the disk; nothing half-written is left.
+        """
+        assert table.num_rows == unit.num_draws, (table.num_rows, unit)
+        _guard_disk(self.path, lambda: self._write(unit, table))
+
+    def _write(self, unit: Unit, table: pa.Table) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                # Page checksums: a flipped byte is an error when the part is read, not another number.
+                pq.write_table(table.cast(SCHEMA), file, compression="zstd", write_page_checksum=True)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, readable_by_colleagues())
+            os.replace(temporary, self.path / unit.file_name)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def read(self, num_activations: int, num_draws: int, columns: list[str] | None = None) -> pa.Table | None:
+        """The draws of the first activations, ordered by activation and draw; None where some are missing.
+
+        A damaged part is set aside with a message, and its draws count as missing.
+        """
+        seen = self.read_seen(num_activations, num_draws, columns)
+        return None if seen is None else _square(seen, num_activations, num_draws)
+
+    def read_seen(self, num_activations: int, num_draws: int, columns: list[str] | None = None) -> pa.Table | None:
+        """Those of the first activations' first draws that are there, in no particular order; None where none are."""
+        wanted = None if columns is None else list(dict.fromkeys(["activation", "draw", *columns]))
+        tables = []
+        for part in self.parts():
+            if part.first_row < num_activations and part.first_draw < num_draws:
+                table = self._read_part(part, wanted)
+                if table is not None:
+                    tables.append(table)
+        if not tables:
+            return None
+        seen = pa.concat_tables(tables)
+        inside = (seen["activation"].to_numpy() < num_activations) & (seen["draw"].to_numpy() < num_draws)
+        return seen.filter(pa.array(inside))
+
+    def reconstructions(
+        self, activations: np.ndarray, draws: np.ndarray, d_model: int, parts: Sequence[Unit] | None = None
+    ) -> np.ndarray:
+        """[pair, d_model] float32 reconstruction of each (activation, draw); NaN where none is kept. Reads one part at a time.
+
+        `parts` saves listing the directory again for each of many calls.
+        """
+        found = np.full((len(draws), d_model), np.nan, dtype=np.float32)
+        for part in self.parts() if parts is None else parts:
+            inside = (part.first_row <= activations) & (activations < part.last_row)
+            inside &= (part.first_draw <= draws) & (draws < part.last_draw)
+            if inside.any():
+                wanted = np.flatnonzero(inside)
+                self._fill(found, wanted, part, activations[wanted], draws[wanted])
+        return found
+
+    def _fill(self, found: np.ndarray, wanted: np.ndarray, part: Unit, activations: np.ndarray, draws: np.ndarray) -> None:
+        table = self._read_part(part, ["activation", "draw", "reconstruction"])
+        if table is None:
+            return
+        kept = table["reconstruction"].combine_chunks()
+        valid = np.flatnonzero(kept.is_valid().to_numpy(zero_copy_only=False))
+        vectors = kept.take(pa.array(valid)).flatten().to_numpy().reshape(-1, found.shape[1])
+        place = np.full((part.last_row - part.first_row, part.last_draw - part.first_draw), -1)
+        rows, columns = table["activation"].to_numpy()[valid] - part.first_row, table["draw"].to_numpy()[valid] - part.first_draw
+        place[rows, columns] = np.arange(len(valid))
+        at = place[activations - part.first_row, draws - part.first_draw]
+        found[wanted[at >= 0]] = vectors[at[at >= 0]]
+
+    def set_damaged_aside(self, num_activations: int, num_draws: int) -> None:
+        """Read every part that a request would use, one at a time, so that damaged ones count as missing."""
+        clear_leftovers(self.path)
+        for part in self.parts():
+            if part.first_row < num_activations and part.first_draw < num_draws:
+                self._read_part(part, None)
+
+    def _read_part(self, part: Unit, columns: list[str] | None) -> pa.Table | None:
+        path = self.path / part.file_name
+        try:
+            table = pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
+            if (reason := _strange(table, part)) is None:
+                return table
+        except FileNotFoundError:  # another job has set it aside
+            return None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            # Only what the content itself is to blame for: "too many open files" or "permission denied" damages nothing.
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                raise RunError(f"draws part {path} cannot be read: {error}") from error
+            reason = str(error).splitlines()[0]
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:  # as above
+            return None
+        except OSError as error:
+            raise RunError(f"draws part {path} is damaged ({reason}) and cannot be set aside ({error.strerror})") from error
+        log.warning("draws part %s is damaged (%s): set aside as %s, its draws are taken again", path, reason, aside.name)
+        return None
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What was noted of the AV and the AR that the draws are of."""
+        return kept(self.path)
+
+    def keep_notes(self, notes: Iterable[Note]) -> None:
+        """Keep notes beside the draws."""
+        _guard_disk(self.path, lambda: keep(self.path, notes))
+
+    def controls(self) -> dict[str, Any] | None:
+        """What was measured once per key beside the draws (the AR's answer to an empty text)."""
+        try:
+            return json.loads((self.path / "controls.json").read_text())  # type: ignore[no-any-return]
+        except (OSError, ValueError):
+            return None
+
+    def publish_controls(self, controls: dict[str, Any]) -> None:
+        """Keep controls beside the draws."""
+        _guard_disk(self.path, lambda: publish(self.path / "controls.json", json.dumps(controls).encode()))
+
+
+def _strange(table: pa.Table, part: Unit) -> str | None:
+    """Why a table is not what the name of its part says: one that was renamed by hand would be missed for ever."""
+    if table.num_rows != part.num_draws:
+        return f"{table.num_rows} rows where its name says {part.num_draws}"
+    for name, first, last in (("activation", part.first_row, part.last_row), ("draw", part.first_draw, part.last_draw)):
+        if name not in table.column_names:
+            return f"no column {name}"
+        found = pc.min_max(table[name]).as_py()
+        if (found["min"], found["max"]) != (first, last - 1):
+            return f"{name} {found['min']} to {found['max']} where its name says {first} to {last - 1}"
+    return None
+
+
+def units_of(there: np.ndarray) -> list[Unit]:
+    """What [activation, draw] lacks, on a grid that depends on the number of draws alone.
+
+    Jobs that share draws but ask for different numbers of them may have the same draw under way in units of different shapes, and
+    then one of the two is dropped: rare, and cheaper than small units for all.
+    """
+    draws = min(DRAWS_PER_UNIT, there.shape[1])
+    rows = min(ROWS_PER_UNIT, MOST_PER_UNIT >> max(0, draws - 1).bit_length())  # a divisor of ROWS_PER_UNIT
+    units: list[Unit] = []
+    for row in range(0, there.shape[0], rows):
+        for draw in range(0, there.shape[1], DRAWS_PER_UNIT):
+            units += _rectangles(there[row : row + rows, draw : draw + DRAWS_PER_UNIT], row, draw)
+    return units
+
+
+def _rectangles(there: np.ndarray, row: int, draw: int) -> list[Unit]:
+    """The missing part of one grid block as few rectangles: neighbouring rows that lack the same run of draws go together."""
+    units: list[Unit] = []
+    for i, present in enumerate(there):
+        for first, last in _runs(~present):
+            for at, unit in enumerate(units):
+                if unit.last_row == row + i and (unit.first_draw, unit.last_draw) == (draw + first, draw + last):
+                    units[at] = Unit(unit.first_row, row + i + 1, unit.first_draw, unit.last_draw)
+                    break
+            else:
+                units.append(Unit(row + i, row + i + 1, draw + first, draw + last))
+    return units
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _square(table: pa.Table, num_activations: int, num_draws: int) -> pa.Table | None:
+    """Rows in order, each (activation, draw) once; None where one is missing."""
+    activation = table["activation"].to_numpy()
+    draw = table["draw"].to_numpy().astype(np.int64)
+    _, first = np.unique(activation * num_draws + draw, return_index=True)
+    return table.take(pa.array(first)) if len(first) == num_activations * num_draws else None
+
+
+def _guard_disk(path: Path, write: Any) -> None:
+    try:
+        write()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            near = next(p for p in (path, *path.parents) if p.exists())
+            free = shutil.disk_usage(near).free
+            raise DiskFullError(
+                f"the disk of {path} is full ({free / 1e6:.1f} MB free): nothing half-written was left. "
+                "Free some room or point `registry` elsewhere, then run the same command again; finished draws are kept."
+            ) from error
+        raise

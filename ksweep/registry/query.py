@@ -1,0 +1,184 @@
+"""What the launcher asks the registry: which cells have finished, how fast the last run was, the curves to show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+
+from ksweep.registry.database import DatabaseError, connect
+from ksweep.utils.errors import RequestError
+
+
+def ask(root: Path, question: str, variables: Mapping[str, str] | None = None) -> pa.Table:
+    """The answer to any SQL question; `variables` are what it reads with getvariable.
+
+    Raises:
+        RequestError: DuckDB does not accept the question.
+    """
+    with connect(root) as connection:
+        try:
+            for name, value in (variables or {}).items():
+                connection.execute(f"SET VARIABLE {name} = ?", [value])
+            answer = connection.sql(question)
+            if answer is not None:
+                return answer.to_arrow_table()
+        except DatabaseError as error:
+            raise RequestError(f"DuckDB does not accept that: {error}") from error
+    raise RequestError(f"{question!r} has no answer: ask with SELECT or FROM, e.g. ksweep sql 'from curves'")
+
+
+def finished_runs(root: Path) -> dict[str, str]:
+    """Newest finished run of each cell key; empty where there is no registry yet."""
+    if not root.is_dir():
+        return {}
+    with connect(root) as connection:
+        return dict(connection.execute("SELECT cell_key, run_id FROM v_latest").fetchall())
+
+
+def cell_of_run(root: Path, name: str) -> str | None:
+    """Key of the cell of the run whose id begins so, where that is one run."""
+    if not root.is_dir():
+        return None
+    with connect(root) as connection:
+        found = connection.execute("SELECT DISTINCT cell_key FROM runs WHERE starts_with(run_id, ?)", [name]).fetchall()
+    return str(found[0][0]) if len(found) == 1 else None
+
+
+def failed_runs(root: Path) -> dict[str, tuple[str, str]]:
+    """Cell key -> class and message, of cells whose newest run failed or was stopped."""
+    if not root.is_dir():
+        return {}
+    question = """
+        SELECT cell_key, coalesce(error_class, status), coalesce(error_message, '') FROM runs
+        QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1 AND status <> 'finished'
+    """
+    with connect(root) as connection:
+        return {key: (kind, message) for key, kind, message in connection.execute(question).fetchall()}
+
+
+def runs_since(root: Path, moment: datetime) -> dict[str, str]:
+    """Cell key -> status of the runs that ended after a moment."""
+    if not root.is_dir():
+        return {}
+    question = "SELECT cell_key, status FROM runs WHERE finished >= ? ORDER BY finished"
+    with connect(root) as connection:
+        return dict(connection.execute(question, [moment.astimezone(UTC).replace(tzinfo=None)]).fetchall())
+
+
+def run_named(root: Path, name: str) -> str:
+    """The run of that id, else the newest finished run of the cell or label of that name, or of the only cell of that sweep.
+
+    The beginning of a run id, or of a cell's key (with or without the @ that cells are shown with), will do where one run has it.
+
+    Raises:
+        RequestError: there is none, or several cells share the name.
+    """
+    exact = "SELECT run_id FROM runs WHERE run_id = $1 UNION SELECT run_id FROM v_latest WHERE $1 IN (cell, label, sweep)"
+    begins = (
+        "SELECT run_id FROM runs WHERE starts_with(run_id, $1) UNION "
+        "SELECT run_id FROM v_latest WHERE starts_with(cell_key, ltrim($1, '@'))"
+    )
+    with connect(root) as connection:
+        found = connection.execute(exact, [name]).fetchall()
+        if not found and name.strip("@"):
+            found = connection.execute(begins, [name]).fetchall()
+    if len(found) == 1:
+        return str(found[0][0])
+    if not found:
+        raise RequestError(f"no run, cell, label or sweep {name!r} in {root}: `ksweep ls` lists them")
+    raise RequestError(f"{len(found)} runs are called {name!r}; name one of them: {', '.join(sorted(run for (run,) in found))}")
+
+
+REFERENCE_METRICS = ("variance_recovery", "mse_variance_recovery", "r_squared")
+"""Quantities of the reference sweep that can stand in a curve's place."""
+
+
+def named_curves(root: Path, names: Sequence[str], metric: str | None = None) -> pa.Table:
+    """Curves by name, in the order given: of a cell, of a label, or of all cells of a sweep; newest finished runs.
+
+    Args:
+        root: the registry.
+        names: cells, labels, sweeps or run ids; none means every curve.
+        metric: "fve" or a quantity of the reference sweep, of those runs that have it; None takes the number each run holds.
+
+    Raises:
+        RequestError: a name that nothing has, or one without the metric.
+    """
+    if metric not in (None, "fve", *REFERENCE_METRICS):
+        raise RequestError(f"metric={metric!r} is not one of fve, {', '.join(REFERENCE_METRICS)}")
+    with connect(root) as connection:
+        connection.register("asked", pa.table({"name": pa.array(names, pa.string()), "place": pa.array(range(len(names)))}))
+        everything = "(SELECT run_id, label, 0 AS place, 0 AS within FROM v_latest)" if not names else _NAMED_RUNS
+        unknown = connection.sql(f"SELECT name FROM asked WHERE place NOT IN (SELECT place FROM {_NAMED_RUNS})").fetchall()
+        if unknown:
+            raise RequestError(f"no finished run, cell, label or sweep {unknown[0][0]!r} in {root}: `ksweep ls` lists them")
+        values = _REFERENCE_CURVES if metric in REFERENCE_METRICS else _CURVES
+        found = connection.sql(values.format(runs=everything), params={"metric": metric}).to_arrow_table()
+    if not found.num_rows:
+        raise RequestError(
+            f"none of these runs has {metric or 'a curve'}; {', '.join(REFERENCE_METRICS)} are those of checkpoints"
+        )
+    return found
+
+
+_NAMED_RUNS = """(
+    SELECT run_id, arg_min(label, place) AS label, min(place) AS place, min(within) AS within FROM (
+        SELECT run_id, label, place, 0 AS within FROM v_latest JOIN asked ON name IN (run_id, cell, label)
+        UNION ALL SELECT c.run_id, c.label, asked.place, c.place FROM v_sweep_cells AS c JOIN asked ON name = c.sweep
+        WHERE c.run_id IS NOT NULL
+    ) GROUP BY run_id
+)"""
+_CURVES = """
+    SELECT n.label, c.* EXCLUDE (label) FROM {runs} AS n JOIN curves AS c USING (run_id)
+    WHERE $metric IS NULL OR metric = $metric ORDER BY n.place, n.within, c.finished, c.run_id, c.k
+"""
+_REFERENCE_CURVES = """
+    SELECT q.cell, n.label, q.quantity AS metric, q.k, q.value AS fve, q.low AS fve_low, q.high AS fve_high, c.level,
+           q.num_activations, c.num_documents, c.baseline, c.baseline_kind, q.temperature, NULL::DOUBLE AS shuffled_fve,
+           q.sweep, q.run_id
+    FROM {runs} AS n JOIN reference_quantities AS q USING (run_id) LEFT JOIN curves AS c USING (run_id, k)
+    WHERE q.quantity = $metric AND q.role IS NULL ORDER BY n.place, n.within, c.finished, q.run_id, q.k
+"""
+
+
+def seconds_per_draw(root: Path, autoencoder: str) -> float | None:
+    """Of the newest run that sampled with this AV or checkpoint, times its ranks; None where there is none."""
+    if not root.is_dir():
+        return None
+    question = """
+        SELECT seconds['drawing'] * num_ranks / num_draws_sampled FROM runs
+        WHERE ? IN (av, checkpoint) AND num_draws_sampled > 0
+          AND seconds['drawing'] IS NOT NULL ORDER BY finished DESC LIMIT 1
+    """
+    with connect(root) as connection:
+        row = connection.execute(question, [autoencoder]).fetchone()
+    return None if row is None else float(row[0])
+
+
+def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
+    """The curves of some cells, in the order and under the labels given (cell key -> label)."""
+    wanted = pa.table({"cell_key": list(labels), "wanted": list(labels.values()), "place": range(len(labels))})
+    with connect(root) as connection:
+        connection.register("wanted_cells", wanted)
+        return connection.sql(
+            """
+            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction, r.cjk_fraction, r.notes
+            FROM wanted_cells AS w JOIN curves AS c USING (cell_key) JOIN runs AS r USING (run_id) ORDER BY w.place, c.k
+            """
+        ).to_arrow_table()
+
+
+def controls_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
+    """The controls of some cells, likewise; the shuffled one is part of the curves."""
+    wanted = pa.table({"cell_key": list(labels), "wanted": list(labels.values()), "place": range(len(labels))})
+    with connect(root) as connection:
+        connection.register("wanted_cells", wanted)
+        return connection.sql(
+            """
+            SELECT w.wanted AS label, c.control, c.value, c.num_activations, c.note
+            FROM wanted_cells AS w JOIN controls AS c USING (cell_key) ORDER BY w.place, c.control
+            """
+        ).to_arrow_table()

@@ -1,0 +1,531 @@
+"""What a run says when it ends: `landing/<run>/` with record.json, curve.parquet, controls.parquet, metrics.parquet (by group),
+examples.parquet (what it said), activations.parquet (the error of each), and of a checkpoint reference.parquet and norms.parquet.
+Written once, never changed.
+
+The directory is filled under another name, flushed, and renamed into place, so whoever sees it sees all of it. record.json
+carries the size and SHA-256 of its neighbours: a file cut short or altered later is refused by name, not read as numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ksweep.utils.errors import RequestError, StoreError, class_of_type
+from ksweep.utils.files import publish
+from ksweep.utils.notes import REFERENCE_QUANTITIES, Note
+
+Status = Literal["finished", "failed", "stopped"]
+
+CURVE = "curve.parquet"
+CONTROLS = "controls.parquet"
+REFERENCE = "reference.parquet"
+NORMS = "norms.parquet"
+METRICS = "metrics.parquet"
+EXAMPLES = "examples.parquet"
+ACTIVATIONS = "activations.parquet"
+FORMAT = 1
+"""Raised when files written before could be misread; a reader refuses a later format instead of guessing."""
+
+
+class LandingError(StoreError):
+    """A landing directory that cannot be believed: half-written, damaged, or not what it says it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run of one cell: what was asked, what happened, what came out. Unknown is None, never zero."""
+
+    run_id: str
+    cell: str
+    """Display name, unique to the cell: "demo T=0.7 @3fa9c1d2"."""
+    label: str
+    """What tells this cell from the others of its sweep, for legends: "temperature=0.7"."""
+    cell_key: str
+    draws_key: str | None = None
+    activations_key: str | None = None
+    sweep: str
+    spec: Mapping[str, Any]
+    """The cell as JSON."""
+    resources: Mapping[str, Any] = field(default_factory=dict)
+
+    status: Status
+    job: str | None = None
+    """Job that it was measured in, or failed in; what each of its ranks left is in attempts/<job>.json."""
+    start: int | None = None
+    """Which start of the job."""
+    error_class: str | None = None
+    """ksweep.utils.errors.ErrorClass: what a plan goes by."""
+    error_type: str | None = None
+    """Python type of the first cause, where it was an exception."""
+    error_message: str | None = None
+    tracebacks: tuple[str, ...] = ()
+    """What each rank that did not finish left: node, GPU, class, message, traceback, last log lines, as text."""
+
+    started: datetime
+    finished: datetime
+    """When the run ended, whatever its status. Both in UTC."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall-clock seconds per phase of the slowest rank: {"sampling": 210.5, "scoring": 14.2}."""
+
+    host: str | None = None
+    device: str | None = None
+    num_ranks: int | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    """Whether tracked files differed from the commit."""
+    argv: tuple[str, ...] = ()
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Versions by package name."""
+    engine: Mapping[str, str] = field(default_factory=dict)
+    """How the draws that this run sampled were computed, where it can change those of bfloat16: see runs.engine in schema.sql."""
+
+    num_activations: int | None = None
+    num_documents: int | None = None
+    effective_documents: float | None = None
+    """Documents of equal size that would say as much: (sum n)^2 / sum n^2, n the activations of each."""
+    d_model: int | None = None
+    layer: int | None = None
+    """Block whose output was verbalised (0-based), after the spec's None has been resolved."""
+    num_draws: int | None = None
+    """Draws per activation."""
+    num_draws_sampled: int | None = None
+    """Draws that were not there when this run began, over all activations: it sampled them, or a job beside it did meanwhile."""
+    num_draws_reused: int | None = None
+    num_tokens_sampled: int | None = None
+    tokens_per_second: float | None = None
+
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Failed draws of the cell by cause, sampled now or before: {"no closing tag": 12}."""
+    failure_rate: float | None = None
+    """Fraction of the cell's draws that failed."""
+    cut_off_rate: float | None = None
+    """Fraction of draws that ended at max_new_tokens; None where every explanation has one length."""
+    distinct_text_fraction: float | None = None
+    """Distinct explanations of an activation over its draws, mean over activations."""
+    cjk_fraction: float | None = None
+    """Fraction of explanations that are mostly Chinese or Japanese: the known symptom of an injection that did not arrive."""
+    mean_tokens: float | None = None
+    """Mean length of a draw, tokens."""
+    draws_bytes: int | None = None
+    """What all draws of draws_key took on disk when the run ended; cells that share draws say the same bytes."""
+    fve_over_successes: float | None = None
+    """FVE at K = 1 when failed draws are left out."""
+    baseline: float | None = None
+    baseline_kind: str | None = None
+    """"between documents", "distance from mean" (in older records "evaluated set") or "stated constant"."""
+    baseline_from_mean: float | None = None
+    """Mean squared distance of the activations from their mean, whatever the baseline is: the public code's baseline."""
+    baseline_num_activations: int | None = None
+    """Activations the baseline comes from; None for a stated constant."""
+
+    token_stats: Mapping[str, Any] | None = None
+    """Roles of all tokens of the rows of text that were looked at: {"counts": {"user": 12, ..., "total": 40}, "proportions":
+    {...}, "total_sequences": 3}. None where no chat format is known."""
+    selected_token_stats: Mapping[str, Any] | None = None
+    """The same over the evaluated positions, with "total_positions"."""
+    notes: tuple[Note, ...] = ()
+    """What checks say about the run, and why something is not known that could have been."""
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"status={self.status!r} is not one of {', '.join(get_args(Status))}")
+        if not self.run_id or self.run_id.startswith(".") or Path(self.run_id).name != self.run_id:
+            raise ValueError(f"run_id={self.run_id!r} must be a plain directory name that does not start with a dot")
+        for name in ("started", "finished"):
+            if getattr(self, name).tzinfo is None:
+                raise ValueError(f"{name}={getattr(self, name)} has no time zone; use datetime.now(UTC)")
+            object.__setattr__(self, name, getattr(self, name).astimezone(UTC))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
+        """The record of a parsed record.json; keys that this version does not know are left out."""
+        known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        known |= {name: tuple(known[name]) for name in ("argv", "tracebacks") if name in known}
+        # Earlier versions kept these among the packages.
+        packages, engine = dict(known.get("packages", {})), dict(known.get("engine", {}))
+        engine |= {name: packages.pop(name) for name in ("attention", "tf32", "cuda_graphs") if name in packages}
+        known |= {"packages": packages, "engine": engine}
+        known |= {"notes": tuple(map(_note, known.get("notes", ())))}
+        known |= {name: datetime.fromisoformat(known[name]) for name in ("started", "finished") if name in known}
+        if "error_class" not in known and known.get("error_type"):  # written when one field held either
+            known |= {"error_class": class_of_type(known["error_type"])}
+            known |= {"error_type": None} if known["error_class"] == known["error_type"] else {}
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for record.json; a number that is not finite becomes null."""
+        value = asdict(self) | {"started": self.started.isoformat(), "finished": self.finished.isoformat()}
+        return {name: _finite(v) for name, v in value.items()}
+
+
+CURVE_SCHEMA = pa.schema(
+    [
+        pa.field("metric", pa.string()),
+        pa.field("k", pa.int32(), nullable=False),
+        pa.field("fve", pa.float64(), nullable=False),
+        pa.field("fve_low", pa.float64()),
+        pa.field("fve_high", pa.float64()),
+        pa.field("level", pa.float64()),
+        pa.field("error", pa.float64()),
+        pa.field("cosine", pa.float64()),
+        pa.field("failure_rate", pa.float64()),
+        pa.field("fve_over_successes", pa.float64()),
+        pa.field("num_activations", pa.int64(), nullable=False),
+        pa.field("num_documents", pa.int64()),
+        pa.field("effective_documents", pa.float64()),
+        pa.field("num_draws", pa.int32()),
+        pa.field("baseline", pa.float64()),
+        pa.field("baseline_kind", pa.string()),
+        pa.field("shuffled_fve", pa.float64()),
+        pa.field("band_low", pa.float64()),
+        pa.field("band_high", pa.float64()),
+        pa.field("replicates", pa.list_(pa.float32())),
+    ]
+)
+"""One row per K; registry/schema.sql says what each column means (table run_curves)."""
+
+CONTROLS_SCHEMA = pa.schema(
+    [
+        pa.field("control", pa.string(), nullable=False),
+        pa.field("k", pa.int32()),
+        pa.field("value", pa.float64()),
+        pa.field("num_activations", pa.int64()),
+        pa.field("note", pa.string()),
+    ]
+)
+"""One row per control: "empty_text", "mean_vector" (an FVE), "retrieval_top1" (a fraction). `note` says what the value is."""
+
+REFERENCE_SCHEMA = pa.schema(
+    [
+        pa.field("quantity", pa.string(), nullable=False),
+        pa.field("role", pa.string()),
+        pa.field("k", pa.int32(), nullable=False),
+        pa.field("value", pa.float64()),
+        pa.field("num_activations", pa.int64()),
+        pa.field("spread", pa.float64()),
+        pa.field("bias", pa.float64()),
+        pa.field("std", pa.float64()),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("bca_low", pa.float64()),
+        pa.field("bca_high", pa.float64()),
+    ]
+)
+"""The reference sweep's own quantities: one row per quantity, role (null: all activations) and K; see table run_reference."""
+
+METRICS_SCHEMA = pa.schema(
+    [
+        pa.field("breakdown", pa.string(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("place", pa.int32(), nullable=False),
+        pa.field("against", pa.string()),
+        pa.field("k", pa.int32(), nullable=False),
+        pa.field("fve", pa.float64()),
+        pa.field("fve_low", pa.float64()),
+        pa.field("fve_high", pa.float64()),
+        pa.field("level", pa.float64()),
+        pa.field("error", pa.float64()),
+        pa.field("median_error", pa.float64()),
+        pa.field("worst_share", pa.float64()),
+        pa.field("baseline", pa.float64()),
+        pa.field("baseline_kind", pa.string()),
+        pa.field("failure_rate", pa.float64()),
+        pa.field("all_failed_rate", pa.float64()),
+        pa.field("num_activations", pa.int64(), nullable=False),
+        pa.field("num_documents", pa.int64()),
+        pa.field("effective_documents", pa.float64()),
+    ]
+)
+"""One row per group of activations and K; see table run_metrics."""
+
+EXAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("rank", pa.string(), nullable=False),
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("activation", pa.int64(), nullable=False),
+        pa.field("draw", pa.int32(), nullable=False),
+        pa.field("error", pa.float64()),
+        pa.field("cosine", pa.float64()),
+        pa.field("explanation", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("parse", pa.string()),
+        pa.field("context", pa.string()),
+        pa.field("document", pa.string()),
+        pa.field("position", pa.int32()),
+    ]
+)
+"""The best draw of a few activations: those it is best, middling and worst at; see table run_examples."""
+
+ACTIVATIONS_SCHEMA = pa.schema(
+    [
+        pa.field("activation", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string()),
+        pa.field("document", pa.string()),
+        pa.field("position", pa.int32()),
+        pa.field("role", pa.string()),
+        pa.field("norm", pa.float64()),
+        pa.field("distance", pa.float64()),
+        pa.field("num_failed", pa.int32()),
+        pa.field("ks", pa.list_(pa.int32())),
+        pa.field("errors", pa.list_(pa.float64())),
+    ]
+)
+"""One row per activation. A view reads them where they lie; see view activations."""
+
+NORMS_SCHEMA = pa.schema([pa.field("activation", pa.int64(), nullable=False), pa.field("norm", pa.float64())])
+"""Length of each activation of a checkpoint's run: what the reference's JSON has as activation_norms. Not in the database."""
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A landing directory, read and checked."""
+
+    record: RunRecord
+    curve: pa.Table | None
+    """CURVE_SCHEMA; None unless the run finished."""
+    controls: pa.Table | None
+    """CONTROLS_SCHEMA, or None."""
+    reference: pa.Table | None = None
+    """REFERENCE_SCHEMA, or None."""
+    norms: pa.Table | None = None
+    """NORMS_SCHEMA, or None."""
+    metrics: pa.Table | None = None
+    """METRICS_SCHEMA, or None."""
+    examples: pa.Table | None = None
+    """EXAMPLES_SCHEMA, or None."""
+    activations: pa.Table | None = None
+    """ACTIVATIONS_SCHEMA, or None."""
+
+
+def new_run_id(cell_key: str) -> str:
+    """A name that sorts by time, tells the cell, and does not collide when many jobs end in the same second."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{cell_key[:8]}-{secrets.token_hex(4)}"
+
+
+def land(
+    registry_root: Path | str,
+    record: RunRecord,
+    curve: pa.Table | None = None,
+    controls: pa.Table | None = None,
+    reference: pa.Table | None = None,
+    norms: pa.Table | None = None,
+    metrics: pa.Table | None = None,
+    examples: pa.Table | None = None,
+    activations: pa.Table | None = None,
+) -> Path:
+    """Write what a run says into `<registry_root>/landing/<run_id>/`, all of it or nothing.
+
+    Raises:
+        ValueError: a finished run without a curve, an unfinished one with a curve, or columns that do not fit.
+        StoreError: this run has landed already.
+    """
+    _check_status_and_curve(record, curve)
+    given = {
+        CURVE: (curve, CURVE_SCHEMA), CONTROLS: (controls, CONTROLS_SCHEMA), REFERENCE: (reference, REFERENCE_SCHEMA),
+        NORMS: (norms, NORMS_SCHEMA), METRICS: (metrics, METRICS_SCHEMA), EXAMPLES: (examples, EXAMPLES_SCHEMA),
+        ACTIVATIONS: (activations, ACTIVATIONS_SCHEMA),
+    }  # fmt: skip
+    tables = {name: _cast(table, schema, Path(name).stem) for name, (table, schema) in given.items() if table is not None}
+    if CURVE in tables:
+        _checked_curve(tables[CURVE])
+    landing = Path(registry_root) / "landing"
+    landing.mkdir(parents=True, exist_ok=True)
+    place = landing / record.run_id
+    temporary = landing / f".{record.run_id}.{secrets.token_hex(8)}.part"
+    temporary.mkdir()
+    try:
+        digests = {name: _write_parquet(temporary / name, table) for name, table in tables.items()}
+        text = json.dumps({"format": FORMAT, "files": digests} | record.to_json(), indent=1, allow_nan=False)
+        publish(temporary / "record.json", text.encode())
+        _fsync(temporary)
+        _rename_into(temporary, place)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync(landing)
+    return place
+
+
+def read(path: Path | str, *, of_each: bool = True) -> Landed:
+    """A landing directory, checked against what its record says about it.
+
+    Args:
+        path: the directory.
+        of_each: read what has a row for each activation too; the database is built without it.
+
+    Raises:
+        LandingError: what is wrong, with the file's name.
+    """
+    path = Path(path)
+    raw = _record_json(path)
+    try:
+        record = RunRecord.from_json(raw)
+    except (TypeError, ValueError) as error:
+        raise LandingError(f"record.json of {path.name} is not a run record: {error}") from error
+    if record.run_id != path.name:
+        raise LandingError(f"{path.name}/record.json is the record of {record.run_id}: was the directory renamed or copied?")
+    try:
+        curve = _stated_table(path / CURVE, raw["files"], CURVE_SCHEMA)
+        controls = _stated_table(path / CONTROLS, raw["files"], CONTROLS_SCHEMA)
+        reference = _stated_table(path / REFERENCE, raw["files"], REFERENCE_SCHEMA)
+        metrics = _stated_table(path / METRICS, raw["files"], METRICS_SCHEMA)
+        examples = _stated_table(path / EXAMPLES, raw["files"], EXAMPLES_SCHEMA)
+        _check_status_and_curve(record, curve)
+        checked = None if curve is None else _checked_curve(curve)
+        landed = Landed(record, checked, controls, reference, metrics=metrics, examples=examples)
+        if not of_each:
+            return landed
+        norms = _stated_table(path / NORMS, raw["files"], NORMS_SCHEMA)
+        return replace(landed, norms=norms, activations=_stated_table(path / ACTIVATIONS, raw["files"], ACTIVATIONS_SCHEMA))
+    except ValueError as error:
+        raise LandingError(f"{path.name}: {error}") from error
+
+
+def activations_in_use(registry_root: Path | str) -> set[str]:
+    """Keys of the activations that any landed run names, or any draws: those of a sweep that was interrupted will be needed.
+
+    Raises:
+        RequestError: no runs there, so that everything would count as unused. LandingError: a record that cannot be read.
+    """
+    landing = Path(registry_root) / "landing"
+    runs = [path for path in landing.glob("*/") if not path.name.startswith(".")]
+    if not runs:
+        raise RequestError(f"no runs in {landing}, so no activations would count as used: check --registry")
+    records = [_record_json(path) for path in runs]
+    drawn = [_identity_json(path) for path in Path(registry_root).glob("draws/*/identity.json")]
+    return {key for key in [*(record.get("activations_key") for record in records), *drawn] if key}
+
+
+def _identity_json(path: Path) -> str:
+    """The activations key that draws are of."""
+    try:
+        return str(json.loads(path.read_bytes())["draws"]["activations"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LandingError(f"{path} does not say which activations its draws are of ({error}): damaged?") from error
+
+
+def _record_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads((path / "record.json").read_bytes())
+    except OSError as error:
+        raise LandingError(f"{path.name}/record.json cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LandingError(f"{path.name}/record.json is not valid JSON ({error}): cut short or altered") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("format"), int) or not isinstance(raw.get("files"), dict):
+        raise LandingError(f"{path.name}/record.json has no format and file list: not written by ksweep")
+    if raw["format"] > FORMAT:
+        raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {FORMAT}: update ksweep")
+    return raw
+
+
+def _read_parquet(path: Path, stated: Mapping[str, Any]) -> pa.Table:
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != stated["sha256"]:
+            raise LandingError(f"{name} is not what was written ({len(data)} bytes, {stated['bytes']} expected, or altered)")
+        # On files this small read_table takes three times as long.
+        return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    except OSError as error:
+        raise LandingError(f"{name} cannot be read: {error.strerror or error}") from error
+    except (pa.ArrowException, KeyError, TypeError) as error:
+        raise LandingError(f"{name} cannot be read: {error}") from error
+
+
+def _stated_table(path: Path, files: Mapping[str, Any], schema: pa.Schema) -> pa.Table | None:
+    """A table that the record states; columns of a later ksweep are left out."""
+    if path.name not in files:
+        return None
+    table = _read_parquet(path, files[path.name])
+    return _cast(table.select([name for name in table.column_names if name in schema.names]), schema, path.name, trusted=True)
+
+
+def _cast(table: pa.Table, schema: pa.Schema, what: str, *, trusted: bool = False) -> pa.Table:
+    """The table with exactly the schema's columns and types; NaN, which SQL would sort above every number, becomes null."""
+    missing, extra = set(schema.names) - set(table.column_names), set(table.column_names) - set(schema.names)
+    missing -= {f.name for f in schema if f.nullable}
+    if missing or extra:
+        raise ValueError(
+            f"{what} must have the columns {', '.join(schema.names)}; "
+            f"missing: {sorted(missing) or 'none'}, not known: {sorted(extra) or 'none'}"
+        )
+    # Files that `land` wrote are so already: casting them again took a third of an ingest.
+    columns = table.columns if table.schema.equals(schema) and trusted else [_column(table, f) for f in schema]
+    for f, column in zip(schema, columns, strict=True):
+        if not f.nullable and column.null_count:
+            raise ValueError(f"{what} has {column.null_count} empty or NaN values in {f.name!r}, which is always known")
+    return pa.table(columns, schema=schema)
+
+
+def _column(table: pa.Table, f: pa.Field) -> pa.ChunkedArray:
+    if f.name not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), f.type)])
+    column = table[f.name].cast(f.type)
+    return pc.if_else(pc.is_finite(column), column, None) if pa.types.is_floating(f.type) else column
+
+
+def _checked_curve(curve: pa.Table) -> pa.Table:
+    ks = curve["k"].to_pylist()
+    if not ks or min(ks) < 1 or ks != sorted(set(ks)):
+        raise ValueError(f"a curve has one row per K, ascending from K >= 1; got K = {ks[:20]}")
+    return curve
+
+
+def _check_status_and_curve(record: RunRecord, curve: pa.Table | None) -> None:
+    if (record.status == "finished") != (curve is not None):
+        raise ValueError(f"a {record.status} run {'needs a' if curve is None else 'has no'} curve (run {record.run_id})")
+
+
+def _note(value: Mapping[str, Any] | str) -> Note:
+    """A note of record.json; earlier versions wrote plain sentences, all about quantities of the reference sweep."""
+    return Note(REFERENCE_QUANTITIES, value) if isinstance(value, str) else Note(value["about"], value["text"])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write_parquet(path: Path, table: pa.Table) -> dict[str, Any]:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    publish(path, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _fsync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename_into(temporary: Path, place: Path) -> None:
+    try:
+        os.rename(temporary, place)  # fails on a directory that is there and not empty
+    except OSError as error:
+        if place.exists():
+            raise StoreError(f"run {place.name} has landed already in {place.parent}; a retry is a new run") from error
+        raise
+
+
+NUM_EXAMPLES = 5
