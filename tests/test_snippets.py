@@ -45,7 +45,7 @@ PARSED_ONLY = {
     r"cluster=slurm": "needs a Slurm: its settings are laid over the experiment",
     r"^ksweep logs ": "needs a job of four ranks: its arguments are parsed",
     r"^ksweep (retry|cancel) ": "acts on jobs that are over here: its arguments are parsed",
-    r"^ksweep doctor": "looks this machine over, which tests/test_doctor.py does: its arguments are parsed",
+    r"^ksweep doctor": "looks this machine over, which tests/cli/test_doctor.py does: its arguments are parsed",
     r"^python experiments/": "would draw for minutes: planned with --dry-run",
     r"^scripts/submit_k_sweep": "would draw for minutes: planned with --dry-run",
 }

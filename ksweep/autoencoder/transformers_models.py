@@ -44,6 +44,7 @@ def cut_blocks(config: Any, num_layers: int) -> None:
 
 
 def is_sane(tensor: torch.Tensor) -> bool:
+    """Whether every weight is finite and none is absurdly large."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())
@@ -77,4 +78,4 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     )
 
 
-__all__ = ["load_backbone", "load_causal_lm", "load_head", "load_tokenizer", "torch_dtype"]
+__all__ = ["LIBRARY_ERRORS", "blocks_of", "cut_blocks", "is_sane", "quiet", "torch_dtype"]

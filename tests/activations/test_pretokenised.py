@@ -20,7 +20,7 @@ from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
 from tests.activations.chats import PAD, conversation, make_chat_base, roles_by_offset, written
 from tests.activations.helpers import passages, shard_files, spec, write_jsonl
-from tests.activations.test_extract import make_gpt2, reference_model, relative
+from tests.activations.test_hidden_states import make_gpt2, reference_model, relative
 from tests.tiny_models import make_base
 
 datasets = pytest.importorskip("datasets")

@@ -240,7 +240,7 @@ def test_retry_as_json_prints_one_object_and_nothing_of_the_command(registry: Pa
     job(registry, origin=script(tmp_path))
     code = "from ksweep.cli import main; main()"
     words = ["retry", "tiny", "--json", "--registry", str(registry)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 3 and "hello" in done.stderr
     assert (json.loads(done.stdout)["exit_code"], json.loads(done.stdout)["command"][-1]) == (3, "--retry")

@@ -18,7 +18,7 @@ from ksweep.analysis.report.data import facts_of, flat
 from ksweep.analysis.report.page import answer, page, write_report
 from ksweep.registry import attempts, sweeps
 from ksweep.utils.errors import RequestError
-from tests.report.conftest import written
+from tests.analysis.conftest import written
 from tests.tiny_sweeps import ask, run
 
 if TYPE_CHECKING:

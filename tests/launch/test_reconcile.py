@@ -28,7 +28,7 @@ from ksweep.utils.errors import RequestError
 from tests.tiny_models import TinyPair
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from ksweep import Resources, Sweep
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
-NOTEBOOK = Path(__file__).parent.parent / "registry" / "charts.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "registry" / "charts.ipynb"
 
 
 def executed(registry: str, sweep: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from ksweep.evaluation.identity import cell_keys, complete, complete_all, label
 from ksweep.utils.errors import CheckpointError, SpecError
 from tests.tiny_sweeps import ask, run
 
-FIXTURES = Path(__file__).parent / "fixtures" / "tae"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "tae"
 GPT2 = next((FIXTURES / "gpt2_patch_all").glob("*.pt"))
 GEMMA3 = next((FIXTURES / "gemma3_patch_two").glob("*.pt"))
 BASE = FIXTURES / "gpt2_patch_all" / "base"

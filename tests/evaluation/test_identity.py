@@ -17,7 +17,7 @@ from ksweep.utils.errors import DataError, RequestError, SpecError
 from tests.activations.helpers import passages, random_vectors, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, edit_sidecar, edit_weights, make_pair
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture(scope="module")

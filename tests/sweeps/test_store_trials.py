@@ -1,7 +1,7 @@
 """Both stores under what happens to them: kill -9, two at once, full disks, stop signals, growth. Real processes throughout.
 
-    pytest tests/test_store_trials.py -s                     # two kills of each store; prints what was seen
-    KSWEEP_TRIALS=30 pytest tests/test_store_trials.py -s    # that many kills, a third as many races, larger growth
+    pytest tests/sweeps/test_store_trials.py -s                     # two kills of each store; prints what was seen
+    KSWEEP_TRIALS=30 pytest tests/sweeps/test_store_trials.py -s    # that many kills, a third as many races, larger growth
 
 Growth is from 16 to 64 draws and from 1,000 to 4,000 activations where there are 30 trials or more.
 """
@@ -35,7 +35,7 @@ from ksweep.registry.draws import DrawsStore
 from tests.activations.helpers import passages, random_vectors, shard_files, spec, vector_spec, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, make_base, make_pair
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRIALS = int(os.environ.get("KSWEEP_TRIALS", "2"))
 FULL = TRIALS >= 30
 NUM_UNITS = 60

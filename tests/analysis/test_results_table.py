@@ -13,11 +13,11 @@ from rich.console import Console
 
 from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep
 from ksweep.analysis import results_table as terminal
-from ksweep.analysis.results_table import bytes_text, results_table, show, warnings
-from ksweep.evaluation.identity import Keys
+from ksweep.analysis.results_table import results_table, show, warnings
 from ksweep.launch.plan import Facts, plan
 from ksweep.launch.plan_table import print_plan
 from ksweep.registry.run_record import land
+from ksweep.utils.console import bytes_text
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
 ESCAPE, ELLIPSIS = "\x1b", "…"
@@ -97,7 +97,7 @@ def test_results_of_cells_with_different_k_leave_the_missing_ones_empty(sweep: S
     assert greedy.count("-0.186") == 1 and "-0.179" not in greedy
 
 
-def land_both(sweep: Sweep, **second: Any) -> list[Keys]:
+def land_both(sweep: Sweep, **second: Any) -> list[str]:
     """Runs of the two cells of the sweep; the second with other facts."""
     Path(sweep.registry).mkdir()
     keys = []
@@ -109,7 +109,7 @@ def land_both(sweep: Sweep, **second: Any) -> list[Keys]:
         for name, value in second.items() if i else ():
             curve = curve.set_column(curve.column_names.index(name), name, pa.array([value] * 4))
         land(Path(sweep.registry), record, curve, controls_of())
-        keys.append(Keys("a", "d", record.cell_key, 20, "demo", {}))
+        keys.append(record.cell_key)
     return keys
 
 

@@ -23,7 +23,7 @@ from tests.activations.test_store import flip_a_byte, make_unit
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
 from tests.tiny_models import make_base
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOUR, DAY = 3600, 86400
 Command = Callable[..., tuple[object, str, str]]
 

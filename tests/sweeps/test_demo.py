@@ -12,7 +12,7 @@ import pytest
 from ksweep import connect
 from ksweep.config.presets import DEMO, demo_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.demo

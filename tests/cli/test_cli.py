@@ -15,7 +15,7 @@ from ksweep.cli import main
 from ksweep.registry.run_record import land
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Command = Callable[..., tuple[object, str, str]]
 
 

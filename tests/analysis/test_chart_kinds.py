@@ -16,8 +16,8 @@ from ksweep import connect
 from ksweep.analysis import charts
 from ksweep.registry.run_record import land
 from ksweep.utils.errors import RequestError
+from tests.analysis.test_charts import curves, layers, mark
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
-from tests.test_charts import curves, layers, mark
 
 GENERATOR = np.random.default_rng(0)
 

@@ -23,8 +23,8 @@ from ksweep.registry.query import named_curves
 from ksweep.registry.run_record import land
 from ksweep.utils.cell_names import short_names, told_apart
 from ksweep.utils.errors import RequestError
+from tests.analysis.test_chart_kinds import differences, rows_in, subtitle
 from tests.registry.landed_runs import curve_of, record_of
-from tests.test_chart_kinds import differences, rows_in, subtitle
 from tests.tiny_models import make_pair
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 

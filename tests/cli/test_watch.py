@@ -27,7 +27,7 @@ from ksweep.cli.jobs.watch import most_wanted, screen, show, table, watch
 from ksweep.launch.job import Ending, Job
 from tests.job_directories import LABEL, ended, job, ksweep, me
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

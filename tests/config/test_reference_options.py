@@ -30,7 +30,7 @@ from ksweep.config.reference_options import (
 from ksweep.config.sweep import known_keys
 from ksweep.utils.errors import SpecError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 EXPECTED = {
     "num_gpus=8": ["resources.gpus=8"],

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ksweep.inference import compiled, cuda_graphs, kv_cache
 from ksweep.inference.engine import Order, draw, stream
 from ksweep.utils.errors import RunError
-from tests.autoencoder.test_decoding import (
+from tests.inference.test_engine import (
     STOPS,
     VECTORS,
     TinyVerbalizer,

@@ -21,12 +21,12 @@ from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
 from ksweep.registry.draws import DrawsStore, Unit
 from ksweep.utils.timing import Clock
-from tests.test_units_in_a_stream import draws_under_way
+from tests.evaluation.test_units_in_a_stream import draws_under_way
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
 TEMPERATURES = (0.7, 1.0, 0.0)
 COLUMNS = ["activation", "draw", "token_ids", "text", "explanation", "finish"]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from tests.activations.helpers import random_vectors, write_vectors
 from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, checkpoint, run, sweep_over
 from tests.tiny_sweeps import ask
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

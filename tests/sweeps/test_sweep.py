@@ -24,7 +24,7 @@ from ksweep import Resources, Sweep
 from tests.tiny_models import TinyPair, edit_sidecar
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_cancel_of_local_jobs_asks_slurm_nothing(registry: Path, told: Path) -> 
 def test_a_local_job_that_is_cancelled_before_its_rank_starts_does_no_work(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     (tmp_path / "out").mkdir()
     argument = {"sweep": "s", "folder": str(tmp_path / "out"), "total": 4}
     job = create(registry.parent / "logs", "tests.launch.entries:count", argument, 1, cells=[("key", "n=1")])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla.models import load_verbalizer
 
-GEMMA = Path(__file__).parent / "fixtures" / "nla" / "gemma3_text"
+GEMMA = Path(__file__).parents[1] / "fixtures" / "nla" / "gemma3_text"
 
 
 def test_loading_in_threads_leaves_weight_tying_alone() -> None:
