@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from ksweep.stats.interval_text import decimals_of_interval
 from ksweep.utils.console import bytes_text, columns, console
 from ksweep.utils.errors import RequestError, RunError
 
@@ -270,6 +269,8 @@ def _print_rows(rows: Sequence[Row], as_json: bool, names: Iterable[str] | None 
 
 def _decimals_that_hold(row: Row) -> dict[str, int]:
     """Of columns with the ends of an interval (fve_low and fve_high, low and high) the decimals that hold for this row."""
+    from ksweep.stats.interval_text import decimals_of_interval
+
     found: dict[str, int] = {}
     for low in row:
         high = f"{low.removesuffix('low')}high"

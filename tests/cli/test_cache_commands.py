@@ -352,9 +352,9 @@ def test_removal_that_is_killed_leaves_no_half_key(
     cache: Path, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch, filled: tuple[Path, dict[str, str]]
 ) -> None:
     script = (
-        "import os, shutil, sys, signal; from pathlib import Path; from ksweep.activations import housekeeping\n"
+        "import os, shutil, sys, signal; from pathlib import Path; from ksweep.activations import maintenance\n"
         "shutil.rmtree = lambda path: (os.unlink(next(Path(path).glob('shard-*.json'))), os.kill(os.getpid(), signal.SIGKILL))\n"
-        "[r] = housekeeping.unused([housekeeping.entry_of(Path(sys.argv[1]), sys.argv[2])], 0, None); housekeeping.remove(r)"
+        "[r] = maintenance.unused([maintenance.entry_of(Path(sys.argv[1]), sys.argv[2])], 0, None); maintenance.remove(r)"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(cache), keys["long"]], check=False)
     assert killed.returncode == -9 and keys["long"] not in there(cache)
