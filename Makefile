@@ -1,21 +1,27 @@
 # make sweep   installs into .venv, fetches the demo's base model, runs experiments/temp_sweep.py
-# make test    the same .venv with the test extra: style, types, the whole test suite
-# make quick   the everyday part of the tests
+# make quick   the same .venv with the test extra: the everyday part of the tests
+# make test    style, types, which room imports which, and all tests but those on a real Slurm and the long kill trials
+# make test-all  make test, the kill trials, and beside them the tests on a real Slurm; what CI runs
 
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread a worker: the tests' models are so small that threads would mostly wait for one another. The tests on a Slurm come
-# after the others, one bed for all, and wait side by side by themselves.
+# One thread a worker: the tests' models are so small that threads would mostly wait for one another.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: sweep test quick check install demo-model clean
+.PHONY: sweep test test-all quick check install demo-model clean
 
 sweep: install demo-model
 	$(BIN)/python experiments/temp_sweep.py $(ARGS)
 
+TESTS = not slurm and not trials
+
 test: .venv/.test check
-	$(PARALLEL) -m "not slurm"
-	$(BIN)/python -m pytest -m slurm
+	$(PARALLEL) -m "$(TESTS)"
+
+# The tests on a Slurm mostly wait, side by side by themselves, while the others keep the cores busy. `make`, not $(MAKE), which
+# `make -n` would run.
+test-all: .venv/.test
+	$(BIN)/python tests/side_by_side.py "$(BIN)/python -m pytest -m slurm" 'make test TESTS="not slurm"'
 
 quick: .venv/.test
 	$(PARALLEL) -m "not slow"
@@ -23,6 +29,7 @@ quick: .venv/.test
 check: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 install: .venv/.install
 

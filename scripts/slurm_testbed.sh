@@ -57,8 +57,8 @@ install() {
   command -v apt-get >/dev/null || cannot "$lacking is not here, and neither is apt-get to install it ($PACKAGES)"
   say "installing $PACKAGES"
   # shellcheck disable=SC2086
-  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -y -qq install --no-install-recommends $PACKAGES; } \
-    >"$BED/log/apt.out" 2>&1 || cannot "apt-get cannot install $PACKAGES: $(tail -1 "$BED/log/apt.out")"
+  { flock 9 && apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -y -qq install --no-install-recommends $PACKAGES; } \
+    >"$BED/log/apt.out" 2>&1 9>/tmp/ksweep-apt.lock || cannot "apt-get cannot install $PACKAGES: $(tail -1 "$BED/log/apt.out")"
   lacking=$(programs_there) || cannot "$lacking is still not here after installing $PACKAGES"
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -54,8 +55,11 @@ def _browser() -> str | None:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None and os.environ.get("KSWEEP_CHROMIUM_INSTALL") == "1" and shutil.which("apt-get"):
         quiet = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True, "check": False}
-        subprocess.run(["apt-get", "-qq", "update"], **quiet)  # type: ignore[call-overload]
-        subprocess.run(["apt-get", "-y", "-qq", "install", "--no-install-recommends", "chromium"], **quiet)  # type: ignore[call-overload]
+        with open("/tmp/ksweep-apt.lock", "a") as lock:  # scripts/slurm_testbed.sh may be installing beside this
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            subprocess.run(["apt-get", "-qq", "update"], **quiet)  # type: ignore[call-overload]
+            install = ["apt-get", "-y", "-qq", "install", "--no-install-recommends", "chromium"]
+            subprocess.run(install, **quiet)  # type: ignore[call-overload]
         found = next(filter(None, map(shutil.which, BROWSERS)), None)
     return found
 

@@ -341,6 +341,7 @@ def test_the_dry_run_refuses_a_disk_that_is_too_small_and_makes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.trials
 def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_one(sweep: Sweep, tmp_path: Path) -> None:
     assert run(sweep) == 0
     other = replace(sweep, registry=str(tmp_path / "killed" / "registry"), vector_cache=str(tmp_path / "killed" / "vectors"))
