@@ -17,11 +17,11 @@ import yaml
 
 from ksweep import Autoencoder, Cell, Sampling, Scoring, Sweep
 from ksweep.activations.caching import ensure
+from ksweep.autoencoder.family import NlaPair
 from ksweep.autoencoder.nla import models as nla
 from ksweep.autoencoder.nla.loading import load_tokenizer
 from ksweep.autoencoder.nla.prompts import av_prompt
 from ksweep.config.presets import demo_pair, held_out_passages
-from ksweep.evaluation.identity import inspect_pair
 from ksweep.inference.engine import as_vectors
 
 LAYER = 20
@@ -61,7 +61,7 @@ def add_prompt_tokens(parser: argparse.ArgumentParser) -> None:
 def load_pair(dtype: str, prompt_tokens: int = 0) -> tuple[nla.NlaVerbalizer, nla.NlaReconstructor]:
     """The demo pair, on this machine's CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        av, ar = inspect_pair(lengthened(demo_pair(), prompt_tokens, Path(folder)))
+        av, ar = NlaPair(lengthened(demo_pair(), prompt_tokens, Path(folder))).pair
         return nla.load_verbalizer(av, dtype=dtype), nla.load_reconstructor(ar, dtype=dtype)
 
 
@@ -70,7 +70,7 @@ def lengthened(pair: Autoencoder, prompt_tokens: int, place: Path) -> Autoencode
 
     Shorter ones have the end of PREFIX. The loader's own checks of the marker and its neighbours hold for the copy.
     """
-    info, _ = inspect_pair(pair)
+    info, _ = NlaPair(pair).pair
     tokenizer = load_tokenizer(info)
     words = tokenizer.encode(PREFIX, add_special_tokens=False)
     own = len(av_prompt(info, tokenizer).ids)
@@ -83,7 +83,7 @@ def lengthened(pair: Autoencoder, prompt_tokens: int, place: Path) -> Autoencode
     sidecar["prompt_templates"]["av"] = tokenizer.decode(words[own - prompt_tokens :]) + sidecar["prompt_templates"]["av"]
     (copy / "nla_meta.yaml").write_text(yaml.safe_dump(sidecar), encoding="utf-8")
     made = replace(pair, av=str(copy))
-    found = len(av_prompt(inspect_pair(made)[0], tokenizer).ids)
+    found = len(av_prompt(NlaPair(made).pair[0], tokenizer).ids)
     if found != prompt_tokens:
         raise SystemExit(f"--prompt-tokens {prompt_tokens}: the words sought merge to {found} tokens; try another number, or 87")
     return made

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ksweep.autoencoder.family import family_of
+from ksweep.autoencoder.norms import norm_notes
 from ksweep.config.spec import Activations, Autoencoder, Cell, cell_from_dict
 from ksweep.evaluation.cell_run import AtHand, Begun
 from ksweep.evaluation.context import Place
 from ksweep.evaluation.distributed import Ranks, Stopped
 from ksweep.evaluation.draw_loop import Drawing
-from ksweep.evaluation.identity import Keys, cell_keys, complete, inspect_pair, one_document_error
+from ksweep.evaluation.identity import Keys, cell_keys, complete, one_document_error
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.recording import land, measure, names_in
 from ksweep.evaluation.scoring import UnitWork
@@ -116,10 +118,7 @@ def _begin(cell: Cell, earlier: Sequence[Begun], place: Place, ranks: Ranks, at_
 
 def _norm_notes(cell: Cell, vectors: ActivationTable) -> Iterator[Note]:
     """What the lengths of the first activations say."""
-    from ksweep.autoencoder.norms import norm_notes, training_norm
-
-    is_pair = cell.autoencoder.checkpoint is None
-    trained = training_norm(*inspect_pair(cell.autoencoder)) if is_pair else None
+    trained = family_of(cell.autoencoder).training_norm()
     source = cell.activations.vectors or f"{cell.activations.model} on {cell.activations.text}"
     return norm_notes(vectors.vectors(0, min(len(vectors), NORMS_LOOKED_AT)), trained, source)
 

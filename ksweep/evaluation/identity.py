@@ -7,26 +7,20 @@ wrong directory is refused before anything is submitted.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ksweep.activations.caching import activations_key
 from ksweep.activations.model_config import text_config
 from ksweep.activations.vector_source import POSITIONS, read_sidecar, vectors_layer, vectors_say_positions, vectors_shape
-from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, base_notes, check_pair, check_same_architecture, digest, inspect
-from ksweep.config.spec import Autoencoder, Cell, Sampling
+from ksweep.autoencoder.family import ActivationFacts, Family, family_of
+from ksweep.config.spec import Activations, Cell, Sampling
 from ksweep.config.sweep import Sweep
-from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import DataError, SpecError
-from ksweep.utils.files import HUB_ID, resolve
+from ksweep.utils.files import resolve
 from ksweep.utils.fingerprint import fingerprint
-from ksweep.utils.notes import Note, notes_of
-
-if TYPE_CHECKING:
-    from ksweep.autoencoder.tae.checkpoint import TaeInfo
+from ksweep.utils.notes import Note
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +72,14 @@ def cell_keys(cell: Cell) -> Keys:
     Raises:
         CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
     """
-    cell = complete(cell)
-    layer, digests, notes = _layer_and_digests(cell)
+    family = family_of(cell.autoencoder)
+    cell = _completed(cell, family)
+    layer = family.layer
+    notes = (*family.notes, *family.check_activations(_facts(cell.activations)))
     activations, identity = activations_key(cell.activations, layer)
     draws = {
         "activations": activations,
-        **digests,
+        **family.identity(),
         "dtype": cell.autoencoder.dtype,
         "temperature": cell.sampling.temperature,
         "top_p": cell.sampling.top_p if cell.sampling.temperature > 0 else None,
@@ -92,8 +88,6 @@ def cell_keys(cell: Cell) -> Keys:
         "sampler_version": SAMPLER_VERSION,
         "scorer_version": SCORER_VERSION,
     }
-    if cell.autoencoder.encoder_prompt != "learned":  # so that keys from before there was a choice hold
-        draws["encoder_prompt"] = cell.autoencoder.encoder_prompt
     draws_key = fingerprint(draws)
     whole = {
         "draws": draws_key,
@@ -123,21 +117,24 @@ def one_document_error(cell: Cell, name: str) -> DataError:
 
 
 def complete(cell: Cell) -> Cell:
-    """The cell with what its checkpoint decides put in: a talkative autoencoder names the activations' model, and fixes how
-    long explanations are. A directory becomes the file that it stands for now: a training run may write a later one before the
-    job starts. Everything else is as it was."""
-    if cell.autoencoder.checkpoint is None:
-        if cell.activations.model is None and cell.activations.vectors is None:
-            raise SpecError("an NLA pair does not say which model its activations are from: set activations.model")
-        return cell
-    info = inspect_file(cell.autoencoder)
-    autoencoder, activations = cell.autoencoder, cell.activations
-    if Path(cell.autoencoder.checkpoint).expanduser().is_dir():
-        autoencoder = replace(autoencoder, checkpoint=str(info.path))
+    """The cell with what its autoencoder decides filled in: the activations' model, the file that a directory of checkpoints
+    stands for, and the length of explanations where it is fixed.
+
+    Raises:
+        SpecError: neither the request nor the autoencoder says which model the activations are from.
+    """
+    return _completed(cell, family_of(cell.autoencoder))
+
+
+def _completed(cell: Cell, family: Family) -> Cell:
+    activations, sampling = cell.activations, cell.sampling
     if activations.model is None and activations.vectors is None:
-        activations = replace(activations, model=info.activations_model)
-    sampling = replace(cell.sampling, max_new_tokens=info.num_tokens)
-    return replace(cell, autoencoder=autoencoder, activations=activations, sampling=sampling)
+        if family.activations_model is None:
+            raise SpecError("an NLA pair does not say which model its activations are from: set activations.model")
+        activations = replace(activations, model=family.activations_model)
+    if family.num_tokens is not None:
+        sampling = replace(sampling, max_new_tokens=family.num_tokens)
+    return replace(cell, autoencoder=family.located, activations=activations, sampling=sampling)
 
 
 def complete_all(cells: Sequence[Cell]) -> list[Cell]:
@@ -155,121 +152,42 @@ def complete_all(cells: Sequence[Cell]) -> list[Cell]:
     return completed
 
 
-def inspect_file(autoencoder: Autoencoder) -> TaeInfo:
-    """The checked talkative-autoencoder file."""
-    from ksweep.autoencoder.tae.checkpoint import inspect_tae, soft_prompt_sides
+def _facts(given: Activations) -> ActivationFacts:
+    """What the request, the base model's config.json, or the file of vectors and its sidecar say of the activations.
 
-    assert autoencoder.checkpoint is not None
-    info = inspect_tae(autoencoder.checkpoint, base=autoencoder.base)
-    if autoencoder.encoder_prompt == "text":
-        soft_prompt_sides(info)  # refused before anything is submitted
-    return info
-
-
-def _layer_and_digests(cell: Cell) -> tuple[int, dict[str, str], tuple[Note, ...]]:
-    """The layer that the vectors are of, what stands for AV and AR in the identity of draws, and what was noted of them."""
-    if cell.autoencoder.checkpoint is None:
-        av, ar = inspect_pair(cell.autoencoder)
-        notes = (*notes_of(av, ar), *_check_activations(cell, av, ar))
-        return _layer(cell, av.layer, ar.layer), {"av": digest(av), "ar": digest(ar), **_reading(av, ar)}, notes
-    from ksweep.autoencoder.tae.checkpoint import digest_tae
-
-    info = inspect_file(cell.autoencoder)
-    if cell.activations.layer not in (None, info.layer):
-        raise DataError(
-            f"the activations are of layer {cell.activations.layer}, but {info.path} was trained on layer {info.layer}: leave "
-            "activations.layer out"
-        )
-    _check_width(cell, info)
-    if cell.activations.vectors is not None:
-        _check_vectors_suffice(cell.activations.vectors, info)
-    vectors = None if cell.activations.vectors is None else read_sidecar(cell.activations.vectors)
-    source = cell.activations.model if vectors is None else vectors.base_model
-    notes = () if source is None else base_notes(source, info.activations_model, str(info.path))
-    return info.layer, {"checkpoint": digest_tae(info)}, (*notes_of(info), *notes)
-
-
-def _reading(av: CheckpointInfo, ar: CheckpointInfo) -> dict[str, str]:
-    """What the same checkpoints are read by otherwise than before; nothing for most, so that their keys hold."""
-    reading = {}
-    if av.thinks:  # thoughts before the answer are passed over
-        reading["parser"] = "after_thoughts"
-    if text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer):
-        reading["ar_bos"] = "once"
-    return reading
-
-
-def _check_width(cell: Cell, info: TaeInfo) -> None:
-    """That the activations are of the width and layer that the checkpoint was trained on, as far as anyone says."""
-    given = cell.activations
-    layer = None if given.vectors is None else vectors_layer(given.vectors)
-    if given.vectors is not None:
-        width = _width_of_vectors(given.vectors)
-    else:
-        width = text_config(resolve(given.model or "", "base model"))["hidden_size"]
-    if width != info.d_model or layer not in (None, info.layer):
-        raise DataError(
-            f"{given.vectors or given.model} gives activations of width {width}{'' if layer is None else f', layer {layer}'}, "
-            f"but {info.path} was trained on width {info.d_model}, layer {info.layer}: give it those of its own model "
-            f"({info.activations_model})"
-        )
-
-
-def _width_of_vectors(vectors: str) -> int:
-    """Raises DataError: the sidecar says another width than the file has."""
-    (_, width), said = vectors_shape(vectors), read_sidecar(vectors)
-    if said is not None and said.d_model not in (None, width):
-        raise DataError(
-            f"{vectors} holds vectors of {width} dimensions and its sidecar says {said.d_model}: the two are of different files"
-        )
-    return width
-
-
-def _check_vectors_suffice(vectors: str, info: TaeInfo) -> None:
-    """That ready-made vectors say of each activation what decoder and encoder were trained with."""
-    lacking = []
-    if info.encoder.adds_current_token:  # no column of the public files is read as a token id
-        lacking.append("the token that it was taken at")
-    if (info.decoder.subtracts_position or info.encoder.adds_position) and not vectors_say_positions(vectors):
-        lacking.append(f"its position (column {POSITIONS})")
-    if lacking:
-        raise DataError(
-            f"{info.path} needs of every activation {' and '.join(lacking)}, which {vectors} does not say: extract the "
-            "activations from text (activations.text), or use a checkpoint that was trained without"
-        )
-
-
-def _check_activations(cell: Cell, av: CheckpointInfo, ar: CheckpointInfo) -> tuple[Note, ...]:
-    """That the vectors are of the layer, width and model that the pair was trained on, as far as anyone says."""
-    given = cell.activations
+    Raises:
+        SpecError, DataError: the request or the sidecar contradicts the file of vectors.
+    """
     if given.vectors is None:
-        notes = check_pair(av, ar, activations_layer=given.layer, activations_base=given.model)
-        if given.model and not Path(given.model).expanduser().exists() and notes:  # another hub id than the base's
-            check_same_architecture(av, resolve(given.model, "base model"), given.model)
-        return notes
-    width = _width_of_vectors(given.vectors)
-    said, layer = read_sidecar(given.vectors), vectors_layer(given.vectors)
+        directory = resolve(given.model or "", "base model")
+        return ActivationFacts(
+            source=given.model or "",
+            model=given.model,
+            model_directory=directory,
+            layer=given.layer,
+            d_model=text_config(directory)["hidden_size"],
+        )
+    vectors, (_, width) = given.vectors, vectors_shape(given.vectors)
+    sidecar, layer = read_sidecar(vectors), vectors_layer(vectors)
+    if sidecar is not None and sidecar.d_model not in (None, width):
+        raise DataError(
+            f"{vectors} holds vectors of {width} dimensions and its sidecar says {sidecar.d_model}: the two are of different "
+            "files"
+        )
     if layer is not None and given.layer not in (None, layer):
-        whose = "the sidecar of " if said is not None and said.layer is not None else ""
-        raise SpecError(f"activations.layer={given.layer}, but {whose}{given.vectors} says layer {layer}: leave it out")
-    layer, base = given.layer if layer is None else layer, None if said is None else said.base_model
-    return check_pair(av, ar, activations_layer=layer, activations_d_model=width, activations_base=base)
-
-
-def inspect_pair(autoencoder: Autoencoder) -> tuple[CheckpointInfo, CheckpointInfo]:
-    """AV and AR, each checked by itself and against the other."""
-    av = inspect(resolve(autoencoder.av or "", "AV checkpoint"), "av", base=autoencoder.base)
-    ar = inspect(resolve(autoencoder.ar or "", "AR checkpoint"), "ar", base=autoencoder.base)
-    check_pair(av, ar)
-    return av, ar
-
-
-def _layer(cell: Cell, av: int | None, ar: int | None) -> int:
-    """check_pair has refused layers that differ."""
-    layer = next((x for x in (cell.activations.layer, ar, av) if x is not None), None)
-    if layer is None:
-        raise SpecError("no sidecar of the autoencoder says which layer it was trained on: set activations.layer")
-    return layer
+        whose = "the sidecar of " if sidecar is not None and sidecar.layer is not None else ""
+        raise SpecError(f"activations.layer={given.layer}, but {whose}{vectors} says layer {layer}: leave it out")
+    unknown = {"token": "the token that it was taken at"}  # no column of the public files is read as a token id
+    if not vectors_say_positions(vectors):
+        unknown["position"] = f"its position (column {POSITIONS})"
+    return ActivationFacts(
+        source=vectors,
+        model=None if sidecar is None else sidecar.base_model,
+        model_directory=None,
+        layer=given.layer if layer is None else layer,
+        d_model=width,
+        unknown=unknown,
+    )
 
 
 def label(cell: Cell, layer: int) -> str:
@@ -279,9 +197,9 @@ def label(cell: Cell, layer: int) -> str:
 
 def _parts(cell: Cell, layer: int) -> dict[str, str]:
     """What a cell is, by the field of the spec that says so."""
-    source = "autoencoder.checkpoint" if cell.autoencoder.checkpoint else "autoencoder.av"
+    family = family_of(cell.autoencoder)
     parts = {
-        source: pair_name(cell.autoencoder), "activations.layer": f"L{layer}",
+        family.source_field: family.short_name, "activations.layer": f"L{layer}",
         "sampling.temperature": f"T={cell.sampling.temperature:g}",
     }  # fmt: skip
     if cell.sampling.top_p < 1:
@@ -300,15 +218,3 @@ def keys_of(sweep: Sweep, cells: Sequence[Cell]) -> list[Keys]:
     before = [text for text in shared if text not in own]
     titles = (" ".join([*before, *([label_] if sweep.axes else [])]) for label_ in sweep.labels())
     return [key.called(label_, title) for key, label_, title in zip(keys, sweep.labels(), titles, strict=True)]
-
-
-def pair_name(autoencoder: Autoencoder) -> str:
-    """A short name of a pair: the hub name without -av, or the directory that holds av/."""
-    source = autoencoder.source
-    is_hub_id = HUB_ID.match(source) is not None and not Path(source).exists()
-    path = Path(source.partition("@")[0] if is_hub_id else source)
-    if autoencoder.checkpoint is not None:
-        return path.stem.rstrip("_") if path.suffix else path.name
-    if path.name.lower() in ("av", "nla-av", "actor"):
-        return path.resolve().parent.name if path.exists() else path.parent.name
-    return re.sub(r"^nla-|[-_]av$", "", path.name, flags=re.IGNORECASE) or path.name

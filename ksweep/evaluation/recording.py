@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
+from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell, cell_from_dict
 from ksweep.evaluation.breakdown import Breakdown, break_down
 from ksweep.evaluation.distributed import Ranks
@@ -120,8 +121,7 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
         tokens_per_second=tokens / sum(clock.seconds.get(phase, 0.0) for phase in ("drawing", "waiting")) if tokens else None,
         failures=counts["failures"],
         failure_rate=counts["failure_rate"],
-        # A checkpoint's explanations all have the length that it was trained with: nothing is cut off.
-        cut_off_rate=None if cell.autoencoder.checkpoint else counts["cut_off_rate"],
+        cut_off_rate=None if family_of(cell.autoencoder).texts_have_fixed_length else counts["cut_off_rate"],
         cjk_fraction=counts["cjk_fraction"],
         distinct_text_fraction=counts["distinct_text_fraction"],
         mean_tokens=counts["mean_tokens"],

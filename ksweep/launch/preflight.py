@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,10 +10,10 @@ from pathlib import Path
 
 from ksweep.activations.caching import plan as plan_activations
 from ksweep.activations.vector_source import are_of_one_document
-from ksweep.autoencoder.safetensors_header import model_tensors
-from ksweep.config.spec import Autoencoder, Cell
+from ksweep.autoencoder.family import family_of
+from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep
-from ksweep.evaluation.identity import Keys, inspect_file, inspect_pair, one_document_error
+from ksweep.evaluation.identity import Keys, one_document_error
 from ksweep.launch import hardware, status
 from ksweep.launch.job_spec import groups
 from ksweep.launch.plan import Facts, Step, plan
@@ -81,11 +80,9 @@ def _refuse_one_document(cell: Cell, keys: Keys) -> None:
 
 
 def _bytes_of_reconstructions(cell: Cell) -> int:
-    """What a draw of a checkpoint takes besides: of n draws of a unit those that are the best so far, 1 + 1/2 + ... + 1/n."""
-    if cell.autoencoder.checkpoint is None:
-        return 0
+    """Mean bytes of stored reconstructions a draw: of n draws of a unit those that are the best so far, 1 + 1/2 + ... + 1/n."""
     n = min(cell.sampling.effective_num_draws, DRAWS_PER_UNIT)
-    return int(4 * inspect_file(cell.autoencoder).d_model * sum(1 / i for i in range(1, n + 1)) / n)
+    return int(family_of(cell.autoencoder).reconstruction_bytes() * sum(1 / i for i in range(1, n + 1)) / n)
 
 
 def refuse_places(sweep: Sweep) -> None:
@@ -129,24 +126,11 @@ def with_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
     ):
         return sweep
     most_draws = max(sum(step.draws_to_sample for _, step in group) for group in groups(sweep, missing))
-    weights = max(_model_bytes(autoencoder) for autoencoder in {cell.autoencoder for cell, _ in missing})
+    weights = max(family_of(autoencoder).weight_bytes() for autoencoder in {cell.autoencoder for cell, _ in missing})
     ranks = machine.num_ranks(most_draws, weights, resources.cpus_per_task)
     # Jobs that the user wants side by side share the cores.
     ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(groups(sweep, missing))))
     return replace(sweep, resources=replace(resources, tasks=ranks))
-
-
-def _model_bytes(autoencoder: Autoencoder) -> int:
-    """Weights of AV and AR as a rank holds them; an AR's blocks above its layer, which are not loaded, count too."""
-    item = 4 if autoencoder.dtype == "float32" else 2
-    if autoencoder.checkpoint is not None:
-        info = inspect_file(autoencoder)
-        return 2 * item * _num_weights(info.base)
-    return sum(item * _num_weights(info.weights) for info in inspect_pair(autoencoder))
-
-
-def _num_weights(model: Path) -> int:
-    return sum(math.prod(tensor.shape) for tensor in model_tensors(model).values())
 
 
 def _existing(place: Path) -> Path:

@@ -12,7 +12,7 @@ import yaml
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Sweep
 from ksweep.config.spec import replace_at
-from ksweep.evaluation.identity import Keys, cell_keys, label, pair_name
+from ksweep.evaluation.identity import Keys, cell_keys, label
 from ksweep.utils.errors import DataError, RequestError, SpecError
 from tests.activations.helpers import passages, random_vectors, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, edit_sidecar, edit_weights, make_pair
@@ -201,28 +201,6 @@ def test_keys_of_a_missing_checkpoint_name_the_path(cell: Cell) -> None:
         cell_keys(replace_at(cell, "autoencoder.av", "/nowhere/av"))
 
 
-@pytest.mark.parametrize(
-    ("av", "name"),
-    [
-        ("owner/nla-qwen2.5-7b-L20-av", "qwen2.5-7b-L20"),
-        ("owner/nla-qwen2.5-7b-L20-av@main", "qwen2.5-7b-L20"),
-        ("owner/gemma_AV", "gemma"),
-        ("/models/demo/av", "demo"),
-        ("/models/demo/nla-av/", "demo"),
-        ("/models/demo/actor", "demo"),
-        ("/models/plain", "plain"),
-    ],
-)
-def test_pair_name_is_what_tells_pairs_apart(av: str, name: str) -> None:
-    assert pair_name(Autoencoder(av=av, ar="x")) == name
-
-
-def test_pair_name_of_a_relative_directory_is_the_one_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine" / "av").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "mine")
-    assert pair_name(Autoencoder(av="av", ar="ar")) == "mine"
-
-
 def test_label_says_pair_layer_temperature_and_top_p_where_it_cuts(cell: Cell) -> None:
     cell = replace_at(cell, "autoencoder.av", "owner/nla-qwen-av")
     assert label(cell, 20) == "qwen L20 T=0.7"
@@ -249,6 +227,23 @@ def test_keys_of_a_pair_are_those_that_its_stored_results_have(tmp_path: Path) -
     assert keys.draws == "e16d676791fba0da91ca21357dba7f7d"
     assert keys.cell == "426076d6751ecf3d61a2cee8c5fba7eb"  # of statistics version 2
     assert prefix.draws == keys.draws and prefix.cell != keys.cell
+
+
+@pytest.mark.parametrize(
+    ("prompt", "draws"),
+    [("learned", "f098e87b233e7ccef2b89ac6dcad183e"), ("text", "60d3a8ba2e04290b3720eb746d6bd366")],
+)
+def test_keys_of_a_checkpoint_are_those_that_its_stored_results_have(prompt: str, draws: str, tmp_path: Path) -> None:
+    case, text = FIXTURES / "tae" / "gpt2_patch_all", tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "words of row {i} and some more of them"}}\n' for i in range(20)))
+    [file] = case.glob("**/*.pt")
+    cell = Cell(
+        autoencoder=Autoencoder(checkpoint=str(file), base=str(case / "base"), dtype="float32"),
+        activations=Activations(text=str(text), num_activations=10, min_position=2, dtype="float32"),
+        sampling=Sampling(num_draws=4),
+    )
+    keys = cell_keys(replace_at(cell, "autoencoder.encoder_prompt", prompt))
+    assert (keys.activations, keys.draws) == ("1456886ebcb405a79188e30b121e8ebe", draws)
 
 
 def in_hub_cache(name: str, directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:

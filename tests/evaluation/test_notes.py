@@ -17,10 +17,10 @@ import torch
 
 from ksweep import Resources, Sweep, connect
 from ksweep.analysis.report import write_report
-from ksweep.autoencoder.norms import norm_notes, training_norm
+from ksweep.autoencoder.family import family_of
+from ksweep.autoencoder.norms import norm_notes
 from ksweep.cli import main
 from ksweep.config.presets import demo_pair
-from ksweep.evaluation.identity import inspect_pair
 from ksweep.registry.run_record import land, read
 from ksweep.utils import notes as module
 from ksweep.utils.errors import RunError
@@ -91,7 +91,7 @@ def test_vectors_of_one_length_are_noted_as_normalised_whatever_the_training_had
 
 @pytest.mark.demo
 def test_the_demo_pair_knows_its_vectors_and_only_those_of_another_layer_are_noted() -> None:
-    trained = training_norm(*inspect_pair(demo_pair()))
+    trained = family_of(demo_pair()).training_norm()
     # Medians of 300 passages at layers 20, 19 and 10, and the length that the demo's AV injects.
     assert list(norm_notes(vectors(238), trained, "x")) == list(norm_notes(vectors(223), trained, "x")) == []
     for other in (133, 60):

@@ -1,0 +1,325 @@
+"""Checkpoint families: what the other rooms ask of an autoencoder without knowing whether it is an NLA pair or a TAE file.
+
+    family = family_of(cell.autoencoder)
+    family.layer, family.identity()                     # planning: no weights are read, torch is not imported for a pair
+    av = family.load_verbalizer(("cuda",))
+    ar = family.load_reconstructor(("cuda",), av)
+
+A new family is one class here and one line in `family_of`. Files are inspected once, by the first question that needs them, so
+any method or property may raise the CheckpointError of a file that is missing, damaged or of another kind.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ksweep.autoencoder.nla import checkpoint as nla
+from ksweep.autoencoder.norms import training_norm
+from ksweep.autoencoder.safetensors_header import model_tensors
+from ksweep.autoencoder.tae import checkpoint as tae
+from ksweep.config.spec import Autoencoder
+from ksweep.utils.bos_token import text_gets_second_bos
+from ksweep.utils.errors import DataError
+from ksweep.utils.files import HUB_ID, resolve
+from ksweep.utils.notes import Note, notes_of
+
+if TYPE_CHECKING:
+    from ksweep.autoencoder.base import Reconstructor, Verbalizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationFacts:
+    """What is known of the activations of a cell before any is computed."""
+
+    source: str
+    """The base model, or the file of ready-made vectors."""
+    model: str | None
+    """Path or hub id of the model that they come from; None: the file of vectors does not say."""
+    model_directory: Path | None
+    """Where that model is; None for ready-made vectors."""
+    layer: int | None
+    """None: neither the request nor the file of vectors says."""
+    d_model: int
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """What nothing says of each activation, in words, under "token" and "position"."""
+
+
+class Family(ABC):
+    """One autoencoder, read as its family of checkpoints is read."""
+
+    source_field: ClassVar[str]
+    """The field of the spec that names it in labels."""
+    texts_have_fixed_length: ClassVar[bool]
+    """Every explanation has as many tokens as those of its training, so none is cut off."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        """Reads nothing yet."""
+        self.autoencoder = autoencoder
+
+    @property
+    @abstractmethod
+    def short_name(self) -> str:
+        """A few words for labels."""
+
+    @property
+    def located(self) -> Autoencoder:
+        """The spec with each directory of several checkpoints replaced by the file that is meant."""
+        return self.autoencoder
+
+    @property
+    def activations_model(self) -> str | None:
+        """Path or hub id of the model whose activations it was trained on; None: the checkpoint does not say."""
+        return None
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens in every explanation; None: texts end by themselves."""
+        return None
+
+    @property
+    @abstractmethod
+    def layer(self) -> int:
+        """The block whose output it was trained on, 0-based."""
+
+    @property
+    @abstractmethod
+    def notes(self) -> tuple[Note, ...]:
+        """What is unusual in its files and was accepted."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """What stands for it in the identity of draws: digests, and how it is read where there is a choice."""
+
+    @abstractmethod
+    def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
+        """Notes on activations that it may be used on.
+
+        Raises:
+            DataError: they are of another layer, width or architecture than it was trained on, or lack something it needs.
+        """
+
+    @abstractmethod
+    def training_norm(self) -> float | None:
+        """Median norm of the activations that it was trained on; None: its files do not say."""
+
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Memory of AV and AR in a process that has loaded both, at most."""
+
+    @abstractmethod
+    def reconstruction_bytes(self) -> int:
+        """Bytes of each reconstruction that is stored beside its draw; 0: none is stored."""
+
+    @abstractmethod
+    def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
+        """Load the AV, spread over torch devices."""
+
+    @abstractmethod
+    def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
+        """Load the AR; its weights are those of `verbalizer`, the loaded AV, where both use the same model."""
+
+
+def family_of(autoencoder: Autoencoder) -> Family:
+    """The autoencoder as its family reads it."""
+    return NlaPair(autoencoder) if autoencoder.checkpoint is None else TaeFile(autoencoder)
+
+
+class NlaPair(Family):
+    """Two directories in the public NLA layout: an AV and an AR."""
+
+    source_field = "autoencoder.av"
+    texts_have_fixed_length = False
+
+    @cached_property
+    def pair(self) -> tuple[nla.CheckpointInfo, nla.CheckpointInfo]:
+        """AV and AR, each checked by itself and against the other."""
+        spec = self.autoencoder
+        av = nla.inspect(resolve(spec.av or "", "AV checkpoint"), "av", base=spec.base)
+        ar = nla.inspect(resolve(spec.ar or "", "AR checkpoint"), "ar", base=spec.base)
+        nla.check_pair(av, ar)
+        return av, ar
+
+    @property
+    def short_name(self) -> str:
+        """The hub name without -av, or the name of the directory that holds av/."""
+        source = self.autoencoder.source
+        path = Path(source.partition("@")[0] if _is_hub_id(source) else source)
+        if path.name.lower() in ("av", "nla-av", "actor"):
+            return path.resolve().parent.name if path.exists() else path.parent.name
+        return re.sub(r"^nla-|[-_]av$", "", path.name, flags=re.IGNORECASE) or path.name
+
+    @property
+    def layer(self) -> int:
+        """The layer of the AR, which its depth tells where its sidecar does not; the AV's is the same or not said."""
+        layer = self.pair[1].layer
+        assert layer is not None, "an AR without a layer was refused"
+        return layer
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What is unusual in sidecars and prompts."""
+        return notes_of(*self.pair)
+
+    def identity(self) -> dict[str, str]:
+        """Both digests; the parser of explanations and the rule of BOS where they differ from those of older keys."""
+        av, ar = self.pair
+        identity = {"av": nla.digest(av), "ar": nla.digest(ar)}
+        if av.thinks:  # thoughts before the answer are passed over
+            identity["parser"] = "after_thoughts"
+        if text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer):
+            identity["ar_bos"] = "once"
+        return identity
+
+    def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
+        """Compare layer, width and base model; a fine-tune of the base is noted."""
+        av, ar = self.pair
+        width = facts.d_model if facts.model_directory is None else None  # a model's is compared with its architecture
+        notes = nla.check_pair(av, ar, activations_layer=facts.layer, activations_d_model=width, activations_base=facts.model)
+        if facts.model_directory is not None and notes:
+            nla.check_same_architecture(av, facts.model_directory, facts.source)
+        return notes
+
+    def training_norm(self) -> float | None:
+        """From a sidecar, or from the training report beside the pair."""
+        return training_norm(*self.pair)
+
+    def weight_bytes(self) -> int:
+        """All weights of both; the AR's blocks above its layer count, though they are not loaded."""
+        return sum(_weight_bytes(info.weights, self.autoencoder.dtype) for info in self.pair)
+
+    def reconstruction_bytes(self) -> int:
+        """None is stored: a pair is scored by direction alone."""
+        return 0
+
+    def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
+        """The AV of the pair."""
+        from ksweep.autoencoder.nla.models import load_verbalizer
+
+        return load_verbalizer(self.pair[0], dtype=self.autoencoder.dtype, device=devices)
+
+    def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
+        """The AR of the pair; it shares nothing with the AV."""
+        from ksweep.autoencoder.nla.models import load_reconstructor
+
+        return load_reconstructor(self.pair[1], dtype=self.autoencoder.dtype, device=devices)
+
+
+class TaeFile(Family):
+    """A talkative-autoencoder file: decoder (AV) and encoder (AR) over one base model."""
+
+    source_field = "autoencoder.checkpoint"
+    texts_have_fixed_length = True
+
+    @cached_property
+    def info(self) -> tae.TaeInfo:
+        """The checked file; of a directory the one with the highest step."""
+        assert self.autoencoder.checkpoint is not None
+        info = tae.inspect_tae(self.autoencoder.checkpoint, base=self.autoencoder.base)
+        if self.autoencoder.encoder_prompt == "text":
+            tae.soft_prompt_sides(info)  # refused before anything is submitted
+        return info
+
+    @property
+    def short_name(self) -> str:
+        """The name of the file without its suffix."""
+        source = self.autoencoder.source
+        path = Path(source.partition("@")[0] if _is_hub_id(source) else source)
+        return path.stem.rstrip("_") if path.suffix else path.name
+
+    @property
+    def located(self) -> Autoencoder:
+        """The file that a directory stands for now: a training run may write a later one before the job starts."""
+        if Path(self.autoencoder.source).expanduser().is_dir():
+            return replace(self.autoencoder, checkpoint=str(self.info.path))
+        return self.autoencoder
+
+    @property
+    def activations_model(self) -> str | None:
+        """orig_model_name of its configuration."""
+        return self.info.activations_model
+
+    @property
+    def num_tokens(self) -> int | None:
+        """t_text of its configuration."""
+        return self.info.num_tokens
+
+    @property
+    def layer(self) -> int:
+        """layer_l of its configuration."""
+        return self.info.layer
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Options that it does not say, base weights that it does not hold."""
+        return notes_of(self.info)
+
+    def identity(self) -> dict[str, str]:
+        """The digest of file and base, and the encoder's prompt where it is not the trained one."""
+        identity = {"checkpoint": tae.digest_tae(self.info)}
+        if self.autoencoder.encoder_prompt != "learned":  # keys from before there was a choice hold
+            identity["encoder_prompt"] = self.autoencoder.encoder_prompt
+        return identity
+
+    def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
+        """Compare layer and width; tokens and positions must be known where decoder or encoder were trained with them."""
+        info = self.info
+        if facts.d_model != info.d_model or facts.layer not in (None, info.layer):
+            layer = "" if facts.layer is None else f", layer {facts.layer}"
+            raise DataError(
+                f"{facts.source} gives activations of width {facts.d_model}{layer}, but {info.path} was trained on width "
+                f"{info.d_model}, layer {info.layer}: leave activations.layer out, and give it activations of its own model "
+                f"({info.activations_model})"
+            )
+        needs = {
+            "token": info.encoder.adds_current_token,
+            "position": info.decoder.subtracts_position or info.encoder.adds_position,
+        }
+        if lacking := [words for name, words in facts.unknown.items() if needs[name]]:
+            raise DataError(
+                f"{info.path} needs of every activation {' and '.join(lacking)}, which {facts.source} does not say: extract "
+                "the activations from text (activations.text), or use a checkpoint that was trained without"
+            )
+        return () if facts.model is None else nla.base_notes(facts.model, info.activations_model, str(info.path))
+
+    def training_norm(self) -> float | None:
+        """Not said in such files."""
+        return None
+
+    def weight_bytes(self) -> int:
+        """Twice the base: decoder and encoder may each hold weights of their own."""
+        return 2 * _weight_bytes(self.info.base, self.autoencoder.dtype)
+
+    def reconstruction_bytes(self) -> int:
+        """float32: the metrics of the reference system need the reconstructions themselves."""
+        return 4 * self.info.d_model
+
+    def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
+        """The decoder."""
+        from ksweep.autoencoder.tae.models import load_verbalizer
+
+        return load_verbalizer(self.info, dtype=self.autoencoder.dtype, device=devices)
+
+    def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
+        """The encoder; it shares the decoder's model where neither has base weights of its own."""
+        from ksweep.autoencoder.tae.decoder import TaeVerbalizer
+        from ksweep.autoencoder.tae.models import load_reconstructor
+
+        shared: Any = verbalizer if isinstance(verbalizer, TaeVerbalizer) else None
+        spec = self.autoencoder
+        return load_reconstructor(self.info, dtype=spec.dtype, device=devices, sharing=shared, encoder_prompt=spec.encoder_prompt)
+
+
+def _is_hub_id(source: str) -> bool:
+    return HUB_ID.match(source) is not None and not Path(source).exists()
+
+
+def _weight_bytes(model: Path, dtype: str) -> int:
+    num_weights = sum(math.prod(tensor.shape) for tensor in model_tensors(model).values())
+    return (4 if dtype == "float32" else 2) * num_weights
