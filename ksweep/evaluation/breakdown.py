@@ -1,4 +1,4 @@
-"""From the draws of a cell to what is kept of its activations: errors, groups, examples. Arrays in, tables out."""
+"""Break a cell's draws down by activation and group, and pick examples. Arrays in, tables out; no model, no file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ksweep.stats.best_of_k import kept_ks
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Breakdown:
-    """What a run lands besides its curve and controls."""
+    """Tables of a run beside its curve and controls."""
 
     activations: pa.Table
     metrics: list[dict[str, Any]]
@@ -27,34 +27,41 @@ class Breakdown:
 
 
 def break_down(
-    draws: pa.Table, known: pa.Table, baseline: stats.Baseline, scoring: Scoring, ks: Sequence[int], windows: Sequence[str | None]
+    draws: pa.Table,
+    metadata: pa.Table,
+    baseline: stats.Baseline,
+    scoring: Scoring,
+    ks: Sequence[int],
+    windows: Sequence[str | None],
 ) -> Breakdown:
-    """Per activation, per group, and a few to look at.
+    """Compute the errors of each activation and the curve of each group, and pick example draws.
 
     Args:
         draws: every draw, ordered by activation and draw.
-        known: what is known of each activation (`evaluated.SCHEMA`).
-        baseline: of the cell, with its distances where it was measured.
+        metadata: a row for each activation (`activation_metadata.SCHEMA`).
+        baseline: baseline of the cell, with each activation's part where it was measured.
         scoring: failure policy and selection.
-        ks: values of K of the curve; powers of two and the largest are kept.
-        windows: text around each activation's position.
+        ks: values of K of the curve, of which powers of two and the largest are kept.
+        windows: text around the position of each activation.
     """
     kept = kept_ks(ks)
-    errors = draws["error"].to_numpy().reshape(len(known), -1)
+    errors = draws["error"].to_numpy().reshape(len(metadata), -1)
     best = stats.best_errors(errors, kept, scoring.selection, scoring.failed_error)
     return Breakdown(
-        activations=_activations(best, kept, baseline.parts(len(best)), np.isnan(errors).sum(axis=1), known),
+        activations=_activations(best, kept, baseline.parts(len(best)), np.isnan(errors).sum(axis=1), metadata),
         metrics=[
-            row for by in (None, *activation_metadata.GROUPINGS) for row in group_rows(errors, known, baseline, scoring, kept, by)
+            row
+            for by in (None, *activation_metadata.GROUPINGS)
+            for row in group_rows(errors, metadata, baseline, scoring, kept, by)
         ],
-        examples=_examples(draws, errors, known, windows),
+        examples=_examples(draws, errors, metadata, windows),
     )
 
 
-def _activations(best: np.ndarray, ks: list[int], distances: np.ndarray, num_failed: np.ndarray, known: pa.Table) -> pa.Table:
+def _activations(best: np.ndarray, ks: list[int], distances: np.ndarray, num_failed: np.ndarray, metadata: pa.Table) -> pa.Table:
     return pa.table(
         {
-            **{name: known[name] for name in ("activation", "row_id", "document", "position", "role", "norm")},
+            **{name: metadata[name] for name in ("activation", "row_id", "document", "position", "role", "norm")},
             "distance": distances,
             "num_failed": num_failed,
             "ks": pa.array([ks] * len(best), pa.list_(pa.int32())),
@@ -63,8 +70,8 @@ def _activations(best: np.ndarray, ks: list[int], distances: np.ndarray, num_fai
     )
 
 
-def _examples(draws: pa.Table, errors: np.ndarray, known: pa.Table, windows: Sequence[str | None]) -> pa.Table:
-    """The best draw of the activations that the cell is best, middling and worst at; one without a success is worst of all."""
+def _examples(draws: pa.Table, errors: np.ndarray, metadata: pa.Table, windows: Sequence[str | None]) -> pa.Table:
+    """The best draw of the activations with the smallest, middle and largest best error; those without a success rank last."""
     ranked = np.where(np.isnan(errors), np.inf, errors)
     draw = ranked.argmin(axis=1)
     order = np.argsort(ranked[np.arange(len(ranked)), draw], kind="stable")
@@ -73,7 +80,7 @@ def _examples(draws: pa.Table, errors: np.ndarray, known: pa.Table, windows: Seq
     chosen = {"best": order[:few], "median": order[middle : middle + few], "worst": order[::-1][:few]}
     activations = np.concatenate(list(chosen.values()))
     picked = draws.take(pa.array(activations * errors.shape[1] + draw[activations]))
-    where = known.take(pa.array(activations))
+    where = metadata.take(pa.array(activations))
     return pa.table(
         {
             "rank": [rank for rank, rows in chosen.items() for _ in rows],

@@ -1,4 +1,4 @@
-"""A cell while it is evaluated on this rank."""
+"""The evaluation of one cell on this rank: what it needs, and how far it is."""
 
 from __future__ import annotations
 
@@ -21,59 +21,59 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Begun:
-    """A cell that is being measured."""
+class CellRun:
+    """A cell that this rank is evaluating, with its activations, its draws and its progress."""
 
     cell: Cell
     keys: Keys
     clock: Clock
     vectors: ActivationTable
     store: DrawsStore
-    before: np.ndarray
-    """[activation, draw] what need not be drawn for it: it is there, or an earlier cell of the job draws it."""
+    covered: np.ndarray
+    """[activation, draw] True where the draw is stored already, or an earlier cell of the job draws it."""
     units: list[Unit]
-    """What is to be drawn for it."""
+    """Work units that are drawn for this cell, by all ranks together."""
     notes: tuple[Note, ...] = ()
-    """What checks of its checkpoints and activations say."""
-    done: int = 0
+    """Notes from the checks of its checkpoints and activations."""
+    num_drawn: int = 0
     """Draws that this rank has finished."""
-    unpublished: int = 0
-    """Tokens of those of them whose unit is still under way."""
+    unpublished_tokens: int = 0
+    """Tokens of finished draws whose unit is still in flight on this rank."""
 
     @property
-    def wanted(self) -> tuple[int, int]:
-        """Activations, and draws of each."""
-        return self.before.shape[0], self.before.shape[1]
+    def grid(self) -> tuple[int, int]:
+        """Number of activations, and of draws of each."""
+        return self.covered.shape[0], self.covered.shape[1]
 
     @property
     def num_missing(self) -> int:
         """Draws to be taken, by all ranks."""
         return sum(unit.num_draws for unit in self.units)
 
-    def num_tokens_drawn(self, draws: pa.Table) -> int:
-        """Of these draws of it, as far as they were drawn for it, by whichever rank."""
-        new = ~self.before[draws["activation"].to_numpy(), draws["draw"].to_numpy()]
+    def num_new_tokens(self, draws: pa.Table) -> int:
+        """Count the tokens of those draws in the table that were drawn for this cell, by whichever rank."""
+        new = ~self.covered[draws["activation"].to_numpy(), draws["draw"].to_numpy()]
         return int(draws["num_tokens"].to_numpy()[new].sum())
 
-    def num_tokens_seen(self) -> int:
-        """Of what has been published for it so far."""
-        draws = self.store.read_seen(*self.wanted, ["num_tokens"])
-        return 0 if draws is None else self.num_tokens_drawn(draws)
+    def num_published_tokens(self) -> int:
+        """Count the tokens that have been published for this cell so far."""
+        draws = self.store.read_seen(*self.grid, ["num_tokens"])
+        return 0 if draws is None else self.num_new_tokens(draws)
 
-    def is_whole(self) -> bool:
-        """Whether all its draws are to be seen."""
-        return bool(self.store.coverage(*self.wanted).all())
+    def is_complete(self) -> bool:
+        """Return whether all draws are visible on disk."""
+        return bool(self.store.coverage(*self.grid).all())
 
 
-class AtHand:
-    """Which cell a rank is at: it is told to whoever watches, and blamed if the rank fails."""
+class CurrentCell:
+    """The cell that a rank is working on: heartbeats name it, and a failure of the rank is recorded as its failure."""
 
     def __init__(self, ranks: Ranks) -> None:
-        """None yet."""
+        """No cell is current yet."""
         self.ranks, self.clock = ranks, Clock()
 
-    def turn_to(self, keys: Keys, clock: Clock) -> None:
-        """From now on this one."""
+    def switch_to(self, keys: Keys, clock: Clock) -> None:
+        """Attribute heartbeats and time to this cell."""
         if clock is not self.clock:
             self.clock = clock
             self.ranks.begin_cell(keys.cell, clock.seconds)

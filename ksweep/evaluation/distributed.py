@@ -1,4 +1,4 @@
-"""What one rank of a job knows of the others. The rest of the code sees this, never torch.distributed."""
+"""The ranks of a job as one of them sees them; the rest of the code uses this, never torch.distributed."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Protocol
 
 
 class Stopped(Exception):
-    """The job was asked to stop: what is whole has been published, the same command carries on from there."""
+    """Raised on a rank whose job was asked to stop. Whole units are published, and the same command continues from there."""
 
 
 class Ranks(Protocol):
-    """A rank's view of its job."""
+    """A rank of a job, and what it shares with the other ranks."""
 
     @property
     def rank(self) -> int:
-        """Global rank."""
+        """Number of this rank within the job, from 0."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in the job."""
+        """Number of ranks in the job."""
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Torch devices of this rank: a model of it is spread over all of them."""
+        """Torch devices of this rank; each of its models is spread over all of them."""
 
     @property
     def device_name(self) -> str:
-        """What those devices are, for the record."""
+        """Name of those devices, for the run record."""
 
     @property
     def job(self) -> str:
@@ -38,26 +38,30 @@ class Ranks(Protocol):
 
     @property
     def start(self) -> int:
-        """Which start of the job this is, from 0."""
+        """How often the job has been started before this time."""
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait until every rank has come here."""
 
     def take(self, queue: str) -> int:
-        """The next number of a queue that all ranks share: 0, 1, 2, ... each given to one rank."""
+        """Return the next number of a queue that all ranks share: 0, 1, 2, ..., each to one rank."""
 
     def should_stop(self) -> bool:
-        """Whether a stop signal has come."""
+        """Return whether a stop was requested."""
 
     def report(self, phase: str, done: int, total: int, **numbers: float) -> None:
-        """Tell the launcher how far this rank is; cheap, may be called often."""
+        """Report this rank's progress to the launcher; cheap enough to be called at every step."""
 
     def begin_cell(self, key: str, seconds: Mapping[str, float]) -> None:
-        """Tell which cell this rank is at; `seconds` by phase, which goes on counting, is told with it."""
+        """Report which cell this rank is working on, with its seconds by phase, a mapping that goes on counting."""
 
 
-def share(ranks: Ranks, queue: str, total: int) -> Iterator[int]:
-    """The units of work that fall to this rank, first come first served, until none is left or a stop is asked for."""
+def claim_indices(ranks: Ranks, queue: str, total: int) -> Iterator[int]:
+    """Yield the indices below `total` that this rank claims, first come first served.
+
+    Raises:
+        Stopped: a stop was requested.
+    """
     while (index := ranks.take(queue)) < total:
         if ranks.should_stop():
             raise Stopped(f"stopped with {total - index} of {total} units of {queue} not begun")
@@ -66,7 +70,7 @@ def share(ranks: Ranks, queue: str, total: int) -> Iterator[int]:
 
 @dataclass
 class Solo:
-    """The only rank of a job that runs in this process."""
+    """The only rank of a job, in this process."""
 
     devices: tuple[str, ...] = ("cpu",)
     device_name: str = "cpu"
@@ -81,23 +85,23 @@ class Solo:
     started: float = field(default_factory=time.monotonic)
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Return at once: there is no other rank."""
 
     def take(self, queue: str) -> int:
-        """The next number of a queue."""
+        """Return the next number of a queue."""
         self.taken[queue] += 1
         return self.taken[queue] - 1
 
     def should_stop(self) -> bool:
-        """Whether `stop` was set."""
+        """Return whether `stop` was set."""
         return self.stop
 
     def report(self, phase: str, done: int, total: int, **numbers: float) -> None:
-        """Hand progress to `on_report`."""
+        """Pass the progress to `on_report`."""
         if self.on_report is not None:
             self.on_report(phase, done, total, **numbers)
 
     def begin_cell(self, key: str, seconds: Mapping[str, float]) -> None:
-        """Hand it to `on_cell`."""
+        """Pass the cell to `on_cell`."""
         if self.on_cell is not None:
             self.on_cell(key, seconds)

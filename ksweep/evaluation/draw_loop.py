@@ -1,16 +1,16 @@
-"""Draws of several cells in one stream of one AV: taken unit by unit, shared among the ranks, published as they end."""
+"""The draw loop of a rank: claim work units, draw them in one stream, score each as it ends, publish it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ksweep.evaluation.cell_run import AtHand, Begun
-from ksweep.evaluation.distributed import Ranks, Stopped, share
+from ksweep.evaluation.cell_run import CellRun, CurrentCell
+from ksweep.evaluation.distributed import Ranks, Stopped, claim_indices
 from ksweep.registry.draws import Unit
 
 if TYPE_CHECKING:
@@ -18,131 +18,147 @@ if TYPE_CHECKING:
     from ksweep.inference.engine import Draw, Order
 
 
-PIECES_LEFT = 4
-"""A piece of work is at most this part of a rank's share of what is left. Idle tails on 4 ranks in the simulation of the tests,
-where a rank takes 768 draws at once: 200 activations x 64 draws 10 % in whole units, 2 % at 1, 2, 4, 8; 200 x 8, where a rank
-takes all of its share at once, 29 %, 21 %, 8 % and 4 %. At 4 a long run ends in 20 to 30 small parts a rank."""
+PIECES_PER_SHARE = 4
+"""A piece of work is at most this part of a rank's share of the draws that are left. Idle tails on 4 ranks in the simulation of
+the tests, where a rank has 768 draws in flight: 200 activations x 64 draws 10 % in whole units, 2 % at 1, 2, 4, 8; 200 x 8, where
+a rank draws all of its share at once, 29 %, 21 %, 8 % and 4 %. At 4 a long run ends in 20 to 30 small pieces a rank."""
 
 
 @dataclass
-class _Open:
-    """A unit under way."""
+class _PendingUnit:
+    """A claimed work unit whose draws are in flight."""
 
-    cell: Begun
+    run: CellRun
     unit: Unit
     draws: list[Draw] = field(default_factory=list)
 
+    def is_complete(self) -> bool:
+        return len(self.draws) == self.unit.num_draws
+
 
 @dataclass
-class Drawing:
-    """One rank's part of a stream. Cells differ in temperature, seed and activations, and share all else of the sampling.
+class DrawLoop:
+    """One rank's part of a stream of cells that share the AV, top_p and max_new_tokens.
 
-    Cells follow one another, but the first rows of one fill the places that the last rows of another have left. The cell at hand
-    is that of the oldest unit under way, and while a unit is scored, its own.
+    Cells follow one another, but the first rows of one fill the slots that the last rows of another have left. The current cell
+    is that of the oldest pending unit, and while a unit is scored, the unit's own.
     """
 
-    work: dict[Begun, UnitWork]
     batch_size: int | None
     ranks: Ranks
-    at_hand: AtHand
-    tokens: int = 0
-    room: list[tuple[int, int]] = field(default_factory=list)
-    """Draws in flight and prompts at once at most; a further entry where memory ran out and they were halved."""
-    began: float = field(default_factory=time.monotonic)
+    current: CurrentCell
+    work: Mapping[CellRun, UnitWork] = field(default_factory=dict)
+    batch_limits: list[tuple[int, int]] = field(default_factory=list)
+    """Most draws and prompts in flight; a further entry for each time memory ran out and they were halved."""
+    num_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
 
-    def run(self, order: int) -> Iterator[Begun]:
-        """Draw, score and publish this rank's part of all that is missing; the cell of each unit as it is published.
+    def run(self, work: Mapping[CellRun, UnitWork], order_seed: int) -> Iterator[CellRun]:
+        """Draw, score and publish this rank's part of all missing draws; yields the cell of each unit as it is published.
 
-        A stop is looked for at every step of the sampler and before every batch of prompts: it takes one of these at most, or,
-        where a unit has just ended, its scoring.
+        A stop request is checked at every step of the sampler and before every batch of prompts, so stopping takes one of these,
+        or, where a unit has just ended, its scoring.
 
         Args:
-            order: seed of the order in which units are taken.
+            work: how each cell's units are drawn and scored.
+            order_seed: seed of the order in which units are claimed.
 
         Raises:
-            Stopped: a stop was asked for; units that were under way are lost.
+            Stopped: a stop was requested; the draws of pending units are lost.
         """
+        if not work:
+            return
+        self.work, self.started = work, time.monotonic()
+        pending: dict[int, _PendingUnit] = {}
+        # 1. Claim units as the engine asks for more draws (`_stream` pulls from `_claim_units`).
+        # 2. Collect the draws as they end, in any order.
+        for number, draw in self._stream(self._draw_batches(order_seed, pending)):
+            unit = pending[number]
+            unit.draws.append(draw)
+            self._count_draw(unit.run, len(draw.token_ids))
+            self._report(next(iter(pending.values())).run)
+            # 3. Score and publish a unit when its last draw has ended.
+            if unit.is_complete():
+                del pending[number]
+                self._score_and_publish(unit)
+                yield unit.run
+        # 4. The engine ends early only when a stop was requested.
+        if pending:
+            num_lost = sum(len(unit.draws) for unit in pending.values())
+            raise Stopped(f"stopped in the middle of {len(pending)} units: their {num_lost} finished draws are taken again")
+
+    def batch_settings(self) -> dict[str, str]:
+        """Return this rank's batch sizes for the run record: in bfloat16 they decide how logits are rounded."""
+        requested = {"batch_size": "auto" if self.batch_size is None else str(self.batch_size)}
+        if not self.batch_limits:  # other ranks have drawn everything
+            return requested
+        draws, prompts = (" then ".join(map(str, dict.fromkeys(each))) for each in zip(*self.batch_limits, strict=True))
+        texts = next(iter(self.work.values())).texts_at_once
+        return requested | {"draws_in_flight": draws, "prompts_at_once": prompts, "texts_at_once": str(texts)}
+
+    def _stream(self, batches: Iterable[Order]) -> Iterator[tuple[int, Draw]]:
         from ksweep.inference.engine import stream
 
-        if not self.work:
-            return
-        ranks, (first, work) = self.ranks, next(iter(self.work.items()))
-        sampling = first.cell.sampling
-        begun: dict[int, _Open] = {}
-        for number, draw in stream(
-            work.av, self._orders(self._mine(order), begun), top_p=sampling.top_p, max_new_tokens=sampling.max_new_tokens,
-            batch_size=self.batch_size, num_draws=-(-sum(cell.num_missing for cell in self.work) // ranks.world_size),
-            should_stop=ranks.should_stop, on_room=lambda draws, prompts: self.room.append((draws, prompts)),
-        ):  # fmt: skip
-            one = begun[number]
-            one.draws.append(draw)
-            self._count(one.cell, len(draw.token_ids))
-            self._report(next(iter(begun.values())).cell)
-            if len(one.draws) == one.unit.num_draws:
-                del begun[number]
-                self._publish(one)
-                yield one.cell
-        if begun:
-            lost = sum(len(one.draws) for one in begun.values())
-            raise Stopped(f"stopped in the middle of {len(begun)} units: their {lost} finished draws are taken again")
+        run, work = next(iter(self.work.items()))
+        num_draws = -(-sum(other.num_missing for other in self.work) // self.ranks.world_size)
+        return stream(
+            work.av, batches, top_p=run.cell.sampling.top_p, max_new_tokens=run.cell.sampling.max_new_tokens,
+            batch_size=self.batch_size, num_draws=num_draws, should_stop=self.ranks.should_stop,
+            on_room=lambda draws, prompts: self.batch_limits.append((draws, prompts)),
+        )  # fmt: skip
 
-    def batches(self) -> dict[str, str]:
-        """How much this rank computes at once, for the record: in bfloat16 it decides how logits are rounded."""
-        asked = {"batch_size": "auto" if self.batch_size is None else str(self.batch_size)}
-        if not self.room:  # other ranks have drawn everything
-            return asked
-        draws, prompts = (" then ".join(map(str, dict.fromkeys(each))) for each in zip(*self.room, strict=True))
-        texts = next(iter(self.work.values())).scored_at_once
-        return asked | {"draws_in_flight": draws, "prompts_at_once": prompts, "texts_at_once": str(texts)}
+    def _draw_batches(self, order_seed: int, pending: dict[int, _PendingUnit]) -> Iterator[Order]:
+        for number, (run, unit) in enumerate(self._claim_units(order_seed)):
+            pending[number] = _PendingUnit(run, unit)
+            yield self.work[run].draw_batch(unit)
 
-    def _mine(self, order: int) -> Iterator[tuple[Begun, Unit]]:
-        """Units that fall to this rank; of each what nobody has drawn meanwhile."""
-        ranks, cells = self.ranks, list(self.work)
-        # Cells of two jobs may share draws: in orders of their own they seldom take the same unit, and each leaves out what
-        # the other has done.
-        shuffled = [(cell, cell.units[i]) for cell in cells for i in np.random.default_rng(order).permutation(len(cell.units))]
-        cut = pieces(shuffled, ranks.world_size)
-        # The same cells may come twice in a job: the queue belongs to these and to what they found.
-        queue = f"draws/{cells[0].keys.cell}/{sum(int(cell.before.sum()) for cell in cells)}"
-        for index in share(ranks, queue, len(cut)):
-            cell, unit = cut[index]
-            yield from ((cell, part) for part in cell.store.still_missing(unit))
+    def _claim_units(self, order_seed: int) -> Iterator[tuple[CellRun, Unit]]:
+        """Yield the work units this rank claims, minus draws another rank has already published."""
+        runs = list(self.work)
+        # Cells of two jobs may share draws. In orders of their own the jobs seldom claim the same unit, and each leaves out the
+        # draws that the other has published.
+        permutations = [np.random.default_rng(order_seed).permutation(len(run.units)) for run in runs]
+        shuffled = [(run, run.units[i]) for run, order in zip(runs, permutations, strict=True) for i in order]
+        pieces = split_units(shuffled, self.ranks.world_size)
+        # The same cells may come twice in a job: the queue's name holds what was stored when they were prepared.
+        queue = f"draws/{runs[0].keys.cell}/{sum(int(run.covered.sum()) for run in runs)}"
+        for index in claim_indices(self.ranks, queue, len(pieces)):
+            run, unit = pieces[index]
+            yield from ((run, part) for part in run.store.still_missing(unit))
 
-    def _orders(self, units: Iterable[tuple[Begun, Unit]], begun: dict[int, _Open]) -> Iterator[Order]:
-        for number, (cell, unit) in enumerate(units):
-            begun[number] = _Open(cell, unit)
-            yield self.work[cell].order(unit)
+    def _count_draw(self, run: CellRun, num_tokens: int) -> None:
+        run.num_drawn += 1
+        run.unpublished_tokens += num_tokens
+        self.num_tokens += num_tokens
 
-    def _count(self, cell: Begun, tokens: int) -> None:
-        cell.done += 1
-        cell.unpublished += tokens
-        self.tokens += tokens
+    def _score_and_publish(self, pending: _PendingUnit) -> None:
+        run = pending.run
+        self.current.switch_to(run.keys, run.clock)
+        run.store.publish(pending.unit, self.work[run].score_unit(pending.unit, pending.draws))
+        run.unpublished_tokens -= sum(len(draw.token_ids) for draw in pending.draws)
+        self._report(run)
 
-    def _publish(self, one: _Open) -> None:
-        self.at_hand.turn_to(one.cell.keys, one.cell.clock)
-        one.cell.store.publish(one.unit, self.work[one.cell].scored(one.unit, one.draws))
-        one.cell.unpublished -= sum(len(draw.token_ids) for draw in one.draws)
-        self._report(one.cell)
-
-    def _report(self, cell: Begun) -> None:
-        """How far the cell at hand is; tokens a second are those of the stream."""
-        self.at_hand.turn_to(cell.keys, cell.clock)
-        rate = self.tokens / max(1e-9, time.monotonic() - self.began)
-        numbers = self.work[cell].fve_so_far
-        self.ranks.report(f"{cell.keys.label}: drawing", cell.done, cell.num_missing, tokens_per_second=rate, **numbers)
+    def _report(self, run: CellRun) -> None:
+        """Make the cell current and report its progress; tokens per second are those of the whole stream."""
+        self.current.switch_to(run.keys, run.clock)
+        rate = self.num_tokens / max(1e-9, time.monotonic() - self.started)
+        fve = self.work[run].running_fve_numbers
+        self.ranks.report(f"{run.keys.label}: drawing", run.num_drawn, run.num_missing, tokens_per_second=rate, **fve)
 
 
-def pieces(units: Sequence[tuple[Begun, Unit]], num_ranks: int) -> list[tuple[Begun, Unit]]:
-    """Units as ranks take them: whole at first, of fewer activations towards the end (guided self-scheduling, Polychronopoulos
-    and Kuck 1987). Every rank comes to the same list."""
+def split_units(units: Sequence[tuple[CellRun, Unit]], num_ranks: int) -> list[tuple[CellRun, Unit]]:
+    """Split units into the pieces that ranks claim: whole units at first, of fewer activations towards the end.
+
+    This is guided self-scheduling (Polychronopoulos and Kuck 1987). Every rank computes the same list.
+    """
     if num_ranks == 1:
         return list(units)
-    left = sum(unit.num_draws for _, unit in units)
-    cut = []
-    for cell, unit in units:
+    num_left = sum(unit.num_draws for _, unit in units)
+    pieces = []
+    for run, unit in units:
         draws, row = unit.last_draw - unit.first_draw, unit.first_row
         while row < unit.last_row:
-            rows = min(unit.last_row - row, max(1, left // (PIECES_LEFT * num_ranks * draws)))
-            cut.append((cell, replace(unit, first_row=row, last_row=row + rows)))
-            row, left = row + rows, left - rows * draws
-    return cut
+            rows = min(unit.last_row - row, max(1, num_left // (PIECES_PER_SHARE * num_ranks * draws)))
+            pieces.append((run, replace(unit, first_row=row, last_row=row + rows)))
+            row, num_left = row + rows, num_left - rows * draws
+    return pieces

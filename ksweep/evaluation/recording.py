@@ -16,7 +16,7 @@ from ksweep.evaluation.breakdown import Breakdown, break_down
 from ksweep.evaluation.distributed import Ranks
 from ksweep.evaluation.identity import Keys, cell_keys
 from ksweep.evaluation.summary import RETRIEVAL_POOL, Summary, summarise
-from ksweep.evaluation.tae_summary import Quantities, StoredDraws, reference_quantities
+from ksweep.evaluation.tae_summary import StoredDraws, TaeSummary, reference_quantities
 from ksweep.registry import activation_metadata
 from ksweep.registry.draws import DrawsStore
 from ksweep.utils.errors import DataError
@@ -25,8 +25,8 @@ from ksweep.utils.provenance import provenance
 if TYPE_CHECKING:
     from ksweep.activations.chat_roles import Role
     from ksweep.activations.store import ActivationTable
-    from ksweep.evaluation.cell_run import Begun
-    from ksweep.evaluation.context import Place
+    from ksweep.evaluation.cell_run import CellRun
+    from ksweep.evaluation.context import RunContext
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +34,7 @@ class Measured:
     """What the draws of a cell have come to."""
 
     summary: Summary
-    reference: Quantities
+    reference: TaeSummary
     """The reference sweep's own numbers; nothing for an NLA pair."""
     tokens: dict[str, Any]
     """token_stats and selected_token_stats of the run record."""
@@ -52,7 +52,7 @@ def measure(
     kind, roles = cell.autoencoder.scoring_kind, vectors.column("role").tolist()
     pool = np.arange(min(len(targets), RETRIEVAL_POOL))
     firsts = store.reconstructions(pool, np.zeros_like(pool), targets.shape[1])
-    reference = Quantities()
+    reference = TaeSummary()
     norms = np.linalg.norm(targets.astype(np.float64), axis=1)
     try:
         summary = summarise(draws, targets, cell.scoring, cell.ks, empty, firsts, kind)
@@ -86,19 +86,19 @@ def _token_stats(vectors: ActivationTable, roles: list[str | None]) -> dict[str,
     return found
 
 
-def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Table, engine: dict[str, str]) -> str:
+def land(run: CellRun, context: RunContext, ranks: Ranks, found: Measured, draws: pa.Table, engine: dict[str, str]) -> str:
     """Land the run of a cell; its id."""
     from ksweep.registry import run_record
 
-    cell, keys, clock, before = begun.cell, begun.keys, begun.clock, begun.before
-    new = ~before.reshape(-1)
-    tokens = begun.num_tokens_drawn(draws)
+    cell, keys, clock, covered = run.cell, run.keys, run.clock, run.covered
+    new = ~covered.reshape(-1)
+    tokens = run.num_new_tokens(draws)
     summary, reference = found.summary, found.reference
     counts, first = summary.counts, summary.curve[0]
     here = provenance()
     record = run_record.RunRecord(
         **_identity(cell, keys),
-        **_asked(place.sweep, place.resources, {**here, **place.origin}),
+        **_asked(context.sweep, context.resources, {**here, **context.origin}),
         engine=engine,
         status="finished",
         job=ranks.job or None,
@@ -115,7 +115,7 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
         d_model=found.d_model,
         num_draws=first["num_draws"],
         num_draws_sampled=int(new.sum()),
-        num_draws_reused=int(before.sum()),
+        num_draws_reused=int(covered.sum()),
         num_tokens_sampled=tokens,
         # Rank 0 may have waited for another rank's last unit: that is drawing time of the job too.
         tokens_per_second=tokens / sum(clock.seconds.get(phase, 0.0) for phase in ("drawing", "waiting")) if tokens else None,
@@ -125,18 +125,18 @@ def land(begun: Begun, place: Place, ranks: Ranks, found: Measured, draws: pa.Ta
         cjk_fraction=counts["cjk_fraction"],
         distinct_text_fraction=counts["distinct_text_fraction"],
         mean_tokens=counts["mean_tokens"],
-        draws_bytes=begun.store.bytes_on_disk(),
+        draws_bytes=run.store.bytes_on_disk(),
         fve_over_successes=first["fve_over_successes"],
         baseline=first["baseline"],
         baseline_kind=first["baseline_kind"],
         baseline_num_activations=summary.baseline.num_activations,
         baseline_from_mean=None if summary.from_mean is None else summary.from_mean.value,
         **found.tokens,
-        notes=tuple(dict.fromkeys((*begun.notes, *begun.store.notes, *reference.notes))),
+        notes=tuple(dict.fromkeys((*run.notes, *run.store.notes, *reference.notes))),
     )
     raw = cell.autoencoder.scoring_kind == "raw"
     run_record.land(
-        place.registry,
+        context.registry,
         record,
         pa.Table.from_pylist(summary.curve),
         pa.Table.from_pylist(summary.controls),

@@ -1,4 +1,4 @@
-"""FVE while a cell is being drawn: what a watcher is shown; the numbers of record come from all draws at the end."""
+"""FVE while a cell is being drawn, for heartbeats; the recorded numbers are computed from all draws at the end."""
 
 from __future__ import annotations
 
@@ -14,26 +14,45 @@ if TYPE_CHECKING:
     from ksweep.stats import ScoringKind
 
 BASELINE_ACTIVATIONS = 2048
-"""The baseline is taken over the first so many: close enough to watch by, and quick."""
+"""The baseline is measured over this many activations, the first ones: close enough to watch by, and quick."""
 REPLICATES = 200
 
 
 @dataclass
-class FveSoFar:
-    """Mean errors of the activations that this rank has finished, and the FVE at K = 1 that they come to."""
+class RunningFve:
+    """The FVE at K = 1 over the activations that this rank has finished."""
 
-    asked: Scoring
+    scoring: Scoring
     baseline: stats.Baseline | None = None
     errors: list[np.ndarray] = field(default_factory=list)
+    """Mean errors of activations, an array for each unit."""
     documents: list[np.ndarray] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
-    """fve, fve_low, fve_high for the heartbeat; empty while there is nothing to tell."""
+    """fve, fve_low, fve_high for the heartbeat; empty while they are unknown."""
+
+    @classmethod
+    def start(cls, vectors: np.ndarray, documents: np.ndarray, kind: ScoringKind, scoring: Scoring) -> RunningFve:
+        """Return an empty FVE with the baseline that the cell asks for, or with none for vectors without variance."""
+        value = scoring.stated_baseline
+        try:
+            if value is None:
+                value = stats.measured_baseline(scoring.baseline_kind, vectors, documents, kind).value
+        except ValueError:
+            return cls(scoring)
+        # Treated as a constant: its own spread would have to be resampled with documents that are not drawn yet.
+        return cls(scoring, stats.Baseline(value=value, kind="stated constant", num_activations=None, scoring=kind))
 
     def add(self, errors: np.ndarray, owners: np.ndarray, documents: np.ndarray) -> None:
-        """A unit: [draw] errors (NaN: failed), the row of each within the unit, the document of each row."""
+        """Add a unit.
+
+        Args:
+            errors: [draw] error of each draw, NaN where it failed.
+            owners: [draw] row of its activation within the unit.
+            documents: [activation] document of each row.
+        """
         if self.baseline is None:
             return
-        filled = np.where(np.isnan(errors), self.asked.failed_error, errors)
+        filled = np.where(np.isnan(errors), self.scoring.failed_error, errors)
         counts = np.bincount(owners, minlength=len(documents))
         sums = np.bincount(owners, weights=filled, minlength=len(documents))
         self.errors.append(sums[counts > 0] / counts[counts > 0])
@@ -45,20 +64,8 @@ class FveSoFar:
         if len(errors) < 2:
             return {}
         curve = stats.fve_curve(
-            errors[:, None], documents, baseline, ks=(1,), num_replicates=REPLICATES, seed=self.asked.seed, level=self.asked.level
-        )
-        found = {"fve": curve.fve[0], "fve_low": curve.fve_low[0], "fve_high": curve.fve_high[0]}
-        return {name: float(value) for name, value in found.items()} if np.isfinite(list(found.values())).all() else {}
-
-
-def start(vectors: np.ndarray, documents: np.ndarray, kind: ScoringKind, scoring: Scoring) -> FveSoFar:
-    """Nothing yet, with the baseline that the cell asks for; vectors without any variance have no FVE to show."""
-    value = scoring.stated_baseline
-    try:
-        if value is None:
-            value = stats.measured_baseline(scoring.baseline_kind, vectors, documents, kind).value
-    except ValueError:
-        return FveSoFar(scoring)
-    # Taken as known: its own spread would have to be resampled with the documents that are still to come.
-    known = stats.Baseline(value=value, kind="stated constant", num_activations=None, scoring=kind)
-    return FveSoFar(scoring, known)
+            errors[:, None], documents, baseline, ks=(1,), num_replicates=REPLICATES, seed=self.scoring.seed,
+            level=self.scoring.level,
+        )  # fmt: skip
+        numbers = {"fve": float(curve.fve[0]), "fve_low": float(curve.fve_low[0]), "fve_high": float(curve.fve_high[0])}
+        return numbers if np.isfinite(list(numbers.values())).all() else {}

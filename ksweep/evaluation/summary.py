@@ -1,4 +1,4 @@
-"""From the draws of a cell to its curve, its controls and its counts. Arrays in, tables out; no model, no file."""
+"""Compute a cell's curve, controls and counts from its draws. Arrays in, rows out; no model, no file."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SUMMARISED = [
     "document", "text", "explanation", "finish", "parse", "num_tokens",
     "error", "cosine", "shuffled_error", "shuffled_activation",
 ]  # fmt: skip
-"""Columns of the draws store that a summary needs. Reconstructions, which need a hundred times the room, come by themselves."""
+"""Columns of the draws store that a summary needs. Reconstructions, a hundred times as large, are passed separately."""
 
 RETRIEVAL_POOL = 2048
-"""Activations among which an activation's own draws must find it; the first ones where there are more."""
+"""Most activations among which the retrieval control looks for the right one; the first ones where there are more."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a cell has come to."""
+    """Statistics of one evaluated cell."""
 
     curve: list[dict[str, Any]]
-    """A row for each K."""
+    """One row per K (CURVE_SCHEMA of the run record)."""
     controls: list[dict[str, Any]]
     counts: dict[str, Any]
-    """Failures by cause, distinct texts, tokens."""
+    """Failures by cause, rates of draws, mean number of tokens."""
     baseline: stats.Baseline
     from_mean: stats.Baseline | None
-    """Distance of the activations from their mean, the public code's baseline; None for a single activation."""
+    """Mean squared distance of the activations from their mean, the public code's baseline; None for a single activation."""
 
 
 def summarise(
@@ -46,16 +46,16 @@ def summarise(
     first_draws: np.ndarray,
     kind: stats.ScoringKind = "normalised",
 ) -> Summary:
-    """Statistics of a cell.
+    """Compute the statistics of a cell.
 
     Args:
         draws: every draw, ordered by activation and draw (`DrawsStore.read`).
         vectors: [activation, d_model] float32 targets.
         scoring: baseline, failure policy, interval.
         ks: values of K to report.
-        empty_text: [d_model] what the AR makes of an empty text; None for one that cannot read it.
-        first_draws: [activation, d_model] reconstruction of draw 0, NaN where it failed, of the first RETRIEVAL_POOL activations.
-        kind: how the errors in `draws` were taken.
+        empty_text: [d_model] the AR's reconstruction of an empty text; None where it cannot read one.
+        first_draws: [activation, d_model] reconstruction of draw 0 of the first RETRIEVAL_POOL activations, NaN where it failed.
+        kind: which error `draws` holds.
     """
     num_activations = len(vectors)
     grid = (num_activations, draws.num_rows // num_activations)
@@ -88,9 +88,9 @@ def _baseline(scoring: Scoring, vectors: np.ndarray, documents: np.ndarray, kind
 def _shuffled_fve(
     draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], scoring: Scoring, baseline: stats.Baseline
 ) -> np.ndarray:
-    """FVE of the best of K draws of another activation, chosen by their error against this one.
+    """FVE when a draw is scored against an activation of another document, the best of K chosen by that error.
 
-    Over the activations that have such a partner: all but those of the first document. Unknown with one document.
+    The mean is over the activations that have such a partner: all but those of the first document. NaN with one document.
     """
     paired = draws["shuffled_activation"].is_valid().to_numpy().reshape(grid)[:, 0]
     if not paired.any():
@@ -148,17 +148,17 @@ def _controls(
         rows.append(_control("mean_vector", value, n, f"FVE of the {mean} of the activations: the best constant"))
     pool = min(n, RETRIEVAL_POOL)
     if pool >= 2:
-        known = np.flatnonzero(~np.isnan(first_draws[:pool]).any(axis=1))
-        means = stats.mean_reconstructions(first_draws[known], known, pool, baseline.scoring)
-        found = stats.retrieval(means, vectors[:pool], baseline.scoring)
-        note = "share of activations that their first draw is nearer to than to any other"
-        rows.append(_control("retrieval_top1", found.top_1_rate, pool, note))
-        rows.append(_control("retrieval_chance", found.chance, pool, "the same for draws that know nothing"))
+        successes = np.flatnonzero(~np.isnan(first_draws[:pool]).any(axis=1))
+        means = stats.mean_reconstructions(first_draws[successes], successes, pool, baseline.scoring)
+        retrieval = stats.retrieval(means, vectors[:pool], baseline.scoring)
+        note = "share of activations whose first draw is nearer to them than to any other activation"
+        rows.append(_control("retrieval_top1", retrieval.top_1_rate, pool, note))
+        rows.append(_control("retrieval_chance", retrieval.chance, pool, "the same share for draws that carry no information"))
     return rows
 
 
 def _gain(curve: stats.FveCurve) -> list[dict[str, Any]]:
-    """What the best of the most draws brings over one, paired over documents: the two points share their noise."""
+    """FVE at the largest K less FVE at K = 1, with an interval paired over documents: the two points share their noise."""
     if 1 not in curve.k or len(curve.k) < 2:
         return []
     gain = stats.gain_over(curve, k=1, level=curve.level)
@@ -199,7 +199,7 @@ def _counts(draws: pa.Table, curve: stats.FveCurve) -> dict[str, Any]:
 
 
 def _mostly_cjk(text: str) -> bool:
-    """Whether a text is mostly Chinese or Japanese: the known symptom of an injection that did not arrive."""
+    """Return whether most letters are Chinese or Japanese: the known symptom of an injection that did not take effect."""
     letters = [c for c in text if c.isalpha()]
     return bool(letters) and sum("⺀" <= c <= "鿿" or "㐀" <= c <= "䶿" for c in letters) > len(letters) / 2
 

@@ -1,8 +1,8 @@
-"""The reference sweep's own quantities of a checkpoint's stored draws, block by block: no model and little memory is needed.
+"""Compute the reference sweep's own quantities from a checkpoint's stored draws, block by block: no model, little memory.
 
-By their definition the best of K is that of the first K draws, whatever the cell's `scoring.selection` makes of its curve. Which
-draw that is follows from stored errors; its reconstruction is in the draws store (see its SCHEMA), and one of `ROWS_PER_UNIT`
-activations at a time is read. Formulas: `stats/reference.py`.
+Their best of K is the best of the first K draws, whatever `scoring.selection` says for the cell's curve. Stored errors decide
+which draw that is; its reconstruction is read from the draws store (see its SCHEMA), for `ROWS_PER_UNIT` activations at a time.
+Formulas: `stats/tae_metrics.py`.
 """
 
 from __future__ import annotations
@@ -26,52 +26,52 @@ from ksweep.stats.tae_metrics import (
 from ksweep.utils.notes import REFERENCE_QUANTITIES, Note
 
 CHUNK_VALUES = 2**24
-"""float64 values [activation, K, d] taken in at once: 128 MiB, and as much again for each of a few intermediate steps."""
+"""float64 values [activation, K, d] processed at once: 128 MiB, and as much again for each of a few intermediate results."""
 
 REPLICATE_VALUES = 2**26
-"""float64 values [K, replicate, d] of the bootstrap held at once, 512 MiB; more values of K are taken in turn."""
+"""float64 values [K, replicate, d] that the bootstrap holds at once: 512 MiB; further values of K are computed in turn."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredDraws:
-    """What the quantities are computed from."""
+    """The draws of a cell and the activations that they explain."""
 
     store: DrawsStore
     activations: np.ndarray
-    """[activation, d_model] float32, as they are."""
+    """[activation, d_model] float32, not scaled."""
     errors: np.ndarray
     """[activation, draw] mean squared error of each draw."""
     roles: Sequence[str | None] | None = None
-    """Role of each activation's token; None where no chat format is known."""
+    """Role of each activation's token; None where the chat format is unknown."""
 
 
 @dataclass(frozen=True)
-class Quantities:
-    """What came of it."""
+class TaeSummary:
+    """The reference sweep's quantities of one cell."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Of REFERENCE_SCHEMA; what is not known has no row."""
+    """Rows of REFERENCE_SCHEMA; an unknown quantity has none."""
     notes: tuple[Note, ...] = ()
-    """Why something is not known."""
+    """Why quantities are unknown."""
 
 
-def reference_quantities(draws: StoredDraws, ks: Sequence[int], num_replicates: int = 0) -> Quantities:
-    """Every quantity for each K and role; with replicates, intervals over single vectors too."""
-    without = int((~np.isfinite(draws.errors)).sum())
-    if without:
-        return Quantities(notes=_notes([f"no quantities of the reference sweep: {without} draws have no finite error"]))
+def reference_quantities(draws: StoredDraws, ks: Sequence[int], num_replicates: int = 0) -> TaeSummary:
+    """Compute every quantity for each K and role, and with replicates their bootstrap intervals over single vectors."""
+    num_failed = int((~np.isfinite(draws.errors)).sum())
+    if num_failed:
+        return TaeSummary(notes=_notes([f"no quantities of the reference sweep: {num_failed} draws have no finite error"]))
     sums, parts = ReferenceSums(tuple(ks)), draws.store.parts()
     for chunk in _chunks(draws, ks, parts):
         sums.add(chunk)
     n = len(draws.activations)
-    lacking = n - sums.residuals.count
-    possible = not lacking and n >= FEWEST_FOR_INTERVALS
-    intervals = _intervals(draws, sums, parts, num_replicates) if num_replicates and possible else None
-    notes = [_without_reconstructions(draws, lacking)] if lacking else []
-    if num_replicates and not possible:
-        why = "reconstructions are lacking" if lacking else f"{n} activations; at least {FEWEST_FOR_INTERVALS} are needed"
+    num_incomplete = n - sums.residuals.count
+    can_bootstrap = not num_incomplete and n >= FEWEST_FOR_INTERVALS
+    intervals = _intervals(draws, sums, parts, num_replicates) if num_replicates and can_bootstrap else None
+    notes = [_missing_reconstructions(draws, num_incomplete)] if num_incomplete else []
+    if num_replicates and not can_bootstrap:
+        why = "reconstructions are missing" if num_incomplete else f"{n} activations; at least {FEWEST_FOR_INTERVALS} are needed"
         notes.append(f"no intervals over single vectors (scoring.reference_replicates={num_replicates}): {why}")
-    return Quantities(reference_rows(sums, intervals), _notes(notes))
+    return TaeSummary(reference_rows(sums, intervals), _notes(notes))
 
 
 def _notes(texts: Sequence[str]) -> tuple[Note, ...]:
@@ -81,54 +81,54 @@ def _notes(texts: Sequence[str]) -> tuple[Note, ...]:
 def _intervals(
     draws: StoredDraws, sums: ReferenceSums, parts: Sequence[Unit], num_replicates: int
 ) -> dict[str, list[ReferenceInterval]]:
-    """Intervals of all values of K, as many of these at a time as fit into memory."""
-    most = max(1, REPLICATE_VALUES // (num_replicates * draws.activations.shape[1]))
-    found: dict[str, list[ReferenceInterval]] = {}
-    for start in range(0, len(sums.ks), most):
-        some = sums.of(sums.ks[start : start + most])
-        for name, intervals in reference_intervals(some, _chunks(draws, some.ks, parts), num_replicates=num_replicates).items():
-            found.setdefault(name, []).extend(intervals)
-    return found
+    """Compute the intervals of all values of K, for as many of these at a time as fit into memory."""
+    ks_at_once = max(1, REPLICATE_VALUES // (num_replicates * draws.activations.shape[1]))
+    intervals: dict[str, list[ReferenceInterval]] = {}
+    for start in range(0, len(sums.ks), ks_at_once):
+        some = sums.of(sums.ks[start : start + ks_at_once])
+        for name, added in reference_intervals(some, _chunks(draws, some.ks, parts), num_replicates=num_replicates).items():
+            intervals.setdefault(name, []).extend(added)
+    return intervals
 
 
 def _chunks(draws: StoredDraws, ks: Sequence[int], parts: Sequence[Unit]) -> Iterator[Chunk]:
-    """All activations, each with the best of its first K draws; in order where no reconstruction is absent."""
+    """Yield all activations with the best of their first K draws, in order unless reconstructions are missing."""
     n, d_model = draws.activations.shape
     chosen = prefix_of_k_draws(draws.errors, ks)
     step = max(1, CHUNK_VALUES // (len(ks) * d_model))
     for first in range(0, n, ROWS_PER_UNIT):
         block = np.arange(first, min(first + ROWS_PER_UNIT, n))
-        made, which = _reconstructions(draws, block, chosen[block], parts)
-        absent = np.isnan(made).any(axis=1)[which].any(axis=1)
-        for rows in _cut(block[~absent], step):
-            yield _chunk(draws, rows, made[which[rows - first]], None)
-        for rows in _cut(block[absent], step):
+        reconstructions, index = _reconstructions(draws, block, chosen[block], parts)
+        incomplete = np.isnan(reconstructions).any(axis=1)[index].any(axis=1)
+        for rows in _split(block[~incomplete], step):
+            yield _chunk(draws, rows, reconstructions[index[rows - first]], None)
+        for rows in _split(block[incomplete], step):
             squared = np.take_along_axis(draws.errors[rows], chosen[rows], axis=1) * d_model
             yield _chunk(draws, rows, None, squared)
 
 
-def _cut(rows: np.ndarray, step: int) -> list[np.ndarray]:
+def _split(rows: np.ndarray, step: int) -> list[np.ndarray]:
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def _chunk(draws: StoredDraws, rows: np.ndarray, made: np.ndarray | None, squared: np.ndarray | None) -> Chunk:
+def _chunk(draws: StoredDraws, rows: np.ndarray, reconstructions: np.ndarray | None, squared: np.ndarray | None) -> Chunk:
     roles = None if draws.roles is None else [draws.roles[row] for row in rows]
-    return Chunk(activations=draws.activations[rows], reconstructions=made, squared_errors=squared, roles=roles)
+    return Chunk(activations=draws.activations[rows], reconstructions=reconstructions, squared_errors=squared, roles=roles)
 
 
 def _reconstructions(
     draws: StoredDraws, block: np.ndarray, chosen: np.ndarray, parts: Sequence[Unit]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct reconstructions [pair, d] that a block needs, NaN where absent, and which of them each row and K has."""
+    """Read the distinct reconstructions [pair, d] of a block, NaN where missing, and their index by [activation, K]."""
     num_draws = draws.errors.shape[1]
-    pairs, which = np.unique(block[:, None] * num_draws + chosen, return_inverse=True)
-    made = draws.store.reconstructions(pairs // num_draws, pairs % num_draws, draws.activations.shape[1], parts)
-    return made, which.reshape(chosen.shape)
+    pairs, index = np.unique(block[:, None] * num_draws + chosen, return_inverse=True)
+    reconstructions = draws.store.reconstructions(pairs // num_draws, pairs % num_draws, draws.activations.shape[1], parts)
+    return reconstructions, index.reshape(chosen.shape)
 
 
-def _without_reconstructions(draws: StoredDraws, lacking: int) -> str:
+def _missing_reconstructions(draws: StoredDraws, num_incomplete: int) -> str:
     return (
-        f"variance_recovery is not known: of {lacking} of {len(draws.activations)} activations the draws store lacks a "
-        "reconstruction that it needs, because the draws are from before these were kept. Everything that follows from errors is "
-        f"there. To have it, move {draws.store.path} away and run the cell again"
+        f"variance_recovery is not known: of {num_incomplete} of {len(draws.activations)} activations the draws store lacks a "
+        "reconstruction that it needs, because the draws were taken by a version that did not store it. Quantities that follow "
+        f"from errors alone are computed. To compute it too, move {draws.store.path} away and run the cell again"
     )

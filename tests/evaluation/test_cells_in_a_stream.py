@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import ksweep.evaluation.evaluate as evaluating
 from ksweep import Cell, Resources, Sweep, connect
-from ksweep.evaluation.context import Place
+from ksweep.evaluation.context import RunContext
 from ksweep.evaluation.distributed import Solo
-from ksweep.evaluation.evaluate import evaluate, in_groups
+from ksweep.evaluation.evaluate import evaluate, group_by_stream
 from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
+from ksweep.evaluation.recorder import Recorder
 from ksweep.registry.draws import DrawsStore, Unit
 from ksweep.utils.timing import Clock
 from tests.evaluation.test_units_in_a_stream import draws_under_way
@@ -45,18 +45,18 @@ def cells(cell: Cell) -> list[Cell]:
     return [replace(cell, sampling=replace(cell.sampling, temperature=t)) for t in TEMPERATURES]
 
 
-def place_in(folder: Path, batch_size: int | None = None) -> Place:
-    return Place(registry=folder / "registry", vector_cache=folder.parent / "vectors", batch_size=batch_size)
+def place_in(folder: Path, batch_size: int | None = None) -> RunContext:
+    return RunContext(registry=folder / "registry", vector_cache=folder.parent / "vectors", batch_size=batch_size)
 
 
-def draws_of(cell: Cell, place: Place) -> pa.Table:
+def draws_of(cell: Cell, place: RunContext) -> pa.Table:
     store = DrawsStore(place.registry / "draws", cell_keys(cell).draws)
     table = store.read(40, cell.sampling.effective_num_draws, COLUMNS)
     assert table is not None
     return table
 
 
-def ask_place(place: Place, question: str) -> list[tuple[Any, ...]]:
+def ask_place(place: RunContext, question: str) -> list[tuple[Any, ...]]:
     with connect(place.registry) as connection:
         return connection.execute(question).fetchall()
 
@@ -154,17 +154,15 @@ def test_tokens_of_units_under_way_count_when_time_is_split(
 ) -> None:
     """The first cell is landed when the places it left have long been drawing the next one."""
     place, seen = place_in(tmp_path / "a", batch_size=200), list[tuple[float, int, list[int]]]()
-    split = evaluating._Landing._share
+    split = Recorder._time_share
 
-    def watched(landing: Any, one: Any, draws: Any) -> float:
-        others = [cell for cell in landing.waiting if cell is not one]
-        seen.append(
-            (split(landing, one, draws), one.num_tokens_drawn(draws), [c.num_tokens_seen() + c.unpublished for c in others])
-        )
-        assert one.unpublished == 0
+    def watched(recorder: Any, run: Any, draws: Any) -> float:
+        others = [other.num_published_tokens() + other.unpublished_tokens for other in recorder.waiting if other is not run]
+        seen.append((split(recorder, run, draws), run.num_new_tokens(draws), others))
+        assert run.unpublished_tokens == 0
         return seen[-1][0]
 
-    monkeypatch.setattr(evaluating._Landing, "_share", watched)
+    monkeypatch.setattr(Recorder, "_time_share", watched)
     evaluate(cells, place, Solo(), models)
     assert len(seen) == 3 and any(sum(others) for _, _, others in seen)
     assert all(share == mine / (mine + sum(others)) for share, mine, others in seen)
@@ -187,7 +185,7 @@ def test_groups_hold_what_a_stream_can_draw_in_the_order_of_their_first_cell(cel
     longer = replace(cell, sampling=replace(cell.sampling, max_new_tokens=21))
     other = replace(cell, activations=replace(cell.activations, min_position=11))
     fewer = replace(cell, activations=replace(cell.activations, num_activations=5))
-    assert in_groups([cell, nucleus, hot, longer, other, fewer]) == [[cell, hot, fewer], [nucleus], [longer], [other]]
+    assert group_by_stream([cell, nucleus, hot, longer, other, fewer]) == [[cell, hot, fewer], [nucleus], [longer], [other]]
 
 
 @pytest.mark.slow

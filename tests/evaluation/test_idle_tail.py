@@ -11,8 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from ksweep.evaluation.distributed import Ranks, Solo, share
-from ksweep.evaluation.draw_loop import pieces
+from ksweep.evaluation.distributed import Ranks, Solo, claim_indices
+from ksweep.evaluation.draw_loop import split_units
 from ksweep.inference.engine import MOST_DRAWS, REFILL_SHARE
 from ksweep.registry.draws import Unit, units_of
 
@@ -20,9 +20,9 @@ MOST_TOKENS = 64
 
 
 def cut(units: list[Unit], num_ranks: int) -> list[Unit]:
-    """`pieces` of one cell's units, in another order than that of their rows."""
+    """`split_units` of one cell's units, in another order than that of their rows."""
     order = np.random.default_rng(0).permutation(len(units))
-    return [unit for _, unit in pieces([(cast("Any", None), units[i]) for i in order], num_ranks)]
+    return [unit for _, unit in split_units([(cast("Any", None), units[i]) for i in order], num_ranks)]
 
 
 @dataclass
@@ -76,7 +76,7 @@ def idle_share(num_activations: int, num_draws: int, speeds: tuple[float, ...], 
     slots = min(MOST_DRAWS, -(-num_activations * num_draws // len(speeds)))
     ranks = cast("Ranks", Solo(world_size=len(speeds)))
     lengths = np.random.default_rng(seed)
-    under_way = [PretendRank(share(ranks, "queue", len(cut_units)), cut_units, slots, speed, lengths) for speed in speeds]
+    under_way = [PretendRank(claim_indices(ranks, "queue", len(cut_units)), cut_units, slots, speed, lengths) for speed in speeds]
     queue = [(0.0, number) for number in range(len(speeds))]
     while queue:  # whoever is earliest goes on, so units are taken in the order of time
         _, number = heapq.heappop(queue)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksweep.evaluation.scoring import neighbours, running_minima
+from ksweep.evaluation.scoring import running_minima, shuffled_partners
 
 # Documents in the order of a store: runs of activations of one document, neighbouring runs of different ones.
 runs = st.lists(st.integers(1, 5), min_size=1, max_size=8)
@@ -20,30 +20,30 @@ def documents_of(lengths: list[int]) -> np.ndarray:
 
 
 @given(runs.filter(lambda lengths: len(lengths) > 1))
-def test_neighbours_are_of_another_document(lengths: list[int]) -> None:
+def test_shuffled_partners_are_of_another_document(lengths: list[int]) -> None:
     documents = documents_of(lengths)
-    found = neighbours(documents)
+    found = shuffled_partners(documents)
     assert (found[: lengths[0]] == -1).all() and (found[lengths[0] :] >= 0).all()
     assert (documents[found] != documents)[found >= 0].all()
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=2, max_size=12).filter(lambda names: len(set(names)) > 1))
-def test_neighbours_are_of_another_document_also_where_one_comes_back(names: list[str]) -> None:
+def test_shuffled_partners_are_of_another_document_also_where_one_comes_back(names: list[str]) -> None:
     documents = np.array(names, dtype=object)
-    found = neighbours(documents)
+    found = shuffled_partners(documents)
     assert (documents[found] != documents)[found >= 0].all() and (found >= 0).any()
 
 
 @given(runs, st.data())
-def test_neighbours_stay_the_same_when_the_run_grows(lengths: list[int], data: st.DataObject) -> None:
+def test_shuffled_partners_stay_the_same_when_the_run_grows(lengths: list[int], data: st.DataObject) -> None:
     documents = documents_of(lengths)
     count = data.draw(st.integers(1, len(documents)))
-    np.testing.assert_array_equal(neighbours(documents[:count]), neighbours(documents)[:count])
+    np.testing.assert_array_equal(shuffled_partners(documents[:count]), shuffled_partners(documents)[:count])
 
 
 @given(st.integers(1, 20))
-def test_neighbours_within_one_document_are_unknown(count: int) -> None:
-    assert neighbours(documents_of([count])).tolist() == [-1] * count
+def test_shuffled_partners_within_one_document_are_unknown(count: int) -> None:
+    assert shuffled_partners(documents_of([count])).tolist() == [-1] * count
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_neighbours_within_one_document_are_unknown(count: int) -> None:
         ([3, 2, 4], [-1, -1, -1, 0, 1, 3, 4, 3, 4]),
     ],
 )
-def test_neighbours_go_round_the_document_before(lengths: list[int], expected: list[int]) -> None:
-    assert neighbours(documents_of(lengths)).tolist() == expected
+def test_shuffled_partners_go_round_the_document_before(lengths: list[int], expected: list[int]) -> None:
+    assert shuffled_partners(documents_of(lengths)).tolist() == expected
 
 
-def test_neighbours_of_documents_numbered_by_row_work_too() -> None:
-    assert neighbours(np.array([7, 7, 9])).tolist() == [-1, -1, 0]
+def test_shuffled_partners_of_documents_numbered_by_row_work_too() -> None:
+    assert shuffled_partners(np.array([7, 7, 9])).tolist() == [-1, -1, 0]
 
 
 @given(st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, float("nan")]), min_size=1, max_size=12), st.data())

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep import Cell
-from ksweep.evaluation.context import Place
+from ksweep.evaluation.context import RunContext
 from ksweep.evaluation.distributed import Solo, Stopped
 from ksweep.evaluation.evaluate import evaluate
 from ksweep.evaluation.identity import cell_keys
@@ -30,11 +30,11 @@ def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
     return replace(cell, sampling=replace(cell.sampling, num_draws=40))
 
 
-def place_in(folder: Path, batch_size: int | None = None) -> Place:
-    return Place(registry=folder / "registry", vector_cache=folder / "vectors", batch_size=batch_size)
+def place_in(folder: Path, batch_size: int | None = None) -> RunContext:
+    return RunContext(registry=folder / "registry", vector_cache=folder / "vectors", batch_size=batch_size)
 
 
-def draws_of(cell: Cell, place: Place) -> pa.Table:
+def draws_of(cell: Cell, place: RunContext) -> pa.Table:
     table = DrawsStore(place.registry / "draws", cell_keys(cell).draws).read(40, 40, COLUMNS)
     assert table is not None
     return table

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ksweep.evaluation.distributed import Ranks, share
+from ksweep.evaluation.distributed import Ranks, claim_indices
 from ksweep.utils.errors import DataError
 from ksweep.utils.files import publish
 
@@ -20,7 +20,7 @@ def count(argument: dict[str, Any], ranks: Ranks) -> list[int]:
     folder = Path(argument["folder"])
     ranks.barrier()
     mine = []
-    for index in share(ranks, "numbers", argument["total"]):
+    for index in claim_indices(ranks, "numbers", argument["total"]):
         (folder / f"{index:04d}-{ranks.rank}").touch(exist_ok=False)
         if not mine:
             ranks.barrier()  # every rank takes a number before one takes the second
@@ -48,7 +48,7 @@ def one_rank_is_killed(argument: dict[str, Any], ranks: Ranks) -> None:
 
 def works_until_told_to_stop(argument: dict[str, Any], ranks: Ranks) -> None:
     """Units of a tenth of a second, more than anybody waits for."""
-    for index in share(ranks, "long", 10_000):
+    for index in claim_indices(ranks, "long", 10_000):
         ranks.report("working", index, 10_000)
         time.sleep(0.1)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksweep.evaluation.distributed import Solo
-from ksweep.evaluation.evaluate import _all_draws
+from ksweep.evaluation.recorder import read_all_draws
 from ksweep.registry import draws as module
 from ksweep.registry.draws import MOST_PER_UNIT, SCHEMA, DrawsStore, Unit, units_of
 from ksweep.utils.errors import RunError
@@ -184,9 +184,9 @@ def test_reconstructions_of_a_damaged_part_are_nan_and_it_is_set_aside(tmp_path:
 
 def test_draws_that_another_node_has_published_are_waited_for(tmp_path: Path) -> None:
     store = DrawsStore(tmp_path, "key")
-    assert _all_draws(store, (3, 2), Solo()) is None
+    assert read_all_draws(store, (3, 2), Solo()) is None
     late = threading.Timer(0.3, lambda: fill(store, 3, 2))
     late.start()
-    found = _all_draws(store, (3, 2), Solo(world_size=2))
+    found = read_all_draws(store, (3, 2), Solo(world_size=2))
     late.join()
     assert found is not None and found.num_rows == 6

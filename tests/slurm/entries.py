@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ksweep.evaluation.distributed import Ranks, share
+from ksweep.evaluation.distributed import Ranks, claim_indices
 
 
 def units(argument: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def units(argument: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     ranks.barrier()
     left = [i for i in range(argument["total"]) if not (folder / f"{i:04d}").exists()]
     ranks.barrier()
-    for index in share(ranks, f"units/{len(left)}", len(left)):
+    for index in claim_indices(ranks, f"units/{len(left)}", len(left)):
         ranks.report("units", index, len(left))
         time.sleep(argument["seconds"])
         with (folder / f"{left[index]:04d}").open("a") as file:

@@ -1,0 +1,120 @@
+"""What precedes the drawing: identify the cells, extract their activations, list the missing draws, load the models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from ksweep.autoencoder.family import family_of
+from ksweep.autoencoder.norms import norm_notes
+from ksweep.config.spec import Cell
+from ksweep.evaluation.cell_run import CellRun, CurrentCell
+from ksweep.evaluation.context import RunContext
+from ksweep.evaluation.distributed import Ranks, Stopped
+from ksweep.evaluation.identity import Keys, cell_keys, complete, one_document_error
+from ksweep.evaluation.models import Models
+from ksweep.evaluation.scoring import UnitWork
+from ksweep.registry.draws import DrawsStore, units_of
+from ksweep.utils.errors import DataError
+from ksweep.utils.notes import Note, notes_of
+from ksweep.utils.timing import Clock
+
+if TYPE_CHECKING:
+    from ksweep.activations.store import ActivationTable
+
+log = logging.getLogger(__name__)
+
+NUM_NORMS_CHECKED = 2048
+"""Activations whose norms are compared with those of the training."""
+
+
+def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ranks: Ranks, current: CurrentCell) -> CellRun:
+    """Identify a cell, extract its activations, and list the draws that are neither stored nor drawn for an earlier cell.
+
+    Raises:
+        DataError: the activations changed after the cell was identified, or all of them are of one document and the baseline
+            needs several.
+    """
+    # 1. Identify the cell.
+    clock, names, cell = Clock(), context.names.get(cell), complete(cell)
+    keys = cell_keys(cell) if names is None else cell_keys(cell).called(*names)
+    current.switch_to(keys, clock)
+    # 2. Extract its activations, together with the other ranks.
+    vectors = _extract_activations(cell, keys, context, ranks, clock)
+    _check_activations(cell, keys, vectors)
+    notes = (*keys.notes, *_norm_notes(cell, vectors))
+    # 3. Set damaged draws files aside, so that their draws count as missing.
+    store = DrawsStore(context.registry / "draws", keys.draws)
+    grid = (len(vectors), cell.sampling.effective_num_draws)
+    if ranks.rank == 0:
+        log_notes(keys, notes)
+        store.set_damaged_aside(*grid)
+        store.describe(keys.identity)
+    ranks.barrier()
+    # 4. List the missing draws.
+    covered = store.coverage(*grid)
+    for other in earlier:
+        if other.keys.draws == keys.draws:
+            covered[: other.covered.shape[0], : other.covered.shape[1]] = True
+    return CellRun(cell, keys, clock, vectors, store, covered, units_of(covered), notes)
+
+
+def _extract_activations(cell: Cell, keys: Keys, context: RunContext, ranks: Ranks, clock: Clock) -> ActivationTable:
+    from ksweep.activations.caching import ensure
+
+    def progress(done: int, total: int) -> None:
+        ranks.report("activations", done, total)
+        if ranks.should_stop():
+            raise Stopped(f"stopped with {done} of {total} activations extracted")
+
+    with clock("activations"):
+        return ensure(
+            cell.activations, keys.layer, context.vector_cache, rank=ranks.rank, world_size=ranks.world_size,
+            barrier=ranks.barrier, device=ranks.devices, progress=progress,
+        )  # fmt: skip
+
+
+def _check_activations(cell: Cell, keys: Keys, vectors: ActivationTable) -> None:
+    if vectors.key != keys.activations:
+        raise DataError(f"the text or the model of {keys.name} changed while its activations were extracted: run it again")
+    if cell.scoring.baseline_kind == "between documents" and vectors.num_documents() < 2:
+        raise one_document_error(cell, keys.name)
+
+
+def _norm_notes(cell: Cell, vectors: ActivationTable) -> Iterator[Note]:
+    """Compare the norms of the first activations with those that the autoencoder was trained on."""
+    trained = family_of(cell.autoencoder).training_norm()
+    source = cell.activations.vectors or f"{cell.activations.model} on {cell.activations.text}"
+    return norm_notes(vectors.vectors(0, min(len(vectors), NUM_NORMS_CHECKED)), trained, source)
+
+
+def load_models(
+    missing: Sequence[CellRun], context: RunContext, ranks: Ranks, models: Models, current: CurrentCell
+) -> dict[CellRun, UnitWork]:
+    """Load AV and AR, and return the work of each cell that lacks draws; empty, with nothing loaded, where none does."""
+    if not missing:
+        return {}
+    first, autoencoder = missing[0], missing[0].cell.autoencoder
+    current.switch_to(first.keys, first.clock)
+    with first.clock("loading"):
+        ranks.report(f"{first.keys.label}: loading models", 0, 0)
+        av, ar = models.verbalizer(autoencoder), models.reconstructor(autoencoder)
+    notes = notes_of(av, ar)
+    if ranks.rank == 0:
+        for run in missing:
+            run.store.keep_notes(notes)
+        log_notes(first.keys, notes)
+    return {
+        run: UnitWork(
+            sampling=run.cell.sampling, vectors=run.vectors, av=av, ar=ar, batch_size=context.batch_size,
+            device=ranks.devices[0], scoring=run.cell.scoring, scoring_kind=autoencoder.scoring_kind,
+        )
+        for run in missing
+    }  # fmt: skip
+
+
+def log_notes(keys: Keys, notes: Iterable[Note]) -> None:
+    """Log each note as a warning under the name of the cell."""
+    for note in notes:
+        log.warning("%s: %s: %s", keys.name, note.about, note.text)

@@ -1,0 +1,113 @@
+"""When each cell of a stream is recorded, and which part of the time spent together it is charged with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from ksweep.config.spec import Cell
+from ksweep.evaluation.cell_run import CellRun, CurrentCell
+from ksweep.evaluation.context import RunContext
+from ksweep.evaluation.distributed import Ranks, Stopped
+from ksweep.evaluation.draw_loop import DrawLoop
+from ksweep.evaluation.models import Models
+from ksweep.evaluation.prepare import log_notes
+from ksweep.evaluation.recording import land, measure
+from ksweep.evaluation.summary import SUMMARISED
+from ksweep.registry.draws import DrawsStore
+from ksweep.utils.errors import RunError
+from ksweep.utils.timing import Clock
+
+LISTING_SECONDS = 90.0
+"""NFS may cache a directory listing for up to 60 s (acdirmax), whatever other nodes write into the directory meanwhile."""
+
+
+@dataclass
+class Recorder:
+    """Records the cells of a stream in their order. Only rank 0 does; on other ranks its methods do nothing."""
+
+    waiting: list[CellRun]
+    context: RunContext
+    ranks: Ranks
+    models: Models
+    loop: DrawLoop
+    current: CurrentCell
+    shared_clock: Clock
+    """Time that the waiting cells have spent together."""
+    run_ids: list[str] = field(default_factory=list)
+
+    def record_completed(self) -> None:
+        """Record leading cells whose draws are all visible on disk."""
+        while self.ranks.rank == 0 and self.waiting and self.waiting[0].is_complete():
+            self._record(self.waiting[0])
+
+    def record_remaining(self) -> None:
+        """Record all cells that are left, once every rank has published its draws."""
+        while self.ranks.rank == 0 and self.waiting:
+            self._record(self.waiting[0])
+
+    def _record(self, run: CellRun) -> None:
+        self.current.switch_to(run.keys, run.clock)
+        # 1. Compute the cell's statistics from all its draws.
+        with run.clock("statistics"):
+            self.ranks.report(f"{run.keys.label}: statistics", 0, 0)
+            draws = read_all_draws(run.store, run.grid, self.ranks)
+            if draws is None:
+                raise RunError(
+                    f"draws of {run.keys.name} are missing right after they were published: is another program changing "
+                    f"{run.store.path}?"
+                )
+            empty_text = _empty_text_reconstruction(run.cell, run.store, self.models)
+            statistics = measure(run.cell, run.vectors, run.store, draws, empty_text, self.context.registry)
+            log_notes(run.keys, statistics.reference.notes)
+        # 2. Charge it with its part of the time that the waiting cells have spent together.
+        run.clock.take(self.shared_clock, self._time_share(run, draws))
+        # 3. Write its run record.
+        engine = (self.models.numerics(run.cell.sampling.max_new_tokens) | self.loop.batch_settings()) if run.units else {}
+        self.run_ids.append(land(run, self.context, self.ranks, statistics, draws, engine))
+        self.waiting.remove(run)
+
+    def _time_share(self, run: CellRun, draws: pa.Table) -> float:
+        """Return a cell's share of the tokens drawn for all waiting cells.
+
+        Other ranks are assumed to have as many unpublished tokens as this one.
+        """
+        own = run.num_new_tokens(draws)
+        others = (
+            other.num_published_tokens() + self.ranks.world_size * other.unpublished_tokens
+            for other in self.waiting
+            if other is not run
+        )
+        return own / max(1, own + sum(others))
+
+
+def read_all_draws(store: DrawsStore, grid: tuple[int, int], ranks: Ranks) -> pa.Table | None:
+    """Read every draw of a grid [activation, draw], or return None where some are missing.
+
+    With several ranks it waits up to LISTING_SECONDS for what ranks on other nodes have just published.
+
+    Raises:
+        Stopped: a stop was requested meanwhile.
+    """
+    deadline = time.monotonic() + (LISTING_SECONDS if ranks.world_size > 1 else 0.0)
+    while not store.coverage(*grid).all() and time.monotonic() < deadline:
+        if ranks.should_stop():
+            raise Stopped("stopped before the draws of every rank were visible")
+        time.sleep(1.0)
+    return store.read(*grid, SUMMARISED)
+
+
+def _empty_text_reconstruction(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray | None:
+    """[d_model] the AR's reconstruction of an empty text, computed once per draws key; None where the AR cannot read one."""
+    controls = store.controls()
+    if controls is None:
+        from ksweep.autoencoder.base import Explanation
+
+        ar = models.reconstructor(cell.autoencoder)
+        vector = np.asarray(ar.reconstruct([Explanation("")]))[0].tolist() if ar.reads_empty_text else None
+        controls = {"empty_text": vector}
+        store.publish_controls(controls)
+    return None if controls["empty_text"] is None else np.asarray(controls["empty_text"])
