@@ -285,8 +285,8 @@ def _datasets() -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            "this text needs the package `datasets`, which is not installed: pip install datasets, or give a .txt, .jsonl or "
-            ".parquet file"
+            "this text needs the package `datasets`, which is not installed: pip install 'ksweep[datasets]', or give a .txt, "
+            ".jsonl or .parquet file"
         ) from error
     return datasets
 

@@ -107,7 +107,7 @@ def test_datasets_package_missing_says_how_to_get_it(tmp_path: Path, monkeypatch
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_datasets)
-    with pytest.raises(DataError, match="pip install datasets"):
+    with pytest.raises(DataError, match=r"pip install 'ksweep\[datasets\]'"):
         list(read_documents(request(path)))
 
 
