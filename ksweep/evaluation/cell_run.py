@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ksweep.activations.store import ActivationTable
     from ksweep.config.spec import Cell
-    from ksweep.evaluation.identity import Keys
+    from ksweep.evaluation.identity import CellKeys
     from ksweep.utils.notes import Note
 
 
@@ -25,7 +25,7 @@ class CellRun:
     """A cell that this rank is evaluating, with its activations, its draws and its progress."""
 
     cell: Cell
-    keys: Keys
+    keys: CellKeys
     clock: Clock
     vectors: ActivationTable
     store: DrawsStore
@@ -72,7 +72,7 @@ class CurrentCell:
         """No cell is current yet."""
         self.ranks, self.clock = ranks, Clock()
 
-    def switch_to(self, keys: Keys, clock: Clock) -> None:
+    def switch_to(self, keys: CellKeys, clock: Clock) -> None:
         """Attribute heartbeats and time to this cell."""
         if clock is not self.clock:
             self.clock = clock

@@ -1,6 +1,6 @@
-"""The three keys of a cell: activations, draws, cell; each from what changes its content, and from nothing else.
+"""Compute the keys of a cell: activations, draws, cell; each from what changes its content, and from nothing else.
 
-Nothing heavy is imported and no model is loaded: the launcher plans with these. Checkpoints are inspected on the way, so a
+The launcher plans with these keys, so nothing heavy is imported and no model is loaded. Checkpoints are inspected on the way: a
 wrong directory is refused before anything is submitted.
 """
 
@@ -25,58 +25,58 @@ from ksweep.utils.notes import Note
 log = logging.getLogger(__name__)
 
 SAMPLER_VERSION = 2
-"""Raised whenever the same seed would give other texts: 2 decodes in slots, which rounds otherwise in bfloat16."""
+"""Raised whenever the same seed would give other texts: 2 decodes in slots, which round differently in bfloat16."""
 SCORER_VERSION = 1
 """Raised whenever the same texts would give other errors."""
 STATISTICS_VERSION = 2
-"""Raised whenever the same errors would give other numbers: 2 measures the baseline between documents, and intervals go by the
-effective number of documents. Draws are kept; only the statistics of a cell are computed anew."""
-
-
+"""Raised whenever the same errors would give other numbers: 2 measures the baseline between documents, and intervals use the
+effective number of documents. Draws are kept; only the statistics of a cell are computed again."""
 FIRST_SCORING_FIELDS = ("ks", "baseline", "failed_error", "level", "num_replicates", "seed")
-"""Those that every cell key holds."""
+"""Fields that every cell key holds; those added later are left out at their defaults, so that earlier keys stay valid."""
 
 
 @dataclass(frozen=True)
-class Keys:
-    """What names a cell's results, with the readable identities they were hashed from."""
+class CellKeys:
+    """The keys and names of a cell, and the readable identities that the keys were hashed from."""
 
     activations: str
     draws: str
     cell: str
     layer: int
     label: str
-    """What tells the cell from the others of its sweep ("temperature=0.8"); of a cell by itself, what it is."""
+    """What differs from the other cells of its sweep ("temperature=0.8"); outside a sweep, a short description of the cell."""
     identity: dict[str, Any]
     notes: tuple[Note, ...] = ()
-    """What the checks of checkpoints and activations say that refuse nothing."""
+    """Notes from the checks of checkpoints and activations."""
     title: str = ""
-    """Where the cell stands alone: what the cells of its sweep share, and the label: "demo L20 temperature=0.8"."""
+    """Name of a cell that is shown alone: what the cells of its sweep share, then the label: "demo L20 temperature=0.8"."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.label)
 
     @property
     def name(self) -> str:
-        """What a person reads in tables: the title, and enough of the key to be unique."""
+        """The title and the first eight digits of the key: unique, for tables and messages."""
         return f"{self.title} @{self.cell[:8]}"
 
-    def called(self, label: str, title: str) -> Keys:
-        """The same under the names that it has in a sweep."""
+    def with_names(self, label: str, title: str) -> CellKeys:
+        """Return the same keys under the cell's names within a sweep."""
         return replace(self, label=label, title=title)
 
 
-def cell_keys(cell: Cell) -> Keys:
-    """Identify a cell.
+def cell_keys(cell: Cell) -> CellKeys:
+    """Compute the keys of a cell from its spec and from the files that it names.
 
     Raises:
-        CheckpointError, DataError: something is missing, is not what it was given as, or does not belong together.
+        CheckpointError, DataError: a file is missing, is of another kind than stated, or does not fit the others.
     """
+    # 1. Inspect the checkpoints, and check that the activations fit them.
     family = family_of(cell.autoencoder)
-    cell = _completed(cell, family)
+    cell = _resolve(cell, family)
     layer = family.layer
-    notes = (*family.notes, *family.check_activations(_facts(cell.activations)))
-    activations, identity = activations_key(cell.activations, layer)
+    notes = (*family.notes, *family.check_activations(_activation_facts(cell.activations)))
+    # 2. Hash what changes the activations, the draws, the numbers.
+    activations, activations_identity = activations_key(cell.activations, layer)
     draws = {
         "activations": activations,
         **family.identity(),
@@ -89,26 +89,26 @@ def cell_keys(cell: Cell) -> Keys:
         "scorer_version": SCORER_VERSION,
     }
     draws_key = fingerprint(draws)
-    whole = {
+    numbers = {
         "draws": draws_key,
         "num_activations": cell.activations.num_activations,
         "num_draws": cell.sampling.effective_num_draws,
         "scoring": _scoring_identity(cell),
         "statistics_version": STATISTICS_VERSION,
     }
-    identity = {"activations": identity, "draws": draws, "layer": layer}
-    return Keys(activations, draws_key, fingerprint(whole), layer, label(cell, layer), identity, notes)
+    identity = {"activations": activations_identity, "draws": draws, "layer": layer}
+    return CellKeys(activations, draws_key, fingerprint(numbers), layer, cell_label(cell, layer), identity, notes)
 
 
 def _scoring_identity(cell: Cell) -> dict[str, Any]:
-    """Fields of the scoring; later ones are left out where they are at their default, so that keys from before them hold."""
+    """Return the scoring's fields, without those beyond FIRST_SCORING_FIELDS that have their default."""
     defaults = {f.name: f.default for f in fields(cell.scoring)}
-    scoring = asdict(cell.scoring).items()
-    return {name: value for name, value in scoring if name in FIRST_SCORING_FIELDS or value != defaults[name]}
+    values = asdict(cell.scoring)
+    return {name: value for name, value in values.items() if name in FIRST_SCORING_FIELDS or value != defaults[name]}
 
 
 def one_document_error(cell: Cell, name: str) -> DataError:
-    """What is said of a cell whose activations, all of one document, allow no baseline between documents."""
+    """Return the error for a cell that asks for a baseline between documents and has activations of one document only."""
     return DataError(
         f"all {cell.activations.num_activations} activations of {name} are of one document, and the baseline compares those of "
         "different documents: evaluate more documents, state the baseline (scoring.baseline=0.7335), or measure it from the "
@@ -116,67 +116,68 @@ def one_document_error(cell: Cell, name: str) -> DataError:
     )
 
 
-def complete(cell: Cell) -> Cell:
-    """The cell with what its autoencoder decides filled in: the activations' model, the file that a directory of checkpoints
-    stands for, and the length of explanations where it is fixed.
+def resolve_cell(cell: Cell) -> Cell:
+    """Return the cell with everything filled in that its autoencoder decides.
+
+    That is the activations' model, the file that a directory of checkpoints stands for, and the length of explanations where it
+    is fixed.
 
     Raises:
         SpecError: neither the request nor the autoencoder says which model the activations are from.
     """
-    return _completed(cell, family_of(cell.autoencoder))
+    return _resolve(cell, family_of(cell.autoencoder))
 
 
-def _completed(cell: Cell, family: Family) -> Cell:
+def _resolve(cell: Cell, family: Family) -> Cell:
     activations, sampling = cell.activations, cell.sampling
     if activations.model is None and activations.vectors is None:
         if family.activations_model is None:
-            raise SpecError("an NLA pair does not say which model its activations are from: set activations.model")
+            raise SpecError(f"{cell.autoencoder.source} does not say which model its activations are from: set activations.model")
         activations = replace(activations, model=family.activations_model)
     if family.num_tokens is not None:
         sampling = replace(sampling, max_new_tokens=family.num_tokens)
     return replace(cell, autoencoder=family.located, activations=activations, sampling=sampling)
 
 
-def complete_all(cells: Sequence[Cell]) -> list[Cell]:
-    """`complete` for the cells of a sweep; says once where a length that was asked for is not the checkpoint's."""
-    completed = [complete(cell) for cell in cells]
-    pairs = zip(cells, completed, strict=True)
-    replaced = {
+def resolve_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Resolve the cells of a sweep; a stated max_new_tokens that the checkpoint overrides is logged once."""
+    resolved = [resolve_cell(cell) for cell in cells]
+    warnings = {
         f"sampling.max_new_tokens={old.sampling.max_new_tokens} is replaced by {new.sampling.max_new_tokens}: every explanation "
         f"of {new.autoencoder.source} has the length that it was trained with (t_text)"
-        for old, new in pairs
+        for old, new in zip(cells, resolved, strict=True)
         if old.sampling.max_new_tokens not in (Sampling.max_new_tokens, new.sampling.max_new_tokens)
     }
-    for text in sorted(replaced):
+    for text in sorted(warnings):
         log.warning(text)
-    return completed
+    return resolved
 
 
-def _facts(given: Activations) -> ActivationFacts:
-    """What the request, the base model's config.json, or the file of vectors and its sidecar say of the activations.
+def _activation_facts(activations: Activations) -> ActivationFacts:
+    """Collect what the spec, the base model's config.json, or the file of vectors and its sidecar say about the activations.
 
     Raises:
-        SpecError, DataError: the request or the sidecar contradicts the file of vectors.
+        SpecError, DataError: the spec or the sidecar contradicts the file of vectors.
     """
-    if given.vectors is None:
-        directory = resolve(given.model or "", "base model")
+    if activations.vectors is None:
+        directory = resolve(activations.model or "", "base model")
         return ActivationFacts(
-            source=given.model or "",
-            model=given.model,
+            source=activations.model or "",
+            model=activations.model,
             model_directory=directory,
-            layer=given.layer,
+            layer=activations.layer,
             d_model=text_config(directory)["hidden_size"],
         )
-    vectors, (_, width) = given.vectors, vectors_shape(given.vectors)
+    vectors, (_, width) = activations.vectors, vectors_shape(activations.vectors)
     sidecar, layer = read_sidecar(vectors), vectors_layer(vectors)
     if sidecar is not None and sidecar.d_model not in (None, width):
         raise DataError(
             f"{vectors} holds vectors of {width} dimensions and its sidecar says {sidecar.d_model}: the two are of different "
             "files"
         )
-    if layer is not None and given.layer not in (None, layer):
+    if layer is not None and activations.layer not in (None, layer):
         whose = "the sidecar of " if sidecar is not None and sidecar.layer is not None else ""
-        raise SpecError(f"activations.layer={given.layer}, but {whose}{vectors} says layer {layer}: leave it out")
+        raise SpecError(f"activations.layer={activations.layer}, but {whose}{vectors} says layer {layer}: leave it out")
     unknown = {"token": "the token that it was taken at"}  # no column of the public files is read as a token id
     if not vectors_say_positions(vectors):
         unknown["position"] = f"its position (column {POSITIONS})"
@@ -184,19 +185,19 @@ def _facts(given: Activations) -> ActivationFacts:
         source=vectors,
         model=None if sidecar is None else sidecar.base_model,
         model_directory=None,
-        layer=given.layer if layer is None else layer,
+        layer=activations.layer if layer is None else layer,
         d_model=width,
         unknown=unknown,
     )
 
 
-def label(cell: Cell, layer: int) -> str:
-    """What a cell is, in a few words; the same in every sweep it is part of."""
-    return " ".join(_parts(cell, layer).values())
+def cell_label(cell: Cell, layer: int) -> str:
+    """Describe a cell in a few words, which are the same in every sweep."""
+    return " ".join(_label_parts(cell, layer).values())
 
 
-def _parts(cell: Cell, layer: int) -> dict[str, str]:
-    """What a cell is, by the field of the spec that says so."""
+def _label_parts(cell: Cell, layer: int) -> dict[str, str]:
+    """Return the words of a label by the field of the spec that they come from."""
     family = family_of(cell.autoencoder)
     parts = {
         family.source_field: family.short_name, "activations.layer": f"L{layer}",
@@ -209,12 +210,12 @@ def _parts(cell: Cell, layer: int) -> dict[str, str]:
     return parts
 
 
-def keys_of(sweep: Sweep, cells: Sequence[Cell]) -> list[Keys]:
-    """`cell_keys` of a sweep's cells, completed, under the names that they have in it: what differs, behind what all share."""
+def sweep_keys(sweep: Sweep, cells: Sequence[Cell]) -> list[CellKeys]:
+    """Compute the keys of a sweep's resolved cells, with their names within the sweep: what all share, then what differs."""
     keys = [cell_keys(cell) for cell in cells]
-    parts = [_parts(cell, key.layer) for cell, key in zip(cells, keys, strict=True)]
+    parts = [_label_parts(cell, key.layer) for cell, key in zip(cells, keys, strict=True)]
     shared = [text for name, text in parts[0].items() if all(other.get(name) == text for other in parts)]
-    own = {text for name, text in parts[0].items() if name in sweep.axes}  # its label says so already
-    before = [text for text in shared if text not in own]
-    titles = (" ".join([*before, *([label_] if sweep.axes else [])]) for label_ in sweep.labels())
-    return [key.called(label_, title) for key, label_, title in zip(keys, sweep.labels(), titles, strict=True)]
+    in_labels = {text for name, text in parts[0].items() if name in sweep.axes}
+    prefix = [text for text in shared if text not in in_labels]
+    titles = (" ".join([*prefix, *([label] if sweep.axes else [])]) for label in sweep.labels())
+    return [key.with_names(label, title) for key, label, title in zip(keys, sweep.labels(), titles, strict=True)]

@@ -1,4 +1,4 @@
-"""The AV and AR of a job: loaded when first needed, kept while cells share them."""
+"""The AV and AR of a job, loaded when first needed and kept while cells share them."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """AV and AR of a job, loaded when first needed and kept while the cells of one autoencoder follow one another."""
+    """AV and AR of the autoencoder that was asked for last."""
 
     def __init__(self, devices: tuple[str, ...]) -> None:
-        """`devices` are torch device names; a model is spread over them."""
+        """Load nothing yet. `devices` are torch device names; each model is spread over all of them."""
         self.devices = devices
         self._family: Family | None = None
         self._av: Verbalizer | None = None
         self._ar: Reconstructor | None = None
 
     def verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
-        """The AV, ready on the device."""
+        """Return the AV on the devices, loading it if necessary."""
         family = self._switch_to(autoencoder)
         if self._av is None:
             self._av = family.load_verbalizer(self.devices)
         return self._av
 
     def reconstructor(self, autoencoder: Autoencoder) -> Reconstructor:
-        """The AR, ready on the device; where its family can, it uses the model of the AV that is loaded."""
+        """Return the AR on the devices, loading it if necessary; where its family can, it shares the loaded AV's model."""
         family = self._switch_to(autoencoder)
         if self._ar is None:
             self._ar = family.load_reconstructor(self.devices, self._av)
         return self._ar
 
     def _switch_to(self, autoencoder: Autoencoder) -> Family:
-        """Let go of the models of another autoencoder."""
+        """Release the models of any other autoencoder."""
         if self._family is None or self._family.autoencoder != autoencoder:
             self._family, self._av, self._ar = family_of(autoencoder), None, None
             if len(self.devices) > 1:
-                gc.collect()  # a model that is spread holds itself in cycles: its memory is needed for the next one
+                gc.collect()  # a model that is spread is part of reference cycles, and the next one needs its memory
         return self._family
 
     def numerics(self, max_new_tokens: int) -> dict[str, str]:
-        """How this rank's AV is computed in texts of that length, for the record; nothing where it was not needed."""
+        """Return how this rank's AV computes texts of that length, for the run record; empty where the AV was not loaded."""
         if self._av is None:
             return {}
         from ksweep.inference import cuda_graphs, kv_cache
@@ -63,7 +63,7 @@ class Models:
 
 
 def threads_in_use() -> dict[str, str]:
-    """How many threads this rank's torch has and how they wait, for the record of a run."""
+    """Return how many threads this rank's torch has and how they wait at barriers, for the run record."""
     import torch
 
     policy = {"omp_wait_policy": os.environ.get(WAIT_POLICY), "gomp_spincount": os.environ.get("GOMP_SPINCOUNT")}

@@ -12,7 +12,7 @@ from ksweep.config.spec import Cell
 from ksweep.evaluation.cell_run import CellRun, CurrentCell
 from ksweep.evaluation.context import RunContext
 from ksweep.evaluation.distributed import Ranks, Stopped
-from ksweep.evaluation.identity import Keys, cell_keys, complete, one_document_error
+from ksweep.evaluation.identity import CellKeys, cell_keys, one_document_error, resolve_cell
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.scoring import UnitWork
 from ksweep.registry.draws import DrawsStore, units_of
@@ -37,8 +37,8 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
             needs several.
     """
     # 1. Identify the cell.
-    clock, names, cell = Clock(), context.names.get(cell), complete(cell)
-    keys = cell_keys(cell) if names is None else cell_keys(cell).called(*names)
+    clock, names, cell = Clock(), context.names.get(cell), resolve_cell(cell)
+    keys = cell_keys(cell) if names is None else cell_keys(cell).with_names(*names)
     current.switch_to(keys, clock)
     # 2. Extract its activations, together with the other ranks.
     vectors = _extract_activations(cell, keys, context, ranks, clock)
@@ -60,7 +60,7 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
     return CellRun(cell, keys, clock, vectors, store, covered, units_of(covered), notes)
 
 
-def _extract_activations(cell: Cell, keys: Keys, context: RunContext, ranks: Ranks, clock: Clock) -> ActivationTable:
+def _extract_activations(cell: Cell, keys: CellKeys, context: RunContext, ranks: Ranks, clock: Clock) -> ActivationTable:
     from ksweep.activations.caching import ensure
 
     def progress(done: int, total: int) -> None:
@@ -75,7 +75,7 @@ def _extract_activations(cell: Cell, keys: Keys, context: RunContext, ranks: Ran
         )  # fmt: skip
 
 
-def _check_activations(cell: Cell, keys: Keys, vectors: ActivationTable) -> None:
+def _check_activations(cell: Cell, keys: CellKeys, vectors: ActivationTable) -> None:
     if vectors.key != keys.activations:
         raise DataError(f"the text or the model of {keys.name} changed while its activations were extracted: run it again")
     if cell.scoring.baseline_kind == "between documents" and vectors.num_documents() < 2:
@@ -114,7 +114,7 @@ def load_models(
     }  # fmt: skip
 
 
-def log_notes(keys: Keys, notes: Iterable[Note]) -> None:
+def log_notes(keys: CellKeys, notes: Iterable[Note]) -> None:
     """Log each note as a warning under the name of the cell."""
     for note in notes:
         log.warning("%s: %s: %s", keys.name, note.about, note.text)

@@ -14,7 +14,7 @@ from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell, cell_from_dict
 from ksweep.evaluation.breakdown import Breakdown, break_down
 from ksweep.evaluation.distributed import Ranks
-from ksweep.evaluation.identity import Keys, cell_keys
+from ksweep.evaluation.identity import CellKeys, cell_keys
 from ksweep.evaluation.summary import RETRIEVAL_POOL, Summary, summarise
 from ksweep.evaluation.tae_summary import StoredDraws, TaeSummary, reference_quantities
 from ksweep.registry import activation_metadata
@@ -161,7 +161,7 @@ def _asked(sweep: str, resources: dict[str, Any], origin: dict[str, Any]) -> dic
     }
 
 
-def _identity(cell: Cell, keys: Keys) -> dict[str, Any]:
+def _identity(cell: Cell, keys: CellKeys) -> dict[str, Any]:
     """What was measured, under a new run id."""
     from ksweep.registry.run_record import new_run_id
 
@@ -201,7 +201,7 @@ def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **tol
     origin = argument.get("origin", {})
     known = cell_from_dict(argument["cells"][cell])
     names = names_in(argument).get(known)
-    keys = cell_keys(known) if names is None else cell_keys(known).called(*names)
+    keys = cell_keys(known) if names is None else cell_keys(known).with_names(*names)
     identity = _identity(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
     if (registry / "landing" / identity["run_id"]).exists():
         return

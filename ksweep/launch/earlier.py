@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ksweep.config.sweep import Sweep
-from ksweep.evaluation.identity import Keys
+from ksweep.evaluation.identity import CellKeys
 from ksweep.launch import status
 from ksweep.launch.job import read
 from ksweep.launch.job_spec import logs_of
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.3
 SLURM_POLL_SECONDS = 2.0
 
 
-def reconcile(sweep: Sweep, keys: Sequence[Keys], *, wait: bool) -> status.Survey:
+def reconcile(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool) -> status.Survey:
     """What earlier commands left: submissions are settled, ended jobs booked, and what is still at work is known.
 
     With `wait` (on this machine) a job that is at work on these cells is seen through, instead of computing twice.

@@ -13,7 +13,7 @@ from ksweep.activations.vector_source import are_of_one_document
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep
-from ksweep.evaluation.identity import Keys, one_document_error
+from ksweep.evaluation.identity import CellKeys, one_document_error
 from ksweep.launch import hardware, status
 from ksweep.launch.job_spec import groups
 from ksweep.launch.plan import Facts, Step, plan
@@ -30,7 +30,7 @@ BYTES_PER_DRAW = 700
 
 
 def steps_of(
-    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], jobs: status.Survey, *, retry: Sequence[str]
+    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], jobs: status.Survey, *, retry: Sequence[str]
 ) -> list[Step]:
     """What is there for each cell, and so what is to be done; reads names and manifests only."""
     finished, failed = finished_runs(Path(sweep.registry)), failed_runs(Path(sweep.registry))
@@ -44,7 +44,7 @@ def steps_of(
     return plan(facts, retry=retry)
 
 
-def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, planned: Sequence[tuple[int, int]]) -> Facts:
+def _facts(sweep: Sweep, cell: Cell, keys: CellKeys, finished_run: str | None, planned: Sequence[tuple[int, int]]) -> Facts:
     """`planned`: (activations, draws) that earlier cells of the sweep will have drawn under the same key."""
     if finished_run is None:
         _refuse_one_document(cell, keys)
@@ -70,7 +70,7 @@ def _facts(sweep: Sweep, cell: Cell, keys: Keys, finished_run: str | None, plann
     )
 
 
-def _refuse_one_document(cell: Cell, keys: Keys) -> None:
+def _refuse_one_document(cell: Cell, keys: CellKeys) -> None:
     """What a run would refuse, where a file of vectors says it before; documents of text are known when it has been read."""
     given = cell.activations
     if cell.scoring.baseline_kind != "between documents" or given.vectors is None:

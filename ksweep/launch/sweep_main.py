@@ -15,7 +15,7 @@ from ksweep.analysis import results_table
 from ksweep.config.overrides import given_settings, lay_over
 from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep
-from ksweep.evaluation.identity import Keys, complete_all, keys_of
+from ksweep.evaluation.identity import CellKeys, resolve_cells, sweep_keys
 from ksweep.launch import hardware, plan_table, run_locally, run_on_slurm, status
 from ksweep.launch import local_executor as launch
 from ksweep.launch.earlier import reconcile
@@ -69,8 +69,8 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
             sweep = run_on_slurm.with_shape(sweep)
         except SlurmError as error:
             silence = error
-    cells = complete_all(sweep.cells())
-    keys = keys_of(sweep, cells)
+    cells = resolve_cells(sweep.cells())
+    keys = sweep_keys(sweep, cells)
     for note in notes_of(*keys):
         log.warning("%s: %s", note.about, note.text)
     if silence is not None:
@@ -88,7 +88,7 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     return (_submit if to_slurm else _run)(sweep, cells, keys, options)
 
 
-def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: argparse.Namespace) -> int:
+def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace) -> int:
     """Run what is missing on this machine, then show everything."""
     if hardware.resolve_cluster(sweep.resources) == "local":
         launch.refuse_here(sweep.resources)
@@ -102,7 +102,7 @@ def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: arg
     return _show(sweep, keys, steps, options)
 
 
-def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: argparse.Namespace) -> int:
+def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace) -> int:
     """Submit what is missing; show everything if nothing is under way any more, or with --wait once it has ended."""
     # Two commands at once would both find the same cells missing.
     with locked(logs_of(sweep) / "submitting", "another command", aloud=True):
@@ -124,7 +124,7 @@ def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: 
 
 
 def _without_slurm(
-    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[Keys], options: argparse.Namespace, silence: SlurmError
+    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace, silence: SlurmError
 ) -> int:
     """Show the results that are there, which needs no Slurm; 1 where cells are missing, or to be planned."""
     steps = steps_of(sweep, cells, keys, status.survey(logs_of(sweep)), retry=[])
@@ -143,13 +143,13 @@ def _without_slurm(
     return 1 if left else 0
 
 
-def _keep_question(sweep: Sweep, keys: Sequence[Keys]) -> None:
+def _keep_question(sweep: Sweep, keys: Sequence[CellKeys]) -> None:
     """What was asked stays in the registry, also where other sweeps have computed every cell."""
     cells = [(key.cell, key.label) for key in keys]
     sweeps.land(sweep.registry, sweeps.asking_of(sweep.name, sweep.question, cells))
 
 
-def _show(sweep: Sweep, keys: Sequence[Keys], steps: Sequence[Step], options: argparse.Namespace) -> int:
+def _show(sweep: Sweep, keys: Sequence[CellKeys], steps: Sequence[Step], options: argparse.Namespace) -> int:
     """Results of the cells that have some; the exit code."""
     failed = [step for step in steps if step.state == "failed"]
     if len(failed) == len(steps):
@@ -172,7 +172,7 @@ def _settings(sweep: Sweep, options: argparse.Namespace, arguments: Sequence[str
     return with_checkpoint_data(sweep, given)
 
 
-def _export(sweep: Sweep, keys: Sequence[Keys]) -> None:
+def _export(sweep: Sweep, keys: Sequence[CellKeys]) -> None:
     """The newest run of each cell in the reference's JSON schema."""
     from ksweep.registry.tae_json import export_run, write_json
 

@@ -18,7 +18,7 @@ from ksweep.analysis import charts
 from ksweep.analysis.compare import compare, curves_of_cells, load_cells
 from ksweep.analysis.report.data import facts_of
 from ksweep.config.spec import Sampling
-from ksweep.evaluation.identity import complete_all, keys_of
+from ksweep.evaluation.identity import resolve_cells, sweep_keys
 from ksweep.registry.query import named_curves
 from ksweep.registry.run_record import land
 from ksweep.utils.cell_names import short_names, told_apart
@@ -114,7 +114,7 @@ def test_cells_of_one_verbalizer_have_names_of_their_own_in_record_asking_and_vi
     assert [label for label, *_ in runs] == labels == [label for (label,) in asked]
     for label, cell, key in runs:
         assert cell.endswith(f" L1 T=1 {label} @{key[:8]}")
-    keys = keys_of(two, complete_all(two.cells()))
+    keys = sweep_keys(two, resolve_cells(two.cells()))
     assert [(key.label, key.name) for key in keys] == [(label, cell) for label, cell, _ in runs]
 
 
@@ -243,7 +243,7 @@ def test_jobs_of_before_that_say_no_names_are_measured_under_their_own(two: Swee
     from ksweep.evaluation.distributed import Solo
     from ksweep.evaluation.evaluate import run_job
 
-    [first, _] = complete_all(two.cells())
+    [first, _] = resolve_cells(two.cells())
     argument = {
         "cells": [asdict(first)], "sweep": "s", "registry": str(tmp_path / "registry"), "vector_cache": two.vector_cache,
         "batch_size": None, "resources": {}, "origin": {},

@@ -17,7 +17,7 @@ from ksweep.autoencoder.tae.checkpoint import inspect_tae
 from ksweep.autoencoder.tae.training_data import with_checkpoint_data
 from ksweep.config.overrides import apply_overrides, given_settings, lay_over
 from ksweep.config.spec import replace_at
-from ksweep.evaluation.identity import cell_keys, complete, complete_all, label
+from ksweep.evaluation.identity import cell_keys, cell_label, resolve_cell, resolve_cells
 from ksweep.utils.errors import CheckpointError, SpecError
 from tests.tiny_sweeps import ask, run
 
@@ -108,7 +108,7 @@ def test_base_is_in_the_usage_and_other_options_are_refused_with_it(sweep: Sweep
 def test_a_length_that_was_asked_for_and_is_replaced_is_told_once(sweep: Sweep, caplog: pytest.LogCaptureFixture) -> None:
     def replaced(*arguments: str) -> list[str]:
         caplog.clear()
-        cells = complete_all(apply_overrides(sweep, [f"autoencoder.checkpoint={GPT2}", *arguments]).cells())
+        cells = resolve_cells(apply_overrides(sweep, [f"autoencoder.checkpoint={GPT2}", *arguments]).cells())
         assert {cell.sampling.max_new_tokens for cell in cells} == {8}
         return caplog.messages
 
@@ -125,7 +125,7 @@ def test_the_text_prompt_gives_other_draws_of_the_same_activations_and_the_learn
     learned, text = cell_keys(cell), cell_keys(replace_at(cell, "autoencoder.encoder_prompt", "text"))
     assert learned.activations == text.activations and learned.draws != text.draws and learned.cell != text.cell
     assert "encoder_prompt" not in learned.identity["draws"] and text.identity["draws"]["encoder_prompt"] == "text"
-    assert label(replace_at(cell, "autoencoder.encoder_prompt", "text"), 2).endswith("T=1 encoder_prompt=text")
+    assert cell_label(replace_at(cell, "autoencoder.encoder_prompt", "text"), 2).endswith("T=1 encoder_prompt=text")
 
 
 def test_the_references_replicates_change_the_cell_alone_and_none_keep_its_key(sweep: Sweep) -> None:
@@ -248,7 +248,7 @@ def test_a_directory_stays_the_file_that_was_planned_with_while_training_goes_on
 ) -> None:
     first = alone()
     given = apply_overrides(sweep, [f"autoencoder.checkpoint={first.parent}", f"autoencoder.base={BASE}"]).cell
-    planned = complete(given)
+    planned = resolve_cell(given)
     keys = cell_keys(planned)
     assert planned.autoencoder.checkpoint == str(first) and keys == cell_keys(given)
     value = torch.load(first, weights_only=False)

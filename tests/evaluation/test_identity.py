@@ -12,7 +12,7 @@ import yaml
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Sweep
 from ksweep.config.spec import replace_at
-from ksweep.evaluation.identity import Keys, cell_keys, label
+from ksweep.evaluation.identity import CellKeys, cell_keys, cell_label
 from ksweep.utils.errors import DataError, RequestError, SpecError
 from tests.activations.helpers import passages, random_vectors, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, edit_sidecar, edit_weights, make_pair
@@ -49,7 +49,7 @@ def with_sidecar(cell: Cell, **extraction: Any) -> Cell:
     return cell
 
 
-def changed(before: Keys, after: Keys) -> set[str]:
+def changed(before: CellKeys, after: CellKeys) -> set[str]:
     return {name for name in ("activations", "draws", "cell") if getattr(before, name) != getattr(after, name)}
 
 
@@ -203,14 +203,14 @@ def test_keys_of_a_missing_checkpoint_name_the_path(cell: Cell) -> None:
 
 def test_label_says_pair_layer_temperature_and_top_p_where_it_cuts(cell: Cell) -> None:
     cell = replace_at(cell, "autoencoder.av", "owner/nla-qwen-av")
-    assert label(cell, 20) == "qwen L20 T=0.7"
-    assert label(replace_at(cell, "sampling.top_p", 0.95), 20) == "qwen L20 T=0.7 top_p=0.95"
+    assert cell_label(cell, 20) == "qwen L20 T=0.7"
+    assert cell_label(replace_at(cell, "sampling.top_p", 0.95), 20) == "qwen L20 T=0.7 top_p=0.95"
 
 
 def test_name_of_a_cell_is_its_label_and_the_start_of_its_key(cell: Cell) -> None:
     keys = cell_keys(cell)
     assert keys.name == f"{keys.label} @{keys.cell[:8]}"
-    assert keys.label == label(cell, 1)
+    assert keys.label == cell_label(cell, 1)
 
 
 def test_keys_of_a_pair_are_those_that_its_stored_results_have(tmp_path: Path) -> None:
