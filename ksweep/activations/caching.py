@@ -20,8 +20,9 @@ from ksweep.activations.source import UnitSource
 from ksweep.activations.store import ActivationStore, ActivationTable, Shard, estimate_bytes
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError, RunError, SpecError
-from ksweep.utils.files import clear_leftovers, digest, resolve
+from ksweep.utils.files import clear_leftovers
 from ksweep.utils.fingerprint import fingerprint
+from ksweep.utils.hub import content_digest, resolve
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ class _SameSource:
             return
         files = [self.path] if self.path.is_file() else sorted(path for path in self.path.rglob("*") if path.is_file())
         now = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
-        if now != self._seen and digest(self.path) != self.digest:
+        if now != self._seen and content_digest(self.path) != self.digest:
             raise DataError(
                 f"{self.path} has changed since this run began: what was kept before is of the old content, and nothing of the "
                 "new one was mixed in. Run again to use it as it is now."
@@ -282,7 +283,7 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
         "kind": "text",
         "extractor": {"version": EXTRACTOR_VERSION, "rows_per_unit": rows_per_unit(activations, max_length)},
         "text": text_identity(activations),
-        "model": digest(path),
+        "model": content_digest(path),
         "layer": layer,
         "positions": rule_identity(activations),
         "max_length": max_length,
@@ -304,7 +305,7 @@ def _vectors_identity(activations: Activations) -> dict[str, Any]:
             f"set activations.num_activations={rows}, or take a larger file"
         )
     reader = {"version": EXTRACTOR_VERSION, "rows_per_unit": ROWS_PER_UNIT}
-    identity = {"kind": "vectors", "extractor": reader, "vectors": digest(path), "d_model": d_model}
+    identity = {"kind": "vectors", "extractor": reader, "vectors": content_digest(path), "d_model": d_model}
     documents = document_column(path, activations.document_column)
     if documents not in (None, DOCUMENTS[0]):  # so that keys of the public columns hold
         identity["document_column"] = documents

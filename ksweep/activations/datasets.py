@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import DataError
-from ksweep.utils.files import digest
+from ksweep.utils.hub import content_digest
 
 Format = Literal["txt", "jsonl", "parquet", "datasets", "hub"]
 
@@ -89,7 +89,7 @@ def text_identity(activations: Activations) -> dict[str, object]:
     first = next((row for row in read_documents(activations) if row.holds_something), None)
     if first is not None and first.token_ids is not None:
         identity["holds"] = "token_ids"
-    return identity | {"digest": digest(_local(activations))}
+    return identity | {"digest": content_digest(_local(activations))}
 
 
 def text_begins_with_bos(activations: Activations, model: Path) -> bool:

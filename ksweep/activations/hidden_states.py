@@ -27,7 +27,7 @@ from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices, placed
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError, RequestError
-from ksweep.utils.files import MODEL_LOADING, resolve
+from ksweep.utils.hub import MODEL_LOADING, resolve
 
 BATCH_TOKENS = 16_384
 """Padded tokens in one forward pass. Changing it changes which rows share a batch, so the last bits: raise EXTRACTOR_VERSION."""

@@ -20,7 +20,6 @@ import mmap
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ import xxhash
 
 from ksweep.activations.source import STORED_DTYPES, Unit, keys_of, norms_of, to_float32
 from ksweep.utils.errors import DiskFullError, RunError, StoreError
-from ksweep.utils.files import publish, readable_by_colleagues
+from ksweep.utils.files import publish, publish_once
 from ksweep.utils.version import VERSION
 
 if TYPE_CHECKING:
@@ -208,7 +207,7 @@ class ActivationStore:
 
     def _publish(self, shard: Shard, data: pa.Buffer) -> bool:
         publish(self.directory / shard.file, data)
-        ours = _publish_first(self._json(shard.unit), _json_bytes(asdict(shard)))
+        ours = publish_once(self._json(shard.unit), _json_bytes(asdict(shard)))
         _sync_directory(self.directory)
         return ours
 
@@ -379,9 +378,10 @@ class ActivationTable:
         return np.concatenate(parts) if parts else np.empty((0, self.d_model), dtype=np.float32)
 
     def stored(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """The same as read-only views into the memory map, one a shard, nothing copied: bfloat16 as uint16.
+        """Yield vectors of activations start..stop-1 as read-only views into the memory map, one per shard, without a copy.
 
-        `ksweep.activations.tensors.tensors` gives them as torch tensors.
+        bfloat16 comes as uint16: `torch.from_numpy(view.view(np.int16)).view(torch.bfloat16)` is a tensor over the same memory.
+        torch has no notion of read-only: writing into such a tensor ends the process.
         """
         for shard, low, high in self._spans(start, stop):
             yield self._vectors_of(shard)[low:high]
@@ -570,28 +570,6 @@ def _found(batch: pa.RecordBatch) -> dict[str, str]:
 
 def _hindered(path: str | Path, error: OSError) -> StoreError:
     return StoreError(f"{path} cannot be read ({error.strerror}) and was left where it is: it need not be damaged")
-
-
-def _publish_first(path: Path, data: bytes) -> bool:
-    """Publish a file unless it is there already; says whether it was published."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, readable_by_colleagues())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            os.replace(temporary, path)  # a file system without hard links: the last one counts
-        return True
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -15,7 +15,7 @@ from ksweep.activations.positions import most_per_row, row_positions, unpadded
 from ksweep.activations.source import Unit, refuse_unusable, to_float32
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
-from ksweep.utils.files import resolve
+from ksweep.utils.hub import resolve
 
 if TYPE_CHECKING:
     from ksweep.activations.hidden_states import BlockReader

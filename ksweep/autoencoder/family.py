@@ -27,7 +27,7 @@ from ksweep.autoencoder.tae import checkpoint as tae
 from ksweep.config.spec import Autoencoder
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import DataError
-from ksweep.utils.files import HUB_ID, resolve
+from ksweep.utils.hub import HUB_ID, resolve
 from ksweep.utils.notes import Note, notes_of
 
 if TYPE_CHECKING:

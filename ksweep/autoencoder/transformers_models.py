@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from ksweep.utils.errors import CheckpointError
-from ksweep.utils.files import MODEL_LOADING
+from ksweep.utils.hub import MODEL_LOADING
 
 LARGEST_WEIGHT = 1e9
 LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)

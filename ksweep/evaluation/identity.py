@@ -18,8 +18,8 @@ from ksweep.autoencoder.family import ActivationFacts, Family, family_of
 from ksweep.config.spec import Activations, Cell, Sampling
 from ksweep.config.sweep import Sweep
 from ksweep.utils.errors import DataError, SpecError
-from ksweep.utils.files import resolve
 from ksweep.utils.fingerprint import fingerprint
+from ksweep.utils.hub import resolve
 from ksweep.utils.notes import Note
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ksweep.utils.errors import DiskFullError, RunError
-from ksweep.utils.files import clear_leftovers, publish, readable_by_colleagues
+from ksweep.utils.files import clear_leftovers, publish, umask_permissions
 from ksweep.utils.notes import Note, keep, kept
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class DrawsStore:
                 pq.write_table(table.cast(SCHEMA), file, compression="zstd", write_page_checksum=True)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, readable_by_colleagues())
+            os.chmod(temporary, umask_permissions())
             os.replace(temporary, self.path / unit.file_name)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from ksweep.utils.files import HUB_ID
+from ksweep.utils.hub import HUB_ID
 from ksweep.utils.notes import Note
 
 Refuse = Callable[[str], Exception]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from ksweep.activations import ActivationStore, activation_key, activations_key,
 from ksweep.activations import store as store_module
 from ksweep.activations.caching import fill
 from ksweep.activations.source import Unit, to_bfloat16_bits, to_float32
-from ksweep.activations.tensors import tensors
 from ksweep.activations.vector_source import ROWS_PER_UNIT
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError, RunError, SpecError, StoreError
@@ -103,17 +103,25 @@ def test_ranges_over_shards_without_rows_equal_those_of_the_array(tmp_path: Path
     assert all(np.array_equal(table.row(i), vectors[i]) for i in range(9))
 
 
+def as_tensor(view: np.ndarray) -> torch.Tensor:
+    """A stored view as a tensor over the same memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(view.view(np.int16)).view(torch.bfloat16) if view.dtype == np.uint16 else torch.from_numpy(view)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_stored_vectors_are_views_into_the_file_for_numpy_and_torch(tmp_path: Path, dtype: str) -> None:
     exact = torch.from_numpy(random_vectors(20)).to(getattr(torch, dtype))
     table = small_store(
         tmp_path, exact.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else exact.numpy(), dtype
     ).open(20)
-    views, tensors_ = list(table.stored()), list(tensors(table))
+    views = list(table.stored())
+    tensors = [as_tensor(view) for view in views]
     assert all(not view.flags.owndata and not view.flags.writeable for view in views)
-    assert [tensor.data_ptr() for tensor in tensors_] == [view.__array_interface__["data"][0] for view in views]
-    assert torch.cat(tensors_).dtype == exact.dtype and torch.equal(torch.cat(tensors_), exact)
-    one = next(tensors(table, 13, 14))[0]
+    assert [tensor.data_ptr() for tensor in tensors] == [view.__array_interface__["data"][0] for view in views]
+    assert torch.cat(tensors).dtype == exact.dtype and torch.equal(torch.cat(tensors), exact)
+    one = as_tensor(next(table.stored(13, 14)))[0]
     assert torch.equal(one, exact[13]) and one.data_ptr() == table.row(13).__array_interface__["data"][0]
 
 

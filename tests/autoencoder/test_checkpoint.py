@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from ksweep.autoencoder.nla.checkpoint import check_pair, digest, family, inspect
-from ksweep.utils import files
+from ksweep.utils import hub
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.notes import Note
 from tests.tiny_models import FIXTURES, TinyPair, edit_sidecar, edit_weights, make_pair
@@ -499,7 +499,7 @@ def test_digest_follows_the_content_of_checkpoint_and_base(adapters: TinyPair, t
     changed = digest(inspect(adapters.av, "av", base=str(moved)))
     edit_sidecar(adapters.av, extraction__injection_scale=21.0)
     assert len({before, changed, digest(inspect(adapters.av, "av", base=str(moved)))}) == 3
-    assert digest(inspect(FIXTURES / "qwen2_text" / "nla-av", "av")) == files.digest(FIXTURES / "qwen2_text" / "nla-av")
+    assert digest(inspect(FIXTURES / "qwen2_text" / "nla-av", "av")) == hub.content_digest(FIXTURES / "qwen2_text" / "nla-av")
 
 
 def test_checkpoint_module_needs_neither_torch_nor_numpy() -> None:

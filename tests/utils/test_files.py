@@ -5,16 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from ksweep.utils import files
+from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.files import locked
 
@@ -31,35 +31,35 @@ def test_digest_follows_content_and_names_not_place_or_time(tmp_path: Path) -> N
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "README.md").write_text(name)
     a, b = tmp_path / "a", tmp_path / ".cache" / "b"
-    assert files.digest(a) == files.digest(b)
+    assert hub.content_digest(a) == hub.content_digest(b)
     (b / "config.json").write_text("{ }")
-    assert files.digest(a) != files.digest(b)
+    assert hub.content_digest(a) != hub.content_digest(b)
     (a / "config.json").rename(a / "other.json")
     (b / "config.json").write_text("{}")
-    assert files.digest(a) != files.digest(b)
+    assert hub.content_digest(a) != hub.content_digest(b)
 
 
 def test_a_file_rewritten_with_its_old_size_and_time_gets_a_new_digest(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"aaaa")
-    before, stat = files.digest(path), path.stat()
+    before, stat = hub.content_digest(path), path.stat()
     path.write_bytes(b"bbbb")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert files.digest(path) != before
+    assert hub.content_digest(path) != before
 
 
 def test_a_digest_is_remembered_and_a_spoiled_memory_is_not_believed(tmp_path: Path, own_home: Path) -> None:
     path = tmp_path / "w.bin"
     path.write_bytes(b"x")
-    value = files.digest(path)
+    value = hub.content_digest(path)
     [note] = (own_home / "digests").iterdir()
     note.write_text("rubbish")
-    assert files.digest(path) == value
+    assert hub.content_digest(path) == value
 
 
 def test_a_directory_without_model_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no model files"):
-        files.digest(tmp_path)
+        hub.content_digest(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_a_directory_without_model_files_is_refused(tmp_path: Path) -> None:
 )
 def test_a_source_that_is_neither_path_nor_hub_id_is_told_so(source: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
-        files.resolve(source)
+        hub.resolve(source)
 
 
 def test_the_demo_base_that_is_not_there_yet_is_told_how_to_get_it(own_home: Path) -> None:
     with pytest.raises(CheckpointError, match="make demo-model"):
-        files.resolve(str(own_home / "models" / "smollm2"))
+        hub.resolve(str(own_home / "models" / "smollm2"))
 
 
 def test_a_hub_id_that_cannot_be_had_offline_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_hub_id_that_cannot_be_had_offline_is_told_so(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="neither a local path nor to be had from the model hub"):
-        files.resolve("nobody/nothing", "AV checkpoint")
+        hub.resolve("nobody/nothing", "AV checkpoint")
 
 
 def test_publish_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +98,9 @@ def test_publish_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pytes
 
 def test_digest_leaves_out_what_datasets_caches_beside_its_data(tmp_path: Path) -> None:
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"rows")
-    before = files.digest(tmp_path)
+    before = hub.content_digest(tmp_path)
     (tmp_path / "cache-1f3a.arrow").write_bytes(b"left by a map over the rows")
-    assert files.digest(tmp_path) == before
+    assert hub.content_digest(tmp_path) == before
 
 
 HOLDER = """import sys; from pathlib import Path; from ksweep.utils.files import locked
@@ -122,23 +122,21 @@ def held_lock(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
 
 
 def test_locked_is_waited_for_and_says_so_once_and_a_dead_holder_holds_nothing(
-    held_lock: tuple[Path, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    held_lock: tuple[Path, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, holder = held_lock
-    said, waits = [], 0
-
-    def wait(_seconds: float) -> None:
-        nonlocal waits
-        said.append(capsys.readouterr().err)
-        waits += 1
-        if waits == 3:
-            holder.kill()
-            holder.wait()
-
-    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
+    killer = threading.Timer(0.3, holder.kill)  # some six looks at the lock later
+    killer.start()
     with locked(path, "another command", aloud=True) as held:
-        assert held and waits == 3
-    assert said == [f"another command is at work in {path.parent}: waiting for it\n", "", ""]
+        assert held and holder.wait(0.1) == -signal.SIGKILL
+    killer.join()
+    assert capsys.readouterr().err == f"another command is at work in {path.parent}: waiting for it\n"
+
+
+def test_locked_is_free_again_after_its_body(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked(tmp_path / "lock", "it", patience=0.0) as held:
+            assert held
 
 
 def test_locked_goes_on_beside_a_holder_after_its_patience(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ksweep.autoencoder.nla.sidecar import Role, Sidecar, read_sidecar
 from ksweep.autoencoder.safetensors_header import Tensor, check_attention, check_blocks, model_tensors, read_header, some
-from ksweep.utils import files
+from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.model_sizes import language_model
 from ksweep.utils.notes import Note
@@ -106,7 +106,7 @@ def inspect(path: Path | str, expected_role: Role, base: str | None = None) -> C
     Raises:
         CheckpointError: what is wrong, what was expected, what to do.
     """
-    path = files.resolve(str(path), f"{expected_role.upper()} checkpoint")
+    path = hub.resolve(str(path), f"{expected_role.upper()} checkpoint")
     if family(path) != "nla":
         raise CheckpointError(
             f"{path} is a talkative-autoencoder file; expected an {expected_role.upper()} directory with nla_meta.yaml. This "
@@ -171,10 +171,10 @@ def check_pair(
 
 def digest(info: CheckpointInfo) -> str:
     """Content of a checkpoint as 32 hex digits; an adapter's includes its base, since they only mean something together."""
-    own = files.digest(info.path)
+    own = hub.content_digest(info.path)
     if info.base is None:
         return own
-    return hashlib.sha256(f"{own} over {files.digest(info.base)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{own} over {hub.content_digest(info.base)}".encode()).hexdigest()[:32]
 
 
 def _check_activations(
@@ -198,7 +198,7 @@ def _base_digests(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[str | None, s
     """What two adapters lie over, where that is not plainly the same directory."""
     if av.base is None or ar.base is None or av.base == ar.base:
         return None, None
-    return files.digest(av.base), files.digest(ar.base)
+    return hub.content_digest(av.base), hub.content_digest(ar.base)
 
 
 def _base(path: Path, base: str | None, sidecar: Sidecar) -> Path:
@@ -216,7 +216,7 @@ def _base(path: Path, base: str | None, sidecar: Sidecar) -> Path:
             "path or hub id."
         )
     try:
-        found = files.resolve(source, "base model")
+        found = hub.resolve(source, "base model")
     except CheckpointError as error:
         where = "autoencoder.base" if base else f"base_model_name_or_path in {path / ADAPTER_CONFIG}"
         raise CheckpointError(
@@ -245,11 +245,11 @@ def _check_base_digest(base: Path, expected: str, path: Path) -> None:
 
 
 def _weights_digest(weights: Path) -> str:
-    return files.digest(weights)
+    return hub.content_digest(weights)
 
 
 def _short(expected: str) -> str:
-    """First 32 hex digits of "sha256:<hex>", what ksweep.utils.files keeps."""
+    """First 32 hex digits of "sha256:<hex>", what ksweep.utils.hub keeps."""
     return expected.removeprefix("sha256:").lower()[:32]
 
 
@@ -343,7 +343,7 @@ def _check_head(path: Path, d_model: int) -> None:
 
 def _hub_name(source: str | None) -> str | None:
     """A hub id for comparison; None for what says nothing: a local path, or nothing."""
-    if source is None or source.startswith(("/", ".", "~")) or not files.HUB_ID.match(source):
+    if source is None or source.startswith(("/", ".", "~")) or not hub.HUB_ID.match(source):
         return None
     return source.partition("@")[0].lower()
 

@@ -32,7 +32,7 @@ from ksweep.autoencoder.tae.layout import (
     whole_number,
 )
 from ksweep.autoencoder.tae.schedule import Written
-from ksweep.utils import files
+from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.model_sizes import language_model
 from ksweep.utils.notes import Note
@@ -97,7 +97,7 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
     Raises:
         CheckpointError: what is wrong, what was expected, what to do.
     """
-    path = files.resolve(str(path), "talkative-autoencoder checkpoint")
+    path = hub.resolve(str(path), "talkative-autoencoder checkpoint")
     path = highest_step(path) if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     states = {role: _state(checkpoint, role, path) for role in ("decoder", "encoder")}
@@ -151,7 +151,7 @@ def soft_prompt_sides(info: TaeInfo) -> tuple[str, str]:
 
 def digest_tae(info: TaeInfo) -> str:
     """Content of file and base as 32 hex digits: the trained tensors mean nothing over another base."""
-    return hashlib.sha256(f"{files.digest(info.path)} over {files.digest(info.base)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{hub.content_digest(info.path)} over {hub.content_digest(info.base)}".encode()).hexdigest()[:32]
 
 
 def is_tae(path: Path) -> bool:
@@ -300,7 +300,7 @@ def _base(config: Mapping[str, Any], base: str | None, path: Path) -> Path:
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{path}: its config has model_name={name!r}, expected a path or hub id. Set autoencoder.base.")
     try:
-        return files.resolve(name if base is not None else _source(name, path), "base model")
+        return hub.resolve(name if base is not None else _source(name, path), "base model")
     except CheckpointError as error:
         raise CheckpointError(
             f"{path} stands on a base model that cannot be had (model_name {name!r}): {error} Set autoencoder.base to where the "

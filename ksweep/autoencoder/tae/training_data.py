@@ -17,7 +17,7 @@ from ksweep.config.reference_options import translate_checkpoint_config
 from ksweep.config.spec import Activations
 from ksweep.config.sweep import Sweep
 from ksweep.utils.errors import SpecError
-from ksweep.utils.files import resolve
+from ksweep.utils.hub import resolve
 
 RULE = ("positions", "candidates", "min_position", "positions_per_document", "max_norm")
 """Which vectors of a text; where a config is silent about one, the reference's default holds."""

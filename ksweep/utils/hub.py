@@ -1,0 +1,92 @@
+"""Find checkpoints and digest their contents: a path or hub id -> a local path, a path -> a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from ksweep.utils.errors import CheckpointError
+from ksweep.utils.files import home, publish
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+
+
+CONTENT_SUFFIXES = (".safetensors", ".bin", ".pt", ".json", ".yaml", ".model", ".txt", ".jinja", ".parquet", ".jsonl", ".arrow")
+"""Files of a checkpoint directory that change what it computes. README, LICENSE and pictures do not."""
+
+
+DATASETS_CACHE = re.compile(r"cache-.*\.arrow")
+"""What `datasets` leaves in a saved data set when someone maps or filters it, and does not read with it."""
+
+
+MODEL_LOADING = threading.RLock()
+"""Held while transformers loads weights: it swaps methods of its classes meanwhile, and two threads at once leave them
+swapped (weights are then never tied again in this process; seen with transformers 5.23)."""
+
+
+def resolve(source: str, what: str = "model") -> Path:
+    """Local directory or file of a path or hub id; a hub id is downloaded (or found in the hub cache) first.
+
+    Raises:
+        CheckpointError: nothing at the path, and not a hub id that can be had.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.resolve()
+    if home() in path.parents:
+        raise CheckpointError(
+            f"no {what} at {source!r} yet: `make demo-model` (python scripts/fetch_demo_model.py) puts the demo's base there"
+        )
+    if source.startswith((".", "/", "~")) or not HUB_ID.match(source):
+        raise CheckpointError(
+            f"no {what} at {source!r}: expected an existing path, or a hub id such as owner/name or owner/name@revision. "
+            "Check the spelling, and that a relative path starts from the current directory."
+        )
+    return _hub_snapshot(source, what)
+
+
+def _hub_snapshot(source: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download  # heavy; only when a hub id is given
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = source.partition("@")
+    ignore = ["*.gguf", "*.onnx", "*.msgpack", "*.h5", "original/*"]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, ignore_patterns=ignore))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{what} {source!r} is neither a local path nor to be had from the model hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}). Check the spelling, log in for gated models (hf auth login), "
+            "or pass a local directory."
+        ) from error
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 over the names and contents of what matters at a path, as 32 hex digits. Remembered by (path, size, mtime)."""
+    if path.is_file():
+        return _file_digest(path)[:32]
+    found = (p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES and not DATASETS_CACHE.fullmatch(p.name))
+    files = sorted(p for p in found if ".cache" not in p.relative_to(path).parts)  # where hub clients keep their notes
+    if not files:
+        raise CheckpointError(f"{path} holds no model files ({', '.join(CONTENT_SUFFIXES[:3])}, ...): is it the right directory?")
+    lines = [f"{p.relative_to(path).as_posix()} {_file_digest(p)}" for p in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> str:
+    stat = path.stat()
+    # ctime changes on every rewrite, also when a copy tool sets mtime back.
+    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()[:32]
+    remembered = home() / "digests" / key
+    with suppress(OSError):
+        text = remembered.read_text()
+        if re.fullmatch(r"[0-9a-f]{64}", text):
+            return text
+    with path.open("rb") as file:
+        value = hashlib.file_digest(file, "sha256").hexdigest()
+    with suppress(OSError):  # a read-only home only costs the time of hashing again
+        publish(remembered, value.encode())
+    return value
