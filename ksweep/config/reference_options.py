@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,6 @@ Settings = dict[str, Any]
 
 Table = Literal["submission", "evaluation", "checkpoint"]
 Kind = Literal["translated", "not needed", "no effect"]
-Convert = Callable[[str, Any, Mapping[str, Any]], Settings]
 
 CONFIG_DIRECTORY = Path("conf") / "eval"
 """Where `+eval=NAME` looks for NAME.yaml."""
@@ -53,97 +52,116 @@ IGNORED_SECTIONS = ("dataset", "data", "on_the_fly", "activation_dumper", "defau
 """Sections of an old evaluation file that Hydra filed where nobody read them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Option:
-    """One option of the reference."""
+    """One option of the reference: a row of reference_options.yaml, which says what the fields mean."""
 
     name: str
     table: Table
     keys: tuple[str, ...] = ()
-    """What it is called here."""
-    says: str = ""
-    """What differs, or why there is no such option; shown in the table, and as a warning where nothing is translated."""
-    to: Convert | None = None
-    """From its name, its value and all that was given to new settings; None hands the value on to the only key."""
+    note: str
+    conversion: str = "as_is"
+    values: Mapping[bool, Any] = field(default_factory=dict)
+    choices: Sequence[str] = ()
+    also: Mapping[str, Any] = field(default_factory=dict)
     kind: Kind = "translated"
     warns: bool = False
-    """Whether `says` is also told when the option is translated."""
 
     def settings(self, value: Any, given: Mapping[str, Any]) -> Settings:
-        """New settings; none where nothing is translated or null stands for the default."""
+        """Return the new settings; none where nothing is translated or null stands for the default."""
         if self.kind != "translated" or value is None:
             return {}
-        return {self.keys[0]: value} if self.to is None else self.to(self.name, value, given)
+        return CONVERSIONS[self.conversion](self, value, given)
 
     def warning(self, value: Any) -> str | None:
-        """What whoever gave this value should know."""
+        """Return what the user who gave this value should know."""
         if value is None or (self.kind == "translated" and not self.warns):
             return None
         if self.kind == "translated":
-            return f"{self.name}: {self.says}"
+            return f"{self.name}: {self.note}"
         what = "never had an effect in the reference" if self.kind == "no effect" else "is not needed here"
-        return f"{self.name} {what} and is left out: {self.says}"
+        return f"{self.name} {what} and is left out: {self.note}"
 
 
-# From an old value to new ones
+def _read_options() -> tuple[Option, ...]:
+    tables = yaml.load(Path(__file__).with_suffix(".yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return tuple(
+        Option(name=name, table=table, keys=tuple(row.pop("keys", ())), **row)
+        for table, rows in tables.items()
+        for name, row in rows.items()
+    )
 
 
-def _k_values(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    ks = sorted({_whole(name, k) for k in (value if isinstance(value, (list, tuple)) else [value])})
+OPTIONS = _read_options()
+"""Every option of the reference's submission script, of its evaluation, and what it read from the checkpoint's config."""
+
+BY_NAME = {option.name: option for option in OPTIONS}
+
+
+# Conversions: (option, its value, every option that was given) -> new settings
+
+
+def _as_is(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
+    return {option.keys[0]: value}
+
+
+def _whole_number(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
+    return dict.fromkeys(option.keys, _whole(option.name, value)) | option.also
+
+
+def _switch(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
+    new = option.values[_truth(option.name, value)]
+    return {} if new is None else {option.keys[0]: new}
+
+
+def _choice(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
+    if value not in option.choices:
+        raise SpecError(f"{option.name}={value!r} is not one of {', '.join(option.choices)}")
+    return {option.keys[0]: value, **option.also}
+
+
+def _k_values(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
+    ks = sorted({_whole(option.name, k) for k in (value if isinstance(value, (list, tuple)) else [value])})
     if not ks or ks[0] < 1:
-        raise SpecError(f"{name}={value!r}: expected whole numbers of at least 1, such as [1,2,4,8]")
+        raise SpecError(f"{option.name}={value!r}: expected whole numbers of at least 1, such as [1,2,4,8]")
     return {"scoring.ks": ks, "sampling.num_draws": ks[-1]}
 
 
-def _max_val_samples(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+def _max_val_samples(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
     per_row = given.get("eval.num_positions")
-    return {
-        "activations.num_activations": _whole(name, value) * (1 if per_row is None else _whole("eval.num_positions", per_row))
-    }
+    factor = 1 if per_row is None else _whole("eval.num_positions", per_row)
+    return {"activations.num_activations": _whole(option.name, value) * factor}
 
 
-def _checkpoint(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+def _checkpoint(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
     if not str(value).strip():
-        raise SpecError(f"{name} is empty: give a checkpoint_*.pt file, or a directory of them")
+        raise SpecError(f"{option.name} is empty: give a checkpoint_*.pt file, or a directory of them")
     return {"autoencoder.checkpoint": str(value)}
 
 
-def _export_json(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+def _export_json(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
     folder = given.get("eval.output_dir") or "eval_results"
     return {"export_json": os.path.join(str(folder), str(given.get("eval.output_file") or "k_sweep_results.json"))}
 
 
-def _strategy(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    if value not in ("random", "midpoint"):
-        raise SpecError(f"{name}={value!r} is not one of random, midpoint")
-    return {"activations.positions": value, "activations.candidates": "not_padding"}
-
-
-def _min_pos(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    return {"activations.min_position": _whole(name, value), "activations.candidates": "not_padding"}
-
-
-def _pretokenized(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+def _pretokenized(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
     split = str(given.get("dataset.val_split") or "validation")
     return {"activations.text": os.path.join(str(value), split), "activations.text_column": "input_ids"}
 
 
-def _filter_norms(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    norm = given.get("dataset.on_the_fly.max_activation_norm")
-    return {"activations.max_norm": 300_000.0 if norm is None else norm} if _truth(name, value) else {}
+def _max_norm(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
+    switch, limit = "dataset.on_the_fly.filter_large_norms", given.get("dataset.on_the_fly.max_activation_norm")
+    if given.get(switch) is None or not _truth(switch, given[switch]):
+        return {}
+    return {"activations.max_norm": 300_000.0 if limit is None else limit}
 
 
-def _max_norm(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    name = "dataset.on_the_fly.filter_large_norms"
-    return {} if given.get(name) is None else _filter_norms(name, given[name], given)
-
-
-def _time(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+def _time_limit(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
     minutes(str(value))
     return {"resources.time": str(value)}
 
 
-def _nice(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
+def _nice(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
     text = str(value).strip().lower()
     if text in ("", "0", "false", "no"):
         return {}
@@ -151,177 +169,21 @@ def _nice(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
     return {"resources.qos": "preemptable", "resources.nice": level}
 
 
-def _force_direct(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    return {"resources.cluster": "local"} if _truth(name, value) else {}
-
-
-def _seed(name: str, value: Any, given: Mapping[str, Any]) -> Settings:
-    return dict.fromkeys(("sampling.seed", "activations.seed"), _whole(name, value))
-
-
-def _number(key: str) -> Convert:
-    return lambda name, value, given: {key: _whole(name, value)}
-
-
-def _switch(key: str, on: Any, off: Any) -> Convert:
-    return lambda name, value, given: {key: on if _truth(name, value) else off}
-
-
-# The tables
-
-_LOADER = "activations come from the activation store; there is no data loader"
-_TOKENS = "extraction fills batches by tokens (16,384), alike everywhere, because another batch changes the last bits"
-_CONFIG = "the reference's normal path read this from the checkpoint's config only; here it counts"
-_SHARDS = "dumped .pt shards are not read: activations are extracted from the text, or given as activations.vectors=FILE"
-_PER_K = (
-    "true becomes prefix. false becomes order_statistics: the expectation of fresh draws for every K, from those of the "
-    "largest K. Left out, order_statistics holds (the reference: true)"
-)
-_BOOTSTRAP = (
-    "true becomes 1000: the reference's percentile and BCa intervals over single vectors, in every mode. The interval over "
-    "documents is always there (scoring.num_replicates)"
-)
-_BASE = (
-    "model whose activations are explained. The reference's sweep ran decoder and encoder on it too; here they stay on model_name"
-)
-
-OPTIONS: tuple[Option, ...] = (
-    Option("num_gpus", "submission", ("resources.gpus",), "one rank per GPU", _number("resources.gpus")),
-    Option("time", "submission", ("resources.time",), "minutes, or 24:00:00", _time),
-    Option("job_name", "submission", ("name",), "also names the sweep in the registry"),
-    Option("nodes", "submission", ("resources.nodes",), "the reference ran on one, however many", _number("resources.nodes")),
-    Option(
-        "nice", "submission", ("resources.qos", "resources.nice"),
-        "qos preemptable and nice N (10000 for `true`); a requeued job carries on instead of starting from zero", _nice,
-    ),
-    Option("force_direct", "submission", ("resources.cluster",), "true becomes local", _force_direct),
-    Option("partition", "submission", ("resources.partition",), "in the reference's examples, where Hydra refused it"),
-    Option(
-        "eval.checkpoint_path", "evaluation", ("autoencoder.checkpoint",),
-        "of a directory the checkpoint with the highest step, not the newest file of any type", _checkpoint,
-    ),
-    Option(
-        "eval.k_values", "evaluation", ("scoring.ks", "sampling.num_draws"),
-        "as many draws as the largest K; every K is read off the same draws", _k_values,
-    ),
-    Option(
-        "eval.constant_k_mode", "evaluation", ("scoring.selection",), _PER_K,
-        _switch("scoring.selection", "prefix", "order_statistics"),
-    ),
-    Option(
-        "eval.max_val_samples", "evaluation", ("activations.num_activations",),
-        "rows, times num_positions. A text with fewer is an error that names how many there are; no remainder is dropped",
-        _max_val_samples,
-    ),
-    Option(
-        "eval.max_batches", "evaluation", (),
-        "it meant batches or samples per rank, by mode; set activations.num_activations instead", kind="not needed",
-    ),
-    Option("eval.temperature", "evaluation", ("sampling.temperature",), "0 is greedy (the reference divided by it)"),
-    Option(
-        "eval.max_generation_batch_size", "evaluation", ("resources.batch_size",),
-        "draws in flight, or texts scored, at once on one rank; in float32 it changes no draw, in bfloat16 it flips near ties",
-        _number("resources.batch_size"),
-    ),
-    Option("eval.vector_extraction_batch_size", "evaluation", (), _TOKENS, kind="not needed"),
-    Option("eval.dataloader_batch_size", "evaluation", (), _LOADER, kind="not needed"),
-    Option("eval.dataloader_fwd_pass_batch_size", "evaluation", (), _TOKENS, kind="not needed"),
-    Option(
-        "eval.num_positions", "evaluation", ("activations.positions_per_document",),
-        "max_val_samples is multiplied by it; works in every mode", _number("activations.positions_per_document"),
-    ),
-    Option(
-        "eval.min_pos", "evaluation", ("activations.min_position", "activations.candidates"), _CONFIG, _min_pos, warns=True
-    ),
-    Option(
-        "eval.position_selection_strategy", "evaluation", ("activations.positions", "activations.candidates"), _CONFIG, _strategy,
-        warns=True,
-    ),
-    Option(
-        "eval.do_bootstrap", "evaluation", ("scoring.reference_replicates",), _BOOTSTRAP,
-        _switch("scoring.reference_replicates", 1000, 0),
-    ),
-    Option(
-        "eval.load_store", "evaluation", (),
-        "activations are always stored, and found again by the content of model, text and rule", kind="not needed",
-    ),
-    Option("eval.cache_dir", "evaluation", ("vector_cache",), "old vectors.pkl files are not read"),
-    Option(
-        "eval.output_dir", "evaluation", ("export_json",),
-        "directory of the JSON in the reference's schema; results themselves go to the registry (registry=DIR)", _export_json,
-    ),
-    Option("eval.output_file", "evaluation", ("export_json",), "name of that JSON", _export_json),
-    Option(
-        "eval.use_bf16", "evaluation", ("autoencoder.dtype",), "bfloat16, or float32 (the reference: a dtype error)",
-        _switch("autoencoder.dtype", "bfloat16", "float32"),
-    ),
-    Option(
-        "eval.use_hard_encoder_string", "evaluation", ("autoencoder.encoder_prompt",),
-        "true becomes text: the token embeddings of soft_prompt_init_text instead of the learned prompt",
-        _switch("autoencoder.encoder_prompt", "text", "learned"),
-    ),
-    Option(
-        "eval.compute_variance_by_role", "evaluation", (),
-        "errors and variance recovery by role are always there where a chat template tells roles (Gemma, ChatML, Llama-3, "
-        "Harmony), over all ranks", kind="not needed",
-    ),
-    Option("eval.batch_size", "evaluation", (), "nothing read it", kind="no effect"),
-    Option("eval.generation_batch_size", "evaluation", (), "nothing read it", kind="no effect"),
-    Option(
-        "seed", "evaluation", ("sampling.seed", "activations.seed"),
-        "in the reference the checkpoint's random state replaced it, alike on every rank; here draws and positions follow it",
-        _seed, warns=True,
-    ),
-    Option("data.num_workers", "evaluation", (), f"0 was forced; {_LOADER}", kind="no effect"),
-    Option("model_name", "checkpoint", ("autoencoder.base",), "base of decoder and encoder"),
-    Option("orig_model_name", "checkpoint", ("activations.model",), _BASE),
-    Option("tokenizer_name", "checkpoint", (), "each model brings its own tokenizer", kind="not needed"),
-    Option("layer_l", "checkpoint", ("activations.layer",), "block whose output is explained, 0-based"),
-    Option("t_text", "checkpoint", ("sampling.max_new_tokens",), "always exactly so many tokens: EOS does not stop"),
-    Option(
-        "attn_implementation", "checkpoint", (),
-        "eager where attention is soft-capped (Gemma-2, trained so), else torch's own, which gives the same numbers",
-        kind="not needed",
-    ),
-    Option(
-        "use_bf16", "checkpoint", ("activations.dtype",), "absent: bfloat16", _switch("activations.dtype", "bfloat16", "float32")
-    ),
-    Option("dataset.on_the_fly.enabled", "checkpoint", (), "what is missing is always extracted", kind="not needed"),
-    Option(
-        "dataset.on_the_fly.pretokenized_path", "checkpoint", ("activations.text", "activations.text_column"),
-        "the `datasets` directory of the split below it; its column input_ids, on whatever side it was padded", _pretokenized,
-    ),
-    Option(
-        "dataset.on_the_fly.min_pos", "checkpoint", ("activations.min_position", "activations.candidates"),
-        "counted from the first token that is not padding; a shorter row gives its last token", _min_pos,
-    ),
-    Option(
-        "dataset.on_the_fly.position_selection_strategy", "checkpoint", ("activations.positions", "activations.candidates"),
-        "random or midpoint", _strategy,
-    ),
-    Option(
-        "dataset.on_the_fly.val_vectors_per_sequence", "checkpoint", ("activations.positions_per_document",),
-        "positions of a row", _number("activations.positions_per_document"),
-    ),
-    Option("dataset.on_the_fly.shuffle_after_generation", "checkpoint", (), "order changes no number", kind="not needed"),
-    Option(
-        "dataset.on_the_fly.filter_large_norms", "checkpoint", ("activations.max_norm",),
-        "true: max_activation_norm, or 300000 where that is absent; false leaves it at null", _filter_norms,
-    ),
-    Option(
-        "dataset.on_the_fly.max_activation_norm", "checkpoint", ("activations.max_norm",),
-        "the norm of the activation alone decides, not that of its unused partner", _max_norm,
-    ),
-    Option(
-        "dataset.val_split", "checkpoint", ("activations.text",), "a directory below pretokenized_path; absent: validation",
-        lambda name, value, given: {},
-    ),
-    Option("dataset.activation_dir", "checkpoint", (), _SHARDS, kind="not needed"),
-    Option("dataset.val_activation_dir", "checkpoint", (), _SHARDS, kind="not needed"),
-)  # fmt: skip
-"""Every option of the reference's submission script, of its evaluation, and what it read from the checkpoint's config."""
-
-BY_NAME = {option.name: option for option in OPTIONS}
+CONVERSIONS: dict[str, Callable[[Option, Any, Mapping[str, Any]], Settings]] = {
+    "as_is": _as_is,
+    "whole": _whole_number,
+    "switch": _switch,
+    "choice": _choice,
+    "nothing": lambda option, value, given: {},
+    "k_values": _k_values,
+    "max_val_samples": _max_val_samples,
+    "checkpoint": _checkpoint,
+    "export_json": _export_json,
+    "pretokenized": _pretokenized,
+    "max_norm": _max_norm,
+    "time_limit": _time_limit,
+    "nice": _nice,
+}
 
 
 # Translation
@@ -604,7 +466,7 @@ _REST = (
 def _row(option: Option) -> str:
     new = ", ".join(f"`{key}`" for key in option.keys) or "–"
     why = {"no effect": "never had an effect: ", "not needed": "not needed: ", "translated": ""}[option.kind]
-    return f"| `{option.name}` | {new} | {why}{option.says} |\n"
+    return f"| `{option.name}` | {new} | {why}{option.note} |\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -75,7 +75,7 @@ def test_an_old_option_becomes_its_new_one(old: str, new: list[str]) -> None:
 def test_every_option_is_tried_and_has_a_name_or_a_reason() -> None:
     tried = {argument.partition("=")[0] for argument in EXPECTED}
     for option in OPTIONS:
-        assert option.says and (option.keys or option.kind != "translated"), option.name
+        assert option.note and (option.keys or option.kind != "translated"), option.name
         if option.kind == "translated" and option.table != "checkpoint":
             assert option.name in tried
 
