@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from ksweep import cli, connect
-from ksweep.config.overrides import given_settings, lay_over
+from ksweep.config.overrides import apply_overrides, parse_overrides
 from tests.tiny_sweeps import talking_pair
 
 pytestmark = pytest.mark.slow
@@ -268,7 +268,7 @@ def planned(name: str, arguments: list[str], project: Project) -> None:
     if "cluster=slurm" in arguments:
         sweep = runpy.run_path(f"experiments/{name}.py")["sweep"]
         settings = [word for word in arguments if not word.startswith("--")]
-        assert lay_over(sweep, given_settings(settings, None)).resources.cluster == "slurm"
+        assert apply_overrides(sweep, parse_overrides(settings, None)).resources.cluster == "slurm"
         return
     small = project.tae if of_checkpoint else project.tiny
     assert experiment(name, *small, *arguments, *(["--dry-run"] if "--dry-run" not in arguments else [])) == 0

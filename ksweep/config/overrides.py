@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ksweep.config.reference_options import is_old_config, translate_config
 from ksweep.config.resources import Resources
 from ksweep.config.spec import Autoencoder, Cell, Sampling
 from ksweep.config.sweep import GROUPS, PLAIN, Sweep, known_keys
@@ -23,41 +24,32 @@ from ksweep.utils.errors import SpecError
 log = logging.getLogger(__name__)
 
 
-def apply_overrides(sweep: Sweep, arguments: Sequence[str] = (), config: str | Path | None = None) -> Sweep:
-    """The sweep with a YAML file and then key=value arguments laid over it.
+def parse_overrides(arguments: Sequence[str] = (), config: str | Path | None = None) -> dict[str, Any]:
+    """Return the settings that a YAML file and key=value arguments ask for, by whole key; the arguments win.
+
+    A key is a dotted field ("sampling.num_draws"), or the last part of one where no other field ends in it ("num_draws").
 
     Raises:
-        SpecError: as `given_settings` and `lay_over`.
+        SpecError: an unknown or ambiguous key, an unreadable file or value.
     """
-    return lay_over(sweep, given_settings(arguments, config))
-
-
-def given_settings(arguments: Sequence[str] = (), config: str | Path | None = None) -> dict[str, Any]:
-    """What a YAML file and key=value arguments ask for, by whole key; the arguments win.
-
-    A key is a dotted field ("sampling.num_draws") or a last part that only one field has ("num_draws").
-
-    Raises:
-        SpecError: unknown or ambiguous key, unreadable file or value.
-    """
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if config is not None:
-        given |= _config(_read_yaml(Path(config)))
+        settings |= _config_settings(_read_yaml(Path(config)))
     for argument in arguments:
         key, value = _split(argument)
-        given[_resolve(key)] = value
-    return given
+        settings[_resolve(key)] = value
+    return settings
 
 
-def lay_over(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
-    """The sweep with settings by whole key laid over it.
+def apply_overrides(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
+    """Return a copy of the sweep with settings, by whole key, in place of its own values.
 
-    A list given for a field that holds one value makes that field an axis; one value given for an axis reduces it to that value.
+    A list for a field that holds a single value makes that field an axis; a single value for an axis reduces the axis to it.
 
     Raises:
-        SpecError: value of the wrong type, a spec that contradicts itself.
+        SpecError: a value of the wrong type, or settings that contradict each other or the spec.
     """
-    return _build(sweep, given) if given else sweep
+    return _build(sweep, settings) if settings else sweep
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
@@ -74,13 +66,11 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return typing.cast("Mapping[str, Any]", value)
 
 
-def _config(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a file by dotted key; one of the reference's old shape (all below `eval`) is translated."""
-    from ksweep.config import reference_options  # asks this module for the known keys
-
-    if not reference_options.is_old_config(tree):
+def _config_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file by dotted key, translated where the file has the reference's old shape (all below `eval`)."""
+    if not is_old_config(tree):
         return dict(_flatten(tree))
-    settings, warnings = reference_options.translate_config(tree)
+    settings, warnings = translate_config(tree)
     for warning in warnings:
         log.warning(warning)
     return {_resolve(key): value for key, value in settings.items()}
@@ -135,14 +125,14 @@ def _hint(key: str, keys: list[str]) -> str:
     return f"{group} has {', '.join(k.rpartition('.')[2] for k in inside)}" if inside else "known keys: " + ", ".join(keys)
 
 
-def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
+def _build(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
     """One construction at the end, so that fields which depend on each other may come in any order."""
     hints = known_keys()
     axes = dict(sweep.axes)
     cell, resources, plain = _as_dict(sweep.cell), _as_dict(sweep.resources), {}
-    given = _with_what_they_replace(given, sweep.cell)
+    settings = _clear_replaced_fields(settings, sweep.cell)
     changed: dict[str, dict[str, Any]] = {}
-    for key, value in given.items():
+    for key, value in settings.items():
         group, _, name = key.partition(".")
         if key in PLAIN:
             plain[key] = _convert(key, value, str)
@@ -157,28 +147,31 @@ def _build(sweep: Sweep, given: Mapping[str, Any]) -> Sweep:
             cell[group][name] = changed.setdefault(group, {})[name] = converted
     for group in changed.keys() & axes.keys():  # an axis of whole groups: the changes hold for each of its values
         axes[group] = tuple(replace(v, **changed[group]) for v in axes[group])
-    for key in [k for k, values in axes.items() if "." in k and (k in given or len(values) == 1)]:
+    for key in [k for k, values in axes.items() if "." in k and (k in settings or len(values) == 1)]:
         group, _, name = key.partition(".")
         cell[group][name] = axes[key][0]
     built = Cell(**{name: spec(**cell[name]) for name, spec in GROUPS.items() if name != "resources"})
     return replace(sweep, cell=built, axes=axes, resources=Resources(**resources), **plain)
 
 
-def _with_what_they_replace(given: Mapping[str, Any], old: Cell) -> dict[str, Any]:
-    """A new AV or checkpoint takes the old base with it, a checkpoint and a pair each the place of the other; a checkpoint names
-    model and layer of its activations and the length of explanations, so those of a pair go too. Ready-made vectors take the
-    place of model and text."""
+def _clear_replaced_fields(settings: Mapping[str, Any], old: Cell) -> dict[str, Any]:
+    """Return the settings together with null or default for the fields that they replace.
+
+    A new AV or checkpoint replaces the old base; a checkpoint replaces a pair, and a pair a checkpoint. A checkpoint names the
+    model and layer of its activations and the length of its explanations, so it replaces those of a pair. Ready-made vectors
+    replace model and text.
+    """
     cleared: dict[str, Any] = {}
-    if given.get("autoencoder.checkpoint") is not None:
+    if settings.get("autoencoder.checkpoint") is not None:
         cleared |= {"autoencoder.av": None, "autoencoder.ar": None, "autoencoder.base": None}
         if old.autoencoder.checkpoint is None:
             cleared |= {"activations.model": None, "activations.layer": None}
             cleared |= {"sampling.max_new_tokens": Sampling.max_new_tokens}
-    elif "autoencoder.av" in given:
+    elif "autoencoder.av" in settings:
         cleared |= {"autoencoder.checkpoint": None, "autoencoder.base": None, "autoencoder.encoder_prompt": "learned"}
-    if given.get("activations.vectors") is not None:
+    if settings.get("activations.vectors") is not None:
         cleared |= {"activations.model": None, "activations.text": None}
-    return cleared | dict(given)
+    return cleared | dict(settings)
 
 
 def _as_dict(spec: Any) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _as_is(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
 
 
 def _whole_number(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
-    return dict.fromkeys(option.keys, _whole(option.name, value)) | option.also
+    return {**dict.fromkeys(option.keys, _whole(option.name, value)), **option.also}
 
 
 def _switch(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.analysis import results_table
-from ksweep.config.overrides import given_settings, lay_over
+from ksweep.config.overrides import apply_overrides, parse_overrides
 from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep
 from ksweep.evaluation.identity import CellKeys, resolve_cells, sweep_keys
@@ -61,7 +61,7 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
         )
     if options.json and not options.dry_run:
         _parser(sweep).error("--json goes with --dry-run: `ksweep ls --json` and `ksweep sql --json` tell of results")
-    sweep = lay_over(sweep, _settings(sweep, options, rest))
+    sweep = apply_overrides(sweep, _settings(sweep, options, rest))
     to_slurm = hardware.resolve_cluster(sweep.resources) == "slurm"
     silence: SlurmError | None = None
     if to_slurm:
@@ -164,7 +164,7 @@ def _show(sweep: Sweep, keys: Sequence[CellKeys], steps: Sequence[Step], options
 def _settings(sweep: Sweep, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """What was asked for, by whole key."""
     base = [] if options.base is None else [f"autoencoder.base={json.dumps(options.base)}"]
-    given = given_settings([*base, *arguments], options.config)
+    given = parse_overrides([*base, *arguments], options.config)
     if not options.checkpoint_data:
         return given
     from ksweep.autoencoder.tae.training_data import with_checkpoint_data

@@ -1,4 +1,4 @@
-"""Module names of earlier versions: those that README and notebooks gave, and those that jobs in a queue will ask for."""
+"""Module names of earlier versions: those in README and notebooks of users, and those that queued jobs still ask for."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ MOVED = {
     "ksweep.evaluate": "ksweep.evaluation.evaluate",
     "ksweep.launch.start": "ksweep.launch.worker.start",
 }
-"""Name of an earlier version -> the module it stands for."""
+"""Name in an earlier version -> name now. Modules inside a package move with it."""
 
 
 class _Alias(InspectLoader):
-    """Loads a module under a name of an earlier version: the module itself, not a copy."""
+    """Loads a module under an earlier name: the very module, not a copy."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(MOVED[spec.name])
-        self._own = module.__spec__
+        module = importlib.import_module(self.name)
+        self._own_spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own  # the import system has just set that of the earlier name
+        module.__spec__ = self._own_spec  # the import system has just replaced it by that of the earlier name
 
     def get_code(self, fullname: str) -> CodeType:
-        """What `python -m` with the earlier name runs."""
-        return compile(
-            f"import runpy; runpy.run_module({MOVED[fullname]!r}, run_name='__main__', alter_sys=True)", fullname, "exec"
-        )
+        """Return what `python -m` with the earlier name runs."""
+        return compile(f"import runpy; runpy.run_module({self.name!r}, run_name='__main__', alter_sys=True)", fullname, "exec")
 
     def get_source(self, fullname: str) -> None:
         return None
@@ -44,10 +45,15 @@ class _Alias(InspectLoader):
 
 class _Finder(MetaPathFinder):
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(fullname, _Alias(), origin=MOVED[fullname]) if fullname in MOVED else None
+        for earlier, now in MOVED.items():
+            if fullname == earlier or fullname.startswith(f"{earlier}."):
+                name = now + fullname.removeprefix(earlier)
+                return ModuleSpec(fullname, _Alias(name), origin=name)
+        return None
 
 
 def keep_earlier_names() -> None:
-    """Let the import system find modules under the names of `MOVED` as well; they are imported when first asked for."""
+    """Let the import system find modules under their earlier names as well. Nothing is imported until it is asked for."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        # First, or the path of a moved package would give its modules a second time.
+        sys.meta_path.insert(0, _Finder())

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep
 from ksweep.autoencoder.tae.checkpoint import inspect_tae
 from ksweep.autoencoder.tae.training_data import with_checkpoint_data
-from ksweep.config.overrides import apply_overrides, given_settings, lay_over
+from ksweep.config.overrides import apply_overrides, parse_overrides
 from ksweep.config.spec import replace_at
 from ksweep.evaluation.identity import cell_keys, cell_label, resolve_cell, resolve_cells
 from ksweep.utils.errors import CheckpointError, SpecError
+from tests.config.helpers import overridden
 from tests.tiny_sweeps import ask, run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tae"
@@ -108,7 +109,7 @@ def test_base_is_in_the_usage_and_other_options_are_refused_with_it(sweep: Sweep
 def test_a_length_that_was_asked_for_and_is_replaced_is_told_once(sweep: Sweep, caplog: pytest.LogCaptureFixture) -> None:
     def replaced(*arguments: str) -> list[str]:
         caplog.clear()
-        cells = resolve_cells(apply_overrides(sweep, [f"autoencoder.checkpoint={GPT2}", *arguments]).cells())
+        cells = resolve_cells(overridden(sweep, [f"autoencoder.checkpoint={GPT2}", *arguments]).cells())
         assert {cell.sampling.max_new_tokens for cell in cells} == {8}
         return caplog.messages
 
@@ -121,7 +122,7 @@ def test_a_length_that_was_asked_for_and_is_replaced_is_told_once(sweep: Sweep, 
 
 
 def test_the_text_prompt_gives_other_draws_of_the_same_activations_and_the_learned_one_keeps_its_key(sweep: Sweep) -> None:
-    cell = apply_overrides(sweep, [f"autoencoder.checkpoint={GPT2}"]).cell
+    cell = overridden(sweep, [f"autoencoder.checkpoint={GPT2}"]).cell
     learned, text = cell_keys(cell), cell_keys(replace_at(cell, "autoencoder.encoder_prompt", "text"))
     assert learned.activations == text.activations and learned.draws != text.draws and learned.cell != text.cell
     assert "encoder_prompt" not in learned.identity["draws"] and text.identity["draws"]["encoder_prompt"] == "text"
@@ -129,7 +130,7 @@ def test_the_text_prompt_gives_other_draws_of_the_same_activations_and_the_learn
 
 
 def test_the_references_replicates_change_the_cell_alone_and_none_keep_its_key(sweep: Sweep) -> None:
-    cell = apply_overrides(sweep, [f"autoencoder.checkpoint={GPT2}"]).cell
+    cell = overridden(sweep, [f"autoencoder.checkpoint={GPT2}"]).cell
     without, with_them = cell_keys(cell), cell_keys(replace_at(cell, "scoring.reference_replicates", 1000))
     assert without.draws == with_them.draws and without.cell != with_them.cell
     assert cell_keys(replace_at(cell, "scoring.reference_replicates", 0)) == without
@@ -157,11 +158,11 @@ def test_a_text_prompt_that_the_file_does_not_say_is_refused_before_anything_run
 
 
 def data(sweep: Sweep, *arguments: str) -> Activations:
-    return lay_over(sweep, with_checkpoint_data(sweep, given_settings(arguments))).cell.activations
+    return apply_overrides(sweep, with_checkpoint_data(sweep, parse_overrides(arguments))).cell.activations
 
 
 def test_a_checkpoint_alone_leaves_the_experiments_text(sweep: Sweep) -> None:
-    changed = apply_overrides(sweep, [f"autoencoder.checkpoint={GPT2}"]).cell.activations
+    changed = overridden(sweep, [f"autoencoder.checkpoint={GPT2}"]).cell.activations
     assert (changed.text, changed.positions) == (sweep.cell.activations.text, "last")
 
 
@@ -247,7 +248,7 @@ def test_a_directory_stays_the_file_that_was_planned_with_while_training_goes_on
     sweep: Sweep, alone: Callable[..., Path]
 ) -> None:
     first = alone()
-    given = apply_overrides(sweep, [f"autoencoder.checkpoint={first.parent}", f"autoencoder.base={BASE}"]).cell
+    given = overridden(sweep, [f"autoencoder.checkpoint={first.parent}", f"autoencoder.base={BASE}"]).cell
     planned = resolve_cell(given)
     keys = cell_keys(planned)
     assert planned.autoencoder.checkpoint == str(first) and keys == cell_keys(given)

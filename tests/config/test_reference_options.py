@@ -16,7 +16,7 @@ import pytest
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect
 from ksweep.config import reference_options
-from ksweep.config.overrides import apply_overrides, lay_over
+from ksweep.config.overrides import apply_overrides
 from ksweep.config.reference_options import (
     OPTIONS,
     from_environment,
@@ -29,6 +29,7 @@ from ksweep.config.reference_options import (
 )
 from ksweep.config.sweep import known_keys
 from ksweep.utils.errors import SpecError
+from tests.config.helpers import overridden
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,15 +192,15 @@ def test_every_old_option_has_its_value_in_the_sweep(of_pair: Sweep, argument: s
         new, warnings = translate([*also, spelling])
         name = argument.partition("=")[0]
         assert expected or (new == [] and warnings[0].startswith(name) and "is left out" in warnings[0])
-        changed = apply_overrides(of_pair, new)
-        before = apply_overrides(of_pair, ["autoencoder.checkpoint=c.pt"]) if also else of_pair
+        changed = overridden(of_pair, new)
+        before = overridden(of_pair, ["autoencoder.checkpoint=c.pt"]) if also else of_pair
         expect(flat(changed), flat(before), expected)
 
 
 @pytest.mark.parametrize("name", IN_CHECKPOINT)
 def test_every_option_of_a_checkpoints_config_has_its_value_in_the_sweep(of_pair: Sweep, name: str) -> None:
     config, expected = IN_CHECKPOINT[name]
-    changed = lay_over(of_pair, translate_checkpoint_config(config))
+    changed = apply_overrides(of_pair, translate_checkpoint_config(config))
     assert {key: value_at(flat(changed), key) for key in expected} == expected
     assert expected or changed == of_pair
 
@@ -392,7 +393,7 @@ def test_translated_arguments_are_what_a_sweep_takes() -> None:
         'eval.cache_dir="a: b, c"',
         "seed=9",
     ]
-    changed = apply_overrides(Sweep(name="s", cell=cell), translate(old)[0])
+    changed = overridden(Sweep(name="s", cell=cell), translate(old)[0])
     assert changed.cell.ks == (1, 4) and changed.cell.sampling.temperature == 0.5 and changed.cell.activations.seed == 9
     assert changed.resources.gpus == 2 and changed.resources.minutes == 2880 and changed.vector_cache == "a: b, c"
     assert changed.resources.qos == "preemptable" and changed.resources.nice == 7
@@ -438,7 +439,7 @@ def test_an_old_file_loads_as_a_config(tmp_path: Path, caplog: pytest.LogCapture
     path = tmp_path / "quick.yaml"
     path.write_text(OLD_FILE)
     cell = Cell(autoencoder=Autoencoder(av="av", ar="ar"), activations=Activations(model="m", text="t.txt"))
-    changed = apply_overrides(Sweep(name="s", cell=cell), ["sampling.seed=2"], path)
+    changed = overridden(Sweep(name="s", cell=cell), ["sampling.seed=2"], path)
     assert changed.cell.ks == (1, 2, 4) and changed.cell.sampling.seed == 2
     assert changed.export_json == "./eval_results/gemma3_quick.json" and "eval.batch_size never had an effect" in caplog.text
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from ksweep import Activations, Autoencoder, Cell, RequestError, Sampling, Scoring, Sweep, replace_at
-from ksweep.config.overrides import apply_overrides
 from ksweep.config.resources import Resources
 from ksweep.config.spec import cell_from_dict
 from ksweep.utils.errors import SpecError
+from tests.config.helpers import overridden
 
 
 @pytest.fixture
@@ -71,34 +71,32 @@ def test_cell_survives_json(sweep: Sweep) -> None:
 
 
 def test_key_value_sets_nested_fields_with_their_types(sweep: Sweep) -> None:
-    changed = apply_overrides(
-        sweep, ["sampling.num_draws=32", "sampling.seed=1", "scoring.baseline=0.7335", "activations.layer=null"]
-    )
+    changed = overridden(sweep, ["sampling.num_draws=32", "sampling.seed=1", "scoring.baseline=0.7335", "activations.layer=null"])
     assert changed.cell.sampling == Sampling(num_draws=32, seed=1)
     assert changed.cell.scoring.baseline == 0.7335 and changed.cell.activations.layer is None
 
 
 def test_fields_that_depend_on_each_other_may_come_in_any_order(sweep: Sweep) -> None:
     for arguments in (["scoring.ks=[1,32]", "sampling.num_draws=32"], ["sampling.num_draws=32", "scoring.ks=[1,32]"]):
-        assert apply_overrides(sweep, arguments).cell.scoring.ks == (1, 32)
+        assert overridden(sweep, arguments).cell.scoring.ks == (1, 32)
 
 
 def test_one_value_for_an_axis_reduces_it_and_a_list_replaces_it(sweep: Sweep) -> None:
-    one = apply_overrides(sweep, ["sampling.temperature=0.7"])
+    one = overridden(sweep, ["sampling.temperature=0.7"])
     assert [c.sampling.temperature for c in one.cells()] == [0.7]
-    many = apply_overrides(sweep, ["sampling.temperature=[0,0.3]"])
+    many = overridden(sweep, ["sampling.temperature=[0,0.3]"])
     assert [c.sampling.temperature for c in many.cells()] == [0.0, 0.3]
 
 
 def test_a_list_for_a_single_value_makes_a_new_axis(sweep: Sweep) -> None:
-    changed = apply_overrides(sweep, ["sampling.seed=[0,1,2]"])
+    changed = overridden(sweep, ["sampling.seed=[0,1,2]"])
     assert len(changed.cells()) == 6
 
 
 def test_short_keys_are_found_and_ambiguous_ones_are_refused(sweep: Sweep) -> None:
-    assert apply_overrides(sweep, ["cluster=inprocess"]).resources == Resources(cluster="inprocess")
+    assert overridden(sweep, ["cluster=inprocess"]).resources == Resources(cluster="inprocess")
     with pytest.raises(SpecError, match=r"'seed' could be activations.seed or sampling.seed or scoring.seed"):
-        apply_overrides(sweep, ["seed=1"])
+        overridden(sweep, ["seed=1"])
 
 
 @pytest.mark.parametrize(
@@ -117,13 +115,13 @@ def test_short_keys_are_found_and_ambiguous_ones_are_refused(sweep: Sweep) -> No
 )
 def test_a_mistyped_override_is_told_what_was_expected(sweep: Sweep, argument: str, words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        apply_overrides(sweep, [argument])
+        overridden(sweep, [argument])
 
 
 def test_yaml_is_laid_under_the_command_line(sweep: Sweep, tmp_path: Path) -> None:
     config = tmp_path / "s.yaml"
     config.write_text("sampling:\n  num_draws: 8\n  temperature: [0.1, 0.2]\nscoring.num_replicates: 100\nname: mine\n")
-    changed = apply_overrides(sweep, ["sampling.num_draws=4"], config)
+    changed = overridden(sweep, ["sampling.num_draws=4"], config)
     assert changed.name == "mine" and changed.cell.sampling.num_draws == 4
     assert changed.cell.scoring == Scoring(num_replicates=100) and len(changed.cells()) == 2
 
@@ -141,32 +139,32 @@ def test_a_yaml_file_with_a_mistake_is_refused(sweep: Sweep, tmp_path: Path, tex
     config = tmp_path / "s.yaml"
     config.write_text(text)
     with pytest.raises(SpecError, match=words):
-        apply_overrides(sweep, [], config)
+        overridden(sweep, [], config)
 
 
 def test_a_missing_yaml_file_is_named(sweep: Sweep, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"no configuration file at .*nothing.yaml"):
-        apply_overrides(sweep, [], tmp_path / "nothing.yaml")
+        overridden(sweep, [], tmp_path / "nothing.yaml")
 
 
 def test_a_new_verbalizer_forgets_the_base_of_the_old_pair(sweep: Sweep) -> None:
-    assert apply_overrides(sweep, ["autoencoder.av=x", "autoencoder.ar=y"]).cell.autoencoder == Autoencoder(av="x", ar="y")
-    assert apply_overrides(sweep, ["autoencoder.av=x", "autoencoder.base=z"]).cell.autoencoder.base == "z"
+    assert overridden(sweep, ["autoencoder.av=x", "autoencoder.ar=y"]).cell.autoencoder == Autoencoder(av="x", ar="y")
+    assert overridden(sweep, ["autoencoder.av=x", "autoencoder.base=z"]).cell.autoencoder.base == "z"
 
 
 def test_an_axis_of_pairs_can_be_given_as_mappings(sweep: Sweep, tmp_path: Path) -> None:
     config = tmp_path / "s.yaml"
     config.write_text("autoencoder:\n- {av: a1, ar: r1}\n- {av: a2, ar: r2}\n")
-    changed = apply_overrides(sweep, ["sampling.temperature=1", "autoencoder.dtype=float32"], config)
+    changed = overridden(sweep, ["sampling.temperature=1", "autoencoder.dtype=float32"], config)
     assert [(c.autoencoder.av, c.autoencoder.dtype) for c in changed.cells()] == [("a1", "float32"), ("a2", "float32")]
 
 
 def test_a_checkpoint_ends_the_length_of_a_pairs_explanations_and_a_pair_the_text_prompt(sweep: Sweep) -> None:
     of_pair = replace_at(sweep.cell, "sampling.max_new_tokens", 40)
-    changed = apply_overrides(Sweep(name="s", cell=of_pair), ["autoencoder.checkpoint=c.pt", "encoder_prompt=text"])
+    changed = overridden(Sweep(name="s", cell=of_pair), ["autoencoder.checkpoint=c.pt", "encoder_prompt=text"])
     assert changed.cell.sampling.max_new_tokens == Sampling().max_new_tokens
     assert changed.cell.autoencoder == Autoencoder(checkpoint="c.pt", encoder_prompt="text")
-    kept = apply_overrides(Sweep(name="s", cell=of_pair), ["autoencoder.checkpoint=c.pt", "max_new_tokens=9"])
+    kept = overridden(Sweep(name="s", cell=of_pair), ["autoencoder.checkpoint=c.pt", "max_new_tokens=9"])
     assert kept.cell.sampling.max_new_tokens == 9
-    back = apply_overrides(changed, ["autoencoder.av=x", "autoencoder.ar=y"])
+    back = overridden(changed, ["autoencoder.av=x", "autoencoder.ar=y"])
     assert back.cell.autoencoder == Autoencoder(av="x", ar="y")

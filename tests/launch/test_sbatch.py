@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from ksweep.config.overrides import apply_overrides
 from ksweep.config.resources import Resources
 from ksweep.config.spec import Activations, Autoencoder, Cell
 from ksweep.config.sweep import Sweep
@@ -16,6 +15,7 @@ from ksweep.launch import status
 from ksweep.launch.job import Job, all_jobs, create
 from ksweep.launch.slurm import commands, sbatch
 from ksweep.utils.errors import SpecError
+from tests.config.helpers import overridden
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_the_shape_of_a_job_is_said_in_words(changes: dict[str, Any], words: str
 
 def sweep_with(*arguments: str) -> Resources:
     cell = Cell(autoencoder=Autoencoder(av="a", ar="b"), activations=Activations(model="m", text="t"))
-    return apply_overrides(Sweep(name="s", cell=cell), arguments).resources
+    return overridden(Sweep(name="s", cell=cell), arguments).resources
 
 
 @pytest.mark.parametrize("text", ["time=24:00:00", 'time="24:00:00"', "resources.time=1440", "time=1-0"])

@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 from ksweep import Autoencoder, Resources, Scoring, Sweep, connect
 from ksweep.activations import ensure
 from ksweep.autoencoder.tae.checkpoint import TaeInfo, inspect_tae
-from ksweep.config.overrides import apply_overrides
 from ksweep.config.spec import Activations, Cell
 from ksweep.evaluation.identity import cell_keys
 from ksweep.utils.errors import SpecError
 from tests.activations.helpers import random_vectors, write_vectors
+from tests.config.helpers import overridden
 from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, checkpoint, run, sweep_over
 from tests.tiny_sweeps import ask
 
@@ -218,16 +218,16 @@ def test_vectors_of_another_model_than_the_checkpoints_are_noted(base: str | Non
 
 
 def test_a_checkpoint_and_a_pair_each_take_the_place_of_the_other(sweep: Sweep) -> None:
-    with_file = apply_overrides(sweep, ["autoencoder.checkpoint=a.pt"])
+    with_file = overridden(sweep, ["autoencoder.checkpoint=a.pt"])
     assert with_file.cell.autoencoder == Autoencoder(checkpoint="a.pt", dtype="float32")
     assert (with_file.cell.activations.model, with_file.cell.activations.layer) == (None, None)
-    back = apply_overrides(with_file, ["autoencoder.av=x", "autoencoder.ar=y"]).cell.autoencoder
+    back = overridden(with_file, ["autoencoder.av=x", "autoencoder.ar=y"]).cell.autoencoder
     assert back == Autoencoder(av="x", ar="y", dtype="float32")
-    given = apply_overrides(sweep, ["autoencoder.checkpoint=[a.pt,b.pt]", "activations.model=m"])
+    given = overridden(sweep, ["autoencoder.checkpoint=[a.pt,b.pt]", "activations.model=m"])
     assert [cell.autoencoder.source for cell in given.cells()] == ["a.pt", "b.pt"]
     assert given.cell.activations.model == "m" and given.labels() == ["checkpoint=a.pt", "checkpoint=b.pt"]
     of_pairs = replace(sweep, axes={"autoencoder": (sweep.cell.autoencoder, Autoencoder(av="x", ar="y"))})
-    assert {c.autoencoder.source for c in apply_overrides(of_pairs, ["autoencoder.checkpoint=a.pt"]).cells()} == {"a.pt"}
+    assert {c.autoencoder.source for c in overridden(of_pairs, ["autoencoder.checkpoint=a.pt"]).cells()} == {"a.pt"}
 
 
 @pytest.mark.parametrize("fields", [{}, {"av": "x"}, {"av": "x", "ar": "y", "checkpoint": "c.pt"}])

@@ -12,7 +12,7 @@ from typing import Any
 
 from ksweep.autoencoder.tae.checkpoint import highest_step, read_checkpoint
 from ksweep.autoencoder.tae.layout import section
-from ksweep.config.overrides import lay_over
+from ksweep.config.overrides import apply_overrides
 from ksweep.config.reference_options import translate_checkpoint_config
 from ksweep.config.spec import Activations
 from ksweep.config.sweep import Sweep
@@ -36,7 +36,7 @@ def with_checkpoint_data(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, An
     for key in ("activations", "activations.vectors"):
         if given.get(key) is not None:
             raise SpecError(f"--checkpoint-data says which activations are meant, and so does {key}: leave one of them out")
-    cells = lay_over(sweep, given).cells()
+    cells = apply_overrides(sweep, given).cells()
     found = [_data(cell.autoencoder.checkpoint, given) for cell in cells]
     if any(data != found[0] for data in found):
         raise SpecError("--checkpoint-data: the checkpoints of this sweep were trained on different data; give one at a time")
