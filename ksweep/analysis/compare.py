@@ -175,13 +175,13 @@ class MeasuredCell:
 
     def known(self, num_activations: int) -> pa.Table | None:
         """What is known of the first activations beside their draws; from the vectors where the registry lacks it."""
-        found = activation_metadata.read(self.registry, self.activations_key, self.kind, num_activations)
+        found = activation_metadata.read_metadata(self.registry, self.activations_key, self.kind, num_activations)
         if found is None and self.vector_cache is not None:
             from ksweep.activations.store import ActivationStore
 
             store = ActivationStore(self.vector_cache, self.activations_key, {})
             if store.available() >= num_activations:
-                return activation_metadata.table_of(store.open(num_activations), self.kind)
+                return activation_metadata.metadata_table(store.open(num_activations), self.kind)
         return found
 
 

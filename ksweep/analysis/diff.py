@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.analysis.compare import common_ground, compare, load_cells
-from ksweep.registry.query import run_named
-from ksweep.registry.run_record import Landed, read
+from ksweep.registry.query import TableRow, run_named
+from ksweep.registry.run_record import LandedRun, read_run
 from ksweep.stats.interval_text import effective_text
 from ksweep.utils.errors import RequestError
 
-Row = dict[str, Any]
-
-PROVENANCE = ("git_commit", "git_dirty", "host", "device", "num_ranks", "argv")
-COUNTS = (
+PROVENANCE_FIELDS = ("git_commit", "git_dirty", "host", "device", "num_ranks", "argv")
+COUNT_FIELDS = (
     "num_activations", "num_documents", "effective_documents", "num_draws", "baseline", "baseline_kind", "baseline_from_mean",
     "failure_rate", "cut_off_rate", "distinct_text_fraction", "cjk_fraction", "mean_tokens", "fve_over_successes",
     "tokens_per_second",
@@ -28,7 +26,7 @@ COUNTS = (
 class Numbers:
     """FVE of two runs at each K, and how it was paired or why not."""
 
-    rows: list[Row]
+    rows: list[TableRow]
     """k, a, b, difference; low and high are None where nothing is paired."""
     note: str
     level: float | None = None
@@ -36,7 +34,7 @@ class Numbers:
     """Whether the two FVEs must not be subtracted: `rows` is empty then."""
 
 
-def diff(root: Path, first: str, second: str, level: float | None = None) -> Row:
+def diff_runs(root: Path, first: str, second: str, level: float | None = None) -> TableRow:
     """What differs between two runs: in the spec, in where they ran, in the counts, and the paired differences of their FVE.
 
     `level`: of the intervals; None takes the runs' own.
@@ -44,7 +42,7 @@ def diff(root: Path, first: str, second: str, level: float | None = None) -> Row
     Raises:
         RequestError: a name that nothing has.
     """
-    one, other = (read(root / "landing" / run_named(root, name), of_each=False) for name in (first, second))
+    one, other = (read_run(root / "landing" / run_named(root, name), of_each=False) for name in (first, second))
     a, b = one.record, other.record
     numbers = _numbers(root, one, other, level)
     return {
@@ -56,10 +54,10 @@ def diff(root: Path, first: str, second: str, level: float | None = None) -> Row
         },
         "spec": list(_differences(a.spec, b.spec)),
         "provenance": [
-            *_differences(*({name: getattr(r, name) for name in PROVENANCE} for r in (a, b))),
+            *_differences(*({name: getattr(r, name) for name in PROVENANCE_FIELDS} for r in (a, b))),
             *_differences(*({"packages": r.packages, "engine": r.engine} for r in (a, b))),
         ],
-        "counts": list(_differences(*({name: getattr(r, name) for name in COUNTS} for r in (a, b)))),
+        "counts": list(_differences(*({name: getattr(r, name) for name in COUNT_FIELDS} for r in (a, b)))),
         "numbers": numbers.rows,
         "note": numbers.note,
         "refused": numbers.refused,
@@ -67,17 +65,17 @@ def diff(root: Path, first: str, second: str, level: float | None = None) -> Row
     }
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings as dotted names."""
     for name, inner in value.items():
         if isinstance(inner, Mapping) and inner:
-            yield from flat(inner, f"{prefix}{name}.")
+            yield from flatten(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", inner
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Row]:
-    ours, others = dict(flat(a)), dict(flat(b))
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[TableRow]:
+    ours, others = dict(flatten(a)), dict(flatten(b))
     for name in dict.fromkeys([*ours, *others]):
         if ours.get(name) != others.get(name):
             yield {"name": name, "a": _listed(ours.get(name)), "b": _listed(others.get(name))}
@@ -87,7 +85,7 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _numbers(root: Path, a: Landed, b: Landed, level: float | None) -> Numbers:
+def _numbers(root: Path, a: LandedRun, b: LandedRun, level: float | None) -> Numbers:
     """FVE of a less FVE of b at every K that both have."""
     runs = [a.record.run_id, b.record.run_id]
     if runs[0] == runs[1]:
@@ -116,7 +114,7 @@ def _numbers(root: Path, a: Landed, b: Landed, level: float | None) -> Numbers:
     return Numbers(rows=rows, note=_note(table[0], a, b), level=table[0]["level"])
 
 
-def _side_by_side(a: Landed, b: Landed) -> list[Row]:
+def _side_by_side(a: LandedRun, b: LandedRun) -> list[TableRow]:
     """The landed values at every K that both have, without an interval."""
     curves = [{} if run.curve is None else {row["k"]: row["fve"] for row in run.curve.to_pylist()} for run in (a, b)]
     return [
@@ -125,7 +123,7 @@ def _side_by_side(a: Landed, b: Landed) -> list[Row]:
     ]
 
 
-def _note(row: Row, a: Landed, b: Landed) -> str:
+def _note(row: TableRow, a: LandedRun, b: LandedRun) -> str:
     """Over what the two were paired."""
     sizes = {run.record.num_activations for run in (a, b)}
     some = "" if sizes == {row["num_activations"]} else f" (of {a.record.num_activations} and {b.record.num_activations})"

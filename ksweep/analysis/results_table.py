@@ -27,11 +27,11 @@ DISTINCT_TO_MENTION = 0.2
 CJK_TO_MENTION = 0.5
 LABEL_COLUMN = 24
 """Labels longer than this are folded where the width is short."""
-COLUMN = 19
+CHARACTERS_PER_K = 19
 """Characters that one K takes: "[-0.123, -0.123]" and its border."""
 
 
-def show(sweep: Sweep, cell_keys: Sequence[str], *, computed: int, charts: bool) -> None:
+def print_results(sweep: Sweep, cell_keys: Sequence[str], *, computed: int, charts: bool) -> None:
     """Bring the database up to date, print the table, write the pictures."""
     registry = Path(sweep.registry)
     labels = dict(zip(cell_keys, sweep.labels(), strict=True))
@@ -58,7 +58,7 @@ def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
     label_width = max(len(r["label"]) for r in rows)
     wide = width >= WIDE_COLUMNS
     beside = 16 + (24 if wide else 0)  # the control; failures and speed
-    most = max(2, (width - min(label_width, LABEL_COLUMN) - 4 - beside) // COLUMN)
+    most = max(2, (width - min(label_width, LABEL_COLUMN) - 4 - beside) // CHARACTERS_PER_K)
     shown = _spread([k for k in ks if k in SHOWN_KS or k == ks[-1]], most)
     title = f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)"
     table = columns(out, title=title, title_justify="left", show_lines=True)

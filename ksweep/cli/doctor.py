@@ -106,14 +106,14 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _registry(registry: Path) -> Iterator[Finding]:
-    from ksweep.registry.database import ingest
-    from ksweep.registry.query import ask
+    from ksweep.registry.database import ingest_landings
+    from ksweep.registry.query import run_query
 
     if not registry.is_dir():
         yield Finding("registry", "note", f"none at {registry.absolute()} yet: the first sweep makes it")
         return
-    report = ingest(registry)
-    [counted] = ask(registry, "SELECT count(*) FILTER (status <> 'finished') AS failed FROM runs").to_pylist()
+    report = ingest_landings(registry)
+    [counted] = run_query(registry, "SELECT count(*) FILTER (status <> 'finished') AS failed FROM runs").to_pylist()
     yield Finding(
         "registry", "ok", f"{report.database}: {report.num_runs} runs ({counted['failed']} did not finish), looked at in "
         f"{report.seconds:.2f} s",

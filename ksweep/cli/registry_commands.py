@@ -30,7 +30,7 @@ def import_json(
         print(f"{arrival.path}: {arrival.run_id}{'' if arrival.landed else ' (was there already)'}")
         for note in arrival.notes:
             print(f"  note: {note}", file=sys.stderr)
-    _say(database.ingest(registry))
+    _say(database.ingest_landings(registry))
 
 
 @app.command()
@@ -94,7 +94,7 @@ def ingest(registry: Registry = Path("registry")) -> None:
     """Bring the database up to date with the landing files."""
     from ksweep.registry import database
 
-    _say(database.ingest(registry))
+    _say(database.ingest_landings(registry))
 
 
 @db.command()
@@ -102,7 +102,7 @@ def rebuild(registry: Registry = Path("registry")) -> None:
     """Build the database from the landing files alone."""
     from ksweep.registry import database
 
-    _say(database.rebuild(registry))
+    _say(database.rebuild_database(registry))
 
 
 def _say(report: Any) -> None:

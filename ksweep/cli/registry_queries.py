@@ -53,7 +53,7 @@ def sql(
 ) -> None:
     """Ask the registry: ksweep sql "select cell, k, fve from curves where k in (1, 16)", or ksweep sql @best_temperature."""
     from ksweep.cli.jobs.ls import book_ended
-    from ksweep.registry.query import ask
+    from ksweep.registry.query import run_query
 
     if as_json + as_csv + (parquet is not None) > 1:
         raise RequestError("give one of --json, --csv and --parquet")
@@ -63,7 +63,7 @@ def sql(
     assert question is not None
     text, variables = _question(registry, question, values or [])
     book_ended(registry)
-    answer = ask(registry, text, variables)
+    answer = run_query(registry, text, variables)
     if parquet is not None:
         _write_parquet(parquet, answer)
     elif as_csv:
@@ -118,10 +118,10 @@ def show(
     as_json: Json = False,
 ) -> None:
     """One run: spec, curve, controls, failures, groups, and what it said where it is best, middling and worst."""
-    from ksweep.analysis.diff import flat
-    from ksweep.registry.run_details import story
+    from ksweep.analysis.diff import flatten
+    from ksweep.registry.run_details import run_details
 
-    told = story(registry, run)
+    told = run_details(registry, run)
     if as_json:
         print(json.dumps(_jsonable(told)))
         return
@@ -129,7 +129,7 @@ def show(
     _section("run", [{"": name, " ": _brief(name, facts[name])} for name in SHOWN_RUN if facts[name] not in (None, [])])
     _section("notes", facts["notes"] or [])
     _section("engine", [{"": name, " ": value} for name, value in (facts["engine"] or {}).items()])
-    _section("spec", [{"": name, " ": value} for name, value in flat(told["spec"]) if value is not None])
+    _section("spec", [{"": name, " ": value} for name, value in flatten(told["spec"]) if value is not None])
     if facts["error_type"]:
         console().print(Text(f"{facts['error_type']}: {facts['error_message']}"))
         for words in facts["tracebacks"]:
@@ -189,7 +189,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """What differs between two runs: spec, where they ran, counts, and FVE at each K with a paired interval."""
-    from ksweep.analysis.diff import diff as differences
+    from ksweep.analysis.diff import diff_runs as differences
 
     if level is not None and not 0 < level < 1:
         raise RequestError(f"--level {level} is no coverage: give a number between 0 and 1, such as 0.95")

@@ -10,16 +10,14 @@ from ksweep.config.validation import at_least, is_number, one_of
 from ksweep.utils.errors import SpecError
 
 if TYPE_CHECKING:
-    from ksweep.stats import ScoringKind
+    from ksweep.stats import BaselineKind, ScoringKind
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 PositionRule = Literal["random", "midpoint", "last", "all", "stride"]
 Candidates = Literal["not_special", "not_padding"]
-Selection = Literal["order_statistics", "prefix"]
+SelectionRule = Literal["order_statistics", "prefix"]
 MeasuredBaseline = Literal["between_documents", "distance_from_mean"]
 """Baselines that are measured on the evaluated set."""
-BaselineKind = Literal["between documents", "distance from mean", "stated constant"]
-"""What a baseline is, in the words of tables and charts."""
 EncoderPrompt = Literal["learned", "text"]
 
 
@@ -182,7 +180,7 @@ class Scoring:
     pairs quote 0.7335, 0.0302, ...)."""
     failed_error: float = 2.0
     """Error of an activation all of whose draws failed: 2 is an orthogonal reconstruction. A checkpoint's draws never fail."""
-    selection: Selection = "order_statistics"
+    selection: SelectionRule = "order_statistics"
     """order_statistics: the average over every choice of K draws. prefix: the best of the first K, as the reference has it."""
     level: float = 0.95
     """Coverage of the intervals."""
@@ -210,7 +208,7 @@ class Scoring:
                 f"scoring.baseline={self.baseline!r} must be a number > 0, or one of {', '.join(get_args(MeasuredBaseline))}, "
                 "which measure it on the evaluated set"
             )
-        one_of("scoring.selection", self.selection, Selection)
+        one_of("scoring.selection", self.selection, SelectionRule)
         if not (is_number(self.level) and 0 < self.level < 1):
             raise SpecError(f"scoring.level={self.level!r} must lie between 0 and 1, e.g. 0.95")
         at_least("scoring.num_replicates", self.num_replicates, 2)

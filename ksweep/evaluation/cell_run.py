@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ksweep.evaluation.distributed import Ranks
-from ksweep.registry.draws import DrawsStore, Unit
+from ksweep.registry.draws import DrawsStore, WorkUnit
 from ksweep.utils.timing import Clock
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class CellRun:
     store: DrawsStore
     covered: np.ndarray
     """[activation, draw] True where the draw is stored already, or an earlier cell of the job draws it."""
-    units: list[Unit]
+    units: list[WorkUnit]
     """Work units that are drawn for this cell, by all ranks together."""
     notes: tuple[Note, ...] = ()
     """Notes from the checks of its checkpoints and activations."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from ksweep.evaluation.cell_run import CellRun, CurrentCell
 from ksweep.evaluation.distributed import Ranks, Stopped, claim_indices
-from ksweep.registry.draws import Unit
+from ksweep.registry.draws import WorkUnit
 
 if TYPE_CHECKING:
     from ksweep.evaluation.scoring import UnitWork
@@ -29,7 +29,7 @@ class _PendingUnit:
     """A claimed work unit whose draws are in flight."""
 
     run: CellRun
-    unit: Unit
+    unit: WorkUnit
     draws: list[Draw] = field(default_factory=list)
 
     def is_complete(self) -> bool:
@@ -112,7 +112,7 @@ class DrawLoop:
             pending[number] = _PendingUnit(run, unit)
             yield self.work[run].draw_batch(unit)
 
-    def _claim_units(self, order_seed: int) -> Iterator[tuple[CellRun, Unit]]:
+    def _claim_units(self, order_seed: int) -> Iterator[tuple[CellRun, WorkUnit]]:
         """Yield the work units this rank claims, minus draws another rank has already published."""
         runs = list(self.work)
         # Cells of two jobs may share draws. In orders of their own the jobs seldom claim the same unit, and each leaves out the
@@ -146,7 +146,7 @@ class DrawLoop:
         self.ranks.report(f"{run.keys.label}: drawing", run.num_drawn, run.num_missing, tokens_per_second=rate, **fve)
 
 
-def split_units(units: Sequence[tuple[CellRun, Unit]], num_ranks: int) -> list[tuple[CellRun, Unit]]:
+def split_units(units: Sequence[tuple[CellRun, WorkUnit]], num_ranks: int) -> list[tuple[CellRun, WorkUnit]]:
     """Split units into the pieces that ranks claim: whole units at first, of fewer activations towards the end.
 
     This is guided self-scheduling (Polychronopoulos and Kuck 1987). Every rank computes the same list.

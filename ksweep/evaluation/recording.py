@@ -56,7 +56,7 @@ def measure(
     norms = np.linalg.norm(targets.astype(np.float64), axis=1)
     try:
         summary = summarise(draws, targets, cell.scoring, cell.ks, empty, firsts, kind)
-        known = activation_metadata.describe(registry, vectors, kind)
+        known = activation_metadata.write_metadata(registry, vectors, kind)
         breakdown = break_down(draws, known, summary.baseline, cell.scoring, cell.ks, vectors.column("window").tolist())
         if kind == "raw":
             errors = draws["error"].to_numpy().reshape(len(targets), -1)
@@ -135,7 +135,7 @@ def land(run: CellRun, context: RunContext, ranks: Ranks, found: Measured, draws
         notes=tuple(dict.fromkeys((*run.notes, *run.store.notes, *reference.notes))),
     )
     raw = cell.autoencoder.scoring_kind == "raw"
-    run_record.land(
+    run_record.write_run(
         context.registry,
         record,
         pa.Table.from_pylist(summary.curve),
@@ -206,7 +206,7 @@ def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **tol
     if (registry / "landing" / identity["run_id"]).exists():
         return
     record = run_record.RunRecord(**identity, **_asked(argument["sweep"], argument["resources"], origin), **told)
-    run_record.land(registry, record)
+    run_record.write_run(registry, record)
 
 
 def _cell_at_hand(argument: dict[str, Any], started: datetime) -> int | None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ksweep import stats
 from ksweep.config.spec import Sampling, Scoring
 from ksweep.evaluation.running_fve import BASELINE_ACTIVATIONS, RunningFve
-from ksweep.registry.draws import SCHEMA, Unit
+from ksweep.registry.draws import DRAWS_SCHEMA, WorkUnit
 
 if TYPE_CHECKING:
     from ksweep.activations.store import ActivationTable
@@ -46,7 +46,7 @@ class UnitWork:
         """Batch size of the AR. Larger ones are slower on a CPU (256 texts of 22 tokens: 3.7 s by 64, 4.4 s by 256)."""
         return self.batch_size or (64 if self.device == "cpu" else 512)
 
-    def draw_batch(self, unit: Unit) -> Order:
+    def draw_batch(self, unit: WorkUnit) -> Order:
         """Return what the engine needs to draw a unit: the AV's inputs and a request for each draw."""
         from ksweep.inference.engine import Order, Request, as_vectors
 
@@ -59,7 +59,7 @@ class UnitWork:
         inputs = self.av.inputs(as_vectors(self._targets(unit)), self._numbers_of("position", unit))
         return Order(vectors=inputs, requests=requests, temperature=self.sampling.temperature, seed=self.sampling.seed)
 
-    def score_unit(self, unit: Unit, draws: list[Draw]) -> pa.Table:
+    def score_unit(self, unit: WorkUnit, draws: list[Draw]) -> pa.Table:
         """Parse, reconstruct and score the draws of a unit. Returns rows of the draws store, ordered by activation and draw."""
         # 1. Decode and parse the texts.
         draws = sorted(draws, key=lambda draw: (draw.request.row, draw.request.draw))
@@ -80,16 +80,16 @@ class UnitWork:
             kept[i] = vector if is_kept[i] else None
         return self._table(unit, draws, texts, parsed, scores, kept)
 
-    def _targets(self, unit: Unit) -> np.ndarray:
+    def _targets(self, unit: WorkUnit) -> np.ndarray:
         """[activation, d_model] the activations of a unit."""
         return self.vectors.vectors(unit.first_row, unit.last_row)
 
-    def _numbers_of(self, column: Literal["position", "token_id"], unit: Unit) -> list[int | None]:
+    def _numbers_of(self, column: Literal["position", "token_id"], unit: WorkUnit) -> list[int | None]:
         """A column of numbers, one for each activation of a unit; None where a number is unknown."""
         values = self.vectors.column(column, unit.first_row, unit.last_row)
         return [None if value is None else int(value) for value in values]
 
-    def _explanations(self, unit: Unit, draws: list[Draw], texts: list[str]) -> list[Explanation]:
+    def _explanations(self, unit: WorkUnit, draws: list[Draw], texts: list[str]) -> list[Explanation]:
         """Return the AR's input for each draw."""
         from ksweep.autoencoder.base import Explanation
 
@@ -100,7 +100,7 @@ class UnitWork:
         ]
 
     def _scores(
-        self, unit: Unit, owners: np.ndarray, successes: np.ndarray, reconstructions: np.ndarray
+        self, unit: WorkUnit, owners: np.ndarray, successes: np.ndarray, reconstructions: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Error, cosine and norm of each draw, and its error against another document's activation; NaN where the draw failed."""
         targets, partners = self._targets(unit), self._shuffled_partners()[unit.first_row : unit.last_row]
@@ -122,14 +122,14 @@ class UnitWork:
             self._partners = shuffled_partners(self.vectors.column("document", 0, len(self.vectors)))
         return self._partners
 
-    def _update_running_fve(self, unit: Unit, errors: np.ndarray, owners: np.ndarray) -> None:
+    def _update_running_fve(self, unit: WorkUnit, errors: np.ndarray, owners: np.ndarray) -> None:
         if self._running_fve is None:
             last = min(len(self.vectors), BASELINE_ACTIVATIONS)
             documents = self.vectors.column("document", 0, last)
             self._running_fve = RunningFve.start(self.vectors.vectors(0, last), documents, self.scoring_kind, self.scoring)
         self._running_fve.add(errors, owners, self.vectors.column("document", unit.first_row, unit.last_row))
 
-    def _is_kept(self, unit: Unit, errors: np.ndarray) -> np.ndarray:
+    def _is_kept(self, unit: WorkUnit, errors: np.ndarray) -> np.ndarray:
         """[draw] whether its reconstruction is stored: see SCHEMA of the draws store."""
         by_activation = errors.reshape(unit.last_row - unit.first_row, unit.last_draw - unit.first_draw)
         kept = np.zeros(by_activation.shape, dtype=bool) if self.scoring_kind == "normalised" else running_minima(by_activation)
@@ -139,7 +139,7 @@ class UnitWork:
 
     def _table(
         self,
-        unit: Unit,
+        unit: WorkUnit,
         draws: list[Draw],
         texts: list[str],
         parsed: list[Any],
@@ -165,7 +165,7 @@ class UnitWork:
             "shuffled_activation": pa.array(partners, mask=partners < 0),
             "reconstruction": kept,
         }
-        return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in SCHEMA}, schema=SCHEMA)
+        return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in DRAWS_SCHEMA}, schema=DRAWS_SCHEMA)
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ksweep.registry.draws import ROWS_PER_UNIT, DrawsStore, Unit
+from ksweep.registry.draws import ACTIVATIONS_PER_WORK_UNIT, DrawsStore, WorkUnit
 from ksweep.stats.tae_metrics import (
     FEWEST_FOR_INTERVALS,
     Chunk,
@@ -79,7 +79,7 @@ def _notes(texts: Sequence[str]) -> tuple[Note, ...]:
 
 
 def _intervals(
-    draws: StoredDraws, sums: ReferenceSums, parts: Sequence[Unit], num_replicates: int
+    draws: StoredDraws, sums: ReferenceSums, parts: Sequence[WorkUnit], num_replicates: int
 ) -> dict[str, list[ReferenceInterval]]:
     """Compute the intervals of all values of K, for as many of these at a time as fit into memory."""
     ks_at_once = max(1, REPLICATE_VALUES // (num_replicates * draws.activations.shape[1]))
@@ -91,13 +91,13 @@ def _intervals(
     return intervals
 
 
-def _chunks(draws: StoredDraws, ks: Sequence[int], parts: Sequence[Unit]) -> Iterator[Chunk]:
+def _chunks(draws: StoredDraws, ks: Sequence[int], parts: Sequence[WorkUnit]) -> Iterator[Chunk]:
     """Yield all activations with the best of their first K draws, in order unless reconstructions are missing."""
     n, d_model = draws.activations.shape
     chosen = prefix_of_k_draws(draws.errors, ks)
     step = max(1, CHUNK_VALUES // (len(ks) * d_model))
-    for first in range(0, n, ROWS_PER_UNIT):
-        block = np.arange(first, min(first + ROWS_PER_UNIT, n))
+    for first in range(0, n, ACTIVATIONS_PER_WORK_UNIT):
+        block = np.arange(first, min(first + ACTIVATIONS_PER_WORK_UNIT, n))
         reconstructions, index = _reconstructions(draws, block, chosen[block], parts)
         incomplete = np.isnan(reconstructions).any(axis=1)[index].any(axis=1)
         for rows in _split(block[~incomplete], step):
@@ -117,7 +117,7 @@ def _chunk(draws: StoredDraws, rows: np.ndarray, reconstructions: np.ndarray | N
 
 
 def _reconstructions(
-    draws: StoredDraws, block: np.ndarray, chosen: np.ndarray, parts: Sequence[Unit]
+    draws: StoredDraws, block: np.ndarray, chosen: np.ndarray, parts: Sequence[WorkUnit]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the distinct reconstructions [pair, d] of a block, NaN where missing, and their index by [activation, K]."""
     num_draws = draws.errors.shape[1]

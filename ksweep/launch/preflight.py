@@ -17,7 +17,7 @@ from ksweep.evaluation.identity import CellKeys, one_document_error
 from ksweep.launch import hardware, status
 from ksweep.launch.job_spec import groups
 from ksweep.launch.plan import Facts, Step, plan
-from ksweep.registry.draws import DRAWS_PER_UNIT, DrawsStore
+from ksweep.registry.draws import DRAWS_PER_WORK_UNIT, DrawsStore
 from ksweep.registry.query import failed_runs, finished_runs, seconds_per_draw
 from ksweep.utils import machine
 from ksweep.utils.console import bytes_text
@@ -81,7 +81,7 @@ def _refuse_one_document(cell: Cell, keys: CellKeys) -> None:
 
 def _bytes_of_reconstructions(cell: Cell) -> int:
     """Mean bytes of stored reconstructions a draw: of n draws of a unit those that are the best so far, 1 + 1/2 + ... + 1/n."""
-    n = min(cell.sampling.effective_num_draws, DRAWS_PER_UNIT)
+    n = min(cell.sampling.effective_num_draws, DRAWS_PER_WORK_UNIT)
     return int(family_of(cell.autoencoder).reconstruction_bytes() * sum(1 / i for i in range(1, n + 1)) / n)
 
 

@@ -55,7 +55,7 @@ def settle(job: Job, verdict: status.Verdict) -> None:
     argument = job.spec().get("argument") or {}
     try:
         if left and "registry" in argument:
-            attempts.land(argument["registry"], left)
+            attempts.write_attempts(argument["registry"], left)
         if verdict.state in ("failed", "stopped") and verdict.kind != "never submitted" and _is_of_cells(job):
             _land_run(job, verdict, left)
     except (RequestError, StoreError, OSError) as error:  # what ended the job is told beside; this must not hide it

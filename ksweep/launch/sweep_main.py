@@ -137,7 +137,7 @@ def _without_slurm(
     if options.dry_run:
         return 1
     if done:
-        results_table.show(sweep, [key.cell for key in keys], computed=0, charts=not options.no_charts)
+        results_table.print_results(sweep, [key.cell for key in keys], computed=0, charts=not options.no_charts)
         if sweep.export_json and not left:
             _export(sweep, keys)
     return 1 if left else 0
@@ -146,7 +146,7 @@ def _without_slurm(
 def _keep_question(sweep: Sweep, keys: Sequence[CellKeys]) -> None:
     """What was asked stays in the registry, also where other sweeps have computed every cell."""
     cells = [(key.cell, key.label) for key in keys]
-    sweeps.land(sweep.registry, sweeps.asking_of(sweep.name, sweep.question, cells))
+    sweeps.write_sweep_record(sweep.registry, sweeps.make_sweep_record(sweep.name, sweep.question, cells))
 
 
 def _show(sweep: Sweep, keys: Sequence[CellKeys], steps: Sequence[Step], options: argparse.Namespace) -> int:
@@ -155,7 +155,7 @@ def _show(sweep: Sweep, keys: Sequence[CellKeys], steps: Sequence[Step], options
     if len(failed) == len(steps):
         return 1
     computed = sum(step.state == "missing" for step in steps)
-    results_table.show(sweep, [key.cell for key in keys], computed=computed, charts=not options.no_charts)
+    results_table.print_results(sweep, [key.cell for key in keys], computed=computed, charts=not options.no_charts)
     if sweep.export_json and not failed:
         _export(sweep, keys)
     return 1 if failed else 0

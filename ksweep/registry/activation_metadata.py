@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ksweep import stats
 from ksweep.utils.files import publish
 
-SCHEMA = pa.schema(
+METADATA_SCHEMA = pa.schema(
     [
         ("activations_key", pa.string()),
         ("num_activations", pa.int64()),
@@ -52,7 +52,7 @@ its meaning: a file of another one is written anew by the next run."""
 GROUPINGS = {"role": "role", "position": "position_bucket", "norm": "norm_quarter"}
 """What activations are grouped by, and the column that says so."""
 
-COLUMNS: dict[stats.BaselineKind, str] = {"between documents": "between", "distance from mean": "distance"}
+BASELINE_COLUMNS: dict[stats.BaselineKind, str] = {"between documents": "between", "distance from mean": "distance"}
 """Where the parts of a measured baseline stand; with `_in_<group>` behind it those within groups."""
 
 BUCKET_STARTS = (0, 32, 64, 128, 256, 512, 1024)
@@ -77,18 +77,18 @@ class EvaluatedActivations(Protocol):
         """[activation] one value each."""
 
 
-def describe(registry: Path, vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table:
+def write_metadata(registry: Path, vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table:
     """What is known of these activations, kept for later readers unless it is there already."""
-    kept = read(registry, vectors.key, kind, len(vectors))
-    if kept is not None and (kept.schema.metadata or {}).get(b"version") == SCHEMA.metadata[b"version"]:
+    kept = read_metadata(registry, vectors.key, kind, len(vectors))
+    if kept is not None and (kept.schema.metadata or {}).get(b"version") == METADATA_SCHEMA.metadata[b"version"]:
         return kept
-    table, sink = table_of(vectors, kind), pa.BufferOutputStream()
+    table, sink = metadata_table(vectors, kind), pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     publish(_path(registry, vectors.key, kind, len(vectors)), sink.getvalue().to_pybytes())
     return table
 
 
-def read(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> pa.Table | None:
+def read_metadata(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> pa.Table | None:
     """The rows of the first activations under a key; None where no run has described just these.
 
     Files of earlier versions lack columns.
@@ -106,7 +106,7 @@ def baseline_of(
 
     None where it is not known: between documents, of a single one or described by an earlier version.
     """
-    column = COLUMNS[kind] if group is None else f"{COLUMNS[kind]}_in_{group}"
+    column = BASELINE_COLUMNS[kind] if group is None else f"{BASELINE_COLUMNS[kind]}_in_{group}"
     if column not in known.column_names:
         return None
     parts = known[column].to_numpy(zero_copy_only=False).astype(np.float64)
@@ -116,7 +116,7 @@ def baseline_of(
     return stats.Baseline(value=value, kind=kind, num_activations=len(known), scoring=scoring, distances=parts)
 
 
-def table_of(vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table:
+def metadata_table(vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table:
     """The rows, from the vectors themselves.
 
     Raises:
@@ -147,7 +147,7 @@ def table_of(vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table
     for name, values in groups.items():
         columns[f"distance_in_{name}"] = _within(targets, values, kind)
         columns[f"between_in_{name}"] = _between(targets, values, documents, kind)
-    return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+    return pa.table([pa.array(columns[f.name], f.type) for f in METADATA_SCHEMA], schema=METADATA_SCHEMA)
 
 
 def position_bucket(position: int) -> str:
@@ -157,7 +157,7 @@ def position_bucket(position: int) -> str:
     return f"{BUCKET_STARTS[at]} and later" if end is None else f"{BUCKET_STARTS[at]} to {end - 1}"
 
 
-def in_order(groups: Iterable[str]) -> list[str]:
+def natural_sorted(groups: Iterable[str]) -> list[str]:
     """Names of groups as a reader expects them: numbers by their value."""
     return sorted(groups, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 

@@ -17,8 +17,8 @@ from typing import Any
 from ksweep.registry.run_record import LandingError
 from ksweep.utils.files import json_names, publish_once
 
-FOLDER = "attempts"
-FORMAT = 1
+ATTEMPTS_FOLDER = "attempts"
+ATTEMPTS_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,21 +66,21 @@ class Attempt:
         return asdict(self) | times
 
 
-def land(registry_root: Path | str, attempts: Sequence[Attempt]) -> None:
+def write_attempts(registry_root: Path | str, attempts: Sequence[Attempt]) -> None:
     """Write what one job leaves; nothing where that has been done."""
     [job] = {attempt.job for attempt in attempts}
     entries = [attempt.to_json() for attempt in attempts]
-    text = json.dumps({"format": FORMAT, "job": job, "sha256": _digest(entries), "attempts": entries}, indent=1)
-    place = Path(registry_root) / FOLDER / f"{job}.json"
+    text = json.dumps({"format": ATTEMPTS_FORMAT, "job": job, "sha256": _digest(entries), "attempts": entries}, indent=1)
+    place = Path(registry_root) / ATTEMPTS_FOLDER / f"{job}.json"
     publish_once(place, text.encode())
 
 
-def landed(registry_root: Path | str) -> set[str]:
+def jobs_with_attempts(registry_root: Path | str) -> set[str]:
     """Jobs that have been told; what is still being written begins with a dot."""
-    return json_names(Path(registry_root) / FOLDER)
+    return json_names(Path(registry_root) / ATTEMPTS_FOLDER)
 
 
-def read(path: Path) -> list[Attempt]:
+def read_attempts(path: Path) -> list[Attempt]:
     """A job's attempts, checked against what the file says about them.
 
     Raises:
@@ -89,8 +89,10 @@ def read(path: Path) -> list[Attempt]:
     try:
         raw = json.loads(path.read_bytes())
         entries = raw["attempts"]
-        if raw["format"] > FORMAT:
-            raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {FORMAT}: update ksweep")
+        if raw["format"] > ATTEMPTS_FORMAT:
+            raise LandingError(
+                f"{path.name} has format {raw['format']}, this ksweep reads up to {ATTEMPTS_FORMAT}: update ksweep"
+            )
         if raw["sha256"] != _digest(entries):
             raise LandingError(f"{path.name} is not what was written: its entries were altered")
         found = [Attempt.from_json(entry) for entry in entries]

@@ -36,8 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep.registry import attempts, sweeps
-from ksweep.registry.draws import SCHEMA as DRAWS_SCHEMA
-from ksweep.registry.run_record import ACTIVATIONS, ACTIVATIONS_SCHEMA, Landed, LandingError, RunRecord, read
+from ksweep.registry.draws import DRAWS_SCHEMA
+from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, LandedRun, LandingError, RunRecord, read_run
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
 from ksweep.utils.errors import DiskFullError, RequestError, StoreError
 from ksweep.utils.files import locked, publish
@@ -49,9 +49,9 @@ DatabaseError = duckdb.Error
 """What DuckDB raises, for those who ask through a connection from here."""
 
 DATABASE = "ksweep.duckdb"
-ATTEMPTS = f"{attempts.FOLDER}/"
+ATTEMPTS_PREFIX = f"{attempts.ATTEMPTS_FOLDER}/"
 """What the name of a job's file begins with, beside the names of runs."""
-SWEEPS = f"{sweeps.FOLDER}/"
+SWEEPS_PREFIX = f"{sweeps.SWEEPS_FOLDER}/"
 """What that of a sweep's asking begins with."""
 STORAGE_VERSION = "v1.4.0"
 ROOM_TO_BUILD = 4_000_000
@@ -90,7 +90,7 @@ RUN_TABLES = {
 }
 """Tables beside `runs`, and the table of a landed run whose rows go there."""
 
-MEANINGS = {
+COMMENT_SOURCES = {
     "best_draws": ("draws",),
     "controls": ("run_controls", "runs"),
     "metrics": ("run_metrics", "runs"),
@@ -134,7 +134,7 @@ class IngestReport:
     seconds: float = 0.0
 
 
-def ingest(root: Path | str) -> IngestReport:
+def ingest_landings(root: Path | str) -> IngestReport:
     """Bring `<root>/ksweep.duckdb` up to date with the landing files; safe to call at any time, from any number of processes.
 
     Raises:
@@ -153,7 +153,7 @@ def ingest(root: Path | str) -> IngestReport:
     return _report(root, plan, began, changed=False)
 
 
-def rebuild(root: Path | str) -> IngestReport:
+def rebuild_database(root: Path | str) -> IngestReport:
     """Build the database from the landing files alone, whatever is there now."""
     began = time.perf_counter()
     root = _existing(root)
@@ -172,7 +172,7 @@ def connect(root: Path | str = "registry") -> duckdb.DuckDBPyConnection:
     root_here = _existing(root)
     database = root_here / DATABASE
     try:
-        ingest(root)
+        ingest_landings(root)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not database.exists():
             raise
@@ -229,7 +229,9 @@ def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
 
 def _landed(root: Path) -> set[str]:
     """Names under landing/, attempts/<job>, sweeps/<id>; those that begin with a dot are still being written."""
-    told = {f"{ATTEMPTS}{job}" for job in attempts.landed(root)} | {f"{SWEEPS}{name}" for name in sweeps.landed(root)}
+    told = {f"{ATTEMPTS_PREFIX}{job}" for job in attempts.jobs_with_attempts(root)} | {
+        f"{SWEEPS_PREFIX}{name}" for name in sweeps.sweep_record_ids(root)
+    }
     try:
         return told | {name for name in os.listdir(root / "landing") if not name.startswith(".")}
     except FileNotFoundError:
@@ -255,7 +257,7 @@ def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_Sta
     run_ids = frozenset(name for (name,) in connection.execute("SELECT run_id FROM runs").fetchall())
     rows = connection.execute("SELECT run_id, reason, signature FROM quarantine ORDER BY run_id").fetchall()
     files = "SELECT DISTINCT $1 || job FROM attempts UNION ALL SELECT $2 || sweep_id FROM sweeps"
-    others = frozenset(name for (name,) in connection.execute(files, [ATTEMPTS, SWEEPS]).fetchall())
+    others = frozenset(name for (name,) in connection.execute(files, [ATTEMPTS_PREFIX, SWEEPS_PREFIX]).fetchall())
     quarantined = {name: Quarantined(name, _path(root, name), reason) for name, reason, _ in rows}
     return _State(run_ids, others, quarantined, {name: signature for name, _, signature in rows}, meta["root"]), None
 
@@ -269,7 +271,7 @@ def _signature(root: Path, name: str) -> str:
 
 def _path(root: Path, name: str) -> Path:
     """Where a landed name lies."""
-    return root / f"{name}.json" if name.startswith((ATTEMPTS, SWEEPS)) else root / "landing" / name
+    return root / f"{name}.json" if name.startswith((ATTEMPTS_PREFIX, SWEEPS_PREFIX)) else root / "landing" / name
 
 
 # Building the next file
@@ -317,9 +319,9 @@ def _fill(database: Path, root: Path, plan: _Plan) -> None:
 def _forget(connection: duckdb.DuckDBPyConnection, run_ids: Sequence[str]) -> None:
     for table in ("runs", *RUN_TABLES, "quarantine") if run_ids else ():
         connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [list(run_ids)])
-    if jobs := [name.removeprefix(ATTEMPTS) for name in run_ids if name.startswith(ATTEMPTS)]:
+    if jobs := [name.removeprefix(ATTEMPTS_PREFIX) for name in run_ids if name.startswith(ATTEMPTS_PREFIX)]:
         connection.execute("DELETE FROM attempts WHERE job IN (SELECT unnest(?))", [jobs])
-    if asked := [name.removeprefix(SWEEPS) for name in run_ids if name.startswith(SWEEPS)]:
+    if asked := [name.removeprefix(SWEEPS_PREFIX) for name in run_ids if name.startswith(SWEEPS_PREFIX)]:
         for table in ("sweeps", "sweep_cells"):
             connection.execute(f"DELETE FROM {table} WHERE sweep_id IN (SELECT unnest(?))", [asked])
 
@@ -332,14 +334,14 @@ def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[s
     bad = []
     for name in names:
         try:
-            if name.startswith(ATTEMPTS):
+            if name.startswith(ATTEMPTS_PREFIX):
                 rows["attempts"].append(_attempt_rows(_path(root, name), schemas["attempts"]))
                 continue
-            if name.startswith(SWEEPS):
+            if name.startswith(SWEEPS_PREFIX):
                 for table, found in _sweep_rows(_path(root, name)).items():
                     rows[table].append(_typed(found, schemas[table]))
                 continue
-            landed = read(root / "landing" / name, of_each=False)
+            landed = read_run(root / "landing" / name, of_each=False)
             rows["runs"].append(_run_row(landed, schema))
         except (LandingError, pa.ArrowException, TypeError, ValueError) as error:
             bad.append({"run_id": name, "reason": str(error), "signature": _signature(root, name)})
@@ -361,7 +363,7 @@ def _append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -
     connection.unregister("landed_rows")
 
 
-def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
+def _run_row(landed: LandedRun, schema: pa.Schema) -> pa.Table:
     """A row of `runs`, with its types checked: what does not fit raises here, not in the middle of an insert."""
     record = landed.record
     row = {f.name: getattr(record, f.name, None) for f in schema}
@@ -378,7 +380,7 @@ def _run_row(landed: Landed, schema: pa.Schema) -> pa.Table:
 
 def _attempt_rows(path: Path, schema: pa.Schema) -> pa.Table:
     """Rows of `attempts`, with their types checked."""
-    rows = [asdict(attempt) for attempt in attempts.read(path)]
+    rows = [asdict(attempt) for attempt in attempts.read_attempts(path)]
     for row in rows:
         row |= {name: row[name] and row[name].astimezone(UTC).replace(tzinfo=None) for name in ("began", "ended")}
     return _typed(rows, schema)
@@ -386,10 +388,10 @@ def _attempt_rows(path: Path, schema: pa.Schema) -> pa.Table:
 
 def _sweep_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows of `sweeps` and `sweep_cells`."""
-    asking, sweep_id = sweeps.read(path), path.stem
+    asking, sweep_id = sweeps.read_sweep_record(path), path.stem
     row = asdict(asking) | {"sweep_id": sweep_id, "asked": asking.asked.astimezone(UTC).replace(tzinfo=None)}
     cells = [asdict(cell) | {"sweep_id": sweep_id, "sweep": asking.sweep} for cell in asking.cells]
-    return {"sweeps": [row | {"number": sweeps.number_of(sweep_id), "num_cells": len(cells)}], "sweep_cells": cells}
+    return {"sweeps": [row | {"number": sweeps.record_number(sweep_id), "num_cells": len(cells)}], "sweep_cells": cells}
 
 
 def _typed(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -432,7 +434,7 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
         connection.execute(f"DROP MACRO {name}")
     views = _sql("views.sql")
     # Not the directories that begin with a dot: those are being written. One of draws/_schema has no rows, and is always there.
-    for place, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS}"}.items():
+    for place, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}"}.items():
         views = views.replace(f"'{place}'", _quoted(f"{_glob_escaped(root)}/{pattern}"))
     views = views.replace("'ASYMMETRY'", str(ASYMMETRY))
     connection.execute(views)
@@ -457,7 +459,7 @@ def _inherit_comments(connection: duckdb.DuckDBPyConnection) -> None:
     comments = {(table, column): comment for table, column, comment in columns if comment}
     views = connection.execute("SELECT view_name FROM duckdb_views() WHERE database_name = 'ksweep' AND NOT internal").fetchall()
     for table, column, comment in columns:
-        found = [c for source in MEANINGS.get(table, ("run_curves", "runs")) if (c := comments.get((source, column)))]
+        found = [c for source in COMMENT_SOURCES.get(table, ("run_curves", "runs")) if (c := comments.get((source, column)))]
         if (table,) in views and not comment and found:
             connection.execute(f"COMMENT ON COLUMN {table}.{column} IS {_quoted(found[0])}")
 
@@ -516,7 +518,9 @@ def _report(root: Path, plan: _Plan, began: float, *, changed: bool) -> IngestRe
     return IngestReport(
         database=root / DATABASE,
         num_new=len(set(plan.new) & state.run_ids) if changed else 0,
-        num_removed=len({n for n in plan.removed if not n.startswith((ATTEMPTS, SWEEPS))} - set(plan.new)) if changed else 0,
+        num_removed=len({n for n in plan.removed if not n.startswith((ATTEMPTS_PREFIX, SWEEPS_PREFIX))} - set(plan.new))
+        if changed
+        else 0,
         num_runs=len(state.run_ids),
         quarantined=bad,
         rebuilt=plan.rebuilt if changed else None,

@@ -26,14 +26,14 @@ from ksweep.utils.notes import Note, keep, kept
 
 log = logging.getLogger(__name__)
 
-ROWS_PER_UNIT = 64
-DRAWS_PER_UNIT = 64
-MOST_PER_UNIT = 1024
+ACTIVATIONS_PER_WORK_UNIT = 64
+DRAWS_PER_WORK_UNIT = 64
+MAX_WORK_UNIT_SIZE = 1024
 """Work is cut on a grid of up to so many activations and draws of each, and so many of both together; towards the end of a job of
 several ranks in smaller pieces. What is taken is published whole or not at all. Draws of one activation share what begins alike,
 in drawing and in scoring, so they lie together first."""
 
-SCHEMA = pa.schema(
+DRAWS_SCHEMA = pa.schema(
     [
         ("activation", pa.int64()),
         ("draw", pa.int32()),
@@ -61,11 +61,11 @@ activations) and, for a checkpoint, of every draw whose error is below that of e
 The best of the first K draws of an activation is always one of these, however its draws are cut into units. Of 16 draws 3.4 are
 kept on average, of 64 draws 4.7 (harmonic numbers). Parts written before that was so have draw 0 alone."""
 
-PART = re.compile(r"^part-(\d+)-(\d+)-(\d+)-(\d+)\.parquet$")
+PART_NAME = re.compile(r"^part-(\d+)-(\d+)-(\d+)-(\d+)\.parquet$")
 
 
 @dataclass(frozen=True, order=True)
-class Unit:
+class WorkUnit:
     """A rectangle of work: activations [first_row, last_row) x draws [first_draw, last_draw)."""
 
     first_row: int
@@ -92,12 +92,12 @@ class DrawsStore:
         self.key = key
         self.path = root / key
 
-    def parts(self) -> list[Unit]:
+    def parts(self) -> list[WorkUnit]:
         """The units that are there, from the file names: a name exists only after its file was whole."""
         if not self.path.is_dir():
             return []
-        found = (PART.match(name) for name in os.listdir(self.path))
-        return sorted(Unit(*map(int, match.groups())) for match in found if match)
+        found = (PART_NAME.match(name) for name in os.listdir(self.path))
+        return sorted(WorkUnit(*map(int, match.groups())) for match in found if match)
 
     def bytes_on_disk(self) -> int:
         """What the parts take."""
@@ -110,11 +110,11 @@ class DrawsStore:
             there[part.first_row : part.last_row, part.first_draw : part.last_draw] = True
         return there
 
-    def missing(self, num_activations: int, num_draws: int) -> list[Unit]:
-        """The rectangles still to be drawn, cut as `units_of` does."""
-        return units_of(self.coverage(num_activations, num_draws))
+    def missing(self, num_activations: int, num_draws: int) -> list[WorkUnit]:
+        """The rectangles still to be drawn, cut as `missing_work_units` does."""
+        return missing_work_units(self.coverage(num_activations, num_draws))
 
-    def still_missing(self, unit: Unit) -> list[Unit]:
+    def still_missing(self, unit: WorkUnit) -> list[WorkUnit]:
         """What of a unit nobody has drawn yet: another sweep over the same draws may have been quicker."""
         block = self.coverage(unit.last_row, unit.last_draw)[unit.first_row :, unit.first_draw :]
         return _rectangles(block, unit.first_row, unit.first_draw)
@@ -125,7 +125,7 @@ class DrawsStore:
         if not target.exists():
             _guard_disk(self.path, lambda: publish(target, json.dumps(identity, indent=1, sort_keys=True).encode()))
 
-    def publish(self, unit: Unit, table: pa.Table) -> None:
+    def publish(self, unit: WorkUnit, table: pa.Table) -> None:
         """Write a unit beside its place and rename it into it.
 
         Raises:
@@ -134,13 +134,13 @@ class DrawsStore:
         assert table.num_rows == unit.num_draws, (table.num_rows, unit)
         _guard_disk(self.path, lambda: self._write(unit, table))
 
-    def _write(self, unit: Unit, table: pa.Table) -> None:
+    def _write(self, unit: WorkUnit, table: pa.Table) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=self.path, prefix=".", suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
                 # Page checksums: a flipped byte is an error when the part is read, not another number.
-                pq.write_table(table.cast(SCHEMA), file, compression="zstd", write_page_checksum=True)
+                pq.write_table(table.cast(DRAWS_SCHEMA), file, compression="zstd", write_page_checksum=True)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, umask_permissions())
@@ -155,7 +155,7 @@ class DrawsStore:
         A damaged part is set aside with a message, and its draws count as missing.
         """
         seen = self.read_seen(num_activations, num_draws, columns)
-        return None if seen is None else _square(seen, num_activations, num_draws)
+        return None if seen is None else _as_grid(seen, num_activations, num_draws)
 
     def read_seen(self, num_activations: int, num_draws: int, columns: list[str] | None = None) -> pa.Table | None:
         """Those of the first activations' first draws that are there, in no particular order; None where none are."""
@@ -173,7 +173,7 @@ class DrawsStore:
         return seen.filter(pa.array(inside))
 
     def reconstructions(
-        self, activations: np.ndarray, draws: np.ndarray, d_model: int, parts: Sequence[Unit] | None = None
+        self, activations: np.ndarray, draws: np.ndarray, d_model: int, parts: Sequence[WorkUnit] | None = None
     ) -> np.ndarray:
         """[pair, d_model] float32 reconstruction of each (activation, draw); NaN where none is kept. Reads one part at a time.
 
@@ -188,7 +188,7 @@ class DrawsStore:
                 self._fill(found, wanted, part, activations[wanted], draws[wanted])
         return found
 
-    def _fill(self, found: np.ndarray, wanted: np.ndarray, part: Unit, activations: np.ndarray, draws: np.ndarray) -> None:
+    def _fill(self, found: np.ndarray, wanted: np.ndarray, part: WorkUnit, activations: np.ndarray, draws: np.ndarray) -> None:
         table = self._read_part(part, ["activation", "draw", "reconstruction"])
         if table is None:
             return
@@ -208,11 +208,11 @@ class DrawsStore:
             if part.first_row < num_activations and part.first_draw < num_draws:
                 self._read_part(part, None)
 
-    def _read_part(self, part: Unit, columns: list[str] | None) -> pa.Table | None:
+    def _read_part(self, part: WorkUnit, columns: list[str] | None) -> pa.Table | None:
         path = self.path / part.file_name
         try:
             table = pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
-            if (reason := _strange(table, part)) is None:
+            if (reason := _part_mismatch(table, part)) is None:
                 return table
         except FileNotFoundError:  # another job has set it aside
             return None
@@ -252,7 +252,7 @@ class DrawsStore:
         _guard_disk(self.path, lambda: publish(self.path / "controls.json", json.dumps(controls).encode()))
 
 
-def _strange(table: pa.Table, part: Unit) -> str | None:
+def _part_mismatch(table: pa.Table, part: WorkUnit) -> str | None:
     """Why a table is not what the name of its part says: one that was renamed by hand would be missed for ever."""
     if table.num_rows != part.num_draws:
         return f"{table.num_rows} rows where its name says {part.num_draws}"
@@ -265,32 +265,32 @@ def _strange(table: pa.Table, part: Unit) -> str | None:
     return None
 
 
-def units_of(there: np.ndarray) -> list[Unit]:
+def missing_work_units(there: np.ndarray) -> list[WorkUnit]:
     """What [activation, draw] lacks, on a grid that depends on the number of draws alone.
 
     Jobs that share draws but ask for different numbers of them may have the same draw under way in units of different shapes, and
     then one of the two is dropped: rare, and cheaper than small units for all.
     """
-    draws = min(DRAWS_PER_UNIT, there.shape[1])
-    rows = min(ROWS_PER_UNIT, MOST_PER_UNIT >> max(0, draws - 1).bit_length())  # a divisor of ROWS_PER_UNIT
-    units: list[Unit] = []
+    draws = min(DRAWS_PER_WORK_UNIT, there.shape[1])
+    rows = min(ACTIVATIONS_PER_WORK_UNIT, MAX_WORK_UNIT_SIZE >> max(0, draws - 1).bit_length())  # a divisor of ROWS_PER_UNIT
+    units: list[WorkUnit] = []
     for row in range(0, there.shape[0], rows):
-        for draw in range(0, there.shape[1], DRAWS_PER_UNIT):
-            units += _rectangles(there[row : row + rows, draw : draw + DRAWS_PER_UNIT], row, draw)
+        for draw in range(0, there.shape[1], DRAWS_PER_WORK_UNIT):
+            units += _rectangles(there[row : row + rows, draw : draw + DRAWS_PER_WORK_UNIT], row, draw)
     return units
 
 
-def _rectangles(there: np.ndarray, row: int, draw: int) -> list[Unit]:
+def _rectangles(there: np.ndarray, row: int, draw: int) -> list[WorkUnit]:
     """The missing part of one grid block as few rectangles: neighbouring rows that lack the same run of draws go together."""
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     for i, present in enumerate(there):
         for first, last in _runs(~present):
             for at, unit in enumerate(units):
                 if unit.last_row == row + i and (unit.first_draw, unit.last_draw) == (draw + first, draw + last):
-                    units[at] = Unit(unit.first_row, row + i + 1, unit.first_draw, unit.last_draw)
+                    units[at] = WorkUnit(unit.first_row, row + i + 1, unit.first_draw, unit.last_draw)
                     break
             else:
-                units.append(Unit(row + i, row + i + 1, draw + first, draw + last))
+                units.append(WorkUnit(row + i, row + i + 1, draw + first, draw + last))
     return units
 
 
@@ -299,7 +299,7 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _square(table: pa.Table, num_activations: int, num_draws: int) -> pa.Table | None:
+def _as_grid(table: pa.Table, num_activations: int, num_draws: int) -> pa.Table | None:
     """Rows in order, each (activation, draw) once; None where one is missing."""
     activation = table["activation"].to_numpy()
     draw = table["draw"].to_numpy().astype(np.int64)

@@ -20,7 +20,7 @@ def group_rows(
 
     Args:
         errors: [activation, draw], NaN where the draw failed.
-        known: what is known of each activation (`evaluated.SCHEMA`).
+        known: what is known of each activation (`activation_metadata.METADATA_SCHEMA`).
         baseline: of all activations.
         scoring: selection, failure policy, bootstrap.
         ks: values of K.
@@ -32,7 +32,7 @@ def group_rows(
         best, stats.all_failed_rates(errors, ks, scoring.selection), ks, known["document"].to_pylist(), groups, baseline,
         _own_baseline(known, baseline, by), num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level,
     )  # fmt: skip
-    places = activation_metadata.in_order({name for name in groups if name is not None})
+    places = activation_metadata.natural_sorted({name for name in groups if name is not None})
     failed = np.isnan(errors).mean(axis=1)
     for curve in curves:
         inside = np.array([name == curve.group for name in groups])

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from ksweep.registry.database import DatabaseError, connect
 from ksweep.utils.errors import RequestError
 
+TableRow = dict[str, Any]
+"""Column name -> value."""
 
-def ask(root: Path, question: str, variables: Mapping[str, str] | None = None) -> pa.Table:
+
+def run_query(root: Path, question: str, variables: Mapping[str, str] | None = None) -> pa.Table:
     """The answer to any SQL question; `variables` are what it reads with getvariable.
 
     Raises:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.registry.database import connect
-from ksweep.registry.query import run_named
+from ksweep.registry.query import TableRow, run_named
 from ksweep.registry.run_record import NUM_EXAMPLES
 
-Row = dict[str, Any]
 
-
-def story(root: Path, name: str) -> Row:
+def run_details(root: Path, name: str) -> TableRow:
     """One run: the row of `runs`, its spec, curve, controls, groups, examples.
 
     Raises:
@@ -22,8 +20,8 @@ def story(root: Path, name: str) -> Row:
     run_id = run_named(root, name)
     with connect(root) as connection:
 
-        def rows(question: str, *values: Any) -> list[Row]:
-            found: list[Row] = connection.sql(question, params=list(values)).to_arrow_table().to_pylist()
+        def rows(question: str, *values: Any) -> list[TableRow]:
+            found: list[TableRow] = connection.sql(question, params=list(values)).to_arrow_table().to_pylist()
             return found
 
         [run] = rows("SELECT * EXCLUDE (interval_reach) FROM runs WHERE run_id = ?", run_id)

@@ -30,14 +30,14 @@ from ksweep.utils.notes import REFERENCE_QUANTITIES, Note
 
 Status = Literal["finished", "failed", "stopped"]
 
-CURVE = "curve.parquet"
-CONTROLS = "controls.parquet"
-REFERENCE = "reference.parquet"
-NORMS = "norms.parquet"
-METRICS = "metrics.parquet"
-EXAMPLES = "examples.parquet"
-ACTIVATIONS = "activations.parquet"
-FORMAT = 1
+CURVE_FILE = "curve.parquet"
+CONTROLS_FILE = "controls.parquet"
+REFERENCE_FILE = "reference.parquet"
+NORMS_FILE = "norms.parquet"
+METRICS_FILE = "metrics.parquet"
+EXAMPLES_FILE = "examples.parquet"
+ACTIVATIONS_FILE = "activations.parquet"
+RUN_RECORD_FORMAT = 1
 """Raised when files written before could be misread; a reader refuses a later format instead of guessing."""
 
 
@@ -291,7 +291,7 @@ NORMS_SCHEMA = pa.schema([pa.field("activation", pa.int64(), nullable=False), pa
 
 
 @dataclass(frozen=True)
-class Landed:
+class LandedRun:
     """A landing directory, read and checked."""
 
     record: RunRecord
@@ -316,7 +316,7 @@ def new_run_id(cell_key: str) -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{cell_key[:8]}-{secrets.token_hex(4)}"
 
 
-def land(
+def write_run(
     registry_root: Path | str,
     record: RunRecord,
     curve: pa.Table | None = None,
@@ -335,13 +335,17 @@ def land(
     """
     _check_status_and_curve(record, curve)
     given = {
-        CURVE: (curve, CURVE_SCHEMA), CONTROLS: (controls, CONTROLS_SCHEMA), REFERENCE: (reference, REFERENCE_SCHEMA),
-        NORMS: (norms, NORMS_SCHEMA), METRICS: (metrics, METRICS_SCHEMA), EXAMPLES: (examples, EXAMPLES_SCHEMA),
-        ACTIVATIONS: (activations, ACTIVATIONS_SCHEMA),
-    }  # fmt: skip
+        CURVE_FILE: (curve, CURVE_SCHEMA),
+        CONTROLS_FILE: (controls, CONTROLS_SCHEMA),
+        REFERENCE_FILE: (reference, REFERENCE_SCHEMA),
+        NORMS_FILE: (norms, NORMS_SCHEMA),
+        METRICS_FILE: (metrics, METRICS_SCHEMA),
+        EXAMPLES_FILE: (examples, EXAMPLES_SCHEMA),
+        ACTIVATIONS_FILE: (activations, ACTIVATIONS_SCHEMA),
+    }
     tables = {name: _cast(table, schema, Path(name).stem) for name, (table, schema) in given.items() if table is not None}
-    if CURVE in tables:
-        _checked_curve(tables[CURVE])
+    if CURVE_FILE in tables:
+        _checked_curve(tables[CURVE_FILE])
     landing = Path(registry_root) / "landing"
     landing.mkdir(parents=True, exist_ok=True)
     place = landing / record.run_id
@@ -349,7 +353,7 @@ def land(
     temporary.mkdir()
     try:
         digests = {name: _write_parquet(temporary / name, table) for name, table in tables.items()}
-        text = json.dumps({"format": FORMAT, "files": digests} | record.to_json(), indent=1, allow_nan=False)
+        text = json.dumps({"format": RUN_RECORD_FORMAT, "files": digests} | record.to_json(), indent=1, allow_nan=False)
         publish(temporary / "record.json", text.encode())
         _fsync(temporary)
         _rename_into(temporary, place)
@@ -360,7 +364,7 @@ def land(
     return place
 
 
-def read(path: Path | str, *, of_each: bool = True) -> Landed:
+def read_run(path: Path | str, *, of_each: bool = True) -> LandedRun:
     """A landing directory, checked against what its record says about it.
 
     Args:
@@ -379,18 +383,18 @@ def read(path: Path | str, *, of_each: bool = True) -> Landed:
     if record.run_id != path.name:
         raise LandingError(f"{path.name}/record.json is the record of {record.run_id}: was the directory renamed or copied?")
     try:
-        curve = _stated_table(path / CURVE, raw["files"], CURVE_SCHEMA)
-        controls = _stated_table(path / CONTROLS, raw["files"], CONTROLS_SCHEMA)
-        reference = _stated_table(path / REFERENCE, raw["files"], REFERENCE_SCHEMA)
-        metrics = _stated_table(path / METRICS, raw["files"], METRICS_SCHEMA)
-        examples = _stated_table(path / EXAMPLES, raw["files"], EXAMPLES_SCHEMA)
+        curve = _stated_table(path / CURVE_FILE, raw["files"], CURVE_SCHEMA)
+        controls = _stated_table(path / CONTROLS_FILE, raw["files"], CONTROLS_SCHEMA)
+        reference = _stated_table(path / REFERENCE_FILE, raw["files"], REFERENCE_SCHEMA)
+        metrics = _stated_table(path / METRICS_FILE, raw["files"], METRICS_SCHEMA)
+        examples = _stated_table(path / EXAMPLES_FILE, raw["files"], EXAMPLES_SCHEMA)
         _check_status_and_curve(record, curve)
         checked = None if curve is None else _checked_curve(curve)
-        landed = Landed(record, checked, controls, reference, metrics=metrics, examples=examples)
+        landed = LandedRun(record, checked, controls, reference, metrics=metrics, examples=examples)
         if not of_each:
             return landed
-        norms = _stated_table(path / NORMS, raw["files"], NORMS_SCHEMA)
-        return replace(landed, norms=norms, activations=_stated_table(path / ACTIVATIONS, raw["files"], ACTIVATIONS_SCHEMA))
+        norms = _stated_table(path / NORMS_FILE, raw["files"], NORMS_SCHEMA)
+        return replace(landed, norms=norms, activations=_stated_table(path / ACTIVATIONS_FILE, raw["files"], ACTIVATIONS_SCHEMA))
     except ValueError as error:
         raise LandingError(f"{path.name}: {error}") from error
 
@@ -427,8 +431,8 @@ def _record_json(path: Path) -> dict[str, Any]:
         raise LandingError(f"{path.name}/record.json is not valid JSON ({error}): cut short or altered") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("format"), int) or not isinstance(raw.get("files"), dict):
         raise LandingError(f"{path.name}/record.json has no format and file list: not written by ksweep")
-    if raw["format"] > FORMAT:
-        raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {FORMAT}: update ksweep")
+    if raw["format"] > RUN_RECORD_FORMAT:
+        raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {RUN_RECORD_FORMAT}: update ksweep")
     return raw
 
 

@@ -20,14 +20,14 @@ from ksweep.registry.run_record import LandingError
 from ksweep.utils.files import json_names, publish_once
 from ksweep.utils.fingerprint import canonical_json, fingerprint
 
-FOLDER = "sweeps"
-FORMAT = 1
-NAME = re.compile(r"([0-9a-f]{8})-(\d{6})-([0-9a-f]{16})")
+SWEEPS_FOLDER = "sweeps"
+SWEEP_RECORD_FORMAT = 1
+SWEEP_ID = re.compile(r"([0-9a-f]{8})-(\d{6})-([0-9a-f]{16})")
 """Hash of the sweep's name, how many askings came before, hash of what was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedCell:
+class SweepCell:
     """One cell of a sweep."""
 
     cell_key: str
@@ -38,12 +38,12 @@ class AskedCell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class SweepRecord:
     """One asking of a sweep; registry/schema.sql says what each field means (tables sweeps and sweep_cells)."""
 
     sweep: str
     question: str
-    cells: tuple[AskedCell, ...]
+    cells: tuple[SweepCell, ...]
     asked: datetime
     argv: tuple[str, ...] = ()
     git_commit: str | None = None
@@ -55,10 +55,10 @@ class Asking:
         return fingerprint({"sweep": self.sweep, "question": self.question, "cells": [asdict(cell) for cell in self.cells]})[:16]
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Asking:
+    def from_json(cls, value: dict[str, Any]) -> SweepRecord:
         """An asking as it stands in a file; fields that this version does not know are left out."""
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
-        cells = [AskedCell(**{f.name: cell[f.name] for f in fields(AskedCell)}) for cell in known["cells"]]
+        cells = [SweepCell(**{f.name: cell[f.name] for f in fields(SweepCell)}) for cell in known["cells"]]
         asked = datetime.fromisoformat(known["asked"])
         return cls(**known | {"cells": tuple(cells), "asked": asked, "argv": tuple(known.get("argv", ()))})
 
@@ -67,32 +67,32 @@ class Asking:
         return asdict(self) | {"asked": self.asked.astimezone(UTC).isoformat()}
 
 
-def land(registry_root: Path | str, asking: Asking) -> str:
+def write_sweep_record(registry_root: Path | str, asking: SweepRecord) -> str:
     """Write what was asked, unless it is what the sweep is already; the id of the file that holds it."""
     beginning = fingerprint(asking.sweep)[:8]
-    found = [match for name in landed(registry_root) if (match := NAME.fullmatch(name)) and match[1] == beginning]
+    found = [match for name in sweep_record_ids(registry_root) if (match := SWEEP_ID.fullmatch(name)) and match[1] == beginning]
     newest = max(found, key=lambda match: match[0], default=None)
     if newest is not None and newest[3] == asking.content:
         return newest[0]
     number = 0 if newest is None else int(newest[2]) + 1
     name = f"{beginning}-{number:06d}-{asking.content}"
     entry = asking.to_json()
-    text = json.dumps({"format": FORMAT, "id": name, "sha256": _digest(entry), "asking": entry}, indent=1)
-    publish_once(Path(registry_root) / FOLDER / f"{name}.json", text.encode())
+    text = json.dumps({"format": SWEEP_RECORD_FORMAT, "id": name, "sha256": _digest(entry), "asking": entry}, indent=1)
+    publish_once(Path(registry_root) / SWEEPS_FOLDER / f"{name}.json", text.encode())
     return name
 
 
-def landed(registry_root: Path | str) -> set[str]:
+def sweep_record_ids(registry_root: Path | str) -> set[str]:
     """Ids that are there; what is still being written begins with a dot."""
-    return json_names(Path(registry_root) / FOLDER)
+    return json_names(Path(registry_root) / SWEEPS_FOLDER)
 
 
-def number_of(name: str) -> int:
+def record_number(name: str) -> int:
     """How many askings of the sweep came before the one of this id."""
     return int(name.split("-")[1])
 
 
-def read(path: Path) -> Asking:
+def read_sweep_record(path: Path) -> SweepRecord:
     """What was asked, checked against what the file says about it.
 
     Raises:
@@ -100,12 +100,14 @@ def read(path: Path) -> Asking:
     """
     try:
         raw = json.loads(path.read_bytes())
-        if raw["format"] > FORMAT:
-            raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {FORMAT}: update ksweep")
+        if raw["format"] > SWEEP_RECORD_FORMAT:
+            raise LandingError(
+                f"{path.name} has format {raw['format']}, this ksweep reads up to {SWEEP_RECORD_FORMAT}: update ksweep"
+            )
         if raw["sha256"] != _digest(raw["asking"]):
             raise LandingError(f"{path.name} is not what was written: it was altered")
-        asking = Asking.from_json(raw["asking"])
-        if raw["id"] != path.stem or NAME.fullmatch(path.stem) is None:
+        asking = SweepRecord.from_json(raw["asking"])
+        if raw["id"] != path.stem or SWEEP_ID.fullmatch(path.stem) is None:
             raise LandingError(f"{path.name} tells of {raw['id']}: was the file renamed or copied?")
     except OSError as error:
         raise LandingError(f"{path.name} cannot be read: {error.strerror}") from error
@@ -114,15 +116,15 @@ def read(path: Path) -> Asking:
     return asking
 
 
-def asking_of(sweep: str, question: str, cells: Sequence[tuple[str, str]]) -> Asking:
+def make_sweep_record(sweep: str, question: str, cells: Sequence[tuple[str, str]]) -> SweepRecord:
     """What this process asks: (cell key, label) of each cell, in order."""
     from ksweep.utils.provenance import provenance
 
     facts = provenance()
-    return Asking(
+    return SweepRecord(
         sweep=sweep, question=question, asked=datetime.now(UTC), argv=tuple(facts["argv"]), git_commit=facts["git_commit"],
         git_dirty=facts["git_dirty"],
-        cells=tuple(AskedCell(cell_key=key, label=label, place=place) for place, (key, label) in enumerate(cells)),
+        cells=tuple(SweepCell(cell_key=key, label=label, place=place) for place, (key, label) in enumerate(cells)),
     )  # fmt: skip
 
 

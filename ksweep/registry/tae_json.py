@@ -26,14 +26,14 @@ import pyarrow as pa
 
 from ksweep.config import reference_options
 from ksweep.registry.draws import DrawsStore
-from ksweep.registry.run_record import CURVE_SCHEMA, REFERENCE_SCHEMA, Landed, RunRecord, land, read
+from ksweep.registry.query import TableRow
+from ksweep.registry.run_record import CURVE_SCHEMA, REFERENCE_SCHEMA, LandedRun, RunRecord, read_run, write_run
 from ksweep.stats import Selection, best_errors
 from ksweep.utils.errors import DataError, RequestError, SpecError
 from ksweep.utils.files import publish
 from ksweep.utils.fingerprint import fingerprint
 
 Metric = Literal["variance_recovery", "mse_variance_recovery"]
-Row = dict[str, Any]
 
 MISLEADING = {
     "variance_recovery": "a residual variance: a constant bias costs nothing; in mse_variance_recovery it counts",
@@ -54,7 +54,7 @@ MISLEADING = {
 # Export
 
 
-def export_run(registry: Path | str, run_id: str) -> Row:
+def export_run(registry: Path | str, run_id: str) -> TableRow:
     """The JSON of a landed run, with every activation's best error where its draws are there.
 
     Raises:
@@ -63,8 +63,8 @@ def export_run(registry: Path | str, run_id: str) -> Row:
     path = Path(registry) / "landing" / run_id
     if not path.is_dir():
         raise RequestError(f"no run {run_id!r} in {path.parent}: `ksweep ls` lists the runs")
-    run = read(path)
-    return export(
+    run = read_run(path)
+    return export_landed(
         run,
         reference=run.reference.to_pylist() if run.reference is not None else (),
         mse_values=_best_errors(Path(registry), run),
@@ -74,15 +74,15 @@ def export_run(registry: Path | str, run_id: str) -> Row:
     )
 
 
-def export(
-    run: Landed,
+def export_landed(
+    run: LandedRun,
     *,
-    reference: Iterable[Row] = (),
+    reference: Iterable[TableRow] = (),
     mse_values: Mapping[int, Sequence[float]] | None = None,
     activation_norms: Sequence[float] | None = None,
-    token_stats: Row | None = None,
-    selected_token_stats: Row | None = None,
-) -> Row:
+    token_stats: TableRow | None = None,
+    selected_token_stats: TableRow | None = None,
+) -> TableRow:
     """A finished run in the reference's schema, all keys there; what is not known is null or an empty list.
 
     Args:
@@ -98,7 +98,7 @@ def export(
     """
     if run.curve is None:
         raise RequestError(f"run {run.record.run_id} is {run.record.status} and has no results to export")
-    quantities: dict[tuple[str | None, int], dict[str, Row]] = {}
+    quantities: dict[tuple[str | None, int], dict[str, TableRow]] = {}
     for row in reference:
         quantities.setdefault((row.get("role"), row["k"]), {})[row["quantity"]] = row
     results = []
@@ -118,7 +118,7 @@ def export(
         "summary": _summary(results),
         "ksweep": _about(run, results, bool(quantities)),
     }
-    plain: Row = _plain(document)
+    plain: TableRow = _plain(document)
     return plain
 
 
@@ -127,7 +127,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     publish(path, json.dumps(document, allow_nan=False).encode())
 
 
-def _result(point: Row, found: dict[str, Row] | None, record: RunRecord) -> Row:
+def _result(point: TableRow, found: dict[str, TableRow] | None, record: RunRecord) -> TableRow:
     """The 24 scalar keys of one K."""
     rows = found or {}
     value = {name: row.get("value") for name, row in rows.items()}
@@ -163,7 +163,7 @@ def _result(point: Row, found: dict[str, Row] | None, record: RunRecord) -> Row:
     }
 
 
-def _from_error(point: Row, record: RunRecord) -> float | None:
+def _from_error(point: TableRow, record: RunRecord) -> float | None:
     """mse_variance_recovery of a curve of ours, whose variance has ddof 1: from the distance of the activations from their mean.
 
     None where that is not known: runs of earlier versions with a stated baseline, imported ones.
@@ -176,9 +176,9 @@ def _from_error(point: Row, record: RunRecord) -> float | None:
     return float(1 - point["error"] / from_mean * (n - 1) / n)
 
 
-def _by_role(quantities: Mapping[tuple[str | None, int], dict[str, Row]], k: int) -> Row:
-    errors: Row = {}
-    recovery: Row = {}
+def _by_role(quantities: Mapping[tuple[str | None, int], dict[str, TableRow]], k: int) -> TableRow:
+    errors: TableRow = {}
+    recovery: TableRow = {}
     for (role, at), rows in quantities.items():
         if role is None or at != k:
             continue
@@ -190,7 +190,7 @@ def _by_role(quantities: Mapping[tuple[str | None, int], dict[str, Row]], k: int
     return ({"mse_by_role": errors} if errors else {}) | ({"variance_recovery_by_role": recovery} if recovery else {})
 
 
-def _summary(results: Sequence[Row]) -> Row:
+def _summary(results: Sequence[TableRow]) -> TableRow:
     """In the order of results_by_k (the reference kept the order asked for, which need not be that of the results)."""
     columns = {
         "mse_values": "avg_mse",
@@ -203,7 +203,7 @@ def _summary(results: Sequence[Row]) -> Row:
     return ks | {name: [r[source] for r in results] for name, source in columns.items()}
 
 
-def _eval_config(spec: Mapping[str, Any], results: Sequence[Row]) -> Row:
+def _eval_config(spec: Mapping[str, Any], results: Sequence[TableRow]) -> TableRow:
     """The settings by their old names."""
     activations, sampling, scoring = (spec.get(name) or {} for name in ("activations", "sampling", "scoring"))
     return {
@@ -234,7 +234,7 @@ def _checkpoint_of(spec: Mapping[str, Any]) -> str | None:
     return autoencoder.get("checkpoint") or autoencoder.get("av")
 
 
-def _about(run: Landed, results: Sequence[Row], of_reference: bool) -> Row:
+def _about(run: LandedRun, results: Sequence[TableRow], of_reference: bool) -> TableRow:
     """What the reference's schema lacks: where the numbers come from, which mislead, which are not known."""
     assert run.curve is not None
     record, scoring = run.record, run.record.spec.get("scoring") or {}
@@ -261,7 +261,7 @@ def _about(run: Landed, results: Sequence[Row], of_reference: bool) -> Row:
     }
 
 
-def _best_errors(registry: Path, run: Landed) -> dict[int, list[float]]:
+def _best_errors(registry: Path, run: LandedRun) -> dict[int, list[float]]:
     """For each K of the curve the best-of-K error of each activation, chosen as avg_mse is; empty where the draws are gone."""
     record = run.record
     if run.curve is None or not (record.draws_key and record.num_activations and record.num_draws):
@@ -306,7 +306,7 @@ class Imported:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class ImportResult:
     """What became of a file."""
 
     path: Path
@@ -316,7 +316,7 @@ class Arrival:
     notes: tuple[str, ...]
 
 
-def import_files(registry: Path | str, paths: Iterable[Path | str], metric: Metric = "variance_recovery") -> list[Arrival]:
+def import_files(registry: Path | str, paths: Iterable[Path | str], metric: Metric = "variance_recovery") -> list[ImportResult]:
     """Land old result files; all are read before the first is landed.
 
     Raises:
@@ -327,8 +327,8 @@ def import_files(registry: Path | str, paths: Iterable[Path | str], metric: Metr
     for path, run in found:
         new = not (Path(registry) / "landing" / run.record.run_id).exists()
         if new:
-            land(registry, run.record, run.curve, reference=run.reference)
-        arrivals.append(Arrival(path, run.record.run_id, new, run.notes))
+            write_run(registry, run.record, run.curve, reference=run.reference)
+        arrivals.append(ImportResult(path, run.record.run_id, new, run.notes))
     return arrivals
 
 
@@ -367,7 +367,7 @@ def _bytes(path: Path) -> bytes:
         raise DataError(f"result file {path} cannot be read: {error.strerror}") from error
 
 
-def _parse(path: Path, data: bytes) -> Row:
+def _parse(path: Path, data: bytes) -> TableRow:
     """JSON as the reference's tools read it: commas before a closing bracket are passed over."""
     try:
         text = data.decode()
@@ -384,9 +384,9 @@ def _parse(path: Path, data: bytes) -> Row:
     return tree
 
 
-def _results(path: Path, tree: Row, notes: list[str]) -> list[Row]:
+def _results(path: Path, tree: TableRow, notes: list[str]) -> list[TableRow]:
     """Entries by ascending K, each K once, every number finite or None."""
-    by_k: dict[int, Row] = {}
+    by_k: dict[int, TableRow] = {}
     for index, entry in enumerate(tree["results_by_k"]):
         k = entry.get("k") if isinstance(entry, dict) else None
         if not isinstance(k, (int, float)) or isinstance(k, bool) or k < 1 or int(k) != k:
@@ -398,7 +398,7 @@ def _results(path: Path, tree: Row, notes: list[str]) -> list[Row]:
     return [by_k[k] for k in sorted(by_k)]
 
 
-def _refuse_other_kinds(entry: Row, where: str) -> None:
+def _refuse_other_kinds(entry: TableRow, where: str) -> None:
     """Values of what is read that are of another kind than the reference writes."""
     for name, value in entry.items():
         for pattern, expected, fits in READ:
@@ -436,7 +436,7 @@ def _known(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _points(path: Path, results: Sequence[Row], metric: Metric, notes: list[str]) -> list[Row]:
+def _points(path: Path, results: Sequence[TableRow], metric: Metric, notes: list[str]) -> list[TableRow]:
     """Rows of the curve: every K that has the metric, or what it can be computed from."""
     found = [_point(path, result, results, metric, notes) for result in results]
     points = [point for point in found if point["fve"] is not None]
@@ -448,7 +448,7 @@ def _points(path: Path, results: Sequence[Row], metric: Metric, notes: list[str]
     return points
 
 
-def _point(path: Path, result: Row, results: Sequence[Row], metric: Metric, notes: list[str]) -> Row:
+def _point(path: Path, result: TableRow, results: Sequence[TableRow], metric: Metric, notes: list[str]) -> TableRow:
     """One row of the curve; `fve` is None where the file does not have the metric."""
     baseline = _variance_per_dimension(result)
     if baseline is None:  # the activations are the same for every K
@@ -470,7 +470,7 @@ def _point(path: Path, result: Row, results: Sequence[Row], metric: Metric, note
     }
 
 
-def _shown(result: Row, metric: Metric, baseline: float | None) -> tuple[float | None, float | None, float | None]:
+def _shown(result: TableRow, metric: Metric, baseline: float | None) -> tuple[float | None, float | None, float | None]:
     """The metric with its percentile interval, which the reference has for variance_recovery alone; 0.0 to 0.0 means none."""
     if metric == "mse_variance_recovery":
         value, error = result.get(metric), result.get("avg_mse")
@@ -481,12 +481,12 @@ def _shown(result: Row, metric: Metric, baseline: float | None) -> tuple[float |
     return result.get(metric), low, high
 
 
-def _bounds(result: Row, name: str) -> tuple[float | None, float | None]:
+def _bounds(result: TableRow, name: str) -> tuple[float | None, float | None]:
     low, high = result.get(f"{name}_lower"), result.get(f"{name}_upper")
     return (None, None) if low is None or high is None or low == high == 0 else (float(low), float(high))
 
 
-def _variance_per_dimension(result: Row) -> float | None:
+def _variance_per_dimension(result: TableRow) -> float | None:
     """Mean over dimensions of the activations' variance (ddof 1): what variance_recovery is measured against.
 
     From the error and mse_variance_recovery; else from the residual variance and variance_recovery, except where the mode that
@@ -501,7 +501,7 @@ def _variance_per_dimension(result: Row) -> float | None:
     return float(residual / (1 - recovery))
 
 
-def _is_streamed(results: Sequence[Row]) -> bool:
+def _is_streamed(results: Sequence[TableRow]) -> bool:
     """Whether one set of draws served every K (the default mode): there the residual variance is the plain error."""
     return all(_same(r.get("residual_variance_mean_over_hidden"), r.get("avg_mse")) for r in results)
 
@@ -510,7 +510,7 @@ def _same(one: float | None, other: float | None) -> bool:
     return one is not None and other is not None and math.isclose(one, other, rel_tol=1e-6)
 
 
-def _num_activations(path: Path, result: Row, notes: list[str]) -> int:
+def _num_activations(path: Path, result: TableRow, notes: list[str]) -> int:
     if result.get("mse_values"):
         return len(result["mse_values"])
     if not result.get("total_positions"):
@@ -519,7 +519,7 @@ def _num_activations(path: Path, result: Row, notes: list[str]) -> int:
     return int(result["total_positions"])
 
 
-def _quantities(result: Row) -> list[Row]:
+def _quantities(result: TableRow) -> list[TableRow]:
     """Every quantity of an entry as rows of REFERENCE_SCHEMA."""
     rows = []
     n = len(result["mse_values"]) if result.get("mse_values") else result.get("total_positions")
@@ -539,7 +539,7 @@ def _quantities(result: Row) -> list[Row]:
     return rows + _role_rows(result)
 
 
-def _role_rows(result: Row) -> list[Row]:
+def _role_rows(result: TableRow) -> list[TableRow]:
     rows = []
     for role, found in (result.get("mse_by_role") or {}).items():
         row = {"quantity": "avg_mse", "role": role, "k": result["k"], "value": found.get("avg_mse")}
@@ -552,7 +552,13 @@ def _role_rows(result: Row) -> list[Row]:
 
 
 def _record(
-    path: Path, tree: Row, results: Sequence[Row], points: Sequence[Row], metric: Metric, digest: str, notes: tuple[str, ...]
+    path: Path,
+    tree: TableRow,
+    results: Sequence[TableRow],
+    points: Sequence[TableRow],
+    metric: Metric,
+    digest: str,
+    notes: tuple[str, ...],
 ) -> RunRecord:
     cell_key = fingerprint({"reference_json": digest, "metric": metric})
     stem = re.sub(r"[^\w.-]+", "_", path.stem).lstrip("._") or "results"
@@ -580,7 +586,7 @@ def _record(
     )
 
 
-def _role_counts(results: Sequence[Row], name: str) -> Row | None:
+def _role_counts(results: Sequence[TableRow], name: str) -> TableRow | None:
     """What the first entry says of tokens by role, if it counts them."""
     found = results[0].get(name)
     counts = found.get("counts") if isinstance(found, dict) else None
@@ -588,13 +594,13 @@ def _role_counts(results: Sequence[Row], name: str) -> Row | None:
     return found if whole else None
 
 
-def _spec(path: Path, tree: Row, checkpoint: str | None, digest: str, metric: Metric, notes: tuple[str, ...]) -> Row:
+def _spec(path: Path, tree: TableRow, checkpoint: str | None, digest: str, metric: Metric, notes: tuple[str, ...]) -> TableRow:
     """What is known of the cell, under today's names; options that the reference accepted and did not read are left out."""
     given = {f"eval.{name}": value for name, value in (tree.get("eval_config") or {}).items()}
     read_by_it = {
         n: v for n, v in given.items() if (o := reference_options.BY_NAME.get(n)) and o.kind == "translated" and not o.warns
     }
-    spec: Row = {"kind": "reference JSON", "metric": metric, "file": path.name, "sha256": digest, "notes": list(notes)}
+    spec: TableRow = {"kind": "reference JSON", "metric": metric, "file": path.name, "sha256": digest, "notes": list(notes)}
     for name, value in read_by_it.items():
         try:
             settings = reference_options.BY_NAME[name].settings(value, given)
@@ -609,7 +615,7 @@ def _spec(path: Path, tree: Row, checkpoint: str | None, digest: str, metric: Me
     return spec
 
 
-def _width(results: Sequence[Row]) -> int | None:
+def _width(results: Sequence[TableRow]) -> int | None:
     for r in results:
         if r.get("avg_mse") and r.get("mse_for_new_variance"):
             return int(r["mse_for_new_variance"] / r["avg_mse"] + 0.5)

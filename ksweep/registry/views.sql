@@ -1,11 +1,12 @@
--- Views over schema.sql and over the Parquet files of the draws store, made by ingest: DRAWS_PARTS stands for their path.
--- A column without a comment here has the name and the meaning of a column of schema.sql, and gets its comment from there.
+-- Views over the tables of schema.sql and over Parquet files of the registry. Ingest creates them and puts paths in the place of
+-- 'DRAWS_PARTS' and 'ACTIVATIONS'. A column without a comment here means what the column of that name means in schema.sql, and
+-- inherits its comment from there.
 
 CREATE VIEW v_latest AS
--- The same draws under the same spec are the same cell, whichever version of the statistics its key was made with.
+-- Two runs are of one cell when draws and spec are the same, even if their keys name different versions of the statistics.
 SELECT * FROM runs WHERE status = 'finished'
 QUALIFY row_number() OVER (PARTITION BY coalesce(draws_key || md5(spec), cell_key) ORDER BY finished DESC, run_id DESC) = 1;
-COMMENT ON VIEW v_latest IS 'The newest finished run of each cell. Runs that differ in the version of the statistics alone are of one cell.';
+COMMENT ON VIEW v_latest IS 'The newest finished run of each cell. Runs that differ only in the version of the statistics belong to the same cell.';
 
 CREATE VIEW curve_history AS
 SELECT runs.cell, runs.label, coalesce(c.metric, 'fve') AS metric, c.k, c.fve, c.fve_low, c.fve_high, c.band_low, c.band_high, c.level, c.error, c.cosine, c.shuffled_fve,
@@ -15,34 +16,34 @@ SELECT runs.cell, runs.label, coalesce(c.metric, 'fve') AS metric, c.k, c.fve, c
 FROM run_curves AS c JOIN runs USING (run_id);
 COMMENT ON VIEW curve_history IS 'One row per finished run and K: every curve ever measured.';
 COMMENT ON COLUMN curve_history.num_replicates IS 'Bootstrap replicates behind the interval; NULL in imported runs.';
-COMMENT ON COLUMN curve_history.all_failed_rate IS 'Chance that all of k draws fail, mean over activations, fraction.';
-COMMENT ON COLUMN curve_history.failure_rate IS 'Draws of the cell without a usable explanation, fraction.';
+COMMENT ON COLUMN curve_history.all_failed_rate IS 'Probability that all of k draws fail, mean over activations.';
+COMMENT ON COLUMN curve_history.failure_rate IS 'Fraction of the cell''s draws that gave no usable explanation.';
 
 CREATE VIEW curves AS
 SELECT * FROM curve_history WHERE run_id IN (SELECT run_id FROM v_latest);
 COMMENT ON VIEW curves IS 'One row per cell and K: the curve of the newest finished run of each cell.';
 COMMENT ON COLUMN curves.num_replicates IS 'Bootstrap replicates behind the interval; NULL in imported runs.';
-COMMENT ON COLUMN curves.all_failed_rate IS 'Chance that all of k draws fail, mean over activations, fraction.';
-COMMENT ON COLUMN curves.failure_rate IS 'Draws of the cell without a usable explanation, fraction.';
+COMMENT ON COLUMN curves.all_failed_rate IS 'Probability that all of k draws fail, mean over activations.';
+COMMENT ON COLUMN curves.failure_rate IS 'Fraction of the cell''s draws that gave no usable explanation.';
 
 CREATE VIEW controls AS
 SELECT runs.cell, runs.label, c.control, c.k, c.value, c.num_activations, c.note, runs.temperature, runs.sweep, runs.cell_key, c.run_id
 FROM run_controls AS c JOIN v_latest AS runs USING (run_id);
-COMMENT ON VIEW controls IS 'One row per cell and control, of the newest finished run of each cell.';
+COMMENT ON VIEW controls IS 'One row per cell and control, from the newest finished run of each cell.';
 
 CREATE VIEW metrics AS
 SELECT runs.cell, runs.label, m.breakdown, m.part, m.place, m.against, m.k, m.fve, m.fve_low, m.fve_high, m.level, m.error,
        m.median_error, m.worst_share, m.baseline, m.baseline_kind, m.failure_rate, m.all_failed_rate, m.num_activations,
        m.num_documents, m.effective_documents, (runs.spec->>'$.scoring.num_replicates')::INTEGER AS num_replicates, runs.temperature, runs.sweep, runs.cell_key, m.run_id
 FROM run_metrics AS m JOIN v_latest AS runs USING (run_id);
-COMMENT ON VIEW metrics IS 'One row per cell, group of activations (by role, position, norm; all), baseline (against) and K, of the newest finished run of each cell.';
+COMMENT ON VIEW metrics IS 'One row per cell, group of activations (by role, position, norm; all), baseline (against) and K, from the newest finished run of each cell.';
 
 CREATE VIEW examples AS
 SELECT runs.cell, runs.label, e.rank, e.number, e.error, e.cosine, e.explanation, e.text, e.parse, e.context, e.activation, e.draw,
        e.document, e.position, runs.temperature, runs.sweep, runs.cell_key, e.run_id
 FROM run_examples AS e JOIN v_latest AS runs USING (run_id);
 COMMENT ON COLUMN metrics.num_replicates IS 'Bootstrap replicates behind the interval; NULL in imported runs.';
-COMMENT ON VIEW examples IS 'What the newest finished run of each cell said of the activations it is best, middling and worst at, beside the text.';
+COMMENT ON VIEW examples IS 'Explanations beside the text that they explain, for the activations where the newest finished run of each cell is best, middling and worst.';
 
 CREATE VIEW cells AS
 WITH newest AS (
@@ -59,29 +60,29 @@ SELECT n.cell, n.label, n.status, c.num_runs, c.num_finished, c.num_failed, l.ru
        n.temperature, n.layer, coalesce(l.num_activations, n.num_activations) AS num_activations, coalesce(l.num_draws, n.num_draws) AS num_draws,
        n.av, n.ar, n.checkpoint, n.model, n.text_source, n.vectors, c.sweeps, n.spec, n.cell_key, n.draws_key, n.activations_key
 FROM newest AS n JOIN counted AS c USING (cell_key) LEFT JOIN v_latest AS l USING (cell_key) LEFT JOIN ends AS e ON e.run_id = l.run_id;
-COMMENT ON VIEW cells IS 'One row per cell that was ever run: what it is, how often it ran, and the end of its newest finished curve.';
-COMMENT ON COLUMN cells.status IS 'How its newest run ended: finished, failed or stopped.';
-COMMENT ON COLUMN cells.num_runs IS 'Runs of the cell, however they ended.';
+COMMENT ON VIEW cells IS 'One row per cell that was ever run: its settings, how often it ran, and the last point of its newest finished curve.';
+COMMENT ON COLUMN cells.status IS 'How the cell''s newest run ended: finished, failed or stopped.';
+COMMENT ON COLUMN cells.num_runs IS 'Runs of the cell, whatever their status.';
 COMMENT ON COLUMN cells.num_finished IS 'Runs that finished.';
 COMMENT ON COLUMN cells.num_failed IS 'Runs that failed.';
-COMMENT ON COLUMN cells.run_id IS 'Its newest finished run; NULL while there is none.';
+COMMENT ON COLUMN cells.run_id IS 'Newest finished run of the cell; NULL while there is none.';
 COMMENT ON COLUMN cells.finished IS 'When that run ended, UTC.';
 COMMENT ON COLUMN cells.k IS 'Largest K of that run.';
-COMMENT ON COLUMN cells.sweeps IS 'Sweeps that have asked for it.';
+COMMENT ON COLUMN cells.sweeps IS 'Sweeps that have requested the cell.';
 
 CREATE VIEW v_sweeps AS
 SELECT sweep, question, num_cells, asked, argv, git_commit, git_dirty, number, sweep_id FROM sweeps
 QUALIFY row_number() OVER (PARTITION BY sweep ORDER BY number DESC, asked DESC, sweep_id DESC) = 1;
-COMMENT ON VIEW v_sweeps IS 'The newest asking of each sweep. Sweeps of versions that kept none, and imported ones, are not in it.';
+COMMENT ON VIEW v_sweeps IS 'The newest version of each sweep. Sweeps of ksweep versions that did not record them, and imported ones, are missing.';
 
 CREATE VIEW v_sweep_cells AS
 WITH asked AS (
     SELECT s.sweep, c.place, c.label, c.cell_key FROM v_sweeps AS s JOIN sweep_cells AS c USING (sweep_id)
 ), newest AS (
     SELECT * FROM runs QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, run_id DESC) = 1
-), told AS (
-    -- Of cells that share a label and what they are measured with the newest counts: such a sweep may have been asked again with
-    -- other settings. Earlier versions gave pairs of one name the same label: those are several cells, told apart by their names.
+), unrecorded AS (
+    -- A sweep of an earlier version may have been run again with other settings: of cells that share label, models and text only
+    -- the newest counts. Earlier versions gave NLA pairs of one name the same label: the paths tell those cells apart.
     SELECT sweep, label, cell_key, finished, run_id FROM runs WHERE sweep NOT IN (SELECT sweep FROM sweeps)
     QUALIFY row_number() OVER (
         PARTITION BY sweep, label, av, ar, checkpoint, model, text_source, vectors, layer
@@ -89,31 +90,31 @@ WITH asked AS (
     ) = 1
 ), members AS (
     SELECT sweep, place, label, cell_key FROM asked
-    UNION ALL SELECT sweep, row_number() OVER (PARTITION BY sweep ORDER BY finished, run_id) - 1, label, cell_key FROM told
+    UNION ALL SELECT sweep, row_number() OVER (PARTITION BY sweep ORDER BY finished, run_id) - 1, label, cell_key FROM unrecorded
 )
 SELECT m.sweep, m.place, m.label, coalesce(l.cell, n.cell) AS cell, coalesce(n.status, 'not run') AS status, l.run_id, l.finished, l.temperature, n.sweep AS run_by, m.cell_key
 FROM members AS m LEFT JOIN newest AS n USING (cell_key) LEFT JOIN v_latest AS l USING (cell_key);
-COMMENT ON VIEW v_sweep_cells IS 'The cells of each sweep as it was last asked, in its order, whoever computed them; of sweeps without an asking those that its runs tell of.';
-COMMENT ON COLUMN v_sweep_cells.status IS 'How the newest run of the cell ended: finished, failed or stopped; not run: none has.';
-COMMENT ON COLUMN v_sweep_cells.run_id IS 'Its newest finished run; NULL while there is none.';
+COMMENT ON VIEW v_sweep_cells IS 'The cells of the newest version of each sweep, in its order, whichever sweep computed them; for sweeps that were not recorded, the cells of their runs.';
+COMMENT ON COLUMN v_sweep_cells.status IS 'How the newest run of the cell ended: finished, failed or stopped; not run: the cell has no run.';
+COMMENT ON COLUMN v_sweep_cells.run_id IS 'Newest finished run of the cell; NULL while there is none.';
 COMMENT ON COLUMN v_sweep_cells.finished IS 'When that run ended, UTC.';
-COMMENT ON COLUMN v_sweep_cells.run_by IS 'Sweep that the newest run of the cell was for.';
+COMMENT ON COLUMN v_sweep_cells.run_by IS 'Sweep that requested the newest run of the cell.';
 
--- The quantile q of a list, linearly interpolated, as NumPy has it.
+-- The quantile q of a sorted list, linearly interpolated as in NumPy.
 CREATE MACRO sorted_quantile(numbers, q) AS
     numbers[floor((len(numbers) - 1) * q)::BIGINT + 1] + ((len(numbers) - 1) * q - floor((len(numbers) - 1) * q))
     * (numbers[ceil((len(numbers) - 1) * q)::BIGINT + 1] - numbers[floor((len(numbers) - 1) * q)::BIGINT + 1]);
 
--- The two quantiles that an interval is read from. DuckDB's own function wants a constant; it is twice as fast as sorting.
+-- The two quantiles that bound an interval. DuckDB's own function takes only constant levels, but is twice as fast as sorting.
 CREATE MACRO outer_quantiles(numbers, level) AS
     CASE WHEN level = 0.95 THEN list_aggregate(numbers, 'quantile_cont', [0.025, 0.975])
     ELSE [sorted_quantile(list_sort(numbers), (1 - level) / 2), sorted_quantile(list_sort(numbers), (1 + level) / 2)] END;
 
--- Those of the difference of two lists of shared replicates.
+-- The two quantiles of the difference of two lists of shared replicates.
 CREATE MACRO paired_quantiles(replicates, others, level) AS
     outer_quantiles(list_transform(replicates, lambda x, i: x::DOUBLE - others[i]::DOUBLE), level);
 
--- An end of an interval, as stats.interval_ends has it: side is -1 for the lower one, 1 for the upper one.
+-- One end of an interval, equal to that of stats.interval_ends: side is -1 for the lower end, 1 for the upper end.
 CREATE MACRO interval_end(estimate, quantiles, reach, side) AS
     estimate + 'ASYMMETRY'::DOUBLE * ((quantiles[1] + quantiles[2]) / 2 - estimate) + side * reach * (quantiles[2] - quantiles[1]) / 2;
 
@@ -130,12 +131,12 @@ SELECT a.* EXCLUDE (scaled, seed, selection, failed_error), b.cell AS other_cell
        a.fve - b.fve AS difference
 FROM measured AS a JOIN measured AS b
 USING (activations_key, num_activations, k, level, num_replicates, seed, selection, failed_error, scaled, baseline_kind)
--- Measured on two machines the same baseline may differ in its last bits.
+-- The same baseline, measured on two machines, may differ in its last bits.
 WHERE a.cell_key <> b.cell_key AND abs(a.baseline - b.baseline) <= 1e-9 * a.baseline;
-COMMENT ON VIEW v_pairs IS 'Cells that can be compared, one row per two of them (in either order) and K: v_compare without the intervals, which cost a tenth of a millisecond each.';
+COMMENT ON VIEW v_pairs IS 'Pairs of cells that can be compared, one row per pair (in either order) and K: v_compare without its intervals, which take a tenth of a millisecond each to compute.';
 COMMENT ON COLUMN v_pairs.num_replicates IS 'Bootstrap replicates that both runs share.';
-COMMENT ON COLUMN v_pairs.other_cell IS 'The cell that is taken off.';
-COMMENT ON COLUMN v_pairs.other_label IS 'What tells the other cell from those of its sweep.';
+COMMENT ON COLUMN v_pairs.other_cell IS 'The cell that is subtracted.';
+COMMENT ON COLUMN v_pairs.other_label IS 'Label of the other cell in its sweep.';
 COMMENT ON COLUMN v_pairs.other_temperature IS 'Sampling temperature of the other cell.';
 COMMENT ON COLUMN v_pairs.other_sweep IS 'Sweep of the other run.';
 COMMENT ON COLUMN v_pairs.other_run_id IS 'The other run.';
@@ -153,7 +154,7 @@ SELECT cell, other_cell, label, other_label, k, difference, interval_end(differe
        fve, other_fve, level, temperature, other_temperature, baseline, baseline_kind, num_activations, num_documents,
        effective_documents, num_replicates, sweep, other_sweep, run_id, other_run_id, activations_key
 FROM replicated;
-COMMENT ON VIEW v_compare IS 'Paired differences: one row per two cells over the same activations (in either order) and K (powers of two and the largest), of the newest finished runs. The same bootstrap over documents, and the same numbers, as ksweep.analysis.compare and `ksweep diff`; what both share (hard documents) cancels. Cells whose baseline, selection, failed_error, seed or level differ are not in it: their FVEs do not mean the same; nor are runs landed before replicates were kept (`ksweep diff` compares those). Ask for cells by name: all pairs of a large registry are many.';
+COMMENT ON VIEW v_compare IS 'Paired differences of FVE: one row per pair of cells over the same activations (in either order) and K (powers of two and the largest), from the newest finished runs. Bootstrap over documents with shared replicates, so that the variation of documents, which both cells share, cancels; the numbers equal those of ksweep.analysis.compare and `ksweep diff`. Cells that differ in baseline, selection, failed_error, seed or level are left out because their FVEs do not mean the same; runs recorded before replicates were kept are left out too (`ksweep diff` compares those). Name the cells in a large registry: it has many pairs.';
 COMMENT ON COLUMN v_compare.difference_low IS 'Lower end of the interval of difference; NULL for fewer than two documents.';
 COMMENT ON COLUMN v_compare.difference_high IS 'Upper end of the interval of difference.';
 
@@ -169,13 +170,13 @@ SELECT cell, label, k, doubled_k, gain, interval_end(gain, quantiles, interval_r
        interval_end(gain, quantiles, interval_reach, 1) AS gain_high, level, fve, doubled_fve, shuffled_gain,
        temperature, sweep, cell_key, run_id
 FROM doubled;
-COMMENT ON VIEW v_gain IS 'What doubling K brings, paired within the cell: one row per cell and K whose double was measured too (powers of two), of runs that keep their replicates.';
+COMMENT ON VIEW v_gain IS 'Gain in FVE from doubling K, paired within the cell: one row per cell and K whose double was measured too (powers of two), from runs that keep their replicates.';
 COMMENT ON COLUMN v_gain.doubled_k IS 'Twice k.';
-COMMENT ON COLUMN v_gain.gain IS 'FVE at doubled_k less FVE at k.';
-COMMENT ON COLUMN v_gain.gain_low IS 'Lower end of the interval of gain: the bootstrap over documents of its cell.';
+COMMENT ON COLUMN v_gain.gain IS 'FVE at doubled_k minus FVE at k.';
+COMMENT ON COLUMN v_gain.gain_low IS 'Lower end of the interval of gain, from the bootstrap over documents.';
 COMMENT ON COLUMN v_gain.gain_high IS 'Upper end of the interval of gain.';
 COMMENT ON COLUMN v_gain.doubled_fve IS 'FVE at doubled_k.';
-COMMENT ON COLUMN v_gain.shuffled_gain IS 'The same for draws of another activation: what selection alone brings.';
+COMMENT ON COLUMN v_gain.shuffled_gain IS 'The same gain for draws of another activation: what selection alone brings.';
 
 CREATE VIEW v_throughput AS
 SELECT host, device, num_ranks, sweep, cell, label, num_draws_sampled, num_tokens_sampled, tokens_per_second,
@@ -185,34 +186,34 @@ SELECT host, device, num_ranks, sweep, cell, label, num_draws_sampled, num_token
        num_draws_sampled / nullif(coalesce(seconds['drawing'], 0) + coalesce(seconds['waiting'], 0), 0) AS draws_per_second,
        seconds, git_commit, packages['torch'] AS torch_version, started, finished, cell_key, run_id
 FROM runs WHERE status = 'finished' AND num_draws_sampled > 0;
-COMMENT ON VIEW v_throughput IS 'How fast finished runs that sampled something were, by machine.';
-COMMENT ON COLUMN v_throughput.tokens_per_second_per_rank IS 'tokens_per_second over num_ranks.';
+COMMENT ON VIEW v_throughput IS 'Speed of finished runs that sampled draws, with machine and device.';
+COMMENT ON COLUMN v_throughput.tokens_per_second_per_rank IS 'tokens_per_second / num_ranks.';
 COMMENT ON COLUMN v_throughput.total_seconds IS 'Wall-clock seconds of all phases.';
-COMMENT ON COLUMN v_throughput.drawing_seconds IS 'Wall-clock seconds of drawing, and of waiting for the last rank''s draws.';
-COMMENT ON COLUMN v_throughput.draws_per_second IS 'Draws sampled per second of drawing, all ranks together.';
+COMMENT ON COLUMN v_throughput.drawing_seconds IS 'Wall-clock seconds of sampling draws, and of waiting for the last rank to finish its own.';
+COMMENT ON COLUMN v_throughput.draws_per_second IS 'Draws sampled per second of drawing_seconds, all ranks together.';
 COMMENT ON COLUMN v_throughput.torch_version IS 'Version of torch.';
 
 CREATE VIEW activations AS
 SELECT parse_path(a.filename)[-2] AS run_id, a.activation, a.row_id, a.document, a.position, a.role, a.norm, a.distance, a.num_failed, a.ks, a.errors
 FROM read_parquet('ACTIVATIONS', union_by_name = false, filename = true) AS a;
-COMMENT ON VIEW activations IS 'One row per run and activation, straight from the landing files (a file a run: ask with run_id = ...).';
-COMMENT ON COLUMN activations.run_id IS 'Run that measured it.';
+COMMENT ON VIEW activations IS 'One row per run and activation, read directly from the files of the runs (one file per run: filter by run_id).';
+COMMENT ON COLUMN activations.run_id IS 'Run that measured the errors.';
 COMMENT ON COLUMN activations.activation IS 'Index of the activation within its store, 0-based.';
-COMMENT ON COLUMN activations.row_id IS 'Row of text and position that the activation comes from.';
-COMMENT ON COLUMN activations.document IS 'Document that the activation comes from: cluster of the intervals.';
+COMMENT ON COLUMN activations.row_id IS 'Row of text and token position that the activation comes from.';
+COMMENT ON COLUMN activations.document IS 'Document that the activation comes from: the cluster that the bootstrap resamples.';
 COMMENT ON COLUMN activations.position IS 'Token position of the activation in its row of text, 0-based.';
-COMMENT ON COLUMN activations.role IS 'Role of its token: user, assistant, system, special, other; NULL where no chat format is known.';
-COMMENT ON COLUMN activations.norm IS 'Length of the activation.';
-COMMENT ON COLUMN activations.distance IS 'What it adds to the baseline of the run, whose value is their mean: its part of the distances between documents (may be negative), or its squared distance from the mean; with a stated constant that constant.';
-COMMENT ON COLUMN activations.num_failed IS 'Draws of it that failed.';
-COMMENT ON COLUMN activations.ks IS 'Values of K that errors is given for.';
+COMMENT ON COLUMN activations.role IS 'Role of the activation''s token: user, assistant, system, special, other; NULL where the chat format is unknown.';
+COMMENT ON COLUMN activations.norm IS 'L2 norm of the activation.';
+COMMENT ON COLUMN activations.distance IS 'Contribution of the activation to the run''s baseline, which is the mean of this column: its part of the distances between documents (may be negative), or its squared distance from the mean; for a stated constant that constant.';
+COMMENT ON COLUMN activations.num_failed IS 'Number of the activation''s draws that failed.';
+COMMENT ON COLUMN activations.ks IS 'Values of K of the column errors.';
 COMMENT ON COLUMN activations.errors IS 'Expected smallest error among K draws, for each K in ks.';
 
 CREATE VIEW reference_quantities AS
 SELECT runs.cell, runs.label, c.quantity, c.role, c.k, c.value, c.low, c.high, c.bca_low, c.bca_high, c.std, c.bias, c.spread,
        c.num_activations, runs.temperature, runs.sweep, runs.cell_key, c.run_id
 FROM run_reference AS c JOIN v_latest AS runs USING (run_id);
-COMMENT ON VIEW reference_quantities IS 'One row per cell, quantity of the reference sweep, role and K, of the newest finished run of each cell.';
+COMMENT ON VIEW reference_quantities IS 'One row per cell, quantity of the reference sweep, role and K, from the newest finished run of each cell.';
 
 CREATE VIEW v_token_roles AS
 WITH counted AS (
@@ -223,19 +224,19 @@ SELECT cell, label, tokens, r.key AS role, r.value AS num_tokens,
        CASE WHEN r.key <> 'pad' THEN r.value / nullif(roles['total'] - roles['pad'], 0) END AS share, sweep, run_id
 FROM (SELECT *, unnest(map_entries(roles)) AS r FROM counted)
 WHERE r.key <> 'total';
-COMMENT ON VIEW v_token_roles IS 'Tokens by role, of the newest finished run of each cell; cells without a known chat format are not in it.';
-COMMENT ON COLUMN v_token_roles.tokens IS 'evaluated: the positions that were measured. all: every token of the rows of text that were looked at.';
-COMMENT ON COLUMN v_token_roles.role IS 'Whose token: user, assistant, system, special, other, pad.';
-COMMENT ON COLUMN v_token_roles.num_tokens IS 'Tokens of the role.';
-COMMENT ON COLUMN v_token_roles.share IS 'Fraction of the tokens that are not padding; NULL for pad.';
+COMMENT ON VIEW v_token_roles IS 'Number of tokens by role, from the newest finished run of each cell; cells whose chat format is unknown are left out.';
+COMMENT ON COLUMN v_token_roles.tokens IS 'evaluated: the evaluated positions. all: every token of the rows of text that were read.';
+COMMENT ON COLUMN v_token_roles.role IS 'Role of the tokens: user, assistant, system, special, other, pad.';
+COMMENT ON COLUMN v_token_roles.num_tokens IS 'Number of tokens with the role.';
+COMMENT ON COLUMN v_token_roles.share IS 'Fraction of all tokens but padding; NULL for pad.';
 
 CREATE VIEW draws AS
 WITH files AS (
-    -- Not union_by_name: it opens every file before it reads one. All parts have the columns of DrawsStore's SCHEMA.
+    -- union_by_name would open every file before reading one. All parts have the columns of draws.DRAWS_SCHEMA.
     SELECT * EXCLUDE (filename), filename, parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true)
 ), parts AS (
-    -- Two sweeps at once may both have taken a draw: it is in two parts that overlap, and counts once. draws_key is a plain column
-    -- here, so that a condition on it passes through the windows and only the files of that key are opened.
+    -- Two sweeps that run at once may both sample a draw: it lies in two overlapping parts and counts once. draws_key is a plain
+    -- column here, so that a filter on it is pushed below the window function and only the files of that key are opened.
     SELECT * FROM files QUALIFY row_number() OVER (PARTITION BY draws_key, activation, draw ORDER BY filename) = 1
 ), cells AS (
     SELECT draws_key, arg_max(cell, finished) AS cell FROM v_latest WHERE draws_key IS NOT NULL GROUP BY draws_key
@@ -246,37 +247,37 @@ SELECT cells.cell, p.draws_key, p.activation, p.draw,
        p.shuffled_error, p.shuffled_activation,
        p.row_id, p.document, p.position, p.context, p.norm, p.token_ids
 FROM parts AS p LEFT JOIN cells USING (draws_key);
-COMMENT ON VIEW draws IS 'One row per draw: a sampled explanation and its score, straight from the Parquet files of the draws store (registry/draws). Draws of running and failed cells are in it too. In a large registry ask with draws_key = ...: then only its files are read.';
+COMMENT ON VIEW draws IS 'One row per draw: a sampled explanation and its score, read directly from the Parquet files of the draws store (registry/draws), those of running and failed cells included. Filter by draws_key in a large registry: only its files are read then.';
 COMMENT ON COLUMN draws.cell IS 'Newest finished cell that used these draws; NULL while none has finished. Cells that differ only in counts or scoring share draws.';
-COMMENT ON COLUMN draws.draws_key IS 'Identity of the draws: directory under registry/draws.';
+COMMENT ON COLUMN draws.draws_key IS 'Key of the draws: name of a directory under registry/draws.';
 COMMENT ON COLUMN draws.activation IS 'Index of the activation within its store, 0-based; a cell over N activations uses the first N.';
 COMMENT ON COLUMN draws.draw IS 'Index of the draw, 0-based. In float32 the same draw for every batch size and number of ranks; in bfloat16 rounding may flip near ties (runs.engine). A cell of N draws uses the first N.';
-COMMENT ON COLUMN draws.rank IS 'Place of the draw by error among all stored draws of its activation, 1 is best; failed draws come last.';
+COMMENT ON COLUMN draws.rank IS 'Rank of the draw by error among all stored draws of its activation, 1 is best; failed draws come last.';
 COMMENT ON COLUMN draws.error IS 'Error of the reconstruction; NLA pairs: 2 (1 - cosine). NULL when the draw failed.';
-COMMENT ON COLUMN draws.cosine IS 'Cosine of the reconstruction with its activation; NULL when the draw failed.';
-COMMENT ON COLUMN draws.explanation IS 'The explanation that was scored, cut out of text; NULL when none was found.';
-COMMENT ON COLUMN draws.text IS 'What the AV wrote, tags included.';
-COMMENT ON COLUMN draws.num_tokens IS 'Length of what the AV wrote, tokens.';
-COMMENT ON COLUMN draws.finish IS 'Why the AV stopped.';
-COMMENT ON COLUMN draws.parse IS 'Whether an explanation was found in text, or why not: the cause of a failed draw.';
+COMMENT ON COLUMN draws.cosine IS 'Cosine between the reconstruction and the activation; NULL when the draw failed.';
+COMMENT ON COLUMN draws.explanation IS 'The explanation that was scored, extracted from text; NULL when none was found.';
+COMMENT ON COLUMN draws.text IS 'Full text that the AV generated, tags included.';
+COMMENT ON COLUMN draws.num_tokens IS 'Length of the generated text, tokens.';
+COMMENT ON COLUMN draws.finish IS 'Why generation ended.';
+COMMENT ON COLUMN draws.parse IS 'ok, or the reason why no explanation was found in text: the cause of a failed draw.';
 COMMENT ON COLUMN draws.log_probability IS 'Log probability of the sampled tokens under the AV at its sampling temperature, nats.';
-COMMENT ON COLUMN draws.shuffled_error IS 'Control: error of this draw against another activation, shuffled_activation.';
-COMMENT ON COLUMN draws.shuffled_activation IS 'The other activation, from another document where there is one.';
-COMMENT ON COLUMN draws.row_id IS 'Row of text and position that the activation comes from.';
-COMMENT ON COLUMN draws.document IS 'Document that the activation comes from: cluster of the bootstrap.';
+COMMENT ON COLUMN draws.shuffled_error IS 'Control: error of this draw''s reconstruction against another activation, shuffled_activation.';
+COMMENT ON COLUMN draws.shuffled_activation IS 'Index of the other activation, from another document where there is one.';
+COMMENT ON COLUMN draws.row_id IS 'Row of text and token position that the activation comes from.';
+COMMENT ON COLUMN draws.document IS 'Document that the activation comes from: the cluster that the bootstrap resamples.';
 COMMENT ON COLUMN draws.position IS 'Token position of the activation in its row of text, 0-based.';
 COMMENT ON COLUMN draws.context IS 'Text around that position.';
-COMMENT ON COLUMN draws.norm IS 'Length of the reconstruction as the AR gave it, before scaling; NULL when the draw failed.';
+COMMENT ON COLUMN draws.norm IS 'L2 norm of the reconstruction as the AR gave it, before scaling; NULL when the draw failed.';
 COMMENT ON COLUMN draws.token_ids IS 'Token ids that the AV sampled.';
 
 CREATE VIEW best_draws AS
 SELECT * EXCLUDE (rank) FROM draws WHERE rank = 1 AND error IS NOT NULL;
-COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation; activations all of whose draws failed are not in it.';
+COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation; activations whose draws all failed are left out.';
 
 CREATE VIEW v_temperature AS
 WITH siblings AS (
     SELECT run_id, av, ar, checkpoint, model,
-           -- specs written before there were checkpoints lack the field
+           -- Specs written before checkpoints were supported lack the field.
            md5(concat(checkpoint, json_merge_patch(spec, '{"sampling": {"temperature": null}, "autoencoder": {"checkpoint": null}}')))
            AS setting FROM v_latest
 )
@@ -285,10 +286,10 @@ SELECT s.setting, c.k, c.temperature, c.fve, c.fve_low, c.fve_high,
        c.shuffled_fve, c.num_activations, c.num_documents, c.effective_documents, c.baseline, c.baseline_kind, c.level, c.num_replicates,
        s.av, s.ar, s.checkpoint, s.model, c.layer, c.cell, c.label, c.sweep, c.run_id
 FROM curves AS c JOIN siblings AS s USING (run_id);
-COMMENT ON VIEW v_temperature IS 'FVE by temperature: cells that differ in nothing else share a setting. The best of several temperatures on the same activations is flattered by the choice (winner''s curse): look at the intervals.';
+COMMENT ON VIEW v_temperature IS 'FVE by temperature: cells that differ in nothing else share a setting. Choosing the best temperature and measuring it on the same activations overestimates its FVE (winner''s curse): look at the intervals.';
 COMMENT ON COLUMN v_temperature.num_replicates IS 'Bootstrap replicates behind the interval; NULL in imported runs.';
 COMMENT ON COLUMN v_temperature.setting IS 'Fingerprint of the spec without its temperature.';
-COMMENT ON COLUMN v_temperature.place IS 'Place of the temperature by FVE at this K within its setting, 1 is best.';
+COMMENT ON COLUMN v_temperature.place IS 'Rank of the temperature by FVE at this K within its setting, 1 is best.';
 
 CREATE VIEW v_failures AS
 SELECT r.run_id, r.cell, r.sweep, r.status, r.error_class, r.error_type, r.error_message,
@@ -303,14 +304,14 @@ FROM runs AS r LEFT JOIN v_latest AS l USING (cell_key) LEFT JOIN (
 WHERE r.status <> 'finished'
 ORDER BY r.finished DESC;
 COMMENT ON VIEW v_failures IS 'Runs that did not finish, newest first.';
-COMMENT ON COLUMN v_failures.ranks IS 'Every rank of the start that came to nothing, from attempts: host, device, gpu, phase, status, error_class, message, traceback, last_log_lines.';
-COMMENT ON COLUMN v_failures.superseded IS 'Whether a later run of the same cell finished.';
+COMMENT ON COLUMN v_failures.ranks IS 'Every rank of the job''s start in which the run failed, from attempts: host, device, gpu, phase, status, error_class, message, traceback, last_log_lines.';
+COMMENT ON COLUMN v_failures.superseded IS 'Whether a later run of the same cell has finished.';
 
 CREATE VIEW v_draw_failures AS
 SELECT cell, label, f.key AS cause, f.value AS num_failed_draws, f.value / (num_activations * num_draws) AS failure_rate,
        temperature, sweep, run_id
 FROM (SELECT *, unnest(map_entries(failures)) AS f FROM v_latest);
-COMMENT ON VIEW v_draw_failures IS 'Failed draws by cell and cause, of the newest finished run of each cell.';
-COMMENT ON COLUMN v_draw_failures.cause IS 'Why the draws failed.';
+COMMENT ON VIEW v_draw_failures IS 'Number of failed draws by cell and cause, from the newest finished run of each cell.';
+COMMENT ON COLUMN v_draw_failures.cause IS 'Why the draws failed: the values of draws.parse.';
 COMMENT ON COLUMN v_draw_failures.num_failed_draws IS 'Draws that failed for this cause.';
-COMMENT ON COLUMN v_draw_failures.failure_rate IS 'Draws that failed for this cause over all draws of the cell, fraction.';
+COMMENT ON COLUMN v_draw_failures.failure_rate IS 'Fraction of all draws of the cell that failed for this cause.';

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from ksweep import Autoencoder, Resources, Sweep, connect
 from ksweep.analysis import charts
 from ksweep.analysis.compare import compare, curves_of_cells, load_cells
-from ksweep.analysis.report.data import facts_of
+from ksweep.analysis.report.data import read_report_data
 from ksweep.config.spec import Sampling
 from ksweep.evaluation.identity import resolve_cells, sweep_keys
 from ksweep.registry.query import named_curves
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from ksweep.utils.cell_names import short_names, told_apart
 from ksweep.utils.errors import RequestError
 from tests.analysis.test_chart_kinds import differences, rows_in, subtitle
@@ -144,7 +144,7 @@ def test_tables_commands_and_page_show_the_same_names(two: Sweep, capsys: pytest
     assert [step["label"] for step in plan] == labels
     assert [cell.label for cell in load_cells(two.registry, ["checkpoints"])] == labels
     assert list(dict.fromkeys(named_curves(Path(two.registry), ["checkpoints"])["label"].to_pylist())) == labels
-    facts = facts_of(Path(two.registry), "checkpoints")
+    facts = read_report_data(Path(two.registry), "checkpoints")
     assert [run_["label"] for run_ in facts.runs] == labels == list(dict.fromkeys(facts.curves["label"].to_pylist()))
 
 
@@ -155,7 +155,7 @@ def test_runs_of_before_that_share_a_label_are_told_apart_by_their_cells(tmp_pat
         spec = json.loads(json.dumps(record.spec))
         spec["autoencoder"]["ar"] = ar
         record = replace(record, spec=spec, cell_key=f"{name}key", cell=f"demo L20 T=0.7 @{name}key", activations_key="a")
-        land(tmp_path, record, curve_of())
+        write_run(tmp_path, record, curve_of())
     cells = {"demo L20 T=0.7 @r1key", "demo L20 T=0.7 @r2key"}
     with connect(tmp_path) as connection:
         assert connection.execute("SELECT count(*) FROM v_sweep_cells WHERE sweep = 'old'").fetchall() == [(2,)]
@@ -166,14 +166,14 @@ def test_runs_of_before_that_share_a_label_are_told_apart_by_their_cells(tmp_pat
         bare = connection.sql("SELECT label, k, fve, fve_low, fve_high, baseline FROM curves").to_arrow_table()
     with pytest.raises(RequestError, match=r"two rows of the table are of 'demo L20 T=0.7', k = \d: .* Give each cell a label"):
         charts.fve_by_k(bare)
-    facts = facts_of(tmp_path, "old")
+    facts = read_report_data(tmp_path, "old")
     assert {run_["label"] for run_ in facts.runs} == cells
 
 
 def test_a_cell_without_a_result_does_not_lengthen_the_names_of_those_with_one(tmp_path: Path) -> None:
-    land(tmp_path, record_of("r1", temperature=0.4), curve_of())
+    write_run(tmp_path, record_of("r1", temperature=0.4), curve_of())
     failed = record_of("r2", temperature=0.4, num_draws=64, minutes=1, status="failed", error_type="RunError", error_message="x")
-    land(tmp_path, failed)
+    write_run(tmp_path, failed)
     with connect(tmp_path) as connection:
         assert labels_in(charts.fve_by_k(connection)) == {"temperature=0.4"}
         assert len(connection.execute("SELECT * FROM runs").fetchall()) == 2

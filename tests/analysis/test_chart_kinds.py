@@ -14,7 +14,7 @@ import pytest
 
 from ksweep import connect
 from ksweep.analysis import charts
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from ksweep.utils.errors import RequestError
 from tests.analysis.test_charts import curves, layers, mark
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
@@ -93,10 +93,12 @@ def registry(tmp_path: Path) -> Path:
             f"r{minutes}", temperature=temperature, minutes=minutes, num_activations=3, tokens_per_second=1000.0 + minutes,
             device="H100", num_ranks=1, mean_tokens=20.0,
         )  # fmt: skip
-        land(tmp_path, record, curve_of(0.3 + 0.1 * minutes), controls_of())
+        write_run(tmp_path, record, curve_of(0.3 + 0.1 * minutes), controls_of())
         assert record.draws_key is not None
         publish_draws(tmp_path, record.draws_key, [[0.2, 0.4, None, 0.3], [0.5, 0.6, 0.7, 0.8], [None, None, 0.9, 1.0]])
-    land(tmp_path, record_of("r9", temperature=2.0, minutes=9, status="failed", error_type="RunError", error_message="no room"))
+    write_run(
+        tmp_path, record_of("r9", temperature=2.0, minutes=9, status="failed", error_type="RunError", error_message="no room")
+    )
     return tmp_path
 
 

@@ -16,12 +16,12 @@ import pytest
 from ksweep import Resources, Sweep
 from ksweep.analysis import charts
 from ksweep.analysis.compare import best_held_out, compare, curves_of_cells, groups_of_cells, load_cells
-from ksweep.analysis.diff import diff
-from ksweep.analysis.report.data import facts_of
+from ksweep.analysis.diff import diff_runs
+from ksweep.analysis.report.data import read_report_data
 from ksweep.analysis.report.page import page
 from ksweep.registry.database import connect
-from ksweep.registry.query import ask
-from ksweep.registry.run_details import story
+from ksweep.registry.query import run_query
+from ksweep.registry.run_details import run_details
 from ksweep.registry.stored_queries import query_named, variables_of
 from ksweep.stats.interval_text import interval_text
 from ksweep.utils.errors import RequestError
@@ -35,7 +35,7 @@ UNUSUAL = ("scoring.level=0.8", "scoring.seed=3", "scoring.selection=prefix", "s
 
 def rows_of(real: Real, question: str, *values: str) -> list[dict[str, Any]]:
     found = query_named(real.root, question)
-    rows: list[dict[str, Any]] = ask(real.root, found.sql, variables_of(found, list(values))).to_pylist()
+    rows: list[dict[str, Any]] = run_query(real.root, found.sql, variables_of(found, list(values))).to_pylist()
     return rows
 
 
@@ -59,12 +59,12 @@ def test_a_difference_is_the_same_in_diff_compare_sql_and_report(real: Real) -> 
     cells = load_cells(real.root, [a, b])
     python = {row["k"]: [row[name] for name in ENDS] for row in compare(cells, reference=b).to_pylist() if row["k"] in KS}
     command = {
-        row["k"]: [row["difference"], row["low"], row["high"]] for row in diff(real.root, a, b)["numbers"] if row["k"] in KS
+        row["k"]: [row["difference"], row["low"], row["high"]] for row in diff_runs(real.root, a, b)["numbers"] if row["k"] in KS
     }
     sql = {row["k"]: [row[name] for name in ENDS] for row in rows_of(real, "compare", f"cell={a}", f"other={b}")}
     report = {
         row["k"]: [row[name] for name in ENDS]
-        for row in facts_of(real.root, "tiny").differences
+        for row in read_report_data(real.root, "tiny").differences
         if (row["run_id"], row["other_run_id"]) == (a, b)
     }
     assert set(python) == set(KS)
@@ -89,7 +89,7 @@ def test_the_printed_difference_is_the_same_in_diff_sql_and_report(
         assert re.search(rf"\s{re.escape(low)}\s+{re.escape(high)}\s", out), (command, low, high, out)
     turned = {"low": -row["difference_high"], "high": -row["difference_low"], "num_replicates": 200}
     ends = {interval_text(row, "difference_low", "difference_high", sign="+"), interval_text(turned, "low", "high", sign="+")}
-    assert any(text in page(facts_of(real.root, "tiny")) for text in ends), ends
+    assert any(text in page(read_report_data(real.root, "tiny")) for text in ends), ends
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_every_way_to_ask_honours_level_seed_selection_and_baseline(unusual: Swe
     python = {row["k"]: [row[name] for name in ENDS] for row in compare(cells, reference=cold.run_id).to_pylist() if row["k"]}
     with connect(root) as connection:
         found = connection.sql(f"FROM v_compare WHERE run_id = '{hot.run_id}'").to_arrow_table().to_pylist()
-    command = diff(root, hot.run_id, cold.run_id)
+    command = diff_runs(root, hot.run_id, cold.run_id)
     assert len(found) == len(KS) and command["level"] == 0.8
     landed = {(row["run_id"], row["k"]): row for cell in cells for row in _curve(root, cell.run_id)}
     for row in found:
@@ -155,7 +155,7 @@ def test_what_compare_refuses_diff_refuses_and_sql_leaves_out(unusual: Sweep, se
     [one], hot = load_cells(root, [other.name]), load_cells(root, ["unusual"])[1]
     with pytest.raises(RequestError, match=words):
         compare([one, hot])
-    found = diff(root, one.run_id, hot.run_id)
+    found = diff_runs(root, one.run_id, hot.run_id)
     assert words in found["note"] and all(row["low"] is None for row in found["numbers"])
     assert found["refused"] == (not name.endswith("level"))
     with connect(root) as connection:
@@ -164,13 +164,13 @@ def test_what_compare_refuses_diff_refuses_and_sql_leaves_out(unusual: Sweep, se
 
 
 def _curve(root: Path, run_id: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = story(root, run_id)["curve"]
+    rows: list[dict[str, Any]] = run_details(root, run_id)["curve"]
     return [row | {"run_id": run_id} for row in rows]
 
 
 def test_an_fve_is_the_same_in_show_curves_groups_and_charts(real: Real) -> None:
     run = real.runs[1.0]
-    told = story(real.root, run)
+    told = run_details(real.root, run)
     landed = {row["k"]: [row["fve"], row["fve_low"], row["fve_high"]] for row in told["curve"]}
     [cell] = load_cells(real.root, [run])
     again = {row["k"]: [row["fve"], row["fve_low"], row["fve_high"]] for row in curves_of_cells([cell]).to_pylist()}
@@ -192,7 +192,7 @@ def test_an_fve_is_the_same_in_show_curves_groups_and_charts(real: Real) -> None
 def test_a_group_is_the_same_in_show_sql_python_and_charts_and_names_its_baseline(real: Real) -> None:
     run = real.runs[1.0]
     names = ("fve", "fve_low", "fve_high", "baseline", "error")
-    told = [row for row in story(real.root, run)["groups"] if row["breakdown"] == "norm"]
+    told = [row for row in run_details(real.root, run)["groups"] if row["breakdown"] == "norm"]
     shown = {(row["part"], row["against"]): [row[name] for name in names] for row in told}
     assert {against for _, against in shown} == {"overall", "own"} and len(shown) == 8
     sql = {
@@ -215,7 +215,7 @@ def test_a_group_is_the_same_in_show_sql_python_and_charts_and_names_its_baselin
 def test_a_gain_is_the_same_in_sql_and_python(real: Real) -> None:
     run = real.runs[0.7]
     python = {row["k"]: row for row in curves_of_cells(load_cells(real.root, [run])).to_pylist()}
-    rows = ask(real.root, f"FROM v_gain WHERE run_id = '{run}'").to_pylist()
+    rows = run_query(real.root, f"FROM v_gain WHERE run_id = '{run}'").to_pylist()
     assert [row["doubled_k"] for row in sorted(rows, key=lambda row: row["k"])] == [2, 4, 8]
     for row in rows:
         other = python[row["doubled_k"]]

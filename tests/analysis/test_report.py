@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ksweep import Sweep
+from ksweep.analysis.diff import flatten
 from ksweep.analysis.report import data as facts_module
-from ksweep.analysis.report.data import facts_of, flat
+from ksweep.analysis.report.data import read_report_data
 from ksweep.analysis.report.page import answer, page, write_report
 from ksweep.registry import attempts, sweeps
 from ksweep.utils.errors import RequestError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def test_explanations_are_the_best_median_and_worst_draw_of_an_activation(sweep: Sweep) -> None:
-    facts = facts_of(Path(sweep.registry), sweep.name)
+    facts = read_report_data(Path(sweep.registry), sweep.name)
     shown = [r for r in facts.explanations if r["label"] == facts.runs[0]["label"]]
     assert len(shown) == 3 * 40 and len(facts.explanations) == 2 * len(shown)
     best = [r for r in shown if r["which"] == "best"]
@@ -44,7 +45,7 @@ def test_explanations_are_the_best_median_and_worst_draw_of_an_activation(sweep:
 
 
 def test_the_answer_names_the_cell_that_the_curves_put_first(sweep: Sweep) -> None:
-    facts = facts_of(Path(sweep.registry), sweep.name)
+    facts = read_report_data(Path(sweep.registry), sweep.name)
     [(label, fve, low, high)] = ask(
         sweep, "SELECT cell, fve, fve_low, fve_high FROM curves WHERE k = 8 ORDER BY fve DESC LIMIT 1"
     )
@@ -71,16 +72,16 @@ def assert_rounded(texts: tuple[str, ...], values: tuple[float, ...]) -> None:
 
 
 def test_settings_are_split_into_common_and_varied_ones(sweep: Sweep) -> None:
-    facts = facts_of(Path(sweep.registry), sweep.name)
+    facts = read_report_data(Path(sweep.registry), sweep.name)
     assert facts.varied == ["sampling.temperature"]
     assert facts.common["sampling.num_draws"] == 8 and "sampling.temperature" not in facts.common
-    assert flat({"a": {"b": 1, "c": None}, "d": [1]}) == {"a.b": 1, "d": [1]}
+    assert dict(flatten({"a": {"b": 1, "c": None}, "d": [1]})) == {"a.b": 1, "a.c": None, "d": [1]}
 
 
 def test_cells_stand_in_the_order_of_the_sweep_under_its_labels_whoever_computed_them(sweep: Sweep, tmp_path: Path) -> None:
     other = replace(sweep, name="other way round", question="And back?", axes={"sampling.temperature": (1.3, 0.7)})
     assert run(other) == 0
-    facts = facts_of(Path(sweep.registry), other.name)
+    facts = read_report_data(Path(sweep.registry), other.name)
     assert [cell["label"] for cell in facts.cells] == ["temperature=1.3", "temperature=0.7"]
     assert [r["temperature"] for r in facts.runs] == [1.3, 0.7] and {r["sweep"] for r in facts.runs} == {"tiny"}
     assert list(dict.fromkeys(facts.curves["label"].to_pylist())) == ["temperature=1.3", "temperature=0.7"]
@@ -91,16 +92,16 @@ def test_cells_without_a_result_are_named_with_what_became_of_them(sweep: Sweep,
     registry = tmp_path / "registry"
     shutil.copytree(sweep.registry, registry)
     path = next((registry / "attempts").glob("*.json"))
-    [attempt] = attempts.read(path)
+    [attempt] = attempts.read_attempts(path)
     lost = replace(
         attempt, job="20990101-lost", status="failed", error_class="out of memory", message="CUDA <out> of memory", host="node7",
         cell_key="f" * 32, traceback="Traceback: <deep>", sweep="tiny",
     )  # fmt: skip
-    attempts.land(registry, [lost])
-    facts = facts_of(registry, "tiny")
+    attempts.write_attempts(registry, [lost])
+    facts = read_report_data(registry, "tiny")
     cells = [(r["cell_key"], r["label"]) for r in facts.runs]
-    sweeps.land(registry, sweeps.asking_of("tiny", "Three?", [*cells, ("f" * 32, "temperature=9")]))
-    facts = facts_of(registry, "tiny")
+    sweeps.write_sweep_record(registry, sweeps.make_sweep_record("tiny", "Three?", [*cells, ("f" * 32, "temperature=9")]))
+    facts = read_report_data(registry, "tiny")
     assert [cell["label"] for cell in facts.unfinished] == ["temperature=9"]
     shown = page(facts)
     assert "1 of 3 cells have no result" in shown and "temperature=9 (not run)" in shown
@@ -117,7 +118,7 @@ def test_only_blocks_of_activations_are_read_where_draws_are_many(sweep: Sweep, 
     assert len(blocks) == 1
     monkeypatch.setattr(facts_module, "DRAWS_READ", 1)
     monkeypatch.setattr(facts_module, "FEWEST_READ", 1)
-    assert facts_of(root, sweep.name).errors.num_rows > 0
+    assert read_report_data(root, sweep.name).errors.num_rows > 0
 
 
 @pytest.mark.slow
@@ -178,7 +179,7 @@ def test_the_page_opens_offline_without_errors_and_its_table_can_be_searched(
 
 
 def test_what_models_and_texts_say_is_shown_as_text_and_never_run(sweep: Sweep, tmp_path: Path, browser: Browser) -> None:
-    facts = facts_of(Path(sweep.registry), sweep.name)
+    facts = read_report_data(Path(sweep.registry), sweep.name)
     hostile = "</script><img src=x onerror='window.ran = 1'><script>window.ran = 1</script>"
     changed = [row | {"explanation": hostile, "context": hostile, "document": hostile} for row in facts.explanations]
     path = tmp_path / "hostile.html"

@@ -16,7 +16,7 @@ from ksweep.analysis import results_table as terminal
 from ksweep.analysis.results_table import results_table, show, warnings
 from ksweep.launch.plan import Facts, plan
 from ksweep.launch.plan_table import print_plan
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from ksweep.utils.console import bytes_text
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
@@ -108,7 +108,7 @@ def land_both(sweep: Sweep, **second: Any) -> list[str]:
         curve = curve_of(0.3 + 0.1 * i).append_column("num_draws", pa.array([4] * 4))
         for name, value in second.items() if i else ():
             curve = curve.set_column(curve.column_names.index(name), name, pa.array([value] * 4))
-        land(Path(sweep.registry), record, curve, controls_of())
+        write_run(Path(sweep.registry), record, curve, controls_of())
         keys.append(record.cell_key)
     return keys
 

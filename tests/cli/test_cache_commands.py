@@ -17,7 +17,7 @@ import pytest
 from ksweep.activations import ActivationStore, ensure, maintenance
 from ksweep.cli import main
 from ksweep.config.spec import Activations
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from tests.activations.helpers import passages, random_vectors, shard_files, vector_spec, write_jsonl, write_vectors
 from tests.activations.test_store import flip_a_byte, make_unit
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
@@ -249,8 +249,8 @@ def test_gc_older_than_removes_what_was_not_used_for_so_long(ksweep: Command, ca
 
 
 def test_gc_keep_used_keeps_what_runs_or_draws_of_the_registry_name(ksweep: Command, cache: Path, keys: dict[str, str]) -> None:
-    land(Path("registry"), record_of("r1", activations_key=keys["text"]), curve_of())
-    land(Path("registry"), record_of("r2", status="failed", error_type="x", activations_key=None))
+    write_run(Path("registry"), record_of("r1", activations_key=keys["text"]), curve_of())
+    write_run(Path("registry"), record_of("r2", status="failed", error_type="x", activations_key=None))
     interrupted = Path("registry/draws") / ("d" * 32)
     interrupted.mkdir(parents=True)
     (interrupted / "identity.json").write_text(json.dumps({"draws": {"activations": keys["short"]}}))
@@ -264,7 +264,7 @@ def test_gc_keep_used_without_a_registry_would_remove_everything_and_is_refused(
 ) -> None:
     code, out, err = ksweep("gc", "--keep-used", "--yes", "--registry", "mistyped")
     assert (code, out) == (2, "") and "check --registry" in err and len(there(cache)) == 3
-    land(Path("registry"), record_of("r1", activations_key=keys["text"]), curve_of())
+    write_run(Path("registry"), record_of("r1", activations_key=keys["text"]), curve_of())
     Path("registry/landing/r1/record.json").write_text("{")
     code, _, err = ksweep("gc", "--keep-used", "--yes")
     assert code == 1 and "r1/record.json" in err and len(there(cache)) == 3

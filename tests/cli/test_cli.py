@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ksweep.cli import main
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +24,9 @@ def registry(tmp_path: Path) -> Path:
     """Two finished runs and a failed one."""
     path = tmp_path / "registry"
     path.mkdir()
-    land(path, record_of("r0", temperature=0.4, minutes=0), curve_of(0.3), controls_of())
-    land(path, record_of("r1", temperature=0.7, minutes=5, num_draws_sampled=400, tokens_per_second=99.6), curve_of(0.5))
-    land(path, record_of("r2", temperature=1.0, minutes=2, status="failed", error_type="RunError", error_message="x"))
+    write_run(path, record_of("r0", temperature=0.4, minutes=0), curve_of(0.3), controls_of())
+    write_run(path, record_of("r1", temperature=0.7, minutes=5, num_draws_sampled=400, tokens_per_second=99.6), curve_of(0.5))
+    write_run(path, record_of("r2", temperature=1.0, minutes=2, status="failed", error_type="RunError", error_message="x"))
     return path
 
 

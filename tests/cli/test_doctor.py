@@ -13,7 +13,7 @@ import torch
 from ksweep.cli import main
 from ksweep.cli.selftest import MAX_TOKENS, NUM_ACTIVATIONS, NUM_DRAWS, VOCABULARY, WIDTH, TinyVerbalizer, failures
 from ksweep.inference import gumbel_sampling, kv_cache
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from tests.registry.landed_runs import curve_of, record_of
 
 
@@ -34,7 +34,7 @@ def test_slots_that_mix_up_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> No
 def test_doctor_names_a_landing_that_is_not_believed_and_exits_with_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    land(tmp_path / "registry", record_of("r1"), curve_of())
+    write_run(tmp_path / "registry", record_of("r1"), curve_of())
     (tmp_path / "registry" / "landing" / "r1" / "curve.parquet").write_bytes(b"cut short")
     monkeypatch.setattr("ksweep.cli.selftest.failures", lambda device: [])
     monkeypatch.chdir(tmp_path)

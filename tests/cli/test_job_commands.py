@@ -17,7 +17,7 @@ from ksweep.cli.jobs import logs as logs_module
 from ksweep.cli.jobs.find import find, named
 from ksweep.cli.jobs.logs import read_logs
 from ksweep.launch.job import Ending, Job
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from ksweep.utils.errors import RequestError
 from tests.job_directories import ended, job, ksweep, me
 from tests.registry.landed_runs import record_of
@@ -66,7 +66,7 @@ def test_a_run_names_the_job_that_was_submitted_before_it_ended(registry: Path) 
         made = job(registry, "tiny", "a")
         os.rename(made.path, made.path.with_name(f"202611{day}-120000-{made.id[-6:]}"))
         jobs.append(Job(made.path.with_name(f"202611{day}-120000-{made.id[-6:]}")))
-    land(registry, record_of("20261123T000000-abc-12345678", cell_key="key of a", minutes=12 * 60, status="failed"))
+    write_run(registry, record_of("20261123T000000-abc-12345678", cell_key="key of a", minutes=12 * 60, status="failed"))
     # 2026-11-23 00:00, see landed_runs: the second job had begun by then, the third not yet.
     assert find(registry, "20261123T") == [jobs[1]]
     assert find(registry, "12345678") == [jobs[1]]
@@ -133,7 +133,7 @@ def test_why_of_a_run_whose_job_is_gone_is_told_by_the_registry(registry: Path) 
         error_message="KeyError: 'x'",
         tracebacks=("rank 0: Trace",),
     )
-    land(registry, record)
+    write_run(registry, record)
     code, out = ksweep(registry, "why", "aa11")
     assert code == 0 and "bug: KeyError: 'x'" in out and "rank 0: Trace" in out and "not there any more" in out
     assert json.loads(ksweep(registry, "why", "aa11", "--json")[1])["class"] == "bug"

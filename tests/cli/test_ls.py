@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from ksweep.launch.job import Ending
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from ksweep.utils import console as console_module
 from tests.job_directories import job, ksweep, me
 from tests.registry.landed_runs import controls_of, curve_of, record_of
@@ -26,14 +26,14 @@ def registry(tmp_path: Path) -> Path:
     """A finished run of an earlier day, a failed one, and a job that is at the second of its three cells."""
     path = tmp_path / "registry"
     path.mkdir()
-    land(path, record_of("r0", temperature=0.4, minutes=0, sweep="old"), curve_of(0.3), controls_of())
-    land(
+    write_run(path, record_of("r0", temperature=0.4, minutes=0, sweep="old"), curve_of(0.3), controls_of())
+    write_run(
         path, record_of("r1", minutes=5, sweep="old", status="failed", error_type="out of memory", error_message="rank 1 is full")
     )
     running = job(path, "tiny", "a", "b", "c")
     running.beat(me(phase="b: drawing", done=50, total=200, numbers=NUMBERS))
     os.utime(running.path / "job.json", (0, 0))  # submitted long before the run of its first cell ended
-    land(path, record_of("r2", minutes=9, sweep="tiny", cell_key="key of a"), curve_of(0.5), controls_of())
+    write_run(path, record_of("r2", minutes=9, sweep="tiny", cell_key="key of a"), curve_of(0.5), controls_of())
     return path
 
 
@@ -95,7 +95,7 @@ def test_ls_tells_the_registry_of_jobs_that_ended_unseen(registry: Path) -> None
 
 
 def test_ls_shows_the_class_of_a_failure_in_the_table_and_as_json(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    land(
+    write_run(
         registry,
         record_of(
             "r3", minutes=7, sweep="old", status="failed", error_class="disk full", error_type="OSError", error_message="no"

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep.cli import main
-from ksweep.registry.run_record import land, read
+from ksweep.registry.run_record import read_run, write_run
 from tests.registry.real_runs import Real
 
 Command = Callable[..., tuple[object, str, str]]
@@ -153,9 +153,9 @@ def registry_of_old_runs(real: Real, place: Path) -> Path:
     """The same runs as an earlier ksweep landed them: record, curve and controls."""
     root = place / "old"
     for run_id in real.runs.values():
-        landed = read(real.root / "landing" / run_id)
+        landed = read_run(real.root / "landing" / run_id)
         assert landed.curve is not None
-        land(root, landed.record, landed.curve.drop_columns(["replicates", "effective_documents"]), landed.controls)
+        write_run(root, landed.record, landed.curve.drop_columns(["replicates", "effective_documents"]), landed.controls)
     shutil.copytree(real.root / "draws", root / "draws")
     return root
 

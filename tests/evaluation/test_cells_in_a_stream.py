@@ -19,7 +19,7 @@ from ksweep.evaluation.evaluate import evaluate, group_by_stream
 from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.recorder import Recorder
-from ksweep.registry.draws import DrawsStore, Unit
+from ksweep.registry.draws import DrawsStore, WorkUnit
 from ksweep.utils.timing import Clock
 from tests.evaluation.test_units_in_a_stream import draws_under_way
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
@@ -91,7 +91,7 @@ def test_a_cell_is_landed_while_the_next_is_being_drawn(
     place, landed_before = place_in(tmp_path / "a", batch_size=32), list[int]()
     publish = DrawsStore.publish
 
-    def remember(self: DrawsStore, unit: Unit, table: pa.Table) -> None:
+    def remember(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> None:
         landed_before.append(len(list((place.registry / "landing").glob("*"))) if place.registry.exists() else 0)
         publish(self, unit, table)
 
@@ -119,7 +119,7 @@ def test_a_failure_is_blamed_on_the_cell_whose_unit_was_at_hand(
     place, second = place_in(tmp_path / "a", batch_size=32), cell_keys(cells[1])
     publish = DrawsStore.publish
 
-    def fail(self: DrawsStore, unit: Unit, table: pa.Table) -> None:
+    def fail(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> None:
         if self.key == second.draws:
             raise OSError("no")
         publish(self, unit, table)

@@ -14,12 +14,12 @@ import pytest
 from ksweep.evaluation.distributed import Ranks, Solo, claim_indices
 from ksweep.evaluation.draw_loop import split_units
 from ksweep.inference.engine import MOST_DRAWS, REFILL_SHARE
-from ksweep.registry.draws import Unit, units_of
+from ksweep.registry.draws import WorkUnit, missing_work_units
 
 MOST_TOKENS = 64
 
 
-def cut(units: list[Unit], num_ranks: int) -> list[Unit]:
+def cut(units: list[WorkUnit], num_ranks: int) -> list[WorkUnit]:
     """`split_units` of one cell's units, in another order than that of their rows."""
     order = np.random.default_rng(0).permutation(len(units))
     return [unit for _, unit in split_units([(cast("Any", None), units[i]) for i in order], num_ranks)]
@@ -31,7 +31,7 @@ class PretendRank:
     draws share a row."""
 
     mine: Iterator[int]
-    pieces: list[Unit]
+    pieces: list[WorkUnit]
     num_slots: int
     speed: float
     lengths: np.random.Generator
@@ -72,7 +72,7 @@ class PretendRank:
 
 def idle_share(num_activations: int, num_draws: int, speeds: tuple[float, ...], seed: int) -> float:
     """Of all the time that all ranks have, from the start until the last one ends, the part in which one has nothing to do."""
-    cut_units = cut(units_of(np.zeros((num_activations, num_draws), dtype=bool)), len(speeds))
+    cut_units = cut(missing_work_units(np.zeros((num_activations, num_draws), dtype=bool)), len(speeds))
     slots = min(MOST_DRAWS, -(-num_activations * num_draws // len(speeds)))
     ranks = cast("Ranks", Solo(world_size=len(speeds)))
     lengths = np.random.default_rng(seed)
@@ -109,7 +109,7 @@ def test_idle_tail_with_a_rank_at_two_thirds_of_the_speed_stays_under_five_perce
 @pytest.mark.parametrize("num_ranks", [1, 2, 7])
 def test_pieces_hold_every_missing_draw_once_in_the_order_of_their_units(num_ranks: int) -> None:
     there = np.random.default_rng(0).random((150, 40)) < 0.3
-    units = units_of(there)
+    units = missing_work_units(there)
     found = cut(units, num_ranks)
     counted: Counter[tuple[int, int]] = Counter()
     for unit in found:
@@ -120,7 +120,7 @@ def test_pieces_hold_every_missing_draw_once_in_the_order_of_their_units(num_ran
 
 
 def test_pieces_of_a_long_run_are_whole_units_but_for_its_end() -> None:
-    units = units_of(np.zeros((6400, 64), dtype=bool))
+    units = missing_work_units(np.zeros((6400, 64), dtype=bool))
     found = cut(units, 8)
     assert [unit.num_draws for unit in found[:300]] == [1024] * 300
     assert found[-1].num_draws == 64 and len(found) < len(units) + 250

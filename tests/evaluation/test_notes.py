@@ -21,7 +21,7 @@ from ksweep.autoencoder.family import family_of
 from ksweep.autoencoder.norms import norm_notes
 from ksweep.cli import main
 from ksweep.config.presets import demo_pair
-from ksweep.registry.run_record import land, read
+from ksweep.registry.run_record import read_run, write_run
 from ksweep.utils import notes as module
 from ksweep.utils.errors import RunError
 from ksweep.utils.notes import Note, keep, kept, notes_of
@@ -212,11 +212,11 @@ def refuse_writing(monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
 def test_records_with_plain_notes_or_none_stay_readable(tmp_path: Path) -> None:
     for name, notes in (("old", ["variance_recovery is not known"]), ("older", ...), ("new", [{"about": "layer", "text": "x"}])):
         record = tmp_path / "landing" / name / "record.json"
-        land(tmp_path, record_of(name, temperature=0.7), curve_of())
+        write_run(tmp_path, record_of(name, temperature=0.7), curve_of())
         value = json.loads(record.read_text())
         assert value.pop("notes") == []
         record.write_text(json.dumps(value if notes is ... else value | {"notes": notes}))
-    assert read(tmp_path / "landing" / "old").record.notes == (
+    assert read_run(tmp_path / "landing" / "old").record.notes == (
         Note("reference quantities", "variance_recovery is not known"),
     )  # fmt: skip
     with connect(tmp_path) as connection:
@@ -263,7 +263,7 @@ def test_a_batch_that_was_halved_for_memory_says_both_sizes(sweep: Sweep, monkey
 
 
 def test_records_that_kept_the_engine_among_the_packages_are_read_as_if_they_had_one(tmp_path: Path) -> None:
-    land(tmp_path, record_of("old", temperature=0.7), curve_of())
+    write_run(tmp_path, record_of("old", temperature=0.7), curve_of())
     record = tmp_path / "landing" / "old" / "record.json"
     value = json.loads(record.read_text())
     del value["engine"]

@@ -11,7 +11,7 @@ import pytest
 
 from ksweep.evaluation import tae_summary
 from ksweep.evaluation.tae_summary import StoredDraws, reference_quantities
-from ksweep.registry.draws import SCHEMA, DrawsStore
+from ksweep.registry.draws import DRAWS_SCHEMA, DrawsStore
 from ksweep.stats.tae_metrics import ReferenceSums, reference_intervals, reference_rows, selected
 
 N, NUM_DRAWS, D = 70, 9, 5
@@ -31,8 +31,8 @@ def stored(folder: Path, lacking: frozenset[tuple[int, int]] = frozenset()) -> t
             pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(unit.first_draw, unit.last_draw)]
             known: dict[str, list[Any]] = {"activation": [a for a, _ in pairs], "draw": [k for _, k in pairs]}
             known["reconstruction"] = [None if pair in lacking else made[pair].tolist() for pair in pairs]
-            columns = [pa.array(known.get(f.name, [None] * len(pairs)), f.type) for f in SCHEMA]
-            store.publish(unit, pa.table(columns, schema=SCHEMA))
+            columns = [pa.array(known.get(f.name, [None] * len(pairs)), f.type) for f in DRAWS_SCHEMA]
+            store.publish(unit, pa.table(columns, schema=DRAWS_SCHEMA))
     return StoredDraws(store=store, activations=activations, errors=errors, roles=ROLES), made
 
 

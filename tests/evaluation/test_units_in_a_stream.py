@@ -17,7 +17,7 @@ from ksweep.evaluation.evaluate import evaluate
 from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
 from ksweep.inference.engine import _Stream
-from ksweep.registry.draws import DrawsStore, Unit
+from ksweep.registry.draws import DrawsStore, WorkUnit
 from tests.tiny_sweeps import talking_pair, tiny_cell
 
 COLUMNS = ["activation", "draw", "token_ids", "text", "explanation", "finish"]
@@ -75,7 +75,7 @@ def test_rows_of_the_next_unit_fill_the_places_of_the_last(cell: Cell, tmp_path:
     published: list[int] = []
     publish = DrawsStore.publish
 
-    def remember(self: DrawsStore, unit: Unit, table: Any) -> None:
+    def remember(self: DrawsStore, unit: WorkUnit, table: Any) -> None:
         published.append(len(rows))
         publish(self, unit, table)
 

@@ -13,7 +13,7 @@ import pytest
 from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep, sweep_main
 from ksweep.evaluation.identity import cell_keys
 from ksweep.launch.plan import Facts, estimate, plan
-from ksweep.registry.run_record import land
+from ksweep.registry.run_record import write_run
 from tests.activations.helpers import random_vectors, write_vectors
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
 from tests.tiny_models import TinyPair, make_pair
@@ -129,7 +129,7 @@ def dry_run(sweep: Sweep, capsys: pytest.CaptureFixture[str], *arguments: str) -
 def land_finished(sweep: Sweep, cell: Cell) -> None:
     Path(sweep.registry).mkdir(exist_ok=True)
     keys = cell_keys(cell)
-    land(Path(sweep.registry), record_of("done-1", cell_key=keys.cell, draws_key=keys.draws), curve_of())
+    write_run(Path(sweep.registry), record_of("done-1", cell_key=keys.cell, draws_key=keys.draws), curve_of())
 
 
 def test_dry_run_counts_draws_that_cells_share_once(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +170,9 @@ def test_a_dry_run_with_one_cell_to_be_retried_leaves_the_other_failed(sweep: Sw
     keys = [cell_keys(cell).cell for cell in cells]
     Path(sweep.registry).mkdir()
     for key in keys:
-        land(Path(sweep.registry), record_of(f"f-{key[:4]}", cell_key=key, status="failed", error_type="bug", error_message="x"))
+        write_run(
+            Path(sweep.registry), record_of(f"f-{key[:4]}", cell_key=key, status="failed", error_type="bug", error_message="x")
+        )
     both = "sampling.num_draws=[8,16]"
     assert "0 of 2 cells to run, 2 failed" in dry_run(sweep, capsys, both)
     assert "1 of 2 cells to run, 1 failed" in dry_run(sweep, capsys, both, f"--retry-cell={keys[1]}")

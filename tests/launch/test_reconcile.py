@@ -23,7 +23,7 @@ from ksweep.launch import status
 from ksweep.launch.job import Ending, Heartbeat, Job, all_jobs, create, is_alive
 from ksweep.launch.reconcile import book, book_ended
 from ksweep.launch.slurm.polling import Answer
-from ksweep.registry.database import connect, ingest, rebuild
+from ksweep.registry.database import connect, ingest_landings, rebuild_database
 from ksweep.utils.errors import RequestError
 from tests.tiny_models import TinyPair
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
@@ -81,7 +81,7 @@ def rebuilt(sweep: Sweep) -> bool:
             return [connection.execute(f"SELECT * FROM {t} ORDER BY ALL").fetchall() for t in ("attempts", "runs", "quarantine")]
 
     before = held()
-    rebuild(sweep.registry)
+    rebuild_database(sweep.registry)
     return held() == before and bool(before[0])
 
 
@@ -362,13 +362,13 @@ def test_damaged_attempts_are_not_believed_until_they_are_mended(sweep: Sweep, h
     path = one_job(sweep)
     whole = path.read_text()
     path.write_text(altered(whole)[how])
-    report = rebuild(sweep.registry)
+    report = rebuild_database(sweep.registry)
     assert [(q.run_id, q.path) for q in report.quarantined] == [(f"attempts/{path.stem}", path)] and report.num_runs == 1
     assert path.stem in report.quarantined[0].reason and ask(sweep, "SELECT count(*) FROM attempts") == [(0,)]
-    assert not ingest(sweep.registry).changed, "it is not read again while it stays as it is"
+    assert not ingest_landings(sweep.registry).changed, "it is not read again while it stays as it is"
     path.write_text(whole)
     os.utime(path, ns=(0, 0))
-    report = ingest(sweep.registry)
+    report = ingest_landings(sweep.registry)
     assert report.quarantined == () and ask(sweep, "SELECT count(*) FROM attempts") == [(2,)]
 
 
@@ -376,7 +376,7 @@ def test_attempts_that_are_removed_disappear_and_runs_stay(sweep: Sweep) -> None
     path = one_job(sweep)
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(2,)]
     path.unlink()
-    report = ingest(sweep.registry)
+    report = ingest_landings(sweep.registry)
     assert (report.num_removed, report.num_runs, report.changed) == (0, 1, True)
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(0,)]
     assert ask(sweep, "SELECT ranks FROM v_failures") == [(None,)]

@@ -98,6 +98,6 @@ def publish_draws(root: Path, key: str, errors: list[list[float | None]]) -> Non
         "explanation": [None if error is None else f"{i}.{j}" for i, j, error in cells],
         "parse": ["no closing tag" if error is None else "ok" for _, _, error in cells],
     }
-    columns = [pa.array(known.get(f.name, [None] * len(cells)), f.type) for f in draws.SCHEMA]
-    unit = draws.Unit(0, len(errors), 0, len(errors[0]))
-    draws.DrawsStore(root / "draws", key).publish(unit, pa.table(columns, schema=draws.SCHEMA))
+    columns = [pa.array(known.get(f.name, [None] * len(cells)), f.type) for f in draws.DRAWS_SCHEMA]
+    unit = draws.WorkUnit(0, len(errors), 0, len(errors[0]))
+    draws.DrawsStore(root / "draws", key).publish(unit, pa.table(columns, schema=draws.DRAWS_SCHEMA))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep import Resources, Sweep
-from ksweep.registry.run_record import land, read
+from ksweep.registry.run_record import read_run, write_run
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
 TEMPERATURES = (0.5, 0.7, 1.0)
@@ -87,7 +87,7 @@ def make(place: Path) -> Real:
     _fail(replace(sweep, name="broken"), pair.d_model, place / "vectors.parquet")
     real = Real(Path(sweep.registry), Path(sweep.vector_cache))
     for path in (real.root / "landing").iterdir():
-        record = read(path).record
+        record = read_run(path).record
         if record.status == "finished":
             real.runs[record.spec["sampling"]["temperature"]] = record.run_id
     _measure_again(real, 0.7)
@@ -103,14 +103,14 @@ def _fail(sweep: Sweep, d_model: int, path: Path) -> None:
 
 def _measure_again(real: Real, temperature: float) -> None:
     """As if another machine had measured the cell first: other commit, every FVE off by 0.001 times K."""
-    landed = read(real.root / "landing" / real.runs[temperature])
+    landed = read_run(real.root / "landing" / real.runs[temperature])
     assert landed.curve is not None
     record = replace(landed.record, run_id="20260101T000000-earlier", git_commit=OTHER_COMMIT, finished=landed.record.started)
     ks, values = landed.curve["k"].to_pylist(), landed.curve["fve"].to_pylist()
     off = pa.array([fve + 0.001 * k for k, fve in zip(ks, values, strict=True)])
     curve = landed.curve.set_column(landed.curve.schema.get_field_index("fve"), "fve", off)
     tables = {"metrics": landed.metrics, "examples": landed.examples, "activations": landed.activations}
-    land(real.root, record, curve, landed.controls, **tables)
+    write_run(real.root, record, curve, landed.controls, **tables)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ksweep.registry.database import connect, ingest
-from ksweep.registry.run_record import land
+from ksweep.registry.database import connect, ingest_landings
+from ksweep.registry.run_record import write_run
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
 NUM_LANDERS = 50
@@ -56,7 +56,7 @@ print(n)
 
 def land_some(root: Path, process: int, num_runs: int) -> None:
     for i in range(num_runs):
-        land(root, record_of(f"p{process:03d}-{i}", temperature=0.1 + process), curve_of(), controls_of())
+        write_run(root, record_of(f"p{process:03d}-{i}", temperature=0.1 + process), curve_of(), controls_of())
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def test_fifty_processes_landing_while_two_read_and_one_ingests_lose_nothing(roo
         stop.touch()
         counts = [count_of(process) for process in (one, other, ingester)]
     assert [lander.exitcode for lander in landers] == [0] * NUM_LANDERS
-    report = ingest(root)
+    report = ingest_landings(root)
     assert (report.num_runs, report.quarantined) == (NUM_LANDERS * RUNS_EACH, ())
     with connect(root) as connection:
         assert connection.execute("SELECT count(*), count(DISTINCT run_id) FROM run_curves").fetchone() == (800, 200)
@@ -103,7 +103,7 @@ def test_fifty_processes_landing_while_two_read_and_one_ingests_lose_nothing(roo
 
 @pytest.mark.slow
 def test_a_reader_that_holds_the_file_keeps_its_snapshot_while_thirty_ingests_go_on(root: Path) -> None:
-    land(root, record_of("first"), curve_of())
+    write_run(root, record_of("first"), curve_of())
     code = (
         "import sys; from ksweep.registry.database import connect; c = connect(sys.argv[1]); print('open', flush=True)\n"
         "for _ in sys.stdin: print(c.execute('SELECT count(*) FROM runs').fetchone()[0],"
@@ -113,8 +113,8 @@ def test_a_reader_that_holds_the_file_keeps_its_snapshot_while_thirty_ingests_go
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdin is not None and reader.stdout is not None and reader.stdout.readline() == "open\n"
         for i in range(30):
-            land(root, record_of(f"later-{i}", temperature=1.0 + i), curve_of())
-            assert ingest(root).num_runs == i + 2
+            write_run(root, record_of(f"later-{i}", temperature=1.0 + i), curve_of())
+            assert ingest_landings(root).num_runs == i + 2
             reader.stdin.write("again\n")
             reader.stdin.flush()
             assert reader.stdout.readline() == "1 4\n"
@@ -127,7 +127,7 @@ def test_an_ingester_killed_at_any_moment_leaves_a_good_database(root: Path, tmp
     chance, num_kills, before = random.Random(0), 20, 0
     for kill in range(num_kills):
         for i in range(3):
-            land(root, record_of(f"k{kill:02d}-{i}", temperature=0.1 + kill), curve_of(), controls_of())
+            write_run(root, record_of(f"k{kill:02d}-{i}", temperature=0.1 + kill), curve_of(), controls_of())
         with in_the_background(INGEST, root, tmp_path / "never") as ingester:
             time.sleep(chance.random() * 0.2)
             os.kill(ingester.pid, signal.SIGKILL)
@@ -141,5 +141,5 @@ def test_an_ingester_killed_at_any_moment_leaves_a_good_database(root: Path, tmp
                 )
             assert runs >= before and points == 4 * runs and runs % 3 == 0
             before = runs
-    assert ingest(root).num_runs == 3 * num_kills
+    assert ingest_landings(root).num_runs == 3 * num_kills
     assert not list(root.glob(".ksweep.duckdb.*"))

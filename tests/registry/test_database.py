@@ -18,8 +18,8 @@ import duckdb
 import pytest
 
 from ksweep.registry import database, draws
-from ksweep.registry.database import connect, ingest, rebuild
-from ksweep.registry.run_record import land
+from ksweep.registry.database import connect, ingest_landings, rebuild_database
+from ksweep.registry.run_record import write_run
 from ksweep.utils.errors import RequestError, StoreError
 from ksweep.utils.notes import Note
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
@@ -57,13 +57,13 @@ def everything(root: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 def land_three(root: Path) -> None:
     for i, temperature in enumerate((0.4, 0.7, 1.0)):
-        land(root, record_of(f"r{i}", temperature=temperature), curve_of(0.3 + 0.1 * i), controls_of())
+        write_run(root, record_of(f"r{i}", temperature=temperature), curve_of(0.3 + 0.1 * i), controls_of())
 
 
 def test_ingest_twice_changes_nothing_the_second_time(root: Path) -> None:
     land_three(root)
-    first, before = ingest(root), (root / "ksweep.duckdb").stat().st_ino
-    second = ingest(root)
+    first, before = ingest_landings(root), (root / "ksweep.duckdb").stat().st_ino
+    second = ingest_landings(root)
     assert (first.num_new, first.num_runs, first.changed) == (3, 3, True)
     assert (second.num_new, second.num_runs, second.changed) == (0, 3, False)
     assert (root / "ksweep.duckdb").stat().st_ino == before, "no new file for nothing"
@@ -72,20 +72,20 @@ def test_ingest_twice_changes_nothing_the_second_time(root: Path) -> None:
 
 def test_rebuild_equals_step_by_step_ingest_row_for_row(root: Path) -> None:
     for step in ("a", "b"):
-        land(root, record_of(f"{step}1", temperature=0.4, minutes=ord(step)), curve_of(), controls_of())
-        land(root, record_of(f"{step}2", status="failed", error_type="RunError", error_message="x"))
+        write_run(root, record_of(f"{step}1", temperature=0.4, minutes=ord(step)), curve_of(), controls_of())
+        write_run(root, record_of(f"{step}2", status="failed", error_type="RunError", error_message="x"))
         (root / "landing" / f"{step}3").mkdir()
-        ingest(root)
+        ingest_landings(root)
     step_by_step = everything(root)
     assert len(step_by_step["runs"]) == 4 and len(step_by_step["quarantine"]) == 2
-    assert rebuild(root).rebuilt == "asked for"
+    assert rebuild_database(root).rebuilt == "asked for"
     assert everything(root) == step_by_step
 
 
 def test_curves_show_one_row_per_cell_and_k_of_the_newest_finished_run(root: Path) -> None:
-    land(root, record_of("old", minutes=0), curve_of(0.30))
-    land(root, record_of("new", minutes=5), curve_of(0.50))
-    land(root, record_of("broken", minutes=9, status="failed", error_type="RunError", error_message="x"))
+    write_run(root, record_of("old", minutes=0), curve_of(0.30))
+    write_run(root, record_of("new", minutes=5), curve_of(0.50))
+    write_run(root, record_of("broken", minutes=9, status="failed", error_type="RunError", error_message="x"))
     assert rows(root, "SELECT k, fve, run_id FROM curves ORDER BY k") == [
         (1, 0.50, "new"), (2, 0.51, "new"), (3, 0.52, "new"), (4, 0.53, "new"),
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_curves_show_one_row_per_cell_and_k_of_the_newest_finished_run(root: Pat
 
 
 def test_run_row_carries_spec_times_counts_and_maps(root: Path) -> None:
-    land(root, record_of("r1", temperature=0.7), curve_of())
+    write_run(root, record_of("r1", temperature=0.7), curve_of())
     query = (
         "SELECT temperature, av, text_source, finished::VARCHAR, num_failed_draws, failures['cut off'], seconds['sampling'], "
         "packages['torch'], argv[1], spec->>'$.sampling.temperature', resources->'$.tasks', layer, d_model FROM runs"
@@ -107,7 +107,7 @@ def test_run_row_carries_spec_times_counts_and_maps(root: Path) -> None:
 
 def test_v_temperature_places_temperatures_within_a_setting(root: Path) -> None:
     land_three(root)
-    land(root, record_of("other", temperature=0.4, num_draws=2), curve_of(0.9, num_draws=2))
+    write_run(root, record_of("other", temperature=0.4, num_draws=2), curve_of(0.9, num_draws=2))
     found = rows(
         root, "SELECT temperature, place, count() OVER (PARTITION BY setting) FROM v_temperature WHERE k = 1 ORDER BY fve"
     )
@@ -115,7 +115,7 @@ def test_v_temperature_places_temperatures_within_a_setting(root: Path) -> None:
 
 
 def test_v_draw_failures_gives_counts_and_rates_by_cause(root: Path) -> None:
-    land(root, record_of("r1"), curve_of())  # 100 activations x 4 draws
+    write_run(root, record_of("r1"), curve_of())  # 100 activations x 4 draws
     found = rows(root, "SELECT cause, num_failed_draws, failure_rate FROM v_draw_failures ORDER BY cause")
     assert found == [("cut off", 30, 0.075), ("empty", 10, 0.025)]
 
@@ -125,14 +125,14 @@ def test_damaged_landing_is_quarantined_named_and_looked_at_again_when_repaired(
     curve = root / "landing" / "r1" / "curve.parquet"
     whole = curve.read_bytes()
     curve.write_bytes(whole[:-1])
-    report = ingest(root)
+    report = ingest_landings(root)
     assert (report.num_runs, [q.run_id for q in report.quarantined]) == (2, ["r1"])
     assert "r1/curve.parquet is not what was written" in report.quarantined[0].reason
     assert rows(root, "SELECT run_id, reason FROM quarantine") == [("r1", report.quarantined[0].reason)]
-    assert ingest(root).changed is False, "it is not read again while it stays as it is"
+    assert ingest_landings(root).changed is False, "it is not read again while it stays as it is"
     curve.write_bytes(whole)
     os.utime(curve, ns=(0, 0))
-    report = ingest(root)
+    report = ingest_landings(root)
     assert (report.num_runs, report.quarantined) == (3, ())
     assert rows(root, "SELECT count(*) FROM quarantine") == [(0,)]
 
@@ -141,7 +141,7 @@ def test_record_whose_types_do_not_fit_is_quarantined(root: Path) -> None:
     land_three(root)
     path = root / "landing" / "r1" / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_ranks": "two"}))
-    report = ingest(root)
+    report = ingest_landings(root)
     assert (report.num_runs, [q.run_id for q in report.quarantined]) == (2, ["r1"])
 
 
@@ -149,25 +149,25 @@ def test_half_written_landing_and_stray_files_do_not_harm(root: Path) -> None:
     land_three(root)
     (root / "landing" / ".r9.0123.part").mkdir()
     (root / "landing" / "notes.txt").write_text("mine")
-    report = ingest(root)
+    report = ingest_landings(root)
     assert (report.num_runs, [q.run_id for q in report.quarantined]) == (3, ["notes.txt"])
 
 
 def test_removed_landing_disappears(root: Path) -> None:
     land_three(root)
-    ingest(root)
+    ingest_landings(root)
     shutil.rmtree(root / "landing" / "r1")
-    report = ingest(root)
+    report = ingest_landings(root)
     assert (report.num_removed, report.num_runs) == (1, 2)
     assert rows(root, "SELECT DISTINCT run_id FROM run_curves ORDER BY 1") == [("r0",), ("r2",)]
     assert rows(root, "SELECT DISTINCT run_id FROM run_controls ORDER BY 1") == [("r0",), ("r2",)]
 
 
 def test_open_reader_keeps_its_snapshot_and_a_new_connection_sees_new_rows(root: Path) -> None:
-    land(root, record_of("r0", temperature=0.4), curve_of())
+    write_run(root, record_of("r0", temperature=0.4), curve_of())
     with connect(root) as reader:
-        land(root, record_of("r1", temperature=0.7), curve_of())
-        assert ingest(root).num_new == 1
+        write_run(root, record_of("r1", temperature=0.7), curve_of())
+        assert ingest_landings(root).num_new == 1
         with connect(root) as later:
             assert later.execute("SELECT count(*) FROM runs").fetchone() == (2,)
         assert reader.execute("SELECT count(*) FROM runs").fetchone() == (1,)
@@ -189,17 +189,17 @@ def held_open_by_another_process(path: Path, read_only: bool) -> Iterator[None]:
 
 @pytest.mark.parametrize("read_only", [True, False], ids=["reading", "writing"])
 def test_another_process_holding_the_file_blocks_neither_ingest_nor_connect(root: Path, read_only: bool) -> None:
-    land(root, record_of("r0", temperature=0.4), curve_of())
-    ingest(root)
+    write_run(root, record_of("r0", temperature=0.4), curve_of())
+    ingest_landings(root)
     with held_open_by_another_process(root / "ksweep.duckdb", read_only):
         assert rows(root, "SELECT count(*) FROM runs") == [(1,)], "nothing to do, and the file is locked: a copy is read"
-        land(root, record_of("r1", temperature=0.7), curve_of())
-        assert ingest(root).num_new == 1
+        write_run(root, record_of("r1", temperature=0.7), curve_of())
+        assert ingest_landings(root).num_new == 1
         assert rows(root, "SELECT count(*) FROM runs") == [(2,)]
 
 
 def test_connection_is_read_only(root: Path) -> None:
-    ingest(root)
+    ingest_landings(root)
     with connect(root) as connection, pytest.raises(duckdb.Error, match="read-only"):
         connection.execute("DELETE FROM runs")
 
@@ -218,15 +218,15 @@ def test_connect_without_a_registry_says_where_it_looked(tmp_path: Path) -> None
 def test_unreadable_database_is_built_again(root: Path, content: bytes) -> None:
     land_three(root)
     (root / "ksweep.duckdb").write_bytes(content)
-    report = ingest(root)
+    report = ingest_landings(root)
     assert report.num_runs == 3 and report.rebuilt is not None and "could not be read" in report.rebuilt
 
 
 def test_database_of_another_schema_is_built_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     land_three(root)
-    ingest(root)
+    ingest_landings(root)
     monkeypatch.setattr(database, "SPEC_COLUMNS", {"temperature": "sampling.temperature"})
-    report = ingest(root)
+    report = ingest_landings(root)
     assert report.rebuilt == "it was made by another version of ksweep"
     assert rows(root, "SELECT temperature, av FROM runs ORDER BY 1") == [(0.4, None), (0.7, None), (1.0, None)]
 
@@ -244,10 +244,10 @@ def of_an_older_version(root: Path) -> None:
 
 def test_database_of_an_older_version_is_built_again_and_never_misread(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     land_three(root)
-    ingest(root)
+    ingest_landings(root)
     expected = everything(root)
     of_an_older_version(root)
-    assert ingest(root).rebuilt == "it was made by another version of ksweep"
+    assert ingest_landings(root).rebuilt == "it was made by another version of ksweep"
     assert everything(root) == expected
     of_an_older_version(root)
 
@@ -261,7 +261,7 @@ def test_database_of_an_older_version_is_built_again_and_never_misread(root: Pat
 
 def _land_some(root: Path, process: int) -> None:
     for i in range(3):
-        land(root, record_of(f"p{process}-{i}", temperature=0.1 + process), curve_of(), controls_of())
+        write_run(root, record_of(f"p{process}-{i}", temperature=0.1 + process), curve_of(), controls_of())
 
 
 @pytest.mark.slow
@@ -276,7 +276,7 @@ def test_ten_processes_landing_while_two_ingest_lose_nothing(root: Path) -> None
         writer.join(240)
         assert writer.exitcode == 0
     assert [p.wait(240) for p in ingesters] == [0, 0]
-    report = ingest(root)
+    report = ingest_landings(root)
     assert (report.num_runs, report.quarantined) == (30, ())
     assert rows(root, "SELECT count(*), count(DISTINCT run_id) FROM run_curves") == [(120, 30)]
     assert not list(root.glob(".*.next*"))
@@ -294,7 +294,7 @@ def test_killed_ingester_leaves_no_lock_and_its_leftover_is_removed(root: Path, 
         assert len(list(root.glob(".ksweep.duckdb.*.next"))) == 1 and not (root / "ksweep.duckdb").exists()
         process.kill()
     with caplog.at_level(logging.WARNING):
-        assert ingest(root).num_runs == 3
+        assert ingest_landings(root).num_runs == 3
     assert not caplog.messages, "a dead holder is not waited for"
     assert not list(root.glob(".ksweep.duckdb.*"))
 
@@ -304,14 +304,14 @@ def test_draws_before_the_first_draw_are_an_empty_table_with_types(root: Path) -
         assert connection.execute("SELECT count(*) FROM draws").fetchone() == (0,)
         names = {name: kind for name, kind, *_ in connection.execute("DESCRIBE draws").fetchall()}
     assert (names["error"], names["token_ids"], names["explanation"]) == ("DOUBLE", "INTEGER[]", "VARCHAR")
-    assert set(draws.SCHEMA.names) - set(names) == {"reconstruction"}
+    assert set(draws.DRAWS_SCHEMA.names) - set(names) == {"reconstruction"}
 
 
 def test_tokens_by_role_are_rows_with_shares_and_unknown_formats_have_none(root: Path) -> None:
     stats = {"counts": {"user": 6, "assistant": 2, "pad": 4, "total": 12}, "proportions": {}, "total_sequences": 2}
     notes = (Note("layer", "why not"),)
-    land(root, record_of("r1", temperature=0.5, token_stats=stats, selected_token_stats=stats, notes=notes), curve_of())
-    land(root, record_of("r2", temperature=0.7), curve_of())
+    write_run(root, record_of("r1", temperature=0.5, token_stats=stats, selected_token_stats=stats, notes=notes), curve_of())
+    write_run(root, record_of("r2", temperature=0.7), curve_of())
     found = rows(root, "SELECT run_id, tokens, role, num_tokens, share FROM v_token_roles ORDER BY tokens, num_tokens")
     one = [("assistant", 2, 0.25), ("pad", 4, None), ("user", 6, 0.75)]
     assert found == [("r1", tokens, *row) for tokens in ("all", "evaluated") for row in one]
@@ -322,7 +322,7 @@ def test_tokens_by_role_are_rows_with_shares_and_unknown_formats_have_none(root:
 
 def test_draws_are_ranked_by_error_with_failures_last_and_named_by_cell(root: Path) -> None:
     record = record_of("r1", temperature=0.7)
-    land(root, record, curve_of())
+    write_run(root, record, curve_of())
     assert record.draws_key is not None
     publish_draws(root, record.draws_key, [[0.5, None, 0.2, 0.4], [None, 0.9, 0.9, 0.1], [None, None, None, None]])
     publish_draws(root, "of_a_running_cell", [[0.3]])
@@ -336,8 +336,8 @@ def test_draws_are_ranked_by_error_with_failures_last_and_named_by_cell(root: Pa
 def test_draws_of_cells_that_share_them_appear_once_under_the_newest(root: Path) -> None:
     small, large = record_of("r1", num_draws=2), record_of("r2", num_draws=4, minutes=5)
     assert small.draws_key == large.draws_key and small.cell_key != large.cell_key
-    land(root, small, curve_of(num_draws=2))
-    land(root, large, curve_of(num_draws=4))
+    write_run(root, small, curve_of(num_draws=2))
+    write_run(root, large, curve_of(num_draws=4))
     publish_draws(root, large.draws_key or "", [[0.5, 0.4, 0.3, 0.2]])
     assert rows(root, "SELECT DISTINCT cell, count(*) OVER () FROM draws") == [(large.cell, 4)]
 
@@ -356,7 +356,7 @@ def test_draws_that_two_sweeps_took_at_once_count_once(root: Path) -> None:
 def test_draws_and_query_of_the_readme_work_from_any_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     land_three(root)
     publish_draws(root, "key", [[0.5, 0.4]])
-    ingest(root)
+    ingest_landings(root)
     for directory in (root.parent, root, Path("/")):
         monkeypatch.chdir(directory)
         path = os.path.relpath(root / "ksweep.duckdb")
@@ -369,7 +369,7 @@ def test_draws_and_query_of_the_readme_work_from_any_directory(root: Path, monke
 def test_draws_are_found_again_after_the_registry_moved(root: Path) -> None:
     land_three(root)
     publish_draws(root, "key", [[0.5, 0.4]])
-    ingest(root)
+    ingest_landings(root)
     moved = root.rename(root.with_name("we[i]rd 'place*"))
     assert rows(moved, "SELECT count(*) FROM draws") == [(2,)]
     assert rows(moved, "SELECT count(*) FROM runs") == [(3,)]
@@ -389,9 +389,9 @@ def test_every_table_view_and_column_has_a_comment(root: Path) -> None:
 
 def test_file_stays_readable_by_duckdb_1_4(root: Path, tmp_path: Path) -> None:
     land_three(root)
-    ingest(root)
-    land(root, record_of("later", temperature=1.3), curve_of())
-    ingest(root)  # adding to a file must not raise its version either
+    ingest_landings(root)
+    write_run(root, record_of("later", temperature=1.3), curve_of())
+    ingest_landings(root)  # adding to a file must not raise its version either
     copy = shutil.copyfile(root / "ksweep.duckdb", tmp_path / "copy.duckdb")
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH '{copy}' AS written")
@@ -400,9 +400,9 @@ def test_file_stays_readable_by_duckdb_1_4(root: Path, tmp_path: Path) -> None:
 
 
 def test_registry_that_cannot_be_written_is_read_as_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    land(root, record_of("r0", temperature=0.4), curve_of())
-    ingest(root)
-    land(root, record_of("r1", temperature=0.7), curve_of())
+    write_run(root, record_of("r0", temperature=0.4), curve_of())
+    ingest_landings(root)
+    write_run(root, record_of("r1", temperature=0.7), curve_of())
 
     def refuse(*_: object) -> None:  # tests run as root, whom permissions do not stop
         raise PermissionError(13, "Permission denied")

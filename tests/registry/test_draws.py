@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from ksweep.evaluation.distributed import Solo
 from ksweep.evaluation.recorder import read_all_draws
 from ksweep.registry import draws as module
-from ksweep.registry.draws import MOST_PER_UNIT, SCHEMA, DrawsStore, Unit, units_of
+from ksweep.registry.draws import DRAWS_SCHEMA, MAX_WORK_UNIT_SIZE, DrawsStore, WorkUnit, missing_work_units
 from ksweep.utils.errors import RunError
 
 
-def rows(unit: Unit) -> pa.Table:
+def rows(unit: WorkUnit) -> pa.Table:
     """Draws whose text says which draw it is."""
     pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(unit.first_draw, unit.last_draw)]
     known = {
@@ -28,7 +28,9 @@ def rows(unit: Unit) -> pa.Table:
         "text": [f"{a}/{k}" for a, k in pairs],
         "error": [a + k / 100 for a, k in pairs],
     }
-    return pa.table({f.name: pa.array(known.get(f.name, [None] * len(pairs)), type=f.type) for f in SCHEMA}, schema=SCHEMA)
+    return pa.table(
+        {f.name: pa.array(known.get(f.name, [None] * len(pairs)), type=f.type) for f in DRAWS_SCHEMA}, schema=DRAWS_SCHEMA
+    )
 
 
 def fill(store: DrawsStore, num_activations: int, num_draws: int) -> int:
@@ -40,15 +42,15 @@ def fill(store: DrawsStore, num_activations: int, num_draws: int) -> int:
 
 def test_a_new_store_misses_everything_on_the_grid(tmp_path: Path) -> None:
     units = DrawsStore(tmp_path, "k").missing(130, 20)
-    assert units == [Unit(row, min(130, row + 32), 0, 20) for row in range(0, 130, 32)]
+    assert units == [WorkUnit(row, min(130, row + 32), 0, 20) for row in range(0, 130, 32)]
 
 
 @pytest.mark.parametrize(
     ("num_draws", "rows", "draws"), [(1, 64, 1), (16, 64, 16), (17, 32, 17), (32, 32, 32), (64, 16, 64), (200, 16, 64)]
 )
 def test_units_hold_the_draws_of_an_activation_together(num_draws: int, rows: int, draws: int) -> None:
-    first = units_of(np.zeros((130, num_draws), dtype=bool))[0]
-    assert first == Unit(0, rows, 0, draws) and first.num_draws <= MOST_PER_UNIT
+    first = missing_work_units(np.zeros((130, num_draws), dtype=bool))[0]
+    assert first == WorkUnit(0, rows, 0, draws) and first.num_draws <= MAX_WORK_UNIT_SIZE
 
 
 @given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 40)), min_size=1, max_size=4))
@@ -78,7 +80,7 @@ def test_a_damaged_part_is_set_aside_named_and_missing_again(tmp_path: Path, cap
     store = DrawsStore(tmp_path, "k")
     fill(store, 70, 16)
     before = store.read(70, 16)
-    part = store.path / Unit(0, 64, 0, 16).file_name
+    part = store.path / WorkUnit(0, 64, 0, 16).file_name
     for damage in ("flip", "truncate", "empty"):
         data = bytearray(part.read_bytes())
         if damage == "flip":
@@ -86,7 +88,7 @@ def test_a_damaged_part_is_set_aside_named_and_missing_again(tmp_path: Path, cap
         part.write_bytes({"flip": bytes(data), "truncate": bytes(data[: len(data) // 2]), "empty": b""}[damage])
         assert store.read(70, 16) is None
         assert "is damaged" in caplog.text and part.name in caplog.text
-        assert store.missing(70, 16) == [Unit(0, 64, 0, 16)]
+        assert store.missing(70, 16) == [WorkUnit(0, 64, 0, 16)]
         fill(store, 70, 16)
         assert store.read(70, 16) == before
 
@@ -94,25 +96,25 @@ def test_a_damaged_part_is_set_aside_named_and_missing_again(tmp_path: Path, cap
 def test_a_part_that_was_renamed_by_hand_is_set_aside_and_missing_again(tmp_path: Path) -> None:
     store = DrawsStore(tmp_path, "k")
     fill(store, 64, 16)
-    (store.path / Unit(0, 64, 0, 16).file_name).rename(store.path / Unit(64, 128, 0, 16).file_name)
+    (store.path / WorkUnit(0, 64, 0, 16).file_name).rename(store.path / WorkUnit(64, 128, 0, 16).file_name)
     store.set_damaged_aside(128, 16)
-    assert store.missing(128, 16) == [Unit(0, 64, 0, 16), Unit(64, 128, 0, 16)]
+    assert store.missing(128, 16) == [WorkUnit(0, 64, 0, 16), WorkUnit(64, 128, 0, 16)]
 
 
 def test_a_part_that_another_job_has_set_aside_meanwhile_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, gone = DrawsStore(tmp_path, "k"), Unit(64, 70, 0, 16)
+    store, gone = DrawsStore(tmp_path, "k"), WorkUnit(64, 70, 0, 16)
     fill(store, 64, 16)
-    monkeypatch.setattr(DrawsStore, "parts", lambda self: [Unit(0, 64, 0, 16), gone])  # listed before it went
+    monkeypatch.setattr(DrawsStore, "parts", lambda self: [WorkUnit(0, 64, 0, 16), gone])  # listed before it went
     store.set_damaged_aside(70, 16)
     assert store.read(70, 16) is None and store.read(64, 16) is not None
 
 
 def test_what_another_sweep_has_drawn_meanwhile_is_left_out_of_a_unit(tmp_path: Path) -> None:
     store = DrawsStore(tmp_path, "k")
-    unit = Unit(0, 64, 0, 16)
+    unit = WorkUnit(0, 64, 0, 16)
     assert store.still_missing(unit) == [unit]
     fill(store, 10, 4)
-    assert store.still_missing(unit) == [Unit(0, 10, 4, 16), Unit(10, 64, 0, 16)]
+    assert store.still_missing(unit) == [WorkUnit(0, 10, 4, 16), WorkUnit(10, 64, 0, 16)]
     fill(store, 70, 16)
     assert store.still_missing(unit) == []
 
@@ -133,14 +135,14 @@ def test_what_a_killed_writer_left_is_not_is_not_taken_for_a_part(tmp_path: Path
     fill(store, 2, 2)
     (store.path / ".abc.part").write_bytes(b"half")
     (store.path / "part-00000002-00000004-00000-00002.parquet.tmp").write_bytes(b"half")
-    assert store.parts() == [Unit(0, 2, 0, 2)]
+    assert store.parts() == [WorkUnit(0, 2, 0, 2)]
 
 
 def test_a_full_disk_is_a_run_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
     store = DrawsStore(tmp_path, "k")
-    unit = Unit(0, 1, 0, 1)
+    unit = WorkUnit(0, 1, 0, 1)
 
     def on_full_device(dir: Path, prefix: str, suffix: str) -> tuple[int, str]:
         return os.open("/dev/full", os.O_WRONLY), str(Path(dir) / "full.part")
@@ -151,13 +153,13 @@ def test_a_full_disk_is_a_run_error_and_leaves_nothing(tmp_path: Path, monkeypat
     assert list(store.path.iterdir()) == []
 
 
-def kept_rows(unit: Unit, kept: set[tuple[int, int]]) -> pa.Table:
+def kept_rows(unit: WorkUnit, kept: set[tuple[int, int]]) -> pa.Table:
     """Draws of which some have their reconstruction, (activation, draw, activation + draw)."""
     pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(unit.first_draw, unit.last_draw)]
     vectors = [[a, k, a + k] if (a, k) in kept else None for a, k in pairs]
     table = rows(unit)
     at = table.schema.get_field_index("reconstruction")
-    return table.set_column(at, SCHEMA.field(at), pa.array(vectors, SCHEMA.field(at).type))
+    return table.set_column(at, DRAWS_SCHEMA.field(at), pa.array(vectors, DRAWS_SCHEMA.field(at).type))
 
 
 def test_reconstructions_are_found_in_whatever_part_they_are_and_nan_where_none_was_kept(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_reconstructions_are_found_in_whatever_part_they_are_and_nan_where_none_
 
 
 def test_reconstructions_of_a_damaged_part_are_nan_and_it_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store, unit = DrawsStore(tmp_path, "k"), Unit(0, 2, 0, 1)
+    store, unit = DrawsStore(tmp_path, "k"), WorkUnit(0, 2, 0, 1)
     store.publish(unit, kept_rows(unit, {(0, 0), (1, 0)}))
     (store.path / unit.file_name).write_bytes(b"")
     assert np.isnan(store.reconstructions(np.array([0, 1]), np.array([0, 0]), 3)).all()

@@ -10,7 +10,7 @@ import pytest
 from ksweep.analysis.charts import fve_by_k
 from ksweep.cli import main
 from ksweep.registry.query import named_curves
-from ksweep.registry.run_record import REFERENCE_SCHEMA, land
+from ksweep.registry.run_record import REFERENCE_SCHEMA, write_run
 from ksweep.registry.tae_json import import_files
 from ksweep.utils.errors import RequestError
 from tests.registry.landed_runs import curve_of, record_of
@@ -30,7 +30,7 @@ def filled(root: Path) -> Path:
         for k in (1, 2)
     ]
     reference = pa.Table.from_pylist([r if r["role"] is None else r | {"value": 9.9} for r in rows], schema=REFERENCE_SCHEMA)
-    land(root, record_of("own", temperature=0.7, label="own"), curve_of(0.3), reference=reference)
+    write_run(root, record_of("own", temperature=0.7, label="own"), curve_of(0.3), reference=reference)
     return root
 
 

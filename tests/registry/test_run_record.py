@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ksweep.registry.run_record import CURVE_SCHEMA, LandingError, land, new_run_id, read
+from ksweep.registry.run_record import CURVE_SCHEMA, LandingError, new_run_id, read_run, write_run
 from ksweep.utils.errors import StoreError
 from ksweep.utils.notes import Note
 from tests.registry.landed_runs import controls_of, curve_of, record_of
@@ -20,7 +20,7 @@ from tests.registry.landed_runs import controls_of, curve_of, record_of
 
 def test_land_then_read_gives_back_record_curve_and_controls(root: Path) -> None:
     record = record_of("r1", tracebacks=("line 1\nline 2",), git_dirty=True, cut_off_rate=0.25)
-    landed = read(land(root, record, curve_of(), controls_of()))
+    landed = read_run(write_run(root, record, curve_of(), controls_of()))
     assert landed.record == record
     assert landed.curve is not None and landed.curve["fve"].to_pylist() == [0.3, 0.31, 0.32, 0.33]
     assert landed.controls is not None and landed.controls["control"].to_pylist() == [
@@ -36,7 +36,7 @@ def test_land_keeps_norms_reference_rows_token_counts_and_notes(root: Path) -> N
     record = record_of("r1", token_stats=stats, selected_token_stats=None, notes=(Note("layer", "why not"),))
     norms = pa.table({"activation": [0, 1], "norm": [1.5, float("nan")]})
     reference = pa.table({"quantity": ["avg_mse"], "k": [1], "value": [0.25]})
-    landed = read(land(root, record, curve_of(), reference=reference, norms=norms))
+    landed = read_run(write_run(root, record, curve_of(), reference=reference, norms=norms))
     assert landed.record == record
     assert landed.norms is not None and landed.norms["norm"].to_pylist() == [1.5, None]
     assert landed.reference is not None and landed.reference["value"].to_pylist() == [0.25]
@@ -44,20 +44,20 @@ def test_land_keeps_norms_reference_rows_token_counts_and_notes(root: Path) -> N
 
 def test_land_failed_run_keeps_the_error_and_has_no_curve(root: Path) -> None:
     record = record_of("r1", status="failed", error_type="RunError", error_message="rank 1 died", tracebacks=("Traceback ...",))
-    path = land(root, record)
+    path = write_run(root, record)
     assert sorted(p.name for p in path.iterdir()) == ["record.json"]
-    assert (read(path).record.error_message, read(path).curve) == ("rank 1 died", None)
+    assert (read_run(path).record.error_message, read_run(path).curve) == ("rank 1 died", None)
 
 
 def test_land_unknown_numbers_become_null_not_nan(root: Path) -> None:
     curve = curve_of().set_column(2, "fve_low", pa.array([float("nan")] * 4))
-    landed = read(land(root, record_of("r1", tokens_per_second=float("inf")), curve))
+    landed = read_run(write_run(root, record_of("r1", tokens_per_second=float("inf")), curve))
     assert landed.curve is not None and landed.curve["fve_low"].to_pylist() == [None] * 4
     assert landed.record.tokens_per_second is None
 
 
 def test_land_missing_nullable_columns_are_filled(root: Path) -> None:
-    landed = read(land(root, record_of("r1"), curve_of().drop_columns(["shuffled_fve", "cosine"])))
+    landed = read_run(write_run(root, record_of("r1"), curve_of().drop_columns(["shuffled_fve", "cosine"])))
     assert landed.curve is not None and landed.curve.schema.equals(CURVE_SCHEMA)
     assert landed.curve["cosine"].null_count == 4
 
@@ -75,15 +75,15 @@ def test_land_missing_nullable_columns_are_filled(root: Path) -> None:
 )
 def test_land_refuses_a_curve_that_does_not_fit_and_writes_nothing(root: Path, curve: pa.Table | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        land(root, record_of("r1"), curve)
+        write_run(root, record_of("r1"), curve)
     assert not list(root.rglob("*r1*"))
 
 
 def test_land_twice_is_refused_and_the_first_stays(root: Path) -> None:
-    land(root, record_of("r1"), curve_of(0.3))
+    write_run(root, record_of("r1"), curve_of(0.3))
     with pytest.raises(StoreError, match="r1 has landed already"):
-        land(root, record_of("r1"), curve_of(0.9))
-    curve = read(root / "landing" / "r1").curve
+        write_run(root, record_of("r1"), curve_of(0.9))
+    curve = read_run(root / "landing" / "r1").curve
     assert curve is not None and curve["fve"][0].as_py() == 0.3
     assert len(list((root / "landing").iterdir())) == 1
 
@@ -110,7 +110,7 @@ def test_new_run_id_names_the_cell_and_never_repeats() -> None:
 
 
 def test_read_refuses_every_kind_of_damage_by_name(root: Path) -> None:
-    path = land(root, record_of("r1"), curve_of(), controls_of())
+    path = write_run(root, record_of("r1"), curve_of(), controls_of())
     whole = {p.name: p.read_bytes() for p in path.iterdir()}
     one_bit = bytearray(whole["curve.parquet"])
     one_bit[len(one_bit) // 2] ^= 1
@@ -131,21 +131,21 @@ def test_read_refuses_every_kind_of_damage_by_name(root: Path) -> None:
     for message, (name, data) in damages.items():
         (path / name).write_bytes(data)
         with pytest.raises(LandingError, match=message):
-            read(path)
+            read_run(path)
         (path / name).write_bytes(whole[name])
     (path / "curve.parquet").unlink()
     with pytest.raises(LandingError, match=r"r1/curve\.parquet cannot be read: No such file"):
-        read(path)
+        read_run(path)
 
 
 def test_read_leaves_out_keys_and_columns_of_a_later_ksweep(root: Path) -> None:
-    path = land(root, record_of("r1"), curve_of())
+    path = write_run(root, record_of("r1"), curve_of())
     record = json.loads((path / "record.json").read_text())
     pq.write_table(curve_of().append_column("colour", pa.array(["blue"] * 4)), path / "curve.parquet")
     data = (path / "curve.parquet").read_bytes()
     files = {"curve.parquet": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     (path / "record.json").write_text(json.dumps({**record, "files": files, "colour": "blue"}))
-    landed = read(path)
+    landed = read_run(path)
     assert landed.record == record_of("r1")
     assert landed.curve is not None and landed.curve.schema.equals(CURVE_SCHEMA)
 
@@ -157,9 +157,9 @@ def test_read_leaves_out_keys_and_columns_of_a_later_ksweep(root: Path) -> None:
 def test_a_record_in_which_one_field_held_class_or_type_is_read_as_both(
     root: Path, held: str, error_class: str, error_type: str | None
 ) -> None:
-    path = land(root, record_of("r1", status="failed", error_type=held))
+    path = write_run(root, record_of("r1", status="failed", error_type=held))
     raw = json.loads((path / "record.json").read_text())
     del raw["error_class"], raw["job"], raw["start"]
     (path / "record.json").write_text(json.dumps(raw))
-    record = read(path).record
+    record = read_run(path).record
     assert (record.error_class, record.error_type, record.job) == (error_class, error_type, None)

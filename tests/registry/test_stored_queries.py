@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ksweep.registry.query import ask
+from ksweep.registry.query import run_query
 from ksweep.registry.stored_queries import queries, query_named, variables_of
 from ksweep.stats import interval_reach
 from ksweep.stats.bootstrap import document_weights
@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 
 def answer(real: Real, name: str, *given: str) -> Rows:
     query = query_named(real.root, name)
-    rows: Rows = ask(real.root, query.sql, variables_of(query, list(given))).to_pylist()
+    rows: Rows = run_query(real.root, query.sql, variables_of(query, list(given))).to_pylist()
     return rows
 
 
@@ -229,7 +229,7 @@ def test_by_group_divides_the_error_of_a_group_by_both_baselines(real: Real) -> 
     rows = answer(real, "by_group", f"cell={real.runs[1.0]}")
     positions = np.array([row["position"] for row in real.draws(1.0)[::8]])
     norms = np.array(
-        ask(real.root, f"SELECT norm FROM activations WHERE run_id = '{real.runs[1.0]}' ORDER BY activation")["norm"]
+        run_query(real.root, f"SELECT norm FROM activations WHERE run_id = '{real.runs[1.0]}' ORDER BY activation")["norm"]
     )
     quarters = np.searchsorted(np.quantile(norms, [0.25, 0.5, 0.75]), norms, side="left")
     failed = np.array([row["error"] is None for row in real.draws(1.0)]).reshape(40, 8).mean(axis=1)
@@ -268,7 +268,7 @@ def test_own_questions_lie_in_the_registry_and_unknown_ones_are_told(tmp_path: P
     )
     query = query_named(tmp_path, "mine")
     assert (query.question, query.variables) == ("How many runs?", ["x"])
-    assert ask(tmp_path, query.sql, {"x": "1"}).to_pylist() == [{"n": 0}]
+    assert run_query(tmp_path, query.sql, {"x": "1"}).to_pylist() == [{"n": 0}]
     with pytest.raises(RequestError, match="did you mean @best_temperature"):
         query_named(tmp_path, "best_temprature")
     for given in ("y=1", "x"):

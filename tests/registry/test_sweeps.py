@@ -13,19 +13,19 @@ import pytest
 
 from ksweep import Resources, Sweep, connect
 from ksweep.registry import sweeps
-from ksweep.registry.database import ingest, rebuild
-from ksweep.registry.run_record import land
-from ksweep.registry.sweeps import AskedCell, Asking
+from ksweep.registry.database import ingest_landings, rebuild_database
+from ksweep.registry.run_record import write_run
+from ksweep.registry.sweeps import SweepCell, SweepRecord
 from tests.registry.landed_runs import curve_of, record_of
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 
-def asking(*keys: str, minutes: int = 0, **changes: Any) -> Asking:
-    cells = tuple(AskedCell(cell_key=key, label=f"label of {key}", place=place) for place, key in enumerate(keys))
+def asking(*keys: str, minutes: int = 0, **changes: Any) -> SweepRecord:
+    cells = tuple(SweepCell(cell_key=key, label=f"label of {key}", place=place) for place, key in enumerate(keys))
     plain = {"sweep": "warm", "question": "How warm?", "cells": cells, "asked": NOON + timedelta(minutes=minutes)}
-    return Asking(**plain | {"argv": ("warm.py",), "git_commit": "c0ffee", "git_dirty": False} | changes)
+    return SweepRecord(**plain | {"argv": ("warm.py",), "git_commit": "c0ffee", "git_dirty": False} | changes)
 
 
 def rows(root: Path, question: str) -> list[tuple[Any, ...]]:
@@ -38,8 +38,8 @@ def files(root: Path) -> list[Path]:
 
 
 def test_asking_the_same_again_lands_nothing_new(root: Path) -> None:
-    first = sweeps.land(root, asking("a", "b"))
-    assert sweeps.land(root, asking("a", "b", minutes=5, argv=("other.py",), git_commit=None)) == first
+    first = sweeps.write_sweep_record(root, asking("a", "b"))
+    assert sweeps.write_sweep_record(root, asking("a", "b", minutes=5, argv=("other.py",), git_commit=None)) == first
     assert len(files(root)) == 1
 
 
@@ -48,26 +48,26 @@ def test_asking_the_same_again_lands_nothing_new(root: Path) -> None:
     [asking("a"), asking("b", "a"), asking("a", "b", question="How cold?"), asking("a", "b", "c")],
     ids=["fewer", "order", "question", "more"],
 )
-def test_asking_something_else_and_the_first_again_each_land(root: Path, other: Asking) -> None:
+def test_asking_something_else_and_the_first_again_each_land(root: Path, other: SweepRecord) -> None:
     for asked in (asking("a", "b"), other, asking("a", "b")):
-        sweeps.land(root, asked)
+        sweeps.write_sweep_record(root, asked)
     assert len(files(root)) == 3
     assert rows(root, "SELECT question, num_cells, number FROM v_sweeps") == [("How warm?", 2, 2)]
     assert rows(root, "SELECT cell_key FROM v_sweep_cells ORDER BY place") == [("a",), ("b",)]
 
 
 def test_newest_asking_wins_even_when_a_clock_was_wrong(root: Path) -> None:
-    sweeps.land(root, asking("a", minutes=60))
-    sweeps.land(root, asking("b", minutes=0))
+    sweeps.write_sweep_record(root, asking("a", minutes=60))
+    sweeps.write_sweep_record(root, asking("b", minutes=0))
     assert rows(root, "SELECT cell_key FROM v_sweep_cells") == [("b",)]
 
 
 def test_cells_of_an_asking_keep_order_and_labels_and_find_runs_of_other_sweeps(root: Path) -> None:
     done = record_of("r1", temperature=0.7, sweep="earlier")
     failed = record_of("r2", temperature=1.0, sweep="earlier", status="failed", error_type="RunError", error_message="x")
-    land(root, done, curve_of())
-    land(root, failed)
-    sweeps.land(root, asking("never", done.cell_key, failed.cell_key))
+    write_run(root, done, curve_of())
+    write_run(root, failed)
+    sweeps.write_sweep_record(root, asking("never", done.cell_key, failed.cell_key))
     found = rows(root, "SELECT place, label, status, run_id, run_by FROM v_sweep_cells WHERE sweep = 'warm' ORDER BY place")
     assert found == [
         (0, "label of never", "not run", None, None),
@@ -77,9 +77,9 @@ def test_cells_of_an_asking_keep_order_and_labels_and_find_runs_of_other_sweeps(
 
 
 def test_a_sweep_without_an_asking_is_what_its_runs_tell_of(root: Path) -> None:
-    land(root, record_of("r1", temperature=1.0, minutes=1), curve_of())
-    land(root, record_of("r2", temperature=0.4, minutes=2), curve_of())
-    land(root, record_of("r3", temperature=1.0, num_draws=2, minutes=3), curve_of(num_draws=2))
+    write_run(root, record_of("r1", temperature=1.0, minutes=1), curve_of())
+    write_run(root, record_of("r2", temperature=0.4, minutes=2), curve_of())
+    write_run(root, record_of("r3", temperature=1.0, num_draws=2, minutes=3), curve_of(num_draws=2))
     found = rows(root, "SELECT sweep, place, label, run_id FROM v_sweep_cells ORDER BY place")
     assert found == [("temp_sweep", 0, "temperature=0.4", "r2"), ("temp_sweep", 1, "temperature=1", "r3")]
     assert rows(root, "FROM v_sweeps") == []
@@ -87,45 +87,45 @@ def test_a_sweep_without_an_asking_is_what_its_runs_tell_of(root: Path) -> None:
 
 def test_askings_are_rebuilt_row_for_row_and_disappear_with_their_file(root: Path) -> None:
     for asked in (asking("a"), asking("a", "b"), asking("z", sweep="other", question="")):
-        sweeps.land(root, asked)
-        ingest(root)
+        sweeps.write_sweep_record(root, asked)
+        ingest_landings(root)
     question = "SELECT s.*, c.* FROM sweeps AS s JOIN sweep_cells AS c USING (sweep_id) ORDER BY ALL"
     step_by_step = rows(root, question)
-    rebuild(root)
+    rebuild_database(root)
     assert rows(root, question) == step_by_step and len(step_by_step) == 4
-    assert not ingest(root).changed
+    assert not ingest_landings(root).changed
     files(root)[0].unlink()
-    report = ingest(root)
+    report = ingest_landings(root)
     assert (report.num_new, report.num_removed) == (0, 0), "no run came or went"
     assert len(rows(root, "FROM sweeps")) == 2
 
 
 def test_an_altered_asking_is_quarantined_by_name_and_believed_again_when_repaired(root: Path) -> None:
-    name = sweeps.land(root, asking("a"))
+    name = sweeps.write_sweep_record(root, asking("a"))
     path = root / "sweeps" / f"{name}.json"
     whole = path.read_text()
     path.write_text(whole.replace("How warm?", "How cold?"))
-    [bad] = ingest(root).quarantined
+    [bad] = ingest_landings(root).quarantined
     assert bad.run_id == f"sweeps/{name}" and "is not what was written" in bad.reason and bad.path == path
     assert rows(root, "FROM v_sweeps") == []
     path.write_text(whole)
-    assert ingest(root).quarantined == ()
+    assert ingest_landings(root).quarantined == ()
     assert rows(root, "SELECT question FROM v_sweeps") == [("How warm?",)]
 
 
 def test_a_renamed_asking_and_one_of_a_later_format_are_refused(root: Path) -> None:
-    name = sweeps.land(root, asking("a"))
+    name = sweeps.write_sweep_record(root, asking("a"))
     path = root / "sweeps" / f"{name}.json"
     path.rename(path.with_name("00000000-000000-0000000000000000.json"))
     later = json.loads(files(root)[0].read_text()) | {"format": 99}
     (root / "sweeps" / "later.json").write_text(json.dumps(later))
-    reasons = sorted(bad.reason for bad in ingest(root).quarantined)
+    reasons = sorted(bad.reason for bad in ingest_landings(root).quarantined)
     assert "renamed or copied" in reasons[0] and "update ksweep" in reasons[1]
-    assert sweeps.land(root, asking("a")) == name, "files that are not ours are in nobody's way"
+    assert sweeps.write_sweep_record(root, asking("a")) == name, "files that are not ours are in nobody's way"
 
 
 def _land(root: Path) -> None:
-    sweeps.land(root, asking("a", "b"))
+    sweeps.write_sweep_record(root, asking("a", "b"))
 
 
 def test_many_who_ask_the_same_at_once_leave_one_asking(root: Path) -> None:

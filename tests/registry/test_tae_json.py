@@ -11,8 +11,8 @@ import pytest
 
 from ksweep.cli import main
 from ksweep.registry.database import connect
-from ksweep.registry.run_record import REFERENCE_SCHEMA, land, read
-from ksweep.registry.tae_json import export, export_run, import_files, read_reference_json, write_json
+from ksweep.registry.run_record import REFERENCE_SCHEMA, read_run, write_run
+from ksweep.registry.tae_json import export_landed, export_run, import_files, read_reference_json, write_json
 from ksweep.stats.tae_metrics import ReferenceSums, reference_intervals, reference_rows, selected
 from ksweep.utils.errors import DataError, RequestError
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
@@ -168,7 +168,7 @@ def test_a_missing_file_or_metric_is_refused(tmp_path: Path) -> None:
 def test_old_and_new_curves_share_a_table_and_a_chart(tmp_path: Path) -> None:
     from ksweep.analysis.charts import fve_by_k
 
-    land(tmp_path, record_of("new"), curve_of(0.75))
+    write_run(tmp_path, record_of("new"), curve_of(0.75))
     arrivals = import_files(tmp_path, sorted(PUBLISHED.glob("*full*.json")))
     assert len(arrivals) == 6 and all(a.landed for a in arrivals)
     assert not any(a.landed for a in import_files(tmp_path, [HEADLINE]))  # a second time changes nothing
@@ -201,13 +201,15 @@ def measured(
 def landed_with(folder: Path, **spec: object) -> Path:
     record = record_of("run", draws_key="key", num_activations=3, num_documents=3)
     object.__setattr__(record, "spec", dict(record.spec) | spec)
-    return land(folder, record, curve_of())
+    return write_run(folder, record, curve_of())
 
 
 def test_every_key_of_the_reference_is_there_with_its_value(tmp_path: Path) -> None:
     sums, rows, activations, _ = measured()
-    run = read(landed_with(tmp_path, autoencoder={"checkpoint": "x.pt", "dtype": "bfloat16"}))
-    document = export(run, reference=rows, mse_values={1: [0.5, 0.25]}, activation_norms=np.linalg.norm(activations, axis=1)[:2])
+    run = read_run(landed_with(tmp_path, autoencoder={"checkpoint": "x.pt", "dtype": "bfloat16"}))
+    document = export_landed(
+        run, reference=rows, mse_values={1: [0.5, 0.25]}, activation_norms=np.linalg.norm(activations, axis=1)[:2]
+    )
     assert set(document) == {"checkpoint_path", "eval_config", "results_by_k", "summary", "ksweep"}
     assert document["checkpoint_path"] == "x.pt" and document["eval_config"]["k_values"] == [1, 2, 3, 4]
     for result, found in zip(document["results_by_k"], sums.quantities(), strict=True):
@@ -244,7 +246,7 @@ def test_errors_of_single_activations_are_chosen_as_the_quantities_are(tmp_path:
     for run_id, reference, expected in (("with", rows, [0.5, 0.25]), ("without", None, [1 / 3, 1 / 3])):
         record = record_of(run_id, draws_key="key", num_activations=2, num_draws=3)
         table = None if reference is None else pa.Table.from_pylist(reference, schema=REFERENCE_SCHEMA)
-        land(tmp_path, record, curve_of(num_draws=3), reference=table)
+        write_run(tmp_path, record, curve_of(num_draws=3), reference=table)
         document = export_run(tmp_path, run_id)
         assert document["results_by_k"][1]["mse_values"] == pytest.approx(expected)
         assert document["ksweep"]["selection"] == ("order_statistics" if reference is None else "prefix")
@@ -255,12 +257,12 @@ def test_old_settings_of_an_exported_file_count_rows_as_the_reference_does(
     tmp_path: Path, num_activations: int, rows: int | None
 ) -> None:
     spec = {"num_activations": num_activations, "positions_per_document": 3}
-    old = export(read(landed_with(tmp_path, activations=spec)))["eval_config"]
+    old = export_landed(read_run(landed_with(tmp_path, activations=spec)))["eval_config"]
     assert (old["max_val_samples"], old["num_positions"]) == (rows, 3)
 
 
 def test_what_was_not_measured_is_null_and_named_never_zero(tmp_path: Path) -> None:
-    document = export(read(landed_with(tmp_path)))
+    document = export_landed(read_run(landed_with(tmp_path)))
     result = document["results_by_k"][0]
     assert result["variance_recovery"] is None and result["variance_recovery_ci_lower"] is None and result["mse_values"] == []
     assert {"variance_recovery", "variance_recovery_ci_lower", "mse_values"} <= set(document["ksweep"]["unknown"])
@@ -271,7 +273,7 @@ def test_what_was_not_measured_is_null_and_named_never_zero(tmp_path: Path) -> N
 def test_an_exported_file_can_be_imported_again(tmp_path: Path) -> None:
     sums, rows, _, _ = measured()
     path = tmp_path / "again.json"
-    write_json(path, export(read(landed_with(tmp_path)), reference=rows))
+    write_json(path, export_landed(read_run(landed_with(tmp_path)), reference=rows))
     curve = read_reference_json(path).curve
     assert curve["fve"].to_pylist() == pytest.approx([q.variance_recovery for q in sums.quantities()])
     total = sums.quantities()[0].total_variance / 5
@@ -294,7 +296,7 @@ def test_a_landed_run_is_exported_with_the_best_error_of_each_activation(
 def test_a_run_that_is_not_there_or_failed_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="ksweep ls"):
         export_run(tmp_path, "nobody")
-    land(tmp_path, record_of("bad", status="failed", error_type="RunError"))
+    write_run(tmp_path, record_of("bad", status="failed", error_type="RunError"))
     with pytest.raises(RequestError, match="failed and has no results"):
         export_run(tmp_path, "bad")
 

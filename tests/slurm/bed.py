@@ -81,7 +81,7 @@ def slowly(store, unit, table):
     time.sleep({seconds} if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < {starts} else 0)
     publish(store, unit, table)
 ksweep.registry.draws.DrawsStore.publish = slowly
-ksweep.registry.draws.DRAWS_PER_UNIT = 16
+ksweep.registry.draws.DRAWS_PER_WORK_UNIT = 16
 """
 """Units of a tiny pair take a tenth of a second; with this they take as long as those of a large one, at no cost; and there are
 more of them, of fewer draws each."""

@@ -22,7 +22,7 @@ from ksweep.autoencoder.tae.models import load_reconstructor
 from ksweep.cli import main
 from ksweep.config.spec import replace_at
 from ksweep.evaluation.identity import cell_keys
-from ksweep.registry.draws import SCHEMA
+from ksweep.registry.draws import DRAWS_SCHEMA
 from ksweep.utils.errors import SpecError
 from tests.tae_sweeps import CASES, WORDS, checkpoint, run, sweep_over
 from tests.tiny_sweeps import ask
@@ -247,7 +247,7 @@ def without_later_reconstructions(sweep: Sweep) -> None:
     for path in Path(sweep.registry).glob("draws/*/part-0*.parquet"):
         rows = pq.read_table(path, partitioning=None).to_pylist()
         old = [row | {"reconstruction": row["reconstruction"] if row["draw"] == 0 else None} for row in rows]
-        pq.write_table(pa.Table.from_pylist(old, schema=SCHEMA), path)
+        pq.write_table(pa.Table.from_pylist(old, schema=DRAWS_SCHEMA), path)
 
 
 def test_draws_without_their_reconstructions_leave_the_residual_variance_unknown(

@@ -27,21 +27,21 @@ from ksweep.analysis.charts.style import (
     natural,
     ordinal_colour,
     palette,
+    query_table,
     refuse_ties,
     rows_of,
     span,
-    table_of,
     value_of,
     without_temperature,
 )
 from ksweep.stats.interval_text import interval_text
 from ksweep.utils.errors import RequestError
 
-CURVES = f"""
+CURVES_QUERY = f"""
     SELECT n.label, c.* EXCLUDE (label), r.mean_tokens * c.k AS tokens
     FROM curves AS c JOIN {NAMED} AS n USING (run_id) JOIN runs AS r USING (run_id) ORDER BY n.place, c.k
 """
-COMPARISONS = f"""
+COMPARISONS_QUERY = f"""
     SELECT n.label, o.label AS other_label, c.* EXCLUDE (label, other_label)
     FROM v_compare AS c JOIN {NAMED} AS n USING (run_id) JOIN {NAMED} AS o ON o.run_id = c.other_run_id
     ORDER BY n.place, o.place, c.k
@@ -73,7 +73,7 @@ def fve_by_k(
         colours: see `palette`.
         title: above the chart.
     """
-    rows = rows_of(table_of(source, CURVES, sweep), ("label", "k", "fve", *([axis] if axis != "k" else [])), _USED)
+    rows = rows_of(query_table(source, CURVES_QUERY, sweep), ("label", "k", "fve", *([axis] if axis != "k" else [])), _USED)
     refuse_ties(rows, "label", "k")
     rows = [r | {"interval": interval_text(r)} for r in rows]
     shuffled = [r for r in rows if r.get("shuffled_fve") is not None]
@@ -101,7 +101,7 @@ def fve_by_temperature(
         sweep: with a connection, the sweep to show.
         title: above the chart.
     """
-    table = rows_of(table_of(source, CURVES, sweep), ("label", "k", "fve", "temperature"), _USED)
+    table = rows_of(query_table(source, CURVES_QUERY, sweep), ("label", "k", "fve", "temperature"), _USED)
     rows = [r for r in table if r["temperature"] is not None]
     chosen = sorted(set(ks)) if ks is not None else _powers_of_four(rows)
     # It has error bars of single K: a band over K is not for it, and is not to be spoken of.
@@ -141,7 +141,7 @@ def compare(
         title: above the chart.
     """
     needed = ("label", "other_label", "k", "difference", "difference_low", "difference_high")
-    rows = rows_of(table_of(source, COMPARISONS, sweep), needed, _COMPARED, sides=("", "other_"))
+    rows = rows_of(query_table(source, COMPARISONS_QUERY, sweep), needed, _COMPARED, sides=("", "other_"))
     table = [r for r in rows if r["k"] is not None]
     names = sorted({r[name] for r in table for name in ("label", "other_label")}, key=natural)
     base = _reference(table, names) if reference is None else reference

@@ -23,10 +23,10 @@ from ksweep.analysis.charts.style import (
     finished,
     labels_of,
     natural,
+    query_table,
     refuse_ties,
     rows_of,
     span,
-    table_of,
     value_of,
 )
 from ksweep.utils.cell_names import told_apart
@@ -38,12 +38,12 @@ TAIL = 0.005
 """Share of the values at an end that may lie far off; those that do are left out, or they would squeeze all others together."""
 MOST_PARTS = 30
 
-ERRORS = f"""
+ERRORS_QUERY = f"""
     SELECT n.label, d.activation, d.error
     FROM draws AS d JOIN v_latest AS c USING (draws_key) JOIN {NAMED} AS n ON n.run_id = c.run_id
     WHERE d.activation < c.num_activations AND d.draw < c.num_draws
 """
-NORMS = f"""
+NORMS_QUERY = f"""
     WITH one AS (
         SELECT arg_max(c.run_id, num_activations) AS run_id, any_value(parse_filename(coalesce(model, vectors))) AS model, layer,
                activations_key
@@ -55,7 +55,7 @@ NORMS = f"""
     )
     SELECT called.label, a.norm FROM activations AS a JOIN called USING (run_id)
 """
-GROUPS = f"""
+GROUPS_QUERY = f"""
     SELECT n.label, m.* EXCLUDE (label) FROM metrics AS m JOIN {NAMED} AS n USING (run_id)
     WHERE breakdown <> 'all' ORDER BY n.place, m.place
 """
@@ -79,7 +79,7 @@ def error_distribution(
 
     Table: a row a draw with `label, error` (null where the draw failed) and `activation`.
     """
-    values = _columns(table_of(source, ERRORS, sweep), ("label", "error"))
+    values = _columns(query_table(source, ERRORS_QUERY, sweep), ("label", "error"))
     edges = _edges(values["error"], _fewest(values))
     panels: dict[str, Rows] = {}
     for label, inside in sorted(_by_label(values["label"]), key=lambda found: natural(found[0])):
@@ -106,7 +106,7 @@ def norm_distribution(
     source: Any, *, sweep: str | None = None, colours: Colours | None = None, title: str | None = None
 ) -> alt.TopLevelMixin:
     """How long activations are; with a connection, each set of activations once. Table: `label, norm`, a row each."""
-    values = _columns(table_of(source, NORMS, sweep), ("label", "norm"))
+    values = _columns(query_table(source, NORMS_QUERY, sweep), ("label", "norm"))
     edges = _edges(values["norm"], _fewest(values))
     rows: Rows = []
     for label, inside in _by_label(values["label"]):
@@ -143,7 +143,9 @@ def by_group(
         title: above the chart.
     """
     needed = ("label", "breakdown", "part", "k", "fve", "fve_low", "fve_high")
-    rows = rows_of(table_of(source, GROUPS, sweep), needed, (*needed, "place", "against", "level", "num_activations", "baseline"))
+    rows = rows_of(
+        query_table(source, GROUPS_QUERY, sweep), needed, (*needed, "place", "against", "level", "num_activations", "baseline")
+    )
     rows = [r for r in rows if breakdown in (None, r["breakdown"]) and r["fve"] is not None]
     rows = [r for r in rows if r["against"] in (None, against)]
     refuse_ties(rows, "label", "breakdown", "part", "k")

@@ -17,18 +17,18 @@ from ksweep.analysis.charts.style import (
     finished,
     labels_of,
     natural,
+    query_table,
     refuse_ties,
     rows_of,
-    table_of,
 )
 from ksweep.utils.errors import RequestError
 
-SPEEDS = f"""
+SPEEDS_QUERY = f"""
     SELECT n.label, r.cell, tokens_per_second, num_ranks, device, finished FROM runs AS r JOIN {NAMED} AS n USING (cell_key)
     WHERE status = 'finished' AND tokens_per_second IS NOT NULL
     QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC) <= 20 ORDER BY finished DESC
 """
-STATES = f"""
+PROGRESS_QUERY = f"""
     WITH newest AS (
         SELECT r.*, n.label AS name,
                coalesce((spec->>'$.activations.num_activations')::BIGINT, num_activations) AS wanted_activations,
@@ -54,7 +54,11 @@ def throughput(
     Table: `label, tokens_per_second` and, where known, `num_ranks, device`.
     """
     used = ("label", "tokens_per_second", "num_ranks", "device")
-    rows = [r for r in rows_of(table_of(source, SPEEDS, sweep), used[:2], used, runs=False) if r["tokens_per_second"] is not None]
+    rows = [
+        r
+        for r in rows_of(query_table(source, SPEEDS_QUERY, sweep), used[:2], used, runs=False)
+        if r["tokens_per_second"] is not None
+    ]
     if not rows:
         raise RequestError("no run of the table sampled anything: all draws were there already")
     labels = sorted(labels_of(rows)[:MOST_LABELS], key=natural)
@@ -83,7 +87,7 @@ def progress(source: Any, *, sweep: str | None = None, title: str | None = None)
     failed).
     """
     used = ("label", "done", "total", "state")
-    rows = [r for r in rows_of(table_of(source, STATES, sweep), used, used) if r["total"]]
+    rows = [r for r in rows_of(query_table(source, PROGRESS_QUERY, sweep), used, used) if r["total"]]
     refuse_ties(rows, "label")
     if not rows:
         raise RequestError("no cell of the table says how many draws it wants: there is no progress to show")

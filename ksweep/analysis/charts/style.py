@@ -31,7 +31,7 @@ INK = "#222222"
 DIM = "#555555"
 DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
 WIDTH, HEIGHT, CONTROL_HEIGHT = 460, 290, 80
-FORMATS = ("html", "png", "pdf", "svg")
+CHART_FORMATS = ("html", "png", "pdf", "svg")
 
 
 CELLS = """
@@ -56,9 +56,9 @@ Colours = Mapping[str, str]
 
 def save(chart: Any, path_stem: Path | str, formats: Sequence[str] = ("html", "png", "pdf")) -> list[Path]:
     """Write `<path_stem>.<format>` for each format and name them. The HTML carries its scripts and opens without a network."""
-    unknown = [f for f in formats if f not in FORMATS]
+    unknown = [f for f in formats if f not in CHART_FORMATS]
     if unknown:
-        raise RequestError(f"a chart cannot be saved as {unknown[0]!r}; formats are {', '.join(FORMATS)}")
+        raise RequestError(f"a chart cannot be saved as {unknown[0]!r}; formats are {', '.join(CHART_FORMATS)}")
     written = []
     for name in formats:
         path = Path(f"{path_stem}.{name}")
@@ -82,7 +82,7 @@ def _rendered(chart: Any, name: str) -> bytes:
 # Rows
 
 
-def table_of(source: Any, question: str, sweep: str | None = None) -> Any:
+def query_table(source: Any, question: str, sweep: str | None = None) -> Any:
     """An Arrow table: the answer of a connection to a question about a sweep, or what was given, relation or table.
 
     Raises:

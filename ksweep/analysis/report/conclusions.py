@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ksweep.analysis.report.data import Facts, Row
+from ksweep.analysis.report.data import ReportData
+from ksweep.registry.query import TableRow
 from ksweep.stats.interval_text import interval_text
 from ksweep.utils.errors import RequestError
 
@@ -23,12 +24,12 @@ def largest_common_k(curves: pa.Table) -> int:
     return max(set.intersection(*ks.values()) or set.union(*ks.values()))
 
 
-def ranked(facts: Facts, k: int) -> list[Row]:
+def ranked(facts: ReportData, k: int) -> list[TableRow]:
     """The points at one K, the highest first."""
     return sorted((row for row in facts.curves.to_pylist() if row["k"] == k), key=lambda row: -row["fve"])
 
 
-def answer(facts: Facts) -> list[str]:
+def answer(facts: ReportData) -> list[str]:
     """What came out, a sentence each: the best cell at the largest K that all have, how far the next is, K = 1."""
     k = largest_common_k(facts.curves)
     points = ranked(facts, k)
@@ -44,17 +45,17 @@ def answer(facts: Facts) -> list[str]:
     return said
 
 
-def _name(facts: Facts) -> str:
+def _name(facts: ReportData) -> str:
     shown = {row["metric"] for row in facts.curves.select(["metric"]).to_pylist()} - {None}
     return "an FVE" if shown == {"fve"} else f"a {shown.pop()}" if len(shown) == 1 else "a value"
 
 
-def _one_draw(facts: Facts, best: Row) -> str:
+def _one_draw(facts: ReportData, best: TableRow) -> str:
     found = [row["fve"] for row in facts.curves.to_pylist() if row["run_id"] == best["run_id"] and row["k"] == 1]
     return f"{found[0]:.3f} with a single draw" if found else ""
 
 
-def _gap(facts: Facts, best: Row, other: Row, k: int) -> str:
+def _gap(facts: ReportData, best: TableRow, other: TableRow, k: int) -> str:
     """How far the next cell is, paired where the two are over the same activations."""
     row = difference(facts, best, other, k)
     if row is None or row["difference_low"] is None:
@@ -65,13 +66,13 @@ def _gap(facts: Facts, best: Row, other: Row, k: int) -> str:
     return f"That is {value} above {other['label']}, the next (paired)."
 
 
-def difference(facts: Facts, one: Row, other: Row, k: int) -> Row | None:
+def difference(facts: ReportData, one: TableRow, other: TableRow, k: int) -> TableRow | None:
     """The paired difference of two runs at one K."""
     pair = (one["run_id"], other["run_id"], k)
     return next((row for row in facts.differences if (row["run_id"], row["other_run_id"], row["k"]) == pair), None)
 
 
-def without_winners_curse(registry: Path, facts: Facts) -> str:
+def held_out_best_sentence(registry: Path, facts: ReportData) -> str:
     """What choosing the best cell is worth on documents that it was not chosen on; empty where that cannot be had."""
     from ksweep.analysis.compare import best_held_out, load_cells
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ksweep.analysis.diff import flatten
 from ksweep.registry.database import connect
-from ksweep.registry.draws import ROWS_PER_UNIT, DrawsStore
+from ksweep.registry.draws import ACTIVATIONS_PER_WORK_UNIT, DrawsStore
+from ksweep.registry.query import TableRow
 from ksweep.utils.cell_names import told_apart
 from ksweep.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-Row = dict[str, Any]
 EXPLANATIONS = 1500
 """Rows of the browsable table: about a megabyte, which a browser searches without a pause."""
 DRAWS_READ = 400_000
@@ -32,27 +33,27 @@ SHOWN_ATTEMPTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ReportData:
     """A sweep as it was last asked, told by the newest finished run of each of its cells."""
 
     sweep: str
     question: str
-    asked: Row | None
+    asked: TableRow | None
     """When, by which command and commit; None for sweeps of versions that did not keep it, and imported ones."""
-    cells: list[Row]
+    cells: list[TableRow]
     """Every cell of the sweep, in its order: label, status, run_id."""
-    runs: list[Row]
+    runs: list[TableRow]
     """The runs of the cells that have finished, in the order of the cells, under the labels of the sweep."""
     curves: pa.Table
-    differences: list[Row]
+    differences: list[TableRow]
     """Paired differences between these cells, as v_compare has them."""
-    groups: list[Row]
-    controls: list[Row]
-    draw_failures: list[Row]
+    groups: list[TableRow]
+    controls: list[TableRow]
+    draw_failures: list[TableRow]
     """Failed draws by cell and cause."""
-    failed_runs: list[Row]
+    failed_runs: list[TableRow]
     """Cells without a result: how their newest run ended."""
-    attempts: list[Row]
+    attempts: list[TableRow]
     """Ranks of the jobs of these cells that did not finish, and starts that were put back into the queue; newest first."""
     num_attempts: int
     """How many there are, shown or not."""
@@ -62,13 +63,13 @@ class Facts:
     """label, activation, error of the draws that were read."""
     sampled: str
     """What part of the draws was read, in words; empty where it was all of them."""
-    explanations: list[Row]
+    explanations: list[TableRow]
     """Best, median and worst draw of some activations of each cell."""
     num_shown: int
     """Activations among `explanations`, of each cell."""
 
     @property
-    def common(self) -> Row:
+    def common(self) -> TableRow:
         """Settings that all cells share, by dotted name."""
         specs = self._specs
         return {name: value for name, value in specs[0].items() if all(s.get(name) == value for s in specs)}
@@ -79,31 +80,25 @@ class Facts:
         return sorted({name for spec in self._specs for name in spec} - set(self.common))
 
     @property
-    def unfinished(self) -> list[Row]:
+    def unfinished(self) -> list[TableRow]:
         """Cells without a result."""
         return [cell for cell in self.cells if cell["run_id"] is None]
 
     @property
-    def _specs(self) -> list[Row]:
-        return [flat(json.loads(run["spec"])) for run in self.runs]
+    def _specs(self) -> list[TableRow]:
+        return [_settings(run) for run in self.runs]
 
-    def setting(self, run: Row, name: str) -> Any:
+    def setting(self, run: TableRow, name: str) -> Any:
         """A setting of one cell by its dotted name."""
-        return flat(json.loads(run["spec"])).get(name)
+        return _settings(run).get(name)
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> Row:
-    """{"sampling.temperature": 0.7} of nested settings; what is None was left open and is not listed."""
-    found: Row = {}
-    for name, inner in value.items():
-        if isinstance(inner, Mapping):
-            found |= flat(inner, f"{prefix}{name}.")
-        elif inner is not None:
-            found[f"{prefix}{name}"] = inner
-    return found
+def _settings(run: TableRow) -> TableRow:
+    """{"sampling.temperature": 0.7}: settings of a run's spec by dotted name, without those that were left open (None)."""
+    return {name: value for name, value in flatten(json.loads(run["spec"])) if value not in (None, {})}
 
 
-def facts_of(registry: Path, sweep: str) -> Facts:
+def read_report_data(registry: Path, sweep: str) -> ReportData:
     """Everything that a report of a sweep shows.
 
     Raises:
@@ -121,7 +116,7 @@ def facts_of(registry: Path, sweep: str) -> Facts:
         asked = _rows(connection, "SELECT * FROM v_sweeps WHERE sweep = ?", sweep)
         attempts = _rows(connection, _ATTEMPTS, sweep)
         ids = [run["run_id"] for run in runs]
-        facts = Facts(
+        facts = ReportData(
             sweep=sweep, question=asked[0]["question"] if asked else "", asked=next(iter(asked), None), cells=cells, runs=runs,
             curves=_arrow(connection, _CURVES), differences=_rows(connection, _DIFFERENCES, ids),
             groups=_rows(connection, _GROUPS), controls=_rows(connection, _CONTROLS),
@@ -132,8 +127,8 @@ def facts_of(registry: Path, sweep: str) -> Facts:
         return _with_draws(facts, connection, registry)
 
 
-def _rows(connection: DuckDBPyConnection, question: str, *values: Any) -> list[Row]:
-    found: list[Row] = _arrow(connection, question, *values).to_pylist()
+def _rows(connection: DuckDBPyConnection, question: str, *values: Any) -> list[TableRow]:
+    found: list[TableRow] = _arrow(connection, question, *values).to_pylist()
     return found
 
 
@@ -155,12 +150,12 @@ def _norms(connection: DuckDBPyConnection) -> pa.Table:
 # Draws
 
 
-def _with_draws(facts: Facts, connection: DuckDBPyConnection, registry: Path) -> Facts:
+def _with_draws(facts: ReportData, connection: DuckDBPyConnection, registry: Path) -> ReportData:
     """The facts with errors and explanations, from as many draws as a page needs."""
     runs = [run for run in facts.runs if run["draws_key"] and run["num_draws"]]
     num_shown = max(1, EXPLANATIONS // (3 * max(1, len(runs))))
     most = max(FEWEST_READ, DRAWS_READ // max(1, len(runs)))
-    errors, explanations, read, there = [facts.errors], list[Row](), 0, 0
+    errors, explanations, read, there = [facts.errors], list[TableRow](), 0, 0
     for run in runs:
         files = _files(registry, run, most)
         if not files:
@@ -173,17 +168,17 @@ def _with_draws(facts: Facts, connection: DuckDBPyConnection, registry: Path) ->
     return replace(facts, errors=pa.concat_tables(errors), explanations=explanations, num_shown=num_shown, sampled=sampled)
 
 
-def _files(registry: Path, run: Row, most: int) -> list[str]:
+def _files(registry: Path, run: TableRow, most: int) -> list[str]:
     """Parts with draws of a run: all, or those of some blocks of activations, evenly spaced, with about `most` draws."""
     store = DrawsStore(registry / "draws", run["draws_key"])
     parts = [p for p in store.parts() if p.first_row < run["num_activations"] and p.first_draw < run["num_draws"]]
-    blocks = sorted({part.first_row // ROWS_PER_UNIT for part in parts})
-    wanted = max(1, most // (ROWS_PER_UNIT * run["num_draws"]))
+    blocks = sorted({part.first_row // ACTIVATIONS_PER_WORK_UNIT for part in parts})
+    wanted = max(1, most // (ACTIVATIONS_PER_WORK_UNIT * run["num_draws"]))
     chosen = {blocks[place] for place in _evenly(len(blocks), wanted)} if blocks else set()
-    return [str(store.path / part.file_name) for part in parts if part.first_row // ROWS_PER_UNIT in chosen]
+    return [str(store.path / part.file_name) for part in parts if part.first_row // ACTIVATIONS_PER_WORK_UNIT in chosen]
 
 
-def _explanations(connection: DuckDBPyConnection, run: Row, most: int) -> Iterator[Row]:
+def _explanations(connection: DuckDBPyConnection, run: TableRow, most: int) -> Iterator[TableRow]:
     """Best, median and worst draw of up to `most` activations of a cell, from its best reconstructed activation to its worst."""
     order = _arrow(connection, _BY_BEST_ERROR)["activation"].to_numpy()
     chosen = order[_evenly(len(order), most)]

@@ -1,4 +1,4 @@
-"""Facts of a sweep -> one HTML file with everything in it: scripts, charts, tables. The only room that knows of HTML."""
+"""ReportData of a sweep -> one HTML file with everything in it: scripts, charts, tables. The only room that knows of HTML."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ksweep.analysis import charts
-from ksweep.analysis.report.conclusions import answer, difference, largest_common_k, ranked, with_interval, without_winners_curse
-from ksweep.analysis.report.data import Facts, Row, facts_of
+from ksweep.analysis.report.conclusions import answer, difference, held_out_best_sentence, largest_common_k, ranked, with_interval
+from ksweep.analysis.report.data import ReportData, read_report_data
 from ksweep.analysis.results_table import SHOWN_KS, noted, warnings
+from ksweep.registry.query import TableRow
 from ksweep.stats.interval_text import baseline_text, effective_text, interval_text
 from ksweep.utils.errors import RequestError
 from ksweep.utils.files import publish
@@ -44,13 +45,13 @@ def write_report(registry: Path, sweep: str, path: Path | None = None) -> Path:
     Raises:
         RequestError: no cell of such a sweep has finished.
     """
-    facts = facts_of(registry, sweep)
+    facts = read_report_data(registry, sweep)
     target = path or registry / "charts" / sweep / "report.html"
-    publish(target, page(facts, without_winners_curse(registry, facts)).encode())
+    publish(target, page(facts, held_out_best_sentence(registry, facts)).encode())
     return target
 
 
-def page(facts: Facts, held_out: str = "") -> str:
+def page(facts: ReportData, held_out: str = "") -> str:
     """The whole page; `held_out` is what the answer is worth on documents that it was not chosen on, in words."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
@@ -79,7 +80,7 @@ def page(facts: Facts, held_out: str = "") -> str:
     )
 
 
-def drawn(facts: Facts) -> dict[str, Any]:
+def drawn(facts: ReportData) -> dict[str, Any]:
     """The charts that this sweep has something to show in, by name."""
     colours = charts.palette(run["label"] for run in facts.runs)
     best = [row["label"] for row in ranked(facts, largest_common_k(facts.curves))]
@@ -100,7 +101,7 @@ def drawn(facts: Facts) -> dict[str, Any]:
     return {name: chart for name, chart in found.items() if chart is not None}
 
 
-def _several(groups: Sequence[Row]) -> list[Row]:
+def _several(groups: Sequence[TableRow]) -> list[TableRow]:
     """Without breakdowns that have put all activations into one group."""
     parts: dict[str, set[str]] = {}
     for row in groups:
@@ -108,7 +109,7 @@ def _several(groups: Sequence[Row]) -> list[Row]:
     return [row for row in groups if len(parts[row["breakdown"]]) > 1]
 
 
-def _overall(groups: Sequence[Row]) -> list[Row]:
+def _overall(groups: Sequence[TableRow]) -> list[TableRow]:
     """Runs of earlier versions have one baseline, which is neither: it is shown once."""
     return [row for row in groups if row["against"] is not None]
 
@@ -131,18 +132,18 @@ def _costs(curves: pa.Table) -> bool:
     return len(ends) == len(curves) and max(ends) > 1.05 * min(ends)
 
 
-def _near(facts: Facts, few: set[str]) -> list[Row]:
+def _near(facts: ReportData, few: set[str]) -> list[TableRow]:
     return [row for row in facts.differences if {row["label"], row["other_label"]} <= few]
 
 
-def _reference(facts: Facts, best: Sequence[str]) -> str | None:
+def _reference(facts: ReportData, best: Sequence[str]) -> str | None:
     """The best cell that has several K: others are shown as what they are above or below it."""
     labels = facts.curves["label"].to_pylist()
     compared = {row["label"] for row in facts.differences}
     return next((label for label in best[:MOST_SHOWN] if labels.count(label) > 1 and label in compared), None)
 
 
-def curve_table(facts: Facts) -> tuple[list[str], list[list[str]], str | list[list[str]]]:
+def curve_table(facts: ReportData) -> tuple[list[str], list[list[str]], str | list[list[str]]]:
     """Heads and rows: a cell a row, FVE with its interval at some K, the control at the largest, failures; and what all cells are
     measured on, in words where that is one thing, else a row for each."""
     rows = facts.curves.to_pylist()
@@ -162,7 +163,7 @@ def curve_table(facts: Facts) -> tuple[list[str], list[list[str]], str | list[li
     return *_without_empty(heads, body), ", ".join(filter(None, parts)) if same else about
 
 
-def _measured_on(row: Row) -> list[str]:
+def _measured_on(row: TableRow) -> list[str]:
     """N, documents, baseline."""
     baseline = "" if row["baseline"] is None else baseline_text(row).removeprefix("baseline ")
     documents = f"{number(row['num_documents'], ',')}{effective_text(row['num_documents'], row['effective_documents'])}"
@@ -175,7 +176,7 @@ def _without_empty(heads: list[str], rows: list[list[str]]) -> tuple[list[str], 
     return [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
-def difference_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
+def difference_table(facts: ReportData) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: a cell a row, what it differs by from the best one, paired, at K = 1 and at the largest K of all."""
     most = largest_common_k(facts.curves)
     ks = sorted({1, most})
@@ -188,7 +189,7 @@ def difference_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
     return ["cell", *(head for k in ks for head in (f"K = {k}", "clear"))], body
 
 
-def _difference_cells(row: Row | None) -> list[str]:
+def _difference_cells(row: TableRow | None) -> list[str]:
     if row is None or row["difference_low"] is None:
         return ["", ""]
     low, high = row["difference_low"], row["difference_high"]
@@ -196,7 +197,7 @@ def _difference_cells(row: Row | None) -> list[str]:
     return [f"{row['difference']:+.3f} {interval}", "yes" if low > 0 or high < 0 else "no"]
 
 
-def control_table(facts: Facts) -> tuple[list[str], list[list[str]], dict[str, str]]:
+def control_table(facts: ReportData) -> tuple[list[str], list[list[str]], dict[str, str]]:
     """Heads and rows, a cell a row and a control a column; and what each control is, in words."""
     names = sorted({row["control"] for row in facts.controls})
     found = {(row["label"], row["control"]): row["value"] for row in facts.controls}
@@ -207,7 +208,7 @@ def control_table(facts: Facts) -> tuple[list[str], list[list[str]], dict[str, s
     return ["cell", *names], [[label, *(number(found.get((label, n))) for n in names)] for label in labels], notes
 
 
-def explanation_table(rows: Sequence[Row]) -> str:
+def explanation_table(rows: Sequence[TableRow]) -> str:
     """The browsable table: searched and sorted in the browser, each explanation coloured by how much it explains."""
     from itables import to_html_datatable
 
@@ -230,19 +231,19 @@ def explanation_table(rows: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
-def _where(row: Row) -> str:
+def _where(row: TableRow) -> str:
     """Document, token and activation, as far as they are known."""
     known = [] if row["document"] is None else [html.escape(row["document"])]
     known += [] if row["position"] is None else [f"token {row['position']}"]
     return ", ".join([*known, f"activation {row['activation']}"])
 
 
-def _explained(row: Row) -> float | None:
+def _explained(row: TableRow) -> float | None:
     """Share of the baseline that a draw explains; of a failed draw nothing can be said."""
     return None if row["error"] is None or not row["baseline"] else round(1 - row["error"] / row["baseline"], 3)
 
 
-def _coloured(row: Row) -> str:
+def _coloured(row: TableRow) -> str:
     text = html.escape(row["explanation"] or "")
     share = _explained(row)
     if share is None:
@@ -269,7 +270,7 @@ def words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _of_runs(runs: Iterable[Row], column: str) -> dict[str, str]:
+def _of_runs(runs: Iterable[TableRow], column: str) -> dict[str, str]:
     """What a column of names and values says of the runs; several values where cells were run with different ones."""
     found: dict[str, set[str]] = {}
     for run in runs:

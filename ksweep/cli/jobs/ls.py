@@ -57,12 +57,12 @@ def rows(registry: Path, sweep: str | None = None, state: str | None = None) -> 
     Raises:
         RequestError: there is no such registry, sweep or state.
     """
-    from ksweep.registry.query import ask
+    from ksweep.registry.query import run_query
 
     if state is not None and state not in STATES:
         raise RequestError(f"--state {state!r} is not one of {', '.join(STATES)}")
     live = _book_and_look(registry)
-    ended = ask(registry, _RUNS).to_pylist()
+    ended = run_query(registry, _RUNS).to_pylist()
     found = [row for job, line in live for row in _under_way(job, line, _finished(ended))]
     found.sort(key=lambda row: row.time, reverse=True)
     found.sort(key=lambda row: row.state == "waiting")  # a limit must not leave out what runs for what waits
