@@ -31,11 +31,11 @@ import pyarrow as pa
 from ksweep import stats
 from ksweep.config.spec import Scoring
 from ksweep.evaluation.breakdown import break_down
-from ksweep.registry.activation_metadata import SCHEMA as KNOWN
+from ksweep.registry.activation_metadata import METADATA_SCHEMA as KNOWN
 from ksweep.registry.activation_metadata import position_bucket
-from ksweep.registry.database import connect, ingest, rebuild
-from ksweep.registry.draws import SCHEMA, DrawsStore, Unit
-from ksweep.registry.run_record import RunRecord, land
+from ksweep.registry.database import connect, ingest_landings, rebuild_database
+from ksweep.registry.draws import DRAWS_SCHEMA, DrawsStore, WorkUnit
+from ksweep.registry.run_record import RunRecord, write_run
 from ksweep.registry.stored_queries import queries
 from ksweep.stats.best_of_k import kept_ks
 from ksweep.utils.fingerprint import fingerprint
@@ -121,7 +121,7 @@ def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
     record = run_record(number, num_activations)
     store = DrawsStore(root / "draws", record.draws_key or "")
     for first in range(0, num_activations, 64):
-        store.publish(Unit(first, first + 64, 0, NUM_DRAWS), draws.slice(first * NUM_DRAWS, 64 * NUM_DRAWS))
+        store.publish(WorkUnit(first, first + 64, 0, NUM_DRAWS), draws.slice(first * NUM_DRAWS, 64 * NUM_DRAWS))
     rows = [
         {
             "metric": "fve", "k": k, "fve": curve.fve[i], "fve_low": curve.fve_low[i], "fve_high": curve.fve_high[i],
@@ -133,7 +133,7 @@ def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
         for i, k in enumerate(KS)
     ]  # fmt: skip
     controls = pa.table({"control": ["empty_text", "mean_vector", "retrieval_top1"], "value": [-0.4, 0.0, 0.61]})
-    land(
+    write_run(
         root, record, pa.Table.from_pylist(rows), controls,
         metrics=pa.Table.from_pylist(found.metrics), examples=found.examples, activations=found.activations,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def draws_of(errors: np.ndarray, generator: np.random.Generator) -> pa.Table:
         "finish": ["stop"] * n, "context": columns["window"], "token_ids": [list(range(20))] * n,
         "row_id": columns["row_id"], "document": columns["document"], "position": columns["position"],
     }  # fmt: skip
-    return pa.table([pa.array(known.get(f.name, pa.nulls(n)), type=f.type) for f in SCHEMA], schema=SCHEMA)
+    return pa.table([pa.array(known.get(f.name, pa.nulls(n)), type=f.type) for f in DRAWS_SCHEMA], schema=DRAWS_SCHEMA)
 
 
 def run_record(number: int, num_activations: int) -> RunRecord:
@@ -209,10 +209,10 @@ def run_record(number: int, num_activations: int) -> RunRecord:
 
 def report(root: Path, repeats: int) -> None:
     (root / "ksweep.duckdb").unlink(missing_ok=True)
-    first = timed("build from nothing", lambda: ingest(root), 1)
+    first = timed("build from nothing", lambda: ingest_landings(root), 1)
     print(f"  runs in the database: {first.num_runs}; not believed: {len(first.quarantined)}")
     print(f"  database: {(root / 'ksweep.duckdb').stat().st_size / 1e6:.0f} MB")
-    timed("nothing to do", lambda: ingest(root), repeats)
+    timed("nothing to do", lambda: ingest_landings(root), repeats)
     timed("connect, nothing to do", lambda: connect(root).close(), repeats)
     extra = itertools.count(10**6 + 10 * len(list((root / "landing").iterdir())), 10)  # not those of an earlier report
     added: list[RunRecord] = []
@@ -220,8 +220,8 @@ def report(root: Path, repeats: int) -> None:
     def add() -> None:
         added.append(make_run(root, next(extra), 64))
 
-    timed("add one run", lambda: ingest(root), repeats, before=add)
-    timed("rebuild", lambda: rebuild(root), 1)
+    timed("add one run", lambda: ingest_landings(root), repeats, before=add)
+    timed("rebuild_database", lambda: rebuild_database(root), 1)
     with connect(root) as connection:
         run, cell, other, key = connection.execute(
             "SELECT a.run_id, a.cell, b.cell, a.draws_key FROM v_latest AS a JOIN v_latest AS b USING (activations_key) "

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep
 from ksweep.analysis import results_table as terminal
-from ksweep.analysis.results_table import results_table, show, warnings
+from ksweep.analysis.results_table import print_results, results_table, warnings
 from ksweep.launch.plan import Facts, plan
 from ksweep.launch.plan_table import print_plan
 from ksweep.registry.run_record import write_run
@@ -115,7 +115,7 @@ def land_both(sweep: Sweep, **second: Any) -> list[str]:
 
 def test_show_in_a_pipe_has_no_escape_codes_and_cuts_nothing(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     long = replace(sweep, axes={"sampling.temperature": (0.4, 0.7), "autoencoder.av": (f"owner/{'long-name-' * 9}av",)})
-    show(long, land_both(sweep), computed=2, charts=False)
+    print_results(long, land_both(sweep), computed=2, charts=False)
     out = capsys.readouterr().out
     assert ESCAPE not in out and ELLIPSIS not in out
     for label in long.labels():
@@ -124,7 +124,7 @@ def test_show_in_a_pipe_has_no_escape_codes_and_cuts_nothing(sweep: Sweep, capsy
 
 
 def test_show_puts_every_fact_once_where_cells_share_it(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    show(sweep, land_both(sweep), computed=1, charts=False)
+    print_results(sweep, land_both(sweep), computed=1, charts=False)
     out = capsys.readouterr().out
     fact = "95% intervals: bootstrap over 40 documents; N = 100 activations; baseline 0.7300 (evaluated set)"
     assert out.count(fact) == 1 and f": {fact}" not in out
@@ -145,7 +145,7 @@ def test_show_puts_every_fact_once_where_cells_share_it(sweep: Sweep, capsys: py
 def test_show_gives_each_group_of_cells_its_own_footnote(
     sweep: Sweep, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: str
 ) -> None:
-    show(sweep, land_both(sweep, **change), computed=2, charts=False)
+    print_results(sweep, land_both(sweep, **change), computed=2, charts=False)
     notes = [line for line in capsys.readouterr().out.splitlines() if "intervals: bootstrap" in line]
     assert [note.split(": ")[0] for note in notes] == ["temperature=0.4", "temperature=0.7"]
     assert words in notes[1] and words not in notes[0]
@@ -176,7 +176,7 @@ def test_warnings_of_one_draw_do_not_ask_for_distinct_texts_and_unknown_is_no_wa
 
 
 def test_show_prints_the_warnings(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    show(sweep, land_both(sweep, num_documents=3), computed=2, charts=False)
+    print_results(sweep, land_both(sweep, num_documents=3), computed=2, charts=False)
     assert "warning: temperature=0.7: 3 documents are few" in capsys.readouterr().out
 
 

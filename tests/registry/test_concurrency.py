@@ -41,11 +41,11 @@ print(reads)
 
 INGEST = """
 import sys, pathlib
-from ksweep.registry.database import ingest
+from ksweep.registry.database import ingest_landings
 root, stop, n = sys.argv[1], pathlib.Path(sys.argv[2]), 0
 print("ready", flush=True)
 while True:
-    ingest(root)
+    ingest_landings(root)
     n += 1
     if stop.exists():
         break

@@ -270,7 +270,7 @@ def test_ten_processes_landing_while_two_ingest_lose_nothing(root: Path) -> None
     writers = [context.Process(target=_land_some, args=(root, i)) for i in range(10)]
     for writer in writers:
         writer.start()
-    code = "import sys; from ksweep.registry.database import ingest\nfor _ in range(5): ingest(sys.argv[1])"
+    code = "import sys; from ksweep.registry.database import ingest_landings\nfor _ in range(5): ingest_landings(sys.argv[1])"
     ingesters = [subprocess.Popen([sys.executable, "-c", code, str(root)]) for _ in range(2)]
     for writer in writers:
         writer.join(240)
@@ -287,7 +287,7 @@ def test_killed_ingester_leaves_no_lock_and_its_leftover_is_removed(root: Path, 
     code = (
         "import sys, time; from ksweep.registry import database as d; real = d._fill\n"
         "def fill(*a): real(*a); print('filled', flush=True); time.sleep(600)\n"
-        "d._fill = fill; d.ingest(sys.argv[1])"
+        "d._fill = fill; d.ingest_landings(sys.argv[1])"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "filled\n"
