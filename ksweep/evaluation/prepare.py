@@ -15,7 +15,7 @@ from ksweep.evaluation.distributed import Ranks, Stopped
 from ksweep.evaluation.identity import CellKeys, cell_keys, one_document_error, resolve_cell
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.scoring import UnitWork
-from ksweep.registry.draws import DrawsStore, units_of
+from ksweep.registry.draws import DrawsStore, missing_work_units
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note, notes_of
 from ksweep.utils.timing import Clock
@@ -57,7 +57,7 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
     for other in earlier:
         if other.keys.draws == keys.draws:
             covered[: other.covered.shape[0], : other.covered.shape[1]] = True
-    return CellRun(cell, keys, clock, vectors, store, covered, units_of(covered), notes)
+    return CellRun(cell, keys, clock, vectors, store, covered, missing_work_units(covered), notes)
 
 
 def _extract_activations(cell: Cell, keys: CellKeys, context: RunContext, ranks: Ranks, clock: Clock) -> ActivationTable:
