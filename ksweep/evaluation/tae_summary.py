@@ -1,7 +1,8 @@
 """Compute the reference sweep's own quantities from a checkpoint's stored draws, block by block: no model, little memory.
 
 Their best of K is the best of the first K draws, whatever `scoring.selection` says for the cell's curve. Stored errors decide
-which draw that is; its reconstruction is read from the draws store (see DRAWS_SCHEMA), for `ACTIVATIONS_PER_WORK_UNIT` activations at a time.
+which draw that is; its reconstruction is read from the draws store (see DRAWS_SCHEMA), for `ACTIVATIONS_PER_WORK_UNIT`
+activations at a time.
 Formulas: `stats/tae_metrics.py`.
 """
 
