@@ -31,7 +31,7 @@ from ksweep import Resources
 from ksweep.evaluation.distributed import Ranks
 from ksweep.inference.engine import MOST_DRAWS, Request, draw
 from ksweep.launch import local_executor as launch
-from ksweep.launch.job import Job, create
+from ksweep.launch.job import Job, create_job
 from ksweep.utils import machine
 
 NUM_ACTIVATIONS = 64
@@ -90,17 +90,17 @@ def busy_cores(count: int) -> Iterator[None]:
 def tokens_per_second(vectors: Path, ranks: int, environment: Mapping[str, str], options: argparse.Namespace) -> float:
     """Of a job with so many ranks, started as a sweep starts its jobs."""
     argument = {"vectors": str(vectors), "seconds": options.seconds, "dtype": options.dtype}
-    job = create(vectors.parent / "logs", "bench_busy:draw_for", argument, ranks)
+    job = create_job(vectors.parent / "logs", "bench_busy:draw_for", argument, ranks)
     with only(environment):
-        submitted = launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "bench")
+        submitted = launch.start_local_job(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "bench")
     wait(submitted, LOADING_SECONDS, lambda: has_begun(job))
     wait(submitted, MOST_SECONDS, lambda: False)
     submitted.kill()
-    if failed := [e for e in job.endings() if e.status == "failed"]:
+    if failed := [e for e in job.outcomes() if e.status == "failed"]:
         sys.exit(failed[0].message + failed[0].traceback)
     if not has_begun(job):
         sys.exit(f"the models were not loaded within {LOADING_SECONDS} s: {job.log_tail()}")
-    said = {beat.rank: beat.numbers for beat in job.heartbeats()} | {e.rank: e.result for e in job.endings()}
+    said = {beat.rank: beat.numbers for beat in job.heartbeats()} | {e.rank: e.result for e in job.outcomes()}
     tokens = sum(numbers.get("tokens", 0) for numbers in said.values())
     return tokens / max(numbers.get("seconds", 0) for numbers in said.values()) if tokens else MOST_DRAWS / MOST_SECONDS
 
@@ -119,9 +119,9 @@ def only(environment: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def wait(submitted: launch.Submitted, seconds: float, until: Callable[[], bool]) -> None:
+def wait(submitted: launch.LocalJob, seconds: float, until: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
-    while not submitted.over() and not until() and time.monotonic() < deadline:
+    while not submitted.has_ended() and not until() and time.monotonic() < deadline:
         time.sleep(0.2)
 
 

@@ -10,7 +10,8 @@ import psutil
 from typer.testing import CliRunner
 
 from ksweep.cli import app
-from ksweep.launch.job import Ending, Heartbeat, Job, create
+from ksweep.launch.job import Job, create_job
+from ksweep.launch.rank_records import Heartbeat, Outcome
 from ksweep.utils.errors import RequestError, RunError
 
 LABEL = "temperature=0.7"
@@ -20,7 +21,7 @@ def job(registry: Path, sweep: str = "tiny", *labels: str, ranks: int = 1, **arg
     """A job of a sweep with a cell for each label."""
     given = {"sweep": sweep, "cells": [], "registry": str(registry), **argument}
     cells = [(f"key of {label}", label) for label in labels or (LABEL,)]
-    return create(registry.parent / "logs", "a:b", given, ranks, cells=cells)
+    return create_job(registry.parent / "logs", "a:b", given, ranks, cells=cells)
 
 
 def me(rank: int = 0, pid: int | None = None, **changes: Any) -> Heartbeat:
@@ -32,8 +33,8 @@ def me(rank: int = 0, pid: int | None = None, **changes: Any) -> Heartbeat:
 def ended(registry: Path, status: str, *labels: str, sweep: str = "tiny", **ending: Any) -> Job:
     """A job whose only rank has said how it ended."""
     made = job(registry, sweep, *labels)
-    made.beat(me(phase="drawing", done=3, total=8))
-    made.end(Ending(rank=0, status=status, **ending))
+    made.write_heartbeat(me(phase="drawing", done=3, total=8))
+    made.write_outcome(Outcome(rank=0, status=status, **ending))
     return made
 
 

@@ -177,7 +177,7 @@ def _file_system(registry: Path) -> Iterator[Finding]:
 def _cluster() -> Iterator[Finding]:
     from ksweep.launch.slurm import commands
 
-    if not commands.is_there():
+    if not commands.has_cluster():
         yield Finding("cluster", "note", "no Slurm here: sweeps run on this machine")
         return
     for partition in commands.partitions().values():

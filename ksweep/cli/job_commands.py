@@ -123,12 +123,12 @@ def cancel(
     """End jobs at the border of their units; what is whole is kept. Exit code 1 where one could not be reached."""
     from ksweep.cli.jobs import cancel
     from ksweep.cli.jobs.find import find
-    from ksweep.launch.status import LIVE
+    from ksweep.launch.status import LIVE_STATES
 
     found = cancel.cancel(find(registry, run))
     for text in [json.dumps(asdict(one)) for one in found] if as_json else cancel.say_cancelled(run, found):
         print(text)
-    raise typer.Exit(1 if any(one.state in LIVE and not one.cancelled for one in found) else 0)
+    raise typer.Exit(1 if any(one.state in LIVE_STATES and not one.cancelled for one in found) else 0)
 
 
 @app.command()

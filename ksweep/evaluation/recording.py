@@ -14,7 +14,7 @@ from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell, cell_from_dict
 from ksweep.evaluation.breakdown import Breakdown, break_down
 from ksweep.evaluation.distributed import Ranks
-from ksweep.evaluation.identity import CellKeys, cell_keys
+from ksweep.evaluation.identity import CellKeys
 from ksweep.evaluation.summary import RETRIEVAL_POOL, Summary, summarise
 from ksweep.evaluation.tae_summary import StoredDraws, TaeSummary, reference_quantities
 from ksweep.registry import activation_metadata
@@ -97,8 +97,8 @@ def land(run: CellRun, context: RunContext, ranks: Ranks, found: Measured, draws
     counts, first = summary.counts, summary.curve[0]
     here = provenance()
     record = run_record.RunRecord(
-        **_identity(cell, keys),
-        **_asked(context.sweep, context.resources, {**here, **context.origin}),
+        **identity_fields(cell, keys),
+        **request_fields(context.sweep, context.resources, {**here, **context.origin}),
         engine=engine,
         status="finished",
         job=ranks.job or None,
@@ -149,7 +149,7 @@ def land(run: CellRun, context: RunContext, ranks: Ranks, found: Measured, draws
     return record.run_id
 
 
-def _asked(sweep: str, resources: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+def request_fields(sweep: str, resources: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     """Who asked, for what, and with which code."""
     return {
         "sweep": sweep,
@@ -161,7 +161,7 @@ def _asked(sweep: str, resources: dict[str, Any], origin: dict[str, Any]) -> dic
     }
 
 
-def _identity(cell: Cell, keys: CellKeys) -> dict[str, Any]:
+def identity_fields(cell: Cell, keys: CellKeys) -> dict[str, Any]:
     """What was measured, under a new run id."""
     from ksweep.registry.run_record import new_run_id
 
@@ -181,40 +181,3 @@ def names_in(argument: dict[str, Any]) -> dict[Cell, tuple[str, str]]:
     """Label and title of each cell of a job; none in jobs of earlier versions."""
     names = argument.get("names", ())
     return {cell_from_dict(cell): (label, title) for cell, (label, title) in zip(argument["cells"], names, strict=False)}
-
-
-def land_unfinished(argument: dict[str, Any], cell: int | None, name: str, **told: Any) -> None:
-    """Land the run of a job that ended before its time; it says nothing itself, because no rank knows how the others ended.
-
-    Args:
-        argument: what the job was given.
-        cell: which of its cells it was at; None for the first that neither finished nor failed since the job was started.
-        name: end of the run id: two who find the same job make one run.
-        told: fields of the record: status, class, every rank's words.
-    """
-    from ksweep.registry import run_record
-
-    registry = Path(argument["registry"])
-    cell = _cell_at_hand(argument, told["started"]) if cell is None else cell
-    if cell is None:
-        return
-    origin = argument.get("origin", {})
-    known = cell_from_dict(argument["cells"][cell])
-    names = names_in(argument).get(known)
-    keys = cell_keys(known) if names is None else cell_keys(known).with_names(*names)
-    identity = _identity(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
-    if (registry / "landing" / identity["run_id"]).exists():
-        return
-    record = run_record.RunRecord(**identity, **_asked(argument["sweep"], argument["resources"], origin), **told)
-    run_record.write_run(registry, record)
-
-
-def _cell_at_hand(argument: dict[str, Any], started: datetime) -> int | None:
-    """Of a job that did not say which cell it was at; None where an older version of it has landed its failure itself."""
-    from ksweep.registry.query import runs_since
-
-    said = runs_since(Path(argument["registry"]), started)
-    keys = [cell_keys(cell).cell for cell in map(cell_from_dict, argument["cells"])]
-    if any(said.get(key) == "failed" for key in keys):
-        return None
-    return next((n for n, key in enumerate(keys) if key not in said), len(keys) - 1)

@@ -24,7 +24,7 @@ MAX_UNTRACKED_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
-class Code:
+class CodeSnapshot:
     """Where a job imports from, and what that was."""
 
     path: Path
@@ -33,7 +33,7 @@ class Code:
     """The difference to the commit, new files included; None where there is none."""
 
 
-def take(logs: Path, package: Path | None = None) -> Code | None:
+def snapshot_code(logs: Path, package: Path | None = None) -> CodeSnapshot | None:
     """The snapshot of the checkout that a package (this one) lies in, made where it is not there yet; None outside a checkout.
 
     Raises:
@@ -47,7 +47,7 @@ def take(logs: Path, package: Path | None = None) -> Code | None:
         publish(ignore, b"*\n")
     commit = _git(root, "rev-parse", "HEAD").decode().strip()
     new = _names(root, "--others", "--exclude-standard")
-    _refuse_data(root, new)
+    _check_untracked_size(root, new)
     diff = _difference(root, new)
     key = f"{commit[:12]}-{hashlib.sha256(diff).hexdigest()[:12]}"
     place = logs / "code" / key
@@ -58,7 +58,7 @@ def take(logs: Path, package: Path | None = None) -> Code | None:
         files = [name for name in [*_names(root, "--cached"), *new] if (root / name).is_symlink() or (root / name).is_file()]
         _copy(root, files, place)
         publish(marker, json.dumps({"commit": commit, "files": len(files)}).encode())
-    return Code(place, commit, patch if diff else None)
+    return CodeSnapshot(place, commit, patch if diff else None)
 
 
 def _root(path: Path) -> Path | None:
@@ -102,7 +102,7 @@ def _copy(root: Path, files: list[str], place: Path) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _refuse_data(root: Path, new: list[str]) -> None:
+def _check_untracked_size(root: Path, new: list[str]) -> None:
     sizes = {name: (root / name).lstat().st_size for name in new}
     if sum(sizes.values()) > MAX_UNTRACKED_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])

@@ -17,13 +17,13 @@ def resolve_cluster(resources: Resources) -> str:
     if resources.cluster == "slurm":
         if shutil.which("sbatch") is None:
             raise SpecError("resources.cluster=slurm, but there is no sbatch here: log in to a submit node, or use cluster=local")
-        if not commands.is_there():
+        if not commands.has_cluster():
             raise SpecError(
                 "resources.cluster=slurm, but Slurm's commands find no cluster here: is SLURM_CONF set? (scontrol ping)"
             )
     if resources.cluster != "auto":
         return resources.cluster
-    return "slurm" if commands.is_there() else "local"
+    return "slurm" if commands.has_cluster() else "local"
 
 
 def num_gpus(resources: Resources) -> int:
@@ -51,7 +51,7 @@ def tasks_per_node(resources: Resources) -> int:
     return num_gpus(resources) // resources.gpus_per_model or resources.tasks or 1
 
 
-def num_ranks(resources: Resources) -> int:
+def total_ranks(resources: Resources) -> int:
     """Ranks of one job."""
     if resolve_cluster(resources) == "inprocess":
         return 1

@@ -16,33 +16,27 @@ from __future__ import annotations
 
 import json
 import secrets
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
+from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive, this_process
 from ksweep.utils.files import publish
 
-SILENCE_SECONDS = 120.0
-"""A rank on another host that has been silent this long is taken for dead; on the same host its process is looked at."""
-
-
-T = TypeVar("T")
-U = TypeVar("U")
-UNREADABLE = (OSError, ValueError, LookupError, TypeError)
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError)
 """What reading a file raises that is gone, half-written, or of a form that this version does not know."""
 
 
-def read(question: Callable[[], T], otherwise: U) -> T | U:
+def read_or(question: Callable[[], _T], otherwise: _U) -> _T | _U:
     """What a job's files say, or something else where they cannot be read."""
     try:
         return question()
-    except UNREADABLE:
+    except READ_ERRORS:
         return otherwise
 
 
@@ -69,86 +63,86 @@ class Job:
         """Numbers of the starts that have said something."""
         return sorted(int(p.name[8:]) for p in self.path.glob("attempt-*") if p.name[8:].isdigit())
 
-    def folder(self, attempt: int | None = None) -> Path:
+    def attempt_folder(self, attempt: int | None = None) -> Path:
         """Where a start (the newest, unless another is named) says how it goes."""
         return self.path / f"attempt-{self.attempt() if attempt is None else attempt:03d}"
 
-    def beat(self, heartbeat: Heartbeat) -> None:
+    def write_heartbeat(self, heartbeat: Heartbeat) -> None:
         """Publish how far a rank is."""
-        path = self.folder(heartbeat.attempt) / f"rank-{heartbeat.rank}.json"
+        path = self.attempt_folder(heartbeat.attempt) / f"rank-{heartbeat.rank}.json"
         publish(path, json.dumps(asdict(heartbeat)).encode(), durable=False)
 
-    def end(self, ending: Ending) -> None:
+    def write_outcome(self, ending: Outcome) -> None:
         """Publish how a rank ended; on a full disk the room kept for this is used."""
         data = json.dumps(asdict(ending)).encode()
-        path = self.folder(ending.attempt) / f"ended-{ending.rank}.json"
+        path = self.attempt_folder(ending.attempt) / f"ended-{ending.rank}.json"
         try:
             publish(path, data)
         except OSError:
-            self.release()
+            self.free_reserve()
             publish(path, data)
 
-    def at_work(self) -> bool:
+    def has_live_rank(self) -> bool:
         """Whether a process of the job is alive and has not said how it ended."""
         attempt = self.attempt()
-        ended = {e.rank for e in self.endings(attempt)}
+        ended = {e.rank for e in self.outcomes(attempt)}
         return any(is_alive(h) for h in self.heartbeats(attempt) if h.rank not in ended)
 
-    def started(self) -> float:
+    def submitted_at(self) -> float:
         """When it was submitted, seconds since 1970."""
         return (self.path / "job.json").stat().st_mtime
 
-    def last_sign(self) -> float:
+    def last_activity(self) -> float:
         """When it was last heard of, seconds since 1970: its submission, a heartbeat, an ending, a requeue."""
-        signs = [p.stat().st_mtime for p in self.folder().glob("*.json")]
-        return max([self.started(), *signs])
+        signs = [p.stat().st_mtime for p in self.attempt_folder().glob("*.json")]
+        return max([self.submitted_at(), *signs])
 
-    def release(self) -> None:
+    def free_reserve(self) -> None:
         """Give up what was only kept for the job's end."""
         (self.path / RESERVE).unlink(missing_ok=True)
 
     def heartbeats(self, attempt: int | None = None) -> list[Heartbeat]:
         """The newest heartbeat of every rank that has one."""
-        return [Heartbeat(**_known(Heartbeat, value)) for value in self._read("rank-*.json", attempt)]
+        return [Heartbeat(**_known_fields(Heartbeat, value)) for value in self._read_records("rank-*.json", attempt)]
 
-    def endings(self, attempt: int | None = None) -> list[Ending]:
+    def outcomes(self, attempt: int | None = None) -> list[Outcome]:
         """The terminal records that are there."""
-        return [Ending(**_known(Ending, value)) for value in self._read("ended-*.json", attempt)]
+        return [Outcome(**_known_fields(Outcome, value)) for value in self._read_records("ended-*.json", attempt)]
 
-    def note(self, name: str, value: dict[str, Any], attempt: int | None = None) -> None:
+    def write_note(self, name: str, value: dict[str, Any], attempt: int | None = None) -> None:
         """Write down a fact about the job, or about one start of it."""
-        folder = self.path if attempt is None else self.folder(attempt)
+        folder = self.path if attempt is None else self.attempt_folder(attempt)
         publish(folder / f"{name}.json", json.dumps(value).encode())
 
-    def noted(self, name: str, attempt: int | None = None) -> dict[str, Any] | None:
+    def read_note(self, name: str, attempt: int | None = None) -> dict[str, Any] | None:
         """A fact that was written down; None where there is none."""
-        folder = self.path if attempt is None else self.folder(attempt)
+        folder = self.path if attempt is None else self.attempt_folder(attempt)
         with suppress(OSError, ValueError):
             return json.loads((folder / f"{name}.json").read_text())  # type: ignore[no-any-return]
         return None
 
-    def given_up(self) -> dict[str, Any] | None:
+    def final_status(self) -> dict[str, Any] | None:
         """How it ended as the registry was told, if somebody has: none of its ranks has anything to say after that."""
-        return self.noted("settled")
+        return self.read_note("settled")
 
     def slurm_id(self) -> str | None:
         """Slurm's number: as the submission wrote it down, or as the job itself says."""
-        noted = self.noted("slurm")
+        noted = self.read_note("slurm")
         if noted is not None:
             return str(noted["id"])
         return next((h.slurm_id for h in self.heartbeats() if h.slurm_id), None)
 
-    def ask_to_end(self) -> None:
+    def request_cancel(self) -> None:
         """Say that it is to end, so that it does not put itself back into the queue."""
-        publish(self.path / ASKED_TO_END, b"")
+        publish(self.path / CANCEL_REQUESTED, b"")
 
-    def asked_to_end(self) -> bool:
+    def cancel_requested(self) -> bool:
         """Whether somebody has cancelled it."""
-        return (self.path / ASKED_TO_END).exists()
+        return (self.path / CANCEL_REQUESTED).exists()
 
     def logs(self) -> list[Path]:
         """What its ranks wrote to standard error and output."""
-        noted = self.noted("slurm")
+        noted = self.read_note("slurm")
         found = [*self.path.glob("*_log.err"), *self.path.glob("*_log.out")]
         if noted is not None:
             folder, name = Path(noted["folder"]), noted["id"]
@@ -162,31 +156,31 @@ class Job:
     def log_bytes(self, rank: int) -> int:
         """How much a rank has written to standard error so far, over all starts."""
         with suppress(OSError):
-            return sum(p.stat().st_size for p in self._errors_of(rank))
+            return sum(p.stat().st_size for p in self._error_logs(rank))
         return 0
 
     def last_log_lines(self, rank: int, start: int, lines: int = 20) -> str:
         """The last lines that a rank wrote to standard error in one start, its traceback left out: that has its own place."""
-        began, ended = self._log_began(rank, start), self._log_began(rank, start + 1)
-        said = next((e.traceback.strip() for e in self.endings(start) if e.rank == rank), "")
-        texts = [_between(path, began or 0, ended) for path in self._errors_of(rank)]
+        began, ended = self._log_start(rank, start), self._log_start(rank, start + 1)
+        said = next((e.traceback.strip() for e in self.outcomes(start) if e.rank == rank), "")
+        texts = [_between(path, began or 0, ended) for path in self._error_logs(rank)]
         text = "\n".join(text.replace(said, "(its traceback)") if said else text for text in texts)
         return "\n".join(text.strip().splitlines()[-lines:])
 
-    def _log_began(self, rank: int, start: int) -> int | None:
+    def _log_start(self, rank: int, start: int) -> int | None:
         """Where a start begins in the file that all starts of a rank write to; None where it did not say."""
         return next((beat.log_began for beat in self.heartbeats(start) if beat.rank == rank), None)
 
-    def _errors_of(self, rank: int) -> list[Path]:
+    def _error_logs(self, rank: int) -> list[Path]:
         return [path for path in self.logs() if path.suffix == ".err" and path.stem.endswith(f"_{rank}_log")]
 
-    def _read(self, pattern: str, attempt: int | None) -> list[dict[str, Any]]:
-        return [_read_json(path) for path in sorted(self.folder(attempt).glob(pattern))]
+    def _read_records(self, pattern: str, attempt: int | None) -> list[dict[str, Any]]:
+        return [_read_json(path) for path in sorted(self.attempt_folder(attempt).glob(pattern))]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A record. On a network file system one that is being replaced may for a moment be listed and not be readable (ESTALE)."""
-    for _ in range(READS - 1):
+    for _ in range(READ_ATTEMPTS - 1):
         with suppress(OSError, ValueError):
             return json.loads(path.read_text())  # type: ignore[no-any-return]
         time.sleep(0.05)
@@ -208,75 +202,17 @@ def _between(path: Path, began: int, ended: int | None) -> str:
         return file.read(max(0, last - file.tell())).decode(errors="replace")
 
 
-def _known(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+def _known_fields(kind: type, value: dict[str, Any]) -> dict[str, Any]:
     """What this version knows of a record that another version may have written."""
     names = {f.name for f in fields(kind)}
     return {k: v for k, v in value.items() if k in names}
 
 
-@dataclass(frozen=True)
-class Heartbeat:
-    """How far a rank is."""
-
-    rank: int
-    pid: int
-    host: str
-    process_started: float
-    """Creation time of the process (seconds since 1970): with pid and host it names one process for ever."""
-    phase: str = "starting"
-    done: int = 0
-    total: int = 0
-    numbers: dict[str, float] = field(default_factory=dict)
-    time: float = field(default_factory=time.time)
-    attempt: int = 0
-    device: str = ""
-    slurm_id: str = ""
-    rate: float = 0.0
-    """Units per second in this phase."""
-    gpu: str = ""
-    """Which card `device` is: cuda:1 GPU-<uuid>."""
-    began: float = 0.0
-    """When this start of the rank began."""
-    log_began: int = 0
-    """Bytes in its log when it began: every start of a job on Slurm writes to the same one."""
-    cell: str = ""
-    """Key of the cell it is at; empty before the first."""
-    cell_began: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by phase in that cell."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a rank ended."""
-
-    rank: int
-    status: str
-    """finished, failed or stopped."""
-    kind: str = ""
-    """For a failure its class (ksweep.utils.errors.ErrorClass)."""
-    message: str = ""
-    traceback: str = ""
-    result: Any = None
-    time: float = field(default_factory=time.time, compare=False)
-    attempt: int = 0
-    error_type: str = ""
-    """Python type of the exception, where there was one."""
-
-
-def first_cause(endings: Sequence[Ending]) -> Ending | None:
-    """The first failure, with which the others fell; before a rank that only saw another die, one that ran out of memory."""
-    failed = sorted((e for e in endings if e.status == "failed"), key=lambda e: e.time)
-    if failed and failed[0].kind == "dead rank":
-        return next((e for e in failed if e.kind == "out of memory"), failed[0])
-    return failed[0] if failed else None
-
-
 RESERVE = "reserve"
 """A file that can be given up, so that even on a full disk a rank can say how it ended."""
 RESERVE_BYTES = 256 * 1024
-ASKED_TO_END = "asked-to-end"
-READS = 4
+CANCEL_REQUESTED = "asked-to-end"
+READ_ATTEMPTS = 4
 """How often a record is read before it is believed to be unreadable."""
 TAIL_BYTES = 65_536
 
@@ -286,30 +222,7 @@ def all_jobs(logs: Path) -> list[Job]:
     return [Job(path.parent) for path in sorted(logs.glob("*/job.json"))]
 
 
-def jobs_at_work(logs: Path) -> list[Job]:
-    """Jobs with a living rank, whoever started them."""
-    return [job for job in all_jobs(logs) if job.at_work()]
-
-
-def is_alive(heartbeat: Heartbeat) -> bool:
-    """Whether the process behind a heartbeat still runs; on another host, whether it has spoken lately."""
-    if heartbeat.host != socket.gethostname():
-        return time.time() - heartbeat.time < SILENCE_SECONDS
-    try:
-        process = psutil.Process(heartbeat.pid)
-        same = abs(process.create_time() - heartbeat.process_started) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def myself() -> dict[str, Any]:
-    """What names this process for ever; with `rank` it makes a heartbeat."""
-    me = psutil.Process()
-    return {"pid": me.pid, "host": socket.gethostname(), "process_started": me.create_time(), "time": time.time()}
-
-
-def create(
+def create_job(
     logs: Path,
     entry: str,
     argument: dict[str, Any],
@@ -325,7 +238,7 @@ def create(
     spec = {
         "entry": entry, "argument": argument, "num_ranks": num_ranks, "gpus": gpus, "gpus_per_model": gpus_per_model,
         "cluster": cluster,
-        "cells": [{"key": key, "label": label} for key, label in cells], "launcher": myself(),
+        "cells": [{"key": key, "label": label} for key, label in cells], "launcher": this_process(),
     }  # fmt: skip
     publish(job.path / RESERVE, bytes(RESERVE_BYTES))
     publish(job.path / "job.json", json.dumps(spec, indent=1).encode())

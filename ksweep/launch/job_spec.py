@@ -11,13 +11,13 @@ from pathlib import Path
 from ksweep.config.spec import Autoencoder, Cell
 from ksweep.config.sweep import Sweep
 from ksweep.launch import hardware
-from ksweep.launch.job import Job, create
+from ksweep.launch.job import Job, create_job
 from ksweep.launch.plan import Step
 from ksweep.utils.provenance import provenance
 
 ENTRY = "ksweep.evaluation.evaluate:run_job"
 
-Missing = Sequence[tuple[Cell, Step]]
+MissingCells = Sequence[tuple[Cell, Step]]
 
 
 def logs_of(sweep: Sweep) -> Path:
@@ -25,7 +25,7 @@ def logs_of(sweep: Sweep) -> Path:
     return Path(os.path.abspath(sweep.registry)).parent / "logs"
 
 
-def groups(sweep: Sweep, missing: Missing) -> list[list[tuple[Cell, Step]]]:
+def group_by_autoencoder(sweep: Sweep, missing: MissingCells) -> list[list[tuple[Cell, Step]]]:
     """Cells that share an autoencoder go to one job, so that models are loaded once."""
     sharing: dict[Autoencoder, list[tuple[Cell, Step]]] = {}
     for cell, step in missing:
@@ -34,7 +34,7 @@ def groups(sweep: Sweep, missing: Missing) -> list[list[tuple[Cell, Step]]]:
     return [same[start : start + most] for same in sharing.values() for start in range(0, len(same), most)]
 
 
-def job_for(sweep: Sweep, group: Missing, cluster: str) -> Job:
+def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str) -> Job:
     """A new job directory for a group of cells."""
     argument = {
         "cells": [asdict(cell) for cell, _ in group],
@@ -48,7 +48,7 @@ def job_for(sweep: Sweep, group: Missing, cluster: str) -> Job:
         "order": secrets.randbelow(2**31),
     }
     resources = sweep.resources
-    return create(
-        logs_of(sweep), ENTRY, argument, hardware.num_ranks(resources), hardware.num_gpus(resources), cluster=cluster,
+    return create_job(
+        logs_of(sweep), ENTRY, argument, hardware.total_ranks(resources), hardware.num_gpus(resources), cluster=cluster,
         gpus_per_model=resources.gpus_per_model, cells=[(step.cell_key, step.label) for _, step in group],
     )  # fmt: skip

@@ -16,24 +16,25 @@ import psutil
 
 from ksweep.config.resources import Resources
 from ksweep.launch.hardware import num_gpus, resolve_cluster, tasks_per_node, visible_devices, visible_gpus
-from ksweep.launch.job import Ending, Job, first_cause, is_alive
+from ksweep.launch.job import Job
+from ksweep.launch.rank_records import Outcome, first_failure, is_alive
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.worker import main, process_group
 from ksweep.utils import machine
-from ksweep.utils.errors import RequestError, RunError, SpecError
+from ksweep.utils.errors import SpecError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Submitted:
+class LocalJob:
     """A job that was handed over."""
 
     job: Job
     handle: Any
     """submitit's job, or None for a job that ran in this process."""
 
-    def over(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether no process of the job is left, as far as submitit can tell."""
         return self.handle is None or bool(self.handle.done())
 
@@ -57,33 +58,33 @@ class Submitted:
                     process.kill()
 
 
-def submit(
+def start_local_job(
     job: Job,
     resources: Resources,
     name: str,
     on_report: Callable[..., None] | None = None,
     gpus: Sequence[str] | None = None,
     side_by_side: int = 1,
-) -> Submitted:
+) -> LocalJob:
     """Start a job on this machine, on these GPUs; in-process jobs have ended when this returns.
 
     Args:
         side_by_side: jobs of this kind that run at once and share the cores.
     """
     if resolve_cluster(resources) == "inprocess":
-        devices = process_group.own_gpus(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
-        main.run_here(job, devices, on_report)
-        return Submitted(job, None)
+        devices = process_group.gpus_of_rank(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
+        main.run_in_process(job, devices, on_report)
+        return LocalJob(job, None)
     executor = _executor(job.path, resources, name, gpus)
     cpus = sbatch.cpus_per_rank(resources, num_gpus(resources))
     added = machine.rank_environment(tasks_per_node(resources) * side_by_side, cpus)
-    with _deaf_to_interrupts(), machine.environment(added):
+    with _ignore_sigint(), machine.environment(added):
         handle = executor.submit(main.run_rank, str(job.path))
-    return Submitted(job, handle)
+    return LocalJob(job, handle)
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def _ignore_sigint() -> Iterator[None]:
     """Processes started inside ignore Ctrl-C, which a terminal sends to all of them: the launcher decides what it means."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -95,7 +96,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def refuse_here(resources: Resources) -> None:
+def validate_local_resources(resources: Resources) -> None:
     """Say before anything is started what this machine has not.
 
     Raises:
@@ -116,7 +117,7 @@ def refuse_here(resources: Resources) -> None:
 def _executor(folder: Path, resources: Resources, name: str, devices: Sequence[str] | None) -> Any:
     import submitit
 
-    refuse_here(resources)
+    validate_local_resources(resources)
     gpus = num_gpus(resources)
     local = submitit.LocalExecutor(folder=folder)
     local.update_parameters(
@@ -127,31 +128,17 @@ def _executor(folder: Path, resources: Resources, name: str, devices: Sequence[s
     return local
 
 
-def outcome(submitted: Submitted, ranks: int) -> Ending | None:
+def outcome(submitted: LocalJob, ranks: int) -> Outcome | None:
     """How the job as a whole ended, from the terminal records of its ranks; None while it runs."""
-    endings = {e.rank: e for e in submitted.job.endings()}
-    first = first_cause(list(endings.values()))
-    if first is not None and (submitted.over() or len(endings) == ranks):
+    endings = {e.rank: e for e in submitted.job.outcomes()}
+    first = first_failure(list(endings.values()))
+    if first is not None and (submitted.has_ended() or len(endings) == ranks):
         return first
     if len(endings) == ranks:
         stopped = next((e for e in endings.values() if e.status == "stopped"), None)
         return stopped or endings[0]
-    if submitted.over():
+    if submitted.has_ended():
         silent = [r for r in range(ranks) if r not in endings]
         message = f"rank {', '.join(map(str, silent))} of {ranks} ended without a terminal record (killed, or out of memory)"
-        return Ending(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=submitted.job.log_tail())
+        return Outcome(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=submitted.job.log_tail())
     return None
-
-
-def raise_for(ending: Ending, job: Job) -> None:
-    """Turn a failed job into the error that the user sees: a mistake of theirs as such, a bug with its traceback."""
-    if ending.status != "failed":
-        return
-    if ending.kind == "bad input":
-        raise RequestError(ending.message)
-    if ending.kind in ("disk full", "failure"):
-        raise RunError(ending.message)
-    logs = f"logs: {job.path}"
-    raise RunError(
-        f"job {job.id}: rank {ending.rank} failed ({ending.kind}): {ending.message}\n{ending.traceback}".rstrip() + f"\n{logs}"
-    )

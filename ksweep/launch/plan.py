@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-State = Literal["done", "running", "waiting", "failed", "missing"]
+CellState = Literal["done", "running", "waiting", "failed", "missing"]
 
-FREELY_REPEATED = (
+RETRIED_FREELY = (
     "timeout",
     "preempted",
     "cancelled",
@@ -23,7 +23,7 @@ FREELY_REPEATED = (
 
 
 @dataclass(frozen=True)
-class Facts:
+class CellFacts:
     """What is there for a cell."""
 
     cell_key: str
@@ -54,7 +54,7 @@ class Step:
 
     label: str
     cell_key: str
-    state: State
+    state: CellState
     reason: str
     draws_to_sample: int
     activations_to_extract: int
@@ -98,7 +98,7 @@ def estimate(steps: Sequence[Step]) -> Estimate:
     )
 
 
-def plan(facts: Iterable[Facts], *, retry: Sequence[str] = ()) -> list[Step]:
+def plan_steps(facts: Iterable[CellFacts], *, retry: Sequence[str] = ()) -> list[Step]:
     """One step a cell, in order. Activations and draws that two cells share are counted for the first that needs them.
 
     Cells whose key begins with one of `retry` ("" begins every key) are missing like any other, although they failed.
@@ -114,12 +114,12 @@ def plan(facts: Iterable[Facts], *, retry: Sequence[str] = ()) -> list[Step]:
     return steps
 
 
-def _step(fact: Facts, activations: int, retry: bool) -> Step:
+def _step(fact: CellFacts, activations: int, retry: bool) -> Step:
     if fact.finished_run is not None:
         return Step(fact.label, fact.cell_key, "done", f"run {fact.finished_run}", 0, 0, 0, 0, 0.0)
     if fact.job is not None:
         return Step(fact.label, fact.cell_key, *fact.job, 0, 0, 0, 0, 0.0)
-    if fact.failure is not None and fact.failure[0] not in FREELY_REPEATED and not retry:
+    if fact.failure is not None and fact.failure[0] not in RETRIED_FREELY and not retry:
         reason = f"{fact.failure[0]}: {_first_line(fact.failure[1])} (--retry runs it again)"
         return Step(fact.label, fact.cell_key, "failed", reason, 0, 0, 0, 0, 0.0)
     draws = fact.draws_wanted - fact.draws_present
@@ -136,7 +136,7 @@ def _step(fact: Facts, activations: int, retry: bool) -> Step:
     )
 
 
-def _reason(fact: Facts, draws: int) -> str:
+def _reason(fact: CellFacts, draws: int) -> str:
     if draws == 0:
         return "all draws are there, statistics are not"
     if fact.draws_present:

@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
@@ -19,9 +18,6 @@ from ksweep.launch.hardware import num_gpus, resolve_cluster
 from ksweep.launch.plan import Estimate, Step, estimate
 from ksweep.launch.slurm import commands
 from ksweep.utils.console import WIDE_COLUMNS, bytes_text, columns, console, duration_text
-
-if TYPE_CHECKING:
-    pass
 
 
 def print_plan(
@@ -125,13 +121,13 @@ def _time(seconds: float | None, gpus: int) -> str:
     return duration_text(seconds) if hours is None else f"{hours:,.2f}"
 
 
-def say_failed(steps: Sequence[Step]) -> None:
+def print_failed_cells(steps: Sequence[Step]) -> None:
     """Cells that failed and are not run again unasked."""
     for step in steps:
         print(f"failed: {step.title} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
 
 
-def say_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attached: int) -> None:
+def print_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attached: int) -> None:
     """What was handed to Slurm, what is there already, and how to see more of it."""
     counts = Counter(step.state for step in steps)
     counted = ", ".join(

@@ -14,9 +14,10 @@ from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep
 from ksweep.evaluation.identity import CellKeys, one_document_error
-from ksweep.launch import hardware, status
-from ksweep.launch.job_spec import groups
-from ksweep.launch.plan import Facts, Step, plan
+from ksweep.launch import hardware
+from ksweep.launch.job_spec import group_by_autoencoder
+from ksweep.launch.plan import CellFacts, Step, plan_steps
+from ksweep.launch.survey import JobSurvey
 from ksweep.registry.draws import DRAWS_PER_WORK_UNIT, DrawsStore
 from ksweep.registry.query import failed_runs, finished_runs, seconds_per_draw
 from ksweep.utils import machine
@@ -29,32 +30,34 @@ BYTES_PER_DRAW = 700
 """Measured on the demo: a draw of 20 tokens with its texts takes 0.3 to 0.7 kB in Parquet; 200 tokens about 1.5."""
 
 
-def steps_of(
-    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], jobs: status.Survey, *, retry: Sequence[str]
+def plan_cells(
+    sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], jobs: JobSurvey, *, retry: Sequence[str]
 ) -> list[Step]:
     """What is there for each cell, and so what is to be done; reads names and manifests only."""
     finished, failed = finished_runs(Path(sweep.registry)), failed_runs(Path(sweep.registry))
     planned: dict[str, list[tuple[int, int]]] = {}
     facts = []
     for cell, key in zip(cells, keys, strict=True):
-        fact = _facts(sweep, cell, key, finished.get(key.cell), planned.setdefault(key.draws, []))
-        facts.append(replace(fact, job=jobs.at_work_on(key.cell), failure=failed.get(key.cell) or jobs.failures.get(key.cell)))
+        fact = _gather_facts(sweep, cell, key, finished.get(key.cell), planned.setdefault(key.draws, []))
+        facts.append(replace(fact, job=jobs.live_job_on(key.cell), failure=failed.get(key.cell) or jobs.failures.get(key.cell)))
         if key.cell not in finished:
             planned[key.draws].append((cell.activations.num_activations, cell.sampling.effective_num_draws))
-    return plan(facts, retry=retry)
+    return plan_steps(facts, retry=retry)
 
 
-def _facts(sweep: Sweep, cell: Cell, keys: CellKeys, finished_run: str | None, planned: Sequence[tuple[int, int]]) -> Facts:
+def _gather_facts(
+    sweep: Sweep, cell: Cell, keys: CellKeys, finished_run: str | None, planned: Sequence[tuple[int, int]]
+) -> CellFacts:
     """`planned`: (activations, draws) that earlier cells of the sweep will have drawn under the same key."""
     if finished_run is None:
-        _refuse_one_document(cell, keys)
+        _check_several_documents(cell, keys)
     registry = Path(sweep.registry)
     wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
     there = DrawsStore(registry / "draws", keys.draws).coverage(*wanted)
     for num_activations, num_draws in planned:
         there[:num_activations, :num_draws] = True
     needed = plan_activations(cell.activations, keys.layer, Path(sweep.vector_cache))
-    return Facts(
+    return CellFacts(
         cell_key=keys.cell,
         activations_key=keys.activations,
         label=keys.label,
@@ -70,7 +73,7 @@ def _facts(sweep: Sweep, cell: Cell, keys: CellKeys, finished_run: str | None, p
     )
 
 
-def _refuse_one_document(cell: Cell, keys: CellKeys) -> None:
+def _check_several_documents(cell: Cell, keys: CellKeys) -> None:
     """What a run would refuse, where a file of vectors says it before; documents of text are known when it has been read."""
     given = cell.activations
     if cell.scoring.baseline_kind != "between documents" or given.vectors is None:
@@ -85,7 +88,7 @@ def _bytes_of_reconstructions(cell: Cell) -> int:
     return int(family_of(cell.autoencoder).reconstruction_bytes() * sum(1 / i for i in range(1, n + 1)) / n)
 
 
-def refuse_places(sweep: Sweep) -> None:
+def check_writable(sweep: Sweep) -> None:
     """Directories that cannot be written are a mistake in the request, told before anything runs."""
     for key, place in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
         try:
@@ -96,7 +99,7 @@ def refuse_places(sweep: Sweep) -> None:
             raise SpecError(f"{key}={place} cannot be written ({error.strerror}): give a directory that can") from error
 
 
-def refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
+def check_disk_space(sweep: Sweep, steps: list[Step]) -> None:
     """The two stores may lie on two disks; each must hold what goes there."""
     draws, activations = sum(s.draw_bytes for s in steps), sum(s.activation_bytes for s in steps)
     registry, cache = Path(sweep.registry), Path(sweep.vector_cache)
@@ -112,7 +115,7 @@ def refuse_full_disk(sweep: Sweep, steps: list[Step]) -> None:
             )
 
 
-def with_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
+def with_num_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
     """The sweep with the ranks that a job on the CPUs of this machine gets, where `tasks` leaves that open.
 
     Every job gets as many as the one with the most draws; memory is budgeted for the largest autoencoder.
@@ -125,11 +128,11 @@ def with_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
         or not missing
     ):
         return sweep
-    most_draws = max(sum(step.draws_to_sample for _, step in group) for group in groups(sweep, missing))
+    most_draws = max(sum(step.draws_to_sample for _, step in group) for group in group_by_autoencoder(sweep, missing))
     weights = max(family_of(autoencoder).weight_bytes() for autoencoder in {cell.autoencoder for cell, _ in missing})
     ranks = machine.num_ranks(most_draws, weights, resources.cpus_per_task)
     # Jobs that the user wants side by side share the cores.
-    ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(groups(sweep, missing))))
+    ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(group_by_autoencoder(sweep, missing))))
     return replace(sweep, resources=replace(resources, tasks=ranks))
 
 

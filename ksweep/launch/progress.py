@@ -20,14 +20,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ksweep.launch.job import Heartbeat
-from ksweep.launch.status import Verdict
+from ksweep.launch.rank_records import Heartbeat
+from ksweep.launch.status import JobStatus
 
-LINE_SECONDS = 15.0
+PROGRESS_LINE_SECONDS = 15.0
 """Away from a terminal a line is printed at each new phase and then at most this often."""
 
 
-class Watch:
+class ProgressDisplay:
     """Shows (phase, done, total) as it changes; on a terminal as a bar for each phase."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -37,7 +37,7 @@ class Watch:
         self._progress: Progress | None = None
         self._line = ("", 0.0)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProgressDisplay:
         if self.console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))  # fmt: skip
@@ -56,7 +56,7 @@ class Watch:
             if phase not in self._bars:
                 self._bars[phase] = self._progress.add_task(phase, total=total or None, numbers=text)
             self._progress.update(self._bars[phase], completed=done, total=total or None, numbers=text)
-        elif phase != self._line[0] or time.monotonic() - self._line[1] >= LINE_SECONDS:
+        elif phase != self._line[0] or time.monotonic() - self._line[1] >= PROGRESS_LINE_SECONDS:
             self._line = (phase, time.monotonic())
             counted = f" {done}/{total}" if total else ""
             print(f"{time.strftime('%H:%M:%S')} {phase}{counted} {text}".rstrip(), file=sys.stderr, flush=True)
@@ -76,7 +76,7 @@ class Watch:
         }
         self.show(phase, min(done, beats[0].total), beats[0].total, **rates)
 
-    def show_jobs(self, verdicts: Mapping[str, Verdict], beats: Mapping[str, Sequence[Heartbeat]]) -> None:
+    def show_jobs(self, verdicts: Mapping[str, JobStatus], beats: Mapping[str, Sequence[Heartbeat]]) -> None:
         """Several jobs at once: how many are in which state, and the work of those that run, summed."""
         counts = Counter(v.state for v in verdicts.values())
         phases = [max(b, key=lambda h: h.time) for b in beats.values() if b]

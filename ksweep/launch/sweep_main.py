@@ -16,14 +16,15 @@ from ksweep.config.overrides import apply_overrides, parse_overrides
 from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep
 from ksweep.evaluation.identity import CellKeys, resolve_cells, sweep_keys
-from ksweep.launch import hardware, plan_table, run_locally, run_on_slurm, status
+from ksweep.launch import hardware, plan_table, run_locally, run_on_slurm
 from ksweep.launch import local_executor as launch
-from ksweep.launch.earlier import reconcile
-from ksweep.launch.job_spec import groups, logs_of
+from ksweep.launch.job_spec import group_by_autoencoder, logs_of
 from ksweep.launch.plan import Step
-from ksweep.launch.preflight import refuse_full_disk, refuse_places, steps_of, with_ranks
+from ksweep.launch.preflight import check_disk_space, check_writable, plan_cells, with_num_ranks
+from ksweep.launch.reconcile import finalize_earlier_jobs
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.slurm.commands import SlurmError
+from ksweep.launch.survey import survey_jobs
 from ksweep.registry import sweeps
 from ksweep.registry.query import finished_runs
 from ksweep.utils.errors import RequestError, RunError, StoreError
@@ -66,7 +67,7 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     silence: SlurmError | None = None
     if to_slurm:
         try:
-            sweep = run_on_slurm.with_shape(sweep)
+            sweep = run_on_slurm.with_slurm_resources(sweep)
         except SlurmError as error:
             silence = error
     cells = resolve_cells(sweep.cells())
@@ -76,29 +77,29 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     if silence is not None:
         return _without_slurm(sweep, cells, keys, options, silence)
     if options.dry_run:
-        steps = steps_of(sweep, cells, keys, status.survey(logs_of(sweep)), retry=options.retry)
+        steps = plan_cells(sweep, cells, keys, survey_jobs(logs_of(sweep)), retry=options.retry)
         missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
-        sweep, together = with_ranks(sweep, missing), groups(sweep, missing)
+        sweep, together = with_num_ranks(sweep, missing), group_by_autoencoder(sweep, missing)
         plan_table.print_plan(
             sweep, steps, shape=_shape(sweep), cells_of_jobs=[len(group) for group in together], as_json=options.json
         )
-        refuse_full_disk(sweep, steps)
+        check_disk_space(sweep, steps)
         return 0
-    refuse_places(sweep)
+    check_writable(sweep)
     return (_submit if to_slurm else _run)(sweep, cells, keys, options)
 
 
 def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace) -> int:
     """Run what is missing on this machine, then show everything."""
     if hardware.resolve_cluster(sweep.resources) == "local":
-        launch.refuse_here(sweep.resources)
-    steps = steps_of(sweep, cells, keys, reconcile(sweep, keys, wait=True), retry=options.retry)
-    refuse_full_disk(sweep, steps)
+        launch.validate_local_resources(sweep.resources)
+    steps = plan_cells(sweep, cells, keys, finalize_earlier_jobs(sweep, keys, wait=True), retry=options.retry)
+    check_disk_space(sweep, steps)
     _keep_question(sweep, keys)
     missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
-    plan_table.say_failed([step for step in steps if step.state == "failed"])
+    plan_table.print_failed_cells([step for step in steps if step.state == "failed"])
     if missing:
-        run_locally.run(with_ranks(sweep, missing), missing)
+        run_locally.run_missing_cells(with_num_ranks(sweep, missing), missing)
     return _show(sweep, keys, steps, options)
 
 
@@ -106,20 +107,20 @@ def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], optio
     """Submit what is missing; show everything if nothing is under way any more, or with --wait once it has ended."""
     # Two commands at once would both find the same cells missing.
     with locked(logs_of(sweep) / "submitting", "another command", aloud=True):
-        jobs = reconcile(sweep, keys, wait=False)
-        steps = steps_of(sweep, cells, keys, jobs, retry=options.retry)
-        refuse_full_disk(sweep, steps)
+        jobs = finalize_earlier_jobs(sweep, keys, wait=False)
+        steps = plan_cells(sweep, cells, keys, jobs, retry=options.retry)
+        check_disk_space(sweep, steps)
         _keep_question(sweep, keys)
         missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
-        started = run_on_slurm.submit(sweep, missing, jobs.live) if missing else []
-    plan_table.say_failed([step for step in steps if step.state == "failed"])
-    attached = {job.id: job for step in steps for job in [jobs.at_work.get(step.cell_key)] if job is not None}
+        started = run_on_slurm.submit_missing_cells(sweep, missing, jobs.live_jobs) if missing else []
+    plan_table.print_failed_cells([step for step in steps if step.state == "failed"])
+    attached = {job.id: job for step in steps for job in [jobs.live_job_by_cell.get(step.cell_key)] if job is not None}
     under_way = [*started, *attached.values()]
     if under_way and not options.wait:
-        plan_table.say_submitted(sweep, steps, len(started), len(attached))
+        plan_table.print_submitted(sweep, steps, len(started), len(attached))
         return 1 if any(step.state == "failed" for step in steps) else 0
     if under_way:
-        run_on_slurm.wait(under_way, sweep)
+        run_on_slurm.wait_for_slurm_jobs(under_way, sweep)
     return _show(sweep, keys, steps, options)
 
 
@@ -127,7 +128,7 @@ def _without_slurm(
     sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace, silence: SlurmError
 ) -> int:
     """Show the results that are there, which needs no Slurm; 1 where cells are missing, or to be planned."""
-    steps = steps_of(sweep, cells, keys, status.survey(logs_of(sweep)), retry=[])
+    steps = plan_cells(sweep, cells, keys, survey_jobs(logs_of(sweep)), retry=[])
     done = sum(step.state == "done" for step in steps)
     left = len(steps) - done
     print(
@@ -214,4 +215,4 @@ def _shape(sweep: Sweep) -> str:
     """What a job takes, in words."""
     cluster = hardware.resolve_cluster(sweep.resources)
     gpus = hardware.num_gpus(sweep.resources)
-    return f"{cluster}: {sbatch.shape(replace(sweep.resources, gpus=gpus))}"
+    return f"{cluster}: {sbatch.job_shape_text(replace(sweep.resources, gpus=gpus))}"

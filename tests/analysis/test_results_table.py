@@ -14,7 +14,7 @@ from rich.console import Console
 from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep
 from ksweep.analysis import results_table as terminal
 from ksweep.analysis.results_table import print_results, results_table, warnings
-from ksweep.launch.plan import Facts, plan
+from ksweep.launch.plan import CellFacts, plan_steps
 from ksweep.launch.plan_table import print_plan
 from ksweep.registry.run_record import write_run
 from ksweep.utils.console import bytes_text
@@ -181,13 +181,13 @@ def test_show_prints_the_warnings(sweep: Sweep, capsys: pytest.CaptureFixture[st
 
 
 def test_plan_in_a_pipe_is_whole_and_sums_what_is_to_be_done(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = Facts(
+    facts = CellFacts(
         cell_key="c" * 32, activations_key="a", label=f"{'long-name-' * 9} L20 T=0.7", finished_run=None, activations_present=0,
         activations_wanted=1000, draws_present=0, draws_wanted=64_000, bytes_per_activation=2000, bytes_per_draw=700,
         seconds_per_draw=0.1,
     )  # fmt: skip
     done = replace(facts, cell_key="d" * 32, finished_run="20261122-120000-demo-abcdef")
-    print_plan(sweep, plan([facts, done]))
+    print_plan(sweep, plan_steps([facts, done]))
     out = capsys.readouterr().out
     assert ESCAPE not in out and ELLIPSIS not in out
     assert "temp_sweep: 1 of 2 cells to run" in out
@@ -198,8 +198,8 @@ def test_plan_in_a_pipe_is_whole_and_sums_what_is_to_be_done(sweep: Sweep, capsy
 
 
 def test_plan_with_one_cell_of_unknown_time_has_no_total(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    known = Facts("c", "a", "x", None, 0, 10, 0, 10, 1, 1, seconds_per_draw=1.0)
-    print_plan(sweep, plan([known, replace(known, seconds_per_draw=None)]))
+    known = CellFacts("c", "a", "x", None, 0, 10, 0, 10, 1, 1, seconds_per_draw=1.0)
+    print_plan(sweep, plan_steps([known, replace(known, seconds_per_draw=None)]))
     assert (
         "time unknown on one rank (no earlier run of this pair to estimate it from; 10 s for 1 of 2 cells)"
         in capsys.readouterr().out
@@ -211,11 +211,11 @@ def test_plan_on_80_columns_with_gpus_fits_and_tells_gpu_hours(
 ) -> None:
     out = Console(width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(terminal, "console", lambda: out)
-    facts = Facts("c" * 32, "a", "gemma L32 T=0.7 top_p=0.95", None, 0, 10_000, 0, 640_000, 7680, 1500, seconds_per_draw=0.9)
+    facts = CellFacts("c" * 32, "a", "gemma L32 T=0.7 top_p=0.95", None, 0, 10_000, 0, 640_000, 7680, 1500, seconds_per_draw=0.9)
     failed = replace(facts, cell_key="d" * 32, failure=("out of memory", "rank 3 of 8: CUDA out of memory. " * 4))
     busy = replace(facts, cell_key="e" * 32, job=("running", "job 20261122-120000-abcdef: drawing 3/8"))
     resources = replace(sweep.resources, cluster="local", gpus=8, time="24:00:00")
-    print_plan(replace(sweep, resources=resources), plan([facts, failed, busy]), "slurm: 8 GPUs, 24:00:00", [1])
+    print_plan(replace(sweep, resources=resources), plan_steps([facts, failed, busy]), "slurm: 8 GPUs, 24:00:00", [1])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     # 640,000 draws x 0.9 s / 3600 s; 1 job x 8 GPUs x 24 h

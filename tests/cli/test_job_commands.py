@@ -16,7 +16,8 @@ import pytest
 from ksweep.cli.jobs import logs as logs_module
 from ksweep.cli.jobs.find import find, named
 from ksweep.cli.jobs.logs import read_logs
-from ksweep.launch.job import Ending, Job
+from ksweep.launch.job import Job
+from ksweep.launch.rank_records import Outcome
 from ksweep.registry.run_record import write_run
 from ksweep.utils.errors import RequestError
 from tests.job_directories import ended, job, ksweep, me
@@ -32,7 +33,7 @@ def registry(tmp_path: Path) -> Path:
 
 def test_jobs_are_found_by_prefix_by_random_part_by_number_and_by_sweep(registry: Path) -> None:
     first, second = job(registry, "one"), job(registry, "two")
-    second.note("slurm", {"id": "41_2", "folder": str(registry), "tag": "x"})
+    second.write_note("slurm", {"id": "41_2", "folder": str(registry), "tag": "x"})
     assert find(registry, first.id) == [first] and find(registry, first.id[:-2]) == [first]
     assert find(registry, first.id[-6:]) == [first]
     assert find(registry, "41_2") == [second] and find(registry, "41") == [second]
@@ -46,8 +47,8 @@ def test_jobs_are_found_by_prefix_by_random_part_by_number_and_by_sweep(registry
 def test_a_number_of_slurms_names_all_elements_of_its_array(registry: Path) -> None:
     jobs = [job(registry) for _ in range(3)]
     for index, one in enumerate(jobs[:2]):
-        one.note("slurm", {"id": f"7_{index}", "folder": str(registry), "tag": "x"})
-    jobs[2].note("slurm", {"id": "77", "folder": str(registry), "tag": "x"})
+        one.write_note("slurm", {"id": f"7_{index}", "folder": str(registry), "tag": "x"})
+    jobs[2].write_note("slurm", {"id": "77", "folder": str(registry), "tag": "x"})
     assert {j.id for j in find(registry, "7")} == {j.id for j in jobs[:2]}
     assert find(registry, "77") == [jobs[2]]
 
@@ -75,13 +76,13 @@ def test_a_run_names_the_job_that_was_submitted_before_it_ended(registry: Path) 
 def failed_job(registry: Path) -> Job:
     failed = job(registry, ranks=2, batch_size=48, resources={"mem_gb": 96, "time": "2:00:00"})
     for rank in (0, 1):
-        failed.beat(me(rank, device="H100", phase="drawing", done=3, total=8))
-        ending = Ending(
+        failed.write_heartbeat(me(rank, device="H100", phase="drawing", done=3, total=8))
+        ending = Outcome(
             rank=rank, status="failed", kind="out of memory", message=f"rank {rank} is full", traceback=f"Traceback of {rank}"
         )
-        failed.end(ending)
+        failed.write_outcome(ending)
         (failed.path / f"7_{rank}_log.err").write_text(f"line of rank {rank}\nTraceback of {rank}\n")
-    failed.note("code", {"path": "/x", "commit": "abcdef" * 7, "diff": "/x.diff"})
+    failed.write_note("code", {"path": "/x", "commit": "abcdef" * 7, "diff": "/x.diff"})
     return failed
 
 
@@ -118,9 +119,9 @@ def test_why_says_what_to_do_about_each_class(registry: Path, kind: str, words: 
 
 def test_why_tells_why_each_start_was_given_up(registry: Path) -> None:
     back = job(registry)
-    back.beat(me(phase="drawing", done=3, total=8))
-    back.note("requeued", {"why": "preempted", "time": 0.0, "place": []}, 0)
-    back.beat(me(phase="drawing", done=5, total=8, attempt=1))
+    back.write_heartbeat(me(phase="drawing", done=3, total=8))
+    back.write_note("requeued", {"why": "preempted", "time": 0.0, "place": []}, 0)
+    back.write_heartbeat(me(phase="drawing", done=5, total=8, attempt=1))
     out = ksweep(registry, "why", back.id)[1]
     assert "start 0 was requeued: preempted" in out and "start 1, rank 0" in out and "drawing 5/8" in out
 
@@ -141,7 +142,7 @@ def test_why_of_a_run_whose_job_is_gone_is_told_by_the_registry(registry: Path) 
 
 def test_why_of_a_job_with_a_half_written_heartbeat_says_so(registry: Path) -> None:
     torn = job(registry)
-    torn.beat(me())
+    torn.write_heartbeat(me())
     (torn.path / "attempt-000" / "rank-0.json").write_text('{"rank": 0, "pi')
     code, out = ksweep(registry, "why", torn.id)
     assert code == 0 and "unknown" in out and "cannot be read" in out
@@ -170,7 +171,7 @@ def test_following_logs_ends_with_the_job_and_begins_again_with_a_new_start(
 ) -> None:
     monkeypatch.setattr(logs_module, "FOLLOW_SECONDS", 0.0)
     running = job(registry)
-    running.beat(me())
+    running.write_heartbeat(me())
     log = running.path / "7_0_log.err"
     log.write_text("first\n")
     texts = read_logs(running, None, follow=True)
@@ -180,17 +181,17 @@ def test_following_logs_ends_with_the_job_and_begins_again_with_a_new_start(
     assert next(texts) == "second ü\n"
     log.write_text("again\n")  # Slurm writes the log of the next start over the old one
     assert next(texts) == "again\n"
-    running.end(Ending(rank=0, status="finished"))
+    running.write_outcome(Outcome(rank=0, status="finished"))
     assert list(texts) == []
 
 
 def test_cancel_asks_the_ranks_of_a_sweep_to_stop(registry: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     running, done = job(registry), ended(registry, "finished")
-    running.beat(me(pid=process.pid))
+    running.write_heartbeat(me(pid=process.pid))
     code, out = ksweep(registry, "cancel", "tiny")
     assert code == 0 and f"cancelled: {running.id}" in out and done.id not in out and "1 job had ended before" in out
-    assert process.wait(240) == -signal.SIGTERM and running.asked_to_end() and not done.asked_to_end()
+    assert process.wait(240) == -signal.SIGTERM and running.cancel_requested() and not done.cancel_requested()
     code, out = ksweep(registry, "cancel", "tiny")
     assert (code, out) == (0, "nothing of tiny is under way: 2 jobs had ended before\n")
 
@@ -205,7 +206,7 @@ def test_cancel_of_a_job_that_has_ended_says_how(registry: Path) -> None:
 
 def test_cancel_of_a_local_job_on_another_machine_exits_with_one_and_names_it(registry: Path) -> None:
     far = job(registry)
-    far.beat(me().__class__(rank=0, pid=1, host="elsewhere", process_started=1.0))
+    far.write_heartbeat(me().__class__(rank=0, pid=1, host="elsewhere", process_started=1.0))
     code, out = ksweep(registry, "cancel", far.id)
     assert code == 1 and "not cancelled" in out and "elsewhere" in out
 
@@ -228,8 +229,8 @@ def test_retry_of_a_sweep_runs_its_own_command_with_retry(registry: Path, tmp_pa
 
 def test_retry_of_a_job_or_a_cell_names_its_cells(registry: Path, tmp_path: Path) -> None:
     failed = job(registry, "tiny", "a", "b", origin=script(tmp_path))
-    failed.beat(me())
-    failed.end(Ending(rank=0, status="failed", kind="bug", message="x"))
+    failed.write_heartbeat(me())
+    failed.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
     ksweep(registry, "retry", failed.id)
     assert (tmp_path / "said").read_text() == "sampling.seed=1 --retry-cell=key of a --retry-cell=key of b"
     ksweep(registry, "retry", "key of b")
@@ -249,9 +250,9 @@ def test_retry_as_json_prints_one_object_and_nothing_of_the_command(registry: Pa
 @pytest.mark.parametrize(("status", "words"), [("finished", "has finished"), (None, "is still running")])
 def test_retry_of_one_job_that_has_not_failed_says_so(registry: Path, tmp_path: Path, status: str | None, words: str) -> None:
     one = job(registry, origin=script(tmp_path))
-    one.beat(me())
+    one.write_heartbeat(me())
     if status:
-        one.end(Ending(rank=0, status=status))
+        one.write_outcome(Outcome(rank=0, status=status))
     code, out = ksweep(registry, "retry", one.id)
     assert code == 1 and words in out and not (tmp_path / "said").exists()
 

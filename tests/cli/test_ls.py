@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ksweep.launch.job import Ending
+from ksweep.launch.rank_records import Outcome
 from ksweep.registry.run_record import write_run
 from ksweep.utils import console as console_module
 from tests.job_directories import job, ksweep, me
@@ -31,7 +31,7 @@ def registry(tmp_path: Path) -> Path:
         path, record_of("r1", minutes=5, sweep="old", status="failed", error_type="out of memory", error_message="rank 1 is full")
     )
     running = job(path, "tiny", "a", "b", "c")
-    running.beat(me(phase="b: drawing", done=50, total=200, numbers=NUMBERS))
+    running.write_heartbeat(me(phase="b: drawing", done=50, total=200, numbers=NUMBERS))
     os.utime(running.path / "job.json", (0, 0))  # submitted long before the run of its first cell ended
     write_run(path, record_of("r2", minutes=9, sweep="tiny", cell_key="key of a"), curve_of(0.5), controls_of())
     return path
@@ -56,7 +56,7 @@ def test_ls_lists_cells_under_way_before_runs_that_have_ended(registry: Path) ->
 
 def test_ls_of_a_job_that_loads_models_is_at_the_first_cell_it_has_not_finished(registry: Path) -> None:
     fresh = job(registry, "fresh", "x", "y")
-    fresh.beat(me(phase="activations", done=3, total=9))
+    fresh.write_heartbeat(me(phase="activations", done=3, total=9))
     assert [(r["cell"][:1], r["state"], r["reason"]) for r in rows(registry, "fresh")] == [
         ("x", "running", "activations"),
         ("y", "waiting", "later in its job"),
@@ -90,7 +90,7 @@ def test_ls_with_a_limit_says_how_many_more_there_are(registry: Path) -> None:
 
 def test_ls_tells_the_registry_of_jobs_that_ended_unseen(registry: Path) -> None:
     dead = job(registry, "gone", "x")
-    dead.beat(me().__class__(rank=0, pid=2**22 + 1, host=me().host, process_started=1.0))
+    dead.write_heartbeat(me().__class__(rank=0, pid=2**22 + 1, host=me().host, process_started=1.0))
     assert not any(r["sweep"] == "gone" and r["state"] in ("running", "waiting") for r in rows(registry))
 
 
@@ -111,9 +111,9 @@ def test_ls_shows_the_class_of_a_failure_in_the_table_and_as_json(registry: Path
 
 def test_sql_tells_the_registry_of_jobs_that_ended_unseen(registry: Path) -> None:
     dead = job(registry, "gone", "x")
-    dead.end(Ending(rank=0, status="failed", kind="bug", message="x"))
+    dead.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
     code, out = ksweep(registry, "sql", "select error_class from attempts", "--csv")
-    assert (code, out) == (0, "error_class\nbug\n") and dead.given_up() is not None
+    assert (code, out) == (0, "error_class\nbug\n") and dead.final_status() is not None
 
 
 def on_a_terminal(width: int) -> Callable[[], Console]:

@@ -24,7 +24,8 @@ from rich.console import Console
 from ksweep.cli.jobs import watch as watching
 from ksweep.cli.jobs.rows import Line, lines
 from ksweep.cli.jobs.watch import most_wanted, screen, show, table, watch
-from ksweep.launch.job import Ending, Job
+from ksweep.launch.job import Job
+from ksweep.launch.rank_records import Outcome
 from tests.job_directories import LABEL, ended, job, ksweep, me
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def registry(tmp_path: Path) -> Path:
 
 def running(registry: Path, *labels: str, sweep: str = "tiny", phase: str = "drawing", done: int = 5, total: int = 10) -> Job:
     made = job(registry, sweep, *labels)
-    made.beat(me(phase=phase, done=done, total=total, numbers={"fve": 0.51, "fve_low": 0.49, "fve_high": 0.53}))
+    made.write_heartbeat(me(phase=phase, done=done, total=total, numbers={"fve": 0.51, "fve_low": 0.49, "fve_high": 0.53}))
     return made
 
 
@@ -60,7 +61,7 @@ def start(registry: Path, *words: str, stdout: int) -> subprocess.Popen[str]:
 def test_progress_is_summed_over_ranks_and_gives_the_time_that_is_left(registry: Path) -> None:
     made = job(registry, ranks=2)
     for rank, done in enumerate((30, 50)):
-        made.beat(me(rank, phase="drawing", done=done, total=200, rate=2.0))
+        made.write_heartbeat(me(rank, phase="drawing", done=done, total=200, rate=2.0))
     code, out = ksweep(registry, "watch", "--json", "--once")
     [line] = [json.loads(text) for text in out.splitlines()]
     # 200 - 80 left at 4 a second
@@ -170,9 +171,9 @@ def test_watch_on_a_terminal_of_80_by_24_stays_on_it_until_the_last_job_has_ende
         assert any(row.startswith("and ") and row.rstrip().endswith("finished") for row in seen.rows)
         assert max(map(len, seen.rows)) <= 80
         for one in at_work[:11]:
-            one.end(Ending(rank=0, status="finished"))
+            one.write_outcome(Outcome(rank=0, status="finished"))
         read_until(master, seen, "1 running, 1 failed, 36 finished")
-        at_work[11].end(Ending(rank=0, status="finished"))
+        at_work[11].write_outcome(Outcome(rank=0, status="finished"))
         read_until(master, seen, "tiny, 38 jobs: 1 failed, 37 finished")
         assert process.wait(240) == 1, "a job of the sweep failed"
     finally:
@@ -211,7 +212,7 @@ def test_watch_that_is_interrupted_says_that_the_jobs_go_on(registry: Path) -> N
     finally:
         process.kill()
     assert process.stderr is not None
-    assert process.stderr.read() == "no longer watching: the jobs go on\n" and not one.asked_to_end()
+    assert process.stderr.read() == "no longer watching: the jobs go on\n" and not one.cancel_requested()
 
 
 def test_watch_in_a_pipe_says_each_change_once_and_ends_with_the_last_job(
@@ -221,7 +222,7 @@ def test_watch_in_a_pipe_says_each_change_once_and_ends_with_the_last_job(
     one = running(registry)
     updates = watch(registry, "tiny")
     seen = [next(updates), next(updates)]
-    one.end(Ending(rank=0, status="finished"))
+    one.write_outcome(Outcome(rank=0, status="finished"))
     seen += list(updates)
     assert [found[0].state for found in seen] == ["running", "running", "finished"]
     show(iter(seen), Console(file=io.StringIO()))
@@ -248,7 +249,7 @@ def test_watch_without_a_name_leaves_out_what_ended_long_ago(registry: Path) -> 
     unseen, booked, recent = (ended(registry, "finished") for _ in range(3))
     live = running(registry)
     for one in (booked, recent):
-        one.note("settled", {"state": "finished", "reason": "every rank finished", "kind": ""})
+        one.write_note("settled", {"state": "finished", "reason": "every rank finished", "kind": ""})
     two_hours_ago = time.time() - 7200
     for path in [*unseen.path.rglob("*.json"), *booked.path.rglob("*.json")]:
         os.utime(path, (two_hours_ago, two_hours_ago))

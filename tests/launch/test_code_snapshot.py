@@ -31,8 +31,8 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def taken(tree: Path, tmp_path: Path) -> code_snapshot.Code:
-    code = code_snapshot.take(tmp_path / "logs", tree / "package")
+def taken(tree: Path, tmp_path: Path) -> code_snapshot.CodeSnapshot:
+    code = code_snapshot.snapshot_code(tmp_path / "logs", tree / "package")
     assert code is not None
     return code
 
@@ -78,8 +78,8 @@ def test_a_copy_without_its_marker_is_made_again(tree: Path, tmp_path: Path) -> 
 
 
 def test_logs_inside_the_tree_are_not_part_of_the_copy(tree: Path) -> None:
-    first = code_snapshot.take(tree / "logs", tree / "package")
-    second = code_snapshot.take(tree / "logs", tree / "package")
+    first = code_snapshot.snapshot_code(tree / "logs", tree / "package")
+    second = code_snapshot.snapshot_code(tree / "logs", tree / "package")
     assert first is not None and first == second and first.diff is None and not (first.path / "logs").exists()
 
 
@@ -100,5 +100,5 @@ def test_data_that_git_is_not_told_to_ignore_is_refused_by_name(
 def test_an_installed_package_has_no_snapshot(tree: Path, tmp_path: Path) -> None:
     (tree / "ignored" / "site").mkdir(parents=True)
     (tree / "ignored" / "site" / "__init__.py").write_text("")
-    assert code_snapshot.take(tmp_path / "logs", tree / "ignored" / "site") is None
-    assert code_snapshot.take(tmp_path / "logs", tmp_path) is None
+    assert code_snapshot.snapshot_code(tmp_path / "logs", tree / "ignored" / "site") is None
+    assert code_snapshot.snapshot_code(tmp_path / "logs", tmp_path) is None

@@ -20,7 +20,8 @@ import pytest
 from ksweep.config.resources import Resources
 from ksweep.launch import gpu_leases, hardware
 from ksweep.launch import local_executor as launch
-from ksweep.launch.job import Heartbeat, Job, create, myself
+from ksweep.launch.job import Job, create_job
+from ksweep.launch.rank_records import Heartbeat, this_process
 from ksweep.utils.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
@@ -33,48 +34,48 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpus_are_lent_once_and_waited_for_together() -> None:
-    assert gpu_leases.take(("0", "1", "2"), 2, "first") == ("0", "1")
-    assert gpu_leases.take(("0", "1", "2"), 2, "second") is None
-    assert gpu_leases.take(("0", "1", "2"), 1, "third") == ("2",)
-    assert gpu_leases.holders(("0", "1", "2")) == {"0": "job first", "1": "job first", "2": "job third"}
-    gpu_leases.release(("0", "1", "2"), "first")
-    assert gpu_leases.take(("0", "1", "2"), 2, "second") == ("0", "1")
+    assert gpu_leases.acquire_gpus(("0", "1", "2"), 2, "first") == ("0", "1")
+    assert gpu_leases.acquire_gpus(("0", "1", "2"), 2, "second") is None
+    assert gpu_leases.acquire_gpus(("0", "1", "2"), 1, "third") == ("2",)
+    assert gpu_leases.gpu_holders(("0", "1", "2")) == {"0": "job first", "1": "job first", "2": "job third"}
+    gpu_leases.release_gpus(("0", "1", "2"), "first")
+    assert gpu_leases.acquire_gpus(("0", "1", "2"), 2, "second") == ("0", "1")
 
 
 def test_only_the_gpus_that_are_visible_are_lent() -> None:
-    assert gpu_leases.take(("5", "7"), 1, "a") == ("5",)
-    assert gpu_leases.take(("5",), 1, "b") is None
-    assert gpu_leases.take(("5", "7"), 1, "c") == ("7",)
+    assert gpu_leases.acquire_gpus(("5", "7"), 1, "a") == ("5",)
+    assert gpu_leases.acquire_gpus(("5",), 1, "b") is None
+    assert gpu_leases.acquire_gpus(("5", "7"), 1, "c") == ("7",)
 
 
 def test_a_gpu_named_by_its_uuid_and_by_its_number_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bus, uuid in (("0000:65:00.0", "GPU-bbbb-2"), ("0000:17:00.0", "GPU-aaaa-1")):
         (tmp_path / "gpus" / bus).mkdir(parents=True)
         (tmp_path / "gpus" / bus / "information").write_text(f"Model: \t\t NVIDIA H100\nGPU UUID: \t {uuid}\nBus Type: PCIe\n")
-    monkeypatch.setattr(gpu_leases, "DRIVER", tmp_path / "gpus")
-    assert gpu_leases.take(("GPU-bbbb",), 1, "by uuid") == ("GPU-bbbb",)
-    assert gpu_leases.take(("0", "1"), 2, "by number") is None
-    assert gpu_leases.take(("0", "1"), 1, "by number") == ("0",)
+    monkeypatch.setattr(gpu_leases, "DRIVER_DIRECTORY", tmp_path / "gpus")
+    assert gpu_leases.acquire_gpus(("GPU-bbbb",), 1, "by uuid") == ("GPU-bbbb",)
+    assert gpu_leases.acquire_gpus(("0", "1"), 2, "by number") is None
+    assert gpu_leases.acquire_gpus(("0", "1"), 1, "by number") == ("0",)
     # A slice of a GPU, and a UUID that this machine has not, are slots of their own.
-    assert gpu_leases.take(("MIG-GPU-aaaa-1/0/1", "GPU-cccc"), 2, "more") == ("MIG-GPU-aaaa-1/0/1", "GPU-cccc")
+    assert gpu_leases.acquire_gpus(("MIG-GPU-aaaa-1/0/1", "GPU-cccc"), 2, "more") == ("MIG-GPU-aaaa-1/0/1", "GPU-cccc")
 
 
 def test_a_gpu_is_held_as_long_as_the_controller_or_a_rank_lives(tmp_path: Path) -> None:
     controller, rank = (subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2))
-    job = create(tmp_path / "logs", "a:b", {}, 1)
-    assert gpu_leases.take(("0",), 1, "sweep") == ("0",)
-    gpu_leases.hand_on(("0",), job, controller.pid)
+    job = create_job(tmp_path / "logs", "a:b", {}, 1)
+    assert gpu_leases.acquire_gpus(("0",), 1, "sweep") == ("0",)
+    gpu_leases.transfer_gpus(("0",), job, controller.pid)
     import psutil
 
-    me = {**myself(), "pid": rank.pid, "process_started": psutil.Process(rank.pid).create_time()}
-    job.beat(Heartbeat(rank=0, **me))
+    me = {**this_process(), "pid": rank.pid, "process_started": psutil.Process(rank.pid).create_time()}
+    job.write_heartbeat(Heartbeat(rank=0, **me))
     for process in (controller, rank):
-        assert gpu_leases.take(("0",), 1, "other") is None
+        assert gpu_leases.acquire_gpus(("0",), 1, "other") is None
         process.kill()
         process.wait()
-    assert gpu_leases.take(("0",), 1, "other") == ("0",)
-    gpu_leases.release(("0",), job.id)  # its launcher has noticed only now
-    assert gpu_leases.take(("0",), 1, "third") is None
+    assert gpu_leases.acquire_gpus(("0",), 1, "other") == ("0",)
+    gpu_leases.release_gpus(("0",), job.id)  # its launcher has noticed only now
+    assert gpu_leases.acquire_gpus(("0",), 1, "third") is None
 
 
 @pytest.mark.parametrize(
@@ -96,26 +97,25 @@ def test_visible_devices_are_those_that_cuda_would_see(
 
 def test_several_slices_for_one_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1d,MIG-2e")
-    launch.refuse_here(Resources(cluster="local", gpus=1))
+    launch.validate_local_resources(Resources(cluster="local", gpus=1))
     with pytest.raises(SpecError, match="use gpus=1"):
-        launch.refuse_here(Resources(cluster="local", gpus=2))
+        launch.validate_local_resources(Resources(cluster="local", gpus=2))
 
 
 LAUNCHER = """
 import sys
 from functools import partial
 from pathlib import Path
-from ksweep import here, reconcile
-from ksweep.launch.job import create
+from ksweep.launch import run_locally
+from ksweep.launch.job import create_job
 from ksweep.config.resources import Resources
 
-reconcile._land_run = lambda *_: None  # these jobs compute no cell
-here.SLOT_SECONDS, (folder, count, seconds, gpus, beside) = 0.2, sys.argv[1:]
+run_locally.LEASE_POLL_SECONDS, (folder, count, seconds, gpus, beside) = 0.2, sys.argv[1:]
 # gpus=0 for the ranks: nothing is behind these GPUs, so torch must not be asked for them.
 argument = {"folder": folder, "seconds": float(seconds), "beside": int(beside)}
 argument |= {"registry": f"{folder}/registry", "sweep": "test", "cells": []}
-order = partial(create, Path(folder) / "logs", "tests.launch.entries:holds_gpus", argument, 1, 0)
-here.run_jobs([order] * int(count), Resources(cluster="local", gpus=int(gpus), time=5), "test")
+order = partial(create_job, Path(folder) / "logs", "tests.launch.entries:holds_gpus", argument, 1, 0)
+run_locally.run_jobs([order] * int(count), Resources(cluster="local", gpus=int(gpus), time=5), "test")
 """
 
 
@@ -184,4 +184,4 @@ def test_the_gpu_of_a_job_that_was_shot_is_lent_to_the_next(tmp_path: Path) -> N
     assert (first.wait(240), second.wait(240)) == (1, 0)
     assert "of 1 ended without a terminal record" in next((tmp_path / "a").glob("launcher-*.log")).read_text()
     assert [j["devices"] for j in told(tmp_path / "b")] == ["GPU-8f3c"]
-    assert all(Job(path.parent).noted("settled") for path in tmp_path.glob("*/logs/*/job.json"))
+    assert all(Job(path.parent).read_note("settled") for path in tmp_path.glob("*/logs/*/job.json"))

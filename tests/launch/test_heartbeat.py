@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from ksweep.launch import job as job_module
-from ksweep.launch.job import Ending, Heartbeat, Job, create
+from ksweep.launch.job import Job, create_job
+from ksweep.launch.rank_records import Heartbeat, Outcome
 from ksweep.launch.slurm import commands
 from ksweep.launch.worker import heartbeat as module
-from ksweep.launch.worker.heartbeat import Pulse
-from ksweep.launch.worker.requeue import requeue
+from ksweep.launch.worker.heartbeat import HeartbeatThread
+from ksweep.launch.worker.requeue import requeue_job
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # how `left` ends a thread
 
@@ -34,7 +35,7 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(module, "BEAT_SECONDS_ON_SLURM", 0.02)
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS_ON_SLURM", 0.02)
     return codes
 
 
@@ -42,20 +43,20 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Jobs that were put back into the queue of a Slurm that says they run."""
     numbers: list[str] = []
-    monkeypatch.setattr(commands, "describe", lambda _: {"JobState": "RUNNING"})
-    monkeypatch.setattr(commands, "requeue", lambda number: numbers.append(number))
+    monkeypatch.setattr(commands, "scontrol_show_job", lambda _: {"JobState": "RUNNING"})
+    monkeypatch.setattr(commands, "scontrol_requeue", lambda number: numbers.append(number))
     return numbers
 
 
-def pulse(tmp_path: Path, ranks: int = 2, attempt: int = 0) -> Pulse:
+def pulse(tmp_path: Path, ranks: int = 2, attempt: int = 0) -> HeartbeatThread:
     """Of rank 0, which waits for the others."""
-    found = Pulse(create(tmp_path, "a:b", {}, ranks, cluster="slurm"), 0, ranks, attempt, slurm_id="7")
+    found = HeartbeatThread(create_job(tmp_path, "a:b", {}, ranks, cluster="slurm"), 0, ranks, attempt, slurm_id="7")
     found.waiting = True
     return found
 
 
 @contextmanager
-def beating(mine: Pulse) -> Iterator[None]:
+def beating(mine: HeartbeatThread) -> Iterator[None]:
     """The same, looking around; over when its thread is."""
     with mine:
         yield
@@ -98,8 +99,8 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def own_word(job: Job, attempt: int = 0) -> Ending:
-    return next(e for e in job.endings(attempt) if e.rank == 0)
+def own_word(job: Job, attempt: int = 0) -> Outcome:
+    return next(e for e in job.outcomes(attempt) if e.rank == 0)
 
 
 def elsewhere(rank: int = 1) -> Heartbeat:
@@ -111,8 +112,8 @@ def test_a_job_of_which_a_rank_failed_is_not_requeued_by_those_that_followed_it(
     tmp_path: Path, left: list[int], requeued: list[str]
 ) -> None:
     mine = pulse(tmp_path, ranks=3)
-    mine.job.end(Ending(rank=1, status="stopped", message="rank 2 failed"))
-    mine.job.end(Ending(rank=2, status="failed", kind="bug", message="no such column"))
+    mine.job.write_outcome(Outcome(rank=1, status="stopped", message="rank 2 failed"))
+    mine.job.write_outcome(Outcome(rank=2, status="failed", kind="bug", message="no such column"))
     with beating(mine):
         until(lambda: left)
     assert left == [1] and not requeued and own_word(mine.job).message == "rank 2 failed"
@@ -120,7 +121,7 @@ def test_a_job_of_which_a_rank_failed_is_not_requeued_by_those_that_followed_it(
 
 def test_a_stopped_rank_is_followed_back_into_the_queue(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
     mine = pulse(tmp_path)
-    mine.job.end(Ending(rank=1, status="stopped", message="stopped with 3 units not begun"))
+    mine.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not begun"))
     with beating(mine):
         until(lambda: left)
     assert left == [0] and requeued == ["7"]
@@ -131,9 +132,9 @@ def test_a_job_stuck_at_its_time_limit_fails_also_where_rank_0_only_follows(
 ) -> None:
     mine = pulse(tmp_path, attempt=2)
     for start in (0, 1):
-        mine.job.note("requeued", {"why": "time limit", "place": mine.stopped_start().progress}, start)
-    mine.ask_to_stop(signal.SIGUSR2, None)
-    mine.job.end(Ending(rank=1, status="stopped", message="its unit was given up", attempt=2))
+        mine.job.write_note("requeued", {"why": "time limit", "place": mine.stopped_start().progress}, start)
+    mine.handle_stop_signal(signal.SIGUSR2, None)
+    mine.job.write_outcome(Outcome(rank=1, status="stopped", message="its unit was given up", attempt=2))
     with beating(mine):
         until(lambda: left)
     word = own_word(mine.job, 2)
@@ -144,12 +145,12 @@ def test_a_rank_ends_though_the_disk_takes_no_last_words(
     tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = pulse(tmp_path)
-    mine.job.end(Ending(rank=1, status="failed", kind="disk full", message="no room"))
+    mine.job.write_outcome(Outcome(rank=1, status="failed", kind="disk full", message="no room"))
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Job, "end", full)
+    monkeypatch.setattr(Job, "write_outcome", full)
     with beating(mine):
         until(lambda: left)
     assert left == [1]
@@ -159,14 +160,14 @@ def test_a_full_disk_at_the_start_does_not_end_a_rank(tmp_path: Path, monkeypatc
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Job, "beat", full)
+    monkeypatch.setattr(Job, "write_heartbeat", full)
     with beating(pulse(tmp_path)):
         pass
 
 
 def test_a_record_that_cannot_be_read_does_not_silence_a_rank(tmp_path: Path, left: list[int]) -> None:
     mine = pulse(tmp_path)
-    broken = mine.job.folder(0) / "rank-1.json"
+    broken = mine.job.attempt_folder(0) / "rank-1.json"
     broken.parent.mkdir()
     broken.write_text("")
     with beating(mine):
@@ -178,11 +179,11 @@ def test_a_record_that_cannot_be_read_does_not_silence_a_rank(tmp_path: Path, le
 
 
 def test_a_record_that_comes_back_at_once_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = create(tmp_path, "a:b", {}, 1)
-    path = job.folder(0) / "rank-0.json"
+    job = create_job(tmp_path, "a:b", {}, 1)
+    path = job.attempt_folder(0) / "rank-0.json"
     path.parent.mkdir()
     path.write_text("")
-    monkeypatch.setattr(job_module, "time", SimpleNamespace(sleep=lambda _: job.beat(elsewhere(0))))
+    monkeypatch.setattr(job_module, "time", SimpleNamespace(sleep=lambda _: job.write_heartbeat(elsewhere(0))))
     assert [h.host for h in job.heartbeats()] == ["elsewhere"]
 
 
@@ -192,10 +193,10 @@ def test_a_rank_on_another_node_is_told_dead_by_its_silence_and_not_by_its_clock
     monkeypatch.setattr(module, "SILENCE_SECONDS", 10.0)
     mine = pulse(tmp_path)
     beat = elsewhere()
-    mine.job.beat(beat)
+    mine.job.write_heartbeat(beat)
     with beating(mine):
         for second in range(20):
-            mine.job.beat(replace(beat, time=beat.time + second))
+            mine.job.write_heartbeat(replace(beat, time=beat.time + second))
             clock.passes(9.0)
         clock.passes(0.5)
         assert not left
@@ -211,7 +212,7 @@ def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
     monkeypatch.setattr(module, "SILENCE_SECONDS", 20.0)
     monkeypatch.setattr(module, "STALL_SECONDS", 15.0)
     mine = pulse(tmp_path)
-    mine.job.beat(elsewhere())
+    mine.job.write_heartbeat(elsewhere())
     with beating(mine):
         clock.passes(14.0)
         clock.passes(100.0)  # as if it had been stopped meanwhile
@@ -223,9 +224,9 @@ def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
 
 
 def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "JOIN_SECONDS", 0.0)
+    monkeypatch.setattr(module, "MAX_JOIN_SECONDS", 0.0)
     mine = pulse(tmp_path, ranks=3)
-    mine.job.beat(replace(elsewhere(), time=time.time()))
+    mine.job.write_heartbeat(replace(elsewhere(), time=time.time()))
     with beating(mine):
         until(lambda: left)
     assert "rank 2 of 3 has not started" in own_word(mine.job).message
@@ -233,8 +234,8 @@ def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path, left: list[int], m
 
 def test_a_job_that_was_given_up_ends_its_ranks_and_is_not_requeued(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
     mine = pulse(tmp_path)
-    mine.job.end(Ending(rank=1, status="stopped", message="stopped with 3 units not begun"))
-    mine.job.note("settled", {"state": "stopped", "kind": "lost", "reason": "neither in the queue nor in accounting"})
+    mine.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not begun"))
+    mine.job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "neither in the queue nor in accounting"})
     with beating(mine):
         until(lambda: left)
     word = own_word(mine.job)
@@ -244,19 +245,19 @@ def test_a_job_that_was_given_up_ends_its_ranks_and_is_not_requeued(tmp_path: Pa
 
 def test_a_rank_on_its_way_out_does_not_requeue_a_job_that_was_given_up(tmp_path: Path, requeued: list[str]) -> None:
     mine = pulse(tmp_path)
-    requeue(mine.stopped_start())
+    requeue_job(mine.stopped_start())
     assert requeued == ["7"]
-    mine.job.note("settled", {"state": "stopped", "kind": "lost", "reason": "gone"})
-    requeue(mine.stopped_start())
+    mine.job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "gone"})
+    requeue_job(mine.stopped_start())
     assert requeued == ["7"]
 
 
 def test_an_error_of_its_own_is_not_taken_for_the_echo_of_another_ranks(tmp_path: Path) -> None:
     mine = pulse(tmp_path)
-    mine.job.end(Ending(rank=1, status="failed", kind="bug", message="KeyError: 'x'"))
-    own = Ending(rank=0, status="failed", kind="bug", message="ValueError: y", error_type="ValueError", traceback="T")
-    assert mine.explained(own) == own
+    mine.job.write_outcome(Outcome(rank=1, status="failed", kind="bug", message="KeyError: 'x'"))
+    own = Outcome(rank=0, status="failed", kind="bug", message="ValueError: y", error_type="ValueError", traceback="T")
+    assert mine.attribute_failure(own) == own
     echo = replace(own, message="RuntimeError: Connection closed by peer", error_type="RuntimeError")
-    found = mine.explained(echo)
+    found = mine.attribute_failure(echo)
     assert (found.status, found.kind, found.traceback) == ("stopped", "", "T")
     assert "rank 1 failed" in found.message and "Connection closed by peer" in found.message

@@ -12,8 +12,9 @@ import submitit
 from ksweep.config.resources import Resources
 from ksweep.launch import hardware
 from ksweep.launch import local_executor as launch
-from ksweep.launch.job import Ending, Heartbeat, create, is_alive
-from ksweep.launch.worker.process_group import own_gpus
+from ksweep.launch.job import create_job
+from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive
+from ksweep.launch.worker.process_group import gpus_of_rank
 from ksweep.utils.errors import SpecError
 from tests.launch.entries import gpus_of_this_rank
 
@@ -25,12 +26,12 @@ def importable_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def start(tmp_path: Path, entry: str, ranks: int, **argument: Any) -> launch.Submitted:
-    job = create(tmp_path / "logs", f"tests.launch.entries:{entry}", argument, ranks)
-    return launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
+def start(tmp_path: Path, entry: str, ranks: int, **argument: Any) -> launch.LocalJob:
+    job = create_job(tmp_path / "logs", f"tests.launch.entries:{entry}", argument, ranks)
+    return launch.start_local_job(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
 
 
-def end(submitted: launch.Submitted, ranks: int, seconds: float = 240) -> Ending:
+def end(submitted: launch.LocalJob, ranks: int, seconds: float = 240) -> Outcome:
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() < deadline:
@@ -48,7 +49,7 @@ def test_two_ranks_take_each_number_once_and_both_finish(tmp_path: Path) -> None
     (tmp_path / "out").mkdir()
     submitted = start(tmp_path, "count", 2, folder=str(tmp_path / "out"), total=40)
     assert end(submitted, 2).status == "finished"
-    results = {e.rank: e.result for e in submitted.job.endings()}
+    results = {e.rank: e.result for e in submitted.job.outcomes()}
     assert sorted(results[0] + results[1]) == list(range(40))
     assert results[0] and results[1], "one rank did all the work"
 
@@ -56,8 +57,8 @@ def test_two_ranks_take_each_number_once_and_both_finish(tmp_path: Path) -> None
 @pytest.mark.parametrize(("gpus", "per_model", "ranks"), [(8, 1, 8), (8, 2, 4), (8, 8, 1), (6, 3, 2)])
 def test_ranks_share_the_gpus_of_a_node_out_among_them(gpus: int, per_model: int, ranks: int) -> None:
     resources = Resources(cluster="local", gpus=gpus, gpus_per_model=per_model)
-    assert hardware.num_ranks(resources) == hardware.tasks_per_node(resources) == ranks
-    taken = [own_gpus(rank, per_model) for rank in range(ranks)]
+    assert hardware.total_ranks(resources) == hardware.tasks_per_node(resources) == ranks
+    taken = [gpus_of_rank(rank, per_model) for rank in range(ranks)]
     assert [device for own in taken for device in own] == [f"cuda:{i}" for i in range(gpus)]
     assert {len(own) for own in taken} == {per_model}
 
@@ -90,7 +91,7 @@ def test_a_rank_that_is_shot_ends_the_job_and_is_named(tmp_path: Path) -> None:
 def test_a_job_that_is_asked_to_stop_ends_at_a_border_of_its_units(tmp_path: Path) -> None:
     submitted = start(tmp_path, "works_until_told_to_stop", 2)
     while not any(h.phase == "working" for h in submitted.job.heartbeats()):
-        assert not submitted.over(), submitted.job.log_tail()
+        assert not submitted.has_ended(), submitted.job.log_tail()
         time.sleep(0.1)
     submitted.stop()
     ending = end(submitted, 2)
@@ -100,10 +101,10 @@ def test_a_job_that_is_asked_to_stop_ends_at_a_border_of_its_units(tmp_path: Pat
 
 def test_a_job_in_this_process_records_its_end(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    job = create(tmp_path / "logs", "tests.launch.entries:count", {"folder": str(tmp_path / "out"), "total": 3}, 1)
+    job = create_job(tmp_path / "logs", "tests.launch.entries:count", {"folder": str(tmp_path / "out"), "total": 3}, 1)
     seen: list[tuple[str, int, int]] = []
-    submitted = launch.submit(job, Resources(cluster="inprocess", gpus=0), "test", lambda *a, **_: seen.append(a))
-    assert launch.outcome(submitted, 1) == Ending(rank=0, status="finished", result=[0, 1, 2])
+    submitted = launch.start_local_job(job, Resources(cluster="inprocess", gpus=0), "test", lambda *a, **_: seen.append(a))
+    assert launch.outcome(submitted, 1) == Outcome(rank=0, status="finished", result=[0, 1, 2])
     assert seen == [("counting", i, 3) for i in range(3)]
 
 
@@ -117,9 +118,9 @@ def test_a_job_in_this_process_records_its_end(tmp_path: Path) -> None:
 def test_resources_that_cannot_be_had_are_refused_before_anything_starts(
     tmp_path: Path, resources: dict[str, Any], words: str
 ) -> None:
-    job = create(tmp_path, "tests.launch.entries:count", {}, 1)
+    job = create_job(tmp_path, "tests.launch.entries:count", {}, 1)
     with pytest.raises(SpecError, match=words):
-        launch.submit(job, Resources(**resources), "test")
+        launch.start_local_job(job, Resources(**resources), "test")
 
 
 def test_slurm_without_sbatch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,16 +12,16 @@ import pytest
 
 from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep, sweep_main
 from ksweep.evaluation.identity import cell_keys
-from ksweep.launch.plan import Facts, estimate, plan
+from ksweep.launch.plan import CellFacts, estimate, plan_steps
 from ksweep.registry.run_record import write_run
 from tests.activations.helpers import random_vectors, write_vectors
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
 from tests.tiny_models import TinyPair, make_pair
 
 
-def facts(**changes: Any) -> Facts:
+def facts(**changes: Any) -> CellFacts:
     """40 activations of 128 bytes with 8 draws of 700 bytes each; nothing is there."""
-    nothing = Facts(
+    nothing = CellFacts(
         cell_key="c", activations_key="a", label="demo L1", finished_run=None, activations_present=0, activations_wanted=40,
         draws_present=0, draws_wanted=320, bytes_per_activation=128, bytes_per_draw=700, seconds_per_draw=None,
     )  # fmt: skip
@@ -29,7 +29,7 @@ def facts(**changes: Any) -> Facts:
 
 
 def test_plan_of_a_cell_with_nothing_there_takes_everything_and_says_so() -> None:
-    [step] = plan([facts(seconds_per_draw=0.5)])
+    [step] = plan_steps([facts(seconds_per_draw=0.5)])
     assert (step.state, step.reason) == ("missing", "no draws yet")
     assert (step.draws_to_sample, step.activations_to_extract) == (320, 40)
     assert (step.draw_bytes, step.activation_bytes) == (224_000, 5120)  # 320 x 700, 40 x 128
@@ -37,7 +37,7 @@ def test_plan_of_a_cell_with_nothing_there_takes_everything_and_says_so() -> Non
 
 
 def test_plan_without_an_earlier_run_does_not_know_the_time() -> None:
-    assert plan([facts()])[0].seconds is None
+    assert plan_steps([facts()])[0].seconds is None
 
 
 @pytest.mark.parametrize(
@@ -50,29 +50,29 @@ def test_plan_without_an_earlier_run_does_not_know_the_time() -> None:
     ],
 )
 def test_plan_of_a_missing_cell_gives_the_reason(present: int, reason: str, left: int) -> None:
-    [step] = plan([facts(draws_present=present)])
+    [step] = plan_steps([facts(draws_present=present)])
     assert (step.state, step.reason, step.draws_to_sample) == ("missing", reason, left)
 
 
 def test_plan_of_a_done_cell_does_nothing_and_names_the_run() -> None:
-    [step] = plan([facts(finished_run="20261122-r1", activations_present=40, draws_present=320)])
+    [step] = plan_steps([facts(finished_run="20261122-r1", activations_present=40, draws_present=320)])
     assert (step.state, step.reason) == ("done", "run 20261122-r1")
     numbers = (step.draws_to_sample, step.activations_to_extract, step.draw_bytes, step.activation_bytes, step.seconds)
     assert numbers == (0, 0, 0, 0, 0)
 
 
 def test_plan_of_a_done_cell_whose_caches_were_deleted_still_does_nothing() -> None:
-    [step] = plan([facts(finished_run="r1")])
+    [step] = plan_steps([facts(finished_run="r1")])
     assert (step.state, step.draws_to_sample, step.activations_to_extract) == ("done", 0, 0)
 
 
 def test_plan_after_a_done_cell_whose_cache_was_deleted_extracts_for_the_missing_one() -> None:
-    steps = plan([facts(finished_run="r1"), facts(cell_key="d")])
+    steps = plan_steps([facts(finished_run="r1"), facts(cell_key="d")])
     assert [s.activations_to_extract for s in steps] == [0, 40]
 
 
 def test_plan_of_stored_draws_without_their_vectors_extracts_them_again() -> None:
-    [step] = plan([facts(draws_present=320)])
+    [step] = plan_steps([facts(draws_present=320)])
     assert (step.draws_to_sample, step.activations_to_extract) == (0, 40)
 
 
@@ -89,13 +89,13 @@ def test_plan_of_stored_draws_without_their_vectors_extracts_them_again() -> Non
 def test_plan_counts_shared_activations_for_the_first_cell_that_needs_them(
     present: int, wanted: list[int], extracted: list[int]
 ) -> None:
-    steps = plan([facts(activations_wanted=n, activations_present=min(n, present)) for n in wanted])
+    steps = plan_steps([facts(activations_wanted=n, activations_present=min(n, present)) for n in wanted])
     assert [s.activations_to_extract for s in steps] == extracted
     assert sum(extracted) == max(0, max(wanted) - present)
 
 
 def test_plan_counts_activations_of_other_keys_apart() -> None:
-    steps = plan([facts(), facts(activations_key="b"), facts()])
+    steps = plan_steps([facts(), facts(activations_key="b"), facts()])
     assert [s.activations_to_extract for s in steps] == [40, 40, 0]
 
 
@@ -205,27 +205,27 @@ def test_dry_run_sees_the_draws_on_disk_and_their_loss(sweep: Sweep, capsys: pyt
 
 
 def test_plan_leaves_cells_to_the_jobs_that_are_at_work_on_them() -> None:
-    [running, missing] = plan([facts(job=("running", "job 7: drawing 3/8")), facts(cell_key="d")])
+    [running, missing] = plan_steps([facts(job=("running", "job 7: drawing 3/8")), facts(cell_key="d")])
     assert (running.state, running.reason, running.draws_to_sample) == ("running", "job 7: drawing 3/8", 0)
     assert missing.state == "missing"
 
 
 def test_plan_reports_what_failed_and_repeats_it_only_when_asked() -> None:
     broken = facts(failure=("bug", "KeyError: 'x'\nmore"))
-    [step] = plan([broken])
+    [step] = plan_steps([broken])
     assert (step.state, step.reason, step.draws_to_sample) == ("failed", "bug: KeyError: 'x' (--retry runs it again)", 0)
-    [again] = plan([broken], retry=[""])
+    [again] = plan_steps([broken], retry=[""])
     assert (again.state, again.draws_to_sample) == ("missing", 320)
 
 
 def test_plan_repeats_of_two_failed_cells_the_one_that_is_named() -> None:
     broken = [facts(cell_key=key, failure=("bug", "KeyError")) for key in ("aa11", "ab22")]
-    assert [step.state for step in plan(broken, retry=["ab"])] == ["failed", "missing"]
-    assert [step.state for step in plan(broken, retry=["ab22", "aa1"])] == ["missing", "missing"]
+    assert [step.state for step in plan_steps(broken, retry=["ab"])] == ["failed", "missing"]
+    assert [step.state for step in plan_steps(broken, retry=["ab22", "aa1"])] == ["missing", "missing"]
 
 
 def test_estimate_adds_up_what_is_known_and_counts_what_is_not() -> None:
-    steps = plan([facts(seconds_per_draw=0.5), facts(cell_key="d"), facts(cell_key="e", finished_run="r")])
+    steps = plan_steps([facts(seconds_per_draw=0.5), facts(cell_key="d"), facts(cell_key="e", finished_run="r")])
     found = estimate(steps)
     # 320 draws each; the second cell has the activations of the first; 320 x 0.5 s
     assert (found.draws, found.activations, found.draw_bytes, found.activation_bytes) == (640, 40, 448_000, 5120)
@@ -235,8 +235,8 @@ def test_estimate_adds_up_what_is_known_and_counts_what_is_not() -> None:
 
 @pytest.mark.parametrize("kind", ["preempted", "timeout", "node failure", "cancelled", "lost", "stopped", "disk full"])
 def test_plan_repeats_freely_what_neither_request_nor_code_is_to_blame_for(kind: str) -> None:
-    assert plan([facts(failure=(kind, "gone"))])[0].state == "missing"
+    assert plan_steps([facts(failure=(kind, "gone"))])[0].state == "missing"
 
 
 def test_plan_of_a_finished_cell_is_done_whatever_failed_since() -> None:
-    assert plan([facts(finished_run="r1", failure=("bug", "later"), job=("running", "again"))])[0].state == "done"
+    assert plan_steps([facts(finished_run="r1", failure=("bug", "later"), job=("running", "again"))])[0].state == "done"

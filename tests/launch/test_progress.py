@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from ksweep.launch import progress as module
-from ksweep.launch.job import Heartbeat
-from ksweep.launch.progress import Watch
+from ksweep.launch.progress import ProgressDisplay
+from ksweep.launch.rank_records import Heartbeat
 
 
 class Clock:
@@ -44,7 +44,7 @@ def beat(rank: int, phase: str = "drawing", done: int = 0, total: int = 100, **n
 
 
 def test_watch_in_a_pipe_prints_a_line_at_each_phase(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Watch(pipe()) as watch:
+    with ProgressDisplay(pipe()) as watch:
         for phase in ("loading", "extracting", "drawing"):
             for done in range(100):
                 watch.show(phase, done, 100)
@@ -56,7 +56,7 @@ def test_watch_in_a_pipe_prints_a_line_at_each_phase(clock: Clock, capsys: pytes
 def test_watch_in_a_pipe_prints_within_a_phase_at_most_every_fifteen_seconds(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Watch(pipe()) as watch:
+    with ProgressDisplay(pipe()) as watch:
         for second in range(61):
             clock.now = 1000.0 + second
             watch.show("drawing", second, 100)
@@ -64,12 +64,12 @@ def test_watch_in_a_pipe_prints_within_a_phase_at_most_every_fifteen_seconds(
 
 
 def test_watch_of_a_phase_without_a_total_prints_no_count(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    Watch(pipe()).show("job 7: starting", 0, 0)
+    ProgressDisplay(pipe()).show("job 7: starting", 0, 0)
     assert capsys.readouterr().err == "12:00:00 job 7: starting\n"
 
 
 def test_watch_in_a_pipe_writes_numbers_readably_and_no_escape_codes(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Watch(pipe()) as watch:
+    with ProgressDisplay(pipe()) as watch:
         watch.show("drawing", 1, 2, tokens_per_second=1234.4, loss=0.12341)
     err = capsys.readouterr().err
     assert err == "12:00:00 drawing 1/2 tokens per second 1,234 loss 0.1234\n"
@@ -83,23 +83,23 @@ def test_watch_sums_work_and_rates_over_ranks_in_the_phase_of_rank_zero(clock: C
         beat(1, "extracting", done=50, tokens_per_second=999.0),
         beat(3, done=3),
     ]
-    Watch(pipe()).show_ranks(ranks)
+    ProgressDisplay(pipe()).show_ranks(ranks)
     assert capsys.readouterr().err == "12:00:00 drawing 20/100 tokens per second 300\n"
 
 
 def test_watch_of_ranks_that_overlap_never_shows_more_than_the_total(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    Watch(pipe()).show_ranks([beat(0, done=60), beat(1, done=60)])
+    ProgressDisplay(pipe()).show_ranks([beat(0, done=60), beat(1, done=60)])
     assert "drawing 100/100" in capsys.readouterr().err
 
 
 def test_watch_without_heartbeats_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    Watch(pipe()).show_ranks([])
+    ProgressDisplay(pipe()).show_ranks([])
     assert capsys.readouterr().err == ""
 
 
 def test_watch_on_a_terminal_shows_one_bar_for_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
     screen = io.StringIO()
-    with Watch(Console(file=screen, force_terminal=True, width=120)) as watch:
+    with ProgressDisplay(Console(file=screen, force_terminal=True, width=120)) as watch:
         watch.show("extracting", 40, 40)
         watch.show("drawing", 3, 320, tokens_per_second=17.0)
         watch.show("drawing", 9, 320, tokens_per_second=18.0)

@@ -20,9 +20,10 @@ from ksweep import Resources, Sweep
 from ksweep.evaluation.identity import cell_keys
 from ksweep.launch import local_executor as launch
 from ksweep.launch import status
-from ksweep.launch.job import Ending, Heartbeat, Job, all_jobs, create, is_alive
-from ksweep.launch.reconcile import book, book_ended
-from ksweep.launch.slurm.polling import Answer
+from ksweep.launch.job import Job, all_jobs, create_job
+from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive
+from ksweep.launch.reconcile import finalize_ended_jobs, finalize_if_ended
+from ksweep.launch.slurm.polling import SlurmState
 from ksweep.registry.database import connect, ingest_landings, rebuild_database
 from ksweep.utils.errors import RequestError
 from tests.tiny_models import TinyPair
@@ -58,7 +59,7 @@ def job_of(sweep: Sweep, entry: str = "works_until_told_to_stop", ranks: int = 2
         "sweep": "tiny", "cells": [asdict(cell) for cell in cells], "registry": sweep.registry,
         "resources": {"tasks": ranks}, "origin": {"argv": ["tiny.py"], "git_commit": "abc", "packages": {"torch": "2"}},
     }  # fmt: skip
-    return create(
+    return create_job(
         logs(sweep), f"tests.launch.entries:{entry}", argument, ranks, cluster=cluster,
         cells=list(zip(keys, ("temperature=1.0", "temperature=0.7"), strict=True)),
     )  # fmt: skip
@@ -134,12 +135,12 @@ def test_a_rank_that_is_shot_is_told_by_its_peer_and_has_a_row(
 @pytest.mark.slow
 def test_a_job_that_is_stopped_and_left_is_booked_by_the_next_command(sweep: Sweep) -> None:
     job = job_of(sweep)
-    submitted = launch.submit(job, sweep.resources, "test")
+    submitted = launch.start_local_job(job, sweep.resources, "test")
     until(lambda: any(beat.phase == "working" for beat in job.heartbeats()))
-    assert book_ended(logs(sweep)).verdicts[job.id].state == "running" and ask(sweep, "FROM attempts") == []
+    assert finalize_ended_jobs(logs(sweep)).statuses[job.id].state == "running" and ask(sweep, "FROM attempts") == []
     submitted.stop()
-    until(lambda: len(job.endings()) == 2)
-    book_ended(logs(sweep))
+    until(lambda: len(job.outcomes()) == 2)
+    finalize_ended_jobs(logs(sweep))
     rows = ask(sweep, "SELECT rank, status, error_class, phase, why IS NOT NULL FROM attempts ORDER BY rank")
     assert rows == [(r, "stopped", "stopped", "working", True) for r in (0, 1)]
     assert ask(sweep, "SELECT status, error_class, job, num_ranks FROM runs") == [("stopped", "stopped", job.id, 2)]
@@ -195,17 +196,21 @@ def test_each_start_of_a_requeued_job_has_its_ranks_its_lines_and_its_reason(swe
     for start, why in enumerate(("preempted", "time limit")):
         for rank in (0, 1):
             began = (job.path / f"7_{rank}_log.err").stat().st_size if start else 0
-            job.beat(beat_of(rank, attempt=start, host=f"gpu{start}", log_began=began, began=1000.0 + start))
+            job.write_heartbeat(beat_of(rank, attempt=start, host=f"gpu{start}", log_began=began, began=1000.0 + start))
             write_log(job, rank, f"start {start} of rank {rank}\n")
-            job.end(Ending(rank=rank, status="stopped", message="stopped with 3 units not begun", attempt=start, time=1100.0))
-        job.note("requeued", {"why": why, "time": 0.0, "place": []}, start)
+            job.write_outcome(
+                Outcome(rank=rank, status="stopped", message="stopped with 3 units not begun", attempt=start, time=1100.0)
+            )
+        job.write_note("requeued", {"why": why, "time": 0.0, "place": []}, start)
     for rank in (0, 1):
         began = (job.path / f"7_{rank}_log.err").stat().st_size
-        job.beat(beat_of(rank, attempt=2, host="gpu2", log_began=began, cell=key, cell_began=1500.0))
+        job.write_heartbeat(beat_of(rank, attempt=2, host="gpu2", log_began=began, cell=key, cell_began=1500.0))
         write_log(job, rank, f"start 2 of rank {rank}\nthe end: Traceback of {rank}\n")
-    job.end(Ending(rank=1, status="failed", kind="out of memory", message="no room", traceback="Traceback of 1", attempt=2,
-                   error_type="OutOfMemoryError", time=1600.0))  # fmt: skip
-    book_ended(logs(sweep))
+    job.write_outcome(
+        Outcome(rank=1, status="failed", kind="out of memory", message="no room", traceback="Traceback of 1", attempt=2,
+                error_type="OutOfMemoryError", time=1600.0)
+    )  # fmt: skip
+    finalize_ended_jobs(logs(sweep))
     rows = ask(
         sweep,
         "SELECT start, rank, host, epoch(began), epoch(ended), status, error_class, requeued, last_log_lines FROM attempts "
@@ -229,11 +234,11 @@ def test_each_start_of_a_requeued_job_has_its_ranks_its_lines_and_its_reason(swe
 
 def test_a_job_that_only_wrote_to_its_log_has_a_row_for_each_rank(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(sweep, cluster="slurm")
-    job.note("slurm", {"id": "7", "folder": str(logs(sweep)), "tag": "x"})
+    job.write_note("slurm", {"id": "7", "folder": str(logs(sweep)), "tag": "x"})
     write_log(job, 0, "ModuleNotFoundError: No module named 'ksweep'\n")
-    monkeypatch.setattr(status, "ask", lambda jobs: {job.id: Answer() for job in jobs})
-    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
-    book_ended(logs(sweep))
+    monkeypatch.setattr(status, "slurm_states", lambda jobs: {job.id: SlurmState() for job in jobs})
+    monkeypatch.setattr(status, "RECHECK_SECONDS", 0.0)
+    finalize_ended_jobs(logs(sweep))
     rows = ask(sweep, "SELECT rank, slurm_id, host, status, error_class, last_log_lines FROM attempts ORDER BY rank")
     words = "ModuleNotFoundError: No module named 'ksweep'"
     assert rows == [(0, "7", None, "gone", "setup", words), (1, "7", None, "gone", "setup", None)]
@@ -243,69 +248,71 @@ def test_a_job_that_never_began_leaves_nothing(sweep: Sweep) -> None:
     job = job_of(sweep)
     path = job.path / "job.json"
     path.write_text(json.dumps(job.spec() | {"launcher": {"pid": 1, "host": socket.gethostname(), "process_started": 0.0}}))
-    book_ended(logs(sweep))
-    assert (job.given_up() or {})["kind"] == "never submitted"
+    finalize_ended_jobs(logs(sweep))
+    assert (job.final_status() or {})["kind"] == "never submitted"
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(0,)] and ask(sweep, "SELECT count(*) FROM runs") == [(0,)]
 
 
 def test_booking_waits_for_the_last_words_of_a_living_rank(sweep: Sweep) -> None:
     job = job_of(sweep)
     for rank in (0, 1):
-        job.beat(beat_of(rank, alive=True))
-    job.end(Ending(rank=0, status="failed", kind="bug", message="first"))
-    later = Ending(rank=1, status="failed", kind="NaN", message="second", traceback="Traceback of the second")
-    threading.Timer(1.0, lambda: job.end(later)).start()
-    book_ended(logs(sweep))
+        job.write_heartbeat(beat_of(rank, alive=True))
+    job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="first"))
+    later = Outcome(rank=1, status="failed", kind="NaN", message="second", traceback="Traceback of the second")
+    threading.Timer(1.0, lambda: job.write_outcome(later)).start()
+    finalize_ended_jobs(logs(sweep))
     assert ask(sweep, "SELECT error_class, message FROM attempts ORDER BY rank") == [("bug", "first"), ("NaN", "second")]
     assert ask(sweep, "SELECT error_class, len(tracebacks) FROM runs") == [("bug", 2)]
 
 
 def test_a_rank_that_does_not_end_is_waited_for_a_few_seconds(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksweep.launch.reconcile.LAST_WORDS_SECONDS", 0.5)
+    monkeypatch.setattr("ksweep.launch.reconcile.FINAL_RECORD_GRACE_SECONDS", 0.5)
     job = job_of(sweep)
-    job.beat(beat_of(1, alive=True))
-    job.end(Ending(rank=0, status="failed", kind="bug", message="first"))
-    book_ended(logs(sweep))
+    job.write_heartbeat(beat_of(1, alive=True))
+    job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="first"))
+    finalize_ended_jobs(logs(sweep))
     assert ask(sweep, "SELECT status, error_class FROM attempts ORDER BY rank") == [("failed", "bug"), ("gone", None)]
 
 
 def test_a_job_that_has_come_back_meanwhile_is_not_booked(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksweep.launch.reconcile.LAST_WORDS_SECONDS", 0.5)
+    monkeypatch.setattr("ksweep.launch.reconcile.FINAL_RECORD_GRACE_SECONDS", 0.5)
     job = job_of(sweep)
-    job.beat(beat_of(0))
-    verdict = status.verdict(job)
+    job.write_heartbeat(beat_of(0))
+    verdict = status.job_status(job)
     assert verdict.state == "stopped"
-    job.beat(beat_of(0, alive=True, attempt=1))
-    assert not book(job, verdict)
-    assert job.given_up() is None and ask(sweep, "SELECT count(*) FROM attempts") == [(0,)]
+    job.write_heartbeat(beat_of(0, alive=True, attempt=1))
+    assert not finalize_if_ended(job, verdict)
+    assert job.final_status() is None and ask(sweep, "SELECT count(*) FROM attempts") == [(0,)]
 
 
 def test_a_survey_of_a_job_that_came_back_during_it_says_that_it_runs(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(sweep)
-    job.beat(beat_of(0))
-    monkeypatch.setattr("ksweep.launch.reconcile._hear_out", lambda _: job.beat(beat_of(0, alive=True, attempt=1)))
-    survey = book_ended(logs(sweep))
-    assert survey.verdicts[job.id].state == "running" and set(survey.at_work) == {c["key"] for c in job.spec()["cells"]}
+    job.write_heartbeat(beat_of(0))
+    monkeypatch.setattr(
+        "ksweep.launch.reconcile._wait_for_final_records", lambda _: job.write_heartbeat(beat_of(0, alive=True, attempt=1))
+    )
+    survey = finalize_ended_jobs(logs(sweep))
+    assert survey.statuses[job.id].state == "running" and set(survey.live_job_by_cell) == {c["key"] for c in job.spec()["cells"]}
 
 
 def test_a_rank_on_a_machine_with_another_clock_is_not_taken_for_dead(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksweep.launch.reconcile.BEATS_SECONDS", 0.3)
+    monkeypatch.setattr("ksweep.launch.reconcile.MAX_HEARTBEAT_INTERVAL_SECONDS", 0.3)
     job = job_of(sweep, ranks=1)
     late = beat_of(0, host="elsewhere", time=time.time() - 3600)
-    job.beat(late)
-    threading.Timer(0.1, lambda: job.beat(replace(late, time=late.time + 1))).start()
-    verdict = status.verdict(job)
-    assert verdict.kind == "killed" and not book(job, verdict) and job.given_up() is None
-    assert book(job, status.verdict(job)), "nothing has come since"
+    job.write_heartbeat(late)
+    threading.Timer(0.1, lambda: job.write_heartbeat(replace(late, time=late.time + 1))).start()
+    verdict = status.job_status(job)
+    assert verdict.kind == "killed" and not finalize_if_ended(job, verdict) and job.final_status() is None
+    assert finalize_if_ended(job, status.job_status(job)), "nothing has come since"
 
 
 def test_two_that_find_the_same_job_leave_one_run_and_one_file(sweep: Sweep) -> None:
     job = job_of(sweep)
-    job.end(Ending(rank=0, status="failed", kind="bug", message="x"))
-    verdict = status.verdict(job)
-    assert book(job, verdict)
+    job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
+    verdict = status.job_status(job)
+    assert finalize_if_ended(job, verdict)
     (job.path / "settled.json").unlink()
-    assert book(job, verdict)
+    assert finalize_if_ended(job, verdict)
     assert len(list(Path(sweep.registry).glob("landing/*"))) == len(list(Path(sweep.registry).glob("attempts/*"))) == 1
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(2,)] and ask(sweep, "SELECT count(*) FROM quarantine") == [(0,)]
 
@@ -314,31 +321,31 @@ def test_a_checkpoint_that_has_gone_does_not_keep_a_job_from_being_booked(sweep:
     moved = shutil.copytree(sweep.cell.autoencoder.av, tmp_path / "av")  # type: ignore[arg-type]
     other = replace(sweep, cell=replace(sweep.cell, autoencoder=replace(sweep.cell.autoencoder, av=str(moved))))
     job = job_of(other)
-    job.end(Ending(rank=0, status="failed", kind="bug", message="x"))
+    job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
     shutil.rmtree(moved)
     with pytest.raises(RequestError):
         cell_keys(other.cell)
-    book_ended(logs(sweep))
-    assert job.given_up() is not None and ask(sweep, "SELECT error_class FROM attempts WHERE rank = 0") == [("bug",)]
+    finalize_ended_jobs(logs(sweep))
+    assert job.final_status() is not None and ask(sweep, "SELECT error_class FROM attempts WHERE rank = 0") == [("bug",)]
 
 
 @pytest.mark.parametrize("argument", [{}, {"registry": "here", "sweep": "tiny"}, {"registry": "here", "cells": []}])
 def test_a_job_without_cells_is_booked_with_its_attempts_alone(sweep: Sweep, argument: dict[str, Any]) -> None:
     given = argument | ({"registry": sweep.registry} if "registry" in argument else {})
-    job = create(logs(sweep), "a:b", given, 1)
-    job.end(Ending(rank=0, status="failed", kind="bug", message="x"))
-    survey = book_ended(logs(sweep))
-    assert survey.failures == {} and (job.given_up() or {})["kind"] == "bug"
+    job = create_job(logs(sweep), "a:b", given, 1)
+    job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
+    survey = finalize_ended_jobs(logs(sweep))
+    assert survey.failures == {} and (job.final_status() or {})["kind"] == "bug"
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(1 if given else 0,)]
     assert ask(sweep, "SELECT count(*) FROM runs") == [(0,)]
 
 
 def test_a_torn_heartbeat_of_an_earlier_start_does_not_keep_a_job_from_being_booked(sweep: Sweep) -> None:
     job = job_of(sweep, ranks=1)
-    job.beat(beat_of(0))
+    job.write_heartbeat(beat_of(0))
     (job.path / "attempt-000" / "rank-0.json").write_text('{"rank": 0, "pi')
-    job.end(Ending(rank=0, status="failed", kind="bug", message="x", attempt=1))
-    book_ended(logs(sweep))
+    job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x", attempt=1))
+    finalize_ended_jobs(logs(sweep))
     assert ask(sweep, "SELECT start, status FROM attempts ORDER BY start") == [(0, "gone"), (1, "failed")]
 
 
@@ -347,8 +354,8 @@ def test_a_torn_heartbeat_of_an_earlier_start_does_not_keep_a_job_from_being_boo
 
 def one_job(sweep: Sweep) -> Path:
     job = job_of(sweep)
-    job.end(Ending(rank=0, status="failed", kind="bug", message="x"))
-    book_ended(logs(sweep))
+    job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
+    finalize_ended_jobs(logs(sweep))
     return Path(sweep.registry) / "attempts" / f"{job.id}.json"
 
 
@@ -388,12 +395,12 @@ def test_attempts_that_are_removed_disappear_and_runs_stay(sweep: Sweep) -> None
 @pytest.mark.slow
 def test_a_running_job_that_somebody_has_settled_ends_itself(sweep: Sweep) -> None:
     job = job_of(sweep, "sleeps")
-    submitted = launch.submit(job, sweep.resources, "test")
+    submitted = launch.start_local_job(job, sweep.resources, "test")
     try:
         until(lambda: len(job.heartbeats()) == 2)
-        job.note("settled", {"state": "stopped", "reason": "it seemed to be gone", "kind": "lost"})
+        job.write_note("settled", {"state": "stopped", "reason": "it seemed to be gone", "kind": "lost"})
         until(lambda: not any(map(is_alive, job.heartbeats())))
-        words = {ending.message for ending in job.endings()}
+        words = {ending.message for ending in job.outcomes()}
         assert any("given up while it ran (it seemed to be gone)" in word for word in words), words
     finally:
         submitted.kill()
@@ -405,4 +412,4 @@ def test_a_run_in_this_process_shows_its_progress_to_others(sweep: Sweep) -> Non
     [job] = all_jobs(logs(here))
     [beat] = job.heartbeats()
     assert (beat.pid, beat.phase.endswith("statistics"), beat.cell) == (os.getpid(), True, cell_keys(here.cell).cell)
-    assert set(beat.seconds) >= {"activations", "drawing"} and job.given_up() is not None
+    assert set(beat.seconds) >= {"activations", "drawing"} and job.final_status() is not None

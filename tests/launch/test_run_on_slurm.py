@@ -8,10 +8,11 @@ import pytest
 
 import ksweep
 from ksweep import Activations, Autoencoder, Cell, Resources, RunError, Sweep
-from ksweep.launch import code_snapshot, run_on_slurm, status
-from ksweep.launch.job import Job, all_jobs, create
+from ksweep.launch import code_snapshot, run_on_slurm
+from ksweep.launch.job import Job, all_jobs, create_job
 from ksweep.launch.plan import Step
 from ksweep.launch.slurm import sbatch
+from ksweep.launch.survey import survey_jobs
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
 COMMANDS = {
@@ -35,8 +36,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    monkeypatch.setattr(sbatch, "SBATCH_SECONDS", 0.0)
-    monkeypatch.setattr(code_snapshot, "take", lambda _: None)
+    monkeypatch.setattr(sbatch, "SBATCH_OUTLIVES_SECONDS", 0.0)
+    monkeypatch.setattr(code_snapshot, "snapshot_code", lambda _: None)
     return tmp_path
 
 
@@ -47,8 +48,8 @@ def sweep(tmp_path: Path) -> Sweep:
 
 
 def ended(tmp_path: Path, label: str, state: str, reason: str) -> Job:
-    job = create(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cluster="slurm", cells=[(f"key-of-{label}", label)])
-    job.note("settled", {"state": state, "reason": reason, "kind": "setup" if state == "failed" else ""})
+    job = create_job(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cluster="slurm", cells=[(f"key-of-{label}", label)])
+    job.write_note("settled", {"state": state, "reason": reason, "kind": "setup" if state == "failed" else ""})
     return job
 
 
@@ -59,7 +60,7 @@ def test_waiting_names_every_cell_that_failed(sweep: Sweep, tmp_path: Path, caps
         ended(tmp_path, "t=2", "failed", "no disk"),
     ]
     with pytest.raises(RunError, match="no module"):
-        run_on_slurm.wait(jobs, sweep)
+        run_on_slurm.wait_for_slurm_jobs(jobs, sweep)
     said = capsys.readouterr().err
     assert f"failed: t=0 @key-of-t (job {jobs[0].id})" in said and f"failed: t=2 @key-of-t (job {jobs[2].id}): no disk" in said
     assert "t=1" not in said
@@ -72,17 +73,17 @@ def missing(sweep: Sweep, count: int) -> list[tuple[Cell, Step]]:
 def test_a_submission_that_slurm_took_in_part_says_how_much_and_what_to_do(sweep: Sweep, cluster: Path) -> None:
     one_each = ksweep.replace_at(sweep, "resources.cells_per_job", 1)
     with pytest.raises(RunError, match=r"2 of 5 jobs are submitted.*other 3 \(.*AssocMaxSubmitJobLimit\): the same command"):
-        run_on_slurm.submit(one_each, missing(one_each, 5))
+        run_on_slurm.submit_missing_cells(one_each, missing(one_each, 5))
     (cluster / "full").unlink()
     assert [job.slurm_id() for job in all_jobs(cluster / "logs")].count(None) == 3
-    assert set(status.survey(cluster / "logs").verdicts) == {j.id for j in all_jobs(cluster / "logs") if j.slurm_id()}
+    assert set(survey_jobs(cluster / "logs").statuses) == {j.id for j in all_jobs(cluster / "logs") if j.slurm_id()}
 
 
 def test_jobs_of_an_installed_package_say_what_code_they_run_and_the_command_once(
     sweep: Sweep, cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_on_slurm.submit(ksweep.replace_at(sweep, "resources.cells_per_job", 1), missing(sweep, 2))
-    code = [job.noted("code") for job in all_jobs(cluster / "logs")]
+    run_on_slurm.submit_missing_cells(ksweep.replace_at(sweep, "resources.cells_per_job", 1), missing(sweep, 2))
+    code = [job.read_note("code") for job in all_jobs(cluster / "logs")]
     assert code == [{"path": str(Path(ksweep.__file__).parent), "commit": f"ksweep {ksweep.__version__}", "diff": None}] * 2
     assert capsys.readouterr().err.count("jobs run the installed ksweep") == 1
 

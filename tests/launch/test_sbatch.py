@@ -12,7 +12,7 @@ from ksweep.config.resources import Resources
 from ksweep.config.spec import Activations, Autoencoder, Cell
 from ksweep.config.sweep import Sweep
 from ksweep.launch import status
-from ksweep.launch.job import Job, all_jobs, create
+from ksweep.launch.job import Job, all_jobs, create_job
 from ksweep.launch.slurm import commands, sbatch
 from ksweep.utils.errors import SpecError
 from tests.config.helpers import overridden
@@ -28,7 +28,7 @@ def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def script(num_jobs: int = 1, after: str | None = None, code: Path | None = None, **changes: Any) -> list[str]:
     resources = Resources(cluster="slurm", **({"gpus": 0} | changes))
-    text = sbatch.script(Path("/logs/x"), resources, "tiny", num_jobs=num_jobs, tag="ksweep:x", after=after, code=code)
+    text = sbatch.batch_script(Path("/logs/x"), resources, "tiny", num_jobs=num_jobs, tag="ksweep:x", after=after, code=code)
     return text.splitlines()
 
 
@@ -99,7 +99,7 @@ def test_arrays_keep_to_the_cap() -> None:
     ],
 )
 def test_the_shape_of_a_job_is_said_in_words(changes: dict[str, Any], words: str) -> None:
-    assert sbatch.shape(Resources(cluster="slurm", exclusive=False, **changes)) == f"{words}, 24:00:00"
+    assert sbatch.job_shape_text(Resources(cluster="slurm", exclusive=False, **changes)) == f"{words}, 24:00:00"
 
 
 def sweep_with(*arguments: str) -> Resources:
@@ -161,9 +161,9 @@ def nodes_of_64_cpus(tmp_path: Path) -> None:
     ],
 )
 def test_more_memory_or_cpus_than_a_node_has_are_refused_with_what_it_has(changes: dict[str, Any], words: str) -> None:
-    sbatch.refuse(Resources(cluster="slurm", gpus=8, cpus_per_gpu=8, mem_gb=500))
+    sbatch.validate_slurm_resources(Resources(cluster="slurm", gpus=8, cpus_per_gpu=8, mem_gb=500))
     with pytest.raises(SpecError, match=words):
-        sbatch.refuse(Resources(cluster="slurm", **changes))
+        sbatch.validate_slurm_resources(Resources(cluster="slurm", **changes))
 
 
 def says(folder: Path, name: str, text: str | None) -> None:
@@ -195,10 +195,10 @@ def test_accounts_and_qos_of_others_are_refused_with_ones_own(tmp_path: Path, ch
     says(tmp_path, "sacctmgr", ANN)
     wanted = Resources(cluster="slurm", gpus=0, partition="main", **changes)
     if words is None:
-        sbatch.refuse(wanted)
+        sbatch.validate_slurm_resources(wanted)
     else:
         with pytest.raises(SpecError, match=words):
-            sbatch.refuse(wanted)
+            sbatch.validate_slurm_resources(wanted)
 
 
 @pytest.mark.usefixtures("nodes_of_64_cpus")
@@ -211,7 +211,7 @@ def test_where_accounting_says_nothing_of_a_user_it_is_left_to_sbatch(
 ) -> None:
     says(tmp_path, "scontrol", config)
     says(tmp_path, "sacctmgr", mine)
-    sbatch.refuse(Resources(cluster="slurm", gpus=0, account="any", qos="any"))
+    sbatch.validate_slurm_resources(Resources(cluster="slurm", gpus=0, account="any", qos="any"))
 
 
 def test_a_dependency_of_the_users_holds_beside_that_of_the_cap() -> None:
@@ -234,7 +234,7 @@ TIMES_OUT = f'echo "9|PENDING|Priority|billed to lab|$2" >{{folder}}/queue; {REF
 @pytest.fixture
 def cluster_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A cluster with arrays of two that takes so many submissions; what the next one meets is `then`."""
-    monkeypatch.setattr(sbatch, "SBATCH_SECONDS", 0.0)
+    monkeypatch.setattr(sbatch, "SBATCH_OUTLIVES_SECONDS", 0.0)
     says(tmp_path, "scontrol", "ClusterName = testbed\nMaxArraySize = 2")
     (tmp_path / "queue").write_text("")
     (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
@@ -247,10 +247,10 @@ def cluster_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     return takes
 
 
-def hand_over(tmp_path: Path, count: int, beside: Sequence[str] = (), **changes: Any) -> tuple[list[Job], sbatch.Submitted]:
-    jobs = [create(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cluster="slurm") for _ in range(count)]
+def hand_over(tmp_path: Path, count: int, beside: Sequence[str] = (), **changes: Any) -> tuple[list[Job], sbatch.Submission]:
+    jobs = [create_job(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cluster="slurm") for _ in range(count)]
     resources = Resources(cluster="slurm", gpus=0, **changes)
-    return jobs, sbatch.submit(tmp_path / "logs", jobs, resources, "tiny", beside=beside)
+    return jobs, sbatch.submit_arrays(tmp_path / "logs", jobs, resources, "tiny", beside=beside)
 
 
 def test_what_slurm_does_not_take_after_a_first_array_is_left_for_the_next_command(
@@ -258,10 +258,10 @@ def test_what_slurm_does_not_take_after_a_first_array_is_left_for_the_next_comma
 ) -> None:
     cluster_of_two(1)
     jobs, done = hand_over(tmp_path, 5)
-    assert done.arrays == ["101"] and done.left == jobs[2:] and "QOSMaxSubmitJobPerUserLimit" in done.why
+    assert done.arrays == ["101"] and done.not_submitted == jobs[2:] and "QOSMaxSubmitJobPerUserLimit" in done.why
     assert [job.slurm_id() for job in jobs] == ["101_0", "101_1", None, None, None]
-    assert [status.verdict(job).kind for job in jobs[2:]] == ["never submitted"] * 3
-    assert sbatch.settle(tmp_path / "logs") == []
+    assert [status.job_status(job).kind for job in jobs[2:]] == ["never submitted"] * 3
+    assert sbatch.resolve_interrupted_submissions(tmp_path / "logs") == []
 
 
 def test_an_array_that_was_taken_although_sbatch_failed_is_found_by_its_script(
@@ -269,7 +269,7 @@ def test_an_array_that_was_taken_although_sbatch_failed_is_found_by_its_script(
 ) -> None:
     cluster_of_two(1, TIMES_OUT)
     jobs, done = hand_over(tmp_path, 4)
-    assert done.arrays == ["101", "9"] and not done.left
+    assert done.arrays == ["101", "9"] and not done.not_submitted
     assert [job.slurm_id() for job in jobs] == ["101_0", "101_1", "9_0", "9_1"]
 
 
@@ -277,7 +277,7 @@ def test_nothing_taken_is_an_error_and_forgotten(tmp_path: Path, cluster_of_two:
     cluster_of_two(0)
     with pytest.raises(commands.SlurmError, match="QOSMaxSubmitJobPerUserLimit"):
         hand_over(tmp_path, 3)
-    assert {status.verdict(job).kind for job in all_jobs(tmp_path / "logs")} == {"never submitted"}
+    assert {status.job_status(job).kind for job in all_jobs(tmp_path / "logs")} == {"never submitted"}
 
 
 @pytest.mark.parametrize(("cap", "chain"), [(3, ["afterany:55:77", "afterany:101"]), (None, [])])
@@ -295,7 +295,7 @@ def test_what_the_users_shell_tells_sbatch_fills_what_the_sweep_leaves_open(monk
     monkeypatch.setenv("SBATCH_PARTITION", "debug")
     monkeypatch.setenv("SBATCH_WCKEY", "project")
     monkeypatch.setenv("SBATCH_RESERVATION", "night")
-    found = sbatch.with_users_defaults(Resources(cluster="slurm", gpus=0, partition="h100", extra={"reservation": "day"}))
+    found = sbatch.with_sbatch_defaults(Resources(cluster="slurm", gpus=0, partition="h100", extra={"reservation": "day"}))
     assert (found.account, found.partition, found.qos) == ("lab", "h100", None)
     assert found.extra == {"wckey": "project", "reservation": "day"}
 
@@ -304,7 +304,7 @@ def test_slurms_commands_without_a_cluster_are_none(tmp_path: Path, monkeypatch:
     for name in ("sbatch", "scontrol"):
         (tmp_path / name).write_text("#!/bin/sh\necho 'Could not establish a configuration source' >&2\nexit 1\n")
         (tmp_path / name).chmod(0o755)
-    assert not commands.is_there()
+    assert not commands.has_cluster()
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Slurmctld(primary) at head is UP'\n")
     monkeypatch.setenv("SLURM_CONF", "elsewhere")
-    assert commands.is_there()
+    assert commands.has_cluster()

@@ -19,11 +19,14 @@ import psutil
 import pytest
 
 from ksweep.launch import status
-from ksweep.launch.job import Ending, Heartbeat, Job, create
+from ksweep.launch import survey as survey_module
+from ksweep.launch.job import Job, create_job
+from ksweep.launch.rank_records import Heartbeat, Outcome
 from ksweep.launch.slurm import commands, polling, sbatch
-from ksweep.launch.slurm.commands import Accounted, Queued
-from ksweep.launch.slurm.polling import Answer
+from ksweep.launch.slurm.commands import AccountingEntry, QueueEntry
+from ksweep.launch.slurm.polling import SlurmState
 from ksweep.launch.status import Traces, explained, told
+from ksweep.launch.survey import survey_jobs
 from ksweep.launch.worker.requeue import is_stuck
 
 NOW = time.time()
@@ -32,7 +35,7 @@ NOW = time.time()
 @pytest.fixture(autouse=True)
 def asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSWEEP_SLURM_SECONDS", "0")
-    monkeypatch.setattr(polling, "_last", polling._Word())
+    monkeypatch.setattr(polling, "_last", polling._Poll())
 
 
 def beat(rank: int = 0, age: float = 1.0, **changes: Any) -> Heartbeat:
@@ -41,12 +44,12 @@ def beat(rank: int = 0, age: float = 1.0, **changes: Any) -> Heartbeat:
     return replace(plain, time=time.time() - age, **changes)
 
 
-def queued(state: str, reason: str = "None") -> Answer:
-    return Answer(queued=Queued("7", state, reason, "ksweep:x"))
+def queued(state: str, reason: str = "None") -> SlurmState:
+    return SlurmState(queued=QueueEntry("7", state, reason, "ksweep:x"))
 
 
-def accounted(state: str) -> Answer:
-    return Answer(accounted=Accounted(state, "0:9", "gpu3"))
+def accounted(state: str) -> SlurmState:
+    return SlurmState(accounted=AccountingEntry(state, "0:9", "gpu3"))
 
 
 def test_fresh_heartbeats_say_running_and_how_far() -> None:
@@ -60,7 +63,7 @@ def test_old_heartbeats_say_nothing(age: float) -> None:
 
 
 def test_a_job_has_finished_when_every_rank_says_so_and_not_before() -> None:
-    done = [Ending(rank=r, status="finished") for r in (0, 1)]
+    done = [Outcome(rank=r, status="finished") for r in (0, 1)]
     assert (found := told([beat(0), beat(1)], done, 2, local=False)) is not None and found.state == "finished"
     assert (found := told([beat(0), beat(1)], done[:1], 2, local=False)) is not None and found.state == "running"
     assert told([beat(0), beat(1, age=300)], done[:1], 2, local=False) is None
@@ -68,16 +71,16 @@ def test_a_job_has_finished_when_every_rank_says_so_and_not_before() -> None:
 
 def test_the_first_rank_that_failed_is_the_cause() -> None:
     endings = [
-        Ending(rank=0, status="failed", kind="dead rank", message="rank 1 died", time=NOW + 2),
-        Ending(rank=1, status="failed", kind="out of memory", message="no room", time=NOW),
-        Ending(rank=2, status="stopped", message="rank 1 failed", time=NOW - 1),
+        Outcome(rank=0, status="failed", kind="dead rank", message="rank 1 died", time=NOW + 2),
+        Outcome(rank=1, status="failed", kind="out of memory", message="no room", time=NOW),
+        Outcome(rank=2, status="stopped", message="rank 1 failed", time=NOW - 1),
     ]
     found = told([], endings, 3, local=False)
-    assert found is not None and (found.state, found.kind, found.ending) == ("failed", "out of memory", endings[1])
+    assert found is not None and (found.state, found.kind, found.outcome) == ("failed", "out of memory", endings[1])
 
 
 def test_ranks_that_stopped_on_slurm_leave_it_to_the_queue_whether_they_come_back() -> None:
-    endings = [Ending(rank=0, status="stopped", message="asked to")]
+    endings = [Outcome(rank=0, status="stopped", message="asked to")]
     assert told([beat()], endings, 1, local=False) is None
     assert (found := told([beat()], endings, 1, local=True)) is not None and found.state == "stopped"
     coming = explained("7", queued("PENDING", "BeginTime"), Traces(requeued="preempted", stopped="asked to"))
@@ -113,29 +116,29 @@ BEFORE = Traces(spoke=False)
         (accounted("COMPLETED"), Traces(), "failed", "dead rank", "record"),
         # A line of `setup` that exits: no rank has ever spoken.
         (accounted("FAILED"), replace(BEFORE, words=NO_MODULE), "failed", "setup", "record"),
-        (Answer(), replace(BEFORE, words=NO_MODULE), "failed", "setup", "either"),
+        (SlurmState(), replace(BEFORE, words=NO_MODULE), "failed", "setup", "either"),
         # Without accounting slurmstepd's own words are all there is.
-        (Answer(), Traces(words=OUT_OF_TIME), "stopped", "timeout", ""),
-        (Answer(), replace(BEFORE, words=f"{NO_MODULE}\n{CANCELLED}"), "stopped", "cancelled", ""),
-        (Answer(), Traces(words=CANCELLED.replace("JOB 15006", "STEP 15006.0")), "stopped", "lost", "either"),
-        (Answer(), Traces(words=OUT_OF_TIME + "\nlater start" * 6), "stopped", "lost", "either"),
+        (SlurmState(), Traces(words=OUT_OF_TIME), "stopped", "timeout", ""),
+        (SlurmState(), replace(BEFORE, words=f"{NO_MODULE}\n{CANCELLED}"), "stopped", "cancelled", ""),
+        (SlurmState(), Traces(words=CANCELLED.replace("JOB 15006", "STEP 15006.0")), "stopped", "lost", "either"),
+        (SlurmState(), Traces(words=OUT_OF_TIME + "\nlater start" * 6), "stopped", "lost", "either"),
         # A cancelled element that was waiting leaves no record at all.
-        (Answer(), BEFORE, "stopped", "lost", "either"),
-        (Answer(reachable=False), Traces(), "unknown", "", ""),
-        (Answer(reachable=False, elsewhere="it is on cluster b, and this command runs on a"), Traces(), "unknown", "", ""),
+        (SlurmState(), BEFORE, "stopped", "lost", "either"),
+        (SlurmState(reachable=False), Traces(), "unknown", "", ""),
+        (SlurmState(reachable=False, elsewhere="it is on cluster b, and this command runs on a"), Traces(), "unknown", "", ""),
     ],
 )
 def test_silence_is_explained_by_what_slurm_says_and_what_is_left(
-    answer: Answer, traces: Traces, state: str, kind: str, look_again: str
+    answer: SlurmState, traces: Traces, state: str, kind: str, look_again: str
 ) -> None:
     found = explained("7", answer, traces)
-    assert (found.state, found.kind, found.look_again) == (state, kind, look_again)
+    assert (found.state, found.kind, found.recheck) == (state, kind, look_again)
     assert "module: command not found" in found.reason or kind != "setup"
 
 
 def submitted(tmp_path: Path) -> Job:
-    job = create(tmp_path, "a:b", {"sweep": "s"}, 1, cluster="slurm", cells=[("key", "n=1")])
-    job.note("slurm", {"id": "7", "folder": str(tmp_path), "tag": "ksweep:mine", "cluster": "testbed"})
+    job = create_job(tmp_path, "a:b", {"sweep": "s"}, 1, cluster="slurm", cells=[("key", "n=1")])
+    job.write_note("slurm", {"id": "7", "folder": str(tmp_path), "tag": "ksweep:mine", "cluster": "testbed"})
     return job
 
 
@@ -154,27 +157,27 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **words: str) -> N
 def test_a_job_that_seems_gone_is_believed_gone_only_at_a_second_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|NODE_FAIL|0:0|gpu1")
     job = submitted(tmp_path)
-    assert status.verdict(job).state == "unknown"
-    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
-    found = status.verdict(job)
+    assert status.job_status(job).state == "unknown"
+    monkeypatch.setattr(status, "RECHECK_SECONDS", 0.0)
+    found = status.job_status(job)
     assert (found.state, found.kind) == ("stopped", "node failure")
     # It comes back: whatever was believed is forgotten.
     stand_in(tmp_path, monkeypatch, squeue="7|PENDING|BeginTime|ksweep:mine|(null)", sacct="7|NODE_FAIL|0:0|gpu1")
-    assert status.verdict(job).state == "waiting" and job.noted("seems-gone") is None
+    assert status.job_status(job).state == "waiting" and job.read_note("seems-gone") is None
 
 
 def test_a_number_that_slurm_gave_twice_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|somebody else's|(null)", sacct="")
-    assert status.verdict(submitted(tmp_path)).look_again
+    assert status.job_status(submitted(tmp_path)).recheck
     stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|ksweep:mine|(null)", sacct="")
-    assert status.verdict(submitted(tmp_path)).state == "running"
+    assert status.job_status(submitted(tmp_path)).state == "running"
 
 
 def test_a_job_whose_comment_a_site_has_rewritten_is_known_by_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, squeue=f"7|RUNNING|None|billed | to lab|{tmp_path}/script.sh", sacct="")
-    assert status.verdict(submitted(tmp_path)).state == "running"
+    assert status.job_status(submitted(tmp_path)).state == "running"
     stand_in(tmp_path, monkeypatch, squeue="7|RUNNING|None|billed | to lab|/elsewhere/script.sh", sacct="")
-    assert status.verdict(submitted(tmp_path)).look_again
+    assert status.job_status(submitted(tmp_path)).recheck
 
 
 # Lines of `scontrol show config` of Slurm 22.05.
@@ -184,14 +187,14 @@ CONFIG = "AccountingStorageEnforce = associations,limits,qos\nClusterName       
 def test_a_job_on_another_cluster_of_the_same_file_system_is_not_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(status, "RECHECK_SECONDS", 0.0)
     job = submitted(tmp_path)
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|FAILED|1:0|x1", scontrol=CONFIG.format("other"))
-    found = status.verdict(job)
+    found = status.job_status(job)
     assert found.state == "unknown" and "on cluster testbed, and this command runs on other: ask there" in found.reason
-    assert polling.numbers_here([job]) == [], "its number is somebody else's job here"
+    assert polling.ids_on_this_cluster([job]) == [], "its number is somebody else's job here"
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|FAILED|1:0|x1", scontrol=CONFIG.format("testbed"))
-    assert status.verdict(job).state == "failed" and polling.numbers_here([job]) == ["7"]
+    assert status.job_status(job).state == "failed" and polling.ids_on_this_cluster([job]) == ["7"]
     assert commands.max_array_size() == 9
 
 
@@ -203,7 +206,7 @@ def test_a_submission_that_died_on_another_cluster_is_left_to_it(tmp_path: Path,
     dead = {"pid": 2**22 + 1, "host": socket.gethostname(), "process_started": 0.0, "time": 0.0}
     intent = {"tag": "ksweep:one", "launcher": dead, "user": getpass.getuser(), "cluster": "testbed"}
     (folder / "intent.json").write_text(json.dumps(intent))
-    [line] = sbatch.settle(tmp_path)
+    [line] = sbatch.resolve_interrupted_submissions(tmp_path)
     assert "its launcher died on cluster testbed; this is other" in line and not (folder / "submitted.json").exists()
 
 
@@ -226,24 +229,24 @@ def test_slurm_is_asked_once_in_a_while_however_often_one_looks(tmp_path: Path, 
     for second in range(300):
         clock[0] = 1000.0 + second
         before = len(count.read_text()) if count.exists() else 0
-        assert status.verdict(job).state == "waiting"
+        assert status.job_status(job).state == "waiting"
         if len(count.read_text()) > before:
             moments.append(second)
     # All that it says is that the job waits: the pause grows to a minute.
     assert moments == [0, 15, 45, 105, 165, 225, 285]
     # A job that was submitted since then is not in that answer: about it Slurm is asked at once, and only once.
     new = submitted(tmp_path)
-    new.note("slurm", {"id": "8", "folder": str(tmp_path), "tag": "ksweep:new", "cluster": "testbed"})
+    new.write_note("slurm", {"id": "8", "folder": str(tmp_path), "tag": "ksweep:new", "cluster": "testbed"})
     for _ in range(3):
-        assert status.verdict(new).look_again
+        assert status.job_status(new).recheck
     assert len(count.read_text().split()) == len(moments) + 1
 
 
 def test_jobs_that_speak_cost_slurm_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = asked(tmp_path, monkeypatch, "")
     job = submitted(tmp_path)
-    job.beat(beat())
-    assert status.verdict(job).state == "running" and not count.exists()
+    job.write_heartbeat(beat())
+    assert status.job_status(job).state == "running" and not count.exists()
 
 
 def test_what_may_only_be_out_of_sight_is_waited_for_longer_on_a_network_file_system(
@@ -256,21 +259,21 @@ def test_what_may_only_be_out_of_sight_is_waited_for_longer_on_a_network_file_sy
     monkeypatch.setattr(status, "on_local_disk", lambda _: False)
     for age, state in ((0, "unknown"), (61, "unknown"), (76, "failed")):
         now[0] = NOW + age
-        assert status.verdict(job).state == state, age
-    job.end(Ending(rank=0, status="finished"))
-    assert status.verdict(job).state == "finished"
-    (job.folder() / "ended-0.json").unlink()
+        assert status.job_status(job).state == state, age
+    job.write_outcome(Outcome(rank=0, status="finished"))
+    assert status.job_status(job).state == "finished"
+    (job.attempt_folder() / "ended-0.json").unlink()
     monkeypatch.setattr(status, "on_local_disk", lambda _: True)
-    assert status.verdict(job).state == "failed"
+    assert status.job_status(job).state == "failed"
 
 
 def test_lines_of_setup_that_end_a_job_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(status, "RECHECK_SECONDS", 0.0)
     stand_in(tmp_path, monkeypatch, squeue="", scontrol=CONFIG.format("testbed"))
     job = submitted(tmp_path)
     (tmp_path / "7_0_log.err").write_text("Lmod has detected the following error:\nThe module cuda/99 is unknown\n")
     (tmp_path / "7_0_log.out").write_text("")
-    found = status.verdict(job)
+    found = status.job_status(job)
     assert (found.state, found.kind) == ("failed", "setup") and found.reason.endswith(
         'last lines: "Lmod has detected the following error: | The module cuda/99 is unknown"'
     )
@@ -280,62 +283,62 @@ def test_a_colleagues_job_that_this_user_cannot_see_in_the_queue_is_not_given_up
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|PENDING|0:0|")
-    monkeypatch.setattr(status, "SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(status, "RECHECK_SECONDS", 0.0)
     job = submitted(tmp_path)
-    assert status.verdict(job).state == "stopped"
-    job.note("slurm", {"id": "7", "folder": str(tmp_path), "tag": "ksweep:mine", "user": "a colleague"})
-    assert status.verdict(job).state == "unknown"
+    assert status.job_status(job).state == "stopped"
+    job.write_note("slurm", {"id": "7", "folder": str(tmp_path), "tag": "ksweep:mine", "user": "a colleague"})
+    assert status.job_status(job).state == "unknown"
 
 
 def test_a_job_whose_launcher_died_at_sbatch_is_left_to_the_settling(tmp_path: Path) -> None:
     folder = tmp_path / "submissions" / "one"
     folder.mkdir(parents=True)
-    code = f"import pathlib, ksweep.launch.job as j; print(j.create(pathlib.Path({str(tmp_path)!r}), 'a:b', {{}}, 1).path)"
+    code = f"import pathlib, ksweep.launch.job as j; print(j.create_job(pathlib.Path({str(tmp_path)!r}), 'a:b', {{}}, 1).path)"
     path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     (folder / "jobs.json").write_text(f'["{path}"]')
     (folder / "intent.json").write_text("{}")
-    assert status.verdict(Job(Path(path))).state == "unknown"
+    assert status.job_status(Job(Path(path))).state == "unknown"
     (folder / "submitted.json").write_text("{}")
-    assert status.verdict(Job(Path(path))).kind == "never submitted"
+    assert status.job_status(Job(Path(path))).kind == "never submitted"
 
 
 def test_slurm_that_does_not_answer_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch)
-    found = status.verdict(submitted(tmp_path))
-    assert found.state == "unknown" and "does not answer" in found.reason and found.state in status.LIVE
+    found = status.job_status(submitted(tmp_path))
+    assert found.state == "unknown" and "does not answer" in found.reason and found.state in status.LIVE_STATES
 
 
 def test_an_older_start_is_not_taken_for_the_newer(tmp_path: Path) -> None:
     job = submitted(tmp_path)
-    job.beat(beat(age=300))
-    job.end(Ending(rank=0, status="failed", kind="dead rank", message="cut off", attempt=0))
-    job.beat(beat(attempt=1))
-    assert status.verdict(job).state == "running"
+    job.write_heartbeat(beat(age=300))
+    job.write_outcome(Outcome(rank=0, status="failed", kind="dead rank", message="cut off", attempt=0))
+    job.write_heartbeat(beat(attempt=1))
+    assert status.job_status(job).state == "running"
     # The older start ends after the newer began; whatever it says is about itself.
-    job.end(Ending(rank=0, status="finished", attempt=0))
-    assert status.verdict(job).state == "running" and job.endings() == []
+    job.write_outcome(Outcome(rank=0, status="finished", attempt=0))
+    assert status.job_status(job).state == "running" and job.outcomes() == []
 
 
 def test_a_job_that_its_launcher_never_started_ends_with_it(tmp_path: Path) -> None:
-    job = create(tmp_path, "a:b", {"sweep": "s"}, 1, cells=[("key", "n=1")])
-    assert status.verdict(job).state == "waiting"
-    code = f"import pathlib, ksweep.launch.job as j; print(j.create(pathlib.Path({str(tmp_path)!r}), 'a:b', {{}}, 1).id)"
+    job = create_job(tmp_path, "a:b", {"sweep": "s"}, 1, cells=[("key", "n=1")])
+    assert status.job_status(job).state == "waiting"
+    code = f"import pathlib, ksweep.launch.job as j; print(j.create_job(pathlib.Path({str(tmp_path)!r}), 'a:b', {{}}, 1).id)"
     other = Job(
         tmp_path / subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     )
-    found = status.verdict(other)
+    found = status.job_status(other)
     assert (found.state, found.kind) == ("stopped", "never submitted")
 
 
 def test_a_local_rank_is_alive_as_long_as_its_process(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    job = create(tmp_path, "a:b", {"sweep": "s"}, 1)
+    job = create_job(tmp_path, "a:b", {"sweep": "s"}, 1)
     started = psutil.Process(process.pid).create_time()
-    job.beat(replace(beat(age=900), pid=process.pid, host=socket.gethostname(), process_started=started))
-    assert status.verdict(job).state == "running"
+    job.write_heartbeat(replace(beat(age=900), pid=process.pid, host=socket.gethostname(), process_started=started))
+    assert status.job_status(job).state == "running"
     process.kill()
     process.wait()
-    found = status.verdict(job)
+    found = status.job_status(job)
     assert (found.state, found.kind) == ("stopped", "killed")
 
 
@@ -352,36 +355,38 @@ def test_a_job_is_stuck_when_two_starts_before_reached_their_limit_at_the_same_p
 
 
 def test_a_survey_names_the_cells_that_are_at_work_and_the_jobs_that_ended(tmp_path: Path) -> None:
-    running, failed, settled = (create(tmp_path, "a:b", {}, 1, cells=[(key, key)]) for key in ("one", "two", "three"))
-    running.beat(replace(beat(), pid=os.getpid(), host=socket.gethostname(), process_started=psutil.Process().create_time()))
-    failed.end(Ending(rank=0, status="failed", kind="NaN", message="loss is NaN"))
-    settled.note("settled", {"state": "failed", "reason": "said before", "kind": "bug"})
-    survey = status.survey(tmp_path)
-    assert set(survey.at_work) == {"one"} and [job.id for job, _ in survey.ended] == [failed.id]
+    running, failed, settled = (create_job(tmp_path, "a:b", {}, 1, cells=[(key, key)]) for key in ("one", "two", "three"))
+    running.write_heartbeat(
+        replace(beat(), pid=os.getpid(), host=socket.gethostname(), process_started=psutil.Process().create_time())
+    )
+    failed.write_outcome(Outcome(rank=0, status="failed", kind="NaN", message="loss is NaN"))
+    settled.write_note("settled", {"state": "failed", "reason": "said before", "kind": "bug"})
+    survey = survey_jobs(tmp_path)
+    assert set(survey.live_job_by_cell) == {"one"} and [job.id for job, _ in survey.ended] == [failed.id]
     assert survey.failures == {"two": ("NaN", "NaN: loss is NaN")}
 
 
 def test_a_survey_looks_into_settled_jobs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "SETTLED_AT_ONCE", 3)
-    assert status.survey(tmp_path / "nowhere").verdicts == {}
-    jobs = [create(tmp_path, "a:b", {}, 1, cells=[("key", "n=1")]) for _ in range(5)]
+    monkeypatch.setattr(survey_module, "INDEX_AFTER", 3)
+    assert survey_jobs(tmp_path / "nowhere").statuses == {}
+    jobs = [create_job(tmp_path, "a:b", {}, 1, cells=[("key", "n=1")]) for _ in range(5)]
     for job in jobs[:4]:
-        job.note("settled", {"state": "finished", "reason": "", "kind": ""})
+        job.write_note("settled", {"state": "finished", "reason": "", "kind": ""})
     for _ in range(2):
-        assert set(status.survey(tmp_path).verdicts) == {jobs[4].id}
+        assert set(survey_jobs(tmp_path).statuses) == {jobs[4].id}
     for job in jobs[:4]:  # looked into again, these would be open
         (job.path / "settled.json").unlink()
-    assert set(status.survey(tmp_path).verdicts) == {jobs[4].id}
-    (tmp_path / status.SETTLED).unlink()
-    assert len(status.survey(tmp_path).verdicts) == 5
+    assert set(survey_jobs(tmp_path).statuses) == {jobs[4].id}
+    (tmp_path / survey_module.FINALIZED_INDEX).unlink()
+    assert len(survey_jobs(tmp_path).statuses) == 5
 
 
 def test_a_failure_is_blamed_on_the_cell_that_the_rank_was_at(tmp_path: Path) -> None:
-    job = create(tmp_path, "a:b", {}, 2, cells=[("one", "one"), ("two", "two")])
-    job.beat(beat(0, cell="one"))
-    job.beat(beat(1, cell="two"))
-    job.end(Ending(rank=1, status="failed", kind="NaN", message="loss is NaN"))
-    assert status.survey(tmp_path).failures == {"two": ("NaN", "NaN: loss is NaN")}
+    job = create_job(tmp_path, "a:b", {}, 2, cells=[("one", "one"), ("two", "two")])
+    job.write_heartbeat(beat(0, cell="one"))
+    job.write_heartbeat(beat(1, cell="two"))
+    job.write_outcome(Outcome(rank=1, status="failed", kind="NaN", message="loss is NaN"))
+    assert survey_jobs(tmp_path).failures == {"two": ("NaN", "NaN: loss is NaN")}
 
 
 # As sacct of Slurm 22.05 printed it: JobID,State,ExitCode,NodeList,Submit,SubmitLine. The second job was handed over with --wrap.
@@ -396,7 +401,7 @@ echo two
 
 def recorded(tmp_path: Path, number: str, submitted_at: str = "2026-11-23T02:54:05") -> Job:
     job = submitted(tmp_path)
-    job.note("slurm", {"id": number, "folder": str(tmp_path / "sub"), "tag": "ksweep:mine", "cluster": "testbed"})
+    job.write_note("slurm", {"id": number, "folder": str(tmp_path / "sub"), "tag": "ksweep:mine", "cluster": "testbed"})
     moment = datetime.fromisoformat(submitted_at).timestamp()
     os.utime(job.path / "job.json", (moment, moment))
     return job
@@ -404,7 +409,7 @@ def recorded(tmp_path: Path, number: str, submitted_at: str = "2026-11-23T02:54:
 
 def test_accounting_is_believed_of_a_job_that_our_own_sbatch_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, squeue="", sacct=RECORDED.format(folder=tmp_path / "sub"))
-    found = polling.ask([recorded(tmp_path, "15001_1"), recorded(tmp_path, "15003")])
+    found = polling.slurm_states([recorded(tmp_path, "15001_1"), recorded(tmp_path, "15003")])
     assert [a.accounted and a.accounted.state for a in found.values()] == ["COMPLETED", None]
 
 
@@ -417,7 +422,7 @@ def test_accounting_without_submit_lines_is_not_believed_of_an_earlier_job(
     script = "#!/bin/sh\ncase $* in *SubmitLine*) exit 1;; esac\necho '15003|COMPLETED|0:0|gpu1|2026-11-23T02:54:09'\n"
     (tmp_path / "bin" / "sacct").write_text(script)
     job = recorded(tmp_path, "15003", began)
-    assert (polling.ask([job])[job.id].accounted is not None) == believed
+    assert (polling.slurm_states([job])[job.id].accounted is not None) == believed
 
 
 @pytest.mark.parametrize(
@@ -429,16 +434,16 @@ def test_a_requeue_that_kills_its_own_scontrol_is_judged_by_what_slurm_then_says
     stand_in(tmp_path, monkeypatch)
     said = f"echo JobId=7 JobState={state}" if state else "exit 1"
     (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\ncase $1 in requeue) kill -TERM $$; sleep 9;; *) {said};; esac\n")
-    assert commands.requeue("7") == refused
+    assert commands.scontrol_requeue("7") == refused
 
 
 def test_out_of_memory_of_any_rank_wins_over_a_rank_that_saw_another_die() -> None:
     endings = [
-        Ending(rank=0, status="failed", kind="dead rank", message="rank 2 died", time=NOW),
-        Ending(rank=1, status="failed", kind="out of memory", message="no room", time=NOW + 1),
+        Outcome(rank=0, status="failed", kind="dead rank", message="rank 2 died", time=NOW),
+        Outcome(rank=1, status="failed", kind="out of memory", message="no room", time=NOW + 1),
     ]
     found = told([], endings, 3, local=False)
-    assert found is not None and (found.kind, found.ending) == ("out of memory", endings[1])
+    assert found is not None and (found.kind, found.outcome) == ("out of memory", endings[1])
 
 
 @pytest.mark.parametrize(
@@ -453,18 +458,18 @@ def test_out_of_memory_of_any_rank_wins_over_a_rank_that_saw_another_die() -> No
 def test_a_dead_rank_is_out_of_memory_where_slurm_says_so_in_the_log(tmp_path: Path, log: str, kind: str) -> None:
     job = submitted(tmp_path)
     (job.path / "7_0_log.err").write_text(f"at work\n{log}\n")
-    job.end(Ending(rank=0, status="failed", kind="dead rank", message="rank 1 died"))
-    found = status.verdict(job)
+    job.write_outcome(Outcome(rank=0, status="failed", kind="dead rank", message="rank 1 died"))
+    found = status.job_status(job)
     assert (found.state, found.kind) == ("failed", kind) and "rank 1 died" in found.reason
 
 
 def test_a_survey_with_a_torn_heartbeat_tells_of_the_others_and_leaves_its_cells_to_it(tmp_path: Path) -> None:
-    torn, failed, gone = (create(tmp_path, "a:b", {}, 1, cells=[(key, key)]) for key in ("one", "two", "three"))
-    torn.beat(beat())
+    torn, failed, gone = (create_job(tmp_path, "a:b", {}, 1, cells=[(key, key)]) for key in ("one", "two", "three"))
+    torn.write_heartbeat(beat())
     (torn.path / "attempt-000" / "rank-0.json").write_text('{"rank": 0, "pi')
-    failed.end(Ending(rank=0, status="failed", kind="NaN", message="loss is NaN"))
-    survey = status.survey(tmp_path)
-    assert survey.verdicts[torn.id].state == "unknown" and "cannot be read" in survey.verdicts[torn.id].reason
-    assert set(survey.at_work) == {"one", "three"} and [job.id for job, _ in survey.ended] == [failed.id]
+    failed.write_outcome(Outcome(rank=0, status="failed", kind="NaN", message="loss is NaN"))
+    survey = survey_jobs(tmp_path)
+    assert survey.statuses[torn.id].state == "unknown" and "cannot be read" in survey.statuses[torn.id].reason
+    assert set(survey.live_job_by_cell) == {"one", "three"} and [job.id for job, _ in survey.ended] == [failed.id]
     shutil.rmtree(gone.path)
-    assert set(status.verdicts([torn, gone])) == {torn.id}
+    assert set(status.job_statuses([torn, gone])) == {torn.id}

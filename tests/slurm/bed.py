@@ -208,17 +208,17 @@ def until(what: str, condition: Callable[[], Any], seconds: float = 120) -> Any:
     raise AssertionError(f"{what}: not within {seconds} s")
 
 
-def ended(job: Job, seconds: float = 120) -> status.Verdict:
-    def look() -> status.Verdict | None:
-        found = status.verdict(job)
-        return found if found.state not in status.LIVE else None
+def ended(job: Job, seconds: float = 120) -> status.JobStatus:
+    def look() -> status.JobStatus | None:
+        found = status.job_status(job)
+        return found if found.state not in status.LIVE_STATES else None
 
     return until(f"an end of job {job.slurm_id()}", look, seconds)  # type: ignore[no-any-return]
 
 
 def process_of(job: Job, rank: int) -> psutil.Process:
     """The process of a rank, whatever PID it has on its node."""
-    folder = str((job.noted("slurm") or {})["folder"])
+    folder = str((job.read_note("slurm") or {})["folder"])
     for process in psutil.process_iter(["name", "cmdline"]):
         words = process.info["cmdline"] or []
         if "ksweep.launch.worker.start" in words and folder in words and process.info["name"].startswith("python"):

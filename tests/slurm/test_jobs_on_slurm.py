@@ -13,7 +13,7 @@ import pytest
 
 from ksweep.config.resources import Resources
 from ksweep.launch import code_snapshot, status
-from ksweep.launch.job import Job, create
+from ksweep.launch.job import Job, create_job
 from ksweep.launch.slurm import commands, sbatch
 from ksweep.utils.errors import SpecError
 from tests.slurm.bed import ANYWHERE, NODES, ROOT, Bed, ended, only, slurm, until
@@ -27,15 +27,17 @@ def resources(bed: Bed) -> Resources:
 def start(place: Path, entry: str, asked: Resources, count: int = 1, **argument: Any) -> list[Job]:
     ranks = (asked.gpus or asked.tasks or 1) * asked.nodes
     created = [
-        create(place / "logs", f"tests.slurm.entries:{entry}", argument, ranks, cluster="slurm", cells=[(f"cell-{i}", f"n={i}")])
+        create_job(
+            place / "logs", f"tests.slurm.entries:{entry}", argument, ranks, cluster="slurm", cells=[(f"cell-{i}", f"n={i}")]
+        )
         for i in range(count)
     ]
-    sbatch.submit(place / "logs", created, asked, "test")
+    sbatch.submit_arrays(place / "logs", created, asked, "test")
     return created
 
 
 def results(job: Job) -> list[dict[str, Any]]:
-    return [e.result for e in sorted(job.endings(), key=lambda e: e.rank)]
+    return [e.result for e in sorted(job.outcomes(), key=lambda e: e.rank)]
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +107,9 @@ def test_a_job_killed_for_its_memory_is_known_as_such(resources: Resources, shar
 def test_every_rank_that_fails_leaves_its_own_traceback(resources: Resources, shared: Path) -> None:
     [job] = start(shared, "two_ranks_raise", replace(resources, tasks=2))
     assert ended(job).kind == "bug"
-    until("both records", lambda: len(job.endings()) == 2, 10)
-    assert sorted(e.message for e in job.endings()) == [f"ValueError: what only rank {r} knows" for r in (0, 1)]
-    assert all("two_ranks_raise" in e.traceback for e in job.endings())
+    until("both records", lambda: len(job.outcomes()) == 2, 10)
+    assert sorted(e.message for e in job.outcomes()) == [f"ValueError: what only rank {r} knows" for r in (0, 1)]
+    assert all("two_ranks_raise" in e.traceback for e in job.outcomes())
 
 
 def test_a_job_put_back_by_hand_goes_on_where_it_was(resources: Resources, shared: Path) -> None:
@@ -136,7 +138,7 @@ def test_a_job_put_back_by_hand_goes_on_where_it_was(resources: Resources, share
 )
 def test_what_the_cluster_has_not_is_refused_with_what_it_has(resources: Resources, change: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
-        sbatch.refuse(replace(resources, **change))
+        sbatch.validate_slurm_resources(replace(resources, **change))
 
 
 def test_an_option_that_sbatch_refuses_leaves_nothing_in_the_queue(resources: Resources, tmp_path: Path) -> None:
@@ -150,26 +152,26 @@ def test_a_job_runs_the_code_as_it_was_submitted(tmp_path: Path, resources: Reso
     subprocess.run(["git", "clone", "-q", str(ROOT), str(tree)], check=True)
     added = tree / "ksweep" / "added_later.py"
     added.write_text("def say(argument, ranks):\n    return 'as submitted'\n")
-    code = code_snapshot.take(tmp_path / "logs", tree / "ksweep")
+    code = code_snapshot.snapshot_code(tmp_path / "logs", tree / "ksweep")
     assert code is not None and code.diff is not None and "as submitted" in code.diff.read_text()
-    job = create(tmp_path / "logs", "ksweep.added_later:say", {}, 1, cluster="slurm")
-    sbatch.submit(tmp_path / "logs", [job], replace(resources, setup="sleep 3"), "code", code.path)
+    job = create_job(tmp_path / "logs", "ksweep.added_later:say", {}, 1, cluster="slurm")
+    sbatch.submit_arrays(tmp_path / "logs", [job], replace(resources, setup="sleep 3"), "code", code.path)
     added.write_text("def say(argument, ranks):\n    return 'changed since'\n")
-    until("its end", lambda: status.verdict(job).state not in status.LIVE)
-    assert [e.result for e in job.endings()] == ["as submitted"], job.log_tail()
-    assert time.time() - job.started() < 100
+    until("its end", lambda: status.job_status(job).state not in status.LIVE_STATES)
+    assert [e.result for e in job.outcomes()] == ["as submitted"], job.log_tail()
+    assert time.time() - job.submitted_at() < 100
 
 
 def test_a_unit_longer_than_the_grace_time_is_killed_and_the_job_comes_back(deaf_one: Job) -> None:
     assert ended(deaf_one).state == "finished"
-    assert deaf_one.attempt() == 1 and [e.result for e in deaf_one.endings()] == ["begun-1"]
+    assert deaf_one.attempt() == 1 and [e.result for e in deaf_one.outcomes()] == ["begun-1"]
 
 
 def test_a_running_job_that_somebody_has_given_up_ends_itself_and_does_not_come_back(resources: Resources, shared: Path) -> None:
     (shared / "given-up").mkdir()
     [job] = start(shared, "units", replace(resources, tasks=2), folder=str(shared / "given-up"), total=1000, seconds=0.5)
     until("its ranks", lambda: any(h.phase == "units" for h in job.heartbeats()))
-    job.note("settled", {"state": "stopped", "kind": "lost", "reason": "a test gave it up"})
-    until("its end in the queue", lambda: all(e.state == "FAILED" for e in commands.queue([str(job.slurm_id())])), 60)
-    assert job.noted("requeued", 0) is None and job.attempt() == 0
-    assert any("given up while it ran (a test gave it up)" in e.message for e in job.endings()), job.endings()
+    job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "a test gave it up"})
+    until("its end in the queue", lambda: all(e.state == "FAILED" for e in commands.squeue([str(job.slurm_id())])), 60)
+    assert job.read_note("requeued", 0) is None and job.attempt() == 0
+    assert any("given up while it ran (a test gave it up)" in e.message for e in job.outcomes()), job.outcomes()

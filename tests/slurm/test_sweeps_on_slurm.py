@@ -14,8 +14,8 @@ import pytest
 
 from ksweep.evaluation.identity import cell_keys
 from ksweep.launch import status
-from ksweep.launch.job import create
-from ksweep.launch.reconcile import book_ended
+from ksweep.launch.job import create_job
+from ksweep.launch.reconcile import finalize_ended_jobs
 from ksweep.launch.slurm import commands, sbatch
 from tests.slurm.bed import Place, ended, only, process_of, slurm, until
 
@@ -29,12 +29,12 @@ def test_a_time_limit_reached_twice_ends_in_a_third_start(place: Place) -> None:
     # at most 44 units of 3 s, the third has only seconds to go.
     sweep = place.long(50, 3.0, starts=2, time=2)
     assert place.run(sweep).code == 0
-    until("its end", lambda: status.verdict(place.jobs()[0]).state == "finished", 560)
+    until("its end", lambda: status.job_status(place.jobs()[0]).state == "finished", 560)
     done = place.run(sweep)
     assert done.code == 0 and "computed 0 of 1 cells" in done.out
     [job] = place.jobs()
     assert job.attempt() >= 2
-    assert [(job.noted("requeued", n) or {}).get("why") for n in range(job.attempt())] == ["time limit"] * job.attempt()
+    assert [(job.read_note("requeued", n) or {}).get("why") for n in range(job.attempt())] == ["time limit"] * job.attempt()
     [(status, sampled, reused)] = place.ask("SELECT status, num_draws_sampled, num_draws_reused FROM runs")
     assert status == "finished" and reused > 0 and sampled + reused == 50 * 64
     assert place.texts() == place.undisturbed(sweep)
@@ -49,14 +49,14 @@ def test_a_job_whose_nodes_daemon_died_runs_once_elsewhere_and_the_old_start_end
     assert job.heartbeats()[0].host == "gpu3"
     try:
         place.daemons("kill-slurmd", "gpu3")
-        until("its end", lambda: status.verdict(job).state == "finished", 230)
+        until("its end", lambda: status.job_status(job).state == "finished", 230)
     finally:
         place.bed.script("boot", "gpu3")
     done = place.run(sweep)
     assert done.code == 0 and job.attempt() == 1
     assert [h.host for h in job.heartbeats(0)] == ["gpu3"] and job.heartbeats(1)[0].host == "gpu7"
     # Its process lived on without slurmd; it has seen the newer start, and said nothing about an end of the job.
-    assert not job.endings(0) and job.heartbeats(0)[0].time < job.endings(1)[0].time
+    assert not job.outcomes(0) and job.heartbeats(0)[0].time < job.outcomes(1)[0].time
     assert place.ask("SELECT status, host, num_draws_reused > 64 FROM runs") == [("finished", "gpu7", True)]
     assert place.texts() == place.undisturbed(sweep)
 
@@ -91,7 +91,7 @@ def test_a_preempted_sweep_comes_back_and_ends_with_the_draws_of_an_undisturbed_
     done = place.run(sweep, "--wait")
     assert done.code == 0, done.err
     [job] = place.jobs()
-    assert job.attempt() == 1 and (job.noted("requeued", 0) or {})["why"] == "preempted"
+    assert job.attempt() == 1 and (job.read_note("requeued", 0) or {})["why"] == "preempted"
     [(status, sampled, reused)] = place.ask("SELECT status, num_draws_sampled, num_draws_reused FROM runs")
     assert status == "finished" and reused > 0 and sampled + reused == 16 * 64
     told = place.ask("SELECT start, host, status, error_class, requeued, total > 0, began < ended FROM attempts ORDER BY start")
@@ -125,7 +125,7 @@ def test_a_job_on_four_tasks_is_finished_on_two(place: Place) -> None:
     place.slurm("scancel", str(place.jobs()[0].slurm_id()))
     assert ended(place.jobs()[0]).state == "stopped"
     # Where a rank dies before it listens to signals, Slurm kills the others before they have said anything.
-    assert {e.status for e in place.jobs()[0].endings()} <= {"stopped"}
+    assert {e.status for e in place.jobs()[0].outcomes()} <= {"stopped"}
     done = place.run(place.long(16, 1.0, tasks=2), "--wait")
     assert done.code == 0, done.err
     rows = place.ask("SELECT status, error_class, num_ranks, num_draws_reused > 0 FROM runs ORDER BY finished")
@@ -144,8 +144,8 @@ def test_a_rank_that_is_shot_ends_its_job_at_once_and_the_reason_is_known(place:
     place.story.did("# kill -9 of rank 1, in the meantime")
     failed = place.finish(waiting, sweep, "--wait")
     assert failed.code == 1 and "rank 1" in failed.err and "died without a word" in failed.err
-    assert max(e.time for e in job.endings()) - shot < 20
-    until("an empty queue", lambda: not commands.queue([str(job.slurm_id())]), 20)
+    assert max(e.time for e in job.outcomes()) - shot < 20
+    until("an empty queue", lambda: not commands.squeue([str(job.slurm_id())]), 20)
     [(status, kind, host)] = place.ask("SELECT status, error_class, host FROM runs")
     assert (status, kind) == ("failed", "dead rank") and host.startswith("gpu")
     again = place.run(sweep, "--retry", "--wait")
@@ -160,13 +160,13 @@ def test_a_cancelled_job_and_a_cancelled_waiting_element_are_submitted_again(pla
     assert place.run(sweep, "sampling.seed=[0,1]").code == 0
     until("a unit", lambda: place.parts() >= 1)
     first, second = sorted(place.jobs(), key=lambda job: str(job.slurm_id()))
-    assert [entry.state for entry in commands.queue([str(second.slurm_id())])] == ["PENDING"]
+    assert [entry.state for entry in commands.squeue([str(second.slurm_id())])] == ["PENDING"]
     place.slurm("scancel", str(second.slurm_id()))
     place.slurm("scancel", str(first.slurm_id()))
     ended(first)
     again = place.run(sweep, "sampling.seed=[0,1]", "--wait")
     assert again.code == 0, again.err
-    assert first.noted("requeued", 0) is None
+    assert first.read_note("requeued", 0) is None
     rows = place.ask("SELECT status, count(*) FROM runs GROUP BY ALL ORDER BY ALL")
     assert rows == [("finished", 2), ("stopped", 2)] and len(place.jobs()) == 4
 
@@ -241,10 +241,12 @@ def test_every_rank_of_a_failed_job_is_in_the_registry_with_words_of_its_own(pla
     key = cell_keys(sweep.cell).cell
     Path(sweep.registry).mkdir()
     argument = {"sweep": "tiny", "cells": [asdict(sweep.cell)], "registry": sweep.registry, "resources": {}, "origin": {}}
-    job = create(place.path / "logs", "tests.slurm.entries:two_ranks_raise", argument, 2, cluster="slurm", cells=[(key, "tiny")])
-    sbatch.submit(place.path / "logs", [job], sweep.resources, "both")
+    job = create_job(
+        place.path / "logs", "tests.slurm.entries:two_ranks_raise", argument, 2, cluster="slurm", cells=[(key, "tiny")]
+    )
+    sbatch.submit_arrays(place.path / "logs", [job], sweep.resources, "both")
     ended(job)
-    book_ended(place.path / "logs")
+    finalize_ended_jobs(place.path / "logs")
     rows = place.ask("SELECT rank, slurm_id, host, status, error_class, message, last_log_lines, traceback FROM attempts")
     assert len({host for _, _, host, *_ in rows}) == 2
     for rank, number, host, rank_status, kind, message, lines, traceback in sorted(rows):
@@ -277,7 +279,7 @@ def test_a_launcher_killed_around_sbatch_leaves_no_orphan(place: Place, handed_o
     os.killpg(launcher.pid, signal.SIGKILL)
     place.story.did(f"# kill -9 of the launcher {'after' if handed_over else 'before'} sbatch has handed the job over")
     place.finish(launcher, sweep)
-    assert place.jobs()[0].noted("slurm") is None
+    assert place.jobs()[0].read_note("slurm") is None
     again = place.run(sweep, "--wait")
     assert again.code == 0, again.err
     words = "found again as job" if handed_over else "Slurm knows nothing of it"
@@ -285,4 +287,4 @@ def test_a_launcher_killed_around_sbatch_leaves_no_orphan(place: Place, handed_o
     assert place.ask("SELECT status FROM runs") == [("finished",)]
     assert len(place.jobs()) == (1 if handed_over else 2)
     ours = {f"{sbatch.TAG}{p.name}" for p in Path(place.path).glob("logs/submissions/*")}
-    assert not [e for e in commands.queue(user=getpass.getuser()) if e.tag in ours]
+    assert not [e for e in commands.squeue(user=getpass.getuser()) if e.tag in ours]

@@ -26,7 +26,7 @@ def test_preemption_without_a_user_signal_resumes(place: Place) -> None:
         place.bed.script("set", "SlurmctldParameters=preempt_send_user_signal")
     assert done.code == 0, done.err
     [job] = place.jobs()
-    assert job.attempt() == 1 and (job.noted("requeued", 0) or {})["why"] == "preempted"
+    assert job.attempt() == 1 and (job.read_note("requeued", 0) or {})["why"] == "preempted"
     assert place.ask("SELECT status, num_draws_reused > 0 FROM runs") == [("finished", True)]
     assert place.texts() == place.undisturbed(sweep)
 
@@ -65,8 +65,8 @@ def test_without_slurmctld_jobs_go_on_and_are_waited_for_and_commands_change_not
     try:
         refused = place.run(sweep)
         assert refused.code == 1 and "Unable to contact slurm controller" in refused.err
-        until("the end of the job", lambda: len(job.endings()) == 1)
-        assert status.verdict(job).state == "finished"
+        until("the end of the job", lambda: len(job.outcomes()) == 1)
+        assert status.job_status(job).state == "finished"
         done = place.finish(waiting, sweep, "--wait")
     finally:
         place.daemons("controller", "start")
@@ -98,7 +98,7 @@ def test_a_job_that_slurmctld_forgot_is_run_again_and_one_that_has_its_number_le
         assert here.run(sweep, PATH=f"{folder}:{os.environ['PATH']}").code == 0
         [job] = here.jobs()
         number = str(job.slurm_id())
-        until("its start", lambda number=number: commands.queue([number])[0].state == "RUNNING")
+        until("its start", lambda number=number: commands.squeue([number])[0].state == "RUNNING")
         here.daemons("controller", "kill")
         here.daemons("controller", "start")
         other = here.slurm("sbatch", "--parsable", "--hold", "--comment=another", "--output=/dev/null", "--wrap=sleep 60").strip()
@@ -111,7 +111,7 @@ def test_a_job_that_slurmctld_forgot_is_run_again_and_one_that_has_its_number_le
     assert found.state == "stopped", found
     again = here.run(sweep, "--wait")
     assert again.code == 0, again.err
-    [entry] = commands.queue([other])
+    [entry] = commands.squeue([other])
     assert (entry.state, entry.tag) == ("PENDING", "another"), "the job that has the number now is not ours to touch"
     slurm("scancel", other)
     assert len(here.jobs()) == 2 and here.jobs()[1].slurm_id() != other

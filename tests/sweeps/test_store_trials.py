@@ -234,16 +234,16 @@ WAITING = """
 import os, time
 if "SUBMITIT_LOCAL_GLOBALID" in os.environ:  # a rank, not its launcher
     from ksweep.registry.draws import DrawsStore
-    from ksweep.launch.worker.heartbeat import Pulse
+    from ksweep.launch.worker.heartbeat import HeartbeatThread
     published, asked = [], []
-    publish, ask_to_stop = DrawsStore.publish, Pulse.ask_to_stop
+    publish, handle_stop_signal = DrawsStore.publish, HeartbeatThread.handle_stop_signal
     def publish_and_wait(self, unit, table):
         publish(self, unit, table)
         published.append(unit)
         while len(published) >= int(os.environ["MOST_PARTS"]) and not asked:
             time.sleep(0.01)
     DrawsStore.publish = publish_and_wait
-    Pulse.ask_to_stop = lambda self, *signal: (asked.append(signal), ask_to_stop(self, *signal))[1]
+    HeartbeatThread.handle_stop_signal = lambda self, *signal: (asked.append(signal), handle_stop_signal(self, *signal))[1]
 """
 """sitecustomize of the ranks: once a rank has published so many parts it waits until it is asked to stop, or killed."""
 

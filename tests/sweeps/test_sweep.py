@@ -81,7 +81,7 @@ def test_the_second_run_computes_nothing(
 ) -> None:
     assert run(sweep) == 0
     before = curve(sweep)
-    monkeypatch.setattr("ksweep.launch.local_executor.submit", lambda *_: pytest.fail("a job was submitted"))
+    monkeypatch.setattr("ksweep.launch.local_executor.start_local_job", lambda *_: pytest.fail("a job was submitted"))
     assert run(sweep) == 0
     assert "computed 0 of 1 cells" in capsys.readouterr().out
     assert ask(sweep, "SELECT count(*) FROM runs") == [(1,)]

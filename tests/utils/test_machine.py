@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from ksweep import Resources, Sweep
-from ksweep.launch import hardware, reconcile, run_locally
+from ksweep.launch import hardware, run_locally
 from ksweep.launch import local_executor as launch
-from ksweep.launch.job import create
+from ksweep.launch.job import create_job
 from ksweep.utils import machine
 from tests.launch.test_jobs import ROOT, end
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
@@ -172,12 +172,12 @@ def test_torch_and_its_openmp_runtime_start_with_what_the_rank_was_given(
     for name, value in {**user, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "true"}.items():
         cores.setenv(name, value)
     before = dict(os.environ)
-    job = create(tmp_path / "logs", "tests.launch.entries:threads", {}, ranks)
-    submitted = launch.submit(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
+    job = create_job(tmp_path / "logs", "tests.launch.entries:threads", {}, ranks)
+    submitted = launch.start_local_job(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
     assert os.environ == before, "what ranks start with is not left to the launcher"
     assert end(submitted, ranks).status == "finished"
     in_use = {"threads": str(min(threads, os.cpu_count() or 1)), "omp_wait_policy": policy}  # torch has none beyond the cores
-    assert [e.result for e in job.endings()] == [in_use] * ranks
+    assert [e.result for e in job.outcomes()] == [in_use] * ranks
     # The runtime prints what it has read when it is loaded.
     said = [path.read_text() for path in job.path.glob("*_log.err")]
     assert len(said) == ranks and all(re.search(rf"OMP_WAIT_POLICY\s*=\s*'{policy}'", text) for text in said), said
@@ -204,16 +204,15 @@ def test_jobs_side_by_side_share_the_cores(
     cores.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     cores.setenv("KSWEEP_HOME", str(tmp_path / "home"))
     cores.setenv("PYTHONPATH", str(ROOT))
-    cores.setattr(reconcile, "_land_run", lambda *_: None)  # these jobs compute no cell
     asked = Resources(cluster="local", time=5, **resources)  # type: ignore[arg-type]
     argument = {"folder": str(tmp_path), "seconds": 0.0, "beside": 1, "registry": str(tmp_path / "registry"), "sweep": "test"}
     # No GPUs for the ranks: nothing is behind these, so torch must not be asked for them.
     order = partial(
-        create, tmp_path / "logs", "tests.launch.entries:holds_gpus", argument | {"cells": []}, hardware.num_ranks(asked), 0
+        create_job, tmp_path / "logs", "tests.launch.entries:holds_gpus", argument | {"cells": []}, hardware.total_ranks(asked), 0
     )
     run_locally.run_jobs([order] * num_jobs, asked, "test")
     told = [json.loads(path.read_text())["threads"] for path in tmp_path.glob("gpus-*.json")]
-    assert told == [threads] * num_jobs * hardware.num_ranks(asked)
+    assert told == [threads] * num_jobs * hardware.total_ranks(asked)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from typing import Any
 
 from ksweep.cli.jobs.find import Named, facts_of
 from ksweep.launch import status
-from ksweep.launch.job import Job, is_alive, read
+from ksweep.launch.job import Job, read_or
+from ksweep.launch.rank_records import is_alive
 from ksweep.launch.slurm import commands
-from ksweep.launch.slurm.polling import cluster_of, in_queue, numbers_here
+from ksweep.launch.slurm.polling import cluster_of, ids_in_queue, ids_on_this_cluster
 from ksweep.utils.errors import RunError
 
 
@@ -35,20 +36,20 @@ class Cancelled:
 
 def cancel(jobs: Sequence[Job]) -> list[Cancelled]:
     """End jobs at the border of their units; what became of the wish for each."""
-    found = status.verdicts(jobs)
-    live = [job for job in jobs if job.id in found and found[job.id].state in status.LIVE]
+    found = status.job_statuses(jobs)
+    live = [job for job in jobs if job.id in found and found[job.id].state in status.LIVE_STATES]
     numbers = {job.id: _number(job) for job in live}
     on_slurm = [job for job in live if numbers[job.id] is not None]
-    queued = in_queue(on_slurm)
+    queued = ids_in_queue(on_slurm)
     out_of_reach = {job.id: _why_not(job) for job in on_slurm if job.id not in queued}
     out_of_reach |= {
         job.id: f"its ranks run on {hosts}: cancel it there" for job in live if job not in on_slurm and (hosts := _ask_ranks(job))
     }
-    commands.cancel(sorted(queued.values()))
+    commands.scancel(sorted(queued.values()))
     return [
         Cancelled(
             job.id, job in live and job.id not in out_of_reach, found[job.id].state,
-            out_of_reach.get(job.id, found[job.id].reason), numbers[job.id] if job in live else read(job.slurm_id, None),
+            out_of_reach.get(job.id, found[job.id].reason), numbers[job.id] if job in live else read_or(job.slurm_id, None),
         )
         for job in jobs if job.id in found
     ]  # fmt: skip
@@ -56,20 +57,20 @@ def cancel(jobs: Sequence[Job]) -> list[Cancelled]:
 
 def _why_not(job: Job) -> str:
     """Of a job on Slurm that is not in this cluster's queue: its number may be another's by now, there or here."""
-    if not numbers_here([job]):
-        return f"it is on cluster {cluster_of(job)}: cancel it there (`scancel {read(job.slurm_id, None)}`)"
-    return f"Slurm has no job {read(job.slurm_id, None)} of ours in its queue: it has ended, or Slurm has forgotten it"
+    if not ids_on_this_cluster([job]):
+        return f"it is on cluster {cluster_of(job)}: cancel it there (`scancel {read_or(job.slurm_id, None)}`)"
+    return f"Slurm has no job {read_or(job.slurm_id, None)} of ours in its queue: it has ended, or Slurm has forgotten it"
 
 
 def _number(job: Job) -> str | None:
     """Ask a job to end, so that it does not put itself back into the queue; its number at Slurm."""
-    job.ask_to_end()
-    return read(job.slurm_id, None)
+    job.request_cancel()
+    return read_or(job.slurm_id, None)
 
 
 def _ask_ranks(job: Job) -> str:
     """Signal the ranks of a local job; the hosts that cannot be reached from here."""
-    beats = read(job.heartbeats, [])
+    beats = read_or(job.heartbeats, [])
     for beat in beats:
         if beat.host == socket.gethostname() and is_alive(beat):
             with suppress(ProcessLookupError):
@@ -80,8 +81,8 @@ def _ask_ranks(job: Job) -> str:
 def say_cancelled(name: str, found: Sequence[Cancelled]) -> list[str]:
     """The same in words: of many jobs that had ended only how many."""
     said = [f"cancelled: {c.job}" + (f" (Slurm {c.slurm})" if c.slurm else "") for c in found if c.cancelled]
-    said += [f"not cancelled: {c.job}: {c.reason}" for c in found if not c.cancelled and c.state in status.LIVE]
-    ended = [c for c in found if c.state not in status.LIVE]
+    said += [f"not cancelled: {c.job}: {c.reason}" for c in found if not c.cancelled and c.state in status.LIVE_STATES]
+    ended = [c for c in found if c.state not in status.LIVE_STATES]
     if len(found) == 1 and ended:
         return [f"nothing to cancel: {ended[0].job} has {_ended(ended[0])}"]
     if ended:
@@ -126,10 +127,10 @@ def plan_retry(named: Named) -> Retry:
 
 
 def _nothing_to_retry(job: Job) -> str:
-    verdict = status.verdict(job)
+    verdict = status.job_status(job)
     if verdict.state == "finished":
         return "has finished: nothing is to be run again"
-    if verdict.state in status.LIVE:
+    if verdict.state in status.LIVE_STATES:
         return f"is still {verdict.state} ({verdict.reason}): `ksweep cancel` ends it"
     return ""
 

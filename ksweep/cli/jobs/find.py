@@ -143,7 +143,7 @@ def _some(names: Sequence[str]) -> str:
 def _numbered(jobs: Sequence[Job], number: str) -> list[Job]:
     """The job of a number of Slurm's, or all elements of an array."""
     with ThreadPoolExecutor(READERS) as pool:
-        known = dict(zip(jobs, pool.map(lambda job: job.noted("slurm") or {}, jobs), strict=True))
+        known = dict(zip(jobs, pool.map(lambda job: job.read_note("slurm") or {}, jobs), strict=True))
     numbers = {job: str(noted.get("id", "")) for job, noted in known.items()}
     return [job for job in jobs if numbers[job] == number or numbers[job].partition("_")[0] == number]
 

@@ -26,8 +26,8 @@ def read_logs(job: Job, rank: int | None, *, follow: bool) -> Iterator[str]:
     newest: Path | None = None
     told = False
     while True:
-        verdict = status.verdicts([job]).get(job.id)
-        over = not follow or verdict is None or verdict.state not in status.LIVE
+        verdict = status.job_statuses([job]).get(job.id)
+        over = not follow or verdict is None or verdict.state not in status.LIVE_STATES
         paths = _paths(job, rank)
         if not paths and over:
             raise _none(job, rank, verdict)
@@ -70,7 +70,7 @@ def _new_text(path: Path, at: dict[Path, int]) -> Iterator[str]:
             yield piece.decode(errors="replace")
 
 
-def _none(job: Job, rank: int | None, verdict: status.Verdict | None) -> Exception:
+def _none(job: Job, rank: int | None, verdict: status.JobStatus | None) -> Exception:
     there = sorted({p.stem.split("_")[-2] for p in _paths(job, None) if p.stem.count("_") >= 2}, key=lambda n: (len(n), n))
     if rank is not None and there:
         return RequestError(f"rank {rank} of job {job.id} has written nothing; ranks with logs: {', '.join(there)}")

@@ -12,8 +12,8 @@ from typing import Any
 from ksweep.cli.jobs.find import Facts, facts_of, logs_of, short
 from ksweep.cli.jobs.rows import Line, at_work, seen, unsettled
 from ksweep.launch import status
-from ksweep.launch.job import Job, read
-from ksweep.launch.reconcile import book
+from ksweep.launch.job import Job, read_or
+from ksweep.launch.reconcile import finalize_if_ended
 from ksweep.utils.console import ago_text
 from ksweep.utils.errors import RequestError
 
@@ -83,10 +83,10 @@ def _book_and_look(registry: Path) -> list[tuple[Job, Line]]:
     jobs = {job.id: job for job in unsettled(logs_of(registry))}
     live = []
     for line, verdict in seen(list(jobs.values())):
-        if verdict.state in status.LIVE:
+        if verdict.state in status.LIVE_STATES:
             live.append((jobs[line.job], line))
         else:
-            read(partial(book, jobs[line.job], verdict), None)
+            read_or(partial(finalize_if_ended, jobs[line.job], verdict), None)
     return live
 
 
@@ -108,7 +108,7 @@ def _finished(ended: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _under_way(job: Job, line: Line, finished: Mapping[str, float]) -> Iterator[Row]:
     """The cells of a job that is not over: the one at hand, and those that have yet to come."""
-    facts = read(partial(facts_of, job), Facts("", ()))
+    facts = read_or(partial(facts_of, job), Facts("", ()))
     cells = [(key, label) for key, label in facts.cells if finished.get(key, -1.0) < line.submitted]
     # A job that loads models or activations is at the first cell that it has not finished.
     at = at_work(line)[0] or next((label for _, label in cells), "")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ksweep.cli.jobs.find import Facts, facts_of, listed
 from ksweep.launch import status
-from ksweep.launch.job import Heartbeat, Job, read
+from ksweep.launch.job import Job, read_or
+from ksweep.launch.rank_records import Heartbeat
 
 RECENT_SECONDS = 3600.0
 
@@ -68,24 +69,24 @@ def lines(jobs: Sequence[Job], cells: Mapping[str, Sequence[str]] | None = None)
     return [line for line, _ in seen(jobs, cells)]
 
 
-def seen(jobs: Sequence[Job], cells: Mapping[str, Sequence[str]] | None = None) -> list[tuple[Line, status.Verdict]]:
+def seen(jobs: Sequence[Job], cells: Mapping[str, Sequence[str]] | None = None) -> list[tuple[Line, status.JobStatus]]:
     """The same with the verdicts."""
-    found = status.verdicts(jobs)
+    found = status.job_statuses(jobs)
     return [(_line(job, found[job.id], (cells or {}).get(job.id)), found[job.id]) for job in jobs if job.id in found]
 
 
-def _line(job: Job, verdict: status.Verdict, cells: Sequence[str] | None) -> Line:
-    beats = sorted(read(job.heartbeats, []), key=lambda b: b.rank)
+def _line(job: Job, verdict: status.JobStatus, cells: Sequence[str] | None) -> Line:
+    beats = sorted(read_or(job.heartbeats, []), key=lambda b: b.rank)
     done, total, rate = progress(beats)
-    facts = read(lambda: facts_of(job), Facts("", ()))
+    facts = read_or(lambda: facts_of(job), Facts("", ()))
     labels = tuple(cells if cells is not None else [label for _, label in facts.cells])
     left = (total - done) / rate if rate and total and verdict.state == "running" else None
     return Line(
         job=job.id, sweep=facts.sweep, cells=", ".join(labels), state=verdict.state, reason=verdict.reason,
         phase=beats[0].phase if beats else "", done=done, total=total, per_second=rate or None, seconds_left=left,
-        slurm=read(job.slurm_id, None), nodes=",".join(sorted({b.host for b in beats})), start=read(job.attempt, 0),
-        numbers=beats[0].numbers if beats else {}, kind=verdict.kind, submitted=read(job.started, 0.0),
-        last_sign=read(job.last_sign, 0.0), labels=labels,
+        slurm=read_or(job.slurm_id, None), nodes=",".join(sorted({b.host for b in beats})), start=read_or(job.attempt, 0),
+        numbers=beats[0].numbers if beats else {}, kind=verdict.kind, submitted=read_or(job.submitted_at, 0.0),
+        last_sign=read_or(job.last_activity, 0.0), labels=labels,
     )  # fmt: skip
 
 

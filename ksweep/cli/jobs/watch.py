@@ -49,7 +49,7 @@ def watch(registry: Path, name: str | None, *, once: bool = False) -> Iterator[l
                 raise
             return
         yield now
-        if once or not any(line.state in status.LIVE for line in now):
+        if once or not any(line.state in status.LIVE_STATES for line in now):
             return
         first = False
         time.sleep(REFRESH_SECONDS)
@@ -75,7 +75,7 @@ def newest_by_cell(facts: dict[Job, Facts]) -> dict[Job, list[str]]:
 def _recent(registry: Path) -> list[Line]:
     since = time.time() - RECENT_SECONDS
     found = lines(unsettled(logs_of(registry), within=RECENT_SECONDS))
-    return [line for line in found if line.state in status.LIVE or line.last_sign >= since]
+    return [line for line in found if line.state in status.LIVE_STATES or line.last_sign >= since]
 
 
 def show(updates: Iterator[list[Line]], console: Console) -> list[Line]:

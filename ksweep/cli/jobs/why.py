@@ -9,30 +9,30 @@ from typing import Any
 
 from ksweep.cli.jobs.advice import advice
 from ksweep.cli.jobs.rows import Line, at_work, classed, seen
-from ksweep.launch.job import Job, read
+from ksweep.launch.job import Job, read_or
 from ksweep.utils.console import duration_text
 
 
 def why(job: Job) -> dict[str, Any]:
     """All that is known of how a job goes or ended."""
     [(line, verdict)] = seen([job])
-    argument = read(lambda: dict(job.spec()["argument"]), {})
+    argument = read_or(lambda: dict(job.spec()["argument"]), {})
     return {
         "job": job.id, "sweep": line.sweep, "cells": list(line.labels), "state": verdict.state, "class": verdict.kind,
         "reason": verdict.reason, "next": advice(line, argument), "slurm": line.slurm, "submitted": line.submitted,
-        "last_sign": line.last_sign, "at_cell": at_work(line)[0] or None, "code": job.noted("code"),
+        "last_sign": line.last_sign, "at_cell": at_work(line)[0] or None, "code": job.read_note("code"),
         "starts": [_start(job, n) for n in range(line.start + 1)],
-        "endings": [{k: v for k, v in asdict(e).items() if k != "result"} for e in read(job.endings, [])],
-        "last_log_lines": read(job.log_tail, ""), "logs": [str(path) for path in read(job.logs, [])],
+        "endings": [{k: v for k, v in asdict(e).items() if k != "result"} for e in read_or(job.outcomes, [])],
+        "last_log_lines": read_or(job.log_tail, ""), "logs": [str(path) for path in read_or(job.logs, [])],
     }  # fmt: skip
 
 
 def _start(job: Job, number: int) -> dict[str, Any]:
     ranks = [
         {"rank": b.rank, "node": b.host, "device": b.device, "phase": b.phase, "done": b.done, "total": b.total}
-        for b in sorted(read(lambda: job.heartbeats(number), []), key=lambda b: b.rank)
+        for b in sorted(read_or(lambda: job.heartbeats(number), []), key=lambda b: b.rank)
     ]
-    return {"start": number, "ranks": ranks, "requeued": job.noted("requeued", number)}
+    return {"start": number, "ranks": ranks, "requeued": job.read_note("requeued", number)}
 
 
 def why_run(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from pathlib import Path
 from ksweep.utils.errors import RunError
 
 COMMAND_SECONDS = 60
-ACCOUNTED = "JobID,State,ExitCode,NodeList,Submit"
-MAX_ARRAY_SIZE = 1000
+SACCT_FIELDS = "JobID,State,ExitCode,NodeList,Submit"
+DEFAULT_MAX_ARRAY_SIZE = 1000
 """Where the cluster does not say (Slurm's own default is 1001)."""
 
-WAITING = (
+WAITING_STATES = (
     "PENDING",
     "CONFIGURING",
     "REQUEUED",
@@ -34,9 +34,9 @@ WAITING = (
     "SUSPENDED",
     "STOPPED",
 )
-UNDER_WAY = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "RESIZING")
+UNFINISHED_STATES = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "RESIZING")
 """What accounting says of a job that has not ended."""
-ALIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING")
+RUNNING_STATES = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING")
 
 
 class SlurmError(RunError):
@@ -48,7 +48,7 @@ class CutOffError(SlurmError):
 
 
 @dataclass(frozen=True)
-class Queued:
+class QueueEntry:
     """A line of the queue."""
 
     id: str
@@ -62,7 +62,7 @@ class Queued:
 
 
 @dataclass(frozen=True)
-class Accounted:
+class AccountingEntry:
     """What accounting says of a job that has left the queue."""
 
     state: str
@@ -74,7 +74,7 @@ class Accounted:
     """How it was submitted, with the file that sbatch was given; empty where Slurm is older than 21.08."""
 
 
-def ask(*command: str, text: str | None = None) -> str:
+def run_command(*command: str, text: str | None = None) -> str:
     """The standard output of a Slurm command.
 
     Raises:
@@ -82,7 +82,13 @@ def ask(*command: str, text: str | None = None) -> str:
     """
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False, env=environment()
+            command,
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
+            env=environment_outside_allocation(),
         )
     except FileNotFoundError as error:
         raise SlurmError(f"{command[0]} is not here: log in to a submit node") from error
@@ -96,13 +102,13 @@ def ask(*command: str, text: str | None = None) -> str:
     return done.stdout + (done.stderr if "--test-only" in command else "")
 
 
-def environment() -> dict[str, str]:
+def environment_outside_allocation() -> dict[str, str]:
     """Without what an allocation that this process may run in would hand on: a job of its own is asked for."""
     inherited = ("SLURM_CONF",)
     return {k: v for k, v in os.environ.items() if k in inherited or not k.startswith(("SLURM_", "SUBMITIT_", "SBATCH_"))}
 
 
-def is_there() -> bool:
+def has_cluster() -> bool:
     """Whether a cluster is set up here (its commands alone, without a configuration, are none)."""
     return shutil.which("sbatch") is not None and _configured(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
 
@@ -116,7 +122,7 @@ def _configured(conf: str | None, path: str | None) -> bool:
     return "Slurmctld" in done.stdout
 
 
-def config() -> dict[str, str]:
+def cluster_config() -> dict[str, str]:
     """How the cluster is set up, asked once; empty where it does not answer."""
     try:
         return _config(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
@@ -126,17 +132,17 @@ def config() -> dict[str, str]:
 
 @lru_cache
 def _config(conf: str | None, path: str | None) -> dict[str, str]:
-    return dict(re.findall(r"^(\w+) *= *(.*?) *$", ask("scontrol", "show", "config"), re.MULTILINE))
+    return dict(re.findall(r"^(\w+) *= *(.*?) *$", run_command("scontrol", "show", "config"), re.MULTILINE))
 
 
 def cluster_name() -> str | None:
     """What this cluster calls itself; numbers of jobs mean something on their own cluster only."""
-    return config().get("ClusterName")
+    return cluster_config().get("ClusterName")
 
 
 def max_array_size() -> int:
     """Most elements of an array: Slurm's MaxArraySize bounds the index, which counts from 0."""
-    return int(config().get("MaxArraySize", MAX_ARRAY_SIZE))
+    return int(cluster_config().get("MaxArraySize", DEFAULT_MAX_ARRAY_SIZE))
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class Partition:
 def partitions() -> dict[str, Partition]:
     """The partitions that this user sees."""
     found: dict[str, Partition] = {}
-    for line in ask("sinfo", "-h", "-a", "-o", "%P|%D|%G|%c|%m|%l|%f").splitlines():
+    for line in run_command("sinfo", "-h", "-a", "-o", "%P|%D|%G|%c|%m|%l|%f").splitlines():
         name, nodes, gres, cpus, memory, limit, features = (part.strip() for part in line.split("|"))
         plain = name.rstrip("*")
         before = found.get(plain, Partition(plain, 0, 0, 0, 0, _minutes(limit), frozenset(), name.endswith("*")))
@@ -206,34 +212,36 @@ def associations(user: str) -> list[Association]:
     """What a user may submit under on this cluster; none where there is no accounting."""
     here = [f"cluster={name}"] if (name := cluster_name()) else []
     try:
-        lines = ask("sacctmgr", "-n", "-P", "show", "assoc", "where", f"user={user}", *here, "format=account,partition,qos")
+        lines = run_command(
+            "sacctmgr", "-n", "-P", "show", "assoc", "where", f"user={user}", *here, "format=account,partition,qos"
+        )
     except SlurmError:
         return []
     rows = [line.strip().split("|") for line in lines.splitlines() if line.count("|") == 2]
     return [Association(account, partition, frozenset(filter(None, qos.split(",")))) for account, partition, qos in rows]
 
 
-def enforced() -> frozenset[str]:
+def enforced_limits() -> frozenset[str]:
     """What of accounting a job is held to: associations, limits, qos."""
-    return frozenset(config().get("AccountingStorageEnforce", "").lower().split(","))
+    return frozenset(cluster_config().get("AccountingStorageEnforce", "").lower().split(","))
 
 
-def refusal(script: str) -> str | None:
+def sbatch_refusal(script: str) -> str | None:
     """Why the cluster would not take a batch script; None where it would."""
     try:
-        ask("sbatch", "--test-only", text=script)
+        run_command("sbatch", "--test-only", text=script)
     except SlurmError as error:
         return str(error)
     return None
 
 
-def submit(script: Path) -> str:
+def sbatch(script: Path) -> str:
     """Hand a batch script over, as a file by which the job is known; its job id."""
-    answer = ask("sbatch", "--parsable", str(script))
+    answer = run_command("sbatch", "--parsable", str(script))
     return answer.strip().splitlines()[-1].partition(";")[0]
 
 
-def queue(ids: Iterable[str] = (), user: str | None = None) -> list[Queued]:
+def squeue(ids: Iterable[str] = (), user: str | None = None) -> list[QueueEntry]:
     """What of some jobs, or of all jobs of a user (of several: "a,b"), is in the queue, an element of an array a line.
 
     Raises:
@@ -245,17 +253,17 @@ def queue(ids: Iterable[str] = (), user: str | None = None) -> list[Queued]:
     if wanted and not user:
         # One forgotten id in a list is an error for the whole list: all of this user's are asked for instead.
         command += ["--me"]
-    lines = ask(*command).splitlines()
+    lines = run_command(*command).splitlines()
     found = [_queued(line) for line in lines if line.count("|") >= 4]
     return [entry for entry in found if not wanted or entry.id in wanted]
 
 
-def _queued(line: str) -> Queued:
+def _queued(line: str) -> QueueEntry:
     number, state, reason, *tag, script = (part.strip() for part in line.split("|"))  # a site's comment may hold anything
-    return Queued(number, state, reason, "|".join(tag).replace("(null)", ""), script.replace("(null)", ""))
+    return QueueEntry(number, state, reason, "|".join(tag).replace("(null)", ""), script.replace("(null)", ""))
 
 
-def accounting(ids: Sequence[str]) -> dict[str, Accounted]:
+def sacct(ids: Sequence[str]) -> dict[str, AccountingEntry]:
     """The newest word of accounting on each job; empty where there is no accounting.
 
     `-D` would list earlier starts too; without it the last one stands.
@@ -264,7 +272,7 @@ def accounting(ids: Sequence[str]) -> dict[str, Accounted]:
         return {}
     main = ",".join(sorted({i.partition("_")[0] for i in ids}))
     text = _sacct(main)
-    found: dict[str, Accounted] = {}
+    found: dict[str, AccountingEntry] = {}
     steps_out_of_memory = set()
     for line in text.splitlines():
         job, state, code, nodes, submitted, command = (line.split("|", 5) + [""] * 6)[:6]
@@ -274,7 +282,7 @@ def accounting(ids: Sequence[str]) -> dict[str, Accounted]:
             if state == "OUT_OF_MEMORY":
                 steps_out_of_memory.add(base)
         elif base in ids:
-            found[base] = Accounted(state.split()[0] if state else "UNKNOWN", code, nodes, _moment(submitted), command)
+            found[base] = AccountingEntry(state.split()[0] if state else "UNKNOWN", code, nodes, _moment(submitted), command)
     return {
         job: replace(word, state="OUT_OF_MEMORY") if job in steps_out_of_memory and word.state == "FAILED" else word
         for job, word in found.items()
@@ -282,9 +290,12 @@ def accounting(ids: Sequence[str]) -> dict[str, Accounted]:
 
 
 def _sacct(jobs: str) -> str:
-    for fields in (f"{ACCOUNTED},SubmitLine", ACCOUNTED):  # an older Slurm refuses the whole question for a field that it has not
+    for fields in (
+        f"{SACCT_FIELDS},SubmitLine",
+        SACCT_FIELDS,
+    ):  # an older Slurm refuses the whole question for a field that it has not
         with suppress(SlurmError):
-            return ask("sacct", "-n", "-P", "-o", fields, "-j", jobs)
+            return run_command("sacct", "-n", "-P", "-o", fields, "-j", jobs)
     return ""
 
 
@@ -295,16 +306,16 @@ def _moment(text: str) -> float | None:
     return None
 
 
-def requeue(job_id: str) -> str | None:
+def scontrol_requeue(job_id: str) -> str | None:
     """Put a running job back into the queue; why not, or None.
 
     Whoever asks this of the job that it runs in may be killed by the answer: then it is what Slurm says of the job that counts.
     """
     for last in (False, True):
         try:
-            ask("scontrol", "requeue", job_id)
+            run_command("scontrol", "requeue", job_id)
         except CutOffError as error:
-            if describe(job_id).get("JobState", "") != "RUNNING":
+            if scontrol_show_job(job_id).get("JobState", "") != "RUNNING":
                 return None
             if last:
                 return str(error)
@@ -315,16 +326,16 @@ def requeue(job_id: str) -> str | None:
     return None
 
 
-def cancel(ids: Sequence[str]) -> None:
+def scancel(ids: Sequence[str]) -> None:
     """End jobs; those that are gone already are no error."""
     if ids:
-        ask("scancel", "--quiet", *ids)
+        run_command("scancel", "--quiet", *ids)
 
 
-def describe(job_id: str) -> dict[str, str]:
+def scontrol_show_job(job_id: str) -> dict[str, str]:
     """scontrol's KEY=VALUE of a job; empty where it does not answer."""
     try:
-        text = ask("scontrol", "-o", "show", "job", job_id)
+        text = run_command("scontrol", "-o", "show", "job", job_id)
     except SlurmError:
         return {}
     return dict(part.split("=", 1) for part in text.split() if "=" in part)

@@ -16,20 +16,20 @@ from typing import Any
 from ksweep.launch.job import Job
 from ksweep.launch.slurm import commands
 
-ASK_SECONDS = 15.0
+SLURM_POLL_SECONDS = 15.0
 """$KSWEEP_SLURM_SECONDS sets another."""
-CLOCKS_SECONDS = 2 * 3600.0
+MAX_CLOCK_SKEW_SECONDS = 2 * 3600.0
 """Two clocks differ by less, and so do the two readings of a moment in the hour that is repeated in autumn."""
-MOST_SECONDS = 60.0
+MAX_SLURM_POLL_SECONDS = 60.0
 """So rarely is Slurm asked at last about jobs that all wait: one that starts says so itself."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class SlurmState:
     """What Slurm says of a job."""
 
-    queued: commands.Queued | None = None
-    accounted: commands.Accounted | None = None
+    queued: commands.QueueEntry | None = None
+    accounted: commands.AccountingEntry | None = None
     reachable: bool = True
     elsewhere: str = ""
     """Why this Slurm has nothing to say of it: the cluster that it is on."""
@@ -38,11 +38,11 @@ class Answer:
 
 
 @dataclass
-class _Word:
+class _Poll:
     """The last round of questions."""
 
-    queued: dict[str, commands.Queued] = field(default_factory=dict)
-    accounted: dict[str, commands.Accounted] = field(default_factory=dict)
+    queued: dict[str, commands.QueueEntry] = field(default_factory=dict)
+    accounted: dict[str, commands.AccountingEntry] = field(default_factory=dict)
     numbers: frozenset[str] = frozenset()
     users: frozenset[str] = frozenset()
     reachable: bool = False
@@ -60,20 +60,20 @@ class _Word:
         return not self.reachable or all(n in self.numbers or n in self.queued for n in numbers)
 
 
-_last = _Word()
+_last = _Poll()
 
 
-def ask(jobs: Sequence[Job]) -> dict[str, Answer]:
+def slurm_states(jobs: Sequence[Job]) -> dict[str, SlurmState]:
     """Slurm's answer about each job, by its id, as old as ASK_SECONDS at most; about jobs without a number it says nothing."""
     numbers = {job.id: n for job in jobs if (n := job.slurm_id()) is not None}
     owners = {job.id: _owner(job) for job in jobs}
-    word = _word(frozenset(numbers.values()), frozenset(owners[name] for name in numbers)) if numbers else _Word()
+    word = _newest_poll(frozenset(numbers.values()), frozenset(owners[name] for name in numbers)) if numbers else _Poll()
     found = {}
     for job in jobs:
         place = cluster_of(job)
         if place and word.here and place != word.here:
             why = f"it is on cluster {place}, and this command runs on {word.here}"
-            found[job.id] = Answer(reachable=False, elsewhere=why, at=word.at)
+            found[job.id] = SlurmState(reachable=False, elsewhere=why, at=word.at)
         else:
             answer = _answer(job, numbers.get(job.id), word)
             found[job.id] = _from_afar(answer) if owners[job.id] != getpass.getuser() else answer
@@ -82,83 +82,83 @@ def ask(jobs: Sequence[Job]) -> dict[str, Answer]:
 
 def cluster_of(job: Job) -> str | None:
     """The cluster that a job was submitted to."""
-    return (job.noted("slurm") or {}).get("cluster")
+    return (job.read_note("slurm") or {}).get("cluster")
 
 
-def numbers_here(jobs: Iterable[Job]) -> list[str]:
+def ids_on_this_cluster(jobs: Iterable[Job]) -> list[str]:
     """Slurm's numbers of those jobs that are on this cluster: another one's are some other job here."""
     here = commands.cluster_name()
     ours = [job for job in jobs if cluster_of(job) in (None, here)]
     return [number for job in ours if (number := job.slurm_id()) is not None]
 
 
-def in_queue(jobs: Sequence[Job]) -> dict[str, str]:
+def ids_in_queue(jobs: Sequence[Job]) -> dict[str, str]:
     """Slurm's numbers of those jobs of this cluster that it has, by their id, asked at this moment and not from memory.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
-    here = {job.id: job for job in jobs if job.slurm_id() is not None and numbers_here([job])}
+    here = {job.id: job for job in jobs if job.slurm_id() is not None and ids_on_this_cluster([job])}
     if not here:
         return {}
-    there = {entry.id: entry for entry in commands.queue(user=",".join(sorted({_owner(job) for job in here.values()})))}
+    there = {entry.id: entry for entry in commands.squeue(user=",".join(sorted({_owner(job) for job in here.values()})))}
     found = {name: _own(job, there.get(str(job.slurm_id()))) for name, job in here.items()}
     return {name: entry.id for name, entry in found.items() if entry is not None}
 
 
 def _owner(job: Job) -> str:
-    return str((job.noted("slurm") or {}).get("user", getpass.getuser()))
+    return str((job.read_note("slurm") or {}).get("user", getpass.getuser()))
 
 
-def _answer(job: Job, number: str | None, word: _Word) -> Answer:
+def _answer(job: Job, number: str | None, word: _Poll) -> SlurmState:
     if number is None:
-        return Answer()
+        return SlurmState()
     if not word.reachable:
-        return Answer(reachable=False, at=word.at)
-    return Answer(_own(job, word.queued.get(number)), _own_record(job, word.accounted.get(number)), at=word.at)
+        return SlurmState(reachable=False, at=word.at)
+    return SlurmState(_own(job, word.queued.get(number)), _own_record(job, word.accounted.get(number)), at=word.at)
 
 
-def _word(numbers: frozenset[str], users: frozenset[str]) -> _Word:
+def _newest_poll(numbers: frozenset[str], users: frozenset[str]) -> _Poll:
     global _last
     if not _last.covers(numbers, users):
-        _last = _round(numbers, users, _last.pause)
+        _last = _poll(numbers, users, _last.pause)
     return _last
 
 
-def _round(numbers: frozenset[str], users: frozenset[str], before: float) -> _Word:
+def _poll(numbers: frozenset[str], users: frozenset[str], before: float) -> _Poll:
     """Ask about jobs, and say how long the answer stands."""
-    base = float(os.environ.get("KSWEEP_SLURM_SECONDS", ASK_SECONDS))
-    at, word = time.time(), _Word(numbers=numbers, users=users, here=commands.cluster_name(), pause=base)
+    base = float(os.environ.get("KSWEEP_SLURM_SECONDS", SLURM_POLL_SECONDS))
+    at, word = time.time(), _Poll(numbers=numbers, users=users, here=commands.cluster_name(), pause=base)
     try:
-        queued = {entry.id: entry for entry in commands.queue(user=",".join(sorted(users)))}
+        queued = {entry.id: entry for entry in commands.squeue(user=",".join(sorted(users)))}
     except commands.SlurmError:
         return replace(word, at=at, asked=time.monotonic())
-    accounted = commands.accounting(sorted(numbers - set(queued)))
+    accounted = commands.sacct(sorted(numbers - set(queued)))
     all_wait = all(n in queued and queued[n].state == "PENDING" for n in numbers)
-    pause = max(base, min(2 * before, MOST_SECONDS)) if all_wait else base
+    pause = max(base, min(2 * before, MAX_SLURM_POLL_SECONDS)) if all_wait else base
     return replace(word, queued=queued, accounted=accounted, reachable=True, at=at, asked=time.monotonic(), pause=pause)
 
 
-def _from_afar(answer: Answer) -> Answer:
+def _from_afar(answer: SlurmState) -> SlurmState:
     """What may be believed of another user's job: many clusters hide their jobs, which then seem to have vanished."""
-    ended = answer.accounted is not None and answer.accounted.state not in commands.UNDER_WAY
+    ended = answer.accounted is not None and answer.accounted.state not in commands.UNFINISHED_STATES
     return answer if answer.queued is not None or ended else replace(answer, reachable=False)
 
 
-def _own(job: Job, entry: commands.Queued | None) -> commands.Queued | None:
+def _own(job: Job, entry: commands.QueueEntry | None) -> commands.QueueEntry | None:
     """Numbers are given twice where slurmctld lost its state: the tag must be ours as well, or the script."""
-    noted = job.noted("slurm") or {}
+    noted = job.read_note("slurm") or {}
     if entry is None or not entry.tag or entry.tag == noted.get("tag", entry.tag):
         return entry
     return entry if entry.script and entry.script == _script(noted) else None
 
 
-def _own_record(job: Job, word: commands.Accounted | None) -> commands.Accounted | None:
+def _own_record(job: Job, word: commands.AccountingEntry | None) -> commands.AccountingEntry | None:
     """The same of accounting, which seldom has the tag: our sbatch submitted it, and not before our job was there."""
-    noted = job.noted("slurm") or {}
+    noted = job.read_note("slurm") or {}
     if word is None or (word.command and "folder" in noted and _script(noted) not in word.command):
         return None
-    before = word.submitted is not None and word.submitted < job.started() - CLOCKS_SECONDS
+    before = word.submitted is not None and word.submitted < job.submitted_at() - MAX_CLOCK_SKEW_SECONDS
     return None if before else word
 
 

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.config.resources import Resources
-from ksweep.launch.job import Heartbeat, Job, is_alive, myself
+from ksweep.launch.job import Job
+from ksweep.launch.rank_records import Heartbeat, is_alive, this_process
 from ksweep.launch.slurm import commands
 from ksweep.utils import machine
 from ksweep.utils.errors import SpecError
@@ -37,13 +38,15 @@ log = logging.getLogger(__name__)
 TAG = "ksweep:"
 SIGNAL_SECONDS = 120
 """How long before its time limit a job is told to stop; half of the limit where that is shorter."""
-USERS_DEFAULTS = ("partition", "account", "qos", "constraint")
-USERS_EXTRA = ("wckey", "reservation")
-SBATCH_SECONDS = 3.0
+SBATCH_DEFAULT_FIELDS = ("partition", "account", "qos", "constraint")
+SBATCH_DEFAULT_EXTRAS = ("wckey", "reservation")
+SBATCH_OUTLIVES_SECONDS = 3.0
 """How long an sbatch may outlive the launcher that was killed."""
 
 
-def parameters(resources: Resources, name: str, *, num_jobs: int = 1, tag: str = "", after: str | None = None) -> dict[str, Any]:
+def sbatch_parameters(
+    resources: Resources, name: str, *, num_jobs: int = 1, tag: str = "", after: str | None = None
+) -> dict[str, Any]:
     """Resources as submitit's SlurmExecutor takes them."""
     gpus = resources.gpus or 0
     extra: dict[str, Any] = {"requeue": True, "comment": tag}
@@ -86,14 +89,14 @@ def cpus_per_rank(resources: Resources, gpus: int) -> int | None:
     return None if resources.cpus_per_gpu is None else resources.cpus_per_gpu * resources.gpus_per_model
 
 
-def script(
+def batch_script(
     folder: Path, resources: Resources, name: str, *, num_jobs: int, tag: str, code: Path | None = None, after: str | None = None
 ) -> str:
     """The batch script of a submission: submitit's, with our own start instead of its pickles."""
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder)
-    given = parameters(resources, name, num_jobs=num_jobs, tag=tag, after=after)
+    given = sbatch_parameters(resources, name, num_jobs=num_jobs, tag=tag, after=after)
     # The user's lines first: what they set must not take away the code as submitted.
     path = f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"' if code else ""
     # A signal for the whole job must not end the shell before the ranks have stopped.
@@ -107,7 +110,7 @@ def script(
     return str(executor._make_submission_file_text(start, uid=tag))
 
 
-def refuse(resources: Resources) -> None:
+def validate_slurm_resources(resources: Resources) -> None:
     """Say before anything is submitted what the cluster has not, with what it has.
 
     Raises:
@@ -115,9 +118,9 @@ def refuse(resources: Resources) -> None:
     """
     there = commands.partitions()
     if resources.partition is not None:
-        _one_of("partition", resources.partition, sorted(there))
-    wanted = _wanted(resources, there)
-    _refuse_strange(resources, [p.name for p in wanted])
+        _validate_choice("partition", resources.partition, sorted(there))
+    wanted = _requested_partitions(resources, there)
+    _validate_account(resources, [p.name for p in wanted])
     ranks, cpus = ("gpus", "cpus_per_gpu") if resources.gpus else ("tasks", "cpus_per_task")
     for what, value, most in (
         ("gpus", resources.gpus or 0, max((p.gpus for p in wanted), default=0)),
@@ -131,75 +134,85 @@ def refuse(resources: Resources) -> None:
     ):
         if wanted and value > most:
             where = "" if what == "nodes" else " on a node"
-            raise SpecError(f"resources.{what}={value}, but {_which(wanted)} has {most:.6g}{where}: lower it")
+            raise SpecError(f"resources.{what}={value}, but {_partition_names(wanted)} has {most:.6g}{where}: lower it")
     limits = [p.minutes for p in wanted if p.minutes is not None]
     if limits and len(limits) == len(wanted) and resources.minutes > max(limits):
         raise SpecError(
-            f"resources.time={resources.time!r}, but {_which(wanted)} allows {max(limits)} minutes: lower it; "
+            f"resources.time={resources.time!r}, but {_partition_names(wanted)} allows {max(limits)} minutes: lower it; "
             "a job that reaches its limit is requeued"
         )
     features = frozenset().union(*(p.features for p in wanted))
     if resources.constraint and features and resources.constraint.replace("_", "").replace("-", "").isalnum():
-        _one_of("constraint", resources.constraint, sorted(features))
+        _validate_choice("constraint", resources.constraint, sorted(features))
 
 
-def with_users_defaults(resources: Resources) -> Resources:
+def with_sbatch_defaults(resources: Resources) -> Resources:
     """With what the user's shell tells every sbatch ($SBATCH_ACCOUNT and such), where the sweep leaves that open.
 
     sbatch itself is asked without these variables: they would win over what the sweep says.
     """
-    said = {name: value for name in (*USERS_DEFAULTS, *USERS_EXTRA) if (value := os.environ.get(f"SBATCH_{name.upper()}"))}
-    fields: dict[str, Any] = {name: said[name] for name in USERS_DEFAULTS if name in said and getattr(resources, name) is None}
-    return replace(resources, **fields, extra={name: said[name] for name in USERS_EXTRA if name in said} | dict(resources.extra))
+    said = {
+        name: value
+        for name in (*SBATCH_DEFAULT_FIELDS, *SBATCH_DEFAULT_EXTRAS)
+        if (value := os.environ.get(f"SBATCH_{name.upper()}"))
+    }
+    fields: dict[str, Any] = {
+        name: said[name] for name in SBATCH_DEFAULT_FIELDS if name in said and getattr(resources, name) is None
+    }
+    return replace(
+        resources, **fields, extra={name: said[name] for name in SBATCH_DEFAULT_EXTRAS if name in said} | dict(resources.extra)
+    )
 
 
-def most_gpus(resources: Resources) -> int:
+def max_gpus_per_node(resources: Resources) -> int:
     """GPUs on a node of the partition that a job would go to; a login node's own say nothing."""
-    return max((p.gpus for p in _wanted(resources, commands.partitions())), default=0)
+    return max((p.gpus for p in _requested_partitions(resources, commands.partitions())), default=0)
 
 
-def _wanted(resources: Resources, there: Mapping[str, commands.Partition]) -> list[commands.Partition]:
+def _requested_partitions(resources: Resources, there: Mapping[str, commands.Partition]) -> list[commands.Partition]:
     named = [there[p] for p in (resources.partition or "").split(",") if p in there]
     return named or [p for p in there.values() if p.is_default]
 
 
-def _which(partitions: Sequence[commands.Partition]) -> str:
+def _partition_names(partitions: Sequence[commands.Partition]) -> str:
     return f"partition {' or '.join(p.name for p in partitions)}"
 
 
-def _refuse_strange(resources: Resources, partitions: Sequence[str]) -> None:
+def _validate_account(resources: Resources, partitions: Sequence[str]) -> None:
     """Accounts and QOS of others; where accounting says nothing of this user it is left to `sbatch --test-only`."""
-    enforced = commands.enforced()
+    enforced = commands.enforced_limits()
     if not {resources.account, resources.qos} - {None} or "associations" not in enforced:
         return
     mine = [a for a in commands.associations(getpass.getuser()) if a.partition in ("", *partitions)]
     if resources.account is not None and mine:
-        _one_of("account", resources.account, sorted({a.account for a in mine}), " (yours on this cluster)")
+        _validate_choice("account", resources.account, sorted({a.account for a in mine}), " (yours on this cluster)")
         mine = [a for a in mine if a.account == resources.account]
     valid = sorted(frozenset().union(*(a.qos for a in mine)))
     if resources.qos is not None and valid and "qos" in enforced:
-        _one_of("qos", resources.qos, valid, f" (yours{f' with account {resources.account}' if resources.account else ''})")
+        _validate_choice(
+            "qos", resources.qos, valid, f" (yours{f' with account {resources.account}' if resources.account else ''})"
+        )
 
 
-def _one_of(what: str, value: str, valid: Sequence[str], whose: str = "") -> None:
+def _validate_choice(what: str, value: str, valid: Sequence[str], whose: str = "") -> None:
     if any(part not in valid for part in value.split(",")):
         raise SpecError(f"resources.{what}={value!r} is not one of {', '.join(valid)}{whose}")
 
 
 @dataclass(frozen=True)
-class Submitted:
+class Submission:
     """What became of jobs that were to be handed over."""
 
     arrays: list[str]
     """Slurm's number of each array."""
-    left: list[Job]
+    not_submitted: list[Job]
     """Jobs that Slurm did not take after it had taken others; their cells are missing still."""
     why: str = ""
 
 
-def submit(
+def submit_arrays(
     logs: Path, jobs: Sequence[Job], resources: Resources, name: str, code: Path | None = None, *, beside: Sequence[str] = ()
-) -> Submitted:
+) -> Submission:
     """Hand jobs over, in arrays that the cluster accepts. With max_parallel_jobs they wait for those `beside` (Slurm's numbers).
 
     Raises:
@@ -214,13 +227,13 @@ def submit(
         try:
             number = _submit_array(logs, part, resources, name, code, after or None, check=start == 0)
         except commands.SlurmError as error:
-            _forget(rest, "Slurm did not take the array before its own")
+            _mark_never_submitted(rest, "Slurm did not take the array before its own")
             if not arrays:
                 raise
-            return Submitted(arrays, [*part, *rest], str(error))
+            return Submission(arrays, [*part, *rest], str(error))
         arrays.append(number)
         after = number if resources.max_parallel_jobs else ""
-    return Submitted(arrays, [])
+    return Submission(arrays, [])
 
 
 def _submit_array(
@@ -228,30 +241,30 @@ def _submit_array(
 ) -> str:
     key = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
     folder, tag = logs / "submissions" / key, f"{TAG}{key}"
-    text = script(folder, resources, name, num_jobs=len(jobs), tag=tag, code=code, after=after)
-    if check and (reason := commands.refusal(text)):
-        raise SpecError(f"the cluster does not take this job ({reason}); asked for: {shape(resources)}")
+    text = batch_script(folder, resources, name, num_jobs=len(jobs), tag=tag, code=code, after=after)
+    if check and (reason := commands.sbatch_refusal(text)):
+        raise SpecError(f"the cluster does not take this job ({reason}); asked for: {job_shape_text(resources)}")
     publish(folder / "jobs.json", json.dumps([str(job.path) for job in jobs]).encode())
     publish(folder / "script.sh", text.encode())
-    intent = {"tag": tag, "launcher": myself(), "user": getpass.getuser(), "cluster": commands.cluster_name()}
+    intent = {"tag": tag, "launcher": this_process(), "user": getpass.getuser(), "cluster": commands.cluster_name()}
     publish(folder / "intent.json", json.dumps(intent).encode())
     try:
-        number = commands.submit(folder / "script.sh")
+        number = commands.sbatch(folder / "script.sh")
     except commands.SlurmError as error:
         # "Socket timed out" may come after the job was taken. Where squeue does not answer either, the next command settles it.
-        found = _look_for(folder, tag, jobs, time.time())
+        found = _find_submitted_id(folder, tag, jobs, time.time())
         if found is None:
-            _give_up(folder, jobs, f"sbatch refused it: {error}")
+            _mark_submission_failed(folder, jobs, f"sbatch refused it: {error}")
             raise
         number = found
-    _record(folder, number, jobs)
+    _note_submission(folder, number, jobs)
     return number
 
 
-def _record(folder: Path, number: str, jobs: Sequence[Job]) -> None:
+def _note_submission(folder: Path, number: str, jobs: Sequence[Job]) -> None:
     user, cluster = getpass.getuser(), commands.cluster_name()
     for index, job in enumerate(jobs):
-        job.note(
+        job.write_note(
             "slurm",
             {
                 "id": f"{number}_{index}" if len(jobs) > 1 else number, "folder": str(folder), "tag": f"{TAG}{folder.name}",
@@ -261,25 +274,27 @@ def _record(folder: Path, number: str, jobs: Sequence[Job]) -> None:
     publish(folder / "submitted.json", json.dumps({"id": number}).encode())
 
 
-def settle(logs: Path) -> list[str]:
+def resolve_interrupted_submissions(logs: Path) -> list[str]:
     """See to submissions whose launcher died between its intent and its note: adopt what Slurm has, forget what never was.
 
     Returns a line for each.
     """
-    return [line for folder in _unsettled(logs) for line in _settle(folder)]
+    return [line for folder in _interrupted_submissions(logs) for line in _resolve_submission(folder)]
 
 
-def is_unsettled(job: Job) -> bool:
+def is_in_interrupted_submission(job: Job) -> bool:
     """Whether a job belongs to a submission of which nobody knows yet whether Slurm has it."""
-    return any(str(job.path) in json.loads((folder / "jobs.json").read_text()) for folder in _unsettled(job.path.parent))
+    return any(
+        str(job.path) in json.loads((folder / "jobs.json").read_text()) for folder in _interrupted_submissions(job.path.parent)
+    )
 
 
-def _unsettled(logs: Path) -> list[Path]:
+def _interrupted_submissions(logs: Path) -> list[Path]:
     intents = sorted((logs / "submissions").glob("*/intent.json"))
     return [p.parent for p in intents if not (p.parent / "submitted.json").exists()]
 
 
-def _settle(folder: Path) -> list[str]:
+def _resolve_submission(folder: Path) -> list[str]:
     intent = json.loads((folder / "intent.json").read_text())
     jobs = [Job(Path(path)) for path in json.loads((folder / "jobs.json").read_text())]
     if is_alive(Heartbeat(rank=0, **intent["launcher"])):
@@ -288,47 +303,47 @@ def _settle(folder: Path) -> list[str]:
         return [f"submission {folder.name}: its launcher died; only a command of {owner} can tell whether Slurm has it"]
     if (there := intent.get("cluster")) and (here := commands.cluster_name()) not in (None, there):
         return [f"submission {folder.name}: its launcher died on cluster {there}; this is {here}, only a command there can tell"]
-    number = _look_for(folder, intent["tag"], jobs, intent["launcher"]["time"])
+    number = _find_submitted_id(folder, intent["tag"], jobs, intent["launcher"]["time"])
     if number is not None:
-        _record(folder, number, jobs)
+        _note_submission(folder, number, jobs)
         return [f"submission {folder.name}: its launcher died before it noted Slurm's number; found again as job {number}"]
-    _give_up(folder, jobs, "its launcher died before sbatch")
+    _mark_submission_failed(folder, jobs, "its launcher died before sbatch")
     return [
         f"submission {folder.name}: its launcher died before sbatch; Slurm knows nothing of it, so its cells are submitted again"
     ]
 
 
-def _give_up(folder: Path, jobs: Sequence[Job], why: str) -> None:
+def _mark_submission_failed(folder: Path, jobs: Sequence[Job], why: str) -> None:
     """A submission that Slurm has not: its cells are missing again."""
-    _forget(jobs, why)
+    _mark_never_submitted(jobs, why)
     publish(folder / "submitted.json", json.dumps({"id": None}).encode())
 
 
-def _forget(jobs: Sequence[Job], why: str) -> None:
+def _mark_never_submitted(jobs: Sequence[Job], why: str) -> None:
     for job in jobs:
-        job.note("settled", {"state": "stopped", "kind": "never submitted", "reason": why})
-        job.release()
+        job.write_note("settled", {"state": "stopped", "kind": "never submitted", "reason": why})
+        job.free_reserve()
 
 
-def _look_for(folder: Path, tag: str, jobs: Sequence[Job], begun: float) -> str | None:
+def _find_submitted_id(folder: Path, tag: str, jobs: Sequence[Job], begun: float) -> str | None:
     """Slurm's number of a submission, a second time where its sbatch began so lately that it may not be in the queue yet."""
-    number = _number(folder, tag, jobs)
-    if number is None and time.time() - begun < SBATCH_SECONDS:
-        time.sleep(SBATCH_SECONDS)
-        number = _number(folder, tag, jobs)
+    number = _submitted_id(folder, tag, jobs)
+    if number is None and time.time() - begun < SBATCH_OUTLIVES_SECONDS:
+        time.sleep(SBATCH_OUTLIVES_SECONDS)
+        number = _submitted_id(folder, tag, jobs)
     return number
 
 
-def _number(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
+def _submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
     """Slurm's number of a submission: from a job that runs or ran, from its output files, from the queue."""
     said = [job.slurm_id() for job in jobs] + [p.name.partition("_")[0] for p in folder.glob("*_log.*")]
     # By the script as well: some sites write a comment of their own over the tag.
-    script = str(folder / "script.sh")
-    said += [entry.id for entry in commands.queue(user=getpass.getuser()) if entry.tag == tag or entry.script == script]
+    batch_script = str(folder / "script.sh")
+    said += [entry.id for entry in commands.squeue(user=getpass.getuser()) if entry.tag == tag or entry.script == batch_script]
     return next((word.partition("_")[0] for word in said if word), None)
 
 
-def shape(resources: Resources) -> str:
+def job_shape_text(resources: Resources) -> str:
     """What one job takes, in words: "2 nodes x 8 GPUs, 24:00:00, partition main"."""
     gpus, tasks = resources.gpus or 0, resources.tasks or 1
     what = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else f"{tasks} CPU rank{'s' * (tasks != 1)}"

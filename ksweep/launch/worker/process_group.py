@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
-from ksweep.launch.worker.heartbeat import Pulse
+from ksweep.launch.worker.heartbeat import HeartbeatThread
 from ksweep.utils.errors import RunError
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
@@ -17,10 +17,10 @@ COLLECTIVE_TIMEOUT = timedelta(days=2)
 
 
 @dataclass
-class Group:
+class ProcessGroup:
     """The ranks of a torch.distributed job (or of a job with one rank)."""
 
-    pulse: Pulse
+    pulse: HeartbeatThread
     devices: tuple[str, ...]
     store: Any = None
     taken: dict[str, int] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Group:
     @property
     def device_name(self) -> str:
         """The GPU's own name, or the processor's."""
-        return name_of(self.devices)
+        return device_text(self.devices)
 
     @property
     def job(self) -> str:
@@ -79,13 +79,13 @@ class Group:
         self.pulse.begin_cell(key, seconds)
 
 
-def join(pulse: Pulse, gpus: int, gpus_per_model: int, environment: Any) -> Group:
+def join_process_group(pulse: HeartbeatThread, gpus: int, gpus_per_model: int, environment: Any) -> ProcessGroup:
     """This rank on its devices, among the others of its job."""
     devices = _devices(environment, gpus, gpus_per_model)
     device = devices[0]
-    pulse.beat = replace(pulse.beat, device=name_of(devices), gpu=cards_of(devices))
+    pulse.heartbeat = replace(pulse.heartbeat, device=device_text(devices), gpu=gpu_ids_text(devices))
     if environment.num_tasks == 1:
-        return Group(pulse, devices)
+        return ProcessGroup(pulse, devices)
     import torch.distributed as dist
     from submitit.helpers import TorchDistributedEnvironment
 
@@ -95,10 +95,10 @@ def join(pulse: Pulse, gpus: int, gpus_per_model: int, environment: Any) -> Grou
     os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["MASTER_PORT"]) - 20000 + 97 * pulse.attempt) % 40000)
     # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
     dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://", timeout=COLLECTIVE_TIMEOUT)
-    return Group(pulse, devices, dist.distributed_c10d._get_default_store())
+    return ProcessGroup(pulse, devices, dist.distributed_c10d._get_default_store())
 
 
-def leave(group: Group) -> None:
+def leave_process_group(group: ProcessGroup) -> None:
     """Take the process group down. After success only: the other ranks fail with it, and their words would hide the cause."""
     if group.store is not None:
         import torch.distributed as dist
@@ -113,17 +113,17 @@ def _devices(environment: Any, gpus: int, per_model: int) -> tuple[str, ...]:
 
     if (there := torch.cuda.device_count()) < gpus:
         raise RunError(f"the job was given {gpus} GPUs, torch sees {there}: is this torch built for CUDA, and the driver loaded?")
-    devices = own_gpus(environment.local_rank, per_model)
+    devices = gpus_of_rank(environment.local_rank, per_model)
     torch.cuda.set_device(devices[0])  # barriers go over this one
     return devices
 
 
-def own_gpus(local_rank: int, per_model: int) -> tuple[str, ...]:
+def gpus_of_rank(local_rank: int, per_model: int) -> tuple[str, ...]:
     """The GPUs of a rank among those that its job sees on the node: equal runs of numbers, in the order of the ranks."""
     return tuple(f"cuda:{local_rank * per_model + i}" for i in range(per_model))
 
 
-def name_of(devices: tuple[str, ...]) -> str:
+def device_text(devices: tuple[str, ...]) -> str:
     """What torch devices are: the GPU's own name, and how many, or the kind of processor."""
     if not devices[0].startswith("cuda"):
         return f"cpu ({platform.machine()})"
@@ -133,7 +133,7 @@ def name_of(devices: tuple[str, ...]) -> str:
     return several + str(torch.cuda.get_device_name(devices[0]))
 
 
-def cards_of(devices: tuple[str, ...]) -> str:
+def gpu_ids_text(devices: tuple[str, ...]) -> str:
     """Which cards GPUs are, as nvidia-smi -L names them: to find the one that fails again and again. Nothing for a processor."""
     return ", ".join(_card(device) for device in devices if device.startswith("cuda"))
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ksweep.launch.job import Ending, Job
+from ksweep.launch.job import Job
+from ksweep.launch.rank_records import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +32,10 @@ class StoppedStart:
     """What is published; equal in two starts that publish nothing between them."""
 
 
-def fail_if_stuck(start: StoppedStart, ending: Ending) -> Ending:
+def fail_if_stuck(start: StoppedStart, ending: Outcome) -> Outcome:
     """Turn a stop into a failure when the job keeps reaching its time limit at the same point; requeued, it would never end."""
-    at_limit = start.signal == signal.SIGUSR2 and not start.job.asked_to_end()
-    if at_limit and is_stuck([start.job.noted("requeued", n) for n in range(start.attempt)], start.progress):
+    at_limit = start.signal == signal.SIGUSR2 and not start.job.cancel_requested()
+    if at_limit and is_stuck([start.job.read_note("requeued", n) for n in range(start.attempt)], start.progress):
         message = (
             f"{STARTS_WITHOUT_PROGRESS} starts reached the time limit in {start.phase!r} and published nothing: a unit of "
             "work takes longer than a start may last. Raise resources.time, or spread the work over more ranks"
@@ -50,32 +51,34 @@ def is_stuck(requeues: Sequence[Mapping[str, Any] | None], place: list[Any]) -> 
     return len(same) == STARTS_WITHOUT_PROGRESS - 1
 
 
-def requeue(start: StoppedStart) -> None:
+def requeue_job(start: StoppedStart) -> None:
     """Put this job back into the queue after a signal of Slurm's; not when somebody has ended it, nor when a rank has failed."""
     from ksweep.launch.slurm import commands
 
     job, number = start.job, start.slurm_id
-    if any(e.status == "failed" for e in job.endings(start.attempt)):
+    if any(e.status == "failed" for e in job.outcomes(start.attempt)):
         log.warning("not requeued: a rank of job %s has failed", number)
         return
-    if job.given_up() is not None:
+    if job.final_status() is not None:
         log.warning("not requeued: job %s was given up, its cells belong to another by now", number)
         return
-    facts = commands.describe(number)
-    tag = (job.noted("slurm") or {}).get("tag")
+    facts = commands.scontrol_show_job(number)
+    tag = (job.read_note("slurm") or {}).get("tag")
     if tag and facts.get("Comment", tag) != tag:
         log.warning("not requeued: job %s is another by now: slurmctld forgot this one and gave its number again", number)
         return
-    if job.asked_to_end() or (facts.get("JobState") != "RUNNING"):
+    if job.cancel_requested() or (facts.get("JobState") != "RUNNING"):
         log.warning(
-            "not requeued: job %s is %s", number, "to end" if job.asked_to_end() else facts.get("JobState", "unknown to Slurm")
+            "not requeued: job %s is %s",
+            number,
+            "to end" if job.cancel_requested() else facts.get("JobState", "unknown to Slurm"),
         )
         return
     preempted = facts.get("PreemptTime", "None") not in ("None", "", "Unknown", "N/A")
     why = "preempted" if preempted else "time limit" if start.signal == signal.SIGUSR2 else "asked to stop"
     note = {"why": why, "time": time.time(), "place": start.progress}
-    job.note("requeued", note, start.attempt)
-    refused = commands.requeue(number)
+    job.write_note("requeued", note, start.attempt)
+    refused = commands.scontrol_requeue(number)
     if refused is not None:
         log.warning("Slurm does not requeue job %s: %s", number, refused)
-        job.note("requeued", note | {"refused": refused}, start.attempt)
+        job.write_note("requeued", note | {"refused": refused}, start.attempt)

@@ -8,21 +8,21 @@ import sys
 from pathlib import Path
 
 
-def main(folder: Path) -> None:
+def run_array_element(folder: Path) -> None:
     """Run the rank of the element of the array that this process belongs to."""
     from ksweep.launch.job import Job
     from ksweep.launch.worker.main import run_rank
 
     jobs = json.loads((folder / "jobs.json").read_text())
     job = Job(Path(jobs[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]))
-    if (settled := job.noted("settled")) is not None:
+    if (settled := job.read_note("settled")) is not None:
         print(f"job {job.id} was given up ({settled.get('reason')}), its cells belong to another by now", file=sys.stderr)
         return
-    if job.asked_to_end():
+    if job.cancel_requested():
         print(f"job {job.id} was cancelled before it started", file=sys.stderr)
         return
     run_rank(str(job.path))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_array_element(Path(sys.argv[1]))
