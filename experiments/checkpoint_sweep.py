@@ -1,4 +1,4 @@
-"""Which checkpoint explains activations best? Several pairs over the same activations, so that differences are paired.
+"""Which checkpoint explains activations best? Several pairs are run over the same activations, so that differences are paired.
 
     python experiments/checkpoint_sweep.py                    # the demo's AR before and after its training
     python experiments/checkpoint_sweep.py --config my_pairs.yaml
@@ -16,7 +16,7 @@ from ksweep.config.presets import demo_pair, held_out_passages
 
 sweep = Sweep(
     name="checkpoint_sweep",
-    question="How much does the training of the reconstructor bring?",
+    question="How much does training the reconstructor gain?",
     cell=Cell(
         autoencoder=demo_pair(),
         activations=held_out_passages(num_activations=128),

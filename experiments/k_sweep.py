@@ -1,10 +1,10 @@
-"""How far does the best of K draws go? One cell, every K from 1 to 64.
+"""How much does the best of K draws gain? One cell, every K from 1 to 64.
 
 python experiments/k_sweep.py
 python experiments/k_sweep.py sampling.num_draws=128 activations.num_activations=256
 python experiments/k_sweep.py scoring.ks=[1,2,4,8] sampling.num_draws=8
-python experiments/k_sweep.py autoencoder.checkpoint=PATH.pt     # a talkative autoencoder, scored on raw vectors
-python experiments/k_sweep.py autoencoder.checkpoint=PATH.pt --checkpoint-data --base DIR     # on its own data, base at DIR
+python experiments/k_sweep.py autoencoder.checkpoint=PATH.pt     # a TAE checkpoint, scored on raw vectors
+python experiments/k_sweep.py autoencoder.checkpoint=PATH.pt --checkpoint-data --base DIR     # on its own data, base model at DIR
 """
 
 from ksweep import Cell, Sampling, Sweep, sweep_main

@@ -1,7 +1,7 @@
-"""Which temperature gives the best explanations, and does the answer depend on how many draws one can afford?
+"""Which temperature gives the best explanations, and does the answer depend on the number of draws?
 
 python experiments/temp_sweep.py                                       # the demo pair, about two and a half minutes on two cores
-python experiments/temp_sweep.py --dry-run                             # what would be done, and why
+python experiments/temp_sweep.py --dry-run                             # what would be run, and why
 python experiments/temp_sweep.py sampling.num_draws=32 sampling.seed=1
 python experiments/temp_sweep.py autoencoder.av=DIR autoencoder.ar=DIR activations.model=DIR
 """

@@ -1,13 +1,12 @@
-"""Does drawing keep its speed while something else uses the cores? The ranks that a sweep gets by default against one rank whose
-threads spin at barriers.
+"""Does drawing keep its speed while other processes use the cores? Default ranks against one rank whose threads spin.
 
-    python scripts/bench_busy.py --repeats 2                     # alone, beside one and beside two busy cores; some 9 minutes
+    python scripts/bench_busy.py --repeats 2                     # no, one and two other busy cores; about 9 minutes
     python scripts/bench_busy.py --busy 1 --seconds 10 --repeats 1
 
-Each side is a job as a sweep starts it: processes of ranks that load the demo's AV and draw for some seconds. Its rate is the
-tokens that all ranks have sampled over the time of the slowest. "one rank, threads spin" has a thread a core with the OpenMP
-runtime's own default (libgomp: 300,000 turns, GNU's documentation of GOMP_SPINCOUNT), as ranks had before; "one rank, threads
-sleep" is what a rank with several threads has now, where memory holds no rank a core or `tasks=1` is asked for.
+Each side is a job as a sweep starts it: rank processes load the demo's AV and draw for a few seconds. Its rate is the tokens
+that all ranks have sampled over the time of the slowest. "one rank, threads spin" has one thread per core with the OpenMP
+runtime's own default (libgomp: 300,000 turns, GNU's documentation of GOMP_SPINCOUNT), as ranks used to have. "one rank, threads
+sleep" is what a rank with several threads has now, where memory is too small for one rank per core or `tasks=1` is given.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from ksweep.utils import machine
 
 NUM_ACTIVATIONS = 64
 LOADING_SECONDS, MOST_SECONDS = 120, 40
-"""For loading the models, and for drawing: then a job is ended, and what its ranks have reported counts. One that has not ended a
-single step counts as if it had, so that its rate is too high and the ratio of the others to it too low."""
+"""Limits for loading the models and for drawing. Then the job is ended, and what its ranks have reported counts. A job without a
+single finished step counts as if it had one, so that its rate is too high and the ratio of the others to it too low."""
 SPINNING = {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": str(machine.num_cores())}
 
 
@@ -63,7 +62,7 @@ def main() -> None:
 
 
 def default_ranks() -> int:
-    """As a sweep of the demo has, whose AV and AR are some 0.5 GB."""
+    """Return the number of ranks of a sweep of the demo, whose AV and AR take about 0.5 GB."""
     with only({}):
         return machine.num_ranks(NUM_ACTIVATIONS * 64, 5 * 10**8)
 
@@ -71,13 +70,13 @@ def default_ranks() -> int:
 def arguments() -> argparse.Namespace:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="cores kept busy by other processes")
-    options.add_argument("--seconds", type=float, default=10, help="of drawing")
+    options.add_argument("--seconds", type=float, default=10, help="seconds of drawing")
     return options.parse_args()
 
 
 @contextmanager
 def busy_cores(count: int) -> Iterator[None]:
-    """Processes that do nothing but keep a core busy."""
+    """Run processes that each keep one core busy."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -88,7 +87,7 @@ def busy_cores(count: int) -> Iterator[None]:
 
 
 def tokens_per_second(vectors: Path, ranks: int, environment: Mapping[str, str], options: argparse.Namespace) -> float:
-    """Of a job with so many ranks, started as a sweep starts its jobs."""
+    """Return the rate of a job with this many ranks, started as a sweep starts its jobs."""
     argument = {"vectors": str(vectors), "seconds": options.seconds, "dtype": options.dtype}
     job = create_job(vectors.parent / "logs", "bench_busy:draw_for", argument, ranks)
     with only(environment):
@@ -107,7 +106,7 @@ def tokens_per_second(vectors: Path, ranks: int, environment: Mapping[str, str],
 
 @contextmanager
 def only(environment: Mapping[str, str]) -> Iterator[None]:
-    """Of all that decides about threads only these variables are set inside."""
+    """Set these variables, and no others that affect threads."""
     before = dict(os.environ)
     for name in (machine.NUM_THREADS, *machine.SPIN_SETTINGS):
         os.environ.pop(name, None)
@@ -130,7 +129,7 @@ def has_begun(job: Job) -> bool:
 
 
 def draw_for(argument: dict[str, Any], ranks: Ranks) -> dict[str, float]:
-    """What a rank of the job runs: tokens that it has sampled, and in how many seconds."""
+    """Draw as one rank of the job; return the tokens sampled and the seconds taken."""
     av, _ = load_pair(argument["dtype"])
     vectors = torch.from_numpy(np.load(argument["vectors"]))
     requests = [Request(row=r, activation_key=r + 1, draw=k + 64 * ranks.rank) for r in range(len(vectors)) for k in range(64)]

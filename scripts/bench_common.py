@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: the demo's models and vectors, a longer prompt for its AV, sides timed in turn, tables."""
+"""Parts shared by the speed benchmarks: the demo's models and vectors, a longer AV prompt, alternating timing, tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ksweep.inference.engine import as_vectors
 
 LAYER = 20
 NATURAL_LIMIT = 64
-"""Tokens that a text of natural length may have."""
+"""Most tokens of a text of natural length."""
 
 
 PREFIX = (
@@ -34,17 +34,17 @@ PREFIX = (
     " stren■■OUTOUTOUTOUTOUTOUTOUTOUTOUTOUTOUTOUT Pang Pang Pang stip trol trump cass trump trump trump trump trump trump"
     " trump trump trump trump<|endoftext|> trump trump trump trump trump trump trump trump"
 )
-"""What stands before the demo AV's prompt to make it as long as a released pair's: 82 tokens, exchanged one by one until the
-distributions behind it were nearest to those behind the AV's own prompt (0.24 nats a token; ordinary text: 0.5 and more).
+"""A prefix that makes the demo AV's prompt as long as a released pair's. Its 82 tokens were exchanged one by one until the
+distributions after it were closest to those after the AV's own prompt (0.24 nats per token; ordinary text: 0.5 and more).
 
-On 48 activations x 4 draws that the search did not see, temperature 1: 27.3 tokens a text (own prompt: 18.0), medians 20 and 17,
-84 % end themselves (99 %), 82 % are explanations (98 %); at 0.8 22.9 (17.2), 93 % and 92 %. Ordinary text instead: 50 tokens,
-36 %. So its texts are real ones, but one in six has no end.
+On 48 activations x 4 draws held out from the search, at temperature 1: 27.3 tokens per text (own prompt: 18.0), medians 20 and
+17, 84 % end by themselves (99 %), 82 % are explanations (98 %); at 0.8 22.9 (17.2), 93 % and 92 %. With ordinary text instead:
+50 tokens, 36 %. So the texts are real explanations, but one in six does not end.
 """
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all have."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -54,21 +54,24 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def add_prompt_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prompt-tokens", type=int, default=0, help="length of the AV's prompt, up to 87 (released pairs'); its own 5 without"
+        "--prompt-tokens",
+        type=int,
+        default=0,
+        help="length of the AV's prompt, up to 87 (that of released pairs); without, its own 5",
     )
 
 
 def load_pair(dtype: str, prompt_tokens: int = 0) -> tuple[nla.NlaVerbalizer, nla.NlaReconstructor]:
-    """The demo pair, on this machine's CPU."""
+    """Load the demo pair on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         av, ar = NlaPair(lengthened(demo_pair(), prompt_tokens, Path(folder))).pair
         return nla.load_verbalizer(av, dtype=dtype), nla.load_reconstructor(ar, dtype=dtype)
 
 
 def lengthened(pair: Autoencoder, prompt_tokens: int, place: Path) -> Autoencoder:
-    """The pair with as many tokens in its AV's prompt as asked for: a copy of the AV under `place`, PREFIX in its template.
+    """Return the pair with `prompt_tokens` in its AV's prompt: a copy of the AV under `place` with PREFIX in its template.
 
-    Shorter ones have the end of PREFIX. The loader's own checks of the marker and its neighbours hold for the copy.
+    Shorter prompts get the end of PREFIX. The loader checks the marker and its neighbours in the copy as in any AV.
     """
     info, _ = NlaPair(pair).pair
     tokenizer = load_tokenizer(info)
@@ -83,14 +86,14 @@ def lengthened(pair: Autoencoder, prompt_tokens: int, place: Path) -> Autoencode
     sidecar["prompt_templates"]["av"] = tokenizer.decode(words[own - prompt_tokens :]) + sidecar["prompt_templates"]["av"]
     (copy / "nla_meta.yaml").write_text(yaml.safe_dump(sidecar), encoding="utf-8")
     made = replace(pair, av=str(copy))
-    found = len(av_prompt(NlaPair(made).pair[0], tokenizer).ids)
-    if found != prompt_tokens:
-        raise SystemExit(f"--prompt-tokens {prompt_tokens}: the words sought merge to {found} tokens; try another number, or 87")
+    length = len(av_prompt(NlaPair(made).pair[0], tokenizer).ids)
+    if length != prompt_tokens:
+        raise SystemExit(f"--prompt-tokens {prompt_tokens}: the prefix merges to {length} tokens; try another number, or 87")
     return made
 
 
 def held_out(count: int) -> torch.Tensor:
-    """[activation, d_model]: real activations, so that explanations have their natural lengths."""
+    """Return real activations [activation, d_model], so that explanations have their natural lengths."""
     with tempfile.TemporaryDirectory() as folder:
         table = ensure(held_out_passages(num_activations=count), LAYER, folder)
         return as_vectors(table.vectors(0, count))
@@ -99,7 +102,7 @@ def held_out(count: int) -> torch.Tensor:
 def demo_sweep(
     place: Path, num_activations: int, num_draws: int, num_replicates: int, prompt_tokens: int = 0, **more: Any
 ) -> Sweep:
-    """A sweep of the demo pair as a user has it, texts of natural length; `more` are its other fields."""
+    """Return a sweep of the demo pair with texts of natural length, as a user runs it; `more` are other fields of the sweep."""
     return Sweep(
         name="bench",
         cell=Cell(
@@ -115,21 +118,21 @@ def demo_sweep(
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What every side returns, one after the other, round after round; one round before that is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    """Run all sides in turn for `repeats` rounds after one warm-up round. Return the values of each side."""
+    values: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(repeats + 1):
         for name, side in sides.items():
             value = side()
             if round_:
-                found[name].append(value)
-    return found
+                values[name].append(value)
+    return values
 
 
 def report(title: str, unit: str, rates: Mapping[str, Sequence[float]], against: str) -> None:
-    """Median rate of each side, and the median over rounds of its ratio to `against`."""
+    """Print the median rate of each side, and the median over rounds of its ratio to `against`."""
     print(f"\n{title}\n| | {unit}, median (lowest to highest) | against {against}, median (lowest to highest) |\n|---|---|---|")
     for name, values in rates.items():
-        ratios = [one / other for one, other in zip(values, rates[against], strict=True)]
+        ratios = [value / other for value, other in zip(values, rates[against], strict=True)]
         print(f"| {name} | {spread(values, '.0f')} | {spread(ratios, '.2f')} |", flush=True)
 
 
@@ -138,7 +141,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def rate(count: Callable[[], int]) -> Callable[[], float]:
-    """A side that does some work and says how much; the rate in units a second."""
+    """Turn a function that returns how many units it has done into one that returns units per second."""
 
     def timed() -> float:
         began = time.perf_counter()

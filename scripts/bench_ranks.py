@@ -1,12 +1,12 @@
-"""Are several ranks as fast as one rank with all the threads, and how long does one wait for another at the end?
+"""Are several ranks as fast as one rank with all threads, and how long do ranks wait for each other at the end?
 
     python scripts/bench_ranks.py                                      # 2 ranks on 2 cores against 1 rank on 2 threads
     python scripts/bench_ranks.py --activations 24 --draws 8 --repeats 1
 
-Each side is a sweep of one cell as a user runs it, in turn. Its rate is that of the run record: tokens over the time from the
-first unit to the last, waiting for the other ranks included; loading and statistics are left out, which do not depend on the
-number of draws. The idle tail is taken from what every rank has said of itself: the part of all ranks' drawing time in which one
-had nothing left to do and waited.
+Each side is a sweep of one cell as a user runs it; the sides alternate. The rate is that of the run record: tokens over the time
+from the first unit to the last, including waiting for other ranks. Loading and statistics are left out, as they do not depend on
+the number of draws. The idle tail comes from the ranks' own heartbeats: the share of all ranks' drawing time spent waiting with
+nothing left to do.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
             if ranks > 1:
                 tails.append(tail)
                 walls.append(wall)
-        print(f"round {round_ + 1}: { ({name: round(found[-1]) for name, found in rates.items()}) }, idle tail {tails[-1]:.1%}")
+        print(f"round {round_ + 1}: { ({name: round(values[-1]) for name, values in rates.items()}) }, idle tail {tails[-1]:.1%}")
     title = f"{options.activations} activations x {options.draws} draws, natural lengths, {os.cpu_count()} cores"
     report(title, "tokens/s", rates, "1 rank")
     print(f"idle tail of {options.ranks} ranks: {spread(tails, '.1%')}; a run of {statistics.median(walls):.0f} s")
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--activations", type=int, default=200)
     options.add_argument("--draws", type=int, default=32)
     options.add_argument("--ranks", type=int, default=2)
-    options.add_argument("--measure", type=Path, help="one sweep alone, into this directory")
+    options.add_argument("--measure", type=Path, help="run one sweep alone, into this directory")
     return options.parse_args()
 
 
@@ -61,7 +61,7 @@ def the_sweep(options: argparse.Namespace, place: Path) -> Sweep:
 
 
 def measured(options: argparse.Namespace, ranks: int) -> tuple[float, float, float]:
-    """Tokens a second, idle share of the drawing time of all ranks, and seconds from start to end."""
+    """Return tokens per second, the idle share of all ranks' drawing time, and seconds from start to end."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--activations", str(options.activations), "--draws", str(options.draws), "--ranks", str(ranks)]
         began = time.perf_counter()

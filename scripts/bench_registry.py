@@ -3,11 +3,11 @@
     python scripts/bench_registry.py                              # 5,000 runs, 10 million draws; needs 2 GB of disk in --place
     python scripts/bench_registry.py --runs 500 --draws 1000000 --repeats 3
 
-Makes a registry of sweeps of ten temperatures each. Twenty runs are landed and their draws published for real (parts of 64
-activations x 16 draws); the others are copies of their files under records, cells and keys of their own. Then times, as medians:
-building the database from nothing, adding one run, nothing to do, rebuilding, every stored question, v_compare asked in several
-ways, and the views over the draws. Files are in the page cache. Processor seconds stand beside wall-clock seconds: on a machine
-with other work they are the steadier ones.
+Creates a registry of sweeps of ten temperatures each. Twenty runs and their draws are really written (parts of 64 activations x
+16 draws); the others are copies of their files with their own records, cells and keys. Then reports median times of: building
+the database from nothing, adding one run, an ingest with nothing to do, rebuilding, every stored question, v_compare queried in
+several ways, and the views over the draws. Files are in the page cache. Processor seconds are given beside wall-clock seconds,
+because they vary less on a busy machine.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ WORDS = (
     "Lisbon",
 )
 NUM_MODELS = 20
-"""Runs that are landed for real."""
+"""Runs that are really written, not copied."""
 
 
 def main() -> None:
@@ -72,8 +72,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5000)
     parser.add_argument("--draws", type=int, default=10_240_000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--place", type=Path, help="where the files are made; a temporary directory without")
-    parser.add_argument("--keep", type=Path, help="make the registry here, or use the one that is here, and leave it")
+    parser.add_argument("--place", type=Path, help="where the files are created; without, a temporary directory")
+    parser.add_argument("--keep", type=Path, help="create the registry here, or use the one that exists here, and keep it")
     options = parser.parse_args()
     place = options.keep or Path(tempfile.mkdtemp(prefix="bench-registry-", dir=options.place))
     try:
@@ -98,7 +98,7 @@ def make(root: Path, num_runs: int, num_draws: int) -> None:
 
 
 def copy_run(root: Path, model: RunRecord, number: int, num_activations: int) -> None:
-    """The files of a run as those of another, which differs in its record alone."""
+    """Copy the files of a run to those of another run that differs only in its record."""
     record = run_record(number, num_activations)
     source, place = root / "landing" / model.run_id, root / "landing" / record.run_id
     shutil.copytree(source, place)
@@ -214,7 +214,7 @@ def report(root: Path, repeats: int) -> None:
     print(f"  database: {(root / 'ksweep.duckdb').stat().st_size / 1e6:.0f} MB")
     timed("nothing to do", lambda: ingest_landings(root), repeats)
     timed("connect, nothing to do", lambda: connect(root).close(), repeats)
-    extra = itertools.count(10**6 + 10 * len(list((root / "landing").iterdir())), 10)  # not those of an earlier report
+    extra = itertools.count(10**6 + 10 * len(list((root / "landing").iterdir())), 10)  # numbers that no earlier report has used
     added: list[RunRecord] = []
 
     def add() -> None:

@@ -1,10 +1,10 @@
-"""How long do the statistics of a large cell take, and how much memory? Best-of-K for every K with its bootstrap.
+"""How long do the statistics of a large cell take, and how much memory: best-of-K for every K with its bootstrap?
 
     python scripts/bench_statistics.py                      # 10,000 activations x 64 draws x 64 K x 2,000 replicates
     python scripts/bench_statistics.py --activations 1000 --repeats 5
 
-Both sides in one run: `fve_curve` against the plain way (for each replicate: pick documents, average, divide), which is the
-oracle of its tests; the plain side runs few replicates and is scaled up.
+Both sides are timed in one run: `fve_curve` against the plain method (for each replicate: pick documents, average, divide),
+which is the oracle of its tests. The plain method runs few replicates and is scaled up.
 """
 
 from __future__ import annotations

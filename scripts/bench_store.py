@@ -1,14 +1,13 @@
-"""How fast is the activation store read, beside a pickle of the same tensor and beside the raw bytes?
+"""How fast is reading the activation store, compared with a pickle of the same tensor and with the raw bytes?
 
     python scripts/bench_store.py                    # 2 GB of bfloat16, d_model 2048; needs 6.5 GB of disk in --place
     python scripts/bench_store.py --gigabytes 0.2 --repeats 3
 
-Every time is taken in a fresh process, after its imports, the readers in turn; files are in the page cache (they are read once
-before; --place /dev/shm keeps them there on a busy machine). What is read ends as one array of bfloat16 bits in memory, for
-every reader: `np.fromfile` is the plain read of the vectors alone. The first reading of a shard in a process compares its
-checksum, which is part of "store"; "store, again" is the second reading in the same process, where that is done. The whole
-store is opened also where only the first rows are wanted. Processor seconds stand beside wall-clock seconds: on a machine
-with other work they are the steadier ones.
+Each time is measured in a fresh process, after its imports; the readers alternate. Files are in the page cache (they are read
+once before; --place /dev/shm keeps them there on a busy machine). Every reader ends with one array of bfloat16 bits in memory;
+`np.fromfile` reads the vectors alone. The first read of a shard in a process verifies its checksum, and "store" includes that;
+"store, again" is the second read in the same process. The whole store is opened even where only the first rows are wanted.
+Processor seconds are given beside wall-clock seconds, because they vary less on a busy machine.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=2048)
     parser.add_argument("--rows-per-shard", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--place", type=Path, help="where the files are made; a temporary directory without")
-    parser.add_argument("--measure", nargs=3, metavar=("READER", "ROWS", "WIDTH"), help="one reading, for itself")
+    parser.add_argument("--place", type=Path, help="where the files are created; without, a temporary directory")
+    parser.add_argument("--measure", nargs=3, metavar=("READER", "ROWS", "WIDTH"), help="one read alone, in this process")
     options = parser.parse_args()
     if options.measure:
         reader, rows, width = options.measure
@@ -55,7 +54,7 @@ def main() -> None:
 
 
 def make_files(place: Path, rows: int, width: int, rows_per_shard: int) -> None:
-    """The same vectors through the store's own writing, as a pickled tensor, and raw."""
+    """Write the same vectors to a store, as a pickled tensor, and as raw bytes."""
     import torch
 
     bits = np.random.default_rng(0).integers(0, 2**16, (rows, width), dtype=np.uint16) & 0xBFFF  # finite values only
@@ -88,7 +87,7 @@ def unit(vectors: np.ndarray, first: int, is_last: bool) -> Unit:
 
 
 def measure(place: Path, reader: str, rows: int, width: int) -> tuple[float, float]:
-    """Wall-clock and processor seconds until the first rows are in memory, in this process."""
+    """Return wall-clock and processor seconds until the first rows are in memory, in this process."""
     if reader == "pickle":
         import torch  # noqa: F401  # loading a tensor needs it: not part of the time
     if reader == "store, again":
@@ -107,7 +106,7 @@ def read(place: Path, reader: str, rows: int, width: int) -> np.ndarray:
         import torch
 
         with (place / "pickle").open("rb") as file:
-            tensor = pickle.load(file)  # all of it, whatever is wanted
+            tensor = pickle.load(file)  # all of it, however few rows are wanted
         return np.asarray(tensor[:rows].view(torch.int16).numpy()).view(np.uint16)
     table = ActivationStore(place / "cache", KEY, {}).open((place / "raw").stat().st_size // (2 * width))
     out, at = np.empty((rows, width), dtype=np.uint16), 0

@@ -1,15 +1,15 @@
-"""How long does a whole sweep take, beside the reference's algorithm: for every K all draws anew, one vector at a time?
+"""How long does a whole sweep take, compared with the reference's algorithm: new draws for every K, one vector at a time?
 
     python scripts/bench_sweep.py                                      # 200 activations, 3 temperatures, K = 1 .. 64
     python scripts/bench_sweep.py --activations 24 --most-draws 8 --reference-activations 2 --repeats 1
-    python scripts/bench_sweep.py --prompt-tokens 87                   # as long as released pairs' prompts, for both sides
+    python scripts/bench_sweep.py --prompt-tokens 87                   # prompts as long as those of released pairs, on both sides
 
-Ours is the sweep as a user runs it, a process of its own: planning, loading, extraction, drawing, scoring, 2,000 bootstrap
-replicates, landing. The other side is the algorithm alone, its models loaded already: generate() over the K copies of a vector,
-then the full model over the K texts, for every temperature and K. It runs for few activations and is scaled up to all, and its
-extraction and statistics are left out: both in its favour. Where our time goes is from the sweep's own run records. A longer
-prompt is in the template of a copy of the AV; what stands in it was sought so that the AV goes on writing explanations
-(`bench_common.PREFIX`).
+Our side is the sweep as a user runs it, in its own process: planning, loading, extraction, drawing, scoring, 2,000 bootstrap
+replicates, recording. The other side is the algorithm alone, with models already loaded: generate() over the K copies of a
+vector, then the full model over the K texts, for every temperature and K. It runs for a few activations and is scaled up to
+all, and its extraction and statistics are left out; both favour it. How our time divides comes from the sweep's own run
+records. A longer prompt is in the template of a copy of the AV; its text was searched for so that the AV still writes
+explanations (`bench_common.PREFIX`).
 """
 
 from __future__ import annotations
@@ -45,29 +45,31 @@ def main() -> None:
         sweep_main(the_sweep(options, options.measure), ["--no-charts"])
     av, ar = load_pair(options.dtype, options.prompt_tokens)
     whole = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=getattr(torch, options.dtype)).eval()
-    ours, theirs, phases = [], [], []
+    ours, reference, phases = [], [], []
     for _ in range(options.repeats):
-        seconds, found, texts = measure_ours(options)
+        seconds, phase_seconds, texts = measure_ours(options)
         ours.append(seconds)
-        phases.append(found)
-        theirs.append(measure_theirs(av, ar, whole, options))
-        print(f"ours {ours[-1]:.0f} s, the reference's algorithm {theirs[-1]:.0f} s", flush=True)
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+        phases.append(phase_seconds)
+        reference.append(measure_reference(av, ar, whole, options))
+        print(f"ours {ours[-1]:.0f} s, the reference's algorithm {reference[-1]:.0f} s", flush=True)
+    ratios = [b / a for a, b in zip(ours, reference, strict=True)]
     print(f"{options.activations} activations, {len(TEMPERATURES)} temperatures, K to {options.most_draws}, ", end="")
     print(f"prompt of {av.prompt_length} tokens; {texts}")
     print(f"ours: median {statistics.median(ours):.0f} s")
     report_phases(phases, ours)
-    print(f"the reference's algorithm, scaled up from {options.reference_activations}: median {statistics.median(theirs):.0f} s")
+    print(
+        f"the reference's algorithm, scaled up from {options.reference_activations}: median {statistics.median(reference):.0f} s"
+    )
     print(f"ratio: median {statistics.median(ratios):.1f}x, {min(ratios):.1f}x to {max(ratios):.1f}x")
 
 
 def arguments() -> argparse.Namespace:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--activations", type=int, default=200)
-    options.add_argument("--most-draws", type=int, default=64, help="K goes up to it in powers of two")
+    options.add_argument("--most-draws", type=int, default=64, help="largest K; K goes up in powers of two")
     options.add_argument("--reference-activations", type=int, default=3)
     add_prompt_tokens(options)
-    options.add_argument("--measure", type=Path, help="our sweep alone, into this directory")
+    options.add_argument("--measure", type=Path, help="run our sweep alone, into this directory")
     return options.parse_args()
 
 
@@ -81,7 +83,7 @@ def the_sweep(options: argparse.Namespace, place: Path) -> Sweep:
 
 
 def measure_ours(options: argparse.Namespace) -> tuple[float, dict[str, float], str]:
-    """Seconds from start to end, those of each phase, and a line on the texts."""
+    """Return the seconds from start to end, the seconds of each phase, and a line about the texts."""
     with tempfile.TemporaryDirectory() as place:
         flags = [
             *("--activations", str(options.activations), "--most-draws", str(options.most_draws)),
@@ -94,22 +96,22 @@ def measure_ours(options: argparse.Namespace) -> tuple[float, dict[str, float], 
         with connect(Path(place) / "registry") as connection:
             phases = connection.execute(PHASES).fetchall()
             [(tokens, ended, parsed)] = connection.execute(TEXTS).fetchall()
-    return seconds, dict(phases), f"{tokens:.1f} tokens a text, {ended:.0%} end themselves, {parsed:.0%} are explanations"
+    return seconds, dict(phases), f"{tokens:.1f} tokens per text, {ended:.0%} end by themselves, {parsed:.0%} are explanations"
 
 
 def report_phases(phases: Sequence[Mapping[str, float]], ours: Sequence[float]) -> None:
-    """Medians over the rounds, the longest first; what no run record has is the rest."""
-    names = sorted({name for one in phases for name in one}, key=lambda name: -phases[0].get(name, 0.0))
-    rows = {name: [one.get(name, 0.0) for one in phases] for name in names}
-    rest = "start, planning, loading and all else"
-    rows[rest] = [whole - sum(one.values()) for whole, one in zip(ours, phases, strict=True)]
+    """Print the median of each phase over the rounds, longest first; the rest is what no run record has."""
+    names = sorted({name for phase_seconds in phases for name in phase_seconds}, key=lambda name: -phases[0].get(name, 0.0))
+    rows = {name: [phase_seconds.get(name, 0.0) for phase_seconds in phases] for name in names}
+    rest = "start, planning, loading, and everything else"
+    rows[rest] = [total - sum(phase_seconds.values()) for total, phase_seconds in zip(ours, phases, strict=True)]
     print("| ours, by phase | s | share |\n|---|---|---|")
     for name, values in rows.items():
-        share = statistics.median(value / whole for value, whole in zip(values, ours, strict=True))
+        share = statistics.median(value / total for value, total in zip(values, ours, strict=True))
         print(f"| {name} | {statistics.median(values):.1f} | {share:.1%} |")
 
 
-def measure_theirs(av: NlaVerbalizer, ar: NlaReconstructor, whole: torch.nn.Module, options: argparse.Namespace) -> float:
+def measure_reference(av: NlaVerbalizer, ar: NlaReconstructor, whole: torch.nn.Module, options: argparse.Namespace) -> float:
     few = held_out(options.reference_activations)
     torch.manual_seed(0)
     began = time.perf_counter()

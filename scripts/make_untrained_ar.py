@@ -1,8 +1,8 @@
-"""The demo's reconstructor before any training: the frozen base with an identity head, in the public layout.
+"""Write the demo's reconstructor as it is before training: the frozen base with an identity head, in the public layout.
 
     python scripts/make_untrained_ar.py
 
-An all-zero adapter of rank 1 and an identity value head; experiments/checkpoint_sweep.py holds the trained one against it.
+The adapter has rank 1 and is all zeros. experiments/checkpoint_sweep.py compares the trained reconstructor with this one.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""How often do nominal 95 % intervals hold the truth, and how far is the baseline off? Simulated documents, new and old way.
+"""How often do nominal 95 % intervals contain the truth, and how biased is the baseline? Simulated, current and old method.
 
     python scripts/simulate_coverage.py                                  # 10, 20, 40, 80 documents, even and uneven; half an hour
     python scripts/simulate_coverage.py --documents 80 --sizes uneven --simulations 400
     python scripts/simulate_coverage.py --difficulty 0.75                # heavier tails
 
-The population: half of the variance of activations lies between documents, and so does half of the variance of how hard an
-activation is (log-normal); errors of draws are log-normal about that and end at 3.9; 5 % of draws fail, at a rate of each
-document's own (beta with mean 0.05, standard deviation 0.07), and a few activations always. Two cells share all of this. Uneven
-sizes are log-normal (sigma 1.2): 80 documents count as some 27. Scored as public pairs are; the truth is from 400,000 documents
-of one activation, sizes having nothing to do with errors.
+The population: half of the variance of activations lies between documents, and so does half of the variance of an activation's
+difficulty (log-normal). Errors of draws are log-normal around the difficulty and capped at 3.9. 5 % of draws fail, at a rate that
+differs by document (beta with mean 0.05, standard deviation 0.07), and a few activations always fail. Two cells share all of
+this. Uneven sizes are log-normal (sigma 1.2): 80 documents have an effective number of about 27. Scoring is that of public pairs.
+The truth comes from 400,000 documents of one activation each, as sizes are independent of errors.
 
-The old way: distance from the mean as baseline, percentiles of the replicates at Student's tails for the number of documents,
-band of as many standard errors.
+The old method: distance from the mean as baseline, percentiles of the replicates at Student's tails for the number of documents,
+and a band of as many standard errors.
 """
 
 from __future__ import annotations
@@ -48,20 +48,22 @@ def main() -> None:
     parser.add_argument("--sizes", choices=("even", "uneven", "huge"), nargs="+", default=["even", "uneven"])
     parser.add_argument("--simulations", type=int, default=2000)
     parser.add_argument("--replicates", type=int, default=2000)
-    parser.add_argument("--difficulty", type=float, default=0.6, help="log-normal sigma of how hard an activation is")
+    parser.add_argument("--difficulty", type=float, default=0.6, help="log-normal sigma of an activation's difficulty")
     options = parser.parse_args()
 
     truth = truth_of(options.difficulty)
     error = 100 * np.sqrt(LEVEL * (1 - LEVEL) / options.simulations)
     print(f"{options.simulations} simulations (standard error {error:.1f} %), {options.replicates} replicates, K = 1, 4, 16")
-    print("documents, in effect | baseline | way | cell | difference | bands: cell, difference | FVE off by the baseline, K = 1")
+    print(
+        "documents, effective | baseline | method | cell | difference | bands: cell, difference | FVE bias of the baseline, K = 1"
+    )
     for sizes in options.sizes:
         for num_documents in options.documents:
-            found = coverage(num_documents, sizes, options.difficulty, truth, options.simulations, options.replicates)
-            for (baseline, way), row in found.items():
+            results = coverage(num_documents, sizes, options.difficulty, truth, options.simulations, options.replicates)
+            for (baseline, way), row in results.items():
                 shares = [100 * row[name] for name in ("cell", "difference", "bands")]
                 cells = " | ".join(" ".join(f"{x:.1f}" for x in share) for share in shares)
-                off = row["fve"] - found["stated", way]["fve"]
+                off = row["fve"] - results["stated", way]["fve"]
                 print(f"{num_documents} {sizes}, {row['effective']:.0f} | {baseline} | {way} | {cells} | {off:+.4f}", flush=True)
 
 
@@ -76,7 +78,7 @@ def truth_of(difficulty: float) -> Truth:
 def coverage(
     num_documents: int, sizes: str, difficulty: float, truth: Truth, simulations: int, replicates: int = 2000, seed: int = 0
 ) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """Share of simulations whose interval holds the truth at each K, for cells, differences and bands; by baseline and way."""
+    """Return the share of simulations whose interval contains the truth at each K, by (baseline, method) and kind of interval."""
     generator, rows = np.random.default_rng([seed, num_documents, len(sizes)]), {}
     targets = {"cell": truth.fve[0], "difference": truth.fve[1] - truth.fve[0]}
     for simulation in range(simulations):
@@ -97,7 +99,7 @@ def coverage(
 def documents_of(generator: np.random.Generator, num_documents: int, sizes: str) -> np.ndarray:
     if sizes == "even":
         counts = np.full(num_documents, 4)
-    elif sizes == "huge":  # one has as many as all others
+    elif sizes == "huge":  # one document has as many as all others
         counts = np.array([4 * (num_documents - 1)] + [4] * (num_documents - 1))
     else:
         drawn = np.exp(1.2 * generator.normal(size=num_documents))
@@ -106,7 +108,7 @@ def documents_of(generator: np.random.Generator, num_documents: int, sizes: str)
 
 
 def half_shared(generator: np.random.Generator, documents: np.ndarray, *shape: int) -> np.ndarray:
-    """Standard normal, half of the variance between documents."""
+    """Sample standard normals with half of their variance between documents."""
     shared = generator.normal(size=(documents.max() + 1, *shape))[documents]
     return np.sqrt(0.5) * (shared + generator.normal(size=(len(documents), *shape)))
 
@@ -116,14 +118,14 @@ def vectors_of(generator: np.random.Generator, documents: np.ndarray) -> np.ndar
 
 
 def errors_of(generator: np.random.Generator, documents: np.ndarray, difficulty: float) -> list[np.ndarray]:
-    """[activation, draw] for each cell; NaN where a draw failed."""
+    """Return errors [activation, draw] for each cell; NaN where a draw failed."""
     shape = (len(documents), NUM_DRAWS)
-    hard = difficulty * half_shared(generator, documents)
+    difficulties = difficulty * half_shared(generator, documents)
     rate = generator.beta(0.5, 9.5, size=documents.max() + 1)[documents]
     always = generator.random(len(documents)) < 0.03 * rate
     cells = []
     for scale, spread in CELLS:
-        own = hard + 0.15 * half_shared(generator, documents)
+        own = difficulties + 0.15 * half_shared(generator, documents)
         errors = np.minimum(scale * np.exp(own[:, None] + spread * generator.normal(size=shape)), 3.9)
         errors[(generator.random(shape) < rate[:, None]) | always[:, None]] = np.nan
         cells.append(errors)
@@ -158,7 +160,7 @@ def old_ends(curve: stats.FveCurve, other: stats.FveCurve) -> tuple[dict, dict]:
 
 
 def expanded_percentiles(replicates: np.ndarray, num_documents: int) -> np.ndarray:
-    """Hesterberg's expanded percentile interval."""
+    """Return Hesterberg's expanded percentile interval."""
     quantile = stdtrit(num_documents - 1, (1 + LEVEL) / 2)
     tail = ndtr(-quantile * np.sqrt(num_documents / (num_documents - 1)))
     return np.quantile(replicates, [tail, 1 - tail], axis=0)

@@ -1,13 +1,13 @@
 """Rebuild the demo pair in `ksweep/demo/` from nothing: how well can a small AV/AR pair on SmolLM2-135M do on two CPU cores?
 
     python scripts/train_demo_pair.py                 # all stages, about 65 minutes on two cores; continues where it stopped
-    python scripts/train_demo_pair.py --minutes 8     # every training stage shortened in proportion (42 is the whole)
-    python scripts/train_demo_pair.py --rounds 1      # and a round of the AV on the best of its own draws
+    python scripts/train_demo_pair.py --minutes 8     # every training stage shortened in proportion (42 is the full length)
+    python scripts/train_demo_pair.py --rounds 1      # plus one round of the AV on the best of its own draws
 
-Stages, each leaving one file in the work directory and skipped when that file is there:
+Stages; each writes one file in the work directory and is skipped if that file exists:
 
     texts      books and articles -> training passages and held-out passages
-    vectors    block-20 activations of both, 6 positions a passage
+    vectors    block-20 activations of both, 6 positions per passage
     av-0       AV learns to say the last 5 to 10 tokens of text up to the position
     samples-0  AV draws at temperatures 0.4 and 0.8 for vectors it was not trained on
     ar-0       AR learns to reconstruct the vector from those draws and from the true text
@@ -45,10 +45,10 @@ CONTEXT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the committed pair was trained with.
+    """The settings of the committed pair.
 
-    Its AV ran for the 36 minutes in two legs (24 and 12, the second at rate 1.2e-3), 24,704 examples on two busy cores. In the
-    first leg the two workers began from different random adapters, which `Trainer` now prevents: expect the same or better.
+    Its AV trained for 36 minutes in two parts (24 and 12, the second at rate 1.2e-3), 24,704 examples on two busy cores. In the
+    first part the two workers started from different random adapters, which `Trainer` now prevents: expect the same or better.
     """
 
     num_passages: int = 5000
@@ -56,7 +56,7 @@ class Settings:
     min_position: int = 24
     target_tokens: tuple[int, int] = (5, 10)
     num_av_passages: int = 4200
-    """The AV's; the AR learns from draws for the passages after them."""
+    """Passages for the AV; the AR learns from draws for the passages after them."""
     av_minutes: float = 36.0
     av_batch: int = 32
     av_rate: float = 1.5e-3
@@ -107,7 +107,7 @@ def read_texts(path: Path) -> list[str]:
 
 @torch.inference_mode()
 def extract(base: Path, passages: list[str], settings: Settings, per_passage: int) -> dict[str, np.ndarray]:
-    """`vector` [row, width], `context` [row, CONTEXT] token ids up to and at the position, `passage` [row]."""
+    """Return `vector` [row, width], `context` [row, CONTEXT] (tokens up to the position), `passage` and `position` [row]."""
     tokenizer, model = pair.load_tokenizer(base), pair.load_truncated(base)
     rng = np.random.default_rng(settings.seed)
     ids = [tokenizer(text).input_ids for text in passages]
@@ -160,7 +160,7 @@ class Rows:
 
 
 def targets(context: np.ndarray, word_starts: np.ndarray, shortest: int, longest: int, seed: int) -> np.ndarray:
-    """Number of last tokens to say, per row: uniform, then lengthened until the first one starts a word."""
+    """Return the number of last tokens to say for each row: uniform, then increased until the first one starts a word."""
     length = np.random.default_rng(seed).integers(shortest, longest + 1, len(context))
     for _ in range(CONTEXT):
         inside = ~word_starts[context[np.arange(len(context)), CONTEXT - length]] & (length < CONTEXT)
@@ -195,7 +195,7 @@ def train_av(
     settings: Settings,
     rate: float,
 ) -> dict[str, Any]:
-    """Supervised training of the AV's LoRA on `rows`; the adapter and a log end up in `out`."""
+    """Train the AV's LoRA on `rows` (supervised), and write the adapter to `out`."""
     prompt = pair.Prompt.of(pair.load_tokenizer(base))
     model = pair.with_fast_lora(pair.with_lora(pair.load_base(base), start))
     av = model.base_model.model
@@ -226,7 +226,7 @@ def train_av(
 
 @torch.inference_mode()
 def av_held_out(av: torch.nn.Module, prompt: pair.Prompt, rows: Rows) -> dict[str, float]:
-    """Loss per text token with the right vectors, of the last token, and with vectors shuffled among rows."""
+    """Return the loss per text token, of the last token, and per text token with vectors shuffled among rows."""
     sums: dict[str, list[float]] = {"text": [], "last_token": [], "shuffled": []}
     for length in np.unique(rows.length):
         batch = np.flatnonzero(rows.length == length)
@@ -244,7 +244,7 @@ def av_held_out(av: torch.nn.Module, prompt: pair.Prompt, rows: Rows) -> dict[st
 
 
 class Clock:
-    """Steps and progress of one training, by time or by number of steps; a checkpoint every three minutes to continue from."""
+    """Step count and progress of one training, by time or by number of steps, with a checkpoint every three minutes."""
 
     def __init__(self, minutes: float, steps: int | None, checkpoint: Path, trainer: pair.Trainer) -> None:
         self.seconds, self.steps, self.checkpoint, self.trainer = minutes * 60, steps, checkpoint, trainer
@@ -276,7 +276,7 @@ class Clock:
 
 
 def save_in_place(out: Path, write: Any) -> None:
-    """A directory appears whole: written beside its place, then renamed into it."""
+    """Write a directory under another name, then rename it, so that it is never seen incomplete."""
     if dist.get_rank() == 0:
         part = out.with_name(out.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -303,7 +303,7 @@ def draw_texts(
     seed: int,
     rows_at_once: int = 96,
 ) -> list[list[list[int]]]:
-    """Token ids between the tags, [vector][draw]; the workers share the vectors. A draw that does not end is left empty."""
+    """Return token ids between the tags, [vector][draw]; empty for draws that do not end. The workers share the vectors."""
     prompt = pair.Prompt.of(pair.load_tokenizer(base))
     av = pair.with_lora(pair.load_base(base), av_adapter).eval().base_model.model
     rank, workers = dist.get_rank(), dist.get_world_size()
@@ -330,7 +330,7 @@ def draw_texts(
 
 
 def interleaved(mine: list[Any], total: int) -> list[Any]:
-    """What worker r found for items r, r + workers, ..., back in one list on every worker."""
+    """Merge the results of all workers, of which worker r has items r, r + workers, ..., into one list on every worker."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     whole: list[Any] = [None] * total
@@ -340,7 +340,7 @@ def interleaved(mine: list[Any], total: int) -> list[Any]:
 
 
 def write_samples(base: Path, av_adapter: Path, rows: Rows, out: Path, temperatures: tuple[float, ...], seed: int) -> None:
-    """One draw per vector and temperature, and the true text, as lines {"row", "text", "temperature"}."""
+    """Write one draw per vector and temperature, and the true text, as lines {"row", "text", "temperature"}."""
     tokenizer = pair.load_tokenizer(base)
     lines = []
     for number, temperature in enumerate(temperatures):
@@ -370,7 +370,7 @@ def train_ar(
     settings: Settings,
     rate: float,
 ) -> dict[str, Any]:
-    """Regression of the vectors on AV draws, with a share of true text so that a better AV is not met unprepared."""
+    """Train the AR to regress vectors on AV draws, and on some true text so that it also fits a better AV."""
     tokenizer = pair.load_tokenizer(base)
     lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     ar = pair.load_ar(base, start)
@@ -407,7 +407,7 @@ def train_ar(
 def best_draws(
     base: Path, av_adapter: Path, ar_adapter: Path, rows: Rows, *, num_draws: int, temperature: float, seed: int
 ) -> Rows:
-    """For each vector the draw that the AR reconstructs best, as a training target."""
+    """Return as training targets, for each vector, the draw that the AR reconstructs best."""
     tokenizer = pair.load_tokenizer(base)
     found = draw_texts(base, av_adapter, rows.vector, temperature=temperature, num_draws=num_draws, seed=seed)
     ar = pair.load_ar(base, ar_adapter)
@@ -446,7 +446,7 @@ def evaluate(
     max_new_tokens: int = 32,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """FVE of best-of-K for each temperature on held-out activations, with whole honest draws: tags are sampled too."""
+    """Return the FVE of best-of-K for each temperature on held-out activations. Draws are complete: tags are sampled too."""
     tokenizer = pair.load_tokenizer(base)
     prompt = pair.Prompt.of(tokenizer)
     av = pair.with_lora(pair.load_base(base), av_adapter).eval().base_model.model
@@ -477,7 +477,7 @@ def evaluate(
 
 
 def baseline(vectors: Tensor) -> float:
-    """Mean squared distance of the unit-scaled activations from their un-normalised mean."""
+    """Return the mean squared distance of the unit-scaled activations from their un-normalised mean."""
     unit = pair.scaled(vectors, pair.WIDTH**0.5)
     return float(((unit - unit.mean(0)) ** 2).mean())
 
@@ -508,8 +508,8 @@ def score(
 
 
 def best_of_k(errors: np.ndarray, k: int) -> np.ndarray:
-    """Expected smallest of k errors per row: weight C(N-i, k-1) / C(N, k) for the i-th smallest of N. A failed draw is inf:
-    it comes last and counts 2.0."""
+    """Return the expected smallest of k errors per row: weight C(N-i, k-1) / C(N, k) for the i-th smallest of N. A failed draw is
+    inf: it sorts last and counts as 2.0."""
     ordered = np.sort(errors, axis=1)
     ordered[np.isinf(ordered)] = 2.0
     n = errors.shape[1]
@@ -518,7 +518,7 @@ def best_of_k(errors: np.ndarray, k: int) -> np.ndarray:
 
 
 def interval(errors: np.ndarray, unit: np.ndarray, clusters: list[str], replicates: int = 500) -> list[float]:
-    """95 % bootstrap interval of FVE over documents; the baseline is recomputed in each replicate."""
+    """Return the 95 % bootstrap interval of FVE over documents; the baseline is recomputed in each replicate."""
     names, index = np.unique(clusters, return_inverse=True)
     rng = np.random.default_rng(0)
     values = []
@@ -531,7 +531,7 @@ def interval(errors: np.ndarray, unit: np.ndarray, clusters: list[str], replicat
 
 
 def export(base: Path, av_adapter: Path, ar_adapter: Path, demo: Path, report: dict[str, Any]) -> None:
-    """Put the pair, its tokenizer and the report under ksweep/demo, each directory at once."""
+    """Write the pair, its tokenizer and the report to ksweep/demo; each directory appears complete."""
     if dist.get_rank() == 0:
         with_tokenizer = av_adapter.with_name("av-export")
         shutil.rmtree(with_tokenizer, ignore_errors=True)
@@ -551,17 +551,17 @@ def export(base: Path, av_adapter: Path, ar_adapter: Path, demo: Path, report: d
 
 
 def split(rows: Rows, passage: np.ndarray, settings: Settings) -> tuple[Rows, Rows]:
-    """Rows for the AV, and rows of other passages whose draws the AR learns from."""
+    """Return the AV's rows, and rows of other passages whose draws the AR learns from."""
     return subset(rows, passage < settings.num_av_passages), subset(rows, passage >= settings.num_av_passages)
 
 
 def subset(rows: Rows, keep: np.ndarray) -> Rows:
-    """`keep` is a mask or row numbers."""
+    """Return some of the rows; `keep` is a mask or row numbers."""
     return Rows(vector=rows.vector[torch.from_numpy(keep)], context=rows.context[keep], length=rows.length[keep])
 
 
 def worker(rank: int, options: argparse.Namespace) -> None:
-    """All stages after the activations; the workers do the same in step and share each stage's rows."""
+    """Run all stages after the activations as one of several workers, which go in step and share the rows of each stage."""
     torch.set_num_threads(1)
     work, base, settings = options.work, options.base, Settings()
     dist.init_process_group("gloo", init_method=f"file://{work}/store", rank=rank, world_size=options.workers)
@@ -628,7 +628,7 @@ def load_best(path: Path) -> Rows:
 def finish(
     base: Path, work: Path, av: Path, ar: Path, held_out: Rows, settings: Settings, reached: dict[str, Any]
 ) -> dict[str, Any]:
-    """The report: what each stage reached, and held-out FVE."""
+    """Return the report: what each stage reached, and held-out FVE."""
     passages = [json.loads(line) for line in (work / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     data = np.load(work / "held_out.npz")
     chosen = np.random.default_rng(settings.seed).permutation(len(held_out.length))[: settings.num_evaluated]

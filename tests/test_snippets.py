@@ -1,7 +1,7 @@
-"""Every snippet of README.md, docs/ and registry/README.md is run, in a project directory that a tiny pair's sweeps have filled.
+"""Run every snippet of README.md, docs/ and registry/README.md in a project directory filled by a tiny pair's sweeps.
 
-Python is run as it stands. Commands that read are run; those that would draw for minutes are planned (`--dry-run`); those that
-need what is not here are parsed by the real parser. NOT_CODE and PARSED_ONLY hold what is not run and why; the tests print it.
+Python is run unchanged. Commands that read are run; those that would draw for minutes are planned (`--dry-run`); those that need
+what is missing here are parsed by the real parser. NOT_CODE and PARSED_ONLY say what is not run and why; the tests print it.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ NOT_CODE = {
     ("README.md", "ksweep/        the library"): "a tree of directories",
     ("registry/README.md", "draws/<key>/part-*.parquet"): "a tree of directories",
 }
-"""Blocks that are neither Python nor commands, by their first line."""
+"""Blocks that are neither Python nor commands, by (page, first line)."""
 
 PARSED_ONLY = {
-    r"^make ": "installs and runs for minutes: `make -n` says what it would do",
-    r"cluster=slurm": "needs a Slurm: its settings are laid over the experiment",
+    r"^make ": "installs and runs for minutes: `make -n` shows what it would do",
+    r"cluster=slurm": "needs Slurm: its settings are applied to the experiment",
     r"^ksweep logs ": "needs a job of four ranks: its arguments are parsed",
-    r"^ksweep (retry|cancel) ": "acts on jobs that are over here: its arguments are parsed",
-    r"^ksweep doctor": "looks this machine over, which tests/cli/test_doctor.py does: its arguments are parsed",
+    r"^ksweep (retry|cancel) ": "acts on jobs, and here they have ended: its arguments are parsed",
+    r"^ksweep doctor": "is run by tests/cli/test_doctor.py: its arguments are parsed",
     r"^python experiments/": "would draw for minutes: planned with --dry-run",
     r"^scripts/submit_k_sweep": "would draw for minutes: planned with --dry-run",
 }
-"""Commands that are not run, and what is done instead; the first that fits counts."""
+"""Commands that are not run, and what is done instead; the first match counts."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,18 @@ class Block:
 
 
 def blocks(page: str) -> Iterator[Block]:
-    """Lines that are indented by four, and those between fences; blank lines inside belong to them."""
-    found: list[str] = []
+    """Yield the blocks of a page: lines indented by four and lines between fences, with the blank lines inside."""
+    lines: list[str] = []
     start, fenced = 0, False
     for number, line in enumerate([*(ROOT / page).read_text().splitlines(), "end"], 1):
         fence = line.lstrip().startswith("```")
-        inside = (fenced and not fence) or (not fenced and (line.startswith("    ") or (bool(found) and not line.strip())))
+        inside = (fenced and not fence) or (not fenced and (line.startswith("    ") or (bool(lines) and not line.strip())))
         if inside:
-            start = start if found else number
-            found.append(line if fenced else line[4:])
-        elif found:
-            yield Block(page, start, "\n".join(found).strip("\n"))
-            found = []
+            start = start if lines else number
+            lines.append(line if fenced else line[4:])
+        elif lines:
+            yield Block(page, start, "\n".join(lines).strip("\n"))
+            lines = []
         fenced = fenced != fence
 
 
@@ -101,19 +101,19 @@ COMMANDS = [
 
 @dataclass(frozen=True)
 class Project:
-    """A directory as a user has it, with results of the sweeps that the pages speak of."""
+    """A user's project directory, with the results of the sweeps that the pages mention."""
 
     root: Path
     tiny: list[str]
-    """Settings that put the tiny pair and its text in the place of the demo's."""
+    """Settings that replace the demo pair and its text by the tiny ones."""
     tae: list[str]
-    """Settings with which a checkpoint is measured on that text."""
+    """Settings that evaluate a TAE checkpoint on that text."""
     words: dict[str, str]
-    """What the placeholders of the pages stand for."""
+    """Placeholders of the pages -> what they stand for."""
 
 
 def experiment(name: str, *arguments: str) -> int:
-    """An experiment run as `python experiments/NAME.py`; its exit code."""
+    """Run an experiment as `python experiments/NAME.py` does; return its exit code."""
     argv, sys.argv = sys.argv, [f"experiments/{name}.py", *arguments]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -161,16 +161,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 
 def commands(line: str, words: dict[str, str]) -> list[list[str]]:
-    """The commands of a line as a shell splits them, comments left out and placeholders filled in."""
+    """Split a line into commands as a shell does, without comments and with placeholders filled in."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";")
     lexer.whitespace_split, lexer.commenters = True, "#"
-    found: list[list[str]] = [[]]
+    parts: list[list[str]] = [[]]
     for token in lexer:
         if token == ";":
-            found.append([])
+            parts.append([])
         elif token != "...":
-            found[-1] += sorted(glob.glob(token)) if "*" in token and " " not in token else [words.get(token, token)]
-    return found
+            parts[-1] += sorted(glob.glob(token)) if "*" in token and " " not in token else [words.get(token, token)]
+    return parts
 
 
 def why_not_run(line: str) -> str | None:
@@ -211,10 +211,10 @@ def test_command_runs(line: str, project: Project, monkeypatch: pytest.MonkeyPat
         print(f"{line}\n    is not run: {why}")
     for command in commands(line, project.words):
         run(command, line, project, monkeypatch)
-    said = capsys.readouterr()
-    assert "Traceback" not in said.out + said.err
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
     if line.startswith("ksweep sql"):
-        assert len(said.out.strip().splitlines()) > 1 or re.search(r": [1-9]\d* rows", said.out), "a question without an answer"
+        assert len(output.out.strip().splitlines()) > 1 or re.search(r": [1-9]\d* rows", output.out), "no answer"
 
 
 def run(command: list[str], line: str, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def ksweep(arguments: list[str], *, parsed_only: bool, monkeypatch: pytest.Monke
 
 
 def submit(arguments: list[str], project: Project) -> None:
-    """The script of the old names, on this machine."""
+    """Run the script that takes the old option names, on this machine."""
     variables = {**os.environ, "PYTHON": sys.executable, "EXPERIMENT": "experiments/k_sweep.py"}
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     small = [word for word in project.tae if not word.startswith(("cluster", "gpus"))]
@@ -263,7 +263,7 @@ def submit(arguments: list[str], project: Project) -> None:
 
 
 def planned(name: str, arguments: list[str], project: Project) -> None:
-    """The plan of an experiment over the tiny pair or checkpoint; on Slurm only its settings."""
+    """Plan an experiment with the tiny pair or checkpoint; for Slurm only apply its settings."""
     of_checkpoint = any(word.startswith("autoencoder.checkpoint=") for word in arguments)
     if "cluster=slurm" in arguments:
         sweep = runpy.run_path(f"experiments/{name}.py")["sweep"]
@@ -275,7 +275,7 @@ def planned(name: str, arguments: list[str], project: Project) -> None:
 
 
 def test_what_the_pages_ask_of_the_registry_has_answers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question of a page that finds nothing would pass unseen."""
+    """A question of a page that returns nothing would pass unnoticed."""
     monkeypatch.chdir(project.root)
     asked = [re.search(r'^duckdb \S+ "([^"]*)"', param.values[0]) for param in COMMANDS]  # type: ignore[arg-type]
     questions = {found[1] for found in asked if found}

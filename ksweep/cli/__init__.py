@@ -1,27 +1,21 @@
-"""`ksweep ...`: ask the registry from the shell. Sweeps themselves are run as `python experiments/NAME.py`.
+"""The `ksweep` command, which queries past runs and manages jobs. Sweeps themselves are run as `python experiments/NAME.py`.
 
-A module for each subject; what a command needs is imported when it runs, so that --help and a mistyped word answer at once.
+Every command has a module here, those about jobs share `jobs/commands.py`; `app.py` lists them all. What a command needs is
+imported when it runs, so that --help and a mistyped word answer at once.
 """
 
 from __future__ import annotations
 
 import sys
 
-from ksweep.cli import cache_commands, job_commands, registry_commands, registry_queries  # noqa: F401
 from ksweep.cli.app import app
-from ksweep.cli.app import cache as cache_group
-from ksweep.cli.app import db as db_group
 from ksweep.utils.errors import RequestError, RunError, StoreError
 
-__all__ = ["app", "cache", "jobs", "main", "registry"]
-
-registry_queries.register(app)
-app.add_typer(db_group, name="db")
-app.add_typer(cache_group, name="cache")
+__all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Entry point of the `ksweep` command; exit code 2 for a mistake in the request, 1 for a failure."""
+    """Run the `ksweep` command. The exit code is 2 for a mistake in the request and 1 for a failure."""
     try:
         app()
     except RequestError as error:

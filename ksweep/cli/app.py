@@ -1,11 +1,36 @@
-"""The command and its groups, to which the modules beside this one add theirs."""
+"""All commands and groups of commands, in the order of `ksweep --help`."""
 
 from __future__ import annotations
 
 import typer
 
+from ksweep.cli.cache import cache_group
+from ksweep.cli.db import db_group
+from ksweep.cli.diff import diff_command
+from ksweep.cli.doctor import doctor_command
+from ksweep.cli.jobs import commands as jobs
+from ksweep.cli.plot import plot_command
+from ksweep.cli.reference_json import export_command, import_json_command
+from ksweep.cli.report import report_command
+from ksweep.cli.show import show_command
+from ksweep.cli.sql import sql_command
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Best-of-K sweeps of natural-language autoencoders: ask past runs."
+    add_completion=False, no_args_is_help=True, help="Best-of-K sweeps of natural-language autoencoders: query past runs."
 )
-db = typer.Typer(no_args_is_help=True, help="The DuckDB file, an index over the landing files.")
-cache = typer.Typer(no_args_is_help=True, help="The vector cache: what is there, whether it is whole, what may go.")
+app.command("ls")(jobs.ls_command)
+app.command("watch")(jobs.watch_command)
+app.command("logs")(jobs.logs_command)
+app.command("why")(jobs.why_command)
+app.command("cancel")(jobs.cancel_command)
+app.command("retry")(jobs.retry_command)
+app.command("import-json")(import_json_command)
+app.command("plot")(plot_command)
+app.command("report")(report_command)
+app.command("export")(export_command)
+app.command("sql")(sql_command)
+app.command("show")(show_command)
+app.command("diff")(diff_command)
+app.command("doctor")(doctor_command)
+app.add_typer(db_group, name="db")
+app.add_typer(cache_group, name="cache")

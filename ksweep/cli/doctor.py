@@ -1,4 +1,4 @@
-"""`ksweep doctor`: is this installation fit to run, are the stores whole? A finding says what was looked at and what to do."""
+"""`ksweep doctor`: is this installation fit to run, and are its stores intact? A finding says what was checked and what to do."""
 
 from __future__ import annotations
 
@@ -15,27 +15,43 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from ksweep.utils import machine
-from ksweep.utils.console import bytes_text
-from ksweep.utils.provenance import PACKAGES
+import typer
 
-State = Literal["ok", "note", "bad"]
-LITTLE_ROOM = 5e9
-"""Free bytes below which a disk is worth a word."""
+from ksweep.cli.output import JsonOption, RegistryOption, VectorCacheOption, print_json, print_text
+from ksweep.utils.console import bytes_text
+
+LOW_DISK_BYTES = 5e9
+"""Free bytes below which a disk gets a note."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """The result of one check."""
 
     subject: str
-    state: State
-    """note: it works, but somebody should know. bad: something will fail."""
-    said: str
+    state: Literal["ok", "note", "bad"]
+    """note: it works, but is worth knowing. bad: something will fail."""
+    message: str
+
+
+def doctor_command(
+    registry: RegistryOption = Path("registry"),
+    vector_cache: VectorCacheOption = Path("vector_cache"),
+    as_json: JsonOption = False,
+) -> None:
+    """Check this installation: packages, GPU, stores, cluster, the engine on a tiny model; exit code 1 if something fails."""
+    any_bad = False
+    for finding in examine(registry, vector_cache):
+        any_bad |= finding.state == "bad"
+        if as_json:
+            print_json({"subject": finding.subject, "state": finding.state, "said": finding.message})
+        else:
+            print_text(f"{finding.state:<5} {finding.subject:<22} {finding.message}", soft_wrap=True)
+    raise typer.Exit(1 if any_bad else 0)
 
 
 def examine(registry: Path, vector_cache: Path) -> Iterator[Finding]:
-    """Everything, the quick first; a check that breaks is itself a finding."""
+    """Yield the findings of all checks, the quick ones first. A check that raises is itself a finding."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("machine", _machine),
         ("packages", _packages),
@@ -50,12 +66,14 @@ def examine(registry: Path, vector_cache: Path) -> Iterator[Finding]:
     for subject, check in checks:
         try:
             yield from check()
-        except Exception as error:  # whatever is broken is what one wants to be told
+        except Exception as error:  # whatever is broken is what the user wants to know
             yield Finding(subject, "bad", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def _machine() -> Iterator[Finding]:
     import psutil
+
+    from ksweep.utils import machine
 
     memory = psutil.virtual_memory()
     yield Finding(
@@ -66,16 +84,18 @@ def _machine() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """What ksweep asks for against what is installed."""
+    """Compare the requirements of ksweep with what is installed."""
     from packaging.requirements import Requirement
 
+    from ksweep.utils.provenance import PACKAGES
+
     try:
-        wanted = [Requirement(line) for line in metadata.requires("ksweep") or ()]
+        requirements = [Requirement(line) for line in metadata.requires("ksweep") or ()]
     except metadata.PackageNotFoundError:
-        yield Finding("packages", "note", "ksweep is run from a checkout without being installed: what it needs is not compared")
-        wanted = [Requirement(name) for name in PACKAGES if name != "ksweep"]
+        yield Finding("packages", "note", "ksweep runs from a checkout without being installed: its requirements are not known")
+        requirements = [Requirement(name) for name in PACKAGES if name != "ksweep"]
     versions, bad = [], []
-    for requirement in wanted:
+    for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -85,9 +105,9 @@ def _packages() -> Iterator[Finding]:
             continue
         versions.append(f"{requirement.name} {version}")
         if not requirement.specifier.contains(version, prereleases=True):
-            bad.append(f"{requirement.name} {version} does not fit {requirement.specifier}")
+            bad.append(f"{requirement.name} {version} does not satisfy {requirement.specifier}")
     if bad:
-        yield Finding("packages", "bad", f"{'; '.join(bad)}: pip install -e . again")
+        yield Finding("packages", "bad", f"{'; '.join(bad)}: run `pip install -e .` again")
     yield Finding("packages", "ok", ", ".join(versions))
 
 
@@ -96,13 +116,13 @@ def _gpu() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        yield Finding("gpu", "note", f"none that torch can use ({built}): runs go to the CPU")
+        yield Finding("gpu", "note", f"torch can use none ({built}): runs use the CPU")
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name, bfloat16 = torch.cuda.get_device_name(index), torch.cuda.is_bf16_supported()
-        said = f"{name}: {bytes_text(free)} of {bytes_text(total)} free, CUDA {torch.version.cuda}"
-        yield Finding(f"gpu {index}", "ok" if bfloat16 else "note", said + ("" if bfloat16 else "; no bfloat16"))
+        message = f"{name}: {bytes_text(free)} of {bytes_text(total)} free, CUDA {torch.version.cuda}"
+        yield Finding(f"gpu {index}", "ok" if bfloat16 else "note", message + ("" if bfloat16 else "; no bfloat16"))
 
 
 def _registry(registry: Path) -> Iterator[Finding]:
@@ -110,20 +130,20 @@ def _registry(registry: Path) -> Iterator[Finding]:
     from ksweep.registry.query import run_query
 
     if not registry.is_dir():
-        yield Finding("registry", "note", f"none at {registry.absolute()} yet: the first sweep makes it")
+        yield Finding("registry", "note", f"none at {registry.absolute()} yet: the first sweep creates it")
         return
     report = ingest_landings(registry)
-    [counted] = run_query(registry, "SELECT count(*) FILTER (status <> 'finished') AS failed FROM runs").to_pylist()
+    [counts] = run_query(registry, "SELECT count(*) FILTER (status <> 'finished') AS failed FROM runs").to_pylist()
     yield Finding(
-        "registry", "ok", f"{report.database}: {report.num_runs} runs ({counted['failed']} did not finish), looked at in "
+        "registry", "ok", f"{report.database}: {report.num_runs} runs ({counts['failed']} did not finish), checked in "
         f"{report.seconds:.2f} s",
     )  # fmt: skip
-    for one in report.quarantined:
-        yield Finding("registry", "bad", f"{one.path} is not believed: {one.reason}")
+    for landing in report.quarantined:
+        yield Finding("registry", "bad", f"{landing.path} is not believed: {landing.reason}")
 
 
 def _draws(registry: Path) -> Iterator[Finding]:
-    """Names and sizes only; `ksweep run` reads what it uses."""
+    """Look at names and sizes only; a sweep reads what it uses."""
     if not (registry / "draws").is_dir():
         return
     keys = [path for path in (registry / "draws").iterdir() if path.is_dir() and not path.name.startswith("_")]
@@ -133,7 +153,9 @@ def _draws(registry: Path) -> Iterator[Finding]:
     yield Finding("draws", "ok", f"{len(keys)} keys, {len(files) - len(damaged)} parts, {bytes_text(size)}")
     if damaged:
         yield Finding(
-            "draws", "note", f"{len(damaged)} damaged parts were set aside, such as {damaged[0]}: drawn again when needed"
+            "draws",
+            "note",
+            f"{len(damaged)} damaged parts were set aside, such as {damaged[0]}: drawn again when needed",
         )
 
 
@@ -141,44 +163,44 @@ def _vector_cache(vector_cache: Path) -> Iterator[Finding]:
     from ksweep.activations import maintenance
 
     if not vector_cache.is_dir():
-        yield Finding("vector cache", "note", f"none at {vector_cache.absolute()} yet: the first sweep makes it")
+        yield Finding("vector cache", "note", f"none at {vector_cache.absolute()} yet: the first sweep creates it")
         return
     entries = maintenance.entries(vector_cache)
     size = sum(entry.bytes for entry in entries)
-    yield Finding("vector cache", "ok", f"{len(entries)} keys, {bytes_text(size)}; `ksweep cache verify` compares checksums")
-    left = maintenance.leftovers_in(vector_cache)
-    if left:
-        yield Finding("vector cache", "note", f"{len(left)} leftovers of crashes: `ksweep cache gc --yes` removes them")
+    yield Finding("vector cache", "ok", f"{len(entries)} keys, {bytes_text(size)}; `ksweep cache verify` checks their checksums")
+    leftovers = maintenance.leftovers_in(vector_cache)
+    if leftovers:
+        yield Finding("vector cache", "note", f"{len(leftovers)} leftovers of crashes: `ksweep cache gc --yes` removes them")
 
 
 def _file_system(registry: Path) -> Iterator[Finding]:
-    """Renames, locks and room where results go."""
+    """Check space, renames and locks where results go."""
     import fcntl
 
-    place = next(path for path in (registry.absolute(), *registry.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    yield Finding("disk", "ok" if free > LITTLE_ROOM else "note", f"{bytes_text(free)} free at {place}")
-    with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as directory:
-        first, second = Path(directory) / "a", Path(directory) / "b"
+    directory = next(path for path in (registry.absolute(), *registry.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(directory).free
+    yield Finding("disk", "ok" if free > LOW_DISK_BYTES else "note", f"{bytes_text(free)} free at {directory}")
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".doctor-") as scratch:
+        first, second = Path(scratch) / "a", Path(scratch) / "b"
         first.write_text("new")
         second.write_text("old")
         os.replace(first, second)
         renamed = second.read_text() == "new" and not first.exists()
         yield Finding(
-            "file system", "ok" if renamed else "bad", f"{place}: a file is {'' if renamed else 'not '}replaced by a rename"
+            "file system", "ok" if renamed else "bad", f"{directory}: a file is {'' if renamed else 'not '}replaced by a rename"
         )
         try:
             with second.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            yield Finding("file system", "note", f"{place} has no locks ({error.strerror}): two ingests may do the same work")
+            yield Finding("file system", "note", f"{directory} has no locks ({error.strerror}): two ingests may do the same work")
 
 
 def _cluster() -> Iterator[Finding]:
     from ksweep.launch.slurm import commands
 
     if not commands.has_cluster():
-        yield Finding("cluster", "note", "no Slurm here: sweeps run on this machine")
+        yield Finding("cluster", "note", "there is no Slurm: sweeps run on this machine")
         return
     for partition in commands.partitions().values():
         limit = "no time limit" if partition.minutes is None else f"at most {partition.minutes / 60:.0f} h"
@@ -187,12 +209,12 @@ def _cluster() -> Iterator[Finding]:
             f"{partition.num_nodes} nodes of {partition.gpus} GPUs, {partition.cpus} cores, {partition.memory_mb / 1000:.0f} GB; "
             f"{limit}{'; the default' if partition.is_default else ''}",
         )  # fmt: skip
-    accounting = "there is accounting" if shutil.which("sacct") and commands.associations(getpass.getuser()) else "no accounting"
+    accounting = "accounting is on" if shutil.which("sacct") and commands.associations(getpass.getuser()) else "no accounting"
     yield Finding("cluster", "ok", f"arrays of up to {commands.max_array_size()}; {accounting}")
 
 
 def _engine() -> Iterator[Finding]:
-    """The engine on a tiny model, on every kind of device there is."""
+    """Test the engine with a tiny model, on every kind of device there is."""
     import torch
 
     from ksweep.cli.selftest import failures
@@ -200,8 +222,8 @@ def _engine() -> Iterator[Finding]:
 
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         began = time.perf_counter()
-        found = failures(device)
-        said = "; ".join(found) or "greedy equals plain decoding, draws do not depend on the batch, vectors arrive"
+        problems = failures(device)
+        message = "; ".join(problems) or "greedy equals plain decoding, draws do not depend on the batch, vectors reach the model"
         if device == "cpu":
-            said += "; attention is compiled" if compiled.library() else f"; attention is torch's: {compiled.why_not()}"
-        yield Finding(f"engine on {device}", "bad" if found else "ok", f"{said} ({time.perf_counter() - began:.1f} s)")
+            message += "; attention is compiled" if compiled.library() else f"; attention is torch's: {compiled.why_not()}"
+        yield Finding(f"engine on {device}", "bad" if problems else "ok", f"{message} ({time.perf_counter() - began:.1f} s)")

@@ -1,39 +1,52 @@
-"""What the commands share: their options, tables for people, an object a line for programs."""
+"""Options and output that commands share: rows as a table, or as one JSON object per line."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-Registry = Annotated[Path, typer.Option(help="Directory of landing files, draws and database.")]
-NARROW = 110
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+RegistryOption = Annotated[Path, typer.Option("--registry", help="Directory of landing files, draws and the database.")]
+VectorCacheOption = Annotated[Path, typer.Option("--vector-cache", help="Directory of cached activations.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
+
+TableRow = dict[str, Any]
 
 
-def print_rows(names: Sequence[str], rows: Sequence[dict[str, Any]], as_json: bool) -> None:
-    """Rows as a table, or as JSON lines."""
+def print_rows(
+    rows: Sequence[TableRow], *, as_json: bool = False, names: Iterable[str] | None = None, about: TableRow | None = None
+) -> None:
+    """Print rows as a table, or as one JSON object per line.
+
+    `names` are the columns; without it they are those of the rows. `about` gives the level and num_replicates of all intervals,
+    where the rows do not.
+    """
     if as_json:
         for row in rows:
-            print(json.dumps({name: _finite(value) for name, value in row.items()}, default=str))
+            print_json(row)
         return
-    print_table(names, [{name: "" if row[name] is None else _short(row[name]) for name in names} for row in rows])
+    names = list(dict.fromkeys(name for row in rows for name in row) if names is None else names)
+    texts = []
+    for row in rows:
+        decimals = _interval_decimals(row | (about or {}))
+        texts.append({name: _format_value(row.get(name), decimals.get(name, 4)) for name in names})
+    print_table(names, texts)
 
 
-def print_table(names: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
-    """Words in columns; folded where a terminal is too narrow, never cut."""
+def print_table(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    """Print texts in columns, folded where a terminal is too narrow, never cut. Blank names get no heading."""
     from rich.text import Text
 
-    from ksweep.utils.console import columns, console
+    from ksweep.utils.console import WIDE_COLUMNS, columns, console
 
     out = console()
     # Borders would take a quarter of a narrow terminal.
-    narrow = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
-    table = columns(out, **({} if out.width >= NARROW else narrow))
+    narrow: dict[str, Any] = {} if out.width >= WIDE_COLUMNS else {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = columns(out, show_header=any(name.strip() for name in names), **narrow)
     for name in names:
         table.add_column(Text(name), overflow="fold")
     for row in rows:
@@ -41,10 +54,61 @@ def print_table(names: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
     out.print(table)
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def print_section(title: str, rows: Sequence[TableRow], about: TableRow | None = None) -> None:
+    """Print a title and its rows, or nothing where there are none."""
+    if rows:
+        print_text(f"\n{title}")
+        print_rows(rows, about=about)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def print_text(text: str, *, soft_wrap: bool = False) -> None:
+    """Print text as it is: no markup, no highlighting."""
+    from rich.text import Text
+
+    from ksweep.utils.console import console
+
+    console().print(Text(text), soft_wrap=soft_wrap)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON."""
+    print(json.dumps(_jsonable(value)), flush=True)
+
+
+def table_curve(curve: Sequence[TableRow]) -> list[TableRow]:
+    """Return the points of a curve that a table has room for; JSON has them all."""
+    from ksweep.stats.best_of_k import kept_ks
+
+    shown = set(kept_ks([row["k"] for row in curve])) if curve else set()
+    return [row for row in curve if row["k"] in shown]
+
+
+def _interval_decimals(row: TableRow) -> dict[str, int]:
+    """Return how many decimals the ends of each interval (fve_low and fve_high, low and high) are precise to."""
+    from ksweep.stats.interval_text import decimals_of_interval
+
+    decimals: dict[str, int] = {}
+    for low in row:
+        high = f"{low.removesuffix('low')}high"
+        if (low == "low" or low.endswith("_low")) and all(isinstance(row.get(name), float) for name in (low, high)):
+            decimals |= dict.fromkeys((low, high), decimals_of_interval(row, low, high))
+    return decimals
+
+
+def _format_value(value: Any, decimals: int = 4) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_format_value, value))
+    return f"{value:z.{decimals}f}" if isinstance(value, float) else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    """Return a value that JSON can hold: NaN and infinity become null, times become text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _jsonable(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -1,4 +1,4 @@
-"""Does the engine draw here what it should? A tiny random model made on the spot, checked against the plain way."""
+"""Self-test of the engine on this machine: draws of a tiny random model, checked against plain decoding."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NUM_ACTIVATIONS, NUM_DRAWS, MAX_TOKENS = 4, 5, 12
 
 
 class TinyVerbalizer:
-    """A random two-block Llama that reads a vector in the place of one prompt token."""
+    """A random two-block Llama whose prompt has a vector in place of one token's embedding."""
 
     d_model = WIDTH
     stop_token_ids = frozenset({STOP})
     prompt_length = len(PROMPT)
 
     def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
-        """The same weights wherever it is made: on the CPU in float32, then moved."""
+        """Create the same weights on every device: on the CPU in float32, then moved."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         state = torch.get_rng_state()
@@ -39,61 +39,61 @@ class TinyVerbalizer:
         torch.set_rng_state(state)
 
     def embedded(self, vectors: torch.Tensor) -> torch.Tensor:
-        """[activation, prompt token, width], the vector among them."""
+        """Return prompt embeddings [activation, prompt token, width] with the vectors in place."""
         tokens = torch.tensor(PROMPT, device=self.model.device).expand(len(vectors), -1)
         prompt: torch.Tensor = self.model.get_input_embeddings()(tokens).clone()
         prompt[:, INJECT_AT] = vectors.to(prompt)
         return prompt
 
     def inputs(self, vectors: torch.Tensor, positions: Sequence[int | None]) -> torch.Tensor:
-        """The vectors as they are."""
+        """Return the vectors unchanged."""
         return vectors
 
     def prefix(self) -> Any:
-        """The prompt before the vector, run once."""
+        """Return the KV cache of the prompt before the vector."""
         tokens = torch.tensor([PROMPT[:INJECT_AT]], device=self.model.device)
         return self.model(input_ids=tokens, use_cache=True).past_key_values
 
     def prefill(self, vectors: torch.Tensor, prefix: Any | None = None) -> Prefill:
-        """The prompt, or what is left of it behind `prefix`."""
+        """Run the prompt, or the rest of it after `prefix`."""
         rest = self.embedded(vectors) if prefix is None else self.embedded(vectors)[:, INJECT_AT:]
         past = repeated(prefix, len(vectors))
         out = self.model(inputs_embeds=rest, past_key_values=past, use_cache=True, logits_to_keep=1)
         return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Numbers, for want of words."""
+        """Return the token ids as text, as there is no tokenizer."""
         return " ".join(map(str, token_ids))
 
     def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
-        """Every text is an explanation."""
+        """Accept every text as an explanation."""
         return text, "ok"
 
 
 def failures(device: str) -> list[str]:
-    """What is wrong with drawing on this device; nothing where all is well.
+    """Return what is wrong with drawing on this device, as text; empty if nothing is.
 
     Tokens are compared exactly: none of them changes where logits are off by 3e-3, and float32 is off by 1e-5.
     """
     av, exact = TinyVerbalizer(device), TinyVerbalizer(device, torch.float64)
     vectors = torch.from_numpy(3 * np.random.default_rng(0).normal(size=(NUM_ACTIVATIONS, WIDTH)).astype(np.float32))
-    greedy = _taken(av, vectors, temperature=0.0, batch_size=64, num_draws=1)
+    greedy = _drawn_tokens(av, vectors, temperature=0.0, batch_size=64, num_draws=1)
     plain = {(row, 0): _greedy_without_cache(exact, vectors[row]) for row in range(NUM_ACTIVATIONS)}
-    together = _taken(av, vectors, temperature=1.0, batch_size=64, num_draws=NUM_DRAWS)
-    alone = _taken(av, vectors, temperature=1.0, batch_size=1, num_draws=NUM_DRAWS)
-    found = []
+    together = _drawn_tokens(av, vectors, temperature=1.0, batch_size=64, num_draws=NUM_DRAWS)
+    alone = _drawn_tokens(av, vectors, temperature=1.0, batch_size=1, num_draws=NUM_DRAWS)
+    problems = []
     if greedy != plain:
-        found.append("greedy text from the forked cache differs from plain decoding without one")
+        problems.append("greedy text from the forked cache differs from plain decoding without one")
     if together != alone:
-        found.append("draws depend on the batch size")
+        problems.append("draws depend on the batch size")
     if len(set(plain.values())) == 1:
-        found.append("every vector gives the same text: the vector does not arrive")
+        problems.append("every vector gives the same text: the vector does not reach the model")
     if len(set(together.values())) < len(together) // 2:
-        found.append("draws repeat one another: the noise is not random")
-    return found
+        problems.append("draws repeat one another: the noise is not random")
+    return problems
 
 
-def _taken(
+def _drawn_tokens(
     av: TinyVerbalizer, vectors: torch.Tensor, *, temperature: float, batch_size: int, num_draws: int
 ) -> dict[tuple[int, int], tuple[int, ...]]:
     requests = [Request(row=row, activation_key=row + 1, draw=k) for row in range(len(vectors)) for k in range(num_draws)]
@@ -105,11 +105,11 @@ def _taken(
 
 @torch.inference_mode()
 def _greedy_without_cache(av: TinyVerbalizer, vector: torch.Tensor) -> tuple[int, ...]:
-    """The whole sequence run anew for each token, in float64."""
+    """Decode in float64, running the whole sequence again for each token."""
     sequence = av.embedded(vector[None])
-    said: list[int] = []
-    while len(said) < MAX_TOKENS and (not said or said[-1] != STOP):
+    tokens: list[int] = []
+    while len(tokens) < MAX_TOKENS and (not tokens or tokens[-1] != STOP):
         token = av.model(inputs_embeds=sequence, use_cache=False).logits[0, -1].argmax()
-        said.append(int(token))
+        tokens.append(int(token))
         sequence = torch.cat([sequence, av.model.get_input_embeddings()(token[None, None])], dim=1)
-    return tuple(said)
+    return tuple(tokens)

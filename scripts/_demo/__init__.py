@@ -1,1 +1,1 @@
-"""Parts of `train_demo_pair.py`: where the text comes from, and the pair itself."""
+"""Parts of `train_demo_pair.py`: the text and the pair."""

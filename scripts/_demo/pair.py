@@ -1,6 +1,6 @@
-"""The demo pair: what the AV is shown, what it is taught to say, how the AR reads it, how both are saved.
+"""The demo pair: the AV's prompt and loss, how the AR reads a text, and how both are saved.
 
-Layout and sidecar are those of the public NLA release, with PEFT adapters in place of full weights.
+Layout and sidecar follow the public NLA release, with PEFT adapters in place of full weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LAYER = 20
 WIDTH = 576
 MARKER = "●"
-# Every token of the prompt is paid for in each example and each draw, so both templates are as short as they can be.
+# Every token of the prompt costs time in each example and each draw, so both templates are as short as possible.
 AV_TEMPLATE = "[{injection_char}]"
 AR_TEMPLATE = "... {explanation}"
 CHAT_TEMPLATE = (
@@ -44,7 +44,7 @@ RANK = 8
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer with the demo's chat template (no system message)."""
+    """Load the base model's tokenizer with the demo's chat template (no system message)."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -55,7 +55,7 @@ def load_base(base: Path) -> nn.Module:
 
 
 def load_truncated(base: Path) -> nn.Module:
-    """Blocks 0 to LAYER without the final norm: its last hidden state is the activation, or the AR's read-out."""
+    """Load blocks 0 to LAYER without the final norm: the last hidden state is the activation, or the AR's read-out."""
     model = load_base(base)
     model.model.layers = model.model.layers[: LAYER + 1]
     model.config.num_hidden_layers = LAYER + 1
@@ -67,7 +67,7 @@ def load_truncated(base: Path) -> nn.Module:
 
 
 def with_lora(model: nn.Module, adapter: Path | None) -> PeftModel:
-    """Adapters in bf16, which is what they compute in and what is saved; `Trainer` keeps fp32 copies for the optimizer."""
+    """Add adapters in bf16, in which they compute and are saved; `Trainer` keeps fp32 copies for the optimizer."""
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
@@ -96,7 +96,7 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def with_fast_lora(model: PeftModel) -> PeftModel:
-    """The same function and parameters, with peft's forward replaced by `_LoraProduct` (no dropout, no bias)."""
+    """Replace peft's forward by `_LoraProduct` (no dropout, no bias); function and parameters stay the same."""
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -144,9 +144,9 @@ def scaled(vectors: Tensor, norm: float) -> Tensor:
 
 
 def av_hidden(model: nn.Module, prompt: Prompt, vectors: Tensor, continuation: Tensor, cache: DynamicCache) -> Tensor:
-    """Last hidden states [row, position, width] over marker, rest of the prompt and continuation.
+    """Return last hidden states [row, position, width] over marker, rest of the prompt and continuation.
 
-    `cache` comes in empty and leaves holding the whole sequence; the part before the marker runs once, with gradient.
+    `cache` is empty at first and holds the whole sequence afterwards; the part before the marker runs once, with gradient.
     """
     rows = len(vectors)
     embed = model.get_input_embeddings()
@@ -174,9 +174,9 @@ def draw(
     generator: torch.Generator,
     only_text: bool = False,
 ) -> list[list[int]]:
-    """Token ids of `num_draws` continuations per vector, row-major; rows leave the batch as they end.
+    """Return token ids of `num_draws` continuations per vector, row-major; rows leave the batch as they end.
 
-    `only_text` puts the opening tag into the prompt and ends at the closing tag's first token: for making training samples.
+    `only_text` puts the opening tag into the prompt and ends at the closing tag's first token, for training samples.
     """
     opening = torch.tensor([prompt.opening if only_text else []], dtype=torch.long).expand(len(vectors), -1)
     stop = prompt.closing[0] if only_text else prompt.closing[-1]
@@ -207,7 +207,7 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> T
 
 
 def payload(output: str) -> str | None:
-    """The stripped text between the tags; None is a failed draw."""
+    """Return the stripped text between the tags, or None for a failed draw."""
     if OPENING not in output or CLOSING not in output:
         return None
     return output.split(OPENING, 1)[1].split(CLOSING, 1)[0].strip() or None
@@ -217,7 +217,7 @@ def payload(output: str) -> str | None:
 
 
 class Reconstructor(nn.Module):
-    """AR: truncated base with LoRA, read out at the last token, and a square head without bias."""
+    """The AR: a truncated base with LoRA, read out at the last token, and a square head without bias."""
 
     def __init__(self, model: PeftModel, head: Tensor | None = None) -> None:
         super().__init__()
@@ -226,13 +226,13 @@ class Reconstructor(nn.Module):
         nn.init.eye_(self.value_head.weight) if head is None else self.value_head.weight.data.copy_(head)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Right padding under a causal mask: what stands after the last real token cannot reach it."""
+        """Read texts with right padding; under a causal mask padding cannot affect the last real token."""
         hidden = self.model.base_model.model.model(input_ids=ids, use_cache=False).last_hidden_state
         return self.value_head(hidden[torch.arange(len(ids)), lengths - 1].float())
 
 
 def ar_error(predicted: Tensor, vectors: Tensor) -> Tensor:
-    """2 (1 - cos): the mean squared difference once both have norm sqrt(width)."""
+    """Return 2 (1 - cos), the mean squared difference once both have norm sqrt(width)."""
     return 2 * (1 - nn.functional.cosine_similarity(predicted.float(), vectors.float(), dim=-1))
 
 
@@ -247,7 +247,7 @@ def padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor
 
 @torch.inference_mode()
 def reconstruct(ar: Reconstructor, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch: int = 128) -> Tensor:
-    """Vectors for `texts`; identical texts are computed once, batches are of similar length."""
+    """Return vectors for `texts`; identical texts are computed once, in batches of similar length."""
     distinct = sorted(set(texts), key=lambda text: (len(tokenizer(text).input_ids), text))
     parts = [ar(*padded(tokenizer, distinct[i : i + batch])) for i in range(0, len(distinct), batch)]
     place = {text: i for i, text in enumerate(distinct)}
@@ -258,18 +258,18 @@ def reconstruct(ar: Reconstructor, tokenizer: PreTrainedTokenizerBase, texts: li
 
 
 class Trainer:
-    """AdamW on fp32 copies of bf16 parameters, warm-up, constant rate, linear decay over the last third."""
+    """AdamW on fp32 copies of bf16 parameters, with warm-up, a constant rate, and linear decay over the last third."""
 
     def __init__(self, parameters: list[nn.Parameter], rates: list[float]) -> None:
         self.parameters = parameters
-        for parameter in parameters:  # peft draws the adapters at random in each worker
+        for parameter in parameters:  # peft initializes the adapters at random in each worker
             dist.broadcast(parameter.data, src=0)
         self.masters = [p.detach().float().clone() for p in parameters]
         groups = [{"params": [m], "lr": r, "peak": r} for m, r in zip(self.masters, rates, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
 
     def step(self, progress: float) -> float:
-        """One update from the workers' mean gradient; `progress` runs from 0 to 1 over the whole training.
+        """Update from the workers' mean gradient; `progress` runs from 0 to 1 over the whole training.
 
         Returns the mean progress of the workers, so that all of them end at the same step.
         """
@@ -301,7 +301,7 @@ class Trainer:
 
 
 def av_loss(av: nn.Module, prompt: Prompt, vectors: Tensor, texts: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:
-    """(weighted loss, unweighted loss per text token and the closing token) of texts of one length [row, token].
+    """Return (weighted loss, unweighted loss per text token and the closing token) of texts of one length [row, token].
 
     The last tokens count more: they carry most of the activation. Tags are certain after a few steps, so most batches
     (`whole` false) skip the opening tag's logits and end at the closing tag's first token.
@@ -324,7 +324,7 @@ def av_loss(av: nn.Module, prompt: Prompt, vectors: Tensor, texts: Tensor, *, wh
 
 
 def batches_of_one_length(lengths: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless batches of row numbers in which every text has the same length, so nothing is padded."""
+    """Yield endless batches of row numbers in which every text has the same length, so that nothing is padded."""
     while True:
         order = rng.permutation(len(lengths))
         groups = [order[lengths[order] == n] for n in np.unique(lengths)]

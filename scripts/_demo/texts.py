@@ -37,7 +37,7 @@ PASSAGE_TOKENS = (70, 110)
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A chapter or an article: what is held out as a whole, and what errors are clustered by."""
+    """A chapter or an article, which is held out as a whole and by which errors are clustered."""
 
     document: str
     source: str
@@ -47,7 +47,7 @@ class Document:
 
 
 def load_documents(cache: Path) -> list[Document]:
-    """Every document of every source, downloading the packages that are not in `cache` yet."""
+    """Return the documents of all sources; download the packages that are not in `cache` yet."""
     cache.mkdir(parents=True, exist_ok=True)
     return [*austen(cache), *moby_dick(cache), *botchan(cache), *wikipedia(cache)]
 
@@ -56,7 +56,7 @@ def load_documents(cache: Path) -> list[Document]:
 
 
 def austen(cache: Path) -> list[Document]:
-    """Six novels from Debian's r-cran-janeaustenr: an R lazy-load file of character vectors, one string a line."""
+    """Return six novels from Debian's r-cran-janeaustenr: an R lazy-load file of character vectors, one string per line."""
     root = _debian_package("r-cran-janeaustenr", cache)
     documents = []
     for lines in _r_strings(root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"):
@@ -84,7 +84,7 @@ def botchan(cache: Path) -> list[Document]:
 
 
 def wikipedia(cache: Path) -> list[Document]:
-    """Articles of the dump excerpt inside gensim's wheel, reduced to plain prose paragraphs."""
+    """Return the articles of the dump excerpt inside gensim's wheel, reduced to plain prose paragraphs."""
     archive = _python_package("gensim==4.4.0", "gensim-4.4.0-*.whl", cache, source=False)
     documents = []
     with zipfile.ZipFile(archive) as wheel:
@@ -123,7 +123,7 @@ def _python_package(requirement: str, pattern: str, cache: Path, *, source: bool
 
 
 def _r_strings(path: Path) -> Iterator[list[str]]:
-    """The character vectors of an R lazy-load database: length-prefixed zlib blobs, XDR strings marked 0x00040009."""
+    """Yield the character vectors of an R lazy-load database: length-prefixed zlib blobs, XDR strings marked 0x00040009."""
     data, at = path.read_bytes(), 0
     while at < len(data):
         stream = zlib.decompressobj()
@@ -135,7 +135,7 @@ def _r_strings(path: Path) -> Iterator[list[str]]:
 
 
 def _character_vector(blob: bytes) -> list[str]:
-    """STRSXP (type 16) of R's XDR serialisation, version 3: header, count, then CHARSXP items (type 9): flags, length, bytes."""
+    """Parse STRSXP (type 16) of R serialisation 3: header, count, then CHARSXP items (type 9): flags, length, bytes."""
     at = blob.index(b"UTF-8") + len("UTF-8")
     flags, count = struct.unpack(">II", blob[at : at + 8])
     if flags & 0xFF != 16:
@@ -154,7 +154,7 @@ def _character_vector(blob: bytes) -> list[str]:
 
 
 def _chapters(book: str, *, source: str, group: str, heading: str) -> list[Document]:
-    """Split at heading lines; what precedes the first heading (title page, extracts, contents) is left out."""
+    """Split at heading lines; text before the first heading (title page, extracts, contents) is left out."""
     parts = re.split(rf"(?m)^\s*{heading}\s*$", book)[1:]
     slug = source.lower().replace(" ", "-")
     texts = [_prose(part) for part in parts]
@@ -166,7 +166,7 @@ def _chapters(book: str, *, source: str, group: str, heading: str) -> list[Docum
 
 
 def _prose(part: str) -> str:
-    """Paragraphs joined by a space; emphasis marks, footnote marks and lines in capitals dropped."""
+    """Join paragraphs by a space; drop emphasis marks, footnote marks and lines in capitals."""
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", part)]
     kept = [p for p in paragraphs if not p.isupper() and len(p) > 20]
     return re.sub(r"\s+", " ", re.sub(r"[_*]|\[\w+\]", "", " ".join(kept)))
@@ -188,7 +188,7 @@ def _wiki_prose(markup: str) -> str:
 
 
 def passages(document: Document, count_tokens: Callable[[str], int]) -> list[str]:
-    """Runs of whole sentences of 70 to 110 tokens, in reading order; runs that a long sentence breaks are dropped."""
+    """Return runs of whole sentences of 70 to 110 tokens, in reading order; runs that a long sentence breaks are dropped."""
     low, high = PASSAGE_TOKENS
     found: list[str] = []
     run: list[str] = []
@@ -225,9 +225,9 @@ def training_passages(documents: list[Document], count_tokens: Callable[[str], i
 def held_out_passages(
     documents: list[Document], count_tokens: Callable[[str], int], per_document: int, seed: int
 ) -> list[dict[str, str]]:
-    """At most `per_document` passages of each chapter of the held-out books, as rows of passages.jsonl.
+    """Return at most `per_document` passages of each chapter of the held-out books, as rows of passages.jsonl.
 
-    Their order is one passage of each chapter, then the next of each: any first part of the file is spread over the books.
+    The order is one passage of each chapter, then the next of each, so that any first part of the file spans all books.
     """
     rng = np.random.default_rng(seed)
     rounds: list[list[dict[str, str]]] = [[] for _ in range(per_document)]

@@ -17,12 +17,6 @@ CONFIG = "ClusterName             = testbed"
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Path:
-    (tmp_path / "registry").mkdir()
-    return tmp_path / "registry"
-
-
-@pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cluster whose queue has job 7 of ours and, of somebody else's, 8 and 9; what scancel is told."""
     queue = "7|RUNNING|None|ksweep:of-7|(null)\n8|RUNNING|None|another's|(null)\n9|RUNNING|None|another's|(null)"

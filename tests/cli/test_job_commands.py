@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from ksweep.cli.jobs import logs as logs_module
-from ksweep.cli.jobs.find import find, named
+from ksweep.cli.jobs.find import find_jobs, select_jobs
 from ksweep.cli.jobs.logs import read_logs
+from ksweep.cli.jobs.retry import plan_retry, run_retry
 from ksweep.launch.job import Job
 from ksweep.launch.rank_records import Outcome
 from ksweep.registry.run_record import write_run
@@ -24,24 +25,17 @@ from tests.job_directories import ended, job, ksweep, me
 from tests.registry.landed_runs import record_of
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Path:
-    folder = tmp_path / "registry"
-    folder.mkdir()
-    return folder
-
-
 def test_jobs_are_found_by_prefix_by_random_part_by_number_and_by_sweep(registry: Path) -> None:
     first, second = job(registry, "one"), job(registry, "two")
     second.write_note("slurm", {"id": "41_2", "folder": str(registry), "tag": "x"})
-    assert find(registry, first.id) == [first] and find(registry, first.id[:-2]) == [first]
-    assert find(registry, first.id[-6:]) == [first]
-    assert find(registry, "41_2") == [second] and find(registry, "41") == [second]
-    assert find(registry, "two") == [second] and find(registry, "tw") == [second]
-    with pytest.raises(RequestError, match="write more of it"):
-        find(registry, first.id[:6])
+    assert find_jobs(registry, first.id) == [first] and find_jobs(registry, first.id[:-2]) == [first]
+    assert find_jobs(registry, first.id[-6:]) == [first]
+    assert find_jobs(registry, "41_2") == [second] and find_jobs(registry, "41") == [second]
+    assert find_jobs(registry, "two") == [second] and find_jobs(registry, "tw") == [second]
+    with pytest.raises(RequestError, match="give more of it"):
+        find_jobs(registry, first.id[:6])
     with pytest.raises(RequestError, match="there are one, two"):
-        find(registry, "three")
+        find_jobs(registry, "three")
 
 
 def test_a_number_of_slurms_names_all_elements_of_its_array(registry: Path) -> None:
@@ -49,16 +43,16 @@ def test_a_number_of_slurms_names_all_elements_of_its_array(registry: Path) -> N
     for index, one in enumerate(jobs[:2]):
         one.write_note("slurm", {"id": f"7_{index}", "folder": str(registry), "tag": "x"})
     jobs[2].write_note("slurm", {"id": "77", "folder": str(registry), "tag": "x"})
-    assert {j.id for j in find(registry, "7")} == {j.id for j in jobs[:2]}
-    assert find(registry, "77") == [jobs[2]]
+    assert {j.id for j in find_jobs(registry, "7")} == {j.id for j in jobs[:2]}
+    assert find_jobs(registry, "77") == [jobs[2]]
 
 
 def test_a_cell_names_its_newest_job_and_itself(registry: Path) -> None:
     older, newer = job(registry, "tiny", "a", "b"), job(registry, "tiny", "b", "c")
     os.rename(older.path, older.path.with_name(f"20260101-000000-{older.id[-6:]}"))
-    found = named(registry, "@key of b")
+    found = select_jobs(registry, "@key of b")
     assert (found.jobs, found.kind, found.keys) == ([newer], "cell", {"key of b"})
-    assert [j.id[:8] for j in find(registry, "key of a")] == ["20260101"]
+    assert [j.id[:8] for j in find_jobs(registry, "key of a")] == ["20260101"]
 
 
 def test_a_run_names_the_job_that_was_submitted_before_it_ended(registry: Path) -> None:
@@ -69,18 +63,18 @@ def test_a_run_names_the_job_that_was_submitted_before_it_ended(registry: Path) 
         jobs.append(Job(made.path.with_name(f"202611{day}-120000-{made.id[-6:]}")))
     write_run(registry, record_of("20261123T000000-abc-12345678", cell_key="key of a", minutes=12 * 60, status="failed"))
     # 2026-11-23 00:00, see landed_runs: the second job had begun by then, the third not yet.
-    assert find(registry, "20261123T") == [jobs[1]]
-    assert find(registry, "12345678") == [jobs[1]]
+    assert find_jobs(registry, "20261123T") == [jobs[1]]
+    assert find_jobs(registry, "12345678") == [jobs[1]]
 
 
 def failed_job(registry: Path) -> Job:
     failed = job(registry, ranks=2, batch_size=48, resources={"mem_gb": 96, "time": "2:00:00"})
     for rank in (0, 1):
         failed.write_heartbeat(me(rank, device="H100", phase="drawing", done=3, total=8))
-        ending = Outcome(
+        outcome = Outcome(
             rank=rank, status="failed", kind="out of memory", message=f"rank {rank} is full", traceback=f"Traceback of {rank}"
         )
-        failed.write_outcome(ending)
+        failed.write_outcome(outcome)
         (failed.path / f"7_{rank}_log.err").write_text(f"line of rank {rank}\nTraceback of {rank}\n")
     failed.write_note("code", {"path": "/x", "commit": "abcdef" * 7, "diff": "/x.diff"})
     return failed
@@ -136,7 +130,7 @@ def test_why_of_a_run_whose_job_is_gone_is_told_by_the_registry(registry: Path) 
     )
     write_run(registry, record)
     code, out = ksweep(registry, "why", "aa11")
-    assert code == 0 and "bug: KeyError: 'x'" in out and "rank 0: Trace" in out and "not there any more" in out
+    assert code == 0 and "bug: KeyError: 'x'" in out and "rank 0: Trace" in out and "job directory is gone" in out
     assert json.loads(ksweep(registry, "why", "aa11", "--json")[1])["class"] == "bug"
 
 
@@ -148,7 +142,7 @@ def test_why_of_a_job_with_a_half_written_heartbeat_says_so(registry: Path) -> N
     assert code == 0 and "unknown" in out and "cannot be read" in out
 
 
-def test_logs_are_those_of_a_rank_where_one_is_named(registry: Path) -> None:
+def test_logs_are_those_of_a_rank_where_one_is_select_jobs(registry: Path) -> None:
     failed = failed_job(registry)
     both = ksweep(registry, "logs", failed.id)[1]
     assert both == ("==> 7_0_log.err <==\nline of rank 0\nTraceback of 0\n==> 7_1_log.err <==\nline of rank 1\nTraceback of 1\n")
@@ -169,7 +163,7 @@ def test_logs_that_are_not_there_say_why_and_exit_with_one(registry: Path, follo
 def test_following_logs_ends_with_the_job_and_begins_again_with_a_new_start(
     registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs_module, "FOLLOW_SECONDS", 0.0)
+    monkeypatch.setattr(logs_module, "LOG_POLL_SECONDS", 0.0)
     running = job(registry)
     running.write_heartbeat(me())
     log = running.path / "7_0_log.err"
@@ -193,7 +187,7 @@ def test_cancel_asks_the_ranks_of_a_sweep_to_stop(registry: Path) -> None:
     assert code == 0 and f"cancelled: {running.id}" in out and done.id not in out and "1 job had ended before" in out
     assert process.wait(240) == -signal.SIGTERM and running.cancel_requested() and not done.cancel_requested()
     code, out = ksweep(registry, "cancel", "tiny")
-    assert (code, out) == (0, "nothing of tiny is under way: 2 jobs had ended before\n")
+    assert (code, out) == (0, "no job of tiny is live: 2 jobs had ended before\n")
 
 
 def test_cancel_of_a_job_that_has_ended_says_how(registry: Path) -> None:
@@ -237,14 +231,15 @@ def test_retry_of_a_job_or_a_cell_names_its_cells(registry: Path, tmp_path: Path
     assert (tmp_path / "said").read_text() == "sampling.seed=1 --retry-cell=key of b"
 
 
-def test_retry_as_json_prints_one_object_and_nothing_of_the_command(registry: Path, tmp_path: Path) -> None:
+def test_retry_as_json_prints_one_object_and_nothing_of_the_command(
+    registry: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With the descriptors of this process, which the sweep's command inherits."""
     job(registry, origin=script(tmp_path))
-    code = "from ksweep.cli import main; main()"
-    words = ["retry", "tiny", "--json", "--registry", str(registry)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 3 and "hello" in done.stderr
-    assert (json.loads(done.stdout)["exit_code"], json.loads(done.stdout)["command"][-1]) == (3, "--retry")
+    retry = plan_retry(select_jobs(registry, "tiny"))
+    print(json.dumps(run_retry(retry, as_json=True)))
+    out, err = capfd.readouterr()
+    assert "hello" in err and (json.loads(out)["exit_code"], json.loads(out)["command"][-1]) == (3, "--retry")
 
 
 @pytest.mark.parametrize(("status", "words"), [("finished", "has finished"), (None, "is still running")])

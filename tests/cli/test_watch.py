@@ -1,4 +1,4 @@
-"""ksweep watch: on a terminal of 80 x 24, in a pipe, for programs, while files vanish: on job directories as jobs write them."""
+"""ksweep watch: on a terminal of 80 x 24, in a pipe, as JSON, while files vanish: on job directories as jobs write them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,13 @@ import pytest
 from rich.console import Console
 
 from ksweep.cli.jobs import watch as watching
-from ksweep.cli.jobs.rows import Line, lines
-from ksweep.cli.jobs.watch import most_wanted, screen, show, table, watch
+from ksweep.cli.jobs.rows import JobRow, job_rows
+from ksweep.cli.jobs.watch import jobs_table, poll_job_rows, prioritize, render_screen, show_updates
 from ksweep.launch.job import Job
 from ksweep.launch.rank_records import Outcome
 from tests.job_directories import LABEL, ended, job, ksweep, me
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Path:
-    folder = tmp_path / "registry"
-    folder.mkdir()
-    return folder
 
 
 def running(registry: Path, *labels: str, sweep: str = "tiny", phase: str = "drawing", done: int = 5, total: int = 10) -> Job:
@@ -44,9 +37,9 @@ def running(registry: Path, *labels: str, sweep: str = "tiny", phase: str = "dra
     return made
 
 
-def printed(found: list[Line], width: int, height: int = 24) -> list[str]:
+def printed(found: list[JobRow], width: int, height: int = 24) -> list[str]:
     out = Console(file=io.StringIO(), width=width, height=height)
-    out.print(screen(found, width, height))
+    out.print(render_screen(found, width, height))
     return out.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -71,7 +64,9 @@ def test_progress_is_summed_over_ranks_and_gives_the_time_that_is_left(registry:
 
 def test_a_row_fits_eighty_columns_and_tells_percent_and_the_fve_so_far(registry: Path) -> None:
     out = Console(file=io.StringIO(), width=80)
-    out.print(table(lines([running(registry, "a label that is far longer than there is room for on a screen of eighty")]), 80))
+    out.print(
+        jobs_table(job_rows([running(registry, "a label that is far longer than there is room for on a screen of eighty")]), 80)
+    )
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= 80
     assert "FVE 0.510" in text and "drawing 50%" in text and "running" in text
@@ -79,23 +74,23 @@ def test_a_row_fits_eighty_columns_and_tells_percent_and_the_fve_so_far(registry
 
 def test_a_long_reason_takes_no_room_from_the_other_columns(registry: Path) -> None:
     bad = ended(registry, "failed", kind="bug", message="word " * 100)
-    [_, _, row] = printed(lines([bad]), 80)
+    [_, _, row] = printed(job_rows([bad]), 80)
     assert row.startswith(bad.id[-6:]) and LABEL in row and "failed" in row and "bug: word" in row and len(row) <= 80
 
 
 def test_a_wide_terminal_shows_counts_rate_and_interval(registry: Path) -> None:
-    text = "\n".join(printed(lines([running(registry)]), 180))
+    text = "\n".join(printed(job_rows([running(registry)]), 180))
     assert "5/10" in text and "[0.49, 0.53] so far (K=1)" in text
 
 
 def test_a_job_of_several_cells_shows_the_one_it_is_at(registry: Path) -> None:
-    text = "\n".join(printed(lines([running(registry, "a", "b", "c", phase="b: drawing")]), 80))
+    text = "\n".join(printed(job_rows([running(registry, "a", "b", "c", phase="b: drawing")]), 80))
     assert "2/3 b" in text and "drawing 50%" in text and "b: drawing" not in text
 
 
 @pytest.mark.parametrize("height", [6, 10, 24])
 def test_a_screen_has_no_more_lines_than_the_terminal_and_leaves_nothing_uncounted(registry: Path, height: int) -> None:
-    [one] = lines([running(registry)])
+    [one] = job_rows([running(registry)])
     states = ["finished"] * 20 + ["waiting"] * 9 + ["failed"] * 4 + ["running"] * 30
     found = [replace(one, job=f"j-{i:06}", state=state, reason="why") for i, state in enumerate(states)]
     shown = printed(found, 80, height)
@@ -107,11 +102,11 @@ def test_a_screen_has_no_more_lines_than_the_terminal_and_leaves_nothing_uncount
         assert any(" failed " in line for line in shown[1:-1]), "failures are shown however many jobs run"
 
 
-def test_most_wanted_keeps_the_order_of_interest(registry: Path) -> None:
-    [one] = lines([running(registry)])
+def test_prioritize_keeps_the_order_of_interest(registry: Path) -> None:
+    [one] = job_rows([running(registry)])
     found = [replace(one, job=str(i), state=s) for i, s in enumerate(["finished", "waiting", "failed", "running"])]
-    assert [line.state for line in most_wanted(found, 4)] == ["running", "failed", "waiting", "finished"]
-    assert [line.state for line in most_wanted(found, 2)] == ["running", "failed"]
+    assert [line.state for line in prioritize(found, 4)] == ["running", "failed", "waiting", "finished"]
+    assert [line.state for line in prioritize(found, 2)] == ["running", "failed"]
 
 
 class Screen:
@@ -220,19 +215,19 @@ def test_watch_in_a_pipe_says_each_change_once_and_ends_with_the_last_job(
 ) -> None:
     monkeypatch.setattr(watching, "REFRESH_SECONDS", 0.0)
     one = running(registry)
-    updates = watch(registry, "tiny")
+    updates = poll_job_rows(registry, "tiny")
     seen = [next(updates), next(updates)]
     one.write_outcome(Outcome(rank=0, status="finished"))
     seen += list(updates)
     assert [found[0].state for found in seen] == ["running", "running", "finished"]
-    show(iter(seen), Console(file=io.StringIO()))
+    show_updates(iter(seen), Console(file=io.StringIO()))
     assert [line.split(": ")[1].split()[0] for line in capsys.readouterr().out.splitlines()] == ["running", "finished"]
 
 
 def test_watch_as_json_is_an_object_at_each_change(registry: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [one] = lines([running(registry)])
+    [one] = job_rows([running(registry)])
     seen = [[one], [replace(one, done=6)], [replace(one, state="finished")]]
-    watching.say_changes(iter(seen), as_json=True)
+    watching.print_changes(iter(seen), as_json=True)
     assert [json.loads(text)["state"] for text in capsys.readouterr().out.splitlines()] == ["running", "finished"]
 
 
@@ -241,7 +236,7 @@ def test_watch_of_a_sweep_takes_the_newest_job_of_each_cell(registry: Path) -> N
     for day, labels in (("20", ["a", "b"]), ("21", ["a"]), ("22", ["c"]), ("23", ["c"])):
         made = ended(registry, "finished", *labels)
         jobs.append(Job(made.path.rename(made.path.with_name(f"202611{day}-000000-{made.id[-6:]}"))))
-    found = next(watch(registry, "tiny"))
+    found = next(poll_job_rows(registry, "tiny"))
     assert [(line.job, line.labels) for line in found] == [(jobs[0].id, ("b",)), (jobs[1].id, ("a",)), (jobs[3].id, ("c",))]
 
 
@@ -253,14 +248,14 @@ def test_watch_without_a_name_leaves_out_what_ended_long_ago(registry: Path) -> 
     two_hours_ago = time.time() - 7200
     for path in [*unseen.path.rglob("*.json"), *booked.path.rglob("*.json")]:
         os.utime(path, (two_hours_ago, two_hours_ago))
-    assert {line.job for line in next(watch(registry, None))} == {recent.id, live.id}
+    assert {line.job for line in next(poll_job_rows(registry, None))} == {recent.id, live.id}
 
 
 def test_watch_survives_a_torn_record_and_a_directory_that_vanishes(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "REFRESH_SECONDS", 0.0)
     torn, gone, fine = running(registry, "torn"), running(registry, "gone"), running(registry, "fine")
     for name in ("tiny", None):
-        updates = watch(registry, name)
+        updates = poll_job_rows(registry, name)
         assert len(next(updates)) == 3
         whole = (torn.path / "attempt-000" / "rank-0.json").read_text()
         (torn.path / "attempt-000" / "rank-0.json").write_text(whole[:20])
@@ -283,7 +278,7 @@ def test_a_second_watcher_and_a_dead_launcher_change_nothing(registry: Path) -> 
 
 
 def test_watch_with_nothing_to_see_says_so(registry: Path) -> None:
-    assert ksweep(registry, "watch") == (0, "no jobs are under way, and none has ended within the last hour\n")
+    assert ksweep(registry, "watch") == (0, "no jobs are running or waiting, and none has ended within the last hour\n")
 
 
 @pytest.mark.parametrize(("status", "code"), [("finished", 0), ("failed", 1), ("stopped", 1)])

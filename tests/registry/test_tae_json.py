@@ -321,7 +321,7 @@ def test_the_commands_bring_a_file_in_and_out_again(
 
     code, out, _ = ksweep("import-json", str(HEADLINE))
     assert code == 0 and "1 new" in out
-    assert "was there already" in ksweep("import-json", str(HEADLINE))[1]
+    assert "already in the registry" in ksweep("import-json", str(HEADLINE))[1]
     document = json.loads(ksweep("export", "gemma3_k_sweep_full1024", "--json")[1])
     assert [r["variance_recovery"] for r in document["results_by_k"]][-1] == 0.7772
     assert document["results_by_k"][0]["variance_recovery_bca_ci_lower"] == 0.6391

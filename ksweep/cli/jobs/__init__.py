@@ -1,1 +1,1 @@
-"""Jobs for people: found by a short name, listed, watched, explained, ended. All from files; nothing needs their launcher."""
+"""The commands about jobs, which work on files alone: none needs the launcher. `commands.py` has what users type."""

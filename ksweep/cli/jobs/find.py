@@ -1,4 +1,4 @@
-"""A job by a short name: the beginning of its id or of its random part, Slurm's number, a sweep, a run, a cell."""
+"""Find jobs by a short name: the start of a job id or of its random part, a Slurm number, a sweep, a run, or a cell."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from typing import Any, Literal
 from ksweep.launch.job import Job
 from ksweep.utils.errors import RequestError
 
-WHOLE_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+JOB_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 SLURM_NUMBER = re.compile(r"\d+(_\d+)?")
 READERS = 16
-"""Files read side by side: on a network file system each costs a round trip."""
+"""Files read in parallel: on a network file system each costs a round trip."""
 SHORTEST_KEY = 4
 NAMES_TO_LIST = 12
 
 
-def logs_of(registry: Path) -> Path:
-    """Where the jobs of a registry say how they go."""
+def logs_beside(registry: Path) -> Path:
+    """Return the directory of a registry's jobs."""
     return Path(os.path.abspath(registry)).parent / "logs"
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What never changes of a job, as far as people name it by that."""
+class JobFacts:
+    """Sweep and cells of a job, which never change."""
 
     sweep: str
     cells: tuple[tuple[str, str], ...]
     """Key and label of each."""
     titles: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Names of cells where they stand alone, by key; none in jobs of earlier versions."""
+    """Full cell names by key; missing in jobs of earlier versions."""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -47,8 +47,8 @@ class Facts:
 
 
 @cache
-def facts_of(job: Job) -> Facts:
-    """Sweep and cells of a job; whoever watches reads them once.
+def job_facts(job: Job) -> JobFacts:
+    """Read sweep and cells of a job, once per process.
 
     Raises:
         OSError, ValueError: job.json is gone or cannot be read.
@@ -57,123 +57,127 @@ def facts_of(job: Job) -> Facts:
     cells = tuple((str(cell["key"]), str(cell["label"])) for cell in spec.get("cells", []))
     argument = spec.get("argument") or {}
     titles = {key: str(title) for (key, _), (_, title) in zip(cells, argument.get("names", ()), strict=False)}
-    return Facts(str(argument.get("sweep", "")), cells, titles)
+    return JobFacts(str(argument.get("sweep", "")), cells, titles)
 
 
-def facts_of_all(jobs: Sequence[Job]) -> dict[Job, Facts]:
-    """Of all jobs that can be read, in their order."""
+def readable_job_facts(jobs: Sequence[Job]) -> dict[Job, JobFacts]:
+    """Return the facts of every job that can be read, in the order of `jobs`."""
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(_facts_or_none, jobs)
-        return {job: facts for job, facts in zip(jobs, found, strict=True) if facts is not None}
+        all_facts = pool.map(_facts_or_none, jobs)
+        return {job: facts for job, facts in zip(jobs, all_facts, strict=True) if facts is not None}
 
 
-def _facts_or_none(job: Job) -> Facts | None:
+def _facts_or_none(job: Job) -> JobFacts | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return facts_of(job)
+        return job_facts(job)
     return None
 
 
-def listed(logs: Path) -> list[Job]:
-    """Every job directory, oldest first, by its name alone: nothing of it is read."""
+def list_jobs(logs: Path) -> list[Job]:
+    """List job directories by name alone, oldest first, without reading any file."""
     with suppress(FileNotFoundError), os.scandir(logs) as entries:
-        names = sorted(entry.name for entry in entries if WHOLE_ID.fullmatch(entry.name))
+        names = sorted(entry.name for entry in entries if JOB_ID.fullmatch(entry.name))
         return [Job(logs / name) for name in names]
     return []
 
 
-def short(job_or_run: str) -> str:
-    """The random part at the end of an id, which is enough to name it."""
+def short_id(job_or_run: str) -> str:
+    """Return the random part at the end of an id, which is enough to name a job or run."""
     return job_or_run.rpartition("-")[2]
 
 
 @dataclass(frozen=True)
-class Named:
-    """What a name stands for."""
+class JobSelection:
+    """The jobs that a name stands for."""
 
     jobs: list[Job]
+    """Oldest first."""
     kind: Literal["sweep", "job", "run", "cell"]
     keys: frozenset[str] = frozenset()
-    """Of a run or a cell: the key of the cell."""
+    """The cell's key, where the name is that of a run or a cell."""
 
 
-def find(registry: Path, name: str) -> list[Job]:
-    """The jobs that a name stands for, oldest first."""
-    return named(registry, name).jobs
+def find_jobs(registry: Path, name: str) -> list[Job]:
+    """Return the jobs that a name stands for, oldest first."""
+    return select_jobs(registry, name).jobs
 
 
-def named(registry: Path, name: str) -> Named:
-    """One job, by a unique prefix of its id or of its random part, by Slurm's number, a run or a cell; or the jobs of a sweep.
+def select_jobs(registry: Path, name: str) -> JobSelection:
+    """Return one job, by a unique prefix of its id or random part, by Slurm number, run or cell; or all jobs of a sweep.
 
     Raises:
-        RequestError: nothing is called that, or several things are.
+        RequestError: the name matches nothing, or several things.
     """
-    logs = logs_of(registry)
-    if WHOLE_ID.fullmatch(name) and (logs / name / "job.json").is_file():
-        return Named([Job(logs / name)], "job")
-    facts = facts_of_all(listed(logs))
+    logs = logs_beside(registry)
+    if JOB_ID.fullmatch(name) and (logs / name / "job.json").is_file():
+        return JobSelection([Job(logs / name)], "job")
+    facts_by_job = readable_job_facts(list_jobs(logs))
     sweeps: dict[str, list[Job]] = {}
-    for job, told in facts.items():
-        sweeps.setdefault(told.sweep, []).append(job)
+    for job, facts in facts_by_job.items():
+        sweeps.setdefault(facts.sweep, []).append(job)
+    # 1. exact names
     if name in sweeps:
-        return Named(sweeps[name], "sweep")
-    if SLURM_NUMBER.fullmatch(name) and (numbered := _numbered(list(facts), name)):
-        return Named(numbered, "job")
-    found = [job for job in facts if job.id.startswith(name) or short(job.id).startswith(name)]
+        return JobSelection(sweeps[name], "sweep")
+    if SLURM_NUMBER.fullmatch(name) and (numbered := _with_slurm_number(list(facts_by_job), name)):
+        return JobSelection(numbered, "job")
+    # 2. unique prefixes of jobs and sweeps
+    jobs = [job for job in facts_by_job if job.id.startswith(name) or short_id(job.id).startswith(name)]
     near = sorted(sweep for sweep in sweeps if sweep.startswith(name))
-    if len(found) == 1 and not near:
-        return Named(found, "job")
-    if len(near) == 1 and not found:
-        return Named(sweeps[near[0]], "sweep")
-    if found or near:
-        raise RequestError(f"{name!r} could be {_some([*near, *(job.id for job in reversed(found))])}: write more of it")
-    other = _of_run(registry, facts, name) or _of_cell(facts, name)
-    if other is not None:
-        return other
-    known = _some([*sorted(sweeps), *(job.id for job in list(facts)[-5:])])
+    if len(jobs) == 1 and not near:
+        return JobSelection(jobs, "job")
+    if len(near) == 1 and not jobs:
+        return JobSelection(sweeps[near[0]], "sweep")
+    if jobs or near:
+        raise RequestError(f"{name!r} could be {_first_names([*near, *(job.id for job in reversed(jobs))])}: give more of it")
+    # 3. runs and cells
+    selection = _of_run(registry, facts_by_job, name) or _of_cell(facts_by_job, name)
+    if selection is not None:
+        return selection
+    names = _first_names([*sorted(sweeps), *(job.id for job in list(facts_by_job)[-5:])])
     raise RequestError(
-        f"no job, run or sweep is called {name!r}" + (f"; there are {known}" if known else ": there are no jobs yet")
+        f"no job, run or sweep is called {name!r}" + (f"; there are {names}" if names else ": there are no jobs yet")
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMES_TO_LIST:,} more" if len(names) > NAMES_TO_LIST else ""
     return ", ".join(names[:NAMES_TO_LIST]) + more
 
 
-def _numbered(jobs: Sequence[Job], number: str) -> list[Job]:
-    """The job of a number of Slurm's, or all elements of an array."""
+def _with_slurm_number(jobs: Sequence[Job], number: str) -> list[Job]:
+    """Return the job with a Slurm number, or all elements of a Slurm array."""
     with ThreadPoolExecutor(READERS) as pool:
-        known = dict(zip(jobs, pool.map(lambda job: job.read_note("slurm") or {}, jobs), strict=True))
-    numbers = {job: str(noted.get("id", "")) for job, noted in known.items()}
+        notes = dict(zip(jobs, pool.map(lambda job: job.read_note("slurm") or {}, jobs), strict=True))
+    numbers = {job: str(note.get("id", "")) for job, note in notes.items()}
     return [job for job in jobs if numbers[job] == number or numbers[job].partition("_")[0] == number]
 
 
-def _of_run(registry: Path, facts: dict[Job, Facts], name: str) -> Named | None:
-    """The job that a run was part of: the newest one with its cell that was submitted before the run ended."""
-    runs = runs_called(registry, name)
+def _of_run(registry: Path, facts_by_job: dict[Job, JobFacts], name: str) -> JobSelection | None:
+    """Return the job of a run: the newest one with its cell that was submitted before the run ended."""
+    runs = find_runs(registry, name)
     if len(runs) != 1:
         return None
     key, finished = runs[0]["cell_key"], runs[0]["finished"].replace(tzinfo=UTC).timestamp()
-    mine = [job for job, told in facts.items() if key in told.keys and _submitted(job) <= finished + 1]
-    return Named(mine[-1:], "run", frozenset({key})) if mine else None
+    jobs = [job for job, facts in facts_by_job.items() if key in facts.keys and _submission_time(job) <= finished + 1]
+    return JobSelection(jobs[-1:], "run", frozenset({key})) if jobs else None
 
 
-def _submitted(job: Job) -> float:
-    """By its name: that is there whatever became of its files."""
+def _submission_time(job: Job) -> float:
+    """Return the time in a job's name, which survives whatever happens to its files."""
     return datetime.strptime(job.id[:15], "%Y%m%d-%H%M%S").replace(tzinfo=UTC).timestamp()
 
 
-def _of_cell(facts: dict[Job, Facts], name: str) -> Named | None:
-    """The newest job with the cell whose key begins so."""
+def _of_cell(facts_by_job: dict[Job, JobFacts], name: str) -> JobSelection | None:
+    """Return the newest job of the cell whose key starts with `name`."""
     key = name.removeprefix("@")
-    keys = {k for told in facts.values() for k in told.keys if k.startswith(key)}
+    keys = {k for facts in facts_by_job.values() for k in facts.keys if k.startswith(key)}
     if len(key) < SHORTEST_KEY or len(keys) != 1:
         return None
-    return Named([job for job, told in facts.items() if told.keys & keys][-1:], "cell", frozenset(keys))
+    return JobSelection([job for job, facts in facts_by_job.items() if facts.keys & keys][-1:], "cell", frozenset(keys))
 
 
-def runs_called(registry: Path, name: str) -> list[dict[str, Any]]:
-    """Runs whose id, or the random part of it, begins so: with status, cell and what was said at their end."""
+def find_runs(registry: Path, name: str) -> list[dict[str, Any]]:
+    """Return the runs whose id, or its random part, starts with `name`: status, cell, and error."""
     if not registry.is_dir():
         return []
     from ksweep.registry.database import connect
@@ -183,5 +187,5 @@ def runs_called(registry: Path, name: str) -> list[dict[str, Any]]:
         FROM runs WHERE starts_with(run_id, $1) OR starts_with(split_part(run_id, '-', -1), $1) ORDER BY run_id
     """
     with connect(registry) as connection:
-        found: list[dict[str, Any]] = connection.sql(question, params=[name]).to_arrow_table().to_pylist()
-    return found
+        runs: list[dict[str, Any]] = connection.sql(question, params=[name]).to_arrow_table().to_pylist()
+    return runs

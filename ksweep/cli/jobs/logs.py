@@ -1,4 +1,4 @@
-"""What the ranks of a job wrote, read or followed."""
+"""`ksweep logs`: the output of a job's ranks, read or followed."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from ksweep.launch import status
 from ksweep.launch.job import Job
 from ksweep.utils.errors import RequestError, RunError
 
-FOLLOW_SECONDS = 1.0
-PIECE_BYTES = 1_000_000
+LOG_POLL_SECONDS = 1.0
+CHUNK_BYTES = 1_000_000
 
 
 def read_logs(job: Job, rank: int | None, *, follow: bool) -> Iterator[str]:
-    """What the ranks of a job wrote, as of one file after another; with `follow` also what comes, until the job has ended.
+    """Yield the logs of a job's ranks, one file after another; with `follow` also new text, until the job has ended.
 
     Raises:
-        RequestError: no rank of that number has written anything. RunError: there are no logs.
+        RequestError: that rank has written nothing. RunError: there are no logs.
     """
-    at: dict[Path, int] = {}
+    offsets: dict[Path, int] = {}
     newest: Path | None = None
-    told = False
+    announced = False
     while True:
-        verdict = status.job_statuses([job]).get(job.id)
-        over = not follow or verdict is None or verdict.state not in status.LIVE_STATES
-        paths = _paths(job, rank)
-        if not paths and over:
-            raise _none(job, rank, verdict)
-        if not paths and not told:
-            told = True
-            reason = "" if verdict is None else f" ({verdict.state}: {verdict.reason})"
+        job_status = status.job_statuses([job]).get(job.id)
+        last_round = not follow or job_status is None or job_status.state not in status.LIVE_STATES
+        paths = _log_paths(job, rank)
+        if not paths and last_round:
+            raise _no_logs_error(job, rank, job_status)
+        if not paths and not announced:
+            announced = True
+            reason = "" if job_status is None else f" ({job_status.state}: {job_status.reason})"
             print(f"job {job.id} has written nothing yet{reason}: waiting", file=sys.stderr, flush=True)
         several = sum(_size(path) > 0 for path in paths) > 1
         for path in paths:
-            for text in _new_text(path, at):
-                if several and path != newest:  # as `tail -f` does: whose words these are
+            for text in _new_text(path, offsets):
+                if several and path != newest:  # a header names the file, as in `tail -f`
                     yield f"==> {path.name} <==\n"
                 newest = path
                 yield text
-        if over:
+        if last_round:
             return
-        time.sleep(FOLLOW_SECONDS)
+        time.sleep(LOG_POLL_SECONDS)
 
 
-def _paths(job: Job, rank: int | None) -> list[Path]:
+def _log_paths(job: Job, rank: int | None) -> list[Path]:
     with suppress(OSError):
         return [p for p in job.logs() if rank is None or p.stem.endswith(f"_{rank}_log")]
     return []
@@ -59,22 +59,24 @@ def _size(path: Path) -> int:
     return 0
 
 
-def _new_text(path: Path, at: dict[Path, int]) -> Iterator[str]:
-    """What a file has that was not read before; from its beginning where a new start of the job has begun it anew."""
+def _new_text(path: Path, offsets: dict[Path, int]) -> Iterator[str]:
+    """Yield what was not read before; from the beginning where a new start of the job has truncated the file."""
     with suppress(FileNotFoundError), path.open("rb") as file:
-        start = at.get(path, 0)
+        start = offsets.get(path, 0)
         file.seek(start if path.stat().st_size >= start else 0)
-        while piece := file.read(PIECE_BYTES):
-            piece += file.readline()  # up to the end of a line: a character is not cut in two
-            at[path] = file.tell()
-            yield piece.decode(errors="replace")
+        while chunk := file.read(CHUNK_BYTES):
+            chunk += file.readline()  # up to the end of a line, so that no character is cut in two
+            offsets[path] = file.tell()
+            yield chunk.decode(errors="replace")
 
 
-def _none(job: Job, rank: int | None, verdict: status.JobStatus | None) -> Exception:
-    there = sorted({p.stem.split("_")[-2] for p in _paths(job, None) if p.stem.count("_") >= 2}, key=lambda n: (len(n), n))
-    if rank is not None and there:
-        return RequestError(f"rank {rank} of job {job.id} has written nothing; ranks with logs: {', '.join(there)}")
-    how = "" if verdict is None else f" It is {verdict.state}: {verdict.reason}."
-    waits = verdict is not None and verdict.state == "waiting"
-    advice = "-f waits for them" if waits else f"`ksweep why {job.id}` tells what is known"
-    return RunError(f"job {job.id} has no logs {'yet' if waits else '(never written, or removed)'} in {job.path}.{how} {advice}")
+def _no_logs_error(job: Job, rank: int | None, job_status: status.JobStatus | None) -> Exception:
+    ranks = sorted({p.stem.split("_")[-2] for p in _log_paths(job, None) if p.stem.count("_") >= 2}, key=lambda n: (len(n), n))
+    if rank is not None and ranks:
+        return RequestError(f"rank {rank} of job {job.id} has written nothing; ranks with logs: {', '.join(ranks)}")
+    state = "" if job_status is None else f" It is {job_status.state}: {job_status.reason}."
+    waiting = job_status is not None and job_status.state == "waiting"
+    advice = "-f waits for them" if waiting else f"`ksweep why {job.id}` shows what is known"
+    return RunError(
+        f"job {job.id} has no logs {'yet' if waiting else '(never written, or removed)'} in {job.path}.{state} {advice}"
+    )

@@ -1,4 +1,4 @@
-"""`ksweep sql`, `show`, `diff` as they are typed, over what real runs have left."""
+"""`ksweep sql`, `show` and `diff` over real runs."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ksweep.cli import main
 from ksweep.registry.run_record import read_run, write_run
+from tests.cli.conftest import Command
 from tests.registry.real_runs import Real
-
-Command = Callable[..., tuple[object, str, str]]
 
 
 @pytest.fixture
-def ksweep(real: Real, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command; (exit code, standard output, standard error)."""
+def ksweep(real: Real, command: Command) -> Command:
+    """`ksweep WORDS` on the registry of the real runs, or on another one."""
+    return lambda *words, registry=real.root: command(*words, "--registry", str(registry))
 
-    def run(*arguments: str, registry: Path | None = None) -> tuple[object, str, str]:
-        monkeypatch.setattr("sys.argv", ["ksweep", *arguments, "--registry", str(registry or real.root)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
 
-    return run
+@pytest.fixture(scope="module")
+def old(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs as an earlier ksweep landed them: record, curve and controls."""
+    root = tmp_path_factory.mktemp("old") / "registry"
+    for run_id in real.runs.values():
+        landed = read_run(real.root / "landing" / run_id)
+        assert landed.curve is not None
+        write_run(root, landed.record, landed.curve.drop_columns(["replicates", "effective_documents"]), landed.controls)
+    shutil.copytree(real.root / "draws", root / "draws")
+    return root
 
 
 def test_sql_by_name_writes_table_json_csv_and_parquet_alike(ksweep: Command, tmp_path: Path) -> None:
@@ -69,10 +70,10 @@ def test_show_tells_spec_curve_controls_groups_and_what_it_said(ksweep: Command,
     key = real.record(1.0)["cell_key"]
     code, out, _ = ksweep("show", f"@{key[:8]}")
     assert code == 0
-    for words in ("sampling.temperature", "retrieval_top1", "cut_off", "quarter 1 of 4", "what it said: worst 5 activations"):
+    for words in ("sampling.temperature", "retrieval_top1", "cut_off", "quarter 1 of 4", "explanations: worst 5 activations"):
         assert words in out, words
     best = min((d for d in real.draws(1.0) if d["error"] is not None), key=lambda d: d["error"])
-    assert f"best 1: error {best['error']:.4f}" in out and f"said: {' '.join(best['explanation'].split())}" in out
+    assert f"best 1: error {best['error']:.4f}" in out and f"explanation: {' '.join(best['explanation'].split())}" in out
     told = json.loads(ksweep("show", real.runs[1.0], "--json")[1])
     assert [row["fve"] for row in told["curve"]] == [pytest.approx(real.fve(1.0, k), abs=1e-9) for k in range(1, 9)]
     assert told["spec"]["sampling"]["temperature"] == 1.0 and told["run"]["run_id"] == real.runs[1.0]
@@ -85,10 +86,7 @@ def test_show_of_a_failed_run_tells_the_error(ksweep: Command, real: Real) -> No
     assert code == 0 and "DataError" in out and "Traceback" in out and "curve" not in out
 
 
-def test_show_of_a_run_from_before_examples_were_kept_takes_them_from_the_draws(
-    ksweep: Command, real: Real, tmp_path: Path
-) -> None:
-    old = registry_of_old_runs(real, tmp_path)
+def test_show_of_a_run_from_before_examples_were_kept_takes_them_from_the_draws(ksweep: Command, real: Real, old: Path) -> None:
     now = json.loads(ksweep("show", real.runs[1.0], "--json")[1])["examples"]
     then = json.loads(ksweep("show", real.runs[1.0], "--json", registry=old)[1])["examples"]
     assert then == now and len(now) == 15
@@ -136,28 +134,18 @@ def test_diff_of_a_run_with_itself_is_nothing(ksweep: Command, real: Real) -> No
 
 
 def test_diff_without_the_baseline_of_each_activation_or_without_draws_says_so(
-    ksweep: Command, real: Real, tmp_path: Path
+    ksweep: Command, real: Real, old: Path, tmp_path: Path
 ) -> None:
-    old = registry_of_old_runs(real, tmp_path)
     now = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json")[1])["numbers"]
     found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json", registry=old)[1])
     assert "the baseline is taken as known" in found["note"]
     assert [row["difference"] for row in found["numbers"]] == pytest.approx([row["difference"] for row in now], abs=1e-9)
-    shutil.rmtree(old / "draws")
+    draws = (old / "draws").rename(tmp_path / "draws")
     found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json", registry=old)[1])
+    shutil.rmtree(old / "draws", ignore_errors=True)  # diff leaves an empty directory
+    draws.rename(old / "draws")
     assert "no paired interval" in found["note"] and found["numbers"][0]["low"] is None
     assert found["numbers"][0]["difference"] == pytest.approx(now[0]["difference"], abs=1e-9)
-
-
-def registry_of_old_runs(real: Real, place: Path) -> Path:
-    """The same runs as an earlier ksweep landed them: record, curve and controls."""
-    root = place / "old"
-    for run_id in real.runs.values():
-        landed = read_run(real.root / "landing" / run_id)
-        assert landed.curve is not None
-        write_run(root, landed.record, landed.curve.drop_columns(["replicates", "effective_documents"]), landed.controls)
-    shutil.copytree(real.root / "draws", root / "draws")
-    return root
 
 
 def test_a_name_of_nothing_or_of_several_is_told(ksweep: Command) -> None:

@@ -8,24 +8,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ksweep.activations import ActivationStore, ensure, maintenance
-from ksweep.cli import main
 from ksweep.config.spec import Activations
 from ksweep.registry.run_record import write_run
 from tests.activations.helpers import passages, random_vectors, shard_files, vector_spec, write_jsonl, write_vectors
 from tests.activations.test_store import flip_a_byte, make_unit
+from tests.cli.conftest import Command
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
 from tests.tiny_models import make_base
 
 ROOT = Path(__file__).parents[2]
 HOUR, DAY = 3600, 86400
-Command = Callable[..., tuple[object, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +57,10 @@ def cache(filled: tuple[Path, dict[str, str]], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ksweep(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command beside the cache; (exit code, standard output, standard error)."""
+def ksweep(cache: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`ksweep cache WORDS` beside the cache."""
     monkeypatch.chdir(cache.parent)
-
-    def run(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ksweep", "cache", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return run
+    return lambda *words: command("cache", *words)
 
 
 def age(path: Path, seconds: float) -> None:
@@ -183,18 +173,31 @@ def test_du_adds_up_activations_and_draws(ksweep: Command, cache: Path, keys: di
     assert by_key["d" * 32] == ("draws", size(Path("registry/draws/" + "d" * 32)))
 
 
-@pytest.mark.parametrize("command", [["ls"], ["show", "a"], ["verify"], ["gc"], ["du"]])
-def test_a_cache_that_is_not_there_exits_with_two_and_is_named(ksweep: Command, command: list[str]) -> None:
-    code, out, err = ksweep(*command, "--vector-cache", "nowhere")
+@pytest.mark.parametrize("words", [["ls"], ["show", "a"], ["verify"], ["gc"], ["du"]])
+def test_a_cache_that_is_not_there_exits_with_two_and_is_named(ksweep: Command, words: list[str]) -> None:
+    code, out, err = ksweep(*words, "--vector-cache", "nowhere")
     assert (code, out) == (2, "") and "no vector cache at nowhere" in err
 
 
-def test_a_real_process_needs_no_torch(cache: Path) -> None:
-    script = "import sys\nfrom ksweep.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
-    for command in (["ls"], ["verify"], ["gc", "--older-than", "1d"], ["du"]):
-        full = [sys.executable, "-c", script, "cache", *command, "--vector-cache", str(cache)]
-        done = subprocess.run(full, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-        assert done.returncode == 0, done.stderr
+def test_a_real_process_needs_no_torch_and_exits_with_one_over_damage(cache: Path, keys: dict[str, str]) -> None:
+    flip_a_byte(next((cache / keys["long"]).glob("shard-00001-*.arrow")))
+    script = """
+import sys
+from ksweep.cli import main
+
+for words in (["ls"], ["gc", "--older-than", "1d"], ["du"], ["verify"]):
+    sys.argv = ["ksweep", "cache", *words, "--vector-cache", sys.argv[-1]]
+    try:
+        main()
+    except SystemExit as end:
+        assert "torch" not in sys.modules
+        if end.code:
+            raise
+"""
+    words = [sys.executable, "-c", script, str(cache)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: 1 damaged shards were set aside"), done.stderr
+    assert "kept: " not in done.stderr and "activations" in done.stdout
 
 
 # ---- verify
