@@ -88,7 +88,7 @@ def test_compare_equals_brute_force_over_the_draws(sweep: Sweep) -> None:
     cold, hot = cells[1], cells[3]
     row = row_at(compare([cold, hot]), k=8)
     best = [best_of_all(cell) for cell in (cold, hot)]
-    known = cold.known(40)
+    known = cold.metadata(40)
     assert known is not None
     distances = known["between"].to_numpy()
     names, membership = np.unique(cold.documents.astype(str), return_inverse=True)
@@ -128,7 +128,7 @@ def test_compare_of_cells_of_two_sizes_is_over_the_activations_that_both_have(sw
     (cold,) = [c for c in cells_of(sweep) if c.temperature == 0.5]
     (fewer,) = cells_of(sweep, "fewer")
     row = row_at(compare([cold, fewer]), k=1)
-    known = fewer.known(24)
+    known = fewer.metadata(24)
     assert known is not None
     errors = [np.where(np.isnan(c.errors[:24]), 2.0, c.errors[:24]).mean(axis=1) for c in (cold, fewer)]
     assert row["num_activations"] == 24
