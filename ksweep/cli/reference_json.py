@@ -22,7 +22,7 @@ def import_json_command(
     """Import result files of the reference sweep into the registry, so that old and new curves share a chart."""
     from ksweep.cli.db import print_ingest_report
     from ksweep.registry.database import ingest_landings
-    from ksweep.registry.tae_json import import_files
+    from ksweep.registry.tae_import import import_files
 
     registry.mkdir(parents=True, exist_ok=True)
     for imported in import_files(registry, files, cast(Any, metric)):
@@ -40,7 +40,7 @@ def export_command(
 ) -> None:
     """Write a run in the JSON schema of the reference sweep, and name the fields that mislead."""
     from ksweep.registry.query import run_named
-    from ksweep.registry.tae_json import export_run, write_json
+    from ksweep.registry.tae_export import export_run, write_json
 
     document = export_run(registry, run_named(registry, run))
     if output is None:

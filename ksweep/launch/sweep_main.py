@@ -175,7 +175,7 @@ def _settings(sweep: Sweep, options: argparse.Namespace, arguments: Sequence[str
 
 def _export(sweep: Sweep, keys: Sequence[CellKeys]) -> None:
     """The newest run of each cell in the reference's JSON schema."""
-    from ksweep.registry.tae_json import export_run, write_json
+    from ksweep.registry.tae_export import export_run, write_json
 
     runs, target = finished_runs(Path(sweep.registry)), Path(sweep.export_json)
     for key, label in zip(keys, sweep.labels(), strict=True):

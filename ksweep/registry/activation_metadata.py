@@ -1,7 +1,7 @@
-"""What is known of each evaluated activation: `registry/activations/<key>/<scoring>-<number>.parquet`, a row an activation.
+"""Metadata of evaluated activations: `registry/activations/<key>/<scoring>-<number>.parquet`, a row per activation.
 
-Written once when the first run over these activations lands and shared by all later ones. With the draws it holds all that a
-comparison of cells or a breakdown into groups needs, so that neither vectors nor models have to be there a year later.
+The first run over these activations writes the file and all later runs share it. Together with the draws it holds everything that
+a comparison of cells or a breakdown into groups needs, so that neither vectors nor models have to exist a year later.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ METADATA_SCHEMA = pa.schema(
     ],
     metadata={"version": "2"},
 )
-"""What each of the first `num_activations` adds to a baseline, in the space where `scoring` (normalised or raw) takes
-differences; the mean of a column is the baseline's value. `distance`: squared distance per dimension from the mean. `between`:
-its part of the baseline between documents (stats.between_documents_baseline). `..._in_...`: the same within the activation's own
-group; null where the group is not known or, between documents, has one document. The version is raised when a column changes
-its meaning: a file of another one is written anew by the next run."""
+"""One row for each of the first `num_activations` activations. The columns from `distance` on are contributions to a baseline, in
+the space where `scoring` (normalised or raw) takes differences: the mean of a column is the value of the baseline. `distance`:
+squared distance per dimension from the mean. `between`: contribution to stats.between_documents_baseline.
+`..._in_...`: the same within the activation's own group; null where the group is unknown or, between documents, has one document.
+The version is raised when a column changes its meaning: the next run then writes the file again."""
 
 GROUPINGS = {"role": "role", "position": "position_bucket", "norm": "norm_quarter"}
-"""What activations are grouped by, and the column that says so."""
+"""Grouping -> column with the name of each activation's group."""
 
 BASELINE_COLUMNS: dict[stats.BaselineKind, str] = {"between documents": "between", "distance from mean": "distance"}
-"""Where the parts of a measured baseline stand; with `_in_<group>` behind it those within groups."""
+"""Kind of a measured baseline -> column of contributions to it; with `_in_<grouping>` appended, those within groups."""
 
 BUCKET_STARTS = (0, 32, 64, 128, 256, 512, 1024)
 
@@ -62,7 +62,7 @@ MetadataColumn = Literal["row_id", "document", "position", "role", "norm"]
 
 
 class EvaluatedActivations(Protocol):
-    """The activations of a cell, as a store of activations hands them out."""
+    """The activations of a cell, as a store of activations provides them."""
 
     @property
     def key(self) -> str:
@@ -74,11 +74,11 @@ class EvaluatedActivations(Protocol):
         """[activation, d_model] float32, raw."""
 
     def column(self, name: MetadataColumn) -> np.ndarray:
-        """[activation] one value each."""
+        """[activation] one value for each activation."""
 
 
 def write_metadata(registry: Path, vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table:
-    """What is known of these activations, kept for later readers unless it is there already."""
+    """Return the metadata of these activations, written to the registry unless it is there already."""
     kept = read_metadata(registry, vectors.key, kind, len(vectors))
     if kept is not None and (kept.schema.metadata or {}).get(b"version") == METADATA_SCHEMA.metadata[b"version"]:
         return kept
@@ -89,7 +89,7 @@ def write_metadata(registry: Path, vectors: EvaluatedActivations, kind: stats.Sc
 
 
 def read_metadata(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> pa.Table | None:
-    """The rows of the first activations under a key; None where no run has described just these.
+    """Return the metadata of the first activations under a key; None where no run has written it for exactly this number.
 
     Files of earlier versions lack columns.
     """
@@ -100,27 +100,28 @@ def read_metadata(registry: Path, key: str, kind: stats.ScoringKind, num_activat
 
 
 def baseline_of(
-    known: pa.Table, kind: stats.BaselineKind, scoring: stats.ScoringKind, group: str | None = None
+    metadata: pa.Table, kind: stats.BaselineKind, scoring: stats.ScoringKind, group: str | None = None
 ) -> stats.Baseline | None:
-    """A measured baseline of these activations, or with `group` (a key of GROUPINGS) the parts within groups, NaN where unknown.
+    """Return a measured baseline of these activations, or with `group` (a key of GROUPINGS) contributions within groups.
 
-    None where it is not known: between documents, of a single one or described by an earlier version.
+    Contributions are NaN where unknown. Returns None where the baseline is unknown: between documents, for a single document or
+    a file of an earlier version.
     """
     column = BASELINE_COLUMNS[kind] if group is None else f"{BASELINE_COLUMNS[kind]}_in_{group}"
-    if column not in known.column_names:
+    if column not in metadata.column_names:
         return None
-    parts = known[column].to_numpy(zero_copy_only=False).astype(np.float64)
+    parts = metadata[column].to_numpy(zero_copy_only=False).astype(np.float64)
     if group is None and np.isnan(parts).any():
         return None
     value = float(np.nanmean(parts)) if np.isfinite(parts).any() else float("nan")
-    return stats.Baseline(value=value, kind=kind, num_activations=len(known), scoring=scoring, distances=parts)
+    return stats.Baseline(value=value, kind=kind, num_activations=len(metadata), scoring=scoring, distances=parts)
 
 
 def metadata_table(vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table:
-    """The rows, from the vectors themselves.
+    """Compute the metadata from the vectors.
 
     Raises:
-        ValueError: vectors without variance.
+        ValueError: the vectors have no variance.
     """
     targets, n = vectors.vectors(0, len(vectors)), len(vectors)
     norms = vectors.column("norm").astype(np.float64)
@@ -151,14 +152,14 @@ def metadata_table(vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa
 
 
 def position_bucket(position: int) -> str:
-    """ "32 to 63" for a token position of 40."""
+    """Return the name of a position's group: "32 to 63" for a token position of 40."""
     at = bisect.bisect_right(BUCKET_STARTS, position) - 1
     end = BUCKET_STARTS[at + 1] if at + 1 < len(BUCKET_STARTS) else None
     return f"{BUCKET_STARTS[at]} and later" if end is None else f"{BUCKET_STARTS[at]} to {end - 1}"
 
 
 def natural_sorted(groups: Iterable[str]) -> list[str]:
-    """Names of groups as a reader expects them: numbers by their value."""
+    """Return the names of groups sorted with numbers by their value: "8 to 15" before "16 to 31"."""
     return sorted(groups, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 

@@ -1,7 +1,7 @@
-"""How a job went: `attempts/<job>.json`, an entry for each start and rank. Written once, by whoever finds that the job is over.
+"""Records of how jobs went: `attempts/<job>.json`, an entry for each start and rank, written once when the job is over.
 
-The file is written beside its place and linked into it, so whoever sees it sees all of it, and the first of two who tell the same
-job wins. It carries the SHA-256 of its entries: what was cut short or altered later is refused by name.
+The file is written under another name and linked into place, so that readers see all of it or nothing, and of two processes that
+record the same job the first one wins. It carries the SHA-256 of its entries: a truncated or altered file is refused by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ATTEMPTS_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One rank in one start of a job; registry/schema.sql says what each field means (table attempts). Unknown is None."""
+    """One rank in one start of a job; schema.sql explains each field (table attempts). None means unknown."""
 
     job: str
     start: int
@@ -53,13 +53,13 @@ class Attempt:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Attempt:
-        """An entry of a file; fields that this version does not know are left out."""
+        """Parse an entry of a file, ignoring fields that this version does not know."""
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
         known |= {name: datetime.fromisoformat(known[name]) for name in ("began", "ended") if known.get(name)}
         return cls(**known | {"cells": tuple(known["cells"])})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, times in UTC."""
+        """Return plain values, times in UTC."""
         times = {
             name: None if (t := getattr(self, name)) is None else t.astimezone(UTC).isoformat() for name in ("began", "ended")
         }
@@ -67,24 +67,23 @@ class Attempt:
 
 
 def write_attempts(registry_root: Path | str, attempts: Sequence[Attempt]) -> None:
-    """Write what one job leaves; nothing where that has been done."""
+    """Write the attempts of one job, unless its file exists."""
     [job] = {attempt.job for attempt in attempts}
     entries = [attempt.to_json() for attempt in attempts]
     text = json.dumps({"format": ATTEMPTS_FORMAT, "job": job, "sha256": _digest(entries), "attempts": entries}, indent=1)
-    place = Path(registry_root) / ATTEMPTS_FOLDER / f"{job}.json"
-    publish_once(place, text.encode())
+    publish_once(Path(registry_root) / ATTEMPTS_FOLDER / f"{job}.json", text.encode())
 
 
 def jobs_with_attempts(registry_root: Path | str) -> set[str]:
-    """Jobs that have been told; what is still being written begins with a dot."""
+    """Return the jobs whose attempts are recorded; files whose names begin with a dot are still being written."""
     return json_names(Path(registry_root) / ATTEMPTS_FOLDER)
 
 
 def read_attempts(path: Path) -> list[Attempt]:
-    """A job's attempts, checked against what the file says about them.
+    """Read the attempts of a job and check them against the digest in the file.
 
     Raises:
-        LandingError: what is wrong, with the file's name.
+        LandingError: the file is damaged, of a later format, or of another job.
     """
     try:
         raw = json.loads(path.read_bytes())
@@ -95,14 +94,14 @@ def read_attempts(path: Path) -> list[Attempt]:
             )
         if raw["sha256"] != _digest(entries):
             raise LandingError(f"{path.name} is not what was written: its entries were altered")
-        found = [Attempt.from_json(entry) for entry in entries]
+        attempts = [Attempt.from_json(entry) for entry in entries]
     except OSError as error:
         raise LandingError(f"{path.name} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LandingError(f"{path.name} holds no attempts of a job ({error}): cut short or altered") from error
-    if {attempt.job for attempt in found} != {path.stem}:
-        raise LandingError(f"{path.name} tells of another job: was the file renamed or copied?")
-    return found
+    if {attempt.job for attempt in attempts} != {path.stem}:
+        raise LandingError(f"{path.name} is the record of another job: was the file renamed or copied?")
+    return attempts
 
 
 def _digest(entries: list[dict[str, Any]]) -> str:

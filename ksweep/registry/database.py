@@ -1,15 +1,15 @@
-"""Landing files -> `registry/ksweep.duckdb`, an index that anyone may delete. The only module that imports duckdb.
+"""Build `registry/ksweep.duckdb`, an index over the registry's files that can be deleted at any time. Alone imports duckdb.
 
-DuckDB allows one writing process or many readers of a file, and an open notebook is a reader. So the file at that name is never
-written: ingest builds the next one beside it and renames it into place. Open readers keep the snapshot they opened, nobody waits.
+DuckDB allows one writing process or many readers of a file, and an open notebook is a reader. The file in use is therefore never
+written: ingest builds the next file beside it and renames it into place. Open readers keep their snapshot, and nobody waits.
 
-* Which landing directories are new is a comparison of names; nothing is read twice, and nothing to do costs one short read.
-* Directories are read one by one: a bad one goes to the table `quarantine` with its reason; looked at again when it changes.
-* A removed landing directory disappears from the database: the files are what is true.
-* One ingester at a time, by flock on `registry/.ingest.lock`, which a dead process cannot hold. Where a file system has no such
-  locks two ingesters are harmless: each builds from the same immutable files; what the later rename lacks the next ingest adds.
-* The views over registry/draws hold its absolute path, because DuckDB resolves relative paths from the working directory of
-  whoever asks. When the registry has moved, the next ingest or connect writes the new path.
+* New files are found by comparing names. No file is read twice, and an ingest without new files costs one short read.
+* Files are read one by one. A damaged one goes into the table `quarantine` with the reason, and is read again when it changes.
+* A run whose directory was removed disappears from the database: the files are the truth.
+* One process ingests at a time, by a lock on `registry/.ingest.lock` that the kernel releases when its holder dies. On a file
+  system without locks two ingesters do no harm: both build from the same immutable files, and the next ingest adds the rest.
+* Views over registry/draws contain its absolute path, because DuckDB resolves relative paths against the working directory of the
+  reader. When the registry has moved, the next ingest or connect writes the new path.
 * The storage version is pinned so that duckdb 1.4, and the `duckdb` command of PyPI's duckdb-cli (1.5), read the file.
 """
 
@@ -46,20 +46,20 @@ from ksweep.utils.fingerprint import canonical_json
 log = logging.getLogger(__name__)
 
 DatabaseError = duckdb.Error
-"""What DuckDB raises, for those who ask through a connection from here."""
+"""Base class of DuckDB's errors, for callers that must not import duckdb."""
 
 DATABASE = "ksweep.duckdb"
 ATTEMPTS_PREFIX = f"{attempts.ATTEMPTS_FOLDER}/"
-"""What the name of a job's file begins with, beside the names of runs."""
+"""Prefix of the names of jobs' files, which are listed beside the names of runs."""
 SWEEPS_PREFIX = f"{sweeps.SWEEPS_FOLDER}/"
-"""What that of a sweep's asking begins with."""
+"""Prefix of the names of sweeps' files."""
 STORAGE_VERSION = "v1.4.0"
 ROOM_TO_BUILD = 4_000_000
-"""Bytes below which a failure to build the next file is put down to the disk."""
+"""With less free space, in bytes, a failure to build the next file is reported as a full disk."""
 RUNS_PER_INSERT = 500
-"""Landing directories held in memory at once."""
+"""Runs held in memory at once."""
 LOCK_TIMEOUT = 120.0
-"""Seconds to wait for another ingester; one that takes longer is stuck, and going on without the lock is harmless."""
+"""Seconds to wait for another ingester; one that takes longer is stuck, and ingesting without the lock does no harm."""
 
 SPEC_COLUMNS = {
     "temperature": "sampling.temperature",
@@ -76,10 +76,10 @@ SPEC_COLUMNS = {
     "vectors": "activations.vectors",
     "positions": "activations.positions",
 }
-"""Columns of `runs` that are read out of the spec, and where they stand in it."""
+"""Column of `runs` -> path of its value in the spec."""
 
 ROLE_COLUMNS = {"token_roles": "token_stats", "selected_token_roles": "selected_token_stats"}
-"""Columns of `runs` with counts by role, and the field of the record that has them."""
+"""Column of `runs` with counts by role -> field of the run record."""
 
 RUN_TABLES = {
     "run_curves": "curve",
@@ -88,7 +88,7 @@ RUN_TABLES = {
     "run_metrics": "metrics",
     "run_examples": "examples",
 }
-"""Tables beside `runs`, and the table of a landed run whose rows go there."""
+"""Table of the database -> table of a recorded run whose rows it holds."""
 
 COMMENT_SOURCES = {
     "best_draws": ("draws",),
@@ -102,12 +102,12 @@ COMMENT_SOURCES = {
     "v_sweep_cells": ("sweep_cells", "runs"),
     "reference_quantities": ("run_reference", "runs"),
 }
-"""Where the columns of a view get their comments from; for views that are not named here, run_curves and then runs."""
+"""View -> tables whose column comments it inherits; other views inherit from run_curves, then runs."""
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A landing directory that was not believed."""
+    """A recorded file or directory that failed its checks."""
 
     run_id: str
     path: Path
@@ -116,48 +116,51 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingest did."""
+    """Result of an ingest."""
 
     database: Path
     num_new: int = 0
     """Runs added."""
     num_removed: int = 0
-    """Runs whose landing directory is gone."""
+    """Runs removed because their directories are gone."""
     num_runs: int = 0
-    """Runs in the database now."""
+    """Runs in the database after the ingest."""
     quarantined: tuple[Quarantined, ...] = ()
-    """Every directory in quarantine now, not only the new ones."""
+    """Everything in quarantine after the ingest, not only the new entries."""
     rebuilt: str | None = None
-    """Why the database was built from nothing; None when it was added to."""
+    """Why the database was built from nothing; None if the ingest added to the existing one."""
     changed: bool = False
     """Whether a new database file was published."""
     seconds: float = 0.0
 
 
 def ingest_landings(root: Path | str) -> IngestReport:
-    """Bring `<root>/ksweep.duckdb` up to date with the landing files; safe to call at any time, from any number of processes.
+    """Bring `<root>/ksweep.duckdb` up to date with the registry's files. Any number of processes may call it at any time.
 
     Raises:
         RequestError: there is no such directory.
     """
     began = time.perf_counter()
     root = _existing(root)
-    _keep_typed_empty_parts(root)
+    _write_empty_parts(root)
+    # 1. compare the names of files with those in the database; usually nothing is new
     plan = _plan(root)
-    if plan.work:
+    if plan.has_work:
         with _lock(root):
-            plan = _plan(root)  # whoever held the lock may have done it
-            if plan.work:
+            # 2. compare again: the previous holder of the lock may have ingested the same files
+            plan = _plan(root)
+            if plan.has_work:
+                # 3. build the next file beside the database and rename it into place
                 _publish_next(root, plan)
                 return _report(root, plan, began, changed=True)
     return _report(root, plan, began, changed=False)
 
 
 def rebuild_database(root: Path | str) -> IngestReport:
-    """Build the database from the landing files alone, whatever is there now."""
+    """Build the database from the registry's files, whatever it holds now."""
     began = time.perf_counter()
     root = _existing(root)
-    _keep_typed_empty_parts(root)
+    _write_empty_parts(root)
     with _lock(root):
         plan = _plan(root, from_nothing="asked for")
         _publish_next(root, plan)
@@ -165,9 +168,10 @@ def rebuild_database(root: Path | str) -> IngestReport:
 
 
 def connect(root: Path | str = "registry") -> duckdb.DuckDBPyConnection:
-    """A read-only connection to an up-to-date database: `connect().sql("from curves")`. Holding it open blocks nobody.
+    """Return a read-only connection to an up-to-date database: `connect().sql("from curves")`. An open one blocks nobody.
 
-    It keeps the snapshot it was opened on; connect again to see later runs. A registry that cannot be written is read as it is.
+    It keeps the snapshot that it was opened on; connect again to see later runs. A registry on a read-only file system is read
+    without an update.
     """
     root_here = _existing(root)
     database = root_here / DATABASE
@@ -184,16 +188,16 @@ def connect(root: Path | str = "registry") -> duckdb.DuckDBPyConnection:
     return _open(database)
 
 
-# What is missing
+# What is new
 
 
 @dataclass(frozen=True)
 class _State:
-    """What the present database holds."""
+    """What the current database holds."""
 
     run_ids: frozenset[str]
     files: frozenset[str]
-    """attempts/<job> and sweeps/<id> that are in it."""
+    """attempts/<job> and sweeps/<id> in the database."""
     quarantined: Mapping[str, Quarantined]
     signatures: Mapping[str, str]
     root: str
@@ -201,34 +205,34 @@ class _State:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What separates the database from the landing files."""
+    """How the database differs from the registry's files."""
 
     new: tuple[str, ...]
     removed: tuple[str, ...]
-    """Run ids, attempts/<job> and sweeps/<id>, in quarantine or not, whose rows have to go."""
+    """Run ids, attempts/<job> and sweeps/<id>, in quarantine or not, whose rows are to be deleted."""
     rebuilt: str | None
     moved: bool
-    """Whether the registry lies elsewhere than the views say."""
+    """Whether the registry has moved since its path was written into the views."""
 
     @property
-    def work(self) -> bool:
+    def has_work(self) -> bool:
         return bool(self.new or self.removed or self.rebuilt or self.moved)
 
 
 def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
-    landed = _landed(root)
+    on_disk = _names_on_disk(root)
     state, reason = (None, from_nothing) if from_nothing else _state(root)
     if state is None:
-        return _Plan(tuple(sorted(landed)), (), reason, False)
-    changed = {name for name in state.quarantined if name in landed and _signature(root, name) != state.signatures[name]}
-    told = state.run_ids | state.files | state.quarantined.keys()
-    known = told - changed
-    removed = (told - landed) | changed
-    return _Plan(tuple(sorted(landed - known)), tuple(sorted(removed)), None, state.root != str(root))
+        return _Plan(tuple(sorted(on_disk)), (), reason, False)
+    repaired = {name for name in state.quarantined if name in on_disk and _signature(root, name) != state.signatures[name]}
+    in_database = state.run_ids | state.files | state.quarantined.keys()
+    new = on_disk - (in_database - repaired)
+    removed = (in_database - on_disk) | repaired
+    return _Plan(tuple(sorted(new)), tuple(sorted(removed)), None, state.root != str(root))
 
 
-def _landed(root: Path) -> set[str]:
-    """Names under landing/, attempts/<job>, sweeps/<id>; those that begin with a dot are still being written."""
+def _names_on_disk(root: Path) -> set[str]:
+    """Run ids, attempts/<job> and sweeps/<id>, without names that begin with a dot: those are still being written."""
     told = {f"{ATTEMPTS_PREFIX}{job}" for job in attempts.jobs_with_attempts(root)} | {
         f"{SWEEPS_PREFIX}{name}" for name in sweeps.sweep_record_ids(root)
     }
@@ -239,7 +243,7 @@ def _landed(root: Path) -> set[str]:
 
 
 def _state(root: Path) -> tuple[_State | None, str | None]:
-    """What the database holds; or None and why it has to be built from nothing."""
+    """Return what the database holds, or None and the reason why it must be built from nothing."""
     database = root / DATABASE
     if not database.exists():
         return None, "there was none"
@@ -263,14 +267,14 @@ def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_Sta
 
 
 def _signature(root: Path, name: str) -> str:
-    """Names, sizes and times of what lies in a landing directory: changes when somebody repairs it."""
+    """Names, sizes and modification times of a run's files: they change when someone repairs it."""
     path = _path(root, name)
     found = sorted([path, *path.glob("*")])
     return " ".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in found if (s := p.stat()))
 
 
 def _path(root: Path, name: str) -> Path:
-    """Where a landed name lies."""
+    """The file or directory of a name on disk."""
     return root / f"{name}.json" if name.startswith((ATTEMPTS_PREFIX, SWEEPS_PREFIX)) else root / "landing" / name
 
 
@@ -278,6 +282,11 @@ def _path(root: Path, name: str) -> Path:
 
 
 def _publish_next(root: Path, plan: _Plan) -> None:
+    """Build the next database file and rename it into place.
+
+    Raises:
+        DiskFullError: there is no space for it.
+    """
     next_file = root / f".{DATABASE}.{secrets.token_hex(8)}.next"
     try:
         if not plan.rebuilt:
@@ -289,7 +298,7 @@ def _publish_next(root: Path, plan: _Plan) -> None:
     except (duckdb.Error, OSError) as error:
         if shutil.disk_usage(root).free < ROOM_TO_BUILD or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(
-                f"no room for the next {DATABASE} in {root}: landed runs are safe. Free some room and run `ksweep db ingest`."
+                f"no room for the next {DATABASE} in {root}: recorded runs are safe. Free some space and run `ksweep db ingest`."
             ) from error
         raise
     finally:
@@ -298,63 +307,75 @@ def _publish_next(root: Path, plan: _Plan) -> None:
 
 
 def _fill(database: Path, root: Path, plan: _Plan) -> None:
+    """Bring a copy of the database, or an empty file, up to date."""
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH {_quoted(database)} AS ksweep (STORAGE_VERSION '{STORAGE_VERSION}')")
         connection.execute("USE ksweep")
         connection.begin()  # one flush to disk instead of one per statement
+        # 1. tables, if the database is built from nothing
         if plan.rebuilt:
             connection.execute(_sql("schema.sql"))
-        _forget(connection, plan.removed)
+        # 2. rows: delete those of removed files, insert those of new files
+        _delete_rows(connection, plan.removed)
         for start in range(0, len(plan.new), RUNS_PER_INSERT):
             _insert(connection, root, plan.new[start : start + RUNS_PER_INSERT])
+        # 3. views, which contain the registry's path
         if plan.rebuilt or plan.moved:
             _make_views(connection, root)
-        facts = {"schema": _schema_fingerprint(), "root": str(root)}
-        connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(facts.items()))
+        # 4. what the database was made from
+        meta = {"schema": _schema_fingerprint(), "root": str(root)}
+        connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
         connection.commit()
         connection.execute("USE memory")
         connection.execute("DETACH ksweep")  # writes everything into the one file
 
 
-def _forget(connection: duckdb.DuckDBPyConnection, run_ids: Sequence[str]) -> None:
-    for table in ("runs", *RUN_TABLES, "quarantine") if run_ids else ():
-        connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [list(run_ids)])
-    if jobs := [name.removeprefix(ATTEMPTS_PREFIX) for name in run_ids if name.startswith(ATTEMPTS_PREFIX)]:
+def _delete_rows(connection: duckdb.DuckDBPyConnection, names: Sequence[str]) -> None:
+    """Delete all rows of the files with these names."""
+    for table in ("runs", *RUN_TABLES, "quarantine") if names else ():
+        connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [list(names)])
+    if jobs := [name.removeprefix(ATTEMPTS_PREFIX) for name in names if name.startswith(ATTEMPTS_PREFIX)]:
         connection.execute("DELETE FROM attempts WHERE job IN (SELECT unnest(?))", [jobs])
-    if asked := [name.removeprefix(SWEEPS_PREFIX) for name in run_ids if name.startswith(SWEEPS_PREFIX)]:
+    if sweep_ids := [name.removeprefix(SWEEPS_PREFIX) for name in names if name.startswith(SWEEPS_PREFIX)]:
         for table in ("sweeps", "sweep_cells"):
-            connection.execute(f"DELETE FROM {table} WHERE sweep_id IN (SELECT unnest(?))", [asked])
+            connection.execute(f"DELETE FROM {table} WHERE sweep_id IN (SELECT unnest(?))", [sweep_ids])
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[str]) -> None:
-    tables = ("runs", *RUN_TABLES, "attempts", "sweeps", "sweep_cells")
-    schemas = {table: _arrow_schema(connection, table) for table in tables if table not in RUN_TABLES}
-    schema = schemas["runs"]
-    rows: dict[str, list[pa.Table]] = {table: [] for table in tables}
-    bad = []
+    """Read the files of these names and insert their rows; damaged ones go into quarantine."""
+    plain_tables = ("runs", "attempts", "sweeps", "sweep_cells")
+    schemas = {table: _arrow_schema(connection, table) for table in plain_tables}
+    rows: dict[str, list[pa.Table]] = {table: [] for table in (*plain_tables, *RUN_TABLES)}
+    quarantined = []
     for name in names:
         try:
-            if name.startswith(ATTEMPTS_PREFIX):
-                rows["attempts"].append(_attempt_rows(_path(root, name), schemas["attempts"]))
-                continue
-            if name.startswith(SWEEPS_PREFIX):
-                for table, found in _sweep_rows(_path(root, name)).items():
-                    rows[table].append(_typed(found, schemas[table]))
-                continue
-            landed = read_run(root / "landing" / name, of_each=False)
-            rows["runs"].append(_run_row(landed, schema))
+            for table, part in _read_rows(root, name, schemas).items():
+                rows[table].append(part)
         except (LandingError, pa.ArrowException, TypeError, ValueError) as error:
-            bad.append({"run_id": name, "reason": str(error), "signature": _signature(root, name)})
-            log.warning("landing %s is not believed: %s", _path(root, name), error)
-            continue
-        for table, attribute in RUN_TABLES.items():
-            found = getattr(landed, attribute)
-            rows[table] += [] if found is None else [_with_run_id(found, name)]
+            quarantined.append({"run_id": name, "reason": str(error), "signature": _signature(root, name)})
+            log.warning("%s is quarantined: %s", _path(root, name), error)
     for table, parts in rows.items():
         if parts:
             _append(connection, table, pa.concat_tables(parts).combine_chunks())
-    if bad:
-        _append(connection, "quarantine", pa.Table.from_pylist(bad))
+    if quarantined:
+        _append(connection, "quarantine", pa.Table.from_pylist(quarantined))
+
+
+def _read_rows(root: Path, name: str, schemas: Mapping[str, pa.Schema]) -> dict[str, pa.Table]:
+    """Return the rows of one file or run by table.
+
+    Raises:
+        LandingError: the file is damaged. Others: a value has the wrong type.
+    """
+    path = _path(root, name)
+    if name.startswith(ATTEMPTS_PREFIX):
+        return {"attempts": _attempt_rows(path, schemas["attempts"])}
+    if name.startswith(SWEEPS_PREFIX):
+        return {table: _typed(rows, schemas[table]) for table, rows in _sweep_rows(path).items()}
+    run = read_run(path, of_each=False)
+    tables = {table: getattr(run, attribute) for table, attribute in RUN_TABLES.items()}
+    of_run = {table: _with_run_id(rows, name) for table, rows in tables.items() if rows is not None}
+    return {"runs": _run_row(run, schemas["runs"])} | of_run
 
 
 def _append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
@@ -363,9 +384,9 @@ def _append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -
     connection.unregister("landed_rows")
 
 
-def _run_row(landed: LandedRun, schema: pa.Schema) -> pa.Table:
-    """A row of `runs`, with its types checked: what does not fit raises here, not in the middle of an insert."""
-    record = landed.record
+def _run_row(run: LandedRun, schema: pa.Schema) -> pa.Table:
+    """Return a row of `runs` with the types of the table, so that a wrong type raises here and not in the middle of an insert."""
+    record = run.record
     row = {f.name: getattr(record, f.name, None) for f in schema}
     row |= {column: _at(record.spec, path) for column, path in SPEC_COLUMNS.items()}
     row |= {name: getattr(record, name).replace(tzinfo=None) for name in ("started", "finished")}
@@ -379,7 +400,7 @@ def _run_row(landed: LandedRun, schema: pa.Schema) -> pa.Table:
 
 
 def _attempt_rows(path: Path, schema: pa.Schema) -> pa.Table:
-    """Rows of `attempts`, with their types checked."""
+    """Return the rows of `attempts` in one file, with the types of the table."""
     rows = [asdict(attempt) for attempt in attempts.read_attempts(path)]
     for row in rows:
         row |= {name: row[name] and row[name].astimezone(UTC).replace(tzinfo=None) for name in ("began", "ended")}
@@ -387,15 +408,15 @@ def _attempt_rows(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def _sweep_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows of `sweeps` and `sweep_cells`."""
-    asking, sweep_id = sweeps.read_sweep_record(path), path.stem
-    row = asdict(asking) | {"sweep_id": sweep_id, "asked": asking.asked.astimezone(UTC).replace(tzinfo=None)}
-    cells = [asdict(cell) | {"sweep_id": sweep_id, "sweep": asking.sweep} for cell in asking.cells]
+    """Return the rows of `sweeps` and `sweep_cells` in one file."""
+    record, sweep_id = sweeps.read_sweep_record(path), path.stem
+    row = asdict(record) | {"sweep_id": sweep_id, "asked": record.asked.astimezone(UTC).replace(tzinfo=None)}
+    cells = [asdict(cell) | {"sweep_id": sweep_id, "sweep": record.sweep} for cell in record.cells]
     return {"sweeps": [row | {"number": sweeps.record_number(sweep_id), "num_cells": len(cells)}], "sweep_cells": cells}
 
 
 def _typed(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows with the types of a table: what does not fit raises here, not in the middle of an insert."""
+    """Return rows with the types of a table, so that a wrong type raises here and not in the middle of an insert."""
     return pa.table([pa.array([row[f.name] for row in rows], f.type) for f in schema], schema=schema)
 
 
@@ -421,7 +442,7 @@ def _with_run_id(table: pa.Table, run_id: str) -> pa.Table:
 
 
 def _arrow_schema(connection: duckdb.DuckDBPyConnection, table: str) -> pa.Schema:
-    """The Arrow schema of a table: schema.sql is the one place where types are written."""
+    """Return the Arrow schema of a table: types are declared in schema.sql alone."""
     empty = connection.sql(f"SELECT * FROM {table} LIMIT 0").to_arrow_table()
     return pa.schema([pa.field(f.name, getattr(f.type, "storage_type", f.type)) for f in empty.schema])
 
@@ -433,7 +454,7 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     for (name,) in connection.execute("SELECT function_name FROM duckdb_functions() WHERE database_name = 'ksweep'").fetchall():
         connection.execute(f"DROP MACRO {name}")
     views = _sql("views.sql")
-    # Not the directories that begin with a dot: those are being written. One of draws/_schema has no rows, and is always there.
+    # Directories that begin with a dot are still being written. draws/_schema has parts without rows, so that files always match.
     for place, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}"}.items():
         views = views.replace(f"'{place}'", _quoted(f"{_glob_escaped(root)}/{pattern}"))
     views = views.replace("'ASYMMETRY'", str(ASYMMETRY))
@@ -441,8 +462,8 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     _inherit_comments(connection)
 
 
-def _keep_typed_empty_parts(root: Path) -> None:
-    """Parts without rows, so that the views have their columns before the first draw and the first run."""
+def _write_empty_parts(root: Path) -> None:
+    """Write parts without rows, so that the views have their columns before the first draw and the first run."""
     for name, schema in {"part-empty.parquet": DRAWS_SCHEMA, "activations.parquet": ACTIVATIONS_SCHEMA}.items():
         path = root / "draws" / "_schema" / name
         if not (path.exists() and pq.read_schema(path).equals(schema)):
@@ -452,7 +473,7 @@ def _keep_typed_empty_parts(root: Path) -> None:
 
 
 def _inherit_comments(connection: duckdb.DuckDBPyConnection) -> None:
-    """A column of a view without a comment of its own means what the column of that name means where the view takes it from."""
+    """Give each column of a view that has no comment the comment of the column of the same name in COMMENT_SOURCES."""
     columns = connection.execute(
         "SELECT table_name, column_name, comment FROM duckdb_columns() WHERE database_name = 'ksweep' AND schema_name = 'main'"
     ).fetchall()
@@ -468,14 +489,14 @@ def _inherit_comments(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _open(database: Path) -> duckdb.DuckDBPyConnection:
-    """A connection of its own in which the database is attached for reading and in use.
+    """Return a new connection in which the database is attached read-only and in use.
 
-    Not `duckdb.connect(path)`, which within a process may hand out the instance that an earlier notebook cell still holds.
+    Not `duckdb.connect(path)`, which within a process may return the instance that an earlier notebook cell still holds.
     """
     try:
         return _attached(database)
     except duckdb.IOException:
-        # Somebody opened the file for writing (the duckdb command does unless told -readonly) and locked it: read a copy.
+        # Another process has opened the file for writing (the duckdb command does without -readonly) and locked it: read a copy.
         with tempfile.TemporaryDirectory(prefix="ksweep-") as directory:
             return _attached(Path(shutil.copyfile(database, Path(directory) / DATABASE)))
 
@@ -493,7 +514,7 @@ def _attached(database: Path) -> duckdb.DuckDBPyConnection:
 
 @contextlib.contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """One ingester at a time. Given back by the kernel when its holder dies; left out where the file system has no locks."""
+    """Hold the ingest lock; the kernel releases it when its holder dies. Without effect on file systems without locks."""
     with locked(root / ".ingest.lock", "another ingester", patience=LOCK_TIMEOUT) as held:
         if held:
             for leftover in root.glob(f".{DATABASE}.*.next*"):  # of an ingester that was killed
@@ -534,7 +555,7 @@ def _sql(name: str) -> str:
 
 
 def _schema_fingerprint() -> str:
-    """Changes with anything that changes what the database would hold: a database made otherwise is built again."""
+    """Hash of everything that decides what the database holds; a database with another one is built again."""
     intervals = str((ASYMMETRY, interval_reach(10.0, 0.95)))
     schemas = [repr(SPEC_COLUMNS), str(DRAWS_SCHEMA), str(ACTIVATIONS_SCHEMA)]
     text = "\n".join([_sql("schema.sql"), _sql("views.sql"), *schemas, intervals])

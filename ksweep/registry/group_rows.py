@@ -1,4 +1,4 @@
-"""The one way in which runs and comparisons look at groups of activations: a row for each group, baseline and K."""
+"""FVE of groups of activations as rows, for runs and for comparisons alike."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ksweep.registry import activation_metadata
 
 
 def group_rows(
-    errors: np.ndarray, known: pa.Table, baseline: stats.Baseline, scoring: Scoring, ks: Sequence[int], by: str | None
+    errors: np.ndarray, metadata: pa.Table, baseline: stats.Baseline, scoring: Scoring, ks: Sequence[int], by: str | None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each group, baseline and K: the one way in which runs and comparisons look at groups.
+    """Yield a row for each group, baseline and K, with the columns of the registry's `metrics`.
 
     Args:
         errors: [activation, draw], NaN where the draw failed.
-        known: what is known of each activation (`activation_metadata.METADATA_SCHEMA`).
+        metadata: documents, groups and distances of the activations (`activation_metadata.METADATA_SCHEMA`).
         baseline: of all activations.
         scoring: selection, failure policy, bootstrap.
         ks: values of K.
-        by: role, position, norm, document; None takes all activations as one group.
+        by: role, position, norm or document; None takes all activations as one group.
     """
-    groups = ["all"] * len(known) if by is None else known[activation_metadata.GROUPINGS.get(by, by)].to_pylist()
+    groups = ["all"] * len(metadata) if by is None else metadata[activation_metadata.GROUPINGS.get(by, by)].to_pylist()
     best = stats.best_errors(errors, ks, scoring.selection, scoring.failed_error)
     curves = stats.group_curves(
-        best, stats.all_failed_rates(errors, ks, scoring.selection), ks, known["document"].to_pylist(), groups, baseline,
-        _own_baseline(known, baseline, by), num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level,
+        best, stats.all_failed_rates(errors, ks, scoring.selection), ks, metadata["document"].to_pylist(), groups, baseline,
+        _own_baseline(metadata, baseline, by), num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level,
     )  # fmt: skip
     places = activation_metadata.natural_sorted({name for name in groups if name is not None})
     failed = np.isnan(errors).mean(axis=1)
@@ -49,9 +49,9 @@ def group_rows(
             }  # fmt: skip
 
 
-def _own_baseline(known: pa.Table, baseline: stats.Baseline, by: str | None) -> stats.Baseline | None:
-    """Parts within groups, of the kind that is measured for the whole; a document alone has too few activations for one."""
+def _own_baseline(metadata: pa.Table, baseline: stats.Baseline, by: str | None) -> stats.Baseline | None:
+    """Contributions to baselines within groups, of the overall baseline's kind; None for documents, which are too small."""
     if by not in activation_metadata.GROUPINGS:
         return None
     kind = "between documents" if baseline.kind == "stated constant" else baseline.kind
-    return activation_metadata.baseline_of(known, kind, baseline.scoring, by)
+    return activation_metadata.baseline_of(metadata, kind, baseline.scoring, by)

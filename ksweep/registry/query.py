@@ -1,4 +1,4 @@
-"""What the launcher asks the registry: which cells have finished, how fast the last run was, the curves to show."""
+"""Queries on the registry: SQL of users, finished and failed runs, curves by name, the speed of earlier runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TableRow = dict[str, Any]
 
 
 def run_query(root: Path, question: str, variables: Mapping[str, str] | None = None) -> pa.Table:
-    """The answer to any SQL question; `variables` are what it reads with getvariable.
+    """Return the result of a SQL query; it reads `variables` with getvariable.
 
     Raises:
-        RequestError: DuckDB does not accept the question.
+        RequestError: DuckDB does not accept the query, or it returns no rows and columns.
     """
     with connect(root) as connection:
         try:
@@ -35,7 +35,7 @@ def run_query(root: Path, question: str, variables: Mapping[str, str] | None = N
 
 
 def finished_runs(root: Path) -> dict[str, str]:
-    """Newest finished run of each cell key; empty where there is no registry yet."""
+    """Return cell key -> newest finished run; empty where there is no registry yet."""
     if not root.is_dir():
         return {}
     with connect(root) as connection:
@@ -43,7 +43,7 @@ def finished_runs(root: Path) -> dict[str, str]:
 
 
 def cell_of_run(root: Path, name: str) -> str | None:
-    """Key of the cell of the run whose id begins so, where that is one run."""
+    """Return the key of the cell of the run whose id begins with `name`; None unless exactly one cell matches."""
     if not root.is_dir():
         return None
     with connect(root) as connection:
@@ -52,7 +52,7 @@ def cell_of_run(root: Path, name: str) -> str | None:
 
 
 def failed_runs(root: Path) -> dict[str, tuple[str, str]]:
-    """Cell key -> class and message, of cells whose newest run failed or was stopped."""
+    """Return cell key -> (error class, message) of cells whose newest run failed or was stopped."""
     if not root.is_dir():
         return {}
     question = """
@@ -64,7 +64,7 @@ def failed_runs(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def runs_since(root: Path, moment: datetime) -> dict[str, str]:
-    """Cell key -> status of the runs that ended after a moment."""
+    """Return cell key -> status of the runs that ended after a moment."""
     if not root.is_dir():
         return {}
     question = "SELECT cell_key, status FROM runs WHERE finished >= ? ORDER BY finished"
@@ -73,12 +73,12 @@ def runs_since(root: Path, moment: datetime) -> dict[str, str]:
 
 
 def run_named(root: Path, name: str) -> str:
-    """The run of that id, else the newest finished run of the cell or label of that name, or of the only cell of that sweep.
+    """Return the run with this id, or the newest finished run of the cell, label or one-cell sweep of this name.
 
-    The beginning of a run id, or of a cell's key (with or without the @ that cells are shown with), will do where one run has it.
+    A unique prefix of a run id or of a cell's key (with or without the @ in front of it) is enough.
 
     Raises:
-        RequestError: there is none, or several cells share the name.
+        RequestError: nothing has the name, or several cells share it.
     """
     exact = "SELECT run_id FROM runs WHERE run_id = $1 UNION SELECT run_id FROM v_latest WHERE $1 IN (cell, label, sweep)"
     begins = (
@@ -97,19 +97,19 @@ def run_named(root: Path, name: str) -> str:
 
 
 REFERENCE_METRICS = ("variance_recovery", "mse_variance_recovery", "r_squared")
-"""Quantities of the reference sweep that can stand in a curve's place."""
+"""Quantities of the reference sweep that can be shown as a curve."""
 
 
 def named_curves(root: Path, names: Sequence[str], metric: str | None = None) -> pa.Table:
-    """Curves by name, in the order given: of a cell, of a label, or of all cells of a sweep; newest finished runs.
+    """Return the curves of cells, labels, sweeps (all their cells) or run ids, in the order given, from the newest finished runs.
 
     Args:
         root: the registry.
         names: cells, labels, sweeps or run ids; none means every curve.
-        metric: "fve" or a quantity of the reference sweep, of those runs that have it; None takes the number each run holds.
+        metric: "fve" or a quantity of the reference sweep, from the runs that have it; None takes the number that each run holds.
 
     Raises:
-        RequestError: a name that nothing has, or one without the metric.
+        RequestError: nothing has one of the names, or no run has the metric.
     """
     if metric not in (None, "fve", *REFERENCE_METRICS):
         raise RequestError(f"metric={metric!r} is not one of fve, {', '.join(REFERENCE_METRICS)}")
@@ -122,9 +122,7 @@ def named_curves(root: Path, names: Sequence[str], metric: str | None = None) ->
         values = _REFERENCE_CURVES if metric in REFERENCE_METRICS else _CURVES
         found = connection.sql(values.format(runs=everything), params={"metric": metric}).to_arrow_table()
     if not found.num_rows:
-        raise RequestError(
-            f"none of these runs has {metric or 'a curve'}; {', '.join(REFERENCE_METRICS)} are those of checkpoints"
-        )
+        raise RequestError(f"none of these runs has {metric or 'a curve'}; only checkpoints have {', '.join(REFERENCE_METRICS)}")
     return found
 
 
@@ -149,7 +147,7 @@ _REFERENCE_CURVES = """
 
 
 def seconds_per_draw(root: Path, autoencoder: str) -> float | None:
-    """Of the newest run that sampled with this AV or checkpoint, times its ranks; None where there is none."""
+    """Return rank-seconds per draw of the newest run that sampled with this AV or checkpoint; None where there is none."""
     if not root.is_dir():
         return None
     question = """
@@ -163,7 +161,7 @@ def seconds_per_draw(root: Path, autoencoder: str) -> float | None:
 
 
 def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
-    """The curves of some cells, in the order and under the labels given (cell key -> label)."""
+    """Return the curves of some cells, in the order and under the labels given (cell key -> label)."""
     wanted = pa.table({"cell_key": list(labels), "wanted": list(labels.values()), "place": range(len(labels))})
     with connect(root) as connection:
         connection.register("wanted_cells", wanted)
@@ -176,7 +174,7 @@ def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
 
 
 def controls_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
-    """The controls of some cells, likewise; the shuffled one is part of the curves."""
+    """Return the controls of some cells in the same way; the shuffled control is part of the curves."""
     wanted = pa.table({"cell_key": list(labels), "wanted": list(labels.values()), "place": range(len(labels))})
     with connect(root) as connection:
         connection.register("wanted_cells", wanted)

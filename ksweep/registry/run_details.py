@@ -1,4 +1,4 @@
-"""All that the registry knows of one run, as plain values: who shows them decides how."""
+"""Everything that the registry holds on one run, as plain values for `ksweep show` in text and JSON."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ksweep.registry.run_record import NUM_EXAMPLES
 
 
 def run_details(root: Path, name: str) -> TableRow:
-    """One run: the row of `runs`, its spec, curve, controls, groups, examples.
+    """Return the row of a run in `runs`, its spec, curve, controls, groups and examples.
 
     Raises:
-        RequestError: nothing is called so.
+        RequestError: nothing has the name.
     """
     run_id = run_named(root, name)
     with connect(root) as connection:
 
         def rows(question: str, *values: Any) -> list[TableRow]:
-            found: list[TableRow] = connection.sql(question, params=list(values)).to_arrow_table().to_pylist()
-            return found
+            result: list[TableRow] = connection.sql(question, params=list(values)).to_arrow_table().to_pylist()
+            return result
 
         [run] = rows("SELECT * EXCLUDE (interval_reach) FROM runs WHERE run_id = ?", run_id)
         curve = "SELECT * EXCLUDE (run_id, replicates) FROM run_curves WHERE run_id = ? ORDER BY k"
-        told = {
+        details = {
             "run": {name: _plain(value) for name, value in run.items()},
             "spec": json.loads(run["spec"]),
             "curve": rows(curve, run_id),
@@ -38,18 +38,18 @@ def run_details(root: Path, name: str) -> TableRow:
             "examples": rows("SELECT * EXCLUDE (run_id) FROM run_examples WHERE run_id = ? ORDER BY rank, number", run_id)
             or rows(_EXAMPLES_FROM_DRAWS, NUM_EXAMPLES, run_id),
         }  # fmt: skip
-    told["run"]["spec"], told["run"]["resources"] = told["spec"], json.loads(run["resources"] or "null")
-    return told
+    details["run"]["spec"], details["run"]["resources"] = details["spec"], json.loads(run["resources"] or "null")
+    return details
 
 
 def _plain(value: Any) -> Any:
-    """DuckDB's maps arrive as lists of pairs."""
+    """A map of DuckDB, which arrives as a list of pairs, as a dict."""
     if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
         return dict(value)
     return value
 
 
-# For runs that landed before examples were kept. The best draw of each activation; one without any success is worst of all.
+# Examples of runs recorded before examples were kept: the best draw of each activation; one whose draws all failed is worst.
 _EXAMPLES_FROM_DRAWS = """
 WITH run AS (SELECT ? AS few, * FROM v_latest WHERE run_id = ?), firsts AS (
     SELECT d.* EXCLUDE (rank), run.few

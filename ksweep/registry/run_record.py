@@ -1,9 +1,9 @@
-"""What a run says when it ends: `landing/<run>/` with record.json, curve.parquet, controls.parquet, metrics.parquet (by group),
-examples.parquet (what it said), activations.parquet (the error of each), and of a checkpoint reference.parquet and norms.parquet.
-Written once, never changed.
+"""Records of runs: `landing/<run>/` with record.json, curve.parquet, controls.parquet, metrics.parquet (by group),
+examples.parquet (explanations), activations.parquet (errors by activation), and for checkpoints reference.parquet and
+norms.parquet. Written once, never changed.
 
-The directory is filled under another name, flushed, and renamed into place, so whoever sees it sees all of it. record.json
-carries the size and SHA-256 of its neighbours: a file cut short or altered later is refused by name, not read as numbers.
+The directory is filled under another name, flushed, and renamed into place, so that readers see all of it or nothing. record.json
+carries the size and SHA-256 of the other files: a truncated or altered file is refused by name, not read as numbers.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ METRICS_FILE = "metrics.parquet"
 EXAMPLES_FILE = "examples.parquet"
 ACTIVATIONS_FILE = "activations.parquet"
 RUN_RECORD_FORMAT = 1
-"""Raised when files written before could be misread; a reader refuses a later format instead of guessing."""
+"""Increased when the meaning of a file changes; a reader refuses later formats."""
 
 
 class LandingError(StoreError):
-    """A landing directory that cannot be believed: half-written, damaged, or not what it says it is."""
+    """A recorded file or directory that is incomplete, damaged, or not what its name says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run of one cell: what was asked, what happened, what came out. Unknown is None, never zero."""
+    """One run of one cell: its spec, how it went, and its results. None means unknown, never zero."""
 
     run_id: str
     cell: str
     """Display name, unique to the cell: "demo T=0.7 @3fa9c1d2"."""
     label: str
-    """What tells this cell from the others of its sweep, for legends: "temperature=0.7"."""
+    """The settings in which the cell differs from the others of its sweep, for legends: "temperature=0.7"."""
     cell_key: str
     draws_key: str | None = None
     activations_key: str | None = None
@@ -64,16 +64,16 @@ class RunRecord:
 
     status: Status
     job: str | None = None
-    """Job that it was measured in, or failed in; what each of its ranks left is in attempts/<job>.json."""
+    """Job that the run was part of; attempts/<job>.json has a record of each of its ranks."""
     start: int | None = None
-    """Which start of the job."""
+    """Start of the job during which the run ended, 0-based."""
     error_class: str | None = None
-    """ksweep.utils.errors.ErrorClass: what a plan goes by."""
+    """ksweep.utils.errors.ErrorClass: decides whether a plan runs the cell again."""
     error_type: str | None = None
-    """Python type of the first cause, where it was an exception."""
+    """Python type of the first error, where it was an exception."""
     error_message: str | None = None
     tracebacks: tuple[str, ...] = ()
-    """What each rank that did not finish left: node, GPU, class, message, traceback, last log lines, as text."""
+    """Report of each rank that did not finish: node, GPU, class, message, traceback, last log lines, as text."""
 
     started: datetime
     finished: datetime
@@ -91,54 +91,54 @@ class RunRecord:
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions by package name."""
     engine: Mapping[str, str] = field(default_factory=dict)
-    """How the draws that this run sampled were computed, where it can change those of bfloat16: see runs.engine in schema.sql."""
+    """How this run computed its draws, as far as that can change draws in bfloat16: see runs.engine in schema.sql."""
 
     num_activations: int | None = None
     num_documents: int | None = None
     effective_documents: float | None = None
-    """Documents of equal size that would say as much: (sum n)^2 / sum n^2, n the activations of each."""
+    """Effective number of documents: (sum n)^2 / sum n^2, n the activations of each document."""
     d_model: int | None = None
     layer: int | None = None
-    """Block whose output was verbalised (0-based), after the spec's None has been resolved."""
+    """Block of the base model whose output was verbalised, 0-based; a None in the spec is resolved here."""
     num_draws: int | None = None
     """Draws per activation."""
     num_draws_sampled: int | None = None
-    """Draws that were not there when this run began, over all activations: it sampled them, or a job beside it did meanwhile."""
+    """Draws that did not exist when this run began, over all activations: this run or another job sampled them."""
     num_draws_reused: int | None = None
     num_tokens_sampled: int | None = None
     tokens_per_second: float | None = None
 
     failures: Mapping[str, int] = field(default_factory=dict)
-    """Failed draws of the cell by cause, sampled now or before: {"no closing tag": 12}."""
+    """Failed draws of the cell by cause, sampled by this run or before: {"no closing tag": 12}."""
     failure_rate: float | None = None
     """Fraction of the cell's draws that failed."""
     cut_off_rate: float | None = None
-    """Fraction of draws that ended at max_new_tokens; None where every explanation has one length."""
+    """Fraction of draws that reached max_new_tokens; None where all explanations have the same length."""
     distinct_text_fraction: float | None = None
-    """Distinct explanations of an activation over its draws, mean over activations."""
+    """Number of distinct explanations of an activation over its number of draws, mean over activations."""
     cjk_fraction: float | None = None
-    """Fraction of explanations that are mostly Chinese or Japanese: the known symptom of an injection that did not arrive."""
+    """Fraction of explanations that are mostly Chinese or Japanese: a known symptom of an injection that did not reach the AV."""
     mean_tokens: float | None = None
     """Mean length of a draw, tokens."""
     draws_bytes: int | None = None
-    """What all draws of draws_key took on disk when the run ended; cells that share draws say the same bytes."""
+    """Disk space of all draws of draws_key when the run ended; cells that share draws repeat the same number."""
     fve_over_successes: float | None = None
-    """FVE at K = 1 when failed draws are left out."""
+    """FVE at K = 1 over successful draws only."""
     baseline: float | None = None
     baseline_kind: str | None = None
     """"between documents", "distance from mean" (in older records "evaluated set") or "stated constant"."""
     baseline_from_mean: float | None = None
-    """Mean squared distance of the activations from their mean, whatever the baseline is: the public code's baseline."""
+    """Mean squared distance of the activations from their mean: the baseline of the public code."""
     baseline_num_activations: int | None = None
-    """Activations the baseline comes from; None for a stated constant."""
+    """Activations that the baseline was measured on; None for a stated constant."""
 
     token_stats: Mapping[str, Any] | None = None
-    """Roles of all tokens of the rows of text that were looked at: {"counts": {"user": 12, ..., "total": 40}, "proportions":
-    {...}, "total_sequences": 3}. None where no chat format is known."""
+    """Roles of all tokens of the rows of text that were read: {"counts": {"user": 12, ..., "total": 40}, "proportions":
+    {...}, "total_sequences": 3}. None where the chat format is unknown."""
     selected_token_stats: Mapping[str, Any] | None = None
-    """The same over the evaluated positions, with "total_positions"."""
+    """Roles of the tokens at the evaluated positions, with "total_positions"."""
     notes: tuple[Note, ...] = ()
-    """What checks say about the run, and why something is not known that could have been."""
+    """Warnings of checks that did not refuse the run, and reasons why a quantity is unknown that could have been measured."""
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
@@ -152,22 +152,22 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
-        """The record of a parsed record.json; keys that this version does not know are left out."""
+        """Build a record from a parsed record.json, ignoring keys that this version does not know."""
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
         known |= {name: tuple(known[name]) for name in ("argv", "tracebacks") if name in known}
-        # Earlier versions kept these among the packages.
+        # Earlier versions kept these fields of the engine among the packages.
         packages, engine = dict(known.get("packages", {})), dict(known.get("engine", {}))
         engine |= {name: packages.pop(name) for name in ("attention", "tf32", "cuda_graphs") if name in packages}
         known |= {"packages": packages, "engine": engine}
         known |= {"notes": tuple(map(_note, known.get("notes", ())))}
         known |= {name: datetime.fromisoformat(known[name]) for name in ("started", "finished") if name in known}
-        if "error_class" not in known and known.get("error_type"):  # written when one field held either
+        if "error_class" not in known and known.get("error_type"):  # written when one field held class or type
             known |= {"error_class": class_of_type(known["error_type"])}
             known |= {"error_type": None} if known["error_class"] == known["error_type"] else {}
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for record.json; a number that is not finite becomes null."""
+        """Return plain values for record.json; NaN and infinity become null."""
         value = asdict(self) | {"started": self.started.isoformat(), "finished": self.finished.isoformat()}
         return {name: _finite(v) for name, v in value.items()}
 
@@ -196,7 +196,7 @@ CURVE_SCHEMA = pa.schema(
         pa.field("replicates", pa.list_(pa.float32())),
     ]
 )
-"""One row per K; registry/schema.sql says what each column means (table run_curves)."""
+"""One row per K; schema.sql explains each column (table run_curves)."""
 
 CONTROLS_SCHEMA = pa.schema(
     [
@@ -207,7 +207,7 @@ CONTROLS_SCHEMA = pa.schema(
         pa.field("note", pa.string()),
     ]
 )
-"""One row per control: "empty_text", "mean_vector" (an FVE), "retrieval_top1" (a fraction). `note` says what the value is."""
+"""One row per control: "empty_text", "mean_vector" (an FVE), "retrieval_top1" (a fraction). `note` explains the value."""
 
 REFERENCE_SCHEMA = pa.schema(
     [
@@ -225,7 +225,7 @@ REFERENCE_SCHEMA = pa.schema(
         pa.field("bca_high", pa.float64()),
     ]
 )
-"""The reference sweep's own quantities: one row per quantity, role (null: all activations) and K; see table run_reference."""
+"""Quantities of the reference sweep: one row per quantity, role (null: all activations) and K; see table run_reference."""
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -268,7 +268,7 @@ EXAMPLES_SCHEMA = pa.schema(
         pa.field("position", pa.int32()),
     ]
 )
-"""The best draw of a few activations: those it is best, middling and worst at; see table run_examples."""
+"""The best draw of a few activations where the run is best, middling and worst; see table run_examples."""
 
 ACTIVATIONS_SCHEMA = pa.schema(
     [
@@ -284,15 +284,15 @@ ACTIVATIONS_SCHEMA = pa.schema(
         pa.field("errors", pa.list_(pa.float64())),
     ]
 )
-"""One row per activation. A view reads them where they lie; see view activations."""
+"""One row per activation, not copied into the database: the view activations reads the files."""
 
 NORMS_SCHEMA = pa.schema([pa.field("activation", pa.int64(), nullable=False), pa.field("norm", pa.float64())])
-"""Length of each activation of a checkpoint's run: what the reference's JSON has as activation_norms. Not in the database."""
+"""Norm of each activation of a checkpoint's run: activation_norms of the reference's JSON. Not in the database."""
 
 
 @dataclass(frozen=True)
 class LandedRun:
-    """A landing directory, read and checked."""
+    """The record and the tables of a run, read from its directory and checked."""
 
     record: RunRecord
     curve: pa.Table | None
@@ -312,7 +312,7 @@ class LandedRun:
 
 
 def new_run_id(cell_key: str) -> str:
-    """A name that sorts by time, tells the cell, and does not collide when many jobs end in the same second."""
+    """Return a run id: UTC time, first digits of the cell key, and random digits, so that ids of the same second differ."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{cell_key[:8]}-{secrets.token_hex(4)}"
 
 
@@ -327,11 +327,11 @@ def write_run(
     examples: pa.Table | None = None,
     activations: pa.Table | None = None,
 ) -> Path:
-    """Write what a run says into `<registry_root>/landing/<run_id>/`, all of it or nothing.
+    """Write the record and the tables of a run into `<registry_root>/landing/<run_id>/`, all of them or nothing.
 
     Raises:
-        ValueError: a finished run without a curve, an unfinished one with a curve, or columns that do not fit.
-        StoreError: this run has landed already.
+        ValueError: a finished run has no curve, an unfinished run has one, or a table has wrong columns.
+        StoreError: the run has been written already.
     """
     _check_status_and_curve(record, curve)
     given = {
@@ -348,7 +348,7 @@ def write_run(
         _checked_curve(tables[CURVE_FILE])
     landing = Path(registry_root) / "landing"
     landing.mkdir(parents=True, exist_ok=True)
-    place = landing / record.run_id
+    target = landing / record.run_id
     temporary = landing / f".{record.run_id}.{secrets.token_hex(8)}.part"
     temporary.mkdir()
     try:
@@ -356,23 +356,23 @@ def write_run(
         text = json.dumps({"format": RUN_RECORD_FORMAT, "files": digests} | record.to_json(), indent=1, allow_nan=False)
         publish(temporary / "record.json", text.encode())
         _fsync(temporary)
-        _rename_into(temporary, place)
+        _rename_into(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync(landing)
-    return place
+    return target
 
 
 def read_run(path: Path | str, *, of_each: bool = True) -> LandedRun:
-    """A landing directory, checked against what its record says about it.
+    """Read the directory of a run and check its files against the digests in its record.
 
     Args:
         path: the directory.
-        of_each: read what has a row for each activation too; the database is built without it.
+        of_each: whether to read tables with a row for each activation too; the database is built without them.
 
     Raises:
-        LandingError: what is wrong, with the file's name.
+        LandingError: a file is missing, damaged or of a later format, or the directory was renamed.
     """
     path = Path(path)
     raw = _record_json(path)
@@ -400,10 +400,10 @@ def read_run(path: Path | str, *, of_each: bool = True) -> LandedRun:
 
 
 def activations_in_use(registry_root: Path | str) -> set[str]:
-    """Keys of the activations that any landed run names, or any draws: those of a sweep that was interrupted will be needed.
+    """Return the keys of activations that a run or a set of draws uses, draws of interrupted sweeps included.
 
     Raises:
-        RequestError: no runs there, so that everything would count as unused. LandingError: a record that cannot be read.
+        RequestError: the registry has no runs, so that everything would count as unused. LandingError: a record cannot be read.
     """
     landing = Path(registry_root) / "landing"
     runs = [path for path in landing.glob("*/") if not path.name.startswith(".")]
@@ -415,7 +415,7 @@ def activations_in_use(registry_root: Path | str) -> set[str]:
 
 
 def _identity_json(path: Path) -> str:
-    """The activations key that draws are of."""
+    """The key of the activations that a set of draws belongs to."""
     try:
         return str(json.loads(path.read_bytes())["draws"]["activations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -451,7 +451,7 @@ def _read_parquet(path: Path, stated: Mapping[str, Any]) -> pa.Table:
 
 
 def _stated_table(path: Path, files: Mapping[str, Any], schema: pa.Schema) -> pa.Table | None:
-    """A table that the record states; columns of a later ksweep are left out."""
+    """Read a table if the record lists it; columns of later versions are ignored."""
     if path.name not in files:
         return None
     table = _read_parquet(path, files[path.name])
@@ -459,7 +459,7 @@ def _stated_table(path: Path, files: Mapping[str, Any], schema: pa.Schema) -> pa
 
 
 def _cast(table: pa.Table, schema: pa.Schema, what: str, *, trusted: bool = False) -> pa.Table:
-    """The table with exactly the schema's columns and types; NaN, which SQL would sort above every number, becomes null."""
+    """Return the table with the columns and types of the schema; NaN, which SQL sorts above every number, becomes null."""
     missing, extra = set(schema.names) - set(table.column_names), set(table.column_names) - set(schema.names)
     missing -= {f.name for f in schema if f.nullable}
     if missing or extra:
@@ -467,7 +467,7 @@ def _cast(table: pa.Table, schema: pa.Schema, what: str, *, trusted: bool = Fals
             f"{what} must have the columns {', '.join(schema.names)}; "
             f"missing: {sorted(missing) or 'none'}, not known: {sorted(extra) or 'none'}"
         )
-    # Files that `land` wrote are so already: casting them again took a third of an ingest.
+    # Files that `write_run` wrote have these types already: casting them again took a third of the time of an ingest.
     columns = table.columns if table.schema.equals(schema) and trusted else [_column(table, f) for f in schema]
     for f, column in zip(schema, columns, strict=True):
         if not f.nullable and column.null_count:
@@ -495,7 +495,7 @@ def _check_status_and_curve(record: RunRecord, curve: pa.Table | None) -> None:
 
 
 def _note(value: Mapping[str, Any] | str) -> Note:
-    """A note of record.json; earlier versions wrote plain sentences, all about quantities of the reference sweep."""
+    """Parse a note of record.json; notes of earlier versions are plain text about quantities of the reference sweep."""
     return Note(REFERENCE_QUANTITIES, value) if isinstance(value, str) else Note(value["about"], value["text"])
 
 
@@ -523,12 +523,12 @@ def _fsync(directory: Path) -> None:
         os.close(handle)
 
 
-def _rename_into(temporary: Path, place: Path) -> None:
+def _rename_into(temporary: Path, target: Path) -> None:
     try:
-        os.rename(temporary, place)  # fails on a directory that is there and not empty
+        os.rename(temporary, target)  # fails on an existing directory that is not empty
     except OSError as error:
-        if place.exists():
-            raise StoreError(f"run {place.name} has landed already in {place.parent}; a retry is a new run") from error
+        if target.exists():
+            raise StoreError(f"run {target.name} has landed already in {target.parent}; a retry is a new run") from error
         raise
 
 

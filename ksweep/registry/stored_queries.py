@@ -1,7 +1,7 @@
-"""Questions that have a name: `ksweep sql @best_temperature`. One SQL file each, which opens with the question in a comment.
+"""Stored queries: `ksweep sql @best_temperature`. Each is a SQL file whose first comment line states its question.
 
-A user's own lie in `<registry>/queries/` and win over those of the package. What may be set from outside a question reads with
-`getvariable('cell')`, NULL when nobody sets it, so that the same file runs in the duckdb command as it is.
+Users put their own into `<registry>/queries/`; these take precedence over the package's. A query reads its variables with
+`getvariable('cell')`, which is NULL when unset, so that the same file runs unchanged in the duckdb command.
 """
 
 from __future__ import annotations
@@ -20,59 +20,60 @@ VARIABLE = re.compile(r"getvariable\('(\w+)'\)")
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """A question and its SQL."""
+    """A stored query."""
 
     name: str
     sql: str
 
     @property
     def question(self) -> str:
-        """The comment's first line."""
+        """The question that the query answers: the first line of its comment."""
         return self.sql.partition("\n")[0].removeprefix("--").strip()
 
     @property
     def variables(self) -> list[str]:
-        """What may be set: cell, rank, ..."""
+        """Names of the variables that the query reads: cell, rank, ..."""
         return list(dict.fromkeys(VARIABLE.findall(self.sql)))
 
 
 def queries(root: Path) -> dict[str, NamedQuery]:
-    """All named questions, by name."""
-    places: list[Traversable] = [resources.files("ksweep.registry") / "queries", root / "queries"]
-    found = {}
-    for place in places:
-        for file in place.iterdir() if place.is_dir() else ():
+    """Return all stored queries by name."""
+    folders: list[Traversable] = [resources.files("ksweep.registry") / "queries", root / "queries"]
+    by_name = {}
+    for folder in folders:
+        for file in folder.iterdir() if folder.is_dir() else ():
             if file.name.endswith(".sql"):
                 name = file.name.removesuffix(".sql")
-                found[name] = NamedQuery(name, file.read_text(encoding="utf-8"))
-    return dict(sorted(found.items()))
+                by_name[name] = NamedQuery(name, file.read_text(encoding="utf-8"))
+    return dict(sorted(by_name.items()))
 
 
 def query_named(root: Path, name: str) -> NamedQuery:
-    """One of them.
+    """Return the stored query of this name.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: there is none of this name.
     """
-    known = queries(root)
-    if name in known:
-        return known[name]
-    near = get_close_matches(name, known, n=1)
-    meant = f"; did you mean @{near[0]}?" if near else ""
-    raise RequestError(f"no query @{name}{meant} There are {', '.join('@' + n for n in known)}; own ones go to {root}/queries/")
+    by_name = queries(root)
+    if name in by_name:
+        return by_name[name]
+    similar = get_close_matches(name, by_name, n=1)
+    hint = f"; did you mean @{similar[0]}?" if similar else "."
+    names = ", ".join("@" + n for n in by_name)
+    raise RequestError(f"no query @{name}{hint} There are {names}; queries of your own go into {root}/queries/")
 
 
 def variables_of(query: NamedQuery, given: list[str]) -> dict[str, str]:
-    """Values from name=value arguments.
+    """Return the values of variables from name=value arguments.
 
     Raises:
-        RequestError: not of that form, or the query does not ask for it.
+        RequestError: an argument is not of this form, or the query reads no such variable.
     """
     values = {}
     for argument in given:
         name, equals, value = argument.partition("=")
         if not equals or name not in query.variables:
-            known = ", ".join(f"{n}=..." for n in query.variables) or "nothing to set"
-            raise RequestError(f"{argument!r} does not fit @{query.name}, which takes {known}")
+            expected = ", ".join(f"{n}=..." for n in query.variables) or "no variables"
+            raise RequestError(f"{argument!r} does not fit @{query.name}, which takes {expected}")
         values[name] = value
     return values

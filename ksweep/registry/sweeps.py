@@ -1,8 +1,9 @@
-"""What was asked: `sweeps/<id>.json`, the question of a sweep and its cells. Written once, by the command that plans the sweep.
+"""Records of sweeps: `sweeps/<id>.json`, the question of a sweep and its cells, written by the command that plans the sweep.
 
-Runs say who computed a cell; a sweep whose cells had all been computed by another one has no run, so its question is kept here.
-The id is made of the sweep's name, a count, and a hash of what was asked. Asking the same again as last time adds nothing; asking
-something else, or going back to what was asked before, adds a file. The one with the highest count is what the sweep is now.
+A run names the sweep that computed it. A sweep whose cells were all computed by other sweeps has no run, so its question and
+cells are recorded here. The id consists of a hash of the sweep's name, a version number, and a hash of question and cells.
+Planning a sweep again unchanged adds no file; a change, or the way back to an earlier version, adds one. The record with the
+highest number is the current version of the sweep.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ksweep.utils.fingerprint import canonical_json, fingerprint
 SWEEPS_FOLDER = "sweeps"
 SWEEP_RECORD_FORMAT = 1
 SWEEP_ID = re.compile(r"([0-9a-f]{8})-(\d{6})-([0-9a-f]{16})")
-"""Hash of the sweep's name, how many askings came before, hash of what was asked."""
+"""Hash of the sweep's name, version number, hash of question and cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,14 @@ class SweepCell:
 
     cell_key: str
     label: str
-    """What tells it from the others of its sweep: "temperature=0.7"."""
+    """The settings in which the cell differs from the others of its sweep: "temperature=0.7"."""
     place: int
-    """Place in the sweep, 0-based."""
+    """Order in the sweep, 0-based."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRecord:
-    """One asking of a sweep; registry/schema.sql says what each field means (tables sweeps and sweep_cells)."""
+    """One version of a sweep; schema.sql explains each field (tables sweeps and sweep_cells)."""
 
     sweep: str
     question: str
@@ -51,52 +52,52 @@ class SweepRecord:
 
     @property
     def content(self) -> str:
-        """Hash of what was asked, whoever asked it and when."""
+        """Hash of question and cells, whoever planned the sweep and when."""
         return fingerprint({"sweep": self.sweep, "question": self.question, "cells": [asdict(cell) for cell in self.cells]})[:16]
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> SweepRecord:
-        """An asking as it stands in a file; fields that this version does not know are left out."""
+        """Parse the record of a file, ignoring fields that this version does not know."""
         known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
         cells = [SweepCell(**{f.name: cell[f.name] for f in fields(SweepCell)}) for cell in known["cells"]]
         asked = datetime.fromisoformat(known["asked"])
         return cls(**known | {"cells": tuple(cells), "asked": asked, "argv": tuple(known.get("argv", ()))})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the time in UTC."""
+        """Return plain values, the time in UTC."""
         return asdict(self) | {"asked": self.asked.astimezone(UTC).isoformat()}
 
 
-def write_sweep_record(registry_root: Path | str, asking: SweepRecord) -> str:
-    """Write what was asked, unless it is what the sweep is already; the id of the file that holds it."""
-    beginning = fingerprint(asking.sweep)[:8]
-    found = [match for name in sweep_record_ids(registry_root) if (match := SWEEP_ID.fullmatch(name)) and match[1] == beginning]
-    newest = max(found, key=lambda match: match[0], default=None)
-    if newest is not None and newest[3] == asking.content:
+def write_sweep_record(registry_root: Path | str, record: SweepRecord) -> str:
+    """Write a new version of a sweep, unless its newest version is the same; return the id of the file that holds it."""
+    prefix = fingerprint(record.sweep)[:8]
+    versions = [match for name in sweep_record_ids(registry_root) if (match := SWEEP_ID.fullmatch(name)) and match[1] == prefix]
+    newest = max(versions, key=lambda match: match[0], default=None)
+    if newest is not None and newest[3] == record.content:
         return newest[0]
     number = 0 if newest is None else int(newest[2]) + 1
-    name = f"{beginning}-{number:06d}-{asking.content}"
-    entry = asking.to_json()
+    name = f"{prefix}-{number:06d}-{record.content}"
+    entry = record.to_json()
     text = json.dumps({"format": SWEEP_RECORD_FORMAT, "id": name, "sha256": _digest(entry), "asking": entry}, indent=1)
     publish_once(Path(registry_root) / SWEEPS_FOLDER / f"{name}.json", text.encode())
     return name
 
 
 def sweep_record_ids(registry_root: Path | str) -> set[str]:
-    """Ids that are there; what is still being written begins with a dot."""
+    """Return the ids of all records; files whose names begin with a dot are still being written."""
     return json_names(Path(registry_root) / SWEEPS_FOLDER)
 
 
 def record_number(name: str) -> int:
-    """How many askings of the sweep came before the one of this id."""
+    """Return the version number in an id."""
     return int(name.split("-")[1])
 
 
 def read_sweep_record(path: Path) -> SweepRecord:
-    """What was asked, checked against what the file says about it.
+    """Read the record of a sweep and check it against the digest in the file.
 
     Raises:
-        LandingError: what is wrong, with the file's name.
+        LandingError: the file is damaged, of a later format, or of another sweep.
     """
     try:
         raw = json.loads(path.read_bytes())
@@ -106,18 +107,18 @@ def read_sweep_record(path: Path) -> SweepRecord:
             )
         if raw["sha256"] != _digest(raw["asking"]):
             raise LandingError(f"{path.name} is not what was written: it was altered")
-        asking = SweepRecord.from_json(raw["asking"])
+        record = SweepRecord.from_json(raw["asking"])
         if raw["id"] != path.stem or SWEEP_ID.fullmatch(path.stem) is None:
-            raise LandingError(f"{path.name} tells of {raw['id']}: was the file renamed or copied?")
+            raise LandingError(f"{path.name} is the record of {raw['id']}: was the file renamed or copied?")
     except OSError as error:
         raise LandingError(f"{path.name} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LandingError(f"{path.name} holds no asking of a sweep ({error}): cut short or altered") from error
-    return asking
+        raise LandingError(f"{path.name} holds no record of a sweep ({error}): cut short or altered") from error
+    return record
 
 
 def make_sweep_record(sweep: str, question: str, cells: Sequence[tuple[str, str]]) -> SweepRecord:
-    """What this process asks: (cell key, label) of each cell, in order."""
+    """Return the record of a sweep that this process plans; `cells` are (cell key, label), in order."""
     from ksweep.utils.provenance import provenance
 
     facts = provenance()

@@ -11,7 +11,7 @@ from ksweep.analysis.charts import fve_by_k
 from ksweep.cli import main
 from ksweep.registry.query import named_curves
 from ksweep.registry.run_record import REFERENCE_SCHEMA, write_run
-from ksweep.registry.tae_json import import_files
+from ksweep.registry.tae_import import import_files
 from ksweep.utils.errors import RequestError
 from tests.registry.landed_runs import curve_of, record_of
 

@@ -12,7 +12,8 @@ import pytest
 from ksweep.cli import main
 from ksweep.registry.database import connect
 from ksweep.registry.run_record import REFERENCE_SCHEMA, read_run, write_run
-from ksweep.registry.tae_json import export_landed, export_run, import_files, read_reference_json, write_json
+from ksweep.registry.tae_export import export_landed, export_run, write_json
+from ksweep.registry.tae_import import import_files, read_reference_json
 from ksweep.stats.tae_metrics import ReferenceSums, reference_intervals, reference_rows, selected
 from ksweep.utils.errors import DataError, RequestError
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
