@@ -57,9 +57,9 @@ DRAWS_SCHEMA = pa.schema(
     ]
 )
 """`reconstruction` [d_model], as the AR gave it, is kept where it is needed again: for draw 0 (retrieval among the activations)
-and, with a checkpoint, for every draw whose error is below that of each earlier draw of its activation in the unit. The best of the
-first K draws of an activation is always one of these, however its draws are cut into units. Of 16 draws 3.4 are kept on average,
-of 64 draws 4.7 (harmonic numbers). Parts of earlier versions have it for draw 0 only."""
+and, with a checkpoint, for every draw whose error is below that of each earlier draw of its activation in the unit. The best of
+the first K draws of an activation is always one of these, however its draws are cut into units. Of 16 draws 3.4 are kept on
+average, of 64 draws 4.7 (harmonic numbers). Parts of earlier versions have it for draw 0 only."""
 
 PART_NAME = re.compile(r"^part-(\d+)-(\d+)-(\d+)-(\d+)\.parquet$")
 

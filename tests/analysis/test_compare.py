@@ -159,7 +159,7 @@ def test_runs_of_before_distances_were_kept_say_so_or_take_them_from_the_vectors
     whole = compare(cells_of(sweep))
     without = compare(load_cells(registry, ["temps"]))
     np.testing.assert_allclose(whole["difference"].to_numpy(), without["difference"].to_numpy(), rtol=1e-9)
-    assert "taken as known" in without["note"][0].as_py() and whole["note"][0].as_py() is None
+    assert "treat the baseline as a constant" in without["note"][0].as_py() and whole["note"][0].as_py() is None
     from_vectors = compare(load_cells(registry, ["temps"], vector_cache=sweep.vector_cache))
     assert from_vectors.drop_columns(["note"]) == whole.drop_columns(["note"])
     with pytest.raises(RequestError, match="give vector_cache"):
