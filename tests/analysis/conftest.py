@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ksweep import Resources, Sweep
+from tests.registry.real_runs import real  # noqa: F401  # a fixture
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
 if TYPE_CHECKING:
