@@ -32,15 +32,36 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     return talking_pair(tmp_path_factory.mktemp("tiny"), num_rows=60)
 
 
-@pytest.fixture
-def sweep(pair: TinyPair, tmp_path: Path) -> Sweep:
+def sweep_in(folder: Path, pair: TinyPair) -> Sweep:
     return Sweep(
         name="tiny",
         cell=tiny_cell(pair, num_replicates=200),
         resources=Resources(cluster="inprocess", gpus=0),
-        registry=str(tmp_path / "registry"),
-        vector_cache=str(tmp_path / "vector_cache"),
+        registry=str(folder / "registry"),
+        vector_cache=str(folder / "vector_cache"),
     )  # fmt: skip
+
+
+@pytest.fixture
+def sweep(pair: TinyPair, tmp_path: Path) -> Sweep:
+    """Nothing of it has run."""
+    return sweep_in(tmp_path, pair)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """It has run once, and is only read from; `finished` is a copy."""
+    sweep = sweep_in(tmp_path_factory.mktemp("undisturbed"), pair)
+    assert run(sweep) == 0
+    return sweep
+
+
+@pytest.fixture
+def finished(undisturbed: Sweep, pair: TinyPair, tmp_path: Path) -> Sweep:
+    """It has run once."""
+    shutil.copytree(Path(undisturbed.registry).parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "registry" / "ksweep.duckdb").unlink()  # its views name the files of the original
+    return sweep_in(tmp_path, pair)
 
 
 def texts(sweep: Sweep) -> list[tuple[Any, ...]]:
@@ -65,82 +86,68 @@ def test_a_sweep_ends_in_curves_draws_runs_and_a_table(sweep: Sweep, capsys: pyt
     assert [run[2] for run in runs] == [rate for (rate,) in failed]
 
 
-def test_the_curve_is_what_the_stored_draws_give_by_hand(sweep: Sweep) -> None:
-    assert run(sweep) == 0
-    errors = np.array(ask(sweep, "SELECT coalesce(error, 2.0) FROM draws ORDER BY activation, draw")).reshape(40, 8)
-    [(baseline,)] = ask(sweep, "SELECT DISTINCT baseline FROM curves")
-    by_k = dict(ask(sweep, "SELECT k, fve FROM curves"))
+def test_the_curve_is_what_the_stored_draws_give_by_hand(undisturbed: Sweep) -> None:
+    errors = np.array(ask(undisturbed, "SELECT coalesce(error, 2.0) FROM draws ORDER BY activation, draw")).reshape(40, 8)
+    [(baseline,)] = ask(undisturbed, "SELECT DISTINCT baseline FROM curves")
+    by_k = dict(ask(undisturbed, "SELECT k, fve FROM curves"))
     assert by_k[1] == pytest.approx(1 - errors.mean() / baseline, abs=1e-12)
     # No successful error exceeds 2 here by much; failures rank last whatever their value.
-    known = np.array(ask(sweep, "SELECT coalesce(min(error), 2.0) FROM draws GROUP BY activation ORDER BY activation"))
+    known = np.array(ask(undisturbed, "SELECT coalesce(min(error), 2.0) FROM draws GROUP BY activation ORDER BY activation"))
     assert by_k[8] == pytest.approx(1 - known.mean() / baseline, abs=1e-12)
 
 
 def test_the_second_run_computes_nothing(
-    sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(sweep) == 0
-    before = curve(sweep)
+    before = curve(finished)
     monkeypatch.setattr("ksweep.launch.local_executor.start_local_job", lambda *_: pytest.fail("a job was submitted"))
-    assert run(sweep) == 0
+    assert run(finished) == 0
     assert "computed 0 of 1 cells" in capsys.readouterr().out
-    assert ask(sweep, "SELECT count(*) FROM runs") == [(1,)]
-    np.testing.assert_array_equal(curve(sweep), before)
+    assert ask(finished, "SELECT count(*) FROM runs") == [(1,)]
+    np.testing.assert_array_equal(curve(finished), before)
 
 
-def test_texts_do_not_depend_on_the_batch_size(sweep: Sweep, tmp_path: Path) -> None:
-    found, curves = [], []
-    for size in (4, 32):
-        other = replace(sweep, registry=str(tmp_path / f"registry-{size}"), resources=replace(sweep.resources, batch_size=size))
-        assert run(other) == 0
-        found.append(texts(other))
-        curves.append(curve(other))
-    assert found[0] == found[1] and len(found[0]) == 320
-    np.testing.assert_allclose(curves[0], curves[1], atol=1e-5)
+def test_texts_do_not_depend_on_the_batch_size(sweep: Sweep, undisturbed: Sweep) -> None:
+    assert run(sweep, "batch_size=7") == 0
+    assert texts(sweep) == texts(undisturbed) and len(texts(sweep)) == 320
+    np.testing.assert_allclose(curve(sweep), curve(undisturbed), atol=1e-5)
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_texts_and_the_curve_of_one(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_draw_cells_in_one_stream_as_one_rank_draws_each(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert run(sweep) == 0
-    other = replace(
-        sweep, registry=str(tmp_path / "two" / "registry"), vector_cache=str(tmp_path / "two" / "vectors"),
+    one = replace(sweep, axes={"sampling.temperature": (0.7, 1.0, 0.0)}, resources=replace(sweep.resources, cells_per_job=1))
+    two = replace(
+        one, registry=str(tmp_path / "two" / "registry"), vector_cache=str(tmp_path / "two" / "vectors"),
         resources=Resources(cluster="local", gpus=0, tasks=2),
     )  # fmt: skip
-    assert run(other, "activations.num_activations=40") == 0
-    assert ask(other, "SELECT num_ranks FROM runs") == [(2,)]
-    assert texts(other) == texts(sweep)
-    np.testing.assert_allclose(curve(other), curve(sweep), atol=1e-5)
+    assert run(one) == 0 and run(two) == 0
+    assert ask(two, "SELECT status, num_ranks FROM runs") == [("finished", 2)] * 3
+    assert texts(two) == texts(one) and len(texts(one)) == 320 + 320 + 40
+    np.testing.assert_allclose(curve(two), curve(one), atol=1e-5)
 
 
-def test_growing_draws_and_activations_takes_only_what_is_missing(sweep: Sweep, tmp_path: Path) -> None:
+def test_growing_draws_and_activations_takes_only_what_is_missing(sweep: Sweep, undisturbed: Sweep) -> None:
     assert run(sweep, "sampling.num_draws=4", "activations.num_activations=20") == 0
     assert run(sweep) == 0
     assert ask(sweep, "SELECT num_draws_sampled, num_draws_reused FROM runs ORDER BY finished") == [(80, 0), (240, 80)]
-    at_once = replace(sweep, registry=str(tmp_path / "at-once"))
-    assert run(at_once) == 0
     grown = {row[:2]: row[2:] for row in texts(sweep)}
-    assert [grown[row[:2]] == row[2:] for row in texts(at_once)] == [True] * 320
+    assert [grown[row[:2]] == row[2:] for row in texts(undisturbed)] == [True] * 320
     newest = "SELECT fve, shuffled_fve FROM curves WHERE num_draws = 8 ORDER BY k"
-    np.testing.assert_allclose(ask(sweep, newest), ask(at_once, newest), atol=1e-5)
+    np.testing.assert_allclose(ask(sweep, newest), ask(undisturbed, newest), atol=1e-5)
     controls = "SELECT value FROM controls JOIN runs USING (run_id) WHERE num_draws = 8 ORDER BY control"
-    np.testing.assert_allclose(ask(sweep, controls), ask(at_once, controls), atol=1e-5)
+    np.testing.assert_allclose(ask(sweep, controls), ask(undisturbed, controls), atol=1e-5)
     assert run(sweep, "sampling.num_draws=4", "activations.num_activations=30") == 0
     assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished DESC LIMIT 1") == [(0,)]
 
 
-def test_another_temperature_shares_the_activations_only(sweep: Sweep) -> None:
-    assert run(sweep) == 0
-    cache = {p: p.stat().st_mtime_ns for p in Path(sweep.vector_cache).rglob("*.arrow")}
-    assert run(sweep, "sampling.temperature=0.5") == 0
-    assert {p: p.stat().st_mtime_ns for p in Path(sweep.vector_cache).rglob("*.arrow")} == cache
-    assert ask(sweep, "SELECT count(DISTINCT draws_key), count(DISTINCT activations_key) FROM runs") == [(2, 1)]
-
-
-def test_greedy_takes_one_draw_per_activation(sweep: Sweep) -> None:
-    assert run(sweep, "sampling.temperature=0") == 0
-    assert ask(sweep, "SELECT k, num_draws FROM curves") == [(1, 1)]
-    assert ask(sweep, "SELECT count(*) FROM draws") == [(40,)]
+def test_another_temperature_shares_the_activations_only(finished: Sweep) -> None:
+    cache = {p: p.stat().st_mtime_ns for p in Path(finished.vector_cache).rglob("*.arrow")}
+    assert len(cache) > 0 and run(finished, "sampling.temperature=0.5") == 0
+    assert {p: p.stat().st_mtime_ns for p in Path(finished.vector_cache).rglob("*.arrow")} == cache
+    assert ask(finished, "SELECT count(DISTINCT draws_key), count(DISTINCT activations_key) FROM runs") == [(2, 1)]
 
 
 def test_the_dry_run_says_what_and_why_and_does_nothing(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,34 +155,36 @@ def test_the_dry_run_says_what_and_why_and_does_nothing(sweep: Sweep, capsys: py
     out = capsys.readouterr().out
     assert "missing" in out and "no draws yet" in out and "320" in out and "disk" in out
     assert not Path(sweep.registry).exists() and not Path(sweep.vector_cache).exists()
-    assert run(sweep) == 0
-    assert run(sweep, "sampling.num_draws=12", "--dry-run") == 0
+
+
+def test_the_dry_run_of_a_finished_sweep_counts_the_draws_that_are_there(
+    undisturbed: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(undisturbed, "sampling.num_draws=12", "--dry-run") == 0
     assert "320 of 480 draws are there" in capsys.readouterr().out
-    assert run(sweep, "--dry-run") == 0
+    assert run(undisturbed, "--dry-run") == 0
     assert "done" in capsys.readouterr().out
 
 
-def test_a_damaged_draws_file_is_set_aside_and_drawn_again(sweep: Sweep) -> None:
-    assert run(sweep) == 0
-    before = texts(sweep)
-    part = next(p for p in Path(sweep.registry).glob("draws/*/part-00000000-*.parquet"))
+def test_a_damaged_draws_file_is_set_aside_and_drawn_again(finished: Sweep) -> None:
+    before = texts(finished)
+    part = next(p for p in Path(finished.registry).glob("draws/*/part-00000000-*.parquet"))
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 0xFF
     part.write_bytes(bytes(data))
-    assert run(sweep, "scoring.seed=1") == 0
+    assert run(finished, "scoring.seed=1") == 0
     assert len(list(part.parent.glob("*.damaged-*"))) == 1
-    assert texts(sweep) == before
+    assert texts(finished) == before
 
 
-def test_what_stands_beside_the_draws_is_made_again_when_it_is_gone(sweep: Sweep) -> None:
-    assert run(sweep) == 0
-    before, [directory] = texts(sweep), [p for p in Path(sweep.registry).glob("draws/*") if p.name != "_schema"]
+def test_what_stands_beside_the_draws_is_made_again_when_it_is_gone(finished: Sweep) -> None:
+    before, [directory] = texts(finished), [p for p in Path(finished.registry).glob("draws/*") if p.name != "_schema"]
     kept = {name: (directory / name).read_text() for name in ("identity.json", "controls.json")}
     (directory / "identity.json").unlink()
     (directory / "controls.json").write_text("{")
-    assert run(sweep, "scoring.seed=1") == 0
-    assert {name: (directory / name).read_text() for name in kept} == kept and texts(sweep) == before
-    assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished") == [(320,), (0,)]
+    assert run(finished, "scoring.seed=1") == 0
+    assert {name: (directory / name).read_text() for name in kept} == kept and texts(finished) == before
+    assert ask(finished, "SELECT num_draws_sampled FROM runs ORDER BY finished") == [(320,), (0,)]
 
 
 def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: TinyPair, tmp_path: Path) -> None:
@@ -191,15 +200,11 @@ def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: Tiny
     assert ask(sweep, "SELECT num_activations, num_documents FROM runs") == [(40, 40)]
 
 
-def test_cells_that_share_draws_in_one_job_each_get_theirs(sweep: Sweep) -> None:
-    assert run(sweep, "activations.num_activations=[20,40]", "sampling.num_draws=[8,16]") == 0
-    assert sorted(ask(sweep, "SELECT num_activations, num_draws FROM runs")) == [(20, 8), (20, 16), (40, 8), (40, 16)]
-    assert ask(sweep, "SELECT sum(num_draws_sampled) FROM runs") == [(640,)]
-
-
-def test_greedy_beside_other_temperatures_reports_k_one(sweep: Sweep) -> None:
+def test_greedy_beside_other_temperatures_takes_one_draw_and_reports_k_one(sweep: Sweep) -> None:
     assert run(sweep, "sampling.temperature=[0,0.7]", "scoring.ks=[2,4]") == 0
-    assert ask(sweep, "SELECT temperature, k FROM curves ORDER BY 1, 2") == [(0.0, 1), (0.7, 2), (0.7, 4)]
+    assert ask(sweep, "SELECT temperature, k, num_draws FROM curves ORDER BY 1, 2") == [(0.0, 1, 1), (0.7, 2, 8), (0.7, 4, 8)]
+    per_cell = "SELECT temperature, count(*) FROM draws JOIN runs USING (draws_key) GROUP BY temperature ORDER BY temperature"
+    assert ask(sweep, per_cell) == [(0.0, 40), (0.7, 320)]
 
 
 def test_pairs_whose_directories_have_the_same_name_stay_apart(
@@ -342,8 +347,9 @@ def test_the_dry_run_refuses_a_disk_that_is_too_small_and_makes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.trials
-def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_one(sweep: Sweep, tmp_path: Path) -> None:
-    assert run(sweep) == 0
+def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_one(
+    sweep: Sweep, undisturbed: Sweep, tmp_path: Path
+) -> None:
     other = replace(sweep, registry=str(tmp_path / "killed" / "registry"), vector_cache=str(tmp_path / "killed" / "vectors"))
     script = tmp_path / "experiment.py"
     script.write_text(f"from ksweep import *\nsweep_main({other!r})\n")
@@ -365,5 +371,5 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
     else:
         assert run(other) == 0
     assert killed
-    assert texts(other) == texts(sweep)
-    np.testing.assert_allclose(curve(other), curve(sweep), atol=1e-6)
+    assert texts(other) == texts(undisturbed)
+    np.testing.assert_allclose(curve(other), curve(undisturbed), atol=1e-6)

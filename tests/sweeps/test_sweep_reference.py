@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -32,18 +35,53 @@ N = 48
 REPLICATES = 60
 
 
-@pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
-    """Over conversations in Gemma's format, of which GPT-2's tokenizer knows nothing."""
-    source = random.Random(0)
+KS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations in Gemma's format, of which GPT-2's tokenizer knows nothing."""
+    source, path = random.Random(0), tmp_path_factory.mktemp("text") / "text.jsonl"
 
     def said(who: str) -> str:
         return f"<start_of_turn>{who}\n{' '.join(source.choices(WORDS, k=8))}<end_of_turn>\n"
 
     rows = [{"text": said("user") + said("model"), "document": f"d{i // 3}"} for i in range(60)]
-    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    whole = sweep_over(tmp_path / "text.jsonl", tmp_path)
-    return replace(whole, cell=replace_at(whole.cell, "activations.num_activations", N))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def sweep_in(folder: Path, text: Path) -> Sweep:
+    sweep = sweep_over(text, folder)
+    return replace(sweep, cell=replace_at(sweep.cell, "activations.num_activations", N))
+
+
+@pytest.fixture
+def sweep(text: Path, tmp_path: Path) -> Sweep:
+    """Nothing of it has run."""
+    return sweep_in(tmp_path, text)
+
+
+Runs = Callable[[str], Sweep]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A sweep that has run once, with intervals and out.json beside its registry, and is only read from."""
+
+    @cache
+    def finished(case: str) -> Sweep:
+        folder = tmp_path_factory.mktemp(case)
+        settings = (f"scoring.ks={list(KS)}", f"scoring.reference_replicates={REPLICATES}", f"export_json={folder / 'out.json'}")
+        assert run(sweep_in(folder, text), case, *settings) == 0
+        return sweep_in(folder, text)
+
+    return finished
+
+
+def exported(sweep: Sweep) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((Path(sweep.registry).parent / "out.json").read_text())
+    return document
 
 
 @dataclass
@@ -116,16 +154,15 @@ def agree(found: dict[tuple[str, int], Any], of: Everything, ks: tuple[int, ...]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_quantities_of_a_run_are_the_formulas_over_reconstructions_of_every_draw(sweep: Sweep, case: str) -> None:
-    assert run(sweep, case, "scoring.ks=[1,2,4]") == 0
+def test_quantities_of_a_run_are_the_formulas_over_reconstructions_of_every_draw(undisturbed: Runs, case: str) -> None:
+    sweep = undisturbed(case)
     of, found = everything(sweep, case), landed(sweep)
     assert len(found) == 3 * 8
-    agree(found, of, (1, 2, 4))
+    agree(found, of, KS)
     spread = landed(sweep, "spread", "role IS NULL AND quantity = 'avg_mse'")
     for (_, k), value in spread.items():
         own = np.square(of.activations - of.best_of_first(k)).mean(axis=1)
         assert value == pytest.approx(own.std(), rel=1e-6)
-    assert ask(sweep, "SELECT count(*) FROM reference_quantities WHERE low IS NOT NULL OR std IS NOT NULL") == [(0,)]
 
 
 @pytest.mark.slow
@@ -147,8 +184,8 @@ def test_draws_taken_in_two_runs_give_the_quantities_of_all(sweep: Sweep, case: 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_intervals_are_those_of_a_plain_bootstrap_over_vectors(sweep: Sweep, case: str) -> None:
-    assert run(sweep, case, "scoring.ks=[1,4]", f"scoring.reference_replicates={REPLICATES}") == 0
+def test_intervals_are_those_of_a_plain_bootstrap_over_vectors(undisturbed: Runs, case: str) -> None:
+    sweep = undisturbed(case)
     of = everything(sweep, case)
     for k in (1, 4):
         made = of.best_of_first(k)
@@ -165,14 +202,14 @@ def test_intervals_are_those_of_a_plain_bootstrap_over_vectors(sweep: Sweep, cas
         assert bca == pytest.approx(plain_bca([one["variance_recovery"] for one in again], of.activations, made), rel=1e-6)
 
 
-def test_quantities_by_role_are_the_formulas_over_the_vectors_of_a_role(sweep: Sweep) -> None:
-    assert run(sweep, GEMMA, "scoring.ks=[1,4]") == 0
+def test_quantities_by_role_are_the_formulas_over_the_vectors_of_a_role(undisturbed: Runs) -> None:
+    sweep = undisturbed(GEMMA)
     of = everything(sweep, GEMMA)
     counts = {role: of.roles.count(role) for role in set(of.roles)}
     assert counts["user"] > 10 and counts["assistant"] > 10 and 0 < counts["other"] <= 10
     for role, count in counts.items():
         found, rows = landed(sweep, where=f"role = '{role}'"), np.array(of.roles) == role
-        agree(found, of, (1, 4), rows)
+        agree(found, of, KS, rows)
         reported = {"avg_mse", "variance_recovery", "total_variance", "residual_variance"} if count > 10 else {"avg_mse"}
         assert {quantity for quantity, _ in found} == reported
         said = landed(sweep, "num_activations, spread", f"role = '{role}' AND quantity = 'avg_mse'")
@@ -182,44 +219,48 @@ def test_quantities_by_role_are_the_formulas_over_the_vectors_of_a_role(sweep: S
 
 def test_with_prefix_selection_the_honest_recovery_is_the_fve_but_for_one_vector(sweep: Sweep) -> None:
     assert run(sweep, CASES[0], "scoring.selection=prefix", "scoring.baseline=distance_from_mean") == 0
+    assert ask(sweep, "SELECT count(*) FROM reference_quantities WHERE low IS NOT NULL OR std IS NOT NULL") == [(0,)]
     recovery = landed(sweep)
     for k, fve in ask(sweep, "SELECT k, fve FROM curves ORDER BY k"):
         assert recovery["mse_variance_recovery", k] == pytest.approx(1 - (1 - fve) * (N - 1) / N, abs=1e-9)
 
 
-def test_tokens_are_counted_by_role_where_the_chat_format_is_known(sweep: Sweep, tmp_path: Path) -> None:
-    assert run(sweep, GEMMA, f"export_json={tmp_path / 'out.json'}") == 0
+def test_tokens_are_counted_by_role_where_the_chat_format_is_known(undisturbed: Runs) -> None:
+    sweep = undisturbed(GEMMA)
     of = everything(sweep, GEMMA)
     counted = dict(ask(sweep, "SELECT role, num_tokens FROM v_token_roles WHERE tokens = 'evaluated' AND num_tokens > 0"))
     assert counted == {role: of.roles.count(role) for role in set(of.roles)}
     shares = dict(ask(sweep, "SELECT role, share FROM v_token_roles WHERE tokens = 'all' AND role <> 'pad'"))
     assert sum(shares.values()) == pytest.approx(1) and shares["user"] > 0.2 and shares["system"] == 0
-    result = json.loads((tmp_path / "out.json").read_text())["results_by_k"][0]
+    result = exported(sweep)["results_by_k"][0]
     assert result["selected_token_stats"]["total_positions"] == N and result["token_stats"]["total_sequences"] == 60
     assert result["selected_token_stats"]["counts"]["user"] == counted["user"]
     assert result["token_stats"]["counts"]["total"] > 60 * 16 and "model_type" in result["token_stats"]
     assert set(result["variance_recovery_by_role"]) < set(result["mse_by_role"]) == set(counted)
 
 
-def test_tokens_of_a_format_that_nobody_knows_are_unknown(sweep: Sweep, tmp_path: Path) -> None:
-    assert run(sweep, "gpt2_patch_all", f"export_json={tmp_path / 'out.json'}") == 0
+def test_tokens_of_a_format_that_nobody_knows_are_unknown(undisturbed: Runs) -> None:
+    sweep = undisturbed("gpt2_patch_all")
     assert ask(sweep, "SELECT token_roles, selected_token_roles FROM runs") == [(None, None)]
     assert ask(sweep, "SELECT count(*) FROM v_token_roles") == [(0,)]
     assert ask(sweep, "SELECT count(*) FROM reference_quantities WHERE role IS NOT NULL") == [(0,)]
-    result = json.loads((tmp_path / "out.json").read_text())["results_by_k"][0]
+    result = exported(sweep)["results_by_k"][0]
     assert not {"token_stats", "selected_token_stats", "mse_by_role"} & set(result)
 
 
 def test_an_exported_run_imported_again_has_the_same_recovery(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Runs, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.copytree(Path(undisturbed(GEMMA).registry), tmp_path / "registry", ignore=shutil.ignore_patterns("ksweep.duckdb"))
+    shutil.copytree(undisturbed(GEMMA).vector_cache, tmp_path / "vector_cache")
+    sweep = sweep_in(tmp_path, text)
+
     def ksweep(*arguments: str) -> int | str | None:
         monkeypatch.setattr("sys.argv", ["ksweep", *arguments, "--registry", sweep.registry])
         with pytest.raises(SystemExit) as ended:
             main()
         return ended.value.code
 
-    assert run(sweep, GEMMA, f"scoring.reference_replicates={REPLICATES}", "scoring.ks=[1,2,4]") == 0
     out = tmp_path / "out.json"
     run_id = ask(sweep, "SELECT run_id FROM runs")[0][0]
     assert ksweep("export", run_id, "--json", "-o", str(out)) == 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +21,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ksweep import Autoencoder, Resources, Scoring, Sweep, connect
+from ksweep import Autoencoder, Scoring, Sweep
 from ksweep.activations import ensure
 from ksweep.autoencoder.tae.checkpoint import TaeInfo, inspect_tae
 from ksweep.config.spec import Activations, Cell
@@ -31,12 +35,49 @@ from tests.tiny_sweeps import ask
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = random.Random(0)
     rows = [{"text": " ".join(source.choices(WORDS, k=20)), "document": f"d{i // 3}"} for i in range(40)]
-    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return sweep_over(tmp_path / "text.jsonl", tmp_path)
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def sweep(text: Path, tmp_path: Path) -> Sweep:
+    """Nothing of it has run."""
+    return sweep_over(text, tmp_path)
+
+
+@dataclass
+class Finished:
+    """A sweep that has run once, and is only read from."""
+
+    sweep: Sweep
+    printed: str
+    exported: Path
+
+    def copy(self, folder: Path) -> Sweep:
+        shutil.copytree(Path(self.sweep.registry).parent, folder, dirs_exist_ok=True)
+        (folder / "registry" / "ksweep.duckdb").unlink()  # its views name the files of the original
+        return sweep_over(Path(str(self.sweep.cell.activations.text)), folder)
+
+
+Runs = Callable[[str], Finished]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    @cache
+    def finished(case: str) -> Finished:
+        folder, printed = tmp_path_factory.mktemp(case), io.StringIO()
+        sweep = sweep_over(text, folder)
+        with redirect_stdout(printed):
+            assert run(sweep, case, f"export_json={folder / 'out.json'}") == 0
+        return Finished(sweep, printed.getvalue(), folder / "out.json")
+
+    return finished
 
 
 @dataclass
@@ -79,12 +120,9 @@ def kept(sweep: Sweep, case: str) -> Kept:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_curve_of_a_checkpoint_is_the_raw_fve_of_its_stored_draws(
-    sweep: Sweep, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(sweep, case) == 0
-    said = capsys.readouterr().out
-    assert "computed 1 of 1 cells" in said and "max_new_tokens" not in said and "failed;" not in said
+def test_the_curve_of_a_checkpoint_is_the_raw_fve_of_its_stored_draws(undisturbed: Runs, case: str) -> None:
+    sweep, printed = undisturbed(case).sweep, undisturbed(case).printed
+    assert "computed 1 of 1 cells" in printed and "max_new_tokens" not in printed and "failed;" not in printed
     found = kept(sweep, case)
     firsts = found.reconstructions
     np.testing.assert_allclose(found.errors[:, 0], np.square(firsts - found.vectors).mean(axis=1), rtol=1e-5)
@@ -110,8 +148,8 @@ def test_the_curve_of_a_checkpoint_is_the_raw_fve_of_its_stored_draws(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(sweep: Sweep, case: str) -> None:
-    assert run(sweep, case) == 0
+def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(undisturbed: Runs, case: str) -> None:
+    sweep = undisturbed(case).sweep
     info = inspect_tae(checkpoint(case))
     assert ask(sweep, "SELECT DISTINCT num_tokens, parse FROM draws") == [(info.num_tokens, "ok")]
     recorded = "SELECT checkpoint, av, layer, d_model, max_new_tokens, model, failure_rate, cut_off_rate FROM runs"
@@ -119,8 +157,8 @@ def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(sweep: 
     assert ask(sweep, recorded) == [whole]
 
 
-def test_prefix_selection_takes_the_best_of_the_first_k_from_the_same_draws(sweep: Sweep) -> None:
-    assert run(sweep, CASES[0]) == 0
+def test_prefix_selection_takes_the_best_of_the_first_k_from_the_same_draws(undisturbed: Runs, tmp_path: Path) -> None:
+    sweep = undisturbed(CASES[0]).copy(tmp_path)
     assert run(sweep, CASES[0], "scoring.selection=prefix", "scoring.baseline=distance_from_mean") == 0
     assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished") == [(NUM_ACTIVATIONS * NUM_DRAWS,), (0,)]
     found = kept(sweep, CASES[0])
@@ -146,9 +184,8 @@ def test_the_midpoint_between_padding_is_the_reference_position(sweep: Sweep) ->
     assert [place for _, place in positions] == [(2 + n - 1) // 2 for n in lengths]
 
 
-def test_a_run_goes_to_the_reference_schema_with_raw_errors(sweep: Sweep, tmp_path: Path) -> None:
-    assert run(sweep, CASES[0], f"export_json={tmp_path / 'out.json'}") == 0
-    document, found = json.loads((tmp_path / "out.json").read_text()), kept(sweep, CASES[0])
+def test_a_run_goes_to_the_reference_schema_with_raw_errors(undisturbed: Runs) -> None:
+    document, found = json.loads(undisturbed(CASES[0]).exported.read_text()), kept(undisturbed(CASES[0]).sweep, CASES[0])
     assert document["checkpoint_path"] == str(checkpoint(CASES[0])) and "avg_mse" not in document["ksweep"]["misleading"]
     last = document["results_by_k"][-1]
     np.testing.assert_allclose(last["mse_values"], found.errors.min(axis=1))
@@ -170,9 +207,10 @@ def test_an_encoder_without_a_prompt_is_measured_without_the_control_of_an_empty
     assert "mean_vector" in controls and "empty_text" not in controls
 
 
-def test_a_stated_baseline_of_raw_vectors_may_exceed_one(sweep: Sweep) -> None:
+def test_a_stated_baseline_of_raw_vectors_may_exceed_one(undisturbed: Runs, tmp_path: Path) -> None:
+    sweep = undisturbed(CASES[0]).copy(tmp_path)
     assert run(sweep, CASES[0], "scoring.baseline=12.5") == 0
-    [(fve, error)] = ask(sweep, "SELECT fve, error FROM curves WHERE k = 1")
+    [(fve, error)] = ask(sweep, "SELECT fve, error FROM curves WHERE k = 1 AND baseline = 12.5")
     assert fve == pytest.approx(1 - error / 12.5)
 
 
@@ -241,27 +279,6 @@ def test_a_stated_baseline_above_one_is_refused_for_a_pair(sweep: Sweep) -> None
         replace(sweep.cell, scoring=Scoring(baseline=12.5))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_give_the_draws_and_the_curve_of_one(
-    sweep: Sweep, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    other = replace(
-        sweep, registry=str(tmp_path / "two" / "registry"), vector_cache=str(tmp_path / "two" / "vectors"),
-        resources=Resources(cluster="local", gpus=0, tasks=2),
-    )  # fmt: skip
-    assert run(sweep, case) == 0 and run(other, case) == 0
-    assert ask(other, "SELECT num_ranks FROM runs") == [(2,)]
-    texts = "SELECT activation, draw, text, token_ids FROM draws ORDER BY activation, draw"
-    assert ask(other, texts) == ask(sweep, texts)
-    curve = "SELECT fve, fve_low, fve_high, error, cosine, shuffled_fve FROM curves ORDER BY k"
-    np.testing.assert_allclose(ask(other, curve), ask(sweep, curve), rtol=1e-5, atol=1e-5)
-    of_reference = "SELECT value FROM reference_quantities ORDER BY quantity, role, k"
-    np.testing.assert_allclose(ask(other, of_reference), ask(sweep, of_reference), rtol=1e-5, atol=1e-5)
-    assert len(ask(sweep, of_reference)) >= 8 * NUM_DRAWS
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_pretokenised_split_goes_through_a_whole_sweep_at_the_reference_positions(
     sweep: Sweep, case: str, tmp_path: Path
@@ -285,34 +302,36 @@ def test_a_pretokenised_split_goes_through_a_whole_sweep_at_the_reference_positi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_k_sweep_from_the_command_line_gives_the_same_on_two_ranks_as_on_one(sweep: Sweep, case: str, tmp_path: Path) -> None:
-    """experiments/k_sweep.py as a user runs it, in processes of its own; `sweep` only brings the text."""
-    places = {tasks: tmp_path / f"ranks{tasks}" for tasks in (1, 2)}
-    for tasks, place in places.items():
-        command = [
-            sys.executable, str(ROOT / "experiments" / "k_sweep.py"), f"autoencoder.checkpoint={checkpoint(case)}",
-            "autoencoder.dtype=float32", f"activations.text={sweep.cell.activations.text}", "activations.dtype=float32",
-            "activations.num_activations=40", "activations.candidates=not_padding", "activations.min_position=4",
-            "sampling.num_draws=4", "scoring.ks=[1,2,4]", "resources.cluster=local", "resources.gpus=0",
-            f"resources.tasks={tasks}", f"registry={place / 'registry'}", f"vector_cache={place / 'vectors'}", "--no-charts",
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=840, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
-        )
-        assert done.returncode == 0 and "computed 1 of 1 cells" in done.stdout, done.stderr
-
-    def both(question: str) -> tuple[list[Any], list[Any]]:
-        found = []
-        for place in places.values():
-            with connect(place / "registry") as connection:
-                found.append(connection.execute(question).fetchall())
-        return found[0], found[1]
-
-    assert both("SELECT num_ranks, num_activations, num_draws, max_new_tokens FROM runs") == ([(1, 40, 4, 8)], [(2, 40, 4, 8)])
-    one, two = both("SELECT activation, draw, position, text, token_ids FROM draws ORDER BY 1, 2")
-    assert len(one) == 160 and one == two and len({row[3] for row in one}) > 80
-    one, two = both("SELECT error, cosine, shuffled_error FROM draws ORDER BY activation, draw")
-    np.testing.assert_allclose(np.array(two, dtype=float), np.array(one, dtype=float), rtol=1e-6)  # NULL: no partner yet
-    one, two = both("SELECT k, fve, fve_low, fve_high, error FROM curves ORDER BY k")
-    assert [row[0] for row in one] == [1, 2, 4]
-    np.testing.assert_allclose(two, one, rtol=1e-6)
+def test_k_sweep_from_the_command_line_gives_on_two_ranks_what_one_rank_gives(
+    undisturbed: Runs, sweep: Sweep, case: str, tmp_path: Path
+) -> None:
+    """experiments/k_sweep.py as a user runs it, in processes of its own."""
+    command = [
+        sys.executable, str(ROOT / "experiments" / "k_sweep.py"), f"autoencoder.checkpoint={checkpoint(case)}",
+        "autoencoder.dtype=float32", f"activations.text={sweep.cell.activations.text}", "activations.dtype=float32",
+        f"activations.num_activations={NUM_ACTIVATIONS}", "activations.min_position=8", "activations.max_length=100",
+        "activations.seed=42",
+        "sampling.temperature=1.0", f"sampling.num_draws={NUM_DRAWS}", "scoring.num_replicates=50", "resources.cluster=local",
+        "resources.gpus=0", "resources.tasks=2", f"registry={sweep.registry}", f"vector_cache={sweep.vector_cache}",
+        "--no-charts",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=840, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0 and "computed 1 of 1 cells" in done.stdout, done.stderr
+    one, two = undisturbed(case).sweep, sweep
+    assert ask(two, "SELECT num_ranks FROM runs") == [(2,)]
+    for same in (
+        "SELECT cell_key, num_activations, num_draws, max_new_tokens FROM runs",
+        "SELECT activation, draw, position, text, token_ids FROM draws ORDER BY activation, draw",
+    ):
+        assert ask(two, same) == ask(one, same)
+    assert len({text for (text,) in ask(two, "SELECT text FROM draws")}) > NUM_ACTIVATIONS * NUM_DRAWS / 2
+    for close in (
+        "SELECT k, fve, fve_low, fve_high, error, cosine, shuffled_fve FROM curves ORDER BY k",
+        "SELECT error, cosine, coalesce(shuffled_error, -1) FROM draws ORDER BY activation, draw",
+        "SELECT value FROM reference_quantities ORDER BY quantity, role, k",
+    ):
+        found = ask(two, close)
+        np.testing.assert_allclose(found, ask(one, close), rtol=1e-5, atol=1e-5)
+        assert len(found) >= NUM_DRAWS
