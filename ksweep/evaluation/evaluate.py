@@ -13,7 +13,7 @@ from ksweep.evaluation.distributed import Ranks
 from ksweep.evaluation.draw_loop import DrawLoop
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.prepare import load_models, prepare_cell
-from ksweep.evaluation.recorder import Recorder
+from ksweep.evaluation.recording import Recorder
 from ksweep.utils.timing import Clock
 
 

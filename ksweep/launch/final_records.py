@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.config.spec import cell_from_dict
+from ksweep.evaluation.cell_record import identity_fields, request_fields
+from ksweep.evaluation.context import names_by_cell
 from ksweep.evaluation.identity import cell_keys
-from ksweep.evaluation.recording import identity_fields, names_in, request_fields
 from ksweep.launch import status
 from ksweep.launch.job import Job, read_or
 from ksweep.launch.rank_records import Heartbeat, Outcome
@@ -149,7 +150,7 @@ def write_unfinished_run(argument: dict[str, Any], cell: int | None, name: str, 
         return
     origin = argument.get("origin", {})
     known = cell_from_dict(argument["cells"][cell])
-    names = names_in(argument).get(known)
+    names = names_by_cell(argument).get(known)
     keys = cell_keys(known) if names is None else cell_keys(known).with_names(*names)
     identity = identity_fields(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
     if (registry / "landing" / identity["run_id"]).exists():

@@ -20,7 +20,7 @@ from ksweep.evaluation.distributed import Solo, Stopped
 from ksweep.evaluation.evaluate import evaluate, group_by_stream
 from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
-from ksweep.evaluation.recorder import Recorder
+from ksweep.evaluation.recording import Recorder
 from ksweep.inference.engine import _Stream
 from ksweep.registry.draws import DrawsStore, WorkUnit
 from ksweep.utils.timing import Clock

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksweep.evaluation.distributed import Solo
-from ksweep.evaluation.recorder import read_all_draws
+from ksweep.evaluation.recording import read_all_draws
 from ksweep.registry import draws as module
 from ksweep.registry.draws import DRAWS_SCHEMA, MAX_WORK_UNIT_SIZE, DrawsStore, WorkUnit, missing_work_units
 from ksweep.utils.errors import RunError

@@ -307,7 +307,7 @@ def test_a_cell_that_failed_is_reported_and_run_again_only_with_retry(
     def broken(*_: object) -> None:
         raise KeyError("a bug in the statistics")
 
-    monkeypatch.setattr("ksweep.evaluation.recording.summarise", broken)
+    monkeypatch.setattr("ksweep.evaluation.cell_statistics.summarise", broken)
     assert run(sweep) == 1
     monkeypatch.undo()
     capsys.readouterr()
