@@ -14,18 +14,18 @@ import psutil
 from ksweep.utils.errors import RequestError, RunError
 
 SILENCE_SECONDS = 120.0
-"""A rank on another host that has been silent this long is taken for dead; on the same host its process is looked at."""
+"""A rank on another host counts as dead after this much silence; on the same host its process is looked up instead."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """How far a rank is."""
+    """Progress of a rank, and the process that proves that it is alive. Field names are those of rank-<r>.json."""
 
     rank: int
     pid: int
     host: str
     process_started: float
-    """Creation time of the process (seconds since 1970): with pid and host it names one process for ever."""
+    """Creation time of the process (seconds since 1970): with pid and host it identifies one process for ever."""
     phase: str = "starting"
     done: int = 0
     total: int = 0
@@ -41,9 +41,9 @@ class Heartbeat:
     began: float = 0.0
     """When this start of the rank began."""
     log_began: int = 0
-    """Bytes in its log when it began: every start of a job on Slurm writes to the same one."""
+    """Size of the rank's log in bytes when it began: every start of a job on Slurm appends to the same file."""
     cell: str = ""
-    """Key of the cell it is at; empty before the first."""
+    """Key of the current cell; empty before the first."""
     cell_began: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase in that cell."""
@@ -51,13 +51,13 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended."""
+    """How a rank ended. Field names are those of ended-<r>.json."""
 
     rank: int
     status: str
     """finished, failed or stopped."""
     kind: str = ""
-    """For a failure its class (ksweep.utils.errors.ErrorClass)."""
+    """Class of a failure (ksweep.utils.errors.ErrorClass)."""
     message: str = ""
     traceback: str = ""
     result: Any = None
@@ -67,16 +67,16 @@ class Outcome:
     """Python type of the exception, where there was one."""
 
 
-def first_failure(endings: Sequence[Outcome]) -> Outcome | None:
-    """The first failure, with which the others fell; before a rank that only saw another die, one that ran out of memory."""
-    failed = sorted((e for e in endings if e.status == "failed"), key=lambda e: e.time)
+def first_failure(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The earliest failure, which explains the others; a rank out of memory takes precedence over one that saw another die."""
+    failed = sorted((o for o in outcomes if o.status == "failed"), key=lambda o: o.time)
     if failed and failed[0].kind == "dead rank":
-        return next((e for e in failed if e.kind == "out of memory"), failed[0])
+        return next((o for o in failed if o.kind == "out of memory"), failed[0])
     return failed[0] if failed else None
 
 
 def is_alive(heartbeat: Heartbeat) -> bool:
-    """Whether the process behind a heartbeat still runs; on another host, whether it has spoken lately."""
+    """Whether the process behind a heartbeat still runs; of a process on another host, whether the heartbeat is recent."""
     if heartbeat.host != socket.gethostname():
         return time.time() - heartbeat.time < SILENCE_SECONDS
     try:
@@ -88,18 +88,24 @@ def is_alive(heartbeat: Heartbeat) -> bool:
 
 
 def this_process() -> dict[str, Any]:
-    """What names this process for ever; with `rank` it makes a heartbeat."""
-    me = psutil.Process()
-    return {"pid": me.pid, "host": socket.gethostname(), "process_started": me.create_time(), "time": time.time()}
+    """The fields of a heartbeat that identify this process; with `rank` they make a heartbeat."""
+    process = psutil.Process()
+    return {
+        "pid": process.pid, "host": socket.gethostname(), "process_started": process.create_time(), "time": time.time(),
+    }  # fmt: skip
 
 
-def raise_for_outcome(ending: Outcome, directory: Path) -> None:
-    """Turn a failed job into the error that the user sees: a mistake of theirs as such, a bug with its traceback."""
-    if ending.status != "failed":
+def raise_for_outcome(outcome: Outcome, directory: Path) -> None:
+    """Raise a failed job's error for the user: a bad request as such, a bug with its traceback and the job's directory.
+
+    Raises:
+        RequestError, RunError: the outcome is a failure.
+    """
+    if outcome.status != "failed":
         return
-    if ending.kind == "bad input":
-        raise RequestError(ending.message)
-    if ending.kind in ("disk full", "failure"):
-        raise RunError(ending.message)
-    words = f"job {directory.name}: rank {ending.rank} failed ({ending.kind}): {ending.message}\n{ending.traceback}".rstrip()
+    if outcome.kind == "bad input":
+        raise RequestError(outcome.message)
+    if outcome.kind in ("disk full", "failure"):
+        raise RunError(outcome.message)
+    words = f"job {directory.name}: rank {outcome.rank} failed ({outcome.kind}): {outcome.message}\n{outcome.traceback}".rstrip()
     raise RunError(f"{words}\nlogs: {directory}")

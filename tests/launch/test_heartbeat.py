@@ -1,4 +1,4 @@
-"""The watchdog of a rank: what it does about the others, told by their files alone."""
+"""The heartbeat thread of a rank: what it does about the other ranks, of which it sees only the files."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return numbers
 
 
-def pulse(tmp_path: Path, ranks: int = 2, attempt: int = 0) -> HeartbeatThread:
-    """Of rank 0, which waits for the others."""
+def rank_0(tmp_path: Path, ranks: int = 2, attempt: int = 0) -> HeartbeatThread:
+    """The heartbeat thread of rank 0, which waits for the others."""
     found = HeartbeatThread(create_job(tmp_path, "a:b", {}, ranks, cluster="slurm"), 0, ranks, attempt, slurm_id="7")
     found.waiting = True
     return found
 
 
 @contextmanager
-def beating(mine: HeartbeatThread) -> Iterator[None]:
-    """The same, looking around; over when its thread is."""
-    with mine:
+def running(heartbeat: HeartbeatThread) -> Iterator[None]:
+    """Run the thread; it has ended when the context is left."""
+    with heartbeat:
         yield
-    mine._thread.join(120)
+    heartbeat._thread.join(120)
 
 
 class Clock:
@@ -99,7 +99,7 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def own_word(job: Job, attempt: int = 0) -> Outcome:
+def own_outcome(job: Job, attempt: int = 0) -> Outcome:
     return next(e for e in job.outcomes(attempt) if e.rank == 0)
 
 
@@ -111,18 +111,18 @@ def elsewhere(rank: int = 1) -> Heartbeat:
 def test_a_job_of_which_a_rank_failed_is_not_requeued_by_those_that_followed_it(
     tmp_path: Path, left: list[int], requeued: list[str]
 ) -> None:
-    mine = pulse(tmp_path, ranks=3)
-    mine.job.write_outcome(Outcome(rank=1, status="stopped", message="rank 2 failed"))
-    mine.job.write_outcome(Outcome(rank=2, status="failed", kind="bug", message="no such column"))
-    with beating(mine):
+    heartbeat = rank_0(tmp_path, ranks=3)
+    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="rank 2 failed"))
+    heartbeat.job.write_outcome(Outcome(rank=2, status="failed", kind="bug", message="no such column"))
+    with running(heartbeat):
         until(lambda: left)
-    assert left == [1] and not requeued and own_word(mine.job).message == "rank 2 failed"
+    assert left == [1] and not requeued and own_outcome(heartbeat.job).message == "rank 2 failed"
 
 
 def test_a_stopped_rank_is_followed_back_into_the_queue(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
-    mine = pulse(tmp_path)
-    mine.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not begun"))
-    with beating(mine):
+    heartbeat = rank_0(tmp_path)
+    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not begun"))
+    with running(heartbeat):
         until(lambda: left)
     assert left == [0] and requeued == ["7"]
 
@@ -130,28 +130,28 @@ def test_a_stopped_rank_is_followed_back_into_the_queue(tmp_path: Path, left: li
 def test_a_job_stuck_at_its_time_limit_fails_also_where_rank_0_only_follows(
     tmp_path: Path, left: list[int], requeued: list[str]
 ) -> None:
-    mine = pulse(tmp_path, attempt=2)
+    heartbeat = rank_0(tmp_path, attempt=2)
     for start in (0, 1):
-        mine.job.write_note("requeued", {"why": "time limit", "place": mine.stopped_start().progress}, start)
-    mine.handle_stop_signal(signal.SIGUSR2, None)
-    mine.job.write_outcome(Outcome(rank=1, status="stopped", message="its unit was given up", attempt=2))
-    with beating(mine):
+        heartbeat.job.write_note("requeued", {"why": "time limit", "place": heartbeat.stopped_start().progress_marker}, start)
+    heartbeat.handle_stop_signal(signal.SIGUSR2, None)
+    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="its unit was given up", attempt=2))
+    with running(heartbeat):
         until(lambda: left)
-    word = own_word(mine.job, 2)
-    assert (word.status, word.kind) == ("failed", "time limit") and left == [1] and not requeued
+    outcome = own_outcome(heartbeat.job, 2)
+    assert (outcome.status, outcome.kind) == ("failed", "time limit") and left == [1] and not requeued
 
 
 def test_a_rank_ends_though_the_disk_takes_no_last_words(
     tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = pulse(tmp_path)
-    mine.job.write_outcome(Outcome(rank=1, status="failed", kind="disk full", message="no room"))
+    heartbeat = rank_0(tmp_path)
+    heartbeat.job.write_outcome(Outcome(rank=1, status="failed", kind="disk full", message="no room"))
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Job, "write_outcome", full)
-    with beating(mine):
+    with running(heartbeat):
         until(lambda: left)
     assert left == [1]
 
@@ -161,16 +161,16 @@ def test_a_full_disk_at_the_start_does_not_end_a_rank(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Job, "write_heartbeat", full)
-    with beating(pulse(tmp_path)):
+    with running(rank_0(tmp_path)):
         pass
 
 
 def test_a_record_that_cannot_be_read_does_not_silence_a_rank(tmp_path: Path, left: list[int]) -> None:
-    mine = pulse(tmp_path)
-    broken = mine.job.attempt_folder(0) / "rank-1.json"
+    heartbeat = rank_0(tmp_path)
+    broken = heartbeat.job.attempt_folder(0) / "rank-1.json"
     broken.parent.mkdir()
     broken.write_text("")
-    with beating(mine):
+    with running(heartbeat):
         own = broken.with_name("rank-0.json")
         for _ in range(2):  # a beat after a look at the broken record
             before = own.stat().st_mtime_ns
@@ -191,19 +191,19 @@ def test_a_rank_on_another_node_is_told_dead_by_its_silence_and_not_by_its_clock
     tmp_path: Path, left: list[int], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SILENCE_SECONDS", 10.0)
-    mine = pulse(tmp_path)
+    heartbeat = rank_0(tmp_path)
     beat = elsewhere()
-    mine.job.write_heartbeat(beat)
-    with beating(mine):
+    heartbeat.job.write_heartbeat(beat)
+    with running(heartbeat):
         for second in range(20):
-            mine.job.write_heartbeat(replace(beat, time=beat.time + second))
+            heartbeat.job.write_heartbeat(replace(beat, time=beat.time + second))
             clock.passes(9.0)
         clock.passes(0.5)
         assert not left
         clock.passes(0.6)
         until(lambda: left)
     # On one node srun sees a dead task at once: silence from another means that the node is gone, and the cell is run again.
-    assert own_word(mine.job).kind == "node failure"
+    assert own_outcome(heartbeat.job).kind == "node failure"
 
 
 def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
@@ -211,9 +211,9 @@ def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
 ) -> None:
     monkeypatch.setattr(module, "SILENCE_SECONDS", 20.0)
     monkeypatch.setattr(module, "STALL_SECONDS", 15.0)
-    mine = pulse(tmp_path)
-    mine.job.write_heartbeat(elsewhere())
-    with beating(mine):
+    heartbeat = rank_0(tmp_path)
+    heartbeat.job.write_heartbeat(elsewhere())
+    with running(heartbeat):
         clock.passes(14.0)
         clock.passes(100.0)  # as if it had been stopped meanwhile
         clock.passes(14.0)
@@ -225,39 +225,39 @@ def test_a_rank_that_was_held_up_itself_does_not_take_the_others_for_dead(
 
 def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_JOIN_SECONDS", 0.0)
-    mine = pulse(tmp_path, ranks=3)
-    mine.job.write_heartbeat(replace(elsewhere(), time=time.time()))
-    with beating(mine):
+    heartbeat = rank_0(tmp_path, ranks=3)
+    heartbeat.job.write_heartbeat(replace(elsewhere(), time=time.time()))
+    with running(heartbeat):
         until(lambda: left)
-    assert "rank 2 of 3 has not started" in own_word(mine.job).message
+    assert "rank 2 of 3 has not started" in own_outcome(heartbeat.job).message
 
 
 def test_a_job_that_was_given_up_ends_its_ranks_and_is_not_requeued(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
-    mine = pulse(tmp_path)
-    mine.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not begun"))
-    mine.job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "neither in the queue nor in accounting"})
-    with beating(mine):
+    heartbeat = rank_0(tmp_path)
+    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not begun"))
+    heartbeat.job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "neither in the queue nor in accounting"})
+    with running(heartbeat):
         until(lambda: left)
-    word = own_word(mine.job)
+    outcome = own_outcome(heartbeat.job)
     assert left == [1] and not requeued
-    assert (word.status, word.kind) == ("failed", "lost") and "neither in the queue nor in accounting" in word.message
+    assert (outcome.status, outcome.kind) == ("failed", "lost") and "neither in the queue nor in accounting" in outcome.message
 
 
 def test_a_rank_on_its_way_out_does_not_requeue_a_job_that_was_given_up(tmp_path: Path, requeued: list[str]) -> None:
-    mine = pulse(tmp_path)
-    requeue_job(mine.stopped_start())
+    heartbeat = rank_0(tmp_path)
+    requeue_job(heartbeat.stopped_start())
     assert requeued == ["7"]
-    mine.job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "gone"})
-    requeue_job(mine.stopped_start())
+    heartbeat.job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "gone"})
+    requeue_job(heartbeat.stopped_start())
     assert requeued == ["7"]
 
 
 def test_an_error_of_its_own_is_not_taken_for_the_echo_of_another_ranks(tmp_path: Path) -> None:
-    mine = pulse(tmp_path)
-    mine.job.write_outcome(Outcome(rank=1, status="failed", kind="bug", message="KeyError: 'x'"))
+    heartbeat = rank_0(tmp_path)
+    heartbeat.job.write_outcome(Outcome(rank=1, status="failed", kind="bug", message="KeyError: 'x'"))
     own = Outcome(rank=0, status="failed", kind="bug", message="ValueError: y", error_type="ValueError", traceback="T")
-    assert mine.attribute_failure(own) == own
+    assert heartbeat.attribute_failure(own) == own
     echo = replace(own, message="RuntimeError: Connection closed by peer", error_type="RuntimeError")
-    found = mine.attribute_failure(echo)
+    found = heartbeat.attribute_failure(echo)
     assert (found.status, found.kind, found.traceback) == ("stopped", "", "T")
     assert "rank 1 failed" in found.message and "Connection closed by peer" in found.message

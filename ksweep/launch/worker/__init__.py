@@ -1,1 +1,1 @@
-"""One rank of a job: its process group, heartbeat, requeue and end."""
+"""What one rank of a job runs: its process group, heartbeat, requeue and outcome."""

@@ -1,4 +1,4 @@
-"""What submitit calls on every rank: its work from process group to terminal record, here, on this machine or on Slurm."""
+"""What submitit calls on every rank: run its work and write its outcome, in this process, on this machine or on Slurm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def run_rank(job_path: str) -> Any:
-    """One rank of a submitit job, from process group to terminal record."""
+    """Run one rank of a submitit job: join the process group, work, write the outcome."""
     import submitit
 
     job = Job(Path(job_path))
@@ -40,101 +40,103 @@ def run_rank(job_path: str) -> Any:
 
 
 def _run_locally(job: Job, environment: Any) -> Any:
-    """As a process of submitit's local controller."""
-    pulse = HeartbeatThread(job, environment.global_rank, environment.num_tasks)
-    _install_stop_handlers(pulse)
-    # Ctrl-C reaches every process of the terminal: the launcher answers it, and asks the ranks once.
+    """Run the rank as a process of submitit's local controller."""
+    heartbeat = HeartbeatThread(job, environment.global_rank, environment.num_tasks)
+    _install_stop_handlers(heartbeat)
+    # Ctrl-C reaches every process of the terminal: the launcher handles it, and signals the ranks once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with pulse:
-        ending = _run_to_outcome(pulse, environment)
-        _log_failure(ending)
-        pulse.finish(ending)
+    with heartbeat:
+        outcome = _run_to_outcome(heartbeat, environment)
+        _log_failure(outcome)
+        heartbeat.finish(outcome)
     # A collective that waits for a dead rank would keep this process alive; everything worth keeping is on disk.
     logging.shutdown()
-    if ending.status != "finished":
+    if outcome.status != "finished":
         os._exit(1)
-    return ending.result
+    return outcome.result
 
 
 def _run_on_slurm(job: Job, environment: Any) -> None:
-    """As a task of srun: told to stop by Slurm, and put back into the queue by itself."""
+    """Run the rank as a task of srun, which Slurm signals to stop and which puts its job back into the queue."""
     attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     rank = environment.global_rank
-    pulse = HeartbeatThread(job, rank, environment.num_tasks, attempt, slurm_id=environment.job_id)
-    _install_stop_handlers(pulse)
-    with pulse:
-        ending = _run_to_outcome(pulse, environment)
-        if ending.status == "stopped" and rank == 0:
-            ending = fail_if_stuck(pulse.stopped_start(), ending)
-        _log_failure(ending)
-        pulse.finish(ending)
-        if ending.status == "stopped" and rank == 0:
-            pulse.wait_for_other_ranks(UNIT_GRACE_SECONDS)
-            requeue_job(pulse.stopped_start())
-        if ending.status == "failed":
-            pulse.wait_for_other_ranks(PEER_OUTCOME_GRACE_SECONDS)
+    heartbeat = HeartbeatThread(job, rank, environment.num_tasks, attempt, slurm_id=environment.job_id)
+    _install_stop_handlers(heartbeat)
+    with heartbeat:
+        outcome = _run_to_outcome(heartbeat, environment)
+        if outcome.status == "stopped" and rank == 0:
+            outcome = fail_if_stuck(heartbeat.stopped_start(), outcome)
+        _log_failure(outcome)
+        heartbeat.finish(outcome)
+        if outcome.status == "stopped" and rank == 0:
+            heartbeat.wait_for_other_ranks(UNIT_GRACE_SECONDS)
+            requeue_job(heartbeat.stopped_start())
+        if outcome.status == "failed":
+            heartbeat.wait_for_other_ranks(PEER_OUTCOME_GRACE_SECONDS)
     logging.shutdown()
     sys.stdout.flush()
-    # Zero for a rank that stopped: any other number makes srun kill those that are still on their way to a border.
-    os._exit(1 if ending.status == "failed" else 0)
+    # Zero for a rank that stopped: any other code makes srun kill those that still finish their work units.
+    os._exit(1 if outcome.status == "failed" else 0)
 
 
-def _install_stop_handlers(pulse: HeartbeatThread) -> None:
+def _install_stop_handlers(heartbeat: HeartbeatThread) -> None:
     for name in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(name, pulse.handle_stop_signal)
+        signal.signal(name, heartbeat.handle_stop_signal)
 
 
-def _log_failure(ending: Outcome) -> None:
-    if ending.status == "failed":
-        log.error("failed (%s): %s\n%s", ending.kind, ending.message, ending.traceback)
+def _log_failure(outcome: Outcome) -> None:
+    if outcome.status == "failed":
+        log.error("failed (%s): %s\n%s", outcome.kind, outcome.message, outcome.traceback)
 
 
-def _run_to_outcome(pulse: HeartbeatThread, environment: Any) -> Outcome:
-    return pulse.attribute_failure(run_guarded(pulse.rank, lambda: _work(pulse, environment)))
+def _run_to_outcome(heartbeat: HeartbeatThread, environment: Any) -> Outcome:
+    return heartbeat.attribute_failure(run_guarded(heartbeat.rank, lambda: _work(heartbeat, environment)))
 
 
-def _work(pulse: HeartbeatThread, environment: Any) -> Any:
-    if pulse.job.cancel_requested():
-        # Whoever cancels a job asks first and then looks for heartbeats to signal: this rank's own has been there before.
+def _work(heartbeat: HeartbeatThread, environment: Any) -> Any:
+    if heartbeat.job.cancel_requested():
+        # `ksweep cancel` writes the request before it looks for heartbeats to signal; this rank's was written before this check.
         raise Stopped("cancelled before it started")
-    spec = pulse.job.spec()
-    ranks = process_group.join_process_group(pulse, spec["gpus"], spec.get("gpus_per_model", 1), environment)
+    spec = heartbeat.job.spec()
+    ranks = process_group.join_process_group(heartbeat, spec["gpus"], spec.get("gpus_per_model", 1), environment)
     result = load_entry(spec["entry"])(spec["argument"], ranks)
     process_group.leave_process_group(ranks)
     return result
 
 
 def run_in_process(job: Job, devices: tuple[str, ...], on_report: Callable[..., None] | None = None) -> Outcome:
-    """The same job as the only rank, in this process, for debugging; exceptions are recorded, not raised."""
+    """Run a job as its only rank in this process, for debugging; exceptions are recorded, not raised."""
     spec = job.spec()
-    # torch's OpenMP runtime reads how threads wait when it is loaded: later the record would tell of what is not so.
+    # torch's OpenMP runtime reads how threads wait when it is loaded; set later, the run record would be wrong.
     added = {} if "torch" in sys.modules else machine.wait_environment()
-    pulse = HeartbeatThread(job, 0, 1)  # without its thread: a watchdog must not end a notebook
-    pulse.heartbeat = replace(pulse.heartbeat, device=process_group.device_text(devices), gpu=process_group.gpu_ids_text(devices))
+    heartbeat = HeartbeatThread(job, 0, 1)  # without its thread: a watchdog must not end a notebook
+    heartbeat.latest = replace(
+        heartbeat.latest, device=process_group.device_text(devices), gpu=process_group.gpu_ids_text(devices)
+    )
     solo = Solo(
         devices=devices,
-        device_name=pulse.heartbeat.device,
+        device_name=heartbeat.latest.device,
         job=job.id,
-        on_report=_report_to_heartbeat(pulse, on_report),
-        on_cell=pulse.begin_cell,
+        on_report=_report_to_heartbeat(heartbeat, on_report),
+        on_cell=heartbeat.begin_cell,
     )
-    pulse.publish_heartbeat()
+    heartbeat.publish_heartbeat()
     with _stopped_by_sigterm(solo), machine.environment(added):
-        ending = run_guarded(0, lambda: load_entry(spec["entry"])(spec["argument"], solo))
-    pulse.finish(ending)
-    return ending
+        outcome = run_guarded(0, lambda: load_entry(spec["entry"])(spec["argument"], solo))
+    heartbeat.finish(outcome)
+    return outcome
 
 
-def _report_to_heartbeat(pulse: HeartbeatThread, on_report: Callable[..., None] | None) -> Callable[..., None]:
-    """What the work reports, to the heartbeat and to whoever asked."""
+def _report_to_heartbeat(heartbeat: HeartbeatThread, on_report: Callable[..., None] | None) -> Callable[..., None]:
+    """A function that passes reported progress to the heartbeat and to `on_report`."""
     said = time.monotonic()
 
     def report(phase: str, done: int, total: int, **numbers: float) -> None:
         nonlocal said
-        pulse.update(phase, done, total, numbers)
+        heartbeat.update(phase, done, total, numbers)
         if time.monotonic() - said >= HEARTBEAT_SECONDS:
             said = time.monotonic()
-            pulse.publish_heartbeat()
+            heartbeat.publish_heartbeat()
         if on_report is not None:
             on_report(phase, done, total, **numbers)
 
@@ -143,7 +145,7 @@ def _report_to_heartbeat(pulse: HeartbeatThread, on_report: Callable[..., None] 
 
 @contextmanager
 def _stopped_by_sigterm(solo: Solo) -> Iterator[None]:
-    """`ksweep cancel` ends the unit at hand, not the process."""
+    """Let SIGTERM, as `ksweep cancel` sends it, stop the work after its current unit instead of ending the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -159,13 +161,13 @@ def _stopped_by_sigterm(solo: Solo) -> Iterator[None]:
 
 
 def load_entry(entry: str) -> Callable[[dict[str, Any], Ranks], Any]:
-    """The function behind "package.module:function"."""
+    """Import the function named "package.module:function"."""
     module, _, name = entry.partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def run_guarded(rank: int, work: Callable[[], Any]) -> Outcome:
-    """Run `work` and say how it ended; never raises."""
+    """Run `work` and return its outcome; never raises."""
     try:
         return Outcome(rank=rank, status="finished", result=work())
     except Stopped as stop:

@@ -1,4 +1,4 @@
-"""The ranks of a job as its work sees them: process group, device, shared queue."""
+"""What a rank's work knows of its job: process group, devices, shared queue of work units."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ksweep.launch.worker.heartbeat import HeartbeatThread
 from ksweep.utils.errors import RunError
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
-"""Ranks may wait long for the last unit of another; the watchdog, not the collective, notices a dead one."""
+"""Ranks may wait long for another's last work unit; the heartbeat thread, not the collective, notices a dead rank."""
 
 
 @dataclass
 class ProcessGroup:
-    """The ranks of a torch.distributed job (or of a job with one rank)."""
+    """A rank's view of a torch.distributed job, or of a job with one rank (evaluation.distributed.Ranks)."""
 
-    pulse: HeartbeatThread
+    heartbeat: HeartbeatThread
     devices: tuple[str, ...]
     store: Any = None
     taken: dict[str, int] = field(default_factory=dict)
@@ -28,12 +28,12 @@ class ProcessGroup:
     @property
     def rank(self) -> int:
         """Global rank."""
-        return self.pulse.rank
+        return self.heartbeat.rank
 
     @property
     def world_size(self) -> int:
         """Ranks in the job."""
-        return self.pulse.world_size
+        return self.heartbeat.world_size
 
     @property
     def device_name(self) -> str:
@@ -43,24 +43,24 @@ class ProcessGroup:
     @property
     def job(self) -> str:
         """Id of the job."""
-        return self.pulse.job.id
+        return self.heartbeat.job.id
 
     @property
     def start(self) -> int:
         """Which start of the job this is."""
-        return self.pulse.attempt
+        return self.heartbeat.attempt
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.store is not None:
             import torch.distributed as dist
 
-            self.pulse.waiting = True
+            self.heartbeat.waiting = True
             dist.barrier()
-            self.pulse.waiting = False
+            self.heartbeat.waiting = False
 
     def take(self, queue: str) -> int:
-        """The next number of a queue; the store of the process group counts, so a fast rank takes more."""
+        """The next number of a queue, counted by the process group's store, so that a fast rank takes more."""
         if self.store is not None:
             return int(self.store.add(f"ksweep/{queue}", 1)) - 1
         self.taken[queue] = self.taken.get(queue, -1) + 1
@@ -68,38 +68,38 @@ class ProcessGroup:
 
     def should_stop(self) -> bool:
         """Whether a stop signal has come."""
-        return self.pulse.stopping
+        return self.heartbeat.stopping
 
     def report(self, phase: str, done: int, total: int, **numbers: float) -> None:
         """Progress, published with the next heartbeat."""
-        self.pulse.update(phase, done, total, numbers)
+        self.heartbeat.update(phase, done, total, numbers)
 
     def begin_cell(self, key: str, seconds: Mapping[str, float]) -> None:
-        """Which cell the rank is at from now on, published with every heartbeat."""
-        self.pulse.begin_cell(key, seconds)
+        """Attribute heartbeats to this cell."""
+        self.heartbeat.begin_cell(key, seconds)
 
 
-def join_process_group(pulse: HeartbeatThread, gpus: int, gpus_per_model: int, environment: Any) -> ProcessGroup:
-    """This rank on its devices, among the others of its job."""
+def join_process_group(heartbeat: HeartbeatThread, gpus: int, gpus_per_model: int, environment: Any) -> ProcessGroup:
+    """Join the process group of the job on this rank's devices."""
     devices = _devices(environment, gpus, gpus_per_model)
     device = devices[0]
-    pulse.heartbeat = replace(pulse.heartbeat, device=device_text(devices), gpu=gpu_ids_text(devices))
+    heartbeat.latest = replace(heartbeat.latest, device=device_text(devices), gpu=gpu_ids_text(devices))
     if environment.num_tasks == 1:
-        return ProcessGroup(pulse, devices)
+        return ProcessGroup(heartbeat, devices)
     import torch.distributed as dist
     from submitit.helpers import TorchDistributedEnvironment
 
     # Each rank sees all GPUs of its node and takes its own by number; with gpus=0 it must not be handed one.
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     # Processes of an earlier start may still hold its port.
-    os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["MASTER_PORT"]) - 20000 + 97 * pulse.attempt) % 40000)
+    os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["MASTER_PORT"]) - 20000 + 97 * heartbeat.attempt) % 40000)
     # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
     dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://", timeout=COLLECTIVE_TIMEOUT)
-    return ProcessGroup(pulse, devices, dist.distributed_c10d._get_default_store())
+    return ProcessGroup(heartbeat, devices, dist.distributed_c10d._get_default_store())
 
 
 def leave_process_group(group: ProcessGroup) -> None:
-    """Take the process group down. After success only: the other ranks fail with it, and their words would hide the cause."""
+    """Destroy the process group. After success only: the other ranks fail with it, and their errors would hide the cause."""
     if group.store is not None:
         import torch.distributed as dist
 
@@ -119,12 +119,12 @@ def _devices(environment: Any, gpus: int, per_model: int) -> tuple[str, ...]:
 
 
 def gpus_of_rank(local_rank: int, per_model: int) -> tuple[str, ...]:
-    """The GPUs of a rank among those that its job sees on the node: equal runs of numbers, in the order of the ranks."""
+    """The GPUs of a rank among those that its job sees on the node: consecutive numbers, in the order of the ranks."""
     return tuple(f"cuda:{local_rank * per_model + i}" for i in range(per_model))
 
 
 def device_text(devices: tuple[str, ...]) -> str:
-    """What torch devices are: the GPU's own name, and how many, or the kind of processor."""
+    """Human-readable name of torch devices: number and name of the GPUs, or the kind of processor."""
     if not devices[0].startswith("cuda"):
         return f"cpu ({platform.machine()})"
     import torch
@@ -134,7 +134,7 @@ def device_text(devices: tuple[str, ...]) -> str:
 
 
 def gpu_ids_text(devices: tuple[str, ...]) -> str:
-    """Which cards GPUs are, as nvidia-smi -L names them: to find the one that fails again and again. Nothing for a processor."""
+    """UUIDs of GPUs as nvidia-smi -L shows them, to find a card that fails repeatedly; empty for a processor."""
     return ", ".join(_card(device) for device in devices if device.startswith("cuda"))
 
 

@@ -1,4 +1,4 @@
-"""How a job on Slurm comes back: it puts itself into the queue again, unless somebody has ended it or it gets nowhere."""
+"""How a job on Slurm puts itself back into the queue, unless somebody has cancelled it or it makes no progress."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ksweep.launch.rank_records import Outcome
 log = logging.getLogger(__name__)
 
 STARTS_WITHOUT_PROGRESS = 3
-"""So often a job may be stopped at the same place; then its units do not fit into its time limit."""
+"""After so many starts that stop at the same point a job fails: its work units do not fit into its time limit."""
 
 
 @dataclass(frozen=True)
 class StoppedStart:
-    """A start of a job on Slurm that was stopped, as rank 0 of it knows it."""
+    """What rank 0 knows of a start of a job on Slurm that was stopped."""
 
     job: Job
     attempt: int
@@ -28,31 +28,31 @@ class StoppedStart:
     signal: int
     """Number of the signal that stopped it; 0 where another rank was stopped."""
     phase: str
-    progress: list[Any]
-    """What is published; equal in two starts that publish nothing between them."""
+    progress_marker: list[Any]
+    """Equal in two starts between which nothing was published."""
 
 
-def fail_if_stuck(start: StoppedStart, ending: Outcome) -> Outcome:
-    """Turn a stop into a failure when the job keeps reaching its time limit at the same point; requeued, it would never end."""
+def fail_if_stuck(start: StoppedStart, outcome: Outcome) -> Outcome:
+    """Turn a stop into a failure when the job keeps reaching its time limit at the same point: requeued, it would never end."""
     at_limit = start.signal == signal.SIGUSR2 and not start.job.cancel_requested()
-    if at_limit and is_stuck([start.job.read_note("requeued", n) for n in range(start.attempt)], start.progress):
+    if at_limit and is_stuck([start.job.read_note("requeued", n) for n in range(start.attempt)], start.progress_marker):
         message = (
             f"{STARTS_WITHOUT_PROGRESS} starts reached the time limit in {start.phase!r} and published nothing: a unit of "
             "work takes longer than a start may last. Raise resources.time, or spread the work over more ranks"
         )
-        return replace(ending, status="failed", kind="time limit", message=message)
-    return ending
+        return replace(outcome, status="failed", kind="time limit", message=message)
+    return outcome
 
 
-def is_stuck(requeues: Sequence[Mapping[str, Any] | None], place: list[Any]) -> bool:
-    """Whether the starts before this one reached their time limit where this one is stopped, with nothing published between."""
+def is_stuck(requeues: Sequence[Mapping[str, Any] | None], progress_marker: list[Any]) -> bool:
+    """Whether the starts before this one also reached their time limit at this point, with nothing published between."""
     last = requeues[-(STARTS_WITHOUT_PROGRESS - 1) :]
-    same = [r for r in last if r and r["why"] == "time limit" and r["place"] == place]
+    same = [r for r in last if r and r["why"] == "time limit" and r["place"] == progress_marker]
     return len(same) == STARTS_WITHOUT_PROGRESS - 1
 
 
 def requeue_job(start: StoppedStart) -> None:
-    """Put this job back into the queue after a signal of Slurm's; not when somebody has ended it, nor when a rank has failed."""
+    """Put this job back into the queue after a signal from Slurm, unless a rank failed, or the job was cancelled or finalized."""
     from ksweep.launch.slurm import commands
 
     job, number = start.job, start.slurm_id
@@ -62,21 +62,21 @@ def requeue_job(start: StoppedStart) -> None:
     if job.final_status() is not None:
         log.warning("not requeued: job %s was given up, its cells belong to another by now", number)
         return
-    facts = commands.scontrol_show_job(number)
+    shown = commands.scontrol_show_job(number)
     tag = (job.read_note("slurm") or {}).get("tag")
-    if tag and facts.get("Comment", tag) != tag:
+    if tag and shown.get("Comment", tag) != tag:
         log.warning("not requeued: job %s is another by now: slurmctld forgot this one and gave its number again", number)
         return
-    if job.cancel_requested() or (facts.get("JobState") != "RUNNING"):
+    if job.cancel_requested() or (shown.get("JobState") != "RUNNING"):
         log.warning(
             "not requeued: job %s is %s",
             number,
-            "to end" if job.cancel_requested() else facts.get("JobState", "unknown to Slurm"),
+            "to end" if job.cancel_requested() else shown.get("JobState", "unknown to Slurm"),
         )
         return
-    preempted = facts.get("PreemptTime", "None") not in ("None", "", "Unknown", "N/A")
+    preempted = shown.get("PreemptTime", "None") not in ("None", "", "Unknown", "N/A")
     why = "preempted" if preempted else "time limit" if start.signal == signal.SIGUSR2 else "asked to stop"
-    note = {"why": why, "time": time.time(), "place": start.progress}
+    note = {"why": why, "time": time.time(), "place": start.progress_marker}
     job.write_note("requeued", note, start.attempt)
     refused = commands.scontrol_requeue(number)
     if refused is not None:

@@ -1,4 +1,4 @@
-"""The process that srun starts for each rank: python -m ksweep.launch.worker.start SUBMISSION."""
+"""The program that srun starts for each rank: python -m ksweep.launch.worker.start SUBMISSION."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def run_array_element(folder: Path) -> None:
-    """Run the rank of the element of the array that this process belongs to."""
+    """Run a rank of the job of this element of the array, unless that job was finalized or cancelled."""
     from ksweep.launch.job import Job
     from ksweep.launch.worker.main import run_rank
 
     jobs = json.loads((folder / "jobs.json").read_text())
     job = Job(Path(jobs[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]))
-    if (settled := job.read_note("settled")) is not None:
-        print(f"job {job.id} was given up ({settled.get('reason')}), its cells belong to another by now", file=sys.stderr)
+    if (final := job.final_status()) is not None:
+        print(f"job {job.id} was given up ({final.get('reason')}), its cells belong to another by now", file=sys.stderr)
         return
     if job.cancel_requested():
         print(f"job {job.id} was cancelled before it started", file=sys.stderr)
