@@ -67,6 +67,7 @@ def alone(tmp_path: Path) -> Callable[..., Path]:
 # --base
 
 
+@pytest.mark.slow
 def test_base_says_where_the_model_of_both_halves_and_of_the_activations_is(
     sweep: Sweep, alone: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_base_is_autoencoder_base_and_finds_the_same_results(
     assert "computed 0 of 1 cells" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_activations_own_model_is_said_apart(sweep: Sweep, alone: Callable[..., Path], tmp_path: Path) -> None:
     """Another name in orig_model_name: --base is not its place."""
     path = alone(model_name="lab/tiny-pt", orig_model_name="lab/tiny-it")
@@ -136,6 +138,7 @@ def test_the_references_replicates_change_the_cell_alone_and_none_keep_its_key(s
     assert cell_keys(replace_at(cell, "scoring.reference_replicates", 0)) == without
 
 
+@pytest.mark.slow
 def test_a_sweep_with_both_prompts_has_the_same_texts_and_other_errors(sweep: Sweep) -> None:
     assert run(sweep, f"autoencoder.checkpoint={GEMMA3}", "encoder_prompt=[learned,text]") == 0
     by_key = ask(sweep, "SELECT draws_key, list(text ORDER BY activation, draw), list(error) FROM draws GROUP BY 1")
@@ -196,6 +199,7 @@ def test_checkpoint_data_beside_a_text_of_ones_own_is_only_the_rule(sweep: Sweep
     assert (found.positions, found.candidates, found.min_position, found.max_norm) == ("random", "not_padding", 8, 300_000)
 
 
+@pytest.mark.slow
 def test_checkpoint_data_through_a_whole_sweep(sweep: Sweep) -> None:
     text = sweep.cell.activations.text
     assert run(sweep, f"autoencoder.checkpoint={GEMMA3}", "--checkpoint-data", f"activations.text={text}") == 0

@@ -147,6 +147,7 @@ def test_a_job_that_is_stopped_and_left_is_booked_by_the_next_command(sweep: Swe
     assert rebuilt(sweep)
 
 
+@pytest.mark.slow
 def test_no_memory_is_a_class_that_is_not_run_again_unasked(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

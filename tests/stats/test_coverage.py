@@ -27,7 +27,12 @@ def simulated():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_documents", "sizes"), [*((n, "uneven") for n in (10, 20, 40, 80)), *((n, "even") for n in (20, 40, 80))]
+    ("num_documents", "sizes"),
+    [
+        *((n, "uneven") for n in (10, 20)),
+        (20, "even"),
+        *(pytest.param(n, sizes, marks=pytest.mark.trials) for n in (40, 80) for sizes in ("uneven", "even")),
+    ],
 )
 def test_intervals_and_bands_cover_and_with_uneven_documents_the_old_ones_do_not(simulated, num_documents, sizes):
     found = simulated(num_documents, sizes)
