@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ksweep.cli.output import JsonOption, RegistryOption, TableRow, VectorCacheOption, print_json, print_rows
+from ksweep.cli.output import JsonOption, RegistryOption, OutputRow, VectorCacheOption, print_json, print_rows
 from ksweep.utils.console import bytes_text
 from ksweep.utils.errors import RequestError, StoreError
 
@@ -40,7 +40,7 @@ def cache_ls_command(vector_cache: VectorCacheOption = Path("vector_cache"), as_
     print_rows(rows if as_json else [_abbreviated(row) for row in rows], as_json=as_json, names=names)
 
 
-def _abbreviated(row: TableRow) -> TableRow:
+def _abbreviated(row: OutputRow) -> OutputRow:
     """Return what a table has room for; --json and `show` have the whole paths."""
     file_names = {name: None if row[name] is None else Path(row[name]).name for name in ("model", "text")}
     whole = "yes" if row["whole_source"] else "no"
@@ -82,7 +82,7 @@ def cache_verify_command(
     """Verify the checksum of every shard. Damaged shards are set aside and computed again by the next run; exit code 1."""
     from ksweep.activations import maintenance
 
-    rows: list[TableRow] = []
+    rows: list[OutputRow] = []
     for entry in maintenance.entries(vector_cache) if key is None else [maintenance.entry_of(vector_cache, key)]:
         shards, damaged = maintenance.verify(entry)
         rows.append({"key": entry.key, "shards": shards, "bytes": entry.bytes, "damaged": damaged})
@@ -152,7 +152,7 @@ def cache_du_command(
     """Show the bytes of each key and in total, of the activations and of the registry's draws."""
     from ksweep.activations import maintenance
 
-    rows: list[TableRow] = [{"store": "activations", "key": e.key, "bytes": e.bytes} for e in maintenance.entries(vector_cache)]
+    rows: list[OutputRow] = [{"store": "activations", "key": e.key, "bytes": e.bytes} for e in maintenance.entries(vector_cache)]
     draws = [path for path in (registry / "draws").glob("*/") if not path.name.startswith("_")]
     rows += [{"store": "draws", "key": path.name, "bytes": maintenance.disk_bytes(path)} for path in draws]
     rows.sort(key=lambda row: -row["bytes"])

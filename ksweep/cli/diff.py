@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ksweep.cli.output import JsonOption, RegistryOption, TableRow, print_json, print_section, print_text, table_curve
+from ksweep.cli.output import JsonOption, RegistryOption, OutputRow, print_json, print_section, print_text, table_curve
 from ksweep.utils.errors import RequestError
 
 
@@ -33,7 +33,7 @@ def diff_command(
     _print_fve(differences)
 
 
-def _print_sections(differences: TableRow) -> None:
+def _print_sections(differences: OutputRow) -> None:
     for name, run in zip("ab", differences["runs"], strict=True):
         print_text(f"{name}: {run['run_id']}  {run['cell']}  {run['status']} {run['finished']}")
     same = [what for what, is_same in differences["same"].items() if is_same]
@@ -45,7 +45,7 @@ def _print_sections(differences: TableRow) -> None:
             print_text(f"{title}: nothing differs")
 
 
-def _print_fve(differences: TableRow) -> None:
+def _print_fve(differences: OutputRow) -> None:
     names = ("k", "a", "b", "difference", "low", "high")
     rows = [{name: row[name] for name in names} | {"clear": _clear(row)} for row in table_curve(differences["numbers"])]
     num_replicates = next((row.get("num_replicates") for row in differences["numbers"]), None)
@@ -53,7 +53,7 @@ def _print_fve(differences: TableRow) -> None:
     print_text(differences["note"])
 
 
-def _clear(row: TableRow) -> str | None:
+def _clear(row: OutputRow) -> str | None:
     """Say whether the interval excludes 0."""
     if row.get("low") is None:
         return None

@@ -14,11 +14,11 @@ RegistryOption = Annotated[Path, typer.Option("--registry", help="Directory of l
 VectorCacheOption = Annotated[Path, typer.Option("--vector-cache", help="Directory of cached activations.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
-TableRow = dict[str, Any]
+OutputRow = dict[str, Any]
 
 
 def print_rows(
-    rows: Sequence[TableRow], *, as_json: bool = False, names: Iterable[str] | None = None, about: TableRow | None = None
+    rows: Sequence[OutputRow], *, as_json: bool = False, names: Iterable[str] | None = None, about: OutputRow | None = None
 ) -> None:
     """Print rows as a table, or as one JSON object per line.
 
@@ -54,7 +54,7 @@ def print_table(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None
     out.print(table)
 
 
-def print_section(title: str, rows: Sequence[TableRow], about: TableRow | None = None) -> None:
+def print_section(title: str, rows: Sequence[OutputRow], about: OutputRow | None = None) -> None:
     """Print a title and its rows, or nothing where there are none."""
     if rows:
         print_text(f"\n{title}")
@@ -75,7 +75,7 @@ def print_json(value: Any) -> None:
     print(json.dumps(_jsonable(value)), flush=True)
 
 
-def table_curve(curve: Sequence[TableRow]) -> list[TableRow]:
+def table_curve(curve: Sequence[OutputRow]) -> list[OutputRow]:
     """Return the points of a curve that a table has room for; JSON has them all."""
     from ksweep.stats.best_of_k import kept_ks
 
@@ -83,7 +83,7 @@ def table_curve(curve: Sequence[TableRow]) -> list[TableRow]:
     return [row for row in curve if row["k"] in shown]
 
 
-def _interval_decimals(row: TableRow) -> dict[str, int]:
+def _interval_decimals(row: OutputRow) -> dict[str, int]:
     """Return how many decimals the ends of each interval (fve_low and fve_high, low and high) are precise to."""
     from ksweep.stats.interval_text import decimals_of_interval
 

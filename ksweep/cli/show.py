@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ksweep.cli.output import JsonOption, RegistryOption, TableRow, print_json, print_section, print_text, table_curve
+from ksweep.cli.output import JsonOption, RegistryOption, OutputRow, print_json, print_section, print_text, table_curve
 from ksweep.utils.console import bytes_text
 
 SHOWN_RUN_COLUMNS = (
@@ -54,7 +54,7 @@ def show_command(
     _print_examples(details["examples"])
 
 
-def _print_run(run: TableRow, spec: TableRow) -> None:
+def _print_run(run: OutputRow, spec: OutputRow) -> None:
     from ksweep.analysis.diff import flatten
 
     # Blank names: a pair of a name and its value needs no heading.
@@ -72,13 +72,13 @@ def _brief(name: str, value: object) -> object:
     return bytes_text(value) if name.endswith("_bytes") and isinstance(value, int) else value
 
 
-def _failure_rates(run: TableRow) -> list[TableRow]:
+def _failure_rates(run: OutputRow) -> list[OutputRow]:
     total = (run["num_activations"] or 0) * (run["num_draws"] or 0)
     failures = run["failures"] or {}
     return [{"cause": cause, "draws": count, "rate": count / total} for cause, count in failures.items() if total]
 
 
-def _print_examples(examples: Sequence[TableRow]) -> None:
+def _print_examples(examples: Sequence[OutputRow]) -> None:
     for rank in ("best", "median", "worst"):
         of_rank = [row for row in examples if row["rank"] == rank]
         if of_rank:
@@ -90,7 +90,7 @@ def _print_examples(examples: Sequence[TableRow]) -> None:
             print_text(f"    explanation: {unparsed if row['explanation'] is None else _one_line(row['explanation'])}")
 
 
-def _score(row: TableRow) -> str:
+def _score(row: OutputRow) -> str:
     return "no draw succeeded" if row["error"] is None else f"error {row['error']:.4f}, cosine {row['cosine']:.4f}"
 
 
