@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ksweep.cli.output import JsonOption, RegistryOption, OutputRow, VectorCacheOption, print_json, print_rows
+from ksweep.cli.output import JsonOption, OutputRow, RegistryOption, VectorCacheOption, print_json, print_rows
 from ksweep.utils.console import bytes_text
 from ksweep.utils.errors import RequestError, StoreError
 

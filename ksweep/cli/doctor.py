@@ -135,7 +135,7 @@ def _registry(registry: Path) -> Iterator[Finding]:
     report = ingest_landings(registry)
     [counts] = run_query(registry, "SELECT count(*) FILTER (status <> 'finished') AS failed FROM runs").to_pylist()
     yield Finding(
-        "registry", "ok", f"{report.database}: {report.num_runs} runs ({counts['failed']} did not finish), checked in "
+        "registry", "ok", f"{report.database}: {_number(report.num_runs, 'run')} ({counts['failed']} did not finish), checked in "
         f"{report.seconds:.2f} s",
     )  # fmt: skip
     for landing in report.quarantined:
@@ -150,12 +150,12 @@ def _draws(registry: Path) -> Iterator[Finding]:
     files = [file for key in keys for file in key.glob("part-*")]
     damaged = [file for file in files if ".damaged-" in file.name]
     size = sum(file.stat().st_size for file in files)
-    yield Finding("draws", "ok", f"{len(keys)} keys, {len(files) - len(damaged)} parts, {bytes_text(size)}")
+    yield Finding("draws", "ok", f"{_number(len(keys), 'key')}, {_number(len(files) - len(damaged), 'part')}, {bytes_text(size)}")
     if damaged:
         yield Finding(
             "draws",
             "note",
-            f"{len(damaged)} damaged parts were set aside, such as {damaged[0]}: drawn again when needed",
+            f"{_number(len(damaged), 'damaged part')} set aside, such as {damaged[0]}: drawn again when needed",
         )
 
 
@@ -167,10 +167,12 @@ def _vector_cache(vector_cache: Path) -> Iterator[Finding]:
         return
     entries = maintenance.entries(vector_cache)
     size = sum(entry.bytes for entry in entries)
-    yield Finding("vector cache", "ok", f"{len(entries)} keys, {bytes_text(size)}; `ksweep cache verify` checks their checksums")
+    yield Finding("vector cache", "ok", f"{_number(len(entries), 'key')}, {bytes_text(size)}; `ksweep cache verify` checks them")
     leftovers = maintenance.leftovers_in(vector_cache)
     if leftovers:
-        yield Finding("vector cache", "note", f"{len(leftovers)} leftovers of crashes: `ksweep cache gc --yes` removes them")
+        yield Finding(
+            "vector cache", "note", f"{_number(len(leftovers), 'crash leftover')}: `ksweep cache gc --yes` removes them"
+        )
 
 
 def _file_system(registry: Path) -> Iterator[Finding]:
@@ -187,7 +189,9 @@ def _file_system(registry: Path) -> Iterator[Finding]:
         os.replace(first, second)
         renamed = second.read_text() == "new" and not first.exists()
         yield Finding(
-            "file system", "ok" if renamed else "bad", f"{directory}: a file is {'' if renamed else 'not '}replaced by a rename"
+            "file system",
+            "ok" if renamed else "bad",
+            f"{directory}: a rename {'replaces' if renamed else 'does not replace'} a file",
         )
         try:
             with second.open("a") as file:
@@ -227,3 +231,7 @@ def _engine() -> Iterator[Finding]:
         if device == "cpu":
             message += "; attention is compiled" if compiled.library() else f"; attention is torch's: {compiled.why_not()}"
         yield Finding(f"engine on {device}", "bad" if problems else "ok", f"{message} ({time.perf_counter() - began:.1f} s)")
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"

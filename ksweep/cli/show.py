@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ksweep.cli.output import JsonOption, RegistryOption, OutputRow, print_json, print_section, print_text, table_curve
+from ksweep.cli.output import JsonOption, OutputRow, RegistryOption, print_json, print_section, print_text, table_curve
 from ksweep.utils.console import bytes_text
 
 SHOWN_RUN_COLUMNS = (

@@ -184,10 +184,10 @@ def test_cancel_asks_the_ranks_of_a_sweep_to_stop(registry: Path) -> None:
     running, done = job(registry), ended(registry, "finished")
     running.write_heartbeat(me(pid=process.pid))
     code, out = ksweep(registry, "cancel", "tiny")
-    assert code == 0 and f"cancelled: {running.id}" in out and done.id not in out and "1 job had ended before" in out
+    assert code == 0 and f"cancelled: {running.id}" in out and done.id not in out and "1 job had already ended" in out
     assert process.wait(240) == -signal.SIGTERM and running.cancel_requested() and not done.cancel_requested()
     code, out = ksweep(registry, "cancel", "tiny")
-    assert (code, out) == (0, "no job of tiny is live: 2 jobs had ended before\n")
+    assert (code, out) == (0, "no job of tiny is live: 2 jobs had already ended\n")
 
 
 def test_cancel_of_a_job_that_has_ended_says_how(registry: Path) -> None:

@@ -87,5 +87,5 @@ def format_cancel_results(name: str, results: Sequence[CancelResult]) -> list[st
         return [f"nothing to cancel: {ended[0].job} has {ended[0].state}{reason}"]
     if ended:
         nothing = "" if lines else f"no job of {name} is live: "
-        lines.append(f"{nothing}{len(ended)} job{'s' * (len(ended) != 1)} had ended before")
+        lines.append(f"{nothing}{len(ended)} job{'s' * (len(ended) != 1)} had already ended")
     return lines

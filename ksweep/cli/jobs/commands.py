@@ -90,7 +90,7 @@ def logs_command(
 
 
 def why_command(run: JobArgument, registry: RegistryOption = Path("registry"), as_json: JsonOption = False) -> None:
-    """Explain how a job is doing or ended, why, and what to do: class, each rank's node, GPU and traceback, code, last log lines."""
+    """Explain how a job is doing or ended, why, and what to do: class, each rank's node, GPU, traceback, code, last log lines."""
     from ksweep.cli.jobs import why
     from ksweep.cli.jobs.find import find_jobs, find_runs
 

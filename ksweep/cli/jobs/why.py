@@ -54,8 +54,9 @@ def run_report(run: Mapping[str, Any]) -> dict[str, Any]:
 def format_run_report(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of a run's report."""
     yield f"run {report['run']} of {report['sweep']} ({', '.join(report['cells'])}): {report['state']}"
-    reason = f"{format_reason(report['class'], report['reason'])} (the job directory is gone; this is what the registry keeps)"
-    yield f"  {reason.lstrip()}"
+    if reason := format_reason(report["class"], report["reason"]):
+        yield f"  {reason}"
+    yield "  the job directory is gone: this is what the registry keeps"
     if report["node"]:
         device = f" ({report['device']})" if report["device"] else ""
         yield f"  on {report['node']}{device}, ended {report['finished']} UTC"
