@@ -19,7 +19,7 @@ from ksweep import Autoencoder, Cell, Sampling, Scoring, Sweep
 from ksweep.activations.caching import ensure
 from ksweep.autoencoder.family import NlaPair
 from ksweep.autoencoder.nla import models as nla
-from ksweep.autoencoder.nla.loading import load_tokenizer
+from ksweep.autoencoder.nla.loading import load_nla_tokenizer
 from ksweep.autoencoder.nla.prompts import av_prompt
 from ksweep.config.presets import demo_pair, held_out_passages
 from ksweep.inference.engine import as_vectors
@@ -65,7 +65,7 @@ def load_pair(dtype: str, prompt_tokens: int = 0) -> tuple[nla.NlaVerbalizer, nl
     """Load the demo pair on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         av, ar = NlaPair(lengthened(demo_pair(), prompt_tokens, Path(folder))).pair
-        return nla.load_verbalizer(av, dtype=dtype), nla.load_reconstructor(ar, dtype=dtype)
+        return nla.load_nla_verbalizer(av, dtype=dtype), nla.load_nla_reconstructor(ar, dtype=dtype)
 
 
 def lengthened(pair: Autoencoder, prompt_tokens: int, place: Path) -> Autoencoder:
@@ -74,7 +74,7 @@ def lengthened(pair: Autoencoder, prompt_tokens: int, place: Path) -> Autoencode
     Shorter prompts get the end of PREFIX. The loader checks the marker and its neighbours in the copy as in any AV.
     """
     info, _ = NlaPair(pair).pair
-    tokenizer = load_tokenizer(info)
+    tokenizer = load_nla_tokenizer(info)
     words = tokenizer.encode(PREFIX, add_special_tokens=False)
     own = len(av_prompt(info, tokenizer).ids)
     if prompt_tokens <= own:

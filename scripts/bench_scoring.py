@@ -24,7 +24,7 @@ import yaml
 from bench_common import alternate, held_out, load_pair, parser, rate, report
 from transformers import AutoModelForCausalLM
 
-from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_reconstructor
+from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_nla_reconstructor
 from ksweep.config.presets import demo_model, demo_pair
 from ksweep.inference.engine import Request, draw
 
@@ -76,7 +76,7 @@ def with_template(template: str, dtype: str) -> NlaReconstructor:
         sidecar = yaml.safe_load((place / "nla_meta.yaml").read_text())
         sidecar["prompt_templates"]["ar"] = template
         (place / "nla_meta.yaml").write_text(yaml.safe_dump(sidecar))
-        return load_reconstructor(place, base=pair.base, dtype=dtype)
+        return load_nla_reconstructor(place, base=pair.base, dtype=dtype)
 
 
 def drawn_texts(av: NlaVerbalizer, options: argparse.Namespace) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_nla_reconstructor, load_nla_verbalizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nla"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
@@ -40,8 +40,8 @@ def differences(case: str, device: str = "cpu", batch_size: int = 64) -> list[Di
     """Everything that a pair computes in float32, against expected.npz."""
     expected = np.load(FIXTURES / case / "expected.npz")
     texts = json.loads((FIXTURES / case / "expected.json").read_text())["ar"]["texts"]
-    av = load_verbalizer(FIXTURES / case / "nla-av", dtype="float32", device=device)
-    ar = load_reconstructor(FIXTURES / case / "nla-ar", dtype="float32", device=device)
+    av = load_nla_verbalizer(FIXTURES / case / "nla-av", dtype="float32", device=device)
+    ar = load_nla_reconstructor(FIXTURES / case / "nla-ar", dtype="float32", device=device)
     activations = torch.tensor(expected["activations"])
     embeds, logits, greedy = verbalize(av, activations, expected["av_greedy_ids"].shape[1])
     reconstructions = reconstruct(ar, texts, batch_size)

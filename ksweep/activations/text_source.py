@@ -16,6 +16,7 @@ from ksweep.activations.source import Unit, refuse_unusable, to_float32
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
 from ksweep.utils.hub import resolve
+from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
     from ksweep.activations.hidden_states import BlockReader
@@ -167,12 +168,6 @@ class TextUnits:
         )
         refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")
         return unit if self.activations.max_norm is None else without_long(unit, self.activations.max_norm)
-
-
-def some_of(numbers: Sequence[str], most: int = 5) -> str:
-    """A few row numbers for a message: "0, 3, 4 and 12 more"."""
-    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    return ", ".join(numbers[:most]) + more
 
 
 def refuse_strange(token_ids: Sequence[int], num_embeddings: int, where: str) -> None:

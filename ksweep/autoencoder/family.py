@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ksweep.autoencoder.nla import checkpoint as nla
 from ksweep.autoencoder.norms import training_norm
@@ -141,8 +141,8 @@ class NlaPair(Family):
     def pair(self) -> tuple[nla.CheckpointInfo, nla.CheckpointInfo]:
         """AV and AR, each checked by itself and against the other."""
         spec = self.autoencoder
-        av = nla.inspect(resolve(spec.av or "", "AV checkpoint"), "av", base=spec.base)
-        ar = nla.inspect(resolve(spec.ar or "", "AR checkpoint"), "ar", base=spec.base)
+        av = nla.inspect_nla(resolve(spec.av or "", "AV checkpoint"), "av", base=spec.base)
+        ar = nla.inspect_nla(resolve(spec.ar or "", "AR checkpoint"), "ar", base=spec.base)
         nla.check_pair(av, ar)
         return av, ar
 
@@ -170,7 +170,7 @@ class NlaPair(Family):
     def identity(self) -> dict[str, str]:
         """Both digests; the parser of explanations and the rule of BOS where they differ from those of older keys."""
         av, ar = self.pair
-        identity = {"av": nla.digest(av), "ar": nla.digest(ar)}
+        identity = {"av": nla.digest_nla(av), "ar": nla.digest_nla(ar)}
         if av.thinks:  # thoughts before the answer are passed over
             identity["parser"] = "after_thoughts"
         if text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer):
@@ -200,15 +200,15 @@ class NlaPair(Family):
 
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
         """The AV of the pair."""
-        from ksweep.autoencoder.nla.models import load_verbalizer
+        from ksweep.autoencoder.nla.models import load_nla_verbalizer
 
-        return load_verbalizer(self.pair[0], dtype=self.autoencoder.dtype, device=devices)
+        return load_nla_verbalizer(self.pair[0], dtype=self.autoencoder.dtype, device=devices)
 
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
         """The AR of the pair; it shares nothing with the AV."""
-        from ksweep.autoencoder.nla.models import load_reconstructor
+        from ksweep.autoencoder.nla.models import load_nla_reconstructor
 
-        return load_reconstructor(self.pair[1], dtype=self.autoencoder.dtype, device=devices)
+        return load_nla_reconstructor(self.pair[1], dtype=self.autoencoder.dtype, device=devices)
 
 
 class TaeFile(Family):
@@ -302,18 +302,23 @@ class TaeFile(Family):
 
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
         """The decoder."""
-        from ksweep.autoencoder.tae.models import load_verbalizer
+        from ksweep.autoencoder.tae.models import load_tae_verbalizer
 
-        return load_verbalizer(self.info, dtype=self.autoencoder.dtype, device=devices)
+        return load_tae_verbalizer(self.info, dtype=self.autoencoder.dtype, device=devices)
 
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
         """The encoder; it shares the decoder's model where neither has base weights of its own."""
         from ksweep.autoencoder.tae.decoder import TaeVerbalizer
-        from ksweep.autoencoder.tae.models import load_reconstructor
+        from ksweep.autoencoder.tae.models import load_tae_reconstructor
 
-        shared: Any = verbalizer if isinstance(verbalizer, TaeVerbalizer) else None
         spec = self.autoencoder
-        return load_reconstructor(self.info, dtype=spec.dtype, device=devices, sharing=shared, encoder_prompt=spec.encoder_prompt)
+        return load_tae_reconstructor(
+            self.info,
+            dtype=spec.dtype,
+            device=devices,
+            sharing=verbalizer if isinstance(verbalizer, TaeVerbalizer) else None,
+            encoder_prompt=spec.encoder_prompt,
+        )
 
 
 def _is_hub_id(source: str) -> bool:

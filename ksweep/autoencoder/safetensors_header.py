@@ -13,11 +13,12 @@ from typing import Any
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.files import read_json
 from ksweep.utils.model_sizes import block_types
+from ksweep.utils.text import some_of
 
 WRAPPED = {r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)": "model.", r"^language_model\.lm_head\.": "lm_head."}
 """Names of the text model inside a multimodal wrapper (two spellings in use) -> its own names; given to transformers as well."""
 NOT_TEXT = re.compile(r"^(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|visual)\.")
-BLOCK = re.compile(r"^(.*\b(?:layers|h)\.)(\d+)\.(.+)$")
+BLOCK_TENSOR = re.compile(r"^(.*\b(?:layers|h)\.)(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _sharded(directory: Path, index: Path, weight_map: Mapping[str, str]) -> dic
         tensors.update(read_header(directory / name))
     if absent := sorted(weight_map.keys() - tensors.keys()):
         raise CheckpointError(
-            f"{index} lists tensors that no shard holds: {some(absent)}. Index and shards are of different checkpoints, or "
+            f"{index} lists tensors that no shard holds: {some_of(absent)}. Index and shards are of different checkpoints, or "
             "incomplete."
         )
     return tensors
@@ -116,13 +117,13 @@ def check_blocks(names: Iterable[str], config: Mapping[str, Any], where: Path) -
     names, num_layers = text_names(names), int(config["num_hidden_layers"])
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise CheckpointError(
-            f"{where} holds the same tensors under two spellings: {some(twice)}. Remove the language_model. copies or the bare "
-            "ones."
+            f"{where} holds the same tensors under two spellings: {some_of(twice)}. Remove the language_model. copies or the "
+            "bare ones."
         )
     blocks: dict[int, set[str]] = defaultdict(set)
     prefix = "model.layers."
     for name in names:
-        if match := BLOCK.match(name):
+        if match := BLOCK_TENSOR.match(name):
             prefix = match[1]
             blocks[int(match[2])].add(match[3])
     if beyond := sorted(i for i in blocks if i >= num_layers):
@@ -134,7 +135,7 @@ def check_blocks(names: Iterable[str], config: Mapping[str, Any], where: Path) -
     missing = [f"{prefix}{i}.{part}" for i, part in _missing_parts(blocks, block_types(config, num_layers))]
     if missing or not blocks:
         raise CheckpointError(
-            f"{where} lacks weights: {some(missing) or 'of every block'}; config.json says {num_layers} blocks. They would be "
+            f"{where} lacks weights: {some_of(missing) or 'of every block'}; config.json says {num_layers} blocks. They would be "
             "filled at random. Download the checkpoint again, or correct num_hidden_layers."
         )
 
@@ -169,10 +170,3 @@ def check_attention(config: Mapping[str, Any], where: Path) -> None:
             f"{', '.join(others)}, which keeps no keys and values. Drawing and scoring go on from shared ones, so that such "
             "models are not supported yet as AV or AR. Use a pair over a model with attention in every block."
         )
-
-
-def some(names: Iterable[str], most: int = 5) -> str:
-    """A few names for a message: "a, b, c and 12 more"."""
-    listed = sorted(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-NAMES = {
+SIZE_NAMES = {
     "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
     "hidden_size": ("n_embd", "d_model"),
     "max_position_embeddings": ("n_positions",),
@@ -18,7 +18,7 @@ def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of a config.json, with its sizes under the usual names where it says them at all."""
     text = config.get("text_config")
     found = dict(text if isinstance(text, dict) else config)
-    for name, others in NAMES.items():
+    for name, others in SIZE_NAMES.items():
         said = next((found[other] for other in (name, *others) if found.get(other) is not None), None)
         if said is not None:
             found[name] = said

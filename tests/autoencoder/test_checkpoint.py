@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from ksweep.autoencoder.nla.checkpoint import check_pair, digest, family, inspect
+from ksweep.autoencoder.nla.checkpoint import check_pair, digest_nla, inspect_nla
 from ksweep.utils import hub
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.notes import Note
@@ -191,10 +191,10 @@ def copied(case: str, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("refusal", REFUSED, ids=lambda r: r.name)
 def test_inspect_of_a_changed_checkpoint_says_what_is_wrong(case: str, refusal: Refusal, tmp_path: Path) -> None:
     path = copied(case, tmp_path) / PART[refusal.role]
-    inspect(path, refusal.role)
+    inspect_nla(path, refusal.role)
     refusal.change(path)
     with pytest.raises(CheckpointError, match=refusal.message) as raised:
-        inspect(path, refusal.role)
+        inspect_nla(path, refusal.role)
     assert "\n" not in str(raised.value) and str(path.parent) in str(raised.value)
 
 
@@ -230,7 +230,7 @@ def test_inspect_accepts_what_was_published(case: str, name: str, tmp_path: Path
     role, change = ACCEPTED[name]
     path = copied(case, tmp_path) / PART[role]
     change(path)
-    assert inspect(path, role).role == role  # type: ignore[arg-type]
+    assert inspect_nla(path, role).role == role  # type: ignore[arg-type]
 
 
 NOTED = {  # of those above, what is noted of each
@@ -249,7 +249,7 @@ def test_inspect_notes_what_a_check_lacks_and_nothing_of_an_ordinary_sidecar(nam
     role, change = ACCEPTED[name]
     path = copied("qwen2_text", tmp_path) / PART[role]
     change(path)
-    notes = inspect(path, role).notes  # type: ignore[arg-type]
+    notes = inspect_nla(path, role).notes  # type: ignore[arg-type]
     assert len(notes) == (name in NOTED)
     for note in notes:
         about, text = NOTED[name]
@@ -276,11 +276,11 @@ def test_layer_is_read_under_each_of_its_spellings(key: str, role: Any, tmp_path
     path = copied("qwen2_text", tmp_path) / PART[role]
     edit_sidecar(path, extraction_layer_index=..., critic=...)
     edit_sidecar(path, **{key.replace(".", "__"): 2})
-    assert inspect(path, role).layer == 2
+    assert inspect_nla(path, role).layer == 2
 
 
 def test_inspect_reads_the_fixture_values() -> None:
-    info = inspect(FIXTURES / "gemma3_text" / "nla-ar", "ar")
+    info = inspect_nla(FIXTURES / "gemma3_text" / "nla-ar", "ar")
     said = info.sidecar
     assert (info.layer, info.num_layers, info.d_model, said.mse_scale, said.marker_id) == (3, 4, 64, 8.0, 366)
     assert said.suffix_ids == (448, 295, 434, 520, 295) and said.base_checkpoint == "tiny-fixture/gemma3-text-base"
@@ -289,7 +289,7 @@ def test_inspect_reads_the_fixture_values() -> None:
 
 def test_sharded_weights_are_read_and_a_missing_shard_is_refused(tmp_path: Path) -> None:
     path = copied("qwen2_text", tmp_path) / "nla-av"
-    names = list(inspect(path, "av").tensors)
+    names = list(inspect_nla(path, "av").tensors)
     from safetensors.torch import load_file, save_file
 
     state, weight_map = load_file(path / "model.safetensors"), {}
@@ -299,20 +299,19 @@ def test_sharded_weights_are_read_and_a_missing_shard_is_refused(tmp_path: Path)
         weight_map |= dict.fromkeys(part, file)
     (path / "model.safetensors").unlink()
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert set(inspect(path, "av").tensors) == set(names)
+    assert set(inspect_nla(path, "av").tensors) == set(names)
     (path / "model-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lists model-1.safetensors, which is not in"):
-        inspect(path, "av")
+        inspect_nla(path, "av")
 
 
-def test_family_tells_directories_from_tae_files(tmp_path: Path) -> None:
+def test_inspect_of_a_file_or_of_nothing_says_what_was_expected(tmp_path: Path) -> None:
     file = tmp_path / "tae.pt"
     file.write_bytes(b"x")
-    assert (family(tmp_path), family(file)) == ("nla", "tae")
-    with pytest.raises(CheckpointError, match="not there"):
-        family(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"expected an AV directory .* autoencoder\.checkpoint"):
+        inspect_nla(file, "av")
     with pytest.raises(CheckpointError, match="no AV checkpoint at"):
-        inspect(tmp_path / "nothing", "av")
+        inspect_nla(tmp_path / "nothing", "av")
 
 
 # --- pairs ---
@@ -324,7 +323,7 @@ def fixture_pair(tmp_path: Path, case: str = "qwen2_text") -> tuple[Path, Path]:
 
 
 def checked(av: Path, ar: Path, *args: Any, **kwargs: Any) -> tuple[Note, ...]:
-    return check_pair(inspect(av, "av"), inspect(ar, "ar"), *args, **kwargs)
+    return check_pair(inspect_nla(av, "av"), inspect_nla(ar, "ar"), *args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +431,7 @@ def adapters(tmp_path: Path) -> TinyPair:
 
 
 def test_adapters_take_depth_and_width_from_the_base(adapters: TinyPair) -> None:
-    av, ar = inspect(adapters.av, "av"), inspect(adapters.ar, "ar")
+    av, ar = inspect_nla(adapters.av, "av"), inspect_nla(adapters.ar, "ar")
     assert (av.is_adapter, av.num_layers, ar.num_layers, ar.base) == (True, 3, 2, adapters.base.resolve())
     check_pair(av, ar)
 
@@ -440,8 +439,8 @@ def test_adapters_take_depth_and_width_from_the_base(adapters: TinyPair) -> None
 def test_adapter_base_argument_goes_before_the_configuration(adapters: TinyPair, tmp_path: Path) -> None:
     moved = adapters.base.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"over a base model that cannot be had .*Set autoencoder.base"):
-        inspect(adapters.av, "av")
-    assert inspect(adapters.av, "av", base=str(moved)).base == moved.resolve()
+        inspect_nla(adapters.av, "av")
+    assert inspect_nla(adapters.av, "av", base=str(moved)).base == moved.resolve()
 
 
 def test_adapter_over_other_base_weights_is_refused_by_digest(adapters: TinyPair, tmp_path: Path) -> None:
@@ -450,25 +449,25 @@ def test_adapter_over_other_base_weights_is_refused_by_digest(adapters: TinyPair
     sha = hashlib.sha256((adapters.base / "model.safetensors").read_bytes()).hexdigest()
     for path in (adapters.av, adapters.ar):
         edit_sidecar(path, base_digest=f"sha256:{sha}")
-    av, ar = inspect(adapters.av, "av"), inspect(adapters.ar, "ar")
+    av, ar = inspect_nla(adapters.av, "av"), inspect_nla(adapters.ar, "ar")
     assert check_pair(av, ar, activations_base=str(adapters.base)) == ()
     other = make_pair(tmp_path / "other", "qwen2", seed=7).base
     [note] = check_pair(av, ar, activations_base=str(other))
     assert note.about == "base model" and "weights are not those" in note.text and sha in note.text
     with pytest.raises(CheckpointError, match="was trained over other base weights"):
-        inspect(adapters.av, "av", base=str(other))
+        inspect_nla(adapters.av, "av", base=str(other))
     (other / "model.safetensors").rename(other / "weights.safetensors")
     with pytest.raises(CheckpointError, match="has no such single file"):
-        inspect(adapters.av, "av", base=str(other))
+        inspect_nla(adapters.av, "av", base=str(other))
 
 
 def test_adapters_over_two_bases_do_not_belong_together(adapters: TinyPair, tmp_path: Path) -> None:
     same = shutil.copytree(adapters.base, tmp_path / "same")
     other = make_pair(tmp_path / "other", "qwen2", seed=7).base
-    av = inspect(adapters.av, "av")
-    check_pair(av, inspect(adapters.ar, "ar", base=str(same)))
+    av = inspect_nla(adapters.av, "av")
+    check_pair(av, inspect_nla(adapters.ar, "ar", base=str(same)))
     with pytest.raises(CheckpointError, match="digest of the base model"):
-        check_pair(av, inspect(adapters.ar, "ar", base=str(other)))
+        check_pair(av, inspect_nla(adapters.ar, "ar", base=str(other)))
 
 
 @pytest.mark.parametrize(
@@ -487,19 +486,20 @@ def test_adapters_over_two_bases_do_not_belong_together(adapters: TinyPair, tmp_
 def test_inspect_of_a_changed_adapter_says_what_is_wrong(adapters: TinyPair, change: Any, message: str) -> None:
     change(adapters)
     with pytest.raises(CheckpointError, match=message):
-        inspect(adapters.ar, "ar")
+        inspect_nla(adapters.ar, "ar")
 
 
 def test_digest_follows_the_content_of_checkpoint_and_base(adapters: TinyPair, tmp_path: Path) -> None:
-    before = digest(inspect(adapters.av, "av"))
+    before = digest_nla(inspect_nla(adapters.av, "av"))
     (adapters.av / "README.md").write_text("words")
     moved = adapters.base.rename(tmp_path / "moved")
-    assert digest(inspect(adapters.av, "av", base=str(moved))) == before
+    assert digest_nla(inspect_nla(adapters.av, "av", base=str(moved))) == before
     edit_weights(moved, change=lambda s: s[UP].add_(1))
-    changed = digest(inspect(adapters.av, "av", base=str(moved)))
+    changed = digest_nla(inspect_nla(adapters.av, "av", base=str(moved)))
     edit_sidecar(adapters.av, extraction__injection_scale=21.0)
-    assert len({before, changed, digest(inspect(adapters.av, "av", base=str(moved)))}) == 3
-    assert digest(inspect(FIXTURES / "qwen2_text" / "nla-av", "av")) == hub.content_digest(FIXTURES / "qwen2_text" / "nla-av")
+    assert len({before, changed, digest_nla(inspect_nla(adapters.av, "av", base=str(moved)))}) == 3
+    full = FIXTURES / "qwen2_text" / "nla-av"
+    assert digest_nla(inspect_nla(full, "av")) == hub.content_digest(full)
 
 
 def test_checkpoint_module_needs_neither_torch_nor_numpy() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ksweep.activations.hidden_states import BlockReader
-from ksweep.autoencoder.nla.models import load_verbalizer
+from ksweep.autoencoder.nla.models import load_nla_verbalizer
 
 GEMMA = Path(__file__).parents[1] / "fixtures" / "nla" / "gemma3_text"
 
@@ -21,7 +21,7 @@ def test_loading_in_threads_leaves_weight_tying_alone() -> None:
         try:
             for _ in range(3):
                 BlockReader(str(GEMMA / "base"), 3, dtype="float32")
-                load_verbalizer(GEMMA / "nla-av", dtype="float32")  # tied: fails where tying has been lost
+                load_nla_verbalizer(GEMMA / "nla-av", dtype="float32")  # tied: fails where tying has been lost
         except Exception as error:
             failures.append(error)
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ksweep.autoencoder.nla.checkpoint import inspect
-from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.checkpoint import inspect_nla
+from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from ksweep.autoencoder.nla.prompts import parse_explanation
 from ksweep.inference.engine import Request, draw
 from tests.tiny_models import FAMILIES, Family, TinyPair, edit_sidecar, edit_weights, make_pair, merge_adapters
@@ -54,7 +54,7 @@ ROUNDED = {"rtol": 1e-6, "atol": 1e-6}
 
 def reference(pair: TinyPair, tmp_path: Path) -> tuple[Any, Any]:
     """AV and AR as transformers' plain text models; adapters merged by peft, the wrapper's text part taken out by hand."""
-    if inspect(pair.av, "av").is_adapter:
+    if inspect_nla(pair.av, "av").is_adapter:
         merged = merge_adapters(pair, tmp_path)
         return plain(merged.av), plain(merged.ar)
     av = Path(shutil.copytree(pair.av, tmp_path / "text"))
@@ -69,7 +69,7 @@ def reference(pair: TinyPair, tmp_path: Path) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def test_av_and_ar_equal_plain_transformers(pair: TinyPair, tmp_path: Path) -> None:
-    av, ar = load_verbalizer(pair.av, dtype="float32"), load_reconstructor(pair.ar, dtype="float32")
+    av, ar = load_nla_verbalizer(pair.av, dtype="float32"), load_nla_reconstructor(pair.ar, dtype="float32")
     plain_av, plain_ar = reference(pair, tmp_path)
     embeds = plain_av.get_input_embeddings()(torch.tensor([av.prompt_ids] * 3)).clone()
     embeds[:, av.injection_position] = 20.0 * torch.nn.functional.normalize(vectors().double())
@@ -88,7 +88,7 @@ def test_av_and_ar_equal_plain_transformers(pair: TinyPair, tmp_path: Path) -> N
 
 
 def test_hook_is_gone_after_prefill_and_the_prompt_is_run_once(pair: TinyPair) -> None:
-    av = load_verbalizer(pair.av, dtype="float32")
+    av = load_nla_verbalizer(pair.av, dtype="float32")
     av.prefill(vectors())
     seen: list[int] = []
     av.model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
@@ -98,7 +98,7 @@ def test_hook_is_gone_after_prefill_and_the_prompt_is_run_once(pair: TinyPair) -
 
 
 def test_models_are_frozen_and_the_ar_is_cut_and_bare(pair: TinyPair) -> None:
-    av, ar = load_verbalizer(pair.av), load_reconstructor(pair.ar)
+    av, ar = load_nla_verbalizer(pair.av), load_nla_reconstructor(pair.ar)
     assert not any(p.requires_grad for m in (av.model, ar.model, ar.head) for p in m.parameters())
     assert {p.dtype for m in (av.model, ar.model, ar.head) for p in m.parameters()} == {torch.bfloat16}
     assert len(ar.model.layers) == pair.layer + 1 and not hasattr(ar.model, "lm_head")
@@ -108,7 +108,7 @@ def test_models_are_frozen_and_the_ar_is_cut_and_bare(pair: TinyPair) -> None:
 
 
 def test_what_prompts_have_in_common_runs_once_and_changes_nothing(pair: TinyPair) -> None:
-    av, ar = load_verbalizer(pair.av, dtype=EXACT), load_reconstructor(pair.ar, dtype=EXACT)
+    av, ar = load_nla_verbalizer(pair.av, dtype=EXACT), load_nla_reconstructor(pair.ar, dtype=EXACT)
     assert torch.allclose(av.prefill(vectors(), av.prefix()).logits, av.prefill(vectors()).logits, **ROUNDED)
     assert av.prefix() is av.prefix() and av.prefix().get_seq_length() == av.injection_position
 
@@ -125,7 +125,7 @@ def test_what_prompts_have_in_common_runs_once_and_changes_nothing(pair: TinyPai
 
 
 def test_an_ar_that_runs_out_of_memory_goes_on_with_fewer_texts_at_once(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    ar = load_reconstructor(pair.ar, dtype=EXACT)
+    ar = load_nla_reconstructor(pair.ar, dtype=EXACT)
     texts = [f"{i} is the number of a text of {'several ' * (i % 4)}words" for i in range(20)]
     expected, forward, failed = ar.reconstruct_texts(texts), ar.model.forward, []
 
@@ -143,14 +143,14 @@ def test_an_ar_that_runs_out_of_memory_goes_on_with_fewer_texts_at_once(pair: Ti
 def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, family, adapters=True)
     before = (
-        load_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits,
-        load_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["x"]),
+        load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits,
+        load_nla_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["x"]),
     )
     for path in (pair.av, pair.ar):
         edit_weights(path, change=lambda s: [v.zero_() for k, v in s.items() if "lora_B" in k], file="adapter_model.safetensors")
     after = (
-        load_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits,
-        load_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["x"]),
+        load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits,
+        load_nla_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["x"]),
     )
     assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(before, after, strict=True))
 
@@ -160,43 +160,43 @@ def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path
 )
 def test_adapter_keys_of_backbone_and_wrapper_mean_the_same(prefix: str, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "gemma3_multimodal", adapters=True)
-    before = load_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits
+    before = load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits
 
     def rename(state: dict[str, torch.Tensor]) -> None:
         for name in list(state):
             state[name.replace("base_model.model.model.", prefix, 1)] = state.pop(name)
 
     edit_weights(pair.av, change=rename, file="adapter_model.safetensors")
-    assert torch.equal(load_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits, before)
+    assert torch.equal(load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits, before)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_wrapper_key_spellings_mean_the_same(prefix: str, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "gemma3_multimodal")
-    before = load_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits
+    before = load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits
 
     def rename(state: dict[str, torch.Tensor]) -> None:
         for name in list(state):
             state[name.replace("language_model.model.", prefix, 1)] = state.pop(name)
 
     edit_weights(pair.av, change=rename)
-    assert torch.equal(load_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits, before)
+    assert torch.equal(load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits, before)
 
 
 def test_adapter_directory_may_bring_its_own_tokenizer(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", adapters=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(pair.base / name, pair.av / name)
-    ids = load_verbalizer(pair.av, dtype="float32").prompt_ids
+    ids = load_nla_verbalizer(pair.av, dtype="float32").prompt_ids
     (pair.base / "chat_template.jinja").unlink()
-    assert load_verbalizer(pair.av, dtype="float32").prompt_ids == ids
+    assert load_nla_verbalizer(pair.av, dtype="float32").prompt_ids == ids
 
 
 def test_ar_template_is_formatted_as_python_does(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "qwen2")
     edit_sidecar(pair.ar, prompt_templates__ar="{{A}} <text>{explanation}</text> <summary>")
-    ar = load_reconstructor(pair.ar, dtype="float32")
-    tokenizer = load_verbalizer(pair.av, dtype="float32").tokenizer
+    ar = load_nla_reconstructor(pair.ar, dtype="float32")
+    tokenizer = load_nla_verbalizer(pair.av, dtype="float32").tokenizer
     assert tokenizer.decode(ar.prompts.ids(["{x} {explanation}"])[0]) == "{A} <text>{x} {explanation}</text> <summary>"
 
 
@@ -228,7 +228,7 @@ def test_parse_takes_the_first_complete_explanation(text: str, finish: Any, expe
 
 
 def test_decode_leaves_out_the_stop_token_and_what_follows(tmp_path: Path) -> None:
-    av = load_verbalizer(make_pair(tmp_path, "qwen2").av, dtype="float32")
+    av = load_nla_verbalizer(make_pair(tmp_path, "qwen2").av, dtype="float32")
     ids = av.tokenizer.encode("<explanation>naïve 日本</explanation>")
     assert av.decode([*ids, 539, 40]) == av.decode(ids) == "<explanation>naïve 日本</explanation>"
     assert av.decode([]) == "" and av.decode([538]) == "<|im_start|>"
@@ -238,7 +238,7 @@ def test_decode_leaves_out_the_stop_token_and_what_follows(tmp_path: Path) -> No
 @pytest.mark.parametrize("adapters", [False, True])
 def test_talking_pair_is_drawn_parsed_and_reconstructed(family: Family, adapters: bool, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, family, talks=True, adapters=adapters)
-    av, ar = load_verbalizer(pair.av, dtype="float32"), load_reconstructor(pair.ar, dtype="float32")
+    av, ar = load_nla_verbalizer(pair.av, dtype="float32"), load_nla_reconstructor(pair.ar, dtype="float32")
     requests = [Request(row=i, activation_key=i, draw=k) for i in range(2) for k in range(8)]
     draws = list(draw(av, vectors(2), requests, temperature=1.0, max_new_tokens=40, seed=0))
     parsed = [av.parse(av.decode(d.token_ids), d.finish) for d in draws]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ksweep.autoencoder.nla import checkpoint
-from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from ksweep.utils.errors import CheckpointError, DataError
 from tests.tiny_models import FIXTURES, Family, TinyPair, edit_sidecar, edit_weights, make_pair
 
@@ -31,7 +31,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(path: Path, role: str, **options: Any) -> Any:
-    return (load_verbalizer if role == "av" else load_reconstructor)(path, dtype=options.pop("dtype", "float32"), **options)
+    loader = load_nla_verbalizer if role == "av" else load_nla_reconstructor
+    return loader(path, dtype=options.pop("dtype", "float32"), **options)
 
 
 def set_head(value: float) -> Callable[[Path], None]:
@@ -54,7 +55,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
 
 def token_id(key: str, by: int) -> Callable[[Path], None]:
     def change(path: Path) -> None:
-        said = checkpoint.inspect(path, "av").sidecar
+        said = checkpoint.inspect_nla(path, "av").sidecar
         old = {
             "injection_token_id": said.marker_id,
             "injection_left_neighbor_id": said.left_id,
@@ -169,9 +170,9 @@ def test_role_edited_over_is_still_refused(originals: Path, tmp_path: Path) -> N
 
 
 def test_info_of_the_other_role_is_refused(originals: Path) -> None:
-    info = checkpoint.inspect(originals / "llama" / "nla-ar", "ar")
+    info = checkpoint.inspect_nla(originals / "llama" / "nla-ar", "ar")
     with pytest.raises(CheckpointError, match="is an AR checkpoint; expected the AV"):
-        load_verbalizer(info)
+        load_nla_verbalizer(info)
 
 
 @pytest.mark.parametrize("case", CASES)

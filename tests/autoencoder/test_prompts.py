@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ksweep.autoencoder.nla.checkpoint import inspect
-from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.checkpoint import inspect_nla
+from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from ksweep.autoencoder.nla.prompts import parse_explanation
 from ksweep.config.spec import Activations, Autoencoder, Cell
 from ksweep.evaluation.identity import cell_keys
@@ -37,7 +37,7 @@ def av_with_chat(originals: dict[str, TinyPair], tmp_path: Path, begin: str) -> 
     path = Path(shutil.copytree(originals["qwen2"].av, tmp_path / "nla-av"))
     (path / "chat_template.jinja").write_text(CHAT.replace("BEGIN", begin))
     tokenizer = AutoTokenizer.from_pretrained(path)
-    said = inspect(path, "av").sidecar
+    said = inspect_nla(path, "av").sidecar
     message = [{"role": "user", "content": said.av_message}]
     ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
     at = ids.index(said.marker_id)
@@ -47,23 +47,23 @@ def av_with_chat(originals: dict[str, TinyPair], tmp_path: Path, begin: str) -> 
 
 def test_chat_template_with_a_switch_for_thinking_is_noted(originals: dict[str, TinyPair], tmp_path: Path) -> None:
     path = av_with_chat(originals, tmp_path, SWITCH)
-    [note] = inspect(path, "av").notes
+    [note] = inspect_nla(path, "av").notes
     assert note.about == "prompt" and "thinking on or off (enable_thinking), and the sidecar does not say" in note.text
-    assert inspect(originals["qwen2"].av, "av").notes == ()
+    assert inspect_nla(originals["qwen2"].av, "av").notes == ()
 
 
 def test_thinking_that_the_template_does_by_default_is_understood(originals: dict[str, TinyPair], tmp_path: Path) -> None:
     path = av_with_chat(originals, tmp_path, SWITCH)
-    before = load_verbalizer(path, dtype="float32").prompt_ids
+    before = load_nla_verbalizer(path, dtype="float32").prompt_ids
     edit_sidecar(path, enable_thinking=True)
-    assert inspect(path, "av").notes == () and load_verbalizer(path, dtype="float32").prompt_ids == before
+    assert inspect_nla(path, "av").notes == () and load_nla_verbalizer(path, dtype="float32").prompt_ids == before
 
 
 def test_thinking_that_the_template_does_not_do_by_default_is_refused(originals: dict[str, TinyPair], tmp_path: Path) -> None:
     path = av_with_chat(originals, tmp_path, OFF_UNLESS_ASKED)
     edit_sidecar(path, chat_template_kwargs={"enable_thinking": True})
     with pytest.raises(CheckpointError, match="says enable_thinking: true, with which its chat template renders another prompt"):
-        load_verbalizer(path, dtype="float32")
+        load_nla_verbalizer(path, dtype="float32")
 
 
 @pytest.mark.parametrize("behind", ["", "Sure:", "- "])
@@ -73,7 +73,7 @@ def test_prompt_that_the_chat_template_ends_with_an_open_tag_is_refused(
 ) -> None:
     path = av_with_chat(originals, tmp_path, "{{- '" + tag + "\\n" + behind + "' }}")
     with pytest.raises(CheckpointError, match=rf"ends the prompt with the open tag {tag}.* not supported yet"):
-        load_verbalizer(path, dtype="float32")
+        load_nla_verbalizer(path, dtype="float32")
 
 
 @pytest.mark.parametrize("missing", [("left",), ("right",), ("left", "right")])
@@ -81,9 +81,9 @@ def test_prompt_is_built_without_the_ids_around_the_marker(
     missing: tuple[str, ...], originals: dict[str, TinyPair], tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(originals["qwen2"].av, tmp_path / "nla-av"))
-    whole = load_verbalizer(path, dtype="float32")
+    whole = load_nla_verbalizer(path, dtype="float32")
     edit_sidecar(path, **{f"tokens__injection_{side}_neighbor_id": ... for side in missing})
-    av = load_verbalizer(path, dtype="float32")
+    av = load_nla_verbalizer(path, dtype="float32")
     assert (av.prompt_ids, av.injection_position) == (whole.prompt_ids, whole.injection_position)
     vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(av.prefill(vectors).logits, whole.prefill(vectors).logits)
@@ -93,19 +93,19 @@ def test_id_beside_the_marker_is_compared_though_the_other_is_missing(originals:
     path = Path(shutil.copytree(originals["qwen2"].av, tmp_path / "nla-av"))
     edit_sidecar(path, tokens__injection_left_neighbor_id=..., tokens__injection_right_neighbor_id=7)
     with pytest.raises(CheckpointError, match=r"the sidecar says None and 7"):
-        load_verbalizer(path, dtype="float32")
+        load_nla_verbalizer(path, dtype="float32")
 
 
 def test_marker_of_one_token_and_many_characters_is_replaced(originals: dict[str, TinyPair], tmp_path: Path) -> None:
     path = Path(shutil.copytree(originals["qwen2"].av, tmp_path / "nla-av"))
     marker_id = AutoTokenizer.from_pretrained(path).convert_tokens_to_ids("<|endoftext|>")
     edit_sidecar(path, tokens__injection_char="<|endoftext|>", tokens__injection_token_id=marker_id)
-    av = load_verbalizer(path, dtype="float32")
+    av = load_nla_verbalizer(path, dtype="float32")
     assert av.prompt_ids[av.injection_position] == marker_id and av.prompt_ids.count(marker_id) == 1
     assert len(av.prefill(torch.randn(2, 32)).logits) == 2
     edit_sidecar(path, tokens__injection_char="two words")
     with pytest.raises(CheckpointError, match="the marker 'two words' is tokenized as"):
-        load_verbalizer(path, dtype="float32")
+        load_nla_verbalizer(path, dtype="float32")
 
 
 # --- the AR's template ---
@@ -125,7 +125,7 @@ def test_ar_template_that_begins_with_bos_gets_no_second_one(begin: str, origina
     pair = originals["llama"]
     path = Path(shutil.copytree(pair.ar, tmp_path / "nla-ar"))
     edit_sidecar(path, prompt_templates__ar=begin + AR_TEMPLATE)
-    plain, written = load_reconstructor(pair.ar, dtype="float32"), load_reconstructor(path, dtype="float32")
+    plain, written = load_nla_reconstructor(pair.ar, dtype="float32"), load_nla_reconstructor(path, dtype="float32")
     texts = ["x", "", "a few words", "<|begin_of_text|> inside"]
     assert written.prompts.ids(texts) == plain.prompts.ids(texts)
     assert [row[:2].count(537) for row in written.prompts.ids(texts)] == [1, 1, 1, 1]

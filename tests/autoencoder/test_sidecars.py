@@ -9,8 +9,8 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from ksweep.autoencoder.nla.checkpoint import inspect
-from ksweep.autoencoder.nla.sidecar import read_sidecar
+from ksweep.autoencoder.nla.checkpoint import inspect_nla
+from ksweep.autoencoder.nla.sidecar import read_nla_sidecar
 from ksweep.utils.errors import CheckpointError
 from tests.tiny_models import FIXTURES, edit_sidecar
 
@@ -26,7 +26,7 @@ def pair(tmp_path: Path) -> Path:
 
 def refused(path: Path, role: Role) -> str:
     with pytest.raises(CheckpointError) as raised:
-        inspect(path, role)
+        inspect_nla(path, role)
     message = str(raised.value)
     assert "\n" not in message and str(path / "nla_meta.yaml") in message and len(message) < 1500
     return message
@@ -161,23 +161,23 @@ def test_layer_that_disagrees_is_refused_wherever_it_stands(said: dict[str, Any]
 
 
 def test_hidden_size_must_equal_the_width(pair: Path) -> None:
-    width = inspect(pair / "nla-av", "av").d_model
+    width = inspect_nla(pair / "nla-av", "av").d_model
     edit_sidecar(pair / "nla-av", hidden_size=width)
-    assert inspect(pair / "nla-av", "av").d_model == width
+    assert inspect_nla(pair / "nla-av", "av").d_model == width
     edit_sidecar(pair / "nla-av", hidden_size=width + 1)
     assert f"d_model={width} and hidden_size={width + 1}" in refused(pair / "nla-av", "av")
 
 
 @pytest.mark.parametrize("left", ["outputs/run3", "checkpoints/sft_av", "my_runs/a", "someone/step-300"])
 def test_directory_of_training_beside_the_base_is_noted(left: str, pair: Path) -> None:
-    base = inspect(pair / "nla-av", "av").sidecar.base_checkpoint
+    base = inspect_nla(pair / "nla-av", "av").sidecar.base_checkpoint
     edit_sidecar(pair / "nla-av", base_model=left)
-    info = inspect(pair / "nla-av", "av")
+    info = inspect_nla(pair / "nla-av", "av")
     [note] = info.notes
     assert note.about == "base model" and f"base_model='{left}', taken as a directory of its training" in note.text
     assert info.sidecar.base_checkpoint == base
     edit_sidecar(pair / "nla-av", base_model=base, base_checkpoint=left)
-    assert inspect(pair / "nla-av", "av").sidecar.base_checkpoint == base
+    assert inspect_nla(pair / "nla-av", "av").sidecar.base_checkpoint == base
 
 
 ACCEPTED: dict[str, dict[str, Any]] = {
@@ -235,9 +235,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_key_that_informs_or_asks_for_what_is_done_is_accepted_without_a_word(name: str, role: Role, pair: Path) -> None:
-    before = inspect(pair / f"nla-{role}", role)
+    before = inspect_nla(pair / f"nla-{role}", role)
     edit_sidecar(pair / f"nla-{role}", **ACCEPTED[name])
-    after = inspect(pair / f"nla-{role}", role)
+    after = inspect_nla(pair / f"nla-{role}", role)
     assert (after.layer, after.d_model, after.notes) == (before.layer, before.d_model, ())
     assert after.sidecar.marker_id == before.sidecar.marker_id
 
@@ -276,8 +276,8 @@ def test_field_left_over_in_a_template_is_refused_by_name(role: Role, key: str, 
 def test_braces_that_are_no_field_stay_text(pair: Path) -> None:
     edit_sidecar(pair / "nla-av", prompt_templates__av='Answer as {"text": "..."}: <c>{injection_char}</c> [1] <a> {"}')
     edit_sidecar(pair / "nla-ar", prompt_templates__ar='{{"depth": 1}} {{x}} <text>{explanation}</text>')
-    assert inspect(pair / "nla-av", "av").sidecar.av_message.startswith('Answer as {"text": "..."}')
-    before, after = inspect(pair / "nla-ar", "ar").sidecar.ar_affixes
+    assert inspect_nla(pair / "nla-av", "av").sidecar.av_message.startswith('Answer as {"text": "..."}')
+    before, after = inspect_nla(pair / "nla-ar", "ar").sidecar.ar_affixes
     expected = '{{"depth": 1}} {{x}} <text>{explanation}</text>'.format(explanation="EXPLANATION")
     assert f"{before}EXPLANATION{after}" == expected
 
@@ -307,7 +307,7 @@ SPOKEN_OF = [
 @pytest.mark.parametrize("template", SPOKEN_OF)
 def test_template_that_only_speaks_of_the_tag_is_accepted(template: str, pair: Path) -> None:
     edit_sidecar(pair / "nla-av", prompt_templates__av=template)
-    assert inspect(pair / "nla-av", "av").sidecar.av_template == template
+    assert inspect_nla(pair / "nla-av", "av").sidecar.av_template == template
 
 
 @pytest.mark.parametrize("method", ["lora_sft", "full_ft_sft"])
@@ -329,13 +329,13 @@ def test_every_sidecar_that_comes_with_the_library_is_read_without_a_note() -> N
     assert len(found) == 7
     for path in found:
         role: Role = "av" if path.parent.name.endswith("av") else "ar"
-        assert read_sidecar(path.parent, role).notes == ()
+        assert read_nla_sidecar(path.parent, role).notes == ()
 
 
 def test_mapping_that_holds_itself_is_read_to_an_end(pair: Path) -> None:
     file = pair / "nla-av" / "nla_meta.yaml"
     file.write_text(f"{file.read_text()}\nprovenance: &a\n  again: [*a, *a]\n  chat: &b\n    injection: *b\n    chat: *b\n")
-    assert inspect(pair / "nla-av", "av").layer == 2
+    assert inspect_nla(pair / "nla-av", "av").layer == 2
 
 
 # hostile files
@@ -360,7 +360,7 @@ def test_value_of_any_size_makes_a_short_message_or_none(key: str, pair: Path) -
     before = "parent_datasets:\n  " + bomb(30).replace("\n", "\n  ")
     file.write_text(f"{before}\n{own}{key}: {inside}\n")
     if key == "training":
-        assert inspect(pair / "nla-av", "av").layer == 2
+        assert inspect_nla(pair / "nla-av", "av").layer == 2
     else:
         assert key in refused(pair / "nla-av", "av")
 
@@ -389,5 +389,5 @@ def test_number_beyond_all_sizes_is_refused_by_its_key(key: str, pair: Path) -> 
 def test_damaged_or_hostile_yaml_is_refused_in_one_line(text: str, says: str, pair: Path) -> None:
     (pair / "nla-av" / "nla_meta.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=says):
-        inspect(pair / "nla-av", "av")
+        inspect_nla(pair / "nla-av", "av")
     refused(pair / "nla-av", "av")

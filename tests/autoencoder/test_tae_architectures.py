@@ -33,8 +33,8 @@ from ksweep.autoencoder.tae.models import (
     TaeReconstructor,
     TaeVerbalizer,
     inspect_tae,
-    load_reconstructor,
-    load_verbalizer,
+    load_tae_reconstructor,
+    load_tae_verbalizer,
 )
 from ksweep.utils.errors import CheckpointError, DataError
 from tests.autoencoder.test_tae_fixtures import FIXTURES, drawn
@@ -333,8 +333,8 @@ def stored_in(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def loaded(tiny: Tiny, directory: Path) -> tuple[TaeInfo, TaeVerbalizer, TaeReconstructor]:
     info = inspect_tae(make(directory, tiny))
-    av = load_verbalizer(info, dtype="float32")
-    return info, av, load_reconstructor(info, dtype="float32", sharing=av)
+    av = load_tae_verbalizer(info, dtype="float32")
+    return info, av, load_tae_reconstructor(info, dtype="float32", sharing=av)
 
 
 @pytest.mark.slow
@@ -387,7 +387,7 @@ TEXT_CASES = {
 @pytest.mark.parametrize("tiny", TEXT_CASES.values(), ids=TEXT_CASES)
 def test_the_text_prompt_is_the_plain_embedding_of_its_words_in_the_encoders_base(tiny: Tiny, tmp_path: Path) -> None:
     info, av, learned = loaded(tiny, tmp_path)
-    ar = load_reconstructor(info, dtype="float32", sharing=av, encoder_prompt="text")
+    ar = load_tae_reconstructor(info, dtype="float32", sharing=av, encoder_prompt="text")
     tokenizer = Tokenizer.from_file(str(info.base / "tokenizer.json"))  # no library of ours, no special tokens around
     table = plain(info.base, stored_in(halves(info.path)["encoder"])).get_input_embeddings().weight
     prefix, _, postfix = (info.soft_prompt_text or "").partition("<text>")
@@ -408,9 +408,9 @@ def test_a_text_prompt_without_words_or_with_two_places_is_refused(tmp_path: Pat
     info = inspect_tae(make(tmp_path, Tiny("gpt2")))
     for text in (None, "a <text> b <text> c"):
         with pytest.raises(CheckpointError, match="at most one <text>"):
-            load_reconstructor(replace(info, soft_prompt_text=text), encoder_prompt="text")
+            load_tae_reconstructor(replace(info, soft_prompt_text=text), encoder_prompt="text")
     with pytest.raises(CheckpointError, match="positions, but the base has 64"):
-        load_reconstructor(replace(info, soft_prompt_text="words " * 60), encoder_prompt="text")
+        load_tae_reconstructor(replace(info, soft_prompt_text="words " * 60), encoder_prompt="text")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3", "qwen2", "llama"])
@@ -455,6 +455,6 @@ def test_base_of_other_shape_under_stored_weights_is_refused_by_name(tmp_path: P
     value["models"]["encoder"].pop("base.model.layers.0.mlp.up_proj.weight")
     torch.save(value, path)
     with pytest.raises(CheckpointError, match=r"lack model\.norm\.weight.*layers\.1\.mlp\.up_proj\.weight \[48, 33\]"):
-        load_verbalizer(path, dtype="float32")
+        load_tae_verbalizer(path, dtype="float32")
     with pytest.raises(CheckpointError, match=r"lack layers\.0\.mlp\.up_proj\.weight"):
-        load_reconstructor(path, dtype="float32")
+        load_tae_reconstructor(path, dtype="float32")

@@ -20,8 +20,8 @@ from ksweep.autoencoder.tae.models import (
     TaeReconstructor,
     TaeVerbalizer,
     inspect_tae,
-    load_reconstructor,
-    load_verbalizer,
+    load_tae_reconstructor,
+    load_tae_verbalizer,
 )
 from ksweep.inference.engine import Draw, Request, draw
 
@@ -46,8 +46,8 @@ def arrays(case: str) -> dict[str, np.ndarray]:
 @cache
 def loaded(case: str) -> tuple[TaeVerbalizer, TaeReconstructor]:
     info = inspect_tae(FIXTURES / case / said(case)["checkpoint_file"])
-    av = load_verbalizer(info, dtype="float32")
-    return av, load_reconstructor(info, dtype="float32", sharing=av)
+    av = load_tae_verbalizer(info, dtype="float32")
+    return av, load_tae_reconstructor(info, dtype="float32", sharing=av)
 
 
 def differences(case: str) -> dict[str, float]:
@@ -161,7 +161,7 @@ def test_draws_do_not_depend_on_batches_and_score_as_their_tokens(case: str) -> 
     assert [d.token_ids for d in together] == [d.token_ids for d in alone]
     tokens = torch.tensor([d.token_ids for d in together])
     assert tokens.shape == (3 * len(vectors), av.num_tokens) and len({d.token_ids for d in together}) > len(vectors)
-    exact = load_verbalizer(av.info, dtype=torch.float64)
+    exact = load_tae_verbalizer(av.info, dtype=torch.float64)
     with torch.inference_mode():
         logits, _ = continued(exact, vectors.repeat_interleave(3, dim=0), lambda step, _: tokens[:, step])
     expected = logits.double()[:, :-1].log_softmax(-1).gather(-1, tokens[:, :, None]).sum((1, 2))
@@ -177,7 +177,7 @@ def drawn(av: TaeVerbalizer, vectors: torch.Tensor, num_draws: int, **options: A
 @pytest.mark.parametrize("case", CASES)
 def test_encoder_with_its_own_blocks_equals_the_one_on_the_decoders_model(case: str) -> None:
     given, (av, shared) = arrays(case), loaded(case)
-    own = load_reconstructor(av.info, dtype="float32")
+    own = load_tae_reconstructor(av.info, dtype="float32")
     tokens, current = torch.tensor(given["fixed_tokens"]), given["current_token_ids"].tolist()
     assert shared.model is av.model and own.model is not av.model
     assert (
@@ -213,7 +213,7 @@ def test_reconstructions_keep_their_order_among_repeated_and_unequal_explanation
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_stays_near_float32(case: str) -> None:
     given, info = arrays(case), loaded(case)[0].info
-    av = load_verbalizer(info, dtype="bfloat16")
+    av = load_tae_verbalizer(info, dtype="bfloat16")
     logits = av.prefill(torch.tensor(given["activations"])).logits.numpy()
     expected = given["decoder_next_token_logits"]
     assert logits.dtype == np.float32 and np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()

@@ -411,7 +411,7 @@ def test_half_a_gigabyte_of_optimiser_state_costs_no_memory(tmp_path: Path) -> N
         "import resource, sys; from ksweep.autoencoder.tae import *\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); info = inspect_tae(sys.argv[1])\n"
-        "av = load_verbalizer(info, dtype='float32'); load_reconstructor(info, dtype='float32', sharing=av)\n"
+        "av = load_tae_verbalizer(info, dtype='float32'); load_tae_reconstructor(info, dtype='float32', sharing=av)\n"
         "print(peak() - before)"
     )
 

@@ -25,8 +25,8 @@ from ksweep.autoencoder.tae.models import (
     highest_step,
     inspect_tae,
     is_tae,
-    load_reconstructor,
-    load_verbalizer,
+    load_tae_reconstructor,
+    load_tae_verbalizer,
 )
 from ksweep.utils.errors import CheckpointError, DataError, RequestError
 from tests.autoencoder.test_tae_fixtures import FIXTURES, arrays, said
@@ -111,8 +111,8 @@ def rename_in_pickle(path: Path, old: str, new: str) -> None:
 
 def load(path: Path) -> tuple[TaeVerbalizer, TaeReconstructor]:
     info = inspect_tae(path)
-    av = load_verbalizer(info, dtype="float32")
-    return av, load_reconstructor(info, dtype="float32", sharing=av)
+    av = load_tae_verbalizer(info, dtype="float32")
+    return av, load_tae_reconstructor(info, dtype="float32", sharing=av)
 
 
 def refused(path: Path) -> str:

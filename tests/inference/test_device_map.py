@@ -85,8 +85,8 @@ def test_a_model_that_does_not_fit_is_refused_and_nothing_is_left_to_cpu_or_disk
 def of_pair(pair: TinyPair, device: Devices) -> tuple[nla.NlaVerbalizer, nla.NlaReconstructor]:
     base = str(pair.base)
     return (
-        nla.load_verbalizer(pair.av, base=base, dtype="float32", device=device),
-        nla.load_reconstructor(pair.ar, base=base, dtype="float32", device=device),
+        nla.load_nla_verbalizer(pair.av, base=base, dtype="float32", device=device),
+        nla.load_nla_reconstructor(pair.ar, base=base, dtype="float32", device=device),
     )
 
 
@@ -134,8 +134,8 @@ def test_a_talkative_autoencoder_over_two_devices_says_and_reads_the_same(name: 
     positions, tokens = [3, 8, 5], torch.tensor([[5, 9, 11, 2, 7]] * 2)
 
     def measured(device: Devices, alone: bool) -> Any:
-        av = tae.load_verbalizer(info, dtype="float32", device=device)
-        ar = tae.load_reconstructor(info, dtype="float32", device=device, sharing=None if alone else av)
+        av = tae.load_tae_verbalizer(info, dtype="float32", device=device)
+        ar = tae.load_tae_reconstructor(info, dtype="float32", device=device, sharing=None if alone else av)
         inputs = av.inputs(VECTORS, positions)
         texts = drawn(av, inputs, info.num_tokens)
         return texts, av.prefill(inputs).logits.cpu(), ar.reconstruct_tokens(tokens, [4, 6], [3, 8]), av, ar
@@ -165,7 +165,7 @@ def test_broken_weights_on_the_second_device_are_refused(tmp_path: Path, pretend
     pair = make_pair(tmp_path, "qwen2", layer=3, num_layers=5)
     edit_weights(pair.av, change=lambda state: state["model.layers.4.mlp.up_proj.weight"].fill_(float("nan")))
     with pytest.raises(CheckpointError, match=r"NaN, infinite or absurdly large.*layers\.4\.mlp\.up_proj"):
-        nla.load_verbalizer(pair.av, dtype="float32", device=TWO)
+        nla.load_nla_verbalizer(pair.av, dtype="float32", device=TWO)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ksweep.autoencoder.nla.checkpoint import inspect
-from ksweep.autoencoder.nla.models import load_reconstructor, load_verbalizer
+from ksweep.autoencoder.nla.checkpoint import inspect_nla
+from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from ksweep.inference.engine import Request, draw
 from ksweep.utils.errors import CheckpointError
 from tests.tiny_models import AR_TEMPLATE, AV_TEMPLATE, edit_weights, save_tokenizer
@@ -108,7 +108,7 @@ def test_pair_over_another_architecture_equals_plain_transformers(family: str, t
     """GPT-2 says n_embd and n_layer; GPT-NeoX calls its final norm, which has a bias, final_layer_norm; GLM's first block has no
     experts; none of them lacks anything."""
     av_path, ar_path = make_family_pair(tmp_path, family)
-    av, ar = load_verbalizer(av_path, dtype="float32"), load_reconstructor(ar_path, dtype="float32")
+    av, ar = load_nla_verbalizer(av_path, dtype="float32"), load_nla_reconstructor(ar_path, dtype="float32")
     assert (av.info.layer, av.info.num_layers, ar.info.num_layers, ar.info.d_model) == (2, LAYERS, 3, D)
     vectors = torch.randn(3, D, generator=torch.Generator().manual_seed(5))
     plain_av, plain_ar = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (av_path, ar_path))
@@ -142,7 +142,7 @@ def test_whole_hybrid_model_is_refused_for_its_blocks_and_not_as_damaged(tmp_pat
     assert not report["missing_keys"]
     for path, role in ((av, "av"), (ar, "ar")):
         with pytest.raises(CheckpointError, match=r"is a qwen3_5_text model: \d of its \d blocks are .* linear_att") as raised:
-            inspect(path, role)  # type: ignore[arg-type]
+            inspect_nla(path, role)  # type: ignore[arg-type]
         message = str(raised.value)
         assert "lacks" not in message and "random" not in message and "not supported yet" in message
 
@@ -150,22 +150,22 @@ def test_whole_hybrid_model_is_refused_for_its_blocks_and_not_as_damaged(tmp_pat
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.gate.weight", "model.layers.3.self_attn.o_proj.weight"])
 def test_block_of_experts_that_lacks_a_weight_is_named(name: str, tmp_path: Path) -> None:
     av, _ = make_family_pair(tmp_path, "glm4_moe")
-    inspect(av, "av")
+    inspect_nla(av, "av")
     edit_weights(av, change=lambda state: state.pop(name))
     with pytest.raises(CheckpointError, match=f"lacks weights: {name}"):
-        inspect(av, "av")
+        inspect_nla(av, "av")
 
 
 def test_absent_block_is_named_in_a_model_of_unlike_blocks(tmp_path: Path) -> None:
     av, _ = make_family_pair(tmp_path, "glm4_moe")
     edit_weights(av, change=lambda state: [state.pop(name) for name in list(state) if ".layers.2." in name])
     with pytest.raises(CheckpointError, match=r"lacks weights: model\.layers\.2\.input_layernorm\.weight"):
-        inspect(av, "av")
+        inspect_nla(av, "av")
 
 
 def test_model_without_sdpa_attention_is_not_called_damaged(tmp_path: Path) -> None:
     av, ar = make_family_pair(tmp_path, "gemma2")
-    for load, path in ((load_verbalizer, av), (load_reconstructor, ar)):
+    for load, path in ((load_nla_verbalizer, av), (load_nla_reconstructor, ar)):
         with pytest.raises(CheckpointError, match=r"is a gemma2 model, which transformers .* not supported yet") as raised:
             load(path, dtype="float32")
         assert "whole" not in str(raised.value)
@@ -175,7 +175,7 @@ def test_sizes_of_a_model_are_the_same_under_either_name(tmp_path: Path) -> None
     from ksweep.activations.model_config import text_config
 
     av, _ = make_family_pair(tmp_path, "gpt2")
-    info, read = inspect(av, "av"), text_config(av)
+    info, read = inspect_nla(av, "av"), text_config(av)
     assert "hidden_size" not in AutoConfig.from_pretrained(av).to_dict()
     for name, size in (("num_hidden_layers", LAYERS), ("hidden_size", D), ("max_position_embeddings", 512)):
         assert info.config[name] == read[name] == size

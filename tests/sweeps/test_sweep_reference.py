@@ -21,7 +21,7 @@ from ksweep import Activations, Autoencoder, Scoring, Sweep
 from ksweep.activations import ensure
 from ksweep.autoencoder.base import Explanation
 from ksweep.autoencoder.tae.checkpoint import inspect_tae
-from ksweep.autoencoder.tae.models import load_reconstructor
+from ksweep.autoencoder.tae.models import load_tae_reconstructor
 from ksweep.cli import main
 from ksweep.config.spec import replace_at
 from ksweep.evaluation.identity import cell_keys
@@ -105,7 +105,7 @@ def everything(sweep: Sweep, case: str) -> Everything:
     )
     draws = ask(sweep, "SELECT text, token_ids, activation, position FROM draws ORDER BY activation, draw")
     current = table.column("token_id")
-    made = load_reconstructor(info, dtype="float32").reconstruct(
+    made = load_tae_reconstructor(info, dtype="float32").reconstruct(
         [Explanation(text, tuple(ids), int(current[row]), position) for text, ids, row, position in draws]
     )
     reconstructions = np.asarray(made, dtype=np.float64).reshape(len(table), -1, info.d_model)

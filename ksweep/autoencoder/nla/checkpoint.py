@@ -11,18 +11,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ksweep.autoencoder.nla.sidecar import Role, Sidecar, read_sidecar
-from ksweep.autoencoder.safetensors_header import Tensor, check_attention, check_blocks, model_tensors, read_header, some
+from ksweep.autoencoder.nla.sidecar import NlaRole, Sidecar, read_nla_sidecar
+from ksweep.autoencoder.safetensors_header import Tensor, check_attention, check_blocks, model_tensors, read_header
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.model_sizes import language_model
 from ksweep.utils.notes import Note
+from ksweep.utils.text import some_of
 
-__all__ = ["CheckpointInfo", "Role", "Sidecar", "check_pair", "check_same_architecture", "digest", "family", "inspect"]
-
-Family = Literal["nla", "tae"]
 HEAD, ADAPTER, ADAPTER_CONFIG = "value_head.safetensors", "adapter_model.safetensors", "adapter_config.json"
 HEAD_DTYPES = ("F32", "BF16", "F16", "F64")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -49,7 +47,7 @@ class CheckpointInfo:
     """What is unusual, was accepted, and should stand beside the numbers."""
 
     @property
-    def role(self) -> Role:
+    def role(self) -> NlaRole:
         """av or ar."""
         return self.sidecar.role
 
@@ -79,24 +77,7 @@ class CheckpointInfo:
         return self.role == "av" and "<think>" in _chat_template(self.tokenizer)
 
 
-def family(path: Path) -> Family:
-    """nla: a directory in the public layout; tae: a talkative-autoencoder .pt file.
-
-    Raises:
-        CheckpointError: neither.
-    """
-    if path.is_dir():
-        return "nla"
-    if path.is_file() and path.suffix in (".pt", ".pth", ".ckpt"):
-        return "tae"
-    found = "a file" if path.exists() else "not there"
-    raise CheckpointError(
-        f"{path} is {found}; expected an AV or AR directory with nla_meta.yaml, or a talkative-autoencoder .pt file. Check the "
-        "path."
-    )
-
-
-def inspect(path: Path | str, expected_role: Role, base: str | None = None) -> CheckpointInfo:
+def inspect_nla(path: Path | str, expected_role: NlaRole, base: str | None = None) -> CheckpointInfo:
     """Check everything about an AV or AR directory that can be known from sidecar, configuration and weight headers.
 
     Args:
@@ -107,12 +88,12 @@ def inspect(path: Path | str, expected_role: Role, base: str | None = None) -> C
         CheckpointError: what is wrong, what was expected, what to do.
     """
     path = hub.resolve(str(path), f"{expected_role.upper()} checkpoint")
-    if family(path) != "nla":
+    if not path.is_dir():
         raise CheckpointError(
-            f"{path} is a talkative-autoencoder file; expected an {expected_role.upper()} directory with nla_meta.yaml. This "
-            "version reads the public NLA layout only."
+            f"{path} is a file; expected an {expected_role.upper()} directory with nla_meta.yaml. Give a talkative-autoencoder "
+            ".pt file as autoencoder.checkpoint."
         )
-    sidecar = read_sidecar(path, expected_role)
+    sidecar = read_nla_sidecar(path, expected_role)
     base_path = _base(path, base, sidecar) if (path / ADAPTER_CONFIG).exists() else None
     config = _config(base_path or path)
     _check_width(config, sidecar, base_path or path)
@@ -169,7 +150,7 @@ def check_pair(
     return _check_activations(av, ar, activations_layer, activations_d_model, activations_base)
 
 
-def digest(info: CheckpointInfo) -> str:
+def digest_nla(info: CheckpointInfo) -> str:
     """Content of a checkpoint as 32 hex digits; an adapter's includes its base, since they only mean something together."""
     own = hub.content_digest(info.path)
     if info.base is None:
@@ -313,7 +294,7 @@ def _adapter_tensors(path: Path, num_layers: int) -> dict[str, Tensor]:
     beyond = [name for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name)) and int(match[1]) >= num_layers]
     if beyond or not tensors:
         raise CheckpointError(
-            f"{path / ADAPTER} holds {'weights of blocks that are not used: ' + some(beyond) if beyond else 'no tensors'}; "
+            f"{path / ADAPTER} holds {'weights of blocks that are not used: ' + some_of(beyond) if beyond else 'no tensors'}; "
             f"expected adapter weights of blocks 0 to {num_layers - 1}. "
             "An AR adapter is made over the base cut to L + 1 blocks: check the layer in the sidecar, and that the right file "
             "was saved."
@@ -331,7 +312,7 @@ def _check_head(path: Path, d_model: int) -> None:
     head = read_header(file)
     if set(head) != {"weight"}:
         raise CheckpointError(
-            f"{file} holds the tensors {some(head) or '(none)'}; expected exactly one, named weight (no bias). Save the head "
+            f"{file} holds the tensors {some_of(head) or '(none)'}; expected exactly one, named weight (no bias). Save the head "
             f"as {{'weight': W}}, or download it again."
         )
     if head["weight"].shape != (d_model, d_model) or head["weight"].dtype not in HEAD_DTYPES:

@@ -4,7 +4,6 @@ Nothing missing, nothing extra, nothing broken: what transformers would report o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,29 +14,30 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ksweep.autoencoder.nla.checkpoint import ADAPTER, HEAD, CheckpointInfo
-from ksweep.autoencoder.safetensors_header import BLOCK, NOT_TEXT, WRAPPED, some, text_names
+from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, WRAPPED, text_names
 from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, quiet
 from ksweep.inference.device_map import placed
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.text import some_of
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
-HEADS = ("lm_head", "embed_out")
+LM_HEADS = ("lm_head", "embed_out")
 
 
 LARGEST_HEAD_WEIGHT = 1e4
 """Trained heads stay near the identity; half-saved ones in the wild held 3e38 or NaN in half of their rows."""
 
 
-def load_tokenizer(info: CheckpointInfo) -> Any:
+def load_nla_tokenizer(info: CheckpointInfo) -> Any:
     """The checkpoint's own tokenizer, or its base's."""
     with quiet(), _explained(info, "its tokenizer"):
         config = AutoConfig.from_pretrained(info.weights)  # an adapter's directory may hold a tokenizer and no config.json
         return AutoTokenizer.from_pretrained(info.tokenizer, config=config)
 
 
-def load_causal_lm(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
+def load_av_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
     """The AV: a transformers causal LM, frozen, adapters merged, its generation_config emptied of sampling values."""
     with quiet(), _explained(info, "its weights"):
         model = _merged(info, dtype) if info.is_adapter else _load(info, AutoModelForCausalLM, dtype)
@@ -47,7 +47,7 @@ def load_causal_lm(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[t
     return _ready(model, info, devices)
 
 
-def load_backbone(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
+def load_ar_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
     """The AR's blocks 0..L without lm_head, the final norm an Identity: last_hidden_state is the output of block L."""
     with quiet(), _explained(info, "its weights"):
         if info.is_adapter:
@@ -66,7 +66,7 @@ def load_backbone(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
     return _ready(model, info, devices)
 
 
-def load_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> torch.nn.Linear:
+def load_ar_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> torch.nn.Linear:
     """The AR's value head: reconstruction = W h, no bias.
 
     Raises:
@@ -110,7 +110,7 @@ def _check_report(info: CheckpointInfo, report: Mapping[str, Any], is_wrapped: b
     """Raises CheckpointError for every tensor that is missing, extra or of another shape, less those an AR never applies."""
     prefixes = ("", "model.", "transformer.", "gpt_neox.")
     norms = {f"{prefix}{name}.{part}" for prefix in prefixes for name in FINAL_NORMS for part in ("weight", "bias")}
-    heads = {f"{name}.{part}" for name in HEADS for part in ("weight", "bias")}
+    heads = {f"{name}.{part}" for name in LM_HEADS for part in ("weight", "bias")}
     unused = norms | heads if info.role == "ar" else set()
     missing = set(report["missing_keys"]) - unused
     extra = {name for name in report["unexpected_keys"] if not (is_wrapped and NOT_TEXT.match(name))}
@@ -119,7 +119,7 @@ def _check_report(info: CheckpointInfo, report: Mapping[str, Any], is_wrapped: b
     extra -= unused
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]} - unused
     found = (("lacks", missing), ("has unexpected", extra), ("has, in another shape than config.json implies,", mismatched))
-    if problems := [f"{what} {some(names)}" for what, names in found if names]:
+    if problems := [f"{what} {some_of(names)}" for what, names in found if names]:
         raise CheckpointError(
             f"the weights in {info.weights} do not fit its config.json: it {'; it '.join(problems)}. Weights that are "
             "missing would be random, and extra ones left out. Download the checkpoint again, or save it as config.json says."
@@ -127,7 +127,7 @@ def _check_report(info: CheckpointInfo, report: Mapping[str, Any], is_wrapped: b
 
 
 def _above(name: str, num_layers: int) -> bool:
-    match = BLOCK.match(name)
+    match = BLOCK_TENSOR.match(name)
     return match is not None and int(match[2]) >= num_layers
 
 
@@ -155,13 +155,14 @@ def _adapter_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """Adapter weights, named as over a text-only causal LM; they may have been made over its backbone or a multimodal wrapper."""
     prefix = "base_model.model."
     names = text_names(name.removeprefix(prefix) for name in state)
-    whole = ("model.", "transformer.", "gpt_neox.", *(f"{head}." for head in HEADS))
+    whole = ("model.", "transformer.", "gpt_neox.", *(f"{head}." for head in LM_HEADS))
     full = (name if name.startswith(whole) else f"model.{name}" for name in names)
     kept = (tensor for name, tensor in state.items() if not NOT_TEXT.match(name.removeprefix(prefix)))
     return {prefix + name: tensor for name, tensor in zip(full, kept, strict=True)}
 
 
 def _check_adapter(info: CheckpointInfo, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    expected, given = _unprefixed(expected), _unprefixed(given)
     shapes = {name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape}
     broken = {name for name, tensor in given.items() if not is_sane(tensor)}
     found = (
@@ -170,12 +171,16 @@ def _check_adapter(info: CheckpointInfo, expected: Mapping[str, torch.Tensor], g
         ("has, in another shape than adapter_config.json and the base imply,", shapes),
         ("has NaN, infinite or absurdly large values in", broken),
     )
-    if problems := [f"{what} {some(re.sub('^base_model.model.', '', name) for name in names)}" for what, names in found if names]:
+    if problems := [f"{what} {some_of(names)}" for what, names in found if names]:
         raise CheckpointError(
             f"the adapter {info.path / ADAPTER} does not fit its adapter_config.json over {info.base} ({info.num_layers} "
             f"blocks): it {'; it '.join(problems)}. "
             "An AR's adapter is made over the base cut to L + 1 blocks. Use the adapter and base that belong together."
         )
+
+
+def _unprefixed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
 
 
 def _ready(model: Any, info: CheckpointInfo, devices: Sequence[torch.device]) -> Any:
@@ -185,7 +190,7 @@ def _ready(model: Any, info: CheckpointInfo, devices: Sequence[torch.device]) ->
     if broken:
         raise CheckpointError(
             f"{info.role.upper()} {info.path} has NaN, infinite or absurdly large weights (as {model.dtype}) in "
-            f"{some(broken)}. Get an intact checkpoint; "
+            f"{some_of(broken)}. Get an intact checkpoint; "
             "if it was intact as bfloat16, do not load it as float16."
         )
     return model

@@ -1,7 +1,7 @@
 """Public NLA pairs: an AV that reads a vector from one row of its prompt, an AR that answers a text with a vector.
 
-    av = load_verbalizer("kitft/nla-qwen2.5-7b-L20-av", device="cuda")
-    ar = load_reconstructor("kitft/nla-qwen2.5-7b-L20-ar", device="cuda")
+    av = load_nla_verbalizer("kitft/nla-qwen2.5-7b-L20-av", device="cuda")
+    ar = load_nla_reconstructor("kitft/nla-qwen2.5-7b-L20-ar", device="cuda")
 
 The rules are those of the public code (kitft/natural_language_autoencoders); where that would go on silently with something
 broken, this raises CheckpointError.
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ksweep.autoencoder import trie
 from ksweep.autoencoder.injection import check_vectors, injecting, scaled
-from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, Role, inspect
-from ksweep.autoencoder.nla.loading import load_backbone, load_causal_lm, load_head, load_tokenizer
+from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, inspect_nla
+from ksweep.autoencoder.nla.loading import load_ar_head, load_ar_model, load_av_model, load_nla_tokenizer
 from ksweep.autoencoder.nla.prompts import ArPrompts, av_prompt, parse_explanation, stop_token_ids
-from ksweep.autoencoder.tokenwise import only_at
-from ksweep.autoencoder.transformers_models import blocks_of, torch_dtype
+from ksweep.autoencoder.nla.sidecar import NlaRole
+from ksweep.autoencoder.transformers_models import torch_dtype
 from ksweep.inference import memory
 from ksweep.inference.backend import Prefill
+from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices
 from ksweep.inference.kv_cache import repeated
 from ksweep.utils.errors import CheckpointError
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from ksweep.autoencoder.base import Explanation, ParseOutcome
     from ksweep.inference.backend import FinishReason
 
-BATCH_TOKENS = 16_384
+AR_BATCH_TOKENS = 16_384
 """Padded tokens that an AR reads at once, without what its template has before the text."""
 
-DIFFERENCE = 1e-4
+LEAST_LOGIT_CHANGE = 1e-4
 """Least change of the logits, as a share of the largest, that opposite vectors must make; the fixtures' AVs change by half."""
 
 
-def load_verbalizer(
+def load_nla_verbalizer(
     checkpoint: CheckpointInfo | Path | str,
     *,
     base: str | None = None,
@@ -52,8 +52,8 @@ def load_verbalizer(
     """Load an AV, every check made that needs no vectors.
 
     Args:
-        checkpoint: what `inspect` returned, a directory, or a hub id.
-        base: base model of an adapter; see `inspect`.
+        checkpoint: what `inspect_nla` returned, a directory, or a hub id.
+        base: base model of an adapter; see `inspect_nla`.
         dtype: compute precision, "bfloat16", "float16" or "float32"; weights are converted to it.
         device: where it runs; over several devices its blocks are spread.
 
@@ -61,9 +61,9 @@ def load_verbalizer(
         CheckpointError: one paragraph on what is wrong with it.
     """
     info = _inspected(checkpoint, "av", base)
-    tokenizer = load_tokenizer(info)
+    tokenizer = load_nla_tokenizer(info)
     prompt, stops = av_prompt(info, tokenizer), stop_token_ids(info, tokenizer)
-    model = load_causal_lm(info, torch_dtype(dtype), as_devices(device))
+    model = load_av_model(info, torch_dtype(dtype), as_devices(device))
     rows = model.get_input_embeddings().num_embeddings
     if max(prompt.ids) >= rows:
         raise CheckpointError(
@@ -73,30 +73,30 @@ def load_verbalizer(
     return NlaVerbalizer(info, model, tokenizer, prompt.ids, prompt.position, stops)
 
 
-def load_reconstructor(
+def load_nla_reconstructor(
     checkpoint: CheckpointInfo | Path | str,
     *,
     base: str | None = None,
     dtype: str = "bfloat16",
     device: Devices = "cpu",
 ) -> NlaReconstructor:
-    """Load an AR; arguments and errors as for `load_verbalizer`."""
+    """Load an AR; arguments and errors as for `load_nla_verbalizer`."""
     info = _inspected(checkpoint, "ar", base)
-    tokenizer = load_tokenizer(info)
+    tokenizer = load_nla_tokenizer(info)
     devices = as_devices(device)
-    head = load_head(info, torch_dtype(dtype), devices[0])
-    model = load_backbone(info, torch_dtype(dtype), devices)
+    head = load_ar_head(info, torch_dtype(dtype), devices[0])
+    model = load_ar_model(info, torch_dtype(dtype), devices)
     prompts = ArPrompts(info, tokenizer, model.get_input_embeddings().num_embeddings)
     return NlaReconstructor(info, model, head, prompts)
 
 
 class NlaVerbalizer:
-    """AV: vectors -> text. Implements `protocol.Verbalizer`."""
+    """AV: vectors -> text. Implements `base.Verbalizer`."""
 
     def __init__(
         self, info: CheckpointInfo, model: Any, tokenizer: Any, prompt_ids: tuple[int, ...], position: int, stops: frozenset[int]
     ) -> None:
-        """Parts that belong together; `load_verbalizer` makes them."""
+        """Parts that belong together; `load_nla_verbalizer` makes them."""
         self.info = info
         self.model = model
         self.tokenizer = tokenizer
@@ -148,7 +148,7 @@ class NlaVerbalizer:
                 "float32 (float16 overflows on Gemma)."
             )
         same, opposite = ((logits[0] - logits[i]).abs().max().item() for i in (1, 2))
-        if opposite <= DIFFERENCE * logits.abs().max().item() or opposite <= 10 * same:
+        if opposite <= LEAST_LOGIT_CHANGE * logits.abs().max().item() or opposite <= 10 * same:
             raise CheckpointError(
                 f"AV {self.info.path} does not read its vector: opposite vectors change the next-token logits by "
                 f"{opposite:.2g}, the same vector twice by {same:.2g}. "
@@ -179,13 +179,13 @@ class NlaVerbalizer:
 
 
 class NlaReconstructor:
-    """AR: text -> vector. Implements `protocol.Reconstructor`."""
+    """AR: text -> vector. Implements `base.Reconstructor`."""
 
     reads_empty_text = True
     """Its prompt surrounds every text."""
 
     def __init__(self, info: CheckpointInfo, model: Any, head: torch.nn.Linear, prompts: ArPrompts) -> None:
-        """Parts that belong together; `load_reconstructor` makes them."""
+        """Parts that belong together; `load_nla_reconstructor` makes them."""
         self.info = info
         self.model = model
         self.head = head
@@ -202,9 +202,8 @@ class NlaReconstructor:
     def reconstruct_texts(self, texts: Sequence[str], batch_size: int = 64) -> Float[torch.Tensor, "text d_model"]:
         """Raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts are run once.
 
-        Each text is inserted as it is: strip and parse it first. What the template has before the text runs once, and so does
-        what texts begin with alike, where that is less to read (see `trie`); a text's neighbours do not change its vector beyond
-        rounding. At most `batch_size` texts are read at once.
+        Each text is inserted as it is: strip and parse it first. What the template has before the text runs once. Texts of
+        similar length are read together, at most `batch_size` at once, which changes a vector by rounding alone.
 
         Raises:
             DataError: a text too long for the AR.
@@ -216,10 +215,9 @@ class NlaReconstructor:
         for rows, prefix in self._groups(ids):
             done = 0 if prefix is None else len(self.prompts.common)
             rest = [ids[i][done:] for i in rows]
-            alike = prefix is not None and trie.fits(self.model, done + max(map(len, rest)))
-            for batch in trie.batches(rest, BATCH_TOKENS, max(1, batch_size), alike):
-                texts_of_batch = [rows[i] for pack in batch for i in pack.texts]
-                out[texts_of_batch] = memory.in_halves(partial(self._forward, prefix=prefix), batch, self.model.device)
+            for batch in length_batches(list(map(len, rest)), AR_BATCH_TOKENS, batch_size):
+                read = memory.in_halves(partial(self._forward, prefix=prefix), [rest[i] for i in batch], self.model.device)
+                out[[rows[i] for i in batch]] = read
         if not torch.isfinite(out).all():
             worst = list(place)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
             raise CheckpointError(
@@ -245,22 +243,21 @@ class NlaReconstructor:
         return self._past
 
     @torch.inference_mode()
-    def _forward(self, batch: Sequence[trie.Pack], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
-        """The texts of packs, pack after pack, or what is left of them behind `prefix`."""
-        device, past = self.model.device, repeated(prefix, len(batch))
-        read = trie.inputs(batch, 0 if prefix is None else len(self.prompts.common), self.model.dtype, device)
-        with only_at(blocks_of(self.model)[-1], read.ends):
-            hidden = self.model(
-                input_ids=read.ids, position_ids=read.positions, attention_mask=read.mask, past_key_values=past,
-                use_cache=past is not None,
-            ).last_hidden_state  # fmt: skip
-        out: torch.Tensor = self.head(hidden.flatten(0, 1)[read.ends])
+    def _forward(self, rows: Sequence[Sequence[int]], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
+        """Reconstructions of texts, or of what is left of them behind `prefix`; none is empty."""
+        width, device = max(map(len, rows)), self.model.device
+        # No mask: padding is at the end, and a causal model's tokens do not see what comes after them.
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+        past = repeated(prefix, len(rows))
+        hidden = self.model(input_ids=ids, past_key_values=past, use_cache=past is not None).last_hidden_state
+        ends = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+        out: torch.Tensor = self.head(hidden[torch.arange(len(rows), device=hidden.device), ends])
         return out.float().cpu()
 
 
-def _inspected(checkpoint: CheckpointInfo | Path | str, role: Role, base: str | None) -> CheckpointInfo:
+def _inspected(checkpoint: CheckpointInfo | Path | str, role: NlaRole, base: str | None) -> CheckpointInfo:
     if not isinstance(checkpoint, CheckpointInfo):
-        return inspect(checkpoint, role, base)
+        return inspect_nla(checkpoint, role, base)
     if checkpoint.role != role:
         raise CheckpointError(
             f"{checkpoint.path} is an {checkpoint.role.upper()} checkpoint; expected the {role.upper()}. Pass it as "

@@ -17,20 +17,20 @@ from ksweep.utils.notes import Note
 from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, says
 from ksweep.utils.sidecar_keys import at as _at
 
-Role = Literal["av", "ar"]
+NlaRole = Literal["av", "ar"]
 FILE_NAME = "nla_meta.yaml"
-ROLES: Mapping[str, Role] = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
+ROLE_SPELLINGS: Mapping[str, NlaRole] = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 """Released sidecars say av / ar, those of the training code actor / critic."""
-TEMPLATE_KEYS: Mapping[Role, tuple[str, str]] = {
+TEMPLATE_KEYS: Mapping[NlaRole, tuple[str, str]] = {
     "av": ("prompt_templates.av", "prompt_templates.actor"), "ar": ("prompt_templates.ar", "prompt_templates.critic"),
 }  # fmt: skip
-UNDERSTOOD = frozenset({
+NLA_SIDECAR_KEYS = frozenset({
     "kind", "schema_version", "role", "d_model", "extraction.d_model", "hidden_size", "base_checkpoint", "base_digest",
     "base_model", "extraction.base_model", "extraction.injection_scale", "extraction.mse_scale", "tokens.injection_char",
     "tokens.injection_token_id", "tokens.injection_left_neighbor_id", "tokens.injection_right_neighbor_id",
     "tokens.critic_suffix_ids", "training.activation_norm", *LAYER_KEYS, *TEMPLATE_KEYS["av"], *TEMPLATE_KEYS["ar"],
 })  # fmt: skip
-HEADS = ("value_head.safetensors", "ar_lora_value_head.safetensors")
+AR_HEAD_FILES = ("value_head.safetensors", "ar_lora_value_head.safetensors")
 """Files that only an AR has."""
 MARKER_FIELD, TEXT_FIELD = "{injection_char}", "{explanation}"
 FIELD = re.compile(r"\{[\w\s-]*(?:[.\[!:][^{}]*)?\}|<<[\w\s-]+>>|\[\[[\w\s-]+\]\]|%\(\w+\)[sdfgr]")
@@ -49,7 +49,7 @@ template, and said so only by leaving training.injection_mode and training.chat_
 class Sidecar:
     """A parsed nla_meta.yaml; None is "not said"."""
 
-    role: Role
+    role: NlaRole
     d_model: int
     layer: int | None
     """L: the block whose output was verbalized, 0-based."""
@@ -88,7 +88,7 @@ class Sidecar:
         return self.av_template.replace(MARKER_FIELD, self.marker)
 
 
-def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
+def read_nla_sidecar(directory: Path, expected_role: NlaRole) -> Sidecar:
     """Parse and check `directory/nla_meta.yaml`.
 
     Raises:
@@ -99,7 +99,7 @@ def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
     _check_kind(meta, path, expected_role)
     notes: list[Note] = []
     role = _role(meta, path, expected_role, notes)
-    check_keys(meta, UNDERSTOOD, path, CheckpointError)
+    check_keys(meta, NLA_SIDECAR_KEYS, path, CheckpointError)
     d_model = _d_model(meta, path, notes)
     sidecar = Sidecar(
         role=role,
@@ -127,7 +127,7 @@ def read_sidecar(directory: Path, expected_role: Role) -> Sidecar:
     return replace(sidecar, notes=(*notes, *_check_av(sidecar, path)))
 
 
-def _read(path: Path, directory: Path, expected: Role) -> dict[str, Any]:
+def _read(path: Path, directory: Path, expected: NlaRole) -> dict[str, Any]:
     try:
         meta = read_yaml(path, CheckpointError)
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def _read(path: Path, directory: Path, expected: Role) -> dict[str, Any]:
     return meta
 
 
-def _check_kind(meta: Mapping[str, Any], path: Path, expected: Role) -> None:
+def _check_kind(meta: Mapping[str, Any], path: Path, expected: NlaRole) -> None:
     kind, version = meta.get("kind"), meta.get("schema_version")
     if kind == "nla_dataset":
         raise CheckpointError(
@@ -156,7 +156,7 @@ def _check_kind(meta: Mapping[str, Any], path: Path, expected: Role) -> None:
         _wrong(path, "schema_version", version, "1 or 2, the versions that are understood")
 
 
-def _no_sidecar(directory: Path, expected: Role) -> str:
+def _no_sidecar(directory: Path, expected: NlaRole) -> str:
     if (directory / "config.json").exists():
         return (
             f"{directory} has no {FILE_NAME}: it looks like a plain language model, not an {_name(expected)}. Pass the "
@@ -169,21 +169,21 @@ def _no_sidecar(directory: Path, expected: Role) -> str:
     )
 
 
-def _role(meta: Mapping[str, Any], path: Path, expected: Role, notes: list[Note]) -> Role:
+def _role(meta: Mapping[str, Any], path: Path, expected: NlaRole, notes: list[Note]) -> NlaRole:
     said = meta.get("role")
     if said is None:
-        if expected == "av" and (heads := [name for name in HEADS if (path.parent / name).exists()]):
+        if expected == "av" and (heads := [name for name in AR_HEAD_FILES if (path.parent / name).exists()]):
             raise CheckpointError(
                 f"{path.parent} is an {_name('ar')} checkpoint (it holds {heads[0]}), given as the {_name('av')}. Pass it as "
                 "`ar`, and the AV (verbalizer) as `av`."
             )
         notes.append(Note("checkpoint", f"{path} does not say a role; it was taken as the {_name(expected)}, as it was given."))
         return expected
-    role = ROLES.get(said) if isinstance(said, str) else None
+    role = ROLE_SPELLINGS.get(said) if isinstance(said, str) else None
     if role is None:
         raise CheckpointError(
-            f"{path} has role={abbreviated(said)}; expected one of {', '.join(ROLES)}. Correct the sidecar, or use the released "
-            "one."
+            f"{path} has role={abbreviated(said)}; expected one of {', '.join(ROLE_SPELLINGS)}. Correct the sidecar, "
+            "or use the released one."
         )
     if role != expected:
         raise CheckpointError(
@@ -193,7 +193,7 @@ def _role(meta: Mapping[str, Any], path: Path, expected: Role, notes: list[Note]
     return role
 
 
-def _name(role: Role) -> str:
+def _name(role: NlaRole) -> str:
     return "AV (verbalizer)" if role == "av" else "AR (reconstructor)"
 
 
@@ -254,7 +254,7 @@ def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | Non
     return tuple(value)
 
 
-def _template(meta: Mapping[str, Any], role: Role, path: Path) -> str | None:
+def _template(meta: Mapping[str, Any], role: NlaRole, path: Path) -> str | None:
     """A prompt template, under either of its names, with nothing left to fill in but the marker or the explanation.
 
     The AV's is filled by replacement, so that doubled braces stay; the AR's by `str.format`, which undoubles them.

@@ -13,10 +13,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ksweep.autoencoder.safetensors_header import BLOCK, NOT_TEXT, WRAPPED, some, text_names
+from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, WRAPPED, text_names
 from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, blocks_of, cut_blocks, is_sane, quiet
 from ksweep.inference.device_map import placed
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 STARTS_AT_ZERO = re.compile(r"bias$|^special_last_token_vector$|^prompt_ids$")
 
 
-def load_causal_lm(
+def load_decoder_model(
     directory: Path, stored: Mapping[str, torch.Tensor], dtype: torch.dtype, devices: Sequence[torch.device], path: Path
 ) -> Any:
     """The decoder's model, frozen: the base, with the weights that the checkpoint's decoder holds in their place.
@@ -34,7 +35,7 @@ def load_causal_lm(
     Final logit soft-capping is off, as it was in training (Gemma-2), soft-capping of attention is as the base has it.
     """
     model = _load(AutoModelForCausalLM, directory, None, dtype)
-    lay_over(model, stored, path, "decoder")
+    replace_weights(model, stored, path, "decoder")
     if getattr(model.config, "final_logit_softcapping", None) is not None:
         model.config.final_logit_softcapping = None
     model.generation_config = transformers.GenerationConfig()
@@ -43,7 +44,7 @@ def load_causal_lm(
     return _ready(model, directory, devices)
 
 
-def load_blocks(
+def load_encoder_model(
     directory: Path,
     num_blocks: int,
     stored: Mapping[str, torch.Tensor],
@@ -58,7 +59,7 @@ def load_blocks(
     model = _load(AutoModel, directory, num_blocks, dtype)
     table = model.get_input_embeddings().weight
     own = table.detach().clone() if stored else table
-    lay_over(model, stored, path, "encoder")
+    replace_weights(model, stored, path, "encoder")
     return _ready(model, directory, devices), own.detach().to(devices[0])
 
 
@@ -89,7 +90,7 @@ def exact_embedding_scale(model: Any) -> float:
     return math.sqrt(config.hidden_size) if config.model_type.startswith("gemma3") else float(embedding_scale(model))
 
 
-def lay_over(model: Any, stored: Mapping[str, torch.Tensor], path: Path, role: str) -> None:
+def replace_weights(model: Any, stored: Mapping[str, torch.Tensor], path: Path, role: str) -> None:
     """Replaces the model's weights by those in the checkpoint; all of them, or none if it has none.
 
     Weights of blocks that were left out, and of a head or final norm that the model does not have, stay unused.
@@ -111,7 +112,7 @@ def lay_over(model: Any, stored: Mapping[str, torch.Tensor], path: Path, role: s
         if own[name].shape != given[name].shape
     }
     found = (("lack", missing), ("have unexpected", extra), ("have in another shape", shapes))
-    if problems := [f"{what} {some(names)}" for what, names in found if names]:
+    if problems := [f"{what} {some_of(names)}" for what, names in found if names]:
         raise CheckpointError(
             f"the base weights that the {role} in {path} was trained with {'; they '.join(problems)}. They do not belong to the "
             "base model they should replace: check autoencoder.base, or get the whole file."
@@ -132,8 +133,8 @@ def check_contents(tensors: Mapping[str, torch.Tensor], role: str, path: Path) -
     for names, what in ((broken, "NaN, infinite or absurdly large values"), (dead, "nothing but zeros")):
         if names:
             raise CheckpointError(
-                f"the {role} in {path} holds {what} in {some(names)}: the training run broke down, or the file is damaged. Use "
-                "another checkpoint of the run."
+                f"the {role} in {path} holds {what} in {some_of(names)}: the training run broke down, or the file is damaged. "
+                "Use another checkpoint of the run."
             )
 
 
@@ -172,7 +173,7 @@ def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype
         ("has unexpected", {name for name in report["unexpected_keys"] if not _unused(name, depth, headless)}),
         ("has in another shape than config.json implies", {str(key[0]) for key in report["mismatched_keys"]}),
     )
-    if problems := [f"{what} {some(names)}" for what, names in found if names]:
+    if problems := [f"{what} {some_of(names)}" for what, names in found if names]:
         raise CheckpointError(
             f"the base model {directory} does not fit its config.json: it {'; it '.join(problems)}. Missing weights would be "
             "random. Get the whole model."
@@ -191,7 +192,7 @@ def _own_names(model: Any, stored: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 def _unused(name: str, depth: int, headless: bool) -> bool:
     """A weight that a cut or headless text model does without."""
-    block = BLOCK.match(name)
+    block = BLOCK_TENSOR.match(name)
     beyond = block is not None and int(block[2]) >= depth
     return beyond or bool(NOT_TEXT.match(name)) or (headless and name.startswith("lm_head."))
 
@@ -205,8 +206,8 @@ def _ready(model: Any, directory: Path, devices: Sequence[torch.device]) -> Any:
     """Frozen, in evaluation mode, on its devices, every weight finite."""
     if broken := [name for name, parameter in model.named_parameters() if not is_sane(parameter)]:
         raise CheckpointError(
-            f"the model over {directory} has NaN, infinite or absurdly large weights (as {model.dtype}) in {some(broken)}. Get "
-            "intact weights; if they were intact as bfloat16, do not load them as float16."
+            f"the model over {directory} has NaN, infinite or absurdly large weights (as {model.dtype}) in {some_of(broken)}. "
+            "Get intact weights; if they were intact as bfloat16, do not load them as float16."
         )
     return placed(model.requires_grad_(False).eval(), devices)
 
@@ -224,7 +225,7 @@ def _explained(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_base_tokenizer(directory: Path) -> Any:
     """The base model's own tokenizer, for showing what was said."""
     with quiet(), _explained(directory):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)

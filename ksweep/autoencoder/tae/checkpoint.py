@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksweep.autoencoder.safetensors_header import check_attention, check_blocks, model_tensors, some
+from ksweep.autoencoder.safetensors_header import check_attention, check_blocks, model_tensors
 from ksweep.autoencoder.tae.layout import (
     DecoderLayout,
     EncoderLayout,
@@ -36,6 +36,7 @@ from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.model_sizes import language_model
 from ksweep.utils.notes import Note
+from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +175,7 @@ def highest_step(directory: Path) -> Path:
     if not found:
         raise CheckpointError(f"{directory} holds no checkpoint ({', '.join(SUFFIXES)}): give the .pt file, or its directory")
     if len({path.parent for path in found}) > 1:
-        runs = some({str(path.parent.relative_to(directory)) for path in found})
+        runs = some_of({str(path.parent.relative_to(directory)) for path in found})
         raise CheckpointError(f"{directory} holds the checkpoints of several runs ({runs}): give the one that is meant")
     places: dict[Path, tuple[int, int, str]] = {}
     broken: dict[Path, CheckpointError] = {}

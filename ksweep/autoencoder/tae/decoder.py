@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 class TaeVerbalizer:
-    """AV: vectors -> text. Implements `protocol.Verbalizer`."""
+    """AV: vectors -> text. Implements `base.Verbalizer`."""
 
     def __init__(self, info: TaeInfo, model: Any, tokenizer: Any) -> None:
-        """A model that `tae_base.load_causal_lm` made; the rest comes from the checkpoint.
+        """A model that `base_model.load_decoder_model` made; the rest comes from the checkpoint.
 
         Raises:
             CheckpointError: a tensor of the decoder that is not finite, or projects everything to zero.

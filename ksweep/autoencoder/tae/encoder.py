@@ -39,7 +39,7 @@ BEFORE_BLOCKS = -2
 
 
 class TaeReconstructor:
-    """AR: explanation -> vector. Implements `protocol.Reconstructor`."""
+    """AR: explanation -> vector. Implements `base.Reconstructor`."""
 
     def __init__(
         self,

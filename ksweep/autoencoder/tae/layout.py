@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksweep.autoencoder.safetensors_header import some
 from ksweep.autoencoder.tae.schedule import Written, is_scheduled, unfreezing, was_enabled, was_unfrozen
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.notes import Note
+from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +275,7 @@ def _check_tensors(
         ("has in another shape", shapes),
         ("has as another type", kinds),
     )
-    if problems := [f"{what} {some(names)}" for what, names in found if names]:
+    if problems := [f"{what} {some_of(names)}" for what, names in found if names]:
         raise CheckpointError(
             f"the {role} in {path} does not fit its configuration: it {'; it '.join(problems)}. Without the right tensors it "
             "would compute something else than was trained: get the whole file, or check that autoencoder.base is its base."

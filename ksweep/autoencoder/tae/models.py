@@ -1,8 +1,8 @@
 """Talkative-autoencoder checkpoints: one .pt file that holds a decoder (AV) and an encoder (AR) over one base model.
 
     info = inspect_tae("checkpoints/run_17")                          # the file with the highest step
-    av = load_verbalizer(info, device="cuda")
-    ar = load_reconstructor(info, device="cuda", sharing=av)          # one base in memory where both use the same weights
+    av = load_tae_verbalizer(info, device="cuda")
+    ar = load_tae_reconstructor(info, device="cuda", sharing=av)          # one base in memory where both use the same weights
 
 Decoder and encoder stand on the checkpoint's `model_name`; activations come from `info.activations_model`, its
 `orig_model_name`, which may be another model. Formats and arithmetic: the README of tests/fixtures/tae; shapes and names:
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ksweep.autoencoder.base import Explanation
-from ksweep.autoencoder.tae.base_model import load_blocks, load_causal_lm, load_tokenizer
+from ksweep.autoencoder.tae.base_model import load_base_tokenizer, load_decoder_model, load_encoder_model
 from ksweep.autoencoder.tae.checkpoint import TaeInfo, digest_tae, highest_step, inspect_tae, is_tae
 from ksweep.autoencoder.tae.decoder import TaeVerbalizer
 from ksweep.autoencoder.tae.encoder import BEFORE_BLOCKS, TaeReconstructor, text_prompt
@@ -37,12 +37,12 @@ __all__ = [
     "highest_step",
     "inspect_tae",
     "is_tae",
-    "load_reconstructor",
-    "load_verbalizer",
+    "load_tae_reconstructor",
+    "load_tae_verbalizer",
 ]
 
 
-def load_verbalizer(
+def load_tae_verbalizer(
     checkpoint: TaeInfo | Path | str,
     *,
     base: str | None = None,
@@ -61,11 +61,11 @@ def load_verbalizer(
         CheckpointError: one paragraph on what is wrong with it.
     """
     info = _inspected(checkpoint, base)
-    model = load_causal_lm(info.base, base_state(info.states["decoder"]), torch_dtype(dtype), as_devices(device), info.path)
-    return TaeVerbalizer(info, model, load_tokenizer(info.base))
+    model = load_decoder_model(info.base, base_state(info.states["decoder"]), torch_dtype(dtype), as_devices(device), info.path)
+    return TaeVerbalizer(info, model, load_base_tokenizer(info.base))
 
 
-def load_reconstructor(
+def load_tae_reconstructor(
     checkpoint: TaeInfo | Path | str,
     *,
     base: str | None = None,
@@ -74,7 +74,7 @@ def load_reconstructor(
     sharing: TaeVerbalizer | None = None,
     encoder_prompt: EncoderPrompt = "learned",
 ) -> TaeReconstructor:
-    """Load the encoder; arguments and errors as for `load_verbalizer`.
+    """Load the encoder; arguments and errors as for `load_tae_verbalizer`.
 
     Args:
         sharing: decoder whose model is used as it is where that gives the same numbers: same checkpoint, dtype and device, and
@@ -82,12 +82,12 @@ def load_reconstructor(
         encoder_prompt: "text" puts the token embeddings of the file's soft_prompt_init_text in the place of the trained prompt.
     """
     info = _inspected(checkpoint, base)
-    prompt = text_prompt(info, load_tokenizer(info.base)) if encoder_prompt == "text" else None
+    prompt = text_prompt(info, load_base_tokenizer(info.base)) if encoder_prompt == "text" else None
     where = as_devices(device)
     if sharing is not None and _can_share(info, sharing, torch_dtype(dtype), where[0]):
         return TaeReconstructor(info, sharing.model, prompt=prompt)
     stored = base_state(info.states["encoder"])
-    model, table = load_blocks(info.base, _num_blocks(info), stored, torch_dtype(dtype), where, info.path)
+    model, table = load_encoder_model(info.base, _num_blocks(info), stored, torch_dtype(dtype), where, info.path)
     return TaeReconstructor(info, model, _decoder_table(info, model, table), prompt)
 
 
