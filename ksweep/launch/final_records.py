@@ -1,4 +1,4 @@
-"""What is recorded of a job that has ended: a row for each rank of each start, and a run record where a cell did not finish."""
+"""What is recorded of a job that has ended: a row for each rank of each start, and a run record if its cell did not finish."""
 
 from __future__ import annotations
 
@@ -12,120 +12,118 @@ from ksweep.config.spec import cell_from_dict
 from ksweep.evaluation.cell_record import identity_fields, request_fields
 from ksweep.evaluation.context import names_by_cell
 from ksweep.evaluation.identity import cell_keys
-from ksweep.launch import status
 from ksweep.launch.job import Job, read_or
 from ksweep.launch.rank_records import Heartbeat, Outcome
+from ksweep.launch.status import JobStatus
 from ksweep.registry.attempts import Attempt
 
 CLASS_OF_REQUEUE = {"time limit": "timeout", "preempted": "preempted", "asked to stop": "stopped"}
-"""Why a start was put back into the queue -> class of its end."""
+"""Why a start was put back into the queue -> the class of its end."""
 
 
-def attempt_rows(job: Job, verdict: status.JobStatus) -> list[Attempt]:
-    """An entry for each rank of each start; of a job that wrote to its logs only, for the start that said nothing else."""
+def attempt_rows(job: Job, status: JobStatus) -> list[Attempt]:
+    """A row for each rank of each start. A job that wrote only to its logs has one start."""
     spec = job.spec()
     starts = job.starts() or ([0] if any(path.stat().st_size for path in job.logs()) else [])
-    common = {
+    of_job = {
         "job": job.id, "slurm_id": job.slurm_id(), "num_ranks": spec["num_ranks"],
         "sweep": str((spec.get("argument") or {}).get("sweep", "")),
         "cells": tuple(cell["label"] for cell in spec.get("cells", [])),
     }  # fmt: skip
     labels = {cell["key"]: cell["label"] for cell in spec.get("cells", [])}
-    found = []
+    rows = []
     for start in starts:
         newest = start == starts[-1]
-        of_start = common | {"start": start, **_end_of_start(job, start, verdict, newest=newest)}
-        wish = (job.read_note("requeued", start) or {}).get("why", "")
-        beats = {beat.rank: beat for beat in read_or(partial(job.heartbeats, start), [])}
-        endings = {ending.rank: ending for ending in read_or(partial(job.outcomes, start), [])}
+        of_start = of_job | {"start": start, **_end_of_start(job, start, status, newest=newest)}
+        requeue_reason = (job.read_note("requeued", start) or {}).get("why", "")
+        heartbeats = {h.rank: h for h in read_or(partial(job.heartbeats, start), [])}
+        outcomes = {o.rank: o for o in read_or(partial(job.outcomes, start), [])}
         for rank in range(spec["num_ranks"]):
-            beat, ending = beats.get(rank), endings.get(rank)
-            told = _of_beat(beat, labels) | _of_ending(ending, verdict, wish, newest=newest)
-            told["ended"] = _utc(ending.time if ending else beat.time if beat else None)
+            heartbeat, outcome = heartbeats.get(rank), outcomes.get(rank)
+            of_rank = _heartbeat_fields(heartbeat, labels) | _outcome_fields(outcome, status, requeue_reason, newest=newest)
+            of_rank["ended"] = _utc(outcome.time if outcome else heartbeat.time if heartbeat else None)
             lines = read_or(partial(job.last_log_lines, rank, start), None) or None
-            found.append(Attempt(**of_start, **told, rank=rank, last_log_lines=lines))
-    return found
+            rows.append(Attempt(**of_start, **of_rank, rank=rank, last_log_lines=lines))
+    return rows
 
 
-def _end_of_start(job: Job, start: int, verdict: status.JobStatus, *, newest: bool) -> dict[str, Any]:
+def _end_of_start(job: Job, start: int, status: JobStatus, *, newest: bool) -> dict[str, Any]:
     """Why a start of a job ended, and why it was put back into the queue, if it was."""
     note = job.read_note("requeued", start) or {}
     if newest:
-        return {"requeued": None if "refused" in note else note.get("why"), "why": _because(verdict)}
+        return {"requeued": None if "refused" in note else note.get("why"), "why": _reason_with_class(status)}
     # A preempted job may find that Slurm has put it back already, and refuses to do it twice.
-    again = note.get("why", "by Slurm: killed, preempted or its node lost before it could say so")
-    return {"requeued": again, "why": f"requeued: {again}"}
+    why = note.get("why", "by Slurm: killed, preempted or its node lost before it could say so")
+    return {"requeued": why, "why": f"requeued: {why}"}
 
 
-def _because(verdict: status.JobStatus) -> str:
-    if verdict.state == "finished" or not verdict.kind or verdict.reason.startswith(verdict.kind):
-        return verdict.reason or verdict.state
-    return f"{verdict.kind}: {verdict.reason}"
+def _reason_with_class(status: JobStatus) -> str:
+    if status.state == "finished" or not status.kind or status.reason.startswith(status.kind):
+        return status.reason or status.state
+    return f"{status.kind}: {status.reason}"
 
 
-def _of_beat(beat: Heartbeat | None, labels: dict[str, str]) -> dict[str, Any]:
-    if beat is None:
+def _heartbeat_fields(heartbeat: Heartbeat | None, labels: dict[str, str]) -> dict[str, Any]:
+    if heartbeat is None:
         return {}
     return {
-        "host": beat.host, "device": beat.device or None, "gpu": beat.gpu or None, "phase": beat.phase, "done": beat.done,
-        "total": beat.total, "began": _utc(beat.began or None), "cell_key": beat.cell or None, "label": labels.get(beat.cell),
+        "host": heartbeat.host, "device": heartbeat.device or None, "gpu": heartbeat.gpu or None, "phase": heartbeat.phase,
+        "done": heartbeat.done, "total": heartbeat.total, "began": _utc(heartbeat.began or None),
+        "cell_key": heartbeat.cell or None, "label": labels.get(heartbeat.cell),
     }  # fmt: skip
 
 
-def _of_ending(ending: Outcome | None, verdict: status.JobStatus, wish: str, *, newest: bool) -> dict[str, Any]:
-    """What a rank said about its end; of one that said nothing, what is said of the job where that fits it.
-
-    `wish` is why the start wanted to be put back into the queue, if it did.
-    """
-    if ending is None:
-        # Of a job that a rank ended with words of its own, the silent ones are not to blame.
-        known = (
+def _outcome_fields(outcome: Outcome | None, status: JobStatus, requeue_reason: str, *, newest: bool) -> dict[str, Any]:
+    """The end of a rank, from its outcome; of a rank that wrote none, from the job's status where that explains it."""
+    if outcome is None:
+        # Where another rank's own failure ended the job, a rank without an outcome is not to blame.
+        explains = (
             newest
-            and verdict.state != "finished"
-            and (verdict.outcome is None or verdict.outcome.kind in ("dead rank", "node failure"))
+            and status.state != "finished"
+            and (status.outcome is None or status.outcome.kind in ("dead rank", "node failure"))
         )
-        told = {"error_class": verdict.kind or None, "message": verdict.reason} if known else {}
-        return {"status": "gone", **told}
-    kind = ending.kind if ending.status == "failed" else ""
-    if ending.status == "stopped":
-        kind = CLASS_OF_REQUEUE.get(wish) or (verdict.kind if newest and verdict.state == "stopped" else "")
+        return {"status": "gone"} | ({"error_class": status.kind or None, "message": status.reason} if explains else {})
+    kind = outcome.kind if outcome.status == "failed" else ""
+    if outcome.status == "stopped":
+        kind = CLASS_OF_REQUEUE.get(requeue_reason) or (status.kind if newest and status.state == "stopped" else "")
     return {
-        "status": ending.status, "error_class": kind or None, "error_type": ending.error_type or None,
-        "message": ending.message or None, "traceback": ending.traceback or None,
+        "status": outcome.status, "error_class": kind or None, "error_type": outcome.error_type or None,
+        "message": outcome.message or None, "traceback": outcome.traceback or None,
     }  # fmt: skip
 
 
-def record_unfinished_run(job: Job, verdict: status.JobStatus, left: Sequence[Attempt]) -> None:
-    """Put it into the registry with every rank's words; under a name that two who find the job at once both give it."""
-    spec, newest = job.spec(), job.attempt()
-    beats = {beat.rank: beat for beat in read_or(job.heartbeats, [])}
-    ending = verdict.outcome
-    beat = beats.get(ending.rank if ending else 0) or next(iter(beats.values()), None)
-    first = next((a for a in left if a.start == newest and ending and a.rank == ending.rank), None)
+def record_unfinished_run(job: Job, status: JobStatus, rows: Sequence[Attempt]) -> None:
+    """Write the run record of a job that failed or stopped, with what every rank reported.
+
+    Its run id depends on the job alone, so that two commands that find the job at once write one record.
+    """
+    spec, newest, cause = job.spec(), job.attempt(), status.outcome
+    heartbeats = {h.rank: h for h in read_or(job.heartbeats, [])}
+    heartbeat = heartbeats.get(cause.rank if cause else 0) or next(iter(heartbeats.values()), None)
+    row = next((r for r in rows if r.start == newest and cause and r.rank == cause.rank), None)
     keys = [cell["key"] for cell in spec["cells"]]
-    at = keys.index(beat.cell) if beat and beat.cell in keys else None
     write_unfinished_run(
-        spec["argument"], at, job.id[-6:],
-        status="failed" if verdict.state == "failed" else "stopped",
-        job=job.id, start=newest, error_class=verdict.kind or verdict.state,
-        error_type=first.error_type if first else None,
-        error_message=ending.message if ending and ending.kind == verdict.kind else verdict.reason,
-        tracebacks=tuple(words for a in left if a.start == newest and (words := _words(a))),
-        host=beat.host if beat else None, device=beat.device or None if beat else None,
-        num_ranks=spec["num_ranks"], seconds=beat.seconds if beat else {},
-        started=_utc(beat.cell_began or beat.began or None if beat else None) or _utc(job.submitted_at()),
-        finished=_utc(ending.time if ending else job.last_activity()),
+        spec["argument"], keys.index(heartbeat.cell) if heartbeat and heartbeat.cell in keys else None, job.id[-6:],
+        status="failed" if status.state == "failed" else "stopped",
+        job=job.id, start=newest, error_class=status.kind or status.state,
+        error_type=row.error_type if row else None,
+        error_message=cause.message if cause and cause.kind == status.kind else status.reason,
+        tracebacks=tuple(text for r in rows if r.start == newest and (text := _report_of_rank(r))),
+        host=heartbeat.host if heartbeat else None, device=heartbeat.device or None if heartbeat else None,
+        num_ranks=spec["num_ranks"], seconds=heartbeat.seconds if heartbeat else {},
+        started=_utc(heartbeat.cell_began or heartbeat.began or None if heartbeat else None) or _utc(job.submitted_at()),
+        finished=_utc(cause.time if cause else job.last_activity()),
     )  # fmt: skip
 
 
-def _words(attempt: Attempt) -> str:
-    """What one rank has to say, as text."""
-    if attempt.status == "finished" or not (attempt.traceback or attempt.last_log_lines or attempt.message):
+def _report_of_rank(row: Attempt) -> str:
+    """What a rank reported, as text: message, traceback and last log lines."""
+    if row.status == "finished" or not (row.traceback or row.last_log_lines or row.message):
         return ""
-    how = ", ".join(word for word in (attempt.status, attempt.error_class) if word)
-    where = f" on {attempt.host} ({attempt.gpu or attempt.device})" if attempt.host else ""
-    lines = [f"rank {attempt.rank}{where}, {how}: {attempt.message or ''}", attempt.traceback]
-    lines += [f"last log lines:\n{attempt.last_log_lines}"] if attempt.last_log_lines else []
+    end = ", ".join(word for word in (row.status, row.error_class) if word)
+    where = f" on {row.host} ({row.gpu or row.device})" if row.host else ""
+    lines = [f"rank {row.rank}{where}, {end}: {row.message or ''}", row.traceback]
+    lines += [f"last log lines:\n{row.last_log_lines}"] if row.last_log_lines else []
     return "\n".join(line.rstrip() for line in lines if line)
 
 
@@ -133,38 +131,40 @@ def _utc(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
-def write_unfinished_run(argument: dict[str, Any], cell: int | None, name: str, **told: Any) -> None:
-    """Land the run of a job that ended before its time; it says nothing itself, because no rank knows how the others ended.
+def write_unfinished_run(argument: dict[str, Any], cell: int | None, name: str, **fields: Any) -> None:
+    """Write the run record of a cell that did not finish, unless it is there already.
 
     Args:
-        argument: what the job was given.
-        cell: which of its cells it was at; None for the first that neither finished nor failed since the job was started.
-        name: end of the run id: two who find the same job make one run.
-        told: fields of the record: status, class, every rank's words.
+        argument: the argument of the job's entry point.
+        cell: index of the current cell; None for the first that neither finished nor failed since the job was started.
+        name: end of the run id.
+        fields: further fields of the record: status, class, what every rank reported.
     """
     from ksweep.registry import run_record
 
     registry = Path(argument["registry"])
-    cell = _current_cell(argument, told["started"]) if cell is None else cell
+    cell = _current_cell(argument, fields["started"]) if cell is None else cell
     if cell is None:
         return
-    origin = argument.get("origin", {})
-    known = cell_from_dict(argument["cells"][cell])
-    names = names_by_cell(argument).get(known)
-    keys = cell_keys(known) if names is None else cell_keys(known).with_names(*names)
-    identity = identity_fields(known, keys) | {"run_id": f"{told['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"}
-    if (registry / "landing" / identity["run_id"]).exists():
+    spec = cell_from_dict(argument["cells"][cell])
+    names = names_by_cell(argument).get(spec)
+    keys = cell_keys(spec) if names is None else cell_keys(spec).with_names(*names)
+    run_id = f"{fields['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"
+    if (registry / "landing" / run_id).exists():
         return
-    record = run_record.RunRecord(**identity, **request_fields(argument["sweep"], argument["resources"], origin), **told)
-    run_record.write_run(registry, record)
+    request = request_fields(argument["sweep"], argument["resources"], argument.get("origin", {}))
+    run_record.write_run(registry, run_record.RunRecord(**identity_fields(spec, keys) | {"run_id": run_id}, **request, **fields))
 
 
 def _current_cell(argument: dict[str, Any], started: datetime) -> int | None:
-    """Of a job that did not say which cell it was at; None where an older version of it has landed its failure itself."""
+    """Index of the cell that a job was working on, where no heartbeat says so.
+
+    None where an older version of the job has recorded its failure itself.
+    """
     from ksweep.registry.query import runs_since
 
-    said = runs_since(Path(argument["registry"]), started)
+    status_by_key = runs_since(Path(argument["registry"]), started)
     keys = [cell_keys(cell).cell for cell in map(cell_from_dict, argument["cells"])]
-    if any(said.get(key) == "failed" for key in keys):
+    if any(status_by_key.get(key) == "failed" for key in keys):
         return None
-    return next((n for n, key in enumerate(keys) if key not in said), len(keys) - 1)
+    return next((n for n, key in enumerate(keys) if key not in status_by_key), len(keys) - 1)

@@ -15,6 +15,7 @@ alive somewhere cannot be mistaken for the newer one, and end themselves when th
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -215,6 +216,11 @@ CANCEL_REQUESTED = "asked-to-end"
 READ_ATTEMPTS = 4
 """How often a record is tried before it counts as unreadable."""
 TAIL_BYTES = 65_536
+
+
+def logs_directory(registry: Path | str) -> Path:
+    """The directory of the jobs that write into a registry: beside it."""
+    return Path(os.path.abspath(registry)).parent / "logs"
 
 
 def all_jobs(logs: Path) -> list[Job]:

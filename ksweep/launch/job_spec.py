@@ -6,23 +6,17 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from ksweep.config.spec import Autoencoder, Cell
 from ksweep.config.sweep import Sweep
 from ksweep.launch import hardware
-from ksweep.launch.job import Job, create_job
+from ksweep.launch.job import Job, create_job, logs_directory
 from ksweep.launch.plan import Step
 from ksweep.utils.provenance import provenance
 
 ENTRY = "ksweep.evaluation.evaluate:run_job"
 
 MissingCells = Sequence[tuple[Cell, Step]]
-
-
-def logs_of(sweep: Sweep) -> Path:
-    """Where the jobs of a sweep say how they go: beside its registry."""
-    return Path(os.path.abspath(sweep.registry)).parent / "logs"
 
 
 def group_by_autoencoder(sweep: Sweep, missing: MissingCells) -> list[list[tuple[Cell, Step]]]:
@@ -49,6 +43,7 @@ def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str) -> Job
     }
     resources = sweep.resources
     return create_job(
-        logs_of(sweep), ENTRY, argument, hardware.total_ranks(resources), hardware.num_gpus(resources), cluster=cluster,
+        logs_directory(sweep.registry), ENTRY, argument, hardware.total_ranks(resources),
+        hardware.num_gpus(resources), cluster=cluster,
         gpus_per_model=resources.gpus_per_model, cells=[(step.cell_key, step.label) for _, step in group],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What earlier commands left behind: ended jobs are told to the registry, once, whoever finds them."""
+"""Finalize jobs that earlier commands left: record in the registry how each ended, once, whichever command finds it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ksweep.config.sweep import Sweep
 from ksweep.evaluation.identity import CellKeys
 from ksweep.launch import status
 from ksweep.launch.final_records import attempt_rows, record_unfinished_run
-from ksweep.launch.job import Job, read_or
-from ksweep.launch.job_spec import logs_of
+from ksweep.launch.job import Job, logs_directory, read_or
 from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.rank_records import Outcome, is_alive
 from ksweep.launch.slurm import sbatch
+from ksweep.launch.status import JobStatus
 from ksweep.launch.survey import JobSurvey, survey_jobs
 from ksweep.registry import attempts
 from ksweep.utils.errors import RequestError, StoreError
@@ -25,72 +25,109 @@ from ksweep.utils.errors import RequestError, StoreError
 log = logging.getLogger(__name__)
 
 FINAL_RECORD_GRACE_SECONDS = 6.0
-"""How long the ranks of a job that has just ended may take to say how: a look around on Slurm, and the search for an echo."""
+"""How long the ranks of a job that has just ended may take to write outcomes: on Slurm they check the others every 2 s, and look
+for a root cause for 3 s."""
 MAX_HEARTBEAT_INTERVAL_SECONDS = 3.0
-"""Within which a living rank beats."""
+"""A live rank writes a heartbeat within this time."""
+EARLIER_JOBS_POLL_SECONDS = 0.3
+EARLIER_SLURM_JOBS_POLL_SECONDS = 2.0
+
+
+def finalize_earlier_jobs(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool) -> JobSurvey:
+    """Finalize what earlier commands left behind, and return how the remaining jobs stand.
+
+    A job on these cells that only seems to have ended is checked again until that is certain. With `wait` (on this machine) a
+    job that is still at work on these cells is waited for, instead of computing them twice.
+    """
+    logs, cell_keys = logs_directory(sweep.registry), {key.cell for key in keys}
+    # 1. Submissions whose launcher died: adopt the jobs that Slurm has, forget the others.
+    for line in sbatch.resolve_interrupted_submissions(logs):
+        print(line, file=sys.stderr)
+    announced: set[str] = set()
+    with ProgressDisplay() as display:
+        while True:
+            # 2. Finalize all jobs that have ended.
+            survey = finalize_ended_jobs(logs)
+            # 3. Return, unless a job on these cells is worth waiting for.
+            ours = {job.id: job for key, job in survey.live_job_by_cell.items() if key in cell_keys}
+            awaited = [i for i in ours if survey.statuses[i].recheck or (wait and survey.statuses[i].state != "unknown")]
+            if not awaited:
+                return survey
+            # 4. Say so once for each job, and show its progress.
+            for name in awaited:
+                if name not in announced:
+                    announced.add(name)
+                    gone = "seems to be gone: making sure" if survey.statuses[name].recheck else ""
+                    what = gone or "is still at work on this sweep: waiting"
+                    print(f"job {name} of an earlier command {what} ({survey.statuses[name].reason})", file=sys.stderr)
+                display.show_ranks(read_or(ours[name].heartbeats, []))
+            time.sleep(EARLIER_JOBS_POLL_SECONDS if wait else EARLIER_SLURM_JOBS_POLL_SECONDS)
 
 
 def finalize_ended_jobs(logs: Path) -> JobSurvey:
-    """The jobs below a directory of logs as they stand; those that have ended are booked."""
+    """Finalize the jobs below a directory of logs that have ended; return how all that were not finalized before stand."""
     survey = survey_jobs(logs)
-    believed = _confirm_ended(survey.ended)
-    for job, verdict in believed:
-        finalize(job, verdict)
-    # A job that has come back meanwhile is at work again, and the first look does not say so.
-    return survey if len(believed) == len(survey.ended) else survey_jobs(logs)
+    confirmed = _confirm_ended(survey.ended)
+    for job, job_status in confirmed:
+        finalize(job, job_status)
+    # A job that turned out to be running again is not shown so by the first survey.
+    return survey if len(confirmed) == len(survey.ended) else survey_jobs(logs)
 
 
-def finalize_if_ended(job: Job, verdict: status.JobStatus) -> bool:
-    """Tell the registry how a job ended that nobody waited for, once; whether it has: it may have come back meanwhile."""
-    believed = _confirm_ended([(job, verdict)])
-    for _, found in believed:
-        finalize(job, found)
-    return bool(believed)
+def finalize_if_ended(job: Job, job_status: JobStatus) -> bool:
+    """Record how an unattended job ended. Returns False if it turned out to be running again."""
+    confirmed = _confirm_ended([(job, job_status)])
+    for _, newest in confirmed:
+        finalize(job, newest)
+    return bool(confirmed)
 
 
-def finalize(job: Job, verdict: status.JobStatus) -> None:
-    """Tell the registry how a job ended: what each rank of each start left, and the run that came to nothing."""
+def finalize(job: Job, job_status: JobStatus) -> None:
+    """Write the job's end into the registry: a row for each rank of each start, and the run that did not finish. Once only."""
     if job.final_status() is not None:
         return
     job.free_reserve()
-    left = attempt_rows(job, verdict) if verdict.kind != "never submitted" else []
+    started = job_status.kind != "never submitted"
+    rows = attempt_rows(job, job_status) if started else []
     argument = job.spec().get("argument") or {}
     try:
-        if left and "registry" in argument:
-            attempts.write_attempts(argument["registry"], left)
-        if verdict.state in ("failed", "stopped") and verdict.kind != "never submitted" and _is_of_cells(job):
-            record_unfinished_run(job, verdict, left)
-    except (RequestError, StoreError, OSError) as error:  # what ended the job is told beside; this must not hide it
-        log.warning("the end of job %s could not be landed: %s", job.id, error)
-    job.write_note("settled", {"state": verdict.state, "reason": verdict.reason, "kind": verdict.kind})
+        if rows and "registry" in argument:
+            attempts.write_attempts(argument["registry"], rows)
+        if started and job_status.state in ("failed", "stopped") and _has_cells(job):
+            record_unfinished_run(job, job_status, rows)
+    except (RequestError, StoreError, OSError) as error:  # must not hide why the job ended, which the user is told as well
+        log.warning("the end of job %s could not be recorded: %s", job.id, error)
+    job.write_note("settled", {"state": job_status.state, "reason": job_status.reason, "kind": job_status.kind})
 
 
-def _is_of_cells(job: Job) -> bool:
-    """Whether there is a run to speak of: any other work (a job of another version, a test's) has attempts only."""
+def _has_cells(job: Job) -> bool:
+    """Whether the job computes cells: other work (of another version, of a test) leaves attempts but no run."""
     argument = job.spec().get("argument") or {}
     return bool(job.spec().get("cells") and argument.get("cells") and {"registry", "sweep", "resources"} <= argument.keys())
 
 
-def status_from_outcome(ending: Outcome) -> status.JobStatus:
-    """How a job ended that this process has seen through."""
-    state: status.JobState = "finished" if ending.status == "finished" else "failed" if ending.status == "failed" else "stopped"
-    reason = ending.message or ("every rank finished" if state == "finished" else state)
-    return status.JobStatus(state, reason, ending.kind or ("stopped" if state == "stopped" else ""), ending)
+def status_from_outcome(outcome: Outcome) -> JobStatus:
+    """The status of a job whose end this process has watched."""
+    state: status.JobState = "finished" if outcome.status == "finished" else "failed" if outcome.status == "failed" else "stopped"
+    reason = outcome.message or ("every rank finished" if state == "finished" else state)
+    return JobStatus(state, reason, outcome.kind or ("stopped" if state == "stopped" else ""), outcome)
 
 
-def _confirm_ended(ended: Sequence[tuple[Job, status.JobStatus]]) -> list[tuple[Job, status.JobStatus]]:
-    """Those that have ended still, once every rank has had time to say how."""
+def _confirm_ended(ended: Sequence[tuple[Job, JobStatus]]) -> list[tuple[Job, JobStatus]]:
+    """The jobs that still count as ended once every rank has had time to write its outcome, with their newest status."""
     if not ended:
         return []
     jobs = [job for job, _ in ended]
-    before = {job.id: _heartbeat_times(job) for job in jobs}
+    # 1. Remember the newest heartbeats, and give live ranks time to write outcomes.
+    times = {job.id: _heartbeat_times(job) for job in jobs}
     _wait_for_final_records(jobs)
-    if any(verdict.kind == "killed" and _has_remote_rank(job) for job, verdict in ended):
+    if any(job_status.kind == "killed" and _has_remote_rank(job) for job, job_status in ended):
         time.sleep(MAX_HEARTBEAT_INTERVAL_SECONDS)
-    found = status.job_statuses(jobs)
-    gone = [job for job in jobs if job.id in found and found[job.id].state not in status.LIVE_STATES]
-    # A rank of another machine, told dead because the two clocks differ, goes on beating.
-    return [(job, found[job.id]) for job in gone if found[job.id].kind != "killed" or _heartbeat_times(job) == before[job.id]]
+    # 2. Check again.
+    newest = status.job_statuses(jobs)
+    gone = [job for job in jobs if job.id in newest and newest[job.id].state not in status.LIVE_STATES]
+    # 3. A rank on another machine that seemed dead because the two clocks differ goes on writing heartbeats.
+    return [(job, newest[job.id]) for job in gone if newest[job.id].kind != "killed" or _heartbeat_times(job) == times[job.id]]
 
 
 def _wait_for_final_records(jobs: Sequence[Job]) -> None:
@@ -100,56 +137,15 @@ def _wait_for_final_records(jobs: Sequence[Job]) -> None:
 
 
 def _could_still_report(job: Job) -> bool:
-    """Whether a rank that has not said how it ended is alive, or was so lately on another machine."""
-    ended = {e.rank for e in read_or(job.outcomes, [])}
-    silent = [beat for beat in read_or(job.heartbeats, []) if beat.rank not in ended]
+    """Whether a rank that has written no outcome is alive, or was so recently on another machine."""
+    ended = {o.rank for o in read_or(job.outcomes, [])}
+    silent = [h for h in read_or(job.heartbeats, []) if h.rank not in ended]
     return time.time() - job.last_activity() < FINAL_RECORD_GRACE_SECONDS and any(map(is_alive, silent))
 
 
 def _has_remote_rank(job: Job) -> bool:
-    return any(beat.host != socket.gethostname() for beat in read_or(job.heartbeats, []))
+    return any(h.host != socket.gethostname() for h in read_or(job.heartbeats, []))
 
 
 def _heartbeat_times(job: Job) -> dict[int, float]:
-    return {beat.rank: beat.time for beat in read_or(job.heartbeats, [])}
-
-
-# What each rank of each start left
-
-
-# The run that came to nothing
-
-
-EARLIER_JOBS_POLL_SECONDS = 0.3
-
-
-EARLIER_SLURM_JOBS_POLL_SECONDS = 2.0
-
-
-def finalize_earlier_jobs(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool) -> JobSurvey:
-    """What earlier commands left: submissions are settled, ended jobs booked, and what is still at work is known.
-
-    With `wait` (on this machine) a job that is at work on these cells is seen through, instead of computing twice.
-    """
-    logs, wanted = logs_of(sweep), {key.cell for key in keys}
-    for line in sbatch.resolve_interrupted_submissions(logs):
-        print(line, file=sys.stderr)
-    told: set[str] = set()
-    with ProgressDisplay() as watch:
-        while True:
-            survey = finalize_ended_jobs(logs)
-            ours = {job.id: job for key, job in survey.live_job_by_cell.items() if key in wanted}
-            patient = [i for i in ours if survey.statuses[i].recheck or (wait and survey.statuses[i].state != "unknown")]
-            if not patient:
-                return survey
-            for name in patient:
-                if name not in told:
-                    told.add(name)
-                    what = (
-                        "seems to be gone: making sure"
-                        if survey.statuses[name].recheck
-                        else "is still at work on this sweep: waiting"
-                    )
-                    print(f"job {name} of an earlier command {what} ({survey.statuses[name].reason})", file=sys.stderr)
-                watch.show_ranks(read_or(ours[name].heartbeats, []))
-            time.sleep(EARLIER_JOBS_POLL_SECONDS if wait else EARLIER_SLURM_JOBS_POLL_SECONDS)
+    return {h.rank: h.time for h in read_or(job.heartbeats, [])}

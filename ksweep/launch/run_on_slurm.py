@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ksweep.config.sweep import Sweep
 from ksweep.launch import code_snapshot, status
-from ksweep.launch.job import Job, read_or
-from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_autoencoder, logs_of
+from ksweep.launch.job import Job, logs_directory, read_or
+from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_autoencoder
 from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.rank_records import Outcome, raise_for_outcome
 from ksweep.launch.reconcile import finalize_if_ended
@@ -43,7 +43,7 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
     Raises:
         SpecError, RunError: Slurm takes none of them, or only some.
     """
-    logs = logs_of(sweep)
+    logs = logs_directory(sweep.registry)
     resources = sweep.resources
     code = code_snapshot.snapshot_code(logs)
     jobs = [create_job_for_cells(sweep, group, "slurm") for group in group_by_autoencoder(sweep, missing)]

@@ -1,4 +1,4 @@
-"""All jobs below a directory of logs that nobody has finalized yet, and the cells that they still work on."""
+"""How all jobs stand that nobody has finalized, and which cells they still work on."""
 
 from __future__ import annotations
 
@@ -13,66 +13,62 @@ from ksweep.launch.status import LIVE_STATES, JobStatus, job_statuses
 from ksweep.utils.files import publish
 
 FINALIZED_INDEX = ".settled"
-
-
 INDEX_AFTER = 50
-"""So many are looked into each time, instead of writing the file each time."""
+"""The index is rewritten when this many jobs are finalized that it does not list."""
 
 
 @dataclass(frozen=True)
 class JobSurvey:
-    """All jobs that are not settled yet, as they stand."""
+    """The statuses of all jobs that were not finalized when they were listed."""
 
     statuses: dict[str, JobStatus]
     live_job_by_cell: dict[str, Job]
     """Cell key -> the job that may still bring its results."""
     ended: list[tuple[Job, JobStatus]]
-    """Jobs whose end nobody has booked yet."""
+    """Jobs that have ended and are not finalized."""
 
     @property
     def live_jobs(self) -> list[Job]:
-        """Jobs that may still bring something, each once."""
+        """Jobs that may still bring results, each once."""
         return list({job.id: job for job in self.live_job_by_cell.values()}.values())
 
     @property
     def failures(self) -> dict[str, tuple[str, str]]:
         """Cell key -> class and message, of cells whose job has just been found failed."""
-        found: dict[str, tuple[str, str]] = {}
-        for job, verdict in self.ended:
-            if verdict.state == "failed":
-                cells = _cells(job)
-                at = {
-                    b.cell for b in read_or(job.heartbeats, []) if verdict.outcome is not None and b.rank == verdict.outcome.rank
-                }
-                blamed = [cell for cell in cells if cell["key"] in at] or cells[:1]
-                found |= {cell["key"]: (verdict.kind, verdict.reason) for cell in blamed}
-        return found
+        failures: dict[str, tuple[str, str]] = {}
+        for job, status in self.ended:
+            if status.state == "failed":
+                cells, cause = _cells(job), status.outcome
+                current = {h.cell for h in read_or(job.heartbeats, []) if cause is not None and h.rank == cause.rank}
+                blamed = [cell for cell in cells if cell["key"] in current] or cells[:1]
+                failures |= {cell["key"]: (status.kind, status.reason) for cell in blamed}
+        return failures
 
     def live_job_on(self, cell_key: str) -> tuple[Literal["running", "waiting"], str] | None:
-        """Whether a job is at work on a cell, and what is known of it."""
+        """State and reason of the live job with this cell; None if there is none."""
         job = self.live_job_by_cell.get(cell_key)
         if job is None:
             return None
-        found = self.statuses[job.id]
-        return "waiting" if found.state == "waiting" else "running", f"job {job.id}: {found.reason}"
+        status = self.statuses[job.id]
+        return "waiting" if status.state == "waiting" else "running", f"job {job.id}: {status.reason}"
 
 
 def unfinalized_jobs(logs: Path) -> list[Job]:
-    """Jobs whose end nobody has booked, oldest first.
+    """Jobs that nobody has finalized, oldest first.
 
-    After a year there are thousands that are settled: a listing, and a file that names them, spare a look into each. The file is
-    an index, and can be removed.
+    After a year thousands are finalized: listing the directory and reading an index of them spares a look into each. The index
+    can be removed.
     """
     index = logs / FINALIZED_INDEX
-    known = set(index.read_text().split()) if index.exists() else set[str]()
+    indexed = set(index.read_text().split()) if index.exists() else set[str]()
     with suppress(FileNotFoundError):
-        names = sorted(entry.name for entry in os.scandir(logs) if entry.name not in known)
+        names = sorted(entry.name for entry in os.scandir(logs) if entry.name not in indexed)
         jobs = [Job(logs / name) for name in names if (logs / name / "job.json").exists()]
-        settled = {job.id for job in jobs if job.read_note("settled") is not None}
-        if len(settled) >= INDEX_AFTER:
-            with suppress(OSError):  # somebody else's logs
-                publish(index, "\n".join(sorted(known | settled)).encode())
-        return [job for job in jobs if job.id not in settled]
+        finalized = {job.id for job in jobs if job.final_status() is not None}
+        if len(finalized) >= INDEX_AFTER:
+            with suppress(OSError):  # another user's logs
+                publish(index, "\n".join(sorted(indexed | finalized)).encode())
+        return [job for job in jobs if job.id not in finalized]
     return []
 
 
@@ -81,9 +77,9 @@ def _cells(job: Job) -> list[dict[str, str]]:
 
 
 def survey_jobs(logs: Path) -> JobSurvey:
-    """Every unsettled job below a directory of logs; Slurm is asked about those that are silent."""
+    """Check every job below a directory of logs that is not finalized; Slurm is asked about those that are silent."""
     jobs = unfinalized_jobs(logs)
-    found = job_statuses(jobs)
-    jobs = [job for job in jobs if job.id in found]
-    at_work = {cell["key"]: job for job in jobs if found[job.id].state in LIVE_STATES for cell in _cells(job)}
-    return JobSurvey(found, at_work, [(job, found[job.id]) for job in jobs if found[job.id].state not in LIVE_STATES])
+    statuses = job_statuses(jobs)
+    live = [job for job in jobs if job.id in statuses and statuses[job.id].state in LIVE_STATES]
+    ended = [(job, statuses[job.id]) for job in jobs if job.id in statuses and job not in live]
+    return JobSurvey(statuses, {cell["key"]: job for job in live for cell in _cells(job)}, ended)

@@ -18,7 +18,8 @@ from ksweep.config.sweep import Sweep
 from ksweep.evaluation.identity import CellKeys, resolve_cells, sweep_keys
 from ksweep.launch import hardware, plan_table, run_locally, run_on_slurm
 from ksweep.launch import local_executor as launch
-from ksweep.launch.job_spec import group_by_autoencoder, logs_of
+from ksweep.launch.job import logs_directory
+from ksweep.launch.job_spec import group_by_autoencoder
 from ksweep.launch.plan import Step
 from ksweep.launch.preflight import check_disk_space, check_writable, plan_cells, with_num_ranks
 from ksweep.launch.reconcile import finalize_earlier_jobs
@@ -77,7 +78,7 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
     if silence is not None:
         return _without_slurm(sweep, cells, keys, options, silence)
     if options.dry_run:
-        steps = plan_cells(sweep, cells, keys, survey_jobs(logs_of(sweep)), retry=options.retry)
+        steps = plan_cells(sweep, cells, keys, survey_jobs(logs_directory(sweep.registry)), retry=options.retry)
         missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
         sweep, together = with_num_ranks(sweep, missing), group_by_autoencoder(sweep, missing)
         plan_table.print_plan(
@@ -106,7 +107,7 @@ def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options:
 def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace) -> int:
     """Submit what is missing; show everything if nothing is under way any more, or with --wait once it has ended."""
     # Two commands at once would both find the same cells missing.
-    with locked(logs_of(sweep) / "submitting", "another command", aloud=True):
+    with locked(logs_directory(sweep.registry) / "submitting", "another command", aloud=True):
         jobs = finalize_earlier_jobs(sweep, keys, wait=False)
         steps = plan_cells(sweep, cells, keys, jobs, retry=options.retry)
         check_disk_space(sweep, steps)
@@ -128,7 +129,7 @@ def _without_slurm(
     sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace, silence: SlurmError
 ) -> int:
     """Show the results that are there, which needs no Slurm; 1 where cells are missing, or to be planned."""
-    steps = plan_cells(sweep, cells, keys, survey_jobs(logs_of(sweep)), retry=[])
+    steps = plan_cells(sweep, cells, keys, survey_jobs(logs_directory(sweep.registry)), retry=[])
     done = sum(step.state == "done" for step in steps)
     left = len(steps) - done
     print(

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ksweep.launch.job import Job
+from ksweep.launch.job import Job, logs_directory
 from ksweep.utils.errors import RequestError
 
 JOB_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
@@ -23,11 +23,6 @@ READERS = 16
 """Files read in parallel: on a network file system each costs a round trip."""
 SHORTEST_KEY = 4
 NAMES_TO_LIST = 12
-
-
-def logs_beside(registry: Path) -> Path:
-    """Return the directory of a registry's jobs."""
-    return Path(os.path.abspath(registry)).parent / "logs"
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def select_jobs(registry: Path, name: str) -> JobSelection:
     Raises:
         RequestError: the name matches nothing, or several things.
     """
-    logs = logs_beside(registry)
+    logs = logs_directory(registry)
     if JOB_ID.fullmatch(name) and (logs / name / "job.json").is_file():
         return JobSelection([Job(logs / name)], "job")
     facts_by_job = readable_job_facts(list_jobs(logs))

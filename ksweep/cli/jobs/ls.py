@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ksweep.cli.jobs.find import JobFacts, job_facts, logs_beside, short_id
+from ksweep.cli.jobs.find import JobFacts, job_facts, short_id
 from ksweep.cli.jobs.rows import JobRow, current_cell, job_rows_with_status, open_jobs
 from ksweep.launch import status
-from ksweep.launch.job import Job, read_or
+from ksweep.launch.job import Job, logs_directory, read_or
 from ksweep.launch.reconcile import finalize_if_ended
 from ksweep.utils.console import WIDE_COLUMNS, ago_text
 from ksweep.utils.errors import RequestError
@@ -79,7 +79,7 @@ def finalize_unattended_jobs(registry: Path) -> None:
 
 
 def _finalize_ended_return_live(registry: Path) -> list[tuple[Job, JobRow]]:
-    jobs = {job.id: job for job in open_jobs(logs_beside(registry))}
+    jobs = {job.id: job for job in open_jobs(logs_directory(registry))}
     live = []
     for row, job_status in job_rows_with_status(list(jobs.values())):
         if job_status.state in status.LIVE_STATES:

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ksweep.cli.jobs.find import JobFacts, find_jobs, logs_beside, readable_job_facts, short_id
+from ksweep.cli.jobs.find import JobFacts, find_jobs, readable_job_facts, short_id
 from ksweep.cli.jobs.rows import RECENT_SECONDS, JobRow, current_cell, format_reason, job_rows, open_jobs
 from ksweep.launch import status
-from ksweep.launch.job import Job
+from ksweep.launch.job import Job, logs_directory
 from ksweep.utils.console import WIDE_COLUMNS, duration_text
 from ksweep.utils.errors import RequestError
 
@@ -73,7 +73,7 @@ def newest_by_cell(facts_by_job: dict[Job, JobFacts]) -> dict[Job, list[str]]:
 
 def _recent_rows(registry: Path) -> list[JobRow]:
     since = time.time() - RECENT_SECONDS
-    rows = job_rows(open_jobs(logs_beside(registry), within=RECENT_SECONDS))
+    rows = job_rows(open_jobs(logs_directory(registry), within=RECENT_SECONDS))
     return [row for row in rows if row.state in status.LIVE_STATES or row.last_sign >= since]
 
 
