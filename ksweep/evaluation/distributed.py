@@ -43,7 +43,7 @@ class Ranks(Protocol):
     def barrier(self) -> None:
         """Wait until every rank has come here."""
 
-    def take(self, queue: str) -> int:
+    def claim_next(self, queue: str) -> int:
         """Return the next number of a queue that all ranks share: 0, 1, 2, ..., each to one rank."""
 
     def should_stop(self) -> bool:
@@ -62,7 +62,7 @@ def claim_indices(ranks: Ranks, queue: str, total: int) -> Iterator[int]:
     Raises:
         Stopped: a stop was requested.
     """
-    while (index := ranks.take(queue)) < total:
+    while (index := ranks.claim_next(queue)) < total:
         if ranks.should_stop():
             raise Stopped(f"stopped with {total - index} of {total} units of {queue} not begun")
         yield index
@@ -80,17 +80,17 @@ class Solo:
     start: int = 0
     on_report: Callable[..., None] | None = None
     on_cell: Callable[[str, Mapping[str, float]], None] | None = None
-    taken: Counter[str] = field(default_factory=Counter)
+    claimed: Counter[str] = field(default_factory=Counter)
     stop: bool = False
     started: float = field(default_factory=time.monotonic)
 
     def barrier(self) -> None:
         """Return at once: there is no other rank."""
 
-    def take(self, queue: str) -> int:
+    def claim_next(self, queue: str) -> int:
         """Return the next number of a queue."""
-        self.taken[queue] += 1
-        return self.taken[queue] - 1
+        self.claimed[queue] += 1
+        return self.claimed[queue] - 1
 
     def should_stop(self) -> bool:
         """Return whether `stop` was set."""

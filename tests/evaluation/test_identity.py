@@ -155,11 +155,6 @@ def test_vectors_whose_sidecar_fits_are_accepted(ready_made: Cell, pair: TinyPai
     assert cell_keys(with_sidecar(ready_made, layer_index=1, d_model=pair.d_model)).layer == 1
 
 
-def test_vectors_whose_sidecar_says_another_layer_are_refused(ready_made: Cell) -> None:
-    with pytest.raises(DataError, match=r"activations are of layer 0, but AV .* trained on layer 1"):
-        cell_keys(with_sidecar(ready_made, layer_index=0))
-
-
 def test_vectors_asked_for_at_another_layer_than_their_sidecar_says_are_refused(ready_made: Cell) -> None:
     with pytest.raises(SpecError, match=r"activations\.layer=0, but the sidecar of .* says layer 1"):
         cell_keys(replace_at(with_sidecar(ready_made, layer_index=1), "activations.layer", 0))
@@ -173,19 +168,10 @@ def test_vectors_without_a_layer_in_their_sidecar_are_held_to_the_layer_asked_fo
 
 def test_vectors_of_another_width_are_refused(ready_made: Cell, tmp_path: Path) -> None:
     narrow = write_vectors(tmp_path / "narrow.parquet", random_vectors(20, 16))
-    with pytest.raises(DataError, match="16 dimensions"):
-        cell_keys(replace_at(ready_made, "activations.vectors", str(narrow)))
-
-
-def test_vectors_whose_sidecar_says_another_width_are_refused(ready_made: Cell) -> None:
-    with pytest.raises(DataError, match="32 dimensions and its sidecar says 16"):
-        cell_keys(with_sidecar(ready_made, layer_index=1, d_model=16))
-
-
-def test_vectors_whose_sidecar_leaves_the_width_out_are_held_to_the_width_they_have(ready_made: Cell, tmp_path: Path) -> None:
-    narrow = write_vectors(tmp_path / "narrow.parquet", random_vectors(20, 16))
-    with pytest.raises(DataError, match="16 dimensions"):
-        cell_keys(with_sidecar(replace_at(ready_made, "activations.vectors", str(narrow)), layer_index=1))
+    cell = replace_at(ready_made, "activations.vectors", str(narrow))
+    for known in ({}, {"layer_index": 1}):  # without a sidecar, and with one that leaves the width out
+        with pytest.raises(DataError, match="16 dimensions"):
+            cell_keys(with_sidecar(cell, **known) if known else cell)
 
 
 def test_vectors_whose_sidecar_names_another_model_are_noted(ready_made: Cell) -> None:
@@ -282,12 +268,14 @@ def test_directory_that_may_be_the_base_is_noted_and_changes_no_key(cell: Cell, 
 @pytest.mark.parametrize(
     ("extraction", "says"),
     [
+        ({"layer_index": 0}, r"activations are of layer 0, but AV .* trained on layer 1"),
+        ({"layer_index": 1, "d_model": 16}, "32 dimensions and its sidecar says 16"),
         ({"norm": "whitened_zca_v1", "whitening": {"method": "zca"}}, "norm='whitened_zca_v1'"),
         ({"whitening": {"method": "zca"}}, "whitening="),
         ({"layer_index": 1, "position": "mean"}, "position='mean', which says how"),
     ],
 )
-def test_vectors_of_another_kind_than_the_pairs_are_refused(ready_made: Cell, extraction: dict[str, Any], says: str) -> None:
+def test_vectors_whose_sidecar_does_not_fit_the_pair_are_refused(ready_made: Cell, extraction: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError, match=says):
         cell_keys(with_sidecar(ready_made, **extraction))
 

@@ -23,7 +23,7 @@ class ProcessGroup:
     heartbeat: HeartbeatThread
     devices: tuple[str, ...]
     store: Any = None
-    taken: dict[str, int] = field(default_factory=dict)
+    claimed: dict[str, int] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -59,12 +59,12 @@ class ProcessGroup:
             dist.barrier()
             self.heartbeat.waiting = False
 
-    def take(self, queue: str) -> int:
+    def claim_next(self, queue: str) -> int:
         """The next number of a queue, counted by the process group's store, so that a fast rank takes more."""
         if self.store is not None:
             return int(self.store.add(f"ksweep/{queue}", 1)) - 1
-        self.taken[queue] = self.taken.get(queue, -1) + 1
-        return self.taken[queue]
+        self.claimed[queue] = self.claimed.get(queue, -1) + 1
+        return self.claimed[queue]
 
     def should_stop(self) -> bool:
         """Whether a stop signal has come."""
