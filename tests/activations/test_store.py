@@ -346,6 +346,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, di
     return path, vectors, shard_files(table.directory)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_key_at_once(many: tuple[Path, np.ndarray, dict[str, bytes]], tmp_path: Path) -> None:
     path, vectors, expected = many
     fillers = [start_filler(path, tmp_path, len(vectors)) for _ in range(2)]
@@ -354,6 +355,7 @@ def test_two_processes_fill_one_key_at_once(many: tuple[Path, np.ndarray, dict[s
     assert np.array_equal(ensure(vector_spec(path, len(vectors)), None, tmp_path).vectors(), vectors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(4))
 def test_kill_9_at_a_random_moment_leaves_whole_shards_only(
     many: tuple[Path, np.ndarray, dict[str, bytes]], tmp_path: Path, trial: int

@@ -118,6 +118,7 @@ def test_cells_of_one_verbalizer_have_names_of_their_own_in_record_asking_and_vi
     assert [(key.label, key.name) for key in keys] == [(label, cell) for label, cell, _ in runs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", ["checkpoints", None])
 def test_every_chart_from_a_connection_shows_each_cell_under_its_own_name(two: Sweep, sweep: str | None) -> None:
     labels = set(two.labels())

@@ -48,6 +48,7 @@ def test_doctor_names_a_landing_that_is_not_believed_and_exits_with_one(
     assert {"machine", "packages", "vector cache", "disk", "engine on cpu"} <= {finding["subject"] for finding in findings}
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_no_token_of_the_self_test_is_near_a_tie_that_another_processor_could_decide() -> None:
     exact, generator = TinyVerbalizer("cpu", torch.float64), torch.Generator().manual_seed(0)

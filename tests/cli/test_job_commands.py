@@ -252,6 +252,7 @@ def test_retry_of_one_job_that_has_not_failed_says_so(registry: Path, tmp_path: 
     assert code == 1 and words in out and not (tmp_path / "said").exists()
 
 
+@pytest.mark.slow
 def test_names_of_two_thousand_jobs_are_told_apart_within_two_seconds(registry: Path) -> None:
     began = datetime(2026, 1, 1, tzinfo=UTC)
     for number in range(2000):

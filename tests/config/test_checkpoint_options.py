@@ -78,6 +78,7 @@ def test_base_says_where_the_model_of_both_halves_and_of_the_activations_is(
     assert ask(sweep, "SELECT DISTINCT model FROM runs") == [(str(BASE),)]
 
 
+@pytest.mark.slow
 def test_base_is_autoencoder_base_and_finds_the_same_results(
     sweep: Sweep, alone: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +209,7 @@ def test_checkpoint_data_through_a_whole_sweep(sweep: Sweep) -> None:
     assert min(place for (place,) in ask(sweep, "SELECT position FROM draws")) >= 8
 
 
+@pytest.mark.slow
 def test_checkpoint_data_that_is_here_is_what_a_sweep_reads(sweep: Sweep, alone: Callable[..., Path], tmp_path: Path) -> None:
     """Rows of token ids as pretokenised for training, padded left and right: the midpoints that the reference would take."""
     datasets = pytest.importorskip("datasets")

@@ -64,6 +64,7 @@ def test_named_curves_that_are_not_there_are_refused(filled: Path, names: list[s
         named_curves(filled, names, metric)
 
 
+@pytest.mark.slow
 def test_plot_writes_pictures_and_names_them(
     filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

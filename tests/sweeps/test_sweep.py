@@ -200,6 +200,7 @@ def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: Tiny
     assert ask(sweep, "SELECT num_activations, num_documents FROM runs") == [(40, 40)]
 
 
+@pytest.mark.slow
 def test_greedy_beside_other_temperatures_takes_one_draw_and_reports_k_one(sweep: Sweep) -> None:
     assert run(sweep, "sampling.temperature=[0,0.7]", "scoring.ks=[2,4]") == 0
     assert ask(sweep, "SELECT temperature, k, num_draws FROM curves ORDER BY 1, 2") == [(0.0, 1, 1), (0.7, 2, 8), (0.7, 4, 8)]
@@ -207,6 +208,7 @@ def test_greedy_beside_other_temperatures_takes_one_draw_and_reports_k_one(sweep
     assert ask(sweep, per_cell) == [(0.0, 40), (0.7, 320)]
 
 
+@pytest.mark.slow
 def test_pairs_whose_directories_have_the_same_name_stay_apart(
     sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +303,7 @@ def test_a_full_disk_exits_with_one_says_so_and_leaves_nothing_half_written(
     assert run(sweep) == 0
 
 
+@pytest.mark.slow
 def test_a_cell_that_failed_is_reported_and_run_again_only_with_retry(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -217,6 +217,7 @@ def test_quantities_by_role_are_the_formulas_over_the_vectors_of_a_role(undistur
         assert said["avg_mse", 4] == (count, pytest.approx(own.std(), rel=1e-6))
 
 
+@pytest.mark.slow
 def test_with_prefix_selection_the_honest_recovery_is_the_fve_but_for_one_vector(sweep: Sweep) -> None:
     assert run(sweep, CASES[0], "scoring.selection=prefix", "scoring.baseline=distance_from_mean") == 0
     assert ask(sweep, "SELECT count(*) FROM reference_quantities WHERE low IS NOT NULL OR std IS NOT NULL") == [(0,)]
@@ -248,6 +249,7 @@ def test_tokens_of_a_format_that_nobody_knows_are_unknown(undisturbed: Runs) -> 
     assert not {"token_stats", "selected_token_stats", "mse_by_role"} & set(result)
 
 
+@pytest.mark.slow
 def test_an_exported_run_imported_again_has_the_same_recovery(
     undisturbed: Runs, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +293,7 @@ def without_later_reconstructions(sweep: Sweep) -> None:
         pq.write_table(pa.Table.from_pylist(old, schema=DRAWS_SCHEMA), path)
 
 
+@pytest.mark.slow
 def test_draws_without_their_reconstructions_leave_the_residual_variance_unknown(
     sweep: Sweep, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -315,6 +318,7 @@ def test_draws_without_their_reconstructions_leave_the_residual_variance_unknown
     assert "variance_recovery" in document["ksweep"]["unknown"] and document["ksweep"]["notes"] == notes
 
 
+@pytest.mark.slow
 def test_a_greedy_run_needs_nothing_but_its_one_draw(sweep: Sweep) -> None:
     assert run(sweep, GEMMA, "sampling.temperature=0") == 0
     agree(landed(sweep), everything(sweep, GEMMA), (1,))

@@ -173,6 +173,7 @@ def test_prefix_selection_takes_the_best_of_the_first_k_from_the_same_draws(undi
         assert shuffled == pytest.approx(1 - found.shuffled[:, :k].min(axis=1).mean() / baseline, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_midpoint_between_padding_is_the_reference_position(sweep: Sweep) -> None:
     chosen = ("activations.positions=midpoint", "activations.candidates=not_padding", "activations.min_position=2")
     assert run(sweep, CASES[0], *chosen) == 0
@@ -193,6 +194,7 @@ def test_a_run_goes_to_the_reference_schema_with_raw_errors(undisturbed: Runs) -
     assert last["mse_variance_recovery"] == pytest.approx(recovered, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_encoder_without_a_prompt_is_measured_without_the_control_of_an_empty_text(sweep: Sweep, tmp_path: Path) -> None:
     case = CASES[0]
     (tmp_path / "base").symlink_to(FIXTURES / case / "base")
@@ -279,6 +281,7 @@ def test_a_stated_baseline_above_one_is_refused_for_a_pair(sweep: Sweep) -> None
         replace(sweep.cell, scoring=Scoring(baseline=12.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_pretokenised_split_goes_through_a_whole_sweep_at_the_reference_positions(
     sweep: Sweep, case: str, tmp_path: Path
