@@ -13,7 +13,7 @@ from ksweep.evaluation.distributed import Ranks
 from ksweep.evaluation.draw_loop import DrawLoop
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.prepare import load_models, prepare_cell
-from ksweep.evaluation.recording import Recorder
+from ksweep.evaluation.recording import CellRecorder
 from ksweep.utils.timing import Clock
 
 
@@ -39,7 +39,7 @@ def group_by_stream(cells: Sequence[Cell]) -> list[list[Cell]]:
 def evaluate(cells: Sequence[Cell], context: RunContext, ranks: Ranks, models: Models) -> list[str]:
     """Evaluate cells that one stream can draw. Rank 0 returns the ids of the runs that it recorded.
 
-    A failure is raised here and recorded by whoever sees the end of every rank.
+    A failure is only raised here: the command that finalizes the job sees every rank's outcome and records it.
     """
     current, shared_clock = CurrentCell(ranks), Clock()
     # 1. Identify each cell, extract its activations, and list its missing draws.
@@ -48,7 +48,7 @@ def evaluate(cells: Sequence[Cell], context: RunContext, ranks: Ranks, models: M
         runs.append(prepare_cell(cell, runs, context, ranks, current))
     ranks.barrier()  # no rank publishes draws before every rank has listed the missing ones
     loop = DrawLoop(context.batch_size, ranks, current)
-    recorder = Recorder(list(runs), context, ranks, models, loop, current, shared_clock)
+    recorder = CellRecorder(list(runs), context, ranks, models, loop, current, shared_clock)
     try:
         # 2. Record the cells whose draws are all stored already.
         recorder.record_completed()

@@ -27,7 +27,7 @@ LISTING_SECONDS = 90.0
 
 
 @dataclass
-class Recorder:
+class CellRecorder:
     """Records the cells of a stream in their order. Only rank 0 does; on other ranks its methods do nothing."""
 
     waiting: list[CellRun]

@@ -20,7 +20,7 @@ from ksweep.evaluation.distributed import Solo, Stopped
 from ksweep.evaluation.evaluate import evaluate, group_by_stream
 from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
-from ksweep.evaluation.recording import Recorder
+from ksweep.evaluation.recording import CellRecorder
 from ksweep.inference.engine import _Stream
 from ksweep.registry.draws import DrawsStore, WorkUnit
 from ksweep.utils.timing import Clock
@@ -80,7 +80,7 @@ class Watched:
 
 
 def watch(cells: list[Cell], context: RunContext, models: Models) -> Watched:
-    watched, step, publish, share = Watched(context), _Stream._step, DrawsStore.publish, Recorder._time_share
+    watched, step, publish, share = Watched(context), _Stream._step, DrawsStore.publish, CellRecorder._time_share
 
     def count_rows(self: _Stream) -> Any:
         watched.rows.append(len(self.rows))
@@ -91,7 +91,7 @@ def watch(cells: list[Cell], context: RunContext, models: Models) -> Watched:
         watched.recorded_before.append(len(list((context.registry / "landing").glob("*"))))
         publish(self, unit, table)
 
-    def note_share(recorder: Recorder, run: CellRun, draws: pa.Table) -> float:
+    def note_share(recorder: CellRecorder, run: CellRun, draws: pa.Table) -> float:
         assert run.unpublished_tokens == 0
         others = [other.num_published_tokens() + other.unpublished_tokens for other in recorder.waiting if other is not run]
         watched.shares.append((share(recorder, run, draws), run.num_new_tokens(draws), others))
@@ -100,7 +100,7 @@ def watch(cells: list[Cell], context: RunContext, models: Models) -> Watched:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Stream, "_step", count_rows)
         patch.setattr(DrawsStore, "publish", note_publication)
-        patch.setattr(Recorder, "_time_share", note_share)
+        patch.setattr(CellRecorder, "_time_share", note_share)
         began = time.monotonic()
         evaluate(cells, context, Solo(), models)
         watched.seconds = time.monotonic() - began
