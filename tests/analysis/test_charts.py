@@ -187,6 +187,7 @@ def test_fve_by_k_unknown_interval_draws_a_line_without_claiming_one() -> None:
     assert "NaN" not in chart.to_json()
 
 
+@pytest.mark.slow
 def test_save_writes_offline_html_double_size_png_and_pdf(tmp_path: Path) -> None:
     chart = charts.fve_by_k(curves())
     html, png, pdf = charts.save(chart, tmp_path / "charts" / "fve.by_k")

@@ -78,6 +78,7 @@ def test_settings_are_split_into_common_and_varied_ones(sweep: Sweep) -> None:
     assert dict(flatten({"a": {"b": 1, "c": None}, "d": [1]})) == {"a.b": 1, "a.c": None, "d": [1]}
 
 
+@pytest.mark.slow
 def test_cells_stand_in_the_order_of_the_sweep_under_its_labels_whoever_computed_them(sweep: Sweep, tmp_path: Path) -> None:
     other = replace(sweep, name="other way round", question="And back?", axes={"sampling.temperature": (1.3, 0.7)})
     assert run(other) == 0
@@ -88,6 +89,7 @@ def test_cells_stand_in_the_order_of_the_sweep_under_its_labels_whoever_computed
     assert "<h1>And back?</h1>" in page(facts)
 
 
+@pytest.mark.slow
 def test_cells_without_a_result_are_named_with_what_became_of_them(sweep: Sweep, tmp_path: Path) -> None:
     registry = tmp_path / "registry"
     shutil.copytree(sweep.registry, registry)
