@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # A real Slurm cluster on this machine, for the tests in tests/slurm: munge, MariaDB, slurmdbd, slurmctld and several slurmd,
-# each node with a host name and a PID space of its own and with declared GPUs that have nothing behind them. No systemd.
+# each node with its own host name and PID namespace, and with declared GPUs that do not exist. It needs no systemd.
 #
-#   scripts/slurm_testbed.sh up            starts it (a second time: says that it is up); with INSTALL=1 it installs what lacks
-#   eval "$(scripts/slurm_testbed.sh env)" what a shell needs to talk to it
+#   scripts/slurm_testbed.sh up            starts it, or says that it is up already; INSTALL=1 installs missing packages
+#   eval "$(scripts/slurm_testbed.sh env)" sets the variables that a shell needs to reach it
 #   scripts/slurm_testbed.sh status        daemons, nodes, queue
-#   scripts/slurm_testbed.sh down          stops it and removes all that it made
+#   scripts/slurm_testbed.sh down          stops it and removes everything that it created
 #   scripts/slurm_testbed.sh kill-node N | kill-slurmd N | boot N | accounting stop|start | controller kill|start | set KEY=VALUE
-#                                          a power cut; only the daemon dies; back again; slurmdbd; slurmctld (kill -9: it
-#                                          forgets what it has not saved); a line of slurm.conf
+#                                          cuts a node's power; kills only its daemon; boots it again; stops or starts slurmdbd;
+#                                          kills slurmctld (kill -9: it loses unsaved state); sets a line of slurm.conf
 #
-# Everything lies below $SLURM_TESTBED (default ${TMPDIR:-/tmp}/ksweep-slurm); the only thing outside are marked lines in
-# /etc/hosts. Only processes whose pid it wrote down are ever signalled. Exit code 77: it cannot be had here, and why.
+# Everything lies below $SLURM_TESTBED (default ${TMPDIR:-/tmp}/ksweep-slurm); the only changes outside are marked lines in
+# /etc/hosts. It signals only processes whose pid it recorded. Exit code 77: it cannot run here; the message says why.
 set -u
 BED=${SLURM_TESTBED:-${TMPDIR:-/tmp}/ksweep-slurm}
-INSTALL=${INSTALL:-0}           # 1: apt-get the packages where they are not there
+INSTALL=${INSTALL:-0}           # 1: install missing packages by apt-get
 NODES=${NODES:-4}               # simulated nodes gpu1..gpuN
 GPUS=${GPUS:-8}                 # declared GPUs on each
 CPUS=${CPUS:-64}                # declared CPUs on each
@@ -23,11 +23,11 @@ GRACE=${GRACE:-15}              # seconds between the preemption signal and the 
 MAX_ARRAY=${MAX_ARRAY:-1001}    # MaxArraySize
 SLURMD_TIMEOUT=${SLURMD_TIMEOUT:-15}  # seconds until a silent node is down
 CGROUP=${CGROUP:-0}             # 1: device and memory limits by cgroup v1; GPUs then count from 0 in every job. 0: memory is
-                                # looked at once a second, and a step above its limit is killed
+                                # checked once a second, and a step above its limit is killed
 PREEMPT_SIGNAL=${PREEMPT_SIGNAL:-1}   # 0: preempted jobs get SIGTERM only, as on most clusters
 NAMESPACES=${NAMESPACES:-1}     # 0: nodes share host name and PIDs (where unshare is not allowed)
 PORT=${PORT:-16817}             # slurmctld; slurmdbd 2 higher, slurmd from 184 higher. Below 19000: above, ranks meet. Two beds
-                                # may be up at once with ports of their own
+                                # can be up at once with different ports
 PREFIX=${PREFIX:-gpu}              # node names begin with it
 MARK="# ksweep-slurm-testbed $BED"
 HOST=$(hostname -s)
@@ -37,7 +37,7 @@ export SLURM_CONF=$BED/etc/slurm.conf MYSQL_UNIX_PORT=$BED/db.sock
 PATH=$PATH:/usr/sbin:/sbin
 
 say() { printf '[%3ds] %s\n' "$SECONDS" "$*" >&2; }
-cannot() { # and nothing is left of the attempt
+cannot() { # says why, and removes what the attempt created
   echo "slurm test bed: $*" >&2
   [ -f "$BED/etc/bed" ] || { rm -f "$BED/log/apt.out"; rmdir "$BED/log" "$BED"; } 2>/dev/null
   exit $CANNOT
@@ -53,26 +53,26 @@ programs_there() {
 install() {
   local lacking
   lacking=$(programs_there) && return 0
-  [ "$INSTALL" = 1 ] || cannot "$lacking is not installed; INSTALL=1 scripts/slurm_testbed.sh up installs what it needs by apt-get"
-  command -v apt-get >/dev/null || cannot "$lacking is not here, and neither is apt-get to install it ($PACKAGES)"
+  [ "$INSTALL" = 1 ] || cannot "$lacking is not installed; INSTALL=1 scripts/slurm_testbed.sh up installs the packages by apt-get"
+  command -v apt-get >/dev/null || cannot "$lacking is not installed, and there is no apt-get to install it ($PACKAGES)"
   say "installing $PACKAGES"
   # shellcheck disable=SC2086
   { flock 9 && apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -y -qq install --no-install-recommends $PACKAGES; } \
     >"$BED/log/apt.out" 2>&1 9>/tmp/ksweep-apt.lock || cannot "apt-get cannot install $PACKAGES: $(tail -1 "$BED/log/apt.out")"
-  lacking=$(programs_there) || cannot "$lacking is still not here after installing $PACKAGES"
+  lacking=$(programs_there) || cannot "$lacking is still missing after installing $PACKAGES"
 }
 
-spawn() { # name command...: in a session of its own, with a pid file and a log
+spawn() { # name command...: starts it in its own session, with a pid file and a log
   local name=$1
   shift
   setsid "$@" >>"$BED/log/$name.out" 2>&1 </dev/null &
   echo $! >"$BED/run/$name.pid"
 }
 
-alive() { [ -r "/proc/$1/stat" ] && [ "$(awk '{print $3}' "/proc/$1/stat" 2>/dev/null)" != Z ]; } # an orphan may stay a zombie for seconds
+alive() { [ -r "/proc/$1/stat" ] && [ "$(awk '{print $3}' "/proc/$1/stat" 2>/dev/null)" != Z ]; } # an orphan may remain a zombie for seconds
 runs() { [ -f "$BED/run/$1.pid" ] && alive "$(cat "$BED/run/$1.pid")"; }
 
-await() { # what seconds command...: what may be the name of a daemon, which is not waited for when it has ended
+await() { # what seconds command...: `what` may be the name of a daemon; if that has ended, waiting ends too
   local what=$1 end=$((SECONDS + $2))
   shift 2
   until "$@" >/dev/null 2>&1; do
@@ -88,10 +88,10 @@ write_configuration() {
   mkdir -p "$BED"/{etc,run,log,state,spool,dev,munge,db}
   chmod 755 "$BED" "$BED"/* && chmod 700 "$BED/munge"
   for ((i = 1; i <= NODES; i++)); do mkdir -p "$BED/spool/$PREFIX$i"; done
-  for ((g = 0; g < GPUS; g++)); do # slurmd only looks whether they are there; the number at the end is the index
+  for ((g = 0; g < GPUS; g++)); do # slurmd only checks that they exist; the number at the end is the index
     [ -e "$BED/dev/nvidia$g" ] || mknod "$BED/dev/nvidia$g" c 240 "$g" 2>/dev/null || : >"$BED/dev/nvidia$g"
   done
-  # The first node's name is where the ranks of a job meet, so names must resolve.
+  # Ranks of a job meet at the first node's name, so names must resolve.
   grep -q "$MARK\$" /etc/hosts || for ((i = 1; i <= NODES; i++)); do echo "$address $PREFIX$i $MARK" >>/etc/hosts; done
   [ -s "$BED/munge/munge.key" ] || dd if=/dev/urandom of="$BED/munge/munge.key" bs=128 count=1 status=none
   chmod 400 "$BED/munge/munge.key"
@@ -120,7 +120,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 GresTypes=gpu
 MaxArraySize=$MAX_ARRAY
-# Ranks meet at a port that submitit makes of the job id: those of another bed on this machine are others
+# Ranks meet at a port that submitit derives from the job id; beds on one machine need different job ids
 FirstJobId=$((PORT % 1000 * 50 + 1))
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
@@ -142,7 +142,7 @@ PriorityWeightQOS=10000
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=$address
 AccountingStoragePort=$((PORT + 2))
-# slurmctld does not use the munge socket above on its way to slurmdbd, only this one
+# slurmctld reaches slurmdbd through this munge socket, not the one above
 AccountingStoragePass=$BED/munge.sock
 AccountingStorageEnforce=associations,limits,qos
 AccountingStorageTRES=gres/gpu
@@ -193,7 +193,7 @@ node_line() {
     "ThreadsPerCore=1 RealMemory=$MEMORY Gres=gpu:h100:$GPUS State=UNKNOWN"
 }
 
-# First process of a node: sets its name, starts slurmd, ends with it when told to, and outlives its crash.
+# The first process of a node sets its name and starts slurmd. It ends when told to, and survives a crash of slurmd.
 NODE_INIT='hostname "$1"; slurmd -D -N "$1" & p=$!; told=; trap "told=1; kill $p" TERM
 while kill -0 $p 2>/dev/null; do wait $p; done
 [ "$told" ] || { trap exit TERM; sleep infinity & wait $!; }'
@@ -206,7 +206,7 @@ boot_node() {
   fi
 }
 first_process() { awk '{print $1}' "/proc/$1/task/$1/children" 2>/dev/null; }
-node_process() { # the pid to end a node by
+node_process() { # the pid whose end is the end of the node
   local pid
   pid=$(cat "$BED/run/slurmd-$1.pid") || return 1
   if [ "$NAMESPACES" = 1 ]; then first_process "$pid"; else echo "$pid"; fi
@@ -239,7 +239,7 @@ start_database() {
     mariadb --no-defaults -S "$BED/db.sock" -uroot -e 'create database if not exists slurm_acct_db'
 }
 
-set_up_accounts() { # in two sessions: one session does not see the QOS that it has just added
+set_up_accounts() { # two sessions, as a session does not see the QOS that it has just added
   { echo "add cluster testbed"
     echo "add account lab"
     echo "add qos preemptable set GraceTime=$GRACE PreemptMode=requeue Priority=0"
@@ -260,7 +260,7 @@ up() {
   mkdir -p "$BED/log" || cannot "$BED cannot be written"
   [ -w /etc/hosts ] || cannot "/etc/hosts cannot be written, and node names must resolve"
   install
-  unshare --uts --mount --pid --fork --mount-proc true 2>/dev/null || { NAMESPACES=0; say "no namespaces here: nodes share host name and PIDs"; }
+  unshare --uts --mount --pid --fork --mount-proc true 2>/dev/null || { NAMESPACES=0; say "no namespaces available: nodes share host name and PIDs"; }
   write_configuration
   spawn munged munged -F -f --key-file="$BED/munge/munge.key" --socket="$BED/munge.sock" --pid-file="$BED/run/munged.self" \
     --log-file="$BED/log/munged.log" --seed-file="$BED/munge/seed"
@@ -271,7 +271,7 @@ up() {
   say "up: $NODES nodes with $GPUS GPUs each in $BED"
 }
 
-stop() { # name [signal]: and wait for its end
+stop() { # name [signal]: signals it and waits until it has ended
   local pid _
   [ -f "$BED/run/$1.pid" ] || return 0
   pid=$(cat "$BED/run/$1.pid")
@@ -300,14 +300,14 @@ down() {
   done
   for name in $(cd "$BED/run" && ls slurmd-*.pid 2>/dev/null); do stop "${name%.pid}" none; done
   stop slurmctld
-  for name in slurmdbd mariadbd munged; do stop $name KILL; done # nothing of theirs is kept
+  for name in slurmdbd mariadbd munged; do stop $name KILL; done # they have no state to keep
   for name in /sys/fs/cgroup/*/slurm_$PREFIX[0-9]*; do
     [ ! -d "$name" ] || find "$name" -depth -type d -exec rmdir {} \; 2>/dev/null
   done
   forget_hosts
   if [ "${1-}" = keep-logs ]; then say "down; logs are kept in $BED/log"; elif [ -f "$BED/etc/bed" ]; then rm -rf "$BED"; fi
 }
-forget_hosts() { # in place: /etc/hosts is often a mount, and cannot be renamed
+forget_hosts() { # edits in place: /etc/hosts is often a mount and cannot be replaced by a rename
   if grep -q "$MARK\$" /etc/hosts 2>/dev/null; then
     local rest
     rest=$(grep -v "$MARK\$" /etc/hosts)
@@ -326,7 +326,7 @@ status() {
   squeue
 }
 
-set_line() { # KEY=VALUE in slurm.conf, made known to all daemons; an empty value takes the line away
+set_line() { # sets KEY=VALUE in slurm.conf and reloads all daemons; an empty value removes the line
   sed -i "/^${1%%=*}=/d" "$BED/etc/slurm.conf"
   [ -z "${1#*=}" ] || sed -i "1i $1" "$BED/etc/slurm.conf"
   scontrol reconfigure

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The reference's submission script by its old names (docs/options.md): Slurm where there is sbatch, else this machine.
+# The reference's submission script with its old option names (docs/options.md): on Slurm if sbatch exists, else on this machine.
 #
 #   scripts/submit_k_sweep.sh num_gpus=8 time=12:00:00 eval.checkpoint_path=PATH.pt eval.k_values=[1,2,4,8]
 #   scripts/submit_k_sweep.sh force_direct=true +eval=gemma3_k_sweep_quick eval.checkpoint_path=PATH.pt --dry-run
