@@ -138,7 +138,7 @@ def test_diff_without_the_baseline_of_each_activation_or_without_draws_says_so(
 ) -> None:
     now = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json")[1])["numbers"]
     found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json", registry=old)[1])
-    assert "the baseline is taken as known" in found["note"]
+    assert "treat the baseline as a constant" in found["note"]
     assert [row["difference"] for row in found["numbers"]] == pytest.approx([row["difference"] for row in now], abs=1e-9)
     draws = (old / "draws").rename(tmp_path / "draws")
     found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json", registry=old)[1])
