@@ -1,4 +1,4 @@
-"""What differs between two runs: spec, where they ran, counts, and FVE, paired as `ksweep.analysis.compare` has it."""
+"""Differences between two runs: spec, provenance, counts, and FVE, paired as in `ksweep.analysis.compare`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COUNT_FIELDS = (
     "failure_rate", "cut_off_rate", "distinct_text_fraction", "cjk_fraction", "mean_tokens", "fve_over_successes",
     "tokens_per_second",
 )  # fmt: skip
-"""Numbers of a run that are laid side by side."""
+"""Fields of a run record that are compared as counts and rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """FVE of two runs at each K, and how it was paired or why not."""
+    """FVE of two runs at each K, and how they were paired or why not."""
 
     rows: list[TableRow]
-    """k, a, b, difference; low and high are None where nothing is paired."""
+    """k, a, b, difference, low, high; low and high are None where nothing is paired."""
     note: str
     level: float | None = None
     refused: bool = False
@@ -35,16 +35,16 @@ class Numbers:
 
 
 def diff_runs(root: Path, first: str, second: str, level: float | None = None) -> TableRow:
-    """What differs between two runs: in the spec, in where they ran, in the counts, and the paired differences of their FVE.
+    """Return the differences between two runs in spec, provenance and counts, and the paired differences of their FVE.
 
-    `level`: of the intervals; None takes the runs' own.
+    `level` is the nominal coverage of the intervals; None takes that of the runs.
 
     Raises:
-        RequestError: a name that nothing has.
+        RequestError: nothing has one of the names.
     """
-    one, other = (read_run(root / "landing" / run_named(root, name), of_each=False) for name in (first, second))
-    a, b = one.record, other.record
-    numbers = _numbers(root, one, other, level)
+    first_run, second_run = (read_run(root / "landing" / run_named(root, name), of_each=False) for name in (first, second))
+    a, b = first_run.record, second_run.record
+    numbers = _numbers(root, first_run, second_run, level)
     return {
         "runs": [{"run_id": r.run_id, "cell": r.cell, "status": r.status, "finished": r.finished.isoformat()} for r in (a, b)],
         "same": {
@@ -66,7 +66,7 @@ def diff_runs(root: Path, first: str, second: str, level: float | None = None) -
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as dotted names."""
+    """Yield the values of nested mappings under dotted names; an empty mapping is a value."""
     for name, inner in value.items():
         if isinstance(inner, Mapping) and inner:
             yield from flatten(inner, f"{prefix}{name}.")
@@ -75,10 +75,10 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[TableRow]:
-    ours, others = dict(flatten(a)), dict(flatten(b))
-    for name in dict.fromkeys([*ours, *others]):
-        if ours.get(name) != others.get(name):
-            yield {"name": name, "a": _listed(ours.get(name)), "b": _listed(others.get(name))}
+    of_a, of_b = dict(flatten(a)), dict(flatten(b))
+    for name in dict.fromkeys([*of_a, *of_b]):
+        if of_a.get(name) != of_b.get(name):
+            yield {"name": name, "a": _listed(of_a.get(name)), "b": _listed(of_b.get(name))}
 
 
 def _listed(value: Any) -> Any:
@@ -86,7 +86,7 @@ def _listed(value: Any) -> Any:
 
 
 def _numbers(root: Path, a: LandedRun, b: LandedRun, level: float | None) -> Numbers:
-    """FVE of a less FVE of b at every K that both have."""
+    """FVE of a minus FVE of b at every K that both have."""
     runs = [a.record.run_id, b.record.run_id]
     if runs[0] == runs[1]:
         return Numbers(rows=[], note="both names are of one run: there is no difference")
@@ -115,7 +115,7 @@ def _numbers(root: Path, a: LandedRun, b: LandedRun, level: float | None) -> Num
 
 
 def _side_by_side(a: LandedRun, b: LandedRun) -> list[TableRow]:
-    """The landed values at every K that both have, without an interval."""
+    """The recorded values at every K that both have, without an interval."""
     curves = [{} if run.curve is None else {row["k"]: row["fve"] for row in run.curve.to_pylist()} for run in (a, b)]
     return [
         {"k": k, "a": curves[0][k], "b": curves[1][k], "difference": curves[0][k] - curves[1][k], "low": None, "high": None}
@@ -124,7 +124,7 @@ def _side_by_side(a: LandedRun, b: LandedRun) -> list[TableRow]:
 
 
 def _note(row: TableRow, a: LandedRun, b: LandedRun) -> str:
-    """Over what the two were paired."""
+    """A sentence on what the two runs were paired over."""
     sizes = {run.record.num_activations for run in (a, b)}
     some = "" if sizes == {row["num_activations"]} else f" (of {a.record.num_activations} and {b.record.num_activations})"
     note = (

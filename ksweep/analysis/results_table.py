@@ -1,4 +1,4 @@
-"""What a sweep's command prints when its cells are computed: the table of FVE by K, its footnotes and warnings, its charts."""
+"""The output of a sweep's command once its cells are computed: a table of FVE by K, footnotes, warnings, charts."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CUT_OFF_TO_MENTION = 0.1
 DISTINCT_TO_MENTION = 0.2
 CJK_TO_MENTION = 0.5
 LABEL_COLUMN = 24
-"""Labels longer than this are folded where the width is short."""
+"""Longer labels are folded in a narrow terminal."""
 CHARACTERS_PER_K = 19
-"""Characters that one K takes: "[-0.123, -0.123]" and its border."""
+"""Width of one column: "[-0.123, -0.123]" and its border."""
 
 
 def print_results(sweep: Sweep, cell_keys: Sequence[str], *, computed: int, charts: bool) -> None:
-    """Bring the database up to date, print the table, write the pictures."""
+    """Print the table of results with its footnotes and warnings, and write the charts."""
     registry = Path(sweep.registry)
     labels = dict(zip(cell_keys, sweep.labels(), strict=True))
     table = curves_of(registry, labels)
@@ -52,7 +52,7 @@ def print_results(sweep: Sweep, cell_keys: Sequence[str], *, computed: int, char
 
 
 def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
-    """A row a cell: FVE with its interval at as many K as the width has room for, the control, failures."""
+    """Return a table with a row per cell: FVE and interval at as many K as fit, the shuffled control, failures, speed."""
     rows, width = curves.to_pylist(), out.width
     ks = sorted({r["k"] for r in rows})
     label_width = max(len(r["label"]) for r in rows)
@@ -68,19 +68,19 @@ def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
     for name in (f"shuffled{chr(10) if out.is_terminal else ' '}K={ks[-1]}", "failed", "tokens/s")[: 3 if wide else 1]:
         table.add_column(name, justify="right", no_wrap=True)
     for label in dict.fromkeys(r["label"] for r in rows):
-        mine = {r["k"]: r for r in rows if r["label"] == label}
-        last = mine[max(mine)]
+        by_k = {r["k"]: r for r in rows if r["label"] == label}
+        last = by_k[max(by_k)]
         beside_it = [
             _number(last["shuffled_fve"], ".3f"),
             _number(last["failure_rate"], ".1%"),
             _number(last["tokens_per_second"], ",.0f"),
         ]
-        table.add_row(Text(label), *(_fve(mine.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
+        table.add_row(Text(label), *(_fve(by_k.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
     return table
 
 
 def _spread(values: list[int], most: int) -> list[int]:
-    """At most so many of the values, the first and the last among them."""
+    """Return at most `most` of the values, evenly spaced, with the first and the last."""
     if len(values) <= most:
         return values
     if most < 2:
@@ -89,7 +89,7 @@ def _spread(values: list[int], most: int) -> list[int]:
 
 
 def write_charts(sweep: Sweep, curves: pa.Table, folder: Path) -> list[Path]:
-    """FVE by K, and by temperature where that varies; HTML, PNG and PDF."""
+    """Write charts of FVE by K, and by temperature where it varies, as HTML, PNG and PDF; return their paths."""
     from ksweep.analysis import charts
 
     written = charts.save(charts.fve_by_k(curves, title=sweep.question or sweep.name), folder / "fve_by_k")
@@ -99,7 +99,7 @@ def write_charts(sweep: Sweep, curves: pa.Table, folder: Path) -> list[Path]:
 
 
 def _footnotes(curves: pa.Table) -> list[str]:
-    """Baseline, its kind and N stand beside every FVE: one line for each set of cells that share them."""
+    """Return lines with baseline, its kind, N and documents, one for each set of cells that share them."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for row in {r["label"]: r for r in curves.to_pylist()}.values():
         names = ("level", "num_documents", "effective_documents", "num_activations")
@@ -116,7 +116,7 @@ def _footnotes(curves: pa.Table) -> list[str]:
 
 
 def warnings(curves: pa.Table) -> list[str]:
-    """What a reader of the numbers should know before believing them, a line each."""
+    """Return warnings on the reliability of the numbers, a line each: failures, cut-off texts, repeated texts, few documents."""
     lines = []
     for row in {r["label"]: r for r in curves.to_pylist()}.values():
         label = row["label"]
@@ -139,20 +139,20 @@ def warnings(curves: pa.Table) -> list[str]:
 
 
 def noted(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each note of some runs once, with its subject, and the labels of its runs where not all have it."""
-    of: dict[tuple[str, str], list[str]] = {}
+    """Return each note of the runs once, with its subject, and the labels of its runs unless all have it."""
+    labels_with: dict[tuple[str, str], list[str]] = {}
     labels = dict.fromkeys(row["label"] for row in rows)
     for row in {row["label"]: row for row in rows}.values():
         for note in row.get("notes") or ():
-            of.setdefault((note["about"], note["text"]), []).append(row["label"])
+            labels_with.setdefault((note["about"], note["text"]), []).append(row["label"])
     return [
         f"{about}: {text}" if len(having) == len(labels) else f"{about} ({', '.join(having)}): {text}"
-        for (about, text), having in of.items()
+        for (about, text), having in labels_with.items()
     ]
 
 
 def _controls_line(controls: pa.Table) -> str:
-    """Controls that do not depend on K, each once where all cells share it, else as a range."""
+    """Return a line of the controls that do not depend on K: a value if all cells share it, else a range."""
     values: dict[str, list[float]] = {}
     for row in controls.to_pylist():
         values.setdefault(row["control"], []).append(row["value"])

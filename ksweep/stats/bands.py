@@ -1,12 +1,11 @@
-"""Bands that hold for all K at once, which K deserve less trust, and what a doubling of K buys.
+"""Simultaneous bands over all K, gains per doubling of K, and which K have few independent subsets of draws.
 
-A pointwise interval holds for one K named beforehand. Whoever looks at a whole curve and picks a point looks at many: the band
-is for them.
+A pointwise interval holds for one K named beforehand. A band is for choosing a K after seeing the whole curve.
 
-There is no prediction for K beyond the number of draws N, on purpose. The expected smallest of K draws is a polynomial of degree
-K in the draws' distribution, and from N < K draws no unbiased estimate of it exists (Halmos 1946). What lies below the smallest
-draw seen would come from an assumed shape of the tail, and a check on held-out draws reaches no further than the draws do. Take
-more draws: earlier ones are kept, and only the missing ones cost anything.
+There is deliberately no extrapolation beyond the number of draws N. The expected smallest error of K draws is a polynomial of
+degree K in the distribution of draws, and no unbiased estimate of it exists from N < K draws (Halmos 1946). Errors below the
+smallest observed one would depend on an assumed shape of the tail, which held-out draws cannot check either. Sample more draws
+instead: earlier ones are kept, and only the missing ones cost anything.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 FEWEST_SUBSETS = 2.0
-"""Disjoint sets of K that the draws of an activation must hold for a point to be drawn in full."""
+"""Number of disjoint sets of K draws below which charts show a point lighter."""
 
 
 def simultaneous_band(
@@ -31,12 +30,13 @@ def simultaneous_band(
     effective_documents: float,
     level: float = 0.95,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """Band that covers the whole curve with probability `level`: the pointwise intervals stretched about the estimate, all alike.
+    """Return a band that covers the whole curve with probability `level`: the pointwise intervals, all stretched by one factor.
 
-    The stretch is the `level` quantile over replicates of how many times the way from the estimate to the pointwise quantiles a
-    replicate goes, at the K where it goes farthest (max-t; Montiel Olea and Plagborg-Moeller 2019, with quantiles for the
-    standard errors), and Student's quantile in place of the normal one of the same probability. Where nothing varies (a curve
-    less itself) the band has no width. From one document, or where an estimate lies outside its quantiles, it is unknown: NaN.
+    For each replicate, take its deviation from the estimate over that of the pointwise quantile, at the K where this ratio
+    is largest; the factor is the `level` quantile of these maxima (sup-t band; Montiel Olea and Plagborg-Moeller 2019, with
+    quantiles instead of standard errors), with Student's quantile in place of the normal one of the same probability. Where
+    nothing varies (a curve minus itself) the band has no width. It is NaN for one document, or where an estimate lies outside
+    its quantiles.
     """
     low, high = interval_ends(estimate, replicates, effective_documents, level)
     below, above = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0) - estimate
@@ -54,7 +54,7 @@ def simultaneous_band(
 
 
 def _student_over_normal(stretch: float, effective_documents: float, level: float) -> float:
-    """How much farther Student's quantile lies out than the normal one, compared with where `interval_reach` has it already."""
+    """Return Student's over the normal quantile at the stretched probability, relative to the ratio in `interval_reach`."""
     z = float(ndtri((1 + level) / 2))
     normal = np.array([z, min(stretch * z, 7.0)])  # beyond 7 probabilities are 1
     ratio = stdtrit(effective_documents + 1, ndtr(normal)) / normal
@@ -62,27 +62,27 @@ def _student_over_normal(stretch: float, effective_documents: float, level: floa
 
 
 def curve_band(curve: FveCurve) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """The simultaneous band of a curve, beside its pointwise `fve_low` and `fve_high`."""
+    """Return the simultaneous band of a curve; `fve_low` and `fve_high` are its pointwise intervals."""
     return simultaneous_band(curve.fve, curve.replicates, curve.effective_documents, curve.level)
 
 
 def effective_subsets(num_draws: int, ks: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-    """Disjoint sets of K among the draws of an activation, N/K: how many independent looks at best-of-K each one gives."""
+    """Return N/K, the number of disjoint sets of K among the N draws of an activation."""
     return num_draws / np.asarray(ks, dtype=np.float64)
 
 
 def few_subsets(num_draws: int, ks: Int[np.ndarray, " k"]) -> Bool[np.ndarray, " k"]:
-    """Whether K is so near to N that all its subsets share most of their draws (N/K < 2); K = 1 of one draw is not meant.
+    """Return whether all subsets of K draws share most of their draws (N/K < 2); False for K = 1.
 
-    The estimate stays unbiased and the interval over documents holds; what is lost is averaging within an activation: at K = N
-    one lucky draw stands for all subsets.
+    The estimate remains unbiased and the interval over documents valid, but averaging within an activation is lost: at K = N
+    there is one subset.
     """
     ks = np.asarray(ks)
     return np.asarray((effective_subsets(num_draws, ks) < FEWEST_SUBSETS) & (ks > 1))
 
 
 def gain_per_doubling(curve: FveCurve, level: float = 0.95) -> tuple[list[int], Interval]:
-    """FVE at 2K less FVE at K, for each K of the curve whose double is on it too, paired; and those K."""
+    """Return each K whose double is on the curve too, and FVE at 2K minus FVE at K, paired."""
     at = {int(k): i for i, k in enumerate(curve.k)}
     starts = [k for k in at if 2 * k in at]
     if not starts:
@@ -93,7 +93,7 @@ def gain_per_doubling(curve: FveCurve, level: float = 0.95) -> tuple[list[int], 
 
 
 def mean_gain_per_doubling(curve: FveCurve, level: float = 0.95) -> Interval:
-    """(FVE at the largest K - FVE at the smallest) / doublings between them: one number for a curve, paired; one entry."""
+    """Return (FVE at the largest K - FVE at the smallest) / number of doublings between them, paired, as one entry."""
     first, last = int(curve.k.argmin()), int(curve.k.argmax())
     doublings = np.log2(curve.k[last] / curve.k[first])
     if doublings == 0:
@@ -103,26 +103,26 @@ def mean_gain_per_doubling(curve: FveCurve, level: float = 0.95) -> Interval:
 
 
 def tokens_drawn(num_tokens: Float[np.ndarray, "activation draw"], ks: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-    """Tokens sampled per activation for a best of K: mean length of a draw times K. Failed draws were paid for too."""
+    """Return tokens sampled per activation for a best of K: mean length of a draw times K, failed draws included."""
     return float(np.mean(num_tokens)) * np.asarray(ks, dtype=np.float64)
 
 
 def difference_at_own_best(curve: FveCurve, reference: FveCurve, level: float = 0.95) -> tuple[int, int, Interval]:
-    """Highest FVE of `curve` less highest FVE of `reference`, each at the K where it is highest; the two K, and one entry.
+    """Return the two K where the curves are highest, and the difference of these highest FVEs, paired, as one entry.
 
-    For cells with different numbers of draws, such as greedy decoding, which has one. A curve is highest at its largest K but for
-    ties and failures, so picking that K flatters hardly at all.
+    For cells with different numbers of draws, such as greedy decoding with one. Apart from ties and failures a curve is highest
+    at its largest K, so that choosing this K hardly biases the difference.
     """
     paired_with(curve, reference)
-    ours, theirs = int(np.argmax(curve.fve)), int(np.argmax(reference.fve))
-    replicates = curve.replicates[:, [ours]] - reference.replicates[:, [theirs]]
-    interval = interval_of(curve.fve[[ours]] - reference.fve[[theirs]], replicates, curve.resampling, level)
-    return int(curve.k[ours]), int(reference.k[theirs]), interval
+    i, j = int(np.argmax(curve.fve)), int(np.argmax(reference.fve))
+    replicates = curve.replicates[:, [i]] - reference.replicates[:, [j]]
+    interval = interval_of(curve.fve[[i]] - reference.fve[[j]], replicates, curve.resampling, level)
+    return int(curve.k[i]), int(reference.k[j]), interval
 
 
 def difference_band(
     curve: FveCurve, reference: FveCurve, level: float = 0.95
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """The simultaneous band of `paired_difference`."""
+    """Return the simultaneous band of `paired_difference`."""
     difference = paired_difference(curve, reference, level)
     return simultaneous_band(difference.estimate, curve.replicates - reference.replicates, curve.effective_documents, level)

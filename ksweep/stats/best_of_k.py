@@ -1,16 +1,15 @@
-"""Best-of-K for every K from the same N draws, by order statistics.
+"""Best-of-K errors for every K from the same N draws, by order statistics.
 
-Keeping the best of K is *oracle* selection: the reconstructor that picks the explanation also scores it, with
-the activation at hand. It says how good an explanation is to be had among K draws, not what a reader without
-the activation would pick.
+Keeping the best of K is *oracle* selection: the AR that selects the explanation also scores it, with access to the
+activation. It measures how good the best of K explanations is, not what a reader without the activation would select.
 
 `prefix` selection takes the best of the first K draws instead, as the reference sweep does: unbiased too, but K = 1
 uses one draw of N.
 
 A failed draw (no closing tag, empty, cut off) is NaN. It uses up one of the K and is never kept over a success; only
 where all K failed does the activation count with `failed_error`. A success may be worse than that: with errors
-[failed, 3.0] and failed_error 2.0 the best of one is 2.5 on average and the best of two is 3.0, since who keeps an
-explanation keeps the success. So a curve may fall where AV and AR point away from the activation.
+[failed, 3.0] and failed_error 2.0 the best of one is 2.5 on average and the best of two is 3.0, because the success is
+kept. So a curve may fall where reconstructions point away from the activation.
 """
 
 from __future__ import annotations
@@ -23,12 +22,10 @@ import numpy as np
 from ksweep.stats.fve import ORTHOGONAL_ERROR
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from jaxtyping import Bool, Float
 
 Selection = Literal["order_statistics", "prefix"]
-"""order_statistics: the average over every choice of K draws. prefix: the best of the first K, as the reference does."""
+"""order_statistics: mean over all subsets of K draws. prefix: the first K draws, as in the reference sweep."""
 
 
 def best_errors(
@@ -37,7 +34,7 @@ def best_errors(
     selection: Selection = "order_statistics",
     failed_error: float | Float[np.ndarray, " activation"] = ORTHOGONAL_ERROR,
 ) -> Float[np.ndarray, "activation k"]:
-    """Best-of-K error of each activation under either selection."""
+    """Return the best-of-K error of each activation, with either selection."""
     best_of = prefix_of_k_errors if _is_prefix(selection) else best_of_k_errors
     return best_of(errors, ks, failed_error)
 
@@ -45,7 +42,7 @@ def best_errors(
 def all_failed_rates(
     errors: Float[np.ndarray, "activation draw"], ks: Sequence[int], selection: Selection = "order_statistics"
 ) -> Float[np.ndarray, "activation k"]:
-    """Chance that all K draws of each activation failed; with `prefix` 1 where the first K did, else 0."""
+    """Return the probability that all K draws of an activation fail; with `prefix` 1 if the first K did, else 0."""
     if _is_prefix(selection):
         failed = np.isnan(_checked_errors(errors))
         return np.asarray(np.logical_and.accumulate(failed, axis=1)[:, _columns(ks, failed.shape[1])], dtype=np.float64)
@@ -55,7 +52,7 @@ def all_failed_rates(
 def best_errors_over_successes(
     errors: Float[np.ndarray, "activation draw"], ks: Sequence[int], selection: Selection = "order_statistics"
 ) -> Float[np.ndarray, "activation k"]:
-    """Best-of-K error over those choices of K that hold a success; NaN where there is none."""
+    """Return the best-of-K error over the subsets of K draws with a success; NaN where there is none."""
     if _is_prefix(selection):
         return prefix_of_k_errors(errors, ks, np.nan)
     return best_of_k_errors_over_successes(errors, ks)
@@ -69,7 +66,7 @@ def select(
     *,
     failed_value: float,
 ) -> Float[np.ndarray, "activation k"]:
-    """Another quantity (cosine) of the draw that best-of-K keeps, under either selection."""
+    """Return another quantity (such as the cosine) of the draw that best-of-K keeps, with either selection."""
     chosen = prefix_of_k_select if _is_prefix(selection) else best_of_k_select
     return chosen(quantity, errors, ks, failed_value)
 
@@ -89,7 +86,7 @@ def prefix_of_k_errors(
     ks: Sequence[int],
     failed_error: float | Float[np.ndarray, " activation"] = ORTHOGONAL_ERROR,
 ) -> Float[np.ndarray, "activation k"]:
-    """Smallest error among the first K draws; a failed draw (NaN) is passed over, K failures count as `failed_error`."""
+    """Return the smallest error among the first K draws; failed draws (NaN) are skipped, K failures count as `failed_error`."""
     errors = _checked_errors(errors)
     best = np.fmin.accumulate(errors, axis=1)[:, _columns(ks, errors.shape[1])]
     instead = np.asarray(failed_error, dtype=np.float64)
@@ -102,7 +99,7 @@ def prefix_of_k_select(
     ks: Sequence[int],
     failed_value: float,
 ) -> Float[np.ndarray, "activation k"]:
-    """Another quantity (cosine) of the draw with the smallest error among the first K; `failed_value` where all of them failed.
+    """Return another quantity of the draw with the smallest error among the first K; `failed_value` where all of them failed.
 
     A tie goes to the earlier draw.
     """
@@ -114,7 +111,7 @@ def prefix_of_k_select(
 
 
 def best_of_k_weights(num_draws: int, ks: Sequence[int]) -> Float[np.ndarray, "rank k"]:
-    """Chance that the i-th smallest of N is the smallest of K taken from them: C(N-i, K-1) / C(N, K).
+    """Return the probability that the i-th smallest of N draws is the smallest of K of them: C(N-i, K-1) / C(N, K).
 
     The weights of the unbiased max@k estimator (the continuous pass@k of Chen et al. 2021; PKPO, arXiv
     2505.15201; Tang et al. 2020). Drawing with replacement instead is biased: -0.19 sd at K = N = 32. Built
@@ -131,7 +128,7 @@ def best_of_k_errors(
     ks: Sequence[int],
     failed_error: float | Float[np.ndarray, " activation"] = ORTHOGONAL_ERROR,
 ) -> Float[np.ndarray, "activation k"]:
-    """Expected smallest error among K of the draws: the average over every choice of K.
+    """Return the expected smallest error among K of the draws: the mean over all subsets of K (Chen et al. 2021).
 
     Unbiased for K fresh draws; K = 1 is the mean, K = N the minimum. `failed_error` may differ between
     activations: with raw scoring a failure can count as the zero vector, mean_j g_j^2.
@@ -144,7 +141,7 @@ def best_of_k_errors(
 
 
 def best_of_k_failure_rates(errors: Float[np.ndarray, "activation draw"], ks: Sequence[int]) -> Float[np.ndarray, "activation k"]:
-    """Chance that all K draws failed; K = 1 is the share of failed draws."""
+    """Return the probability that all K draws fail; at K = 1 the fraction of failed draws."""
     ranked = _ranked(errors)
     return np.asarray(np.isnan(ranked) @ best_of_k_weights(ranked.shape[1], ks))
 
@@ -152,11 +149,11 @@ def best_of_k_failure_rates(errors: Float[np.ndarray, "activation draw"], ks: Se
 def best_of_k_errors_over_successes(
     errors: Float[np.ndarray, "activation draw"], ks: Sequence[int]
 ) -> Float[np.ndarray, "activation k"]:
-    """Expected smallest error among K draws, over those choices of K that hold a success.
+    """Return the expected smallest error among K draws, over the subsets of K with a success.
 
-    NaN where no draw succeeded. K still counts every draw that is paid for, and an activation is in for all K
-    or for none. Taking K of the successes only would drop an activation from the curve once K passes its
-    successes, and the harder ones go first.
+    NaN where no draw succeeded. K still counts every draw that was sampled, and an activation counts for all K
+    or for none. Subsets of successes only would drop an activation from the curve once K exceeds its number of
+    successes, and the harder activations first.
     """
     ranked = _ranked(errors)
     weights = best_of_k_weights(ranked.shape[1], ks)
@@ -172,11 +169,11 @@ def best_of_k_select(
     ks: Sequence[int],
     failed_value: float | None = None,
 ) -> Float[np.ndarray, "activation k"]:
-    """Expected value of another quantity (cosine, tokens) of the draw that has the smallest error among K.
+    """Return the expected value of another quantity (cosine, tokens) of the draw with the smallest error among K.
 
     Draws are ranked by error and the same weights go to `quantity`, as in the best-of-n estimator of WebGPT
-    (Nakano et al. 2021). Draws of equal error, and the failed ones among themselves, share their
-    mean: any of them may be kept. `failed_value` is what a failed draw has (0.0 for cosine); without it the
+    (Nakano et al. 2021). Draws of equal error, and the failed ones among themselves, share the
+    mean of their values, since any of them may be kept. `failed_value` is what a failed draw has (0.0 for cosine); without it the
     quantity's own values count (tokens were spent). A quantity that is NaN where it may be selected makes the
     result NaN.
     """
@@ -195,7 +192,11 @@ def best_of_k_select(
 
 
 def checked_ks(ks: Sequence[int], num_draws: int) -> list[int]:
-    """The K as ints, each between 1 and the number of draws."""
+    """Return the K as ints, each between 1 and the number of draws.
+
+    Raises:
+        ValueError: a K is not.
+    """
     checked = [int(k) for k in ks if int(k) == k and k >= 1]
     if len(checked) != len(ks) or not checked:
         raise ValueError(f"K must be whole numbers of at least 1; got {list(ks)!r}")
@@ -222,7 +223,7 @@ def _checked_errors(errors: Float[np.ndarray, "activation draw"]) -> Float[np.nd
 
 
 def _ranked(errors: Float[np.ndarray, "activation draw"]) -> Float[np.ndarray, "activation rank"]:
-    """Errors of each activation from smallest to largest, failed draws (NaN) last."""
+    """Return the errors of each activation from smallest to largest, failed draws (NaN) last."""
     return np.asarray(np.sort(_checked_errors(errors), axis=1))
 
 
@@ -238,5 +239,5 @@ def _mean_over_ties(
 
 
 def kept_ks(ks: Sequence[int]) -> list[int]:
-    """The K of which something is kept for each activation: powers of two, and the largest."""
+    """Return the K whose values are kept for each activation: powers of two, and the largest."""
     return [k for k in sorted(ks) if k & (k - 1) == 0 or k == max(ks)]

@@ -1,12 +1,12 @@
-"""Intervals: resample whole documents, recompute FVE as a ratio each time, the same replicates everywhere.
+"""Bootstrap intervals: resample whole documents, recompute FVE as a ratio, with the same replicates for every K and every cell.
 
-Activations of one document are alike, so the document is what is resampled; taking activations as independent
-covered 72 % instead of 95 % in simulation. The draws of an activation are never resampled: the smallest of N
-resampled draws is not the smallest of N fresh ones (60 % at K = N). Their randomness is already in the spread
-between activations.
+Activations of one document are alike, so whole documents are resampled (cluster bootstrap, Davison and Hinkley 1997, 3.8):
+resampling activations as if independent covered 72 % instead of 95 % in simulation. The draws of an activation are never
+resampled: the smallest of N resampled draws is not distributed like the smallest of N fresh ones (60 % coverage at K = N). Their
+randomness is already part of the spread between activations.
 
-The replicates depend on the documents and the seed alone, not on row order, K, temperature or checkpoint. Two
-curves over the same documents therefore share them, and a difference is taken replicate by replicate.
+The replicates depend only on the documents and the seed, not on row order, K, temperature or checkpoint. Two curves over the
+same documents therefore share them, and a difference is computed replicate by replicate.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 FEW_DOCUMENTS = 20
-"""With fewer documents in effect (`effective_documents`) an interval cannot be trusted to its nominal level: a rare failure or a
-heavy tail that none of them shows is not in it. Ten documents of equal size cover 90 to 94 % instead of 95 % in simulation."""
+"""With fewer effective documents an interval may cover less than its nominal level: a rare failure or a heavy tail that none of
+them shows is not in it. Ten documents of equal size cover 90 to 94 % instead of 95 % in simulation."""
 
 ASYMMETRY = 1.5
-"""How far the middle of an interval leaves the estimate, in parts of what the middle of the quantiles does. A percentile interval
-of a mean has a third of the asymmetry that skewed values ask for (Hesterberg 2015); the whole factor of 3 is lost again to its
-own noise where differences have heavy tails, and 1.5 covered best over cells and differences."""
+"""Distance between the middle of an interval and the estimate, as a multiple of that between the middle of the quantiles and the
+estimate. A percentile interval of a mean has a third of the asymmetry that skewed values require (Hesterberg 2015). The full
+factor of 3 adds noise where differences have heavy tails; 1.5 covered best over cells and differences."""
 
 _CHUNK_REPLICATES = 256
 """Replicates whose weights are float64 at once: 20 MiB for 10,000 documents."""
@@ -43,19 +43,19 @@ _CHUNK_REPLICATES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Resampling:
-    """What two sets of replicates must share to be paired."""
+    """Properties that two sets of replicates must share to be paired."""
 
     documents_digest: str
     num_documents: int
     effective_documents: float
-    """How many documents of equal size say as much."""
+    """(sum n)^2 / sum n^2, n the activations of each document."""
     num_replicates: int
     seed: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Interval:
-    """An estimate with its interval over documents; one entry per K."""
+    """An estimate with its interval over documents, one entry per K."""
 
     estimate: Float[np.ndarray, " k"]
     low: Float[np.ndarray, " k"]
@@ -67,7 +67,7 @@ class Interval:
 
     @property
     def few_documents(self) -> bool:
-        """Whether the interval deserves a warning beside it."""
+        """Whether the interval needs a warning: see FEW_DOCUMENTS."""
         return self.effective_documents < FEW_DOCUMENTS
 
 
@@ -77,18 +77,18 @@ class FveCurve:
 
     k: Int[np.ndarray, " k"]
     fve: Float[np.ndarray, " k"]
-    """1 - error / baseline; a failed draw uses up one of the K."""
+    """1 - error / baseline. A failed draw uses up one of the K."""
     fve_low: Float[np.ndarray, " k"]
     fve_high: Float[np.ndarray, " k"]
-    """Interval over documents; NaN when there is only one."""
+    """Interval over documents; NaN if there is only one."""
     error: Float[np.ndarray, " k"]
-    """Mean best-of-K error; with normalised scoring the mean cosine is 1 - error / 2, a failure being 0."""
+    """Mean best-of-K error; with normalised scoring the mean cosine is 1 - error / 2, where a failure counts as 0."""
     failure_rate: Float[np.ndarray, " k"]
-    """Expected share of activations for which all K draws failed; at K = 1 the share of failed draws."""
+    """Expected fraction of activations whose K draws all fail; at K = 1 the fraction of failed draws."""
     fve_over_successes: Float[np.ndarray, " k"]
-    """`fve` with the K-sets that hold no success left out, same baseline; NaN when no draw succeeded."""
+    """`fve` over the sets of K draws with a success, with the same baseline; NaN if no draw succeeded."""
     num_without_success: int
-    """Activations left out of `fve_over_successes` altogether."""
+    """Number of activations without a successful draw, which `fve_over_successes` leaves out."""
     baseline: Baseline
     num_activations: int
     num_draws: int
@@ -96,22 +96,22 @@ class FveCurve:
     """Nominal coverage of the interval, for each K by itself."""
     resampling: Resampling
     replicates: Float[np.ndarray, "replicate k"] = field(repr=False)
-    """FVE in each bootstrap replicate, rounded to float32, for paired comparisons: a registry that keeps them as FLOAT gives the
-    same digits."""
+    """FVE in each bootstrap replicate, for paired comparisons; rounded to float32, as the registry stores it, so that both give
+    the same digits."""
 
     @property
     def num_documents(self) -> int:
-        """Clusters the interval rests on."""
+        """Number of documents, the clusters of the bootstrap."""
         return self.resampling.num_documents
 
     @property
     def effective_documents(self) -> float:
-        """How many documents of equal size say as much."""
+        """(sum n)^2 / sum n^2, n the activations of each document."""
         return self.resampling.effective_documents
 
     @property
     def few_documents(self) -> bool:
-        """Whether the interval deserves a warning beside it."""
+        """Whether the interval needs a warning: see FEW_DOCUMENTS."""
         return self.effective_documents < FEW_DOCUMENTS
 
 
@@ -127,22 +127,21 @@ def fve_curve(
     level: float = 0.95,
     selection: Selection = "order_statistics",
 ) -> FveCurve:
-    """FVE for each K (by default 1 to the number of draws) with a document-clustered bootstrap interval.
+    """Return FVE for each K (by default 1 to the number of draws) with a bootstrap interval over documents.
 
-    `selection="prefix"` takes the best of the first K draws, for comparison with the reference sweep; so does what is said of
-    failures.
+    `selection="prefix"` takes the best of the first K draws, errors and failures alike, as the reference sweep does.
 
-    In each replicate a document counts as often as it was drawn, in numerator and, for a measured baseline,
-    denominator: 1 - sum_c w_c E_c / sum_c w_c D_c. The distances D stay those of the full set, which is the whole
-    first-order effect. Measuring the distance from the mean again in every replicate would subtract |mu_r - mu|^2 / d, in
-    high dimension nearly a constant: the interval slides off its estimate by up to (1 - FVE) / documents. At d = 256,
-    half of the variance between documents, 40 documents covered 86 % so and 94 % as it is; 20 documents 74 % and 92 %.
+    In each replicate a document counts as often as it was drawn, in the numerator and, for a measured baseline, in the
+    denominator: 1 - sum_c w_c E_c / sum_c w_c D_c. The distances D are those of the full set, which captures the first-order
+    effect. Measuring the distance from the mean again in every replicate would subtract |mu_r - mu|^2 / d, nearly a constant
+    in high dimension: the interval would move off its estimate by up to (1 - FVE) / documents. At d = 256, with half of the
+    variance between documents, 40 documents would cover 86 % instead of 94 %, and 20 documents 74 % instead of 92 %.
 
     Coverage of the population's FVE at nominal 95 %, K = 1, 4, 16, with heavy tails and 5 % clustered failures
-    (scripts/simulate_coverage.py, standard error 0.5 %): 94 to 96 % from 10 to 80 documents of uneven size (5 to 27 in
-    effect), 93 to 96 % from 20 to 80 of equal size, 91 to 94 % from 10 of equal size, with a baseline between documents
-    and a stated one alike. Sizes had nothing to do with errors there. Where larger documents are harder (errors as size to
-    the power of 0.25, log-normal sizes) the rare very large ones are missing from the sample: 73 to 85 %.
+    (scripts/simulate_coverage.py, standard error 0.5 %): 94 to 96 % with 10 to 80 documents of uneven size (5 to 27
+    effective), 93 to 96 % with 20 to 80 of equal size, 91 to 94 % with 10 of equal size, for a baseline between documents and
+    a stated one alike. Sizes were independent of errors there. Where larger documents are harder (errors proportional to
+    size^0.25, log-normal sizes) the rare very large ones are missing from the sample: 73 to 85 %.
     """
     errors, documents = np.asarray(errors, dtype=np.float64), np.asarray(documents)
     _check_aligned(errors, documents, baseline)
@@ -183,7 +182,7 @@ def fve_curve(
 
 
 def paired_difference(curve: FveCurve, reference: FveCurve, level: float = 0.95) -> Interval:
-    """FVE of `curve` minus FVE of `reference` at each K, paired: what both share (hard documents) cancels."""
+    """Return FVE of `curve` minus FVE of `reference` at each K, paired: variation that both share (hard documents) cancels."""
     if curve.k.tolist() != reference.k.tolist():
         raise ValueError(f"the curves have different K: {_brief(curve.k)} and {_brief(reference.k)}; pass the same `ks`")
     paired_with(curve, reference)
@@ -191,20 +190,20 @@ def paired_difference(curve: FveCurve, reference: FveCurve, level: float = 0.95)
 
 
 def paired_with(curve: FveCurve, reference: FveCurve) -> None:
-    """Refuse two curves whose replicates do not belong together."""
-    ours, theirs = curve.resampling, reference.resampling
-    if ours != theirs:
+    """Raise ValueError for two curves that do not share their replicates."""
+    a, b = curve.resampling, reference.resampling
+    if a != b:
         raise ValueError(
             "the curves were not resampled alike, so their difference cannot be paired: "
-            f"{ours.num_documents} and {theirs.num_documents} documents"
-            f"{' (not the same ones)' if ours.documents_digest != theirs.documents_digest else ''}, "
-            f"{ours.num_replicates} and {theirs.num_replicates} replicates, "
-            f"seeds {ours.seed} and {theirs.seed}; recompute both over the same documents, alike"
+            f"{a.num_documents} and {b.num_documents} documents"
+            f"{' (not the same ones)' if a.documents_digest != b.documents_digest else ''}, "
+            f"{a.num_replicates} and {b.num_replicates} replicates, "
+            f"seeds {a.seed} and {b.seed}; recompute both over the same documents, with the same replicates and seed"
         )
 
 
 def gain_over(curve: FveCurve, k: int = 1, level: float = 0.95) -> Interval:
-    """FVE at each K minus FVE at one K of the same curve, paired: what more draws buy."""
+    """Return FVE at each K minus FVE at one K of the same curve, paired: the gain from more draws."""
     if k not in curve.k:
         raise ValueError(f"the curve has no K = {k}; it has {_brief(curve.k)}")
     at = int(np.flatnonzero(curve.k == k)[0])
@@ -213,9 +212,9 @@ def gain_over(curve: FveCurve, k: int = 1, level: float = 0.95) -> Interval:
 
 @lru_cache(maxsize=2)  # the cells of a sweep ask for the same weights one after another
 def document_weights(num_documents: int, num_replicates: int, seed: int) -> Int[np.ndarray, "replicate document"]:
-    """How often each document is drawn, with replacement, in each replicate (read-only).
+    """Return how often each document is drawn, with replacement, in each replicate (read-only).
 
-    Row r depends on the seed, r and the number of documents only: more replicates continue the same sequence.
+    Row r depends only on the seed, r and the number of documents: more replicates continue the same sequence.
     """
     if num_replicates < 2:
         raise ValueError(f"a bootstrap needs at least 2 replicates (2000 for a 95 % interval); got {num_replicates}")
@@ -293,17 +292,17 @@ def _replicate_fve(
 def fve_replicates(
     errors: Float[np.ndarray, "replicate k"], distances: Float[np.ndarray, " replicate"]
 ) -> Float[np.ndarray, "replicate k"]:
-    """FVE from each replicate's sums, rounded to the float32 in which a registry keeps it.
+    """Return FVE from each replicate's means, rounded to float32 as the registry stores it.
 
-    Documents that all sit on one spot leave nothing to explain. A replicate of them counts as having 1 % of the usual variance:
-    its FVE lies far out, and differences of two such FVE are still numbers.
+    A replicate of identical documents has no variance to explain. It counts as having 1 % of the usual variance: its FVE lies far
+    out, and differences of two such FVEs are still numbers.
     """
     fve = 1 - errors / np.maximum(distances, 0.01 * distances.mean())[:, None]
     return np.asarray(fve.astype(np.float32), dtype=np.float64)
 
 
 def _mean_of_known(values: Float[np.ndarray, "activation k"]) -> Float[np.ndarray, " k"]:
-    """Mean over activations with NaN left out; NaN where nothing is known."""
+    """Return the mean over activations without NaN; NaN where all are NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.nansum(values, axis=0) / (~np.isnan(values)).sum(axis=0))
 
@@ -313,7 +312,7 @@ def replicate_sums(
     membership: Int[np.ndarray, " activation"],
     weights: Int[np.ndarray, "replicate document"],
 ) -> Float[np.ndarray, "replicate value"]:
-    """Sums over each replicate of `document_weights`; documents first, so the product does not grow with activations."""
+    """Return the sums over each replicate of `document_weights`; summed by document first, so that the product stays small."""
     order = np.argsort(membership, kind="stable")
     starts = np.flatnonzero(np.diff(membership[order], prepend=-1))
     per_document = np.add.reduceat(values[order], starts, axis=0)
@@ -331,7 +330,7 @@ def interval_of(
     resampling: Resampling,
     level: float,
 ) -> Interval:
-    """Any quantity with its values in the shared replicates as an interval over documents."""
+    """Return the interval over documents of a quantity, from its values in the shared replicates."""
     low, high = interval_ends(estimate, replicates, resampling.effective_documents, level)
     return Interval(
         estimate=estimate,
@@ -375,7 +374,7 @@ def _check_aligned(errors: Float[np.ndarray, "activation draw"], documents: np.n
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"level is the coverage wanted, between 0 and 1, such as 0.95; got {level!r}")
+        raise ValueError(f"level is the nominal coverage, between 0 and 1, such as 0.95; got {level!r}")
 
 
 def _brief(ks: Int[np.ndarray, " k"]) -> str:

@@ -1,13 +1,13 @@
-"""What belongs beside an FVE, so that it cannot be mistaken for more than it is. No control costs a draw.
+"""Controls to report beside an FVE. No control needs more draws.
 
-* Draws of *another* activation, as a whole best-of-K curve: picking the best of K by the target's own error
-  climbs with K even when the texts know nothing of the target. Score activation i against the draws of
-  ``derangement(...)[i]``; the resulting [activation, draw] errors go through `fve_curve` like any others.
-  ScoringKind draw by draw in the donor's order, the target is ``vectors[np.argsort(donors)[owner]]``.
+* Draws of *another* activation, as a whole best-of-K curve: choosing the best of K by the target's own error
+  makes FVE grow with K even if the texts carry no information on the target. Score activation i against the draws
+  of ``derangement(...)[i]``; the resulting [activation, draw] errors go through `fve_curve` like any others. When
+  scoring draw by draw in the donors' order, the target is ``vectors[np.argsort(donors)[owner]]``.
 * Empty text: one reconstruction for all, ``reconstruction_errors(empty[None], vectors)[:, None]`` into
   `fve_curve`.
 * Mean vector: `mean_vector_error`.
-* Retrieval: how often an activation's own draws point to it rather than to another activation.
+* Retrieval: how often an activation's own draws are closer to it than to every other activation.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Retrieval:
-    """How an activation ranks among the candidates when they are ordered by error against its own draws."""
+    """Rank of each activation among all candidates, ordered by mean error against the activation's own draws."""
 
     ranks: Float[np.ndarray, " activation"] = field(repr=False)
-    """1 is first; NaN where every draw failed, which counts as not found."""
+    """1 is best; NaN where every draw failed, which counts as not retrieved."""
     num_candidates: int
 
     @property
     def top_1_rate(self) -> float:
-        """Share of activations ranked first."""
+        """Fraction of activations ranked first."""
         return float((self.ranks == 1).mean())
 
     @property
     def mean_reciprocal_rank(self) -> float:
-        """Mean of 1/rank."""
+        """Mean of 1/rank; a failure counts as 0."""
         return float(np.nan_to_num(1 / self.ranks).mean())
 
     @property
     def chance(self) -> float:
-        """Top-1 rate of draws that know nothing; a rate without its pool means little."""
+        """Top-1 rate of uninformative draws, 1 over the number of candidates."""
         return 1 / self.num_candidates
 
 
 def derangement(
     num_activations: int, seed: int, documents: Sequence[str] | Sequence[int] | np.ndarray | None = None
 ) -> Int[np.ndarray, " activation"]:
-    """For each activation a donor that is not itself, each used once; given documents, from another document.
+    """Return for each activation another one as donor, each used once; given documents, one of another document.
 
-    Shuffle the documents and the activations inside them, then turn the row by at least the longest document.
-    Where one document holds more than half of all activations that cannot succeed for all; ``documents ==
-    documents[donors]`` tells which.
+    Documents and the activations inside them are shuffled, then the sequence is rotated by at least the longest
+    document. If one document holds more than half of all activations, some donors are of the same document:
+    ``documents == documents[donors]``.
     """
     if num_activations < 2:
         raise ValueError(f"swapping draws between activations needs at least two activations; got {num_activations}")
@@ -75,10 +75,10 @@ def derangement(
 
 
 def mean_vector_error(baseline: Baseline) -> float:
-    """Error of one vector for all, the mean: the best a constant text could reach; `baseline` is a distance from the mean.
+    """Return the error of predicting the mean vector for every activation; `baseline` is a distance from the mean.
 
-    With normalised scoring the prediction is scaled too, so it stands at 2(1 - R), above the baseline 1 -
-    R^2, and its FVE is below 0 (-0.32 on public Qwen-7B). With raw scoring it is the baseline, FVE 0.
+    No constant text can do better. With normalised scoring the prediction is scaled too: the error is 2(1 - R), above the
+    baseline 1 - R^2, and FVE is below 0 (-0.32 on public Qwen-7B). With raw scoring it is the baseline, FVE 0.
     """
     if baseline.kind == "between documents":
         raise ValueError("the mean's own error follows from the distance from the mean: pass mean_distance_baseline(vectors)")
@@ -94,11 +94,11 @@ def mean_reconstructions(
     num_activations: int,
     scoring: ScoringKind = "normalised",
 ) -> Float[np.ndarray, "activation d"]:
-    """Mean (scaled) reconstruction of each activation's successful draws; NaN rows where there is none.
+    """Return the mean (scaled) reconstruction of each activation's successful draws; NaN rows where all failed.
 
-    `owners` says whose draw each row is, so failed draws are simply not there. Errors are quadratic, so this
-    one vector orders the candidates exactly as the mean error over the draws does: all pairs cost one matrix
-    product, not one per draw. Call it for a few activations at a time, owners counted from the first of them.
+    `owners` is the activation of each row, so failed draws are simply absent. Errors are quadratic, so this
+    vector orders candidates exactly as the mean error over the draws does: all pairs cost one matrix product,
+    not one per draw. Call it for a few activations at a time, with owners counted from the first of them.
     """
     vectors, owners = comparable(reconstructions, scoring), np.asarray(owners)
     if vectors.ndim != 2 or owners.shape != vectors.shape[:1]:
@@ -118,10 +118,10 @@ def retrieval(
     vectors: Float[np.ndarray, "activation d"],
     scoring: ScoringKind = "normalised",
 ) -> Retrieval:
-    """Rank each activation among all of `vectors` by mean error against its own draws; ties count against it.
+    """Return the rank of each activation among all of `vectors` by mean error against its own draws; ties count against it.
 
-    `means` comes from `mean_reconstructions`, with the same scoring. Rates depend on the pool: compare only
-    with the same activations. The pool is held as float32; pass a few thousand at most where d is large
+    `means` comes from `mean_reconstructions`, with the same scoring. Rates depend on the candidates: compare only
+    over the same activations. The candidates are held as float32; pass a few thousand at most where d is large
     (10,000 of d = 8,192 are 330 MB and 10^12 multiplications).
     """
     vectors = np.asarray(vectors)
@@ -134,9 +134,9 @@ def retrieval(
     mean, pool = _centred_pool(vectors, scoring)
     squares = np.einsum("id,id->i", pool, pool)
     ranks = np.full(len(pool), np.nan)
-    found = np.flatnonzero(~np.isnan(queries).any(axis=1))
-    for start in range(0, len(found), 256):
-        rows = found[start : start + 256]
+    answered = np.flatnonzero(~np.isnan(queries).any(axis=1))
+    for start in range(0, len(answered), 256):
+        rows = answered[start : start + 256]
         # |u - v|^2 without |u|^2, which is the same for every candidate.
         errors = squares - 2 * ((queries[rows] - mean).astype(np.float32) @ pool.T)
         own = errors[np.arange(len(rows)), rows]
@@ -147,7 +147,7 @@ def retrieval(
 def _centred_pool(
     vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "activation d"]]:
-    """The candidates less their mean: on Gemma all cosines exceed 0.95, too close for float32 products."""
+    """Return the mean of the candidates and the centred candidates: on Gemma all cosines exceed 0.95, too close for float32."""
     mean = sum((chunk.sum(axis=0) for _, chunk in comparable_chunks(vectors, scoring)), np.zeros(vectors.shape[1])) / len(vectors)
     pool = np.empty(vectors.shape, dtype=np.float32)
     for rows, chunk in comparable_chunks(vectors, scoring):

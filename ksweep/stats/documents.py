@@ -1,4 +1,4 @@
-"""Documents: the clusters that activations come in, and how many of them there are in effect."""
+"""Documents, the clusters of the bootstrap, and their effective number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def unique_documents(
     documents: Sequence[str] | Sequence[int] | np.ndarray,
 ) -> tuple[list[str], Int[np.ndarray, " activation"]]:
-    """Sorted document ids as strings, and for each activation which of them is its own."""
+    """Return the sorted document ids as strings, and for each activation the index of its document."""
     ids = np.asarray(documents)
     if ids.ndim != 1 or not ids.size:
         raise ValueError(f"documents must be one id per activation; got an array of shape {ids.shape}")
@@ -31,13 +31,13 @@ def unique_documents(
 
 
 def effective_documents(documents: Sequence[str] | Sequence[int] | np.ndarray) -> float:
-    """How many documents of equal size say as much: (sum n)^2 / sum n^2, n the activations of each (Kish 1965).
+    """Return the effective number of documents: (sum n)^2 / sum n^2, n the activations of each document (Kish 1965).
 
-    It equals the number of documents where all have as many activations, and tends to 1 where one document has nearly all.
+    It equals the number of documents if all have the same size, and tends to 1 if one document has nearly all activations.
     """
     return effective_number(np.bincount(unique_documents(documents)[1]))
 
 
 def effective_number(sizes: Int[np.ndarray, " document"]) -> float:
-    """`effective_documents` from how many activations each document has."""
+    """Return `effective_documents` from the number of activations of each document."""
     return float(sizes.sum() ** 2 / np.square(sizes, dtype=np.float64).sum())

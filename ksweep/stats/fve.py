@@ -1,6 +1,6 @@
-"""Error of a reconstruction, baseline of a set of activations, and their ratio, the FVE.
+"""Error of a reconstruction, baseline of a set of activations, and FVE = 1 - mean error / baseline.
 
-Two ways to score, never mixed in one number:
+Two kinds of scoring, never mixed in one number:
 
 * ``normalised`` (public NLA pairs): both vectors are scaled to norm sqrt(d), so the mean squared difference
   is 2(1 - cos).
@@ -25,44 +25,44 @@ ScoringKind = Literal["normalised", "raw"]
 """How a reconstruction is compared with its activation."""
 
 BaselineKind = Literal["between documents", "distance from mean", "stated constant"]
-"""Where a baseline comes from: half the squared distance between activations of different documents, the distance of activations
-from their own mean, or someone's statement."""
+"""How a baseline was obtained: half the mean squared distance between activations of different documents, their mean squared
+distance from their own mean, or a constant stated in the spec."""
 
 MEASURED_KINDS = frozenset({"between documents", "distance from mean", "evaluated set"})
-"""Kinds whose value was measured on the scored activations. "evaluated set" is only read: it is the word of older records for the
+"""Kinds whose value was measured on the scored activations. "evaluated set" occurs only in older records, for the
 distance from the mean."""
 
 ORTHOGONAL_ERROR = 2.0
-"""Normalised error at a right angle to the target; what a failure counts as (NLA ``reward.py:35``)."""
+"""Normalised error of a reconstruction orthogonal to its target; a failure counts as this (NLA ``reward.py:35``)."""
 
 _DEGENERATE = 1e-10
-"""Share of the mean square below which activations are all equal; float32 rounding 1e-14, Gemma-12B 0.03."""
+"""Variance over mean square below which activations count as equal; float32 rounding gives 1e-14, Gemma-12B has 0.03."""
 
 _CHUNK_VALUES = 2**22
-"""float64 values held at once while passing over activations: 32 MiB."""
+"""float64 values held in memory at once while streaming over activations: 32 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The error of predicting the mean, against which FVE is measured; stands beside every FVE."""
+    """The error at which FVE is 0; reported beside every FVE."""
 
     value: float
     """Mean squared distance per dimension."""
     kind: BaselineKind
     num_activations: int | None
-    """How many activations the value comes from; None where that is not known."""
+    """Activations that the value was measured on; None if unknown."""
     scoring: ScoringKind = "normalised"
     distances: Float[np.ndarray, " activation"] | None = field(default=None, repr=False, compare=False)
-    """Each evaluated activation's own part, with mean `value`; a stated constant has none. A document drawn w times counts its
-    parts w times: then sum(w * distances) / sum(w) is the baseline of the resampled documents, exactly or to first order."""
+    """Contribution of each evaluated activation, with mean `value`; None for a stated constant. With documents resampled w times,
+    sum(w * distances) / sum(w) is the baseline of the resample, exactly or to first order."""
 
     def parts(self, num_activations: int) -> Float[np.ndarray, " activation"]:
-        """The distances; of a stated constant that constant for each activation."""
+        """Return the distances; for a stated constant that constant for each activation."""
         return np.full(num_activations, self.value) if self.distances is None else self.distances
 
 
 def unit_scaled(vectors: Float[np.ndarray, "*rows d"]) -> Float[np.ndarray, "*rows d"]:
-    """Vectors scaled to norm sqrt(d): the mean square of each is 1, whatever d."""
+    """Return vectors scaled to norm sqrt(d), so that the mean square of each is 1."""
     return comparable(vectors, "normalised")
 
 
@@ -71,10 +71,10 @@ def reconstruction_errors(
     targets: Float[np.ndarray, "*draws d"],
     scoring: ScoringKind = "normalised",
 ) -> Float[np.ndarray, "*draws"]:
-    """Mean squared difference of each reconstruction from its target; leading axes broadcast.
+    """Return the mean squared difference of each reconstruction from its target; leading axes broadcast.
 
-    `normalised` is 2(1 - cos), computed from the difference itself: near cos = 1 that keeps digits which 1 -
-    cos loses.
+    `normalised` is 2(1 - cos), computed from the difference itself, which keeps digits near cos = 1 that 1 - cos
+    loses.
     """
     left, right = comparable(reconstructions, scoring), comparable(targets, scoring)
     if left.shape[-1] != right.shape[-1]:
@@ -92,7 +92,7 @@ def reconstruction_errors(
 def cosines(
     reconstructions: Float[np.ndarray, "*draws d"], targets: Float[np.ndarray, "*draws d"]
 ) -> Float[np.ndarray, "*draws"]:
-    """Cosine of each reconstruction with its target; NaN where either is all zeros and has no direction."""
+    """Return the cosine of each reconstruction with its target; NaN where either is all zeros and has no direction."""
     left, right = comparable(reconstructions, "raw"), comparable(targets, "raw")
     lengths = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
     with np.errstate(invalid="ignore"):
@@ -105,7 +105,7 @@ def measured_baseline(
     documents: Sequence[str] | Sequence[int] | np.ndarray,
     scoring: ScoringKind = "normalised",
 ) -> Baseline:
-    """The baseline of one of MEASURED_KINDS."""
+    """Measure a baseline of the given kind on activations."""
     if kind == "between documents":
         return between_documents_baseline(vectors, documents, scoring)
     if kind == "distance from mean":
@@ -118,11 +118,11 @@ def between_documents_baseline(
     documents: Sequence[str] | Sequence[int] | np.ndarray,
     scoring: ScoringKind = "normalised",
 ) -> Baseline:
-    """Half the mean squared distance, per dimension, between activations of different documents.
+    """Return half the mean squared distance, per dimension, between activations of different documents.
 
-    This is the variance of activations over the population of documents without bias (a U-statistic over pairs of documents;
-    Hoeffding 1948), however few or uneven the documents are. No pair is enumerated: with x measured from the overall mean, n_c
-    and S_c the number and the sum of document c's activations, an activation of c has over all others outside c
+    This estimates the variance of activations over the population of documents without bias (a U-statistic over pairs of
+    documents; Hoeffding 1948), however few or uneven the documents are. No pair is enumerated: with x measured from the overall
+    mean, n_c and S_c the number and the sum of document c's activations, an activation of c has, over all others outside c,
 
         a = [(N - n_c) |x|^2 + 2 x S_c + sum of |y|^2 outside c] / 2d,    value = U = sum of a / (N^2 - sum n_c^2).
 

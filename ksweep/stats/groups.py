@@ -1,11 +1,11 @@
-"""FVE within groups of activations, against two baselines; and where the error sits.
+"""FVE within groups of activations, against two baselines, and how errors are distributed over activations.
 
-`own`: the baseline of the group's own activations. Knowing which group an activation belongs to explains nothing here; it is the
-FVE that would have been measured on that group alone. Small groups of alike vectors (special tokens) have hardly any variance of
-their own and may come out far below zero.
+`own`: the baseline of the group's own activations. Knowing the group of an activation explains nothing here: it is the FVE that
+would be measured on the group alone. Small groups of similar vectors (special tokens) have hardly any variance of their own and
+may have an FVE far below zero.
 
 `overall`: the baseline of all activations for every group. The groups' FVEs, weighted by their sizes, average to the whole FVE,
-so this one says where the total is lost; a group near the common mean looks good here without a word of explanation.
+so that it shows which groups lower the total. A group near the common mean has a high FVE here even with uninformative texts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 GroupBaseline = Literal["overall", "own"]
 
 _NO_VARIANCE = 1e-10
-"""Share of the overall baseline below which a group has no variance of its own."""
+"""Fraction of the overall baseline below which a group counts as having no variance of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupCurve:
-    """FVE against K of one group, with intervals over documents; arrays have one entry per K."""
+    """FVE against K of one group, with intervals over documents; every array has one entry per K."""
 
     group: str
     against: GroupBaseline
@@ -43,33 +43,33 @@ class GroupCurve:
     error: Float[np.ndarray, " k"]
     """Mean best-of-K error of the group."""
     failure_rate: Float[np.ndarray, " k"]
-    """Expected share of the group's activations for which all K draws failed; at K = 1 the share of failed draws."""
+    """Expected fraction of the group's activations whose K draws all fail; at K = 1 the fraction of failed draws."""
     baseline: float
     baseline_kind: BaselineKind
     num_activations: int
     num_documents: int
     effective_documents: float
     replicates: Float[np.ndarray, "replicate k"] = field(repr=False)
-    """NaN in replicates that drew no document of the group."""
+    """FVE in each replicate; NaN in replicates that drew no document of the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tails:
-    """Whether a mean error is that of most activations or that of a few."""
+    """Mean, median and trimmed FVE, and the concentration of the error in a few activations."""
 
     fve: float
     fve_median: float
-    """1 - median error / baseline: the activation in the middle, against the same baseline as the mean."""
+    """1 - median error / baseline."""
     fve_trimmed: float
-    """The same of the mean without the best and the worst 5 % of activations."""
+    """1 - mean error / baseline, without the best and the worst 5 % of activations."""
     worst_share: float
-    """Share of the summed error that the worst 1 % of activations hold (at least one activation); 0.01 if all are alike."""
+    """Fraction of the summed error that the worst 1 % of activations hold (at least one activation); 0.01 if errors are equal."""
 
 
 def within_group_distances(
     vectors: Float[np.ndarray, "activation d"], groups: Sequence[str] | np.ndarray, scoring: ScoringKind = "normalised"
 ) -> Float[np.ndarray, " activation"]:
-    """Mean squared distance per dimension of each activation from the mean of its own group; 0 in a group of one."""
+    """Return the squared distance per dimension of each activation from the mean of its group; 0 in a group of one."""
     names, membership = unique_documents(groups)
     totals = np.zeros((len(names), vectors.shape[1]))
     for rows, chunk in comparable_chunks(vectors, scoring):
@@ -95,31 +95,31 @@ def group_curves(
     seed: int = 0,
     level: float = 0.95,
 ) -> list[GroupCurve]:
-    """A curve for each group, sorted by name, with the replicates of the whole cell.
+    """Return a curve for each group and baseline, sorted by group, with the replicates of the whole cell.
 
-    The documents of all activations are resampled, as for the cell's own curve; a replicate without a document of the group says
-    nothing of it. So the groups' replicates, too, average to those of the whole.
+    All documents of the cell are resampled, as for the cell's own curve, so that the groups' replicates, too, average to those of
+    the whole. Replicates without a document of the group do not count for it.
 
     Args:
-        best: best-of-K error of each activation of the cell, whichever selection made it.
-        all_failed: chance that all K draws of the activation failed.
+        best: best-of-K error of each activation of the cell, with either selection.
+        all_failed: probability that all K draws of the activation fail.
         ks: the K of these columns.
         documents: document of each activation.
-        groups: group of each activation; None belongs to none, but its document and its part of the baseline count.
-        baseline: of all activations: `overall`.
-        own: with the distances of each activation within its own group, NaN where unknown: gives `own`. A group without variance
-            of its own has no such curve.
+        groups: group of each activation; one without a group (None) still counts for documents and overall baseline.
+        baseline: of all activations, for `overall`.
+        own: distances of each activation within its own group, NaN where unknown, for `own`. A group without variance of its own
+            has no such curve.
     """
     best, all_failed = np.asarray(best, np.float64), np.asarray(all_failed, np.float64)
     names, membership = unique_documents(documents)
     weights = document_weights(len(names), num_replicates, seed)
     whole = _replicate_means(baseline.parts(len(best))[:, None], membership, weights)[:, 0]
     labels = np.array([("",) if name is None else (name,) for name in groups], dtype=object)[:, 0]
-    found = []
+    curves = []
     for name in sorted({name for name in groups if name is not None}):
         rows = np.flatnonzero(labels == name)
         inside, places = np.unique(membership[rows], return_inverse=True)
-        drawn = weights[:, inside] if len(inside) > 1 else weights[:0, inside]  # of one document nothing can be said
+        drawn = weights[:, inside] if len(inside) > 1 else weights[:0, inside]  # one document gives no interval
         errors = _replicate_means(best[rows], places, drawn)
         of_both: list[tuple[GroupBaseline, Baseline, np.ndarray]] = [("overall", baseline, whole[: len(drawn)])]
         if (its_own := _own_baseline(own, rows, baseline.value)) is not None and its_own.distances is not None:
@@ -130,8 +130,8 @@ def group_curves(
             if drew_it.any():
                 replicates[drew_it] = fve_replicates(errors[drew_it], denominators[drew_it])
             of_group = (best[rows], all_failed[rows], membership[rows], replicates)
-            found.append(_group_curve(name, against, of_rows, ks, *of_group, level))
-    return found
+            curves.append(_group_curve(name, against, of_rows, ks, *of_group, level))
+    return curves
 
 
 def _group_curve(
@@ -160,7 +160,7 @@ def _replicate_means(
     membership: Int[np.ndarray, " activation"],
     weights: Int[np.ndarray, "replicate document"],
 ) -> Float[np.ndarray, "replicate value"]:
-    """Mean over the activations of each replicate; NaN in a replicate that drew none of them."""
+    """Return the mean over the activations of each replicate; NaN in a replicate that drew none of them."""
     if not len(weights):
         return np.empty((0, values.shape[1]))
     sums = replicate_sums(np.column_stack([values, np.ones(len(values))]), membership, weights)
@@ -169,7 +169,7 @@ def _replicate_means(
 
 
 def _own_baseline(own: Baseline | None, rows: Int[np.ndarray, " activation"], overall: float) -> Baseline | None:
-    """The baseline of a group's own activations; None where it is not known or there is no variance."""
+    """Return the baseline of a group's own activations; None if it is unknown or the group has no variance."""
     distances = None if own is None or own.distances is None else own.distances[rows]
     if own is None or distances is None or not np.isfinite(distances).all() or not distances.mean() > _NO_VARIANCE * overall:
         return None
@@ -178,14 +178,14 @@ def _own_baseline(own: Baseline | None, rows: Int[np.ndarray, " activation"], ov
 
 
 def quantile_groups(values: Float[np.ndarray, " activation"], num_groups: int = 4) -> Int[np.ndarray, " activation"]:
-    """0 for the lowest part of the values, `num_groups` - 1 for the highest; equal values go together."""
+    """Return the quantile group of each value, 0 for the lowest to `num_groups` - 1; equal values are in one group."""
     values = np.asarray(values, dtype=np.float64)
     edges = np.quantile(values, np.arange(1, num_groups) / num_groups)
     return np.searchsorted(edges, values, side="left")
 
 
 def tails(best: Float[np.ndarray, " activation"], baseline: Baseline, trim: float = 0.05, worst: float = 0.01) -> Tails:
-    """Mean, median and trimmed FVE of one error per activation, and how much of the error the worst ones hold."""
+    """Return mean, median and trimmed FVE of one error per activation, and the fraction of the error in the worst ones."""
     ranked = np.sort(np.asarray(best, dtype=np.float64))
     cut = int(trim * len(ranked))
     return Tails(
@@ -197,6 +197,6 @@ def tails(best: Float[np.ndarray, " activation"], baseline: Baseline, trim: floa
 
 
 def worst_share(errors: Float[np.ndarray, " activation"], worst: float = 0.01) -> float:
-    """Share of the summed error that the worst activations hold (at least one); NaN where there is no error at all."""
+    """Return the fraction of the summed error that the worst activations hold (at least one); NaN if the sum is 0."""
     num_worst, total = max(1, round(worst * len(errors))), float(np.sum(errors))
     return float(np.sort(errors)[-num_worst:].sum()) / total if total > 0 else float("nan")

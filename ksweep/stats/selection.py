@@ -1,8 +1,8 @@
-"""The best of several settings without the winner's curse.
+"""Choose the best of several settings without the winner's curse.
 
-Of several settings measured on the same activations the best one owes part of its lead to luck, the more so the more there are
-and the closer they lie: its own FVE is biased upwards. Here documents are split into two halves; the setting that is best on one
-half is measured on the other, both ways, and the two are pooled into one FVE over all documents.
+If several settings are measured on the same activations, the FVE of the best one is biased upwards, the more so the more settings
+there are and the closer they are. Here documents are split into two halves (sample splitting, Cox 1975): the setting that is best
+on one half is measured on the other, both ways, and the two are pooled into one FVE over all documents.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeldOutBest:
-    """What choosing the best setting at one K is worth."""
+    """The best setting at one K, and its FVE on documents that it was not chosen on."""
 
     k: int
     best: int
-    """Setting with the highest FVE over all documents: the one to use."""
+    """Index of the setting with the highest FVE over all documents: the one to use."""
     chosen: tuple[int, int]
-    """Setting chosen on the second half and measured on the first; and the other way round. Unequal: the lead is within luck."""
+    """Setting chosen on the second half and measured on the first, and the reverse. If they differ, the lead is within noise."""
     naive_fve: float
-    """FVE of `best` on the documents it was chosen on: biased upwards."""
+    """FVE of `best` on the documents that it was chosen on: biased upwards."""
     curve: FveCurve
-    """One K: FVE of what was chosen without looking. It is what a choice made on half as many documents is worth, so it errs, if
-    at all, on the low side. Paired with any curve over the same documents."""
+    """Held-out FVE at the one K. The choice is made on half of the documents, so a bias, if any, is downwards. Its replicates
+    pair with those of any curve over the same documents."""
 
     @property
     def optimism(self) -> float:
-        """How much the naive number promises beyond the held-out one."""
+        """Naive minus held-out FVE."""
         return self.naive_fve - float(self.curve.fve[0])
 
 
 def halves(documents: Sequence[str] | Sequence[int] | np.ndarray, seed: int = 0) -> Bool[np.ndarray, " activation"]:
-    """Whether each activation belongs to the second half of the documents: one split, fixed by the documents and the seed."""
+    """Return whether each activation belongs to the second half of the documents, a split fixed by the documents and the seed."""
     names, membership = unique_documents(documents)
     if len(names) < 2:
         raise ValueError("choosing on one half of the documents and measuring on the other needs at least two documents")
@@ -72,14 +72,14 @@ def held_out_best(
     level: float = 0.95,
     selection: Selection = "order_statistics",
 ) -> HeldOutBest:
-    """Best of K with the setting chosen on one half of the documents and measured on the other, both ways, pooled.
+    """Return the best-of-K FVE with the setting chosen on one half of the documents and measured on the other, both ways, pooled.
 
     `errors` has one array for each setting, over the same activations; numbers of draws may differ. Both halves share the
-    baseline of all activations, so that pooling them is 1 - sum of errors / sum of distances, as everywhere.
+    baseline of all activations, so that the pooled FVE is 1 - sum of errors / sum of distances.
 
     The choice is made again in every replicate. In simulation the interval at nominal 95 % covered 95 % with a clear winner and
-    up to 99.8 % where settings are alike. With the two choices held fixed it covered 88 %: both halves then are lucky or unlucky
-    together, since where the choices differ each half measures the setting that another one beat on it.
+    up to 99.8 % where settings are alike. With the two choices held fixed it covered 88 %: where the choices differ, each half
+    measures the setting that another one beat on it, so that the errors of the halves are correlated.
     """
     best = np.stack([best_errors(e, [k], selection, failed_error)[:, 0] for e in errors])
     second = halves(documents, seed)
@@ -106,7 +106,7 @@ def _choosing_again(
     num_replicates: int,
     seed: int,
 ) -> Float[np.ndarray, "replicate 1"]:
-    """Held-out FVE in each replicate of the documents, with the setting chosen in that replicate."""
+    """Return the held-out FVE in each replicate of the documents, with the setting chosen in that replicate."""
     names, membership = unique_documents(documents)
     distances = baseline.parts(len(second))
     weights = document_weights(len(names), num_replicates, seed)
@@ -115,7 +115,7 @@ def _choosing_again(
     count = len(best)
     first, other, (total, num_first, num_other) = sums[:, :count], sums[:, count : 2 * count], sums[:, 2 * count :].T
     rows = np.arange(num_replicates)
-    # A replicate of one half alone has nothing to choose on for it: the choice stays what it was.
+    # A replicate without documents of a half cannot choose on it: the choice on all documents of that half stands.
     on_first = np.where(num_first == 0, best[:, ~second].sum(axis=1).argmin(), first.argmin(axis=1))
     on_second = np.where(num_other == 0, best[:, second].sum(axis=1).argmin(), other.argmin(axis=1))
     return fve_replicates((other[rows, on_first] + first[rows, on_second])[:, None], total)

@@ -1,4 +1,4 @@
-"""Curves: FVE by K and by temperature, and differences between cells."""
+"""Charts of FVE by K and by temperature, and of differences between cells."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def fve_by_k(
     colours: Colours | None = None,
     title: str | None = None,
 ) -> alt.TopLevelMixin:
-    """FVE against K on a log axis: a line and an interval band per label, and what draws of another activation reach, dashed.
+    """Chart FVE against K on a log axis: a line and an interval band per label; the shuffled control is dashed.
 
-    Where the control lies far from the curves it gets a panel of its own below, so that it does not flatten them. Beyond K = N/2
-    curves are lighter; a second, paler band is drawn where the table has one that holds for all K (`compare.curves_of_cells`).
+    A control far from the curves gets a panel of its own below, so that it does not flatten them. Beyond K = N/2 curves are
+    lighter; a second, paler band is drawn where the table has a simultaneous band (`compare.curves_of_cells`).
 
     Args:
         source: connection, relation or table.
         sweep: with a connection, the sweep to show; None shows all cells.
-        axis: "tokens" puts cells side by side that cost the same; the table needs a column of that name.
+        axis: "tokens" compares cells at equal cost; the table needs a column of that name.
         colours: see `palette`.
         title: above the chart.
     """
@@ -93,7 +93,7 @@ def fve_by_k(
 def fve_by_temperature(
     source: Any, ks: Sequence[int] | None = None, *, sweep: str | None = None, title: str | None = None
 ) -> alt.TopLevelMixin:
-    """FVE against sampling temperature: a line with error bars per K; panels where cells differ in more than temperature.
+    """Chart FVE against sampling temperature: a line with error bars per K; panels where cells differ in other settings too.
 
     Args:
         source: connection, relation or table.
@@ -104,13 +104,13 @@ def fve_by_temperature(
     table = rows_of(query_table(source, CURVES_QUERY, sweep), ("label", "k", "fve", "temperature"), _USED)
     rows = [r for r in table if r["temperature"] is not None]
     chosen = sorted(set(ks)) if ks is not None else _powers_of_four(rows)
-    # It has error bars of single K: a band over K is not for it, and is not to be spoken of.
+    # Error bars are of single K here, so the band over all K is dropped, and with it its line in the subtitle.
     nothing = {"band_low": None, "band_high": None}
     rows = [{**r, **nothing, "group": without_temperature(r["label"]), "few": _few(r)} for r in rows if r["k"] in chosen]
     rows = [r | {"interval": interval_text(r)} for r in rows]
     if not rows:
         raise RequestError(f"no row of the table has a temperature and one of K = {list(chosen)}; name others with ks=")
-    _refuse_ties(rows)
+    _check_one_cell_per_point(rows)
     groups = list(dict.fromkeys(r["group"] for r in rows))
     colouring = ordinal_colour("k", "K", sorted({r["k"] for r in rows}))
     chart = _temperature_lines(rows, colouring).properties(width=WIDTH if len(groups) == 1 else WIDTH * 0.6, height=HEIGHT)
@@ -130,11 +130,11 @@ def compare(
     colours: Colours | None = None,
     title: str | None = None,
 ) -> alt.TopLevelMixin:
-    """Paired differences in FVE against K, with pointwise intervals, and paler the band that holds for all K where there is one.
+    """Chart paired differences in FVE against K, with pointwise intervals, and a paler simultaneous band where the table has one.
 
     Args:
         source: connection, relation or table with the columns of `v_compare` or of `compare.compare`.
-        reference: label that is taken off; None takes the table's own where it has one, else the first by name of those with the
+        reference: label that is subtracted; None takes the table's own where it has one, else the first by name of those with the
             most K (greedy has one).
         sweep: with a connection, the sweep to show.
         colours: see `palette`; a cell has the colour it has elsewhere.
@@ -216,7 +216,11 @@ def _is_power_of_two(k: int) -> bool:
     return k & (k - 1) == 0
 
 
-def _refuse_ties(rows: Rows) -> None:
+def _check_one_cell_per_point(rows: Rows) -> None:
+    """Raise RequestError where two cells of one panel share K and temperature.
+
+    style.refuse_ties compares labels; these may differ in the temperature or key, which the name of a panel leaves out.
+    """
     seen = set()
     for r in rows:
         point = (r["group"], r["k"], r["temperature"])

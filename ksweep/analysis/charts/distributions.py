@@ -1,4 +1,4 @@
-"""Distributions of errors and norms, and FVE by group. Counted here, in NumPy: the chart gets a row a bin."""
+"""Charts of distributions of errors and norms, and of FVE by group. NumPy counts the values: a chart gets a row per bin."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ksweep.utils.errors import RequestError
 ERROR = "Error (mean squared difference per dimension)"
 MOST_BINS, FEWEST_BINS = 60, 12
 TAIL = 0.005
-"""Share of the values at an end that may lie far off; those that do are left out, or they would squeeze all others together."""
+"""Fraction of values at each end that may be outliers and are then left out, since they would compress the rest of the axis."""
 MOST_PARTS = 30
 
 ERRORS_QUERY = f"""
@@ -75,9 +75,9 @@ BREAKDOWNS = {
 def error_distribution(
     source: Any, *, sweep: str | None = None, colours: Colours | None = None, title: str | None = None
 ) -> alt.TopLevelMixin:
-    """How errors spread: of all draws (solid) and, where the table says which activation a draw is of, of the best ones (dashed).
+    """Chart the distribution of errors of all draws and, where the table names their activations, of the best draws below.
 
-    Table: a row a draw with `label, error` (null where the draw failed) and `activation`.
+    Table: a row per draw with `label, error` (null where the draw failed) and `activation`.
     """
     values = _columns(query_table(source, ERRORS_QUERY, sweep), ("label", "error"))
     edges = _edges(values["error"], _fewest(values))
@@ -105,7 +105,7 @@ def error_distribution(
 def norm_distribution(
     source: Any, *, sweep: str | None = None, colours: Colours | None = None, title: str | None = None
 ) -> alt.TopLevelMixin:
-    """How long activations are; with a connection, each set of activations once. Table: `label, norm`, a row each."""
+    """Chart the norms of activations; with a connection, each set of activations once. Table: `label, norm`, a row each."""
     values = _columns(query_table(source, NORMS_QUERY, sweep), ("label", "norm"))
     edges = _edges(values["norm"], _fewest(values))
     rows: Rows = []
@@ -131,7 +131,7 @@ def by_group(
     colours: Colours | None = None,
     title: str | None = None,
 ) -> alt.TopLevelMixin:
-    """FVE within groups of activations: a dot with its interval for each group and cell.
+    """Chart FVE within groups of activations: a dot with its interval for each group and cell.
 
     Args:
         source: connection, relation, or table with the columns of `metrics` or of `compare.groups_of_cells`.
@@ -174,7 +174,7 @@ def by_group(
 
 
 def _columns(table: Any, needed: Sequence[str]) -> dict[str, np.ndarray]:
-    """Columns as arrays, with NaN for null; labels and activations as they are."""
+    """Return columns as arrays, with NaN for null; labels and activations as they are."""
     if not isinstance(table, pa.Table):
         table = pa.Table.from_pylist(list(table))
     if not table.num_rows:
@@ -189,14 +189,14 @@ def _columns(table: Any, needed: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 CELL_COLUMNS = ("label", "sweep", "cell", "run_id")
-"""What tells of which cell and run a row is."""
+"""Columns that identify the cell and run of a row."""
 
 
 def _named(table: pa.Table) -> pa.Table:
-    """The table with a label for each of its cells, as far as it says which cell and run its rows are of.
+    """Return the table with a unique label for each of its cells, as far as its columns identify cell and run.
 
     Raises:
-        RequestError: a draw that stands there twice under one label.
+        RequestError: a draw occurs twice under one label.
     """
     columns = [name for name in CELL_COLUMNS if name in table.column_names]
     cells = table.select(columns).group_by(columns).aggregate([]).to_pylist()
@@ -223,13 +223,13 @@ def _by_label(labels: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _fewest(values: dict[str, Any]) -> int:
-    """How many values the smallest distribution has."""
+    """Return the number of values in the smallest distribution."""
     parts = [inside for _, inside in _by_label(values["label"])]
     return min(len(np.unique(values["activation"][p])) if "activation" in values else int(p.sum()) for p in parts)
 
 
 def _edges(values: np.ndarray, fewest: int) -> np.ndarray:
-    """Bins, more of them for more values (Rice's rule); ends far off are left out and told in words."""
+    """Return edges of bins, more bins for more values (Rice's rule); outliers are left out, and the subtitle says how many."""
     known = values[np.isfinite(values)]
     if not len(known):
         raise RequestError("every value is missing: there is no distribution to draw")
@@ -241,21 +241,21 @@ def _edges(values: np.ndarray, fewest: int) -> np.ndarray:
 
 
 def _beyond(values: np.ndarray, edges: np.ndarray) -> str:
-    """How many values the axis leaves out, in words."""
+    """Return the fraction of values beyond the axis as text."""
     known = values[np.isfinite(values)]
     share = float(((known < edges[0]) | (known > edges[-1])).mean())
     return f"; {share:.2%} lie beyond the axis" if share else ""
 
 
 def _histogram(values: np.ndarray, edges: np.ndarray, same: dict[str, Any]) -> Rows:
-    """Share of the values in each bin, of all finite ones, with a row at both ends so that the outline closes."""
+    """Return the fraction of finite values in each bin, with a row at both ends so that the outline closes."""
     known = values[np.isfinite(values)]
     shares = np.histogram(known, edges)[0] / max(1, len(known))
     return [same | {"start": float(edge), "share": float(share)} for edge, share in zip(edges, [*shares, 0.0], strict=True)]
 
 
 def _best(activations: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Smallest error of each activation; NaN where all its draws failed."""
+    """Return the smallest error of each activation; NaN where all its draws failed."""
     _, place = np.unique(activations, return_inverse=True)
     best = np.full(place.max() + 1, np.inf)
     np.fmin.at(best, place, errors)
@@ -263,7 +263,7 @@ def _best(activations: np.ndarray, errors: np.ndarray) -> np.ndarray:
 
 
 def _tail_line(values: dict[str, Any]) -> list[str]:
-    """How much of the error of all draws the worst 1 % of activations hold, over the cells."""
+    """Return a line on the fraction of the error that the worst 1 % of activations hold."""
     if "activation" not in values:
         return []
     shares = []
@@ -277,7 +277,7 @@ def _tail_line(values: dict[str, Any]) -> list[str]:
 
 
 def _bounded(rows: Rows) -> tuple[Rows, str]:
-    """At most so many groups, those with the lowest and the highest FVE, and what was left out."""
+    """Return at most MOST_PARTS groups, those with the lowest and the highest FVE, and a sentence on those left out."""
     mean: dict[str, list[float]] = {}
     for r in rows:
         mean.setdefault(r["part"], []).append(r["fve"])

@@ -1,4 +1,4 @@
-"""How fast runs were and how far a sweep has come."""
+"""Charts of the speed of runs and of the progress of a sweep."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MOST_LABELS = 40
 def throughput(
     source: Any, *, sweep: str | None = None, colours: Colours | None = None, title: str | None = None
 ) -> alt.TopLevelMixin:
-    """Tokens sampled per second: a dot a run, a row a cell; from a connection the last 20 runs of each.
+    """Chart tokens sampled per second: a dot per run, a row per cell; from a connection the last 20 runs of each.
 
     Table: `label, tokens_per_second` and, where known, `num_ranks, device`.
     """
@@ -81,9 +81,9 @@ def throughput(
 
 
 def progress(source: Any, *, sweep: str | None = None, title: str | None = None) -> alt.TopLevelMixin:
-    """How much of each cell is there: draws in the store of those wanted, coloured by the state of its newest run.
+    """Chart the draws of each cell that exist, of those requested, coloured by the state of its newest run.
 
-    A connection knows the cells that have landed a run. Table: `label, done, total, state` (finished, running, waiting, stopped,
+    A connection has the cells with at least one recorded run. Table: `label, done, total, state` (finished, running, waiting, stopped,
     failed).
     """
     used = ("label", "done", "total", "state")
@@ -119,6 +119,6 @@ def progress(source: Any, *, sweep: str | None = None, title: str | None = None)
 
 
 def _unfinished_first(rows: Rows) -> Rows:
-    """At most MOST_LABELS cells; finished ones give way."""
+    """Return at most MOST_LABELS cells, unfinished ones first."""
     ranked = sorted(rows, key=lambda r: (r["state"] == "finished", natural(r["label"])))
     return sorted(ranked[:MOST_LABELS], key=lambda r: natural(r["label"]))

@@ -1,4 +1,4 @@
-"""What all charts share: rows out of a connection or a table, colours, type sizes, files."""
+"""Shared by all charts: rows from a connection or a table, colours, font sizes, output files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ksweep.utils.files import publish
 FVE = "FVE (fraction of variance explained)"
 K = "K (draws the best is taken from)"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D00")
-"""Their order puts the strongest contrasts first; their yellow, too faint for a line on white, is darkened."""
+"""Ordered by contrast; the yellow, too faint for a line on white, is darkened."""
 ORDERED = ("#2C1160", "#8C2981", "#DE4968", "#F08A3C")
-"""Along magma, dark to light, also in grey print; ends where a line on white is still easy to see."""
+"""Colours of magma from dark to light, also in grey print, up to the lightest that is easy to see on white."""
 GREY = "#7A7A7A"
 INK = "#222222"
 DIM = "#555555"
@@ -46,16 +46,16 @@ CELLS = """
     FROM newest WHERE $sweep IS NULL
     ORDER BY place
 """
-"""The cells of a sweep, whoever computed them, under the labels that they have in it; without a sweep all cells."""
+"""The cells of a sweep, whichever sweep computed them, under their labels in it; without a sweep all cells."""
 NAMED = "named_cells"
-"""What questions to a connection join, a row a cell: cell_key, run_id (newest finished run), label (its one name), place."""
+"""Table that queries join, a row per cell: cell_key, run_id (newest finished run), label (unique name), place."""
 
 Rows = list[dict[str, Any]]
 Colours = Mapping[str, str]
 
 
 def save(chart: Any, path_stem: Path | str, formats: Sequence[str] = ("html", "png", "pdf")) -> list[Path]:
-    """Write `<path_stem>.<format>` for each format and name them. The HTML carries its scripts and opens without a network."""
+    """Write `<path_stem>.<format>` for each format and return the paths. The HTML includes its scripts and opens offline."""
     unknown = [f for f in formats if f not in CHART_FORMATS]
     if unknown:
         raise RequestError(f"a chart cannot be saved as {unknown[0]!r}; formats are {', '.join(CHART_FORMATS)}")
@@ -83,10 +83,10 @@ def _rendered(chart: Any, name: str) -> bytes:
 
 
 def query_table(source: Any, question: str, sweep: str | None = None) -> Any:
-    """An Arrow table: the answer of a connection to a question about a sweep, or what was given, relation or table.
+    """Return the result of a query on a connection, or the given relation or table, as an Arrow table.
 
     Raises:
-        RequestError: the database has not what the question asks for.
+        RequestError: the database lacks a table or column of the query.
     """
     if not hasattr(source, "cursor"):
         return source.to_arrow_table() if hasattr(source, "to_arrow_table") else source
@@ -120,11 +120,11 @@ def _named(connection: Any, sweep: str | None) -> pa.Table:
 
 
 def named_rows(rows: Rows, sides: Sequence[str] = ("",), *, runs: bool = True) -> Rows:
-    """Rows under names that tell their cells apart, as far as they say which cell and run they are of.
+    """Return rows with a unique label for each cell, as far as their columns identify cell and run.
 
     Args:
         sides: prefixes of the columns that name a cell: "other_" for the other one of a difference.
-        runs: whether several runs of a cell are several things; otherwise they share its name.
+        runs: whether several runs of a cell get names of their own; otherwise they share its name.
     """
     columns = ("label", "sweep", "cell", "run_id") if runs else ("label", "sweep", "cell")
     cells = {tuple(row.get(f"{side}{name}") for name in columns): None for row in rows for side in sides}
@@ -134,10 +134,10 @@ def named_rows(rows: Rows, sides: Sequence[str] = ("",), *, runs: bool = True) -
 
 
 def refuse_ties(rows: Rows, *columns: str) -> None:
-    """One point a cell.
+    """Check that each cell has one row per point.
 
     Raises:
-        RequestError: two rows that stand at one place under one name.
+        RequestError: two rows have the same values in these columns.
     """
     seen = set()
     for row in rows:
@@ -152,7 +152,7 @@ def refuse_ties(rows: Rows, *columns: str) -> None:
 
 
 def rows_of(table: Any, needed: Iterable[str], used: Iterable[str], sides: Sequence[str] = ("",), *, runs: bool = True) -> Rows:
-    """Plain rows of an Arrow table or a list of dicts, named as by `named_rows`; NaN becomes None."""
+    """Return plain rows of an Arrow table or a list of dicts, labelled by `named_rows`; NaN becomes None."""
     rows = table.to_pylist() if hasattr(table, "to_pylist") else [dict(r) for r in table]
     if not rows:
         raise RequestError("there is nothing to draw: the table has no rows; has a cell of this sweep finished?")
@@ -168,12 +168,12 @@ def _plain(value: Any) -> Any:
 
 
 def data(rows: Rows) -> alt.InlineData:
-    """The rows inside the chart, so that it is complete; as text, because Altair checks lists value by value, many times."""
+    """Return rows as inline data of a chart; as text, because Altair validates lists value by value, many times."""
     return alt.InlineData(values=json.dumps(rows), format=alt.JsonDataFormat(type="json"))
 
 
 def labels_of(rows: Rows) -> list[str]:
-    """Labels in the order in which they first appear."""
+    """Return the labels in the order of their first appearance."""
     return list(dict.fromkeys(r["label"] for r in rows))
 
 
@@ -181,10 +181,10 @@ def labels_of(rows: Rows) -> list[str]:
 
 
 def palette(labels: Iterable[str]) -> dict[str, str]:
-    """A colour for each label, whatever their order: dark to light where only the temperature differs, else Okabe and Ito's.
+    """Return a colour for each label, independent of their order: dark to light if only the temperature differs, else Okabe-Ito.
 
-    Give the labels of a whole sweep and pass the answer as `colours` to every chart of it: a cell then has one colour in all,
-    also in those that show a few cells.
+    Pass the palette of a whole sweep as `colours` to every chart of it: a cell then has the same colour in all of them, also in
+    those that show a few cells.
     """
     names = sorted(set(labels), key=natural)
     temperatures = [_temperature(name) for name in names]
@@ -196,7 +196,7 @@ def palette(labels: Iterable[str]) -> dict[str, str]:
 
 
 def natural(name: str) -> list[Any]:
-    """Sorts checkpoint-9 before checkpoint-10 and 0.5 before 0.75."""
+    """Return a sort key by which checkpoint-9 precedes checkpoint-10 and 0.5 precedes 0.75."""
     return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", name))]
 
 
@@ -206,25 +206,25 @@ def _temperature(label: str) -> float | None:
 
 
 def without_temperature(label: str) -> str:
-    """What is left of "temperature=0.7, layer=20" or "pair L20 T=0.7" when the temperature is taken out."""
+    """Return a label without its temperature: "layer=20" for "temperature=0.7, layer=20"."""
     parts = [p for p in label.replace(",", " ").split() if not p.startswith(("temperature=", "T=", "@"))]
     return " ".join(parts)
 
 
 def colour(labels: Sequence[str], colours: Colours | None, **legend_: Any) -> alt.Color:
-    """One colour a label; a legend where there are several."""
+    """Return the colour encoding of labels; with a legend if there are several."""
     scale = alt.Scale(domain=list(labels), range=colours_for(labels, colours))
     return alt.Color("label:N", sort=list(labels), scale=scale, legend=legend(None, **legend_) if len(labels) > 1 else None)
 
 
 def colours_for(labels: Sequence[str], colours: Colours | None) -> list[str]:
-    """The colour of each label; of those that `colours` does not name, from a palette of their own."""
+    """Return the colour of each label, from a palette of their own where `colours` lacks one."""
     own = palette(labels)
     return [(colours or own).get(label, own[label]) for label in labels]
 
 
 def dash(labels: Sequence[str], colours: Colours | None) -> Any:
-    """Solid lines while colours suffice; after that colours come again with another dash."""
+    """Return the dash encoding: solid lines while colours are distinct, other dashes where colours repeat."""
     shown = colours_for(labels, colours)
     if len(set(shown)) == len(labels):
         return alt.StrokeDashValue([1, 0])
@@ -237,19 +237,19 @@ def dash(labels: Sequence[str], colours: Colours | None) -> Any:
 
 
 def ordinal_colour(field: str, title: str, values: list[int]) -> alt.Color:
-    """Dark to light for numbers that have an order."""
+    """Return a colour encoding from dark to light for ordered numbers."""
     scale = alt.Scale(domain=values, range=spread(len(values)))
     return alt.Color(f"{field}:O", title=title, sort=values, scale=scale, legend=legend(title))
 
 
 def legend(title: str | None, **more: Any) -> alt.Legend:
-    """To the right of the chart; strokes, unless told otherwise."""
+    """Return a legend to the right of the chart, with strokes by default."""
     strokes = {"symbolType": "stroke", "symbolStrokeWidth": 2.5, "symbolSize": 250, "symbolOpacity": 1}
     return alt.Legend(title=title, orient="right", **(strokes | more))
 
 
 def spread(count: int) -> list[str]:
-    """`count` colours, evenly spaced along ORDERED."""
+    """Return `count` colours, evenly spaced along ORDERED."""
     if count == 1:
         return [ORDERED[0]]
     return [_between(i * (len(ORDERED) - 1) / (count - 1)) for i in range(count)]
@@ -270,7 +270,7 @@ def _rgb(colour: str) -> list[int]:
 
 
 def finished(chart: Any, title: str, subtitle: Sequence[str]) -> alt.TopLevelMixin:
-    """Title, subtitle and type sizes for print."""
+    """Return the chart with title, subtitle and font sizes for print."""
     heading = alt.TitleParams(wrapped(title), subtitle=list(subtitle), anchor="start", frame="group", offset=12)
     styled = chart.properties(title=heading, padding={"left": 8, "right": 12, "top": 8, "bottom": 8})
     return (
@@ -287,13 +287,13 @@ def finished(chart: Any, title: str, subtitle: Sequence[str]) -> alt.TopLevelMix
 
 
 def wrapped(title: str, width: int = 72) -> list[str]:
-    """Lines of about the same length, none longer than fits above a chart."""
+    """Return the title in lines of similar length that fit above a chart."""
     num_lines = math.ceil(len(title) / width)
     return textwrap.wrap(title, min(width, math.ceil(len(title) / num_lines) + 8)) if title else []
 
 
 def value_of(rows: Rows, name: str, form: str) -> str:
-    """The value of a column, or its range where cells differ."""
+    """Return the value of a column as text, or its range where cells differ."""
     values = sorted({r[name] for r in rows if r.get(name) is not None})
     if not values:
         return ""
@@ -302,7 +302,7 @@ def value_of(rows: Rows, name: str, form: str) -> str:
 
 
 def facts(rows: Rows) -> list[str]:
-    """Baseline, N and documents on one line, or nothing where none is known."""
+    """Return a line with baseline, N and documents; no line if none of them is known."""
     kinds = " or ".join(dict.fromkeys(r["baseline_kind"] for r in rows if r.get("baseline_kind")))
     baseline = value_of(rows, "baseline", "{:.4g}")
     known = [
@@ -314,12 +314,12 @@ def facts(rows: Rows) -> list[str]:
 
 
 def _effective(rows: Rows) -> str:
-    """ " (26.3 effective)" where documents have uneven sizes."""
+    """Return " (26.3 effective)" where documents have uneven sizes."""
     uneven = any(effective_text(r.get("num_documents"), r.get("effective_documents")) for r in rows)
     return f" ({value_of(rows, 'effective_documents', '{:.1f}')} effective)" if uneven else ""
 
 
 def span(values: Iterable[float | None]) -> tuple[float, float]:
-    """Smallest and largest of the known values."""
+    """Return the smallest and the largest of the values that are not None."""
     known = [v for v in values if v is not None]
     return min(known), max(known)

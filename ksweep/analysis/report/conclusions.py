@@ -1,4 +1,4 @@
-"""The answer of a sweep in words: the best cell, by how much, and whether that can be told."""
+"""The conclusions of a sweep in sentences: the best cell, its lead, and whether the lead is distinguishable from 0."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ksweep.stats.interval_text import interval_text
 from ksweep.utils.errors import RequestError
 
 MOST_DRAWS_READ = 2_000_000
-"""Choosing on one half of the documents and measuring on the other reads the error of every draw."""
+"""Number of draws above which the held-out choice, which reads the error of every draw, is left out."""
 
 
 def largest_common_k(curves: pa.Table) -> int:
-    """The largest K that every cell has; the largest of any where they share none."""
+    """Return the largest K that all cells have; without a common K the largest of any cell."""
     ks: dict[str, set[int]] = {}
     for run, k in zip(curves["run_id"].to_pylist(), curves["k"].to_pylist(), strict=True):
         ks.setdefault(run, set()).add(k)
@@ -25,24 +25,24 @@ def largest_common_k(curves: pa.Table) -> int:
 
 
 def ranked(facts: ReportData, k: int) -> list[TableRow]:
-    """The points at one K, the highest first."""
+    """Return the rows of all cells at one K, the highest FVE first."""
     return sorted((row for row in facts.curves.to_pylist() if row["k"] == k), key=lambda row: -row["fve"])
 
 
 def answer(facts: ReportData) -> list[str]:
-    """What came out, a sentence each: the best cell at the largest K that all have, how far the next is, K = 1."""
+    """Return sentences on the best cell at the largest common K, its lead over the next, and the best cell at K = 1."""
     k = largest_common_k(facts.curves)
     points = ranked(facts, k)
     best = points[0]
-    said = [
+    sentences = [
         f"{best['label']} reaches {_name(facts)} of {with_interval(best)} {f'at best of {k} draws' if k > 1 else 'with one draw'}"
     ]
-    said[0] += f", {_one_draw(facts, best)}." if k > 1 and _one_draw(facts, best) else "."
-    said += [_gap(facts, best, point, k) for point in points[1:2]]
+    sentences[0] += f", {_one_draw(facts, best)}." if k > 1 and _one_draw(facts, best) else "."
+    sentences += [_gap(facts, best, point, k) for point in points[1:2]]
     first = ranked(facts, 1)
     if k > 1 and len(first) > 1 and first[0]["run_id"] != best["run_id"]:
-        said.append(f"With a single draw {first[0]['label']} is highest, at {with_interval(first[0])}.")
-    return said
+        sentences.append(f"With a single draw {first[0]['label']} is highest, at {with_interval(first[0])}.")
+    return sentences
 
 
 def _name(facts: ReportData) -> str:
@@ -56,7 +56,7 @@ def _one_draw(facts: ReportData, best: TableRow) -> str:
 
 
 def _gap(facts: ReportData, best: TableRow, other: TableRow, k: int) -> str:
-    """How far the next cell is, paired where the two are over the same activations."""
+    """Return a sentence on the lead over the next cell, paired where both are over the same activations."""
     row = difference(facts, best, other, k)
     if row is None or row["difference_low"] is None:
         return f"Next is {other['label']} with {with_interval(other)}; no paired difference is known."
@@ -66,14 +66,14 @@ def _gap(facts: ReportData, best: TableRow, other: TableRow, k: int) -> str:
     return f"That is {value} above {other['label']}, the next (paired)."
 
 
-def difference(facts: ReportData, one: TableRow, other: TableRow, k: int) -> TableRow | None:
-    """The paired difference of two runs at one K."""
-    pair = (one["run_id"], other["run_id"], k)
-    return next((row for row in facts.differences if (row["run_id"], row["other_run_id"], row["k"]) == pair), None)
+def difference(facts: ReportData, row: TableRow, other: TableRow, k: int) -> TableRow | None:
+    """Return the paired difference of two runs at one K; None if there is none."""
+    pair = (row["run_id"], other["run_id"], k)
+    return next((d for d in facts.differences if (d["run_id"], d["other_run_id"], d["k"]) == pair), None)
 
 
 def held_out_best_sentence(registry: Path, facts: ReportData) -> str:
-    """What choosing the best cell is worth on documents that it was not chosen on; empty where that cannot be had."""
+    """Return a sentence with the FVE of the best cell on documents that it was not chosen on; empty if it cannot be computed."""
     from ksweep.analysis.compare import best_held_out, load_cells
 
     total = sum((run["num_activations"] or 0) * (run["num_draws"] or 0) for run in facts.runs)
@@ -86,10 +86,10 @@ def held_out_best_sentence(registry: Path, facts: ReportData) -> str:
         return ""
     return (
         f"Chosen on one half of the documents and measured on the other, the best cell has {with_interval(found)} at K = {k}: "
-        "the value that the choice has not flattered."
+        "an estimate without the bias of the choice."
     )
 
 
 def with_interval(row: Any) -> str:
-    """A value and, where it has one, its interval."""
+    """Return FVE and, if there is one, its interval as text."""
     return f"{row['fve']:.3f} {interval_text(row)}".rstrip()

@@ -1,4 +1,4 @@
-"""What a report tells of a sweep, read from the registry as plain rows; nothing here knows of HTML."""
+"""The data of a sweep's report, read from the registry as plain rows, independent of HTML."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 EXPLANATIONS = 1500
 """Rows of the browsable table: about a megabyte, which a browser searches without a pause."""
 DRAWS_READ = 400_000
-"""Draws looked at over all cells, whole blocks of activations at a time: a sweep of ten million is not read for a page."""
+"""Draws read over all cells, in whole blocks of activations: a page does not need all of ten million."""
 FEWEST_READ = 4000
-"""Of each cell, whatever their number."""
+"""Draws read of each cell at least, whatever the number of cells."""
 SHOWN_TEXT = 700
 """Characters of a text or an explanation that are shown."""
 SHOWN_ATTEMPTS = 40
@@ -34,12 +34,12 @@ SHOWN_ATTEMPTS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """A sweep as it was last asked, told by the newest finished run of each of its cells."""
+    """The newest version of a sweep, with the newest finished run of each of its cells."""
 
     sweep: str
     question: str
     asked: TableRow | None
-    """When, by which command and commit; None for sweeps of versions that did not keep it, and imported ones."""
+    """Time, command line and commit of the sweep; None for sweeps of versions that did not record it, and imported ones."""
     cells: list[TableRow]
     """Every cell of the sweep, in its order: label, status, run_id."""
     runs: list[TableRow]
@@ -52,17 +52,17 @@ class ReportData:
     draw_failures: list[TableRow]
     """Failed draws by cell and cause."""
     failed_runs: list[TableRow]
-    """Cells without a result: how their newest run ended."""
+    """Newest run of each cell without a result."""
     attempts: list[TableRow]
-    """Ranks of the jobs of these cells that did not finish, and starts that were put back into the queue; newest first."""
+    """Ranks of the jobs of these cells that did not finish or were requeued, newest first."""
     num_attempts: int
-    """How many there are, shown or not."""
+    """Number of such ranks, shown or not."""
     norms: pa.Table
-    """label, norm: length of each activation, of each set of activations once."""
+    """label, norm: norm of each activation, of each set of activations once."""
     errors: pa.Table
     """label, activation, error of the draws that were read."""
     sampled: str
-    """What part of the draws was read, in words; empty where it was all of them."""
+    """Which part of the draws was read, as text; empty if all were."""
     explanations: list[TableRow]
     """Best, median and worst draw of some activations of each cell."""
     num_shown: int
@@ -99,7 +99,7 @@ def _settings(run: TableRow) -> TableRow:
 
 
 def read_report_data(registry: Path, sweep: str) -> ReportData:
-    """Everything that a report of a sweep shows.
+    """Read everything that a report of a sweep shows.
 
     Raises:
         RequestError: no cell of such a sweep has finished.
@@ -137,9 +137,9 @@ def _arrow(connection: DuckDBPyConnection, question: str, *values: Any) -> pa.Ta
 
 
 def _norms(connection: DuckDBPyConnection) -> pa.Table:
-    """Only the landing files of these runs are read."""
+    """Norms of the activations of the sweep, read from the files of its runs only."""
     parts = []
-    for row in _rows(connection, _ACTIVATION_SETS):
+    for row in _rows(connection, _NORMS_OF_SETS):
         norms = _arrow(connection, "SELECT norm FROM activations WHERE run_id = ? AND norm IS NOT NULL", row["run_id"])
         parts.append(norms.append_column("label", pa.array([row["label"]] * len(norms), pa.string())))
     return (
@@ -151,7 +151,7 @@ def _norms(connection: DuckDBPyConnection) -> pa.Table:
 
 
 def _with_draws(facts: ReportData, connection: DuckDBPyConnection, registry: Path) -> ReportData:
-    """The facts with errors and explanations, from as many draws as a page needs."""
+    """Add errors and explanations, from as many draws as a page needs."""
     runs = [run for run in facts.runs if run["draws_key"] and run["num_draws"]]
     num_shown = max(1, EXPLANATIONS // (3 * max(1, len(runs))))
     most = max(FEWEST_READ, DRAWS_READ // max(1, len(runs)))
@@ -200,7 +200,7 @@ _READ = """
     FROM read_parquet($1, filename = true) WHERE activation < $2 AND draw < $3
     QUALIFY row_number() OVER (PARTITION BY activation, draw ORDER BY filename) = 1
 """
-"""Two sweeps at once may both have taken a draw: it counts once, as in the view draws."""
+"""A draw that two concurrent sweeps both sampled counts once, as in the view draws."""
 _BY_BEST_ERROR = "SELECT activation FROM read_draws GROUP BY activation ORDER BY min(error) NULLS LAST, activation"
 _EXPLANATIONS = """
     WITH ranked AS (
@@ -252,12 +252,12 @@ _ATTEMPTS = """
       AND (a.status <> 'finished' OR a.requeued IS NOT NULL)
     ORDER BY a.job DESC, a.start DESC, a.rank
 """
-_ACTIVATION_SETS = """
-    WITH one AS (
+_NORMS_OF_SETS = """
+    WITH run_of_set AS (
         SELECT arg_max(run_id, num_activations) AS run_id, activations_key,
                concat_ws(' layer ', any_value(parse_filename(coalesce(model, vectors))), layer) AS label
         FROM runs JOIN (SELECT run_id FROM mine) USING (run_id) WHERE activations_key IS NOT NULL GROUP BY activations_key, layer
     )
     SELECT run_id, CASE WHEN count(*) OVER (PARTITION BY label) = 1 THEN label
-                        ELSE concat(label, ' @', left(activations_key, 8)) END AS label FROM one
+                        ELSE concat(label, ' @', left(activations_key, 8)) END AS label FROM run_of_set
 """

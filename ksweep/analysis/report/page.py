@@ -24,18 +24,18 @@ from ksweep.utils.errors import RequestError
 from ksweep.utils.files import publish
 
 GOOD, BAD = (0, 114, 178), (213, 94, 0)
-"""Blue and vermilion of Okabe and Ito: better and worse than the mean vector would be."""
+"""Okabe-Ito blue and vermilion: better and worse than FVE 0."""
 MOST_SHOWN = 8
-"""Cells in charts where more could not be told apart; the highest ones."""
+"""Cells shown in charts where more would be indistinguishable: those with the highest FVE."""
 
 OWN_NOTES = {"gain": "FVE at the largest K less FVE at K = 1, paired"}
-"""Of controls whose note says something of each cell by itself."""
+"""Notes for controls whose own notes differ by cell."""
 WIDTHS = [{"targets": [i], "width": w} for i, w in enumerate(("12%", "6%", "7%", "34%", "22%", "6%", "13%"))]
-"""Of the columns of the browsable table."""
+"""Widths of the columns of the browsable table."""
 
 
 def write_report(registry: Path, sweep: str, path: Path | None = None) -> Path:
-    """The report of a sweep as one HTML file; where it was written.
+    """Write the report of a sweep as one HTML file and return its path.
 
     Args:
         registry: directory of the registry.
@@ -52,7 +52,7 @@ def write_report(registry: Path, sweep: str, path: Path | None = None) -> Path:
 
 
 def page(facts: ReportData, held_out: str = "") -> str:
-    """The whole page; `held_out` is what the answer is worth on documents that it was not chosen on, in words."""
+    """Return the HTML of the page; `held_out` is a sentence on the best cell's FVE on held-out documents."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -81,7 +81,7 @@ def page(facts: ReportData, held_out: str = "") -> str:
 
 
 def drawn(facts: ReportData) -> dict[str, Any]:
-    """The charts that this sweep has something to show in, by name."""
+    """Return the charts for which this sweep has data, by name."""
     colours = charts.palette(run["label"] for run in facts.runs)
     best = [row["label"] for row in ranked(facts, largest_common_k(facts.curves))]
     few = set(best[:MOST_SHOWN])
@@ -102,7 +102,7 @@ def drawn(facts: ReportData) -> dict[str, Any]:
 
 
 def _several(groups: Sequence[TableRow]) -> list[TableRow]:
-    """Without breakdowns that have put all activations into one group."""
+    """Leave out breakdowns that put all activations into one group."""
     parts: dict[str, set[str]] = {}
     for row in groups:
         parts.setdefault(row["breakdown"], set()).add(row["part"])
@@ -115,7 +115,7 @@ def _overall(groups: Sequence[TableRow]) -> list[TableRow]:
 
 
 def _try(make: Callable[[], Any]) -> Any:
-    """A chart, or None where it has nothing to show."""
+    """Return a chart, or None if there is no data for it."""
     try:
         return make()
     except RequestError:
@@ -127,7 +127,7 @@ def _varies(curves: pa.Table, name: str) -> bool:
 
 
 def _costs(curves: pa.Table) -> bool:
-    """Whether the same K costs some cells more tokens than others, so that the axis of equal compute says something."""
+    """Return whether cells differ in tokens per draw, so that a chart by tokens differs from one by K."""
     ends = [row["tokens"] / row["k"] for row in curves.to_pylist() if row["tokens"]]
     return len(ends) == len(curves) and max(ends) > 1.05 * min(ends)
 
@@ -137,15 +137,15 @@ def _near(facts: ReportData, few: set[str]) -> list[TableRow]:
 
 
 def _reference(facts: ReportData, best: Sequence[str]) -> str | None:
-    """The best cell that has several K: others are shown as what they are above or below it."""
+    """Return the label of the best cell with several K, from which differences are shown."""
     labels = facts.curves["label"].to_pylist()
     compared = {row["label"] for row in facts.differences}
     return next((label for label in best[:MOST_SHOWN] if labels.count(label) > 1 and label in compared), None)
 
 
 def curve_table(facts: ReportData) -> tuple[list[str], list[list[str]], str | list[list[str]]]:
-    """Heads and rows: a cell a row, FVE with its interval at some K, the control at the largest, failures; and what all cells are
-    measured on, in words where that is one thing, else a row for each."""
+    """Return heads and rows, a row per cell: FVE with interval at some K, the control at the largest, failures; and N, documents
+    and baseline, as text if all cells share them, else a row per cell."""
     rows = facts.curves.to_pylist()
     every = sorted({r["k"] for r in rows})
     ks = [k for k in every if k in SHOWN_KS or k == every[-1]]
@@ -171,13 +171,13 @@ def _measured_on(row: TableRow) -> list[str]:
 
 
 def _without_empty(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Without columns that say nothing of any cell."""
+    """Leave out columns that are empty for all cells."""
     kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     return [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def difference_table(facts: ReportData) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: a cell a row, what it differs by from the best one, paired, at K = 1 and at the largest K of all."""
+    """Return heads and rows, a row per cell: its paired difference from the best cell at K = 1 and the largest common K."""
     most = largest_common_k(facts.curves)
     ks = sorted({1, most})
     best = ranked(facts, most)[0]
@@ -198,7 +198,7 @@ def _difference_cells(row: TableRow | None) -> list[str]:
 
 
 def control_table(facts: ReportData) -> tuple[list[str], list[list[str]], dict[str, str]]:
-    """Heads and rows, a cell a row and a control a column; and what each control is, in words."""
+    """Return heads and rows, a row per cell and a column per control; and a note on each control."""
     names = sorted({row["control"] for row in facts.controls})
     found = {(row["label"], row["control"]): row["value"] for row in facts.controls}
     labels = list(dict.fromkeys(row["label"] for row in facts.controls))
@@ -209,7 +209,7 @@ def control_table(facts: ReportData) -> tuple[list[str], list[list[str]], dict[s
 
 
 def explanation_table(rows: Sequence[TableRow]) -> str:
-    """The browsable table: searched and sorted in the browser, each explanation coloured by how much it explains."""
+    """Return the HTML of a table to search and sort in the browser, with explanations coloured by the variance they explain."""
     from itables import to_html_datatable
 
     columns: dict[str, list[Any]] = {
@@ -232,14 +232,14 @@ def explanation_table(rows: Sequence[TableRow]) -> str:
 
 
 def _where(row: TableRow) -> str:
-    """Document, token and activation, as far as they are known."""
+    """Return document, token and activation as text, as far as they are known."""
     known = [] if row["document"] is None else [html.escape(row["document"])]
     known += [] if row["position"] is None else [f"token {row['position']}"]
     return ", ".join([*known, f"activation {row['activation']}"])
 
 
 def _explained(row: TableRow) -> float | None:
-    """Share of the baseline that a draw explains; of a failed draw nothing can be said."""
+    """Return 1 - error / baseline of a draw; None for a failed draw."""
     return None if row["error"] is None or not row["baseline"] else round(1 - row["error"] / row["baseline"], 3)
 
 
@@ -254,24 +254,24 @@ def _coloured(row: TableRow) -> str:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A number as the page shows it; nothing for what is not known."""
+    """Return a number as text; empty if it is unknown."""
     return "" if value is None else format(value, form)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Return seconds as human-readable text."""
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def words(value: Any) -> str:
-    """A setting as text."""
+    """Return a setting as text."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(words, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _of_runs(runs: Iterable[TableRow], column: str) -> dict[str, str]:
-    """What a column of names and values says of the runs; several values where cells were run with different ones."""
+    """Return name -> value of a column of maps over all runs; several values where runs differ."""
     found: dict[str, set[str]] = {}
     for run in runs:
         for name, version in dict(run[column] or {}).items():
@@ -282,7 +282,7 @@ def _of_runs(runs: Iterable[TableRow], column: str) -> dict[str, str]:
 
 @cache
 def _chart_scripts() -> str:
-    """Vega, Vega-Lite and Vega-Embed, as vl-convert carries them."""
+    """Return Vega, Vega-Lite and Vega-Embed, as bundled with vl-convert."""
     import vl_convert
 
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
@@ -290,7 +290,7 @@ def _chart_scripts() -> str:
 
 @cache
 def _table_scripts() -> str:
-    """DataTables, as itables carries it."""
+    """Return DataTables, as bundled with itables."""
     from itables.javascript import generate_init_offline_itables_html
 
     bundle = resources.files("itables") / "html" / "dt_bundle.js"
