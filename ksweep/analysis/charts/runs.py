@@ -83,7 +83,7 @@ def throughput(
 def progress(source: Any, *, sweep: str | None = None, title: str | None = None) -> alt.TopLevelMixin:
     """Chart the draws of each cell that exist, of those requested, coloured by the state of its newest run.
 
-    A connection has the cells with at least one recorded run. Table: `label, done, total, state` (finished, running, waiting, stopped,
+    A connection has the cells with a recorded run. Table: `label, done, total, state` (finished, running, waiting, stopped,
     failed).
     """
     used = ("label", "done", "total", "state")

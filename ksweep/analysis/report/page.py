@@ -1,4 +1,4 @@
-"""ReportData of a sweep -> one HTML file with everything in it: scripts, charts, tables. The only room that knows of HTML."""
+"""The report of a sweep as one HTML file that includes its scripts, charts and tables."""
 
 from __future__ import annotations
 
