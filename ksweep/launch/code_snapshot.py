@@ -1,4 +1,4 @@
-"""The code that a job runs: a copy of the working tree as it was at submission, once per commit and difference to it.
+"""Snapshots of the code that jobs run: a copy of the working tree at submission, one for each commit and difference to it.
 
 logs/code/<commit>-<digest>/       the files: tracked ones and new ones that git does not ignore
 logs/code/<commit>-<digest>.json   written last: the copy is whole
@@ -20,12 +20,12 @@ from ksweep.utils.errors import RunError
 from ksweep.utils.files import publish
 
 MAX_UNTRACKED_BYTES = 500_000_000
-"""A new file is code; this much of them is data that git should be told to ignore."""
+"""More bytes of new files than this are data, which git should be told to ignore, and not code."""
 
 
 @dataclass(frozen=True)
 class CodeSnapshot:
-    """Where a job imports from, and what that was."""
+    """Where a job imports its code from, and which commit and difference that is."""
 
     path: Path
     commit: str
@@ -34,7 +34,7 @@ class CodeSnapshot:
 
 
 def snapshot_code(logs: Path, package: Path | None = None) -> CodeSnapshot | None:
-    """The snapshot of the checkout that a package (this one) lies in, made where it is not there yet; None outside a checkout.
+    """Snapshot the checkout that a package (this one) lies in, unless that snapshot exists; None outside a checkout.
 
     Raises:
         RunError: new files that git does not ignore are too large to be code.
@@ -74,7 +74,7 @@ def _root(path: Path) -> Path | None:
 
 
 def _difference(root: Path, new: list[str]) -> bytes:
-    """Changes to tracked files and the whole of new ones, as a patch that git can apply."""
+    """Changes to tracked files, and all of new ones, as a patch that git can apply."""
     parts = [_git(root, "diff", "--binary", "HEAD")]
     for name in new:
         done = subprocess.run(
@@ -85,7 +85,7 @@ def _difference(root: Path, new: list[str]) -> bytes:
 
 
 def _copy(root: Path, files: list[str], place: Path) -> None:
-    """Filled under another name and renamed: a copy that was cut short is never taken for a whole one."""
+    """Copy files to another name, then rename: an interrupted copy is never mistaken for a whole one."""
     staged = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
         for name in files:

@@ -1,7 +1,7 @@
-"""GPUs of this machine, lent to one local job at a time, whichever launcher started it: the queue that submitit lacks.
+"""Leases of this machine's GPUs: each is held by one local job at a time, whichever launcher started it; submitit has none.
 
-$KSWEEP_HOME/gpus/<host>/<GPU>.json names the job that holds a GPU, and a process of it. It is held as long as that process lives,
-or any rank of the job does: a launcher that dies gives nothing back that its job still computes on.
+$KSWEEP_HOME/gpus/<host>/<GPU>.json names the job that holds a GPU, and a process of it. The lease lasts as long as that process
+or any rank of the job lives: if a launcher dies, its job keeps the GPUs that it still computes on.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ksweep.launch.rank_records import Heartbeat, is_alive, this_process
 from ksweep.utils.files import home, locked, publish
 
 DRIVER_DIRECTORY = Path("/proc/driver/nvidia/gpus")
-"""A directory a GPU, named by its place on the bus, in the order in which GPUs are numbered."""
+"""One directory for each GPU, named by its address on the bus, in the order in which GPUs are numbered."""
 
 
 def acquire_gpus(devices: Sequence[str], count: int, name: str) -> tuple[str, ...] | None:
-    """`count` of these GPUs for a job; None while not so many are free. Held by this process until handed on or released."""
+    """Acquire `count` of these GPUs for a job, held by this process until transferred or released; None if too few are free."""
     with _lock():
         free = [d for d in devices if _holder(d) is None]
         if len(free) < count:
@@ -34,7 +34,7 @@ def acquire_gpus(devices: Sequence[str], count: int, name: str) -> tuple[str, ..
 
 
 def transfer_gpus(devices: Sequence[str], job: Job, pid: int) -> None:
-    """Let the job and a process of its hold GPUs, so that they stay taken when the launcher is gone."""
+    """Transfer GPUs to the job and one of its processes, so that the lease survives the launcher."""
     import psutil
 
     with _lock(), suppress(psutil.NoSuchProcess):
@@ -44,7 +44,7 @@ def transfer_gpus(devices: Sequence[str], job: Job, pid: int) -> None:
 
 
 def release_gpus(devices: Sequence[str], job: str) -> None:
-    """Give back what a job held; a GPU of a job that has ended may have been lent to another by now."""
+    """Release the GPUs that a job holds; one that another job has acquired in the meantime stays with that job."""
     with _lock():
         for device in devices:
             if (_read_lease(device) or {}).get("job") == job:
@@ -52,16 +52,16 @@ def release_gpus(devices: Sequence[str], job: str) -> None:
 
 
 def gpu_holders(devices: Sequence[str]) -> dict[str, str]:
-    """Which job holds which GPU."""
+    """GPU -> the job that holds it."""
     return {d: job for d in devices if (job := _holder(d)) is not None}
 
 
 def _holder(device: str) -> str | None:
-    told = _read_lease(device)
-    if told is None:
+    lease = _read_lease(device)
+    if lease is None:
         return None
-    held = is_alive(Heartbeat(rank=0, **told["process"])) or ("path" in told and Job(Path(told["path"])).has_live_rank())
-    return f"job {told['job']}" if held else None
+    held = is_alive(Heartbeat(rank=0, **lease["process"])) or ("path" in lease and Job(Path(lease["path"])).has_live_rank())
+    return f"job {lease['job']}" if held else None
 
 
 def _read_lease(device: str) -> dict[str, Any] | None:
@@ -80,7 +80,7 @@ def _lease_path(device: str) -> Path:
 
 
 def _gpu_name(device: str) -> str:
-    """One name for a GPU, whether a launcher was given its number or (the beginning of) its UUID."""
+    """The same name for a GPU whether a launcher was given its number or (the beginning of) its UUID."""
     if device.startswith("GPU-"):
         same = [i for i, uuid in enumerate(_uuids()) if uuid.startswith(device)]
         if len(same) == 1:

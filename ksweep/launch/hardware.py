@@ -13,7 +13,7 @@ from ksweep.utils.errors import SpecError
 
 
 def resolve_cluster(resources: Resources) -> str:
-    """slurm, local or inprocess."""
+    """Resolve `resources.cluster`: slurm, local or inprocess."""
     if resources.cluster == "slurm":
         if shutil.which("sbatch") is None:
             raise SpecError("resources.cluster=slurm, but there is no sbatch here: log in to a submit node, or use cluster=local")
@@ -27,7 +27,7 @@ def resolve_cluster(resources: Resources) -> str:
 
 
 def num_gpus(resources: Resources) -> int:
-    """GPUs of one job on one node; None means one where this machine has any (a login node may have none: say it for Slurm)."""
+    """GPUs of one job on one node. Default: one if this machine has any; a login node may have none, so set it for Slurm."""
     if resources.gpus is not None:
         return resources.gpus
     return min(1, visible_gpus())
@@ -39,7 +39,7 @@ def visible_gpus() -> int:
 
 
 def visible_devices() -> tuple[str, ...]:
-    """Those GPUs as CUDA_VISIBLE_DEVICES names them, by number, UUID ("GPU-...") or slice ("MIG-..."), else all by number."""
+    """Those GPUs as CUDA_VISIBLE_DEVICES names them, by number, UUID ("GPU-...") or slice ("MIG-..."); else all by number."""
     if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         named = [device.strip() for device in shown.split(",")]
         return tuple(takewhile(lambda d: d not in ("", "-1"), named))  # CUDA sees none after one that is not there

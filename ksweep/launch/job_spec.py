@@ -1,4 +1,4 @@
-"""Cells that are missing -> job directories: which cells share a job, and all that its ranks will need to know."""
+"""Job directories for missing cells: which cells share a job, and the job.json that its ranks run from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MissingCells = Sequence[tuple[Cell, Step]]
 
 
 def group_by_autoencoder(sweep: Sweep, missing: MissingCells) -> list[list[tuple[Cell, Step]]]:
-    """Cells that share an autoencoder go to one job, so that models are loaded once."""
+    """Group cells by autoencoder, so that a job loads its models once; a group has at most resources.cells_per_job cells."""
     sharing: dict[Autoencoder, list[tuple[Cell, Step]]] = {}
     for cell, step in missing:
         sharing.setdefault(cell.autoencoder, []).append((cell, step))
@@ -29,7 +29,7 @@ def group_by_autoencoder(sweep: Sweep, missing: MissingCells) -> list[list[tuple
 
 
 def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str) -> Job:
-    """A new job directory for a group of cells."""
+    """Create the job directory for a group of cells."""
     argument = {
         "cells": [asdict(cell) for cell, _ in group],
         "names": [(step.label, step.title or step.label) for _, step in group],

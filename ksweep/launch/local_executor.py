@@ -1,4 +1,4 @@
-"""Resources -> submitit executor -> a job on this machine, or in this process. For Slurm see submission.py."""
+"""Start a job on this machine through submitit, or run it in this process. For Slurm see slurm/sbatch.py."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class LocalJob:
-    """A job that was handed over."""
+    """A job that was started on this machine."""
 
     job: Job
     handle: Any
     """submitit's job, or None for a job that ran in this process."""
 
     def has_ended(self) -> bool:
-        """Whether no process of the job is left, as far as submitit can tell."""
+        """Whether submitit sees no process of the job any more."""
         return self.handle is None or bool(self.handle.done())
 
     def stop(self) -> None:
-        """Ask every rank to stop at the end of its unit (a second call ends them at once)."""
+        """Signal every rank to stop after its work unit; a second call ends them at once."""
         if self.handle is None:
             return
         for heartbeat in self.job.heartbeats():
@@ -48,7 +48,7 @@ class LocalJob:
                     os.kill(heartbeat.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End what is left of a local job: its controller and every rank."""
+        """Kill what is left of the job: its controller and every rank."""
         if self.handle is None:
             return
         with suppress(psutil.NoSuchProcess):
@@ -66,10 +66,10 @@ def start_local_job(
     gpus: Sequence[str] | None = None,
     side_by_side: int = 1,
 ) -> LocalJob:
-    """Start a job on this machine, on these GPUs; in-process jobs have ended when this returns.
+    """Start a job on this machine, on these GPUs. An in-process job has ended when this returns.
 
     Args:
-        side_by_side: jobs of this kind that run at once and share the cores.
+        side_by_side: number of such jobs that run at once and share the cores.
     """
     if resolve_cluster(resources) == "inprocess":
         devices = process_group.gpus_of_rank(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
@@ -85,7 +85,7 @@ def start_local_job(
 
 @contextmanager
 def _ignore_sigint() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C, which a terminal sends to all of them: the launcher decides what it means."""
+    """Start processes inside that ignore Ctrl-C, which a terminal sends to all of them: only the launcher handles it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -97,7 +97,7 @@ def _ignore_sigint() -> Iterator[None]:
 
 
 def validate_local_resources(resources: Resources) -> None:
-    """Say before anything is started what this machine has not.
+    """Check before anything starts that this machine has the resources.
 
     Raises:
         SpecError: more than one node, more GPUs than there are, several slices of GPUs.
@@ -128,17 +128,21 @@ def _executor(folder: Path, resources: Resources, name: str, devices: Sequence[s
     return local
 
 
-def outcome(submitted: LocalJob, ranks: int) -> Outcome | None:
-    """How the job as a whole ended, from the terminal records of its ranks; None while it runs."""
-    endings = {e.rank: e for e in submitted.job.outcomes()}
-    first = first_failure(list(endings.values()))
-    if first is not None and (submitted.has_ended() or len(endings) == ranks):
-        return first
-    if len(endings) == ranks:
-        stopped = next((e for e in endings.values() if e.status == "stopped"), None)
-        return stopped or endings[0]
-    if submitted.has_ended():
-        silent = [r for r in range(ranks) if r not in endings]
-        message = f"rank {', '.join(map(str, silent))} of {ranks} ended without a terminal record (killed, or out of memory)"
-        return Outcome(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=submitted.job.log_tail())
+def local_outcome(local_job: LocalJob, num_ranks: int) -> Outcome | None:
+    """How the job as a whole ended, from its ranks' outcomes; None while it runs."""
+    outcomes = {o.rank: o for o in local_job.job.outcomes()}
+    failure = first_failure(list(outcomes.values()))
+    # 1. The first failure, once no other rank can write an earlier one.
+    if failure is not None and (local_job.has_ended() or len(outcomes) == num_ranks):
+        return failure
+    # 2. Every rank has ended without a failure: a rank that stopped means that work is left.
+    if len(outcomes) == num_ranks:
+        stopped = next((o for o in outcomes.values() if o.status == "stopped"), None)
+        return stopped or outcomes[0]
+    # 3. The processes are gone, and a rank has written nothing.
+    if local_job.has_ended():
+        silent = [r for r in range(num_ranks) if r not in outcomes]
+        ranks = ", ".join(map(str, silent))
+        message = f"rank {ranks} of {num_ranks} ended without a terminal record (killed, or out of memory)"
+        return Outcome(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=local_job.job.log_tail())
     return None

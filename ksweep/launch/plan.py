@@ -1,4 +1,4 @@
-"""What has to be done for each cell of a sweep, and why. Pure: it is told what is there and touches nothing."""
+"""What has to be done for each cell of a sweep, and why. Pure: from facts that `preflight.py` gathers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RETRIED_FREELY = (
     "stopped",
     "disk full",
 )
-"""Classes of ending after which a cell is simply run again: nothing in the request or the code is to blame."""
+"""Classes of failure after which a cell is run again unasked: neither the request nor the code is to blame."""
 
 
 @dataclass(frozen=True)
 class CellFacts:
-    """What is there for a cell."""
+    """What exists for a cell already, and what it needs."""
 
     cell_key: str
     activations_key: str
@@ -34,16 +34,16 @@ class CellFacts:
     activations_present: int
     activations_wanted: int
     draws_present: int
-    """There, or planned for an earlier cell of the same sweep."""
+    """On disk, or planned for an earlier cell of the same sweep."""
     draws_wanted: int
     bytes_per_activation: int
     bytes_per_draw: int
     seconds_per_draw: float | None
-    """From past runs with the same draws key or autoencoder; None where nothing is known."""
+    """From past runs with the same draws key or autoencoder; None if there are none."""
     job: tuple[Literal["running", "waiting"], str] | None = None
-    """A job that is at work on the cell or waits to be, and what is known of it."""
+    """State and reason of a live job with this cell."""
     failure: tuple[str, str] | None = None
-    """Class and message of the newest run, where that failed."""
+    """Class and message of the newest run, if that failed."""
     title: str = ""
     """Name of the cell where it stands alone; empty: its label."""
 
@@ -67,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the missing cells of a sweep take together."""
+    """What the missing cells of a sweep need in total."""
 
     activations: int
     draws: int
@@ -82,7 +82,7 @@ class Estimate:
 
 
 def estimate(steps: Sequence[Step]) -> Estimate:
-    """The sums over a plan."""
+    """Sum up a plan."""
     known = [step.seconds for step in steps if step.seconds is not None]
     missing = [step for step in steps if step.state == "missing"]
     unknown = sum(step.seconds is None for step in missing)
@@ -99,9 +99,9 @@ def estimate(steps: Sequence[Step]) -> Estimate:
 
 
 def plan_steps(facts: Iterable[CellFacts], *, retry: Sequence[str] = ()) -> list[Step]:
-    """One step a cell, in order. Activations and draws that two cells share are counted for the first that needs them.
+    """Plan one step for each cell, in order. Activations and draws that two cells share count for the first that needs them.
 
-    Cells whose key begins with one of `retry` ("" begins every key) are missing like any other, although they failed.
+    A failed cell whose key begins with one of `retry` counts as missing ("" begins every key).
     """
     steps: list[Step] = []
     extracted: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What a sweep's command says before it computes: the plan, what was submitted, what failed."""
+"""What a sweep's command prints before it computes: the plan, what was submitted, what failed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ksweep.utils.console import WIDE_COLUMNS, bytes_text, columns, console, dur
 def print_plan(
     sweep: Sweep, steps: Sequence[Step], shape: str = "", cells_of_jobs: Sequence[int] = (), *, as_json: bool = False
 ) -> None:
-    """Each cell: its state and why, draws to sample, estimated disk and time; then the jobs and the sums."""
+    """Print each cell's state, reason, draws to sample, estimated disk and time; then the totals and the jobs."""
     gpus, sums = num_gpus(sweep.resources), estimate(steps)
     if as_json:
         _print_objects(sweep, steps, sums, gpus, shape, cells_of_jobs)
@@ -37,7 +37,7 @@ def print_plan(
 def _print_objects(
     sweep: Sweep, steps: Sequence[Step], sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]
 ) -> None:
-    """An object a cell, then one with the sums."""
+    """Print a JSON object for each cell, then one with the totals."""
     for step in steps:
         print(json.dumps({**asdict(step), "gpu_hours": _hours(step.seconds, gpus)}))
     total = {
@@ -69,7 +69,7 @@ def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, out: Console) ->
 
 
 def _sums(sweep: Sweep, sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]) -> Iterator[str]:
-    """What is to be done, what it takes, and in how many jobs."""
+    """Lines with the total work, its cost, and the number of jobs."""
     yield (
         f"to extract: {sums.activations:,} activations; to sample: {sums.draws:,} draws; "
         f"disk about {bytes_text(sums.activation_bytes + sums.draw_bytes)} "
@@ -106,7 +106,7 @@ def _arrays(sweep: Sweep, num_jobs: int) -> str:
 
 
 def _most_hours(sweep: Sweep, cells_of_jobs: Sequence[int]) -> float:
-    """GPU-hours if every job takes its whole time limit once."""
+    """GPU-hours if every job uses its whole time limit once."""
     resources = sweep.resources
     return len(cells_of_jobs) * resources.nodes * num_gpus(resources) * resources.minutes / 60
 
@@ -122,13 +122,13 @@ def _time(seconds: float | None, gpus: int) -> str:
 
 
 def print_failed_cells(steps: Sequence[Step]) -> None:
-    """Cells that failed and are not run again unasked."""
+    """Print the cells that failed and are not run again unasked."""
     for step in steps:
         print(f"failed: {step.title} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
 
 
 def print_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attached: int) -> None:
-    """What was handed to Slurm, what is there already, and how to see more of it."""
+    """Print what was submitted to Slurm, what was submitted before, and how to see more of it."""
     counts = Counter(step.state for step in steps)
     counted = ", ".join(
         f"{counts[state]} {state}" for state in ("done", "running", "waiting", "missing", "failed") if counts[state]

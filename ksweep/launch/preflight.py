@@ -1,4 +1,4 @@
-"""What a sweep's command plans: facts of each cell from the stores, steps, and whether there is room for them."""
+"""Before anything runs: gather the facts of each cell from the stores, plan, and check directories and disk space."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BYTES_PER_DRAW = 700
 def plan_cells(
     sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], jobs: JobSurvey, *, retry: Sequence[str]
 ) -> list[Step]:
-    """What is there for each cell, and so what is to be done; reads names and manifests only."""
+    """Plan each cell from what exists for it; reads only names and manifests."""
     finished, failed = finished_runs(Path(sweep.registry)), failed_runs(Path(sweep.registry))
     planned: dict[str, list[tuple[int, int]]] = {}
     facts = []
@@ -89,7 +89,11 @@ def _bytes_of_reconstructions(cell: Cell) -> int:
 
 
 def check_writable(sweep: Sweep) -> None:
-    """Directories that cannot be written are a mistake in the request, told before anything runs."""
+    """Check that the sweep's directories can be written.
+
+    Raises:
+        SpecError: one cannot.
+    """
     for key, place in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,11 @@ def check_writable(sweep: Sweep) -> None:
 
 
 def check_disk_space(sweep: Sweep, steps: list[Step]) -> None:
-    """The two stores may lie on two disks; each must hold what goes there."""
+    """Check that each store's disk has room for what goes there; the two may lie on two disks.
+
+    Raises:
+        DiskFullError: one has not.
+    """
     draws, activations = sum(s.draw_bytes for s in steps), sum(s.activation_bytes for s in steps)
     registry, cache = Path(sweep.registry), Path(sweep.vector_cache)
     together = _existing(registry).stat().st_dev == _existing(cache).stat().st_dev
@@ -137,6 +145,6 @@ def with_num_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
 
 
 def _existing(place: Path) -> Path:
-    """A directory, or where it will be created: a dry run creates nothing."""
+    """The directory, or the nearest parent that exists: a dry run creates nothing."""
     place = place.absolute()
     return next(path for path in (place, *place.parents) if path.exists())

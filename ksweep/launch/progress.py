@@ -1,4 +1,4 @@
-"""Progress of a job from the heartbeats of its ranks: a bar on a terminal, log lines elsewhere."""
+"""Display of jobs' progress from the heartbeats of their ranks: bars on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROGRESS_LINE_SECONDS = 15.0
 
 
 class ProgressDisplay:
-    """Shows (phase, done, total) as it changes; on a terminal as a bar for each phase."""
+    """Displays (phase, done, total) as it changes; on a terminal as a bar for each phase."""
 
     def __init__(self, console: Console | None = None) -> None:
         """`console` defaults to standard error, so that tables on standard output can be piped."""
@@ -50,7 +50,7 @@ class ProgressDisplay:
             self._progress.stop()
 
     def show(self, phase: str, done: int, total: int, **numbers: float) -> None:
-        """One phase as it stands."""
+        """Display the progress of one phase."""
         text = " ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in numbers.items())
         if self._progress is not None:
             if phase not in self._bars:
@@ -62,7 +62,7 @@ class ProgressDisplay:
             print(f"{time.strftime('%H:%M:%S')} {phase}{counted} {text}".rstrip(), file=sys.stderr, flush=True)
 
     def show_ranks(self, heartbeats: Iterable[Heartbeat]) -> None:
-        """The phase of rank 0, its work summed over the ranks that are in the same phase."""
+        """Display the phase of rank 0, with the work of all ranks in that phase summed."""
         beats = sorted(heartbeats, key=lambda h: h.rank)
         if not beats:
             return
@@ -76,12 +76,12 @@ class ProgressDisplay:
         }
         self.show(phase, min(done, beats[0].total), beats[0].total, **rates)
 
-    def show_jobs(self, verdicts: Mapping[str, JobStatus], beats: Mapping[str, Sequence[Heartbeat]]) -> None:
-        """Several jobs at once: how many are in which state, and the work of those that run, summed."""
-        counts = Counter(v.state for v in verdicts.values())
+    def show_jobs(self, statuses: Mapping[str, JobStatus], beats: Mapping[str, Sequence[Heartbeat]]) -> None:
+        """Display several jobs: how many are in which state, and the summed work of those that run."""
+        counts = Counter(v.state for v in statuses.values())
         phases = [max(b, key=lambda h: h.time) for b in beats.values() if b]
         total, done = sum(b.total for b in phases), 0
-        for mine in beats.values():
-            done += min(sum(b.done for b in mine), max((b.total for b in mine), default=0))
+        for ranks in beats.values():
+            done += min(sum(b.done for b in ranks), max((b.total for b in ranks), default=0))
         words = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
         self.show(f"jobs: {words}" if words else "jobs: all ended", done, total)

@@ -1,4 +1,4 @@
-"""A sweep's missing cells on this machine: one job after another on CPUs, on GPUs as many as are free."""
+"""Run a sweep's missing cells on this machine: one job after another on CPUs; on GPUs as many at once as are free."""
 
 from __future__ import annotations
 
@@ -23,45 +23,48 @@ from ksweep.utils.errors import RequestError, RunError, StoreError
 LOCAL_POLL_SECONDS = 0.3
 LEASE_POLL_SECONDS = 2.0
 ABORT_GRACE_SECONDS = 20.0
-"""How long ranks may take to notice that one of them has failed before they are killed."""
+"""How long ranks may take to notice that one of them has failed; then they are killed."""
 
 
 def run_missing_cells(sweep: Sweep, missing: MissingCells) -> None:
-    """Start the missing cells on this machine and wait for them.
+    """Run the missing cells on this machine and wait for them.
 
     Raises:
         RequestError, RunError, StoreError: the first failure, once the jobs beside it have ended.
     """
-    orders = [partial(create_job_for_cells, sweep, group, "local") for group in group_by_autoencoder(sweep, missing)]
-    run_jobs(orders, sweep.resources, sweep.resources.job_name or sweep.name)
+    create_jobs = [partial(create_job_for_cells, sweep, group, "local") for group in group_by_autoencoder(sweep, missing)]
+    run_jobs(create_jobs, sweep.resources, sweep.resources.job_name or sweep.name)
 
 
-def run_jobs(orders: Sequence[Callable[[], Job]], resources: Resources, name: str) -> None:
-    """Jobs one after another on CPUs, on GPUs as they become free; each is created when its turn has come.
+def run_jobs(create_jobs: Sequence[Callable[[], Job]], resources: Resources, name: str) -> None:
+    """Run jobs one after another on CPUs, on GPUs as these become free. Each is created just before it starts.
 
     Raises:
         RequestError, RunError, StoreError: as `run`.
     """
-    waiting, running = list(orders), list[_Running]()
+    waiting, running = list(create_jobs), list[_Running]()
     failure: Exception | None = None
     gpus = hardware.num_gpus(resources) if hardware.resolve_cluster(resources) == "local" else 0
     most = _max_parallel_jobs(resources, gpus, len(waiting))
     with ProgressDisplay() as watch:
         while waiting or running:
+            # 1. Start jobs while there is room.
             while waiting and len(running) < most:
                 devices = _acquire_gpus(name, gpus, watch, wait=not running)
                 if devices is None:
                     break
                 running.append(_start(waiting.pop(0)(), resources, name, devices, watch, most))
+            # 2. Wait until one ends, or all if none waits to start.
             try:
                 _wait_for_jobs([r.submitted for r in running], hardware.total_ranks(resources), watch, first=bool(waiting))
             except (RequestError, RunError, StoreError) as error:
-                # The jobs beside it go on to their end; none is started any more.
+                # The other running jobs go on to their end; none is started any more.
                 if failure is not None:
                     print(f"failed as well: {error}", file=sys.stderr)
                 failure = failure or error
                 waiting.clear()
-            for ended in [r for r in running if r.submitted.job.read_note("settled") is not None]:
+            # 3. Release the GPUs of jobs that were finalized.
+            for ended in [r for r in running if r.submitted.job.final_status() is not None]:
                 gpu_leases.release_gpus(ended.devices, ended.submitted.job.id)
                 running.remove(ended)
     if failure is not None:
@@ -69,7 +72,7 @@ def run_jobs(orders: Sequence[Callable[[], Job]], resources: Resources, name: st
 
 
 def _max_parallel_jobs(resources: Resources, gpus: int, num_jobs: int) -> int:
-    """Jobs that run side by side, as far as the GPUs of this machine suffice."""
+    """Number of jobs that run side by side, as far as the GPUs of this machine suffice."""
     room = hardware.visible_gpus() // gpus if gpus else num_jobs
     return max(1, min(resources.max_parallel_jobs or (num_jobs if gpus else 1), num_jobs, room))
 
@@ -90,7 +93,7 @@ def _start(job: Job, resources: Resources, name: str, devices: tuple[str, ...], 
 
 
 def _acquire_gpus(name: str, count: int, watch: ProgressDisplay, *, wait: bool) -> tuple[str, ...] | None:
-    """Free GPUs for a job, waiting for those of other launchers; without `wait` None where too few are free now."""
+    """Acquire GPUs for a job, waiting for those of other launchers; without `wait` return None if too few are free now."""
     if count == 0:
         return ()
     there = hardware.visible_devices()
@@ -102,7 +105,7 @@ def _acquire_gpus(name: str, count: int, watch: ProgressDisplay, *, wait: bool) 
 
 
 def _wait_for_jobs(jobs: list[launch.LocalJob], ranks: int, watch: ProgressDisplay, *, first: bool = False) -> None:
-    """Until every job of this machine has ended (with `first`, until one has); then the first failure is raised."""
+    """Wait until every job has ended (with `first`, until one has), finalize those that have, and raise the first failure."""
     endings: dict[str, Outcome] = {}
     interrupted = 0
     while len(endings) < (min(1, len(jobs)) if first and not interrupted else len(jobs)):
@@ -129,7 +132,7 @@ def _wait_for_jobs(jobs: list[launch.LocalJob], ranks: int, watch: ProgressDispl
 
 def _check_job(submitted: launch.LocalJob, ranks: int, endings: dict[str, Outcome], watch: ProgressDisplay) -> None:
     watch.show_ranks(submitted.job.heartbeats())
-    ending = launch.outcome(submitted, ranks)
+    ending = launch.local_outcome(submitted, ranks)
     if ending is None and any(e.status == "failed" for e in submitted.job.outcomes()):
         ending = _wait_for_abort(submitted, ranks)
     if ending is not None:
@@ -137,10 +140,10 @@ def _check_job(submitted: launch.LocalJob, ranks: int, endings: dict[str, Outcom
 
 
 def _wait_for_abort(submitted: launch.LocalJob, ranks: int) -> Outcome | None:
-    """One rank has failed: the others notice by their watchdog; those that hang are killed."""
+    """Wait until the other ranks notice that one has failed; kill those that hang."""
     deadline = time.monotonic() + ABORT_GRACE_SECONDS
     while time.monotonic() < deadline:
-        ending = launch.outcome(submitted, ranks)
+        ending = launch.local_outcome(submitted, ranks)
         if ending is not None:
             return ending
         time.sleep(LOCAL_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""A sweep's missing cells on Slurm: what a job takes, an array with an element for each job, and waiting for them."""
+"""Run a sweep's missing cells on Slurm: complete its resources, submit arrays of jobs, wait for them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ksweep.utils.version import VERSION
 
 WAIT_POLL_SECONDS = 2.0
 WAIT_POLL_SECONDS_PER_JOB = 0.01
-"""Looking at a job's files takes some ten questions to a file system that is shared by many."""
+"""Checking a job's files takes some ten requests to a file system that many share."""
 
 
 def with_slurm_resources(sweep: Sweep) -> Sweep:
-    """The sweep with what a job takes where that was left open; what the cluster has not is refused, in a dry run too."""
+    """Fill in resources that were left open, and check that the cluster has them, in a dry run too."""
     resources = sbatch.with_sbatch_defaults(sweep.resources)
     if resources.gpus is None:
         resources = replace(resources, gpus=min(1, sbatch.max_gpus_per_node(resources)))
@@ -38,7 +38,7 @@ def with_slurm_resources(sweep: Sweep) -> Sweep:
 
 
 def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[Job] = ()) -> list[Job]:
-    """Hand the missing cells to Slurm: an array with an element for each job, which runs the code as it is now.
+    """Submit the missing cells to Slurm: arrays with an element for each job, which runs a snapshot of the code.
 
     Raises:
         SpecError, RunError: Slurm takes none of them, or only some.
@@ -55,7 +55,7 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
             logs, jobs, resources, sweep.name, code.path if code else None, beside=_slurm_ids(sweep, at_work)
         )
     except SpecError:
-        # Refused before anything was handed over. After any other failure the next command finds out what Slurm has of them.
+        # Refused before anything was submitted. After any other failure the next command finds out which jobs Slurm has.
         for job in jobs:
             shutil.rmtree(job.path)
         raise
@@ -68,7 +68,7 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
 
 
 def _code_note(code: code_snapshot.CodeSnapshot | None) -> dict[str, str | None]:
-    """Where a job's code comes from, for its record."""
+    """The note of where a job's code comes from."""
     if code is not None:
         return {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None}
     place, version = Path(__file__).parents[1], f"ksweep {VERSION}"
@@ -77,12 +77,12 @@ def _code_note(code: code_snapshot.CodeSnapshot | None) -> dict[str, str | None]
 
 
 def _slurm_ids(sweep: Sweep, jobs: Iterable[Job]) -> list[str]:
-    """Slurm's numbers of those jobs that are of this sweep."""
+    """Slurm's ids of the jobs that belong to this sweep."""
     return ids_on_this_cluster(job for job in jobs if job.spec()["argument"].get("sweep") == sweep.name)
 
 
 def wait_for_slurm_jobs(jobs: Sequence[Job], sweep: Sweep) -> None:
-    """Until every job has ended; then each is booked, and the first failure raised. The jobs do not need this process."""
+    """Wait until every job has ended, finalize each, and raise the first failure. The jobs do not need this process."""
     live = {job.id: job for job in jobs}
     ended: list[tuple[Job, status.JobStatus]] = []
     with ProgressDisplay() as watch:
@@ -104,7 +104,7 @@ def wait_for_slurm_jobs(jobs: Sequence[Job], sweep: Sweep) -> None:
 
 
 def _raise_first_failure(ended: Sequence[tuple[Job, status.JobStatus]]) -> None:
-    """Every job that failed, by its cells; the first with all that is known of it."""
+    """Print every job that failed, by its cells, and raise the first one's failure with all that is known of it."""
     failed = [(job, verdict) for job, verdict in ended if verdict.state == "failed"]
     for job, verdict in failed[1:]:
         print(f"failed: {_cells_text(job)} (job {job.id}): {verdict.reason}", file=sys.stderr)

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
-    """Run a sweep as its file's main: parse, plan, run what is missing, show. Exits with 0, 1 (failed) or 2 (bad request)."""
+    """Run a sweep as its file's main: parse, plan, run what is missing, show results. Exits with 0, 1 (failed) or 2 (bad request)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code = _main(sweep, sys.argv[1:] if arguments is None else arguments)
@@ -91,7 +91,7 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
 
 
 def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace) -> int:
-    """Run what is missing on this machine, then show everything."""
+    """Run the missing cells on this machine, then show all results."""
     if hardware.resolve_cluster(sweep.resources) == "local":
         launch.validate_local_resources(sweep.resources)
     steps = plan_cells(sweep, cells, keys, finalize_earlier_jobs(sweep, keys, wait=True), retry=options.retry)
@@ -105,7 +105,7 @@ def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options:
 
 
 def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace) -> int:
-    """Submit what is missing; show everything if nothing is under way any more, or with --wait once it has ended."""
+    """Submit the missing cells; show all results if no job is live, or with --wait once every job has ended."""
     # Two commands at once would both find the same cells missing.
     with locked(logs_directory(sweep.registry) / "submitting", "another command", aloud=True):
         jobs = finalize_earlier_jobs(sweep, keys, wait=False)
@@ -128,7 +128,7 @@ def _submit(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], optio
 def _without_slurm(
     sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace, silence: SlurmError
 ) -> int:
-    """Show the results that are there, which needs no Slurm; 1 where cells are missing, or to be planned."""
+    """Show the results that exist, which needs no Slurm. Returns 1 if cells are missing, or a plan was asked for."""
     steps = plan_cells(sweep, cells, keys, survey_jobs(logs_directory(sweep.registry)), retry=[])
     done = sum(step.state == "done" for step in steps)
     left = len(steps) - done
@@ -146,13 +146,13 @@ def _without_slurm(
 
 
 def _keep_question(sweep: Sweep, keys: Sequence[CellKeys]) -> None:
-    """What was asked stays in the registry, also where other sweeps have computed every cell."""
+    """Record the sweep's question in the registry, even if other sweeps have computed every cell."""
     cells = [(key.cell, key.label) for key in keys]
     sweeps.write_sweep_record(sweep.registry, sweeps.make_sweep_record(sweep.name, sweep.question, cells))
 
 
 def _show(sweep: Sweep, keys: Sequence[CellKeys], steps: Sequence[Step], options: argparse.Namespace) -> int:
-    """Results of the cells that have some; the exit code."""
+    """Show the results of the cells that have some, and return the exit code."""
     failed = [step for step in steps if step.state == "failed"]
     if len(failed) == len(steps):
         return 1
@@ -164,7 +164,7 @@ def _show(sweep: Sweep, keys: Sequence[CellKeys], steps: Sequence[Step], options
 
 
 def _settings(sweep: Sweep, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """What was asked for, by whole key."""
+    """The settings from the command line and the configuration file, by dotted key."""
     base = [] if options.base is None else [f"autoencoder.base={json.dumps(options.base)}"]
     given = parse_overrides([*base, *arguments], options.config)
     if not options.checkpoint_data:
@@ -175,7 +175,7 @@ def _settings(sweep: Sweep, options: argparse.Namespace, arguments: Sequence[str
 
 
 def _export(sweep: Sweep, keys: Sequence[CellKeys]) -> None:
-    """The newest run of each cell in the reference's JSON schema."""
+    """Export the newest run of each cell in the reference's JSON schema."""
     from ksweep.registry.tae_export import export_run, write_json
 
     runs, target = finished_runs(Path(sweep.registry)), Path(sweep.export_json)
@@ -213,7 +213,7 @@ def _parser(sweep: Sweep) -> argparse.ArgumentParser:
 
 
 def _shape(sweep: Sweep) -> str:
-    """What a job takes, in words."""
+    """Human-readable resources of a job."""
     cluster = hardware.resolve_cluster(sweep.resources)
     gpus = hardware.num_gpus(sweep.resources)
     return f"{cluster}: {sbatch.job_shape_text(replace(sweep.resources, gpus=gpus))}"

@@ -35,7 +35,7 @@ def end(submitted: launch.LocalJob, ranks: int, seconds: float = 240) -> Outcome
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() < deadline:
-            ending = launch.outcome(submitted, ranks)
+            ending = launch.local_outcome(submitted, ranks)
             if ending is not None:
                 return ending
             time.sleep(0.05)
@@ -104,7 +104,7 @@ def test_a_job_in_this_process_records_its_end(tmp_path: Path) -> None:
     job = create_job(tmp_path / "logs", "tests.launch.entries:count", {"folder": str(tmp_path / "out"), "total": 3}, 1)
     seen: list[tuple[str, int, int]] = []
     submitted = launch.start_local_job(job, Resources(cluster="inprocess", gpus=0), "test", lambda *a, **_: seen.append(a))
-    assert launch.outcome(submitted, 1) == Outcome(rank=0, status="finished", result=[0, 1, 2])
+    assert launch.local_outcome(submitted, 1) == Outcome(rank=0, status="finished", result=[0, 1, 2])
     assert seen == [("counting", i, 3) for i in range(3)]
 
 

@@ -1,6 +1,6 @@
-"""What Slurm is asked and told, through its commands; each answer as plain values, each refusal as a reason.
+"""Slurm's commands: each answer as plain values, each refusal as a reason.
 
-Nothing here believes Slurm about a job's success: its word explains a job that no longer speaks for itself.
+A job's success is never concluded from these: they explain a job that is silent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ksweep.utils.errors import RunError
 COMMAND_SECONDS = 60
 SACCT_FIELDS = "JobID,State,ExitCode,NodeList,Submit"
 DEFAULT_MAX_ARRAY_SIZE = 1000
-"""Where the cluster does not say (Slurm's own default is 1001)."""
+"""Used if the cluster does not say (Slurm's own default is 1001)."""
 
 WAITING_STATES = (
     "PENDING",
@@ -35,7 +35,7 @@ WAITING_STATES = (
     "STOPPED",
 )
 UNFINISHED_STATES = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "RESIZING")
-"""What accounting says of a job that has not ended."""
+"""States in accounting of a job that has not ended."""
 RUNNING_STATES = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING")
 
 
@@ -44,7 +44,7 @@ class SlurmError(RunError):
 
 
 class CutOffError(SlurmError):
-    """A command of Slurm's was killed before it said how it went."""
+    """One of Slurm's commands was killed before it answered."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def run_command(*command: str, text: str | None = None) -> str:
 
 
 def environment_outside_allocation() -> dict[str, str]:
-    """Without what an allocation that this process may run in would hand on: a job of its own is asked for."""
+    """The environment without variables of an allocation that this process may run in: jobs must not inherit them."""
     inherited = ("SLURM_CONF",)
     return {k: v for k, v in os.environ.items() if k in inherited or not k.startswith(("SLURM_", "SUBMITIT_", "SBATCH_"))}
 
 
 def has_cluster() -> bool:
-    """Whether a cluster is set up here (its commands alone, without a configuration, are none)."""
+    """Whether a Slurm cluster is set up here; its commands without a configuration are not enough."""
     return shutil.which("sbatch") is not None and _configured(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
 
 
@@ -123,7 +123,7 @@ def _configured(conf: str | None, path: str | None) -> bool:
 
 
 def cluster_config() -> dict[str, str]:
-    """How the cluster is set up, asked once; empty where it does not answer."""
+    """The cluster's configuration, read once; empty if Slurm does not answer."""
     try:
         return _config(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
     except SlurmError:
@@ -136,18 +136,18 @@ def _config(conf: str | None, path: str | None) -> dict[str, str]:
 
 
 def cluster_name() -> str | None:
-    """What this cluster calls itself; numbers of jobs mean something on their own cluster only."""
+    """The name of this cluster; job ids are only valid on their own cluster."""
     return cluster_config().get("ClusterName")
 
 
 def max_array_size() -> int:
-    """Most elements of an array: Slurm's MaxArraySize bounds the index, which counts from 0."""
+    """The largest number of elements in an array: Slurm's MaxArraySize bounds the index, which counts from 0."""
     return int(cluster_config().get("MaxArraySize", DEFAULT_MAX_ARRAY_SIZE))
 
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition can give."""
+    """What a partition offers."""
 
     name: str
     num_nodes: int
@@ -162,7 +162,7 @@ class Partition:
 
 
 def partitions() -> dict[str, Partition]:
-    """The partitions that this user sees."""
+    """The partitions that this user can see, by name."""
     found: dict[str, Partition] = {}
     for line in run_command("sinfo", "-h", "-a", "-o", "%P|%D|%G|%c|%m|%l|%f").splitlines():
         name, nodes, gres, cpus, memory, limit, features = (part.strip() for part in line.split("|"))
@@ -199,7 +199,7 @@ def _minutes(limit: str) -> int | None:
 
 @dataclass(frozen=True)
 class Association:
-    """An account that a user may charge, and what they may ask for with it."""
+    """An account that a user may charge, and what it permits."""
 
     account: str
     partition: str
@@ -209,7 +209,7 @@ class Association:
 
 
 def associations(user: str) -> list[Association]:
-    """What a user may submit under on this cluster; none where there is no accounting."""
+    """The accounts of a user on this cluster; none without accounting."""
     here = [f"cluster={name}"] if (name := cluster_name()) else []
     try:
         lines = run_command(
@@ -222,12 +222,12 @@ def associations(user: str) -> list[Association]:
 
 
 def enforced_limits() -> frozenset[str]:
-    """What of accounting a job is held to: associations, limits, qos."""
+    """Which limits of accounting are enforced: associations, limits, qos."""
     return frozenset(cluster_config().get("AccountingStorageEnforce", "").lower().split(","))
 
 
 def sbatch_refusal(script: str) -> str | None:
-    """Why the cluster would not take a batch script; None where it would."""
+    """Why the cluster would refuse a batch script; None if it would accept it."""
     try:
         run_command("sbatch", "--test-only", text=script)
     except SlurmError as error:
@@ -236,13 +236,13 @@ def sbatch_refusal(script: str) -> str | None:
 
 
 def sbatch(script: Path) -> str:
-    """Hand a batch script over, as a file by which the job is known; its job id."""
+    """Submit a batch script and return the job id. The script's path identifies the job later."""
     answer = run_command("sbatch", "--parsable", str(script))
     return answer.strip().splitlines()[-1].partition(";")[0]
 
 
 def squeue(ids: Iterable[str] = (), user: str | None = None) -> list[QueueEntry]:
-    """What of some jobs, or of all jobs of a user (of several: "a,b"), is in the queue, an element of an array a line.
+    """Queue entries of some jobs, or of all jobs of a user (of several: "a,b"); each element of an array has its own.
 
     Raises:
         SlurmError: Slurm does not answer; a job that it has forgotten is simply not listed.
@@ -264,7 +264,7 @@ def _queued(line: str) -> QueueEntry:
 
 
 def sacct(ids: Sequence[str]) -> dict[str, AccountingEntry]:
-    """The newest word of accounting on each job; empty where there is no accounting.
+    """The newest accounting entry of each job; empty without accounting.
 
     `-D` would list earlier starts too; without it the last one stands.
     """
@@ -300,16 +300,16 @@ def _sacct(jobs: str) -> str:
 
 
 def _moment(text: str) -> float | None:
-    """Of what Slurm's commands print, in this machine's time zone."""
+    """Seconds since 1970 of a time that Slurm printed in this machine's time zone."""
     with suppress(ValueError):
         return datetime.fromisoformat(text).timestamp()
     return None
 
 
 def scontrol_requeue(job_id: str) -> str | None:
-    """Put a running job back into the queue; why not, or None.
+    """Put a running job back into the queue. Returns why Slurm refused, or None.
 
-    Whoever asks this of the job that it runs in may be killed by the answer: then it is what Slurm says of the job that counts.
+    A job that requeues itself may be killed before scontrol answers; then Slurm is asked for the job's state.
     """
     for last in (False, True):
         try:
@@ -327,13 +327,13 @@ def scontrol_requeue(job_id: str) -> str | None:
 
 
 def scancel(ids: Sequence[str]) -> None:
-    """End jobs; those that are gone already are no error."""
+    """Cancel jobs; it is no error if some have ended."""
     if ids:
         run_command("scancel", "--quiet", *ids)
 
 
 def scontrol_show_job(job_id: str) -> dict[str, str]:
-    """scontrol's KEY=VALUE of a job; empty where it does not answer."""
+    """scontrol's KEY=VALUE pairs of a job; empty if it does not answer."""
     try:
         text = run_command("scontrol", "-o", "show", "job", job_id)
     except SlurmError:

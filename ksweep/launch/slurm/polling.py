@@ -1,7 +1,7 @@
-"""What Slurm says of silent jobs, asked rarely: squeue and sacct are everybody's, and sites lock out those who poll them.
+"""What Slurm says of silent jobs, polled rarely: squeue and sacct are shared, and sites lock out users who poll them often.
 
-Heartbeats tell how jobs go, as often as one likes. Only about silent jobs is Slurm asked, once for all of them; its answer stands
-for ASK_SECONDS, and longer and longer while all that it says is that every job waits.
+Heartbeats show progress as often as one likes. Slurm is asked about silent jobs only, once for all of them; its answer is kept
+for SLURM_POLL_SECONDS, and for longer and longer while every job only waits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ksweep.launch.job import Job
 from ksweep.launch.slurm import commands
 
 SLURM_POLL_SECONDS = 15.0
-"""$KSWEEP_SLURM_SECONDS sets another."""
+"""$KSWEEP_SLURM_SECONDS overrides it."""
 MAX_CLOCK_SKEW_SECONDS = 2 * 3600.0
-"""Two clocks differ by less, and so do the two readings of a moment in the hour that is repeated in autumn."""
+"""Two clocks differ by less, and so do the two readings of a time in the hour that is repeated in autumn."""
 MAX_SLURM_POLL_SECONDS = 60.0
-"""So rarely is Slurm asked at last about jobs that all wait: one that starts says so itself."""
+"""The longest interval, for jobs that all wait: one that starts writes a heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class SlurmState:
     accounted: commands.AccountingEntry | None = None
     reachable: bool = True
     elsewhere: str = ""
-    """Why this Slurm has nothing to say of it: the cluster that it is on."""
+    """Why this Slurm cannot tell: which cluster the job is on."""
     at: float = field(default_factory=time.time, compare=False)
-    """When it was said, seconds since 1970."""
+    """When Slurm said it, in seconds since 1970."""
 
 
 @dataclass
 class _Poll:
-    """The last round of questions."""
+    """What Slurm said when it was last asked, and about which jobs."""
 
     queued: dict[str, commands.QueueEntry] = field(default_factory=dict)
     accounted: dict[str, commands.AccountingEntry] = field(default_factory=dict)
@@ -47,14 +47,14 @@ class _Poll:
     users: frozenset[str] = frozenset()
     reachable: bool = False
     here: str | None = None
-    """The cluster that said it."""
+    """The cluster that was asked."""
     at: float = 0.0
     asked: float = float("-inf")
     """By the monotonic clock."""
     pause: float = 0.0
 
     def covers(self, numbers: Iterable[str], users: frozenset[str]) -> bool:
-        """Whether it is young enough, and was about these jobs."""
+        """Whether it is recent enough, and was about these jobs."""
         if time.monotonic() - self.asked >= self.pause or not users <= self.users:
             return False
         return not self.reachable or all(n in self.numbers or n in self.queued for n in numbers)
@@ -64,7 +64,7 @@ _last = _Poll()
 
 
 def slurm_states(jobs: Sequence[Job]) -> dict[str, SlurmState]:
-    """Slurm's answer about each job, by its id, as old as ASK_SECONDS at most; about jobs without a number it says nothing."""
+    """What Slurm says of each job, by id, from the last poll if that is recent enough; nothing about jobs without a Slurm id."""
     numbers = {job.id: n for job in jobs if (n := job.slurm_id()) is not None}
     owners = {job.id: _owner(job) for job in jobs}
     word = _newest_poll(frozenset(numbers.values()), frozenset(owners[name] for name in numbers)) if numbers else _Poll()
@@ -86,14 +86,14 @@ def cluster_of(job: Job) -> str | None:
 
 
 def ids_on_this_cluster(jobs: Iterable[Job]) -> list[str]:
-    """Slurm's numbers of those jobs that are on this cluster: another one's are some other job here."""
+    """Slurm's ids of the jobs that are on this cluster; the same id is another job on another cluster."""
     here = commands.cluster_name()
     ours = [job for job in jobs if cluster_of(job) in (None, here)]
     return [number for job in ours if (number := job.slurm_id()) is not None]
 
 
 def ids_in_queue(jobs: Sequence[Job]) -> dict[str, str]:
-    """Slurm's numbers of those jobs of this cluster that it has, by their id, asked at this moment and not from memory.
+    """Job id -> Slurm id of the jobs that are in this cluster's queue now; Slurm is asked at once, whenever the last poll was.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -126,27 +126,30 @@ def _newest_poll(numbers: frozenset[str], users: frozenset[str]) -> _Poll:
 
 
 def _poll(numbers: frozenset[str], users: frozenset[str], before: float) -> _Poll:
-    """Ask about jobs, and say how long the answer stands."""
+    """Ask Slurm about jobs, and decide how long the answer is kept."""
+    # 1. The queue. If it does not answer, neither would accounting.
     base = float(os.environ.get("KSWEEP_SLURM_SECONDS", SLURM_POLL_SECONDS))
     at, word = time.time(), _Poll(numbers=numbers, users=users, here=commands.cluster_name(), pause=base)
     try:
         queued = {entry.id: entry for entry in commands.squeue(user=",".join(sorted(users)))}
     except commands.SlurmError:
         return replace(word, at=at, asked=time.monotonic())
+    # 2. Accounting, only about jobs that have left the queue.
     accounted = commands.sacct(sorted(numbers - set(queued)))
+    # 3. While all jobs wait, ask at twice the interval each time.
     all_wait = all(n in queued and queued[n].state == "PENDING" for n in numbers)
     pause = max(base, min(2 * before, MAX_SLURM_POLL_SECONDS)) if all_wait else base
     return replace(word, queued=queued, accounted=accounted, reachable=True, at=at, asked=time.monotonic(), pause=pause)
 
 
 def _from_afar(answer: SlurmState) -> SlurmState:
-    """What may be believed of another user's job: many clusters hide their jobs, which then seem to have vanished."""
+    """What can be concluded about another user's job: many clusters hide such jobs, which then seem to have vanished."""
     ended = answer.accounted is not None and answer.accounted.state not in commands.UNFINISHED_STATES
     return answer if answer.queued is not None or ended else replace(answer, reachable=False)
 
 
 def _own(job: Job, entry: commands.QueueEntry | None) -> commands.QueueEntry | None:
-    """Numbers are given twice where slurmctld lost its state: the tag must be ours as well, or the script."""
+    """The entry, if it is this job's: slurmctld gives ids twice if it loses its state, so the tag or the script must match."""
     noted = job.read_note("slurm") or {}
     if entry is None or not entry.tag or entry.tag == noted.get("tag", entry.tag):
         return entry
@@ -154,7 +157,7 @@ def _own(job: Job, entry: commands.QueueEntry | None) -> commands.QueueEntry | N
 
 
 def _own_record(job: Job, word: commands.AccountingEntry | None) -> commands.AccountingEntry | None:
-    """The same of accounting, which seldom has the tag: our sbatch submitted it, and not before our job was there."""
+    """The same for accounting, which seldom has the tag: our sbatch must have submitted it, and not before our job existed."""
     noted = job.read_note("slurm") or {}
     if word is None or (word.command and "folder" in noted and _script(noted) not in word.command):
         return None
@@ -163,5 +166,5 @@ def _own_record(job: Job, word: commands.AccountingEntry | None) -> commands.Acc
 
 
 def _script(noted: Mapping[str, Any]) -> str:
-    """What sbatch was given for a submission."""
+    """The batch script of a submission."""
     return f"{noted['folder']}/script.sh"

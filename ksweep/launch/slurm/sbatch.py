@@ -1,4 +1,4 @@
-"""Jobs handed to Slurm: Resources -> batch script -> array, with a note before and after, so that none is ever lost.
+"""Submit jobs to Slurm: resources -> batch script -> array, with a note before and after sbatch, so that no job is ever lost.
 
 logs/submissions/<name>/intent.json    written before sbatch: which jobs, under which tag
                         script.sh      what sbatch is given
@@ -6,8 +6,8 @@ logs/submissions/<name>/intent.json    written before sbatch: which jobs, under 
                         submitted.json written after sbatch: Slurm's number
                         *_log.err|out  what the ranks wrote
 
-A job needs nothing from the launcher once sbatch has it: all that it reads is on disk before. So a launcher that dies between
-sbatch and its note leaves a job that is found again by its tag, or by its own heartbeat, and is adopted.
+A job needs nothing from the launcher once sbatch has it: all that it reads is on disk by then. A launcher that dies between sbatch
+and its note leaves a job that is found again by its tag, or by its own heartbeat, and is adopted.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ log = logging.getLogger(__name__)
 
 TAG = "ksweep:"
 SIGNAL_SECONDS = 120
-"""How long before its time limit a job is told to stop; half of the limit where that is shorter."""
+"""How long before its time limit a job is signalled to stop; half of the limit if that is shorter."""
 SBATCH_DEFAULT_FIELDS = ("partition", "account", "qos", "constraint")
 SBATCH_DEFAULT_EXTRAS = ("wckey", "reservation")
 SBATCH_OUTLIVES_SECONDS = 3.0
-"""How long an sbatch may outlive the launcher that was killed."""
+"""How long an sbatch may run on after its launcher was killed."""
 
 
 def sbatch_parameters(
     resources: Resources, name: str, *, num_jobs: int = 1, tag: str = "", after: str | None = None
 ) -> dict[str, Any]:
-    """Resources as submitit's SlurmExecutor takes them."""
+    """Resources as parameters of submitit's SlurmExecutor."""
     gpus = resources.gpus or 0
     extra: dict[str, Any] = {"requeue": True, "comment": tag}
     if resources.niceness:
@@ -83,7 +83,7 @@ def sbatch_parameters(
 
 
 def cpus_per_rank(resources: Resources, gpus: int) -> int | None:
-    """CPUs that the user asks for a rank of a job with so many GPUs on a node; None where that is left open."""
+    """CPUs for each rank of a job with so many GPUs on a node; None if the user left that open."""
     if not gpus:
         return resources.cpus_per_task
     return None if resources.cpus_per_gpu is None else resources.cpus_per_gpu * resources.gpus_per_model
@@ -92,7 +92,7 @@ def cpus_per_rank(resources: Resources, gpus: int) -> int | None:
 def batch_script(
     folder: Path, resources: Resources, name: str, *, num_jobs: int, tag: str, code: Path | None = None, after: str | None = None
 ) -> str:
-    """The batch script of a submission: submitit's, with our own start instead of its pickles."""
+    """The text of a submission's batch script: submitit's, with our own start command instead of its pickles."""
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder)
@@ -111,10 +111,10 @@ def batch_script(
 
 
 def validate_slurm_resources(resources: Resources) -> None:
-    """Say before anything is submitted what the cluster has not, with what it has.
+    """Check before anything is submitted that the cluster has the resources; an error lists what it has.
 
     Raises:
-        SpecError: a partition, account, QOS, feature, number of GPUs or nodes, or time limit that cannot be had.
+        SpecError: it has no such partition, account, QOS, feature, number of GPUs or nodes, memory, or time limit.
     """
     there = commands.partitions()
     if resources.partition is not None:
@@ -147,9 +147,9 @@ def validate_slurm_resources(resources: Resources) -> None:
 
 
 def with_sbatch_defaults(resources: Resources) -> Resources:
-    """With what the user's shell tells every sbatch ($SBATCH_ACCOUNT and such), where the sweep leaves that open.
+    """Fill in what the sweep leaves open from the user's defaults for sbatch ($SBATCH_ACCOUNT and so on).
 
-    sbatch itself is asked without these variables: they would win over what the sweep says.
+    sbatch itself runs without these variables: they would override the sweep.
     """
     said = {
         name: value
@@ -165,7 +165,7 @@ def with_sbatch_defaults(resources: Resources) -> Resources:
 
 
 def max_gpus_per_node(resources: Resources) -> int:
-    """GPUs on a node of the partition that a job would go to; a login node's own say nothing."""
+    """The largest number of GPUs on a node of the partition that a job would go to; those of the login node do not count."""
     return max((p.gpus for p in _requested_partitions(resources, commands.partitions())), default=0)
 
 
@@ -179,7 +179,7 @@ def _partition_names(partitions: Sequence[commands.Partition]) -> str:
 
 
 def _validate_account(resources: Resources, partitions: Sequence[str]) -> None:
-    """Accounts and QOS of others; where accounting says nothing of this user it is left to `sbatch --test-only`."""
+    """Check that account and QOS are this user's; if accounting does not say, `sbatch --test-only` decides later."""
     enforced = commands.enforced_limits()
     if not {resources.account, resources.qos} - {None} or "associations" not in enforced:
         return
@@ -201,19 +201,19 @@ def _validate_choice(what: str, value: str, valid: Sequence[str], whose: str = "
 
 @dataclass(frozen=True)
 class Submission:
-    """What became of jobs that were to be handed over."""
+    """Result of submitting jobs."""
 
     arrays: list[str]
-    """Slurm's number of each array."""
+    """Slurm's id of each array."""
     not_submitted: list[Job]
-    """Jobs that Slurm did not take after it had taken others; their cells are missing still."""
+    """Jobs that Slurm refused after it had accepted others; their cells are still missing."""
     why: str = ""
 
 
 def submit_arrays(
     logs: Path, jobs: Sequence[Job], resources: Resources, name: str, code: Path | None = None, *, beside: Sequence[str] = ()
 ) -> Submission:
-    """Hand jobs over, in arrays that the cluster accepts. With max_parallel_jobs they wait for those `beside` (Slurm's numbers).
+    """Submit jobs, in arrays as large as the cluster accepts. With max_parallel_jobs they wait for the jobs `beside` (Slurm's ids).
 
     Raises:
         SpecError: the cluster does not take such a job; nothing is submitted. RunError: Slurm does not answer, or refuses all.
@@ -275,15 +275,15 @@ def _note_submission(folder: Path, number: str, jobs: Sequence[Job]) -> None:
 
 
 def resolve_interrupted_submissions(logs: Path) -> list[str]:
-    """See to submissions whose launcher died between its intent and its note: adopt what Slurm has, forget what never was.
+    """Resolve submissions whose launcher died between its two notes: adopt jobs that Slurm has, finalize the others.
 
-    Returns a line for each.
+    Returns a line of text for each.
     """
     return [line for folder in _interrupted_submissions(logs) for line in _resolve_submission(folder)]
 
 
 def is_in_interrupted_submission(job: Job) -> bool:
-    """Whether a job belongs to a submission of which nobody knows yet whether Slurm has it."""
+    """Whether a job belongs to a submission of which it is not known yet whether Slurm has it."""
     return any(
         str(job.path) in json.loads((folder / "jobs.json").read_text()) for folder in _interrupted_submissions(job.path.parent)
     )
@@ -314,7 +314,7 @@ def _resolve_submission(folder: Path) -> list[str]:
 
 
 def _mark_submission_failed(folder: Path, jobs: Sequence[Job], why: str) -> None:
-    """A submission that Slurm has not: its cells are missing again."""
+    """Note that Slurm has not accepted a submission: its cells are missing again."""
     _mark_never_submitted(jobs, why)
     publish(folder / "submitted.json", json.dumps({"id": None}).encode())
 
@@ -326,7 +326,7 @@ def _mark_never_submitted(jobs: Sequence[Job], why: str) -> None:
 
 
 def _find_submitted_id(folder: Path, tag: str, jobs: Sequence[Job], begun: float) -> str | None:
-    """Slurm's number of a submission, a second time where its sbatch began so lately that it may not be in the queue yet."""
+    """Slurm's id of a submission; looked for twice if its sbatch began so recently that it may not be in the queue yet."""
     number = _submitted_id(folder, tag, jobs)
     if number is None and time.time() - begun < SBATCH_OUTLIVES_SECONDS:
         time.sleep(SBATCH_OUTLIVES_SECONDS)
@@ -335,7 +335,7 @@ def _find_submitted_id(folder: Path, tag: str, jobs: Sequence[Job], begun: float
 
 
 def _submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
-    """Slurm's number of a submission: from a job that runs or ran, from its output files, from the queue."""
+    """Slurm's id of a submission, from a job that runs or ran, from its output files, or from the queue."""
     said = [job.slurm_id() for job in jobs] + [p.name.partition("_")[0] for p in folder.glob("*_log.*")]
     # By the script as well: some sites write a comment of their own over the tag.
     batch_script = str(folder / "script.sh")
@@ -344,7 +344,7 @@ def _submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
 
 
 def job_shape_text(resources: Resources) -> str:
-    """What one job takes, in words: "2 nodes x 8 GPUs, 24:00:00, partition main"."""
+    """Human-readable resources of one job: "2 nodes x 8 GPUs, 24:00:00, partition main"."""
     gpus, tasks = resources.gpus or 0, resources.tasks or 1
     what = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else f"{tasks} CPU rank{'s' * (tasks != 1)}"
     what += f" ({resources.gpus_per_model} per model)" if resources.gpus_per_model > 1 else ""
