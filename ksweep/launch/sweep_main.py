@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
-    """Run a sweep as its file's main: parse, plan, run what is missing, show results. Exits with 0, 1 (failed) or 2 (bad request)."""
+    """Run a sweep as its file's main: parse, plan, run what is missing, show. Exits with 0, 1 (failed) or 2 (bad request)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code = _main(sweep, sys.argv[1:] if arguments is None else arguments)

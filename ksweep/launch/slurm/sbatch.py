@@ -6,8 +6,8 @@ logs/submissions/<name>/intent.json    written before sbatch: which jobs, under 
                         submitted.json written after sbatch: Slurm's number
                         *_log.err|out  what the ranks wrote
 
-A job needs nothing from the launcher once sbatch has it: all that it reads is on disk by then. A launcher that dies between sbatch
-and its note leaves a job that is found again by its tag, or by its own heartbeat, and is adopted.
+A job needs nothing from the launcher once sbatch has it: all that it reads is on disk by then. If a launcher dies after sbatch
+and before its note, the job is found again by its tag, or by its own heartbeat, and adopted.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Submission:
 def submit_arrays(
     logs: Path, jobs: Sequence[Job], resources: Resources, name: str, code: Path | None = None, *, beside: Sequence[str] = ()
 ) -> Submission:
-    """Submit jobs, in arrays as large as the cluster accepts. With max_parallel_jobs they wait for the jobs `beside` (Slurm's ids).
+    """Submit jobs in arrays that the cluster accepts; with max_parallel_jobs they wait for the jobs `beside` (Slurm's ids).
 
     Raises:
         SpecError: the cluster does not take such a job; nothing is submitted. RunError: Slurm does not answer, or refuses all.
