@@ -64,7 +64,7 @@ def main() -> None:
 def default_ranks() -> int:
     """Return the number of ranks of a sweep of the demo, whose AV and AR take about 0.5 GB."""
     with only({}):
-        return machine.num_ranks(NUM_ACTIVATIONS * 64, 5 * 10**8)
+        return machine.num_cpu_ranks(NUM_ACTIVATIONS * 64, 5 * 10**8)
 
 
 def arguments() -> argparse.Namespace:

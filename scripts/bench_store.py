@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ksweep.activations import ActivationStore, Unit
+from ksweep.activations import ActivationStore, ActivationUnit
 
 KEY = "0" * 32
 FIRST = 1000
@@ -70,10 +70,10 @@ def make_files(place: Path, rows: int, width: int, rows_per_shard: int) -> None:
         pickle.dump(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16), file, protocol=5)
 
 
-def unit(vectors: np.ndarray, first: int, is_last: bool) -> Unit:
+def unit(vectors: np.ndarray, first: int, is_last: bool) -> ActivationUnit:
     n = len(vectors)
     names = [f"row:{first + i}" for i in range(n)]
-    return Unit(
+    return ActivationUnit(
         vectors=vectors,
         row_ids=names,
         documents=names,

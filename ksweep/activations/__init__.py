@@ -1,22 +1,22 @@
 """Activations: which vectors, where they come from, and the store that never computes one twice.
 
-plan(activations, layer, root)                  what is there and what is missing; no torch
+plan_activations(activations, layer, root)      what is there and what is missing; no torch
 table = ensure(activations, layer, root)        have it or compute it
 table.vectors(0, 100), table.column("document")
 """
 
-from ksweep.activations.caching import ActivationPlan, activations_key, ensure, fill, plan
+from ksweep.activations.caching import ActivationPlan, activations_key, ensure, fill, plan_activations
 from ksweep.activations.datasets import TextRow, read_documents
-from ksweep.activations.source import Unit, UnitSource, activation_key
-from ksweep.activations.store import ActivationStore, ActivationTable, estimate_bytes, free_bytes
-from ksweep.activations.vector_source import VectorsSidecar, read_sidecar
+from ksweep.activations.source import ActivationUnit, UnitSource, activation_key
+from ksweep.activations.store import ActivationStore, ActivationTable, estimate_bytes, free_disk_bytes
+from ksweep.activations.vector_source import VectorsSidecar, read_vectors_sidecar
 
 __all__ = [
     "ActivationPlan",
     "ActivationStore",
     "ActivationTable",
     "TextRow",
-    "Unit",
+    "ActivationUnit",
     "UnitSource",
     "VectorsSidecar",
     "activation_key",
@@ -24,8 +24,8 @@ __all__ = [
     "ensure",
     "estimate_bytes",
     "fill",
-    "free_bytes",
-    "plan",
+    "free_disk_bytes",
+    "plan_activations",
     "read_documents",
-    "read_sidecar",
+    "read_vectors_sidecar",
 ]

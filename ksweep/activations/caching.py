@@ -1,7 +1,7 @@
-"""Have it or compute it: one question. The key of a set of activations, what of it is missing, and the loop that fills the rest.
+"""Compute activations that are not in the store yet: their key, what is missing, and the loop that computes the rest.
 
-plan(activations, layer, root)      -> present, missing, bytes     (no torch: what --dry-run prints)
-ensure(activations, layer, root)    -> ActivationTable             (what a rank calls)
+plan_activations(activations, layer, root)   -> present, missing, bytes     (no torch; printed by --dry-run)
+ensure(activations, layer, root)             -> ActivationTable             (called by every rank)
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ EXTRACTOR_VERSION = 3
 """Raised whenever the same request would give other vectors, other positions or other provenance (2: roles; 3: other batches)."""
 
 PATIENCE = 900.0
-"""Seconds without news after which a waiting rank computes a missing unit itself."""
+"""Seconds without a new shard after which a waiting rank computes a missing unit itself."""
 
 Progress = Callable[[int, int], None]
-"""Called with (activations that are there, activations asked for)."""
+"""Called with (activations present, activations asked for)."""
 
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What a request would find and what it would have to compute."""
+    """How much of a request is in the store, and how much has to be computed."""
 
     key: str
     present: int
-    """Activations that can be read now, at most the number asked for."""
+    """Activations that can be read now, at most as many as asked for."""
     missing: int
     d_model: int
     bytes_needed: int
-    """On disk, for the missing ones; whole units are computed, so up to a unit more."""
+    """Bytes on disk for the missing activations. Whole units are computed, so up to a unit more is written."""
 
 
 def activations_key(activations: Activations, layer: int | None) -> tuple[str, dict[str, Any]]:
-    """Key and readable identity of a set of activations: what changes its content, and nothing else.
+    """Return the key of a set of activations and the readable identity it is hashed from: all that changes a vector.
 
-    Not in it: how many, batch size, ranks, device, paths.
+    Not in it: number of activations, batch size, ranks, device, paths.
 
     Raises:
-        RequestError: a model, layer, text or vector file that is not there or cannot be what it is given as.
+        RequestError: a model, layer, text or vector file that does not exist or is of the wrong kind.
     """
     identity = _vectors_identity(activations) if activations.vectors is not None else _text_identity(activations, layer)
     return fingerprint(identity), identity
 
 
-def plan(activations: Activations, layer: int | None, root: str | Path) -> ActivationPlan:
-    """What of a request is there and what is missing. Does not import torch, loads no model, reads no text beyond its first row.
+def plan_activations(activations: Activations, layer: int | None, root: str | Path) -> ActivationPlan:
+    """Return what of a request is present and missing. Imports no torch, loads no model, reads no text beyond its first row.
 
     Raises:
         RequestError: as `activations_key`.
@@ -95,27 +95,31 @@ def ensure(
     device: Any = "cpu",
     progress: Progress | None = None,
 ) -> ActivationTable:
-    """The first `num_activations` activations, computing what is missing. Every rank calls it; `barrier` is called once by each.
+    """Return the first `num_activations` activations and compute what is missing. Every rank calls it and `barrier` once.
 
     Args:
-        layer: block whose output is taken; only ready-made vectors need none.
+        layer: block whose output is taken; may be None for ready-made vectors only.
         root: the vector cache.
         device: where this rank runs the base model: a torch device or its name, or several.
 
     Raises:
-        RequestError: a bad model, layer or text; text or file with too few activations (DataError). RunError: no space left.
+        RequestError: an unusable model, layer or text; a text or file with too few activations (DataError).
+        RunError: no space left.
     """
+    # 1. Which store, and what could compute its units: no model is loaded yet.
     key, identity = activations_key(activations, layer)
     store = ActivationStore(root, key, identity)
     source = _source(activations, layer, device)
+    # 2. Compute this rank's share of the missing units; loads the model if there are any.
     try:
         check = _SameSource(activations, identity)
         fill(store, source, activations.num_activations, rank=rank, world_size=world_size, progress=progress, check=check)
     finally:
         source.close()
-    # After the barrier nobody sets a shard aside any more, and every rank sees the same.
+    # 3. After the barrier no rank sets a shard aside any more, so every rank sees the same shards.
     barrier()
     _refuse_too_few(store, activations)
+    # 4. One rank writes the summary; all open the shards.
     if rank == 0:
         named = {name: getattr(activations, name) for name in ("model", "text", "vectors")}
         store.write_manifest({name: value for name, value in named.items() if value is not None})
@@ -133,11 +137,11 @@ def fill(
     patience: float = PATIENCE,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Publish units until the first `num_activations` are there, or the source has ended; then compare checksums of this share.
+    """Publish units until the first `num_activations` are present or the source ends; then compare the checksums of this share.
 
-    Missing units go round the ranks. A rank looks only at the store to know what is missing: it needs no word from the others, a
-    unit that another job has published meanwhile is left alone, and one whose rank is gone is taken over in the end. `check` is
-    called before each unit is published, and raises where it must not be.
+    Missing units are dealt to the ranks in turn. A rank learns what is missing from the store alone: ranks exchange no messages,
+    a unit that another job has published meanwhile is skipped, and the units of a dead rank are taken over after `patience`
+    seconds. `check` is called before each unit is published and raises if it must not be.
     """
     worker = _Filler(store, source, num_activations, rank, world_size, progress, patience, check)
     clear_leftovers(store.directory)
@@ -150,7 +154,7 @@ def fill(
 
 @dataclass
 class _Filler:
-    """One rank at work on one store."""
+    """A rank that fills its share of a store."""
 
     store: ActivationStore
     source: UnitSource
@@ -162,28 +166,33 @@ class _Filler:
     check: Callable[[], None]
 
     def fill_missing(self) -> None:
-        """Compute what falls to this rank, wait for the rest."""
-        waited, published, beaten = 0.0, -1, False
+        """Compute the missing units of this rank, and wait for those of others."""
+        waited, published, was_beaten = 0.0, -1, False
         while missing := self.store.missing_units(self.num_activations, self.source.most_per_unit):
+            # 1. A new shard, from any rank or job, restarts the wait.
             now = self._report()
             if now != published:
                 waited, published = 0.0, now
-            mine = [unit for unit in missing if unit % self.world_size == self.rank]
-            if not mine and waited < self.patience:
+            # 2. With no unit of its own missing, this rank waits for the others.
+            own = [unit for unit in missing if unit % self.world_size == self.rank]
+            if not own and waited < self.patience:
                 pause = min(2.0, 0.05 + waited / 10)
                 time.sleep(pause)
                 waited += pause
                 continue
-            if not mine:
-                log.warning("no news of %d units for %.0f s: computing unit %d here", len(missing), waited, missing[0])
-            # Two jobs that both began at the front would go on side by side and compute everything twice.
-            beaten = self._compute(mine[len(mine) // 2 if beaten else 0 :] or missing[:1])
+            # 3. It computes its own units, or after its patience the first that is missing. Two jobs that both began at the front
+            #    would compute every unit twice, so the one that was beaten to a unit continues in the middle of its share.
+            if not own:
+                log.warning(
+                    "%d units are missing and none came for %.0f s: computing unit %d here", len(missing), waited, missing[0]
+                )
+            was_beaten = self._compute(own[len(own) // 2 if was_beaten else 0 :] or missing[:1])
         self._report()
 
     def _compute(self, units: list[int]) -> bool:
-        """Publish units one by one, until another job turns out to be at the same ones; says whether it was so.
+        """Publish units one by one until another job turns out to compute the same ones; return whether that happened.
 
-        Those that another process has published meanwhile are left alone.
+        Units that another process has published meanwhile are skipped.
         """
         for index, unit in self.source.units(unit for unit in units if not self.store.has(unit)):
             self.check()
@@ -194,7 +203,7 @@ class _Filler:
         return False
 
     def own_share(self) -> list[int]:
-        """This rank's units among those needed: it compares their checksums, and computes them again where one differs."""
+        """Return this rank's units among those needed; it compares their checksums and computes damaged ones again."""
         rows, own = 0, []
         for shard in self.store.contiguous():
             if rows >= self.num_activations:
@@ -205,7 +214,7 @@ class _Filler:
         return own
 
     def _report(self) -> int:
-        """Tell the progress; returns how many shards there are."""
+        """Report progress and return the number of shards."""
         shards = self.store.shards()
         if self.progress is not None:
             self.progress(min(sum(shard.rows for shard in shards.values()), self.num_activations), self.num_activations)
@@ -213,7 +222,7 @@ class _Filler:
 
 
 class _SameSource:
-    """That the text or file of vectors still is what the key was made from: a fill takes hours, and files are written anew."""
+    """Check that the text or vector file still has the content that the key was made from: filling a store can take hours."""
 
     def __init__(self, activations: Activations, identity: dict[str, Any]) -> None:
         self.path = Path(activations.vectors or activations.text or "").expanduser()
@@ -221,14 +230,14 @@ class _SameSource:
         self._seen: list[tuple[str, int, int]] | None = None
 
     def __call__(self) -> None:
-        if self.digest is None or not self.path.exists():  # a hub data set at its commit; removed, and read to the end
+        if self.digest is None or not self.path.exists():  # a hub data set has its commit; a file may go once read
             return
         files = [self.path] if self.path.is_file() else sorted(path for path in self.path.rglob("*") if path.is_file())
         now = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
         if now != self._seen and content_digest(self.path) != self.digest:
             raise DataError(
-                f"{self.path} has changed since this run began: what was kept before is of the old content, and nothing of the "
-                "new one was mixed in. Run again to use it as it is now."
+                f"{self.path} has changed since this run began: the activations stored so far are of the old content, and none "
+                "of the new was mixed in. Run again to use it as it is now."
             )
         self._seen = now
 
@@ -295,7 +304,7 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
 
 
 def _vectors_identity(activations: Activations) -> dict[str, Any]:
-    from ksweep.activations.vector_source import DOCUMENTS, ROWS_PER_UNIT, document_column, vectors_shape
+    from ksweep.activations.vector_source import DOCUMENT_COLUMNS, VECTOR_ROWS_PER_UNIT, document_column, vectors_shape
 
     path = Path(activations.vectors or "").expanduser()
     rows, d_model = vectors_shape(path)
@@ -304,16 +313,16 @@ def _vectors_identity(activations: Activations) -> dict[str, Any]:
             f"activations.num_activations={activations.num_activations}, but {path} has {rows} rows: "
             f"set activations.num_activations={rows}, or take a larger file"
         )
-    reader = {"version": EXTRACTOR_VERSION, "rows_per_unit": ROWS_PER_UNIT}
+    reader = {"version": EXTRACTOR_VERSION, "rows_per_unit": VECTOR_ROWS_PER_UNIT}
     identity = {"kind": "vectors", "extractor": reader, "vectors": content_digest(path), "d_model": d_model}
     documents = document_column(path, activations.document_column)
-    if documents not in (None, DOCUMENTS[0]):  # so that keys of the public columns hold
+    if documents not in (None, DOCUMENT_COLUMNS[0]):  # so that keys of the public columns hold
         identity["document_column"] = documents
     return identity
 
 
 def _shape(activations: Activations) -> tuple[int, str]:
-    """Width and stored dtype, without loading anything."""
+    """Return width and stored dtype, from file headers and config.json alone."""
     if activations.vectors is not None:
         from ksweep.activations.vector_source import vectors_shape
 

@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Role = Literal["user", "assistant", "system", "special", "other", "pad"]
-ROLES: tuple[Role, ...] = get_args(Role)
+TokenRole = Literal["user", "assistant", "system", "special", "other", "pad"]
+TOKEN_ROLES: tuple[TokenRole, ...] = get_args(TokenRole)
 Template = Literal["gemma", "chatml", "llama3", "harmony"]
 
 
@@ -37,7 +37,7 @@ class ChatFormat:
     """Further markers, special wherever they stand."""
     name_ends: tuple[str, ...] = ()
     """Markers inside a header after which the role's name is over."""
-    names: dict[str, Role] = field(default_factory=dict)
+    names: dict[str, TokenRole] = field(default_factory=dict)
 
     @property
     def markers(self) -> frozenset[str]:
@@ -45,9 +45,9 @@ class ChatFormat:
         return frozenset({self.start, *self.header_ends, *self.ends, *self.others, *self.name_ends})
 
 
-_NAMES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
+_NAMES: dict[str, TokenRole] = {"user": "user", "assistant": "assistant", "system": "system"}
 
-FORMATS: dict[Template, ChatFormat] = {
+CHAT_FORMATS: dict[Template, ChatFormat] = {
     # <|start|>assistant<|channel|>analysis<|message|>...<|end|>; developer instructions rank as system (OpenAI Harmony guide).
     "harmony": ChatFormat(
         start="<|start|>",
@@ -83,7 +83,7 @@ FORMATS: dict[Template, ChatFormat] = {
 
 def detect_template(vocabulary: Collection[str]) -> Template | None:
     """Which chat format a tokenizer has the tokens of; None for a base model's."""
-    for template, form in FORMATS.items():
+    for template, form in CHAT_FORMATS.items():
         if form.start in vocabulary and all(end in vocabulary for end in form.header_ends):
             return template
     return None
@@ -91,7 +91,7 @@ def detect_template(vocabulary: Collection[str]) -> Template | None:
 
 def token_roles(
     tokens: Sequence[str], template: Template | None, *, special: Collection[str] = (), pad: str | None = None
-) -> list[Role]:
+) -> list[TokenRole]:
     """The role of each token.
 
     Args:
@@ -101,23 +101,23 @@ def token_roles(
         pad: the padding token: a run of it at either end is "pad". In between it is a token like others (GPT-2 pads with EOS).
     """
     first, last = _without_padding(tokens, pad)
-    reader = _Reader(FORMATS[template] if template else None, frozenset(special))
-    read: list[Role] = [reader.role(token) for token in tokens[first:last]]
-    before: list[Role] = ["pad"] * first
-    after: list[Role] = ["pad"] * (len(tokens) - last)
+    reader = _Reader(CHAT_FORMATS[template] if template else None, frozenset(special))
+    read: list[TokenRole] = [reader.role(token) for token in tokens[first:last]]
+    before: list[TokenRole] = ["pad"] * first
+    after: list[TokenRole] = ["pad"] * (len(tokens) - last)
     return before + read + after
 
 
-def count_roles(roles: Iterable[Role]) -> dict[str, int]:
+def count_roles(roles: Iterable[TokenRole]) -> dict[str, int]:
     """How many tokens of each role, padding by itself; "total" is all of them."""
     counts = Counter(roles)
-    return {**{role: counts[role] for role in ROLES}, "total": counts.total()}
+    return {**{role: counts[role] for role in TOKEN_ROLES}, "total": counts.total()}
 
 
 def role_proportions(counts: dict[str, int]) -> dict[str, float | None]:
     """Share of each role among the tokens that are not padding; None where there are none."""
     known = counts["total"] - counts["pad"]
-    return {role: counts[role] / known if known else None for role in ROLES if role != "pad"}
+    return {role: counts[role] / known if known else None for role in TOKEN_ROLES if role != "pad"}
 
 
 @dataclass
@@ -126,7 +126,7 @@ class _Reader:
 
     form: ChatFormat | None
     special: frozenset[str]
-    speaker: Role = "other"
+    speaker: TokenRole = "other"
     header: str | None = None
     """What a header has said so far; None outside one."""
     name: str | None = None
@@ -134,7 +134,7 @@ class _Reader:
     fresh: bool = False
     """Nothing has been said since the header."""
 
-    def role(self, token: str) -> Role:
+    def role(self, token: str) -> TokenRole:
         """Role of the next token."""
         if self.form is None:
             return "special" if token in self.special else "other"
@@ -168,7 +168,7 @@ class _Reader:
         self.speaker = form.names.get(words[0], "other") if words else "other"
         self.header, self.name, self.fresh = None, None, True
 
-    def _said(self, token: str, form: ChatFormat) -> Role:
+    def _said(self, token: str, form: ChatFormat) -> TokenRole:
         fresh, self.fresh = self.fresh, False
         if token in self.special:
             return "special"

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ksweep.activations.chat_roles import Role, detect_template, token_roles
+from ksweep.activations.chat_roles import TokenRole, detect_template, token_roles
 from ksweep.activations.model_config import cut_to_blocks, text_config
-from ksweep.activations.source import STORED_DTYPES
+from ksweep.activations.source import STORED_DTYPES, WINDOW_CHARACTERS
 from ksweep.inference import memory
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices, placed
@@ -29,10 +29,9 @@ from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.hub import MODEL_LOADING, resolve
 
-BATCH_TOKENS = 16_384
+EXTRACTION_BATCH_TOKENS = 16_384
 """Padded tokens in one forward pass. Changing it changes which rows share a batch, so the last bits: raise EXTRACTOR_VERSION."""
 
-WINDOW_CHARACTERS = 200
 WINDOW_TOKENS = 100
 """Tokens decoded for a window: two characters a token is less than any tokenizer gives on prose."""
 
@@ -40,7 +39,7 @@ BLOCK_LISTS = ("layers", "h", "blocks", "block", "decoder.layers", "transformer.
 """Where a decoder keeps its blocks: Llama, Qwen, Gemma, Mistral | GPT-2, Falcon, BLOOM | MPT, DBRX | RWKV | OPT | others."""
 
 
-class _Reached(Exception):
+class _StopAfterLayer(Exception):
     """Block L has run: the rest of the forward pass is not needed."""
 
 
@@ -117,12 +116,12 @@ class BlockReader:
 
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
             taken.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
+            raise _StopAfterLayer
 
         hook = self.block.register_forward_hook(take)
         try:
             self.decoder(input_ids=ids.to(self.device), attention_mask=mask, use_cache=False)
-        except _Reached:
+        except _StopAfterLayer:
             pass
         finally:
             hook.remove()
@@ -148,10 +147,10 @@ class BlockReader:
         copies: list[tuple[list[int], torch.Tensor, torch.device]] = []
         for masked in (False, True):
             lengths = [len(ids) if has == masked else 0 for ids, has in zip(needed, padded, strict=True)]
-            for batch in length_batches(lengths, BATCH_TOKENS):
+            for batch in length_batches(lengths, EXTRACTION_BATCH_TOKENS):
                 run = partial(self._taken, pad_id=pad_id if masked else None)
                 taken = memory.in_halves(run, [(needed[i], positions[i]) for i in batch], self.device)
-                copies.append((batch, _on_its_way(taken), taken.device))
+                copies.append((batch, _async_copy(taken), taken.device))
         first = np.cumsum([0, *map(len, positions)])
 
         def finished() -> np.ndarray:
@@ -188,7 +187,7 @@ class BlockReader:
             gc.collect()  # such a model holds itself in cycles; any other is gone by now, and a collection takes 0.25 s
         memory.release(self.device)
 
-    def roles(self, token_ids: Sequence[int], pad_id: int | None = None) -> list[Role] | None:
+    def roles(self, token_ids: Sequence[int], pad_id: int | None = None) -> list[TokenRole] | None:
         """Whose token each is, read off the whole row; None where the tokenizer has no chat template's tokens."""
         if self.template is None:
             return None
@@ -204,7 +203,7 @@ class BlockReader:
         return str(tail).lstrip("\N{REPLACEMENT CHARACTER}")[-WINDOW_CHARACTERS:]
 
 
-def _on_its_way(vectors: torch.Tensor) -> torch.Tensor:
+def _async_copy(vectors: torch.Tensor) -> torch.Tensor:
     """A copy on the host: from a GPU it has yet to arrive, and nobody waits for it here."""
     if vectors.device.type != "cuda":
         return vectors.cpu()

@@ -18,10 +18,10 @@ CUTTABLE = frozenset({
 """Architectures whose lower blocks do not depend on how many blocks there are. Others (Gemma 3n shares caches counted from the
 top) are loaded whole and stopped at the block."""
 
-MOST_PER_UNIT = 16_384
+MAX_ACTIVATIONS_PER_UNIT = 16_384
 """Activations in a unit, at most: with every position of long rows 64 rows would be a gigabyte."""
 
-ROWS_PER_UNIT = 64
+TEXT_ROWS_PER_UNIT = 64
 
 
 def text_config(path: Path, layer: int | None = None) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def positions_limit(config: dict[str, Any], activations: Activations) -> int:
 
 def rows_per_unit(activations: Activations, max_length: int) -> int:
     """Rows of text in one unit: 64, fewer where rows give very many activations."""
-    return max(1, min(ROWS_PER_UNIT, MOST_PER_UNIT // most_per_row(activations, max_length)))
+    return max(1, min(TEXT_ROWS_PER_UNIT, MAX_ACTIVATIONS_PER_UNIT // most_per_row(activations, max_length)))
 
 
 def cut_to_blocks(config: Any, num_blocks: int) -> None:

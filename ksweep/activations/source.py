@@ -23,11 +23,14 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
-"""How vectors lie in memory and on disk. NumPy and Arrow have no bfloat16: its bit pattern is kept."""
+"""NumPy type of the vectors in memory and on disk. NumPy and Arrow have no bfloat16: its bit pattern is kept as uint16."""
+
+WINDOW_CHARACTERS = 200
+"""Length of the stored text up to a position, characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class ActivationUnit:
     """What one unit holds. Lists are parallel to the rows of `vectors`."""
 
     vectors: np.ndarray
@@ -64,7 +67,7 @@ class UnitSource(Protocol):
     def most_per_unit(self) -> int:
         """Upper bound of the activations in one unit."""
 
-    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, Unit]]:
+    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, ActivationUnit]]:
         """The units asked for, each computed when it is taken; ascending is quickest. One beyond the end is empty and last."""
 
     def close(self) -> None:
@@ -95,13 +98,13 @@ def norms_of(stored: np.ndarray) -> Float32[np.ndarray, " activation"]:
     return np.asarray(np.sqrt(np.square(to_float32(stored), dtype=np.float64).sum(axis=-1)), dtype=np.float32)
 
 
-def keys_of(unit: Unit) -> Int64[np.ndarray, " activation"]:
+def unit_keys(unit: ActivationUnit) -> Int64[np.ndarray, " activation"]:
     """`activation_key` of each row of a unit."""
     pairs = zip(unit.row_ids, unit.positions, strict=True)
     return np.array([activation_key(row, position) for row, position in pairs], dtype=np.int64)
 
 
-def refuse_unusable(unit: Unit, source: str) -> None:
+def refuse_unusable(unit: ActivationUnit, source: str) -> None:
     """An NLA only sees the direction of a vector: one that is not finite, or zero, has none.
 
     Raises:

@@ -1,14 +1,14 @@
 """The activation store: `vector_cache/<key>/`, content-addressed Arrow IPC shards, memory-mapped and checksummed.
 
-    shard-00012-<16 hex>.arrow   the rows of unit 12; named after its content
-    shard-00012.json             that file's name, rows, bytes, xxh3-128: *the* statement that unit 12 exists
-    manifest.json                readable summary, written last, rebuilt from the above at any time; nothing relies on it
-    used                         empty; its time is when the key was last read, for `ksweep cache gc`
-    *.damaged-<time>             what was set aside; *.part what a killed process left
+    shard-00012-<16 hex>.arrow   the rows of unit 12; the name contains the checksum of the content
+    shard-00012.json             the name, rows, bytes and xxh3-128 of that file: unit 12 exists once this file does
+    manifest.json                human-readable summary, written last and rebuilt from the JSON files; nothing depends on it
+    used                         empty; its modification time is when the key was last read, for `ksweep cache gc`
+    *.damaged-<time>             files that were set aside as damaged; *.part files are left by killed processes
 
-A shard is published by two atomic steps: its data file is renamed into place, then its JSON is linked there, which fails when
-another process was first. So a reader sees all of a shard or none of it, processes that fill one key agree on which bytes count,
-and there is no lock for a dead process to hold.
+A shard is published in two atomic steps: its data file is renamed to its name, then its JSON is linked to its own, which fails if
+another process was first. So a reader sees all of a shard or none of it, processes that fill the same key agree on which bytes
+count, and there is no lock that a dead process could hold.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from ksweep.activations.source import STORED_DTYPES, Unit, keys_of, norms_of, to_float32
+from ksweep.activations.source import STORED_DTYPES, ActivationUnit, norms_of, to_float32, unit_keys
 from ksweep.utils.errors import DiskFullError, RunError, StoreError
 from ksweep.utils.files import publish, publish_once
 from ksweep.utils.version import VERSION
@@ -46,27 +46,27 @@ log = logging.getLogger(__name__)
 Column = Literal["row_id", "document", "position", "token_id", "window", "role", "activation_key", "norm"]
 
 BYTES_PER_ROW_BESIDE_VECTOR = 330
-"""Measured on English text: window ~205, ids and documents ~60, role ~10, offsets, position, token, key and norm ~45."""
+"""Measured on English text: window ~205, row id and document ~60, role ~10, offsets, position, token, key and norm ~45."""
 
-STATEMENT = re.compile(r"shard-(\d+)\.json")
+SHARD_JSON = re.compile(r"shard-(\d+)\.json")
 
 USED = "used"
 TOUCH_SECONDS = 60.0
-"""How often at most the time of `used` is renewed."""
+"""The time of `used` is renewed at most this often."""
 
 MOST_OPEN_SHARDS = 128
-"""A mapping holds a file descriptor; 1024 of them is a common limit."""
+"""A memory map holds a file descriptor, and 1024 descriptors are a common limit."""
 
 NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
-"""What hinders this process from reading a file that may well be whole."""
+"""Error numbers that keep this process from reading a file without saying that the file is damaged."""
 
 _verified: set[tuple[str, int, int, int]] = set()
-"""(path, size, mtime, rows stated) of shards whose checksum this process has compared."""
+"""(path, size, mtime, stated rows) of the shards whose checksum this process has compared."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard's JSON says."""
+    """Contents of a shard's JSON file."""
 
     unit: int
     file: str
@@ -77,15 +77,15 @@ class Shard:
     dtype: str
     d_model: int
     source_rows: int
-    """Rows of text (or of the vector file) that were looked at."""
+    """Rows of text (or of the vector file) that were read for this unit."""
     skipped_rows: int
-    """Of these, without any activation: empty, or no allowed position."""
+    """Those of them without an activation: empty, or without an allowed position."""
     is_last: bool
-    """The source ends with this unit."""
+    """Whether the source ends with this unit."""
     producer: dict[str, str]
-    """Versions of what computed it."""
+    """Versions of the packages that computed it."""
     role_counts: dict[str, int] | None
-    """Tokens of each role in all source rows that were looked at; None where no chat template tells."""
+    """Tokens of each role in all source rows that were read; None where the tokenizer has no known chat template."""
 
 
 SHARD_FIELDS = tuple(field.name for field in fields(Shard))
@@ -95,7 +95,7 @@ class ActivationStore:
     """The shards of one key."""
 
     def __init__(self, root: str | Path, key: str, identity: Mapping[str, Any]) -> None:
-        """`root` is the vector cache; `identity` is the readable form of the key, kept in the manifest. Creates nothing."""
+        """Refer to a key of the vector cache `root`; create nothing. `identity`, hashed to the key, is for the manifest."""
         self.directory = Path(root).expanduser() / key
         self._place = str(self.directory)
         self.key = key
@@ -106,8 +106,8 @@ class ActivationStore:
     # ---- what is there
 
     def shards(self) -> dict[int, Shard]:
-        """Published shards by unit, in order. Reads only the JSON of those not seen before; damaged ones are set aside."""
-        units = sorted(int(match[1]) for name in _names(self.directory) if (match := STATEMENT.fullmatch(name)))
+        """Return published shards by unit, in order. Read only JSON files new to this object; set damaged ones aside."""
+        units = sorted(int(match[1]) for name in _names(self.directory) if (match := SHARD_JSON.fullmatch(name)))
         self._shards = {unit: self._shards[unit] for unit in units if unit in self._shards}
         for unit in units:
             if unit not in self._shards and (shard := self._read_shard(unit)) is not None:
@@ -115,7 +115,7 @@ class ActivationStore:
         return dict(sorted(self._shards.items()))
 
     def contiguous(self) -> list[Shard]:
-        """Shards 0, 1, 2, ... up to the first gap or the end of the source."""
+        """Return shards 0, 1, 2, ... up to the first gap or the end of the source."""
         out: list[Shard] = []
         for unit, shard in self.shards().items():
             if unit != len(out) or (out and out[-1].is_last):
@@ -124,15 +124,15 @@ class ActivationStore:
         return out
 
     def available(self) -> int:
-        """Activations that can be read: published, contiguous from the first."""
+        """Return the number of activations that can be read: those in contiguous shards from the first on."""
         return sum(shard.rows for shard in self.contiguous())
 
     def has(self, unit: int) -> bool:
-        """Whether a unit is published now, by whomever."""
+        """Return whether a unit is published, by this or any other process."""
         return self._json(unit).exists()
 
     def touch(self) -> None:
-        """Say that the key is in use now; costs a system call a minute."""
+        """Mark the key as in use now, with a system call at most once a minute."""
         now = time.monotonic()
         if self._touched is not None and now - self._touched <= TOUCH_SECONDS:
             return
@@ -145,11 +145,10 @@ class ActivationStore:
         self._touched = now
 
     def missing_units(self, num_activations: int, most_per_unit: int) -> list[int]:
-        """Units that are certainly needed for the first `num_activations` and not published.
+        """Return unpublished units that the first `num_activations` activations certainly need.
 
-        A unit counts as needed as long as those before it cannot hold enough, each missing one taken to be as full as it can be.
-        So no unit is computed for nothing, and no rank needs to know what another is finding; as counts come in, more units may
-        turn out to be needed.
+        A unit is needed if those before it cannot hold enough, counting each missing one as full. So no unit is computed in vain
+        and ranks need not exchange counts. Once missing units are published with their real counts, more may be needed.
         """
         missing: list[int] = []
         shards, most, unit = self.shards(), 0, 0
@@ -165,16 +164,17 @@ class ActivationStore:
 
     # ---- writing
 
-    def write_unit(self, index: int, unit: Unit, dtype: str) -> Shard:
-        """Publish a unit. If another process has published it meanwhile, its shard is the one that counts.
+    def write_unit(self, index: int, unit: ActivationUnit, dtype: str) -> Shard:
+        """Publish a unit and return the shard that counts: that of another process if it was first.
 
         Raises:
-            RunError: no space left; nothing half-written stays.
+            RunError: no space left; no half-written file stays.
         """
         return self.publish_unit(index, unit, dtype)[0]
 
-    def publish_unit(self, index: int, unit: Unit, dtype: str) -> tuple[Shard, bool]:
-        """`write_unit`, and whether this process was the first."""
+    def publish_unit(self, index: int, unit: ActivationUnit, dtype: str) -> tuple[Shard, bool]:
+        """Do as `write_unit`, and return also whether this process was first."""
+        # 1. Serialise: the same unit gives the same bytes, so the checksum in the file name identifies the content.
         data = _serialise(unit, dtype, {"key": self.key, "unit": str(index)})
         checksum = xxhash.xxh3_128_hexdigest(data)
         shard = Shard(
@@ -191,40 +191,42 @@ class ActivationStore:
             producer=producer_versions(),
             role_counts=unit.role_counts,
         )
+        # 2. Publish the data file, then the JSON that names it. The first process to link its JSON wins.
         try:
             try:
-                ours = self._publish(shard, data)
-            except FileNotFoundError:  # `ksweep cache gc` took the directory away in between: it is begun anew
-                ours = self._publish(shard, data)
+                is_first = self._publish(shard, data)
+            except FileNotFoundError:  # `ksweep cache gc` has removed the directory in between: create it again
+                is_first = self._publish(shard, data)
         except OSError as error:
-            raise self._no_space(error, len(data)) from error
-        if ours:
+            raise self._write_error(error, len(data)) from error
+        if is_first:
             return shard, True
-        theirs = self._read_shard(index)
-        if theirs is not None and theirs.file != shard.file:
+        # 3. Another process was first: its shard counts, and this data file goes unless the bytes are the same.
+        published = self._read_shard(index)
+        if published is not None and published.file != shard.file:
             (self.directory / shard.file).unlink(missing_ok=True)
-        return theirs or shard, False
+        return published or shard, False
 
     def _publish(self, shard: Shard, data: pa.Buffer) -> bool:
         publish(self.directory / shard.file, data)
-        ours = publish_once(self._json(shard.unit), _json_bytes(asdict(shard)))
+        is_first = publish_once(self._json(shard.unit), _json_bytes(asdict(shard)))
         _sync_directory(self.directory)
-        return ours
+        return is_first
 
-    def _no_space(self, error: OSError, needed: int) -> Exception:
+    def _write_error(self, error: OSError, needed: int) -> Exception:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return RunError(f"cannot write activations to {self.directory} ({error.strerror}): is it yours to write to?")
+            return RunError(f"cannot write activations to {self.directory} ({error.strerror}): may you write there?")
         why = "no space left" if error.errno == errno.ENOSPC else "disk quota exceeded"
         return DiskFullError(
-            f"{why} in {self.directory}: the next shard needs {needed:,} bytes and {free_bytes(self.directory):,} are free. The "
-            f"{len(self.shards())} shards written so far are whole and will be used. Free some space, or set vector_cache to a "
-            "directory on another disk, and run again."
+            f"{why} in {self.directory}: the next shard needs {needed:,} bytes and {free_disk_bytes(self.directory):,} are free. "
+            f"The {len(self.shards())} shards written so far are whole and will be used. Free some space, or set vector_cache to "
+            "a directory on another disk, and run again."
         )
 
     # ---- integrity
 
     def verify(self, units: Sequence[int]) -> list[int]:
-        """Compare checksums of units with their files; those that differ are set aside and returned. Once a process per file."""
+        """Compare checksums of units with their files; set damaged ones aside and return them. A process reads a file once."""
         shards = self.shards()
         damaged = []
         for unit in units:
@@ -234,7 +236,8 @@ class ActivationStore:
         return damaged
 
     def _set_aside(self, shard: Shard, problem: str) -> None:
-        """Quarantine a shard that was found damaged, unless it has been set aside and published again meanwhile."""
+        """Quarantine a shard that this process has found damaged."""
+        # 1. Leave it if another process has set it aside and published it again meanwhile.
         try:
             now = self._statement(shard.unit)
             if now.file != shard.file or not _problem(self.directory, now):
@@ -242,10 +245,11 @@ class ActivationStore:
                 return
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             pass
+        # 2. Otherwise rename its files.
         self.quarantine(shard.unit, problem)
 
     def quarantine(self, unit: int, problem: str) -> None:
-        """Set a damaged shard aside, so that it is never read and will be computed again."""
+        """Rename the files of a damaged shard to *.damaged-<time>, so that the unit is never read and will be computed again."""
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         shard = self._shards.pop(unit, None)
         paths = [self._json(unit)] + ([self.directory / shard.file] if shard else [])
@@ -272,14 +276,14 @@ class ActivationStore:
             self.quarantine(unit, f"shard-{unit:05d}.json is unreadable: {type(error).__name__} {error}")
             return None
         except OSError as error:
-            raise _hindered(f"{self._place}/shard-{unit:05d}.json", error) from error
+            raise _io_error(f"{self._place}/shard-{unit:05d}.json", error) from error
         if not os.path.isfile(f"{self._place}/{shard.file}"):
             self.quarantine(unit, f"{shard.file} is gone")
             return None
         return shard
 
     def _statement(self, unit: int) -> Shard:
-        """What the JSON of a unit says; what a later version says besides is left out."""
+        """Read the JSON of a unit, without fields that a later version may have added."""
         with open(f"{self._place}/shard-{unit:05d}.json", "rb") as file:  # opening a large store is mostly this: no pathlib
             said = json.loads(file.read())
         shard = Shard(**{name: said[name] for name in SHARD_FIELDS})
@@ -293,10 +297,10 @@ class ActivationStore:
     # ---- reading
 
     def open(self, num_activations: int) -> ActivationTable:
-        """The first `num_activations` activations, memory-mapped; checksums are compared when a shard is first read.
+        """Return the first `num_activations` activations, memory-mapped. A shard's checksum is compared when it is first read.
 
         Raises:
-            StoreError: fewer are there.
+            StoreError: the store holds fewer.
         """
         self._shards.clear()  # another process may have replaced a damaged shard since
         shards = self.contiguous()
@@ -311,7 +315,7 @@ class ActivationStore:
     # ---- manifest
 
     def write_manifest(self, source: Mapping[str, Any] | None = None) -> None:
-        """Summarise what is there, for people and `ksweep cache`. Written only when it would say something new."""
+        """Write the human-readable summary that `ksweep cache` shows, unless it would be the same."""
         shards = self.contiguous()
         path = self.directory / "manifest.json"
         listed = [{name: value for name, value in asdict(shard).items() if name != "producer"} for shard in shards]
@@ -320,7 +324,7 @@ class ActivationStore:
                 return
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        # Norms are read from every shard, those beyond the request too: a damaged one there must not end a run that needs it not.
+        # Norms are read from every shard, also beyond the request: a damaged one there must not end a run that does not need it.
         if self.verify([shard.unit for shard in shards]):
             return self.write_manifest(source)
         rows = sum(shard.rows for shard in shards)
@@ -346,17 +350,17 @@ class ActivationStore:
         try:
             publish(path, _json_bytes(manifest))
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # a cache of someone else's can be read all the same
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # a read-only cache can be read all the same
                 log.warning("%s is left as it is (%s): nothing relies on it", path, error.strerror)
                 return
-            raise self._no_space(error, 4096) from error
+            raise self._write_error(error, 4096) from error
 
 
 class ActivationTable:
-    """Activations 0..n-1 of a store: vectors and where they come from. Shards are opened when they are first touched."""
+    """Activations 0..n-1 of a store: their vectors and provenance. A shard is opened when it is first read."""
 
     def __init__(self, store: ActivationStore, shards: Sequence[Shard], num_activations: int) -> None:
-        """Made by `ActivationStore.open`."""
+        """Use `ActivationStore.open`."""
         self.key = store.key
         self.directory = store.directory
         self.dtype = shards[0].dtype if shards else "float32"
@@ -371,7 +375,7 @@ class ActivationTable:
         return self._num
 
     def vectors(self, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "activation d_model"]:
-        """Vectors of activations start..stop-1 as float32, exact values of what is stored."""
+        """Return vectors of activations start..stop-1 as float32, the exact stored values."""
         parts = [to_float32(part) for part in self.stored(start, stop)]
         if len(parts) == 1:
             return parts[0]
@@ -387,7 +391,7 @@ class ActivationTable:
             yield self._vectors_of(shard)[low:high]
 
     def row(self, index: int) -> np.ndarray:
-        """One stored vector, as a view like those of `stored`; `take` gathers many into a new array."""
+        """Return a stored vector as a read-only view, as `stored` does; `take` copies many into a new array."""
         if not 0 <= index < self._num:
             raise IndexError(f"activation {index} is outside 0..{self._num - 1}")
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -395,7 +399,7 @@ class ActivationTable:
         return vector
 
     def take(self, indices: Sequence[int] | Int64[np.ndarray, " activation"]) -> Float32[np.ndarray, "activation d_model"]:
-        """Vectors of any activations, in the order given."""
+        """Return the vectors of any activations, in the given order, as float32."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self._num):
             raise IndexError(f"activation {wanted.min() if wanted.min() < 0 else wanted.max()} is outside 0..{self._num - 1}")
@@ -407,7 +411,7 @@ class ActivationTable:
         return out
 
     def column(self, name: Column, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """A provenance column of activations start..stop-1; an object array with None where something is unknown."""
+        """Return a provenance column of activations start..stop-1; an object array with None where a value is unknown."""
         arrays = [self._batch(shard).column(name).slice(low, high - low) for shard, low, high in self._spans(start, stop)]
         if not arrays:
             return np.empty(0, dtype=object)
@@ -417,26 +421,26 @@ class ActivationTable:
         return np.asarray(whole.to_numpy())
 
     def num_documents(self) -> int:
-        """Distinct documents: how many clusters the bootstrap has."""
+        """Return the number of distinct documents, which are the clusters of the bootstrap."""
         names: set[str] = set()
         for shard, low, high in self._spans(0, None):
             names.update(pc.unique(self._batch(shard).column("document").slice(low, high - low)).to_pylist())
         return len(names)
 
     def role_counts(self) -> dict[str, int] | None:
-        """Tokens by role in all source rows up to these activations: {"user": 12, ..., "pad": 0, "total": 40}.
+        """Return the tokens of each role in the source rows behind these activations: {"user": 12, ..., "pad": 0, "total": 40}.
 
-        Whole shards are counted: rows without an activation too, and those that the last shard holds beyond the request. None
-        where no chat template tells roles.
+        Whole shards are counted, with rows that gave no activation and rows of the last shard beyond the request. None where the
+        tokenizer has no known chat template.
         """
         return _sum_role_counts(self._shards[: np.searchsorted(self._starts, self._num)])
 
     def num_source_rows(self) -> int:
-        """Source rows whose tokens `role_counts` counts."""
+        """Return the number of source rows whose tokens `role_counts` counts."""
         return sum(self._shards[place].source_rows for place, _, _ in self._spans(0, None))
 
     def _spans(self, start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
-        """(shard, first row in it, end row in it) of a range; as slices do, a range beyond the end is cut."""
+        """Yield (shard, first row, end row) for a range of activations; a range beyond the end is cut, as in a slice."""
         start, stop, _ = slice(start, stop).indices(self._num)
         # Thousands of shards: those around the range are found by bisection.
         first, end = np.searchsorted(self._starts, start, side="right") - 1, np.searchsorted(self._starts, stop, side="left")
@@ -470,12 +474,12 @@ class ActivationTable:
 
 
 def estimate_bytes(num_activations: int, d_model: int, dtype: str) -> int:
-    """Bytes on disk of so many activations: the vectors exactly, their provenance about."""
+    """Return the bytes on disk of so many activations: the vectors exactly, their provenance estimated."""
     return num_activations * (d_model * STORED_DTYPES[dtype].itemsize + BYTES_PER_ROW_BESIDE_VECTOR)
 
 
-def free_bytes(directory: str | Path) -> int:
-    """Free space for a directory that may not exist yet."""
+def free_disk_bytes(directory: str | Path) -> int:
+    """Return the free bytes on the disk of a directory, which need not exist yet."""
     path = Path(directory).expanduser().absolute()
     while not path.exists():
         path = path.parent
@@ -483,7 +487,7 @@ def free_bytes(directory: str | Path) -> int:
 
 
 def producer_versions() -> dict[str, str]:
-    """Versions of the packages that decide the bits."""
+    """Return the versions of the packages that can change a bit of an activation."""
     out = {"ksweep": VERSION}
     for name in ("torch", "transformers", "pyarrow"):
         try:
@@ -493,8 +497,8 @@ def producer_versions() -> dict[str, str]:
     return out
 
 
-def _serialise(unit: Unit, dtype: str, metadata: dict[str, str]) -> pa.Buffer:
-    """A unit as one Arrow IPC file with one record batch: the same unit gives the same bytes."""
+def _serialise(unit: ActivationUnit, dtype: str, metadata: dict[str, str]) -> pa.Buffer:
+    """Return a unit as an Arrow IPC file with one record batch: the same unit gives the same bytes."""
     d_model = unit.vectors.shape[1]
     assert unit.vectors.dtype == STORED_DTYPES[dtype], (unit.vectors.dtype, dtype)
     flat = pa.array(np.ascontiguousarray(unit.vectors).reshape(-1))
@@ -506,7 +510,7 @@ def _serialise(unit: Unit, dtype: str, metadata: dict[str, str]) -> pa.Buffer:
         "token_id": pa.array(unit.token_ids, pa.int32()),
         "window": pa.array(unit.windows, pa.string()),
         "role": pa.array(unit.roles, pa.string()),
-        "activation_key": pa.array(keys_of(unit), pa.int64()),
+        "activation_key": pa.array(unit_keys(unit), pa.int64()),
         "norm": pa.array(norms_of(unit.vectors), pa.float32()),
     }
     schema = pa.schema([pa.field(name, array.type) for name, array in columns.items()], metadata={"dtype": dtype, **metadata})
@@ -517,13 +521,13 @@ def _serialise(unit: Unit, dtype: str, metadata: dict[str, str]) -> pa.Buffer:
 
 
 def _names(directory: Path) -> list[str]:
-    """What lies in a directory; nothing where there is none (yet, or any more)."""
+    """Return the names in a directory; none if it does not exist (yet, or any more)."""
     try:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise _hindered(directory, error) from error
+        raise _io_error(directory, error) from error
 
 
 def _read_batch(path: Path) -> pa.RecordBatch:
@@ -532,48 +536,51 @@ def _read_batch(path: Path) -> pa.RecordBatch:
 
 
 def _problem(directory: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard's data file, or None. Arrow reads a flipped byte without an error: hence the checksum."""
+    """Return what is wrong with a shard's data file, or None. Arrow reads a flipped byte without an error: hence the checksum."""
     path = directory / shard.file
     try:
+        # 1. The size, which is cheap; the rest once per process and file.
         stat = path.stat()
         seen = (str(path), stat.st_size, stat.st_mtime_ns, shard.rows)
         if stat.st_size != shard.bytes:
             return f"{shard.file} has {stat.st_size:,} bytes instead of {shard.bytes:,}"
         if seen in _verified:
             return None
+        # 2. The checksum of the bytes.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             checksum = xxhash.xxh3_128_hexdigest(view)
         if checksum != shard.checksum:
             return f"{shard.file} has checksum {checksum} instead of {shard.checksum}"
-        stated = _stated(shard, directory.name)
-        if (found := _found(_read_batch(path))) != stated:
-            return f"{shard.file} holds {found} instead of {stated}"
+        # 3. The contents: a file may come from another key, and its JSON be damaged, too.
+        expected, actual = _expected_contents(shard, directory.name), _actual_contents(_read_batch(path))
+        if actual != expected:
+            return f"{shard.file} holds {actual} instead of {expected}"
     except OSError as error:
         if error.errno in NOT_DAMAGE:
-            raise _hindered(path, error) from error
+            raise _io_error(path, error) from error
         return f"{shard.file}: {error.strerror}"
     _verified.add(seen)
     return None
 
 
-def _stated(shard: Shard, key: str) -> dict[str, str]:
-    """What the JSON says beside the checksum: a file may have come from another key, and JSON be damaged, too."""
+def _expected_contents(shard: Shard, key: str) -> dict[str, str]:
+    """Return what the JSON of a shard says about its data file, beside the checksum."""
     return {"key": key, "unit": str(shard.unit), "dtype": shard.dtype, "rows": str(shard.rows), "d_model": str(shard.d_model)}
 
 
-def _found(batch: pa.RecordBatch) -> dict[str, str]:
-    """The same of a data file."""
-    said = {name.decode(): value.decode() for name, value in (batch.schema.metadata or {}).items()}
+def _actual_contents(batch: pa.RecordBatch) -> dict[str, str]:
+    """Return the same facts, read from the data file."""
+    metadata = {name.decode(): value.decode() for name, value in (batch.schema.metadata or {}).items()}
     width = batch.schema.field("vector").type.list_size
-    return {**{name: said.get(name, "") for name in ("key", "unit", "dtype")}, "rows": str(len(batch)), "d_model": str(width)}
+    return {**{name: metadata.get(name, "") for name in ("key", "unit", "dtype")}, "rows": str(len(batch)), "d_model": str(width)}
 
 
-def _hindered(path: str | Path, error: OSError) -> StoreError:
-    return StoreError(f"{path} cannot be read ({error.strerror}) and was left where it is: it need not be damaged")
+def _io_error(path: str | Path, error: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be read ({error.strerror}) and was left in place: it need not be damaged")
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make renames survive a power cut, where the file system can."""
+    """Make renames survive a power cut, where the file system supports it."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -584,7 +591,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _norm_summary(norms: np.ndarray) -> dict[str, float | int]:
-    """Mean, percentiles and how many are not finite: a norm that is far off tells of a wrong model or of normalised vectors."""
+    """Return mean, percentiles and number of non-finite norms: norms far off indicate a wrong model or normalised vectors."""
     finite = norms[np.isfinite(norms)].astype(np.float64)
     if not finite.size:
         return {"num_not_finite": int(norms.size)}

@@ -12,7 +12,7 @@ from ksweep.activations.chat_roles import count_roles
 from ksweep.activations.datasets import TextRow, read_documents, text_format
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import most_per_row, row_positions, unpadded
-from ksweep.activations.source import Unit, refuse_unusable, to_float32
+from ksweep.activations.source import ActivationUnit, refuse_unusable, to_float32
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
 from ksweep.utils.hub import resolve
@@ -21,7 +21,7 @@ from ksweep.utils.text import some_of
 if TYPE_CHECKING:
     from ksweep.activations.hidden_states import BlockReader
 
-PROVENANCE = ("row_ids", "documents", "positions", "token_ids", "windows", "roles")
+PROVENANCE_FIELDS = ("row_ids", "documents", "positions", "token_ids", "windows", "roles")
 """Fields of a unit with a value for each activation, besides the vectors."""
 
 
@@ -70,7 +70,7 @@ class TextUnits:
             self._reader.close()
         self._reader, self._next_unit = None, None
 
-    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, Unit]]:
+    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, ActivationUnit]]:
         """Compute units; the text is streamed, going back starts it again.
 
         Raises:
@@ -141,7 +141,7 @@ class TextUnits:
             advice = f"set activations.max_length={len(ids)}"
         raise DataError(f"{where} has {len(ids)} token ids, and activations are taken from the first {self.max_length}: {advice}")
 
-    def _unit(self, rows: Sequence[TextRow], is_last: bool) -> Unit:
+    def _unit(self, rows: Sequence[TextRow], is_last: bool) -> ActivationUnit:
         reader = self.reader
         ids, pad_id = self._tokens(rows)
         # The rule not_padding goes by id in texts, too: it leaves out a padding token that a text ends with.
@@ -153,7 +153,7 @@ class TextUnits:
         places = [(r, p) for r, taken in enumerate(positions) for p in taken]
         roles = [reader.roles(i, pad_id) for i in ids]
         starts = [unpadded(i, pad_id).start for i in ids]
-        unit = Unit(
+        unit = ActivationUnit(
             vectors=vectors(),
             row_ids=[rows[r].row_id for r, _ in places],
             documents=[rows[r].document for r, _ in places],
@@ -184,8 +184,8 @@ def refuse_strange(token_ids: Sequence[int], num_embeddings: int, where: str) ->
         )
 
 
-def without_long(unit: Unit, max_norm: float) -> Unit:
+def without_long(unit: ActivationUnit, max_norm: float) -> ActivationUnit:
     """The activations of a unit that are no longer than this."""
     keep = np.flatnonzero(np.linalg.norm(to_float32(unit.vectors).astype(np.float64), axis=1) <= max_norm)
-    columns: dict[str, Any] = {name: [getattr(unit, name)[i] for i in keep] for name in PROVENANCE}
+    columns: dict[str, Any] = {name: [getattr(unit, name)[i] for i in keep] for name in PROVENANCE_FIELDS}
     return replace(unit, vectors=unit.vectors[keep], **columns)

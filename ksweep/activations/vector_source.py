@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ksweep.activations.source import Unit, refuse_unusable
+from ksweep.activations.source import WINDOW_CHARACTERS, ActivationUnit, refuse_unusable
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note
 from ksweep.utils.sidecar_keys import (
@@ -42,13 +42,13 @@ from ksweep.utils.sidecar_keys import (
 if TYPE_CHECKING:
     from jaxtyping import Float32
 
-COLUMN = "activation_vector"
-POSITIONS = "n_raw_tokens"
-DOCUMENTS = ("doc_id", "document")
+VECTOR_COLUMN = "activation_vector"
+POSITION_COLUMN = "n_raw_tokens"
+DOCUMENT_COLUMNS = ("doc_id", "document")
 """Columns that name documents, where none is asked for: the public datasets', and that of texts."""
-LAYERS = "activation_layer"
-PROVENANCE = (POSITIONS, "detokenized_text_truncated", "role")
-UNDERSTOOD = frozenset({
+LAYER_COLUMN = "activation_layer"
+PROVENANCE_COLUMNS = (POSITION_COLUMN, "detokenized_text_truncated", "role")
+VECTORS_SIDECAR_KEYS = frozenset({
     "kind", "schema_version", "d_model", "base_model", "base_checkpoint", "extraction.base_model", "extraction.d_model",
     "hidden_size", "extraction.hidden_size",
     "extraction.norm", "extraction.injection_scale", "extraction.mse_scale", *LAYER_KEYS,
@@ -56,8 +56,7 @@ UNDERSTOOD = frozenset({
 """Keys of a vectors' sidecar that are read, or that are about how a pair uses the vectors and not how they were made."""
 ABOUT_PROMPTS = frozenset({"tokens", "prompt_templates"})
 """Sections that tell trainers how to build prompts; an AV and an AR have their own."""
-ROWS_PER_UNIT = 1024
-WINDOW_CHARACTERS = 200
+VECTOR_ROWS_PER_UNIT = 1024
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class VectorsSidecar:
     notes: tuple[Note, ...] = ()
 
 
-def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
+def read_vectors_sidecar(vectors: str | Path) -> VectorsSidecar | None:
     """The sidecar beside a file of vectors, or None where there is none.
 
     Raises:
@@ -97,7 +96,7 @@ def read_sidecar(vectors: str | Path) -> VectorsSidecar | None:
             "are trained on raw ones (norm: none). Give the raw vectors, or extract them from text (activations.text)."
         )
     judged = {key: value for key, value in meta.items() if key not in ABOUT_PROMPTS}
-    check_keys(judged, UNDERSTOOD, path, DataError, TEXT_OF_VECTORS)
+    check_keys(judged, VECTORS_SIDECAR_KEYS, path, DataError, TEXT_OF_VECTORS)
     notes: list[Note] = []
     return VectorsSidecar(
         layer=read_layer(meta, path, DataError),
@@ -133,20 +132,20 @@ def vectors_say_positions(vectors: str | Path) -> bool:
         DataError: no such file, or not Parquet.
     """
     with _open(vectors) as file:
-        return POSITIONS in file.schema_arrow.names
+        return POSITION_COLUMN in file.schema_arrow.names
 
 
 def vectors_layer(vectors: str | Path) -> int | None:
     """The layer that a file of vectors is of, as its sidecar and its column `activation_layer` say; None where neither does.
 
     Raises:
-        DataError: they disagree, or the rows are of several layers; and as `read_sidecar` and `vectors_shape`.
+        DataError: they disagree, or the rows are of several layers; and as `read_vectors_sidecar` and `vectors_shape`.
     """
-    said = read_sidecar(vectors)
+    said = read_vectors_sidecar(vectors)
     in_sidecar, in_rows = None if said is None else said.layer, _layer_of_rows(vectors)
     if None not in (in_sidecar, in_rows) and in_sidecar != in_rows:
         raise DataError(
-            f"the sidecar of {vectors} says layer {in_sidecar} and its column {LAYERS!r} says {in_rows}: the two are of "
+            f"the sidecar of {vectors} says layer {in_sidecar} and its column {LAYER_COLUMN!r} says {in_rows}: the two are of "
             "different files, or one is wrong"
         )
     return in_rows if in_sidecar is None else in_sidecar
@@ -154,13 +153,13 @@ def vectors_layer(vectors: str | Path) -> int | None:
 
 def _layer_of_rows(vectors: str | Path) -> int | None:
     with _open(vectors) as file:
-        if LAYERS not in file.schema_arrow.names:
+        if LAYER_COLUMN not in file.schema_arrow.names:
             return None
-        layers = _whole_layers(pc.unique(file.read(columns=[LAYERS]).column(0)).to_pylist(), vectors)
+        layers = _whole_layers(pc.unique(file.read(columns=[LAYER_COLUMN]).column(0)).to_pylist(), vectors)
     if len(layers) > 1:
         raise DataError(
-            f"{vectors} holds activations of several layers ({', '.join(map(str, sorted(layers)[:5]))} in column {LAYERS!r}), "
-            "and a pair is of one: write those of its layer to a file of their own"
+            f"{vectors} holds activations of several layers ({', '.join(map(str, sorted(layers)[:5]))} in column "
+            f"{LAYER_COLUMN!r}), and a pair is trained on one: write those of its layer to a file of their own"
         )
     return layers[0] if layers else None
 
@@ -171,8 +170,8 @@ def _whole_layers(values: list[Any], vectors: str | Path) -> list[int]:
     wrong = [value for value in said if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1]
     if wrong:
         raise DataError(
-            f"{vectors} has {abbreviated(wrong[0])} in column {LAYERS!r}; expected whole numbers, the block whose output the "
-            "vectors are. Correct or drop the column."
+            f"{vectors} has {abbreviated(wrong[0])} in column {LAYER_COLUMN!r}; expected whole numbers, the block whose output "
+            "the vectors are. Correct or drop the column."
         )
     return sorted({int(value) for value in said})
 
@@ -195,7 +194,7 @@ def document_column(vectors: str | Path, asked: str | None) -> str | None:
             f"column {asked!r} of {vectors} is of type {schema.field(asked).type}; expected text or numbers that name documents. "
             "Set activations.document_column to such a column."
         )
-    return asked if asked is not None else next((name for name in DOCUMENTS if name in names), None)
+    return asked if asked is not None else next((name for name in DOCUMENT_COLUMNS if name in names), None)
 
 
 def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -> bool:
@@ -208,7 +207,7 @@ def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -
     if column is None:
         return num_rows == 1
     with _open(vectors) as file:
-        for batch in file.iter_batches(batch_size=ROWS_PER_UNIT, columns=[column]):
+        for batch in file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[column]):
             names = batch.column(0).slice(0, left)
             seen.update(map(str, names.drop_null().unique().to_pylist()))
             if len(seen) > 1 or (names.null_count and left > 1):  # a row without a name is a document of its own
@@ -223,7 +222,7 @@ class VectorUnits:
     """Units of a file of vectors. They are kept in float32: the public files are, and rounding them would be a silent change."""
 
     dtype = "float32"
-    most_per_unit = ROWS_PER_UNIT
+    most_per_unit = VECTOR_ROWS_PER_UNIT
 
     def __init__(self, vectors: str | Path, documents: str | None = None) -> None:
         """Reads the footer only.
@@ -244,7 +243,7 @@ class VectorUnits:
         """Let go of the file."""
         self._tables, self._next_unit = iter(()), -1
 
-    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, Unit]]:
+    def units(self, indices: Iterable[int]) -> Iterator[tuple[int, ActivationUnit]]:
         """Read units; the file is streamed, going back opens it again at the row group in question.
 
         Raises:
@@ -252,8 +251,11 @@ class VectorUnits:
         """
         for index in indices:
             if not 0 <= self._next_unit <= index:
-                wanted = {COLUMN, *PROVENANCE, self.documents}
-                self._tables, self._next_unit = _tables(self.path, index * ROWS_PER_UNIT, ROWS_PER_UNIT, wanted), index
+                wanted = {VECTOR_COLUMN, *PROVENANCE_COLUMNS, self.documents}
+                self._tables, self._next_unit = (
+                    _tables(self.path, index * VECTOR_ROWS_PER_UNIT, VECTOR_ROWS_PER_UNIT, wanted),
+                    index,
+                )
             while True:
                 table = next(self._tables)
                 self._next_unit += 1
@@ -261,17 +263,17 @@ class VectorUnits:
                     break
             yield index, self._unit(table, index)
 
-    def _unit(self, table: pa.Table, index: int) -> Unit:
-        first, n = index * ROWS_PER_UNIT, len(table)
-        wanted = [*PROVENANCE, *([] if self.documents is None else [self.documents])]
+    def _unit(self, table: pa.Table, index: int) -> ActivationUnit:
+        first, n = index * VECTOR_ROWS_PER_UNIT, len(table)
+        wanted = [*PROVENANCE_COLUMNS, *([] if self.documents is None else [self.documents])]
         columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * n for name in wanted}
         named = [None] * n if self.documents is None else columns[self.documents]
         if self._asked:
             self._refuse_unnamed(named, first)
         rows = [f"row:{first + i}" for i in range(n)]
-        lengths = columns[POSITIONS]
-        unit = Unit(
-            vectors=flat_vectors(table.column(COLUMN), self.d_model, f"{self.path} from row {first}"),
+        lengths = columns[POSITION_COLUMN]
+        unit = ActivationUnit(
+            vectors=flat_vectors(table.column(VECTOR_COLUMN), self.d_model, f"{self.path} from row {first}"),
             row_ids=rows,
             documents=[row if document is None else str(document) for row, document in zip(rows, named, strict=True)],
             positions=[None if length is None else int(length) - 1 for length in lengths],
@@ -307,20 +309,24 @@ def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[n
     parts = []
     for chunk in column.chunks:
         if chunk.null_count:
-            raise DataError(f"{where}: {chunk.null_count} rows of {COLUMN} are null; each needs a vector of {d_model} numbers")
+            raise DataError(
+                f"{where}: {chunk.null_count} rows of {VECTOR_COLUMN} are null; each needs a vector of {d_model} numbers"
+            )
         lengths = pc.min_max(pc.list_value_length(chunk)).as_py()
         if len(chunk) and (lengths["min"], lengths["max"]) != (d_model, d_model):
             raise DataError(
-                f"{where}: {COLUMN} is ragged: {lengths['min']} to {lengths['max']} numbers a row, expected {d_model}"
+                f"{where}: {VECTOR_COLUMN} is ragged: {lengths['min']} to {lengths['max']} numbers a row, expected {d_model}"
             )
         flat = chunk.flatten()
         if flat.null_count:
-            raise DataError(f"{where}: {flat.null_count} numbers of {COLUMN} are null; a vector must be complete")
+            raise DataError(f"{where}: {flat.null_count} numbers of {VECTOR_COLUMN} are null; a vector must be complete")
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is refused by row
             parts.append(flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False))
     flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
     if flat.size != len(column) * d_model:
-        raise DataError(f"{where}: {COLUMN} has {flat.size} numbers in {len(column)} rows, expected {len(column)} x {d_model}")
+        raise DataError(
+            f"{where}: {VECTOR_COLUMN} has {flat.size} numbers in {len(column)} rows, expected {len(column)} x {d_model}"
+        )
     return flat.reshape(len(column), d_model)
 
 
@@ -354,33 +360,37 @@ def _groups_from(file: pq.ParquetFile, start: int) -> tuple[list[int], int]:
 def _open(vectors: str | Path) -> pq.ParquetFile:
     path = Path(vectors).expanduser()
     if not path.is_file():
-        raise DataError(f"no file of vectors at {str(vectors)!r}: expected Parquet with a column {COLUMN!r}; check the path")
+        raise DataError(
+            f"no file of vectors at {str(vectors)!r}: expected Parquet with a column {VECTOR_COLUMN!r}; check the path"
+        )
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file ({error}); is it whole?") from error
     names = file.schema_arrow.names
-    if COLUMN not in names:
+    if VECTOR_COLUMN not in names:
         raise DataError(
-            f"{path} has no column {COLUMN!r}; it has {', '.join(names)}. Text goes to activations.text, not .vectors."
+            f"{path} has no column {VECTOR_COLUMN!r}; it has {', '.join(names)}. Text goes to activations.text, not .vectors."
         )
     if file.metadata.num_rows == 0:
-        raise DataError(f"{path} has a column {COLUMN!r} but no rows")
+        raise DataError(f"{path} has a column {VECTOR_COLUMN!r} but no rows")
     return file
 
 
 def _width(file: pq.ParquetFile, path: Path) -> int:
-    kind = file.schema_arrow.field(COLUMN).type
+    kind = file.schema_arrow.field(VECTOR_COLUMN).type
     is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not is_list or not pa.types.is_floating(kind.value_type):
         raise DataError(
-            f"column {COLUMN!r} of {path} is of type {kind}; expected FixedSizeList<float32>[d_model] or a list of floats"
+            f"column {VECTOR_COLUMN!r} of {path} is of type {kind}; expected FixedSizeList<float32>[d_model] or a list of floats"
         )
     if pa.types.is_fixed_size_list(kind):
         return int(kind.list_size)
-    first: Any = next(file.iter_batches(batch_size=1, columns=[COLUMN])).column(0)[0].as_py()
+    first: Any = next(file.iter_batches(batch_size=1, columns=[VECTOR_COLUMN])).column(0)[0].as_py()
     if not first:
-        raise DataError(f"row 0 of {COLUMN!r} in {path} is {'null' if first is None else 'empty'}; every row needs a vector")
+        raise DataError(
+            f"row 0 of {VECTOR_COLUMN!r} in {path} is {'null' if first is None else 'empty'}; every row needs a vector"
+        )
     return len(first)
 
 

@@ -17,7 +17,7 @@ from ksweep.config.spec import Autoencoder, Scoring
 from ksweep.registry import activation_metadata
 from ksweep.registry.database import connect
 from ksweep.registry.draws import DrawsStore
-from ksweep.utils.cell_names import told_apart
+from ksweep.utils.cell_names import distinct_names
 from ksweep.utils.errors import RequestError
 
 
@@ -110,7 +110,7 @@ def load_cells(registry: Path | str, names: Sequence[str] = (), *, vector_cache:
     if unknown := [name for place, name in enumerate(names) if place not in matched]:
         raise RequestError(f"no finished run, cell, label or sweep {unknown[0]!r} in {registry}: `ksweep ls` lists them")
     cells = [_cell(row, root, None if vector_cache is None else Path(vector_cache)) for row in rows]
-    labels = told_apart([{name: getattr(cell, name) for name in ("label", "sweep", "cell", "run_id")} for cell in cells])
+    labels = distinct_names([{name: getattr(cell, name) for name in ("label", "sweep", "cell", "run_id")} for cell in cells])
     return [replace(cell, label=label) for cell, label in zip(cells, labels, strict=True)]
 
 

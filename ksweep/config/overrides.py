@@ -1,4 +1,4 @@
-"""key=value and YAML onto a sweep, with the types of the spec and a "did you mean" for what it does not know."""
+"""Apply key=value arguments and YAML files to a sweep, with the spec's types and a "did you mean" for unknown keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ksweep.config.reference_options import is_old_config, translate_config
 from ksweep.config.resources import Resources
 from ksweep.config.spec import Autoencoder, Cell, Sampling
-from ksweep.config.sweep import GROUPS, PLAIN, Sweep, known_keys
+from ksweep.config.sweep import SPEC_GROUPS, SWEEP_FIELDS, Sweep, known_keys
 from ksweep.utils.errors import SpecError
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ def _config_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Leaves of a YAML tree as dotted keys; dotted keys and groups may be mixed."""
+    """Yield the leaves of a YAML tree by dotted key; a file may mix dotted keys and groups."""
     for key, value in tree.items():
-        if key in GROUPS and isinstance(value, Mapping):
+        if key in SPEC_GROUPS and isinstance(value, Mapping):
             for name, leaf in value.items():
                 yield _resolve(f"{key}.{name}"), leaf
         else:
@@ -102,7 +102,7 @@ def _split(argument: str) -> tuple[str, Any]:
 
 def _resolve(key: str) -> str:
     keys = known_keys()
-    if key in keys or key in GROUPS:
+    if key in keys or key in SPEC_GROUPS:
         return key
     ends = [k for k in keys if k.rpartition(".")[2] == key]
     if len(ends) == 1:
@@ -126,7 +126,7 @@ def _hint(key: str, keys: list[str]) -> str:
 
 
 def _build(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
-    """One construction at the end, so that fields which depend on each other may come in any order."""
+    """Build the sweep once, from all settings together, so that fields which depend on each other may come in any order."""
     hints = known_keys()
     axes = dict(sweep.axes)
     cell, resources, plain = _as_dict(sweep.cell), _as_dict(sweep.resources), {}
@@ -134,11 +134,11 @@ def _build(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
     changed: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
         group, _, name = key.partition(".")
-        if key in PLAIN:
+        if key in SWEEP_FIELDS:
             plain[key] = _convert(key, value, str)
         elif group == "resources" and name:
             resources[name] = _convert(key, value, hints[key])
-        elif key in GROUPS:
+        elif key in SPEC_GROUPS:
             axes[key] = tuple(_group_value(key, v) for v in (value if isinstance(value, list) else [value]))
         elif key in axes or (isinstance(value, list) and not _takes_list(hints[key])):
             axes[key] = tuple(_convert(key, v, hints[key]) for v in (value if isinstance(value, list) else [value]))
@@ -150,7 +150,7 @@ def _build(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
     for key in [k for k, values in axes.items() if "." in k and (k in settings or len(values) == 1)]:
         group, _, name = key.partition(".")
         cell[group][name] = axes[key][0]
-    built = Cell(**{name: spec(**cell[name]) for name, spec in GROUPS.items() if name != "resources"})
+    built = Cell(**{name: spec(**cell[name]) for name, spec in SPEC_GROUPS.items() if name != "resources"})
     return replace(sweep, cell=built, axes=axes, resources=Resources(**resources), **plain)
 
 
@@ -180,9 +180,9 @@ def _as_dict(spec: Any) -> dict[str, Any]:
 
 def _group_value(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
-        example = "{av: DIR, ar: DIR}" if GROUPS[key] is Autoencoder else "{...}"
+        example = "{av: DIR, ar: DIR}" if SPEC_GROUPS[key] is Autoencoder else "{...}"
         raise SpecError(f"{key}={value!r}: expected a mapping of its fields, such as {example}, or a list of them")
-    return GROUPS[key](
+    return SPEC_GROUPS[key](
         **{name: _convert(f"{key}.{name}", v, known_keys()[_resolve(f"{key}.{name}")]) for name, v in value.items()}
     )
 
@@ -196,7 +196,10 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
-    """A YAML value as the type of its field; whole floats pass as integers ("1e3"), numbers never as text by accident."""
+    """Return a YAML value as the type of its field. Whole floats ("1e3") become integers; a float never becomes text.
+
+    OmegaConf's structured configs are laxer (2.5 for text, 1 for a switch, "0.5" for a number) and refuse 1e3 for an integer.
+    """
     for option in _alternatives(hint):
         origin = typing.get_origin(option)
         if option is type(None) and value is None:

@@ -1,4 +1,4 @@
-"""Ready-made specs: the bundled demo pair with its held-out text, and the released public pairs."""
+"""Ready-made specs: the bundled demo pair, its held-out passages, and the released public pairs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ RELEASED = {
         0.9169,
     ),
 }
-"""Hub ids of AV, AR and base model, and the baseline of the training mix that their model cards' FVE is measured against."""
+"""Short name -> hub ids of AV, AR and base model, and the baseline that the model card measures FVE against (training mix)."""
 
 
 def demo_pair(*, trained_ar: bool = True) -> Autoencoder:
-    """The pair that comes with the repository: small adapters over SmolLM2-135M-Instruct, layer 20.
+    """Return the pair that comes with the repository: small adapters over SmolLM2-135M-Instruct, layer 20.
 
-    `trained_ar=False` takes the reconstructor as it was before training: the frozen base with an identity head.
+    `trained_ar=False` takes the AR before training: the frozen base with an identity head.
     """
     ar = DEMO / "ar" if trained_ar else DEMO / "untrained" / "ar"
     return Autoencoder(av=str(DEMO / "av"), ar=str(ar), base=demo_model())
 
 
 def held_out_passages(**changes: Any) -> Activations:
-    """Activations of passages that the demo pair was never trained on."""
+    """Return activations of passages that the demo pair was not trained on; `changes` replace fields."""
     settings: dict[str, Any] = {
         "model": demo_model(),
         "text": str(DEMO / "passages.jsonl"),
@@ -49,7 +49,7 @@ def held_out_passages(**changes: Any) -> Activations:
 
 
 def released_pair(name: str, **changes: Any) -> Autoencoder:
-    """One of the public pairs by short name: qwen2.5-7b, gemma3-12b, gemma3-27b, llama3.3-70b."""
+    """Return a public pair by short name: qwen2.5-7b, gemma3-12b, gemma3-27b, llama3.3-70b; `changes` replace fields."""
     if name not in RELEASED:
         raise RequestError(f"no released pair {name!r}; there are {', '.join(RELEASED)}")
     av, ar, _, _ = RELEASED[name]
@@ -57,8 +57,8 @@ def released_pair(name: str, **changes: Any) -> Autoencoder:
 
 
 def demo_model() -> str:
-    """Where the set-up step keeps the demo's base model, SmolLM2-135M-Instruct (Apache-2.0).
+    """Return where the set-up step keeps the demo's base model, SmolLM2-135M-Instruct (Apache-2.0).
 
-    That it is there is checked when a spec is run, so that overrides can name another.
+    Whether it exists is checked when a spec runs, so that overrides can name another model.
     """
     return str(home() / "models" / DEMO_MODEL)

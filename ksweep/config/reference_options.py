@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ksweep.config.resources import minutes
+from ksweep.config.resources import parse_time_limit
 from ksweep.config.sweep import known_keys
 from ksweep.utils.errors import RequestError, SpecError
 
@@ -157,7 +157,7 @@ def _max_norm(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
 
 
 def _time_limit(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
-    minutes(str(value))
+    parse_time_limit(str(value))
     return {"resources.time": str(value)}
 
 

@@ -1,4 +1,4 @@
-"""Where and how a sweep runs: cluster, GPUs, ranks, time, batches. Never part of any identity."""
+"""Where and how a sweep runs: cluster, GPUs, ranks, time, batches. No identity key depends on it."""
 
 from __future__ import annotations
 
@@ -19,78 +19,76 @@ Cluster = Literal["auto", "slurm", "local", "inprocess"]
 
 
 LONGEST_PLAIN_MINUTES = 7 * 24 * 60
+"""Longest time limit that may be a bare number: YAML reads an unquoted 24:00:00 as 86400."""
 
-
-_LOST = "without ours a job would be lost sight of"
-
-
-_TOLD = "without ours a job could not be told to stop, or would not come back"
-
-
-_SHAPE = "its ranks would be others than planned; set resources.gpus, tasks or nodes"
+_TRACKING = "ksweep finds its jobs and their output by it"
+_STOPPING = "with another value a job could not be told to stop, or would not be requeued"
+_SHAPE = "the job would have other ranks than planned; set resources.gpus, tasks or nodes"
 
 
 OWN_OPTIONS = {
-    **dict.fromkeys(("comment", "error", "open-mode", "output", "parsable", "test-only", "wait", "wrap"), _LOST),
-    **dict.fromkeys(("requeue", "no-requeue", "signal"), _TOLD),
+    **dict.fromkeys(("comment", "error", "open-mode", "output", "parsable", "test-only", "wait", "wrap"), _TRACKING),
+    **dict.fromkeys(("requeue", "no-requeue", "signal"), _STOPPING),
     **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task", "nodes", "ntasks", "ntasks-per-gpu", "ntasks-per-node"), _SHAPE),
-    "array": "an element is a job of ours; set resources.cells_per_job or max_parallel_jobs",
-    "clusters": "jobs are looked for on this cluster; log in to the other one",
+    "array": "each element of the array is a job; set resources.cells_per_job or max_parallel_jobs",
+    "clusters": "ksweep looks for its jobs on this cluster; log in to the other one",
     "time": "set resources.time", "partition": "set resources.partition", "account": "set resources.account",
     "qos": "set resources.qos", "constraint": "set resources.constraint", "job-name": "set resources.job_name",
     "nice": "set resources.nice", "mem": "set resources.mem_gb", "cpus-per-gpu": "set resources.cpus_per_gpu",
     "cpus-per-task": "set resources.cpus_per_gpu, or cpus_per_task with gpus=0",
 }  # fmt: skip
-"""Options of sbatch that `Resources.extra` cannot take over, and why."""
+"""Options of sbatch that `Resources.extra` must not set, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Where and how a sweep runs; never part of any identity. `batch_size` says what of this can change draws in bfloat16."""
+    """Where and how a sweep runs. Nothing here enters an identity key; see `batch_size` for what can change draws in bfloat16."""
 
     cluster: Cluster = "auto"
-    """auto: Slurm where a cluster is set up, else local. inprocess: here, for debugging."""
+    """auto: Slurm if this machine submits to a cluster, else local. local: jobs on this machine. inprocess: in the calling
+    process, for debugging."""
     gpus: int | None = None
-    """GPUs of a job on each node, one rank for every `gpus_per_model` of them. 0 runs on the CPU; None takes what machine or
-    partition has, one at most."""
+    """GPUs of a job on each node; every `gpus_per_model` of them serve one rank. 0 runs on the CPU. None: one, if the machine or
+    partition has any."""
     tasks: int | None = None
-    """Ranks on each node when gpus=0. None: on this machine one a core, up to 8, as far as memory and the number of draws to be
-    taken allow; on Slurm one."""
+    """Ranks on each node when gpus=0. None: on this machine one per core, up to 8, as far as memory and the number of missing
+    draws allow; on Slurm one."""
     nodes: int = 1
-    """Nodes of a job: its ranks form one process group, and each takes draws that are still to be done."""
+    """Nodes of a job. Its ranks form one process group and share the missing draws."""
     gpus_per_model: int = 1
-    """GPUs over which a rank spreads each of its models, for models that one GPU cannot hold; `gpus` is a multiple of it."""
+    """GPUs over which a rank spreads each of its models, for models too large for one; `gpus` must be a multiple of it."""
     cpus_per_gpu: int | None = None
+    """CPUs of each GPU. None: the cluster's default."""
     cpus_per_task: int | None = None
-    """CPUs of each rank when gpus=0, and so its threads. None: an equal share of the cores that the job has."""
+    """CPUs, and so threads, of each rank when gpus=0. None: an equal share of the job's cores."""
     mem_gb: float | None = None
-    """Memory on each node. None: the cluster's default, or all of it with `exclusive`."""
+    """Memory on each node, GB. None: the cluster's default, or all of the node's with `exclusive`."""
     time: int | str = 24 * 60
-    """Limit of one start of a job: minutes, or as Slurm writes it ("24:00:00", "2-12"). A job that reaches it is requeued."""
+    """Time limit of a start of a job: minutes, or as Slurm writes it ("24:00:00", "2-12"). A job at its limit is requeued."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     """Features that a node must have, e.g. "h100" or "h100&ib"."""
     nice: bool | int = False
-    """true (10000) or a number: lets other jobs go first. Every job can be requeued, whatever its priority."""
+    """Lowers the job's priority in the queue by this number; true is 10000. Every job can be requeued, whatever its priority."""
     exclusive: bool | None = None
-    """Whether nodes are not shared. None: when a whole node of 8 GPUs is asked for."""
+    """Whether the job has its nodes to itself. None: if it asks for 8 GPUs on a node or more."""
     job_name: str | None = None
-    """Name in the queue. None: the sweep's."""
+    """Name in the queue. None: the name of the sweep."""
     setup: str | tuple[str, ...] = ()
     """Shell lines that a job runs before Python, e.g. "module load cuda"."""
     cells_per_job: int | None = None
-    """None: all cells that share an autoencoder, so that models are loaded once."""
+    """Most cells of a job. None: all cells that share an autoencoder, so that its models are loaded once."""
     max_parallel_jobs: int | None = None
-    """Most jobs of the sweep that run at once. None: as many as there is room for."""
+    """Most jobs of the sweep that run at once. None: no limit of its own."""
     batch_size: int | None = None
-    """Most draws in flight, and texts scored, at once on one rank. None: as many draws as memory allows, up to 768. With
+    """Most draws in flight, and texts scored, at once on one rank. None: as many draws as fit in memory, up to 768. With
     autoencoder.dtype=float32 the draws are the same, bit for bit, for every batch size and number of ranks. In bfloat16 another
-    batch size rounds otherwise and flips near ties: of the demo pair's draws 15, 17 and 29 % had other tokens at temperatures
-    0.4, 0.8 and 1.2 (on a CPU). What is stored is never drawn again; the run record says with which settings (runs.engine)."""
+    batch size rounds differently and flips near ties: 15, 17 and 29 % of the demo pair's draws had other tokens at temperatures
+    0.4, 0.8 and 1.2 (on a CPU). Stored draws are never drawn again; the run record says how they were drawn (runs.engine)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Any further sbatch option, passed through, e.g. {"reservation": "nightly"}."""
+    """Further sbatch options, passed through, e.g. {"reservation": "nightly"}."""
 
     def __post_init__(self) -> None:
         one_of("resources.cluster", self.cluster, Cluster)
@@ -120,25 +118,25 @@ class Resources:
 
     @property
     def minutes(self) -> int:
-        """Limit of one start of a job, minutes."""
+        """Time limit of one start of a job, minutes."""
         if isinstance(self.time, int) and not 0 < self.time <= LONGEST_PLAIN_MINUTES:
             # YAML reads an unquoted 24:00:00 as 86400.
             raise SpecError(f'resources.time={self.time} minutes: write a limit of more than a week as "D-HH:MM:SS", in quotes')
-        return minutes(str(self.time), "resources.time")
+        return parse_time_limit(str(self.time), "resources.time")
 
     @property
     def niceness(self) -> int:
-        """What `nice` comes to, 0 for none."""
+        """`nice` as a number, 0 for none."""
         return int(self.nice) if not isinstance(self.nice, bool) else 10_000 * self.nice
 
     @property
     def whole_nodes(self) -> bool:
-        """What `exclusive` comes to."""
+        """Whether the job has its nodes to itself: `exclusive`, or its default."""
         return self.exclusive if self.exclusive is not None else (self.gpus or 0) >= 8
 
     @property
     def setup_lines(self) -> list[str]:
-        """Shell lines, one each."""
+        """`setup` as a list of shell lines."""
         return self.setup.splitlines() if isinstance(self.setup, str) else list(self.setup)
 
 
@@ -150,11 +148,11 @@ def _refuse_own_option(key: str) -> None:
         raise SpecError(f"resources.extra has {key}: ksweep sets --{own} itself ({OWN_OPTIONS[own]}). Leave it out")
 
 
-def minutes(text: str, name: str = "time") -> int:
-    """A Slurm time limit in whole minutes, rounded up: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00.
+def parse_time_limit(text: str, name: str = "time") -> int:
+    """Return a Slurm time limit in whole minutes, rounded up: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00.
 
     Raises:
-        SpecError: anything else.
+        SpecError: any other text; the message calls it `name`.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip().strip("'\""))
     if not match:

@@ -1,4 +1,4 @@
-"""What is measured: frozen dataclasses. A `Cell` is everything that changes the numbers; `Resources` is where it runs."""
+"""The spec of a measurement, as frozen dataclasses. A `Cell` holds everything that changes its numbers, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ PositionRule = Literal["random", "midpoint", "last", "all", "stride"]
 Candidates = Literal["not_special", "not_padding"]
 SelectionRule = Literal["order_statistics", "prefix"]
 MeasuredBaseline = Literal["between_documents", "distance_from_mean"]
-"""Baselines that are measured on the evaluated set."""
+"""Baselines that are measured on the evaluated activations."""
 EncoderPrompt = Literal["learned", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder:
-    """A verbalizer and a reconstructor that belong together: a public NLA pair, or a talkative autoencoder."""
+    """An activation verbalizer (AV) and the reconstructor (AR) trained with it: a public NLA pair, or a talkative autoencoder."""
 
     av: str | None = None
-    """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision"). A key of
-    its sidecar nla_meta.yaml that is not understood is refused by name (docs/sidecars.md)."""
+    """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision"). An unknown
+    key in its sidecar nla_meta.yaml is an error that names the key (docs/sidecars.md)."""
     ar: str | None = None
-    """Activation reconstructor: likewise."""
+    """Activation reconstructor: a directory or hub id, as for `av`."""
     checkpoint: str | None = None
-    """Instead of av and ar: a talkative-autoencoder .pt file, or a directory of them (the one with the highest step)."""
+    """A talkative-autoencoder .pt file, or a directory of which the file with the highest step is taken; instead of av and ar."""
     base: str | None = None
-    """Base model (path or hub id) of PEFT adapters, or of a talkative autoencoder's halves; None takes the one that they name."""
+    """Base model (path or hub id) under PEFT adapters or a talkative autoencoder. None: the model that the checkpoint names."""
     dtype: Dtype = "bfloat16"
-    """Compute precision of AV and AR. Scores are always taken in float32. float32 is the exact mode: its draws do not depend on
-    batch size or number of ranks; those of bfloat16 do, within rounding (see Resources.batch_size)."""
+    """Compute precision of AV and AR; errors are always computed in float32. In float32 draws do not depend on batch size or
+    number of ranks. In bfloat16 rounding can change a draw when either changes (see Resources.batch_size)."""
     encoder_prompt: EncoderPrompt = "learned"
-    """Of a talkative autoencoder: what surrounds an explanation in the encoder. text: not the trained prompt, but the token
-    embeddings of the words that it was initialised with (soft_prompt_init_text)."""
+    """What surrounds an explanation in a talkative autoencoder's encoder. learned: the trained soft prompt. text: the token
+    embeddings of the words that this prompt was initialised with (soft_prompt_init_text)."""
 
     def __post_init__(self) -> None:
         one_of("autoencoder.dtype", self.dtype, Dtype)
@@ -57,56 +57,62 @@ class Autoencoder:
 
     @property
     def source(self) -> str:
-        """What a person would call it: the checkpoint, or the AV."""
+        """Path or hub id by which a user knows the autoencoder: the checkpoint, or the AV."""
         return self.checkpoint or self.av or ""
 
     @property
     def scoring_kind(self) -> ScoringKind:
-        """How reconstructions are compared with activations: a checkpoint's as they are, a pair's scaled to norm sqrt(d)."""
+        """How reconstructions are compared with activations: as they are (checkpoint), or both scaled to norm sqrt(d) (pair)."""
         return "normalised" if self.checkpoint is None else "raw"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Which vectors: a base model, a layer, a text and a rule for positions; or ready-made vectors."""
+    """The vectors to explain: from a base model at one layer, run over a text, at chosen positions; or ready-made vectors."""
 
     model: str | None = None
-    """Base language model: path or hub id. None: the one that a talkative autoencoder names, or not needed with `vectors`. A
-    fine-tune of the pair's base is noted in the record; a directory of another architecture or size is refused."""
+    """Base language model: path or hub id. None: the model that a talkative autoencoder names; `vectors` need none. A fine-tune
+    of the pair's base is noted in the run record; a model of another architecture or size is an error."""
     layer: int | None = None
-    """Block whose output is taken (0-based; = hidden_states[layer + 1]). None: the layer that the autoencoder was trained on."""
+    """Block whose output is taken, 0-based (= hidden_states[layer + 1]). None: the layer that the autoencoder was trained on."""
     text: str | None = None
-    """.txt (a document per blank-line-separated paragraph), .jsonl, .parquet, a `datasets` directory, or a hub dataset id. Text
-    that begins with the model's BOS, as chat templates write it, gets no second one; all rows must begin so, or none."""
+    """A .txt file (one document per paragraph; blank lines separate paragraphs), .jsonl, .parquet, a `datasets` directory, or a
+    hub dataset id. Text that already begins with the model's BOS, as chat templates write it, gets no second BOS; either all rows
+    begin with it or none."""
     text_column: str = "text"
-    """Column of texts, or of lists of token ids, which are used as they are: padding (the tokenizer's pad id, else EOS) on either
-    side is masked and left out, positions are indices in the padded row, min_position counts from its first other token."""
+    """Column of texts, or of lists of token ids, which are used unchanged: padding (the tokenizer's pad id, else EOS) at either
+    end is masked and skipped, positions are indices into the padded row, and min_position counts from the first real token."""
     text_split: str = "train"
     """Split of a hub dataset or a `datasets` directory of several splits."""
     document_column: str | None = None
-    """Column, of text or of vectors, that names the document a row belongs to, the cluster of the bootstrap. None: "document"
-    (of vectors "doc_id", else "document") where there is one, else each row is a document of its own."""
+    """Column that names the document of each row; the bootstrap resamples documents. None: the column "document" (of vectors
+    "doc_id", else "document") if it exists, otherwise each row is its own document."""
     vectors: str | None = None
-    """Parquet file with an `activation_vector` column (public NLA datasets), used instead of model and text. Its sidecar
-    FILE.nla_meta.yaml, where there is one, must say raw vectors (norm: none) of the pair's layer (docs/sidecars.md)."""
+    """Parquet file with an `activation_vector` column (public NLA datasets), instead of model and text. If it has a sidecar
+    FILE.nla_meta.yaml, that must state raw vectors (norm: none) of the pair's layer (docs/sidecars.md)."""
     num_activations: int = 1000
+    """Activations to explain, at least 2 unless scoring.baseline is a number. More can be added later: the first ones stay."""
     positions: PositionRule = "random"
+    """Which allowed positions of a row are taken. random: `positions_per_document` of them, seeded by row. midpoint: the middle
+    one. last: the last one. all: every one. stride: every `stride`-th."""
     candidates: Candidates = "not_special"
-    """not_special: indices from min_position on whose token is not special. not_padding (talkative-autoencoder rule): from the
-    first token that is not padding plus min_position to the last that is not, special tokens too; a shorter row has its last."""
+    """Which positions are allowed. not_special: indices from min_position on whose token is not special. not_padding (the rule of
+    the talkative autoencoder): every real token from the min_position-th on, special ones included; a shorter row gives its
+    last."""
     positions_per_document: int = 1
-    """Positions drawn per row of text by "random", none twice; ignored by the other rules."""
+    """Distinct positions per row of text under "random"; the other rules ignore it."""
     min_position: int = 50
-    """Positions below this are left out: early ones carry little context (50 is the public NLA rule)."""
+    """First allowed position, tokens: earlier ones have little context (50 is the public NLA rule)."""
     stride: int = 16
-    """Distance of neighbouring positions for the rule "stride", tokens."""
+    """Distance between neighbouring positions under "stride", tokens."""
     max_length: int = 2048
-    """Texts are cut to this many tokens; a row of token ids must fit, right padding aside."""
+    """Texts are cut to this many tokens. Rows of token ids must fit without their right padding."""
     max_norm: float | None = None
-    """Extracted activations longer than this are left out; None keeps all."""
+    """Largest L2 norm of an extracted activation; longer ones are left out. None keeps all."""
     seed: int = 42
+    """Seed of the positions under "random"; the other rules ignore it."""
     dtype: Dtype = "bfloat16"
-    """Compute precision of the base model, and of the vectors on disk."""
+    """Compute precision of the base model, and precision of the vectors on disk."""
 
     def __post_init__(self) -> None:
         one_of("activations.positions", self.positions, PositionRule)
@@ -139,18 +145,19 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How explanations are drawn."""
+    """How explanations are sampled."""
 
     temperature: float = 1.0
-    """0 is greedy: every draw would be the same, so one is taken."""
+    """Sampling temperature, at least 0. 0 is greedy: every draw would be the same, so a single one is taken."""
     top_p: float = 1.0
-    """Nucleus: the smallest set of tokens with at least this probability; 1 keeps all."""
+    """Nucleus sampling: draw from the smallest set of tokens with at least this probability, in (0, 1]. 1 keeps all tokens."""
     max_new_tokens: int = 200
-    """Longer explanations are cut off. Those of a checkpoint always have the length that it was trained with."""
+    """Longest explanation, tokens; longer ones are cut off. A checkpoint always writes the length that it was trained with."""
     num_draws: int = 16
     """Explanations per activation; every K up to this is read off the same draws."""
     seed: int = 0
-    """Draw k of an activation is made of this seed, the activation and k: in float32 the same on any number of ranks."""
+    """Draw k of an activation depends on this seed, the activation and k alone; in float32 also bit for bit on any number of
+    ranks."""
 
     def __post_init__(self) -> None:
         if not (is_number(self.temperature) and self.temperature >= 0):
@@ -163,33 +170,36 @@ class Sampling:
 
     @property
     def effective_num_draws(self) -> int:
-        """Draws that are really taken: one when greedy, since all would be equal."""
+        """Number of draws actually taken: one when greedy, since all draws would be equal."""
         return 1 if self.temperature == 0 else self.num_draws
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How draws become a curve."""
+    """How draws become a curve of FVE over K."""
 
     ks: tuple[int, ...] | None = None
-    """Values of K to report; None reports every K from 1 to num_draws."""
+    """Values of K to report, 1 to num_draws. None reports every one."""
     baseline: float | MeasuredBaseline | None = None
-    """Error at which FVE is 0. between_documents (None means the same): half the mean squared distance between evaluated
-    activations of different documents (of a pair: of the scaled ones). distance_from_mean: mean squared distance from the
-    evaluated set's own mean, as the public code has it: too low with few or uneven documents. A number states it (the released
-    pairs quote 0.7335, 0.0302, ...)."""
+    """Error at which FVE is 0. between_documents (also None): half the mean squared distance between evaluated activations of
+    different documents (for a pair, after scaling). distance_from_mean: the mean squared distance from the evaluated set's own
+    mean, as in the public code; biased low with few or uneven documents. A number > 0 states it (the released pairs quote 0.7335,
+    0.0302, ...)."""
     failed_error: float = 2.0
-    """Error of an activation all of whose draws failed: 2 is an orthogonal reconstruction. A checkpoint's draws never fail."""
+    """Error of an activation whose draws all failed, > 0: 2 is that of an orthogonal reconstruction. A checkpoint's draws never
+    fail."""
     selection: SelectionRule = "order_statistics"
-    """order_statistics: the average over every choice of K draws. prefix: the best of the first K, as the reference has it."""
+    """Which K draws the best is taken from. order_statistics: every choice of K draws, averaged. prefix: the first K, as in the
+    reference."""
     level: float = 0.95
-    """Coverage of the intervals."""
+    """Coverage of the intervals, between 0 and 1."""
     num_replicates: int = 2000
-    """Bootstrap replicates over documents."""
+    """Bootstrap replicates over documents, at least 2."""
     seed: int = 0
+    """Seed of the bootstrap."""
     reference_replicates: int = 0
-    """Of a checkpoint: replicates of the reference's own bootstrap of its quantities, over single vectors (percentile and BCa
-    intervals, its seed 42; it had 1000). 0 leaves it out."""
+    """Replicates of the reference's own bootstrap over single vectors (percentile and BCa intervals, seed 42; the reference took
+    1000). Needs a checkpoint. 0 leaves it out."""
 
     def __post_init__(self) -> None:
         if self.ks is not None:
@@ -224,12 +234,12 @@ class Scoring:
 
     @property
     def stated_baseline(self) -> float | None:
-        """The baseline where a number states it; None where it is measured."""
+        """The baseline if the spec states it as a number; None if it is measured."""
         return cast("float", self.baseline) if is_number(self.baseline) else None
 
     @property
     def baseline_kind(self) -> BaselineKind:
-        """What the baseline is, in the words of the registry."""
+        """Kind of the baseline, in the words of the registry."""
         if self.stated_baseline is not None:
             return "stated constant"
         return "distance from mean" if self.baseline == "distance_from_mean" else "between documents"
@@ -240,9 +250,13 @@ class Cell:
     """One point of a sweep: everything that changes its numbers, and nothing else."""
 
     autoencoder: Autoencoder
+    """AV and AR."""
     activations: Activations
+    """Which vectors are explained."""
     sampling: Sampling = field(default_factory=Sampling)
+    """How explanations are sampled from the AV."""
     scoring: Scoring = field(default_factory=Scoring)
+    """How the draws are scored and the curve is reported."""
 
     def __post_init__(self) -> None:
         ks, num_draws = self.scoring.ks, self.sampling.num_draws
@@ -278,14 +292,14 @@ class Cell:
 
     @property
     def ks(self) -> tuple[int, ...]:
-        """Every K that is reported; for a greedy cell, which has one draw, K = 1."""
+        """Every K that is reported. A greedy cell has one draw, so K = 1."""
         n = self.sampling.effective_num_draws
         asked = self.scoring.ks if self.scoring.ks is not None else range(1, n + 1)
         return tuple(k for k in asked if k <= n) or (1,)
 
 
 def cell_from_dict(value: Mapping[str, Any]) -> Cell:
-    """The cell that `dataclasses.asdict` wrote (JSON turns its tuples into lists)."""
+    """Return the cell that `dataclasses.asdict` wrote; JSON has turned its tuples into lists."""
     scoring = dict(value["scoring"])
     if scoring.get("ks") is not None:
         scoring["ks"] = tuple(scoring["ks"])
@@ -298,7 +312,7 @@ def cell_from_dict(value: Mapping[str, Any]) -> Cell:
 
 
 def replace_at(spec: Any, path: str, value: Any) -> Any:
-    """A copy of a (nested) spec with the field at a dotted path changed: `replace_at(cell, "sampling.seed", 1)`."""
+    """Return a copy of a nested spec with the field at a dotted path changed: `replace_at(cell, "sampling.seed", 1)`."""
     head, _, rest = path.partition(".")
     if not is_dataclass(spec) or head not in {f.name for f in fields(spec)}:
         known = ", ".join(f.name for f in fields(spec)) if is_dataclass(spec) else "nothing below it"

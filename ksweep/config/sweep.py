@@ -6,16 +6,12 @@ import itertools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ksweep.config.resources import Resources
 from ksweep.config.spec import Autoencoder, Cell, replace_at
-from ksweep.utils.cell_names import repeated, short_names
+from ksweep.utils.cell_names import duplicate_names, short_names
 from ksweep.utils.errors import SpecError
-
-if TYPE_CHECKING:
-    pass
-
 
 PATHS = ("av", "ar", "checkpoint", "base", "model", "text", "vectors")
 """Fields of a cell that hold a path or a hub id."""
@@ -26,17 +22,21 @@ class Sweep:
     """A question: one cell, and the values along which it is varied."""
 
     name: str
+    """Names the sweep in the registry and its job directories, e.g. temp_sweep."""
     cell: Cell
+    """The spec that all cells share, except along the axes."""
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Dotted field of the cell -> its values, e.g. {"sampling.temperature": (0.5, 1.0)}; cells are the product."""
+    """Dotted field of the cell -> its values, e.g. {"sampling.temperature": (0.5, 1.0)}. Cells are the product of all axes."""
     question: str = ""
+    """What the sweep is to find out; kept in the registry and shown in the report."""
     resources: Resources = field(default_factory=Resources)
+    """Where and how the cells run."""
     registry: str = "registry"
-    """Directory of draws, landing files and the database."""
+    """Directory of the draws, scores, run records and the database."""
     vector_cache: str = "vector_cache"
     """Directory of the activation store."""
     export_json: str = ""
-    """File that results also go to in the reference sweep's JSON schema; with several cells one for each, by its label."""
+    """File to which results are also written in the reference sweep's JSON schema; with several cells one file each, by label."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -51,7 +51,7 @@ class Sweep:
         self.cells()
 
     def cells(self) -> list[Cell]:
-        """The product of the axes, in order, duplicates left out."""
+        """Return the cells: the product of the axes, in order and without duplicates."""
         out = []
         for values in itertools.product(*self.axes.values()):
             cell = self.cell
@@ -62,7 +62,7 @@ class Sweep:
         return out
 
     def labels(self) -> list[str]:
-        """What tells the cells of this sweep apart, for legends: "temperature=0.5", "ar=untrained"."""
+        """Return what differs between the cells, one label each: "temperature=0.5", "ar=untrained"."""
         fields_of = _axis_names(list(self.axes))
         texts = {path: _axis_texts(fields_of[path], values) for path, values in self.axes.items()}
         labels: dict[Cell, str] = {}
@@ -72,19 +72,19 @@ class Sweep:
                 cell = replace_at(cell, path, values[place])
             label = ", ".join(filter(None, (texts[path][place] for path, place in zip(self.axes, places, strict=True))))
             labels.setdefault(cell, label or self.name)
-        again = repeated(list(labels.values()))
+        again = duplicate_names(list(labels.values()))
         return [f"{text} #{i}" if text in again else text for i, text in enumerate(labels.values())]
 
 
 def _axis_names(paths: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted path; all of it where two end alike."""
+    """Return the last part of each dotted path, or all of it where two paths end alike."""
     last = [path.rpartition(".")[2] for path in paths]
-    again = repeated(last)
+    again = duplicate_names(last)
     return {path: path if name in again else name for path, name in zip(paths, last, strict=True)}
 
 
 def _axis_texts(name: str, values: Sequence[Any]) -> list[str]:
-    """What tells the values of an axis apart: numbers and words themselves, of whole parts of a cell the fields that differ."""
+    """Return a label for each value of an axis: the value itself, or for a dataclass the fields that differ."""
     if not all(is_dataclass(value) for value in values):
         return [f"{name}={text}" for text in _value_texts(name, values)]
     if all(isinstance(value, Autoencoder) for value in values):
@@ -100,7 +100,7 @@ def _axis_texts(name: str, values: Sequence[Any]) -> list[str]:
 
 
 def _value_texts(name: str, values: Sequence[Any]) -> list[str]:
-    """Values as short as tells them apart; paths by their last parts."""
+    """Return values as text; paths and hub ids as short as keeps them distinct."""
     if name.rpartition(".")[2] in PATHS:
         known = [value for value in values if value is not None]
         texts = dict(zip(known, short_names(known), strict=True)) if known else {}
@@ -108,15 +108,15 @@ def _value_texts(name: str, values: Sequence[Any]) -> list[str]:
     return [f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value) for value in values]
 
 
-GROUPS: dict[str, type] = {**typing.get_type_hints(Cell), "resources": Resources}
+SPEC_GROUPS: dict[str, type] = {**typing.get_type_hints(Cell), "resources": Resources}
 
 
-PLAIN = ("name", "question", "registry", "vector_cache", "export_json")
+SWEEP_FIELDS = ("name", "question", "registry", "vector_cache", "export_json")
 
 
 def known_keys() -> dict[str, Any]:
-    """Every dotted key and its type."""
-    keys: dict[str, Any] = dict.fromkeys(PLAIN, str)
-    for group, spec in GROUPS.items():
+    """Return every key that a user can set, dotted, with its type."""
+    keys: dict[str, Any] = dict.fromkeys(SWEEP_FIELDS, str)
+    for group, spec in SPEC_GROUPS.items():
         keys |= {f"{group}.{name}": hint for name, hint in typing.get_type_hints(spec).items()}
     return keys

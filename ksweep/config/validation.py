@@ -1,4 +1,4 @@
-"""Checks of single values of a spec."""
+"""Validate single values of a spec."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number; True and False are none."""
+    """Return whether a value is a finite number; True and False are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def one_of(name: str, value: object, options: Any) -> None:
-    """Raise SpecError unless a value is one of those of a Literal type."""
+    """Raise SpecError unless a value is among those of a Literal type."""
     valid: tuple[object, ...] = options.__args__
     if value not in valid:
         raise SpecError(f"{name}={value!r} is not one of {', '.join(map(str, valid))}")
 
 
 def at_least(name: str, value: int, low: int) -> None:
-    """Raise SpecError unless a value is a whole number that is not below `low`."""
+    """Raise SpecError unless a value is a whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise SpecError(f"{name}={value!r} must be a whole number >= {low}")

@@ -18,7 +18,7 @@ from ksweep.registry.draws import DrawsStore
 from ksweep.utils.errors import DataError
 
 if TYPE_CHECKING:
-    from ksweep.activations.chat_roles import Role
+    from ksweep.activations.chat_roles import TokenRole
     from ksweep.activations.store import ActivationTable
 
 
@@ -82,7 +82,7 @@ def _token_stats(vectors: ActivationTable, roles: list[str | None]) -> dict[str,
     if (counts := vectors.role_counts()) is not None:
         sequences = {"total_sequences": vectors.num_source_rows()}
         stats["token_stats"] = {"counts": counts, "proportions": role_proportions(counts)} | sequences
-    if selected := [cast("Role", role) for role in roles if role is not None]:
+    if selected := [cast("TokenRole", role) for role in roles if role is not None]:
         counts = count_roles(selected)
         positions = {"total_positions": len(roles)}
         stats["selected_token_stats"] = {"counts": counts, "proportions": role_proportions(counts)} | positions

@@ -13,7 +13,13 @@ from typing import Any
 
 from ksweep.activations.caching import activations_key
 from ksweep.activations.model_config import text_config
-from ksweep.activations.vector_source import POSITIONS, read_sidecar, vectors_layer, vectors_say_positions, vectors_shape
+from ksweep.activations.vector_source import (
+    POSITION_COLUMN,
+    read_vectors_sidecar,
+    vectors_layer,
+    vectors_say_positions,
+    vectors_shape,
+)
 from ksweep.autoencoder.family import ActivationFacts, Family, family_of
 from ksweep.config.spec import Activations, Cell, Sampling
 from ksweep.config.sweep import Sweep
@@ -169,7 +175,7 @@ def _activation_facts(activations: Activations) -> ActivationFacts:
             d_model=text_config(directory)["hidden_size"],
         )
     vectors, (_, width) = activations.vectors, vectors_shape(activations.vectors)
-    sidecar, layer = read_sidecar(vectors), vectors_layer(vectors)
+    sidecar, layer = read_vectors_sidecar(vectors), vectors_layer(vectors)
     if sidecar is not None and sidecar.d_model not in (None, width):
         raise DataError(
             f"{vectors} holds vectors of {width} dimensions and its sidecar says {sidecar.d_model}: the two are of different "
@@ -180,7 +186,7 @@ def _activation_facts(activations: Activations) -> ActivationFacts:
         raise SpecError(f"activations.layer={activations.layer}, but {whose}{vectors} says layer {layer}: leave it out")
     unknown = {"token": "the token that it was taken at"}  # no column of the public files is read as a token id
     if not vectors_say_positions(vectors):
-        unknown["position"] = f"its position (column {POSITIONS})"
+        unknown["position"] = f"its position (column {POSITION_COLUMN})"
     return ActivationFacts(
         source=vectors,
         model=None if sidecar is None else sidecar.base_model,

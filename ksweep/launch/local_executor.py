@@ -78,7 +78,7 @@ def start_local_job(
     executor = _executor(job.path, resources, name, gpus)
     cpus = sbatch.cpus_per_rank(resources, num_gpus(resources))
     added = machine.rank_environment(tasks_per_node(resources) * side_by_side, cpus)
-    with _ignore_sigint(), machine.environment(added):
+    with _ignore_sigint(), machine.extra_environment(added):
         handle = executor.submit(main.run_rank, str(job.path))
     return LocalJob(job, handle)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ksweep.activations.caching import plan as plan_activations
+from ksweep.activations.caching import plan_activations
 from ksweep.activations.vector_source import are_of_one_document
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell
@@ -138,7 +138,7 @@ def with_num_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
         return sweep
     most_draws = max(sum(step.draws_to_sample for _, step in group) for group in group_by_autoencoder(sweep, missing))
     weights = max(family_of(autoencoder).weight_bytes() for autoencoder in {cell.autoencoder for cell, _ in missing})
-    ranks = machine.num_ranks(most_draws, weights, resources.cpus_per_task)
+    ranks = machine.num_cpu_ranks(most_draws, weights, resources.cpus_per_task)
     # Jobs that the user wants side by side share the cores.
     ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(group_by_autoencoder(sweep, missing))))
     return replace(sweep, resources=replace(resources, tasks=ranks))

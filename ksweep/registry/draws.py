@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from ksweep.utils.errors import DiskFullError, RunError
 from ksweep.utils.files import clear_leftovers, publish, umask_permissions
-from ksweep.utils.notes import Note, keep, kept
+from ksweep.utils.notes import Note, load_notes, save_notes
 
 log = logging.getLogger(__name__)
 
@@ -235,11 +235,11 @@ class DrawsStore:
     @property
     def notes(self) -> tuple[Note, ...]:
         """Notes on the AV and the AR of these draws."""
-        return kept(self.path)
+        return load_notes(self.path)
 
     def keep_notes(self, notes: Iterable[Note]) -> None:
         """Write notes beside the draws."""
-        _guard_disk(self.path, lambda: keep(self.path, notes))
+        _guard_disk(self.path, lambda: save_notes(self.path, notes))
 
     def controls(self) -> dict[str, Any] | None:
         """Return controls that are measured once per key, such as the error of an empty text; None if there are none yet."""

@@ -1,17 +1,9 @@
-"""Standard output, and numbers as people read them. Light: every command starts with it."""
+"""Standard output, and human-readable numbers. Light to import: every command starts with it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
-
-if TYPE_CHECKING:
-    pass
-
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +13,7 @@ PIPE_WIDTH = 100_000
 
 
 def console() -> Console:
-    """Standard output, text taken as it is (no markup, no emoji codes); in a pipe no colour and nothing cut."""
+    """Return standard output for unmodified text (no markup, no emoji codes); in a pipe without colour and line breaks."""
     from rich.console import Console
 
     plain = Console(markup=False, emoji=False, highlight=False)
@@ -29,7 +21,7 @@ def console() -> Console:
 
 
 def columns(out: Console, **on_a_terminal: Any) -> Table:
-    """A table to be filled; in a pipe, where people grep and cut, without its borders: columns two blanks apart."""
+    """Return an empty table. In a pipe, for grep and cut, it has no borders: columns are two spaces apart."""
     from rich.table import Table
 
     if out.is_terminal:
@@ -39,7 +31,7 @@ def columns(out: Console, **on_a_terminal: Any) -> Table:
 
 
 def bytes_text(count: int) -> str:
-    """A number of bytes as people read it."""
+    """Return a number of bytes with a unit: "1.2 GB"."""
     if count < 1000:
         return f"{count} B"
     power = min(4, int(math.log10(count) // 3))
@@ -47,14 +39,14 @@ def bytes_text(count: int) -> str:
 
 
 def duration_text(value: float | None) -> str:
-    """A length of time as people read it."""
+    """Return a duration with a unit: "90 s", "12 min", "3.5 h"."""
     if value is None:
         return "unknown"
     return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
 def ago_text(seconds: float) -> str:
-    """How long ago something was, in at most four characters: 40s, 12m, 5h, 3d."""
+    """Return an age in at most four characters: 40s, 12m, 5h, 3d."""
     for size, name, most in ((1, "s", 120), (60, "m", 7200), (3600, "h", 172_800)):
         if seconds < most:
             return f"{max(0.0, seconds) / size:.0f}{name}"
@@ -62,4 +54,4 @@ def ago_text(seconds: float) -> str:
 
 
 WIDE_COLUMNS = 110
-"""Narrower terminals leave out failures and speed."""
+"""Terminal width below which tables leave out failures and speed."""

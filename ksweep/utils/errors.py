@@ -1,4 +1,4 @@
-"""The two ways a run can go wrong, the exit code each one gets, and the class that a record calls it by."""
+"""Errors: what the user asked for (exit code 2) or what failed while running (exit code 1), and the class in the run record."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Literal, get_args
 
 
 class RequestError(ValueError):
-    """A mistake in what was asked for: a mistyped option, a missing file, the wrong checkpoint. Exit code 2.
+    """A mistake in the request: a mistyped option, a missing file, the wrong checkpoint. Exit code 2.
 
-    The message is one paragraph: what came, what was expected, what to do.
+    The message is a paragraph: what came, what was expected, what to do.
     """
 
 
 class SpecError(RequestError):
-    """A spec, an override or a configuration file that cannot mean anything."""
+    """A spec, an override or a configuration file that is invalid or contradicts itself."""
 
 
 class CheckpointError(RequestError):
-    """A checkpoint that is not what it was given as, or that is damaged."""
+    """A checkpoint of the wrong kind, or a damaged one."""
 
 
 class DataError(RequestError):
-    """Text or vectors that cannot be used: missing, empty, ragged, not finite."""
+    """Unusable text or vectors: missing, empty, ragged, not finite."""
 
 
 class StoreError(RuntimeError):
@@ -31,11 +31,11 @@ class StoreError(RuntimeError):
 
 
 class RunError(RuntimeError):
-    """A failure while running: a dead rank, a full disk, a job that was lost. Exit code 1."""
+    """A failure while running: a dead rank, a full disk, a lost job. Exit code 1."""
 
 
 class DiskFullError(RunError):
-    """No room left; nothing half-written stays."""
+    """No space left on the disk; no half-written file stays."""
 
 
 ErrorClass = Literal[
@@ -56,11 +56,11 @@ ErrorClass = Literal[
     "failure",
     "bug",
 ]
-"""Why a run, a job or a rank ended before its time. What is to be done about it follows from the class, not the Python type.
+"""Why a run, a job or a rank ended early. The retry policy follows from this class, not from the Python type.
 
-time limit: starts that reach their limit without publishing anything. timeout: killed at its limit. stopped: asked to. killed:
-its processes are gone. lost: Slurm knows nothing of it any more. setup: it ended in the
-shell lines before Python. failure: what ksweep refuses while running. bug: the rest.
+time limit: several starts reached their limit without publishing a draw. timeout: killed at its limit. stopped: asked to stop.
+killed: its processes are gone. lost: Slurm no longer knows the job. setup: ended in the shell lines before Python. failure: an
+error that ksweep raises while running. bug: any other exception.
 """
 ERROR_CLASSES: tuple[str, ...] = get_args(ErrorClass)
 
@@ -70,12 +70,12 @@ _NOT_A_NUMBER = re.compile(r"\bNaNs?\b|(?:not|non-) ?finite|contains either `inf
 
 
 def classify(error: BaseException) -> ErrorClass:
-    """The class of a failure, for people, the plan and the exit code; a cause that was given (`raise ... from`) counts too."""
-    found = _class_of(error)
-    if found in ("failure", "bug") and error.__cause__ is not None:
-        deeper = classify(error.__cause__)
-        return deeper if deeper in ("disk full", "out of memory", "NaN") else found
-    return found
+    """Return the class of a failure; of a generic one, the class of its cause (`raise ... from`) where that is more specific."""
+    error_class = _class_of(error)
+    if error_class in ("failure", "bug") and error.__cause__ is not None:
+        of_cause = classify(error.__cause__)
+        return of_cause if of_cause in ("disk full", "out of memory", "NaN") else error_class
+    return error_class
 
 
 def _class_of(error: BaseException) -> ErrorClass:
@@ -84,19 +84,19 @@ def _class_of(error: BaseException) -> ErrorClass:
         return "bad input"
     if isinstance(error, DiskFullError) or code in _FULL_DISK:
         return "disk full"
-    # PyTorch raises a RuntimeError for what its allocators on the CPU and cuBLAS cannot have.
-    torchs = isinstance(error, RuntimeError) and not isinstance(error, StoreError)
+    # PyTorch raises a RuntimeError when its CPU allocator or cuBLAS runs out of memory.
+    may_be_torchs = isinstance(error, RuntimeError) and not isinstance(error, StoreError)
     if isinstance(error, MemoryError) or code == errno.ENOMEM or "OutOfMemory" in type(error).__name__:
         return "out of memory"
-    if torchs and _NO_MEMORY.search(str(error)):
+    if may_be_torchs and _NO_MEMORY.search(str(error)):
         return "out of memory"
-    if isinstance(error, FloatingPointError) or (torchs and _NOT_A_NUMBER.search(str(error))):
+    if isinstance(error, FloatingPointError) or (may_be_torchs and _NOT_A_NUMBER.search(str(error))):
         return "NaN"
     return "failure" if isinstance(error, (RunError, StoreError)) else "bug"
 
 
 def class_of_type(name: str) -> str:
-    """The class behind a Python type, or behind a class, as records hold it that were written when one field had both."""
+    """Return the class for a Python type name or a class: records of earlier versions have either in the same field."""
     if name in ERROR_CLASSES:
         return name
     if name in {kind.__name__ for kind in (RequestError, SpecError, CheckpointError, DataError)}:

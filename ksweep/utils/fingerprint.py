@@ -1,7 +1,7 @@
 """Canonical JSON and its fingerprint: the same spec gives the same key in every process, on every machine.
 
-A value without a stable text form (a callable, a set, an object with a default repr) is refused: hashing `str(o)` would
-give a new key in every process, and results would be computed again and again without anyone noticing.
+A value without a stable text form (a callable, a set, an object with a default repr) is an error: hashing its `str` would give a
+new key in every process, and results would be computed again and again unnoticed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> str:
-    """The one text of a spec: keys sorted, no spaces, floats by shortest round trip, dataclasses as objects.
+    """Return the canonical text of a spec: keys sorted, no spaces, floats by shortest round trip, dataclasses as objects.
 
     Raises:
-        TypeError: a value that has no stable form, with the path that leads to it.
+        TypeError: a value without a stable form; the message has its path in the spec.
     """
     return json.dumps(_plain(value, "value"), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def fingerprint(value: Any) -> str:
-    """The first 128 bits of the SHA-256 of the canonical JSON, as 32 hex digits."""
+    """Return the first 128 bits of the SHA-256 of the canonical JSON, as 32 hex digits."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
 
 

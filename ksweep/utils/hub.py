@@ -19,19 +19,19 @@ CONTENT_SUFFIXES = (".safetensors", ".bin", ".pt", ".json", ".yaml", ".model", "
 
 
 DATASETS_CACHE = re.compile(r"cache-.*\.arrow")
-"""What `datasets` leaves in a saved data set when someone maps or filters it, and does not read with it."""
+"""Files that `datasets` writes into a saved data set when someone maps or filters it; reading the data set ignores them."""
 
 
 MODEL_LOADING = threading.RLock()
-"""Held while transformers loads weights: it swaps methods of its classes meanwhile, and two threads at once leave them
+"""Held while transformers loads weights: it swaps methods of its classes for that time, and two threads at once leave them
 swapped (weights are then never tied again in this process; seen with transformers 5.23)."""
 
 
 def resolve(source: str, what: str = "model") -> Path:
-    """Local directory or file of a path or hub id; a hub id is downloaded (or found in the hub cache) first.
+    """Return the local directory or file of a path or hub id. A hub id is downloaded first unless the hub cache has it.
 
     Raises:
-        CheckpointError: nothing at the path, and not a hub id that can be had.
+        CheckpointError: the path does not exist, or the hub id cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -65,11 +65,13 @@ def _hub_snapshot(source: str, what: str) -> Path:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 over the names and contents of what matters at a path, as 32 hex digits. Remembered by (path, size, mtime)."""
+    """Return the SHA-256 over names and contents of a checkpoint's files, 32 hex digits. File digests are remembered on disk."""
     if path.is_file():
         return _file_digest(path)[:32]
-    found = (p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES and not DATASETS_CACHE.fullmatch(p.name))
-    files = sorted(p for p in found if ".cache" not in p.relative_to(path).parts)  # where hub clients keep their notes
+    content = (
+        p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES and not DATASETS_CACHE.fullmatch(p.name)
+    )
+    files = sorted(p for p in content if ".cache" not in p.relative_to(path).parts)  # hub clients keep their metadata there
     if not files:
         raise CheckpointError(f"{path} holds no model files ({', '.join(CONTENT_SUFFIXES[:3])}, ...): is it the right directory?")
     lines = [f"{p.relative_to(path).as_posix()} {_file_digest(p)}" for p in files]
@@ -87,6 +89,6 @@ def _file_digest(path: Path) -> str:
             return text
     with path.open("rb") as file:
         value = hashlib.file_digest(file, "sha256").hexdigest()
-    with suppress(OSError):  # a read-only home only costs the time of hashing again
+    with suppress(OSError):  # with a read-only home the file is hashed again next time
         publish(remembered, value.encode())
     return value

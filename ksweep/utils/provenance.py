@@ -1,4 +1,4 @@
-"""Where a result came from: commit, machine, packages, command."""
+"""Provenance of a result: commit, machine, packages, command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("ksweep", "torch", "transformers", "peft", "numpy", "pyarrow", "duck
 
 
 def provenance() -> dict[str, Any]:
-    """Facts about this process that do not change the numbers but explain them."""
+    """Return facts about this process that do not change the numbers but help to explain them."""
     commit, dirty = git_state(Path(__file__).parent)
     return {
         "argv": sys.argv,
@@ -28,7 +28,7 @@ def provenance() -> dict[str, Any]:
 
 
 def git_state(path: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout that a path lies in, and whether its tracked files are changed; None where there is no checkout."""
+    """Return the commit of the checkout around a path, and whether tracked files differ from it; None outside a checkout."""
     commit = _git(path, "rev-parse", "HEAD")
     if commit is None:
         return None, None

@@ -1,4 +1,4 @@
-"""Seconds by phase: of one cell, or of cells that are drawn together."""
+"""Measure seconds by phase, of a cell or of cells that are drawn together."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TypeVar
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Clock:
-    """Seconds by phase."""
+    """Accumulates seconds by phase."""
 
     def __init__(self) -> None:
-        """Starts now."""
+        """Set the start to now."""
         self.started = datetime.now(UTC)
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count what is inside under a phase."""
+        """Add the time that the body takes to a phase."""
         began = time.monotonic()
         try:
             yield
         finally:
             self.add({phase: time.monotonic() - began})
 
-    def each(self, phase: str, items: Iterable[T]) -> Iterator[T]:
-        """The items, with the time that they take to come counted under a phase; what is done with them is not."""
+    def each(self, phase: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, and add the time that the iterator takes, not what the caller does with them, to a phase."""
         source = iter(items)
         while True:
             with self(phase):
@@ -40,11 +40,11 @@ class Clock:
             yield item
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Count these too."""
+        """Add seconds to their phases."""
         for phase, value in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
 
     def take(self, other: Clock, share: float = 1.0) -> None:
-        """A share of what is on another clock, from there to here."""
+        """Move a share of another clock's seconds to this one."""
         self.add({phase: share * value for phase, value in other.seconds.items()})
         other.seconds = {phase: (1 - share) * value for phase, value in other.seconds.items()}

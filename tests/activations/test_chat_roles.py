@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ksweep.activations.chat_roles import ROLES, count_roles, detect_template, role_proportions, token_roles
+from ksweep.activations.chat_roles import TOKEN_ROLES, count_roles, detect_template, role_proportions, token_roles
 
 SHORT = {"u": "user", "a": "assistant", "s": "system", ".": "special", "-": "other", "_": "pad"}
 
@@ -109,4 +109,4 @@ def test_counts_and_proportions_leave_padding_out_of_the_shares():
     assert counts == {"user": 2, "assistant": 1, "system": 0, "special": 1, "other": 0, "pad": 2, "total": 6}
     assert role_proportions(counts) == {"user": 0.5, "assistant": 0.25, "system": 0, "special": 0.25, "other": 0}
     assert set(role_proportions(count_roles(["pad"])).values()) == {None}
-    assert set(ROLES) == set(SHORT.values())
+    assert set(TOKEN_ROLES) == set(SHORT.values())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ksweep.activations import ActivationTable, activations_key, ensure, plan
+from ksweep.activations import ActivationTable, activations_key, ensure, plan_activations
 from ksweep.activations.datasets import text_identity
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
@@ -244,7 +244,7 @@ def test_splits_of_one_directory_are_kept_apart(base: Path, tmp_path: Path) -> N
     keys = {activations_key(tokens(base, path, 1, text_split=split), 1)[0] for split in ("train", "validation")}
     below = activations_key(tokens(base, path / "validation", 1), 1)[0]
     assert len({*keys, below}) == 3
-    assert plan(tokens(base, path / "validation", 1), 1, tmp_path / "cache").missing == 1
+    assert plan_activations(tokens(base, path / "validation", 1), 1, tmp_path / "cache").missing == 1
 
 
 # ---- what must be refused
@@ -278,12 +278,12 @@ def test_columns_that_are_no_token_ids_are_refused_by_row_and_column(
 @pytest.mark.parametrize("kind", ["directory", "parquet"])
 def test_floats_in_a_typed_table_are_refused(base: Path, tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError, match=r"row 0 of .* with '5.0' \(float\) at index 0"):
-        plan(tokens(base, save([[5.0, 6.0]], tmp_path, kind), 1), 1, tmp_path / "cache")
+        plan_activations(tokens(base, save([[5.0, 6.0]], tmp_path, kind), 1), 1, tmp_path / "cache")
 
 
 def test_missing_column_of_a_directory_is_refused_when_planning(base: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'text'; it has input_ids, attention_mask. Set activations.text_column"):
-        plan(tokens(base, save([[5, 6]], tmp_path), 1, text_column="text"), 1, tmp_path / "cache")
+        plan_activations(tokens(base, save([[5, 6]], tmp_path), 1, text_column="text"), 1, tmp_path / "cache")
 
 
 def test_rows_longer_than_max_length_are_refused_unless_only_right_padding_is_cut(base: Path, tmp_path: Path) -> None:

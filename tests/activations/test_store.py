@@ -21,19 +21,19 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.activations import ActivationStore, activation_key, activations_key, ensure, estimate_bytes, plan
+from ksweep.activations import ActivationStore, activation_key, activations_key, ensure, estimate_bytes, plan_activations
 from ksweep.activations import store as store_module
 from ksweep.activations.caching import fill
-from ksweep.activations.source import Unit, to_bfloat16_bits, to_float32
-from ksweep.activations.vector_source import ROWS_PER_UNIT
+from ksweep.activations.source import ActivationUnit, to_bfloat16_bits, to_float32
+from ksweep.activations.vector_source import VECTOR_ROWS_PER_UNIT
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError, RunError, SpecError, StoreError
 from tests.activations.helpers import passages, random_vectors, shard_files, spec, vector_spec, write_jsonl, write_vectors
 
 
-def make_unit(vectors: np.ndarray, first: int = 0, is_last: bool = False) -> Unit:
+def make_unit(vectors: np.ndarray, first: int = 0, is_last: bool = False) -> ActivationUnit:
     n = len(vectors)
-    return Unit(
+    return ActivationUnit(
         vectors=vectors,
         row_ids=[f"row:{first + i}" for i in range(n)],
         documents=[f"doc-{(first + i) // 2}" for i in range(n)],
@@ -229,17 +229,17 @@ def test_too_little_text_says_how_much_there_is(base: Path, text: Path, tmp_path
         with pytest.raises(DataError, match=r"num_activations=181, but .* gives 180 \(200 rows, 20 of them without"):
             ensure(spec(base, text, 181), 1, tmp_path)
     with pytest.raises(DataError, match="gives 180"):
-        plan(spec(base, text, 181), 1, tmp_path)
+        plan_activations(spec(base, text, 181), 1, tmp_path)
     with pytest.raises(DataError, match=r"no row of .* has an allowed position: lower activations.min_position \(now 450"):
         ensure(spec(base, text, 5, min_position=450, max_length=1000), 1, tmp_path)
 
 
 def test_plan_counts_what_is_there_and_the_bytes_of_the_rest(base: Path, text: Path, tmp_path: Path) -> None:
-    before = plan(spec(base, text, 60, dtype="bfloat16"), 1, tmp_path / "c")
+    before = plan_activations(spec(base, text, 60, dtype="bfloat16"), 1, tmp_path / "c")
     assert (before.present, before.missing, before.d_model) == (0, 60, 16) and not (tmp_path / "c").exists()
     assert before.bytes_needed == estimate_bytes(60, 16, "bfloat16")
     ensure(spec(base, text, 60, dtype="bfloat16"), 1, tmp_path / "c")
-    after = plan(spec(base, text, 100, dtype="bfloat16"), 1, tmp_path / "c")
+    after = plan_activations(spec(base, text, 100, dtype="bfloat16"), 1, tmp_path / "c")
     assert (after.key, after.present, after.missing) == (before.key, 100, 0)  # whole units: 116 are there
 
 
@@ -252,10 +252,11 @@ def test_byte_estimate_is_close_to_what_a_fill_takes(tmp_path: Path) -> None:
 def test_planning_and_reading_need_no_torch(base: Path, text: Path, tmp_path: Path) -> None:
     ensure(spec(base, text, 20), 1, tmp_path)
     code = (
-        "import sys; from ksweep.activations import ensure, plan; from ksweep.config.spec import Activations\n"
+        "import sys; from ksweep.activations import ensure, plan_activations; from ksweep.config.spec import Activations\n"
         f"a = Activations(model={str(base)!r}, text={str(text)!r}, num_activations=20, min_position=4, max_length=128, "
         "dtype='float32')\n"
-        f"assert plan(a, 1, {str(tmp_path)!r}).missing == 0 and ensure(a, 1, {str(tmp_path)!r}).vectors().shape == (20, 16)\n"
+        f"assert plan_activations(a, 1, {str(tmp_path)!r}).missing == 0\n"
+        f"assert ensure(a, 1, {str(tmp_path)!r}).vectors().shape == (20, 16)\n"
         "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
@@ -290,7 +291,7 @@ def test_key_does_not_hold_where_model_and_text_lie(base: Path, text: Path, tmp_
 
 def test_layer_that_nobody_knows_is_asked_for(base: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"activations\.layer is not known"):
-        plan(spec(base, text, 5), None, tmp_path)
+        plan_activations(spec(base, text, 5), None, tmp_path)
 
 
 # ---- several ranks, several jobs
@@ -318,7 +319,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(base: Path, text: Path, tmp_pa
 def test_rank_takes_over_from_one_that_is_gone(tmp_path: Path) -> None:
     from ksweep.activations.vector_source import VectorUnits
 
-    vectors = random_vectors(3 * ROWS_PER_UNIT)
+    vectors = random_vectors(3 * VECTOR_ROWS_PER_UNIT)
     source = VectorUnits(write_vectors(tmp_path / "v.parquet", vectors))
     store = ActivationStore(tmp_path, "k", {})
     fill(store, source, len(vectors), rank=1, world_size=2, patience=0.1)  # rank 0 never comes
@@ -340,7 +341,7 @@ def start_filler(vectors: Path, root: Path, count: int) -> subprocess.Popen[byte
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, dict[str, bytes]]:
     """A file of 30 units, its vectors, and the shards of an undisturbed fill."""
-    directory, vectors = tmp_path_factory.mktemp("many"), random_vectors(30 * ROWS_PER_UNIT)
+    directory, vectors = tmp_path_factory.mktemp("many"), random_vectors(30 * VECTOR_ROWS_PER_UNIT)
     path = write_vectors(directory / "v.parquet", vectors, row_group_size=8000)
     table = ensure(vector_spec(path, len(vectors)), None, directory / "cache")
     return path, vectors, shard_files(table.directory)
@@ -441,7 +442,7 @@ def test_damaged_shard_is_set_aside_and_computed_again(
 
 
 def test_damage_behind_a_gap_is_found_before_it_is_used(tmp_path: Path) -> None:
-    vectors = random_vectors(3 * ROWS_PER_UNIT)
+    vectors = random_vectors(3 * VECTOR_ROWS_PER_UNIT)
     path = write_vectors(tmp_path / "v.parquet", vectors)
     directory = ensure(vector_spec(path, len(vectors)), None, tmp_path / "c").directory
     flip_a_byte(next(directory.glob("shard-00002-*.arrow")))
@@ -450,13 +451,13 @@ def test_damage_behind_a_gap_is_found_before_it_is_used(tmp_path: Path) -> None:
 
 
 def test_damage_beyond_a_request_is_set_aside_and_stops_nobody(tmp_path: Path) -> None:
-    vectors = random_vectors(3 * ROWS_PER_UNIT)
+    vectors = random_vectors(3 * VECTOR_ROWS_PER_UNIT)
     path = write_vectors(tmp_path / "v.parquet", vectors)
     directory = ensure(vector_spec(path, len(vectors)), None, tmp_path / "c").directory
     flip_a_byte(next(directory.glob("shard-00001-*.arrow")))
     (directory / "manifest.json").unlink()
     assert np.array_equal(ensure(vector_spec(path, 5), None, tmp_path / "c").vectors(), vectors[:5])
-    assert json.loads((directory / "manifest.json").read_text())["num_activations"] == ROWS_PER_UNIT
+    assert json.loads((directory / "manifest.json").read_text())["num_activations"] == VECTOR_ROWS_PER_UNIT
     assert len(list(directory.glob("shard-00001*.damaged-*"))) == 2
     assert np.array_equal(ensure(vector_spec(path, len(vectors)), None, tmp_path / "c").vectors(), vectors)
 
@@ -569,7 +570,7 @@ def test_manifest_that_cannot_be_written_stops_nobody(tmp_path: Path, monkeypatc
 def test_full_disk_says_how_much_is_needed_and_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_vectors(tmp_path / "v.parquet", random_vectors(3 * ROWS_PER_UNIT))
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(3 * VECTOR_ROWS_PER_UNIT))
     ensure(vector_spec(path, 5), None, tmp_path / "c")
 
     def full(handle: int) -> None:
@@ -580,9 +581,9 @@ def test_full_disk_says_how_much_is_needed_and_leaves_nothing_half_written(
         with pytest.raises(
             RunError, match=r"no space left in .*: the next shard needs [\d,]+ bytes and [\d,]+ are free. The 1 sh"
         ):
-            ensure(vector_spec(path, 3 * ROWS_PER_UNIT), None, tmp_path / "c")
+            ensure(vector_spec(path, 3 * VECTOR_ROWS_PER_UNIT), None, tmp_path / "c")
     assert len(shard_files(tmp_path / "c")) == 1 and not list((tmp_path / "c").rglob("*.part"))
-    assert len(ensure(vector_spec(path, 3 * ROWS_PER_UNIT), None, tmp_path / "c")) == 3 * ROWS_PER_UNIT
+    assert len(ensure(vector_spec(path, 3 * VECTOR_ROWS_PER_UNIT), None, tmp_path / "c")) == 3 * VECTOR_ROWS_PER_UNIT
 
 
 def test_directory_that_cannot_be_written_is_a_run_error(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ksweep.activations import activations_key, ensure, plan, read_sidecar
-from ksweep.activations.vector_source import ROWS_PER_UNIT, VectorUnits, are_of_one_document, vectors_layer
+from ksweep.activations import activations_key, ensure, plan_activations, read_vectors_sidecar
+from ksweep.activations.vector_source import VECTOR_ROWS_PER_UNIT, VectorUnits, are_of_one_document, vectors_layer
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
 from tests.activations.helpers import random_vectors, vector_spec, write_vectors
@@ -51,17 +51,17 @@ def test_only_the_units_asked_for_are_read(tmp_path: Path) -> None:
 
 
 def test_units_in_any_order_equal_units_in_order(tmp_path: Path) -> None:
-    vectors = random_vectors(3 * ROWS_PER_UNIT + 5)
+    vectors = random_vectors(3 * VECTOR_ROWS_PER_UNIT + 5)
     source = VectorUnits(write_vectors(tmp_path / "v.parquet", vectors))
     for index, unit in source.units([2, 0, 3, 1, 4]):
-        assert np.array_equal(unit.vectors, vectors[index * ROWS_PER_UNIT : (index + 1) * ROWS_PER_UNIT])
+        assert np.array_equal(unit.vectors, vectors[index * VECTOR_ROWS_PER_UNIT : (index + 1) * VECTOR_ROWS_PER_UNIT])
         assert unit.is_last == (index >= 3)
-        assert unit.row_ids[:1] == ([f"row:{index * ROWS_PER_UNIT}"] if index < 4 else [])
+        assert unit.row_ids[:1] == ([f"row:{index * VECTOR_ROWS_PER_UNIT}"] if index < 4 else [])
 
 
 def test_more_vectors_than_there_are_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "v.parquet", random_vectors(7))
-    for act in (plan, ensure):
+    for act in (plan_activations, ensure):
         with pytest.raises(DataError, match=r"has 7 rows: set activations.num_activations=7"):
             act(vector_spec(path, 8), None, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -99,7 +99,7 @@ def test_file_that_is_no_vector_file_is_refused(tmp_path: Path) -> None:
     cases = {"t": "no column 'activation_vector'; it has text", "x": "not a readable Parquet", "n": "no file of vectors"}
     for name, says in cases.items():
         with pytest.raises(DataError, match=says):
-            plan(vector_spec(tmp_path / f"{name}.parquet", 1), None, tmp_path / "cache")
+            plan_activations(vector_spec(tmp_path / f"{name}.parquet", 1), None, tmp_path / "cache")
 
 
 def sidecar(path: Path, **meta: object) -> Path:
@@ -109,18 +109,18 @@ def sidecar(path: Path, **meta: object) -> Path:
 
 def test_sidecar_says_where_the_vectors_are_from(tmp_path: Path) -> None:
     extraction = {"base_model": "Qwen/Qwen2.5-7B-Instruct", "d_model": 3584, "layer_index": 20, "norm": "none", "corpus": "web"}
-    found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction))
+    found = read_vectors_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction))
     assert found is not None
     assert (found.layer, found.base_model, found.d_model, found.norm) == (20, "Qwen/Qwen2.5-7B-Instruct", 3584, "none")
-    assert read_sidecar(tmp_path / "other.parquet") is None
-    assert read_sidecar(sidecar(tmp_path / "bare.parquet")).layer is None  # type: ignore[union-attr]
+    assert read_vectors_sidecar(tmp_path / "other.parquet") is None
+    assert read_vectors_sidecar(sidecar(tmp_path / "bare.parquet")).layer is None  # type: ignore[union-attr]
 
 
 def test_sidecar_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"kind 'nla_model'.*nla_dataset"):
-        read_sidecar(sidecar(tmp_path / "v.parquet", kind="nla_model"))
+        read_vectors_sidecar(sidecar(tmp_path / "v.parquet", kind="nla_model"))
     with pytest.raises(DataError, match="layer_index='twenty'"):
-        read_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": "twenty"}))
+        read_vectors_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": "twenty"}))
 
 
 # documents
@@ -173,7 +173,7 @@ def test_documents_are_part_of_the_key_where_they_are_others_than_doc_id(tmp_pat
     assert "document_column" not in activations_key(request, None)[1]  # keys of the public files are as they were
 
 
-@pytest.mark.parametrize("act", [plan, ensure])
+@pytest.mark.parametrize("act", [plan_activations, ensure])
 def test_document_column_that_is_missing_is_refused_with_those_there_are(act: Any, tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "v.parquet", random_vectors(3), doc_id=["a", "a", "b"])
     request = Activations(vectors=str(path), num_activations=3, document_column="item_id")
@@ -192,7 +192,7 @@ def test_sidecar_of_raw_vectors_is_read(norm: Any, tmp_path: Path) -> None:
         "tokens": {"injection_char": "x", "anything": 1}, "prompt_templates": {"actor": "{depth_pct}"}, "git_commit": "abc",
         "api_summaries": {"model": "m", "instruction_prompt": "{text}"}, "created_at": "2026-03-13", "created_by": "nla",
     }  # fmt: skip
-    found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction, **more))
+    found = read_vectors_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction, **more))
     assert found is not None and (found.layer, found.base_model) == (20, "a/b")
 
 
@@ -220,7 +220,7 @@ def test_sidecar_of_raw_vectors_is_read(norm: Any, tmp_path: Path) -> None:
 )
 def test_sidecar_that_says_more_than_is_understood_is_refused_by_name(meta: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=says) as raised:
-        read_sidecar(sidecar(tmp_path / "v.parquet", **meta))
+        read_vectors_sidecar(sidecar(tmp_path / "v.parquet", **meta))
     assert "\n" not in str(raised.value)
 
 
@@ -263,13 +263,13 @@ MADE_WITH: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("made", MADE_WITH, ids=lambda made: "-".join(map(str, next(iter(made.items())))))
 def test_sidecar_that_says_of_which_text_the_vectors_are_is_read(made: dict[str, Any], tmp_path: Path) -> None:
-    found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": 20, **made}))
+    found = read_vectors_sidecar(sidecar(tmp_path / "v.parquet", extraction={"layer_index": 20, **made}))
     assert found is not None and found.layer == 20 and found.notes == ()
 
 
 def test_sidecar_of_vectors_notes_a_directory_of_training(tmp_path: Path) -> None:
     extraction = {"base_model": "checkpoints/sft_av", "layer_index": 20}
-    found = read_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction, base_model="a/b", hidden_size=8))
+    found = read_vectors_sidecar(sidecar(tmp_path / "v.parquet", extraction=extraction, base_model="a/b", hidden_size=8))
     assert found is not None and (found.base_model, found.d_model) == ("a/b", 8)
     assert ["extraction.base_model='checkpoints/sft_av'" in note.text for note in found.notes] == [True]
 

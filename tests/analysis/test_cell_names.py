@@ -21,7 +21,7 @@ from ksweep.config.spec import Sampling
 from ksweep.evaluation.identity import resolve_cells, sweep_keys
 from ksweep.registry.query import named_curves
 from ksweep.registry.run_record import write_run
-from ksweep.utils.cell_names import short_names, told_apart
+from ksweep.utils.cell_names import distinct_names, short_names
 from ksweep.utils.errors import RequestError
 from tests.analysis.test_chart_kinds import differences, rows_in, subtitle
 from tests.registry.landed_runs import curve_of, record_of
@@ -74,11 +74,11 @@ def test_names_take_the_sweep_then_the_cell_then_the_run_until_they_differ() -> 
         return {"label": label, "sweep": sweep, "cell": cell, "run_id": run_id}
 
     a = cell("T=1", "s", "demo T=1 @aa", "r1")
-    assert told_apart([a, cell("T=2", "s", "demo T=2 @bb", "r2")]) == ["T=1", "T=2"]
-    assert told_apart([a, cell("T=1", "t", "demo T=1 @bb", "r2")]) == ["T=1 (s)", "T=1 (t)"]
-    assert told_apart([a, cell("T=1", "s", "demo T=1 @bb", "r2")]) == ["demo T=1 @aa", "demo T=1 @bb"]
-    assert told_apart([a, cell("T=1", "s", "demo T=1 @aa", "r2")]) == ["demo T=1 @aa r1", "demo T=1 @aa r2"]
-    assert told_apart([a, a]) == ["T=1", "T=1"], "one cell twice is one cell"
+    assert distinct_names([a, cell("T=2", "s", "demo T=2 @bb", "r2")]) == ["T=1", "T=2"]
+    assert distinct_names([a, cell("T=1", "t", "demo T=1 @bb", "r2")]) == ["T=1 (s)", "T=1 (t)"]
+    assert distinct_names([a, cell("T=1", "s", "demo T=1 @bb", "r2")]) == ["demo T=1 @aa", "demo T=1 @bb"]
+    assert distinct_names([a, cell("T=1", "s", "demo T=1 @aa", "r2")]) == ["demo T=1 @aa r1", "demo T=1 @aa r2"]
+    assert distinct_names([a, a]) == ["T=1", "T=1"], "one cell twice is one cell"
 
 
 # --- two reconstructors behind one verbalizer: once the same label ---
@@ -149,7 +149,7 @@ def test_tables_commands_and_page_show_the_same_names(two: Sweep, capsys: pytest
     assert [run_["label"] for run_ in facts.runs] == labels == list(dict.fromkeys(facts.curves["label"].to_pylist()))
 
 
-def test_runs_of_before_that_share_a_label_are_told_apart_by_their_cells(tmp_path: Path) -> None:
+def test_runs_of_before_that_share_a_label_are_distinct_names_by_their_cells(tmp_path: Path) -> None:
     """Without an asking, and with the label that both pairs had."""
     for name, ar in (("r1", "demo/untrained/ar"), ("r2", "demo/ar")):
         record = record_of(name, sweep="old", label="demo L20 T=0.7")
@@ -180,7 +180,7 @@ def test_a_cell_without_a_result_does_not_lengthen_the_names_of_those_with_one(t
         assert len(connection.execute("SELECT * FROM runs").fetchall()) == 2
 
 
-def test_two_draws_at_one_place_under_one_label_are_refused_and_those_of_two_cells_told_apart() -> None:
+def test_two_draws_at_one_place_under_one_label_are_refused_and_those_of_two_cells_distinct_names() -> None:
     rows = [{"label": "a", "cell": cell, "activation": i, "draw": 0, "error": 0.1 * i} for cell in "xy" for i in range(40)]
     assert labels_in(charts.error_distribution(pa.Table.from_pylist(rows))) == {"x", "y"}
     bare = pa.Table.from_pylist(rows).drop_columns("cell")

@@ -24,7 +24,7 @@ from ksweep.config.presets import demo_pair
 from ksweep.registry.run_record import read_run, write_run
 from ksweep.utils import notes as module
 from ksweep.utils.errors import RunError
-from ksweep.utils.notes import Note, keep, kept, notes_of
+from ksweep.utils.notes import Note, load_notes, notes_of, save_notes
 from tests.registry.landed_runs import curve_of, record_of
 from tests.tae_sweeps import checkpoint, sweep_over
 from tests.tae_sweeps import run as run_tae
@@ -177,12 +177,12 @@ def test_notes_are_distinct_and_in_order_and_objects_without_have_none() -> None
 
 def test_kept_notes_come_back_whole_and_a_damaged_one_is_left_out(tmp_path: Path) -> None:
     notes = [Note("prompt", "Grüße: “quoted”."), Note("layer", "one")]
-    keep(tmp_path, notes)
-    keep(tmp_path, notes)
-    assert len(list(tmp_path.iterdir())) == 2 and set(kept(tmp_path)) == set(notes)
+    save_notes(tmp_path, notes)
+    save_notes(tmp_path, notes)
+    assert len(list(tmp_path.iterdir())) == 2 and set(load_notes(tmp_path)) == set(notes)
     next(tmp_path.glob("note-*.json")).write_text('{"about": "cut sho')
-    assert len(kept(tmp_path)) == 1
-    assert kept(tmp_path / "nowhere") == ()
+    assert len(load_notes(tmp_path)) == 1
+    assert load_notes(tmp_path / "nowhere") == ()
 
 
 @pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES, errno.EPERM])
@@ -190,14 +190,14 @@ def test_a_note_in_a_directory_that_cannot_be_written_is_said_and_ends_nothing(
     reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refuse_writing(monkeypatch, reason)
-    keep(tmp_path, [Note("layer", "one"), Note("prompt", "two")])
-    assert [record.getMessage() for record in caplog.records] == ["layer: one", "prompt: two"] and kept(tmp_path) == ()
+    save_notes(tmp_path, [Note("layer", "one"), Note("prompt", "two")])
+    assert [record.getMessage() for record in caplog.records] == ["layer: one", "prompt: two"] and load_notes(tmp_path) == ()
 
 
 def test_a_note_that_a_full_disk_does_not_take_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_writing(monkeypatch, errno.ENOSPC)
     with pytest.raises((OSError, RunError)):
-        keep(tmp_path, [Note("layer", "one")])
+        save_notes(tmp_path, [Note("layer", "one")])
 
 
 def refuse_writing(monkeypatch: pytest.MonkeyPatch, reason: int) -> None:

@@ -30,7 +30,7 @@ import pytest
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
 from ksweep.activations import ensure
-from ksweep.activations.vector_source import ROWS_PER_UNIT
+from ksweep.activations.vector_source import VECTOR_ROWS_PER_UNIT
 from ksweep.registry.draws import DrawsStore
 from tests.activations.helpers import passages, random_vectors, shard_files, spec, vector_spec, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, make_base, make_pair
@@ -79,8 +79,8 @@ print(len(computed))
 def vectors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
     """A file of many units, and the shards of an undisturbed fill."""
     place = tmp_path_factory.mktemp("vectors")
-    path = write_vectors(place / "v.parquet", random_vectors(NUM_UNITS * ROWS_PER_UNIT), row_group_size=8000)
-    return path, shard_files(ensure(vector_spec(path, NUM_UNITS * ROWS_PER_UNIT), None, place / "cache").directory)
+    path = write_vectors(place / "v.parquet", random_vectors(NUM_UNITS * VECTOR_ROWS_PER_UNIT), row_group_size=8000)
+    return path, shard_files(ensure(vector_spec(path, NUM_UNITS * VECTOR_ROWS_PER_UNIT), None, place / "cache").directory)
 
 
 def published(root: Path) -> int:
@@ -95,7 +95,7 @@ def test_kill_9_while_filling_vectors_leaves_whole_shards_and_the_next_run_carri
     for trial in range(TRIALS):
         root, rng = tmp_path / str(trial), random.Random(trial)
         enough = 1 + rng.randrange(NUM_UNITS - 3)
-        filler = python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, 0, enough + 2, stdout=subprocess.DEVNULL)
+        filler = python(FILL, path, root, NUM_UNITS * VECTOR_ROWS_PER_UNIT, 0, enough + 2, stdout=subprocess.DEVNULL)
         while published(root) < enough:
             assert filler.poll() is None
             time.sleep(0.0005)
@@ -106,7 +106,7 @@ def test_kill_9_while_filling_vectors_leaves_whole_shards_and_the_next_run_carri
         stated = [json.loads(p.read_text())["file"] for p in root.rglob("shard-*.json")]
         assert all(expected[name] == content for name, content in shard_files(root).items() if name in stated)
         left_parts += len(list(root.rglob("*.part")))
-        again = python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, 0, NUM_UNITS + 1, stdout=subprocess.PIPE)
+        again = python(FILL, path, root, NUM_UNITS * VECTOR_ROWS_PER_UNIT, 0, NUM_UNITS + 1, stdout=subprocess.PIPE)
         assert int(again.communicate()[0]) == NUM_UNITS - whole, "only what was missing is computed"
         assert shard_files(root) == expected
         resumed += 0 < whole < NUM_UNITS
@@ -168,7 +168,8 @@ def test_two_processes_that_fill_one_key_at_once_share_the_work(vectors: tuple[P
     for trial in range(max(1, TRIALS // 3)):
         root, start = tmp_path / str(trial), time.time() + 1.5
         fillers = [
-            python(FILL, path, root, NUM_UNITS * ROWS_PER_UNIT, start, NUM_UNITS + 1, stdout=subprocess.PIPE) for _ in range(2)
+            python(FILL, path, root, NUM_UNITS * VECTOR_ROWS_PER_UNIT, start, NUM_UNITS + 1, stdout=subprocess.PIPE)
+            for _ in range(2)
         ]
         computed = [int(filler.communicate()[0]) for filler in fillers]
         assert shard_files(root) == expected and not list(root.rglob("*.part"))
@@ -469,9 +470,9 @@ print(json.dumps({"message": message, "left": left, "there": there, "names": nam
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
 def test_full_disk_while_filling_is_told_and_leaves_whole_shards(tmp_path: Path) -> None:
-    path = write_vectors(tmp_path / "v.parquet", random_vectors(20 * ROWS_PER_UNIT))
-    expected = ensure(vector_spec(path, 20 * ROWS_PER_UNIT), None, tmp_path / "cache").directory
-    said = on_small_disk("4m", tmp_path / "disk", FILL_A_SMALL_DISK, path, 20 * ROWS_PER_UNIT)
+    path = write_vectors(tmp_path / "v.parquet", random_vectors(20 * VECTOR_ROWS_PER_UNIT))
+    expected = ensure(vector_spec(path, 20 * VECTOR_ROWS_PER_UNIT), None, tmp_path / "cache").directory
+    said = on_small_disk("4m", tmp_path / "disk", FILL_A_SMALL_DISK, path, 20 * VECTOR_ROWS_PER_UNIT)
     print(f"\n{said['message']}")
     assert "no space left" in str(said["message"]) and f"The {said['there']} shards written so far are whole" in str(
         said["message"]

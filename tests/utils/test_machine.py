@@ -69,7 +69,7 @@ def test_ranks_are_one_a_core_as_far_as_memory_and_work_allow(
     if "memory" in given:
         cores.setattr(machine, "free_memory", lambda: given["memory"])
     asked = {"num_draws": 10**6, "model_bytes": 0, "cpus_per_rank": None} | given
-    assert machine.num_ranks(asked["num_draws"], asked["model_bytes"], asked["cpus_per_rank"]) == ranks
+    assert machine.num_cpu_ranks(asked["num_draws"], asked["model_bytes"], asked["cpus_per_rank"]) == ranks
 
 
 @pytest.fixture

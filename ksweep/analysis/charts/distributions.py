@@ -29,7 +29,7 @@ from ksweep.analysis.charts.style import (
     span,
     value_of,
 )
-from ksweep.utils.cell_names import told_apart
+from ksweep.utils.cell_names import distinct_names
 from ksweep.utils.errors import RequestError
 
 ERROR = "Error (mean squared difference per dimension)"
@@ -202,7 +202,7 @@ def _named(table: pa.Table) -> pa.Table:
     cells = table.select(columns).group_by(columns).aggregate([]).to_pylist()
     if len({cell["label"] for cell in cells}) < len(cells):
         # A join would not match what is null, such as the sweep of imported rows.
-        names = dict(zip((tuple(cell.values()) for cell in cells), told_apart(cells), strict=True))
+        names = dict(zip((tuple(cell.values()) for cell in cells), distinct_names(cells), strict=True))
         keys = zip(*(table[name].to_pylist() for name in columns), strict=True)
         labels = pa.array([names[key] for key in keys], pa.string())
         table = table.set_column(table.column_names.index("label"), "label", labels)

@@ -16,7 +16,7 @@ import altair as alt
 import pyarrow as pa
 
 from ksweep.stats.interval_text import effective_text
-from ksweep.utils.cell_names import told_apart
+from ksweep.utils.cell_names import distinct_names
 from ksweep.utils.errors import RequestError
 from ksweep.utils.files import publish
 
@@ -107,8 +107,8 @@ def _named(connection: Any, sweep: str | None) -> pa.Table:
     cells = connection.sql(CELLS, params={"sweep": sweep}).to_arrow_table().to_pylist()
     done = [cell for cell in cells if cell["run_id"] is not None]
     # A cell without a result must not lengthen the names of those that have one.
-    names = dict(zip((cell["cell_key"] for cell in cells), told_apart(cells), strict=True))
-    names |= zip((cell["cell_key"] for cell in done), told_apart(done), strict=True)
+    names = dict(zip((cell["cell_key"] for cell in cells), distinct_names(cells), strict=True))
+    names |= zip((cell["cell_key"] for cell in done), distinct_names(done), strict=True)
     return pa.table(
         {
             "cell_key": pa.array([cell["cell_key"] for cell in cells], pa.string()),
@@ -128,7 +128,7 @@ def named_rows(rows: Rows, sides: Sequence[str] = ("",), *, runs: bool = True) -
     """
     columns = ("label", "sweep", "cell", "run_id") if runs else ("label", "sweep", "cell")
     cells = {tuple(row.get(f"{side}{name}") for name in columns): None for row in rows for side in sides}
-    names = dict(zip(cells, told_apart([dict(zip(columns, cell, strict=True)) for cell in cells]), strict=True))
+    names = dict(zip(cells, distinct_names([dict(zip(columns, cell, strict=True)) for cell in cells]), strict=True))
     labels = [{f"{side}label": names[tuple(row.get(f"{side}{name}") for name in columns)] for side in sides} for row in rows]
     return [row | new for row, new in zip(rows, labels, strict=True)]
 

@@ -15,7 +15,7 @@ from ksweep.analysis.diff import flatten
 from ksweep.registry.database import connect
 from ksweep.registry.draws import ACTIVATIONS_PER_WORK_UNIT, DrawsStore
 from ksweep.registry.query import TableRow
-from ksweep.utils.cell_names import told_apart
+from ksweep.utils.cell_names import distinct_names
 from ksweep.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def read_report_data(registry: Path, sweep: str) -> ReportData:
             known = _rows(connection, "SELECT DISTINCT sweep FROM v_sweep_cells WHERE run_id IS NOT NULL ORDER BY sweep")
             there = ", ".join(row["sweep"] for row in known) or "none"
             raise RequestError(f"no cell of a sweep {sweep!r} has finished in {registry}; sweeps there: {there}")
-        cells = [cell | {"label": name} for cell, name in zip(cells, told_apart(cells), strict=True)]
+        cells = [cell | {"label": name} for cell, name in zip(cells, distinct_names(cells), strict=True)]
         connection.register("mine", pa.Table.from_pylist([cell for cell in cells if cell["run_id"]]))
         runs = _rows(connection, _RUNS)
         asked = _rows(connection, "SELECT * FROM v_sweeps WHERE sweep = ?", sweep)

@@ -121,7 +121,7 @@ def run_in_process(job: Job, devices: tuple[str, ...], on_report: Callable[..., 
         on_cell=heartbeat.begin_cell,
     )
     heartbeat.publish_heartbeat()
-    with _stopped_by_sigterm(solo), machine.environment(added):
+    with _stopped_by_sigterm(solo), machine.extra_environment(added):
         outcome = run_guarded(0, lambda: load_entry(spec["entry"])(spec["argument"], solo))
     heartbeat.finish(outcome)
     return outcome
