@@ -1,13 +1,13 @@
-"""Whose token is it: user, assistant, system, or the chat format's own? Read off token strings; no model, no tokenizer.
+"""Find the role of each token: user, assistant, system, or part of the chat format. Works on token strings alone.
 
     template = detect_template(tokenizer.get_vocab())                       # gemma, chatml, llama3, harmony, or None
     tokens = tokenizer.convert_ids_to_tokens(ids)
     roles = token_roles(tokens, template, special=tokenizer.all_special_tokens, pad=tokenizer.pad_token)
     count_roles(roles)                                                      # {"user": 12, ..., "total": 40}
 
-What a format adds around a message (markers, the role's name, the line break after it) is "special"; what lies between messages,
-and what someone else says (tools), is "other". The reference lets a role go on after the end of a turn, knows Gemma only, and
-calls everything else "other" or "special" (tae_reference.md 5).
+Tokens that a format adds around a message (markers, the role's name, the line break after it) are "special"; tokens between
+messages and messages of other roles (tools) are "other". The reference continues a role after the end of a turn, knows Gemma
+only, and calls all else "other" or "special".
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Template = Literal["gemma", "chatml", "llama3", "harmony"]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """Markers of a chat template. A header is all from `start` to the end of the role's line, or to one of `header_ends`."""
+    """Markers of a chat template. A header goes from `start` to the end of the role's line, or to a marker of `header_ends`."""
 
     start: str
     header_ends: tuple[str, ...]
-    """Markers that end a header; empty where the first line break does."""
+    """Markers that end a header; empty if the first line break does."""
     ends: tuple[str, ...]
-    """Markers after which nobody speaks."""
+    """Markers that end a message."""
     break_after_header: bool = False
-    """Whether line breaks between header and message belong to the format."""
+    """Whether line breaks between header and message are part of the format."""
     others: tuple[str, ...] = ()
     """Further markers, special wherever they stand."""
     name_ends: tuple[str, ...] = ()
-    """Markers inside a header after which the role's name is over."""
+    """Markers inside a header that end the role's name."""
     names: dict[str, TokenRole] = field(default_factory=dict)
 
     @property
     def markers(self) -> frozenset[str]:
-        """Every token of the format that is one by itself."""
+        """All marker tokens of the format."""
         return frozenset({self.start, *self.header_ends, *self.ends, *self.others, *self.name_ends})
 
 
@@ -82,7 +82,7 @@ CHAT_FORMATS: dict[Template, ChatFormat] = {
 
 
 def detect_template(vocabulary: Collection[str]) -> Template | None:
-    """Which chat format a tokenizer has the tokens of; None for a base model's."""
+    """Return the chat format whose tokens a tokenizer has; None for that of a base model."""
     for template, form in CHAT_FORMATS.items():
         if form.start in vocabulary and all(end in vocabulary for end in form.header_ends):
             return template
@@ -92,13 +92,13 @@ def detect_template(vocabulary: Collection[str]) -> Template | None:
 def token_roles(
     tokens: Sequence[str], template: Template | None, *, special: Collection[str] = (), pad: str | None = None
 ) -> list[TokenRole]:
-    """The role of each token.
+    """Return the role of each token.
 
     Args:
         tokens: token strings, as decoded one by one or as the vocabulary spells them ("Ġ", "▁" and "Ċ" are understood).
         template: the chat format; without one every token is "other", "special" or "pad".
-        special: tokens that are special wherever they stand, beside the format's own.
-        pad: the padding token: a run of it at either end is "pad". In between it is a token like others (GPT-2 pads with EOS).
+        special: tokens that are special wherever they stand, besides those of the format.
+        pad: the padding token: a run of it at either end is "pad"; inside it is a token like any other (GPT-2 pads with EOS).
     """
     first, last = _without_padding(tokens, pad)
     reader = _Reader(CHAT_FORMATS[template] if template else None, frozenset(special))
@@ -109,42 +109,45 @@ def token_roles(
 
 
 def count_roles(roles: Iterable[TokenRole]) -> dict[str, int]:
-    """How many tokens of each role, padding by itself; "total" is all of them."""
+    """Return the number of tokens of each role, "pad" among them; "total" counts all."""
     counts = Counter(roles)
     return {**{role: counts[role] for role in TOKEN_ROLES}, "total": counts.total()}
 
 
 def role_proportions(counts: dict[str, int]) -> dict[str, float | None]:
-    """Share of each role among the tokens that are not padding; None where there are none."""
+    """Return the share of each role among the tokens that are not padding; None if all are padding."""
     known = counts["total"] - counts["pad"]
     return {role: counts[role] / known if known else None for role in TOKEN_ROLES if role != "pad"}
 
 
 @dataclass
 class _Reader:
-    """Goes through a row: outside any turn, in a header, or in somebody's message."""
+    """Reads a row token by token. Its state is: outside any turn, in a header, or in a message."""
 
     form: ChatFormat | None
     special: frozenset[str]
     speaker: TokenRole = "other"
     header: str | None = None
-    """What a header has said so far; None outside one."""
+    """Text of the header so far; None outside a header."""
     name: str | None = None
-    """The role's name, once a marker inside the header has ended it."""
+    """The role's name, if a marker inside the header has ended it."""
     fresh: bool = False
-    """Nothing has been said since the header."""
+    """Whether the header has just ended and no message token came since."""
 
     def role(self, token: str) -> TokenRole:
-        """Role of the next token."""
+        """Return the role of the next token."""
         if self.form is None:
             return "special" if token in self.special else "other"
+        # 1. A marker opens or ends a header or a message.
         if token in self.form.markers:
             self._marker(token, self.form)
             return "special"
+        # 2. Inside a header, tokens spell the role's name.
         if self.header is not None:
             self._header_text(_plain(token), self.form)
             return "special"
-        return self._said(token, self.form)
+        # 3. Otherwise the token belongs to the message, or to no message.
+        return self._message_token(token, self.form)
 
     def _marker(self, token: str, form: ChatFormat) -> None:
         if token == form.start:
@@ -163,12 +166,12 @@ class _Reader:
             self._speak(form)
 
     def _speak(self, form: ChatFormat) -> None:
-        """The header is over, and its first word speaks: "assistant to=functions.x" calls, "functions.x to=assistant" answers."""
+        """End the header; its first word is the speaker: "assistant to=functions.x" calls, "functions.x to=assistant" answers."""
         words = (self.name if self.name is not None else self.header or "").split()
         self.speaker = form.names.get(words[0], "other") if words else "other"
         self.header, self.name, self.fresh = None, None, True
 
-    def _said(self, token: str, form: ChatFormat) -> TokenRole:
+    def _message_token(self, token: str, form: ChatFormat) -> TokenRole:
         fresh, self.fresh = self.fresh, False
         if token in self.special:
             return "special"
@@ -179,11 +182,11 @@ class _Reader:
 
 
 def _without_padding(tokens: Sequence[str], pad: str | None) -> tuple[int, int]:
-    """First token that is not padding, and one after the last; (n, n) for a row of nothing else."""
+    """Return the first index that is not padding and one past the last; (n, n) for a row of padding alone."""
     kept = [i for i, token in enumerate(tokens) if token != pad]
     return (kept[0], kept[-1] + 1) if kept else (len(tokens), len(tokens))
 
 
 def _plain(token: str) -> str:
-    """A vocabulary's spelling as text: byte-level BPE writes Ċ and Ġ, SentencePiece ▁ and <0x0A>."""
+    """Return a vocabulary entry as text: byte-level BPE writes Ċ and Ġ, SentencePiece ▁ and <0x0A>."""
     return token.replace("Ċ", "\n").replace("Ġ", " ").replace("▁", " ").replace("<0x0A>", "\n")

@@ -1,6 +1,6 @@
-"""Text to read activations from: paragraphs, JSONL, Parquet, a `datasets` directory or a hub dataset, as one stream of rows.
+"""Read text as a stream of rows: paragraphs of a .txt file, JSONL, Parquet, a `datasets` directory or a hub dataset.
 
-A column of a table holds texts, or token ids that some tokenizer has made of them already, padding and all.
+The text column of a table holds texts, or lists of token ids made by a tokenizer before, padding included.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ HUB_DATASET = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w
 
 @dataclass(frozen=True)
 class TextRow:
-    """One row of text. Activations of a row depend on this row alone."""
+    """A row of text. The activations of a row depend on this row alone."""
 
     index: int
     row_id: str
-    """Keys the generator of positions: the `row_id` column, else "repo:split:index" of a hub dataset (the public NLA rule), else
+    """Key of the row's positions: the `row_id` column; else "repo:split:index" of a hub dataset (the public NLA rule); else
     "row:index"."""
     document: str
-    """Cluster of the bootstrap: the document column, or the row id where there is none."""
+    """Cluster of the bootstrap: the document column, or the row id without one."""
     text: str
     token_ids: tuple[int, ...] | None = None
-    """Of a pretokenised row, which has no text: used as they are, padding included."""
+    """Token ids of a pretokenised row, used unchanged, padding included; such a row has no text."""
 
     @property
     def holds_something(self) -> bool:
-        """Neither null nor empty."""
+        """Whether the row is neither null nor empty."""
         return bool(self.token_ids or self.text.strip())
 
 
@@ -54,10 +54,10 @@ class HubDataset:
 
 
 def read_documents(activations: Activations) -> Iterator[TextRow]:
-    """The rows of `activations.text`, in order, as a stream. Rows without text are yielded as empty: they keep their index.
+    """Yield the rows of `activations.text` in order. Rows without text are yielded as empty, so that indices count all rows.
 
     Raises:
-        DataError: nothing there, an unknown format, a missing column, a value that is neither text nor token ids, a mix of both,
+        DataError: no such text, an unknown format, a missing column, a value that is neither text nor token ids, a mix of both,
             or no text at all.
     """
     any_text = False
@@ -70,9 +70,9 @@ def read_documents(activations: Activations) -> Iterator[TextRow]:
 
 
 def text_identity(activations: Activations) -> dict[str, object]:
-    """What of the text changes the activations: content digest (or hub commit), format, column, kind and split; never the path.
+    """Return what identifies the text: content digest (or hub commit), format, column, kind and split; never the path.
 
-    Local files are opened as far as their first text, so that an empty file or a mistyped column shows at planning time.
+    Local files are read up to their first text, so that an empty file or a mistyped column is found while planning.
 
     Raises:
         DataError: as `read_documents`.
@@ -93,9 +93,9 @@ def text_identity(activations: Activations) -> dict[str, object]:
 
 
 def text_begins_with_bos(activations: Activations, model: Path) -> bool:
-    """Whether the first row that is not empty begins with the BOS that the tokenizer of the model puts before texts.
+    """Return whether the first row that is not empty begins with the BOS that the model's tokenizer adds to texts.
 
-    Rows of a hub dataset are not asked for while planning: `TextUnits` refuses theirs.
+    False for a hub dataset, whose rows are not read while planning: `TextUnits` raises an error if they begin with BOS.
 
     Raises:
         DataError: as `read_documents`.
@@ -107,10 +107,10 @@ def text_begins_with_bos(activations: Activations, model: Path) -> bool:
 
 
 def text_format(activations: Activations) -> Format:
-    """How the text is to be read, from what lies at the path.
+    """Return the format of the text at a path, or "hub" for a hub dataset id.
 
     Raises:
-        DataError: nothing there, or nothing that is known.
+        DataError: nothing at the path, or an unknown format.
     """
     source = activations.text or ""
     path = _local(activations)
@@ -162,7 +162,7 @@ def _rows(activations: Activations) -> Iterator[TextRow]:
 
 
 def _named(records: Iterable[Mapping[str, Any]], activations: Activations, prefix: str) -> Iterator[TextRow]:
-    """Records of a table -> rows: which column is text, which names the document, which the row."""
+    """Yield the records of a table as rows: text or token ids, document and row id from their columns."""
     pretokenised, numbered = _begin(records, activations.text_column)
     for index, record in numbered:
         value = _value(record, activations.text_column, "text_column", index, activations)
@@ -176,7 +176,7 @@ def _named(records: Iterable[Mapping[str, Any]], activations: Activations, prefi
 
 
 def _begin(records: Iterable[Mapping[str, Any]], column: str) -> tuple[bool, Iterator[tuple[int, Mapping[str, Any]]]]:
-    """Whether the first value that is not null is a list, and so the column pretokenised; and all records, numbered."""
+    """Return whether the column is pretokenised (its first value that is not null is a list), and all records, numbered."""
     numbered, seen = enumerate(records), []
     for index, record in numbered:
         seen.append((index, record))
@@ -228,7 +228,7 @@ def _value(record: Mapping[str, Any], column: str, field: str, index: int, activ
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """Blocks of lines between blank lines."""
+    """Yield the blocks of lines between blank lines."""
     block: list[str] = []
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -273,7 +273,7 @@ def _parquet_rows(path: Path, activations: Activations) -> Iterator[Mapping[str,
 
 
 def _columns(present: list[str], activations: Activations) -> list[str]:
-    """Columns to read. One that is missing is left to `_value`, which can name those there are."""
+    """Return the columns to read; all of them if one is missing, so that the error of `_value` can list them."""
     if activations.text_column not in present or activations.document_column not in (None, *present):
         return present
     wanted = {activations.text_column, activations.document_column or "document", "row_id"}
@@ -294,25 +294,25 @@ def _datasets() -> Any:
 def _saved_dataset(path: Path, activations: Activations) -> Iterable[Mapping[str, Any]]:
     datasets = _datasets()
     try:
-        found = datasets.load_from_disk(str(path))
+        dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise DataError(f"`datasets` cannot load {path} ({error}); is the directory whole?") from error
-    if isinstance(found, Mapping):
-        if activations.text_split not in found:
-            splits = ", ".join(found)
+    if isinstance(dataset, Mapping):
+        if activations.text_split not in dataset:
+            splits = ", ".join(dataset)
             raise DataError(f"{path} has no split {activations.text_split!r}; it has {splits}. Set activations.text_split.")
-        found = found[activations.text_split]
-    # A saved format (torch, numpy) would hand out tensors instead of lists.
-    rows: Iterable[Mapping[str, Any]] = found.with_format(None).select_columns(_columns(found.column_names, activations))
+        dataset = dataset[activations.text_split]
+    # With a saved format (torch, numpy) rows would hold tensors instead of lists.
+    rows: Iterable[Mapping[str, Any]] = dataset.with_format(None).select_columns(_columns(dataset.column_names, activations))
     return rows
 
 
 @cache
 def hub_dataset(source: str) -> HubDataset:
-    """Repository, configuration and commit of "owner/name:config@revision". The hub is asked once: a process sees one commit.
+    """Return repository, configuration and commit of "owner/name:config@revision". A process asks the hub only once.
 
     Raises:
-        DataError: the hub cannot be reached or does not have it.
+        DataError: the hub cannot be reached or has no such dataset.
     """
     match = HUB_DATASET.match(source)
     assert match, source

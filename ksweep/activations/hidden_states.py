@@ -1,8 +1,8 @@
-"""Base model + text -> residual-stream vectors. The output of block L is what is taken; nothing above block L runs.
+"""Compute residual-stream vectors of a base model over text: the output of block L. No block above L runs.
 
     hidden_states[L + 1] of transformers = output of block L (0-based), before the final norm.
 
-Public NLA data were made this way (stage0_extract.py: hook on layers[L], raw text, special tokens added, right padding, right
+Public NLA data are made this way (stage0_extract.py: hook on layers[L], raw text, special tokens added, right padding, right
 truncation).
 """
 
@@ -30,27 +30,30 @@ from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.hub import MODEL_LOADING, resolve
 
 EXTRACTION_BATCH_TOKENS = 16_384
-"""Padded tokens in one forward pass. Changing it changes which rows share a batch, so the last bits: raise EXTRACTOR_VERSION."""
+"""Padded tokens in a forward pass. Another value batches rows differently, which changes the last bits of the vectors: raise
+EXTRACTOR_VERSION with it."""
 
 WINDOW_TOKENS = 100
-"""Tokens decoded for a window: two characters a token is less than any tokenizer gives on prose."""
+"""Tokens decoded for a window: any tokenizer gives more than two characters per token on prose."""
 
 BLOCK_LISTS = ("layers", "h", "blocks", "block", "decoder.layers", "transformer.h", "transformer.blocks")
-"""Where a decoder keeps its blocks: Llama, Qwen, Gemma, Mistral | GPT-2, Falcon, BLOOM | MPT, DBRX | RWKV | OPT | others."""
+"""Attributes in which decoders keep their blocks: Llama, Qwen, Gemma, Mistral | GPT-2, Falcon, BLOOM | MPT, DBRX | RWKV | OPT |
+others."""
 
 
 class _StopAfterLayer(Exception):
-    """Block L has run: the rest of the forward pass is not needed."""
+    """Raised by the hook on block L to end the forward pass there."""
 
 
 class BlockReader:
     """The lower part of a causal language model, up to the output of block `layer`."""
 
     def __init__(self, model: str, layer: int, dtype: str = "bfloat16", device: Devices = "cpu") -> None:
-        """Load what is needed: embeddings and blocks 0..layer where the architecture can be cut, the whole backbone otherwise.
+        """Load embeddings and blocks 0..layer, or the whole backbone of an architecture that cannot be cut.
 
         Raises:
-            RequestError: no such layer. CheckpointError: no such model, or one whose weights are not all there.
+            RequestError: the layer does not exist.
+            CheckpointError: the model does not exist, or lacks weights.
         """
         self.path = resolve(model, "base model")
         self.layer = layer
@@ -64,17 +67,17 @@ class BlockReader:
         self.block = _blocks(self.decoder, self.path, layer)[layer]
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         self.pad_id: int | None = self.tokenizer.pad_token_id
-        # Pretokenised rows are padded with EOS where the tokenizer has nothing else (pretokenize_dataset.py of the reference).
+        # Pretokenised rows are padded with EOS if the tokenizer has no padding token (pretokenize_dataset.py of the reference).
         self.filler_id: int | None = self.tokenizer.eos_token_id if self.pad_id is None else self.pad_id
         self.template = detect_template(self.tokenizer.get_vocab())
         self.puts_bos = puts_bos(self.tokenizer)
         self.document_bos = document_bos(self.tokenizer)
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right.
+        """Return token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right.
 
-        A text that begins with BOS, as chat templates write it, keeps one and gets no second; where the tokenizer puts none, the
-        text is taken as it is.
+        A text that already begins with BOS, as chat templates write it, gets no second BOS. If the tokenizer adds none, the text
+        is tokenized unchanged.
         """
         if not texts:
             return []
@@ -89,22 +92,24 @@ class BlockReader:
         return rows
 
     def text_begins_with_bos(self, text: str) -> bool:
-        """Whether a text itself begins with what documents of this model begin with."""
+        """Return whether a text already begins with the BOS that documents of this model begin with."""
         return self.document_bos is not None and text.lstrip().startswith(self.tokenizer.bos_token)
 
     def begins_with_bos(self, token_ids: Sequence[int]) -> bool:
-        """The same of token ids."""
+        """Return whether token ids begin with the BOS that documents of this model begin with."""
         return self.document_bos is not None and list(token_ids[:1]) == [self.document_bos]
 
     @torch.inference_mode()
     def outputs(self, token_ids: Sequence[Sequence[int]], pad_id: int | None = None) -> torch.Tensor:
-        """Block output of rows: [row, token, d_model] in the compute dtype, on the device of the block; padding holds rubbish.
+        """Return the block output of rows, [row, token, d_model], in the compute dtype on the block's device. Padded entries are
+        meaningless.
 
-        No attention mask: a causal model cannot see padding on the right of a token, and without a mask the fast kernels apply.
+        Without `pad_id` there is no attention mask: a causal model cannot see padding on the right of a token, and without a mask
+        the fast kernels apply.
 
         Args:
-            pad_id: nobody sees tokens of this id, wherever they stand. No position ids are passed, as in the reference: a padded
-                row keeps its places, and a model of absolute positions sees left padding as a shift.
+            pad_id: tokens of this id are masked wherever they stand. No position ids are passed, as in the reference: tokens keep
+                their indices, so a model with absolute positions sees left padding as a shift.
         """
         ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
         filled = torch.zeros_like(ids, dtype=torch.bool)
@@ -131,19 +136,20 @@ class BlockReader:
     def vectors(
         self, token_ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int | None = None
     ) -> np.ndarray:
-        """Vectors at positions[i] of row i, rows one after the other: [activation, d_model] in the stored dtype."""
+        """Return the vectors at positions[i] of row i, row after row: [activation, d_model] in the stored dtype."""
         return self.begin(token_ids, positions, pad_id)()
 
     def begin(
         self, token_ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int | None = None
     ) -> Callable[[], np.ndarray]:
-        """What `vectors` gives, when it is called; a GPU is at work on it meanwhile, and copies each batch beside the next one.
+        """Start `vectors` and return a function that waits for the result. A GPU computes a batch while it copies the one before.
 
-        Rows end at their last position (a causal model cannot see further) and run in batches of similar length; those with
-        padding before that apart from the others, which need no mask. A batch that memory does not suffice for runs in halves.
+        A batch that does not fit in memory runs in halves.
         """
+        # 1. Cut each row behind its last position: a causal model cannot see further.
         needed = [list(ids[: max(p) + 1]) if p else [] for ids, p in zip(token_ids, positions, strict=True)]
         padded = [pad_id is not None and pad_id in ids for ids in needed]
+        # 2. Run rows in batches of similar length, rows with padding apart: the others need no mask.
         copies: list[tuple[list[int], torch.Tensor, torch.device]] = []
         for masked in (False, True):
             lengths = [len(ids) if has == masked else 0 for ids, has in zip(needed, padded, strict=True)]
@@ -153,18 +159,19 @@ class BlockReader:
                 copies.append((batch, _async_copy(taken), taken.device))
         first = np.cumsum([0, *map(len, positions)])
 
-        def finished() -> np.ndarray:
-            found = np.empty((int(first[-1]), self.d_model), dtype=STORED_DTYPES[self.dtype])
+        # 3. When the result is asked for: wait for the copies, and put the rows back in order.
+        def finish() -> np.ndarray:
+            vectors = np.empty((int(first[-1]), self.d_model), dtype=STORED_DTYPES[self.dtype])
             for device in {device for _, _, device in copies if device.type == "cuda"}:
                 torch.cuda.synchronize(device)
             for batch, copy, _ in copies:
-                found[np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])] = _stored(copy)
-            return found
+                vectors[np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])] = _stored(copy)
+            return vectors
 
-        return finished
+        return finish
 
     def _taken(self, rows: Sequence[tuple[list[int], Sequence[int]]], pad_id: int | None) -> torch.Tensor:
-        """Of rows that fit into memory together: [activation, d_model] where the block is."""
+        """Return the vectors of rows that fit in memory together, [activation, d_model], on the device of the block."""
         hidden = self.outputs([ids for ids, _ in rows], pad_id)
         places = [(row, position) for row, (_, taken) in enumerate(rows) for position in taken]
         row, position = torch.tensor(places, device=hidden.device).unbind(1)
@@ -172,7 +179,7 @@ class BlockReader:
 
     @property
     def num_embeddings(self) -> int:
-        """Token ids that there is an embedding for: often some more than the tokenizer has."""
+        """Number of token embeddings, often a few more than the tokenizer has tokens."""
         return int(self.decoder.get_input_embeddings().num_embeddings)
 
     @property
@@ -181,37 +188,37 @@ class BlockReader:
         return int(self.decoder.config.get_text_config().hidden_size)
 
     def close(self) -> None:
-        """Give the memory of the model back: the verbalizer needs it next."""
+        """Free the memory of the model: the verbalizer needs it next."""
         del self.decoder, self.block
         if self.spread:
-            gc.collect()  # such a model holds itself in cycles; any other is gone by now, and a collection takes 0.25 s
+            gc.collect()  # spread models refer to themselves in cycles; others are freed already, and a collection takes 0.25 s
         memory.release(self.device)
 
     def roles(self, token_ids: Sequence[int], pad_id: int | None = None) -> list[TokenRole] | None:
-        """Whose token each is, read off the whole row; None where the tokenizer has no chat template's tokens."""
+        """Return the role of each token of a row; None if the tokenizer has no tokens of a known chat template."""
         if self.template is None:
             return None
-        # Embeddings have more rows than the vocabulary has tokens: those beyond have no name.
+        # There can be more embeddings than tokens; an id without a token has no name.
         tokens = [token or "" for token in self.tokenizer.convert_ids_to_tokens(list(token_ids))]
         pad = None if pad_id is None else self.tokenizer.convert_ids_to_tokens(pad_id)
         return token_roles(tokens, self.template, special=self.tokenizer.all_special_tokens, pad=pad)
 
     def window(self, token_ids: Sequence[int], position: int) -> str:
-        """The end of the text up to and including a position, for showing."""
+        """Return the end of the text up to and including a position, for display."""
         tail = self.tokenizer.decode(token_ids[max(0, position + 1 - WINDOW_TOKENS) : position + 1], skip_special_tokens=True)
         # Decoding may start in the middle of a character.
         return str(tail).lstrip("\N{REPLACEMENT CHARACTER}")[-WINDOW_CHARACTERS:]
 
 
 def _async_copy(vectors: torch.Tensor) -> torch.Tensor:
-    """A copy on the host: from a GPU it has yet to arrive, and nobody waits for it here."""
+    """Return a copy on the host. From a GPU it arrives later: synchronise before reading it."""
     if vectors.device.type != "cuda":
         return vectors.cpu()
     return torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True).copy_(vectors, non_blocking=True)
 
 
 def _stored(host: torch.Tensor) -> np.ndarray:
-    """Vectors in the stored dtype, bit for bit."""
+    """Return vectors as a NumPy array in the stored dtype, bit for bit."""
     return host.view(torch.int16).numpy().view(np.uint16) if host.dtype == torch.bfloat16 else host.numpy()
 
 
@@ -228,7 +235,7 @@ def _load_tokenizer(path: Path) -> Any:
 
 
 def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
-    """The model without its head, and without the blocks above `layer` where that is easy. No weight in use is random."""
+    """Load the model without its head, and without the blocks above `layer` where that is safe. No weight in use is random."""
     from transformers import AutoConfig, AutoModel
 
     text_config(path, layer)
@@ -251,9 +258,9 @@ def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
 
 
 def _refuse_random_weights(model: Any, info: Mapping[str, Any], path: Path) -> None:
-    """A weight that is not in the file, or has another shape there, was filled at random.
+    """Raise CheckpointError for a weight that transformers filled at random: absent from the files, or of another shape there.
 
-    What is not used may be absent: the final norm, and the vision tower of a multimodal wrapper.
+    Unused weights may be absent: the final norm, and the vision tower of a multimodal wrapper.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
@@ -275,12 +282,12 @@ def _refuse_random_weights(model: Any, info: Mapping[str, Any], path: Path) -> N
 
 
 def _blocks(decoder: nn.Module, path: Path, layer: int) -> nn.ModuleList:
-    """The list of blocks of a decoder."""
+    """Return the list of blocks of a decoder."""
     modules = dict(decoder.named_modules())
     for name in BLOCK_LISTS:
-        found = modules.get(name)
-        if isinstance(found, nn.ModuleList) and len(found) > layer:
-            return found
+        blocks = modules.get(name)
+        if isinstance(blocks, nn.ModuleList) and len(blocks) > layer:
+            return blocks
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     raise CheckpointError(
         f"base model {path} ({type(decoder).__name__}) keeps its blocks in none of {', '.join(BLOCK_LISTS)} "
@@ -289,7 +296,7 @@ def _blocks(decoder: nn.Module, path: Path, layer: int) -> nn.ModuleList:
 
 
 class _quiet_transformers:
-    """Without the report on the weights of the blocks that were left out on purpose."""
+    """Silences the report on weights of the blocks that are left out on purpose."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging as hf_logging

@@ -1,12 +1,12 @@
-"""Keeping house in the vector cache: what is there, whether it is whole, what may go. Computes nothing, loads no model.
+"""List, verify and clean the vector cache. Computes nothing, loads no model.
 
-    entries(cache), entry_of(cache, "3fa9")      what is there
-    verify(entry)                                checksums; what is damaged is set aside, to be computed again
-    unused(...), leftovers_in(...) -> Removal    what could go, and why
-    remove(removal)                              and away
+    entries(cache), entry_of(cache, "3fa9")      the keys, a key by its first digits
+    verify(entry)                                compare checksums; damaged shards are set aside, to be computed again
+    unused(...), leftovers_in(...) -> Removal    what could be removed, and why
+    remove(removal)                              remove it
 
-A key is removed by renaming its directory aside, then deleting that: whoever looks sees all of it or nothing, and a job that
-begins to fill the key meanwhile fills a new directory. What a killed removal left is a leftover of the next.
+A key is removed by renaming its directory, then deleting that: readers see all of it or nothing, and a job that starts to fill
+the key meanwhile fills a new directory. If a removal is killed, the next one finds the rest as a leftover.
 """
 
 from __future__ import annotations
@@ -23,40 +23,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksweep.activations.store import ActivationStore
+from ksweep.activations.store import SHARD_JSON, ActivationStore
 from ksweep.utils.errors import RequestError, RunError
 from ksweep.utils.files import LEFTOVER_AGE, leftovers
 
 KEY = re.compile(r"[0-9a-f]{32}")
-SHARD = re.compile(r"shard-(\d+)\.json")
 IN_USE_SECONDS = 3600.0
-"""What was touched within this time may belong to a running job."""
+"""A key that was used within this time may belong to a running job."""
 ASIDE = ".removing-"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of the cache. What only the manifest says is None where there is none (the next run writes it)."""
+    """A key of the cache. Facts that only the manifest has are None without one (the next run writes it)."""
 
     key: str
     directory: Path
     model: str | None
     layer: int | None
     text: str | None
-    """Text that the model read, or the file of vectors."""
+    """Source: the text that the model ran over, or the file of vectors."""
     positions: str | None
     num_activations: int
-    """Can be read: whole shards, contiguous from the first."""
+    """Activations that can be read: those in whole shards, contiguous from the first."""
     is_whole_source: bool
     bytes: int
-    """On disk, leftovers included."""
+    """Bytes on disk, including leftovers."""
     last_used: float
-    """Last read or written, seconds since 1970."""
+    """Time of the last read or write, seconds since 1970."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that could go: the directory of a key, or a leftover file."""
+    """Something that could be removed: the directory of a key, or a leftover file."""
 
     path: Path
     bytes: int
@@ -67,26 +66,26 @@ class Removal:
 
 
 def entries(cache: Path) -> list[Entry]:
-    """Every key, the one used last first.
+    """Return every key, most recently used first.
 
     Raises:
-        RequestError: no such directory.
+        RequestError: the directory does not exist.
     """
     if not cache.is_dir():
         raise RequestError(f"no vector cache at {cache}: check --vector-cache, or run a sweep first")
     found = []
     for path in sorted(cache.iterdir()):
         if path.is_dir() and KEY.fullmatch(path.name):
-            with suppress(FileNotFoundError):  # removed while one looks
+            with suppress(FileNotFoundError):  # removed meanwhile
                 found.append(_entry(path))
     return sorted(found, key=lambda entry: -entry.last_used)
 
 
 def entry_of(cache: Path, prefix: str) -> Entry:
-    """The one key that begins so.
+    """Return the key that begins with `prefix`.
 
     Raises:
-        RequestError: none, or several; says which keys there are.
+        RequestError: no key or several; the message lists them.
     """
     there = entries(cache)
     found = [entry for entry in there if entry.key.startswith(prefix)]
@@ -100,7 +99,7 @@ def entry_of(cache: Path, prefix: str) -> Entry:
 
 
 def manifest_of(entry: Entry) -> dict[str, Any] | None:
-    """The manifest, or None where it is missing or unreadable: nothing is lost, the next run writes it anew."""
+    """Return the manifest, or None if it is missing or unreadable: nothing is lost, the next run writes it again."""
     try:
         value = json.loads((entry.directory / "manifest.json").read_text())
     except (OSError, ValueError):
@@ -109,15 +108,15 @@ def manifest_of(entry: Entry) -> dict[str, Any] | None:
 
 
 def verify(entry: Entry) -> tuple[int, list[int]]:
-    """Compare the checksum of every shard: (number of shards, those that were damaged). Damaged ones are set aside."""
+    """Compare the checksum of every shard, and set damaged ones aside. Returns the number of shards and the damaged units."""
     store = ActivationStore(entry.directory.parent, entry.key, {})
-    said = [int(match[1]) for path in entry.directory.iterdir() if (match := SHARD.fullmatch(path.name))]
-    readable = store.shards()  # what cannot be read as JSON, or has lost its data, is set aside here
-    return len(said), sorted({*(set(said) - set(readable)), *store.verify(list(readable))})
+    units = {int(match[1]) for path in entry.directory.iterdir() if (match := SHARD_JSON.fullmatch(path.name))}
+    readable = store.shards()  # sets shards aside whose JSON is unreadable or whose data file is gone
+    return len(units), sorted({*(units - set(readable)), *store.verify(list(readable))})
 
 
 def unused(found: Iterable[Entry], older_than: float | None, used_keys: Collection[str] | None) -> list[Removal]:
-    """Keys that were not used for so many seconds and that nothing names; None leaves a condition out, both: nothing goes."""
+    """Return keys not used for `older_than` seconds and not among `used_keys`. None skips a condition; with both None, no key."""
     if older_than is None and used_keys is None:
         return []
     out, now = [], time.time()
@@ -132,12 +131,12 @@ def unused(found: Iterable[Entry], older_than: float | None, used_keys: Collecti
 
 
 def is_in_use(removal: Removal) -> bool:
-    """Whether a key was touched so lately that a running job may still need it."""
+    """Return whether a key was used so recently that a running job may still need it."""
     return removal.key is not None and time.time() - removal.last_used < IN_USE_SECONDS
 
 
 def leftovers_in(cache: Path) -> list[Removal]:
-    """What nobody will read any more, in every key: left by killed processes, set aside, published by nobody."""
+    """Return files of every key that no process will read again: left by killed processes, set aside, or never published."""
     out = [Removal(path, disk_bytes(path), "left by a removal that was killed") for path in sorted(cache.glob(f"{ASIDE}*"))]
     for path in sorted(cache.iterdir()):
         if path.is_dir() and KEY.fullmatch(path.name):
@@ -147,27 +146,29 @@ def leftovers_in(cache: Path) -> list[Removal]:
 
 
 def leftovers_of(directory: Path) -> list[Removal]:
-    """Half-written and damaged files of one key, of either store, that are old enough to be nobody's."""
+    """Return half-written and damaged files in a directory of either store, if too old to belong to a living process."""
     out = [Removal(path, disk_bytes(path), "left by a process that was killed") for path in leftovers(directory)]
     damaged = [path for path in sorted(directory.glob("*.damaged-*")) if time.time() - time_of(path) > LEFTOVER_AGE]
     return out + [Removal(path, disk_bytes(path), "damaged, was set aside") for path in damaged]
 
 
 def remove(removal: Removal, *, force: bool = False) -> bool:
-    """Remove it; says whether it went. A key that a job has touched since it was looked at stays, unless `force`.
+    """Remove a key or leftover and return whether it is gone. A key that a job has used since the listing stays, unless `force`.
 
     Raises:
-        RunError: it is not ours to remove.
+        RunError: this process may not remove it.
     """
     try:
         if removal.key is None:
             _delete(removal.path)
             return True
         return _remove_key(removal.path, math.inf if force else removal.last_used)
-    except FileNotFoundError:  # someone else was quicker
+    except FileNotFoundError:  # another process has removed it
         return True
     except OSError as error:
-        raise RunError(f"cannot remove {removal.path} ({error.strerror}): is it yours? The rest was left as it is") from error
+        raise RunError(
+            f"cannot remove {removal.path} ({error.strerror}): may you write there? The rest was left in place"
+        ) from error
 
 
 def _remove_key(directory: Path, last_looked: float) -> bool:
@@ -175,7 +176,7 @@ def _remove_key(directory: Path, last_looked: float) -> bool:
         return False
     aside = directory.with_name(f"{ASIDE}{directory.name}-{secrets.token_hex(4)}")
     directory.rename(aside)
-    if last_used(aside) > last_looked and not directory.exists():  # a job came between the two looks
+    if last_used(aside) > last_looked and not directory.exists():  # a job has used it between the two checks
         aside.rename(directory)
         return False
     _delete(aside)
@@ -190,19 +191,19 @@ def _delete(path: Path) -> None:
 
 
 def last_used(directory: Path) -> float:
-    """When anything in a key was last written, or `used` renewed by a reader; a directory's own time changes with tidying up."""
+    """Return when a file of a key was last written, or `used` renewed by a reader. Cleaning changes the directory's own time."""
     return max((time_of(path) for path in directory.iterdir()), default=time_of(directory))
 
 
 def time_of(path: Path) -> float:
-    """Time of last change; 0 for what has just gone."""
+    """Return the time of the last change; 0 if the file is gone."""
     with suppress(FileNotFoundError):
         return path.stat().st_mtime
     return 0.0
 
 
 def disk_bytes(path: Path) -> int:
-    """Size of a file, or of everything below a directory; what goes while one looks counts nothing."""
+    """Return the bytes of a file, or of all files below a directory; files removed meanwhile count 0."""
     if path.is_dir():
         return sum(disk_bytes(inner) for inner in path.iterdir())
     with suppress(FileNotFoundError):
@@ -211,7 +212,7 @@ def disk_bytes(path: Path) -> int:
 
 
 def ago(seconds: float) -> str:
-    """A length of time as people say it."""
+    """Return an age in words: "3 days", "5 hours"."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -251,7 +252,7 @@ def _rule(positions: dict[str, Any] | None) -> str | None:
 
 
 def _contiguous(directory: Path) -> Iterator[dict[str, Any]]:
-    """What shards 0, 1, 2, ... say of themselves. Only looks, where `ActivationStore` would set a damaged one aside."""
+    """Yield the JSON of shards 0, 1, 2, ... Changes nothing, whereas `ActivationStore` sets damaged shards aside."""
     unit, shard = 0, _said(directory / "shard-00000.json")
     while shard is not None:
         yield shard
@@ -260,7 +261,7 @@ def _contiguous(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def _said(path: Path) -> dict[str, Any] | None:
-    """What a shard's JSON says; None where it is not there or not whole."""
+    """Return the JSON of a shard; None if it is missing or damaged."""
     try:
         value = json.loads(path.read_text())
         return value if {"rows", "is_last", "file"} <= value.keys() else None
@@ -269,7 +270,7 @@ def _said(path: Path) -> dict[str, Any] | None:
 
 
 def _orphans(directory: Path) -> Iterator[Path]:
-    """Data files that no JSON names, because their writer was killed in between or another process was first."""
+    """Yield data files that no JSON names: their writer was killed before it, or another process was first."""
     for path in sorted(directory.glob("shard-*-*.arrow")):
         statement = directory / f"{path.name.rpartition('-')[0]}.json"
         said = _said(statement)

@@ -1,4 +1,4 @@
-"""What a model's config.json says about depth, width and context: enough to plan, and to leave blocks out. No torch here."""
+"""Depth, width and context of a model from its config.json: enough to plan and to leave blocks out. No torch here."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ CUTTABLE = frozenset({
     "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3",
     "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "starcoder2",
 })  # fmt: skip
-"""Architectures whose lower blocks do not depend on how many blocks there are. Others (Gemma 3n shares caches counted from the
-top) are loaded whole and stopped at the block."""
+"""Architectures whose lower blocks do not depend on the block count. Others (Gemma 3n shares caches counted from the top) are
+loaded whole and stopped at the block."""
 
 MAX_ACTIVATIONS_PER_UNIT = 16_384
-"""Activations in a unit, at most: with every position of long rows 64 rows would be a gigabyte."""
+"""Most activations in a unit: 64 long rows with every position would be a gigabyte."""
 
 TEXT_ROWS_PER_UNIT = 64
 
 
 def text_config(path: Path, layer: int | None = None) -> dict[str, Any]:
-    """The language model's part of config.json, with `num_hidden_layers` and `hidden_size` under these names.
+    """Return the language model's part of config.json, with depth as `num_hidden_layers` and width as `hidden_size`.
 
     Raises:
         CheckpointError: no config.json, or one without depth or width. RequestError: `layer` is beyond the last block.
@@ -45,7 +45,7 @@ def text_config(path: Path, layer: int | None = None) -> dict[str, Any]:
 
 
 def positions_limit(config: dict[str, Any], activations: Activations) -> int:
-    """Tokens that rows are cut to: max_length, or the model's context where that is shorter.
+    """Return the number of tokens that rows are cut to: max_length, or the model's context if that is shorter.
 
     Raises:
         SpecError: min_position leaves nothing.
@@ -61,12 +61,12 @@ def positions_limit(config: dict[str, Any], activations: Activations) -> int:
 
 
 def rows_per_unit(activations: Activations, max_length: int) -> int:
-    """Rows of text in one unit: 64, fewer where rows give very many activations."""
+    """Return the rows of text in a unit: 64, or fewer if a row can give very many activations."""
     return max(1, min(TEXT_ROWS_PER_UNIT, MAX_ACTIVATIONS_PER_UNIT // most_per_row(activations, max_length)))
 
 
 def cut_to_blocks(config: Any, num_blocks: int) -> None:
-    """Lower the number of blocks of a transformers text configuration, per-block lists included, where known to be safe."""
+    """Lower the number of blocks in a transformers text configuration, with its per-block lists, if that is known to be safe."""
     if config.model_type not in CUTTABLE:
         return
     depth = config.num_hidden_layers

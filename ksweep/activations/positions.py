@@ -1,4 +1,4 @@
-"""Which token positions of a row become activations. Keyed by row: a row's positions depend on that row alone."""
+"""Choose the token positions of a row that become activations. They depend on that row alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ksweep.config.spec import Activations
 def row_positions(
     token_ids: Sequence[int], row_id: str, special_ids: Collection[int], activations: Activations, pad_id: int | None = None
 ) -> list[int]:
-    """Token indices taken from one row, in order; empty where no token is allowed.
+    """Return the token indices taken from a row, in order; empty if no token is allowed.
 
-    Allowed are indices >= min_position whose token is not special. "random" is the public NLA rule (stage0_extract.py): in the
-    order of drawing, not ascending; a generator seeded by (seed, row id) makes it independent of every other row. Without
-    replacement: a row with fewer candidates than positions_per_document gives those that it has (the reference draws some twice).
+    Allowed are indices >= min_position whose token is not special. "random" is the public NLA rule (stage0_extract.py): in
+    drawing order, not ascending, from a generator seeded by (seed, row id), so independent of other rows. Without replacement: a
+    row with fewer candidates than positions_per_document gives all of them (the reference draws some twice).
 
     Args:
-        pad_id: what the row was padded with, on either side; min_position counts from the first other token. None: not padded.
+        pad_id: padding token at either end of the row; min_position counts from the first other token. None: no padding.
     """
     rule = activations.positions
     candidates = _candidates(token_ids, special_ids, activations, pad_id)
@@ -37,7 +37,7 @@ def row_positions(
 def _candidates(
     token_ids: Sequence[int], special_ids: Collection[int], activations: Activations, pad_id: int | None
 ) -> list[int]:
-    """Allowed indices; none in a row of nothing but padding, of which the reference takes position 0."""
+    """Return the allowed indices; none in a row of padding alone, of which the reference takes position 0."""
     step = activations.stride if activations.positions == "stride" else 1
     inside = unpadded(token_ids, pad_id)
     if activations.candidates == "not_special":
@@ -46,7 +46,7 @@ def _candidates(
 
 
 def unpadded(token_ids: Sequence[int], pad_id: int | None) -> range:
-    """From the first to the last token that is not padding. In between its id is a token: GPT-2 pads with EOS."""
+    """Return the range from the first to the last token that is not padding. Inside, the id is a token: GPT-2 pads with EOS."""
     first, end = 0, len(token_ids)
     while end > first and token_ids[end - 1] == pad_id:
         end -= 1
@@ -56,12 +56,12 @@ def unpadded(token_ids: Sequence[int], pad_id: int | None) -> range:
 
 
 def row_generator(seed: int, row_id: str) -> random.Random:
-    """The generator of one row, seeded as the public pipeline does: SHA-256 of "seed|row id"."""
+    """Return the generator of a row, seeded as in the public pipeline: SHA-256 of "seed|row id"."""
     return random.Random(hashlib.sha256(f"{seed}|{row_id}".encode()).digest())
 
 
 def most_per_row(activations: Activations, max_length: int) -> int:
-    """Upper bound of the positions in a row of at most `max_length` tokens."""
+    """Return an upper bound of the positions in a row of at most `max_length` tokens."""
     span = max(max_length - activations.min_position, 0 if activations.candidates == "not_special" else 1)
     most = {
         "last": 1,
@@ -74,7 +74,7 @@ def most_per_row(activations: Activations, max_length: int) -> int:
 
 
 def rule_identity(activations: Activations) -> dict[str, object]:
-    """What of the position rule changes which activations there are: the seed of an unseeded rule, for one, does not."""
+    """Return the part of the position rule that decides which activations there are; of the seed, only if the rule uses it."""
     rule: dict[str, object] = {"rule": activations.positions, "min_position": activations.min_position}
     if activations.candidates != "not_special":  # left out otherwise, so that keys from before there was a choice hold
         rule["candidates"] = activations.candidates

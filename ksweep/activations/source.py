@@ -1,7 +1,7 @@
-"""A unit: the activations of a fixed range of source rows, and where each of them comes from. NumPy only.
+"""Units: the activations of a fixed range of source rows, with their provenance. NumPy only.
 
-Units are what the store keeps and what ranks share. Unit u holds the rows u * rows_per_unit .. (u + 1) * rows_per_unit - 1 of the
-text (or of the vector file) whoever computes it, so neither the number of ranks nor where work stopped changes a bit of it.
+A unit is what the store publishes at once and what ranks divide among themselves. Unit u always holds rows u * rows_per_unit to
+(u + 1) * rows_per_unit - 1 of the text (or vector file), so neither the number of ranks nor an interruption changes a bit of it.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ WINDOW_CHARACTERS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationUnit:
-    """What one unit holds. Lists are parallel to the rows of `vectors`."""
+    """Contents of a unit. Lists are parallel to the rows of `vectors`."""
 
     vectors: np.ndarray
     """[activation, d_model] in the stored dtype; bfloat16 as uint16 bit patterns."""
     row_ids: list[str]
-    """Row of the source: what the positions of that row were keyed by."""
+    """Row of the source; it keys the positions drawn in that row."""
     documents: list[str]
-    """Document that the row belongs to: the cluster of the bootstrap."""
+    """Document of the row: the cluster of the bootstrap."""
     positions: list[int | None]
-    """Token index in the row, special tokens counted; None where the source does not say."""
+    """Token index in the row, special tokens counted; None if the source has none."""
     token_ids: list[int | None]
     windows: list[str]
-    """About the last 200 characters of text up to and including the position."""
+    """The last `WINDOW_CHARACTERS` characters of text, up to and including the position."""
     roles: list[str | None]
-    """Whose token it is: user, assistant, system, special or other; None where no chat template tells."""
+    """Role of the token: user, assistant, system, special or other; None without a known chat template."""
     num_rows: int
-    """Source rows that were looked at."""
+    """Source rows that were read."""
     num_skipped: int
-    """Of these, rows that gave no activation: empty, or without an allowed position."""
+    """Those of them that gave no activation: empty, or without an allowed position."""
     is_last: bool
-    """The source ends with this unit."""
+    """Whether the source ends with this unit."""
     role_counts: dict[str, int] | None = None
-    """Tokens of each role, of "pad" and in "total", in all source rows that were looked at; None where no chat template tells."""
+    """Tokens of each role, of "pad" and in "total", in all source rows that were read; None without a known chat template."""
 
 
 class UnitSource(Protocol):
-    """Where units come from: a model running over text, or a file of vectors."""
+    """Source of units: a model that runs over text, or a file of vectors."""
 
     @property
     def dtype(self) -> str:
@@ -65,50 +65,50 @@ class UnitSource(Protocol):
 
     @property
     def most_per_unit(self) -> int:
-        """Upper bound of the activations in one unit."""
+        """Upper bound of the activations in a unit."""
 
     def units(self, indices: Iterable[int]) -> Iterator[tuple[int, ActivationUnit]]:
-        """The units asked for, each computed when it is taken; ascending is quickest. One beyond the end is empty and last."""
+        """Yield the units asked for, each computed when it is taken; ascending order is fastest. A unit past the end is empty."""
 
     def close(self) -> None:
-        """Give back the memory of a loaded model."""
+        """Free the memory of a loaded model."""
 
 
 def activation_key(row_id: str, position: int | None) -> int:
-    """A signed 64-bit name of an activation that does not depend on order or count: keys the sampling noise of its draws."""
+    """Return a signed 64-bit key of an activation, whatever the others are. It keys the sampling noise of its draws."""
     digest = hashlib.sha256(f"{row_id}|{position}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def to_float32(stored: np.ndarray) -> Float32[np.ndarray, "*shape"]:
-    """Exact float32 values of vectors in a stored dtype; float32 is returned as it is, without a copy."""
+    """Return the exact float32 values of vectors in a stored dtype; a float32 array is returned itself."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)
 
 
 def to_bfloat16_bits(vectors: Float[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*shape"]:
-    """bfloat16 bit patterns of finite float32 values, rounded to nearest even as torch does."""
+    """Return the bfloat16 bit patterns of finite float32 values, rounded to nearest even as in torch."""
     bits = np.ascontiguousarray(vectors, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def norms_of(stored: np.ndarray) -> Float32[np.ndarray, " activation"]:
-    """L2 norms, summed in float64: Gemma's reach 1e5 and would overflow float16."""
+    """Return L2 norms, summed in float64: Gemma's reach 1e5 and would overflow float16."""
     return np.asarray(np.sqrt(np.square(to_float32(stored), dtype=np.float64).sum(axis=-1)), dtype=np.float32)
 
 
 def unit_keys(unit: ActivationUnit) -> Int64[np.ndarray, " activation"]:
-    """`activation_key` of each row of a unit."""
+    """Return the `activation_key` of each activation of a unit."""
     pairs = zip(unit.row_ids, unit.positions, strict=True)
     return np.array([activation_key(row, position) for row, position in pairs], dtype=np.int64)
 
 
 def refuse_unusable(unit: ActivationUnit, source: str) -> None:
-    """An NLA only sees the direction of a vector: one that is not finite, or zero, has none.
+    """Check that every vector has a direction, which is all that an NLA sees: it is finite and not zero.
 
     Raises:
-        DataError: names the first such vector by row and position.
+        DataError: a vector without direction; the message has the row and position of the first.
     """
     norms = norms_of(unit.vectors)
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))

@@ -1,4 +1,4 @@
-"""Units of a base model running over text: rows -> tokens -> positions -> vectors. A model is loaded when one is computed."""
+"""Compute units from text: rows -> tokens -> positions -> vectors. The model is loaded when the first unit is computed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ksweep.utils.text import some_of
 if TYPE_CHECKING:
     from ksweep.activations.hidden_states import BlockReader
 
-PROVENANCE_FIELDS = ("row_ids", "documents", "positions", "token_ids", "windows", "roles")
-"""Fields of a unit with a value for each activation, besides the vectors."""
+UNIT_COLUMNS = ("row_ids", "documents", "positions", "token_ids", "windows", "roles")
+"""Fields of a unit with a value per activation, besides the vectors."""
 
 
 @dataclass
 class TextUnits:
-    """The units of (model, layer, text, position rule)."""
+    """Units of a model at one layer, run over a text, at the positions of a rule."""
 
     activations: Activations
     layer: int
     device: Any = "cpu"
-    """torch device, or its name, that the model runs on; or several."""
+    """Device or devices that the model runs on: torch devices or their names."""
 
     def __post_init__(self) -> None:
         config = text_config(resolve(self.activations.model or "", "base model"))
@@ -43,21 +43,21 @@ class TextUnits:
         self._next_unit: int | None = None
         self._ahead: TextRow | None = None
         self._first: TextRow | None = None
-        """The first row of the text that is not empty."""
+        """First row of the text that is not empty."""
 
     @property
     def dtype(self) -> str:
-        """Of computation and of the vectors on disk."""
+        """Dtype of the computation and of the vectors on disk."""
         return self.activations.dtype
 
     @property
     def most_per_unit(self) -> int:
-        """When every row is long enough."""
+        """Activations in a unit if every row is long enough."""
         return self.rows_per_unit * most_per_row(self.activations, self.max_length)
 
     @property
     def reader(self) -> BlockReader:
-        """The model, loaded when it is first asked for."""
+        """The model, loaded on first use."""
         if self._reader is None:
             from ksweep.activations.hidden_states import BlockReader  # torch: only when something has to be computed
 
@@ -65,23 +65,24 @@ class TextUnits:
         return self._reader
 
     def close(self) -> None:
-        """Give the memory of the model back."""
+        """Free the memory of the model."""
         if self._reader is not None:
             self._reader.close()
         self._reader, self._next_unit = None, None
 
     def units(self, indices: Iterable[int]) -> Iterator[tuple[int, ActivationUnit]]:
-        """Compute units; the text is streamed, going back starts it again.
+        """Yield the units, each computed when it is taken. The text is streamed; a lower index starts it again.
 
         Raises:
-            DataError: text that cannot be read, vectors that are not finite. CheckpointError: a model that cannot be loaded.
+            DataError: unreadable text, vectors that are not finite.
+            CheckpointError: a model that cannot be loaded.
         """
         for index in indices:
             rows, is_last = self._read_unit(index)
             yield index, self._unit(rows, is_last)
 
     def _read_unit(self, index: int) -> tuple[list[TextRow], bool]:
-        """Rows of a unit, and whether the text ends with it. Text is a stream: going back starts it again."""
+        """Return the rows of a unit, and whether the text ends with it."""
         if self._next_unit is None or index < self._next_unit:
             self._rows, self._next_unit = read_documents(self.activations), 0
             self._ahead = next(self._rows, None)
@@ -96,7 +97,7 @@ class TextUnits:
                 return rows, self._ahead is None
 
     def _tokens(self, rows: Sequence[TextRow]) -> tuple[list[list[int]], int | None]:
-        """Token ids of rows, and what they are padded with: texts are not, pretokenised rows come as they are."""
+        """Return the token ids of rows and their padding id: None for texts; pretokenised rows are unchanged, padding and all."""
         self._refuse_mixed(rows)
         given = [row.token_ids for row in rows if row.token_ids is not None]
         if not given:
@@ -109,11 +110,13 @@ class TextUnits:
         return [list(ids[: self.max_length]) for ids in given], pad_id
 
     def _refuse_mixed(self, rows: Sequence[TextRow]) -> None:
-        """Rows that begin with BOS and others that do not are of two kinds, e.g. chats beside plain text."""
+        """Raise DataError if some rows begin with BOS and others do not: they are of two kinds, e.g. chats beside plain text."""
         if self.reader.document_bos is None or self._first is None:
             return
-        told = {row.index: self._begins_with_bos(row) for row in (self._first, *rows) if row.holds_something}
-        with_bos, without = ([str(index) for index, begins in told.items() if begins is which] for which in (True, False))
+        begins_with_bos = {row.index: self._begins_with_bos(row) for row in (self._first, *rows) if row.holds_something}
+        with_bos, without = (
+            [str(index) for index, begins in begins_with_bos.items() if begins is which] for which in (True, False)
+        )
         text, bos = self.activations.text, self.reader.tokenizer.bos_token
         if with_bos and without:
             raise DataError(
@@ -132,7 +135,7 @@ class TextUnits:
         return self.reader.begins_with_bos(row.token_ids[unpadded(row.token_ids, self.reader.filler_id).start :])
 
     def _refuse_long(self, ids: Sequence[int], end: int, where: str) -> None:
-        """Right padding may be cut off, but not text: of a row that is padded on the left perhaps nothing else would be left."""
+        """Raise DataError if real tokens would be cut off: of a row padded on the left perhaps only padding would remain."""
         if end <= self.max_length:
             return
         if self.max_length < self.activations.max_length:
@@ -144,12 +147,12 @@ class TextUnits:
     def _unit(self, rows: Sequence[TextRow], is_last: bool) -> ActivationUnit:
         reader = self.reader
         ids, pad_id = self._tokens(rows)
-        # The rule not_padding goes by id in texts, too: it leaves out a padding token that a text ends with.
+        # The rule not_padding goes by token id in texts, too: it skips a padding token at the end of a text.
         ends = reader.pad_id if pad_id is None and self.activations.candidates == "not_padding" else pad_id
         positions = [
             row_positions(i, row.row_id, reader.special_ids, self.activations, ends) for i, row in zip(ids, rows, strict=True)
         ]
-        vectors = reader.begin(ids, positions, pad_id)  # a GPU computes while what follows is looked up
+        vectors = reader.begin(ids, positions, pad_id)  # a GPU computes while the CPU collects roles and windows
         places = [(r, p) for r, taken in enumerate(positions) for p in taken]
         roles = [reader.roles(i, pad_id) for i in ids]
         starts = [unpadded(i, pad_id).start for i in ids]
@@ -171,10 +174,10 @@ class TextUnits:
 
 
 def refuse_strange(token_ids: Sequence[int], num_embeddings: int, where: str) -> None:
-    """Token ids that the model has no embedding for.
+    """Check that the model has an embedding for every token id.
 
     Raises:
-        DataError: names the first of them.
+        DataError: it has not; the message has the first such id.
     """
     strange = next((i for i, token in enumerate(token_ids) if not 0 <= token < num_embeddings), None)
     if strange is not None:
@@ -185,7 +188,7 @@ def refuse_strange(token_ids: Sequence[int], num_embeddings: int, where: str) ->
 
 
 def without_long(unit: ActivationUnit, max_norm: float) -> ActivationUnit:
-    """The activations of a unit that are no longer than this."""
+    """Return a unit without the activations whose norm exceeds `max_norm`."""
     keep = np.flatnonzero(np.linalg.norm(to_float32(unit.vectors).astype(np.float64), axis=1) <= max_norm)
-    columns: dict[str, Any] = {name: [getattr(unit, name)[i] for i in keep] for name in PROVENANCE_FIELDS}
+    columns: dict[str, Any] = {name: [getattr(unit, name)[i] for i in keep] for name in UNIT_COLUMNS}
     return replace(unit, vectors=unit.vectors[keep], **columns)

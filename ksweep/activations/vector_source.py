@@ -1,4 +1,4 @@
-"""Ready-made vectors: a Parquet file with an `activation_vector` column, as the public NLA datasets are (stage0_extract.py).
+"""Read ready-made vectors: a Parquet file with an `activation_vector` column, as in the public NLA datasets (stage0_extract.py).
 
 activation_vector            FixedSizeList<float32>[d] (hand-made files: list of float or double)     required
 doc_id                       document, the cluster of the bootstrap; activations.document_column names another column
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 VECTOR_COLUMN = "activation_vector"
 POSITION_COLUMN = "n_raw_tokens"
 DOCUMENT_COLUMNS = ("doc_id", "document")
-"""Columns that name documents, where none is asked for: the public datasets', and that of texts."""
+"""Columns that name documents unless the spec names one: that of the public datasets, and that of texts."""
 LAYER_COLUMN = "activation_layer"
 PROVENANCE_COLUMNS = (POSITION_COLUMN, "detokenized_text_truncated", "role")
 VECTORS_SIDECAR_KEYS = frozenset({
@@ -53,29 +53,29 @@ VECTORS_SIDECAR_KEYS = frozenset({
     "hidden_size", "extraction.hidden_size",
     "extraction.norm", "extraction.injection_scale", "extraction.mse_scale", *LAYER_KEYS,
 })  # fmt: skip
-"""Keys of a vectors' sidecar that are read, or that are about how a pair uses the vectors and not how they were made."""
+"""Keys of a vectors' sidecar that are read, or that say how a pair uses the vectors rather than how they were made."""
 ABOUT_PROMPTS = frozenset({"tokens", "prompt_templates"})
-"""Sections that tell trainers how to build prompts; an AV and an AR have their own."""
+"""Sections that tell trainers how to build prompts; AV and AR have their own."""
 VECTOR_ROWS_PER_UNIT = 1024
 
 
 @dataclass(frozen=True)
 class VectorsSidecar:
-    """What `{file}.nla_meta.yaml` says of a file of vectors; None where it does not."""
+    """Facts about a file of vectors from `{file}.nla_meta.yaml`; None if it does not state them."""
 
     layer: int | None
     base_model: str | None
     d_model: int | None
     norm: str | None
-    """"none" for raw vectors, and nothing else: no pair is understood that takes other ones."""
+    """"none" for raw vectors; there is no other value, because no supported pair takes other vectors."""
     notes: tuple[Note, ...] = ()
 
 
 def read_vectors_sidecar(vectors: str | Path) -> VectorsSidecar | None:
-    """The sidecar beside a file of vectors, or None where there is none.
+    """Return the sidecar beside a file of vectors, or None if there is none.
 
     Raises:
-        DataError: a sidecar that is damaged, of another kind, of vectors that are not raw, or with a key that is not understood.
+        DataError: a sidecar that is damaged, of another kind, of vectors that are not raw, or with an unknown key.
     """
     path = Path(f"{Path(vectors).expanduser()}.nla_meta.yaml")
     try:
@@ -116,7 +116,7 @@ def _said_width(meta: dict[str, Any], path: Path) -> int | None:
 
 
 def vectors_shape(vectors: str | Path) -> tuple[int, int]:
-    """Rows and width of a file of vectors, from its footer where the type says it, else from the first row.
+    """Return rows and width of a file of vectors, from its footer if the type has the width, else from the first row.
 
     Raises:
         DataError: no such file, not Parquet, no `activation_vector` column, another type, or no rows.
@@ -126,7 +126,7 @@ def vectors_shape(vectors: str | Path) -> tuple[int, int]:
 
 
 def vectors_say_positions(vectors: str | Path) -> bool:
-    """Whether a file of vectors has the column that positions are read from.
+    """Return whether a file of vectors has a column of positions.
 
     Raises:
         DataError: no such file, or not Parquet.
@@ -136,13 +136,13 @@ def vectors_say_positions(vectors: str | Path) -> bool:
 
 
 def vectors_layer(vectors: str | Path) -> int | None:
-    """The layer that a file of vectors is of, as its sidecar and its column `activation_layer` say; None where neither does.
+    """Return the layer of a file of vectors, from its sidecar or its column `activation_layer`; None if neither states it.
 
     Raises:
-        DataError: they disagree, or the rows are of several layers; and as `read_vectors_sidecar` and `vectors_shape`.
+        DataError: the two disagree, or the rows are of several layers; and as `read_vectors_sidecar` and `vectors_shape`.
     """
-    said = read_vectors_sidecar(vectors)
-    in_sidecar, in_rows = None if said is None else said.layer, _layer_of_rows(vectors)
+    sidecar = read_vectors_sidecar(vectors)
+    in_sidecar, in_rows = None if sidecar is None else sidecar.layer, _layer_of_rows(vectors)
     if None not in (in_sidecar, in_rows) and in_sidecar != in_rows:
         raise DataError(
             f"the sidecar of {vectors} says layer {in_sidecar} and its column {LAYER_COLUMN!r} says {in_rows}: the two are of "
@@ -165,19 +165,19 @@ def _layer_of_rows(vectors: str | Path) -> int | None:
 
 
 def _whole_layers(values: list[Any], vectors: str | Path) -> list[int]:
-    """Values of the column of layers as whole numbers, without nulls (NaN is one): pandas makes 20.0 of 20 beside them."""
-    said = [value for value in values if value is not None and value == value]
-    wrong = [value for value in said if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1]
+    """Return the layers in the column as whole numbers, without nulls and NaN, beside which pandas writes 20 as 20.0."""
+    stated = [value for value in values if value is not None and value == value]
+    wrong = [value for value in stated if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1]
     if wrong:
         raise DataError(
             f"{vectors} has {abbreviated(wrong[0])} in column {LAYER_COLUMN!r}; expected whole numbers, the block whose output "
             "the vectors are. Correct or drop the column."
         )
-    return sorted({int(value) for value in said})
+    return sorted({int(value) for value in stated})
 
 
 def document_column(vectors: str | Path, asked: str | None) -> str | None:
-    """The column that names the documents of a file of vectors; None: each row is a document of its own.
+    """Return the column that names the documents of a file of vectors; None if each row is its own document.
 
     Raises:
         DataError: no such column, one of lists or structs, no such file, or not Parquet.
@@ -198,7 +198,7 @@ def document_column(vectors: str | Path, asked: str | None) -> str | None:
 
 
 def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -> bool:
-    """Whether the first rows of a file of vectors are all of one document; reads as far as the second one.
+    """Return whether the first `num_rows` rows of a file of vectors are of a single document. Reads up to the second document.
 
     Raises:
         DataError: as `document_column`.
@@ -210,7 +210,7 @@ def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -
         for batch in file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[column]):
             names = batch.column(0).slice(0, left)
             seen.update(map(str, names.drop_null().unique().to_pylist()))
-            if len(seen) > 1 or (names.null_count and left > 1):  # a row without a name is a document of its own
+            if len(seen) > 1 or (names.null_count and left > 1):  # a row without a name is its own document
                 return False
             left -= len(names)
             if not left:
@@ -219,16 +219,16 @@ def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -
 
 
 class VectorUnits:
-    """Units of a file of vectors. They are kept in float32: the public files are, and rounding them would be a silent change."""
+    """Units of a file of vectors, stored in float32 as the public files are: rounding would change them silently."""
 
     dtype = "float32"
     most_per_unit = VECTOR_ROWS_PER_UNIT
 
     def __init__(self, vectors: str | Path, documents: str | None = None) -> None:
-        """Reads the footer only.
+        """Read the footer alone.
 
         Args:
-            documents: column that names the documents; None: see `document_column`.
+            documents: column that names the documents. None: see `document_column`.
 
         Raises:
             DataError: as `vectors_shape` and `document_column`.
@@ -240,11 +240,11 @@ class VectorUnits:
         self._next_unit = -1
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._tables, self._next_unit = iter(()), -1
 
     def units(self, indices: Iterable[int]) -> Iterator[tuple[int, ActivationUnit]]:
-        """Read units; the file is streamed, going back opens it again at the row group in question.
+        """Yield the units. The file is streamed; a lower index opens it again at the row group of that unit.
 
         Raises:
             DataError: null, ragged, non-finite or zero vectors.
@@ -288,7 +288,7 @@ class VectorUnits:
         return unit
 
     def _refuse_unnamed(self, named: list[Any], first: int) -> None:
-        """Raises DataError: rows whose document is null, NaN or empty text, in a column that was asked for."""
+        """Raise DataError if a row has null, NaN or empty text in the document column that the spec names."""
         rows = [str(first + i) for i, name in enumerate(named) if name is None or name != name or str(name).strip() == ""]
         if rows:
             raise DataError(
@@ -298,10 +298,10 @@ class VectorUnits:
 
 
 def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[np.ndarray, "row d_model"]:
-    """A list column as one float32 array, read flat.
+    """Return a list column as a float32 array.
 
-    `flatten` drops nulls and does not see rows of unequal length: every vector behind one would shift
-    (cast_to_fixed_size_list.py), so nulls and lengths are checked first.
+    `flatten` drops nulls and ignores row lengths, so a null or a short row would shift every later vector
+    (cast_to_fixed_size_list.py): nulls and lengths are checked first.
 
     Raises:
         DataError: a null, or rows that are not all of width `d_model`.
@@ -331,7 +331,7 @@ def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[n
 
 
 def _tables(path: Path, start: int, rows: int, wanted: Collection[str | None]) -> Iterator[pa.Table]:
-    """Consecutive tables of `rows` rows from row `start` on, without end: short, then empty where the file has ended."""
+    """Yield tables of `rows` rows from row `start` on, forever: the one at the end of the file is short, later ones are empty."""
     with _open(path) as file:
         groups, skip = _groups_from(file, start)
         columns = [name for name in file.schema_arrow.names if name in wanted]
@@ -347,7 +347,7 @@ def _tables(path: Path, start: int, rows: int, wanted: Collection[str | None]) -
 
 
 def _groups_from(file: pq.ParquetFile, start: int) -> tuple[list[int], int]:
-    """Row groups from the one that holds row `start` on, and how many rows of it come before."""
+    """Return the row groups from that of row `start` on, and the number of rows before `start` in it."""
     before = 0
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows

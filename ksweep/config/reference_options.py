@@ -1,11 +1,11 @@
-"""Options of the reference sweep (talkative autoencoder) under their old names: what each is called here, or why it has no name.
+"""Translate options of the reference sweep (talkative autoencoder) from their old names; reference_options.yaml has the table.
 
     translate(["num_gpus=8", "+eval.k_values=[1,2,4]"])   -> new key=value arguments, warnings
     translate_config(yaml_tree)                           -> new settings of a file of the old conf/eval shape, warnings
-    translate_checkpoint_config(config)                   -> what the config in a checkpoint says about activations and sampling
+    translate_checkpoint_config(config)                   -> settings of activations and sampling from the config in a checkpoint
     python -m ksweep.legacy experiments/k_sweep.py ...    -> runs a sweep with old names (scripts/submit_k_sweep.sh)
 
-docs/options.md is printed from OPTIONS (python -m ksweep.legacy --table).
+docs/options.md is printed from the table (python -m ksweep.legacy --table).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,10 +35,10 @@ Table = Literal["submission", "evaluation", "checkpoint"]
 Kind = Literal["translated", "not needed", "no effect"]
 
 CONFIG_DIRECTORY = Path("conf") / "eval"
-"""Where `+eval=NAME` looks for NAME.yaml."""
+"""Directory in which `+eval=NAME` looks for NAME.yaml."""
 
 FROM_ENVIRONMENT = ("num_gpus", "time", "job_name", "nodes", "nice", "force_direct")
-"""Submission options that the old script also took from variables: NUM_GPUS, TIME, ..."""
+"""Submission options that the old script also took from environment variables: NUM_GPUS, TIME, ..."""
 
 SAYS_DATA = ("--checkpoint-data", "activations.text=", "text=", "activations.vectors=", "vectors=")
 _NOT_ITS_DATA = (
@@ -46,10 +47,10 @@ _NOT_ITS_DATA = (
 )
 
 TAKE_A_VALUE = ("--config", "--base", "--config-name", "--config-path", "-cn", "-cp")
-"""Dashed options whose value may be the next argument; the last four were Hydra's."""
+"""Dashed options whose value may be the next argument; the last four are Hydra's."""
 
 IGNORED_SECTIONS = ("dataset", "data", "on_the_fly", "activation_dumper", "defaults", "hydra")
-"""Sections of an old evaluation file that Hydra filed where nobody read them."""
+"""Sections of an old evaluation file that Hydra put where the reference did not read them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +191,14 @@ CONVERSIONS: dict[str, Callable[[Option, Any, Mapping[str, Any]], Settings]] = {
 
 
 def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DIRECTORY) -> tuple[list[str], list[str]]:
-    """Arguments with old names as arguments with new ones, and what to tell whoever gave them.
+    """Translate arguments with old names; return arguments with new names, and warnings for the user.
 
-    Understood are `key=value` with Hydra's `+` and `++` in front, `+eval=NAME` (a file of the old shape), and new names, which
-    pass through and win. `--config FILE` of the old shape is `+eval=FILE`; other options that begin with a dash pass through with
-    their value, Hydra's own --config-name apart.
+    Accepted are `key=value` with Hydra's `+` and `++` in front, `+eval=NAME` (a file of the old shape), and new names, which pass
+    through and win. `--config FILE` of the old shape means `+eval=FILE`; other dashed options pass through with their value,
+    except Hydra's own --config-name.
 
     Raises:
-        SpecError: an unknown name, with those it may have meant; a value that cannot be meant.
+        SpecError: an unknown name (the message suggests similar ones), or an invalid value.
     """
     given: dict[str, Any] = {}
     named: dict[str, Any] = {}
@@ -225,12 +226,12 @@ def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DI
 
 
 def translate_options(given: Mapping[str, Any], *, from_checkpoint: bool) -> tuple[Settings, list[str]]:
-    """Old options by full name ("eval.k_values") -> new settings, warnings.
+    """Return new settings and warnings for old options by full name ("eval.k_values").
 
-    `from_checkpoint` says that they are the config inside a checkpoint: only there did the third table count.
+    `from_checkpoint`: the options are the config inside a checkpoint; only there did the third table have an effect.
 
     Raises:
-        SpecError: an unknown name or a value that cannot be meant.
+        SpecError: an unknown name or an invalid value.
     """
     settings: Settings = {}
     warnings: list[str] = []
@@ -252,7 +253,7 @@ def translate_options(given: Mapping[str, Any], *, from_checkpoint: bool) -> tup
 
 
 def translate_config(tree: Mapping[str, Any]) -> tuple[Settings, list[str]]:
-    """A YAML tree of the old conf/eval shape -> new settings, warnings.
+    """Return new settings and warnings for a YAML tree of the old conf/eval shape.
 
     Raises:
         SpecError: as `translate_options`.
@@ -261,12 +262,12 @@ def translate_config(tree: Mapping[str, Any]) -> tuple[Settings, list[str]]:
 
 
 def is_old_config(tree: Mapping[str, Any]) -> bool:
-    """Whether a YAML tree has the old conf/eval shape: its settings stand below `eval`."""
+    """Return whether a YAML tree has the old conf/eval shape, with its settings below `eval`."""
     return isinstance(tree.get("eval"), Mapping)
 
 
 def read_config(path: Path | str) -> tuple[Settings, list[str]]:
-    """A YAML file of the old conf/eval shape -> new settings, warnings.
+    """Return new settings and warnings for a YAML file of the old conf/eval shape.
 
     Raises:
         SpecError: it cannot be read, has another shape, or as `translate_options`.
@@ -275,9 +276,9 @@ def read_config(path: Path | str) -> tuple[Settings, list[str]]:
 
 
 def translate_checkpoint_config(config: Mapping[str, Any]) -> Settings:
-    """What the config inside a checkpoint says about activations and sampling, as new settings; the rest of it is for the loader.
+    """Return the settings of activations and sampling from the config inside a checkpoint; the rest of it is for the loader.
 
-    Where it is silent the reference's defaults hold: orig_model_name is model_name, min_pos is 8.
+    Defaults are the reference's: orig_model_name is model_name, min_pos is 8.
     """
     leaves = dict(_leaves(config))
     given = {option.name: leaves[option.name] for option in OPTIONS if option.table == "checkpoint" and option.name in leaves}
@@ -289,12 +290,12 @@ def translate_checkpoint_config(config: Mapping[str, Any]) -> Settings:
 
 
 def from_environment(environment: Mapping[str, str]) -> list[str]:
-    """Submission options that stand in variables, as the old script took them."""
+    """Return submission options from environment variables, as the old script took them."""
     return [f"{name}={environment[name.upper()]}" for name in FROM_ENVIRONMENT if environment.get(name.upper())]
 
 
 def _old_options(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by full old name: `eval.eval.x` is `eval.x`, and what stands further out wins, as in the reference."""
+    """Return leaves by full old name: `eval.eval.x` means `eval.x`, and the outer of two wins, as in the reference."""
     leaves = dict(_leaves(tree))
     inner = {name.removeprefix("eval."): value for name, value in leaves.items() if name.startswith("eval.eval.")}
     return inner | {name: value for name, value in leaves.items() if not name.startswith("eval.eval.")}
@@ -328,7 +329,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _with_values(arguments: Sequence[str]) -> Iterator[str]:
-    """Dashed options that take a value in one piece with it: --config FILE becomes --config=FILE."""
+    """Yield the arguments with dashed options and their values joined: --config FILE becomes --config=FILE."""
     rest = iter(arguments)
     for argument in rest:
         value = next(rest, "") if argument in TAKE_A_VALUE else ""
@@ -336,16 +337,14 @@ def _with_values(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _is_old_file(path: Path) -> bool:
-    """Anything else is for whoever reads it to refuse."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(tree, Mapping) and is_old_config(tree)
+    """Return whether a file has the old shape; any other file is left to the reader of new ones."""
+    with suppress(SpecError):
+        return bool(_read_yaml(path))
+    return False
 
 
 def _split(argument: str) -> tuple[str, Any]:
-    """Old `+key=value`, quoted as a whole, in its value or not at all -> key, value."""
+    """Return key and value of an old `+key=value`, which may be quoted as a whole or in its value."""
     text = argument.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
@@ -376,7 +375,7 @@ def _known(key: str) -> str:
 
 
 def _is_new(key: str) -> bool:
-    """Whether a key is one of today's, in full, a whole group, or by a last part that only one has."""
+    """Return whether a key is a current one: in full, a whole group, or the last part of exactly one key."""
     keys = known_keys()
     return key in keys or any(k.startswith(f"{key}.") for k in keys) or [k.rpartition(".")[2] for k in keys].count(key) == 1
 
@@ -418,7 +417,7 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _text(value: Any) -> str:
-    """A value as it stands behind key= in an override."""
+    """Return a value as it is written behind key= in an override."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -433,7 +432,7 @@ def _text(value: Any) -> str:
 
 
 def options_document() -> str:
-    """docs/options.md."""
+    """Return the text of docs/options.md."""
     parts = [_HEAD]
     for table, title in _TITLES.items():
         parts.append(f"## {title}\n\n| old | new | |\n|---|---|---|\n")

@@ -20,13 +20,13 @@ from ksweep.config.overrides import apply_overrides
 from ksweep.config.reference_options import (
     OPTIONS,
     from_environment,
-    minutes,
     options_document,
     read_config,
     translate,
     translate_checkpoint_config,
     translate_config,
 )
+from ksweep.config.resources import parse_time_limit
 from ksweep.config.sweep import known_keys
 from ksweep.utils.errors import SpecError
 from tests.config.helpers import overridden
@@ -296,7 +296,7 @@ def test_what_cannot_be_meant_is_refused_with_a_hint(argument: str, words: str |
     [("90", 90), ("90:30", 91), ("24:00:00", 1440), ("0:00:30", 1), ("2-12", 3600), ("1-00:30", 1470), ("1-0:0:1", 1441)],
 )
 def test_slurm_time_limits(text: str, expected: int) -> None:
-    assert minutes(text) == expected
+    assert parse_time_limit(text) == expected
 
 
 OLD_FILE = """
