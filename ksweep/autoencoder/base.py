@@ -1,4 +1,4 @@
-"""What every checkpoint family must offer: an AV turns vectors into draws, an AR turns texts into vectors."""
+"""The protocols of loaded models: an AV turns vectors into draws, an AR turns explanations into vectors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ParseOutcome = Literal["ok", "no_open_tag", "no_close_tag", "empty", "cut_off"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What an AR may read of one draw: an NLA pair's reads the text, a talkative autoencoder's the tokens."""
+    """One draw as an AR may read it: the AR of an NLA pair reads the text, the encoder of a TAE file the tokens."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -37,13 +37,13 @@ class Verbalizer(PromptedModel, Protocol):
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
     ) -> Float[torch.Tensor, "activation d_model"]:
-        """What `prefill` is given: the activations, less what the AV was trained without (a position's embedding)."""
+        """Return the input of `prefill`: the activations, less their position embedding if the AV was trained so."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of sampled tokens, stop token left out."""
+        """Return the text of sampled tokens, without the stop token."""
 
     def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
-        """The explanation in a sampled text, or None and why there is none."""
+        """Return the explanation in a sampled text, or None and the reason why there is none."""
 
 
 class Reconstructor(Protocol):
@@ -51,7 +51,7 @@ class Reconstructor(Protocol):
 
     d_model: int
     reads_empty_text: bool
-    """Whether an empty text leaves anything to read: a prompt around it."""
+    """Whether the AR can read an empty text, because a prompt surrounds it."""
 
     def reconstruct(
         self, explanations: Sequence[Explanation], batch_size: int = 64

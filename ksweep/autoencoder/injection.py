@@ -1,4 +1,4 @@
-"""Putting a vector into the AV's prompt: one row of the embedding module's output is replaced, in the prefill only."""
+"""Inject a vector into the AV's prompt: replace one row of the embedding module's output, in the prefill only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_vectors(vectors: torch.Tensor, d_model: int) -> None:
-    """Vectors are [activation, d_model], finite, and have a direction.
+    """Check that vectors have the shape [activation, d_model], are finite, and have a direction.
 
     Raises:
-        DataError: naming the first row that is not.
+        DataError: the shape is another, or a row is not; the first such row is named.
     """
     if vectors.ndim != 2 or vectors.shape[1] != d_model:
         raise DataError(
@@ -36,7 +36,7 @@ def check_vectors(vectors: torch.Tensor, d_model: int) -> None:
 
 
 def scaled(vectors: Float[torch.Tensor, "activation d_model"], scale: float) -> Float[torch.Tensor, "activation d_model"]:
-    """Each vector at norm `scale`, float32, by the public code's order of operations; only the direction reaches the AV."""
+    """Scale each vector to norm `scale` in float32, by the public code's order of operations; only directions reach the AV."""
     vectors = vectors.float()
     rows: torch.Tensor = vectors / (torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12) / scale)
     return rows
@@ -44,13 +44,13 @@ def scaled(vectors: Float[torch.Tensor, "activation d_model"], scale: float) -> 
 
 @contextmanager
 def injecting(embedding: torch.nn.Module, rows: Float[torch.Tensor, "activation d_model"], position: int) -> Iterator[None]:
-    """While open, the embedding module's output has `rows` at `position`; open for exactly one forward pass.
+    """Replace the embedding module's output at `position` by `rows` while the context is open, for exactly one forward pass.
 
     The output is what the first block sees, after a Gemma's multiplication by sqrt(d_model), so the rows need no factor of their
     own and the same code serves every architecture.
 
     Raises:
-        CheckpointError: the module did not run exactly once, so the vectors did not get where they belong.
+        CheckpointError: the module did not run exactly once, so the vectors were not injected as they should be.
     """
     firings = 0
 

@@ -1,4 +1,4 @@
-"""Whether vectors are as long as those that a pair was trained on: a sign of another layer or another model. No torch here.
+"""Compare the norms of vectors with those that a pair was trained on: other norms are a sign of another layer or model.
 
 Only their direction is injected, so lengths change no number. `injection_scale` says nothing of them: it is the length that every
 vector is scaled to. They are compared with the training vectors' own, where the pair says it, and otherwise not at all.
@@ -29,36 +29,36 @@ FACTOR = 1.3
 SAME_LENGTH = 1e-3
 """Relative spread of lengths that are one length: float32 keeps 1e-7, bfloat16 4e-3 for a number and some 1e-4 for a length."""
 FEWEST = 8
-"""Vectors that a median or a spread is taken from."""
+"""Fewer vectors than this give no median and no spread."""
 
 
 def training_norm(*infos: CheckpointInfo) -> float | None:
-    """Median length of a pair's training vectors, from a sidecar or the training report beside it; None: not said."""
+    """Return the median norm of the vectors a pair was trained on, from a sidecar or the training report; None if unstated."""
     for info in infos:
         if info.sidecar.activation_norm is not None:
             return info.sidecar.activation_norm
     for info in infos:
         report = info.path.resolve().parent / REPORT
-        if report.is_file() and (said := _said_in(report)) is not None:
-            return said
+        if report.is_file() and (norm := _reported_norm(report)) is not None:
+            return norm
     return None
 
 
-def _said_in(report: Path) -> float | None:
-    """held_out.activation_norm: of other texts than the training's, of the same model and layer."""
+def _reported_norm(report: Path) -> float | None:
+    """Return held_out.activation_norm, which is of other texts than the training's, but of the same model and layer."""
     try:
         held_out = files.read_json(report, "training report").get("held_out")
     except RequestError:
         return None
-    said = held_out.get("activation_norm") if isinstance(held_out, dict) else None
-    return float(said) if isinstance(said, (int, float)) and said > 0 else None
+    norm = held_out.get("activation_norm") if isinstance(held_out, dict) else None
+    return float(norm) if isinstance(norm, (int, float)) and norm > 0 else None
 
 
 def norm_notes(vectors: Float[np.ndarray, "activation d_model"], trained: float | None, source: str) -> Iterator[Note]:
-    """What the lengths of vectors say.
+    """Yield a note where the norms of vectors differ from those of the training, or are all the same.
 
     Args:
-        trained: median length of the training vectors; None: not known, and not compared.
+        trained: median norm of the training vectors; None if it is unknown, and nothing is compared.
         source: where the vectors come from, for the words.
     """
     if len(vectors) < FEWEST:

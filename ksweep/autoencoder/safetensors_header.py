@@ -1,14 +1,15 @@
-"""What tensors a model directory holds, from the safetensors headers alone: no weights are read, no torch is needed."""
+"""Which tensors a model directory holds, read from safetensors headers alone: no weights are read, no torch is needed."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.files import read_json
@@ -32,32 +33,23 @@ class Tensor:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Names, shapes and types in one .safetensors file: 8 bytes of length, then JSON.
+    """Return names, shapes and types of the tensors in one .safetensors file.
 
     Raises:
-        CheckpointError: unreadable, not safetensors, or shorter than its header says.
+        CheckpointError: the file is unreadable, not safetensors, or has another size than its header says.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 8 + length <= size else None
-        entries = {name: e for name, e in header.items() if name != "__metadata__"} if header is not None else None
-        tensors = entries and {name: Tensor(tuple(e["shape"]), e["dtype"], path.name) for name, e in entries.items()}
-        end = max((e["data_offsets"][1] for e in entries.values()), default=0) if entries else 0
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Tensor(tuple(part.get_shape()), part.get_dtype(), path.name) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} is not a readable safetensors file ({type(error).__name__}: {error}). Copy or download it again."
+            f"{path} is not a whole safetensors file ({error}). Copy or download it again: it may have been cut off."
         ) from error
-    if tensors is None or 8 + length + end > size:
-        raise CheckpointError(
-            f"{path} has {size} bytes, fewer than its header announces: a copy or download was cut off. Fetch it again."
-        )
-    return tensors or {}
 
 
 def model_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of the model in a directory: model.safetensors, or the shards that its index lists.
+    """Return every tensor of the model in a directory: model.safetensors, or the shards that its index lists.
 
     Raises:
         CheckpointError: no safetensors weights, a shard missing, or an index that does not fit its shards.
@@ -93,7 +85,7 @@ def _sharded(directory: Path, index: Path, weight_map: Mapping[str, str]) -> dic
 
 
 def text_names(names: Iterable[str]) -> list[str]:
-    """Tensor names as the bare text model spells them; vision parts left out."""
+    """Return tensor names as the bare text model spells them, without those of vision parts."""
     out = []
     for name in names:
         if NOT_TEXT.match(name):
@@ -105,7 +97,7 @@ def text_names(names: Iterable[str]) -> list[str]:
 
 
 def check_blocks(names: Iterable[str], config: Mapping[str, Any], where: Path) -> None:
-    """Every block 0..num_hidden_layers-1 is there, none beyond, and each holds what most blocks of its kind hold.
+    """Check that blocks 0 to num_hidden_layers - 1 are there, none beyond, and that each holds what most blocks of its kind hold.
 
     Args:
         names: tensors of the model.
@@ -141,7 +133,10 @@ def check_blocks(names: Iterable[str], config: Mapping[str, Any], where: Path) -
 
 
 def _missing_parts(blocks: Mapping[int, set[str]], types: Sequence[str]) -> list[tuple[int, str]]:
-    """What single blocks lack that most of their kind have; a kind is how a block mixes tokens, and whether it has experts."""
+    """Return (block, part) for each part that a block lacks and most of its kind have.
+
+    The kind of a block is how it mixes tokens, and whether it has experts.
+    """
     kinds: dict[tuple[str, bool], list[int]] = defaultdict(list)
     for i, block_type in enumerate(types):
         if i in blocks:
@@ -157,7 +152,7 @@ def _missing_parts(blocks: Mapping[int, set[str]], types: Sequence[str]) -> list
 
 
 def check_attention(config: Mapping[str, Any], where: Path) -> None:
-    """Every block keeps keys and values that draws can be forked from.
+    """Check that every block keeps keys and values, which draws are forked from.
 
     Raises:
         CheckpointError: other blocks (linear attention, convolutions, state spaces), which are not supported yet.

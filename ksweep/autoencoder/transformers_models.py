@@ -1,4 +1,4 @@
-"""What every family does with transformers models: find and cut their blocks, check their weights, silence their reports."""
+"""Helpers of every family for transformers models: find and cut blocks, check weights, silence load reports."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Runt
 
 
 def blocks_of(model: Any) -> torch.nn.ModuleList:
-    """The blocks of a language model, first to last.
+    """Return the blocks of a language model, first to last.
 
     Raises:
-        CheckpointError: it keeps them elsewhere.
+        CheckpointError: the model keeps its blocks under another name.
     """
     decoder = model.get_decoder()
     blocks = getattr(decoder, "layers", getattr(decoder, "h", None))
@@ -35,7 +35,7 @@ def blocks_of(model: Any) -> torch.nn.ModuleList:
 
 
 def cut_blocks(config: Any, num_layers: int) -> None:
-    """Fewer blocks, and the lists that have one entry per block cut to match."""
+    """Lower num_hidden_layers, and cut every list that has one entry per block to match."""
     whole = config.num_hidden_layers
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == whole:
@@ -44,7 +44,7 @@ def cut_blocks(config: Any, num_layers: int) -> None:
 
 
 def is_sane(tensor: torch.Tensor) -> bool:
-    """Whether every weight is finite and none is absurdly large."""
+    """Return whether every weight is finite and none is larger than `LARGEST_WEIGHT`."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())
@@ -53,7 +53,7 @@ def is_sane(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No load reports (our checks speak instead) and, away from a terminal, no progress bars."""
+    """Silence load reports, which our own checks replace, and progress bars where the output is no terminal."""
     logging: Any = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -70,7 +70,7 @@ def quiet() -> Iterator[None]:
 
 
 def torch_dtype(name: str | torch.dtype) -> torch.dtype:
-    """torch.bfloat16 of "bfloat16"."""
+    """Return the torch dtype of a name such as "bfloat16"."""
     return (
         name
         if isinstance(name, torch.dtype)

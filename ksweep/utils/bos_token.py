@@ -1,6 +1,6 @@
-"""The token that a text begins with (BOS): who puts it there, and that it stands there once.
+"""The beginning-of-sequence token (BOS): who puts it before a text, and how it is kept from standing there twice.
 
-A chat template writes it into the text, and a tokenizer then puts a second one before it: all vectors behind it are other ones.
+A chat template writes it into the text, and a tokenizer may then add a second one, which changes every vector behind it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 
 def puts_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts its BOS before a text."""
+    """Return whether the tokenizer itself puts its BOS before a text."""
     bos: int | None = tokenizer.bos_token_id
     begins: list[int] = tokenizer.encode("x")[:1]
     return bool(bos is not None and begins == [bos])
 
 
 def marks_turns(tokenizer: Any) -> bool:
-    """Whether what is called BOS opens every turn of a chat, as <|im_start|> of SmolLM2 does."""
+    """Return whether the token called BOS opens every turn of a chat, as <|im_start|> of SmolLM2 does."""
     if not tokenizer.chat_template:
         return False
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
@@ -28,7 +28,7 @@ def marks_turns(tokenizer: Any) -> bool:
 
 
 def document_bos(tokenizer: Any) -> int | None:
-    """The id of the BOS that documents begin with; None for what is called so and is an end of text or the start of a turn."""
+    """Return the id of the BOS that documents begin with; None if the token called BOS ends a text or starts a turn."""
     bos: int | None = tokenizer.bos_token_id
     if bos is None or puts_bos(tokenizer):
         return bos
@@ -36,7 +36,7 @@ def document_bos(tokenizer: Any) -> int | None:
 
 
 def one_bos(text: str, tokenizer: Any) -> str:
-    """A text whose own BOS stands at its very beginning, once; the text as it is where it has none or the tokenizer puts none."""
+    """Return the text with its own BOS once, at its very beginning; unchanged if it has none or the tokenizer puts none."""
     bos: str | None = tokenizer.bos_token
     begin = text.lstrip()
     if not bos or not begin.startswith(bos) or not puts_bos(tokenizer):
@@ -47,15 +47,15 @@ def one_bos(text: str, tokenizer: Any) -> str:
 
 
 def text_gets_second_bos(text: str, directory: Path) -> bool:
-    """Whether a text begins with the token that the tokenizer in a directory puts before texts; from its files alone.
+    """Return whether a text begins with the token that the tokenizer in a directory puts before texts, from its files alone.
 
-    Where they do not tell what the tokenizer puts there, it is taken to put the BOS that they name.
+    If the files do not tell what the tokenizer puts there, the BOS that they name is assumed.
     """
     begin = text.lstrip()[:200]
     if begin[:1].isalnum():
         return False  # special tokens begin with a bracket
     config = _read(directory / "tokenizer_config.json")
-    named = [_content(said.get("bos_token")) for said in (config, _read(directory / "special_tokens_map.json"))]
+    named = [_content(tokens.get("bos_token")) for tokens in (config, _read(directory / "special_tokens_map.json"))]
     if any(named) and not any(name and begin.startswith(name) for name in named):
         return False  # plain text: no tokenizer need be loaded
     path = directory / "tokenizer.json"
@@ -67,7 +67,7 @@ def text_gets_second_bos(text: str, directory: Path) -> bool:
 
 @cache
 def _put_before_texts(path: Path, _modified: int) -> str | None:
-    """What a tokenizer.json puts before a text, empty for nothing; None if this version of tokenizers cannot read it."""
+    """Return the token that a tokenizer.json puts before a text, "" for none; None if tokenizers cannot read it."""
     from tokenizers import Tokenizer
 
     try:
@@ -78,8 +78,8 @@ def _put_before_texts(path: Path, _modified: int) -> str | None:
     return "" if ids[:1] == plain[:1] else str(tokenizer.id_to_token(ids[0]))
 
 
-def _content(said: Any) -> str | None:
-    value = said.get("content") if isinstance(said, dict) else said
+def _content(token: Any) -> str | None:
+    value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) else None
 
 

@@ -15,20 +15,20 @@ BLOCK_TYPES = ("layer_types", "layers_block_type", "block_types")
 
 
 def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's part of a config.json, with its sizes under the usual names where it says them at all."""
+    """Return the language model's part of a config.json, its sizes under their usual names where the file states them."""
     text = config.get("text_config")
-    found = dict(text if isinstance(text, dict) else config)
+    model = dict(text if isinstance(text, dict) else config)
     for name, others in SIZE_NAMES.items():
-        said = next((found[other] for other in (name, *others) if found.get(other) is not None), None)
-        if said is not None:
-            found[name] = said
-    return found
+        size = next((model[spelling] for spelling in (name, *others) if model.get(spelling) is not None), None)
+        if size is not None:
+            model[name] = size
+    return model
 
 
 def block_types(config: Mapping[str, Any], num_blocks: int) -> list[str]:
-    """What each block mixes tokens by: "attention" (full, sliding or chunked), or as the configuration calls it."""
-    said: list[Any] = next((config[name] for name in BLOCK_TYPES if isinstance(config.get(name), list)), [])
-    types = ["attention" if _is_attention(str(one)) else str(one) for one in said[:num_blocks]]
+    """Return how each block mixes tokens: "attention" (full, sliding or chunked), or the configuration's own word for it."""
+    stated: list[Any] = next((config[name] for name in BLOCK_TYPES if isinstance(config.get(name), list)), [])
+    types = ["attention" if _is_attention(str(kind)) else str(kind) for kind in stated[:num_blocks]]
     return types if len(types) == num_blocks else ["attention"] * num_blocks
 
 
