@@ -22,7 +22,7 @@ from ksweep.autoencoder.nla import models as nla
 from ksweep.autoencoder.nla.loading import load_nla_tokenizer
 from ksweep.autoencoder.nla.prompts import av_prompt
 from ksweep.config.presets import demo_pair, held_out_passages
-from ksweep.inference.engine import as_vectors
+from ksweep.inference.engine import vectors_as_tensor
 
 LAYER = 20
 NATURAL_LIMIT = 64
@@ -96,7 +96,7 @@ def held_out(count: int) -> torch.Tensor:
     """Return real activations [activation, d_model], so that explanations have their natural lengths."""
     with tempfile.TemporaryDirectory() as folder:
         table = ensure(held_out_passages(num_activations=count), LAYER, folder)
-        return as_vectors(table.vectors(0, count))
+        return vectors_as_tensor(table.vectors(0, count))
 
 
 def demo_sweep(

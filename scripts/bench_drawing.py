@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from ksweep.autoencoder.injection import scaled
 from ksweep.autoencoder.nla.models import NlaVerbalizer
-from ksweep.inference import kv_cache
+from ksweep.inference import attention as slots
 from ksweep.inference.engine import Request, draw
 
 FIXED = 32
@@ -147,14 +147,14 @@ def best_batch_size(av: NlaVerbalizer, vectors: torch.Tensor, fixed: bool, optio
 
 def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespace) -> None:
     """Share of our time by what it is spent on, and how near the matrix products are to what they reach by themselves."""
-    attend, rows = kv_cache.attend, list[int]()
+    attend, rows = slots.slot_attention, list[int]()
     first = next(module for module in av.model.modules() if isinstance(module, torch.nn.Linear))
 
     def watched(*given: object, **named: object) -> object:
         with torch.profiler.record_function("attention"):
             return attend(*given, **named)
 
-    kv_cache.AttentionInterface.register(kv_cache.ATTENTION, watched)
+    slots.AttentionInterface.register(slots.ATTENTION, watched)
     try:
         work: Callable[[], int] = lambda: ours(av, vectors, options.draws[0], options.lengths[0] == "fixed", options)  # noqa: E731
         work()
@@ -165,7 +165,7 @@ def profile(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespac
             total = time.perf_counter() - began
         handle.remove()
     finally:
-        kv_cache.AttentionInterface.register(kv_cache.ATTENTION, attend)
+        slots.AttentionInterface.register(slots.ATTENTION, attend)
     averages = {event.key: event for event in found.key_averages()}
     products = sum(averages[name].self_cpu_time_total for name in MATRIX_PRODUCTS if name in averages) / 1e6
     attention = averages["attention"].cpu_time_total / 1e6

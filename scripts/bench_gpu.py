@@ -161,14 +161,14 @@ def report_drawing(options: argparse.Namespace, bandwidth: float, flops: float) 
         }
         at_once = {"generate()": COPIES}
         for n in options.draws:
-            for recorded in (True, False) if cuda_graphs.fits(av.model) else (False,):
+            for recorded in (True, False) if cuda_graphs.supports_cuda_graphs(av.model) else (False,):
                 name = f"{n} draws, graphs" if recorded else f"{n} draws"
                 sides[name] = rate(lambda n=n, r=recorded, fixed=fixed: drawn(av, vectors, n, r, fixed, options))
                 at_once[name] = n
         peak_memory(options)
         rates = alternate(sides, options.repeats)
         lengths = "32 tokens each" if fixed else "natural lengths"
-        print(f"\n{lengths}; memory at peak {peak_memory(options)}; CUDA graphs {cuda_graphs.state(av.model)}")
+        print(f"\n{lengths}; memory at peak {peak_memory(options)}; CUDA graphs {cuda_graphs.cuda_graphs_state(av.model)}")
         print("| | tokens/s, median (lowest to highest) | against generate() | bound, tokens/s | of the bound |")
         print("|---|---|---|---|---|")
         for name, values in rates.items():
@@ -184,7 +184,7 @@ def drawn(
 ) -> int:
     """Tokens, steps as CUDA graphs or as usual, of `FILLS` times as many draws as are under way at once."""
     mine = argparse.Namespace(**vars(options) | {"batch_size": at_once})
-    with patch.dict(os.environ, {cuda_graphs.SWITCH: "1" if recorded else "0"}):
+    with patch.dict(os.environ, {cuda_graphs.CUDA_GRAPHS_VARIABLE: "1" if recorded else "0"}):
         return ours(av, vectors, max(1, -(-FILLS * at_once // len(vectors))), fixed, mine)
 
 

@@ -24,7 +24,7 @@ from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.activations.source import STORED_DTYPES, WINDOW_CHARACTERS
 from ksweep.inference import memory
 from ksweep.inference.batching import length_batches
-from ksweep.inference.device_map import Devices, as_devices, placed
+from ksweep.inference.device_map import Devices, as_devices, place_model
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.hub import MODEL_LOADING, resolve
@@ -63,7 +63,7 @@ class BlockReader:
         self.tokenizer = _load_tokenizer(self.path)
         backbone = _load_backbone(self.path, layer, getattr(torch, dtype))
         decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
-        self.decoder = placed(decoder.eval().requires_grad_(False), devices)
+        self.decoder = place_model(decoder.eval().requires_grad_(False), devices)
         self.block = _blocks(self.decoder, self.path, layer)[layer]
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         self.pad_id: int | None = self.tokenizer.pad_token_id
@@ -155,7 +155,7 @@ class BlockReader:
             lengths = [len(ids) if has == masked else 0 for ids, has in zip(needed, padded, strict=True)]
             for batch in length_batches(lengths, EXTRACTION_BATCH_TOKENS):
                 run = partial(self._taken, pad_id=pad_id if masked else None)
-                taken = memory.in_halves(run, [(needed[i], positions[i]) for i in batch], self.device)
+                taken = memory.run_in_halves(run, [(needed[i], positions[i]) for i in batch], self.device)
                 copies.append((batch, _async_copy(taken), taken.device))
         first = np.cumsum([0, *map(len, positions)])
 
@@ -192,7 +192,7 @@ class BlockReader:
         del self.decoder, self.block
         if self.spread:
             gc.collect()  # spread models refer to themselves in cycles; others are freed already, and a collection takes 0.25 s
-        memory.release(self.device)
+        memory.release_cached_memory(self.device)
 
     def roles(self, token_ids: Sequence[int], pad_id: int | None = None) -> list[TokenRole] | None:
         """Return the role of each token of a row; None if the tokenizer has no tokens of a known chat template."""

@@ -222,14 +222,11 @@ def _engine() -> Iterator[Finding]:
     import torch
 
     from ksweep.cli.selftest import failures
-    from ksweep.inference import compiled
 
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         began = time.perf_counter()
         problems = failures(device)
         message = "; ".join(problems) or "greedy equals plain decoding, draws do not depend on the batch, vectors reach the model"
-        if device == "cpu":
-            message += "; attention is compiled" if compiled.library() else f"; attention is torch's: {compiled.why_not()}"
         yield Finding(f"engine on {device}", "bad" if problems else "ok", f"{message} ({time.perf_counter() - began:.1f} s)")
 
 

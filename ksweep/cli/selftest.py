@@ -11,7 +11,7 @@ import torch
 from ksweep.autoencoder.base import ParseOutcome
 from ksweep.inference.backend import FinishReason, Prefill
 from ksweep.inference.engine import Draw, Request, draw
-from ksweep.inference.kv_cache import repeated
+from ksweep.inference.kv_cache import expand_prefix
 
 WIDTH, VOCABULARY, PROMPT, STOP = 32, 64, (5, 6, 0, 7), 1
 INJECT_AT = 2
@@ -57,7 +57,7 @@ class TinyVerbalizer:
     def prefill(self, vectors: torch.Tensor, prefix: Any | None = None) -> Prefill:
         """Run the prompt, or the rest of it after `prefix`."""
         rest = self.embedded(vectors) if prefix is None else self.embedded(vectors)[:, INJECT_AT:]
-        past = repeated(prefix, len(vectors))
+        past = expand_prefix(prefix, len(vectors))
         out = self.model(inputs_embeds=rest, past_key_values=past, use_cache=True, logits_to_keep=1)
         return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
 

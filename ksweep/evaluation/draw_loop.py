@@ -15,7 +15,7 @@ from ksweep.registry.draws import WorkUnit
 
 if TYPE_CHECKING:
     from ksweep.evaluation.scoring import UnitWork
-    from ksweep.inference.engine import Draw, Order
+    from ksweep.inference.engine import Draw, DrawBatch
 
 
 PIECES_PER_SHARE = 4
@@ -96,18 +96,18 @@ class DrawLoop:
         texts = next(iter(self.work.values())).texts_at_once
         return requested | {"draws_in_flight": draws, "prompts_at_once": prompts, "texts_at_once": str(texts)}
 
-    def _stream(self, batches: Iterable[Order]) -> Iterator[tuple[int, Draw]]:
-        from ksweep.inference.engine import stream
+    def _stream(self, batches: Iterable[DrawBatch]) -> Iterator[tuple[int, Draw]]:
+        from ksweep.inference.engine import stream_draws
 
         run, work = next(iter(self.work.items()))
         num_draws = -(-sum(other.num_missing for other in self.work) // self.ranks.world_size)
-        return stream(
+        return stream_draws(
             work.av, batches, top_p=run.cell.sampling.top_p, max_new_tokens=run.cell.sampling.max_new_tokens,
             batch_size=self.batch_size, num_draws=num_draws, should_stop=self.ranks.should_stop,
-            on_room=lambda draws, prompts: self.batch_limits.append((draws, prompts)),
+            on_batch_sizes=lambda draws, prompts: self.batch_limits.append((draws, prompts)),
         )  # fmt: skip
 
-    def _draw_batches(self, order_seed: int, pending: dict[int, _PendingUnit]) -> Iterator[Order]:
+    def _draw_batches(self, order_seed: int, pending: dict[int, _PendingUnit]) -> Iterator[DrawBatch]:
         for number, (run, unit) in enumerate(self._claim_units(order_seed)):
             pending[number] = _PendingUnit(run, unit)
             yield self.work[run].draw_batch(unit)

@@ -50,15 +50,15 @@ class Models:
         """Return how this rank's AV computes texts of that length, for the run record; empty where the AV was not loaded."""
         if self._av is None:
             return {}
-        from ksweep.inference import cuda_graphs, kv_cache
+        from ksweep.inference import attention, cuda_graphs
 
         model, length = self._av.model, self._av.prompt_length + max_new_tokens
-        fits = kv_cache.fits(model, length)
+        in_slots = attention.supports_slots(model, length)
         threads = threads_in_use() if model.device.type == "cpu" else {}
-        return kv_cache.numerics(model, length) | threads | {
+        return attention.numerics(model, length) | threads | {
             "dtype": str(model.dtype).removeprefix("torch."),
-            "sampler": "slots" if fits else "plain",
-            "cuda_graphs": cuda_graphs.state(model) if fits else "off",
+            "sampler": "slots" if in_slots else "plain",
+            "cuda_graphs": cuda_graphs.cuda_graphs_state(model) if in_slots else "off",
         }  # fmt: skip
 
 

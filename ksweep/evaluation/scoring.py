@@ -16,7 +16,7 @@ from ksweep.registry.draws import DRAWS_SCHEMA, WorkUnit
 if TYPE_CHECKING:
     from ksweep.activations.store import ActivationTable
     from ksweep.autoencoder.base import Explanation, Reconstructor, Verbalizer
-    from ksweep.inference.engine import Draw, Order
+    from ksweep.inference.engine import Draw, DrawBatch
     from ksweep.stats import ScoringKind
 
 
@@ -46,9 +46,9 @@ class UnitWork:
         """Batch size of the AR. Larger ones are slower on a CPU (256 texts of 22 tokens: 3.7 s by 64, 4.4 s by 256)."""
         return self.batch_size or (64 if self.device == "cpu" else 512)
 
-    def draw_batch(self, unit: WorkUnit) -> Order:
+    def draw_batch(self, unit: WorkUnit) -> DrawBatch:
         """Return what the engine needs to draw a unit: the AV's inputs and a request for each draw."""
-        from ksweep.inference.engine import Order, Request, as_vectors
+        from ksweep.inference.engine import DrawBatch, Request, vectors_as_tensor
 
         keys = self.vectors.column("activation_key", unit.first_row, unit.last_row)
         requests = [
@@ -56,8 +56,8 @@ class UnitWork:
             for row in range(unit.last_row - unit.first_row)
             for k in range(unit.first_draw, unit.last_draw)
         ]
-        inputs = self.av.inputs(as_vectors(self._targets(unit)), self._numbers_of("position", unit))
-        return Order(vectors=inputs, requests=requests, temperature=self.sampling.temperature, seed=self.sampling.seed)
+        inputs = self.av.inputs(vectors_as_tensor(self._targets(unit)), self._numbers_of("position", unit))
+        return DrawBatch(vectors=inputs, requests=requests, temperature=self.sampling.temperature, seed=self.sampling.seed)
 
     def score_unit(self, unit: WorkUnit, draws: list[Draw]) -> pa.Table:
         """Parse, reconstruct and score the draws of a unit. Returns rows of the draws store, ordered by activation and draw."""

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 FinishReason = Literal["stop", "length"]
-"""stop: the AV ended by itself; length: cut off at max_new_tokens."""
+"""stop: the AV ended the text itself; length: it was cut off at max_new_tokens."""
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """The prompt of some activations, run once: what a draw is forked from."""
+    """The prompts of some activations after one forward pass; draws are forked from them."""
 
     cache: Any
     """transformers Cache of the whole prompt, one row per activation."""
@@ -27,17 +27,20 @@ class Prefill:
 
 
 class PromptedModel(Protocol):
-    """A model that continues a prompt with a vector in it. An AV is one; an engine needs no more of an AV than this."""
+    """A model that continues a prompt with a vector in it: the part of an AV that the engines use."""
 
     model: Any
     """transformers causal LM that continues the prompt token by token."""
     stop_token_ids: frozenset[int]
-    """Tokens that end a text; none where every text has one length."""
+    """Tokens that end a text; empty where all texts have one length."""
     prompt_length: int
-    """Tokens of the prompt, the vector's own place included."""
+    """Tokens in the prompt, including the place of the vector."""
 
     def prefix(self) -> Any | None:
-        """transformers Cache, one row, of the prompt before the vector, which is the same for all; run once. None without one."""
+        """Run the part of the prompt before the vector, which all activations share. Returns a transformers Cache with one row.
+
+        Returns None where the prompt has no such part.
+        """
 
     def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
-        """Run the prompt once per vector, the vector injected; behind `prefix`, only what is left of it."""
+        """Run the prompt once per vector, with the vector injected; after `prefix`, only the rest of the prompt."""

@@ -1,11 +1,11 @@
-"""The plain sampler, which the fast one (`decoding.py`) is held against, and which draws where that one cannot.
+"""The naive engine: the oracle of the engine in slots, and the one that draws where a model's past cannot be kept in slots.
 
-The prompt runs once per activation and is forked K ways; the rows of a group all have the same length, so there is no padding, no
-mask and no position to get wrong; rows that end leave, and their places stay empty until the group is done.
+The prompt runs once per activation and its cache is copied for every draw. The rows of a group all have the same length, so there
+is no padding, no mask and no position to get wrong; rows that end leave, and are not replaced before the group is done.
 
-Memory: each fork holds its own copy of the prompt's keys and values, `batch_size` of them at most, beside one copy per
-activation of the group; transformers' DynamicCache holds one layer twice while it grows. Out of memory halves the batch and
-goes on, with draws as of another batch size: see `decoding.stream`.
+Memory: each row holds its own copy of the prompt's keys and values, `batch_size` of them at most, beside one copy per
+activation of the group; transformers' DynamicCache holds one layer twice while it grows. Running out of memory halves the batch
+and continues, with draws as of another batch size: see `engine.stream_draws`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ import torch
 
 from ksweep.inference import gumbel_sampling, memory
 from ksweep.inference.backend import Prefill
-from ksweep.inference.request import Draw, Options, Order, Row, append, by_activation, finish_of, noise_keys, too_large
+from ksweep.inference.request import (
+    DecodingOptions,
+    Draw,
+    DrawBatch,
+    DrawInFlight,
+    append_tokens,
+    draw_too_large_message,
+    finish_reason,
+    group_by_activation,
+    noise_keys,
+)
 from ksweep.utils.errors import RunError
 
 if TYPE_CHECKING:
@@ -30,31 +40,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LIVE_SHARE = 0.9
+MIN_LIVE_SHARE = 0.9
 """Rows that have ended are dropped from the batch once fewer than this share of it is live. Measured on a CPU (256 rows, lengths
 geometric with mean 14 of at most 32): 2.1x the speed of never dropping, 2.0x at 0.75, 1.8x at 0.5, no more at 1.0."""
 
 
 # The decorator leaves inference mode at every yield; a `with` around a yield would put the caller into it as well.
 @torch.inference_mode()
-def draw_plainly(
+def draw_naively(
     verbalizer: PromptedModel,
-    orders: Iterator[tuple[int, Order]],
-    options: Options,
+    batches: Iterator[tuple[int, DrawBatch]],
+    options: DecodingOptions,
     batch_size: int,
     prefill_batch_size: int,
     fixed: bool,
 ) -> Iterator[tuple[int, Draw]]:
-    """Order after order, and group after group; of one that does not fit into memory, what it has not yielded yet is tried again
-    at half the size, and so is all that follows. `fixed` is for the other sampler: nothing is measured here."""
-    options.on_room(batch_size, prefill_batch_size)
-    for number, order in orders:
-        waiting = deque(by_activation(number, order, range(len(order.requests))))
+    """Yield every draw with its batch's number, one batch after the other and one group of activations after the other.
+
+    A group that runs out of memory is retried at half the size, and so is everything after it; what was yielded is not drawn
+    again. `fixed` belongs to the other engine's signature: here memory is not measured.
+    """
+    options.on_batch_sizes(batch_size, prefill_batch_size)
+    for number, batch in batches:
+        waiting = deque(group_by_activation(number, batch, range(len(batch.requests))))
         while waiting:
+            # 1. Draw a group of activations.
             group = _next_group(waiting, batch_size)
             finished = set()
             try:
-                for index, draw in _draw_group(verbalizer, order, group, options, batch_size, prefill_batch_size):
+                for index, draw in _draw_group(verbalizer, batch, group, options, batch_size, prefill_batch_size):
                     finished.add(index)
                     yield number, draw
                 continue
@@ -62,76 +76,89 @@ def draw_plainly(
                 if not memory.is_out_of_memory(error):
                     raise
                 if batch_size == 1:
-                    raise RunError(too_large(options.max_new_tokens)) from error
-            # Out here the handler is left, and with it the failed attempt's tensors are free.
-            missing = [row.index for row in group if row.index not in finished]
-            waiting.extendleft(reversed(by_activation(number, order, missing)))
+                    raise RunError(draw_too_large_message(options.max_new_tokens)) from error
+            # 2. Out of memory: put its unfinished draws back in front. The handler is left, so no traceback holds tensors.
+            unfinished = [draw.index for draw in group if draw.index not in finished]
+            waiting.extendleft(reversed(group_by_activation(number, batch, unfinished)))
+            # 3. Continue at half the size.
             batch_size = min(batch_size, len(group)) // 2 or 1
             prefill_batch_size = min(prefill_batch_size, batch_size)
-            memory.release(verbalizer.model.device)
-            options.on_room(batch_size, prefill_batch_size)
-            log.warning("out of memory while drawing; going on with at most %d rows at once", batch_size)
+            memory.release_cached_memory(verbalizer.model.device)
+            options.on_batch_sizes(batch_size, prefill_batch_size)
+            log.warning("out of memory while drawing; continuing with at most %d rows at once", batch_size)
 
 
 def _draw_group(
-    verbalizer: PromptedModel, order: Order, group: Sequence[Row], options: Options, batch_size: int, prefill_batch_size: int
+    verbalizer: PromptedModel,
+    batch: DrawBatch,
+    group: Sequence[DrawInFlight],
+    options: DecodingOptions,
+    batch_size: int,
+    prefill_batch_size: int,
 ) -> Iterator[tuple[int, Draw]]:
-    """Prompts of the group's activations once, then their forks: at once, unless one activation has more than batch_size.
-    Yields draws with the index of their request."""
-    activations = list(dict.fromkeys(row.request.row for row in group))
-    place = {activation: i for i, activation in enumerate(activations)}
-    vectors = order.vectors[torch.tensor(activations, device=order.vectors.device)]
+    """Run the prompts of a group's activations once and decode copies of them. Yields draws with the index of their request.
+
+    Only an activation with more than `batch_size` draws makes a group larger than that; its draws are decoded in parts.
+    """
+    activations = list(dict.fromkeys(draw.request.row for draw in group))
+    prompt_of = {activation: i for i, activation in enumerate(activations)}
+    vectors = batch.vectors[torch.tensor(activations, device=batch.vectors.device)]
     prompts = _prefill(verbalizer, vectors, prefill_batch_size)
     for start in range(0, len(group), batch_size):
-        rows = list(group[start : start + batch_size])
-        origin = torch.tensor([place[row.request.row] for row in rows], device=prompts.logits.device)
-        yield from _decode(verbalizer, _fork(prompts.cache, origin), prompts.logits[origin], rows, options)
+        draws = list(group[start : start + batch_size])
+        origin = torch.tensor([prompt_of[draw.request.row] for draw in draws], device=prompts.logits.device)
+        yield from _decode(verbalizer, _fork(prompts.cache, origin), prompts.logits[origin], draws, options)
 
 
 def _decode(
-    verbalizer: PromptedModel, cache: Any, logits: Float[torch.Tensor, "row vocabulary"], rows: list[Row], options: Options
+    verbalizer: PromptedModel,
+    cache: Any,
+    logits: Float[torch.Tensor, "row vocabulary"],
+    draws: list[DrawInFlight],
+    options: DecodingOptions,
 ) -> Iterator[tuple[int, Draw]]:
-    """One token per row and step until every row has ended; `live` are the rows of the batch that have not."""
-    order, keys = rows[0].order, noise_keys(rows, logits.device)
-    live = list(range(len(rows)))
+    """Decode draws, one row each, until all have ended. Yields each with the index of its request."""
+    batch, keys = draws[0].batch, noise_keys(draws, logits.device)
+    live = list(range(len(draws)))
+    """Rows of the model's batch whose draw has not ended."""
     for step in range(options.max_new_tokens):
-        options.ask_to_stop()
+        options.raise_if_stopping()
+        # 1. Sample a token of every row, ended ones included; only live ones get theirs.
         sampled = gumbel_sampling.sample(
-            logits, gumbel_sampling.step_keys(keys, step), temperature=order.temperature, top_p=options.top_p
+            logits, gumbel_sampling.step_keys(keys, step), temperature=batch.temperature, top_p=options.top_p
         )
-        append(rows, live, sampled)
+        append_tokens(draws, live, sampled)
         options.on_step(len(live))
+        # 2. Yield the draws that end.
         going_on = []
         for i in live:
-            finish = finish_of(rows[i], verbalizer.stop_token_ids, options.max_new_tokens)
+            finish = finish_reason(draws[i], verbalizer.stop_token_ids, options.max_new_tokens)
             if finish is None:
                 going_on.append(i)
             else:
-                yield rows[i].index, rows[i].draw(finish)
+                yield draws[i].index, draws[i].finished(finish)
         live = going_on
         if not live:
             return
+        # 3. Drop ended rows from the batch once there are enough of them.
         tokens = sampled.token_ids
-        if len(live) < LIVE_SHARE * len(rows):
+        if len(live) < MIN_LIVE_SHARE * len(draws):
             kept = torch.tensor(live, device=tokens.device)
             _select(cache, kept)
             tokens, keys = tokens[kept], keys[kept]
-            rows, live = [rows[i] for i in live], list(range(len(live)))
+            draws, live = [draws[i] for i in live], list(range(len(live)))
+        # 4. Run the model on the new tokens.
         logits = _next_logits(verbalizer.model, tokens, cache)
 
 
 def _next_logits(model: Any, tokens: Int[torch.Tensor, " row"], cache: Any) -> Float[torch.Tensor, "row vocabulary"]:
-    """Logits after one more token per row; the cache grows in place.
-
-    The hidden state of a single position is contiguous, so lm_head folds it into one 2-D product (measured 1.0-1.1x of a 2-D
-    input). A slice out of several positions does not fold: 12x in float32 and 340x in bfloat16 for the last of 9.
-    """
+    """Return the logits after one more token per row; the cache grows in place. lm_head is fast: see `attention.next_logits`."""
     output = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cast("torch.Tensor", output.logits)[:, -1]
 
 
 def _prefill(verbalizer: PromptedModel, vectors: Float[torch.Tensor, "activation d_model"], prefill_batch_size: int) -> Prefill:
-    """The prompt of every vector, as one Prefill."""
+    """Run the prompt of every vector, `prefill_batch_size` at a time, and return them as one Prefill."""
     parts = [verbalizer.prefill(batch) for batch in torch.split(vectors, prefill_batch_size)]
     lengths = {part.prompt_length for part in parts}
     assert len(lengths) == 1, f"prompts of one verbalizer differ in length: {sorted(lengths)} tokens"
@@ -147,7 +174,7 @@ def _prefill(verbalizer: PromptedModel, vectors: Float[torch.Tensor, "activation
 
 
 def _fork(cache: Any, origin: Int[torch.Tensor, " row"]) -> Any:
-    """A new cache whose row i is a copy of row origin[i]; `cache` stays as it is, ready for more forks."""
+    """Return a new cache whose row i is a copy of row origin[i]; `cache` is unchanged and can be forked again."""
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     _select(forked, origin)
@@ -155,17 +182,17 @@ def _fork(cache: Any, origin: Int[torch.Tensor, " row"]) -> Any:
 
 
 def _select(cache: Any, rows: Int[torch.Tensor, " row"]) -> None:
-    """Keeps these rows of every layer, in place, each on the device of its block."""
+    """Keep only these rows of every layer, in place, each on the device of its block."""
     for layer in cache.layers:
         layer.batch_select_indices(rows.to(layer.keys.device))
 
 
 def _check_cache(cache: Any) -> None:
-    """Forking copies keys and values; a layer with other state (recurrent, quantised, static) would be forked by halves."""
+    """Raise RunError unless a fork copies all state: it would miss that of recurrent, quantised or static layers."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    others = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
+    supported = (DynamicLayer, DynamicSlidingWindowLayer)
+    others = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in supported})
     if others:
         raise RunError(
             f"the verbalizer's model keeps its past in layers of type {', '.join(others)}; draws can be forked only where every "
@@ -173,8 +200,8 @@ def _check_cache(cache: Any) -> None:
         )
 
 
-def _next_group(waiting: deque[list[Row]], batch_size: int) -> list[Row]:
-    """Takes as many whole activations as fit into batch_size rows, and at least one: so no prompt is ever run twice."""
+def _next_group(waiting: deque[list[DrawInFlight]], batch_size: int) -> list[DrawInFlight]:
+    """Take as many whole activations as fit into `batch_size` rows, and at least one: so no prompt runs twice."""
     group = list(waiting.popleft())
     while waiting and len(group) + len(waiting[0]) <= batch_size:
         group += waiting.popleft()

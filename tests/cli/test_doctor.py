@@ -22,12 +22,12 @@ def test_the_engine_passes_its_self_test() -> None:
 
 
 def test_slots_that_mix_up_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = kv_cache.SlotLayer.put
+    real = kv_cache.KVCacheLayer.write_prompts
 
-    def of_the_first(layer: kv_cache.SlotLayer, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def of_the_first(layer: kv_cache.KVCacheLayer, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         real(layer, first, keys[:1].expand_as(keys), values[:1].expand_as(values))
 
-    monkeypatch.setattr(kv_cache.SlotLayer, "put", of_the_first)
+    monkeypatch.setattr(kv_cache.KVCacheLayer, "write_prompts", of_the_first)
     assert "greedy text from the forked cache differs from plain decoding without one" in failures("cpu")
 
 
@@ -58,7 +58,7 @@ def test_no_token_of_the_self_test_is_near_a_tie_that_another_processor_could_de
     for temperature, num_draws in ((0.0, 1), (1.0, NUM_DRAWS)):
         for row, k in itertools.product(range(NUM_ACTIVATIONS), range(num_draws)):
             keys, sequence = (
-                gumbel_sampling.row_keys(0, 64 * [row + 1], 64 * [k]),
+                gumbel_sampling.draw_keys(0, 64 * [row + 1], 64 * [k]),
                 exact.embedded(torch.from_numpy(vectors[row : row + 1])),
             )
             for step in range(MAX_TOKENS):

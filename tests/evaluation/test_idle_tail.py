@@ -27,8 +27,8 @@ def cut(units: list[WorkUnit], num_ranks: int) -> list[WorkUnit]:
 
 @dataclass
 class PretendRank:
-    """Continuous batching in pretended time, with steps that cost what they are said to: as decoding._Stream refills where no
-    draws share a row."""
+    """Continuous batching in pretended time, with steps of given cost: refills as engine._SlotDecoder does where no draws share a
+    slot."""
 
     mine: Iterator[int]
     pieces: list[WorkUnit]

@@ -247,16 +247,16 @@ def test_a_run_says_batch_settings_threads_and_dtype_of_the_draws_it_sampled(swe
 
 
 def test_a_batch_that_was_halved_for_memory_says_both_sizes(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ksweep.inference.kv_cache import SlotCache
+    from ksweep.inference.kv_cache import KVCache
 
-    whole = SlotCache.__init__
+    whole = KVCache.__init__
 
-    def small(self: SlotCache, *arguments: Any, **named: Any) -> None:
+    def small(self: KVCache, *arguments: Any, **named: Any) -> None:
         if arguments[2] > 100:
             raise torch.OutOfMemoryError("out of memory: only a hundred slots here")
         whole(self, *arguments, **named)
 
-    monkeypatch.setattr(SlotCache, "__init__", small)
+    monkeypatch.setattr(KVCache, "__init__", small)
     assert run(sweep, "sampling.temperature=0.7") == 0
     [engine] = engines(sweep)
     assert engine["draws_in_flight"] == "320 then 160 then 80" and engine["batch_size"] == "auto"

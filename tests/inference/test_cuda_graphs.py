@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ksweep.inference import compiled, cuda_graphs, kv_cache
-from ksweep.inference.engine import Order, draw, stream
+from ksweep.inference import cuda_graphs, kv_cache
+from ksweep.inference.engine import DrawBatch, draw, stream_draws
 from ksweep.utils.errors import RunError
 from tests.inference.test_engine import (
     STOPS,
@@ -88,11 +88,10 @@ class Recorder:
 def recorder(monkeypatch):
     """What records every step from now on."""
     made = Recorder()
-    monkeypatch.setattr(compiled, "fits", lambda like: False)
-    monkeypatch.setattr(cuda_graphs, "fits", lambda model: not cuda_graphs._given_up)
+    monkeypatch.setattr(cuda_graphs, "supports_cuda_graphs", lambda model: not cuda_graphs._disabled_by)
     monkeypatch.setattr(cuda_graphs, "cuda_recorder", lambda device: made)
-    monkeypatch.setattr(cuda_graphs, "_given_up", [])
-    monkeypatch.setattr(cuda_graphs, "USES_BEFORE", 2)  # these runs are short
+    monkeypatch.setattr(cuda_graphs, "_disabled_by", [])
+    monkeypatch.setattr(cuda_graphs, "USES_BEFORE_RECORDING", 2)  # these runs are short
     return made
 
 
@@ -136,8 +135,8 @@ class WithoutPrefix(TinyVerbalizer):
     ],
 )
 def test_replayed_steps_at_the_edges(models, recorder, expected, monkeypatch, kind, draws, options):  # noqa: F811
-    monkeypatch.setattr(cuda_graphs, "USES_BEFORE", 0)
-    monkeypatch.setattr(cuda_graphs, "PLACES", 4)
+    monkeypatch.setattr(cuda_graphs, "USES_BEFORE_RECORDING", 0)
+    monkeypatch.setattr(cuda_graphs, "WIDTH_MULTIPLE", 4)
     verbalizer, requests = kind(models["llama"], STOPS), requests_for(range(4), range(draws))
     options = {"max_new_tokens": 40} | options
     assert texts(take(verbalizer, requests, **options)) == expected(verbalizer, requests, **options)
@@ -145,25 +144,35 @@ def test_replayed_steps_at_the_edges(models, recorder, expected, monkeypatch, ki
 
 
 def test_rows_and_places_come_in_few_sizes(models, recorder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(cuda_graphs, "PLACES", 8)
+    monkeypatch.setattr(cuda_graphs, "WIDTH_MULTIPLE", 8)
     steps: list[int] = []
     take(TinyVerbalizer(models["llama"], STOPS), requests_for(range(6), range(20)), max_new_tokens=40, on_step=steps.append)
     assert len(recorder.tapes) < 15 and recorder.replays > len(steps) / 2
-    assert [cuda_graphs.rows_for(n, 512) for n in (1, 2, 3, 33, 64, 65, 128, 129, 512)] == [1, 2, 4, 64, 64, 128, 128, 192, 512]
-    assert [cuda_graphs.rows_for(n, 100) for n in (63, 65, 100)] == [64, 100, 100]
+    assert [cuda_graphs.padded_rows(n, 512) for n in (1, 2, 3, 33, 64, 65, 128, 129, 512)] == [
+        1,
+        2,
+        4,
+        64,
+        64,
+        128,
+        128,
+        192,
+        512,
+    ]
+    assert [cuda_graphs.padded_rows(n, 100) for n in (63, 65, 100)] == [64, 100, 100]
 
 
 def test_what_graphs_point_to_never_moves(models, recorder, expected, monkeypatch):  # noqa: F811
     """Slots grow as their texts do where nothing is recorded; here they have all their places before the first graph."""
-    monkeypatch.setattr(cuda_graphs, "PLACES", 8)
+    monkeypatch.setattr(cuda_graphs, "WIDTH_MULTIPLE", 8)
     verbalizer, requests = TinyVerbalizer(models["llama"]), requests_for(range(4), range(4))  # no text ends by itself
-    make_room, moved = kv_cache.SlotLayer._make_room, []
+    grow, moved = kv_cache.KVCacheLayer._grow, []
 
     def watched(layer, *given):
         moved.append(len(recorder.tapes))
-        make_room(layer, *given)
+        grow(layer, *given)
 
-    monkeypatch.setattr(kv_cache.SlotLayer, "_make_room", watched)
+    monkeypatch.setattr(kv_cache.KVCacheLayer, "_grow", watched)
     drawn = texts(take(verbalizer, requests, max_new_tokens=90))
     assert moved and set(moved) == {0} and len(recorder.tapes) > 3
     moved.clear()
@@ -200,7 +209,7 @@ def test_a_graph_that_gives_something_else_is_not_used(models, recorder, expecte
     assert texts(take(verbalizer, requests, max_new_tokens=40)) == expected(verbalizer, requests, max_new_tokens=40)
     assert recorder.replays == 1
     assert caplog.text.count("not recorded as CUDA graphs") == 1 and "a graph's logits differ by" in caplog.text
-    assert cuda_graphs.state(verbalizer.model).startswith("given up: a graph's logits differ")
+    assert cuda_graphs.cuda_graphs_state(verbalizer.model).startswith("given up: a graph's logits differ")
     take(verbalizer, requests, max_new_tokens=40)
     assert len(recorder.tapes) == 1, "nor is anything recorded by the streams that follow"
 
@@ -250,7 +259,7 @@ def test_a_step_of_nan_is_not_what_a_graph_is_judged_by(models, recorder):  # no
             take(verbalizer, requests_for([0], range(4)), max_new_tokens=40)
     finally:
         handle.remove()
-    assert recorder.tapes == [] and cuda_graphs._given_up == []
+    assert recorder.tapes == [] and cuda_graphs._disabled_by == []
     take(verbalizer, requests_for([1], range(4)), max_new_tokens=40)
     assert recorder.replays
 
@@ -278,7 +287,7 @@ def test_logits_that_are_all_the_same_can_be_compared(models, recorder):  # noqa
         take(TinyVerbalizer(model, STOPS), requests_for(range(2), range(4)), max_new_tokens=40)
     finally:
         handle.remove()
-    assert recorder.replays and cuda_graphs._given_up == []
+    assert recorder.replays and cuda_graphs._disabled_by == []
 
 
 def test_a_pad_token_does_not_have_gpt2_look_for_padding(models, recorder, monkeypatch):  # noqa: F811
@@ -314,7 +323,7 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
     requests = requests_for(range(6), range(8))
     wanted = expected(TinyVerbalizer(models["llama"], STOPS), requests, max_new_tokens=40)
     verbalizer, replays_when, made = TinyVerbalizer(models["llama"], STOPS), [], []
-    prefill, begin = TinyVerbalizer.prefill, cuda_graphs.Steps.__init__
+    prefill, begin = TinyVerbalizer.prefill, cuda_graphs.RecordedSteps.__init__
 
     def scarce(self, *given, **options):
         if recorder.replays and not replays_when:
@@ -328,7 +337,7 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
         assert [one() for one in made[:-1]] == [None] * (len(made) - 1), "what was recorded before holds its memory"
 
     monkeypatch.setattr(TinyVerbalizer, "prefill", scarce)
-    monkeypatch.setattr(cuda_graphs.Steps, "__init__", noted)
+    monkeypatch.setattr(cuda_graphs.RecordedSteps, "__init__", noted)
     assert texts(take(verbalizer, requests, max_new_tokens=40, batch_size=16)) == wanted
     assert "going on with at most 8 draws" in caplog.text
     assert len(made) == 2 and 0 < replays_when[0] < recorder.replays
@@ -337,10 +346,10 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
 def test_orders_of_a_stream_share_graphs(models, recorder):  # noqa: F811
     verbalizer = TinyVerbalizer(models["llama"], STOPS)
     orders = [
-        Order(vectors=VECTORS, requests=requests_for(range(6), range(4)), temperature=temperature, seed=3)
+        DrawBatch(vectors=VECTORS, requests=requests_for(range(6), range(4)), temperature=temperature, seed=3)
         for temperature in (1.0, 0.0, 0.7)
     ]
-    drawn = list(stream(verbalizer, orders, max_new_tokens=12, batch_size=16))
+    drawn = list(stream_draws(verbalizer, orders, max_new_tokens=12, batch_size=16))
     assert len(drawn) == 3 * 24 and recorder.replays
     for number, order in enumerate(orders):
         alone = draw(verbalizer, VECTORS, order.requests, temperature=order.temperature, max_new_tokens=12, seed=3)
@@ -349,7 +358,7 @@ def test_orders_of_a_stream_share_graphs(models, recorder):  # noqa: F811
 
 
 def test_no_graphs_on_a_cpu_nor_where_they_are_switched_off(models, monkeypatch):  # noqa: F811
-    assert not cuda_graphs.fits(models["llama"])
+    assert not cuda_graphs.supports_cuda_graphs(models["llama"])
 
     class OnDevices:
         def __init__(self, *devices: str) -> None:
@@ -358,10 +367,10 @@ def test_no_graphs_on_a_cpu_nor_where_they_are_switched_off(models, monkeypatch)
         def parameters(self) -> Any:
             return iter([type("Parameter", (), {"device": torch.device(device)}) for device in self.devices])
 
-    assert cuda_graphs.fits(OnDevices("cuda:0", "cuda:0"))
-    assert not cuda_graphs.fits(OnDevices("cuda:0", "cuda:1")), "blocks spread over several GPUs"
-    monkeypatch.setenv(cuda_graphs.SWITCH, "0")
-    assert not cuda_graphs.fits(OnDevices("cuda:0"))
+    assert cuda_graphs.supports_cuda_graphs(OnDevices("cuda:0", "cuda:0"))
+    assert not cuda_graphs.supports_cuda_graphs(OnDevices("cuda:0", "cuda:1")), "blocks spread over several GPUs"
+    monkeypatch.setenv(cuda_graphs.CUDA_GRAPHS_VARIABLE, "0")
+    assert not cuda_graphs.supports_cuda_graphs(OnDevices("cuda:0"))
 
 
 class CudaOfOneThread:

@@ -26,11 +26,11 @@ from transformers import (
     StaticCache,
 )
 
-from ksweep.inference import compiled, gumbel_sampling, kv_cache, memory
+from ksweep.inference import attention, gumbel_sampling, memory
 from ksweep.inference.backend import Prefill
-from ksweep.inference.engine import Order, Request, draw, stream
-from ksweep.inference.kv_cache import repeated
-from ksweep.inference.naive_engine import LIVE_SHARE
+from ksweep.inference.engine import DrawBatch, Request, draw, stream_draws
+from ksweep.inference.kv_cache import expand_prefix
+from ksweep.inference.naive_engine import MIN_LIVE_SHARE
 from ksweep.utils.errors import RequestError, RunError
 
 VOCABULARY = 300  # two noise blocks, the second one short
@@ -64,7 +64,7 @@ def gemma3(window):
 
 
 STOPS = frozenset(range(0, VOCABULARY, 20))
-FITS = kv_cache.fits
+FITS = attention.supports_slots
 
 
 @dataclass
@@ -93,7 +93,7 @@ class TinyVerbalizer:
         self.prompts_run += len(vectors)
         self.prefill_sizes.append(len(vectors))
         rest = self.embeddings(vectors)[:, 0 if prefix is None else MARKER :]
-        past = repeated(prefix, len(vectors))
+        past = expand_prefix(prefix, len(vectors))
         out = self.model(inputs_embeds=rest, past_key_values=past, use_cache=True, logits_to_keep=1)
         return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
 
@@ -115,18 +115,12 @@ def models():
     return built
 
 
-IN_TORCH = "slots in torch"
-
-
-@pytest.fixture(scope="module", params=["slots", IN_TORCH, "plain"], autouse=True)
+@pytest.fixture(scope="module", params=["slots", "plain"], autouse=True)
 def sampler(request):
-    """Everything is tried with all samplers; what cannot lie in slots is drawn plainly by each. "slots" are read by the compiled
-    function where there is a compiler."""
+    """Every test runs with both engines; models that slots do not support are drawn by the naive one in either case."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            patch.setattr(kv_cache, "fits", lambda model, length: False)
-        if request.param == IN_TORCH:
-            patch.setattr(compiled, "fits", lambda like: False)
+            patch.setattr(attention, "supports_slots", lambda model, length: False)
         yield request.param
 
 
@@ -165,7 +159,7 @@ def assert_is_naive(ours, verbalizer, *, temperature, top_p=1.0, max_new_tokens=
     Where logits that differ by rounding give different tokens, ours may be any of them, and the loop goes on from ours.
     """
     exact = TinyVerbalizer(copy.deepcopy(verbalizer.model).double(), verbalizer.stop_token_ids)
-    keys = gumbel_sampling.row_keys(seed, 9 * [ours.request.activation_key], 9 * [ours.request.draw])
+    keys = gumbel_sampling.draw_keys(seed, 9 * [ours.request.activation_key], 9 * [ours.request.draw])
     generator = torch.Generator().manual_seed(0)
     total = 0.0
     for step, token in enumerate(ours.token_ids):
@@ -309,12 +303,12 @@ def test_rows_that_ended_leave_the_batch(verbalizer, sampler, temperature, top_p
     if sampler == "plain":
         assert rows == sorted(rows, reverse=True)
         live = [(lengths > step).sum() for step in range(1, len(rows) + 1)]
-        assert all(LIVE_SHARE * r <= n <= r for n, r in zip(live, rows, strict=True))
+        assert all(MIN_LIVE_SHARE * r <= n <= r for n, r in zip(live, rows, strict=True))
     else:
         assert rows == [rows_needed(drawn, step) for step in range(1, max(lengths))]
 
 
-@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 def test_draws_of_an_activation_share_a_row_until_they_part(verbalizer, sampler):
     rows, _ = rows_of_each_step(verbalizer, requests_for(range(3), range(8)), temperature=0.0)
     assert rows[0] == 3 and max(rows) == 3, "all greedy draws of an activation are one row"
@@ -324,7 +318,7 @@ def test_draws_of_an_activation_share_a_row_until_they_part(verbalizer, sampler)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.6)])
-@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler, temperature, top_p):
     """A quarter of 32 is room for the eight draws of an activation, which begin together."""
     under_way: list[int] = []
@@ -339,7 +333,7 @@ def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler, te
     assert len(begins) > 3 and min(n for i, n in enumerate(steps) if i not in begins) > 32 - 8
 
 
-@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 def test_an_activation_with_more_draws_than_slots_is_drawn_in_parts(verbalizer, sampler):
     under_way: list[int] = []
     rows, drawn = rows_of_each_step(verbalizer, requests_for(range(3), range(40)), batch_size=16, on_step=under_way.append)
@@ -354,14 +348,14 @@ def orders_of(temperatures, taken=None):
         if taken is not None:
             taken.append(number)
         rows = range(number % 3, 6)
-        yield Order(vectors=VECTORS, requests=requests_for(rows, range(4)), temperature=temperature, seed=number)
+        yield DrawBatch(vectors=VECTORS, requests=requests_for(rows, range(4)), temperature=temperature, seed=number)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 @pytest.mark.parametrize("batch_size", [5, 16, 512])
 def test_orders_in_one_stream_give_the_draws_of_each_by_itself(verbalizer, batch_size, top_p):
     temperatures = [1.0, 0.0, 0.7, 1.3, 1.0]
-    drawn = list(stream(verbalizer, orders_of(temperatures), max_new_tokens=12, top_p=top_p, batch_size=batch_size))
+    drawn = list(stream_draws(verbalizer, orders_of(temperatures), max_new_tokens=12, top_p=top_p, batch_size=batch_size))
     for number, order in enumerate(orders_of(temperatures)):
         mine = texts({(d.request.activation_key, d.request.draw): d for n, d in drawn if n == number})
         options = {"temperature": order.temperature, "top_p": top_p, "seed": order.seed}
@@ -369,10 +363,10 @@ def test_orders_in_one_stream_give_the_draws_of_each_by_itself(verbalizer, batch
     assert len(drawn) == sum(len(order.requests) for order in orders_of(temperatures))
 
 
-@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 def test_an_order_is_asked_for_when_rows_would_stay_idle_and_not_before(verbalizer, sampler):
     taken, seen = [], []
-    drawn = stream(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, batch_size=16)
+    drawn = stream_draws(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, batch_size=16)
     assert taken == []
     counts = np.zeros(6, dtype=int)
     for number, _ in drawn:
@@ -384,7 +378,7 @@ def test_an_order_is_asked_for_when_rows_would_stay_idle_and_not_before(verbaliz
 
 def test_a_stop_leaves_the_orders_that_follow_untaken(verbalizer):
     taken, steps = [], []
-    drawn = stream(
+    drawn = stream_draws(
         verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=50, batch_size=8, should_stop=lambda: len(steps) >= 3,
         on_step=steps.append,
     )  # fmt: skip
@@ -393,12 +387,12 @@ def test_a_stop_leaves_the_orders_that_follow_untaken(verbalizer):
 
 def test_no_more_rows_are_made_than_draws_are_expected(verbalizer):
     taken = []
-    drawn = stream(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, num_draws=24)
+    drawn = stream_draws(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, num_draws=24)
     next(drawn)
     assert taken == [0], "the next order of 20 draws is left to who has none"
 
 
-@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 @pytest.mark.parametrize("family", IN_SLOTS)
 @pytest.mark.parametrize(("temperature", "top_p", "batch_size"), [(0.0, 1.0, 7), (1.0, 1.0, 3), (0.8, 0.9, 7), (1.2, 1.0, 64)])
 def test_slots_give_the_draws_of_the_plain_sampler(models, monkeypatch, sampler, family, temperature, top_p, batch_size):
@@ -407,7 +401,7 @@ def test_slots_give_the_draws_of_the_plain_sampler(models, monkeypatch, sampler,
     options = {"temperature": temperature, "top_p": top_p, "batch_size": batch_size, "max_new_tokens": 24}
     assert FITS(models[family], len(PROMPT) + 24)
     ours = take(verbalizer, requests, **options)
-    monkeypatch.setattr(kv_cache, "fits", lambda model, length: False)
+    monkeypatch.setattr(attention, "supports_slots", lambda model, length: False)
     plain = take(verbalizer, requests, **options)
     assert temperature == 0 or len({len(d.token_ids) for d in ours.values()}) > 3, "rows of many lengths were alive at once"
     same = [key for key in ours if texts(ours)[key] == texts(plain)[key]]
@@ -466,7 +460,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_draw(models, caplog, from
 
 def test_out_of_memory_in_a_stream_takes_no_draw_of_any_order_twice(models):
     drawn, reference = (
-        sorted((n, d.request.activation_key, d.request.draw, d.token_ids) for n, d in stream(
+        sorted((n, d.request.activation_key, d.request.draw, d.token_ids) for n, d in stream_draws(
             TinyVerbalizer(model, STOPS), orders_of([1.0, 0.7, 1.3]), max_new_tokens=12, batch_size=40
         ))
         for model in (OutOfMemoryModel(models["llama"], most=9, from_length=len(PROMPT) + 3), models["llama"])
@@ -474,11 +468,11 @@ def test_out_of_memory_in_a_stream_takes_no_draw_of_any_order_twice(models):
     assert drawn == reference
 
 
-@pytest.mark.parametrize("sampler", ["slots", IN_TORCH], indirect=True)
+@pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 def test_rows_at_once_are_as_many_as_free_memory_holds_unless_their_number_is_given(models, monkeypatch, sampler):
     own, heads, width, blocks, tokens = len(PROMPT) - MARKER, 2, 8, 4, 20
     row = 2 * 4 * heads * width * blocks * (own + tokens) + 4 * VOCABULARY  # keys, values, float32; its prompt's logits
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 10 * row + 5)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: 2 * 10 * row + 5)
     verbalizer, requests = TinyVerbalizer(models["llama"], STOPS), requests_for(range(6), range(6))
     free, _ = rows_of_each_step(verbalizer, requests, max_new_tokens=tokens)
     given, _ = rows_of_each_step(verbalizer, requests, max_new_tokens=tokens, batch_size=30)
@@ -530,7 +524,7 @@ def test_a_cache_that_cannot_be_forked_is_refused(models, monkeypatch):
         def prefill(self, vectors, prefix=None):
             return Prefill(StaticCache(config=self.model.config, max_cache_len=64), torch.zeros(len(vectors), VOCABULARY), 12)
 
-    monkeypatch.setattr(kv_cache, "fits", lambda model, length: False)
+    monkeypatch.setattr(attention, "supports_slots", lambda model, length: False)
     with pytest.raises(RunError, match="StaticLayer"):
         take(Static(models["llama"]), requests_for([0], [0]))
 

@@ -15,7 +15,7 @@ ALPHA = 1e-4
 
 
 def keys_of_draws(n, seed=0, activation=1, step=0, first=0):
-    return gumbel_sampling.step_keys(gumbel_sampling.row_keys(seed, [activation] * n, range(first, first + n)), step)
+    return gumbel_sampling.step_keys(gumbel_sampling.draw_keys(seed, [activation] * n, range(first, first + n)), step)
 
 
 def test_uniforms_are_splitmix64_of_the_key():
@@ -42,7 +42,7 @@ def test_step_keys_equal_the_same_mixing_in_unbounded_integers(seed, activation,
     key = seed & MASK
     for part in (activation, draw, step):
         key = python_mix(python_mix((key + 0x9E3779B97F4A7C15) & MASK) ^ (part & MASK))
-    (ours,) = gumbel_sampling.step_keys(gumbel_sampling.row_keys(seed, [activation], [draw]), step).tolist()
+    (ours,) = gumbel_sampling.step_keys(gumbel_sampling.draw_keys(seed, [activation], [draw]), step).tolist()
     assert ours & MASK == key
 
 
@@ -52,7 +52,7 @@ def test_keys_of_neighbouring_seeds_activations_draws_and_steps_all_differ():
         for seed in range(4)
         for step in range(10)
         for key in gumbel_sampling.step_keys(
-            gumbel_sampling.row_keys(seed, [a for a in range(50) for _ in range(50)], list(range(50)) * 50), step
+            gumbel_sampling.draw_keys(seed, [a for a in range(50) for _ in range(50)], list(range(50)) * 50), step
         ).tolist()
     ]
     assert len(set(keys)) == len(keys) == 4 * 10 * 2500
@@ -77,7 +77,7 @@ def test_largest_uniform_is_below_one_only_because_it_has_23_bits():
 def test_noise_of_neighbours_is_uncorrelated():
     n, columns = 4000, 64
     base = gumbel_sampling.uniforms(keys_of_draws(n), columns)
-    activations = gumbel_sampling.row_keys(0, range(n), [0] * n)
+    activations = gumbel_sampling.draw_keys(0, range(n), [0] * n)
     others = {
         "next draw": gumbel_sampling.uniforms(keys_of_draws(n, first=1), columns),
         "next step": gumbel_sampling.uniforms(keys_of_draws(n, step=1), columns),
@@ -133,10 +133,10 @@ def test_sample_follows_the_exact_distribution(vocabulary, temperature, top_p):
 
 
 def test_sample_from_equal_logits_treats_a_short_last_block_fairly():
-    n, vocabulary = 30_000, gumbel_sampling.BLOCK + 44  # second block: 44 of 300 tokens
+    n, vocabulary = 30_000, gumbel_sampling.TOKENS_PER_BLOCK + 44  # second block: 44 of 300 tokens
     tokens = gumbel_sampling.sample(torch.zeros(1, vocabulary).expand(n, -1), keys_of_draws(n), temperature=1.0).token_ids.numpy()
     assert tokens.max() < vocabulary
-    assert sps.binomtest(int((tokens >= gumbel_sampling.BLOCK).sum()), n, 44 / 300).pvalue > ALPHA
+    assert sps.binomtest(int((tokens >= gumbel_sampling.TOKENS_PER_BLOCK).sum()), n, 44 / 300).pvalue > ALPHA
     assert g_test_p_value(tokens, np.full(vocabulary, 1 / vocabulary)) > ALPHA
 
 
@@ -167,7 +167,7 @@ a sum that is off by a few units more, are below it."""
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.7, 1.0), (1.0, 1.0), (1.0, 0.8)])
 def test_sample_of_a_row_does_not_depend_on_its_batch(temperature, top_p):
     logits = torch.randn(70, 1000, generator=torch.Generator().manual_seed(0)) * 3
-    keys = gumbel_sampling.step_keys(gumbel_sampling.row_keys(5, range(70), [2] * 70), 4)
+    keys = gumbel_sampling.step_keys(gumbel_sampling.draw_keys(5, range(70), [2] * 70), 4)
     together = gumbel_sampling.sample(logits, keys, temperature=temperature, top_p=top_p)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
     shuffled = gumbel_sampling.sample(logits[order], keys[order], temperature=temperature, top_p=top_p)

@@ -17,7 +17,7 @@ def past_of(rows: list[list[float]], length: int) -> list[tuple[torch.Tensor, to
     return [(x + 1000 * layer, -(x + 1000 * layer)) for layer in range(LAYERS)]
 
 
-def held(cache: kv_cache.SlotCache) -> list[list[float]]:
+def held(cache: kv_cache.KVCache) -> list[list[float]]:
     """Every slot's tokens, which have to be the same in all blocks and heads."""
     found = []
     for slot, length in enumerate(cache.lengths):
@@ -38,7 +38,7 @@ def test_slots_hold_what_lists_hold(seed: int) -> None:
     """Rows come, are given up, reordered and copied at random; rows of different lengths side by side."""
     rng = np.random.default_rng(seed)
     num_slots = int(rng.integers(1, 9))
-    cache = kv_cache.SlotCache(None, LAYERS, num_slots, capacity=6)
+    cache = kv_cache.KVCache(None, LAYERS, num_slots, capacity=6)
     expected: list[list[float]] = []
     number = 0
     for _ in range(20):
@@ -46,7 +46,7 @@ def test_slots_hold_what_lists_hold(seed: int) -> None:
             length = int(rng.integers(1, 6))
             new = [[float(number + 10 * i + t) for t in range(length)] for i in range(int(rng.integers(1, room + 1)))]
             number += 100
-            cache.put(past_of(new, length), length)
+            cache.append_rows(past_of(new, length), length)
             expected += new
         if not expected:
             continue
@@ -59,11 +59,11 @@ def test_slots_hold_what_lists_hold(seed: int) -> None:
 
 def test_rows_that_stay_are_not_moved() -> None:
     """Three slots, the middle one given up and the first copied: one row is written, and that is the copy."""
-    cache = kv_cache.SlotCache(None, LAYERS, 3, capacity=4)
-    cache.put(past_of([[1.0], [2.0], [3.0]], 1), 1)
+    cache = kv_cache.KVCache(None, LAYERS, 3, capacity=4)
+    cache.append_rows(past_of([[1.0], [2.0], [3.0]], 1), 1)
     moves: list[tuple[list[int], list[int]]] = []
-    move = kv_cache.SlotLayer.move
-    cache.layers[0].move = lambda sources, targets, length: (  # type: ignore[method-assign]
+    move = kv_cache.KVCacheLayer.copy_rows
+    cache.layers[0].copy_rows = lambda sources, targets, length: (  # type: ignore[method-assign]
         moves.append((sources.tolist(), targets.tolist())),
         move(cache.layers[0], sources, targets, length),
     )
@@ -74,9 +74,9 @@ def test_rows_that_stay_are_not_moved() -> None:
 
 
 def test_spoiled_places_are_those_that_come_next() -> None:
-    cache = kv_cache.SlotCache(None, LAYERS, 3, capacity=4)
-    cache.put(past_of([[1.0, 2.0], [3.0, 4.0]], 2), 2)
-    cache.spoil(torch.tensor([2, 2, 0]))
+    cache = kv_cache.KVCache(None, LAYERS, 3, capacity=4)
+    cache.append_rows(past_of([[1.0, 2.0], [3.0, 4.0]], 2), 2)
+    cache.poison_with_nan(torch.tensor([2, 2, 0]))
     assert held(cache) == [[1.0, 2.0], [3.0, 4.0]]
     for layer in cache.layers:
         assert layer.keys is not None and layer.values is not None

@@ -39,13 +39,13 @@ def fails_on_a_cpu():
 @pytest.mark.parametrize("error", [fails_on_a_gpu, fails_on_a_cpu])
 def test_what_does_not_fit_at_once_is_run_in_halves_in_its_order(error):
     calls = []
-    assert memory.in_halves(limited(3, calls, error), list(range(11)), CPU).tolist() == list(range(0, 22, 2))
+    assert memory.run_in_halves(limited(3, calls, error), list(range(11)), CPU).tolist() == list(range(0, 22, 2))
     assert calls[0] == 11 and sorted(n for n in calls if n <= 3) == [2, 3, 3, 3]
 
 
 def test_a_single_item_that_does_not_fit_is_the_end():
     with pytest.raises(torch.OutOfMemoryError):
-        memory.in_halves(limited(0, [], fails_on_a_gpu), [1, 2], CPU)
+        memory.run_in_halves(limited(0, [], fails_on_a_gpu), [1, 2], CPU)
 
 
 def test_another_error_is_raised_at_once():
@@ -55,23 +55,23 @@ def test_another_error_is_raised_at_once():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        memory.in_halves(limited(0, calls, other), [1, 2, 3], CPU)
+        memory.run_in_halves(limited(0, calls, other), [1, 2, 3], CPU)
     assert calls == [3]
 
 
 def test_free_memory_is_no_more_than_the_machine_has():
-    free = memory.free_bytes(CPU)
+    free = memory.free_device_bytes(CPU)
     assert free is not None and 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_ranks_of_one_machine_have_a_share_of_its_memory_each(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 2000)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert memory.free_bytes(CPU) == 2000
+    assert memory.free_device_bytes(CPU) == 2000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory.free_bytes(CPU) == 500
+    assert memory.free_device_bytes(CPU) == 500
     monkeypatch.setattr(machine, "free_memory", lambda: None)
-    assert memory.free_bytes(CPU) is None
+    assert memory.free_device_bytes(CPU) is None
 
 
 def test_a_control_group_and_those_around_it_limit_what_is_free(tmp_path, monkeypatch):
@@ -83,15 +83,15 @@ def test_a_control_group_and_those_around_it_limit_what_is_free(tmp_path, monkey
     group.mkdir(parents=True, exist_ok=True)
     (group / "memory.max").write_text("5000\n")
     (group / "memory.current").write_text("3000\n")
-    assert memory.free_bytes(CPU) == 2000
+    assert memory.free_device_bytes(CPU) == 2000
     (group / "memory.max").write_text("max\n")
-    assert memory.free_bytes(CPU) > 1 << 20
+    assert memory.free_device_bytes(CPU) > 1 << 20
 
 
 FAULTS = """
 import resource, torch
-from ksweep import memory
-kept = memory.keep_freed(torch.device("cpu")) if {keep} else False
+from ksweep.inference import memory
+kept = memory.keep_freed_memory(torch.device("cpu")) if {keep} else False
 for _ in range(3):
     torch.ones(60 * 2**20, dtype=torch.int8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -118,12 +118,12 @@ def test_what_is_freed_is_kept_for_the_next_use() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library that is asked is glibc")
 def test_kept_memory_is_given_back() -> None:
-    memory.keep_freed(torch.device("cpu"))
+    memory.keep_freed_memory(torch.device("cpu"))
     blocks = [torch.ones(60 * 2**20, dtype=torch.int8) for _ in range(10)]
     pin = torch.ones(2 * 2**20, dtype=torch.int8)  # above them in the heap: nothing below it is trimmed by itself
     used = psutil.Process().memory_info().rss
     blocks.clear()
-    memory.release(torch.device("cpu"))
+    memory.release_cached_memory(torch.device("cpu"))
     assert psutil.Process().memory_info().rss < used - 500 * 2**20
     assert pin.sum() == len(pin)
 
@@ -137,7 +137,7 @@ def test_torch_that_will_not_give_memory_back_ends_nothing(
         raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED\nException raised from emptyCache")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
-    memory.release(torch.device("cuda"))
+    memory.release_cached_memory(torch.device("cuda"))
     assert "captures_underway" in caplog.text and "Exception raised" not in caplog.text
 
 
@@ -150,5 +150,5 @@ def test_where_the_c_library_refuses_nothing_is_changed(monkeypatch: pytest.Monk
             return 0
 
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Refusing())
-    assert not memory.keep_freed(torch.device("cpu"))
+    assert not memory.keep_freed_memory(torch.device("cpu"))
     assert Refusing.asked == [memory._MMAP_THRESHOLD], "the second would have stopped glibc from finding its own"

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from ksweep.autoencoder.nla.checkpoint import ADAPTER, HEAD, CheckpointInfo
 from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, WRAPPED, text_names
 from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, quiet
-from ksweep.inference.device_map import placed
+from ksweep.inference.device_map import place_model
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.text import some_of
 
@@ -185,7 +185,7 @@ def _unprefixed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _ready(model: Any, info: CheckpointInfo, devices: Sequence[torch.device]) -> Any:
     """Frozen, in evaluation mode, on its devices, every weight finite."""
-    model = placed(model.requires_grad_(False).eval(), devices)
+    model = place_model(model.requires_grad_(False).eval(), devices)
     broken = [name for name, parameter in model.named_parameters() if not is_sane(parameter)]
     if broken:
         raise CheckpointError(

@@ -26,7 +26,7 @@ from ksweep.inference import memory
 from ksweep.inference.backend import Prefill
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices
-from ksweep.inference.kv_cache import repeated
+from ksweep.inference.kv_cache import expand_prefix
 from ksweep.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -174,7 +174,9 @@ class NlaVerbalizer:
         done = 0 if prefix is None else self.injection_position
         ids = torch.tensor(self.prompt_ids[done:], device=self.model.device).expand(len(vectors), -1)
         with injecting(self.model.get_input_embeddings(), rows, self.injection_position - done):
-            output = self.model(input_ids=ids, past_key_values=repeated(prefix, len(vectors)), use_cache=True, logits_to_keep=1)
+            output = self.model(
+                input_ids=ids, past_key_values=expand_prefix(prefix, len(vectors)), use_cache=True, logits_to_keep=1
+            )
         return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
 
 
@@ -216,7 +218,7 @@ class NlaReconstructor:
             done = 0 if prefix is None else len(self.prompts.common)
             rest = [ids[i][done:] for i in rows]
             for batch in length_batches(list(map(len, rest)), AR_BATCH_TOKENS, batch_size):
-                read = memory.in_halves(partial(self._forward, prefix=prefix), [rest[i] for i in batch], self.model.device)
+                read = memory.run_in_halves(partial(self._forward, prefix=prefix), [rest[i] for i in batch], self.model.device)
                 out[[rows[i] for i in batch]] = read
         if not torch.isfinite(out).all():
             worst = list(place)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
@@ -248,7 +250,7 @@ class NlaReconstructor:
         width, device = max(map(len, rows)), self.model.device
         # No mask: padding is at the end, and a causal model's tokens do not see what comes after them.
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-        past = repeated(prefix, len(rows))
+        past = expand_prefix(prefix, len(rows))
         hidden = self.model(input_ids=ids, past_key_values=past, use_cache=past is not None).last_hidden_state
         ends = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
         out: torch.Tensor = self.head(hidden[torch.arange(len(rows), device=hidden.device), ends])

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, WRAPPED, text_names
 from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, blocks_of, cut_blocks, is_sane, quiet
-from ksweep.inference.device_map import placed
+from ksweep.inference.device_map import place_model
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.text import some_of
 
@@ -209,7 +209,7 @@ def _ready(model: Any, directory: Path, devices: Sequence[torch.device]) -> Any:
             f"the model over {directory} has NaN, infinite or absurdly large weights (as {model.dtype}) in {some_of(broken)}. "
             "Get intact weights; if they were intact as bfloat16, do not load them as float16."
         )
-    return placed(model.requires_grad_(False).eval(), devices)
+    return place_model(model.requires_grad_(False).eval(), devices)
 
 
 @contextmanager

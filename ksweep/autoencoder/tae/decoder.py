@@ -24,7 +24,7 @@ from ksweep.autoencoder.tae.checkpoint import TaeInfo
 from ksweep.autoencoder.tae.layout import BASE
 from ksweep.autoencoder.transformers_models import blocks_of
 from ksweep.inference.backend import Prefill
-from ksweep.inference.kv_cache import repeated
+from ksweep.inference.kv_cache import expand_prefix
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.notes import Note
 
@@ -94,7 +94,7 @@ class TaeVerbalizer:
             prompt = self._scale * _around(left, rows[0], self._parts.right)
             with patching(self._blocks, rows[1:], len(left)):
                 output = self.model(
-                    inputs_embeds=prompt, past_key_values=repeated(prefix, len(vectors)), use_cache=True, logits_to_keep=1
+                    inputs_embeds=prompt, past_key_values=expand_prefix(prefix, len(vectors)), use_cache=True, logits_to_keep=1
                 )
         return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
 

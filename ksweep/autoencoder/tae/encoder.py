@@ -25,7 +25,7 @@ from ksweep.autoencoder.tae.decoder import position_rows
 from ksweep.autoencoder.tae.layout import BASE
 from ksweep.autoencoder.transformers_models import blocks_of
 from ksweep.inference import memory
-from ksweep.inference.kv_cache import repeated
+from ksweep.inference.kv_cache import expand_prefix
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.notes import Note
 
@@ -85,7 +85,7 @@ class TaeReconstructor:
         rows = list(place)
         out = torch.empty(len(rows), self.d_model)
         for batch in _batches(rows, batch_size):
-            out[batch] = memory.in_halves(self._forward, [rows[i] for i in batch], self.model.device)
+            out[batch] = memory.run_in_halves(self._forward, [rows[i] for i in batch], self.model.device)
         if not torch.isfinite(out).all():
             raise CheckpointError(
                 f"the encoder in {self.info.path} gives NaN or infinite values in {self.model.dtype}. Use "
@@ -141,7 +141,7 @@ class TaeReconstructor:
         sequence, prompt = self._sequence(rows), len(self._parts.soft_prompt)
         prefix = self._soft_prompt_past() if prompt < sequence.shape[1] else None
         rest = sequence if prefix is None else sequence[:, prompt:]
-        hidden = self._hidden(rest, repeated(prefix, len(rows)))[:, -1].float().to(self.model.device)
+        hidden = self._hidden(rest, expand_prefix(prefix, len(rows)))[:, -1].float().to(self.model.device)
         if self._parts.weight is not None:
             hidden = nn.functional.linear(hidden, self._parts.weight, self._parts.bias)
         return hidden.cpu()
