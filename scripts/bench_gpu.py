@@ -64,7 +64,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--draws", type=int, nargs="+", default=[64, 128, 256, 512], help="draws under way at once")
+    options.add_argument("--draws", type=int, nargs="+", default=[64, 128, 256, 512], help="draws in flight")
     options.add_argument("--activations", type=int, default=128)
     options.add_argument("--generated", type=int, default=64, help="rows that generate() is timed over in a round")
     options.add_argument("--texts", type=int, default=2048)
@@ -182,7 +182,7 @@ def report_drawing(options: argparse.Namespace, bandwidth: float, flops: float) 
 def drawn(
     av: NlaVerbalizer, vectors: torch.Tensor, at_once: int, recorded: bool, fixed: bool, options: argparse.Namespace
 ) -> int:
-    """Tokens, steps as CUDA graphs or as usual, of `FILLS` times as many draws as are under way at once."""
+    """Tokens, steps as CUDA graphs or as usual, of `FILLS` times as many draws as are in flight."""
     mine = argparse.Namespace(**vars(options) | {"batch_size": at_once})
     with patch.dict(os.environ, {cuda_graphs.CUDA_GRAPHS_VARIABLE: "1" if recorded else "0"}):
         return ours(av, vectors, max(1, -(-FILLS * at_once // len(vectors))), fixed, mine)

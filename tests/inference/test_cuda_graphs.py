@@ -101,7 +101,7 @@ def expected(monkeypatch):
 
     def drawn(verbalizer, requests, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(cuda_graphs, "fits", lambda model: False)
+            patch.setattr(cuda_graphs, "supports_cuda_graphs", lambda model: False)
             return texts(take(verbalizer, requests, **options))
 
     return drawn
@@ -339,7 +339,7 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
     monkeypatch.setattr(TinyVerbalizer, "prefill", scarce)
     monkeypatch.setattr(cuda_graphs.RecordedSteps, "__init__", noted)
     assert texts(take(verbalizer, requests, max_new_tokens=40, batch_size=16)) == wanted
-    assert "going on with at most 8 draws" in caplog.text
+    assert "continuing with at most 8 draws" in caplog.text
     assert len(made) == 2 and 0 < replays_when[0] < recorder.replays
 
 
