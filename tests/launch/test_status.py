@@ -101,7 +101,7 @@ TABLE: list[tuple[JobEvidence, tuple[str, str, str] | None, str]] = [
     (of(DIED, log="srun: error: gpu1: task 1: Out Of Memory"), ("failed", "out of memory", ""), "rank 1 died"),
     (of(DIED, log="rank 1 died without a word during 'drawing' (killed, or out of memory): ending rank 0"),
      ("failed", "dead rank", ""), "rank 1 died"),
-    (of(DIED, log="WARNING ksweep: out of memory while drawing; going on with at most 8 rows at once"),
+    (of(DIED, log="WARNING ksweep: out of memory while drawing; continuing with at most 8 rows at once"),
      ("failed", "dead rank", ""), "rank 1 died"),
     # Ranks that stopped on Slurm leave it to the queue whether they come back.
     (of(beat(), STOPPED), None, ""),
