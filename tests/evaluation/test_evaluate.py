@@ -21,7 +21,7 @@ from ksweep.evaluation.evaluate import evaluate, group_by_stream
 from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.recording import CellRecorder
-from ksweep.inference.engine import _Stream
+from ksweep.inference.engine import _SlotDecoder
 from ksweep.registry.draws import DrawsStore, WorkUnit
 from ksweep.utils.timing import Clock
 from tests.tiny_sweeps import talking_pair, tiny_cell
@@ -80,10 +80,10 @@ class Watched:
 
 
 def watch(cells: list[Cell], context: RunContext, models: Models) -> Watched:
-    watched, step, publish, share = Watched(context), _Stream._step, DrawsStore.publish, CellRecorder._time_share
+    watched, step, publish, share = Watched(context), _SlotDecoder._step, DrawsStore.publish, CellRecorder._time_share
 
-    def count_rows(self: _Stream) -> Any:
-        watched.rows.append(len(self.rows))
+    def count_rows(self: _SlotDecoder) -> Any:
+        watched.rows.append(len(self.draws))
         return step(self)
 
     def note_publication(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> None:
@@ -98,7 +98,7 @@ def watch(cells: list[Cell], context: RunContext, models: Models) -> Watched:
         return watched.shares[-1][0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Stream, "_step", count_rows)
+        patch.setattr(_SlotDecoder, "_step", count_rows)
         patch.setattr(DrawsStore, "publish", note_publication)
         patch.setattr(CellRecorder, "_time_share", note_share)
         began = time.monotonic()
