@@ -83,11 +83,11 @@ def few_subsets(num_draws: int, ks: Int[np.ndarray, " k"]) -> Bool[np.ndarray, "
 
 def gain_per_doubling(curve: FveCurve, level: float = 0.95) -> tuple[list[int], Interval]:
     """Return each K whose double is on the curve too, and FVE at 2K minus FVE at K, paired."""
-    at = {int(k): i for i, k in enumerate(curve.k)}
-    starts = [k for k in at if 2 * k in at]
+    index_of = {int(k): i for i, k in enumerate(curve.k)}
+    starts = [k for k in index_of if 2 * k in index_of]
     if not starts:
-        raise ValueError(f"no K of the curve has its double on it: {', '.join(map(str, at))}; ask for 1, 2, 4, ...")
-    low, high = [at[k] for k in starts], [at[2 * k] for k in starts]
+        raise ValueError(f"no K of the curve has its double on it: {', '.join(map(str, index_of))}; ask for 1, 2, 4, ...")
+    low, high = [index_of[k] for k in starts], [index_of[2 * k] for k in starts]
     replicates = curve.replicates[:, high] - curve.replicates[:, low]
     return starts, interval_of(curve.fve[high] - curve.fve[low], replicates, curve.resampling, level)
 

@@ -104,10 +104,10 @@ def prefix_of_k_select(
     A tie goes to the earlier draw.
     """
     errors = _checked_errors(errors)
-    known = np.where(np.isnan(errors), failed_value, np.asarray(quantity, dtype=np.float64))
+    values = np.where(np.isnan(errors), failed_value, np.asarray(quantity, dtype=np.float64))
     ranked = np.where(np.isnan(errors), np.inf, errors)
     kept = [np.argmin(ranked[:, :k], axis=1) for k in checked_ks(ks, errors.shape[1])]
-    return np.take_along_axis(known, np.stack(kept, axis=1), axis=1)
+    return np.take_along_axis(values, np.stack(kept, axis=1), axis=1)
 
 
 def best_of_k_weights(num_draws: int, ks: Sequence[int]) -> Float[np.ndarray, "rank k"]:

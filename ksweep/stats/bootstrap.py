@@ -131,12 +131,6 @@ def fve_curve(
 
     `selection="prefix"` takes the best of the first K draws, errors and failures alike, as the reference sweep does.
 
-    In each replicate a document counts as often as it was drawn, in the numerator and, for a measured baseline, in the
-    denominator: 1 - sum_c w_c E_c / sum_c w_c D_c. The distances D are those of the full set, which captures the first-order
-    effect. Measuring the distance from the mean again in every replicate would subtract |mu_r - mu|^2 / d, nearly a constant
-    in high dimension: the interval would move off its estimate by up to (1 - FVE) / documents. At d = 256, with half of the
-    variance between documents, 40 documents would cover 86 % instead of 94 %, and 20 documents 74 % instead of 92 %.
-
     Coverage of the population's FVE at nominal 95 %, K = 1, 4, 16, with heavy tails and 5 % clustered failures
     (scripts/simulate_coverage.py, standard error 0.5 %): 94 to 96 % with 10 to 80 documents of uneven size (5 to 27
     effective), 93 to 96 % with 20 to 80 of equal size, 91 to 94 % with 10 of equal size, for a baseline between documents and
@@ -146,39 +140,54 @@ def fve_curve(
     errors, documents = np.asarray(errors, dtype=np.float64), np.asarray(documents)
     _check_aligned(errors, documents, baseline)
     _check_level(level)
-    chosen = checked_ks(range(1, errors.shape[1] + 1) if ks is None else ks, errors.shape[1])
-    best = best_errors(errors, chosen, selection, _failed_error(failed_error, errors, baseline))
-    successes = best_errors_over_successes(errors, chosen, selection)
-    num_without_success = int(np.isnan(errors).all(axis=1).sum())
-    numerator = best.mean(axis=0)
-
-    names, membership = unique_documents(documents)
-    weights = document_weights(len(names), num_replicates, seed)
-    replicates = _replicate_fve(best, baseline, membership, weights)
-    estimate, effective = 1 - numerator / baseline.value, effective_number(np.bincount(membership))
-    low, high = interval_ends(estimate, replicates, effective, level)
+    num_activations, num_draws = errors.shape
+    ks = checked_ks(range(1, num_draws + 1) if ks is None else ks, num_draws)
+    best = best_errors(errors, ks, selection, _failed_error(failed_error, errors, baseline))
+    replicates, resampling = _bootstrap(best, documents, baseline, num_replicates, seed)
+    error = best.mean(axis=0)
+    estimate = 1 - error / baseline.value
+    low, high = interval_ends(estimate, replicates, resampling.effective_documents, level)
+    over_successes = best_errors_over_successes(errors, ks, selection)
     return FveCurve(
-        k=np.asarray(chosen),
+        k=np.asarray(ks),
         fve=estimate,
         fve_low=low,
         fve_high=high,
-        error=numerator,
-        failure_rate=all_failed_rates(errors, chosen, selection).mean(axis=0),
-        fve_over_successes=1 - _mean_of_known(successes) / baseline.value,
-        num_without_success=num_without_success,
+        error=error,
+        failure_rate=all_failed_rates(errors, ks, selection).mean(axis=0),
+        fve_over_successes=1 - _nan_mean(over_successes) / baseline.value,
+        num_without_success=int(np.isnan(errors).all(axis=1).sum()),
         baseline=baseline,
-        num_activations=len(errors),
-        num_draws=errors.shape[1],
+        num_activations=num_activations,
+        num_draws=num_draws,
         level=level,
-        resampling=Resampling(
-            documents_digest=hashlib.sha256("\0".join(names).encode()).hexdigest(),
-            num_documents=len(names),
-            effective_documents=effective,
-            num_replicates=num_replicates,
-            seed=seed,
-        ),
+        resampling=resampling,
         replicates=replicates,
     )
+
+
+def _bootstrap(
+    best: Float[np.ndarray, "activation k"], documents: np.ndarray, baseline: Baseline, num_replicates: int, seed: int
+) -> tuple[Float[np.ndarray, "replicate k"], Resampling]:
+    """Return FVE in each bootstrap replicate over documents, and how the documents were resampled.
+
+    In each replicate a document counts as often as it was drawn, in the numerator and, for a measured baseline, in the
+    denominator: 1 - sum_c w_c E_c / sum_c w_c D_c. The distances D are those of the full set, which captures the first-order
+    effect. Measuring the distance from the mean again in every replicate would subtract |mu_r - mu|^2 / d, nearly a constant
+    in high dimension: the interval would move off its estimate by up to (1 - FVE) / documents. At d = 256, with half of the
+    variance between documents, 40 documents would cover 86 % instead of 94 %, and 20 documents 74 % instead of 92 %.
+    """
+    names, membership = unique_documents(documents)
+    weights = document_weights(len(names), num_replicates, seed)
+    sums = replicate_sums(np.column_stack([best, baseline.parts(len(best))]), membership, weights)
+    resampling = Resampling(
+        documents_digest=hashlib.sha256("\0".join(names).encode()).hexdigest(),
+        num_documents=len(names),
+        effective_documents=effective_number(np.bincount(membership)),
+        num_replicates=num_replicates,
+        seed=seed,
+    )
+    return fve_replicates(sums[:, :-1], sums[:, -1]), resampling
 
 
 def paired_difference(curve: FveCurve, reference: FveCurve, level: float = 0.95) -> Interval:
@@ -206,8 +215,8 @@ def gain_over(curve: FveCurve, k: int = 1, level: float = 0.95) -> Interval:
     """Return FVE at each K minus FVE at one K of the same curve, paired: the gain from more draws."""
     if k not in curve.k:
         raise ValueError(f"the curve has no K = {k}; it has {_brief(curve.k)}")
-    at = int(np.flatnonzero(curve.k == k)[0])
-    return interval_of(curve.fve - curve.fve[at], curve.replicates - curve.replicates[:, [at]], curve.resampling, level)
+    index = int(np.flatnonzero(curve.k == k)[0])
+    return interval_of(curve.fve - curve.fve[index], curve.replicates - curve.replicates[:, [index]], curve.resampling, level)
 
 
 @lru_cache(maxsize=2)  # the cells of a sweep ask for the same weights one after another
@@ -235,17 +244,17 @@ def interval_ends(
     effective_documents: float,
     level: float = 0.95,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """Ends of an interval over documents, from what a registry keeps: an estimate, its replicates and one number for all of them.
+    """Return the ends of an interval over documents, from what the registry keeps: estimate, replicates, one number for all.
 
         estimate + ASYMMETRY (middle of the quantiles - estimate) -/+ reach (half of their distance)
 
     with the quantiles of the replicates at (1 -/+ level) / 2, linearly interpolated (NumPy's default, DuckDB's `quantile_cont`),
-    and `interval_reach`. From one document nothing can be said: NaN.
+    and `interval_reach`. With a single document both ends are NaN.
     """
     _check_level(level)
     if not effective_documents > 1:
-        nothing = np.full(replicates.shape[1:], np.nan)
-        return nothing, nothing.copy()
+        unknown = np.full(replicates.shape[1:], np.nan)
+        return unknown, unknown.copy()
     below, above = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
     middle = estimate + ASYMMETRY * ((below + above) / 2 - estimate)
     half = interval_reach(effective_documents, level) * (above - below) / 2
@@ -253,7 +262,7 @@ def interval_ends(
 
 
 def interval_reach(effective_documents: float, level: float = 0.95) -> float:
-    """How far an interval reaches beyond the quantiles of its replicates: (n + 1) / n t / z, n the effective documents.
+    """Return how far an interval reaches relative to its replicates' quantiles: (n + 1) / n t / z, n the effective documents.
 
     A percentile interval is too narrow with few clusters, as a normal interval with the n-divisor variance is (Hesterberg 2015,
     "What Teachers Should Know About the Bootstrap"), and clusters of unequal size are worth fewer equal ones (Carter, Schnepel &
@@ -265,7 +274,7 @@ def interval_reach(effective_documents: float, level: float = 0.95) -> float:
 
 
 def interval_decimals(low: float, high: float, num_replicates: int, level: float = 0.95) -> int:
-    """How many decimals (1 to 3) of interval ends hold: another seed changes the last one by at most one.
+    """Return how many decimals (1 to 3) of interval ends are reproducible: another seed changes the last one by at most one.
 
     The quantile p of R replicates of standard deviation s varies by s sqrt(p (1 - p) / R) / phi(z_p) from seed to seed (phi the
     normal density), an end by at most sqrt((1 + ASYMMETRY^2) / 2) times that. Twice the result is to stay within one unit of the
@@ -277,16 +286,6 @@ def interval_decimals(low: float, high: float, num_replicates: int, level: float
     of_quantile = (high - low) / (2 * z) * np.sqrt(tail * (1 - tail) / num_replicates) / density
     deviation = of_quantile * np.sqrt((1 + ASYMMETRY**2) / 2)
     return 3 if not deviation > 0 else int(np.clip(np.floor(-np.log10(2 * deviation)), 1, 3))
-
-
-def _replicate_fve(
-    best: Float[np.ndarray, "activation k"],
-    baseline: Baseline,
-    membership: Int[np.ndarray, " activation"],
-    weights: Int[np.ndarray, "replicate document"],
-) -> Float[np.ndarray, "replicate k"]:
-    sums = replicate_sums(np.column_stack([best, baseline.parts(len(best))]), membership, weights)
-    return fve_replicates(sums[:, :-1], sums[:, -1])
 
 
 def fve_replicates(
@@ -301,7 +300,7 @@ def fve_replicates(
     return np.asarray(fve.astype(np.float32), dtype=np.float64)
 
 
-def _mean_of_known(values: Float[np.ndarray, "activation k"]) -> Float[np.ndarray, " k"]:
+def _nan_mean(values: Float[np.ndarray, "activation k"]) -> Float[np.ndarray, " k"]:
     """Return the mean over activations without NaN; NaN where all are NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.nansum(values, axis=0) / (~np.isnan(values)).sum(axis=0))

@@ -152,15 +152,15 @@ def between_documents_baseline(
 
 
 def mean_distance_baseline(vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind = "normalised") -> Baseline:
-    """Mean squared distance of the activations from their own mean (``mse_rawvar`` of NLA ``schema.py:153``).
+    """Return the mean squared distance of the activations from their own mean (``mse_rawvar`` of NLA ``schema.py:153``).
 
     The mean is *not* scaled back to norm sqrt(d): doing so is a common mistake (0.94 instead of 0.72 on
     Qwen-7B). With normalised scoring the value is 1 - R^2, where R is the length of the mean unit vector.
 
-    Measured from the sample's own mean it is too small on average: by the factor (n - 1)/n for n independent
-    activations, and by up to the same of the effective number of documents when those of a document are alike. FVE is
-    then too low by up to about (1 - FVE)/documents, alike in every cell. `between_documents_baseline` has no such bias;
-    this one is for comparison with the public code.
+    Measured from the sample's own mean the value is too small on average: by the factor (n - 1)/n for n independent
+    activations, where n shrinks towards the effective number of documents if activations of one document are alike.
+    FVE is then too low by up to about (1 - FVE)/documents, equally in every cell. `between_documents_baseline` has no
+    such bias; this baseline is for comparison with the public code.
     """
     vectors = _checked_activations(vectors)
     mean, square = _mean_and_square(vectors, scoring)
@@ -173,7 +173,7 @@ def mean_distance_baseline(vectors: Float[np.ndarray, "activation d"], scoring: 
 
 
 def stated_baseline(value: float, *, num_activations: int | None = None, scoring: ScoringKind = "normalised") -> Baseline:
-    """A baseline someone else measured, such as 0.7335 for the training mix of the public Qwen-7B pair."""
+    """Return a baseline measured elsewhere, such as 0.7335 for the training mix of the public Qwen-7B pair."""
     _check_scoring(scoring)
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"a baseline must be a positive number; got {value!r}")
@@ -186,7 +186,7 @@ def stated_baseline(value: float, *, num_activations: int | None = None, scoring
 
 
 def fve(errors: Float[np.ndarray, " activation"], baseline: Baseline) -> float:
-    """Fraction of variance explained: 1 - mean error / baseline, a ratio of means (NLA ``loss.py:108``)."""
+    """Return the fraction of variance explained: 1 - mean error / baseline, a ratio of means (NLA ``loss.py:108``)."""
     errors = np.asarray(errors, dtype=np.float64)
     if errors.ndim != 1 or not errors.size:
         raise ValueError(f"FVE takes one error per activation; got an array of shape {errors.shape}")
@@ -206,7 +206,7 @@ def _checked_activations(vectors: Float[np.ndarray, "activation d"]) -> Float[np
 
 
 def _mean_and_square(vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind) -> tuple[Float[np.ndarray, " d"], float]:
-    """Mean vector and mean square per dimension."""
+    """Return the mean vector and the mean square per dimension."""
     total, square = np.zeros(vectors.shape[1]), 0.0
     for _, chunk in comparable_chunks(vectors, scoring):
         total += chunk.sum(axis=0)
@@ -220,15 +220,15 @@ def _products_with_own_document(
     mean: Float[np.ndarray, " d"],
     scoring: ScoringKind,
 ) -> tuple[Float[np.ndarray, " activation"], Float[np.ndarray, " activation"]]:
-    """|x|^2 and x S_c for each activation, x measured from the mean, S_c the sum of its document.
+    """Return |x|^2 and x S_c for each activation, with x measured from the mean and S_c the sum over its document.
 
-    A few documents at a time: the sums of all of them may be as large as the activations.
+    A few documents are processed at a time: the sums of all of them may be as large as the activations.
     """
     squares, with_own = np.empty(len(vectors)), np.empty(len(vectors))
     order, step = np.argsort(membership, kind="stable"), _rows_at_once(vectors)
     for first in range(0, int(membership.max()) + 1, step):
         start, stop = np.searchsorted(membership[order], [first, first + step])
-        parts = [order[at : min(at + step, stop)] for at in range(start, stop, step)]
+        parts = [order[i : min(i + step, stop)] for i in range(start, stop, step)]
         sums = np.zeros((int(membership[parts[-1][-1]]) - first + 1, vectors.shape[1]))
         for rows in parts:
             centred = comparable(vectors[rows], scoring) - mean
@@ -256,7 +256,7 @@ def _check_scoring(scoring: str) -> None:
 
 
 def comparable(vectors: Float[np.ndarray, "*rows d"], scoring: ScoringKind, first_row: int = 0) -> Float[np.ndarray, "*rows d"]:
-    """Vectors as float64 in the space where `scoring` takes differences; messages count from `first_row`."""
+    """Return vectors as float64 in the space where `scoring` takes differences; error messages count rows from `first_row`."""
     _check_scoring(scoring)
     vectors = np.asarray(vectors, dtype=np.float64)
     if vectors.ndim == 0 or vectors.shape[-1] == 0:
@@ -277,7 +277,7 @@ def comparable(vectors: Float[np.ndarray, "*rows d"], scoring: ScoringKind, firs
 def comparable_chunks(
     vectors: Float[np.ndarray, "activation d"], scoring: ScoringKind
 ) -> Iterator[tuple[slice, Float[np.ndarray, "row d"]]]:
-    """Comparable float64 rows, a few at a time: the activations may be a memory map larger than memory."""
+    """Yield comparable float64 rows, a few at a time: the activations may be a memory map larger than memory."""
     step = _rows_at_once(vectors)
     for start in range(0, len(vectors), step):
         rows = slice(start, start + step)
@@ -289,7 +289,7 @@ def _rows_at_once(vectors: Float[np.ndarray, "activation d"]) -> int:
 
 
 def _first_row(bad: np.ndarray, first_row: int = 0) -> int | tuple[int, ...]:
-    """Where the first True stands: a plain number for rows of a matrix, a tuple for deeper arrays."""
+    """Return the index of the first True: a plain number for rows of a matrix, a tuple for deeper arrays."""
     where = [int(axis[0]) for axis in np.nonzero(np.atleast_1d(bad))]
     where[0] += first_row
     return where[0] if len(where) == 1 else tuple(where)

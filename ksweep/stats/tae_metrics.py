@@ -1,4 +1,4 @@
-"""The reference sweep's own quantities, so that its published numbers can be met and compared. NumPy only.
+"""Compute the reference sweep's own quantities, so that its published numbers can be reproduced and compared. NumPy only.
 
     sums = ReferenceSums(ks)
     for activations, draws in chunks:                        # [n, d], [n, draw, d]; raw space, never scaled
@@ -15,7 +15,7 @@ With A the activations, R = A - reconstruction and variances per dimension (ddof
   0.750 on Gemma-3-27B).
 
 Sums are float64 and kept as mean and squared deviation (Chan, Golub & LeVeque 1979), so a dimension with a mean of 1e5 keeps its
-digits. Formulas: tae_reference.md 1.2 and 1.3.
+digits.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 ROLE_MINIMUM = 10
-"""A role's own variance is reported for more vectors than this."""
+"""The variance of a role is reported only if it has more vectors than this."""
 
 FEWEST_FOR_INTERVALS = 3
-"""Activations that the bootstrap needs."""
+"""Smallest number of activations that the bootstrap accepts."""
 
 REFERENCE_REPLICATES = 1000
 REFERENCE_SEED = 42
@@ -46,21 +46,21 @@ REFERENCE_SEED = 42
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:
-    """Some activations and, for each K, what was selected for them."""
+    """Activations with the reconstruction selected for each K."""
 
     activations: Float[np.ndarray, "activation d"]
     reconstructions: Float[np.ndarray, "activation k d"] | None
-    """Of the selected draw; with order statistics its expectation over the choices of K draws. None where they are not known:
-    then everything that needs a variance of residuals is unknown too, and `squared_errors` must be there."""
+    """Reconstruction of the selected draw; with order statistics its expectation over the choices of K draws. None if unknown:
+    then everything that needs a variance of residuals is unknown too, and `squared_errors` is required."""
     squared_errors: Float[np.ndarray, "activation k"] | None = None
-    """Expected squared norm of the residual; None where `reconstructions` are single draws, for then it is plain."""
+    """Expected squared norm of the residual; None where `reconstructions` are single draws, from which it is computed."""
     roles: Sequence[str | None] | None = None
-    """Role of each activation's token, for statistics by role; None where it is not known."""
+    """Role of each activation's token, for statistics by role; None if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceQuantities:
-    """What the reference reports for one K."""
+    """The quantities that the reference reports for one K."""
 
     k: int
     num_activations: int
@@ -68,9 +68,9 @@ class ReferenceQuantities:
     avg_mse: float
     """Mean over vectors and dimensions of the squared residual."""
     mse_std: float
-    """Spread of the vectors' own mean squared residual, ddof 0."""
+    """Standard deviation over vectors of the mean squared residual, ddof 0."""
     variance_recovery: float
-    """NaN where reconstructions are not known."""
+    """NaN if reconstructions are unknown."""
     mse_variance_recovery: float
     r_squared: float
     mse_for_new_variance: float
@@ -78,14 +78,14 @@ class ReferenceQuantities:
     total_variance: float
     """Variance of the activations, ddof 1, summed over dimensions. NaN for one activation."""
     residual_variance: float
-    """The same of the residuals. NaN where reconstructions are not known."""
+    """Variance of the residuals, computed in the same way. NaN if reconstructions are unknown."""
     original_mean: float
     """Mean over all entries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceInterval:
-    """One quantity at one K over replicates of single vectors; NaN where it cannot be said."""
+    """Bootstrap interval of one quantity at one K, from replicates of single vectors; NaN where it is undefined."""
 
     estimate: float
     bias: float
@@ -100,7 +100,7 @@ class ReferenceInterval:
 
 
 def prefix_of_k_draws(errors: Float[np.ndarray, "activation draw"], ks: Sequence[int]) -> Int[np.ndarray, "activation k"]:
-    """Which of the first K draws has the smallest error; of equal ones the first, as argmin has it in the reference."""
+    """Return which of the first K draws has the smallest error; the first of equal ones, as with the reference's argmin."""
     errors = _checked(errors)
     chosen = [np.argmin(errors[:, :k], axis=1) for k in checked_ks(ks, errors.shape[1])]
     return np.asarray(np.stack(chosen, axis=1))
@@ -109,9 +109,9 @@ def prefix_of_k_draws(errors: Float[np.ndarray, "activation draw"], ks: Sequence
 def selection_weights(
     errors: Float[np.ndarray, "activation draw"], ks: Sequence[int], selection: Selection
 ) -> Float[np.ndarray, "activation draw k"]:
-    """Chance of each draw to be the one that is kept of K.
+    """Return the probability that best-of-K keeps each draw.
 
-    A tie goes to the earlier draw, as argmin has it in the reference; with order statistics too, so that all chances add up to 1.
+    Ties go to the earlier draw, as with the reference's argmin; with order statistics too, so that the probabilities sum to 1.
     """
     errors = _checked(errors)
     if selection == "prefix":
@@ -130,7 +130,7 @@ def selected(
     selection: Selection = "order_statistics",
     roles: Sequence[str | None] | None = None,
 ) -> Chunk:
-    """What best-of-K keeps of the draws, by raw squared error against the activation itself (oracle)."""
+    """Return the reconstructions that best-of-K keeps, selected by raw squared error against the activation itself (oracle)."""
     activations, reconstructions = np.asarray(activations, np.float64), np.asarray(reconstructions, np.float64)
     if reconstructions.ndim != 3 or activations.shape != (len(reconstructions), reconstructions.shape[2]):
         raise ValueError(
@@ -156,19 +156,19 @@ class Moments:
     squares: np.ndarray = field(default_factory=lambda: np.zeros(()))
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in more rows, [row, ...column]."""
+        """Add rows, [row, ...column]."""
         if len(rows):
             mean = rows.mean(axis=0)
             self.merge(Moments(len(rows), mean, np.square(rows - mean).sum(axis=0)))
 
     def merge(self, other: Moments) -> None:
-        """Take in what another rank has seen (Chan, Golub & LeVeque 1979, eq. 2.1)."""
+        """Add the moments of another rank (Chan, Golub & LeVeque 1979, equation 2.1)."""
         total = self.count + other.count
         if not total:
             return
-        apart = other.mean - self.mean
-        self.squares = self.squares + other.squares + np.square(apart) * (self.count * other.count / total)
-        self.mean = self.mean + apart * (other.count / total)
+        shift = other.mean - self.mean
+        self.squares = self.squares + other.squares + np.square(shift) * (self.count * other.count / total)
+        self.mean = self.mean + shift * (other.count / total)
         self.count = total
 
 
@@ -178,17 +178,17 @@ class ReferenceSums:
 
     ks: tuple[int, ...]
     activations: Moments = field(default_factory=Moments)
-    """Of shape [d]."""
+    """Moments of shape [d]."""
     residuals: Moments = field(default_factory=Moments)
-    """Of shape [k, d]."""
+    """Moments of shape [k, d]."""
     errors: Moments = field(default_factory=Moments)
-    """Of the mean squared residual of each vector; of shape [k]."""
+    """Moments of each vector's mean squared residual, of shape [k]."""
     excess: np.ndarray = field(default_factory=lambda: np.zeros(()))
-    """What expected squared residuals exceed the square of expected residuals by, summed: spread of the choice. [k]."""
+    """Sum over vectors of E|residual|^2 - |E residual|^2, the variance due to the choice of K draws; of shape [k]."""
     by_role: dict[str, ReferenceSums] = field(default_factory=dict)
 
     def add(self, chunk: Chunk) -> None:
-        """Take in more activations; none is kept.
+        """Add activations to the sums, without keeping them.
 
         Raises:
             ValueError: shapes that do not fit, or values that are not finite.
@@ -215,44 +215,44 @@ class ReferenceSums:
             self.by_role.setdefault(role, ReferenceSums(self.ks)).add(part)
 
     def merge(self, other: ReferenceSums) -> None:
-        """Take in the sums of another rank."""
+        """Add the sums of another rank."""
         if self.ks != other.ks:
-            raise ValueError(f"sums for K = {self.ks} cannot take in sums for K = {other.ks}")
-        for mine, theirs in zip(self._moments(), other._moments(), strict=True):
-            mine.merge(theirs)
+            raise ValueError(f"sums for K = {self.ks} cannot be merged with sums for K = {other.ks}")
+        for moments, other_moments in zip(self._moments(), other._moments(), strict=True):
+            moments.merge(other_moments)
         self.excess = self.excess + other.excess
         for role, sums in other.by_role.items():
             self.by_role.setdefault(role, ReferenceSums(self.ks)).merge(sums)
 
     def of(self, ks: tuple[int, ...]) -> ReferenceSums:
-        """The sums of some of the values of K, over all activations; roles are left out."""
-        at = [self.ks.index(k) for k in ks]
-        residuals, errors = (Moments(m.count, m.mean[at], m.squares[at]) for m in (self.residuals, self.errors))
-        return ReferenceSums(ks, self.activations, residuals, errors, self.excess[at])
+        """Return the sums of these values of K over all activations, without the sums by role."""
+        indices = [self.ks.index(k) for k in ks]
+        residuals, errors = (Moments(m.count, m.mean[indices], m.squares[indices]) for m in (self.residuals, self.errors))
+        return ReferenceSums(ks, self.activations, residuals, errors, self.excess[indices])
 
     def _moments(self) -> tuple[Moments, Moments, Moments]:
         return self.activations, self.residuals, self.errors
 
     def quantities(self) -> tuple[ReferenceQuantities, ...]:
-        """The quantities for each K, in the order of `ks`."""
+        """Return the quantities for each K, in the order of `ks`."""
         if not self.activations.count:
             raise ValueError("no activations have been added: there is nothing to report")
-        return tuple(self._quantities(at) for at in range(len(self.ks)))
+        return tuple(self._quantities(i) for i in range(len(self.ks)))
 
-    def _quantities(self, at: int) -> ReferenceQuantities:
+    def _quantities(self, index: int) -> ReferenceQuantities:
         n, d = self.activations.count, self.activations.mean.size
         grand_mean = float(self.activations.mean.mean())
         total = float(self.activations.squares.sum())
         spread = total + n * float(np.square(self.activations.mean - grand_mean).sum())
-        known = self.residuals.count == n
-        residual = float(self.residuals.squares[at].sum() + self.excess[at]) if known else np.nan
-        avg_mse = float(self.errors.mean[at])
+        has_residuals = self.residuals.count == n
+        residual = float(self.residuals.squares[index].sum() + self.excess[index]) if has_residuals else np.nan
+        avg_mse = float(self.errors.mean[index])
         return ReferenceQuantities(
-            k=self.ks[at],
+            k=self.ks[index],
             num_activations=n,
             d_model=d,
             avg_mse=avg_mse,
-            mse_std=float(np.sqrt(self.errors.squares[at] / n)),
+            mse_std=float(np.sqrt(self.errors.squares[index] / n)),
             variance_recovery=float(1 - _ratio(residual, total)),
             mse_variance_recovery=float(1 - _ratio(avg_mse * d * (n - 1), total)),
             r_squared=float(1 - _ratio(avg_mse * d * n, spread)),
@@ -271,15 +271,15 @@ def reference_intervals(
     seed: int = REFERENCE_SEED,
     level: float = 0.95,
 ) -> dict[str, tuple[ReferenceInterval, ...]]:
-    """The reference's bootstrap of "variance_recovery" (with BCa), "mse" and "r_squared" for each K.
+    """Return the reference's bootstrap intervals of "variance_recovery" (with BCa), "mse" and "r_squared" for each K.
 
-    Single vectors are resampled, the same for every K. That is too narrow when vectors of one document are alike:
-    `fve_curve` is the interval to believe. `chunks` are those of `sums` again, in any cut but the same order. A
+    Single vectors are resampled, the same for every K. These intervals are too narrow when vectors of one document are
+    alike; trust those of `fve_curve`. `chunks` are those of `sums` again, split in any way but in the same order. A
     replicate needs the weighted sums of A and R, not copies of them: [replicate, d] numbers for each K, and scalars
     for each vector. The leave-one-out values of BCa follow from the vectors' own squared distances.
 
     Raises:
-        ValueError: the chunks do not hold as many activations as the sums, or reconstructions are not known.
+        ValueError: the chunks do not hold as many activations as the sums, or reconstructions are unknown.
     """
     n = sums.activations.count
     weights = reference_weights(n, num_replicates, seed)
@@ -294,19 +294,21 @@ def reference_intervals(
 def reference_rows(
     sums: ReferenceSums, intervals: Mapping[str, Sequence[ReferenceInterval]] | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each quantity, K and role (None: all activations), for a table; what is not known has no row.
+    """Return a row for each quantity, K and role (None: all activations); unknown quantities have no row.
 
     `spread` is between vectors (of avg_mse alone, ddof 0); `bias`, `std` and the interval are over replicates.
     """
     rows = []
     for role, part in [(None, sums), *sorted(sums.by_role.items(), key=lambda item: str(item[0]))]:
-        for at, found in enumerate(part.quantities()):
+        for i, quantities in enumerate(part.quantities()):
+            num_activations = quantities.num_activations
             for name in REPORTED:
-                if np.isnan(getattr(found, name)) or (role is not None and not _known_by_role(name, found.num_activations)):
+                value = getattr(quantities, name)
+                if np.isnan(value) or (role is not None and not _is_reported_by_role(name, num_activations)):
                     continue
-                row = {"quantity": name, "role": role, "k": found.k, "value": getattr(found, name)}
-                row |= {"num_activations": found.num_activations} | ({"spread": found.mse_std} if name == "avg_mse" else {})
-                rows.append(row | (_interval_columns(intervals, name, at) if role is None else {}))
+                row = {"quantity": name, "role": role, "k": quantities.k, "value": value, "num_activations": num_activations}
+                row |= {"spread": quantities.mse_std} if name == "avg_mse" else {}
+                rows.append(row | (_interval_columns(intervals, name, i) if role is None else {}))
     return rows
 
 
@@ -317,23 +319,23 @@ REPORTED = (
 """Quantities in the order of their rows."""
 
 
-def _known_by_role(name: str, num_activations: int) -> bool:
-    """The reference's rule: errors for every role, its own variance where there are more than ten vectors."""
+def _is_reported_by_role(name: str, num_activations: int) -> bool:
+    """Follow the reference: report errors for every role, and variances for roles with more than ten vectors."""
     return name == "avg_mse" or (
         name in ("variance_recovery", "total_variance", "residual_variance") and num_activations > ROLE_MINIMUM
     )
 
 
-def _interval_columns(intervals: Mapping[str, Sequence[ReferenceInterval]] | None, name: str, at: int) -> dict[str, float]:
-    found = (intervals or {}).get("mse" if name == "avg_mse" else name)
-    if found is None:
+def _interval_columns(intervals: Mapping[str, Sequence[ReferenceInterval]] | None, name: str, index: int) -> dict[str, float]:
+    by_k = (intervals or {}).get("mse" if name == "avg_mse" else name)
+    if by_k is None:
         return {}
     columns = ("bias", "std", "low", "high", "bca_low", "bca_high")
-    return {column: value for column in columns if not np.isnan(value := getattr(found[at], column))}
+    return {column: value for column in columns if not np.isnan(value := getattr(by_k[index], column))}
 
 
 def reference_weights(num_activations: int, num_replicates: int, seed: int) -> Int[np.ndarray, "replicate activation"]:
-    """How often each vector is drawn in each replicate, from NumPy's legacy generator as the reference seeds it."""
+    """Return how often each vector is drawn in each replicate, from NumPy's legacy generator seeded as in the reference."""
     if num_activations < FEWEST_FOR_INTERVALS or num_replicates < 2:
         raise ValueError(
             f"these intervals need at least {FEWEST_FOR_INTERVALS} activations and 2 replicates; got {num_activations} and "
@@ -349,7 +351,7 @@ def reference_weights(num_activations: int, num_replicates: int, seed: int) -> I
 def bca_interval(
     replicates: Float[np.ndarray, " replicate"], estimate: float, left_out: Float[np.ndarray, " activation"], level: float = 0.95
 ) -> tuple[float, float]:
-    """Bias-corrected and accelerated interval (Efron 1987); NaN where the estimate lies outside all replicates.
+    """Return the bias-corrected and accelerated interval (Efron 1987); NaN where the estimate lies outside all replicates.
 
     `left_out` holds the estimate without each vector in turn. The correction counts replicates below the estimate, half of those
     equal to it (scipy's rule; the reference counts those below only, which is the same without ties).
@@ -389,14 +391,14 @@ class _Scalars:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Spreads:
-    """Squared norm of the weighted sum of centred vectors in each replicate: what resampling moves the mean by."""
+    """Squared norm of the weighted sum of centred vectors in each replicate: how far resampling moves the mean."""
 
     activations: Float[np.ndarray, " replicate"]
     residuals: Float[np.ndarray, "replicate k"]
 
 
 def _resampled(sums: ReferenceSums, chunks: Iterable[Chunk], weights: Int[np.ndarray, "r a"]) -> tuple[_Scalars, _Spreads]:
-    """The second pass: with both means known, scalars of each vector and [replicate, d] weighted sums."""
+    """Run the second pass: with both means known, compute scalars of each vector and [replicate, d] weighted sums."""
     n, d, num_ks = sums.activations.count, sums.activations.mean.size, len(sums.ks)
     moved_a = np.zeros((len(weights), d))
     moved_r = np.zeros((num_ks, len(weights), d))
@@ -476,7 +478,7 @@ def _interval(replicates: np.ndarray, estimate: float, level: float, *bca: float
 
 
 def _residuals(chunk: Chunk, num_ks: int) -> tuple[Float[np.ndarray, "activation k d"], Float[np.ndarray, "activation k"]]:
-    """Residuals in float64, and their (expected) squared norms."""
+    """Return residuals in float64 and their (expected) squared norms."""
     activations = np.asarray(chunk.activations, np.float64)
     reconstructions = np.asarray(chunk.reconstructions, np.float64)
     if activations.ndim != 2 or reconstructions.shape != (len(activations), num_ks, activations.shape[1]):
@@ -488,14 +490,14 @@ def _residuals(chunk: Chunk, num_ks: int) -> tuple[Float[np.ndarray, "activation
     if not np.isfinite(residuals).all():
         raise ValueError(
             f"row {int(np.argwhere(~np.isfinite(residuals))[0][0])} of a chunk is not finite: a talkative-autoencoder "
-            "draw cannot fail, so a vector was read or reconstructed wrongly"
+            "draw cannot fail, so a vector was read or reconstructed incorrectly"
         )
     squared = np.square(residuals).sum(axis=2) if chunk.squared_errors is None else np.asarray(chunk.squared_errors, np.float64)
     return residuals, squared
 
 
 def _without_residuals(chunk: Chunk, num_ks: int) -> Float[np.ndarray, "activation k"]:
-    """Squared norms of residuals that are not known themselves."""
+    """Return the squared norms of residuals that are themselves unknown."""
     squared = np.asarray(chunk.squared_errors, np.float64) if chunk.squared_errors is not None else np.empty(0)
     if squared.shape != (len(chunk.activations), num_ks) or not np.isfinite(squared).all():
         raise ValueError(
@@ -515,6 +517,6 @@ def _checked(errors: Float[np.ndarray, "activation draw"]) -> Float[np.ndarray, 
 
 
 def _ratio(above: np.ndarray | float, below: np.ndarray | float) -> Any:
-    """Quotient; NaN or infinite without a warning where there is no variance to explain."""
+    """Return the quotient, NaN or infinite without a warning where there is no variance to explain."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(above, below)

@@ -279,7 +279,7 @@ def test_replicates_are_those_of_the_legacy_generator():
             lambda: ReferenceSums((1,)).add(Chunk(activations=np.ones((2, 3)), reconstructions=None)),
             r"without reconstructions has finite squared errors \[2, 1\]",
         ),
-        (lambda: ReferenceSums((1,)).merge(ReferenceSums((2,))), "cannot take in"),
+        (lambda: ReferenceSums((1,)).merge(ReferenceSums((2,))), "cannot be merged"),
         (lambda: selected(np.ones((2, 3)), np.ones((2, 4)), (1,)), r"\[activation, draw, d\]"),
         (lambda: selection_weights([[np.nan, 1.0]], (1,), "prefix"), "failed draw"),
         (lambda: selection_weights([[1.0]], (1,), "best"), "order_statistics, prefix"),
