@@ -133,7 +133,8 @@ def warnings(curves: pa.Table) -> list[str]:
         if effective is not None and effective < FEW_DOCUMENTS:
             lines.append(
                 f"{label}: {row['num_documents']} documents{effective_text(row['num_documents'], effective)} are few for a "
-                f"bootstrap over documents: below {FEW_DOCUMENTS} in effect intervals may cover less than they say"
+                f"bootstrap over documents: with fewer than {FEW_DOCUMENTS} effective documents, intervals may cover less than "
+                "their nominal level"
             )
     return lines
 

@@ -31,8 +31,6 @@ from tests.tae_sweeps import run as run_tae
 from tests.tiny_models import TinyPair, edit_sidecar
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
-GENERATOR = np.random.default_rng(0)
-
 
 @pytest.fixture
 def pair(tmp_path: Path) -> TinyPair:
@@ -63,9 +61,11 @@ def median_norm(sweep: Sweep) -> float:
 
 
 def vectors(norm: float, spread: float = 0.1, count: int = 100) -> Any:
-    found = GENERATOR.standard_normal((count, 16))
-    lengths = norm * (1 + spread * GENERATOR.uniform(-1, 1, count))
-    return (found / np.linalg.norm(found, axis=1, keepdims=True) * lengths[:, None]).astype(np.float32)
+    """Vectors of about one norm, the same ones on every call: a generator of their own makes them independent of other tests."""
+    generator = np.random.default_rng(0)
+    directions = generator.standard_normal((count, 16))
+    norms = norm * (1 + spread * generator.uniform(-1, 1, count))
+    return (directions / np.linalg.norm(directions, axis=1, keepdims=True) * norms[:, None]).astype(np.float32)
 
 
 # --- the check of lengths ---
