@@ -43,7 +43,7 @@ moved.keep_earlier_names()
 
 
 def __getattr__(name: str) -> Any:
-    """DuckDB, submitit and their like are imported when first asked for: `import ksweep` stays light."""
+    """Import DuckDB, submitit and other heavy packages when first used: `import ksweep` stays light."""
     if name in _LATER:
         from importlib import import_module
 

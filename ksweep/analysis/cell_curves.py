@@ -128,7 +128,7 @@ _NO_GAIN = {"gain_per_doubling": None, "gain_low": None, "gain_high": None}
 
 
 def _gains(curve: stats.FveCurve) -> dict[int, dict[str, float | None]]:
-    """K -> gain in FVE over half of that K, for each K whose half is on the curve."""
+    """Return K -> gain in FVE over K/2, for each K whose half is on the curve."""
     if not {2 * k for k in curve.k.tolist()} & set(curve.k.tolist()):
         return {}
     starts, gain = stats.gain_per_doubling(curve, curve.level)

@@ -229,6 +229,6 @@ def _check_comparable(a: MeasuredCell, b: MeasuredCell) -> None:
 
 
 def _scoring_value(cell: MeasuredCell, name: str) -> str:
-    """A field of the scoring as text; a measured baseline is named by the kind that the run used: older versions had another."""
+    """Return a field of the scoring as text; a measured baseline is named by the kind that the run's version used."""
     value = getattr(cell.scoring, name)
     return cell.baseline_kind if name == "baseline" and cell.scoring.stated_baseline is None else str(value)

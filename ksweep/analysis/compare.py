@@ -173,7 +173,7 @@ def best_held_out(cells: Sequence[MeasuredCell], ks: Sequence[int] | None = None
 
 
 def _pair_rows(a: MeasuredCell, b: MeasuredCell, level: float, curves: dict[Any, stats.FveCurve]) -> Iterator[dict[str, Any]]:
-    """Rows of COMPARISON_SCHEMA for one pair; `curves` keeps curves that other pairs need again."""
+    """Yield the rows of COMPARISON_SCHEMA for one pair; `curves` caches curves that other pairs need too."""
     # 1. both curves, over the activations that both cells have and with the replicates of `a`
     shared = common_ground([a, b])
     whole_a, whole_b = (_whole_curve(cell, a, shared, level, curves) for cell in (a, b))
@@ -210,7 +210,7 @@ def _pair_rows(a: MeasuredCell, b: MeasuredCell, level: float, curves: dict[Any,
 def _whole_curve(
     cell: MeasuredCell, first: MeasuredCell, shared: CommonGround, level: float, curves: dict[Any, stats.FveCurve]
 ) -> stats.FveCurve:
-    """The curve of a cell at every K, resampled as the first cell of its pair is; from `curves` where it is there."""
+    """Return the curve of a cell at every K, resampled as the first cell of its pair is; from the cache `curves` if possible."""
     key = (cell.run_id, shared.num_activations, first.scoring.num_replicates, first.scoring.seed, first.scoring.selection)
     if key not in curves:
         curves[key] = curve_over(cell, shared, range(1, cell.num_draws + 1), first.scoring, level)
@@ -218,7 +218,7 @@ def _whole_curve(
 
 
 def _first_ks(curve: stats.FveCurve, count: int) -> stats.FveCurve:
-    """The curve up to K = count."""
+    """Return the curve up to K = count."""
     cut = {name: getattr(curve, name)[:count] for name in ("k", "fve", "fve_low", "fve_high", "error", "failure_rate")}
     return replace(curve, **cut, fve_over_successes=curve.fve_over_successes[:count], replicates=curve.replicates[:, :count])
 

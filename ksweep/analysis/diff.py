@@ -86,7 +86,7 @@ def _listed(value: Any) -> Any:
 
 
 def _numbers(root: Path, a: LandedRun, b: LandedRun, level: float | None) -> Numbers:
-    """FVE of a minus FVE of b at every K that both have."""
+    """Return FVE of a minus FVE of b at every K that both have."""
     runs = [a.record.run_id, b.record.run_id]
     if runs[0] == runs[1]:
         return Numbers(rows=[], note="both names are of one run: there is no difference")
@@ -115,7 +115,7 @@ def _numbers(root: Path, a: LandedRun, b: LandedRun, level: float | None) -> Num
 
 
 def _side_by_side(a: LandedRun, b: LandedRun) -> list[TableRow]:
-    """The recorded values at every K that both have, without an interval."""
+    """Return the recorded values at every K that both have, without an interval."""
     curves = [{} if run.curve is None else {row["k"]: row["fve"] for row in run.curve.to_pylist()} for run in (a, b)]
     return [
         {"k": k, "a": curves[0][k], "b": curves[1][k], "difference": curves[0][k] - curves[1][k], "low": None, "high": None}
@@ -124,7 +124,7 @@ def _side_by_side(a: LandedRun, b: LandedRun) -> list[TableRow]:
 
 
 def _note(row: TableRow, a: LandedRun, b: LandedRun) -> str:
-    """A sentence on what the two runs were paired over."""
+    """Return a sentence on what the two runs were paired over."""
     sizes = {run.record.num_activations for run in (a, b)}
     some = "" if sizes == {row["num_activations"]} else f" (of {a.record.num_activations} and {b.record.num_activations})"
     note = (

@@ -469,7 +469,7 @@ def _row(option: Option) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m ksweep.legacy SCRIPT old=value ...` runs a sweep; --print shows its arguments, --table docs/options.md."""
+    """Run a sweep as `python -m ksweep.legacy SCRIPT old=value ...`; --print shows its arguments, --table docs/options.md."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
         print(

@@ -71,7 +71,7 @@ def _activations(best: np.ndarray, ks: list[int], distances: np.ndarray, num_fai
 
 
 def _examples(draws: pa.Table, errors: np.ndarray, metadata: pa.Table, windows: Sequence[str | None]) -> pa.Table:
-    """The best draw of the activations with the smallest, middle and largest best error; those without a success rank last."""
+    """Return the best draw of the activations with the smallest, middle and largest best error; those that failed rank last."""
     ranked = np.where(np.isnan(errors), np.inf, errors)
     draw = ranked.argmin(axis=1)
     order = np.argsort(ranked[np.arange(len(ranked)), draw], kind="stable")

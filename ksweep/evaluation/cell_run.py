@@ -69,7 +69,7 @@ class CurrentCell:
     """The cell that a rank is working on: heartbeats name it, and a failure of the rank is recorded as its failure."""
 
     def __init__(self, ranks: Ranks) -> None:
-        """No cell is current yet."""
+        """Start without a current cell."""
         self.ranks, self.clock = ranks, Clock()
 
     def switch_to(self, keys: CellKeys, clock: Clock) -> None:

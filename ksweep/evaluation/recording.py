@@ -102,7 +102,7 @@ def read_all_draws(store: DrawsStore, grid: tuple[int, int], ranks: Ranks) -> pa
 
 
 def _empty_text_reconstruction(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray | None:
-    """[d_model] the AR's reconstruction of an empty text, computed once per draws key; None where the AR cannot read one."""
+    """Return the AR's reconstruction [d_model] of an empty text, computed once per draws key; None if the AR cannot read one."""
     controls = store.controls()
     if controls is None:
         from ksweep.autoencoder.base import Explanation

@@ -81,11 +81,11 @@ class UnitWork:
         return self._table(unit, draws, texts, parsed, scores, kept)
 
     def _targets(self, unit: WorkUnit) -> np.ndarray:
-        """[activation, d_model] the activations of a unit."""
+        """Return the activations of a unit, [activation, d_model]."""
         return self.vectors.vectors(unit.first_row, unit.last_row)
 
     def _numbers_of(self, column: Literal["position", "token_id"], unit: WorkUnit) -> list[int | None]:
-        """A column of numbers, one for each activation of a unit; None where a number is unknown."""
+        """Return a column of numbers, one for each activation of a unit; None where a number is unknown."""
         values = self.vectors.column(column, unit.first_row, unit.last_row)
         return [None if value is None else int(value) for value in values]
 
@@ -102,7 +102,7 @@ class UnitWork:
     def _scores(
         self, unit: WorkUnit, owners: np.ndarray, successes: np.ndarray, reconstructions: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Error, cosine and norm of each draw, and its error against another document's activation; NaN where the draw failed."""
+        """Return each draw's error, cosine, norm, and error against another document's activation; NaN where it failed."""
         targets, partners = self._targets(unit), self._shuffled_partners()[unit.first_row : unit.last_row]
         scores = {name: np.full(len(owners), np.nan) for name in ("error", "cosine", "norm", "shuffled_error")}
         scores["shuffled_activation"] = partners[owners]
@@ -130,7 +130,7 @@ class UnitWork:
         self._running_fve.add(errors, owners, self.vectors.column("document", unit.first_row, unit.last_row))
 
     def _is_kept(self, unit: WorkUnit, errors: np.ndarray) -> np.ndarray:
-        """[draw] whether its reconstruction is stored: see SCHEMA of the draws store."""
+        """Return for each draw whether its reconstruction is stored: see SCHEMA of the draws store."""
         by_activation = errors.reshape(unit.last_row - unit.first_row, unit.last_draw - unit.first_draw)
         kept = np.zeros(by_activation.shape, dtype=bool) if self.scoring_kind == "normalised" else running_minima(by_activation)
         if unit.first_draw == 0:
@@ -173,7 +173,7 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 def running_minima(errors: np.ndarray) -> np.ndarray:
-    """[activation, draw]: whether a draw's error is below that of every earlier draw; NaN (a failure) neither is nor counts."""
+    """Return whether each draw's error is below that of every earlier draw; a failure (NaN) is not, and is ignored."""
     best = np.fmin.accumulate(errors, axis=1)
     before = np.hstack([np.full((len(errors), 1), np.inf), np.where(np.isnan(best[:, :-1]), np.inf, best[:, :-1])])
     below: np.ndarray = errors < before

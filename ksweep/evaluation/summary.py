@@ -88,7 +88,7 @@ def _baseline(scoring: Scoring, vectors: np.ndarray, documents: np.ndarray, kind
 def _shuffled_fve(
     draws: pa.Table, grid: tuple[int, int], ks: tuple[int, ...], scoring: Scoring, baseline: stats.Baseline
 ) -> np.ndarray:
-    """FVE when a draw is scored against an activation of another document, the best of K chosen by that error.
+    """Return the FVE when each draw is scored against an activation of another document, the best of K chosen by that error.
 
     The mean is over the activations that have such a partner: all but those of the first document. NaN with one document.
     """
@@ -158,7 +158,7 @@ def _controls(
 
 
 def _gain(curve: stats.FveCurve) -> list[dict[str, Any]]:
-    """FVE at the largest K less FVE at K = 1, with an interval paired over documents: the two points share their noise."""
+    """Return FVE at the largest K minus FVE at K = 1, with an interval paired over documents, as the two share noise."""
     if 1 not in curve.k or len(curve.k) < 2:
         return []
     gain = stats.gain_over(curve, k=1, level=curve.level)

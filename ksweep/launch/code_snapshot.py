@@ -74,7 +74,7 @@ def _root(path: Path) -> Path | None:
 
 
 def _difference(root: Path, new: list[str]) -> bytes:
-    """Changes to tracked files, and all of new ones, as a patch that git can apply."""
+    """Return changes to tracked files, and all of new ones, as a patch that git can apply."""
     parts = [_git(root, "diff", "--binary", "HEAD")]
     for name in new:
         done = subprocess.run(

@@ -22,7 +22,7 @@ CLASS_OF_REQUEUE = {"time limit": "timeout", "preempted": "preempted", "asked to
 
 
 def attempt_rows(job: Job, status: JobStatus) -> list[Attempt]:
-    """A row for each rank of each start. A job that wrote only to its logs has one start."""
+    """Return a row for each rank of each start. A job that wrote only to its logs has one start."""
     spec = job.spec()
     starts = job.starts() or ([0] if any(path.stat().st_size for path in job.logs()) else [])
     of_job = {
@@ -48,7 +48,7 @@ def attempt_rows(job: Job, status: JobStatus) -> list[Attempt]:
 
 
 def _end_of_start(job: Job, start: int, status: JobStatus, *, newest: bool) -> dict[str, Any]:
-    """Why a start of a job ended, and why it was put back into the queue, if it was."""
+    """Return why a start of a job ended, and why it was put back into the queue, if it was."""
     note = job.read_note("requeued", start) or {}
     if newest:
         return {"requeued": None if "refused" in note else note.get("why"), "why": _reason_with_class(status)}
@@ -74,7 +74,7 @@ def _heartbeat_fields(heartbeat: Heartbeat | None, labels: dict[str, str]) -> di
 
 
 def _outcome_fields(outcome: Outcome | None, status: JobStatus, requeue_reason: str, *, newest: bool) -> dict[str, Any]:
-    """The end of a rank, from its outcome; of a rank that wrote none, from the job's status where that explains it."""
+    """Return how a rank ended, from its outcome; if it wrote none, from the job's status where that explains the end."""
     if outcome is None:
         # Where another rank's own failure ended the job, a rank without an outcome is not to blame.
         explains = (
@@ -117,7 +117,7 @@ def record_unfinished_run(job: Job, status: JobStatus, rows: Sequence[Attempt]) 
 
 
 def _report_of_rank(row: Attempt) -> str:
-    """What a rank reported, as text: message, traceback and last log lines."""
+    """Return what a rank reported, as text: message, traceback and last log lines."""
     if row.status == "finished" or not (row.traceback or row.last_log_lines or row.message):
         return ""
     end = ", ".join(word for word in (row.status, row.error_class) if word)
@@ -157,7 +157,7 @@ def write_unfinished_run(argument: dict[str, Any], cell: int | None, name: str, 
 
 
 def _current_cell(argument: dict[str, Any], started: datetime) -> int | None:
-    """Index of the cell that a job was working on, where no heartbeat says so.
+    """Return the index of the cell that a job was working on, where no heartbeat says so.
 
     None where an older version of the job has recorded its failure itself.
     """

@@ -52,7 +52,7 @@ def release_gpus(devices: Sequence[str], job: str) -> None:
 
 
 def gpu_holders(devices: Sequence[str]) -> dict[str, str]:
-    """GPU -> the job that holds it."""
+    """Return a mapping from each leased GPU to the job that holds it."""
     return {d: job for d in devices if (job := _holder(d)) is not None}
 
 
@@ -80,7 +80,7 @@ def _lease_path(device: str) -> Path:
 
 
 def _gpu_name(device: str) -> str:
-    """The same name for a GPU whether a launcher was given its number or (the beginning of) its UUID."""
+    """Return the same name for a GPU whether a launcher was given its number or (the beginning of) its UUID."""
     if device.startswith("GPU-"):
         same = [i for i, uuid in enumerate(_uuids()) if uuid.startswith(device)]
         if len(same) == 1:

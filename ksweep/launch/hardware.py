@@ -27,19 +27,19 @@ def resolve_cluster(resources: Resources) -> str:
 
 
 def num_gpus(resources: Resources) -> int:
-    """GPUs of one job on one node. Default: one if this machine has any; a login node may have none, so set it for Slurm."""
+    """Return the GPUs per node of a job: by default one if this machine has any; set it for Slurm, as login nodes may have none."""
     if resources.gpus is not None:
         return resources.gpus
     return min(1, visible_gpus())
 
 
 def visible_gpus() -> int:
-    """GPUs that a process of this machine would see, without importing torch."""
+    """Return how many GPUs a process on this machine would see, without importing torch."""
     return len(visible_devices())
 
 
 def visible_devices() -> tuple[str, ...]:
-    """Those GPUs as CUDA_VISIBLE_DEVICES names them, by number, UUID ("GPU-...") or slice ("MIG-..."); else all by number."""
+    """Return the visible GPUs as CUDA_VISIBLE_DEVICES names them (number, "GPU-<UUID>", "MIG-..."); else all by number."""
     if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         named = [device.strip() for device in shown.split(",")]
         return tuple(takewhile(lambda d: d not in ("", "-1"), named))  # CUDA sees none after one that is not there
@@ -47,12 +47,12 @@ def visible_devices() -> tuple[str, ...]:
 
 
 def tasks_per_node(resources: Resources) -> int:
-    """Ranks on each node: one for every `gpus_per_model` GPUs, or `tasks` on CPUs (one where that is left open)."""
+    """Return the number of ranks per node: one for every `gpus_per_model` GPUs, or `tasks` on CPUs (1 if left open)."""
     return num_gpus(resources) // resources.gpus_per_model or resources.tasks or 1
 
 
 def total_ranks(resources: Resources) -> int:
-    """Ranks of one job."""
+    """Return the number of ranks of one job."""
     if resolve_cluster(resources) == "inprocess":
         return 1
     return tasks_per_node(resources) * resources.nodes

@@ -53,19 +53,19 @@ class Job:
         return self.path.name
 
     def spec(self) -> dict[str, Any]:
-        """The content of job.json: entry point ("package.module:function"), its argument, number of ranks, ..."""
+        """Return the content of job.json: entry point ("package.module:function"), its argument, number of ranks, ..."""
         return json.loads((self.path / "job.json").read_text())  # type: ignore[no-any-return]
 
     def attempt(self) -> int:
-        """The number of the newest start; 0 before the first."""
+        """Return the number of the newest start; 0 before the first."""
         return max(self.starts(), default=0)
 
     def starts(self) -> list[int]:
-        """The numbers of the starts that have written anything."""
+        """Return the numbers of the starts that have written anything."""
         return sorted(int(p.name[8:]) for p in self.path.glob("attempt-*") if p.name[8:].isdigit())
 
     def attempt_folder(self, attempt: int | None = None) -> Path:
-        """The directory that a start writes into: the newest start, unless another is given."""
+        """Return the directory that a start writes into: the newest start, unless another is given."""
         return self.path / f"attempt-{self.attempt() if attempt is None else attempt:03d}"
 
     def write_heartbeat(self, heartbeat: Heartbeat) -> None:
@@ -84,17 +84,17 @@ class Job:
             publish(path, data)
 
     def has_live_rank(self) -> bool:
-        """Whether a rank is alive that has not written its outcome."""
+        """Return whether any rank without an outcome is still alive."""
         attempt = self.attempt()
         ended = {e.rank for e in self.outcomes(attempt)}
         return any(is_alive(h) for h in self.heartbeats(attempt) if h.rank not in ended)
 
     def submitted_at(self) -> float:
-        """When the job was submitted, in seconds since 1970."""
+        """Return when the job was submitted, in seconds since 1970."""
         return (self.path / "job.json").stat().st_mtime
 
     def last_activity(self) -> float:
-        """When the job last wrote anything (submission, heartbeat, outcome, requeue), in seconds since 1970."""
+        """Return when the job last wrote anything (submission, heartbeat, outcome, requeue), in seconds since 1970."""
         times = [p.stat().st_mtime for p in self.attempt_folder().glob("*.json")]
         return max([self.submitted_at(), *times])
 
@@ -103,11 +103,11 @@ class Job:
         (self.path / RESERVE).unlink(missing_ok=True)
 
     def heartbeats(self, attempt: int | None = None) -> list[Heartbeat]:
-        """The newest heartbeat of every rank that has one."""
+        """Return the newest heartbeat of every rank that has one."""
         return [Heartbeat(**_known_fields(Heartbeat, value)) for value in self._read_records("rank-*.json", attempt)]
 
     def outcomes(self, attempt: int | None = None) -> list[Outcome]:
-        """The outcomes that ranks have written."""
+        """Return the outcomes that ranks have written."""
         return [Outcome(**_known_fields(Outcome, value)) for value in self._read_records("ended-*.json", attempt)]
 
     def write_note(self, name: str, value: dict[str, Any], attempt: int | None = None) -> None:
@@ -116,18 +116,18 @@ class Job:
         publish(folder / f"{name}.json", json.dumps(value).encode())
 
     def read_note(self, name: str, attempt: int | None = None) -> dict[str, Any] | None:
-        """A note about the job or one of its starts; None if there is none."""
+        """Return a note about the job or one of its starts; None if there is none."""
         folder = self.path if attempt is None else self.attempt_folder(attempt)
         with suppress(OSError, ValueError):
             return json.loads((folder / f"{name}.json").read_text())  # type: ignore[no-any-return]
         return None
 
     def final_status(self) -> dict[str, Any] | None:
-        """The status that was finalized in the registry, if it was; ranks that still run end themselves then."""
+        """Return the status with which the job was finalized, or None; ranks that still run then end themselves."""
         return self.read_note("settled")
 
     def slurm_id(self) -> str | None:
-        """Slurm's id of the job, from the submission's note or else from a heartbeat."""
+        """Return Slurm's id of the job, from the submission's note or else from a heartbeat."""
         note = self.read_note("slurm")
         if note is not None:
             return str(note["id"])
@@ -138,11 +138,11 @@ class Job:
         publish(self.path / CANCEL_REQUESTED, b"")
 
     def cancel_requested(self) -> bool:
-        """Whether somebody has cancelled the job."""
+        """Return whether somebody has cancelled the job."""
         return (self.path / CANCEL_REQUESTED).exists()
 
     def logs(self) -> list[Path]:
-        """The files with what its ranks wrote to standard error and output."""
+        """Return the files to which its ranks' standard error and output were written."""
         note = self.read_note("slurm")
         logs = [*self.path.glob("*_log.err"), *self.path.glob("*_log.out")]
         if note is not None:
@@ -151,17 +151,17 @@ class Job:
         return sorted(logs)
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines of standard error of every rank."""
+        """Return the last lines of standard error of every rank."""
         return "\n".join(_last_lines(p, lines) for p in self.logs() if p.suffix == ".err" and p.stat().st_size)
 
     def log_bytes(self, rank: int) -> int:
-        """Bytes that a rank has written to standard error over all starts."""
+        """Return the number of bytes that a rank has written to standard error over all starts."""
         with suppress(OSError):
             return sum(p.stat().st_size for p in self._error_logs(rank))
         return 0
 
     def last_log_lines(self, rank: int, start: int, lines: int = 20) -> str:
-        """The last lines that a rank wrote to standard error in one start, without the traceback that its outcome has."""
+        """Return the last lines that a rank wrote to standard error in one start, without the traceback that its outcome has."""
         began, ended = self._log_start(rank, start), self._log_start(rank, start + 1)
         traceback = next((e.traceback.strip() for e in self.outcomes(start) if e.rank == rank), "")
         texts = [_between(path, began or 0, ended) for path in self._error_logs(rank)]
@@ -169,7 +169,7 @@ class Job:
         return "\n".join(text.strip().splitlines()[-lines:])
 
     def _log_start(self, rank: int, start: int) -> int | None:
-        """The byte at which a start begins in the log that all starts of a rank append to; None if unknown."""
+        """Return the byte at which a start begins in the log that all starts of a rank append to; None if unknown."""
         return next((beat.log_began for beat in self.heartbeats(start) if beat.rank == rank), None)
 
     def _error_logs(self, rank: int) -> list[Path]:
@@ -180,7 +180,7 @@ class Job:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A record. On a network file system one that is being replaced may be listed and not be readable for a moment (ESTALE)."""
+    """Read a record; on a network file system it may be unreadable for a moment while it is replaced (ESTALE), so try again."""
     for _ in range(READ_ATTEMPTS - 1):
         with suppress(OSError, ValueError):
             return json.loads(path.read_text())  # type: ignore[no-any-return]
@@ -189,14 +189,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _last_lines(path: Path, lines: int) -> str:
-    """The last lines of a file that may be large."""
+    """Return the last lines of a file that may be large."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
 
 def _between(path: Path, began: int, ended: int | None) -> str:
-    """The part of a file between two bytes; only its end, if it is long."""
+    """Return the part of a file between two bytes; only its end, if it is long."""
     with path.open("rb") as file:
         last = min(path.stat().st_size, ended or path.stat().st_size)
         file.seek(max(began, last - TAIL_BYTES))
@@ -204,7 +204,7 @@ def _between(path: Path, began: int, ended: int | None) -> str:
 
 
 def _known_fields(kind: type, value: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a record that this version knows; another version may have written it."""
+    """Return the fields of a record that this version knows; another version may have written it."""
     names = {f.name for f in fields(kind)}
     return {k: v for k, v in value.items() if k in names}
 
@@ -214,17 +214,17 @@ RESERVE = "reserve"
 RESERVE_BYTES = 256 * 1024
 CANCEL_REQUESTED = "asked-to-end"
 READ_ATTEMPTS = 4
-"""How often a record is tried before it counts as unreadable."""
+"""Number of attempts to read a record before it counts as unreadable."""
 TAIL_BYTES = 65_536
 
 
 def logs_directory(registry: Path | str) -> Path:
-    """The directory of the jobs that write into a registry: beside it."""
+    """Return the directory of the jobs that write into a registry, which lies beside it."""
     return Path(os.path.abspath(registry)).parent / "logs"
 
 
 def all_jobs(logs: Path) -> list[Job]:
-    """Every job below a directory of logs, oldest first."""
+    """Return every job below a directory of logs, oldest first."""
     return [Job(path.parent) for path in sorted(logs.glob("*/job.json"))]
 
 

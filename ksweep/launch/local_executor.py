@@ -35,7 +35,7 @@ class LocalJob:
     """submitit's job, or None for a job that ran in this process."""
 
     def has_ended(self) -> bool:
-        """Whether submitit sees no process of the job any more."""
+        """Return whether submitit sees no process of the job any more."""
         return self.handle is None or bool(self.handle.done())
 
     def stop(self) -> None:
@@ -129,7 +129,7 @@ def _executor(folder: Path, resources: Resources, name: str, devices: Sequence[s
 
 
 def local_outcome(local_job: LocalJob, num_ranks: int) -> Outcome | None:
-    """How the job as a whole ended, from its ranks' outcomes; None while it runs."""
+    """Return how the job as a whole ended, from its ranks' outcomes; None while it runs."""
     outcomes = {o.rank: o for o in local_job.job.outcomes()}
     failure = first_failure(list(outcomes.values()))
     # 1. The first failure, once no other rank can write an earlier one.

@@ -69,7 +69,7 @@ def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, out: Console) ->
 
 
 def _sums(sweep: Sweep, sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]) -> Iterator[str]:
-    """Lines with the total work, its cost, and the number of jobs."""
+    """Yield lines on the total work, its cost, and the number of jobs."""
     yield (
         f"to extract: {sums.activations:,} activations; to sample: {sums.draws:,} draws; "
         f"disk about {bytes_text(sums.activation_bytes + sums.draw_bytes)} "
@@ -106,13 +106,13 @@ def _arrays(sweep: Sweep, num_jobs: int) -> str:
 
 
 def _most_hours(sweep: Sweep, cells_of_jobs: Sequence[int]) -> float:
-    """GPU-hours if every job uses its whole time limit once."""
+    """Return the GPU-hours if every job uses its whole time limit once."""
     resources = sweep.resources
     return len(cells_of_jobs) * resources.nodes * num_gpus(resources) * resources.minutes / 60
 
 
 def _hours(seconds: float | None, gpus: int) -> float | None:
-    """GPU-hours: a rank has one GPU."""
+    """Return rank-seconds as GPU-hours: a rank has one GPU."""
     return None if seconds is None or not gpus else seconds / 3600
 
 

@@ -48,7 +48,7 @@ def plan_cells(
 def _gather_facts(
     sweep: Sweep, cell: Cell, keys: CellKeys, finished_run: str | None, planned: Sequence[tuple[int, int]]
 ) -> CellFacts:
-    """`planned`: (activations, draws) that earlier cells of the sweep will have drawn under the same key."""
+    """Gather what exists for a cell; `planned` has the (activations, draws) of earlier cells with the same draws key."""
     if finished_run is None:
         _check_several_documents(cell, keys)
     registry = Path(sweep.registry)
@@ -74,7 +74,7 @@ def _gather_facts(
 
 
 def _check_several_documents(cell: Cell, keys: CellKeys) -> None:
-    """What a run would refuse, where a file of vectors says it before; documents of text are known when it has been read."""
+    """Raise before submission what a run would raise for vectors of one document; documents of a text are not known yet."""
     given = cell.activations
     if cell.scoring.baseline_kind != "between documents" or given.vectors is None:
         return
@@ -83,7 +83,7 @@ def _check_several_documents(cell: Cell, keys: CellKeys) -> None:
 
 
 def _bytes_of_reconstructions(cell: Cell) -> int:
-    """Mean bytes of stored reconstructions a draw: of n draws of a unit those that are the best so far, 1 + 1/2 + ... + 1/n."""
+    """Return the mean bytes of reconstructions per draw: of n draws of a unit, 1 + 1/2 + ... + 1/n are the best so far."""
     n = min(cell.sampling.effective_num_draws, DRAWS_PER_WORK_UNIT)
     return int(family_of(cell.autoencoder).reconstruction_bytes() * sum(1 / i for i in range(1, n + 1)) / n)
 
@@ -94,13 +94,13 @@ def check_writable(sweep: Sweep) -> None:
     Raises:
         SpecError: one cannot.
     """
-    for key, place in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
+    for key, directory in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place):
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
-            raise SpecError(f"{key}={place} cannot be written ({error.strerror}): give a directory that can") from error
+            raise SpecError(f"{key}={directory} cannot be written ({error.strerror}): give a directory that can") from error
 
 
 def check_disk_space(sweep: Sweep, steps: list[Step]) -> None:
@@ -113,18 +113,18 @@ def check_disk_space(sweep: Sweep, steps: list[Step]) -> None:
     registry, cache = Path(sweep.registry), Path(sweep.vector_cache)
     together = _existing(registry).stat().st_dev == _existing(cache).stat().st_dev
     needs = {registry: draws + DATABASE_BYTES + (activations if together else 0), cache: activations}
-    for place, needed in needs.items():
-        free = shutil.disk_usage(_existing(place)).free
+    for directory, needed in needs.items():
+        free = shutil.disk_usage(_existing(directory)).free
         if any(step.state != "done" for step in steps) and needed > free:
             raise DiskFullError(
-                f"this sweep needs about {bytes_text(needed)} in {place.absolute()}, where "
+                f"this sweep needs about {bytes_text(needed)} in {directory.absolute()}, where "
                 f"{bytes_text(free)} are free: nothing was started. Free some room, ask for fewer draws or activations, "
                 "or set registry= and vector_cache= to a larger disk."
             )
 
 
 def with_num_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
-    """The sweep with the ranks that a job on the CPUs of this machine gets, where `tasks` leaves that open.
+    """Return the sweep with the number of ranks of a job on this machine's CPUs filled in, if `tasks` leaves it open.
 
     Every job gets as many as the one with the most draws; memory is budgeted for the largest autoencoder.
     """
@@ -145,6 +145,6 @@ def with_num_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
 
 
 def _existing(place: Path) -> Path:
-    """The directory, or the nearest parent that exists: a dry run creates nothing."""
+    """Return the directory, or the nearest parent that exists: a dry run creates nothing."""
     place = place.absolute()
     return next(path for path in (place, *place.parents) if path.exists())

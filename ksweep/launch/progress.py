@@ -31,7 +31,7 @@ class ProgressDisplay:
     """Displays (phase, done, total) as it changes; on a terminal as a bar for each phase."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """`console` defaults to standard error, so that tables on standard output can be piped."""
+        """Use this console, by default standard error, so that tables on standard output can be piped."""
         self.console = console or Console(stderr=True)
         self._bars: dict[str, TaskID] = {}
         self._progress: Progress | None = None

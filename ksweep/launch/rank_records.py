@@ -68,7 +68,7 @@ class Outcome:
 
 
 def first_failure(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The earliest failure, which explains the others; a rank out of memory takes precedence over one that saw another die."""
+    """Return the earliest failure, which explains the others; out of memory takes precedence over the death of another rank."""
     failed = sorted((o for o in outcomes if o.status == "failed"), key=lambda o: o.time)
     if failed and failed[0].kind == "dead rank":
         return next((o for o in failed if o.kind == "out of memory"), failed[0])
@@ -76,7 +76,7 @@ def first_failure(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 
 def is_alive(heartbeat: Heartbeat) -> bool:
-    """Whether the process behind a heartbeat still runs; of a process on another host, whether the heartbeat is recent."""
+    """Return whether the process behind a heartbeat still runs; on another host, whether the heartbeat is recent."""
     if heartbeat.host != socket.gethostname():
         return time.time() - heartbeat.time < SILENCE_SECONDS
     try:
@@ -88,7 +88,7 @@ def is_alive(heartbeat: Heartbeat) -> bool:
 
 
 def this_process() -> dict[str, Any]:
-    """The fields of a heartbeat that identify this process; with `rank` they make a heartbeat."""
+    """Return the fields of a heartbeat that identify this process; with `rank` they make a heartbeat."""
     process = psutil.Process()
     return {
         "pid": process.pid, "host": socket.gethostname(), "process_started": process.create_time(), "time": time.time(),

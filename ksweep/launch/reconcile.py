@@ -101,20 +101,20 @@ def finalize(job: Job, job_status: JobStatus) -> None:
 
 
 def _has_cells(job: Job) -> bool:
-    """Whether the job computes cells: other work (of another version, of a test) leaves attempts but no run."""
+    """Return whether the job computes cells: other work (of another version, of a test) leaves attempts but no run."""
     argument = job.spec().get("argument") or {}
     return bool(job.spec().get("cells") and argument.get("cells") and {"registry", "sweep", "resources"} <= argument.keys())
 
 
 def status_from_outcome(outcome: Outcome) -> JobStatus:
-    """The status of a job whose end this process has watched."""
+    """Return the status of a job whose end this process has watched."""
     state: status.JobState = "finished" if outcome.status == "finished" else "failed" if outcome.status == "failed" else "stopped"
     reason = outcome.message or ("every rank finished" if state == "finished" else state)
     return JobStatus(state, reason, outcome.kind or ("stopped" if state == "stopped" else ""), outcome)
 
 
 def _confirm_ended(ended: Sequence[tuple[Job, JobStatus]]) -> list[tuple[Job, JobStatus]]:
-    """The jobs that still count as ended once every rank has had time to write its outcome, with their newest status."""
+    """Return the jobs that still count as ended once every rank has had time to write its outcome, with their newest status."""
     if not ended:
         return []
     jobs = [job for job, _ in ended]
@@ -137,7 +137,7 @@ def _wait_for_final_records(jobs: Sequence[Job]) -> None:
 
 
 def _could_still_report(job: Job) -> bool:
-    """Whether a rank that has written no outcome is alive, or was so recently on another machine."""
+    """Return whether a rank that has written no outcome is alive, or was so recently on another machine."""
     ended = {o.rank for o in read_or(job.outcomes, [])}
     silent = [h for h in read_or(job.heartbeats, []) if h.rank not in ended]
     return time.time() - job.last_activity() < FINAL_RECORD_GRACE_SECONDS and any(map(is_alive, silent))

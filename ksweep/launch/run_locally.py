@@ -72,7 +72,7 @@ def run_jobs(create_jobs: Sequence[Callable[[], Job]], resources: Resources, nam
 
 
 def _max_parallel_jobs(resources: Resources, gpus: int, num_jobs: int) -> int:
-    """Number of jobs that run side by side, as far as the GPUs of this machine suffice."""
+    """Return how many jobs can run in parallel on the GPUs of this machine."""
     room = hardware.visible_gpus() // gpus if gpus else num_jobs
     return max(1, min(resources.max_parallel_jobs or (num_jobs if gpus else 1), num_jobs, room))
 

@@ -68,7 +68,7 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
 
 
 def _code_note(code: code_snapshot.CodeSnapshot | None) -> dict[str, str | None]:
-    """The note of where a job's code comes from."""
+    """Return the note that says where a job's code comes from."""
     if code is not None:
         return {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None}
     place, version = Path(__file__).parents[1], f"ksweep {VERSION}"
@@ -77,7 +77,7 @@ def _code_note(code: code_snapshot.CodeSnapshot | None) -> dict[str, str | None]
 
 
 def _slurm_ids(sweep: Sweep, jobs: Iterable[Job]) -> list[str]:
-    """Slurm's ids of the jobs that belong to this sweep."""
+    """Return Slurm's ids of the jobs that belong to this sweep."""
     return ids_on_this_cluster(job for job in jobs if job.spec()["argument"].get("sweep") == sweep.name)
 
 

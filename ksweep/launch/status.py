@@ -98,7 +98,7 @@ class JobEvidence:
 
 
 def status_of(evidence: JobEvidence) -> JobStatus | None:
-    """The status of a job; None where its files alone do not tell it, and Slurm has not been asked."""
+    """Return the status of a job; None if its files alone do not determine it and Slurm has not been asked."""
     failure = first_failure(evidence.outcomes)
     stopped = next((o for o in evidence.outcomes if o.status == "stopped"), None)
     ended = {o.rank for o in evidence.outcomes}
@@ -142,7 +142,7 @@ def _status_before_start(evidence: JobEvidence) -> JobStatus:
 
 
 def _failed(failure: Outcome, evidence: JobEvidence) -> JobStatus:
-    """A rank that sees another die does not know of what; Slurm writes that into the job's output."""
+    """Return the status of a failed job: a rank that sees another die does not know the cause, but Slurm's output may."""
     failed = JobStatus("failed", f"{failure.kind}: {failure.message}", failure.kind, failure)
     if evidence.local or failure.kind != "dead rank" or (line := KILLED_FOR_MEMORY.search(evidence.log)) is None:
         return failed
@@ -150,7 +150,7 @@ def _failed(failure: Outcome, evidence: JobEvidence) -> JobStatus:
 
 
 def _status_from_slurm(evidence: JobEvidence, stop_message: str) -> JobStatus | None:
-    """The status of a silent job from what Slurm says and what the job left behind; None while Slurm has not been asked."""
+    """Return the status of a silent job from Slurm's answer and the job's files; None while Slurm has not been asked."""
     slurm, number = evidence.slurm, evidence.slurm_id
     if slurm is None:
         return None
@@ -177,7 +177,7 @@ def _status_from_slurm(evidence: JobEvidence, stop_message: str) -> JobStatus | 
 
 
 def _status_after_queue(evidence: JobEvidence, number: str, slurm: SlurmState) -> JobStatus:
-    """How a job ended that is no longer in Slurm's queue."""
+    """Return how a job that is no longer in Slurm's queue ended."""
     entry, log = slurm.accounted, evidence.log
     state = entry.state if entry is not None else slurm.queued.state if slurm.queued is not None else ""
     where = f" on {entry.nodes}" if entry is not None and entry.nodes not in ("", "None assigned") else ""
@@ -216,7 +216,7 @@ def _status_after_queue(evidence: JobEvidence, number: str, slurm: SlurmState) -
 
 
 def _state_from_log(log: str) -> str:
-    """The state that accounting would give, from what slurmstepd wrote when it ended a job; empty where it wrote nothing.
+    """Return the state that accounting would give, from what slurmstepd wrote when it ended a job; empty where it wrote nothing.
 
     slurmstepd says CANCELLED of a STEP, too, when srun ends it because one of its tasks was killed.
     """
@@ -235,12 +235,12 @@ def _quote_end(log: str) -> str:
 
 
 def job_status(job: Job) -> JobStatus:
-    """The status of one job."""
+    """Return the status of one job."""
     return job_statuses([job]).get(job.id, DIRECTORY_GONE)
 
 
 def job_statuses(jobs: Sequence[Job]) -> dict[str, JobStatus]:
-    """Statuses of jobs by id; Slurm is asked once for all that are silent.
+    """Return the statuses of jobs by id; Slurm is asked once for all that are silent.
 
     A job whose files cannot be read is unknown, whatever the others are; one whose directory is gone is left out.
     """
@@ -316,7 +316,7 @@ def _is_queued(slurm: SlurmState) -> bool:
 
 
 def _log_end(job: Job) -> str:
-    """The last lines of standard error, or else of standard output."""
+    """Return the last lines of standard error, or else of standard output."""
     try:
         if text := job.log_tail(LOG_LINES).strip():
             return text
@@ -330,7 +330,7 @@ def _log_end(job: Job) -> str:
 
 
 def _recheck(job: Job, status: JobStatus, asked_at: float) -> JobStatus:
-    """A job that seems to have ended is `unknown` until Slurm has said so for long enough."""
+    """Return `unknown` for a job that seems to have ended, until Slurm has said so for long enough."""
     note = job.read_note("seems-gone")
     if not status.recheck:
         if note is not None:
@@ -346,6 +346,6 @@ def _recheck(job: Job, status: JobStatus, asked_at: float) -> JobStatus:
 
 
 def _recheck_seconds(job: Job, recheck: Recheck) -> float:
-    """How long Slurm must say that a job has ended: until it would be back in the queue, or its record would be visible here."""
+    """Return how long Slurm must report a job as ended: until a requeue or its final record would be visible here."""
     record = 0.0 if recheck == "queue" or on_local_disk(job.path) else RECORD_RECHECK_SECONDS
     return max(record, 0.0 if recheck == "record" else RECHECK_SECONDS)

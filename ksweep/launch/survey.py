@@ -45,7 +45,7 @@ class JobSurvey:
         return failures
 
     def live_job_on(self, cell_key: str) -> tuple[Literal["running", "waiting"], str] | None:
-        """State and reason of the live job with this cell; None if there is none."""
+        """Return state and reason of the live job with this cell; None if there is none."""
         job = self.live_job_by_cell.get(cell_key)
         if job is None:
             return None
@@ -54,7 +54,7 @@ class JobSurvey:
 
 
 def unfinalized_jobs(logs: Path) -> list[Job]:
-    """Jobs that nobody has finalized, oldest first.
+    """Return the jobs that have not been finalized, oldest first.
 
     After a year thousands are finalized: listing the directory and reading an index of them spares a look into each. The index
     can be removed.

@@ -164,7 +164,7 @@ def _show(sweep: Sweep, keys: Sequence[CellKeys], steps: Sequence[Step], options
 
 
 def _settings(sweep: Sweep, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """The settings from the command line and the configuration file, by dotted key."""
+    """Return the settings from the command line and the configuration file, by dotted key."""
     base = [] if options.base is None else [f"autoencoder.base={json.dumps(options.base)}"]
     given = parse_overrides([*base, *arguments], options.config)
     if not options.checkpoint_data:
@@ -213,7 +213,7 @@ def _parser(sweep: Sweep) -> argparse.ArgumentParser:
 
 
 def _shape(sweep: Sweep) -> str:
-    """Human-readable resources of a job."""
+    """Return human-readable resources of a job."""
     cluster = hardware.resolve_cluster(sweep.resources)
     gpus = hardware.num_gpus(sweep.resources)
     return f"{cluster}: {sbatch.job_shape_text(replace(sweep.resources, gpus=gpus))}"

@@ -71,10 +71,10 @@ class EvaluatedActivations(Protocol):
     def __len__(self) -> int: ...
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
-        """[activation, d_model] float32, raw."""
+        """Return raw float32 vectors, [activation, d_model]."""
 
     def column(self, name: MetadataColumn) -> np.ndarray:
-        """[activation] one value for each activation."""
+        """Return one value for each activation."""
 
 
 def write_metadata(registry: Path, vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table:
@@ -178,7 +178,7 @@ def _within(targets: np.ndarray, groups: Sequence[str | None], kind: stats.Scori
 def _between(
     targets: np.ndarray, groups: Sequence[str | None], documents: Sequence[str], kind: stats.ScoringKind
 ) -> list[float | None]:
-    """Each activation's part of the baseline between the documents of its group."""
+    """Return each activation's part of the baseline between the documents of its group."""
     names, ids = np.array([g or "" for g in groups], dtype=object), np.asarray(documents, dtype=object)
     found: list[float | None] = [None] * len(groups)
     for group in {g for g in groups if g is not None}:

@@ -275,14 +275,14 @@ def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_Sta
 
 
 def _signature(root: Path, name: str) -> str:
-    """Names, sizes and modification times of a run's files: they change when someone repairs it."""
+    """Return names, sizes and modification times of a run's files, which change when someone repairs it."""
     path = _path(root, name)
     found = sorted([path, *path.glob("*")])
     return " ".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in found if (s := p.stat()))
 
 
 def _path(root: Path, name: str) -> Path:
-    """The file or directory of a name on disk."""
+    """Return the path of the file or directory with this name."""
     return root / f"{name}.json" if name.startswith((ATTEMPTS_PREFIX, SWEEPS_PREFIX)) else root / "landing" / name
 
 
@@ -563,7 +563,7 @@ def _sql(name: str) -> str:
 
 
 def _schema_fingerprint() -> str:
-    """Hash of everything that decides what the database holds; a database with another one is built again."""
+    """Return a hash of everything that decides what the database holds; a database with another one is built again."""
     intervals = str((ASYMMETRY, interval_reach(10.0, 0.95)))
     schemas = [repr(SPEC_COLUMNS), str(DRAWS_SCHEMA), str(ACTIVATIONS_SCHEMA)]
     text = "\n".join([_sql("schema.sql"), _sql("views.sql"), *schemas, intervals])

@@ -89,7 +89,7 @@ class DrawsStore:
     """All draws of one key: of one AV, one set of activations, one way of sampling."""
 
     def __init__(self, root: Path, key: str) -> None:
-        """`root` is registry/draws; no directory is created before the first unit is published."""
+        """Open the draws of a key below `root` (registry/draws); no directory is created before the first unit is published."""
         self.key = key
         self.path = root / key
 

@@ -43,7 +43,7 @@ def run_details(root: Path, name: str) -> TableRow:
 
 
 def _plain(value: Any) -> Any:
-    """A map of DuckDB, which arrives as a list of pairs, as a dict."""
+    """Return a DuckDB map, which arrives as a list of pairs, as a dict."""
     if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
         return dict(value)
     return value

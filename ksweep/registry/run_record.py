@@ -415,7 +415,7 @@ def activations_in_use(registry_root: Path | str) -> set[str]:
 
 
 def _identity_json(path: Path) -> str:
-    """The key of the activations that a set of draws belongs to."""
+    """Return the key of the activations that a set of draws belongs to."""
     try:
         return str(json.loads(path.read_bytes())["draws"]["activations"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -241,7 +241,7 @@ def _variance_per_dimension(result: TableRow) -> float | None:
 
 
 def _is_streamed(results: Sequence[TableRow]) -> bool:
-    """Whether one set of draws serves every K (the default mode): its files have the plain error as residual variance."""
+    """Return whether one set of draws serves every K (the default mode): its files have the plain error as residual variance."""
     return all(_same(r.get("residual_variance_mean_over_hidden"), r.get("avg_mse")) for r in results)
 
 

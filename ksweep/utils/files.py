@@ -35,7 +35,7 @@ LOCAL_FILE_SYSTEMS = ("ext", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs", 
 
 
 def home() -> Path:
-    """Directory of downloads, remembered digests and GPU leases: $KSWEEP_HOME, or ~/.cache/ksweep."""
+    """Return the directory of downloads, remembered digests and GPU leases: $KSWEEP_HOME, or ~/.cache/ksweep."""
     return Path(os.environ.get("KSWEEP_HOME") or Path.home() / ".cache" / "ksweep")
 
 

@@ -185,7 +185,7 @@ _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
 
 
 def abbreviated(value: Any) -> str:
-    """A value for a message: one line of bounded length, however large or often aliased it is."""
+    """Return a value as text for a message: one line of bounded length, however large or often aliased it is."""
     try:
         return " ".join(_SHORT.repr(value).split())[:200]
     except ValueError:  # a whole number of more digits than Python prints
@@ -196,7 +196,7 @@ class _Loader(yaml.SafeLoader):
     """YAML forbids a key to stand twice in a mapping; PyYAML takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises ConstructorError: a key that stands twice."""
+        """Build a mapping; raise ConstructorError for a key that occurs twice."""
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice := [key for key, count in keys.items() if count > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"the key {abbreviated(twice[0])} stands twice", node.start_mark)
@@ -204,7 +204,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, refuse: Refuse) -> Any:
-    """The content of a sidecar; FileNotFoundError passes through.
+    """Return the content of a sidecar; FileNotFoundError passes through.
 
     Raises:
         What `refuse` makes: unreadable, not YAML, or far larger than any sidecar.
@@ -221,7 +221,7 @@ def read_yaml(path: Path, refuse: Refuse) -> Any:
 
 
 def at(meta: Mapping[str, Any], dotted: str) -> Any:
-    """Value under a dotted key; None where it or a parent is absent."""
+    """Return the value under a dotted key; None where it or a parent is absent."""
     value: Any = meta
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -229,12 +229,12 @@ def at(meta: Mapping[str, Any], dotted: str) -> Any:
 
 
 def says(meta: Mapping[Any, Any], key: str) -> bool:
-    """Whether a key of this name is true anywhere."""
+    """Return whether a key of this name is true anywhere in the sidecar."""
     return any(value is True and _plain(name.rpartition(".")[2]) == key for name, value in _nested(meta))
 
 
 def read_layer(meta: Mapping[str, Any], path: Path, refuse: Refuse) -> int | None:
-    """L, from wherever it is said.
+    """Return the layer L, wherever the sidecar states it.
 
     Raises:
         What `refuse` makes: no whole number, or two places that disagree.
@@ -258,7 +258,7 @@ def _is_layer(key: str) -> bool:
 
 
 def base_model(meta: Mapping[str, Any], path: Path, refuse: Refuse, notes: list[Note]) -> str | None:
-    """The base model's name, from wherever it is said; paths, which training leaves behind, are compared with nothing.
+    """Return the base model's name, wherever the sidecar states it; paths, which training leaves behind, are not compared.
 
     A relative path may look like a hub id. One of a directory that training makes (`outputs/run3`) goes behind hub ids, with a
     note.
@@ -288,7 +288,7 @@ def _spelled(said: Mapping[str, Any]) -> str:
 def check_keys(
     meta: Mapping[Any, Any], understood: frozenset[str], path: Path, refuse: Refuse, informs: frozenset[str] = frozenset()
 ) -> None:
-    """Every key is understood, asks for what is done, or informs.
+    """Check that every key is understood, asks for what is done anyway, or is informational.
 
     Args:
         understood: dotted names of the keys that the reader takes values from; their parents are sections, of which every key
@@ -302,12 +302,12 @@ def check_keys(
 
 
 def is_done(key: str, value: Any) -> bool:
-    """Whether a key of this name asks for what is done anyway."""
+    """Return whether a key of this name asks for what ksweep does anyway."""
     return any(_same(usual, value) for usual in ALREADY_SO.get(_plain(key), ()))
 
 
 class _Judge:
-    """The keys of one sidecar."""
+    """Judges the keys of one sidecar."""
 
     def __init__(
         self, meta: Mapping[Any, Any], understood: frozenset[str], path: Path, refuse: Refuse, informs: frozenset[str]
@@ -318,7 +318,7 @@ class _Judge:
         self.own = {name.rpartition(".")[2]: value for name in understood if (value := at(meta, name)) is not None}
 
     def judge_all(self) -> None:
-        """Keys at the top, and those of each section."""
+        """Judge the top-level keys and those of each section."""
         for key, value in self.meta.items():
             if str(key) not in self.sections:
                 self.judge(str(key), value)
@@ -335,7 +335,7 @@ class _Judge:
             self.judge(f"{name}.{key}", value)
 
     def judge(self, name: str, value: Any) -> None:
-        """One key, of which nothing is taken for granted; below an informational one only what changes numbers is refused."""
+        """Judge one key, of any type; below an informational one only what changes numbers is refused."""
         if self.is_harmless(name, value):
             return
         self.refuse_change(name, value)
@@ -351,14 +351,14 @@ class _Judge:
                 self.refuse_change(f"{name}.{inner}", held)
 
     def is_harmless(self, name: str, value: Any) -> bool:
-        """Says nothing, is read, repeats what is read, asks for what is done, or only tells of the making."""
+        """Return whether a key is empty, read, a repetition of a read one, a request for what is done anyway, or informational."""
         last = name.rpartition(".")[2]
         repeats = last in self.own and _same(self.own[last], value)
         told = _plain(last) in self.informs or _is_opaque(last, value)
         return value is None or name in self.understood or repeats or is_done(last, value) or told
 
     def refuse_change(self, name: str, value: Any) -> None:
-        """A key that changes numbers, or an entry that is not understood of a mapping that does."""
+        """Refuse a key that changes numbers, or an entry that is not understood in a mapping that does."""
         if _is_arguments(name, value):
             self.judge_entries(name, value)
         elif CHANGES.search(_plain(name.rpartition(".")[2])):
@@ -378,7 +378,7 @@ def _informs(name: str) -> bool:
 
 
 def _is_opaque(key: str, value: Any) -> bool:
-    """Whether the value of a key is its own words, none of them a key."""
+    """Return whether the value of a key is free content that contains no keys."""
     if key not in OPAQUE:
         return False
     words = value if isinstance(value, list) else [value]
@@ -390,7 +390,7 @@ def _is_arguments(name: str, value: Any) -> bool:
 
 
 def _nested(value: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys anywhere inside a value, each object once: aliases may repeat one without end."""
+    """Yield the dotted keys anywhere inside a value, visiting each object once, as aliases may repeat it without end."""
     seen: set[int] = set()
     left = [("", value)]
     while left:
@@ -407,7 +407,7 @@ def _nested(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal texts (case aside), equal numbers (true is not 1), or both empty."""
+    """Return whether two values are equal texts (ignoring case), equal numbers (true is not 1), or both empty."""
     if isinstance(a, str) and isinstance(b, str):
         return a.strip().lower() == b.strip().lower()
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
@@ -420,5 +420,5 @@ def _shown(name: str) -> str:
 
 
 def _plain(key: str) -> str:
-    """enableThinking, enable-thinking, ENABLE_THINKING -> enable_thinking."""
+    """Return a key in one spelling: enableThinking, enable-thinking and ENABLE_THINKING become enable_thinking."""
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()).strip("_")

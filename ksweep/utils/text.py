@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def some_of(names: Iterable[str], most: int = 5) -> str:
-    """A few names for a message, numbers in them sorted by value: "row 2, row 10 and 12 more"."""
+    """Return a few names for a message, numbers in them sorted by value: "row 2, row 10 and 12 more"."""
     ordered = sorted(names, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)])
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more

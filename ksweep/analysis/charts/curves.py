@@ -167,7 +167,7 @@ def compare(
 
 
 def _reference(table: Rows, names: Sequence[str]) -> str:
-    """The cell that every row is taken against; in a table of all pairs the first by name of those with the most K."""
+    """Return the cell that every row is compared with; in a table of all pairs, the first by name of those with the most K."""
     others = {r["other_label"] for r in table}
     if len(others) == 1:
         return str(others.pop())
@@ -176,7 +176,7 @@ def _reference(table: Rows, names: Sequence[str]) -> str:
 
 
 def _turned(row: dict[str, Any], base: str) -> dict[str, Any]:
-    """A difference as what the other cell is above `base`, under the names of a curve."""
+    """Return a difference as the other cell's FVE above that of `base`, with the column names of a curve."""
     names = ("difference", "difference_low", "difference_high", "band_low", "band_high")
     value, low, high, band_low, band_high = (row[name] for name in names)
     if row["label"] == base:
@@ -203,7 +203,7 @@ _COMPARED = (
 
 
 def _powers_of_four(rows: Rows) -> list[int]:
-    """1, 4, 16, ... that every temperature has, and the largest K that every one has."""
+    """Return the powers of four that every temperature has, and the largest K that all have."""
     of_temperature: dict[float, set[int]] = {}
     for r in rows:
         of_temperature.setdefault(r["temperature"], set()).add(r["k"])
@@ -236,7 +236,7 @@ def _check_one_cell_per_point(rows: Rows) -> None:
 
 
 def _k_axis(rows: Rows) -> list[int]:
-    """Ticks: powers of two, and the largest K unless its label would touch its neighbour's."""
+    """Return the K axis with ticks at powers of two, and at the largest K unless its label would touch its neighbour's."""
     ks = sorted({r["k"] for r in rows})
     ticks = [2**i for i in range(ks[-1].bit_length()) if ks[0] <= 2**i <= ks[-1]]
     return ticks if ticks and ks[-1] / ticks[-1] < 1.4 else [*ticks, ks[-1]]
@@ -255,14 +255,14 @@ def _x(rows: Rows, axis: str, *, titled: bool) -> alt.X:
 
 
 def _round_ticks(rows: Rows) -> list[int]:
-    """1, 2, 5, 10, 20, 50, ... within the range of tokens; only powers of ten where those would be crowded."""
+    """Return 1, 2, 5, 10, 20, 50, ... within the range of tokens; only powers of ten where these would be crowded."""
     low, high = span(r["tokens"] for r in rows)
     steps = (1, 2, 5) if high / low < 1000 else (1,)
     return [step * 10**power for power in range(12) for step in steps if low <= step * 10**power <= high] or [round(low)]
 
 
 def _y(field: str, title: str, values: Sequence[float] = (), **axis: Any) -> alt.Y:
-    """An axis that fits its data; `minExtent` keeps the titles of panels below each other in line."""
+    """Return an axis that fits its data; `minExtent` keeps the titles of panels below each other in line."""
     scale = alt.Scale(zero=False, nice=True, padding=6)
     if len(set(values)) == 1:  # the default for a single value is a range of one, which says nothing
         scale = alt.Scale(domain=[values[0] - 0.05, values[0] + 0.05], nice=True)
@@ -270,12 +270,12 @@ def _y(field: str, title: str, values: Sequence[float] = (), **axis: Any) -> alt
 
 
 def _shown(rows: Rows) -> tuple[float, float]:
-    """The range that curves and intervals take up."""
+    """Return the range of values that curves and intervals span."""
     return span(r[name] for r in rows for name in ("fve", "fve_low", "fve_high"))
 
 
 def _near(rows: Rows) -> bool:
-    """Whether the control fits into the panel of the curves without taking most of its height."""
+    """Return whether the control fits into the panel without taking most of its height."""
     low, high = _shown(rows)
     all_low, all_high = span([low, high, *(r["shuffled_fve"] for r in rows)])
     return all_high - all_low <= 2 * (high - low)
@@ -287,7 +287,7 @@ def _near(rows: Rows) -> bool:
 def _curves(
     rows: Rows, colour: alt.Color, x: alt.X, controls: Rows, value: str, colours: Colours | None, *, zero: bool = False
 ) -> alt.LayerChart:
-    """`value` is the title of the axis, the same in every layer: Vega would list all that differ."""
+    """Return lines with bands; `value` is the axis title, the same in every layer, as Vega would list all that differ."""
     y = _y("fve", value)
     layers: list[Any] = [_zero_line(value)] if zero or _crosses_zero(rows, controls) else []
     if controls:
@@ -309,7 +309,7 @@ def _curves(
 
 
 def _few(row: dict[str, Any]) -> bool:
-    """Whether K > N/2: all choices of K draws then share most of them."""
+    """Return whether K > N/2: all choices of K draws then share most of them."""
     if row["few_subsets"] is not None:
         return bool(row["few_subsets"])
     return row.get("num_draws") is not None and bool(2 * row["k"] > row["num_draws"] > 1)
@@ -320,7 +320,7 @@ def _in_full(rows: Rows) -> Rows:
 
 
 def _beyond_half(rows: Rows) -> Rows:
-    """The lighter part of each curve, from the last point of the full one on, so that they join."""
+    """Return the lighter part of each curve, which begins at the last point of the full part, so that they join."""
     last = {r["label"]: r for r in rows if not _few(r)}
     few = [r for r in rows if _few(r)]
     return [
@@ -329,14 +329,14 @@ def _beyond_half(rows: Rows) -> Rows:
 
 
 def _about_lines(rows: Rows) -> list[str]:
-    """What lighter lines and paler bands mean, where there are any."""
+    """Return a sentence on what lighter lines and paler bands mean, where there are any."""
     lines = ["Lighter: K > N/2, few effective subsets."] if any(map(_few, rows)) else []
     lines += ["Paler band: holds for all K at once."] if any(r["band_low"] is not None for r in rows) else []
     return [" ".join(lines)] if lines else []
 
 
 def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color, value: str) -> list[alt.Chart]:
-    """A dot at each power of two and at the end of a curve; a bar where a cell has a single K and so no band."""
+    """Return a dot at each power of two and at the end of a curve; a bar where a cell has a single K and so no band."""
     last = {r["label"]: r["k"] for r in sorted(rows, key=lambda r: int(r["k"]))}
     num_ks = Counter(r["label"] for r in rows)
     single = [r for r in rows if num_ks[r["label"]] == 1]
@@ -355,7 +355,7 @@ def _points(rows: Rows, x: alt.X, y: alt.Y, colour: alt.Color, value: str) -> li
 
 
 def _control_lines(rows: Rows, x: alt.X, title: str, *, beside_curves: bool = False) -> alt.LayerChart:
-    """Grey and dashed, a line a label; the label's colour would ask for attention that a control does not deserve."""
+    """Return grey dashed lines, one per label: in the label's colour a control would draw too much attention."""
     axis = {} if beside_curves else {"tickCount": 3}
     y = _y("shuffled_fve", title, [r["shuffled_fve"] for r in rows] if axis else (), **axis)
     tooltip = [alt.Tooltip("label:N"), alt.Tooltip("k:Q", title="K"), alt.Tooltip("shuffled_fve:Q", format=".4f")]
@@ -408,7 +408,7 @@ def _tooltip() -> list[Any]:
 
 
 def _subtitle(rows: Rows, note: str | None) -> list[str]:
-    """How it was selected and scored, and on what: what a reader needs to compare the numbers with others."""
+    """Return selection, scoring, baseline and N as text, which a reader needs to compare the numbers with others."""
     interval = value_of(rows, "level", "{:.0%}")
     has_interval = any(r["fve_low"] is not None for r in rows)
     lines = ["Oracle selection by the AR: the reconstructor that scores also picks the best draw."]
@@ -420,7 +420,7 @@ def _subtitle(rows: Rows, note: str | None) -> list[str]:
 
 
 def _value_name(rows: Rows) -> str:
-    """What the curves show, where all show the same."""
+    """Return the name of the quantity that the curves show, if all show the same."""
     shown = {r.get("metric") or "fve" for r in rows}
     return "FVE" if shown == {"fve"} else shown.pop() if len(shown) == 1 else "Fraction of variance"
 
@@ -431,14 +431,14 @@ def _value_title(rows: Rows) -> str:
 
 
 def _resampled(rows: Rows) -> str:
-    """What the bootstrap drew: documents; single activations in curves imported from the reference sweep."""
+    """Return what the bootstrap resampled: documents; single activations in curves imported from the reference sweep."""
     imported = {r.get("metric") not in (None, "fve") for r in rows if r["fve_low"] is not None}
     single = "single activations"
     return "documents" if imported == {False} else single if imported == {True} else f"documents (imported curves: {single})"
 
 
 def _listed(rows: Rows, metrics: list[str]) -> str:
-    """Which curves show another number than FVE."""
+    """Return a sentence on curves that show a quantity other than FVE."""
     of = {m: list(dict.fromkeys(r["label"] for r in rows if r.get("metric") == m)) for m in metrics}
     whole = len(metrics) == 1 and all(r.get("metric") in metrics for r in rows)
     return "; ".join(

@@ -89,12 +89,12 @@ class ReportData:
         return [_settings(run) for run in self.runs]
 
     def setting(self, run: TableRow, name: str) -> Any:
-        """A setting of one cell by its dotted name."""
+        """Return a setting of one cell by its dotted name."""
         return _settings(run).get(name)
 
 
 def _settings(run: TableRow) -> TableRow:
-    """{"sampling.temperature": 0.7}: settings of a run's spec by dotted name, without those that were left open (None)."""
+    """Return a run's settings by dotted name ({"sampling.temperature": 0.7}), without those that were left open (None)."""
     return {name: value for name, value in flatten(json.loads(run["spec"])) if value not in (None, {})}
 
 
@@ -137,7 +137,7 @@ def _arrow(connection: DuckDBPyConnection, question: str, *values: Any) -> pa.Ta
 
 
 def _norms(connection: DuckDBPyConnection) -> pa.Table:
-    """Norms of the activations of the sweep, read from the files of its runs only."""
+    """Return the norms of the sweep's activations, read from the files of its runs only."""
     parts = []
     for row in _rows(connection, _NORMS_OF_SETS):
         norms = _arrow(connection, "SELECT norm FROM activations WHERE run_id = ? AND norm IS NOT NULL", row["run_id"])
@@ -151,7 +151,7 @@ def _norms(connection: DuckDBPyConnection) -> pa.Table:
 
 
 def _with_draws(facts: ReportData, connection: DuckDBPyConnection, registry: Path) -> ReportData:
-    """Add errors and explanations, from as many draws as a page needs."""
+    """Add errors and explanations from as many draws as the page needs."""
     runs = [run for run in facts.runs if run["draws_key"] and run["num_draws"]]
     num_shown = max(1, EXPLANATIONS // (3 * max(1, len(runs))))
     most = max(FEWEST_READ, DRAWS_READ // max(1, len(runs)))
@@ -169,7 +169,7 @@ def _with_draws(facts: ReportData, connection: DuckDBPyConnection, registry: Pat
 
 
 def _files(registry: Path, run: TableRow, most: int) -> list[str]:
-    """Parts with draws of a run: all, or those of some blocks of activations, evenly spaced, with about `most` draws."""
+    """Return the parts with a run's draws: all, or those of evenly spaced blocks of activations with about `most` draws."""
     store = DrawsStore(registry / "draws", run["draws_key"])
     parts = [p for p in store.parts() if p.first_row < run["num_activations"] and p.first_draw < run["num_draws"]]
     blocks = sorted({part.first_row // ACTIVATIONS_PER_WORK_UNIT for part in parts})
@@ -179,7 +179,7 @@ def _files(registry: Path, run: TableRow, most: int) -> list[str]:
 
 
 def _explanations(connection: DuckDBPyConnection, run: TableRow, most: int) -> Iterator[TableRow]:
-    """Best, median and worst draw of up to `most` activations of a cell, from its best reconstructed activation to its worst."""
+    """Yield the best, median and worst draw of up to `most` activations of a cell, best reconstructed activation first."""
     order = _arrow(connection, _BY_BEST_ERROR)["activation"].to_numpy()
     chosen = order[_evenly(len(order), most)]
     connection.register("chosen", pa.table({"activation": chosen, "place": np.arange(len(chosen))}))
@@ -188,7 +188,7 @@ def _explanations(connection: DuckDBPyConnection, run: TableRow, most: int) -> I
 
 
 def _evenly(count: int, most: int) -> Sequence[int]:
-    """Up to `most` of `count` places, evenly spaced, the first and the last among them."""
+    """Return up to `most` of `count` indices, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))  # type: ignore[return-value]
 
 

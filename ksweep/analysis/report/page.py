@@ -110,7 +110,7 @@ def _several(groups: Sequence[TableRow]) -> list[TableRow]:
 
 
 def _overall(groups: Sequence[TableRow]) -> list[TableRow]:
-    """Runs of earlier versions have one baseline, which is neither: it is shown once."""
+    """Return the rows with a named baseline, overall or own; runs of earlier versions have a single one that is neither."""
     return [row for row in groups if row["against"] is not None]
 
 
@@ -164,7 +164,7 @@ def curve_table(facts: ReportData) -> tuple[list[str], list[list[str]], str | li
 
 
 def _measured_on(row: TableRow) -> list[str]:
-    """N, documents, baseline."""
+    """Return N, the number of documents and the baseline as text."""
     baseline = "" if row["baseline"] is None else baseline_text(row).removeprefix("baseline ")
     documents = f"{number(row['num_documents'], ',')}{effective_text(row['num_documents'], row['effective_documents'])}"
     return [number(row["num_activations"], ","), documents, baseline]

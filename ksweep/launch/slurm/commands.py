@@ -75,7 +75,7 @@ class AccountingEntry:
 
 
 def run_command(*command: str, text: str | None = None) -> str:
-    """The standard output of a Slurm command.
+    """Return the standard output of a Slurm command.
 
     Raises:
         SlurmError: it is not there, takes too long or refuses; with its words.
@@ -103,13 +103,13 @@ def run_command(*command: str, text: str | None = None) -> str:
 
 
 def environment_outside_allocation() -> dict[str, str]:
-    """The environment without variables of an allocation that this process may run in: jobs must not inherit them."""
+    """Return the environment without the variables of a surrounding allocation, which jobs must not inherit."""
     inherited = ("SLURM_CONF",)
     return {k: v for k, v in os.environ.items() if k in inherited or not k.startswith(("SLURM_", "SUBMITIT_", "SBATCH_"))}
 
 
 def has_cluster() -> bool:
-    """Whether a Slurm cluster is set up here; its commands without a configuration are not enough."""
+    """Return whether a Slurm cluster is set up here; commands without a configuration are not enough."""
     return shutil.which("sbatch") is not None and _configured(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
 
 
@@ -123,7 +123,7 @@ def _configured(conf: str | None, path: str | None) -> bool:
 
 
 def cluster_config() -> dict[str, str]:
-    """The cluster's configuration, read once; empty if Slurm does not answer."""
+    """Return the cluster's configuration, read once; empty if Slurm does not answer."""
     try:
         return _config(os.environ.get("SLURM_CONF"), os.environ.get("PATH"))
     except SlurmError:
@@ -136,12 +136,12 @@ def _config(conf: str | None, path: str | None) -> dict[str, str]:
 
 
 def cluster_name() -> str | None:
-    """The name of this cluster; job ids are only valid on their own cluster."""
+    """Return the name of this cluster; job ids are only valid on their own cluster."""
     return cluster_config().get("ClusterName")
 
 
 def max_array_size() -> int:
-    """The largest number of elements in an array: Slurm's MaxArraySize bounds the index, which counts from 0."""
+    """Return the largest number of elements in an array: Slurm's MaxArraySize bounds the index, which counts from 0."""
     return int(cluster_config().get("MaxArraySize", DEFAULT_MAX_ARRAY_SIZE))
 
 
@@ -162,7 +162,7 @@ class Partition:
 
 
 def partitions() -> dict[str, Partition]:
-    """The partitions that this user can see, by name."""
+    """Return the partitions that this user can see, by name."""
     found: dict[str, Partition] = {}
     for line in run_command("sinfo", "-h", "-a", "-o", "%P|%D|%G|%c|%m|%l|%f").splitlines():
         name, nodes, gres, cpus, memory, limit, features = (part.strip() for part in line.split("|"))
@@ -176,7 +176,7 @@ def partitions() -> dict[str, Partition]:
 
 
 def _gpus(gres: str) -> int:
-    """GPUs of a node from "gpu:h100:8(S:0-1),shard:4"."""
+    """Return the number of GPUs of a node from "gpu:h100:8(S:0-1),shard:4"."""
     found = re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres)
     return sum(map(int, found))
 
@@ -209,7 +209,7 @@ class Association:
 
 
 def associations(user: str) -> list[Association]:
-    """The accounts of a user on this cluster; none without accounting."""
+    """Return the accounts of a user on this cluster; none without accounting."""
     here = [f"cluster={name}"] if (name := cluster_name()) else []
     try:
         lines = run_command(
@@ -222,12 +222,12 @@ def associations(user: str) -> list[Association]:
 
 
 def enforced_limits() -> frozenset[str]:
-    """Which limits of accounting are enforced: associations, limits, qos."""
+    """Return which limits of accounting are enforced: associations, limits, qos."""
     return frozenset(cluster_config().get("AccountingStorageEnforce", "").lower().split(","))
 
 
 def sbatch_refusal(script: str) -> str | None:
-    """Why the cluster would refuse a batch script; None if it would accept it."""
+    """Return why the cluster would refuse a batch script; None if it would accept it."""
     try:
         run_command("sbatch", "--test-only", text=script)
     except SlurmError as error:
@@ -242,7 +242,7 @@ def sbatch(script: Path) -> str:
 
 
 def squeue(ids: Iterable[str] = (), user: str | None = None) -> list[QueueEntry]:
-    """Queue entries of some jobs, or of all jobs of a user (of several: "a,b"); each element of an array has its own.
+    """Return the queue entries of some jobs, or of all jobs of a user (or users, "a,b"); each element of an array has its own.
 
     Raises:
         SlurmError: Slurm does not answer; a job that it has forgotten is simply not listed.
@@ -264,7 +264,7 @@ def _queued(line: str) -> QueueEntry:
 
 
 def sacct(ids: Sequence[str]) -> dict[str, AccountingEntry]:
-    """The newest accounting entry of each job; empty without accounting.
+    """Return the newest accounting entry of each job; empty without accounting.
 
     `-D` would list earlier starts too; without it the last one stands.
     """
@@ -300,7 +300,7 @@ def _sacct(jobs: str) -> str:
 
 
 def _moment(text: str) -> float | None:
-    """Seconds since 1970 of a time that Slurm printed in this machine's time zone."""
+    """Return a time that Slurm printed in this machine's time zone as seconds since 1970."""
     with suppress(ValueError):
         return datetime.fromisoformat(text).timestamp()
     return None
@@ -333,7 +333,7 @@ def scancel(ids: Sequence[str]) -> None:
 
 
 def scontrol_show_job(job_id: str) -> dict[str, str]:
-    """scontrol's KEY=VALUE pairs of a job; empty if it does not answer."""
+    """Return scontrol's KEY=VALUE pairs of a job; empty if scontrol does not answer."""
     try:
         text = run_command("scontrol", "-o", "show", "job", job_id)
     except SlurmError:

@@ -54,7 +54,7 @@ class _Poll:
     pause: float = 0.0
 
     def covers(self, numbers: Iterable[str], users: frozenset[str]) -> bool:
-        """Whether it is recent enough, and was about these jobs."""
+        """Return whether the poll is recent enough and was about these jobs."""
         if time.monotonic() - self.asked >= self.pause or not users <= self.users:
             return False
         return not self.reachable or all(n in self.numbers or n in self.queued for n in numbers)
@@ -64,7 +64,7 @@ _last = _Poll()
 
 
 def slurm_states(jobs: Sequence[Job]) -> dict[str, SlurmState]:
-    """What Slurm says of each job, by id, from the last poll if that is recent enough; nothing about jobs without a Slurm id."""
+    """Return Slurm's state of each job, by id, from the last poll if recent enough; jobs without a Slurm id are left out."""
     numbers = {job.id: n for job in jobs if (n := job.slurm_id()) is not None}
     owners = {job.id: _owner(job) for job in jobs}
     word = _newest_poll(frozenset(numbers.values()), frozenset(owners[name] for name in numbers)) if numbers else _Poll()
@@ -81,19 +81,19 @@ def slurm_states(jobs: Sequence[Job]) -> dict[str, SlurmState]:
 
 
 def cluster_of(job: Job) -> str | None:
-    """The cluster that a job was submitted to."""
+    """Return the cluster that a job was submitted to."""
     return (job.read_note("slurm") or {}).get("cluster")
 
 
 def ids_on_this_cluster(jobs: Iterable[Job]) -> list[str]:
-    """Slurm's ids of the jobs that are on this cluster; the same id is another job on another cluster."""
+    """Return Slurm's ids of the jobs on this cluster; on another cluster the same id is another job."""
     here = commands.cluster_name()
     ours = [job for job in jobs if cluster_of(job) in (None, here)]
     return [number for job in ours if (number := job.slurm_id()) is not None]
 
 
 def ids_in_queue(jobs: Sequence[Job]) -> dict[str, str]:
-    """Job id -> Slurm id of the jobs that are in this cluster's queue now; Slurm is asked at once, whenever the last poll was.
+    """Ask Slurm now, however recent the last poll, and return job id -> Slurm id of the jobs in this cluster's queue.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -143,13 +143,13 @@ def _poll(numbers: frozenset[str], users: frozenset[str], before: float) -> _Pol
 
 
 def _from_afar(answer: SlurmState) -> SlurmState:
-    """What can be concluded about another user's job: many clusters hide such jobs, which then seem to have vanished."""
+    """Return what can be concluded about another user's job: many clusters hide such jobs, which then seem to have vanished."""
     ended = answer.accounted is not None and answer.accounted.state not in commands.UNFINISHED_STATES
     return answer if answer.queued is not None or ended else replace(answer, reachable=False)
 
 
 def _own(job: Job, entry: commands.QueueEntry | None) -> commands.QueueEntry | None:
-    """The entry, if it is this job's: slurmctld gives ids twice if it loses its state, so the tag or the script must match."""
+    """Return the entry if it is this job's; as slurmctld reuses ids when it loses its state, the tag or the script must match."""
     noted = job.read_note("slurm") or {}
     if entry is None or not entry.tag or entry.tag == noted.get("tag", entry.tag):
         return entry
@@ -157,7 +157,7 @@ def _own(job: Job, entry: commands.QueueEntry | None) -> commands.QueueEntry | N
 
 
 def _own_record(job: Job, word: commands.AccountingEntry | None) -> commands.AccountingEntry | None:
-    """The same for accounting, which seldom has the tag: our sbatch must have submitted it, and not before our job existed."""
+    """Return the record if it is this job's: accounting seldom has the tag, so script and time of submission must match."""
     noted = job.read_note("slurm") or {}
     if word is None or (word.command and "folder" in noted and _script(noted) not in word.command):
         return None
@@ -166,5 +166,5 @@ def _own_record(job: Job, word: commands.AccountingEntry | None) -> commands.Acc
 
 
 def _script(noted: Mapping[str, Any]) -> str:
-    """The batch script of a submission."""
+    """Return the batch script of a submission."""
     return f"{noted['folder']}/script.sh"

@@ -47,7 +47,7 @@ SBATCH_OUTLIVES_SECONDS = 3.0
 def sbatch_parameters(
     resources: Resources, name: str, *, num_jobs: int = 1, tag: str = "", after: str | None = None
 ) -> dict[str, Any]:
-    """Resources as parameters of submitit's SlurmExecutor."""
+    """Translate resources into parameters of submitit's SlurmExecutor."""
     gpus = resources.gpus or 0
     extra: dict[str, Any] = {"requeue": True, "comment": tag}
     if resources.niceness:
@@ -83,7 +83,7 @@ def sbatch_parameters(
 
 
 def cpus_per_rank(resources: Resources, gpus: int) -> int | None:
-    """CPUs for each rank of a job with so many GPUs on a node; None if the user left that open."""
+    """Return the CPUs for each rank of a job with so many GPUs on a node; None if the user left that open."""
     if not gpus:
         return resources.cpus_per_task
     return None if resources.cpus_per_gpu is None else resources.cpus_per_gpu * resources.gpus_per_model
@@ -92,7 +92,7 @@ def cpus_per_rank(resources: Resources, gpus: int) -> int | None:
 def batch_script(
     folder: Path, resources: Resources, name: str, *, num_jobs: int, tag: str, code: Path | None = None, after: str | None = None
 ) -> str:
-    """The text of a submission's batch script: submitit's, with our own start command instead of its pickles."""
+    """Return the text of a submission's batch script: submitit's, with our own start command instead of its pickles."""
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder)
@@ -165,7 +165,7 @@ def with_sbatch_defaults(resources: Resources) -> Resources:
 
 
 def max_gpus_per_node(resources: Resources) -> int:
-    """The largest number of GPUs on a node of the partition that a job would go to; those of the login node do not count."""
+    """Return the largest number of GPUs on a node of the job's partition; GPUs of the login node do not count."""
     return max((p.gpus for p in _requested_partitions(resources, commands.partitions())), default=0)
 
 
@@ -283,7 +283,7 @@ def resolve_interrupted_submissions(logs: Path) -> list[str]:
 
 
 def is_in_interrupted_submission(job: Job) -> bool:
-    """Whether a job belongs to a submission of which it is not known yet whether Slurm has it."""
+    """Return whether a job belongs to a submission that Slurm may or may not have accepted."""
     return any(
         str(job.path) in json.loads((folder / "jobs.json").read_text()) for folder in _interrupted_submissions(job.path.parent)
     )
@@ -326,7 +326,7 @@ def _mark_never_submitted(jobs: Sequence[Job], why: str) -> None:
 
 
 def _find_submitted_id(folder: Path, tag: str, jobs: Sequence[Job], begun: float) -> str | None:
-    """Slurm's id of a submission; looked for twice if its sbatch began so recently that it may not be in the queue yet."""
+    """Return Slurm's id of a submission; look twice if its sbatch began so recently that it may not be in the queue yet."""
     number = _submitted_id(folder, tag, jobs)
     if number is None and time.time() - begun < SBATCH_OUTLIVES_SECONDS:
         time.sleep(SBATCH_OUTLIVES_SECONDS)
@@ -335,7 +335,7 @@ def _find_submitted_id(folder: Path, tag: str, jobs: Sequence[Job], begun: float
 
 
 def _submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
-    """Slurm's id of a submission, from a job that runs or ran, from its output files, or from the queue."""
+    """Return Slurm's id of a submission, from a job that runs or ran, from its output files, or from the queue."""
     said = [job.slurm_id() for job in jobs] + [p.name.partition("_")[0] for p in folder.glob("*_log.*")]
     # By the script as well: some sites write a comment of their own over the tag.
     batch_script = str(folder / "script.sh")
@@ -344,7 +344,7 @@ def _submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
 
 
 def job_shape_text(resources: Resources) -> str:
-    """Human-readable resources of one job: "2 nodes x 8 GPUs, 24:00:00, partition main"."""
+    """Return human-readable resources of one job: "2 nodes x 8 GPUs, 24:00:00, partition main"."""
     gpus, tasks = resources.gpus or 0, resources.tasks or 1
     what = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else f"{tasks} CPU rank{'s' * (tasks != 1)}"
     what += f" ({resources.gpus_per_model} per model)" if resources.gpus_per_model > 1 else ""

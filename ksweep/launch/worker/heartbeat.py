@@ -42,7 +42,7 @@ class HeartbeatThread:
     """Publishes the heartbeats of one rank, and ends the rank when another one has failed, stopped or died."""
 
     def __init__(self, job: Job, rank: int, world_size: int, attempt: int = 0, slurm_id: str = "") -> None:
-        """Nothing runs until the context is entered."""
+        """Prepare the thread; it runs once the context is entered."""
         self.job, self.rank, self.world_size, self.attempt, self.slurm_id = job, rank, world_size, attempt, slurm_id
         process = this_process()
         self.latest = Heartbeat(
@@ -95,7 +95,7 @@ class HeartbeatThread:
         self.latest = replace(self.latest, cell=key, cell_began=time.time())
 
     def stopped_start(self) -> StoppedStart:
-        """What decides whether this job is put back into the queue."""
+        """Return the facts that decide whether this job is requeued."""
         current = self.latest  # `total` counts the draws that were missing at the start, but all activations
         progress_marker = [current.phase, current.total, current.done if current.phase == "activations" else 0]
         return StoppedStart(self.job, self.attempt, self.slurm_id, self.signal, current.phase, progress_marker)
@@ -171,7 +171,7 @@ class HeartbeatThread:
             self._abort("dead rank", f"rank {ranks} of {self.world_size} has not started within {minutes:.0f} minutes")
 
     def _find_dead_rank(self) -> Heartbeat | None:
-        """The last heartbeat of a rank that is silent and has written no outcome; None if there is no such rank."""
+        """Return the last heartbeat of a rank that is silent and has written no outcome; None if there is no such rank."""
         now = time.monotonic()
         if now - self._checked > STALL_SECONDS:
             self._last_news.clear()
@@ -182,7 +182,7 @@ class HeartbeatThread:
         return next((h for h in silent if h.rank not in ended), None)
 
     def _is_silent(self, heartbeat: Heartbeat, now: float) -> bool:
-        """Whether a rank's process is gone; on another host, whether its heartbeat is old by this process's own clock.
+        """Return whether a rank's process is gone; on another host, whether its heartbeat is old by this process's own clock.
 
         The clocks of two nodes may differ by minutes.
         """
@@ -230,7 +230,7 @@ class HeartbeatThread:
             os._exit(0 if comes_back else 1)
 
     def _dead_rank_class(self, dead: Heartbeat) -> str:
-        """The class of a dead rank's failure. srun ends a job at once when a task dies, so silence elsewhere is a lost node."""
+        """Return the failure class of a dead rank; srun ends a job when a task dies, so silence on another node is a lost node."""
         return "node failure" if self.slurm_id and dead.host != self.latest.host else "dead rank"
 
     @staticmethod

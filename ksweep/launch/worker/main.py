@@ -128,7 +128,7 @@ def run_in_process(job: Job, devices: tuple[str, ...], on_report: Callable[..., 
 
 
 def _report_to_heartbeat(heartbeat: HeartbeatThread, on_report: Callable[..., None] | None) -> Callable[..., None]:
-    """A function that passes reported progress to the heartbeat and to `on_report`."""
+    """Return a function that passes reported progress to the heartbeat and to `on_report`."""
     said = time.monotonic()
 
     def report(phase: str, done: int, total: int, **numbers: float) -> None:

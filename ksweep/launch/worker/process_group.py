@@ -60,18 +60,18 @@ class ProcessGroup:
             self.heartbeat.waiting = False
 
     def claim_next(self, queue: str) -> int:
-        """The next number of a queue, counted by the process group's store, so that a fast rank takes more."""
+        """Return the next number of a queue, counted by the process group's store, so that a fast rank takes more."""
         if self.store is not None:
             return int(self.store.add(f"ksweep/{queue}", 1)) - 1
         self.claimed[queue] = self.claimed.get(queue, -1) + 1
         return self.claimed[queue]
 
     def should_stop(self) -> bool:
-        """Whether a stop signal has come."""
+        """Return whether a stop signal has come."""
         return self.heartbeat.stopping
 
     def report(self, phase: str, done: int, total: int, **numbers: float) -> None:
-        """Progress, published with the next heartbeat."""
+        """Report progress, which the next heartbeat publishes."""
         self.heartbeat.update(phase, done, total, numbers)
 
     def begin_cell(self, key: str, seconds: Mapping[str, float]) -> None:
@@ -119,12 +119,12 @@ def _devices(environment: Any, gpus: int, per_model: int) -> tuple[str, ...]:
 
 
 def gpus_of_rank(local_rank: int, per_model: int) -> tuple[str, ...]:
-    """The GPUs of a rank among those that its job sees on the node: consecutive numbers, in the order of the ranks."""
+    """Return the GPUs of a rank among those that its job sees on the node: consecutive numbers, in the order of the ranks."""
     return tuple(f"cuda:{local_rank * per_model + i}" for i in range(per_model))
 
 
 def device_text(devices: tuple[str, ...]) -> str:
-    """Human-readable name of torch devices: number and name of the GPUs, or the kind of processor."""
+    """Return a human-readable name of torch devices: number and name of the GPUs, or the kind of processor."""
     if not devices[0].startswith("cuda"):
         return f"cpu ({platform.machine()})"
     import torch
@@ -134,7 +134,7 @@ def device_text(devices: tuple[str, ...]) -> str:
 
 
 def gpu_ids_text(devices: tuple[str, ...]) -> str:
-    """UUIDs of GPUs as nvidia-smi -L shows them, to find a card that fails repeatedly; empty for a processor."""
+    """Return the UUIDs of GPUs as nvidia-smi -L shows them, to find a card that fails repeatedly; empty for a processor."""
     return ", ".join(_card(device) for device in devices if device.startswith("cuda"))
 
 

@@ -45,7 +45,7 @@ def fail_if_stuck(start: StoppedStart, outcome: Outcome) -> Outcome:
 
 
 def is_stuck(requeues: Sequence[Mapping[str, Any] | None], progress_marker: list[Any]) -> bool:
-    """Whether the starts before this one also reached their time limit at this point, with nothing published between."""
+    """Return whether the starts before this one also reached their time limit at this point, with nothing published between."""
     last = requeues[-(STARTS_WITHOUT_PROGRESS - 1) :]
     same = [r for r in last if r and r["why"] == "time limit" and r["place"] == progress_marker]
     return len(same) == STARTS_WITHOUT_PROGRESS - 1
