@@ -27,7 +27,7 @@ def resolve_cluster(resources: Resources) -> str:
 
 
 def num_gpus(resources: Resources) -> int:
-    """Return the GPUs per node of a job: by default one if this machine has any; set it for Slurm, as login nodes may have none."""
+    """Return the GPUs per node of a job: by default one if this machine has any, which a login node of Slurm may not."""
     if resources.gpus is not None:
         return resources.gpus
     return min(1, visible_gpus())

@@ -50,7 +50,7 @@ def group_rows(
 
 
 def _own_baseline(metadata: pa.Table, baseline: stats.Baseline, by: str | None) -> stats.Baseline | None:
-    """Return baseline contributions within groups, of the overall baseline's kind; None for documents, as these groups are too small."""
+    """Return baseline contributions within groups, of the overall baseline's kind; None for groups by document (too small)."""
     if by not in activation_metadata.GROUPINGS:
         return None
     kind = "between documents" if baseline.kind == "stated constant" else baseline.kind

@@ -351,7 +351,7 @@ class _Judge:
                 self.refuse_change(f"{name}.{inner}", held)
 
     def is_harmless(self, name: str, value: Any) -> bool:
-        """Return whether a key is empty, read, a repetition of a read one, a request for what is done anyway, or informational."""
+        """Return whether a key is empty, read, a repetition of a read one, asks for what is done anyway, or informs."""
         last = name.rpartition(".")[2]
         repeats = last in self.own and _same(self.own[last], value)
         told = _plain(last) in self.informs or _is_opaque(last, value)

@@ -230,7 +230,7 @@ class HeartbeatThread:
             os._exit(0 if comes_back else 1)
 
     def _dead_rank_class(self, dead: Heartbeat) -> str:
-        """Return the failure class of a dead rank; srun ends a job when a task dies, so silence on another node is a lost node."""
+        """Return the failure class of a dead rank; srun ends a job when a task dies, so silence elsewhere is a lost node."""
         return "node failure" if self.slurm_id and dead.host != self.latest.host else "dead rank"
 
     @staticmethod
