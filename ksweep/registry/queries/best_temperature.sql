@@ -1,8 +1,8 @@
 -- Which temperature is best for a pair on its data, and by how much?
 --
--- One row per setting (all that is the same but the temperature) and K in (1, largest). `lead` is the paired difference to the next
--- best temperature over the same activations; an interval that holds 0 has not decided between the two. The best of several on the
--- same data is flattered by the choice: confirm it on other documents.
+-- One row per setting (everything but the temperature) and K in (1, largest). `lead` is the paired difference to the next best
+-- temperature over the same activations; if its interval contains 0 the two are not distinguishable. The best of several on the
+-- same data is biased upwards by the choice: confirm it on other documents.
 WITH placed AS MATERIALIZED (
     SELECT *, count(*) OVER (PARTITION BY setting, k) AS num_temperatures FROM v_temperature
     QUALIFY k = 1 OR k = max(k) OVER (PARTITION BY setting)

@@ -1,8 +1,8 @@
--- For which activations does it work: by token role, position and norm, and is the error in a few of them?
+-- How does FVE differ by token role, position and norm, and is the error concentrated in a few activations?
 --
--- At K = 1 and the largest K, against two baselines: `overall`, that of all activations (groups weighted by their sizes average to the
--- whole), and `own`, that of the group alone. `worst_share` is the part of the error that the worst 1 % of a group has: 0.01 would be
--- an even spread.
+-- At K = 1 and the largest K, against two baselines: `overall`, that of all activations (weighted by size, groups average to the
+-- whole), and `own`, that of the group alone. `worst_share` is the fraction of the error in the worst 1 % of a group: 0.01 if errors
+-- were equal.
 SELECT cell, breakdown, part, against, k, fve, fve_low, fve_high, error, median_error, worst_share, failure_rate, baseline,
        baseline_kind, num_activations, num_documents, effective_documents, level, num_replicates
 FROM metrics

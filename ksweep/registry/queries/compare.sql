@@ -1,6 +1,7 @@
 -- Do two cells differ, over the same activations, at each K?
 --
--- Paired: what both share cancels. Set the two; without `other`, all cells over the same activations are compared with `cell`:
+-- Differences are paired: variation that both cells share cancels. Set `cell` and `other`; without `other`, `cell` is compared with
+-- all cells over the same activations:
 --     ksweep sql @compare "cell=temperature=0.4" "other=temperature=0.8"
 SELECT cell, other_cell, k, difference, difference_low, difference_high, difference_low > 0 OR difference_high < 0 AS is_clear,
        fve, other_fve, level, baseline, baseline_kind, num_activations, num_documents, effective_documents, num_replicates

@@ -1,6 +1,7 @@
--- What is reached without the explanation, beside what is reached with it?
+-- How do the controls compare with the FVE of the explanations?
 --
--- An FVE near its controls says little about the words. retrieval_top1 is a share of activations, to hold against retrieval_chance.
+-- An FVE near its controls says little about the explanations. Compare retrieval_top1, a fraction of activations, with
+-- retrieval_chance.
 SELECT c.cell, c.label, c.temperature, arg_min(c.fve, c.k) AS fve_at_one, max(c.k) AS largest_k, arg_max(c.fve, c.k) AS fve_at_largest_k,
        arg_max(c.shuffled_fve, c.k) AS shuffled, any_value(p.empty_text) AS empty_text, any_value(p.mean_vector) AS mean_vector,
        any_value(p.retrieval_top1) AS retrieval_top1, any_value(p.retrieval_chance) AS retrieval_chance, c.sweep

@@ -1,6 +1,7 @@
--- What do the draws of each sweep take on disk, and how many are there?
+-- How much disk do the draws of each sweep take, and how many are there?
 --
--- As they were when the newest run of each set of draws ended. Sweeps that share draws each show them; `shared_with` names the others.
+-- Sizes are those at the end of the newest run of each set of draws. Sweeps that share draws each count them; `shared_with` names the
+-- other sweeps.
 WITH used AS (
     SELECT draws_key, sweep, max(draws_bytes) AS bytes, max(num_activations * num_draws) AS num_draws
     FROM runs WHERE draws_key IS NOT NULL AND status = 'finished' GROUP BY draws_key, sweep

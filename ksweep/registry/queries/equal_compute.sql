@@ -1,7 +1,7 @@
--- For the same number of tokens drawn per activation, which cell explains most?
+-- Which cell has the highest FVE for the same number of tokens sampled per activation?
 --
--- `tokens` is K times the mean length of a draw: long explanations pay for themselves or they do not. `place` ranks, among the cells
--- over the same activations, what each reaches with at most so many tokens.
+-- `tokens` is K times the mean length of a draw. `place` is the rank of the cell among the cells over the same activations, each with
+-- at most that many tokens.
 WITH points AS (
     SELECT c.cell, c.label, c.temperature, c.k, c.k * r.mean_tokens AS tokens, c.fve, c.fve_low, c.fve_high, r.mean_tokens, c.sweep,
            c.activations_key, c.num_activations, c.run_id

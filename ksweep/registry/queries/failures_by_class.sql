@@ -1,4 +1,4 @@
--- Why do runs fail, how often, where, and has it been mended since?
+-- Why do runs fail, how often and where, and how many cells have not finished since?
 SELECT coalesce(error_class, status) AS class, count(*) AS num_runs, count(DISTINCT cell_key) AS num_cells,
        count(*) FILTER (NOT superseded) AS num_open, list(DISTINCT host ORDER BY host) AS hosts,
        list(DISTINCT sweep ORDER BY sweep) AS sweeps, min(finished) AS first_seen, max(finished) AS last_seen,

@@ -1,6 +1,6 @@
 -- Which cells were measured more than once, with which code, and do the numbers agree?
 --
--- `largest_difference` is over all K. The same draws give the same curve but for rounding; another machine may sample other draws
+-- `largest_difference` is over all K. The same draws give the same curve up to rounding; another machine may sample other draws
 -- where logits are nearly tied. `within_interval`: each later FVE lies in the interval of the first.
 WITH numbered AS (
     SELECT *, row_number() OVER (PARTITION BY cell_key, k ORDER BY finished, run_id) AS n FROM curve_history

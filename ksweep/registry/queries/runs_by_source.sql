@@ -1,6 +1,6 @@
 -- Which runs used this text, model, autoencoder or layer?
 --
--- Set what to look for; each is part of a path or hub id as it was given:
+-- Set the variables to search for; each matches a part of a path or hub id as it was given:
 --     ksweep sql @runs_by_source text=held_out model=SmolLM autoencoder=demo
 SELECT run_id, status, finished, cell, coalesce(text_source, vectors) AS text, model, coalesce(checkpoint, av) AS autoencoder, ar, layer,
        num_activations, num_draws, sweep, activations_key, draws_key

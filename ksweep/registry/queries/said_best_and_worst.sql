@@ -1,6 +1,6 @@
--- What did it say, where it is best, middling and worst, beside the text that is explained?
+-- What are the explanations of the best, median and worst reconstructed activations, beside the text they explain?
 --
--- Of each activation its best draw. Set `cell` for one cell (or one run), `rank` for best, median or worst:
+-- Shows the best draw of each activation. Set `cell` for one cell (or one run), `rank` for best, median or worst:
 --     ksweep sql @said_best_and_worst rank=worst
 SELECT cell, rank, number, error, cosine, context, coalesce(explanation, '(' || parse || ') ' || text) AS explanation, document, position,
        activation, draw, run_id
