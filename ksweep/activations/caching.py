@@ -244,27 +244,29 @@ class _SameSource:
 
 def _refuse_too_few(store: ActivationStore, activations: Activations) -> None:
     shards = store.contiguous()
-    found = sum(shard.rows for shard in shards)
-    if found >= activations.num_activations:
+    num_available = sum(shard.rows for shard in shards)
+    if num_available >= activations.num_activations:
         return
     if not shards or not shards[-1].is_last:
         raise RunError(
-            f"{store.directory} lost shards while it was being filled: {found} of {activations.num_activations} activations are "
-            "there. Is someone else removing files? Run again to have the rest computed."
+            f"{store.directory} lost shards while it was being filled: {num_available} of {activations.num_activations} "
+            "activations are there. Is someone else removing files? Run again to have the rest computed."
         )
-    raise DataError(f"activations.num_activations={activations.num_activations}, but {_shortage(activations, shards, found)}")
+    raise DataError(
+        f"activations.num_activations={activations.num_activations}, but {_shortage(activations, shards, num_available)}"
+    )
 
 
-def _shortage(activations: Activations, shards: list[Shard], found: int) -> str:
+def _shortage(activations: Activations, shards: list[Shard], num_available: int) -> str:
     rows, skipped = sum(s.source_rows for s in shards), sum(s.skipped_rows for s in shards)
     more = {"random": "raise activations.positions_per_document, ", "last": "set activations.positions=random or all, "}
     low = activations.min_position
     advice = f"lower activations.min_position (now {low}: rows of fewer tokens give none), or give more text"
-    if found == 0:
+    if num_available == 0:
         return f"no row of {activations.text} ({rows} rows) has an allowed position: {advice}."
     return (
-        f"{activations.text} gives {found} ({rows} rows, {skipped} of them without an allowed position): "
-        f"set activations.num_activations={found}, {more.get(activations.positions, '')}{advice}."
+        f"{activations.text} gives {num_available} ({rows} rows, {skipped} of them without an allowed position): "
+        f"set activations.num_activations={num_available}, {more.get(activations.positions, '')}{advice}."
     )
 
 

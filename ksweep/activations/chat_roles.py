@@ -116,8 +116,8 @@ def count_roles(roles: Iterable[TokenRole]) -> dict[str, int]:
 
 def role_proportions(counts: dict[str, int]) -> dict[str, float | None]:
     """Return the share of each role among the tokens that are not padding; None if all are padding."""
-    known = counts["total"] - counts["pad"]
-    return {role: counts[role] / known if known else None for role in TOKEN_ROLES if role != "pad"}
+    num_tokens = counts["total"] - counts["pad"]
+    return {role: counts[role] / num_tokens if num_tokens else None for role in TOKEN_ROLES if role != "pad"}
 
 
 @dataclass

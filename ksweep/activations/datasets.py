@@ -133,12 +133,12 @@ def text_format(activations: Activations) -> Format:
 
 
 def _file_format(path: Path) -> Format:
-    known: dict[str, Format] = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
-    if path.suffix.lower() not in known:
-        raise DataError(f"text file {path} ends in {path.suffix or 'nothing'!r}; expected one of {', '.join(known)}")
+    formats: dict[str, Format] = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
+    if path.suffix.lower() not in formats:
+        raise DataError(f"text file {path} ends in {path.suffix or 'nothing'!r}; expected one of {', '.join(formats)}")
     if path.stat().st_size == 0:
         raise DataError(f"text file {path} is empty (0 bytes): was it written to the end?")
-    return known[path.suffix.lower()]
+    return formats[path.suffix.lower()]
 
 
 def _local(activations: Activations) -> Path:
@@ -201,10 +201,10 @@ def _token_ids(value: Any, row: str, column: str) -> tuple[int, ...]:
         raise DataError(
             f"{row} has a {type(value).__name__} {column}, where earlier rows have lists of token ids: make all alike"
         )
-    for place, token in enumerate(value):
+    for index, token in enumerate(value):
         if type(token) is not int:  # bool is an int, too
             raise DataError(
-                f"{row} has a list {column} with {str(token)[:50]!r} ({type(token).__name__}) at index {place}; expected token "
+                f"{row} has a list {column} with {str(token)[:50]!r} ({type(token).__name__}) at index {index}; expected token "
                 "ids, which are whole numbers, or text. Is activations.text_column the right one?"
             )
     return tuple(value)

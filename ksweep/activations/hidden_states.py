@@ -113,9 +113,9 @@ class BlockReader:
         """
         ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
         filled = torch.zeros_like(ids, dtype=torch.bool)
-        for row, one in enumerate(token_ids):
-            ids[row, : len(one)] = torch.tensor(one)
-            filled[row, : len(one)] = True
+        for row, row_ids in enumerate(token_ids):
+            ids[row, : len(row_ids)] = torch.tensor(row_ids)
+            filled[row, : len(row_ids)] = True
         mask = None if pad_id is None else (filled & (ids != pad_id)).long().to(self.device)
         taken: list[torch.Tensor] = []
 

@@ -73,12 +73,12 @@ def entries(cache: Path) -> list[Entry]:
     """
     if not cache.is_dir():
         raise RequestError(f"no vector cache at {cache}: check --vector-cache, or run a sweep first")
-    found = []
+    listed = []
     for path in sorted(cache.iterdir()):
         if path.is_dir() and KEY.fullmatch(path.name):
             with suppress(FileNotFoundError):  # removed meanwhile
-                found.append(_entry(path))
-    return sorted(found, key=lambda entry: -entry.last_used)
+                listed.append(_entry(path))
+    return sorted(listed, key=lambda entry: -entry.last_used)
 
 
 def entry_of(cache: Path, prefix: str) -> Entry:
@@ -88,11 +88,11 @@ def entry_of(cache: Path, prefix: str) -> Entry:
         RequestError: no key or several; the message lists them.
     """
     there = entries(cache)
-    found = [entry for entry in there if entry.key.startswith(prefix)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise RequestError(f"{len(found)} keys of {cache} begin with {prefix!r}; give more of one: {_listed(found)}")
+    matches = [entry for entry in there if entry.key.startswith(prefix)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise RequestError(f"{len(matches)} keys of {cache} begin with {prefix!r}; give more of one: {_listed(matches)}")
     raise RequestError(
         f"no key of {cache} begins with {prefix!r}; there {f'are {_listed(there)}' if there else 'is none at all'}"
     )
@@ -115,12 +115,12 @@ def verify(entry: Entry) -> tuple[int, list[int]]:
     return len(units), sorted({*(units - set(readable)), *store.verify(list(readable))})
 
 
-def unused(found: Iterable[Entry], older_than: float | None, used_keys: Collection[str] | None) -> list[Removal]:
+def unused(candidates: Iterable[Entry], older_than: float | None, used_keys: Collection[str] | None) -> list[Removal]:
     """Return keys not used for `older_than` seconds and not among `used_keys`. None skips a condition; with both None, no key."""
     if older_than is None and used_keys is None:
         return []
     out, now = [], time.time()
-    for entry in found:
+    for entry in candidates:
         age = now - entry.last_used
         if (older_than is None or age >= older_than) and (used_keys is None or entry.key not in used_keys):
             reason = f"not used for {ago(age)}" + ("" if used_keys is None else ", named by no run")
@@ -235,13 +235,13 @@ def _entry(directory: Path) -> Entry:
     )
     manifest = manifest_of(bare) or {}
     source, identity = manifest.get("source", {}), manifest.get("identity", {})
-    said = {
+    facts = {
         "model": source.get("model"),
         "layer": identity.get("layer"),
         "text": source.get("text") or source.get("vectors"),
         "positions": _rule(identity.get("positions")),
     }
-    return Entry(**{**vars(bare), **said})
+    return Entry(**{**vars(bare), **facts})
 
 
 def _rule(positions: dict[str, Any] | None) -> str | None:
@@ -273,11 +273,11 @@ def _orphans(directory: Path) -> Iterator[Path]:
     """Yield data files that no JSON names: their writer was killed before it, or another process was first."""
     for path in sorted(directory.glob("shard-*-*.arrow")):
         statement = directory / f"{path.name.rpartition('-')[0]}.json"
-        said = _said(statement)
-        nobodys = not statement.exists() if said is None else said["file"] != path.name
+        record = _said(statement)
+        nobodys = not statement.exists() if record is None else record["file"] != path.name
         if nobodys and time.time() - time_of(path) > LEFTOVER_AGE:
             yield path
 
 
-def _listed(found: Iterable[Entry]) -> str:
-    return ", ".join(f"{entry.key[:12]} ({entry.model or entry.text or 'no manifest'})" for entry in found)
+def _listed(shown: Iterable[Entry]) -> str:
+    return ", ".join(f"{entry.key[:12]} ({entry.model or entry.text or 'no manifest'})" for entry in shown)

@@ -285,8 +285,8 @@ class ActivationStore:
     def _statement(self, unit: int) -> Shard:
         """Read the JSON of a unit, without fields that a later version may have added."""
         with open(f"{self._place}/shard-{unit:05d}.json", "rb") as file:  # opening a large store is mostly this: no pathlib
-            said = json.loads(file.read())
-        shard = Shard(**{name: said[name] for name in SHARD_FIELDS})
+            record = json.loads(file.read())
+        shard = Shard(**{name: record[name] for name in SHARD_FIELDS})
         if shard.unit != unit or shard.dtype not in STORED_DTYPES:
             raise ValueError(f"it describes unit {shard.unit} with dtype {shard.dtype}")
         return shard
@@ -394,8 +394,8 @@ class ActivationTable:
         """Return a stored vector as a read-only view, as `stored` does; `take` copies many into a new array."""
         if not 0 <= index < self._num:
             raise IndexError(f"activation {index} is outside 0..{self._num - 1}")
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        vector: np.ndarray = self._vectors_of(place)[index - self._starts[place]]
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        vector: np.ndarray = self._vectors_of(shard)[index - self._starts[shard]]
         return vector
 
     def take(self, indices: Sequence[int] | Int64[np.ndarray, " activation"]) -> Float32[np.ndarray, "activation d_model"]:
@@ -404,10 +404,10 @@ class ActivationTable:
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self._num):
             raise IndexError(f"activation {wanted.min() if wanted.min() < 0 else wanted.max()} is outside 0..{self._num - 1}")
         out = np.empty((wanted.size, self.d_model), dtype=np.float32)
-        places = np.searchsorted(self._starts, wanted, side="right") - 1
-        for place in np.unique(places):
-            rows = np.flatnonzero(places == place)
-            out[rows] = to_float32(self._vectors_of(int(place))[wanted[rows] - self._starts[place]])
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        for shard in np.unique(shards):
+            rows = np.flatnonzero(shards == shard)
+            out[rows] = to_float32(self._vectors_of(int(shard))[wanted[rows] - self._starts[shard]])
         return out
 
     def column(self, name: Column, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -437,40 +437,40 @@ class ActivationTable:
 
     def num_source_rows(self) -> int:
         """Return the number of source rows whose tokens `role_counts` counts."""
-        return sum(self._shards[place].source_rows for place, _, _ in self._spans(0, None))
+        return sum(self._shards[shard].source_rows for shard, _, _ in self._spans(0, None))
 
     def _spans(self, start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
         """Yield (shard, first row, end row) for a range of activations; a range beyond the end is cut, as in a slice."""
         start, stop, _ = slice(start, stop).indices(self._num)
         # Thousands of shards: those around the range are found by bisection.
         first, end = np.searchsorted(self._starts, start, side="right") - 1, np.searchsorted(self._starts, stop, side="left")
-        for place in range(int(first), int(end)):
-            low, high = max(start, int(self._starts[place])), min(stop, int(self._starts[place + 1]))
+        for shard in range(int(first), int(end)):
+            low, high = max(start, int(self._starts[shard])), min(stop, int(self._starts[shard + 1]))
             if low < high:
-                yield place, low - int(self._starts[place]), high - int(self._starts[place])
+                yield shard, low - int(self._starts[shard]), high - int(self._starts[shard])
 
-    def _vectors_of(self, place: int) -> np.ndarray:
-        flat = self._batch(place).column("vector").flatten()
+    def _vectors_of(self, shard: int) -> np.ndarray:
+        flat = self._batch(shard).column("vector").flatten()
         kind = STORED_DTYPES[self.dtype]
         # Not `to_numpy`, which imports pandas where that is installed: a quarter of a second before the first vector.
         values = np.frombuffer(flat.buffers()[1], dtype=kind, count=len(flat), offset=flat.offset * kind.itemsize)
         return values.reshape(-1, self.d_model)
 
-    def _batch(self, place: int) -> pa.RecordBatch:
+    def _batch(self, index: int) -> pa.RecordBatch:
         self._store.touch()
-        if place in self._open:
-            self._open.move_to_end(place)
-            return self._open[place]
-        shard = self._shards[place]
+        if index in self._open:
+            self._open.move_to_end(index)
+            return self._open[index]
+        shard = self._shards[index]
         if problem := _problem(self.directory, shard):
             self._store._set_aside(shard, problem)
             raise StoreError(
                 f"shard {shard.unit} of {self.directory} is damaged ({problem}) and was set aside: run again to compute it anew"
             )
-        self._open[place] = _read_batch(self.directory / shard.file)
+        self._open[index] = _read_batch(self.directory / shard.file)
         if len(self._open) > MOST_OPEN_SHARDS:
             self._open.popitem(last=False)
-        return self._open[place]
+        return self._open[index]
 
 
 def estimate_bytes(num_activations: int, d_model: int, dtype: str) -> int:
@@ -600,8 +600,8 @@ def _norm_summary(norms: np.ndarray) -> dict[str, float | int]:
 
 
 def _sum_role_counts(shards: Sequence[Shard]) -> dict[str, int] | None:
-    known = [shard.role_counts for shard in shards if shard.role_counts is not None]
-    return {role: sum(counts[role] for counts in known) for role in known[0]} if known else None
+    counts_by_shard = [shard.role_counts for shard in shards if shard.role_counts is not None]
+    return {role: sum(counts[role] for counts in counts_by_shard) for role in counts_by_shard[0]} if counts_by_shard else None
 
 
 def _json_bytes(value: object) -> bytes:

@@ -102,10 +102,10 @@ class TextUnits:
         given = [row.token_ids for row in rows if row.token_ids is not None]
         if not given:
             return self.reader.tokenize([row.text for row in rows], self.max_length), None
-        pad_id, known = self.reader.filler_id, self.reader.num_embeddings
+        pad_id, num_embeddings = self.reader.filler_id, self.reader.num_embeddings
         for row, ids in zip(rows, given, strict=True):
             where = f"row {row.index} of {self.activations.text} (column {self.activations.text_column!r})"
-            refuse_strange(ids, known, where)
+            refuse_strange(ids, num_embeddings, where)
             self._refuse_long(ids, unpadded(ids, pad_id).stop, where)
         return [list(ids[: self.max_length]) for ids in given], pad_id
 

@@ -31,12 +31,12 @@ from ksweep.utils.sidecar_keys import (
     LAYER_KEYS,
     TEXT_OF_VECTORS,
     abbreviated,
-    at,
     base_model,
     check_keys,
     is_done,
     read_layer,
     read_yaml,
+    value_at,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def read_vectors_sidecar(vectors: str | Path) -> VectorsSidecar | None:
         raise DataError(f"sidecar {path} has an `extraction` that is no mapping: {abbreviated(meta['extraction'])}")
     if (version := meta.get("schema_version")) not in (None, 1, 2):
         raise DataError(f"sidecar {path} has schema_version={abbreviated(version)}; 1 is understood: use a later ksweep for it")
-    norm = at(meta, "extraction.norm")
+    norm = value_at(meta, "extraction.norm")
     if norm is not None and not is_done("norm", norm):
         raise DataError(
             f"sidecar {path} has extraction.norm={abbreviated(norm)}: the vectors are not as the model gives them, and AV and AR "
@@ -109,10 +109,10 @@ def read_vectors_sidecar(vectors: str | Path) -> VectorsSidecar | None:
 
 def _said_width(meta: dict[str, Any], path: Path) -> int | None:
     keys = ("d_model", "extraction.d_model", "hidden_size", "extraction.hidden_size")
-    said = {key: width for key in keys if (width := _whole(meta, key, path)) is not None}
-    if len(set(said.values())) > 1:
-        raise DataError(f"sidecar {path} has {' and '.join(f'{key}={width}' for key, width in said.items())}: make them agree")
-    return next(iter(said.values()), None)
+    widths = {key: width for key in keys if (width := _whole(meta, key, path)) is not None}
+    if len(set(widths.values())) > 1:
+        raise DataError(f"sidecar {path} has {' and '.join(f'{key}={width}' for key, width in widths.items())}: make them agree")
+    return next(iter(widths.values()), None)
 
 
 def vectors_shape(vectors: str | Path) -> tuple[int, int]:
@@ -395,7 +395,7 @@ def _width(file: pq.ParquetFile, path: Path) -> int:
 
 
 def _whole(meta: dict[str, Any], key: str, path: Path) -> int | None:
-    value = at(meta, key)
+    value = value_at(meta, key)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31):
         return value
     raise DataError(f"sidecar {path}: {key} is {abbreviated(value)}, expected a whole number")

@@ -106,8 +106,8 @@ def load_cells(registry: Path | str, names: Sequence[str] = (), *, vector_cache:
     with connect(root) as connection:
         connection.register("requested", requested)
         rows = connection.sql(_NAMED if names else _ALL).to_arrow_table().to_pylist()
-    matched = {place for row in rows for place in row.pop("places", ())}
-    if unknown := [name for place, name in enumerate(names) if place not in matched]:
+    matched = {index for row in rows for index in row.pop("places", ())}
+    if unknown := [name for index, name in enumerate(names) if index not in matched]:
         raise RequestError(f"no finished run, cell, label or sweep {unknown[0]!r} in {registry}: `ksweep ls` lists them")
     cells = [_cell(row, root, None if vector_cache is None else Path(vector_cache)) for row in rows]
     labels = distinct_names([{name: getattr(cell, name) for name in ("label", "sweep", "cell", "run_id")} for cell in cells])

@@ -147,8 +147,8 @@ def noted(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for note in row.get("notes") or ():
             labels_with.setdefault((note["about"], note["text"]), []).append(row["label"])
     return [
-        f"{about}: {text}" if len(having) == len(labels) else f"{about} ({', '.join(having)}): {text}"
-        for (about, text), having in labels_with.items()
+        f"{about}: {text}" if len(noted_runs) == len(labels) else f"{about} ({', '.join(noted_runs)}): {text}"
+        for (about, text), noted_runs in labels_with.items()
     ]
 
 

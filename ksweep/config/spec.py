@@ -315,7 +315,7 @@ def replace_at(spec: Any, path: str, value: Any) -> Any:
     """Return a copy of a nested spec with the field at a dotted path changed: `replace_at(cell, "sampling.seed", 1)`."""
     head, _, rest = path.partition(".")
     if not is_dataclass(spec) or head not in {f.name for f in fields(spec)}:
-        known = ", ".join(f.name for f in fields(spec)) if is_dataclass(spec) else "nothing below it"
-        raise SpecError(f"{type(spec).__name__} has no field {head!r}; it has {known}")
+        names = ", ".join(f.name for f in fields(spec)) if is_dataclass(spec) else "nothing below it"
+        raise SpecError(f"{type(spec).__name__} has no field {head!r}; it has {names}")
     changed = replace_at(getattr(spec, head), rest, value) if rest else value
     return replace(spec, **{head: changed})  # type: ignore[type-var]

@@ -66,11 +66,11 @@ class Sweep:
         fields_of = _axis_names(list(self.axes))
         texts = {path: _axis_texts(fields_of[path], values) for path, values in self.axes.items()}
         labels: dict[Cell, str] = {}
-        for places in itertools.product(*(range(len(values)) for values in self.axes.values())):
+        for indices in itertools.product(*(range(len(values)) for values in self.axes.values())):
             cell = self.cell
-            for (path, values), place in zip(self.axes.items(), places, strict=True):
-                cell = replace_at(cell, path, values[place])
-            label = ", ".join(filter(None, (texts[path][place] for path, place in zip(self.axes, places, strict=True))))
+            for (path, values), index in zip(self.axes.items(), indices, strict=True):
+                cell = replace_at(cell, path, values[index])
+            label = ", ".join(filter(None, (texts[path][index] for path, index in zip(self.axes, indices, strict=True))))
             labels.setdefault(cell, label or self.name)
         again = duplicate_names(list(labels.values()))
         return [f"{text} #{i}" if text in again else text for i, text in enumerate(labels.values())]
@@ -94,16 +94,16 @@ def _axis_texts(name: str, values: Sequence[Any]) -> list[str]:
     parts: list[list[str]] = [[] for _ in values]
     for field_name in (f.name for f in fields(values[0])):
         column = [getattr(value, field_name) for value in values]
-        for at, (value, text) in enumerate(zip(column, _value_texts(field_name, column), strict=True)):
-            parts[at] += [f"{field_name}={text}"] if value is not None and len(set(column)) > 1 else []
+        for i, (value, text) in enumerate(zip(column, _value_texts(field_name, column), strict=True)):
+            parts[i] += [f"{field_name}={text}"] if value is not None and len(set(column)) > 1 else []
     return [", ".join(part) for part in parts]
 
 
 def _value_texts(name: str, values: Sequence[Any]) -> list[str]:
     """Return values as text; paths and hub ids as short as keeps them distinct."""
     if name.rpartition(".")[2] in PATHS:
-        known = [value for value in values if value is not None]
-        texts = dict(zip(known, short_names(known), strict=True)) if known else {}
+        paths = [value for value in values if value is not None]
+        texts = dict(zip(paths, short_names(paths), strict=True)) if paths else {}
         return [texts.get(value, str(value)) for value in values]
     return [f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value) for value in values]
 

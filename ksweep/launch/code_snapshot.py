@@ -50,15 +50,15 @@ def snapshot_code(logs: Path, package: Path | None = None) -> CodeSnapshot | Non
     _check_untracked_size(root, new)
     diff = _difference(root, new)
     key = f"{commit[:12]}-{hashlib.sha256(diff).hexdigest()[:12]}"
-    place = logs / "code" / key
-    marker, patch = place.with_name(f"{key}.json"), place.with_name(f"{key}.diff")
+    directory = logs / "code" / key
+    marker, patch = directory.with_name(f"{key}.json"), directory.with_name(f"{key}.diff")
     if not marker.exists():
         if diff:
             publish(patch, diff)
         files = [name for name in [*_names(root, "--cached"), *new] if (root / name).is_symlink() or (root / name).is_file()]
-        _copy(root, files, place)
+        _copy(root, files, directory)
         publish(marker, json.dumps({"commit": commit, "files": len(files)}).encode())
-    return CodeSnapshot(place, commit, patch if diff else None)
+    return CodeSnapshot(directory, commit, patch if diff else None)
 
 
 def _root(path: Path) -> Path | None:
@@ -84,19 +84,19 @@ def _difference(root: Path, new: list[str]) -> bytes:
     return b"".join(parts)
 
 
-def _copy(root: Path, files: list[str], place: Path) -> None:
+def _copy(root: Path, files: list[str], directory: Path) -> None:
     """Copy files to another name, then rename: an interrupted copy is never mistaken for a whole one."""
-    staged = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    staged = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     try:
         for name in files:
             target = staged / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target, follow_symlinks=False)
-        if place.exists():  # without its marker: left by a copy that was cut short between the two
-            shutil.rmtree(place)
-        os.replace(staged, place)
+        if directory.exists():  # without its marker: left by a copy that was cut short between the two
+            shutil.rmtree(directory)
+        os.replace(staged, directory)
     except OSError:
-        if not place.is_dir():  # another launcher may have put its own, equal one there
+        if not directory.is_dir():  # another launcher may have put its own, equal one there
             raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -89,8 +89,8 @@ def _gpu_name(device: str) -> str:
 
 
 def _uuids() -> list[str]:
-    found = [re.search(r"GPU UUID:\s*(\S+)", path.read_text()) for path in sorted(DRIVER_DIRECTORY.glob("*/information"))]
-    return [match[1] if match else "" for match in found]
+    matches = [re.search(r"GPU UUID:\s*(\S+)", path.read_text()) for path in sorted(DRIVER_DIRECTORY.glob("*/information"))]
+    return [match[1] if match else "" for match in matches]
 
 
 def _folder() -> Path:

@@ -83,7 +83,7 @@ class Estimate:
 
 def estimate(steps: Sequence[Step]) -> Estimate:
     """Sum up a plan."""
-    known = [step.seconds for step in steps if step.seconds is not None]
+    estimated = [step.seconds for step in steps if step.seconds is not None]
     missing = [step for step in steps if step.state == "missing"]
     unknown = sum(step.seconds is None for step in missing)
     return Estimate(
@@ -91,8 +91,8 @@ def estimate(steps: Sequence[Step]) -> Estimate:
         draws=sum(step.draws_to_sample for step in steps),
         activation_bytes=sum(step.activation_bytes for step in steps),
         draw_bytes=sum(step.draw_bytes for step in steps),
-        seconds=None if unknown else sum(known),
-        known_seconds=sum(known),
+        seconds=None if unknown else sum(estimated),
+        known_seconds=sum(estimated),
         num_known=len(missing) - unknown,
         num_unknown=unknown,
     )

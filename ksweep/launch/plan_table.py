@@ -88,8 +88,8 @@ def _sums(sweep: Sweep, sums: Estimate, gpus: int, shape: str, cells_of_jobs: Se
 def _source(sums: Estimate) -> str:
     if sums.num_unknown == 0:
         return " (from the newest run of this pair)" if sums.seconds else ""
-    known = f"; {duration_text(sums.known_seconds)} for {sums.num_known} of {sums.num_known + sums.num_unknown} cells"
-    return f" (no earlier run of this pair to estimate it from{known if sums.num_known else ''})"
+    partial_time = f"; {duration_text(sums.known_seconds)} for {sums.num_known} of {sums.num_known + sums.num_unknown} cells"
+    return f" (no earlier run of this pair to estimate it from{partial_time if sums.num_known else ''})"
 
 
 def _each(cells: Sequence[int]) -> str:

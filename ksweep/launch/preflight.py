@@ -144,7 +144,7 @@ def with_num_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
     return replace(sweep, resources=replace(resources, tasks=ranks))
 
 
-def _existing(place: Path) -> Path:
+def _existing(directory: Path) -> Path:
     """Return the directory, or the nearest parent that exists: a dry run creates nothing."""
-    place = place.absolute()
-    return next(path for path in (place, *place.parents) if path.exists())
+    directory = directory.absolute()
+    return next(path for path in (directory, *directory.parents) if path.exists())

@@ -47,9 +47,9 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
     resources = sweep.resources
     code = code_snapshot.snapshot_code(logs)
     jobs = [create_job_for_cells(sweep, group, "slurm") for group in group_by_autoencoder(sweep, missing)]
-    told = _code_note(code)
+    note = _code_note(code)
     for job in jobs:
-        job.write_note("code", told)
+        job.write_note("code", note)
     try:
         done = sbatch.submit_arrays(
             logs, jobs, resources, sweep.name, code.path if code else None, beside=_slurm_ids(sweep, at_work)
@@ -71,9 +71,9 @@ def _code_note(code: code_snapshot.CodeSnapshot | None) -> dict[str, str | None]
     """Return the note that says where a job's code comes from."""
     if code is not None:
         return {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None}
-    place, version = Path(__file__).parents[1], f"ksweep {VERSION}"
-    print(f"jobs run the installed {version} in {place} itself: leave it as it is while they do", file=sys.stderr)
-    return {"path": str(place), "commit": version, "diff": None}
+    package, version = Path(__file__).parents[1], f"ksweep {VERSION}"
+    print(f"jobs run the installed {version} in {package} itself: leave it as it is while they do", file=sys.stderr)
+    return {"path": str(package), "commit": version, "diff": None}
 
 
 def _slurm_ids(sweep: Sweep, jobs: Iterable[Job]) -> list[str]:
@@ -88,12 +88,12 @@ def wait_for_slurm_jobs(jobs: Sequence[Job], sweep: Sweep) -> None:
     with ProgressDisplay() as watch:
         try:
             while live:
-                found = status.job_statuses(list(live.values()))
-                ended += [(live.pop(name), status.DIRECTORY_GONE) for name in set(live) - set(found)]
-                for name, verdict in found.items():
-                    if verdict.state not in status.LIVE_STATES and finalize_if_ended(live[name], verdict):
-                        ended.append((live.pop(name), verdict))
-                watch.show_jobs(found, {job.id: read_or(job.heartbeats, []) for job in live.values()})
+                statuses = status.job_statuses(list(live.values()))
+                ended += [(live.pop(name), status.DIRECTORY_GONE) for name in set(live) - set(statuses)]
+                for name, job_status in statuses.items():
+                    if job_status.state not in status.LIVE_STATES and finalize_if_ended(live[name], job_status):
+                        ended.append((live.pop(name), job_status))
+                watch.show_jobs(statuses, {job.id: read_or(job.heartbeats, []) for job in live.values()})
                 time.sleep(max(WAIT_POLL_SECONDS, WAIT_POLL_SECONDS_PER_JOB * len(live)) if live else 0)
         except KeyboardInterrupt:
             raise RunError(

@@ -247,8 +247,8 @@ def job_statuses(jobs: Sequence[Job]) -> dict[str, JobStatus]:
     from_files = {job.id: _guarded(job, partial(_status_from_files, job)) for job in jobs}
     silent = [job for job in jobs if from_files[job.id] is None]
     slurm = _ask_slurm(silent)
-    found = {job.id: from_files[job.id] or _guarded(job, partial(_status_of_silent, job, slurm[job.id])) for job in jobs}
-    return {name: status for name, status in found.items() if status is not None and status is not DIRECTORY_GONE}
+    statuses = {job.id: from_files[job.id] or _guarded(job, partial(_status_of_silent, job, slurm[job.id])) for job in jobs}
+    return {name: status for name, status in statuses.items() if status is not None and status is not DIRECTORY_GONE}
 
 
 def _ask_slurm(silent: Sequence[Job]) -> dict[str, SlurmState]:

@@ -153,9 +153,9 @@ def metadata_table(vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa
 
 def position_bucket(position: int) -> str:
     """Return the name of a position's group: "32 to 63" for a token position of 40."""
-    at = bisect.bisect_right(BUCKET_STARTS, position) - 1
-    end = BUCKET_STARTS[at + 1] if at + 1 < len(BUCKET_STARTS) else None
-    return f"{BUCKET_STARTS[at]} and later" if end is None else f"{BUCKET_STARTS[at]} to {end - 1}"
+    bucket = bisect.bisect_right(BUCKET_STARTS, position) - 1
+    end = BUCKET_STARTS[bucket + 1] if bucket + 1 < len(BUCKET_STARTS) else None
+    return f"{BUCKET_STARTS[bucket]} and later" if end is None else f"{BUCKET_STARTS[bucket]} to {end - 1}"
 
 
 def natural_sorted(groups: Iterable[str]) -> list[str]:
@@ -164,15 +164,15 @@ def natural_sorted(groups: Iterable[str]) -> list[str]:
 
 
 def _within(targets: np.ndarray, groups: Sequence[str | None], kind: stats.ScoringKind) -> list[float | None]:
-    known = np.array([g is not None for g in groups])
-    found: list[float | None] = [None] * len(groups)
-    if known.any():
+    has_group = np.array([g is not None for g in groups])
+    distances: list[float | None] = [None] * len(groups)
+    if has_group.any():
         names = [g for g in groups if g is not None]
         for row, value in zip(
-            np.flatnonzero(known), stats.within_group_distances(targets[known], names, kind).tolist(), strict=True
+            np.flatnonzero(has_group), stats.within_group_distances(targets[has_group], names, kind).tolist(), strict=True
         ):
-            found[row] = value
-    return found
+            distances[row] = value
+    return distances
 
 
 def _between(
@@ -180,7 +180,7 @@ def _between(
 ) -> list[float | None]:
     """Return each activation's part of the baseline between the documents of its group."""
     names, ids = np.array([g or "" for g in groups], dtype=object), np.asarray(documents, dtype=object)
-    found: list[float | None] = [None] * len(groups)
+    distances: list[float | None] = [None] * len(groups)
     for group in {g for g in groups if g is not None}:
         rows = np.flatnonzero(names == group)
         # A slice of the map where the group is everything: no copy of all vectors.
@@ -191,8 +191,8 @@ def _between(
             continue
         assert parts is not None
         for row, part in zip(rows.tolist(), parts.tolist(), strict=True):
-            found[row] = part
-    return found
+            distances[row] = part
+    return distances
 
 
 def _path(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> Path:

@@ -54,9 +54,9 @@ class Attempt:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Attempt:
         """Parse an entry of a file, ignoring fields that this version does not know."""
-        known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
-        known |= {name: datetime.fromisoformat(known[name]) for name in ("began", "ended") if known.get(name)}
-        return cls(**known | {"cells": tuple(known["cells"])})
+        values = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        values |= {name: datetime.fromisoformat(values[name]) for name in ("began", "ended") if values.get(name)}
+        return cls(**values | {"cells": tuple(values["cells"])})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, times in UTC."""

@@ -234,13 +234,13 @@ def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
 
 def _names_on_disk(root: Path) -> set[str]:
     """Run ids, attempts/<job> and sweeps/<id>, without names that begin with a dot: those are still being written."""
-    told = {f"{ATTEMPTS_PREFIX}{job}" for job in attempts.jobs_with_attempts(root)} | {
+    names = {f"{ATTEMPTS_PREFIX}{job}" for job in attempts.jobs_with_attempts(root)} | {
         f"{SWEEPS_PREFIX}{name}" for name in sweeps.sweep_record_ids(root)
     }
     try:
-        return told | {name for name in os.listdir(root / "landing") if not name.startswith(".")}
+        return names | {name for name in os.listdir(root / "landing") if not name.startswith(".")}
     except FileNotFoundError:
-        return told
+        return names
 
 
 def _state(root: Path) -> tuple[_State | None, str | None]:
@@ -277,8 +277,8 @@ def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_Sta
 def _signature(root: Path, name: str) -> str:
     """Return names, sizes and modification times of a run's files, which change when someone repairs it."""
     path = _path(root, name)
-    found = sorted([path, *path.glob("*")])
-    return " ".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in found if (s := p.stat()))
+    paths = sorted([path, *path.glob("*")])
+    return " ".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in paths if (s := p.stat()))
 
 
 def _path(root: Path, name: str) -> Path:
@@ -463,8 +463,8 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
         connection.execute(f"DROP MACRO {name}")
     views = _sql("views.sql")
     # Directories that begin with a dot are still being written. draws/_schema has parts without rows, so that files always match.
-    for place, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}"}.items():
-        views = views.replace(f"'{place}'", _quoted(f"{_glob_escaped(root)}/{pattern}"))
+    for placeholder, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}"}.items():
+        views = views.replace(f"'{placeholder}'", _quoted(f"{_glob_escaped(root)}/{pattern}"))
     views = views.replace("'ASYMMETRY'", str(ASYMMETRY))
     connection.execute(views)
     _inherit_comments(connection)
@@ -488,9 +488,9 @@ def _inherit_comments(connection: duckdb.DuckDBPyConnection) -> None:
     comments = {(table, column): comment for table, column, comment in columns if comment}
     views = connection.execute("SELECT view_name FROM duckdb_views() WHERE database_name = 'ksweep' AND NOT internal").fetchall()
     for table, column, comment in columns:
-        found = [c for source in COMMENT_SOURCES.get(table, ("run_curves", "runs")) if (c := comments.get((source, column)))]
-        if (table,) in views and not comment and found:
-            connection.execute(f"COMMENT ON COLUMN {table}.{column} IS {_quoted(found[0])}")
+        candidates = [c for source in COMMENT_SOURCES.get(table, ("run_curves", "runs")) if (c := comments.get((source, column)))]
+        if (table,) in views and not comment and candidates:
+            connection.execute(f"COMMENT ON COLUMN {table}.{column} IS {_quoted(candidates[0])}")
 
 
 # Files, locks and text

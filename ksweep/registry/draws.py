@@ -199,8 +199,8 @@ class DrawsStore:
         index = np.full((part.last_row - part.first_row, part.last_draw - part.first_draw), -1)
         rows, columns = table["activation"].to_numpy()[valid] - part.first_row, table["draw"].to_numpy()[valid] - part.first_draw
         index[rows, columns] = np.arange(len(valid))
-        at = index[activations - part.first_row, draws - part.first_draw]
-        target[wanted[at >= 0]] = vectors[at[at >= 0]]
+        source_rows = index[activations - part.first_row, draws - part.first_draw]
+        target[wanted[source_rows >= 0]] = vectors[source_rows[source_rows >= 0]]
 
     def set_damaged_aside(self, num_activations: int, num_draws: int) -> None:
         """Read every part of these draws once and set damaged ones aside, so that their draws count as missing."""
@@ -286,9 +286,9 @@ def _rectangles(exists: np.ndarray, row: int, draw: int) -> list[WorkUnit]:
     units: list[WorkUnit] = []
     for i, present in enumerate(exists):
         for first, last in _runs(~present):
-            for at, unit in enumerate(units):
+            for index, unit in enumerate(units):
                 if unit.last_row == row + i and (unit.first_draw, unit.last_draw) == (draw + first, draw + last):
-                    units[at] = WorkUnit(unit.first_row, row + i + 1, unit.first_draw, unit.last_draw)
+                    units[index] = WorkUnit(unit.first_row, row + i + 1, unit.first_draw, unit.last_draw)
                     break
             else:
                 units.append(WorkUnit(row + i, row + i + 1, draw + first, draw + last))

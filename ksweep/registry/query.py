@@ -47,8 +47,8 @@ def cell_of_run(root: Path, name: str) -> str | None:
     if not root.is_dir():
         return None
     with connect(root) as connection:
-        found = connection.execute("SELECT DISTINCT cell_key FROM runs WHERE starts_with(run_id, ?)", [name]).fetchall()
-    return str(found[0][0]) if len(found) == 1 else None
+        cells = connection.execute("SELECT DISTINCT cell_key FROM runs WHERE starts_with(run_id, ?)", [name]).fetchall()
+    return str(cells[0][0]) if len(cells) == 1 else None
 
 
 def failed_runs(root: Path) -> dict[str, tuple[str, str]]:
@@ -86,14 +86,16 @@ def run_named(root: Path, name: str) -> str:
         "SELECT run_id FROM v_latest WHERE starts_with(cell_key, ltrim($1, '@'))"
     )
     with connect(root) as connection:
-        found = connection.execute(exact, [name]).fetchall()
-        if not found and name.strip("@"):
-            found = connection.execute(begins, [name]).fetchall()
-    if len(found) == 1:
-        return str(found[0][0])
-    if not found:
+        run_ids = connection.execute(exact, [name]).fetchall()
+        if not run_ids and name.strip("@"):
+            run_ids = connection.execute(begins, [name]).fetchall()
+    if len(run_ids) == 1:
+        return str(run_ids[0][0])
+    if not run_ids:
         raise RequestError(f"no run, cell, label or sweep {name!r} in {root}: `ksweep ls` lists them")
-    raise RequestError(f"{len(found)} runs are called {name!r}; name one of them: {', '.join(sorted(run for (run,) in found))}")
+    raise RequestError(
+        f"{len(run_ids)} runs are called {name!r}; name one of them: {', '.join(sorted(run for (run,) in run_ids))}"
+    )
 
 
 REFERENCE_METRICS = ("variance_recovery", "mse_variance_recovery", "r_squared")
@@ -120,10 +122,10 @@ def named_curves(root: Path, names: Sequence[str], metric: str | None = None) ->
         if unknown:
             raise RequestError(f"no finished run, cell, label or sweep {unknown[0][0]!r} in {root}: `ksweep ls` lists them")
         values = _REFERENCE_CURVES if metric in REFERENCE_METRICS else _CURVES
-        found = connection.sql(values.format(runs=everything), params={"metric": metric}).to_arrow_table()
-    if not found.num_rows:
+        curves = connection.sql(values.format(runs=everything), params={"metric": metric}).to_arrow_table()
+    if not curves.num_rows:
         raise RequestError(f"none of these runs has {metric or 'a curve'}; only checkpoints have {', '.join(REFERENCE_METRICS)}")
-    return found
+    return curves
 
 
 _NAMED_RUNS = """(

@@ -153,18 +153,18 @@ class RunRecord:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
         """Build a record from a parsed record.json, ignoring keys that this version does not know."""
-        known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
-        known |= {name: tuple(known[name]) for name in ("argv", "tracebacks") if name in known}
+        values = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        values |= {name: tuple(values[name]) for name in ("argv", "tracebacks") if name in values}
         # Earlier versions kept these fields of the engine among the packages.
-        packages, engine = dict(known.get("packages", {})), dict(known.get("engine", {}))
+        packages, engine = dict(values.get("packages", {})), dict(values.get("engine", {}))
         engine |= {name: packages.pop(name) for name in ("attention", "tf32", "cuda_graphs") if name in packages}
-        known |= {"packages": packages, "engine": engine}
-        known |= {"notes": tuple(map(_note, known.get("notes", ())))}
-        known |= {name: datetime.fromisoformat(known[name]) for name in ("started", "finished") if name in known}
-        if "error_class" not in known and known.get("error_type"):  # written when one field held class or type
-            known |= {"error_class": class_of_type(known["error_type"])}
-            known |= {"error_type": None} if known["error_class"] == known["error_type"] else {}
-        return cls(**known)
+        values |= {"packages": packages, "engine": engine}
+        values |= {"notes": tuple(map(_note, values.get("notes", ())))}
+        values |= {name: datetime.fromisoformat(values[name]) for name in ("started", "finished") if name in values}
+        if "error_class" not in values and values.get("error_type"):  # written when one field held class or type
+            values |= {"error_class": class_of_type(values["error_type"])}
+            values |= {"error_type": None} if values["error_class"] == values["error_type"] else {}
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for record.json; NaN and infinity become null."""

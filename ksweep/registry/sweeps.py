@@ -58,10 +58,10 @@ class SweepRecord:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> SweepRecord:
         """Parse the record of a file, ignoring fields that this version does not know."""
-        known = {f.name: value[f.name] for f in fields(cls) if f.name in value}
-        cells = [SweepCell(**{f.name: cell[f.name] for f in fields(SweepCell)}) for cell in known["cells"]]
-        asked = datetime.fromisoformat(known["asked"])
-        return cls(**known | {"cells": tuple(cells), "asked": asked, "argv": tuple(known.get("argv", ()))})
+        values = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        cells = [SweepCell(**{f.name: cell[f.name] for f in fields(SweepCell)}) for cell in values["cells"]]
+        asked = datetime.fromisoformat(values["asked"])
+        return cls(**values | {"cells": tuple(cells), "asked": asked, "argv": tuple(values.get("argv", ()))})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, the time in UTC."""
@@ -125,7 +125,7 @@ def make_sweep_record(sweep: str, question: str, cells: Sequence[tuple[str, str]
     return SweepRecord(
         sweep=sweep, question=question, asked=datetime.now(UTC), argv=tuple(facts["argv"]), git_commit=facts["git_commit"],
         git_dirty=facts["git_dirty"],
-        cells=tuple(SweepCell(cell_key=key, label=label, place=place) for place, (key, label) in enumerate(cells)),
+        cells=tuple(SweepCell(cell_key=key, label=label, place=i) for i, (key, label) in enumerate(cells)),
     )  # fmt: skip
 
 

@@ -163,8 +163,8 @@ def _from_error(point: TableRow, record: RunRecord) -> float | None:
 def _by_role(quantities: Mapping[tuple[str | None, int], dict[str, TableRow]], k: int) -> TableRow:
     errors: TableRow = {}
     recovery: TableRow = {}
-    for (role, at), rows in quantities.items():
-        if role is None or at != k:
+    for (role, row_k), rows in quantities.items():
+        if role is None or row_k != k:
             continue
         mse, count = rows["avg_mse"], rows["avg_mse"]["num_activations"]
         errors[role] = {"avg_mse": mse["value"], "count": count, "std": mse.get("spread")}

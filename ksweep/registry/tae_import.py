@@ -363,5 +363,5 @@ def _width(results: Sequence[TableRow]) -> int | None:
 
 def _layer(checkpoint: str | None) -> int | None:
     """Return the layer in the name of the training run: 45 for "..._L45_e45_..."."""
-    found = re.search(r"_L(\d+)_", checkpoint or "")
-    return int(found[1]) if found else None
+    match = re.search(r"_L(\d+)_", checkpoint or "")
+    return int(match[1]) if match else None

@@ -220,7 +220,7 @@ def read_yaml(path: Path, refuse: Refuse) -> Any:
         raise refuse(f"{path} cannot be read as YAML ({reason}). Copy the sidecar again, whole.") from error
 
 
-def at(meta: Mapping[str, Any], dotted: str) -> Any:
+def value_at(meta: Mapping[str, Any], dotted: str) -> Any:
     """Return the value under a dotted key; None where it or a parent is absent."""
     value: Any = meta
     for key in dotted.split("."):
@@ -239,17 +239,17 @@ def read_layer(meta: Mapping[str, Any], path: Path, refuse: Refuse) -> int | Non
     Raises:
         What `refuse` makes: no whole number, or two places that disagree.
     """
-    said = {key: value for key in LAYER_KEYS if (value := at(meta, key)) is not None}
-    said |= {key: value for key, value in _nested(meta) if value is not None and _is_layer(key)}
-    for key, value in said.items():
+    layers = {key: value for key in LAYER_KEYS if (value := value_at(meta, key)) is not None}
+    layers |= {key: value for key, value in _nested(meta) if value is not None and _is_layer(key)}
+    for key, value in layers.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
             raise refuse(
                 f"{path} has {key}={abbreviated(value)}, expected a whole number >= 0. Correct it, or use the sidecar that was "
                 "released with the weights."
             )
-    if len(set(said.values())) > 1:
-        raise refuse(f"{path} names different layers: {_spelled(said)}. All mean the block that was read: make them agree.")
-    return next(iter(said.values()), None)
+    if len(set(layers.values())) > 1:
+        raise refuse(f"{path} names different layers: {_spelled(layers)}. All mean the block that was read: make them agree.")
+    return next(iter(layers.values()), None)
 
 
 def _is_layer(key: str) -> bool:
@@ -266,23 +266,23 @@ def base_model(meta: Mapping[str, Any], path: Path, refuse: Refuse, notes: list[
     Raises:
         What `refuse` makes: no text, or two hub ids that disagree.
     """
-    said = {key: value for key in BASE_KEYS if (value := at(meta, key)) is not None}
-    for key, value in said.items():
+    stated = {key: value for key in BASE_KEYS if (value := value_at(meta, key)) is not None}
+    for key, value in stated.items():
         if not isinstance(value, str):
             raise refuse(f"{path} has {key}={abbreviated(value)}, expected text: the base model's name. Correct it.")
-    left = {key: value for key, value in said.items() if OF_TRAINING.search(value)}
-    hub = {key: value for key, value in said.items() if key not in left and HUB_ID.match(value)}
+    left = {key: value for key, value in stated.items() if OF_TRAINING.search(value)}
+    hub = {key: value for key, value in stated.items() if key not in left and HUB_ID.match(value)}
     if hub and left:
         text = f"{path} has {_spelled(left)}, taken as a directory of its training, beside {_spelled(hub)}."
         notes.append(Note("base model", text))
     names = {key: value.partition("@")[0].lower().split("/")[1] for key, value in hub.items()}
     if len(set(names.values())) > 1:
         raise refuse(f"{path} names different base models: {_spelled(hub)}. Keep the one whose activations were read.")
-    return next(iter((hub or said).values()), None)
+    return next(iter((hub or stated).values()), None)
 
 
-def _spelled(said: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={abbreviated(value)}" for key, value in said.items())
+def _spelled(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={abbreviated(value)}" for key, value in values.items())
 
 
 def check_keys(
@@ -315,7 +315,7 @@ class _Judge:
         self.meta, self.understood, self.path, self.refuse, self.informs = meta, understood, path, refuse, informs
         self.sections = {name.rpartition(".")[0] for name in understood} - INFORMATIONAL
         self.judged: set[int] = set()
-        self.own = {name.rpartition(".")[2]: value for name in understood if (value := at(meta, name)) is not None}
+        self.own = {name.rpartition(".")[2]: value for name in understood if (value := value_at(meta, name)) is not None}
 
     def judge_all(self) -> None:
         """Judge the top-level keys and those of each section."""
@@ -354,8 +354,8 @@ class _Judge:
         """Return whether a key is empty, read, a repetition of a read one, asks for what is done anyway, or informs."""
         last = name.rpartition(".")[2]
         repeats = last in self.own and _same(self.own[last], value)
-        told = _plain(last) in self.informs or _is_opaque(last, value)
-        return value is None or name in self.understood or repeats or is_done(last, value) or told
+        informs = _plain(last) in self.informs or _is_opaque(last, value)
+        return value is None or name in self.understood or repeats or is_done(last, value) or informs
 
     def refuse_change(self, name: str, value: Any) -> None:
         """Refuse a key that changes numbers, or an entry that is not understood in a mapping that does."""
@@ -394,14 +394,14 @@ def _nested(value: Any) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
     left = [("", value)]
     while left:
-        before, one = left.pop()
-        if id(one) in seen or not isinstance(one, (dict, list)):
+        before, container = left.pop()
+        if id(container) in seen or not isinstance(container, (dict, list)):
             continue
-        seen.add(id(one))
-        if isinstance(one, list):
-            left.extend((before, held) for held in one)
+        seen.add(id(container))
+        if isinstance(container, list):
+            left.extend((before, held) for held in container)
             continue
-        pairs = [(f"{before}{key}", held) for key, held in one.items() if not _is_opaque(key, held)]
+        pairs = [(f"{before}{key}", held) for key, held in container.items() if not _is_opaque(key, held)]
         yield from pairs
         left.extend((f"{name}.", held) for name, held in pairs)
 

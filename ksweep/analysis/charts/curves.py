@@ -385,8 +385,8 @@ def _temperature_lines(rows: Rows, colour: alt.Color) -> alt.LayerChart:
     lighter = alt.Opacity("few:O", scale=alt.Scale(domain=[False, True], range=[1, LIGHT]), legend=None)
     layers: list[Any] = [_zero_line(FVE)] if _crosses_zero(rows, []) else []
     ks = sorted({r["k"] for r in rows})
-    for place, k in enumerate(ks):
-        aside = DODGE * (place - (len(ks) - 1) / 2)  # or the error bars of all K would lie on one another
+    for i, k in enumerate(ks):
+        aside = DODGE * (i - (len(ks) - 1) / 2)  # or the error bars of all K would lie on one another
         base = alt.Chart().transform_filter(alt.datum.k == k).encode(x, lighter)
         layers.append(
             base.mark_rule(strokeWidth=1.4, xOffset=aside).encode(alt.Y("fve_low:Q", title=FVE), alt.Y2("fve_high"), colour)

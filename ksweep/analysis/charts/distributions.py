@@ -89,14 +89,14 @@ def error_distribution(
             best = _best(values["activation"][inside], errors)
             panels.setdefault("Share of best draws", []).extend(_histogram(best, edges, same))
     failed, total = int(np.isnan(values["error"]).sum()), len(values["error"])
-    said = f"{total:,} draws, {failed / total:.2%} of them failed and without an error"
-    lines = [f"{said}{_beyond(values['error'], edges)}."]
+    failures = f"{total:,} draws, {failed / total:.2%} of them failed and without an error"
+    lines = [f"{failures}{_beyond(values['error'], edges)}."]
     lines += ["Below: the best draw of each activation."] if "activation" in values else []
     lines += _tail_line(values)
     height = HEIGHT if len(panels) == 1 else 170
     charts = [
-        _outlines(rows, colours, ERROR if place == len(panels) - 1 else None, name, height)
-        for place, (name, rows) in enumerate(panels.items())
+        _outlines(rows, colours, ERROR if i == len(panels) - 1 else None, name, height)
+        for i, (name, rows) in enumerate(panels.items())
     ]
     chart = charts[0] if len(charts) == 1 else alt.vconcat(*charts, spacing=10).resolve_scale(x="shared")
     return finished(chart, title or "Errors of draws", lines)
@@ -158,8 +158,8 @@ def by_group(
     names = list(dict.fromkeys(str(r["breakdown"]) for r in rows))
     domain = span(r[name] for r in rows for name in ("fve", "fve_low", "fve_high"))
     for name in names:
-        inside, said = _bounded([r for r in rows if r["breakdown"] == name])
-        left_out = said or left_out
+        inside, note = _bounded([r for r in rows if r["breakdown"] == name])
+        left_out = note or left_out
         panels.append(_dots(inside, name, colours, domain, last=name == names[-1]))
     has_interval = any(r["fve_low"] is not None for r in rows)
     interval = f"{value_of(rows, 'level', '{:.0%}') or '95%'} intervals over documents." if has_interval else ""
@@ -230,35 +230,35 @@ def _fewest(values: dict[str, Any]) -> int:
 
 def _edges(values: np.ndarray, fewest: int) -> np.ndarray:
     """Return edges of bins, more bins for more values (Rice's rule); outliers are left out, and the subtitle says how many."""
-    known = values[np.isfinite(values)]
-    if not len(known):
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         raise RequestError("every value is missing: there is no distribution to draw")
-    first, last = np.quantile(known, [TAIL, 1 - TAIL])
+    first, last = np.quantile(finite, [TAIL, 1 - TAIL])
     margin = 0.5 * (last - first)
-    low, high = known[known >= first - margin].min(), known[known <= last + margin].max()
+    low, high = finite[finite >= first - margin].min(), finite[finite <= last + margin].max()
     num_bins = int(np.clip(2 * fewest ** (1 / 3), FEWEST_BINS, MOST_BINS))
     return np.linspace(low, high if high > low else low + 1e-6 + abs(low) * 1e-3, num_bins + 1)
 
 
 def _beyond(values: np.ndarray, edges: np.ndarray) -> str:
     """Return the fraction of values beyond the axis as text."""
-    known = values[np.isfinite(values)]
-    share = float(((known < edges[0]) | (known > edges[-1])).mean())
+    finite = values[np.isfinite(values)]
+    share = float(((finite < edges[0]) | (finite > edges[-1])).mean())
     return f"; {share:.2%} lie beyond the axis" if share else ""
 
 
 def _histogram(values: np.ndarray, edges: np.ndarray, same: dict[str, Any]) -> Rows:
     """Return the fraction of finite values in each bin, with a row at both ends so that the outline closes."""
-    known = values[np.isfinite(values)]
-    shares = np.histogram(known, edges)[0] / max(1, len(known))
+    finite = values[np.isfinite(values)]
+    shares = np.histogram(finite, edges)[0] / max(1, len(finite))
     return [same | {"start": float(edge), "share": float(share)} for edge, share in zip(edges, [*shares, 0.0], strict=True)]
 
 
 def _best(activations: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Return the smallest error of each activation; NaN where all its draws failed."""
-    _, place = np.unique(activations, return_inverse=True)
-    best = np.full(place.max() + 1, np.inf)
-    np.fmin.at(best, place, errors)
+    _, row = np.unique(activations, return_inverse=True)
+    best = np.full(row.max() + 1, np.inf)
+    np.fmin.at(best, row, errors)
     return np.where(np.isinf(best), np.nan, best)
 
 
@@ -268,9 +268,9 @@ def _tail_line(values: dict[str, Any]) -> list[str]:
         return []
     shares = []
     for _, inside in _by_label(values["label"]):
-        errors, known = values["error"][inside], np.isfinite(values["error"][inside])
-        _, place = np.unique(values["activation"][inside][known], return_inverse=True)
-        mean = np.sort(np.bincount(place, weights=errors[known]) / np.bincount(place)) if known.any() else np.ones(1)
+        errors, finite = values["error"][inside], np.isfinite(values["error"][inside])
+        _, row = np.unique(values["activation"][inside][finite], return_inverse=True)
+        mean = np.sort(np.bincount(row, weights=errors[finite]) / np.bincount(row)) if finite.any() else np.ones(1)
         worst = max(1, round(0.01 * len(mean)))
         shares.append({"share": mean[-worst:].sum() / mean.sum() if mean.sum() else 0.0})
     return [f"The worst 1 % of activations hold {value_of(shares, 'share', '{:.1%}')} of the error (mean over draws)."]
@@ -286,8 +286,8 @@ def _bounded(rows: Rows) -> tuple[Rows, str]:
     ranked = sorted(mean, key=lambda part: sum(mean[part]) / len(mean[part]))
     kept = {*ranked[: MOST_PARTS // 2], *ranked[-MOST_PARTS // 2 :]}
     order = {part: i for i, part in enumerate(ranked)}
-    said = f"The {MOST_PARTS // 2} lowest and {MOST_PARTS // 2} highest of {len(mean):,} groups."
-    return [r | {"place": order[r["part"]]} for r in rows if r["part"] in kept], said
+    note = f"The {MOST_PARTS // 2} lowest and {MOST_PARTS // 2} highest of {len(mean):,} groups."
+    return [r | {"place": order[r["part"]]} for r in rows if r["part"] in kept], note
 
 
 # Marks
@@ -306,9 +306,9 @@ def _outlines(rows: Rows, colours: Colours | None, x_title: str | None, y_title:
 
 def _dots(rows: Rows, breakdown: str, colours: Colours | None, domain: tuple[float, float], *, last: bool) -> alt.LayerChart:
     labels = labels_of(rows)
-    place = {r["part"]: (r["place"] if r["place"] is not None else 0) for r in rows}
-    sizes = {p: max(r["num_activations"] or 0 for r in rows if r["part"] == p) for p in place}
-    named = {p: f"{p}  (N = {sizes[p]:,})" if sizes[p] else p for p in sorted(place, key=lambda p: (place[p], natural(p)))}
+    order = {r["part"]: (r["place"] if r["place"] is not None else 0) for r in rows}
+    sizes = {p: max(r["num_activations"] or 0 for r in rows if r["part"] == p) for p in order}
+    named = {p: f"{p}  (N = {sizes[p]:,})" if sizes[p] else p for p in sorted(order, key=lambda p: (order[p], natural(p)))}
     base = alt.Chart(data([r | {"named": named[r["part"]]} for r in rows]))
     hues = colour(labels, colours, symbolType="circle", symbolStrokeWidth=0, symbolSize=70)
     y = alt.Y("named:N", sort=list(named.values()), title=None, axis=alt.Axis(grid=True, minExtent=120))

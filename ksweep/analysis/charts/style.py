@@ -188,10 +188,10 @@ def palette(labels: Iterable[str]) -> dict[str, str]:
     """
     names = sorted(set(labels), key=natural)
     temperatures = [_temperature(name) for name in names]
-    known = sorted({t for t in temperatures if t is not None})
-    if len({without_temperature(name) for name in names}) == 1 and len(known) == len(names) > 1:
-        scale = spread(len(known))
-        return {name: scale[known.index(t)] for name, t in zip(names, temperatures, strict=True) if t is not None}
+    distinct = sorted({t for t in temperatures if t is not None})
+    if len({without_temperature(name) for name in names}) == 1 and len(distinct) == len(names) > 1:
+        scale = spread(len(distinct))
+        return {name: scale[distinct.index(t)] for name, t in zip(names, temperatures, strict=True) if t is not None}
     return {name: OKABE_ITO[i % len(OKABE_ITO)] for i, name in enumerate(names)}
 
 
@@ -201,8 +201,8 @@ def natural(name: str) -> list[Any]:
 
 
 def _temperature(label: str) -> float | None:
-    found = re.search(r"(?:temperature|T)=(\d+(?:\.\d+)?)", label)
-    return float(found[1]) if found else None
+    match = re.search(r"(?:temperature|T)=(\d+(?:\.\d+)?)", label)
+    return float(match[1]) if match else None
 
 
 def without_temperature(label: str) -> str:
@@ -305,12 +305,12 @@ def facts(rows: Rows) -> list[str]:
     """Return a line with baseline, N and documents; no line if none of them is known."""
     kinds = " or ".join(dict.fromkeys(r["baseline_kind"] for r in rows if r.get("baseline_kind")))
     baseline = value_of(rows, "baseline", "{:.4g}")
-    known = [
+    parts = [
         f"Baseline {baseline}{f' ({kinds})' if kinds else ''}" if baseline else "",
         f"N = {value_of(rows, 'num_activations', '{:,}')} activations" if value_of(rows, "num_activations", "{}") else "",
         f"{value_of(rows, 'num_documents', '{:,}')} documents{_effective(rows)}" if value_of(rows, "num_documents", "{}") else "",
     ]
-    return [", ".join(f for f in known if f)] if any(known) else []
+    return [", ".join(f for f in parts if f)] if any(parts) else []
 
 
 def _effective(rows: Rows) -> str:
@@ -321,5 +321,5 @@ def _effective(rows: Rows) -> str:
 
 def span(values: Iterable[float | None]) -> tuple[float, float]:
     """Return the smallest and the largest of the values that are not None."""
-    known = [v for v in values if v is not None]
-    return min(known), max(known)
+    numbers = [v for v in values if v is not None]
+    return min(numbers), max(numbers)

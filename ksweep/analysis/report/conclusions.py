@@ -51,8 +51,8 @@ def _name(facts: ReportData) -> str:
 
 
 def _one_draw(facts: ReportData, best: TableRow) -> str:
-    found = [row["fve"] for row in facts.curves.to_pylist() if row["run_id"] == best["run_id"] and row["k"] == 1]
-    return f"{found[0]:.3f} with a single draw" if found else ""
+    fves = [row["fve"] for row in facts.curves.to_pylist() if row["run_id"] == best["run_id"] and row["k"] == 1]
+    return f"{fves[0]:.3f} with a single draw" if fves else ""
 
 
 def _gap(facts: ReportData, best: TableRow, other: TableRow, k: int) -> str:
@@ -81,11 +81,11 @@ def held_out_best_sentence(registry: Path, facts: ReportData) -> str:
         return ""
     k = largest_common_k(facts.curves)
     try:
-        [found] = best_held_out(load_cells(registry, [run["run_id"] for run in facts.runs]), ks=[k]).to_pylist()
+        [best] = best_held_out(load_cells(registry, [run["run_id"] for run in facts.runs]), ks=[k]).to_pylist()
     except RequestError:  # other activations, a single document: there is nothing to choose on
         return ""
     return (
-        f"Chosen on one half of the documents and measured on the other, the best cell has {with_interval(found)} at K = {k}: "
+        f"Chosen on one half of the documents and measured on the other, the best cell has {with_interval(best)} at K = {k}: "
         "an estimate without the bias of the choice."
     )
 

@@ -107,8 +107,8 @@ def read_report_data(registry: Path, sweep: str) -> ReportData:
     with connect(registry) as connection:
         cells = _rows(connection, "SELECT * FROM v_sweep_cells WHERE sweep = ? ORDER BY place", sweep)
         if not any(cell["run_id"] for cell in cells):
-            known = _rows(connection, "SELECT DISTINCT sweep FROM v_sweep_cells WHERE run_id IS NOT NULL ORDER BY sweep")
-            there = ", ".join(row["sweep"] for row in known) or "none"
+            sweeps = _rows(connection, "SELECT DISTINCT sweep FROM v_sweep_cells WHERE run_id IS NOT NULL ORDER BY sweep")
+            there = ", ".join(row["sweep"] for row in sweeps) or "none"
             raise RequestError(f"no cell of a sweep {sweep!r} has finished in {registry}; sweeps there: {there}")
         cells = [cell | {"label": name} for cell, name in zip(cells, distinct_names(cells), strict=True)]
         connection.register("mine", pa.Table.from_pylist([cell for cell in cells if cell["run_id"]]))
@@ -128,8 +128,8 @@ def read_report_data(registry: Path, sweep: str) -> ReportData:
 
 
 def _rows(connection: DuckDBPyConnection, question: str, *values: Any) -> list[TableRow]:
-    found: list[TableRow] = _arrow(connection, question, *values).to_pylist()
-    return found
+    rows: list[TableRow] = _arrow(connection, question, *values).to_pylist()
+    return rows
 
 
 def _arrow(connection: DuckDBPyConnection, question: str, *values: Any) -> pa.Table:
@@ -174,7 +174,7 @@ def _files(registry: Path, run: TableRow, most: int) -> list[str]:
     parts = [p for p in store.parts() if p.first_row < run["num_activations"] and p.first_draw < run["num_draws"]]
     blocks = sorted({part.first_row // ACTIVATIONS_PER_WORK_UNIT for part in parts})
     wanted = max(1, most // (ACTIVATIONS_PER_WORK_UNIT * run["num_draws"]))
-    chosen = {blocks[place] for place in _evenly(len(blocks), wanted)} if blocks else set()
+    chosen = {blocks[index] for index in _evenly(len(blocks), wanted)} if blocks else set()
     return [str(store.path / part.file_name) for part in parts if part.first_row // ACTIVATIONS_PER_WORK_UNIT in chosen]
 
 

@@ -87,7 +87,7 @@ def drawn(facts: ReportData) -> dict[str, Any]:
     few = set(best[:MOST_SHOWN])
     curves, groups = facts.curves, _several([row for row in facts.groups if row["label"] in few])
     errors = facts.errors.filter(pc.is_in(facts.errors["label"], pa.array(sorted(few))))
-    found = {
+    by_name = {
         "fve_by_k": _try(lambda: charts.fve_by_k(curves, colours=colours)),
         "fve_by_temperature": _try(lambda: charts.fve_by_temperature(curves)) if _varies(curves, "temperature") else None,
         "equal_compute": _try(lambda: charts.fve_by_k(curves, axis="tokens", colours=colours)) if _costs(curves) else None,
@@ -98,7 +98,7 @@ def drawn(facts: ReportData) -> dict[str, Any]:
         "norms": _try(lambda: charts.norm_distribution(facts.norms)),
         "throughput": _try(lambda: charts.throughput(facts.runs, colours=colours)),
     }
-    return {name: chart for name, chart in found.items() if chart is not None}
+    return {name: chart for name, chart in by_name.items() if chart is not None}
 
 
 def _several(groups: Sequence[TableRow]) -> list[TableRow]:
@@ -152,9 +152,9 @@ def curve_table(facts: ReportData) -> tuple[list[str], list[list[str]], str | li
     heads = ["cell", *(f"K = {k}" for k in ks), f"shuffled, K = {every[-1]}", "failed draws"]
     body, about = [], []
     for run in facts.runs:
-        mine = {r["k"]: r for r in rows if r["run_id"] == run["run_id"]}
-        last = mine[max(mine)]
-        points = [with_interval(mine[k]) if k in mine else "" for k in ks]
+        points_by_k = {r["k"]: r for r in rows if r["run_id"] == run["run_id"]}
+        last = points_by_k[max(points_by_k)]
+        points = [with_interval(points_by_k[k]) if k in points_by_k else "" for k in ks]
         body.append([run["label"], *points, number(last["shuffled_fve"]), number(run["failure_rate"], ".1%")])
         about.append([run["label"], *_measured_on(last)])
     n, documents, baseline = about[0][1:]
@@ -183,9 +183,9 @@ def difference_table(facts: ReportData) -> tuple[list[str], list[list[str]]]:
     best = ranked(facts, most)[0]
     body = []
     for run in facts.runs:
-        found = [None if run["run_id"] == best["run_id"] else difference(facts, run, best, k) for k in ks]
-        if any(found):
-            body.append([run["label"], *(cell for row in found for cell in _difference_cells(row))])
+        differences = [None if run["run_id"] == best["run_id"] else difference(facts, run, best, k) for k in ks]
+        if any(differences):
+            body.append([run["label"], *(cell for row in differences for cell in _difference_cells(row))])
     return ["cell", *(head for k in ks for head in (f"K = {k}", "clear"))], body
 
 
@@ -200,12 +200,12 @@ def _difference_cells(row: TableRow | None) -> list[str]:
 def control_table(facts: ReportData) -> tuple[list[str], list[list[str]], dict[str, str]]:
     """Return heads and rows, a row per cell and a column per control; and a note on each control."""
     names = sorted({row["control"] for row in facts.controls})
-    found = {(row["label"], row["control"]): row["value"] for row in facts.controls}
+    values = {(row["label"], row["control"]): row["value"] for row in facts.controls}
     labels = list(dict.fromkeys(row["label"] for row in facts.controls))
-    said = {name: {row["note"] for row in facts.controls if row["control"] == name} for name in names}
-    known = {name: (next(iter(notes)) if len(notes) == 1 else OWN_NOTES.get(name)) for name, notes in said.items()}
-    notes = {name: note for name, note in known.items() if note}
-    return ["cell", *names], [[label, *(number(found.get((label, n))) for n in names)] for label in labels], notes
+    notes_of = {name: {row["note"] for row in facts.controls if row["control"] == name} for name in names}
+    common_notes = {name: (next(iter(notes)) if len(notes) == 1 else OWN_NOTES.get(name)) for name, notes in notes_of.items()}
+    notes = {name: note for name, note in common_notes.items() if note}
+    return ["cell", *names], [[label, *(number(values.get((label, n))) for n in names)] for label in labels], notes
 
 
 def explanation_table(rows: Sequence[TableRow]) -> str:
@@ -233,9 +233,9 @@ def explanation_table(rows: Sequence[TableRow]) -> str:
 
 def _where(row: TableRow) -> str:
     """Return document, token and activation as text, as far as they are known."""
-    known = [] if row["document"] is None else [html.escape(row["document"])]
-    known += [] if row["position"] is None else [f"token {row['position']}"]
-    return ", ".join([*known, f"activation {row['activation']}"])
+    parts = [] if row["document"] is None else [html.escape(row["document"])]
+    parts += [] if row["position"] is None else [f"token {row['position']}"]
+    return ", ".join([*parts, f"activation {row['activation']}"])
 
 
 def _explained(row: TableRow) -> float | None:
@@ -272,12 +272,12 @@ def words(value: Any) -> str:
 
 def _of_runs(runs: Iterable[TableRow], column: str) -> dict[str, str]:
     """Return name -> value of a column of maps over all runs; several values where runs differ."""
-    found: dict[str, set[str]] = {}
+    values: dict[str, set[str]] = {}
     for run in runs:
         for name, version in dict(run[column] or {}).items():
             if version is not None:  # not installed there
-                found.setdefault(name, set()).add(version)
-    return {name: ", ".join(sorted(versions)) for name, versions in sorted(found.items())}
+                values.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(versions)) for name, versions in sorted(values.items())}
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.notes import Note
 from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, says
-from ksweep.utils.sidecar_keys import at as _at
+from ksweep.utils.sidecar_keys import value_at as _at
 
 NlaRole = Literal["av", "ar"]
 FILE_NAME = "nla_meta.yaml"

@@ -163,22 +163,22 @@ class Partition:
 
 def partitions() -> dict[str, Partition]:
     """Return the partitions that this user can see, by name."""
-    found: dict[str, Partition] = {}
+    by_name: dict[str, Partition] = {}
     for line in run_command("sinfo", "-h", "-a", "-o", "%P|%D|%G|%c|%m|%l|%f").splitlines():
         name, nodes, gres, cpus, memory, limit, features = (part.strip() for part in line.split("|"))
         plain = name.rstrip("*")
-        before = found.get(plain, Partition(plain, 0, 0, 0, 0, _minutes(limit), frozenset(), name.endswith("*")))
-        found[plain] = Partition(
+        before = by_name.get(plain, Partition(plain, 0, 0, 0, 0, _minutes(limit), frozenset(), name.endswith("*")))
+        by_name[plain] = Partition(
             plain, before.num_nodes + int(nodes), max(before.gpus, _gpus(gres)), max(before.cpus, _number(cpus)),
             max(before.memory_mb, _number(memory)), before.minutes, before.features | _features(features), before.is_default,
         )  # fmt: skip
-    return found
+    return by_name
 
 
 def _gpus(gres: str) -> int:
     """Return the number of GPUs of a node from "gpu:h100:8(S:0-1),shard:4"."""
-    found = re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres)
-    return sum(map(int, found))
+    counts = re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres)
+    return sum(map(int, counts))
 
 
 def _features(text: str) -> frozenset[str]:
@@ -254,8 +254,8 @@ def squeue(ids: Iterable[str] = (), user: str | None = None) -> list[QueueEntry]
         # One forgotten id in a list is an error for the whole list: all of this user's are asked for instead.
         command += ["--me"]
     lines = run_command(*command).splitlines()
-    found = [_queued(line) for line in lines if line.count("|") >= 4]
-    return [entry for entry in found if not wanted or entry.id in wanted]
+    entries = [_queued(line) for line in lines if line.count("|") >= 4]
+    return [entry for entry in entries if not wanted or entry.id in wanted]
 
 
 def _queued(line: str) -> QueueEntry:
@@ -272,7 +272,7 @@ def sacct(ids: Sequence[str]) -> dict[str, AccountingEntry]:
         return {}
     main = ",".join(sorted({i.partition("_")[0] for i in ids}))
     text = _sacct(main)
-    found: dict[str, AccountingEntry] = {}
+    entries: dict[str, AccountingEntry] = {}
     steps_out_of_memory = set()
     for line in text.splitlines():
         job, state, code, nodes, submitted, command = (line.split("|", 5) + [""] * 6)[:6]
@@ -282,10 +282,10 @@ def sacct(ids: Sequence[str]) -> dict[str, AccountingEntry]:
             if state == "OUT_OF_MEMORY":
                 steps_out_of_memory.add(base)
         elif base in ids:
-            found[base] = AccountingEntry(state.split()[0] if state else "UNKNOWN", code, nodes, _moment(submitted), command)
+            entries[base] = AccountingEntry(state.split()[0] if state else "UNKNOWN", code, nodes, _moment(submitted), command)
     return {
         job: replace(word, state="OUT_OF_MEMORY") if job in steps_out_of_memory and word.state == "FAILED" else word
-        for job, word in found.items()
+        for job, word in entries.items()
     }
 
 

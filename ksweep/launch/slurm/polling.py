@@ -67,17 +67,17 @@ def slurm_states(jobs: Sequence[Job]) -> dict[str, SlurmState]:
     """Return Slurm's state of each job, by id, from the last poll if recent enough; jobs without a Slurm id are left out."""
     numbers = {job.id: n for job in jobs if (n := job.slurm_id()) is not None}
     owners = {job.id: _owner(job) for job in jobs}
-    word = _newest_poll(frozenset(numbers.values()), frozenset(owners[name] for name in numbers)) if numbers else _Poll()
-    found = {}
+    poll = _newest_poll(frozenset(numbers.values()), frozenset(owners[name] for name in numbers)) if numbers else _Poll()
+    states = {}
     for job in jobs:
-        place = cluster_of(job)
-        if place and word.here and place != word.here:
-            why = f"it is on cluster {place}, and this command runs on {word.here}"
-            found[job.id] = SlurmState(reachable=False, elsewhere=why, at=word.at)
+        cluster = cluster_of(job)
+        if cluster and poll.here and cluster != poll.here:
+            why = f"it is on cluster {cluster}, and this command runs on {poll.here}"
+            states[job.id] = SlurmState(reachable=False, elsewhere=why, at=poll.at)
         else:
-            answer = _answer(job, numbers.get(job.id), word)
-            found[job.id] = _from_afar(answer) if owners[job.id] != getpass.getuser() else answer
-    return found
+            answer = _answer(job, numbers.get(job.id), poll)
+            states[job.id] = _from_afar(answer) if owners[job.id] != getpass.getuser() else answer
+    return states
 
 
 def cluster_of(job: Job) -> str | None:
@@ -102,8 +102,8 @@ def ids_in_queue(jobs: Sequence[Job]) -> dict[str, str]:
     if not here:
         return {}
     there = {entry.id: entry for entry in commands.squeue(user=",".join(sorted({_owner(job) for job in here.values()})))}
-    found = {name: _own(job, there.get(str(job.slurm_id()))) for name, job in here.items()}
-    return {name: entry.id for name, entry in found.items() if entry is not None}
+    entries = {name: _own(job, there.get(str(job.slurm_id()))) for name, job in here.items()}
+    return {name: entry.id for name, entry in entries.items() if entry is not None}
 
 
 def _owner(job: Job) -> str:
@@ -129,17 +129,17 @@ def _poll(numbers: frozenset[str], users: frozenset[str], before: float) -> _Pol
     """Ask Slurm about jobs, and decide how long the answer is kept."""
     # 1. The queue. If it does not answer, neither would accounting.
     base = float(os.environ.get("KSWEEP_SLURM_SECONDS", SLURM_POLL_SECONDS))
-    at, word = time.time(), _Poll(numbers=numbers, users=users, here=commands.cluster_name(), pause=base)
+    now, poll = time.time(), _Poll(numbers=numbers, users=users, here=commands.cluster_name(), pause=base)
     try:
         queued = {entry.id: entry for entry in commands.squeue(user=",".join(sorted(users)))}
     except commands.SlurmError:
-        return replace(word, at=at, asked=time.monotonic())
+        return replace(poll, at=now, asked=time.monotonic())
     # 2. Accounting, only about jobs that have left the queue.
     accounted = commands.sacct(sorted(numbers - set(queued)))
     # 3. While all jobs wait, ask at twice the interval each time.
     all_wait = all(n in queued and queued[n].state == "PENDING" for n in numbers)
     pause = max(base, min(2 * before, MAX_SLURM_POLL_SECONDS)) if all_wait else base
-    return replace(word, queued=queued, accounted=accounted, reachable=True, at=at, asked=time.monotonic(), pause=pause)
+    return replace(poll, queued=queued, accounted=accounted, reachable=True, at=now, asked=time.monotonic(), pause=pause)
 
 
 def _from_afar(answer: SlurmState) -> SlurmState:
@@ -156,13 +156,13 @@ def _own(job: Job, entry: commands.QueueEntry | None) -> commands.QueueEntry | N
     return entry if entry.script and entry.script == _script(noted) else None
 
 
-def _own_record(job: Job, word: commands.AccountingEntry | None) -> commands.AccountingEntry | None:
+def _own_record(job: Job, entry: commands.AccountingEntry | None) -> commands.AccountingEntry | None:
     """Return the record if it is this job's: accounting seldom has the tag, so script and time of submission must match."""
     noted = job.read_note("slurm") or {}
-    if word is None or (word.command and "folder" in noted and _script(noted) not in word.command):
+    if entry is None or (entry.command and "folder" in noted and _script(noted) not in entry.command):
         return None
-    before = word.submitted is not None and word.submitted < job.submitted_at() - MAX_CLOCK_SKEW_SECONDS
-    return None if before else word
+    before = entry.submitted is not None and entry.submitted < job.submitted_at() - MAX_CLOCK_SKEW_SECONDS
+    return None if before else entry
 
 
 def _script(noted: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ def sbatch_parameters(
     if after is not None:
         both = [f"afterany:{after}", *([str(others.pop("dependency"))] if "dependency" in others else [])]
         extra["dependency"] = ",".join(both)
-    found = {
+    parameters = {
         "job_name": resources.job_name or name,
         "time": resources.minutes,
         "nodes": resources.nodes,
@@ -79,7 +79,7 @@ def sbatch_parameters(
         "array_parallelism": min(num_jobs, resources.max_parallel_jobs or num_jobs),
         "additional_parameters": extra | others,
     }
-    return {k: v for k, v in found.items() if v is not None}
+    return {k: v for k, v in parameters.items() if v is not None}
 
 
 def cpus_per_rank(resources: Resources, gpus: int) -> int | None:
@@ -151,16 +151,18 @@ def with_sbatch_defaults(resources: Resources) -> Resources:
 
     sbatch itself runs without these variables: they would override the sweep.
     """
-    said = {
+    defaults = {
         name: value
         for name in (*SBATCH_DEFAULT_FIELDS, *SBATCH_DEFAULT_EXTRAS)
         if (value := os.environ.get(f"SBATCH_{name.upper()}"))
     }
     fields: dict[str, Any] = {
-        name: said[name] for name in SBATCH_DEFAULT_FIELDS if name in said and getattr(resources, name) is None
+        name: defaults[name] for name in SBATCH_DEFAULT_FIELDS if name in defaults and getattr(resources, name) is None
     }
     return replace(
-        resources, **fields, extra={name: said[name] for name in SBATCH_DEFAULT_EXTRAS if name in said} | dict(resources.extra)
+        resources,
+        **fields,
+        extra={name: defaults[name] for name in SBATCH_DEFAULT_EXTRAS if name in defaults} | dict(resources.extra),
     )
 
 
@@ -183,11 +185,11 @@ def _validate_account(resources: Resources, partitions: Sequence[str]) -> None:
     enforced = commands.enforced_limits()
     if not {resources.account, resources.qos} - {None} or "associations" not in enforced:
         return
-    mine = [a for a in commands.associations(getpass.getuser()) if a.partition in ("", *partitions)]
-    if resources.account is not None and mine:
-        _validate_choice("account", resources.account, sorted({a.account for a in mine}), " (yours on this cluster)")
-        mine = [a for a in mine if a.account == resources.account]
-    valid = sorted(frozenset().union(*(a.qos for a in mine)))
+    associations = [a for a in commands.associations(getpass.getuser()) if a.partition in ("", *partitions)]
+    if resources.account is not None and associations:
+        _validate_choice("account", resources.account, sorted({a.account for a in associations}), " (yours on this cluster)")
+        associations = [a for a in associations if a.account == resources.account]
+    valid = sorted(frozenset().union(*(a.qos for a in associations)))
     if resources.qos is not None and valid and "qos" in enforced:
         _validate_choice(
             "qos", resources.qos, valid, f" (yours{f' with account {resources.account}' if resources.account else ''})"
@@ -252,11 +254,11 @@ def _submit_array(
         number = commands.sbatch(folder / "script.sh")
     except commands.SlurmError as error:
         # "Socket timed out" may come after the job was taken. Where squeue does not answer either, the next command settles it.
-        found = _find_submitted_id(folder, tag, jobs, time.time())
-        if found is None:
+        submitted_id = _find_submitted_id(folder, tag, jobs, time.time())
+        if submitted_id is None:
             _mark_submission_failed(folder, jobs, f"sbatch refused it: {error}")
             raise
-        number = found
+        number = submitted_id
     _note_submission(folder, number, jobs)
     return number
 
@@ -336,11 +338,11 @@ def _find_submitted_id(folder: Path, tag: str, jobs: Sequence[Job], begun: float
 
 def _submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
     """Return Slurm's id of a submission, from a job that runs or ran, from its output files, or from the queue."""
-    said = [job.slurm_id() for job in jobs] + [p.name.partition("_")[0] for p in folder.glob("*_log.*")]
+    ids = [job.slurm_id() for job in jobs] + [p.name.partition("_")[0] for p in folder.glob("*_log.*")]
     # By the script as well: some sites write a comment of their own over the tag.
     batch_script = str(folder / "script.sh")
-    said += [entry.id for entry in commands.squeue(user=getpass.getuser()) if entry.tag == tag or entry.script == batch_script]
-    return next((word.partition("_")[0] for word in said if word), None)
+    ids += [entry.id for entry in commands.squeue(user=getpass.getuser()) if entry.tag == tag or entry.script == batch_script]
+    return next((word.partition("_")[0] for word in ids if word), None)
 
 
 def job_shape_text(resources: Resources) -> str:

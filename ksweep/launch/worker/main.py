@@ -129,13 +129,13 @@ def run_in_process(job: Job, devices: tuple[str, ...], on_report: Callable[..., 
 
 def _report_to_heartbeat(heartbeat: HeartbeatThread, on_report: Callable[..., None] | None) -> Callable[..., None]:
     """Return a function that passes reported progress to the heartbeat and to `on_report`."""
-    said = time.monotonic()
+    last_published = time.monotonic()
 
     def report(phase: str, done: int, total: int, **numbers: float) -> None:
-        nonlocal said
+        nonlocal last_published
         heartbeat.update(phase, done, total, numbers)
-        if time.monotonic() - said >= HEARTBEAT_SECONDS:
-            said = time.monotonic()
+        if time.monotonic() - last_published >= HEARTBEAT_SECONDS:
+            last_published = time.monotonic()
             heartbeat.publish_heartbeat()
         if on_report is not None:
             on_report(phase, done, total, **numbers)
