@@ -1,12 +1,12 @@
-"""Which keys of a sidecar are understood: read, equal to what is done anyway, or informational. Everything else is refused.
+"""Decide which keys of a sidecar are accepted: those that are read, ask for the default behaviour, or only inform.
 
-A sidecar is somebody else's file. A key that is dropped may have said how vectors were made, how a prompt is built or where a
-reading is taken, and the numbers would be wrong without a word. So a key is accepted only if it
+Sidecars are written by others. An ignored key could state how vectors were made, how a prompt is built or where a reconstruction
+is read, and the numbers would be wrong without a warning. So a key is accepted only if it
 
-    says nothing (null),
+    is null,
     is read (`understood`, given by the reader),
     asks for what is done anyway (`ALREADY_SO`, e.g. `norm: none`), or
-    informs (`INFORMATIONAL`, `INFORMATIONAL_PATTERN`, `informs` of the reader); inside such a section only `CHANGES` are judged.
+    informs (`INFORMATIONAL`, `INFORMATIONAL_PATTERN`, `informs` of the reader); inside such a section only `CHANGES` are refused.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ksweep.utils.hub import HUB_ID
 from ksweep.utils.notes import Note
 
 Refuse = Callable[[str], Exception]
-"""Makes the error to raise of a message."""
+"""Turns a message into the error to raise."""
 
 LARGEST = 1_000_000
-"""Bytes; public sidecars have 2,000 to 4,000."""
+"""Largest size of a sidecar in bytes; public ones have 2,000 to 4,000."""
 
 LAYER_KEYS = (
     "critic.extraction_layer_index",
@@ -40,11 +40,11 @@ LAYER_KEYS = (
         if f"{section}{key}" != "critic.extraction_layer_index"
     ),
 )
-"""Where a sidecar says L."""
+"""Dotted keys under which a sidecar states the layer L."""
 LAYER_NAMES = frozenset({"extraction_layer_index", "extraction_layer", "layer_index", "layer_idx", "layer"})
-"""Names that say it wherever they stand; `layer` not below `RESULTS`, which may be of any layer."""
+"""Key names that state L in any section, except `layer` below `RESULTS`: results may be of any layer."""
 RESULTS = frozenset({"baseline", "eval", "evaluation", "fve", "loss", "losses", "metrics", "results", "scores"})
-"""Sections and keys of what was measured."""
+"""Sections and keys of measured results."""
 BASE_KEYS = ("base_checkpoint", "base_model", "extraction.base_model")
 OF_TRAINING = re.compile(
     r"^(?:\w+[_-])?(?:outputs?|out|checkpoints?|ckpts?|runs?|models|results|exps?|experiments?|logs?|saves?|saved|tmp|work"
@@ -52,12 +52,12 @@ OF_TRAINING = re.compile(
     r"|/(?:(?:global_)?step|iter|epoch|ckpt|checkpoint|run)[-_]?\d+$",
     re.IGNORECASE,
 )
-"""Relative paths of training runs, which look like hub ids."""
+"""Relative paths of training runs that look like hub ids."""
 
 RAW = (False, "", "none", "null", "raw", "no", "off")
-"""What is said of vectors as block L gives them, of `norm` and `whitening`."""
+"""Values of `norm` and `whitening` for vectors as block L outputs them."""
 RESIDUAL = ("resid_post", "hook_resid_post", "residual", "residual_stream", "block_output")
-"""The output of a block."""
+"""Names for the output of a block."""
 ALREADY_SO: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("norm", "normalize", "normalized", "normalization", "normalisation", "activation_normalization"), RAW),
     **dict.fromkeys(("whiten", "whitened", "whitening", "whitening_method", "pca_whiten", "is_whitened"), (*RAW, {}, [])),
@@ -79,12 +79,12 @@ ALREADY_SO: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("injection", "injection_mode", "injection_method", "injection_type"), ("replace", "normalize")),
     **dict.fromkeys(("injection_site", "injection_layer"), ("embedding", "embeddings")),
 }
-"""Values of keys (wherever they stand) that ask for what is done: raw vectors, one marker whose embedding row is replaced by the
-vector at norm injection_scale, the chat template as it renders by default, an AR that is read before the final norm.
+"""Values that ask for the default behaviour, by key name in any section: raw vectors, one marker whose embedding row is replaced
+by the vector at norm injection_scale, the chat template's default rendering, an AR that is read before the final norm.
 `enable_thinking` is compared with the rendered prompt once there is a tokenizer."""
 
 ARGUMENTS = ("chat_template_kwargs", "chat_template_args", "chat_kwargs", "chat", "injection", "prompting")
-"""Mappings of which every entry must be understood."""
+"""Mappings whose every entry must be understood."""
 
 CHANGES = re.compile(
     r"inject|whiten|prefill|think|reasoning|variant|template|^chat|chat_(?:format|kwargs|style|args)"
@@ -111,14 +111,14 @@ CHANGES = re.compile(
     r"|^system$|^instructions?$|^conversation(?:_(?:template|format|style))?$|^format$|(?:^|_)(?:concept|open|close|start|end)_tags?$"
     r"|^stop_(?:strings?|tokens?|sequences?|words?)$|^add_(?:special_tokens|eos)|^cot$|chain_of_thought|^mode$"
 )  # fmt: skip
-"""Names that say how vectors are made, how a prompt is built or where a reading is taken, whatever section they stand in: a user
-is told to move what informs below `training:`, and what changes numbers must not pass there."""
+"""Key names that state how vectors are made, how a prompt is built or where a reconstruction is read, in any section. Messages
+advise moving informational keys below `training:`; a key that changes numbers must be refused there as well."""
 
 OPAQUE = frozenset({
     "api_summaries", "parent_checkpoints", "parent_dataset", "parent_datasets", "role_aliases", "trained_on",
 })  # fmt: skip
-"""What a checkpoint was made of and by. Text and lists of text are its own words, of which none is about how it is read; the
-keys of a mapping are judged (vectors whose parents are whitened are whitened)."""
+"""What a checkpoint was made from, and who wrote it. Values that are text or lists of text are never checked; the keys of a
+mapping are, because vectors whose parents are whitened are whitened."""
 
 INFORMATIONAL = OPAQUE | RESULTS | frozenset({
     # who, when, with what
@@ -142,7 +142,7 @@ INFORMATIONAL = OPAQUE | RESULTS | frozenset({
     "architecture", "architectures", "base_commit", "base_revision", "dtype", "library_name", "model_type", "n_layers",
     "num_layers", "num_parameters", "num_params", "torch_dtype",
 })  # fmt: skip
-"""Names at the top of a sidecar that only inform."""
+"""Top-level key names that only inform."""
 
 MEASURED_OF = (
     "train", "training", "eval", "evaluation", "val", "validation", "test", "dev", "held_out", "heldout", "holdout", "best",
@@ -151,8 +151,8 @@ MEASURED_OF = (
     "raw", "policy", "global", "optimizer", "warmup", "save", "saved", "logging", "accumulation", "gradient_accumulation",
     "wall", "wall_clock", "gpu", "extraction", "rollout", "fve",
 )  # fmt: skip
-"""What may stand before the name of something that was measured or counted: whose it is, and when. A verb makes another name of
-it (`subtract_baseline`, `refine_steps`)."""
+"""Prefixes allowed before the name of a measurement or count; they name its subject or its time. Verbs are not among them: they
+change the meaning (`subtract_baseline`, `refine_steps`)."""
 
 INFORMATIONAL_PATTERN = re.compile(
     r"^(?:created|updated|modified|generated|trained|exported|written|converted|saved|published|released|uploaded|started|finished)"
@@ -162,7 +162,7 @@ INFORMATIONAL_PATTERN = re.compile(
     r"|iterations?|time|hours|metrics)(?:_(?:nrm|pct|percent|raw|rawvar|meannorm|std|stderr|mean))*$"
     r"|^num_(?:activations|docs|documents|examples|gpus|rows|samples|tokens|vectors)$"
 )
-"""Families of such names: dates, commits, versions of libraries, results, counts of data."""
+"""Patterns of such names: dates, commits, library versions, results, counts of data."""
 
 ABOUT_DATA = frozenset({
     "attn_implementation", "context_length", "corpus_config", "corpus_name", "corpus_revision", "corpus_slice", "corpus_split",
@@ -170,14 +170,14 @@ ABOUT_DATA = frozenset({
     "num_shards", "num_workers", "padding_side", "positions_per_doc", "script", "seq_len", "sequence_length", "shard",
     "text_column", "text_split", "tokenizer", "tokenizer_name", "tokenizer_revision", "truncation", "truncation_side",
 })  # fmt: skip
-"""Names in the section `extraction` that tell of the data's making; those that inform at the top do so there too."""
+"""Names in the section `extraction` that describe how the data was made; names that inform at the top level inform here too."""
 TEXT_OF_VECTORS = frozenset({
     "add_bos", "add_generation_prompt", "add_special_tokens", "apply_chat_template", "chat", "chat_format", "chat_kwargs",
     "chat_template", "chat_template_args", "chat_template_kwargs", "enable_thinking", "num_vectors", "n_vectors", "prepend_bos",
     "system_prompt", "use_chat_template",
 })  # fmt: skip
-"""Names that say of ready-made vectors which text they are of, or how many there are: they are raw vectors either way. Of an AV
-or AR the same names say how its prompt is built."""
+"""Key names that state which text ready-made vectors come from, or how many there are; the vectors are raw either way. In the
+sidecar of an AV or AR the same names state how its prompt is built."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 60, 30, 60
@@ -185,7 +185,7 @@ _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
 
 
 def abbreviated(value: Any) -> str:
-    """Return a value as text for a message: one line of bounded length, however large or often aliased it is."""
+    """Return a value as one line of bounded length for a message, whatever its size or number of aliases."""
     try:
         return " ".join(_SHORT.repr(value).split())[:200]
     except ValueError:  # a whole number of more digits than Python prints
@@ -193,51 +193,53 @@ def abbreviated(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML forbids a key to stand twice in a mapping; PyYAML takes the last one."""
+    """A loader that refuses duplicate keys, as YAML does; PyYAML takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping; raise ConstructorError for a key that occurs twice."""
+        """Build a mapping. Raises ConstructorError for a duplicate key."""
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [key for key, count in keys.items() if count > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {abbreviated(twice[0])} stands twice", node.start_mark)
+        if duplicates := [key for key, count in keys.items() if count > 1]:
+            problem = f"the key {abbreviated(duplicates[0])} stands twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path, refuse: Refuse) -> Any:
-    """Return the content of a sidecar; FileNotFoundError passes through.
+    """Return the content of a sidecar.
 
     Raises:
-        What `refuse` makes: unreadable, not YAML, or far larger than any sidecar.
+        FileNotFoundError: there is no such file.
+        The error of `refuse`: the file is unreadable, not YAML, or far larger than any sidecar.
     """
     try:
         if (size := path.stat().st_size) > LARGEST:
-            raise refuse(f"{path} has {size} bytes, expected a sidecar of a few thousand. Is it the right file?")
+            raise refuse(f"{path} has {size} bytes, expected a sidecar of a few thousand. Check that it is the right file.")
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise refuse(f"{path} cannot be read as YAML ({reason}). Copy the sidecar again, whole.") from error
+        raise refuse(f"{path} cannot be read as YAML ({reason}). Copy the whole sidecar again.") from error
 
 
 def value_at(meta: Mapping[str, Any], dotted: str) -> Any:
-    """Return the value under a dotted key; None where it or a parent is absent."""
+    """Return the value under a dotted key; None where the key or a parent is absent."""
     value: Any = meta
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def says(meta: Mapping[Any, Any], key: str) -> bool:
-    """Return whether a key of this name is true anywhere in the sidecar."""
+def requests(meta: Mapping[Any, Any], key: str) -> bool:
+    """Return whether a key of this name is true in any section."""
     return any(value is True and _plain(name.rpartition(".")[2]) == key for name, value in _nested(meta))
 
 
 def read_layer(meta: Mapping[str, Any], path: Path, refuse: Refuse) -> int | None:
-    """Return the layer L, wherever the sidecar states it.
+    """Return the layer L from any key that states it; None if no key does.
 
     Raises:
-        What `refuse` makes: no whole number, or two places that disagree.
+        The error of `refuse`: a value is no whole number, or two keys disagree.
     """
     layers = {key: value for key in LAYER_KEYS if (value := value_at(meta, key)) is not None}
     layers |= {key: value for key, value in _nested(meta) if value is not None and _is_layer(key)}
@@ -248,7 +250,7 @@ def read_layer(meta: Mapping[str, Any], path: Path, refuse: Refuse) -> int | Non
                 "released with the weights."
             )
     if len(set(layers.values())) > 1:
-        raise refuse(f"{path} names different layers: {_spelled(layers)}. All mean the block that was read: make them agree.")
+        raise refuse(f"{path} names different layers: {_spelled(layers)}. All mean the block that was read. Make them equal.")
     return next(iter(layers.values()), None)
 
 
@@ -258,118 +260,123 @@ def _is_layer(key: str) -> bool:
 
 
 def base_model(meta: Mapping[str, Any], path: Path, refuse: Refuse, notes: list[Note]) -> str | None:
-    """Return the base model's name, wherever the sidecar states it; paths, which training leaves behind, are not compared.
+    """Return the base model's name from any key that states it; None if no key does.
 
-    A relative path may look like a hub id. One of a directory that training makes (`outputs/run3`) goes behind hub ids, with a
-    note.
+    Hub ids are preferred, and compared with each other. Paths, which training leaves behind, are not compared. A relative path of
+    a training directory (`outputs/run3`) looks like a hub id; beside a real one it is set aside, with a note.
 
     Raises:
-        What `refuse` makes: no text, or two hub ids that disagree.
+        The error of `refuse`: a value is no text, or two hub ids disagree.
     """
-    stated = {key: value for key in BASE_KEYS if (value := value_at(meta, key)) is not None}
-    for key, value in stated.items():
+    names = {key: value for key in BASE_KEYS if (value := value_at(meta, key)) is not None}
+    for key, value in names.items():
         if not isinstance(value, str):
             raise refuse(f"{path} has {key}={abbreviated(value)}, expected text: the base model's name. Correct it.")
-    left = {key: value for key, value in stated.items() if OF_TRAINING.search(value)}
-    hub = {key: value for key, value in stated.items() if key not in left and HUB_ID.match(value)}
-    if hub and left:
-        text = f"{path} has {_spelled(left)}, taken as a directory of its training, beside {_spelled(hub)}."
+    training_paths = {key: value for key, value in names.items() if OF_TRAINING.search(value)}
+    hub_ids = {key: value for key, value in names.items() if key not in training_paths and HUB_ID.match(value)}
+    if hub_ids and training_paths:
+        text = f"{path} has {_spelled(training_paths)}, taken as a directory of its training, beside {_spelled(hub_ids)}."
         notes.append(Note("base model", text))
-    names = {key: value.partition("@")[0].lower().split("/")[1] for key, value in hub.items()}
-    if len(set(names.values())) > 1:
-        raise refuse(f"{path} names different base models: {_spelled(hub)}. Keep the one whose activations were read.")
-    return next(iter((hub or stated).values()), None)
+    if len({value.partition("@")[0].lower().split("/")[1] for value in hub_ids.values()}) > 1:
+        raise refuse(f"{path} names different base models: {_spelled(hub_ids)}. Keep the one whose activations were read.")
+    return next(iter((hub_ids or names).values()), None)
 
 
-def _spelled(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={abbreviated(value)}" for key, value in values.items())
+def _spelled(entries: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={abbreviated(value)}" for key, value in entries.items())
 
 
 def check_keys(
     meta: Mapping[Any, Any], understood: frozenset[str], path: Path, refuse: Refuse, informs: frozenset[str] = frozenset()
 ) -> None:
-    """Check that every key is understood, asks for what is done anyway, or is informational.
+    """Check that every key is understood, asks for the default behaviour, or informs.
 
     Args:
-        understood: dotted names of the keys that the reader takes values from; their parents are sections, of which every key
-            is judged as those at the top are.
-        informs: names that inform this reader, whatever their value and wherever they stand.
+        understood: dotted names of the keys that the reader takes values from. Their parents are sections, whose keys are checked
+            like those at the top level.
+        informs: names that only inform this reader, in any section and with any value.
 
     Raises:
-        What `refuse` makes, for the first key that is none of these: its name, its value, what to do.
+        The error of `refuse` for the first key that is none of these, with its name, its value and what to do.
     """
-    _Judge(meta, understood, path, refuse, informs).judge_all()
+    _KeyCheck(meta, understood, path, refuse, informs).check_all()
 
 
 def is_done(key: str, value: Any) -> bool:
-    """Return whether a key of this name asks for what ksweep does anyway."""
-    return any(_same(usual, value) for usual in ALREADY_SO.get(_plain(key), ()))
+    """Return whether a key of this name and value asks for the default behaviour."""
+    return any(_same(default, value) for default in ALREADY_SO.get(_plain(key), ()))
 
 
-class _Judge:
-    """Judges the keys of one sidecar."""
+class _KeyCheck:
+    """The check of one sidecar's keys."""
 
     def __init__(
         self, meta: Mapping[Any, Any], understood: frozenset[str], path: Path, refuse: Refuse, informs: frozenset[str]
     ) -> None:
         self.meta, self.understood, self.path, self.refuse, self.informs = meta, understood, path, refuse, informs
         self.sections = {name.rpartition(".")[0] for name in understood} - INFORMATIONAL
-        self.judged: set[int] = set()
+        self.checked: set[int] = set()
         self.own = {name.rpartition(".")[2]: value for name in understood if (value := value_at(meta, name)) is not None}
 
-    def judge_all(self) -> None:
-        """Judge the top-level keys and those of each section."""
+    def check_all(self) -> None:
+        """Check the keys at the top level and those of each section."""
         for key, value in self.meta.items():
             if str(key) not in self.sections:
-                self.judge(str(key), value)
+                self.check(str(key), value)
             elif isinstance(value, dict):
-                self.judge_entries(str(key), value)
+                self.check_entries(str(key), value)
             elif value is not None:
                 raise self.refuse(f"{self.path} has {key}={abbreviated(value)}, expected keys and values. Correct the sidecar.")
 
-    def judge_entries(self, name: str, entries: Mapping[Any, Any]) -> None:
-        if id(entries) in self.judged:  # aliases may repeat one without end
+    def check_entries(self, name: str, entries: Mapping[Any, Any]) -> None:
+        """Check the entries of the mapping `name`."""
+        if id(entries) in self.checked:  # aliases can make a mapping contain itself
             return
-        self.judged.add(id(entries))
+        self.checked.add(id(entries))
         for key, value in entries.items():
-            self.judge(f"{name}.{key}", value)
+            self.check(f"{name}.{key}", value)
 
-    def judge(self, name: str, value: Any) -> None:
-        """Judge one key, of any type; below an informational one only what changes numbers is refused."""
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a key that changes numbers or is unknown; below an informational key only those that change numbers."""
+        # 1. Accept keys that are read, repeat a value that is read, or ask for the default behaviour.
         if self.is_harmless(name, value):
             return
+        # 2. Refuse keys that change numbers. The entries of argument mappings are checked one by one.
         self.refuse_change(name, value)
         if _is_arguments(name, value):
             return
+        # 3. Refuse unknown keys.
         if not _informs(name):
             raise self.refuse(
                 f"{self.path} has {_shown(name)}={abbreviated(value)}, a key that is not known and could change a vector, a "
-                "prompt or a reading. If it only informs, move it below `training:` or remove it from the sidecar."
+                "prompt or where the AR is read. If it only informs, move it below `training:` or remove it from the sidecar."
             )
-        for inner, held in _nested(value):
-            if not self.is_harmless(f"{name}.{inner}", held):
-                self.refuse_change(f"{name}.{inner}", held)
+        # 4. Inside an informational key, refuse what changes numbers.
+        for inner_name, inner_value in _nested(value):
+            if not self.is_harmless(f"{name}.{inner_name}", inner_value):
+                self.refuse_change(f"{name}.{inner_name}", inner_value)
 
     def is_harmless(self, name: str, value: Any) -> bool:
-        """Return whether a key is empty, read, a repetition of a read one, asks for what is done anyway, or informs."""
+        """Return whether a key is null, is read, repeats a value that is read, asks for a default, or informs this reader."""
         last = name.rpartition(".")[2]
         repeats = last in self.own and _same(self.own[last], value)
         informs = _plain(last) in self.informs or _is_opaque(last, value)
         return value is None or name in self.understood or repeats or is_done(last, value) or informs
 
     def refuse_change(self, name: str, value: Any) -> None:
-        """Refuse a key that changes numbers, or an entry that is not understood in a mapping that does."""
+        """Refuse a key that changes numbers, and each such entry of an argument mapping."""
         if _is_arguments(name, value):
-            self.judge_entries(name, value)
+            self.check_entries(name, value)
         elif CHANGES.search(_plain(name.rpartition(".")[2])):
             raise self.refuse(
-                f"{self.path} has {_shown(name)}={abbreviated(value)}, which says how vectors, prompts or readings are made and "
-                "is not understood by this version: numbers taken without it would be wrong. Use a checkpoint (or vectors) "
-                "made without it."
+                f"{self.path} has {_shown(name)}={abbreviated(value)}, which says how vectors or prompts are made or where the "
+                "AR is read. This version does not support it, and numbers taken without it would be wrong. Use a checkpoint (or "
+                "vectors) made without it."
             )
 
 
 def _informs(name: str) -> bool:
+    """Return whether a dotted key only informs, at the top level or in the section `extraction`."""
     section, _, last = name.rpartition(".")
     leaf = _plain(last)
     if section:
@@ -378,7 +385,7 @@ def _informs(name: str) -> bool:
 
 
 def _is_opaque(key: str, value: Any) -> bool:
-    """Return whether the value of a key is free content that contains no keys."""
+    """Return whether a key's value is free text, without keys to check."""
     if key not in OPAQUE:
         return False
     words = value if isinstance(value, list) else [value]
@@ -390,24 +397,24 @@ def _is_arguments(name: str, value: Any) -> bool:
 
 
 def _nested(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys anywhere inside a value, visiting each object once, as aliases may repeat it without end."""
-    seen: set[int] = set()
-    left = [("", value)]
-    while left:
-        before, container = left.pop()
-        if id(container) in seen or not isinstance(container, (dict, list)):
+    """Yield each dotted key inside a value with its value; each container once, since aliases can make one contain itself."""
+    visited: set[int] = set()
+    pending = [("", value)]
+    while pending:
+        prefix, container = pending.pop()
+        if id(container) in visited or not isinstance(container, (dict, list)):
             continue
-        seen.add(id(container))
+        visited.add(id(container))
         if isinstance(container, list):
-            left.extend((before, held) for held in container)
+            pending.extend((prefix, entry) for entry in container)
             continue
-        pairs = [(f"{before}{key}", held) for key, held in container.items() if not _is_opaque(key, held)]
+        pairs = [(f"{prefix}{key}", entry) for key, entry in container.items() if not _is_opaque(key, entry)]
         yield from pairs
-        left.extend((f"{name}.", held) for name, held in pairs)
+        pending.extend((f"{name}.", entry) for name, entry in pairs)
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Return whether two values are equal texts (ignoring case), equal numbers (true is not 1), or both empty."""
+    """Return whether two values are equal texts (ignoring case), equal numbers (true is not 1), or empty values of one type."""
     if isinstance(a, str) and isinstance(b, str):
         return a.strip().lower() == b.strip().lower()
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
@@ -420,5 +427,5 @@ def _shown(name: str) -> str:
 
 
 def _plain(key: str) -> str:
-    """Return a key in one spelling: enableThinking, enable-thinking and ENABLE_THINKING become enable_thinking."""
+    """Return a key in snake case: enableThinking, enable-thinking and ENABLE_THINKING become enable_thinking."""
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()).strip("_")

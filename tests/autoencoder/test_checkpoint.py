@@ -234,13 +234,13 @@ def test_inspect_accepts_what_was_published(case: str, name: str, tmp_path: Path
 
 
 NOTED = {  # of those above, what is noted of each
-    "role_absent": ("checkpoint", "does not say a role; it was taken as the AV"),
-    "ar_role_absent": ("checkpoint", "does not say a role; it was taken as the AR"),
+    "role_absent": ("checkpoint", "states no role. It was given as the AV"),
+    "ar_role_absent": ("checkpoint", "states no role. It was given as the AR"),
     "d_model_under_extraction": ("checkpoint", "d_model under `extraction` only"),
     "ar_d_model_under_extraction": ("checkpoint", "d_model under `extraction` only"),
     "no_neighbour_ids": ("prompt", "lacks tokens.injection_left_neighbor_id and tokens.injection_right_neighbor_id"),
     "one_neighbour_id": ("prompt", "lacks tokens.injection_left_neighbor_id,"),
-    "marker_of_many_characters": ("prompt", "names a marker of 10 characters, '<|im_end|>'"),
+    "marker_of_many_characters": ("prompt", "has the marker '<|im_end|>' of 10 characters"),
 }
 
 
@@ -438,7 +438,7 @@ def test_adapters_take_depth_and_width_from_the_base(adapters: TinyPair) -> None
 
 def test_adapter_base_argument_goes_before_the_configuration(adapters: TinyPair, tmp_path: Path) -> None:
     moved = adapters.base.rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"over a base model that cannot be had .*Set autoencoder.base"):
+    with pytest.raises(CheckpointError, match=r"over a base model that cannot be found .*Set autoencoder.base"):
         inspect_nla(adapters.av, "av")
     assert inspect_nla(adapters.av, "av", base=str(moved)).base == moved.resolve()
 

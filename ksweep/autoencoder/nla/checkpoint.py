@@ -1,7 +1,7 @@
-"""Which family a checkpoint is of, whether it is whole and what it was given as, and its content digest.
+"""Inspect an NLA checkpoint: its role, layer, width and base model, whether its files are complete, and its content digest.
 
-No weights are read and no torch is needed: the launcher runs these checks before anything is submitted. What needs weights or a
-tokenizer is checked when a rank loads the model (`nla.py`).
+No weights are read and torch is not imported: the launcher runs these checks before it submits a job. Checks that need weights or
+a tokenizer run when a rank loads the model (`loading.py`, `prompts.py`).
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.js
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One AV or AR that passed every check that needs no weights."""
+    """An AV or AR that passed every check that needs no weights."""
 
     path: Path
     sidecar: Sidecar
     layer: int | None
-    """L, from the sidecar, or for an AR without one from its depth; None only for an AV that does not say."""
+    """L, from the sidecar or, for an AR whose sidecar has none, from its depth; None for an AV whose sidecar has none."""
     num_layers: int
-    """Blocks that will be loaded: all of an AV's, L + 1 of an AR's."""
+    """Number of blocks that are loaded: all of an AV, L + 1 of an AR."""
     config: Mapping[str, Any]
-    """config.json of the model, or under an adapter of its base; the language model's part of a multimodal one, its sizes under
+    """config.json of the model or, for an adapter, of its base; of a multimodal model the language model's part. Sizes are under
     their usual names."""
     base: Path | None
-    """Base model of an adapter; None: full weights."""
+    """Directory of an adapter's base model; None for full weights."""
     tensors: Mapping[str, Tensor]
-    """Headers of the weights (or adapter weights) in `path`, names as they are in the files."""
+    """Headers of the weights (or adapter weights) in `path`, under their names in the files."""
     notes: tuple[Note, ...] = ()
-    """What is unusual, was accepted, and should stand beside the numbers."""
+    """Accepted but unusual properties, to be shown with the numbers."""
 
     @property
     def role(self) -> NlaRole:
-        """av or ar."""
+        """Role of the checkpoint, av or ar."""
         return self.sidecar.role
 
     @property
@@ -58,35 +58,36 @@ class CheckpointInfo:
 
     @property
     def is_adapter(self) -> bool:
-        """PEFT adapter over `base`, not full weights."""
+        """Whether the checkpoint is a PEFT adapter over `base`."""
         return self.base is not None
 
     @property
     def weights(self) -> Path:
-        """Directory that config.json and the full weights are in."""
+        """Directory with config.json and the full weights."""
         return self.base or self.path
 
     @property
     def tokenizer(self) -> Path:
-        """Directory that the tokenizer is in: the checkpoint's, or its base's."""
+        """Directory with the tokenizer: the checkpoint's or its base's."""
         return _tokenizer_directory(self.path, self.weights)
 
     @property
     def thinks(self) -> bool:
-        """Whether the AV may think aloud before it answers."""
+        """Whether the AV's chat template allows thoughts before the answer."""
         return self.role == "av" and "<think>" in _chat_template(self.tokenizer)
 
 
 def inspect_nla(path: Path | str, expected_role: NlaRole, base: str | None = None) -> CheckpointInfo:
-    """Check everything about an AV or AR directory that can be known from sidecar, configuration and weight headers.
+    """Return what the sidecar, configuration and weight headers of an AV or AR directory say, once all are checked.
 
     Args:
-        path: directory, or hub id.
-        base: base model of an adapter, path or hub id; None takes the one that adapter_config.json names. Full weights ignore it.
+        path: directory or hub id.
+        base: base model of an adapter, a path or hub id; None takes the one in adapter_config.json. Full weights ignore it.
 
     Raises:
-        CheckpointError: what is wrong, what was expected, what to do.
+        CheckpointError: the message says what is wrong, what was expected and what to do.
     """
+    # 1. Find the directory and read its sidecar.
     path = hub.resolve(str(path), f"{expected_role.upper()} checkpoint")
     if not path.is_dir():
         raise CheckpointError(
@@ -94,6 +95,7 @@ def inspect_nla(path: Path | str, expected_role: NlaRole, base: str | None = Non
             ".pt file as autoencoder.checkpoint."
         )
     sidecar = read_nla_sidecar(path, expected_role)
+    # 2. Find the base model of an adapter, and check width, kinds of blocks, depth and layer against config.json.
     base_path = _base(path, base, sidecar) if (path / ADAPTER_CONFIG).exists() else None
     config = _config(base_path or path)
     _check_width(config, sidecar, base_path or path)
@@ -101,6 +103,7 @@ def inspect_nla(path: Path | str, expected_role: NlaRole, base: str | None = Non
     check_attention(config, base_path or path)
     layer = _layer(sidecar, depth, path, is_adapter=base_path is not None)
     num_layers = layer + 1 if expected_role == "ar" and layer is not None else depth
+    # 3. Check that every expected tensor is listed in the weight headers, and no other.
     tensors = _adapter_tensors(path, num_layers) if base_path else model_tensors(path)
     if base_path:
         check_blocks(model_tensors(base_path), config, base_path)
@@ -119,21 +122,23 @@ def check_pair(
     activations_d_model: int | None = None,
     activations_base: str | None = None,
 ) -> tuple[Note, ...]:
-    """AV, AR and the activations belong together: one layer, one width, one base model, one marker.
+    """Check that AV, AR and activations belong together: the same layer, width, base model and marker.
 
     Args:
-        activations_layer, activations_d_model, activations_base: of the vectors; None is not checked. A base given as a local
-            path is compared by the digest of its weights where the sidecars have one, else by its config.json; of a hub id
-            only the name is compared, and another one is noted: fine-tunes of a base are what pairs are often used on.
+        activations_layer, activations_d_model, activations_base: properties of the vectors; None is not checked. A base given as
+            a local path is compared by the digest of its weights if a sidecar has one, else by its config.json. A hub id is
+            compared by name, and another name is noted but accepted: pairs are often used on fine-tunes of their base.
 
     Returns:
-        What was accepted and should stand beside the numbers.
+        Notes on accepted differences, to be shown with the numbers.
 
     Raises:
-        CheckpointError: AV and AR do not fit. DataError: the activations fit neither.
+        CheckpointError: AV and AR do not fit each other.
+        DataError: the activations do not fit the pair.
     """
+    # 1. Compare the two halves in every value that both of them state.
     a, b = av.sidecar, ar.sidecar
-    for what, ours, theirs in (
+    for name, av_value, ar_value in (
         ("d_model", a.d_model, b.d_model),
         ("layer", av.layer, ar.layer),
         ("base model", _hub_name(a.base_checkpoint), _hub_name(b.base_checkpoint)),
@@ -142,30 +147,31 @@ def check_pair(
         ("marker", a.marker, b.marker),
         ("marker token id", a.marker_id, b.marker_id),
     ):
-        if ours is not None and theirs is not None and ours != theirs:
+        if av_value is not None and ar_value is not None and av_value != ar_value:
             raise CheckpointError(
-                f"AV {av.path} and AR {ar.path} do not belong together: {what} is {ours!r} in the AV and {theirs!r} in the AR. "
-                "Pass both halves of one pair."
+                f"AV {av.path} and AR {ar.path} do not belong together: {name} is {av_value!r} in the AV and {ar_value!r} in the "
+                "AR. Pass both halves of one pair."
             )
+    # 2. Compare the pair with the activations.
     return _check_activations(av, ar, activations_layer, activations_d_model, activations_base)
 
 
 def digest_nla(info: CheckpointInfo) -> str:
-    """Content of a checkpoint as 32 hex digits; an adapter's includes its base, since they only mean something together."""
-    own = hub.content_digest(info.path)
+    """Return the digest of a checkpoint's content, 32 hex digits; an adapter's digest covers its base model as well."""
+    digest = hub.content_digest(info.path)
     if info.base is None:
-        return own
-    return hashlib.sha256(f"{own} over {hub.content_digest(info.base)}".encode()).hexdigest()[:32]
+        return digest
+    return hashlib.sha256(f"{digest} over {hub.content_digest(info.base)}".encode()).hexdigest()[:32]
 
 
 def _check_activations(
-    av: CheckpointInfo, ar: CheckpointInfo, asked_layer: int | None, d_model: int | None, base: str | None
+    av: CheckpointInfo, ar: CheckpointInfo, activations_layer: int | None, d_model: int | None, base: str | None
 ) -> tuple[Note, ...]:
     layer = ar.layer if ar.layer is not None else av.layer
-    if None not in (asked_layer, layer) and asked_layer != layer:
+    if None not in (activations_layer, layer) and activations_layer != layer:
         raise DataError(
-            f"the activations are of layer {asked_layer}, but AV {av.path} and AR {ar.path} were trained on layer "
-            f"{layer}. Extract layer {layer}, or use a pair of layer {asked_layer}."
+            f"the activations are of layer {activations_layer}, but AV {av.path} and AR {ar.path} were trained on layer "
+            f"{layer}. Extract layer {layer}, or use a pair of layer {activations_layer}."
         )
     if d_model is not None and d_model != av.d_model:
         raise DataError(
@@ -176,18 +182,19 @@ def _check_activations(
 
 
 def _base_digests(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[str | None, str | None]:
-    """What two adapters lie over, where that is not plainly the same directory."""
+    """Return the digests of two adapters' bases; None and None where the bases are one directory or a half is no adapter."""
     if av.base is None or ar.base is None or av.base == ar.base:
         return None, None
     return hub.content_digest(av.base), hub.content_digest(ar.base)
 
 
 def _base(path: Path, base: str | None, sidecar: Sidecar) -> Path:
-    """Local directory of an adapter's base model, its weights verified against the sidecar's base_digest."""
+    """Return the directory of an adapter's base model, once its weights match the sidecar's base_digest."""
+    # 1. Take the base's name from the argument or adapter_config.json.
     if (path / "model.safetensors").exists() or (path / "model.safetensors.index.json").exists():
         raise CheckpointError(
-            f"{path} holds both full weights and {ADAPTER_CONFIG}: it is not clear which are meant. Keep one of the two in the "
-            "directory."
+            f"{path} holds both full weights and {ADAPTER_CONFIG}, so it is not clear which to load. Keep only one of them in "
+            "the directory."
         )
     config = files.read_json(path / ADAPTER_CONFIG, "adapter configuration")
     source = base or config.get("base_model_name_or_path")
@@ -196,17 +203,19 @@ def _base(path: Path, base: str | None, sidecar: Sidecar) -> Path:
             f"{path} is an adapter, and its {ADAPTER_CONFIG} names no base model. Set autoencoder.base to the base model's "
             "path or hub id."
         )
+    # 2. Find its directory.
     try:
-        found = hub.resolve(source, "base model")
+        directory = hub.resolve(source, "base model")
     except CheckpointError as error:
         where = "autoencoder.base" if base else f"base_model_name_or_path in {path / ADAPTER_CONFIG}"
         raise CheckpointError(
-            f"{path} is an adapter over a base model that cannot be had (from {where}): {error} Set autoencoder.base to where "
-            "the base model is."
+            f"{path} is an adapter over a base model that cannot be found (from {where}): {error} Set autoencoder.base to the "
+            "path or hub id of the base model."
         ) from error
+    # 3. Compare its weights with the sidecar's digest.
     if sidecar.base_digest is not None:
-        _check_base_digest(found, sidecar.base_digest, path)
-    return found
+        _check_base_digest(directory, sidecar.base_digest, path)
+    return directory
 
 
 def _check_base_digest(base: Path, expected: str, path: Path) -> None:
@@ -214,14 +223,13 @@ def _check_base_digest(base: Path, expected: str, path: Path) -> None:
     if not weights.exists():
         raise CheckpointError(
             f"{path} was trained over a base whose model.safetensors has digest {expected}; {base} has no such single file to "
-            "compare. Use the base it was trained on (see set-up in the README)."
+            "compare. Use the base that it was trained on (see set-up in the README)."
         )
-    if (found := _weights_digest(weights)) != _short(expected):
+    if (digest := _weights_digest(weights)) != _short(expected):
         raise CheckpointError(
             f"{path} was trained over other base weights: expected model.safetensors with sha256 {_short(expected)}..., but "
-            f"{weights} has {found}... (requantised or another revision?). "
-            "An adapter means nothing over other weights: set autoencoder.base to the base it was trained on, or run the "
-            "set-up step again."
+            f"{weights} has {digest}... It may be requantised or of another revision. An adapter is valid only over the weights "
+            "it was trained on: set autoencoder.base to them, or run the set-up step again."
         )
 
 
@@ -230,14 +238,14 @@ def _weights_digest(weights: Path) -> str:
 
 
 def _short(expected: str) -> str:
-    """First 32 hex digits of "sha256:<hex>", what ksweep.utils.hub keeps."""
+    """Return the first 32 hex digits of "sha256:<hex>", the length that ksweep.utils.hub keeps."""
     return expected.removeprefix("sha256:").lower()[:32]
 
 
 def _config(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").exists():
         raise CheckpointError(
-            f"{directory} has no config.json, so its model is unknown. Copy it from where the weights came from."
+            f"{directory} has no config.json, so its model is unknown. Copy the file from the source of the weights."
         )
     return language_model(files.read_json(directory / "config.json", "model configuration"))
 
@@ -246,7 +254,8 @@ def _positive(config: Mapping[str, Any], key: str, directory: Path) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(
-            f"{directory / 'config.json'} has {key}={value!r}, expected a whole number >= 1: is it a causal language model's?"
+            f"{directory / 'config.json'} has {key}={value!r}, expected a whole number >= 1. Check that it is the "
+            "configuration of a causal language model."
         )
     return value
 
@@ -256,30 +265,30 @@ def _check_width(config: Mapping[str, Any], sidecar: Sidecar, directory: Path) -
     if width != sidecar.d_model:
         raise CheckpointError(
             f"the sidecar says d_model={sidecar.d_model}, but the model in {directory} has hidden_size={width}. Sidecar and "
-            "weights are not of the same checkpoint, or the base is another model."
+            "weights are of different checkpoints, or the base is another model."
         )
 
 
 def _layer(sidecar: Sidecar, depth: int, path: Path, is_adapter: bool) -> int | None:
-    """L; an AR of full weights is exactly L + 1 blocks deep, everything else at least."""
+    """Return L, once it fits the depth: exactly L + 1 blocks for an AR of full weights, at least L + 1 for every other model."""
     layer = sidecar.layer
     if sidecar.role == "ar" and layer is None:
         if is_adapter:
             raise CheckpointError(
-                f"{path / 'nla_meta.yaml'} names no layer, so how many blocks of the base this AR adapter uses is unknown. Add "
-                "critic.extraction_layer_index."
+                f"{path / 'nla_meta.yaml'} names no layer, so the number of base blocks that this AR adapter uses is unknown. "
+                "Add critic.extraction_layer_index."
             )
         return depth - 1
     if layer is not None and sidecar.role == "ar" and not is_adapter and depth != layer + 1:
         raise CheckpointError(
             f"AR {path} has num_hidden_layers={depth} in config.json, but its sidecar says layer {layer}, which needs "
-            f"{layer + 1} blocks (0 to {layer}). One block off costs half of the "
-            "variance explained and looks plausible: use the config.json and sidecar that were released together."
+            f"{layer + 1} blocks (0 to {layer}). An error of one block halves the "
+            "variance explained and is hard to notice. Use the config.json and sidecar that were released together."
         )
     if layer is not None and layer >= depth:
         raise CheckpointError(
-            f"{path} is of layer {layer}, but its model has {depth} blocks (0 to {depth - 1}). Sidecar and model are not of "
-            "the same checkpoint."
+            f"{path} is of layer {layer}, but its model has {depth} blocks (0 to {depth - 1}). Sidecar and model are of "
+            "different checkpoints."
         )
     return layer
 
@@ -287,17 +296,17 @@ def _layer(sidecar: Sidecar, depth: int, path: Path, is_adapter: bool) -> int | 
 def _adapter_tensors(path: Path, num_layers: int) -> dict[str, Tensor]:
     if not (path / ADAPTER).exists():
         raise CheckpointError(
-            f"{path} has {ADAPTER_CONFIG} but no {ADAPTER}: the adapter's weights are missing (or saved as .bin: save them as "
-            "safetensors). Download them again."
+            f"{path} has {ADAPTER_CONFIG} but no {ADAPTER}: the adapter's weights are missing, or are saved as .bin. Download "
+            "them again, or save them as safetensors."
         )
     tensors = read_header(path / ADAPTER)
-    beyond = [name for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name)) and int(match[1]) >= num_layers]
-    if beyond or not tensors:
+    unused = [name for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name)) and int(match[1]) >= num_layers]
+    if unused or not tensors:
         raise CheckpointError(
-            f"{path / ADAPTER} holds {'weights of blocks that are not used: ' + some_of(beyond) if beyond else 'no tensors'}; "
+            f"{path / ADAPTER} holds {'weights of blocks that are not used: ' + some_of(unused) if unused else 'no tensors'}; "
             f"expected adapter weights of blocks 0 to {num_layers - 1}. "
-            "An AR adapter is made over the base cut to L + 1 blocks: check the layer in the sidecar, and that the right file "
-            "was saved."
+            "An AR adapter covers the first L + 1 blocks of its base. Check the layer in the sidecar, and that this is the file "
+            "meant."
         )
     return tensors
 
@@ -306,8 +315,8 @@ def _check_head(path: Path, d_model: int) -> None:
     file = path / HEAD
     if not file.exists():
         raise CheckpointError(
-            f"{path} has no {HEAD}, the d x d map that an AR ends with. Without it this is no AR: download it again, and check "
-            "that an AV or base model was not given as `ar`."
+            f"{path} has no {HEAD}, the d x d map at the end of an AR. Download it again, and check that no AV or base model was "
+            "given as `ar`."
         )
     head = read_header(file)
     if set(head) != {"weight"}:
@@ -318,12 +327,12 @@ def _check_head(path: Path, d_model: int) -> None:
     if head["weight"].shape != (d_model, d_model) or head["weight"].dtype not in HEAD_DTYPES:
         raise CheckpointError(
             f"{file}: weight is {head['weight'].dtype} of shape {list(head['weight'].shape)}; expected floating point of shape "
-            f"[{d_model}, {d_model}]. The head is half-saved, or of another model."
+            f"[{d_model}, {d_model}]. The head is saved incompletely, or is of another model."
         )
 
 
 def _hub_name(source: str | None) -> str | None:
-    """A hub id for comparison; None for what says nothing: a local path, or nothing."""
+    """Return a hub id in the form for comparison; None for a local path or None."""
     if source is None or source.startswith(("/", ".", "~")) or not hub.HUB_ID.match(source):
         return None
     return source.partition("@")[0].lower()
@@ -337,27 +346,40 @@ def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str)
 
 
 def base_notes(source: str, trained_on: str | None, whose: str) -> tuple[Note, ...]:
-    """A note where two names are of other models. A path that activations come from is compared with nothing."""
-    theirs, ours = _hub_name(source), _hub_name(trained_on)
-    if theirs and trained_on and Path(trained_on).is_dir():
+    """Return a note if the model of the activations and the one that `whose` was trained on differ by name.
+
+    A `source` that is a local path is not compared.
+    """
+    source_id, trained_id = _hub_name(source), _hub_name(trained_on)
+    if source_id and trained_on and Path(trained_on).is_dir():
         text = f"Could not verify that {source} is {trained_on}, the model that {whose} was trained on."
         return () if _is_named(source, Path(trained_on)) else (Note("base model", text),)
-    if theirs is None or ours is None or theirs.split("/")[1] == ours.split("/")[1]:  # mirrors keep the name under another owner
+    if (
+        source_id is None or trained_id is None or source_id.split("/")[1] == trained_id.split("/")[1]
+    ):  # a mirror has another owner
         return ()
     return (Note("base model", f"The activations come from {source}, but {whose} was trained on {trained_on}."),)
 
 
 def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, source: str) -> tuple[Note, ...]:
+    """Return a note if a local model cannot be verified as the pair's base.
+
+    Raises:
+        DataError: it has another architecture or size.
+    """
+    # 1. Compare architecture and sizes.
     if not (path / "config.json").exists():
         return ()
     check_same_architecture(av, path, source)
+    # 2. Compare the weights, if a sidecar states their digest.
     weights = path / "model.safetensors"
     expected = next((info.sidecar.base_digest for info in (av, ar) if info.sidecar.base_digest), None)
     if expected and weights.exists():
         if _weights_digest(weights) == _short(expected):
             return ()
         text = f"The activations come from {source}, whose weights are not those that the pair was trained over ({expected})."
-        return (Note("base model", f"{text} It has the same architecture and sizes: a fine-tune?"),)
+        return (Note("base model", f"{text} It has the same architecture and sizes, so it may be a fine-tune."),)
+    # 3. Otherwise compare the names.
     base = av.sidecar.base_checkpoint or "the pair's base model"
     if (av.base is not None and av.base == path.resolve()) or _is_named(base, path):
         return ()
@@ -366,9 +388,9 @@ def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, so
 
 
 def _is_named(hub_id: str, path: Path) -> bool:
-    """Whether a directory is named after a model: .../Qwen2.5-7B-Instruct, or .../models--*--*/snapshots/<revision> of the hub.
+    """Return whether a directory is named after a model, as .../NAME or as the hub's .../models--OWNER--NAME/snapshots/REVISION.
 
-    Directories above it say nothing: outputs of training lie below the name of the base as often as the base itself does.
+    Parent directories are not compared: training outputs often lie below a directory with the base's name.
     """
     name, parts = hub_id.partition("@")[0].rpartition("/")[2].lower(), path.absolute().parts
     if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
@@ -377,15 +399,19 @@ def _is_named(hub_id: str, path: Path) -> bool:
 
 
 def check_same_architecture(av: CheckpointInfo, directory: Path, source: str) -> None:
-    """Raises DataError: the activations' model has another architecture, depth or width than the AV, and so is not its base."""
-    config = _config(directory)
+    """Check that the activations' model has the AV's architecture, depth and width, as the AV's base or a fine-tune of it does.
+
+    Raises:
+        DataError: one of them differs.
+    """
+    activations_config = _config(directory)
     for key in ("model_type", "num_hidden_layers", "hidden_size"):
-        ours, theirs = (str(one.get(key)).removesuffix("_text") for one in (av.config, config))
-        if ours != theirs:
+        expected, actual = (str(config.get(key)).removesuffix("_text") for config in (av.config, activations_config))
+        if actual != expected:
             raise DataError(
-                f"the activations come from {source}, whose config.json says {key}={theirs}; AV {av.path} was trained over a "
-                f"model of {key}={ours} ({av.sidecar.base_checkpoint or 'unnamed'}). Set activations.model to the pair's base "
-                "model, or to a fine-tune of it."
+                f"the activations come from {source}, whose config.json says {key}={actual}; AV {av.path} was trained over a "
+                f"model with {key}={expected} ({av.sidecar.base_checkpoint or 'unnamed'}). Set activations.model to the pair's "
+                "base model, or to a fine-tune of it."
             )
 
 
@@ -394,12 +420,12 @@ def _tokenizer_directory(path: Path, weights: Path) -> Path:
 
 
 def _chat_template(directory: Path) -> str:
-    """The chat template's text, wherever a tokenizer keeps it; empty where there is none."""
+    """Return the chat template's text from any of a tokenizer's files; empty if there is none."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8", errors="replace")
-    found = [directory / name for name in ("tokenizer_config.json", "chat_template.json") if (directory / name).is_file()]
-    return " ".join(str(files.read_json(path, "tokenizer configuration").get("chat_template") or "") for path in found)
+    paths = [directory / name for name in ("tokenizer_config.json", "chat_template.json") if (directory / name).is_file()]
+    return " ".join(str(files.read_json(path, "tokenizer configuration").get("chat_template") or "") for path in paths)
 
 
 def _thinking_notes(sidecar: Sidecar, path: Path, tokenizer: Path) -> tuple[Note, ...]:
@@ -407,6 +433,6 @@ def _thinking_notes(sidecar: Sidecar, path: Path, tokenizer: Path) -> tuple[Note
         return ()
     text = (
         f"The chat template of {path} can be rendered with thinking on or off (enable_thinking), and the sidecar does not say "
-        "which the AV was trained with; the template's default was used."
+        "which setting the AV was trained with. The template's default was used."
     )
     return (Note("prompt", text),)

@@ -1,10 +1,10 @@
-"""Public NLA pairs: an AV that reads a vector from one row of its prompt, an AR that answers a text with a vector.
+"""NLA pairs: an AV that reads a vector from one row of its prompt, and an AR that maps a text to a vector.
 
     av = load_nla_verbalizer("kitft/nla-qwen2.5-7b-L20-av", device="cuda")
     ar = load_nla_reconstructor("kitft/nla-qwen2.5-7b-L20-ar", device="cuda")
 
-The rules are those of the public code (kitft/natural_language_autoencoders); where that would go on silently with something
-broken, this raises CheckpointError.
+Both follow the public code (kitft/natural_language_autoencoders), but raise CheckpointError where that code continues silently
+with broken weights or prompts.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from ksweep.inference.backend import FinishReason
 
 AR_BATCH_TOKENS = 16_384
-"""Padded tokens that an AR reads at once, without what its template has before the text."""
+"""Largest number of tokens in an AR's batch, with padding and without the template's tokens before the text."""
 
 LEAST_LOGIT_CHANGE = 1e-4
-"""Least change of the logits, as a share of the largest, that opposite vectors must make; the fixtures' AVs change by half."""
+"""Smallest change of the logits between opposite vectors, as a share of the largest logit; the fixtures' AVs change by half."""
 
 
 def load_nla_verbalizer(
@@ -49,16 +49,16 @@ def load_nla_verbalizer(
     dtype: str = "bfloat16",
     device: Devices = "cpu",
 ) -> NlaVerbalizer:
-    """Load an AV, every check made that needs no vectors.
+    """Load an AV and run every check that needs no vectors.
 
     Args:
         checkpoint: what `inspect_nla` returned, a directory, or a hub id.
         base: base model of an adapter; see `inspect_nla`.
         dtype: compute precision, "bfloat16", "float16" or "float32"; weights are converted to it.
-        device: where it runs; over several devices its blocks are spread.
+        device: one device, or several that its blocks are spread over.
 
     Raises:
-        CheckpointError: one paragraph on what is wrong with it.
+        CheckpointError: the message says in one paragraph what is wrong.
     """
     info = _inspected(checkpoint, "av", base)
     tokenizer = load_nla_tokenizer(info)
@@ -68,7 +68,7 @@ def load_nla_verbalizer(
     if max(prompt.ids) >= rows:
         raise CheckpointError(
             f"AV {info.path}: its prompt holds token {max(prompt.ids)}, but the model has {rows} embedding rows. Tokenizer and "
-            "weights are not of the same model."
+            "weights are of different models."
         )
     return NlaVerbalizer(info, model, tokenizer, prompt.ids, prompt.position, stops)
 
@@ -91,12 +91,12 @@ def load_nla_reconstructor(
 
 
 class NlaVerbalizer:
-    """AV: vectors -> text. Implements `base.Verbalizer`."""
+    """An AV, which maps vectors to texts. Implements `base.Verbalizer`."""
 
     def __init__(
         self, info: CheckpointInfo, model: Any, tokenizer: Any, prompt_ids: tuple[int, ...], position: int, stops: frozenset[int]
     ) -> None:
-        """Parts that belong together; `load_nla_verbalizer` makes them."""
+        """Combine the parts that `load_nla_verbalizer` loads."""
         self.info = info
         self.model = model
         self.tokenizer = tokenizer
@@ -111,22 +111,22 @@ class NlaVerbalizer:
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
     ) -> Float[torch.Tensor, "activation d_model"]:
-        """The activations as they are."""
+        """Return the activations unchanged."""
         return vectors
 
     @torch.inference_mode()
     def prefix(self) -> Any | None:
-        """The past of the prompt's tokens before the vector."""
+        """Return the KV cache of the prompt's tokens before the vector; None if there are none."""
         if self._prefix is None and self.injection_position:
             ids = torch.tensor([self.prompt_ids[: self.injection_position]], device=self.model.device)
             self._prefix = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         return self._prefix
 
     def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
-        """Run the prompt (behind `prefix`: the rest) once per vector, injected; the first call also makes the differential check.
+        """Run the prompt, or its part after `prefix`, once per injected vector; the first call also runs the differential check.
 
         Raises:
-            DataError: a vector that is not finite, all zero, or of another width.
+            DataError: a vector is not finite, all zero, or of another width.
             CheckpointError: the AV does not read its vector.
         """
         check_vectors(vectors, self.d_model)
@@ -136,10 +136,10 @@ class NlaVerbalizer:
         return self._prefill(vectors, prefix)
 
     def differential_check(self, vector: Float[torch.Tensor, " d_model"]) -> None:
-        """Opposite vectors give different logits, the same vector twice gives equal ones.
+        """Check that opposite vectors give different logits, and the same vector twice equal ones.
 
         Raises:
-            CheckpointError: the AV ignores what is injected, is not deterministic, or overflows in its dtype.
+            CheckpointError: the AV ignores the injected vector, is not deterministic, or overflows in its dtype.
         """
         logits = self._prefill(torch.stack([vector, vector, -vector])).logits
         if not torch.isfinite(logits).all():
@@ -152,18 +152,18 @@ class NlaVerbalizer:
             raise CheckpointError(
                 f"AV {self.info.path} does not read its vector: opposite vectors change the next-token logits by "
                 f"{opposite:.2g}, the same vector twice by {same:.2g}. "
-                "The checkpoint may not be an AV of this layout (other places or ways of injecting exist), or its weights are "
-                "damaged."
+                "Its weights may be damaged, or it may be an AV of a layout that injects vectors at another position or in "
+                "another way."
             )
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of sampled tokens up to the first stop token, special tokens kept."""
+        """Return the text of sampled tokens up to the first stop token, including special tokens."""
         end = next((i for i, token in enumerate(token_ids) if token in self.stop_token_ids), len(token_ids))
         text: str = self.tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
     def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
-        """The explanation in a sampled text, or None and why there is none; see `prompts.parse_explanation`."""
+        """Return the explanation in a sampled text and "ok", or None and the failure; see `prompts.parse_explanation`."""
         return parse_explanation(text, finish)
 
     @torch.inference_mode()
@@ -171,9 +171,9 @@ class NlaVerbalizer:
         scale = self.info.sidecar.injection_scale
         assert scale is not None
         rows = scaled(vectors.to(self.model.device), scale)
-        done = 0 if prefix is None else self.injection_position
-        ids = torch.tensor(self.prompt_ids[done:], device=self.model.device).expand(len(vectors), -1)
-        with injecting(self.model.get_input_embeddings(), rows, self.injection_position - done):
+        num_cached = 0 if prefix is None else self.injection_position
+        ids = torch.tensor(self.prompt_ids[num_cached:], device=self.model.device).expand(len(vectors), -1)
+        with injecting(self.model.get_input_embeddings(), rows, self.injection_position - num_cached):
             output = self.model(
                 input_ids=ids, past_key_values=expand_prefix(prefix, len(vectors)), use_cache=True, logits_to_keep=1
             )
@@ -181,13 +181,13 @@ class NlaVerbalizer:
 
 
 class NlaReconstructor:
-    """AR: text -> vector. Implements `base.Reconstructor`."""
+    """An AR, which maps texts to vectors. Implements `base.Reconstructor`."""
 
     reads_empty_text = True
-    """Its prompt surrounds every text."""
+    """True, because the template's tokens surround even an empty text."""
 
     def __init__(self, info: CheckpointInfo, model: Any, head: torch.nn.Linear, prompts: ArPrompts) -> None:
-        """Parts that belong together; `load_nla_reconstructor` makes them."""
+        """Combine the parts that `load_nla_reconstructor` loads."""
         self.info = info
         self.model = model
         self.head = head
@@ -198,47 +198,51 @@ class NlaReconstructor:
     def reconstruct(
         self, explanations: Sequence[Explanation], batch_size: int = 64
     ) -> Float[torch.Tensor, "explanation d_model"]:
-        """`reconstruct_texts` of the explanations' texts."""
+        """Return `reconstruct_texts` of the explanations' texts."""
         return self.reconstruct_texts([explanation.text for explanation in explanations], batch_size)
 
     def reconstruct_texts(self, texts: Sequence[str], batch_size: int = 64) -> Float[torch.Tensor, "text d_model"]:
-        """Raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts are run once.
+        """Return raw (not normalised) float32 reconstructions on the CPU, in the order of `texts`; identical texts run once.
 
-        Each text is inserted as it is: strip and parse it first. What the template has before the text runs once. Texts of
-        similar length are read together, at most `batch_size` at once, which changes a vector by rounding alone.
+        Texts are inserted verbatim, so they must be parsed and stripped already. The template's tokens before the text run once.
+        Texts of similar length share a batch of at most `batch_size`, which changes a vector by rounding alone.
 
         Raises:
-            DataError: a text too long for the AR.
-            CheckpointError: a prompt that does not end as the AR was trained, or an output that is not finite.
+            DataError: a text is too long for the AR.
+            CheckpointError: a prompt does not end as in the AR's training, or an output is not finite.
         """
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        ids = self.prompts.ids(list(place))
+        # 1. Tokenize each distinct text.
+        row_of = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        ids = self.prompts.ids(list(row_of))
+        # 2. Run the prompts that begin with the template's tokens behind their KV cache, and the others whole.
         out = torch.empty(len(ids), self.d_model)
         for rows, prefix in self._groups(ids):
-            done = 0 if prefix is None else len(self.prompts.common)
-            rest = [ids[i][done:] for i in rows]
-            for batch in length_batches(list(map(len, rest)), AR_BATCH_TOKENS, batch_size):
-                read = memory.run_in_halves(partial(self._forward, prefix=prefix), [rest[i] for i in batch], self.model.device)
-                out[[rows[i] for i in batch]] = read
+            num_cached = 0 if prefix is None else len(self.prompts.common)
+            suffixes = [ids[i][num_cached:] for i in rows]
+            for batch in length_batches(list(map(len, suffixes)), AR_BATCH_TOKENS, batch_size):
+                forward = partial(self._forward, prefix=prefix)
+                vectors = memory.run_in_halves(forward, [suffixes[i] for i in batch], self.model.device)
+                out[[rows[i] for i in batch]] = vectors
+        # 3. Check the vectors, and return one for every text.
         if not torch.isfinite(out).all():
-            worst = list(place)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
+            broken = list(row_of)[int((~torch.isfinite(out).all(dim=1)).nonzero()[0, 0])]
             raise CheckpointError(
-                f"AR {self.info.path} gives NaN or infinite values for {worst[:60]!r} in {self.model.dtype}. Use "
+                f"AR {self.info.path} gives NaN or infinite values for {broken[:60]!r} in {self.model.dtype}. Use "
                 "autoencoder.dtype=bfloat16 or float32."
             )
-        return out[[place[text] for text in texts]]
+        return out[[row_of[text] for text in texts]]
 
     def _groups(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any | None]]:
-        """Texts, and the past they go on from; those that merged with the template have none."""
+        """Yield the prompts that begin with the template's tokens, with their KV cache; then the others, with None."""
         common = list(self.prompts.common)
-        begin = [bool(common) and list(row[: len(common)]) == common for row in ids]
+        begins_with_template = [bool(common) and list(row[: len(common)]) == common for row in ids]
         for shared in (True, False):
-            if group := [i for i, begins in enumerate(begin) if begins is shared]:
+            if group := [i for i, begins in enumerate(begins_with_template) if begins is shared]:
                 yield group, self._template() if shared else None
 
     @torch.inference_mode()
     def _template(self) -> Any:
-        """Keys and values of the template's tokens before the text, one row."""
+        """Return the KV cache of the template's tokens before the text, one row."""
         if self._past is None:
             ids = torch.tensor([self.prompts.common], device=self.model.device)
             self._past = self.model(input_ids=ids, use_cache=True).past_key_values
@@ -246,9 +250,9 @@ class NlaReconstructor:
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
-        """Reconstructions of texts, or of what is left of them behind `prefix`; none is empty."""
+        """Return the reconstructions of prompts, or of their non-empty parts after `prefix`."""
         width, device = max(map(len, rows)), self.model.device
-        # No mask: padding is at the end, and a causal model's tokens do not see what comes after them.
+        # No mask is needed: padding is at the end, and tokens of a causal model do not attend to later ones.
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         past = expand_prefix(prefix, len(rows))
         hidden = self.model(input_ids=ids, past_key_values=past, use_cache=past is not None).last_hidden_state

@@ -1,6 +1,6 @@
-"""`nla_meta.yaml`: what a public NLA checkpoint says about itself, in all the spellings that were published. No torch here.
+"""Read `nla_meta.yaml`, the sidecar of an NLA checkpoint, in every published spelling. Nothing here imports torch.
 
-A key that is not understood is refused by name (`ksweep.utils.sidecar_keys` lists those that only inform).
+A key that is not understood raises an error with its name; `ksweep.utils.sidecar_keys` lists the keys that only inform.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any, Literal, NoReturn
 
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.notes import Note
-from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, says
-from ksweep.utils.sidecar_keys import value_at as _at
+from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, requests, value_at
 
 NlaRole = Literal["av", "ar"]
 FILE_NAME = "nla_meta.yaml"
 ROLE_SPELLINGS: Mapping[str, NlaRole] = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
-"""Released sidecars say av / ar, those of the training code actor / critic."""
+"""Released sidecars use av and ar, sidecars of the training code actor and critic."""
 TEMPLATE_KEYS: Mapping[NlaRole, tuple[str, str]] = {
     "av": ("prompt_templates.av", "prompt_templates.actor"), "ar": ("prompt_templates.ar", "prompt_templates.critic"),
 }  # fmt: skip
@@ -31,23 +30,23 @@ NLA_SIDECAR_KEYS = frozenset({
     "tokens.critic_suffix_ids", "training.activation_norm", *LAYER_KEYS, *TEMPLATE_KEYS["av"], *TEMPLATE_KEYS["ar"],
 })  # fmt: skip
 AR_HEAD_FILES = ("value_head.safetensors", "ar_lora_value_head.safetensors")
-"""Files that only an AR has."""
+"""Files that only an AR directory contains."""
 MARKER_FIELD, TEXT_FIELD = "{injection_char}", "{explanation}"
 FIELD = re.compile(r"\{[\w\s-]*(?:[.\[!:][^{}]*)?\}|<<[\w\s-]+>>|\[\[[\w\s-]+\]\]|%\(\w+\)[sdfgr]")
-"""A field of `str.format` or of another way to fill templates; braces around anything else (JSON, code) are text."""
+"""A field of `str.format` or of another template syntax; braces around anything else (JSON, code) are text."""
 OPEN_TAG = re.compile(r"<[A-Za-z][\w-]*>\s*$")
 ANSWER_TAG = re.compile(r"<(explanation|answer|think|thinking|thought|reasoning)>")
-"""A tag that begins an answer, or lets the model think first."""
+"""A tag that opens an answer, or thoughts before it."""
 MENTION = re.compile(r"\s*(?:xml\s+)?(?:tags?|elements?|brackets|markers?)\b|[.,;!?)`'\"]|\s+(?:and|or|to)\b", re.IGNORECASE)
-"""What follows a tag that is only spoken of: "within <explanation> tags"."""
+"""What follows a tag that is only mentioned, as in "within <explanation> tags"."""
 WITHOUT_INJECTION_MODE = ("lora_sft", "full_ft_sft")
-"""Values of training.method of a trainer whose first version injected vector x scale, unnormalised, into a prompt without chat
-template, and said so only by leaving training.injection_mode and training.chat_template out."""
+"""Values of training.method that one trainer writes. Its first version injected vector x scale, unnormalised, into a prompt
+without chat template; only the absence of training.injection_mode and training.chat_template shows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """A parsed nla_meta.yaml; None is "not said"."""
+    """A parsed nla_meta.yaml. None means that the sidecar does not state the value."""
 
     role: NlaRole
     d_model: int
@@ -55,13 +54,13 @@ class Sidecar:
     """L: the block whose output was verbalized, 0-based."""
     base_checkpoint: str | None
     base_digest: str | None
-    """"sha256:<hex>" of the base's model.safetensors; ours, for adapters: they fit one set of weights only."""
+    """"sha256:<hex>" of the base's model.safetensors. Only ksweep writes it, for adapters, which fit one set of weights."""
     injection_scale: float | None
     """Norm of the injected row."""
     activation_norm: float | None
-    """Median length of the vectors that it was trained on; ours, in no public sidecar."""
+    """Median norm of the training vectors. Only ksweep writes it; no public sidecar has it."""
     mse_scale: float | None
-    """Norm that both vectors are scaled to for the error."""
+    """Norm that both vectors are scaled to before the error is taken."""
     marker: str | None
     marker_id: int | None
     left_id: int | None
@@ -71,35 +70,38 @@ class Sidecar:
     av_template: str | None
     ar_template: str | None
     asks_for_thinking: bool
-    """It says enable_thinking: true, which has to be what the chat template does by default."""
+    """Whether the sidecar has enable_thinking: true, which must then be the chat template's default."""
     notes: tuple[Note, ...]
 
     @property
     def ar_affixes(self) -> tuple[str, str]:
-        """What stands before and after the explanation in the AR's prompt, as `template.format` would leave it."""
+        """The AR's prompt before and after the explanation, as `template.format` would leave it."""
         assert self.ar_template is not None
         before, _, after = self.ar_template.partition(TEXT_FIELD)
         return _unescaped(before), _unescaped(after)
 
     @property
     def av_message(self) -> str:
-        """The AV's user message, the marker in its place."""
+        """The AV's user message, with the marker filled in."""
         assert self.av_template is not None and self.marker is not None
         return self.av_template.replace(MARKER_FIELD, self.marker)
 
 
 def read_nla_sidecar(directory: Path, expected_role: NlaRole) -> Sidecar:
-    """Parse and check `directory/nla_meta.yaml`.
+    """Return the parsed and checked `directory/nla_meta.yaml`.
 
     Raises:
-        CheckpointError: missing, not an NLA model's, of another role, or unusable in a value that this role needs.
+        CheckpointError: the sidecar is missing, is not of an NLA model, has another role, or lacks a value that its role needs.
     """
+    # 1. Read the YAML, and check that it describes an NLA model of the expected role.
     path = directory / FILE_NAME
     meta = _read(path, directory, expected_role)
     _check_kind(meta, path, expected_role)
     notes: list[Note] = []
     role = _role(meta, path, expected_role, notes)
+    # 2. Refuse keys that could change a number and are not understood.
     check_keys(meta, NLA_SIDECAR_KEYS, path, CheckpointError)
+    # 3. Parse the values, each with a check of its type.
     d_model = _d_model(meta, path, notes)
     sidecar = Sidecar(
         role=role,
@@ -117,9 +119,10 @@ def read_nla_sidecar(directory: Path, expected_role: NlaRole) -> Sidecar:
         suffix_ids=_ids(meta, "tokens.critic_suffix_ids", path),
         av_template=_template(meta, "av", path),
         ar_template=_template(meta, "ar", path),
-        asks_for_thinking=says(meta, "enable_thinking"),
+        asks_for_thinking=requests(meta, "enable_thinking"),
         notes=tuple(notes),
     )
+    # 4. Check that the values this role needs are there and usable.
     if role == "ar":
         _check_ar(sidecar, path)
         return sidecar
@@ -134,7 +137,8 @@ def _read(path: Path, directory: Path, expected: NlaRole) -> dict[str, Any]:
         raise CheckpointError(_no_sidecar(directory, expected)) from None
     if not isinstance(meta, dict):
         raise CheckpointError(
-            f"{path} holds a {type(meta).__name__}, expected keys and values (kind, role, d_model, ...). Is the file whole?"
+            f"{path} holds a {type(meta).__name__}, expected keys and values (kind, role, d_model, ...). The file may "
+            "be incomplete."
         )
     return meta
 
@@ -143,9 +147,9 @@ def _check_kind(meta: Mapping[str, Any], path: Path, expected: NlaRole) -> None:
     kind, version = meta.get("kind"), meta.get("schema_version")
     if kind == "nla_dataset":
         raise CheckpointError(
-            f"{path} has kind='nla_dataset', expected 'nla_model': it is the sidecar of a data set, as some trainers (EasyNLA, "
-            "nanoNLA) copy it beside a checkpoint. It says neither how the AV's vector is injected nor how its chat template "
-            "and the AR's prompt are used, and such pairs are not supported yet. Use a pair in the public NLA layout."
+            f"{path} has kind='nla_dataset', expected 'nla_model': it is the sidecar of a data set, which some trainers "
+            "(EasyNLA, nanoNLA) copy beside a checkpoint. It states neither how the AV's vector is injected nor how the chat "
+            "template and the AR's prompt are used, so such pairs are not supported yet. Use a pair in the public NLA layout."
         )
     if kind != "nla_model":
         raise CheckpointError(
@@ -153,7 +157,7 @@ def _check_kind(meta: Mapping[str, Any], path: Path, expected: NlaRole) -> None:
             f"of the {_name(expected)}."
         )
     if version not in (None, 1, 2):
-        _wrong(path, "schema_version", version, "1 or 2, the versions that are understood")
+        _wrong(path, "schema_version", version, "1 or 2, the supported versions")
 
 
 def _no_sidecar(directory: Path, expected: NlaRole) -> str:
@@ -170,24 +174,24 @@ def _no_sidecar(directory: Path, expected: NlaRole) -> str:
 
 
 def _role(meta: Mapping[str, Any], path: Path, expected: NlaRole, notes: list[Note]) -> NlaRole:
-    said = meta.get("role")
-    if said is None:
+    stated_role = meta.get("role")
+    if stated_role is None:
         if expected == "av" and (heads := [name for name in AR_HEAD_FILES if (path.parent / name).exists()]):
             raise CheckpointError(
                 f"{path.parent} is an {_name('ar')} checkpoint (it holds {heads[0]}), given as the {_name('av')}. Pass it as "
                 "`ar`, and the AV (verbalizer) as `av`."
             )
-        notes.append(Note("checkpoint", f"{path} does not say a role; it was taken as the {_name(expected)}, as it was given."))
+        notes.append(Note("checkpoint", f"{path} states no role. It was given as the {_name(expected)} and used as such."))
         return expected
-    role = ROLE_SPELLINGS.get(said) if isinstance(said, str) else None
+    role = ROLE_SPELLINGS.get(stated_role) if isinstance(stated_role, str) else None
     if role is None:
         raise CheckpointError(
-            f"{path} has role={abbreviated(said)}; expected one of {', '.join(ROLE_SPELLINGS)}. Correct the sidecar, "
+            f"{path} has role={abbreviated(stated_role)}; expected one of {', '.join(ROLE_SPELLINGS)}. Correct the sidecar, "
             "or use the released one."
         )
     if role != expected:
         raise CheckpointError(
-            f"{path.parent} is an {_name(role)} checkpoint (role={said!r}), given as the {_name(expected)}. Pass it as "
+            f"{path.parent} is an {_name(role)} checkpoint (role={stated_role!r}), given as the {_name(expected)}. Pass it as "
             f"`{role}`, and the {_name(expected)} as `{expected}`."
         )
     return role
@@ -198,20 +202,21 @@ def _name(role: NlaRole) -> str:
 
 
 def _d_model(meta: Mapping[str, Any], path: Path, notes: list[Note]) -> int:
-    top, inner = _whole(meta, "d_model", path, minimum=1), _whole(meta, "extraction.d_model", path, minimum=1)
-    if top is None and inner is None:
+    top_level = _whole(meta, "d_model", path, minimum=1)
+    in_extraction = _whole(meta, "extraction.d_model", path, minimum=1)
+    if top_level is None and in_extraction is None:
         raise CheckpointError(
             f"{path} does not say d_model, the width of the vectors. Add it, or use the sidecar that was released with the "
             "weights."
         )
-    if top is not None and inner not in (None, top):
-        raise CheckpointError(f"{path} has d_model={top} and extraction.d_model={inner}: make them agree.")
-    if top is None:
-        notes.append(Note("checkpoint", f"{path} says d_model under `extraction` only; it was read there."))
-    width = inner if top is None else top
+    if top_level is not None and in_extraction not in (None, top_level):
+        raise CheckpointError(f"{path} has d_model={top_level} and extraction.d_model={in_extraction}. Make them equal.")
+    if top_level is None:
+        notes.append(Note("checkpoint", f"{path} has d_model under `extraction` only; that value was used."))
+    width = in_extraction if top_level is None else top_level
     assert width is not None
     if (hidden := _whole(meta, "hidden_size", path)) not in (None, width):
-        raise CheckpointError(f"{path} has d_model={width} and hidden_size={hidden}: make them agree.")
+        raise CheckpointError(f"{path} has d_model={width} and hidden_size={hidden}. Make them equal.")
     return width
 
 
@@ -223,21 +228,21 @@ def _wrong(path: Path, key: str, value: Any, expected: str) -> NoReturn:
 
 
 def _text(meta: Mapping[str, Any], key: str, path: Path) -> str | None:
-    value = _at(meta, key)
+    value = value_at(meta, key)
     if value is not None and not isinstance(value, str):
         _wrong(path, key, value, "text")
     return value
 
 
 def _whole(meta: Mapping[str, Any], key: str, path: Path, minimum: int = 0) -> int | None:
-    value = _at(meta, key)
+    value = value_at(meta, key)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31):
         _wrong(path, key, value, f"a whole number >= {minimum}")
     return value
 
 
 def _positive(meta: Mapping[str, Any], key: str, path: Path) -> float | None:
-    value = _at(meta, key)
+    value = value_at(meta, key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
@@ -246,7 +251,7 @@ def _positive(meta: Mapping[str, Any], key: str, path: Path) -> float | None:
 
 
 def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | None:
-    value = _at(meta, key)
+    value = value_at(meta, key)
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
@@ -255,27 +260,31 @@ def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | Non
 
 
 def _template(meta: Mapping[str, Any], role: NlaRole, path: Path) -> str | None:
-    """A prompt template, under either of its names, with nothing left to fill in but the marker or the explanation.
+    """Return the role's prompt template, stored under either of its keys; None if there is none.
 
-    The AV's is filled by replacement, so that doubled braces stay; the AR's by `str.format`, which undoubles them.
+    Its only field is the marker (AV) or the explanation (AR). The AV's template is filled by replacement, which keeps doubled
+    braces, the AR's by `str.format`, which halves them.
     """
     keys = TEMPLATE_KEYS[role]
-    found = {key: text for key in keys if (text := _text(meta, key, path)) is not None}
-    if len(set(found.values())) > 1:
-        raise CheckpointError(f"{path} has {' and '.join(found)}, which differ: which was trained with is not clear. Keep one.")
-    text = next(iter(found.values()), None)
-    rest = (text or "").replace(MARKER_FIELD if role == "av" else TEXT_FIELD, "")
-    if left := FIELD.search(re.sub(r"\{\{|\}\}", "", rest) if role == "ar" else rest):
+    templates = {key: text for key in keys if (text := _text(meta, key, path)) is not None}
+    if len(set(templates.values())) > 1:
+        raise CheckpointError(f"{path} has {' and '.join(templates)}, which differ. Keep the one that was used in training.")
+    template = next(iter(templates.values()), None)
+    remainder = (template or "").replace(MARKER_FIELD if role == "av" else TEXT_FIELD, "")
+    if unfilled := FIELD.search(re.sub(r"\{\{|\}\}", "", remainder) if role == "ar" else remainder):
         raise CheckpointError(
-            f"{path}: {next(iter(found))} has {abbreviated(left[0])}, a field that nothing fills in, so that it would stand in "
-            "the prompt as it is. Use a checkpoint whose templates have no field but "
-            f"{MARKER_FIELD} (AV) and {TEXT_FIELD} (AR)."
+            f"{path}: {next(iter(templates))} has {abbreviated(unfilled[0])}, a field that nothing fills in: it would appear "
+            f"literally in the prompt. Use a checkpoint whose templates have no fields other than {MARKER_FIELD} (AV) and "
+            f"{TEXT_FIELD} (AR)."
         )
-    return text
+    return template
 
 
 def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent: float | None) -> float | None:
-    """A scale under `extraction`: a number, null, or one of the sentinels of the training code."""
+    """Return extraction.<name> as a number, or None for null and the words of the training code that mean null.
+
+    `absent` is returned where the key is missing.
+    """
     extraction = meta.get("extraction")
     if not isinstance(extraction, dict) or name not in extraction:
         return absent
@@ -293,23 +302,26 @@ def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent:
 
 
 def _check_injection(meta: Mapping[str, Any], path: Path) -> None:
-    method = _at(meta, "training.method")
-    if method in WITHOUT_INJECTION_MODE and _at(meta, "training.injection_mode") is None:
+    method = value_at(meta, "training.method")
+    if method in WITHOUT_INJECTION_MODE and value_at(meta, "training.injection_mode") is None:
         raise CheckpointError(
-            f"{path} has training.method={method!r} and no training.injection_mode: AVs of this trainer got their vectors times "
-            "injection_scale, not scaled to that norm, in a prompt without chat template, which is not supported yet. Use an "
-            "AV with training.injection_mode: normalize."
+            f"{path} has training.method={method!r} and no training.injection_mode: this trainer multiplied vectors by "
+            "injection_scale instead of scaling them to that norm, and used a prompt without chat template, which is not "
+            "supported yet. Use an AV with training.injection_mode: normalize."
         )
 
 
 def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
-    """Raises CheckpointError; returns what is unusual and does not hinder."""
+    """Check the values that an AV needs, and return notes on unusual ones that are accepted.
+
+    Raises:
+        CheckpointError: the injection scale, the marker or the template is missing or unusable.
+    """
     scale = sidecar.injection_scale
     if scale is None:
         raise CheckpointError(
-            f"{path} has no extraction.injection_scale, the norm that a vector is given before it is injected. An AV cannot be "
-            "run without the value it was trained with: "
-            "take it from the released sidecar or the training log."
+            f"{path} has no extraction.injection_scale, the norm that vectors are scaled to before injection. An AV cannot run "
+            "without the value it was trained with. Take it from the released sidecar or the training log."
         )
     if not (math.isfinite(scale) and scale > 0):
         _wrong(path, "extraction.injection_scale", scale, "a finite number > 0")
@@ -323,17 +335,17 @@ def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
             "vector is injected. Use the released template."
         )
     tag = OPEN_TAG.search(sidecar.av_template)
-    if begun := tag[0].strip() if tag else begun_answer(sidecar.av_message.partition(sidecar.marker)[2]):
+    if open_tag := tag[0].strip() if tag else opened_answer_tag(sidecar.av_message.partition(sidecar.marker)[2]):
         raise CheckpointError(
-            f"{path}: prompt_templates.av ends with the open tag {abbreviated(begun)}, so the AV answers without it: a "
-            "prefilled answer is not supported yet, and every draw would count as failed. Use an AV whose answers hold "
+            f"{path}: prompt_templates.av ends with the open tag {abbreviated(open_tag)}, so the AV's answers do not repeat it. "
+            "A prefilled answer is not supported yet: every draw would count as failed. Use an AV whose answers contain "
             "<explanation>...</explanation>."
         )
-    return _unusual(sidecar, path)
+    return _prompt_notes(sidecar, path)
 
 
-def begun_answer(text: str) -> str | None:
-    """The tag of an answer that a prompt has begun: its last one, if it is neither closed nor only spoken of."""
+def opened_answer_tag(text: str) -> str | None:
+    """Return the last answer tag in a prompt if it is left open; None if it is closed, only mentioned, or there is none."""
     tags = list(ANSWER_TAG.finditer(text))
     if not tags:
         return None
@@ -341,10 +353,13 @@ def begun_answer(text: str) -> str | None:
     return None if f"</{tags[-1][1]}>" in after or MENTION.match(after) else tags[-1][0]
 
 
-def _unusual(sidecar: Sidecar, path: Path) -> list[Note]:
+def _prompt_notes(sidecar: Sidecar, path: Path) -> list[Note]:
+    """Return notes on a marker of several characters, and on missing ids of the tokens around it."""
     notes, marker = [], sidecar.marker or ""
     if len(marker) != 1:
-        notes.append(Note("prompt", f"{path} names a marker of {len(marker)} characters, {abbreviated(marker)}, not one."))
+        notes.append(
+            Note("prompt", f"{path} has the marker {abbreviated(marker)} of {len(marker)} characters; one character is usual.")
+        )
     ids = {"injection_left_neighbor_id": sidecar.left_id, "injection_right_neighbor_id": sidecar.right_id}
     if missing := [name for name, value in ids.items() if value is None]:
         keys = " and ".join(f"tokens.{name}" for name in missing)
@@ -356,8 +371,8 @@ def _check_ar(sidecar: Sidecar, path: Path) -> None:
     scale = sidecar.mse_scale
     if scale is None:
         raise CheckpointError(
-            f"{path} has extraction.mse_scale null: an AR trained on raw vectors, whose normalised error 2(1 - cos) means "
-            "nothing. Use an AR with a number there (sqrt(d_model))."
+            f"{path} has extraction.mse_scale null: this AR was trained on raw vectors, so its normalised error 2(1 - cos) is "
+            "meaningless. Use an AR that has a number there, such as sqrt(d_model)."
         )
     if not (math.isfinite(scale) and scale > 0):
         _wrong(path, "extraction.mse_scale", scale, "a finite number > 0")
