@@ -210,6 +210,7 @@ class ActivationStore:
     def _publish(self, shard: Shard, data: pa.Buffer) -> bool:
         publish(self.directory / shard.file, data)
         is_first = publish_once(self._json(shard.unit), _json_bytes(asdict(shard)))
+        (self.directory / shard.file).stat()  # if `ksweep cache gc` came between the two, the directory is a new one
         _sync_directory(self.directory)
         return is_first
 

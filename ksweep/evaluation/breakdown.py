@@ -38,7 +38,7 @@ def break_down(
 
     Args:
         draws: every draw, ordered by activation and draw.
-        metadata: a row for each activation (`activation_metadata.SCHEMA`).
+        metadata: a row for each activation (`activation_metadata.METADATA_SCHEMA`).
         baseline: baseline of the cell, with each activation's part where it was measured.
         scoring: failure policy and selection.
         ks: values of K of the curve, of which powers of two and the largest are kept.

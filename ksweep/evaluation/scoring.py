@@ -130,7 +130,7 @@ class UnitWork:
         self._running_fve.add(errors, owners, self.vectors.column("document", unit.first_row, unit.last_row))
 
     def _is_kept(self, unit: WorkUnit, errors: np.ndarray) -> np.ndarray:
-        """Return for each draw whether its reconstruction is stored: see SCHEMA of the draws store."""
+        """Return for each draw whether its reconstruction is stored: see DRAWS_SCHEMA of the draws store."""
         by_activation = errors.reshape(unit.last_row - unit.first_row, unit.last_draw - unit.first_draw)
         kept = np.zeros(by_activation.shape, dtype=bool) if self.scoring_kind == "normalised" else running_minima(by_activation)
         if unit.first_draw == 0:

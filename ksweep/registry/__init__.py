@@ -1,5 +1,6 @@
-"""What runs say, and how it is asked about later.
+"""The registry: the results of runs as immutable files, and a database over them.
 
-`landing` is the only thing a job writes: immutable files, one directory a run. `database` turns them into `ksweep.duckdb`, an
-index that can be deleted and rebuilt. `schema.sql` and `views.sql` are the data dictionary.
+`draws`, `run_record`, `attempts`, `sweeps` and `activation_metadata` each write one kind of file. `database` turns the records
+into `ksweep.duckdb`, an index that can be deleted and rebuilt; `query` reads it. `schema.sql` and `views.sql` are the data
+dictionary.
 """

@@ -7,8 +7,7 @@ a comparison of cells or a breakdown into groups needs, so that neither vectors 
 from __future__ import annotations
 
 import bisect
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -156,11 +155,6 @@ def position_bucket(position: int) -> str:
     bucket = bisect.bisect_right(BUCKET_STARTS, position) - 1
     end = BUCKET_STARTS[bucket + 1] if bucket + 1 < len(BUCKET_STARTS) else None
     return f"{BUCKET_STARTS[bucket]} and later" if end is None else f"{BUCKET_STARTS[bucket]} to {end - 1}"
-
-
-def natural_sorted(groups: Iterable[str]) -> list[str]:
-    """Return the names of groups sorted with numbers by their value: "8 to 15" before "16 to 31"."""
-    return sorted(groups, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def _within(targets: np.ndarray, groups: Sequence[str | None], kind: stats.ScoringKind) -> list[float | None]:

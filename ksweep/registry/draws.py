@@ -66,8 +66,7 @@ PART_NAME = re.compile(r"^part-(\d+)-(\d+)-(\d+)-(\d+)\.parquet$")
 
 @dataclass(frozen=True, order=True)
 class WorkUnit:
-    """Draws that are computed and published at once: activations [first_row, last_row) x draws
-    [first_draw, last_draw)."""
+    """Draws that are computed and published at once: activations [first_row, last_row) x draws [first_draw, last_draw)."""
 
     first_row: int
     last_row: int
@@ -273,7 +272,7 @@ def missing_work_units(exists: np.ndarray) -> list[WorkUnit]:
     two is then dropped. That is rare, and cheaper than small units for all.
     """
     draws = min(DRAWS_PER_WORK_UNIT, exists.shape[1])
-    rows = min(ACTIVATIONS_PER_WORK_UNIT, MAX_WORK_UNIT_SIZE >> max(0, draws - 1).bit_length())  # a divisor of ROWS_PER_UNIT
+    rows = min(ACTIVATIONS_PER_WORK_UNIT, MAX_WORK_UNIT_SIZE >> max(0, draws - 1).bit_length())  # a divisor of the 64
     units: list[WorkUnit] = []
     for row in range(0, exists.shape[0], rows):
         for draw in range(0, exists.shape[1], DRAWS_PER_WORK_UNIT):

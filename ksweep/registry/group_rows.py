@@ -11,6 +11,7 @@ import pyarrow as pa
 from ksweep import stats
 from ksweep.config.spec import Scoring
 from ksweep.registry import activation_metadata
+from ksweep.utils.text import natural_sorted
 
 
 def group_rows(
@@ -32,7 +33,7 @@ def group_rows(
         best, stats.all_failed_rates(errors, ks, scoring.selection), ks, metadata["document"].to_pylist(), groups, baseline,
         _own_baseline(metadata, baseline, by), num_replicates=scoring.num_replicates, seed=scoring.seed, level=scoring.level,
     )  # fmt: skip
-    places = activation_metadata.natural_sorted({name for name in groups if name is not None})
+    places = natural_sorted({name for name in groups if name is not None})
     failed = np.isnan(errors).mean(axis=1)
     for curve in curves:
         inside = np.array([name == curve.group for name in groups])

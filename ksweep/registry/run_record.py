@@ -39,6 +39,8 @@ EXAMPLES_FILE = "examples.parquet"
 ACTIVATIONS_FILE = "activations.parquet"
 RUN_RECORD_FORMAT = 1
 """Increased when the meaning of a file changes; a reader refuses later formats."""
+NUM_EXAMPLES = 5
+"""Examples that a run keeps of the activations it is best at, middling at and worst at, each."""
 
 
 class LandingError(StoreError):
@@ -530,6 +532,3 @@ def _rename_into(temporary: Path, target: Path) -> None:
         if target.exists():
             raise StoreError(f"run {target.name} has landed already in {target.parent}; a retry is a new run") from error
         raise
-
-
-NUM_EXAMPLES = 5

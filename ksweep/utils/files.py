@@ -115,10 +115,14 @@ def locked(path: Path, holder: str, *, patience: float | None = None, aloud: boo
     Args:
         holder: who else may hold the lock, for messages: "another command".
         aloud: print to standard error that this process waits.
+
+    Raises:
+        OSError: this process may not write the file, or there is no space for it.
     """
     from filelock import FileLock  # brings asyncio along: a quarter of a second on a slow core
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()  # any error after this one is about locks
     lock = FileLock(path, fallback_to_soft=False)  # a marker file instead of a lock would outlive a process that dies
     held = _acquire(lock, path, holder, patience, aloud)
     try:

@@ -181,6 +181,22 @@ def test_the_first_to_publish_a_unit_is_the_one_that_counts(tmp_path: Path) -> N
     assert np.array_equal(ActivationStore(tmp_path, "k", {}).open(5).vectors(), first)
 
 
+def test_a_unit_is_published_again_when_its_directory_is_removed_between_its_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, publish_once = ActivationStore(tmp_path, "k", {}), store_module.publish_once
+
+    def after_removal(path: Path, data: bytes) -> bool:  # as `ksweep cache gc --force` of another process
+        monkeypatch.setattr(store_module, "publish_once", publish_once)
+        store.directory.rename(tmp_path / "aside")
+        return publish_once(path, data)
+
+    monkeypatch.setattr(store_module, "publish_once", after_removal)
+    vectors = random_vectors(5)
+    store.write_unit(0, make_unit(vectors), "float32")
+    assert np.array_equal(ActivationStore(tmp_path, "k", {}).open(5).vectors(), vectors)
+
+
 # ---- ensure: have it or compute it
 
 

@@ -147,6 +147,13 @@ def test_locked_goes_on_beside_a_holder_after_its_patience(
     assert "another ingester has held" in caplog.text
 
 
+def test_locked_raises_where_the_file_cannot_be_written(tmp_path: Path) -> None:
+    # Stands for a registry of another user: tests run as root, whom permissions do not stop.
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(IsADirectoryError), locked(tmp_path / "lock", "another command"):
+        pytest.fail("what needs the lock was begun")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_locked_where_the_file_system_has_no_locks_goes_on_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int

@@ -290,10 +290,8 @@ def sacct(ids: Sequence[str]) -> dict[str, AccountingEntry]:
 
 
 def _sacct(jobs: str) -> str:
-    for fields in (
-        f"{SACCT_FIELDS},SubmitLine",
-        SACCT_FIELDS,
-    ):  # an older Slurm refuses the whole question for a field that it has not
+    # Slurm before 21.08 does not know SubmitLine, and refuses the whole command for it.
+    for fields in (f"{SACCT_FIELDS},SubmitLine", SACCT_FIELDS):
         with suppress(SlurmError):
             return run_command("sacct", "-n", "-P", "-o", fields, "-j", jobs)
     return ""
