@@ -148,7 +148,9 @@ def ingest_landings(root: Path | str) -> IngestReport:
     plan = _plan(root)
     if plan.has_work:
         with _lock(root):
-            # 2. compare again: the previous holder of the lock may have ingested the same files
+            # 2. compare again: the previous holder of the lock may have ingested the same files. The database is read anew, for a
+            #    network file system may return the times of an earlier file for some seconds.
+            _state_of_file.cache_clear()
             plan = _plan(root)
             if plan.has_work:
                 # 3. build the next file beside the database and rename it into place

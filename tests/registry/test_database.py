@@ -411,6 +411,21 @@ def test_registry_that_cannot_be_written_is_read_as_it_is(root: Path, monkeypatc
     assert rows(root, "SELECT count(*) FROM runs") == [(1,)]
 
 
+def test_rows_that_another_host_has_ingested_are_not_inserted_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(root, record_of("r0", temperature=0.4), curve_of())
+    ingest_landings(root)
+    earlier, stat = (root / "ksweep.duckdb").stat(), Path.stat
+    write_run(root, record_of("r1", temperature=0.7), curve_of())
+    ingest_landings(root)
+    write_run(root, record_of("r2", temperature=1.0), curve_of())
+
+    def cached(path: Path, **options: bool) -> os.stat_result:  # as NFS, for up to 60 s after another host's rename
+        return earlier if path.name == "ksweep.duckdb" else stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", cached)
+    assert rows(root, "SELECT run_id FROM runs ORDER BY run_id") == [("r0",), ("r1",), ("r2",)]
+
+
 def test_importing_ksweep_loads_neither_duckdb_nor_altair() -> None:
     code = "import sys, ksweep; print([m for m in ('duckdb', 'altair', 'pyarrow', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

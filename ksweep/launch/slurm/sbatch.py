@@ -340,8 +340,8 @@ def _submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
     """Return Slurm's id of a submission, from a job that runs or ran, from its output files, or from the queue."""
     ids = [job.slurm_id() for job in jobs] + [p.name.partition("_")[0] for p in folder.glob("*_log.*")]
     # By the script as well: some sites write a comment of their own over the tag.
-    batch_script = str(folder / "script.sh")
-    ids += [entry.id for entry in commands.squeue(user=getpass.getuser()) if entry.tag == tag or entry.script == batch_script]
+    script_path = str(folder / "script.sh")
+    ids += [entry.id for entry in commands.squeue(user=getpass.getuser()) if entry.tag == tag or entry.script == script_path]
     return next((word.partition("_")[0] for word in ids if word), None)
 
 
