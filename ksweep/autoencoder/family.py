@@ -270,12 +270,18 @@ class TaeFile(Family):
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
         """Compare layer and width; tokens and positions must be known where decoder or encoder were trained with them."""
         info = self.info
-        if facts.d_model != info.d_model or facts.layer not in (None, info.layer):
+        if facts.d_model != info.d_model:
             layer = "" if facts.layer is None else f", layer {facts.layer}"
             raise DataError(
                 f"{facts.source} gives activations of width {facts.d_model}{layer}, but {info.path} was trained on width "
-                f"{info.d_model}, layer {info.layer}: leave activations.layer out, and give it activations of its own model "
-                f"({info.activations_model})"
+                f"{info.d_model}, layer {info.layer}: give it those of its own model ({info.activations_model})"
+            )
+        if facts.layer not in (None, info.layer):
+            is_text = facts.model_directory is not None  # only the request can have named the layer
+            remedy = "leave activations.layer out" if is_text else f"give it vectors of layer {info.layer}"
+            raise DataError(
+                f"the activations of {facts.source} are of layer {facts.layer}, but {info.path} was trained on layer "
+                f"{info.layer}: {remedy}"
             )
         needs = {
             "token": info.encoder.adds_current_token,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ksweep.utils.errors import SpecError
-
-if TYPE_CHECKING:
-    pass
 
 
 def is_number(value: object) -> bool:

@@ -42,15 +42,6 @@ def finished_runs(root: Path) -> dict[str, str]:
         return dict(connection.execute("SELECT cell_key, run_id FROM v_latest").fetchall())
 
 
-def cell_of_run(root: Path, name: str) -> str | None:
-    """Return the key of the cell of the run whose id begins with `name`; None unless exactly one cell matches."""
-    if not root.is_dir():
-        return None
-    with connect(root) as connection:
-        cells = connection.execute("SELECT DISTINCT cell_key FROM runs WHERE starts_with(run_id, ?)", [name]).fetchall()
-    return str(cells[0][0]) if len(cells) == 1 else None
-
-
 def failed_runs(root: Path) -> dict[str, tuple[str, str]]:
     """Return cell key -> (error class, message) of cells whose newest run failed or was stopped."""
     if not root.is_dir():

@@ -75,6 +75,7 @@ def test_settings_are_split_into_common_and_varied_ones(sweep: Sweep) -> None:
     facts = read_report_data(Path(sweep.registry), sweep.name)
     assert facts.varied == ["sampling.temperature"]
     assert facts.common["sampling.num_draws"] == 8 and "sampling.temperature" not in facts.common
+    assert None not in facts.common.values() and "activations.vectors" not in facts.common  # fields left open are not listed
     assert dict(flatten({"a": {"b": 1, "c": None}, "d": [1]})) == {"a.b": 1, "a.c": None, "d": [1]}
 
 

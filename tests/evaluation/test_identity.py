@@ -232,6 +232,32 @@ def test_keys_of_a_checkpoint_are_those_that_its_stored_results_have(prompt: str
     assert (keys.activations, keys.draws) == ("1456886ebcb405a79188e30b121e8ebe", draws)
 
 
+@pytest.mark.parametrize(
+    ("width", "layer", "says"),
+    [
+        (None, 1, r"activations of .*base are of layer 1, but .* trained on layer 2: leave activations.layer out"),
+        (48, 1, r"activations of .*v.parquet are of layer 1, but .* trained on layer 2: give it vectors of layer 2"),
+        (12, None, r"v.parquet gives activations of width 12, but .* width 48, layer 2: give it those of its own model \("),
+    ],
+)
+def test_activations_that_a_checkpoint_was_not_trained_on_are_refused_with_the_remedy(
+    width: int | None, layer: int | None, says: str, tmp_path: Path
+) -> None:
+    case = FIXTURES / "tae" / "gpt2_patch_all"
+    [file] = case.glob("**/*.pt")
+    if width is None:
+        text = write_jsonl(tmp_path / "text.jsonl", passages(20))
+        activations = Activations(model=str(case / "base"), text=str(text), num_activations=10, layer=layer)
+    else:
+        path = write_vectors(tmp_path / "v.parquet", random_vectors(20, width))
+        activations = Activations(vectors=str(path), num_activations=10)
+    cell = Cell(
+        autoencoder=Autoencoder(checkpoint=str(file), base=str(case / "base")), activations=activations, sampling=Sampling()
+    )
+    with pytest.raises(DataError, match=says):
+        cell_keys(cell if width is None or layer is None else with_sidecar(cell, layer_index=layer))
+
+
 def in_hub_cache(name: str, directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A hub id whose snapshot is a copy of a directory; nothing is asked of the hub."""
     from huggingface_hub import constants

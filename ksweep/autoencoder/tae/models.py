@@ -6,7 +6,7 @@
 
 Decoder and encoder stand on the checkpoint's `model_name`; activations come from `info.activations_model`, its
 `orig_model_name`, which may be another model. Formats and arithmetic: the README of tests/fixtures/tae; shapes and names:
-`tae_layout.py`.
+`layout.py`.
 """
 
 from __future__ import annotations
