@@ -1,10 +1,10 @@
-"""ksweep: how much of a language model's activations comes back through words, and how that grows with the best of K draws.
+"""ksweep measures how much of a language model's activations is recovered from explanations, and how that grows with best-of-K.
 
-Sweep, Cell                                a question, one point of it
+Sweep, Cell                                a question and its cells, one point of a sweep
 Autoencoder, Activations, Sampling, Scoring, Resources    the parts of a spec
 sweep_main                                 run a sweep from its file
 connect                                    an up-to-date DuckDB connection to a registry
-RequestError, RunError                     what went wrong, and whose move it is
+RequestError, RunError                     a mistake in the request, a failure while running
 """
 
 from __future__ import annotations

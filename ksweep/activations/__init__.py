@@ -1,7 +1,7 @@
-"""Activations: which vectors, where they come from, and the store that never computes one twice.
+"""Activations to explain: their sources, and a store so that none is computed twice.
 
-plan_activations(activations, layer, root)      what is there and what is missing; no torch
-table = ensure(activations, layer, root)        have it or compute it
+plan_activations(activations, layer, root)      what is stored and what is missing; no torch
+table = ensure(activations, layer, root)        read from the store what exists, compute the rest
 table.vectors(0, 100), table.column("document")
 """
 

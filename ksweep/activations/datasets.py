@@ -325,7 +325,7 @@ def hub_dataset(source: str) -> HubDataset:
         sha = HfApi().dataset_info(repo, revision=revision).sha
     except Exception as error:  # which HTTP library's errors come through depends on the hub client's version
         raise DataError(
-            f"text {source!r} is neither a local path nor to be had from the hub ({_brief(error)}). "
+            f"text {source!r} is neither a local path nor available from the hub ({_brief(error)}). "
             "Check the spelling, log in for gated datasets (hf auth login), name a full commit (owner/name@<40 hex digits>) to "
             "work from the local hub cache, or pass a local file."
         ) from error

@@ -274,8 +274,8 @@ def _orphans(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.glob("shard-*-*.arrow")):
         statement = directory / f"{path.name.rpartition('-')[0]}.json"
         record = _said(statement)
-        nobodys = not statement.exists() if record is None else record["file"] != path.name
-        if nobodys and time.time() - time_of(path) > LEFTOVER_AGE:
+        is_orphan = not statement.exists() if record is None else record["file"] != path.name
+        if is_orphan and time.time() - time_of(path) > LEFTOVER_AGE:
             yield path
 
 

@@ -466,7 +466,7 @@ class ActivationTable:
         if problem := _problem(self.directory, shard):
             self._store._set_aside(shard, problem)
             raise StoreError(
-                f"shard {shard.unit} of {self.directory} is damaged ({problem}) and was set aside: run again to compute it anew"
+                f"shard {shard.unit} of {self.directory} is damaged ({problem}) and was set aside: run again to recompute it"
             )
         self._open[index] = _read_batch(self.directory / shard.file)
         if len(self._open) > MOST_OPEN_SHARDS:

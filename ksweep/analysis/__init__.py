@@ -1,1 +1,1 @@
-"""What a person looks at: comparisons, tables, charts, the report."""
+"""Results for readers: comparisons, tables, charts, the report."""

@@ -1,1 +1,1 @@
-"""What can be asked: the spec, a sweep, resources, overrides, presets."""
+"""What a user requests: the spec, a sweep, resources, overrides, presets."""

@@ -58,7 +58,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise SpecError(f"no configuration file at {path}: give --config an existing YAML file") from None
     except (OSError, OmegaConfBaseException, ValueError) as error:
-        raise SpecError(f"{path} is no YAML that can be read: {error}") from error
+        raise SpecError(f"{path} cannot be read as YAML: {error}") from error
     except Exception as error:  # yaml.YAMLError has no common base with the above
         raise SpecError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(value, Mapping):
@@ -67,7 +67,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _config_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file by dotted key, translated where the file has the reference's old shape (all below `eval`)."""
+    """Return the settings of a file by dotted key, translated from the reference's old layout (all below `eval`)."""
     if not is_old_config(tree):
         return dict(_flatten(tree))
     settings, warnings = translate_config(tree)

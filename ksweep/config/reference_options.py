@@ -193,8 +193,8 @@ CONVERSIONS: dict[str, Callable[[Option, Any, Mapping[str, Any]], Settings]] = {
 def translate(arguments: Sequence[str], config_directory: Path | str = CONFIG_DIRECTORY) -> tuple[list[str], list[str]]:
     """Translate arguments with old names; return arguments with new names, and warnings for the user.
 
-    Accepted are `key=value` with Hydra's `+` and `++` in front, `+eval=NAME` (a file of the old shape), and new names, which pass
-    through and win. `--config FILE` of the old shape means `+eval=FILE`; other dashed options pass through with their value,
+    Accepted are `key=value` with Hydra's `+` and `++` in front, `+eval=NAME` (a file of the old layout), and new names, which are
+    kept and win. `--config FILE` of the old layout means `+eval=FILE`; other dashed options pass through with their value,
     except Hydra's own --config-name.
 
     Raises:
@@ -324,7 +324,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(tree, Mapping) or not is_old_config(tree):
-        raise SpecError(f"{path} has not the old shape: expected a key `eval` with settings such as k_values below it")
+        raise SpecError(f"{path} does not have the old layout: expected a key `eval` with settings such as k_values below it")
     return tree
 
 
@@ -337,7 +337,7 @@ def _with_values(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _is_old_file(path: Path) -> bool:
-    """Return whether a file has the old shape; any other file is left to the reader of new ones."""
+    """Return whether a file has the old layout; any other file is left to the reader of new ones."""
     with suppress(SpecError):
         return bool(_read_yaml(path))
     return False
@@ -350,7 +350,7 @@ def _split(argument: str) -> tuple[str, Any]:
         text = text[1:-1]
     key, equals, value = text.partition("=")
     if key.startswith("~"):
-        raise SpecError(f"{argument!r}: taking an option away has no meaning here; leave it out")
+        raise SpecError(f"{argument!r}: an option cannot be removed here; leave it out")
     if not equals:
         raise SpecError(f"argument {argument!r} is neither an option nor key=value; expected for example eval.k_values=[1,2,4]")
     key = key.lstrip("+").strip()

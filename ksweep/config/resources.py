@@ -156,7 +156,9 @@ def parse_time_limit(text: str, name: str = "time") -> int:
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip().strip("'\""))
     if not match:
-        raise SpecError(f"{name}={text!r} is no Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00")
+        raise SpecError(
+            f"{name}={text!r} is not a Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00"
+        )
     days, first, second, third = (int(part or 0) for part in match.groups())
     with_hours = match[1] is not None or match[4] is not None
     hours, mins, seconds = (first, second, third) if with_hours else (0, first, second)

@@ -64,7 +64,7 @@ def claim_indices(ranks: Ranks, queue: str, total: int) -> Iterator[int]:
     """
     while (index := ranks.claim_next(queue)) < total:
         if ranks.should_stop():
-            raise Stopped(f"stopped with {total - index} of {total} units of {queue} not begun")
+            raise Stopped(f"stopped with {total - index} of {total} units of {queue} not started")
         yield index
 
 

@@ -1,1 +1,1 @@
-"""From a plan to running ranks: what is missing, how it is submitted, what a rank is, and how far it has come."""
+"""From a plan to running ranks: missing cells, jobs, submission, progress, status."""

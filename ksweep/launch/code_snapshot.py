@@ -1,8 +1,8 @@
-"""Snapshots of the code that jobs run: a copy of the working tree at submission, one for each commit and difference to it.
+"""Snapshots of the code that jobs run: a copy of the working tree at submission, one per commit and difference from it.
 
 logs/code/<commit>-<digest>/       the files: tracked ones and new ones that git does not ignore
-logs/code/<commit>-<digest>.json   written last: the copy is whole
-logs/code/<commit>-<digest>.diff   what differs from the commit
+logs/code/<commit>-<digest>.json   written last: the copy is complete
+logs/code/<commit>-<digest>.diff   the difference from the commit
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A job's directory: what to run, each rank's heartbeat and outcome. Launcher and ranks exchange nothing but these files.
 
 logs/<job>/job.json                  entry point and its argument, cells, shape; written by the launcher
-logs/<job>/slurm.json                under which id Slurm knows it, and where its output goes
-logs/<job>/asked-to-end              somebody has cancelled it
+logs/<job>/slurm.json                its Slurm id, and where its output goes
+logs/<job>/asked-to-end              written when the job is cancelled
 logs/<job>/attempt-<n>/rank-<r>.json    heartbeat: process, node, GPU, phase, done / total
 logs/<job>/attempt-<n>/ended-<r>.json   terminal record of a rank: status, error class, traceback
-logs/<job>/attempt-<n>/requeued.json    it was put back into the queue, and why
-logs/<job>/settled.json              how it ended, once that is finalized in the registry; a rank that still runs ends itself
+logs/<job>/attempt-<n>/requeued.json    why it was requeued
+logs/<job>/settled.json              its final status, once recorded in the registry; a rank that still runs then ends itself
 
 Each start of a job (n = Slurm's restart count) writes into a directory of its own: processes of an older start that are still
 alive somewhere cannot be mistaken for the newer one, and end themselves when they see it.

@@ -1,4 +1,4 @@
-"""What has to be done for each cell of a sweep, and why. Pure: from facts that `preflight.py` gathers."""
+"""Plan what has to be done for each cell of a sweep, and why: a pure function of facts that `preflight.py` gathers."""
 
 from __future__ import annotations
 

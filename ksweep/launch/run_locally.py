@@ -127,7 +127,7 @@ def _wait_for_jobs(jobs: list[launch.LocalJob], ranks: int, watch: ProgressDispl
     for submitted in ended:
         raise_for_outcome(endings[submitted.job.id], submitted.job.path)
     if any(ending.status == "stopped" for ending in endings.values()):
-        raise RunError("stopped: finished units are kept; the same command carries on from there")
+        raise RunError("stopped: finished units are kept; the same command continues from there")
 
 
 def _check_job(submitted: launch.LocalJob, ranks: int, endings: dict[str, Outcome], watch: ProgressDisplay) -> None:

@@ -61,7 +61,7 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
         raise
     if num_left := len(done.not_submitted):
         raise RunError(
-            f"{len(jobs) - num_left} of {len(jobs)} jobs are submitted and go on without this command; Slurm did not take the "
+            f"{len(jobs) - num_left} of {len(jobs)} jobs are submitted and continue without this command; Slurm rejected the "
             f"other {num_left} ({done.why}): the same command submits them, `ksweep watch {sweep.name}` shows the rest"
         )
     return jobs
@@ -97,7 +97,7 @@ def wait_for_slurm_jobs(jobs: Sequence[Job], sweep: Sweep) -> None:
                 time.sleep(max(WAIT_POLL_SECONDS, WAIT_POLL_SECONDS_PER_JOB * len(live)) if live else 0)
         except KeyboardInterrupt:
             raise RunError(
-                f"no longer waiting: {len(live)} jobs go on without this command. `ksweep watch {sweep.name}` shows them, "
+                f"no longer waiting: {len(live)} jobs continue without this command. `ksweep watch {sweep.name}` shows them, "
                 f"`ksweep cancel {sweep.name}` ends them, the same command attaches to them again"
             ) from None
     _raise_first_failure(ended)
@@ -105,17 +105,17 @@ def wait_for_slurm_jobs(jobs: Sequence[Job], sweep: Sweep) -> None:
 
 def _raise_first_failure(ended: Sequence[tuple[Job, status.JobStatus]]) -> None:
     """Print every job that failed, by its cells, and raise the first one's failure with all that is known of it."""
-    failed = [(job, verdict) for job, verdict in ended if verdict.state == "failed"]
-    for job, verdict in failed[1:]:
-        print(f"failed: {_cells_text(job)} (job {job.id}): {verdict.reason}", file=sys.stderr)
-    for job, verdict in failed[:1]:
+    failed = [(job, job_status) for job, job_status in ended if job_status.state == "failed"]
+    for job, job_status in failed[1:]:
+        print(f"failed: {_cells_text(job)} (job {job.id}): {job_status.reason}", file=sys.stderr)
+    for job, job_status in failed[:1]:
         print(f"failed: {_cells_text(job)} (job {job.id}):", file=sys.stderr)
         raise_for_outcome(
-            verdict.outcome or Outcome(rank=0, status="failed", kind=verdict.kind, message=verdict.reason), job.path
+            job_status.outcome or Outcome(rank=0, status="failed", kind=job_status.kind, message=job_status.reason), job.path
         )
-    if any(verdict.state == "stopped" for _, verdict in ended):
+    if any(job_status.state == "stopped" for _, job_status in ended):
         reasons = "; ".join(sorted({v.reason for _, v in ended if v.state == "stopped"}))
-        raise RunError(f"stopped ({reasons}): finished units are kept; the same command carries on from there")
+        raise RunError(f"stopped ({reasons}): finished units are kept; the same command continues from there")
 
 
 def _cells_text(job: Job) -> str:

@@ -156,7 +156,7 @@ def _status_from_slurm(evidence: JobEvidence, stop_message: str) -> JobStatus | 
         return None
     # 1. Slurm cannot tell.
     if number is None:
-        return JobStatus("unknown", "its submission is not settled yet")
+        return JobStatus("unknown", "its submission is not resolved yet")
     if slurm.elsewhere:
         return JobStatus("unknown", f"silent; {slurm.elsewhere}: ask there (job {number})")
     if not slurm.reachable:
@@ -273,7 +273,7 @@ def _status_from_files(job: Job) -> JobStatus | None:
 
 def _status_of_silent(job: Job, slurm: SlurmState) -> JobStatus | None:
     status = status_of(gather_evidence(job, slurm))  # files are read again: a rank may have written while Slurm was asked
-    return None if status is None else _recheck(job, status, slurm.at)
+    return None if status is None else _recheck(job, status, slurm.answered_at)
 
 
 def gather_evidence(job: Job, slurm: SlurmState | None = None) -> JobEvidence:

@@ -45,7 +45,7 @@ def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
     except (RunError, StoreError) as error:
         code = _complain(error, 1)
     except KeyboardInterrupt:
-        code = _complain(RunError("interrupted: what was whole is kept; the same command carries on from there"), 1)
+        code = _complain(RunError("interrupted: finished units are kept; the same command continues from there"), 1)
     raise SystemExit(code)
 
 

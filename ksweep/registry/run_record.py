@@ -530,5 +530,5 @@ def _rename_into(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)  # fails on an existing directory that is not empty
     except OSError as error:
         if target.exists():
-            raise StoreError(f"run {target.name} has landed already in {target.parent}; a retry is a new run") from error
+            raise StoreError(f"run {target.name} is already recorded in {target.parent}; a retry is a new run") from error
         raise

@@ -117,7 +117,7 @@ def _parse(path: Path, data: bytes) -> TableRow:
     except ValueError as error:
         raise DataError(f"result file {path} is not valid JSON ({error}); is it whole?") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("results_by_k"), list) or not tree["results_by_k"]:
-        raise DataError(f"{path} is no result file of the reference sweep: expected an object with a list `results_by_k`")
+        raise DataError(f"{path} is not a result file of the reference sweep: expected an object with a list `results_by_k`")
     if not isinstance(tree.get("eval_config") or {}, dict):
         raise DataError(f"eval_config of {path} is a {type(tree['eval_config']).__name__}; expected an object of settings")
     return tree

@@ -4,17 +4,17 @@
     errors = reconstruction_errors(reconstructions, vectors[:, None])   # [activation, draw]; NaN = failed
     curve = fve_curve(errors, documents, baseline)          # FVE for every K, intervals over documents
     hotter = fve_curve(hot_errors, documents, baseline)
-    paired_difference(hotter, curve)                        # same replicates: what both share cancels
-    gain_over(curve, k=1)                                   # what best-of-K buys over one draw
+    paired_difference(hotter, curve)                        # same replicates: shared variation cancels
+    gain_over(curve, k=1)                                   # gain of best-of-K over one draw
     donors = derangement(len(vectors), seed=0, documents=documents)
-    control = fve_curve(errors_of_donors_draws, documents, baseline)    # selection alone climbs with K too
+    control = fve_curve(errors_of_donors_draws, documents, baseline)    # selection alone also grows with K
 
     low, high = difference_band(hotter, curve)          # holds for all K at once
     held_out_best([errors, hot_errors], documents, baseline, k=16)      # the better one, without the winner's curse
 
 `fve`: error, baseline and their ratio. `best_of_k`: order statistics. `bootstrap`: intervals. `bands`: all K at
-once, gains per doubling, and why nothing is predicted beyond N. `selection`: the best of several settings. `groups`: FVE within
-groups, and heavy tails. `controls`: what to hold the curve against.
+once, gains per doubling, and why there is no extrapolation beyond N. `selection`: the best of several settings. `groups`: FVE
+within groups, and heavy tails. `controls`: what to compare the curve with.
 """
 
 from ksweep.stats.bands import (

@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, hashing, the terminal, clocks."""
+"""Utilities for every room: errors, files, hashing, the terminal, clocks."""

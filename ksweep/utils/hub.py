@@ -58,7 +58,7 @@ def _hub_snapshot(source: str, what: str) -> Path:
         return Path(snapshot_download(repo, revision=revision or None, ignore_patterns=ignore))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{what} {source!r} is neither a local path nor to be had from the model hub ({type(error).__name__}: "
+            f"{what} {source!r} is neither a local path nor available from the model hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:200]}). Check the spelling, log in for gated models (hf auth login), "
             "or pass a local directory."
         ) from error

@@ -199,7 +199,7 @@ class _Loader(yaml.SafeLoader):
         """Build a mapping. Raises ConstructorError for a duplicate key."""
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if duplicates := [key for key, count in keys.items() if count > 1]:
-            problem = f"the key {abbreviated(duplicates[0])} stands twice"
+            problem = f"the key {abbreviated(duplicates[0])} occurs twice"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 

@@ -150,5 +150,5 @@ def test_hub_dataset_out_of_reach_is_a_data_error(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    with pytest.raises(DataError, match=r"neither a local path nor to be had from the hub.*no route to host"):
+    with pytest.raises(DataError, match=r"neither a local path nor available from the hub.*no route to host"):
         hub_dataset("owner/unreachable")

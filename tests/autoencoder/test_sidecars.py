@@ -381,7 +381,7 @@ def test_number_beyond_all_sizes_is_refused_by_its_key(key: str, pair: Path) -> 
         ("kind: nla_model\n# " + "x" * 2_000_000, "bytes, expected a sidecar of a few thousand"),
         ("kind: nla_model\nrole: av\n? [1, 2]\n: 3\n", "cannot be read as YAML|not known"),
         ("kind: nla_model\nrole: av\n7: 3\n", "has 7=3, a key that is not known"),
-        ("kind: nla_model\nextraction:\n  norm: whitened\n  norm: none\n", "the key 'norm' stands twice"),
+        ("kind: nla_model\nextraction:\n  norm: whitened\n  norm: none\n", "the key 'norm' occurs twice"),
         ("kind: nla_model\nrole: av\nwhitening: 0x" + "f" * 50_000, "whitening=a huge int"),
         ("kind: !!python/object/apply:os.system ['true']\n", "cannot be read as YAML"),
     ],

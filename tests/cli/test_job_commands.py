@@ -218,7 +218,7 @@ def test_retry_of_a_sweep_runs_its_own_command_with_retry(registry: Path, tmp_pa
     assert (tmp_path / "said").read_text() == "sampling.seed=1 --retry"
     os.unlink(tmp_path / "experiment.py")
     code, out = ksweep(registry, "retry", "tiny")
-    assert code == 1 and "not there any more" in out
+    assert code == 1 and "no longer exists" in out
 
 
 def test_retry_of_a_job_or_a_cell_names_its_cells(registry: Path, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_new_names_and_dashed_options_pass_through_and_come_last() -> None:
         ('eval.checkpoint_path=""', "is empty"),
         ("eval.use_bf16=perhaps", "expected true or false"),
         ("eval.position_selection_strategy=last", "random, midpoint"),
-        ("time=soon", "no Slurm time limit"),
+        ("time=soon", "not a Slurm time limit"),
         ("eval.output_dir=${hydra.cwd}", "write the value itself"),
         ("~eval.k_values", "leave it out"),
         ("eval=nowhere", "no file conf/eval/nowhere.yaml"),

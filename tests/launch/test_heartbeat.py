@@ -121,7 +121,7 @@ def test_a_job_of_which_a_rank_failed_is_not_requeued_by_those_that_followed_it(
 
 def test_a_stopped_rank_is_followed_back_into_the_queue(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
     heartbeat = rank_0(tmp_path)
-    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not begun"))
+    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not started"))
     with running(heartbeat):
         until(lambda: left)
     assert left == [0] and requeued == ["7"]
@@ -234,7 +234,7 @@ def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path, left: list[int], m
 
 def test_a_job_that_was_given_up_ends_its_ranks_and_is_not_requeued(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
     heartbeat = rank_0(tmp_path)
-    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not begun"))
+    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not started"))
     heartbeat.job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "neither in the queue nor in accounting"})
     with running(heartbeat):
         until(lambda: left)

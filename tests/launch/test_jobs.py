@@ -83,7 +83,7 @@ def test_a_rank_that_is_shot_ends_the_job_and_is_named(tmp_path: Path) -> None:
     submitted = start(tmp_path, "one_rank_is_killed", 2)
     ending = end(submitted, 2)
     assert (ending.status, ending.kind) == ("failed", "dead rank")
-    assert "rank 1 (pid" in ending.message and "died without a word" in ending.message
+    assert "rank 1 (pid" in ending.message and "died without an outcome" in ending.message
     assert not any(is_alive(h) for h in submitted.job.heartbeats())
 
 
@@ -96,7 +96,7 @@ def test_a_job_that_is_asked_to_stop_ends_at_a_border_of_its_units(tmp_path: Pat
     submitted.stop()
     ending = end(submitted, 2)
     assert ending.status == "stopped"
-    assert "not begun" in ending.message or "rank" in ending.message
+    assert "not started" in ending.message or "rank" in ending.message
 
 
 def test_a_job_in_this_process_records_its_end(tmp_path: Path) -> None:

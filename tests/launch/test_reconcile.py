@@ -127,7 +127,7 @@ def test_a_rank_that_is_shot_is_told_by_its_peer_and_has_a_row(
     assert "(dead rank): rank 1 (pid" in capsys.readouterr().err
     rows = ask(sweep, "SELECT rank, status, error_class, host IS NOT NULL, why FROM attempts ORDER BY rank")
     assert [row[:4] for row in rows] == [(0, "failed", "dead rank", True), (1, "gone", "dead rank", True)]
-    assert rows[0][4] == rows[1][4] and "died without a word" in rows[0][4]
+    assert rows[0][4] == rows[1][4] and "died without an outcome" in rows[0][4]
     assert ask(sweep, "SELECT error_class, error_type FROM runs") == [("dead rank", None)]
     assert run(sweep) == 1 and "dead rank: rank 1" in capsys.readouterr().err, "not run again unasked"
 
@@ -200,7 +200,7 @@ def test_each_start_of_a_requeued_job_has_its_ranks_its_lines_and_its_reason(swe
             job.write_heartbeat(beat_of(rank, attempt=start, host=f"gpu{start}", log_began=began, began=1000.0 + start))
             write_log(job, rank, f"start {start} of rank {rank}\n")
             job.write_outcome(
-                Outcome(rank=rank, status="stopped", message="stopped with 3 units not begun", attempt=start, time=1100.0)
+                Outcome(rank=rank, status="stopped", message="stopped with 3 units not started", attempt=start, time=1100.0)
             )
         job.write_note("requeued", {"why": why, "time": 0.0, "place": []}, start)
     for rank in (0, 1):

@@ -117,7 +117,7 @@ def test_a_time_limit_on_the_command_line_is_a_time(text: str) -> None:
     [
         (["time=0"], "resources.time=0"),
         (["time=86400"], "D-HH:MM:SS"),
-        (["time=soon"], "no Slurm time limit"),
+        (["time=soon"], "not a Slurm time limit"),
         (["nice=-5"], "resources.nice=-5"),
         (["mem_gb=0"], "resources.mem_gb"),
         (["gpus_per_model=0"], "resources.gpus_per_model=0"),
@@ -130,7 +130,7 @@ def test_a_time_limit_on_the_command_line_is_a_time(text: str) -> None:
         (['extra={comment: "for the bill"}'], "extra has comment"),
         (["extra={open_mode: truncate, reservation: night}"], "extra has open_mode: ksweep sets --open-mode itself"),
         (["extra={array: 0-3}"], "set resources.cells_per_job or max_parallel_jobs"),
-        (["extra={no_requeue: true}"], "would not come back"),
+        (["extra={no_requeue: true}"], "would not be requeued"),
         (["extra={signal: USR1@10}"], "could not be told to stop"),
         (["extra={gpus_per_node: 4}"], "set resources.gpus, tasks or nodes"),
         (["extra={clusters: other}"], "log in to the other one"),

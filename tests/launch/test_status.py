@@ -99,7 +99,7 @@ TABLE: list[tuple[JobEvidence, tuple[str, str, str] | None, str]] = [
     # A dead rank is out of memory where Slurm says so in the log, and only there.
     (of(DIED, log=f"at work\n{OOM}\n"), ("failed", "out of memory", ""), "rank 1 died"),
     (of(DIED, log="srun: error: gpu1: task 1: Out Of Memory"), ("failed", "out of memory", ""), "rank 1 died"),
-    (of(DIED, log="rank 1 died without a word during 'drawing' (killed, or out of memory): ending rank 0"),
+    (of(DIED, log="rank 1 died without an outcome during 'drawing' (killed, or out of memory): ending rank 0"),
      ("failed", "dead rank", ""), "rank 1 died"),
     (of(DIED, log="WARNING ksweep: out of memory while drawing; continuing with at most 8 rows at once"),
      ("failed", "dead rank", ""), "rank 1 died"),

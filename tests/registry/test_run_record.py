@@ -81,7 +81,7 @@ def test_land_refuses_a_curve_that_does_not_fit_and_writes_nothing(root: Path, c
 
 def test_land_twice_is_refused_and_the_first_stays(root: Path) -> None:
     write_run(root, record_of("r1"), curve_of(0.3))
-    with pytest.raises(StoreError, match="r1 has landed already"):
+    with pytest.raises(StoreError, match="r1 is already recorded"):
         write_run(root, record_of("r1"), curve_of(0.9))
     curve = read_run(root / "landing" / "r1").curve
     assert curve is not None and curve["fve"][0].as_py() == 0.3

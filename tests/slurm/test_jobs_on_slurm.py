@@ -142,7 +142,7 @@ def test_what_the_cluster_has_not_is_refused_with_what_it_has(resources: Resourc
 
 
 def test_an_option_that_sbatch_refuses_leaves_nothing_in_the_queue(resources: Resources, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="does not take this job"):
+    with pytest.raises(SpecError, match="rejects this job"):
         start(tmp_path, "where", replace(resources, job_name="refused", extra={"reservation": "nowhere"}))
     assert slurm("squeue", "-h", "--name=refused") == "" and not list(tmp_path.glob("logs/submissions/*"))
 

@@ -143,7 +143,7 @@ def test_a_rank_that_is_shot_ends_its_job_at_once_and_the_reason_is_known(place:
     process_of(job, 1).kill()
     place.story.did("# kill -9 of rank 1, in the meantime")
     failed = place.finish(waiting, sweep, "--wait")
-    assert failed.code == 1 and "rank 1" in failed.err and "died without a word" in failed.err
+    assert failed.code == 1 and "rank 1" in failed.err and "died without an outcome" in failed.err
     assert max(e.time for e in job.outcomes()) - shot < 20
     until("an empty queue", lambda: not commands.squeue([str(job.slurm_id())]), 20)
     [(status, kind, host)] = place.ask("SELECT status, error_class, host FROM runs")

@@ -79,7 +79,7 @@ def test_a_hub_id_that_cannot_be_had_offline_is_told_so(monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="neither a local path nor to be had from the model hub"):
+    with pytest.raises(CheckpointError, match="neither a local path nor available from the model hub"):
         hub.resolve("nobody/nothing", "AV checkpoint")
 
 

@@ -1,12 +1,12 @@
-"""Results as pictures for a paper: a DuckDB connection or an Arrow table in, an Altair chart out. The only package with altair.
+"""Charts of results: from a DuckDB connection or an Arrow table to an Altair chart. The only package that imports altair.
 
     with ksweep.connect("registry") as connection:
         colours = charts.palette(label for (label,) in connection.execute("select label from v_latest").fetchall())
         charts.save(charts.fve_by_k(connection, sweep="temp_sweep", colours=colours), "fve_by_k")
 
-A connection is asked for what a chart shows (`sweep` narrows it down); tables have the columns of the view that is named with the
-chart, relations and lists of dicts do as well. Labels keep the order in which they first appear; a label has the same colour in
-every chart that is given the same `colours`. Colours are those of Okabe and Ito, which people with colour-blindness tell apart; a
+A chart queries a connection for what it shows (`sweep` narrows it down); tables, relations and lists of dicts need the columns
+of the view that the chart names. Labels keep the order in which they first appear; a label has the same colour in
+every chart that is given the same `colours`. The colours of Okabe and Ito are distinguishable with colour blindness; a
 scale runs from dark to light where only the temperature differs. Everything is aggregated before it reaches the chart: a
 distribution over ten million draws is a few hundred rows in the browser.
 """

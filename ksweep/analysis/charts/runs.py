@@ -90,7 +90,7 @@ def progress(source: Any, *, sweep: str | None = None, title: str | None = None)
     rows = [r for r in rows_of(query_table(source, PROGRESS_QUERY, sweep), used, used) if r["total"]]
     refuse_ties(rows, "label")
     if not rows:
-        raise RequestError("no cell of the table says how many draws it wants: there is no progress to show")
+        raise RequestError("no cell of the table says how many draws were requested: there is no progress to show")
     shown = _unfinished_first(rows)
     all_done, all_wanted = sum(min(r["done"], r["total"]) for r in rows), sum(r["total"] for r in rows)
     bars: Rows = [

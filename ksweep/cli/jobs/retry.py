@@ -38,7 +38,7 @@ def plan_retry(selection: JobSelection) -> Retry:
     origin: dict[str, Any] = job.spec()["argument"].get("origin", {})
     argv, directory = list(origin.get("argv", [])), origin.get("directory")
     if not argv or directory is None or not (Path(directory) / argv[0]).is_file():
-        raise RunError(f"the script of this sweep ({' '.join(argv) or 'unknown'}) is not there any more: run yours with --retry")
+        raise RunError(f"the script of this sweep ({' '.join(argv) or 'unknown'}) no longer exists: run yours with --retry")
     plain = [word for word in argv if word != "--retry" and not word.startswith("--retry-cell=")]
     cells = [] if whole_sweep else [(key, label) for key, label in facts.cells if key in (selection.keys or facts.keys)]
     options = ["--retry"] if whole_sweep else [f"--retry-cell={key}" for key, _ in cells]

@@ -1,6 +1,6 @@
-"""Slurm's commands: each answer as plain values, each refusal as a reason.
+"""Run Slurm's commands: answers as plain values, refusals as reasons.
 
-A job's success is never concluded from these: they explain a job that is silent.
+A job's success is never concluded from their answers, which only explain why a job is silent.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def run_command(*command: str, text: str | None = None) -> str:
             env=environment_outside_allocation(),
         )
     except FileNotFoundError as error:
-        raise SlurmError(f"{command[0]} is not here: log in to a submit node") from error
+        raise SlurmError(f"{command[0]} is not installed here: log in to a submit node") from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]} has not answered within {COMMAND_SECONDS} s") from error
     if done.returncode != 0:
@@ -284,8 +284,8 @@ def sacct(ids: Sequence[str]) -> dict[str, AccountingEntry]:
         elif base in ids:
             entries[base] = AccountingEntry(state.split()[0] if state else "UNKNOWN", code, nodes, _moment(submitted), command)
     return {
-        job: replace(word, state="OUT_OF_MEMORY") if job in steps_out_of_memory and word.state == "FAILED" else word
-        for job, word in entries.items()
+        job: replace(entry, state="OUT_OF_MEMORY") if job in steps_out_of_memory and entry.state == "FAILED" else entry
+        for job, entry in entries.items()
     }
 
 

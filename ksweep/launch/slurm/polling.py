@@ -1,7 +1,7 @@
-"""What Slurm says of silent jobs, polled rarely: squeue and sacct are shared, and sites lock out users who poll them often.
+"""Poll Slurm about silent jobs, rarely: squeue and sacct are shared, and sites lock out users who poll them often.
 
-Heartbeats show progress as often as one likes. Slurm is asked about silent jobs only, once for all of them; its answer is kept
-for SLURM_POLL_SECONDS, and for longer and longer while every job only waits.
+Progress comes from heartbeats. Slurm is asked about silent jobs only, once for all of them; its answer is kept for
+SLURM_POLL_SECONDS, and longer and longer while every job only waits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SlurmState:
     reachable: bool = True
     elsewhere: str = ""
     """Why this Slurm cannot tell: which cluster the job is on."""
-    at: float = field(default_factory=time.time, compare=False)
+    answered_at: float = field(default_factory=time.time, compare=False)
     """When Slurm said it, in seconds since 1970."""
 
 
@@ -48,7 +48,7 @@ class _Poll:
     reachable: bool = False
     here: str | None = None
     """The cluster that was asked."""
-    at: float = 0.0
+    answered_at: float = 0.0
     asked: float = float("-inf")
     """By the monotonic clock."""
     pause: float = 0.0
@@ -73,7 +73,7 @@ def slurm_states(jobs: Sequence[Job]) -> dict[str, SlurmState]:
         cluster = cluster_of(job)
         if cluster and poll.here and cluster != poll.here:
             why = f"it is on cluster {cluster}, and this command runs on {poll.here}"
-            states[job.id] = SlurmState(reachable=False, elsewhere=why, at=poll.at)
+            states[job.id] = SlurmState(reachable=False, elsewhere=why, answered_at=poll.answered_at)
         else:
             answer = _answer(job, numbers.get(job.id), poll)
             states[job.id] = _from_afar(answer) if owners[job.id] != getpass.getuser() else answer
@@ -110,12 +110,14 @@ def _owner(job: Job) -> str:
     return str((job.read_note("slurm") or {}).get("user", getpass.getuser()))
 
 
-def _answer(job: Job, number: str | None, word: _Poll) -> SlurmState:
+def _answer(job: Job, number: str | None, poll: _Poll) -> SlurmState:
     if number is None:
         return SlurmState()
-    if not word.reachable:
-        return SlurmState(reachable=False, at=word.at)
-    return SlurmState(_own(job, word.queued.get(number)), _own_record(job, word.accounted.get(number)), at=word.at)
+    if not poll.reachable:
+        return SlurmState(reachable=False, answered_at=poll.answered_at)
+    return SlurmState(
+        _own(job, poll.queued.get(number)), _own_record(job, poll.accounted.get(number)), answered_at=poll.answered_at
+    )
 
 
 def _newest_poll(numbers: frozenset[str], users: frozenset[str]) -> _Poll:
@@ -133,13 +135,13 @@ def _poll(numbers: frozenset[str], users: frozenset[str], before: float) -> _Pol
     try:
         queued = {entry.id: entry for entry in commands.squeue(user=",".join(sorted(users)))}
     except commands.SlurmError:
-        return replace(poll, at=now, asked=time.monotonic())
+        return replace(poll, answered_at=now, asked=time.monotonic())
     # 2. Accounting, only about jobs that have left the queue.
     accounted = commands.sacct(sorted(numbers - set(queued)))
     # 3. While all jobs wait, ask at twice the interval each time.
     all_wait = all(n in queued and queued[n].state == "PENDING" for n in numbers)
     pause = max(base, min(2 * before, MAX_SLURM_POLL_SECONDS)) if all_wait else base
-    return replace(poll, queued=queued, accounted=accounted, reachable=True, at=now, asked=time.monotonic(), pause=pause)
+    return replace(poll, queued=queued, accounted=accounted, reachable=True, answered_at=now, asked=time.monotonic(), pause=pause)
 
 
 def _from_afar(answer: SlurmState) -> SlurmState:

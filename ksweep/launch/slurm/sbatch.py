@@ -1,7 +1,7 @@
 """Submit jobs to Slurm: resources -> batch script -> array, with a note before and after sbatch, so that no job is ever lost.
 
 logs/submissions/<name>/intent.json    written before sbatch: which jobs, under which tag
-                        script.sh      what sbatch is given
+                        script.sh      the batch script
                         jobs.json      job directory of each element of the array
                         submitted.json written after sbatch: Slurm's number
                         *_log.err|out  what the ranks wrote
@@ -245,7 +245,7 @@ def _submit_array(
     folder, tag = logs / "submissions" / key, f"{TAG}{key}"
     text = batch_script(folder, resources, name, num_jobs=len(jobs), tag=tag, code=code, after=after)
     if check and (reason := commands.sbatch_refusal(text)):
-        raise SpecError(f"the cluster does not take this job ({reason}); asked for: {job_shape_text(resources)}")
+        raise SpecError(f"the cluster rejects this job ({reason}); asked for: {job_shape_text(resources)}")
     publish(folder / "jobs.json", json.dumps([str(job.path) for job in jobs]).encode())
     publish(folder / "script.sh", text.encode())
     intent = {"tag": tag, "launcher": this_process(), "user": getpass.getuser(), "cluster": commands.cluster_name()}
@@ -342,7 +342,7 @@ def _submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
     # By the script as well: some sites write a comment of their own over the tag.
     script_path = str(folder / "script.sh")
     ids += [entry.id for entry in commands.squeue(user=getpass.getuser()) if entry.tag == tag or entry.script == script_path]
-    return next((word.partition("_")[0] for word in ids if word), None)
+    return next((slurm_id.partition("_")[0] for slurm_id in ids if slurm_id), None)
 
 
 def job_shape_text(resources: Resources) -> str:

@@ -236,4 +236,4 @@ class HeartbeatThread:
     @staticmethod
     def _dead_rank_message(dead: Heartbeat) -> str:
         rank = f"rank {dead.rank} (pid {dead.pid} on {dead.host})"
-        return f"{rank} died without a word during {dead.phase!r} (killed, or out of memory)"
+        return f"{rank} died without an outcome during {dead.phase!r} (killed, or out of memory)"
