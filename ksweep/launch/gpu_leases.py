@@ -1,4 +1,4 @@
-"""Leases of this machine's GPUs: each is held by one local job at a time, whichever launcher started it; submitit has none.
+"""Leases of this machine's GPUs, which submitit lacks: one local job at a time holds a GPU, whichever launcher started it.
 
 $KSWEEP_HOME/gpus/<host>/<GPU>.json names the job that holds a GPU, and a process of it. The lease lasts as long as that process
 or any rank of the job lives: if a launcher dies, its job keeps the GPUs that it still computes on.

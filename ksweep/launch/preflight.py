@@ -92,7 +92,7 @@ def check_writable(sweep: Sweep) -> None:
     """Check that the sweep's directories can be written.
 
     Raises:
-        SpecError: one cannot.
+        SpecError: a directory cannot be written.
     """
     for key, directory in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
         try:
@@ -107,7 +107,7 @@ def check_disk_space(sweep: Sweep, steps: list[Step]) -> None:
     """Check that each store's disk has room for what goes there; the two may lie on two disks.
 
     Raises:
-        DiskFullError: one has not.
+        DiskFullError: a disk has too little room.
     """
     draws, activations = sum(s.draw_bytes for s in steps), sum(s.activation_bytes for s in steps)
     registry, cache = Path(sweep.registry), Path(sweep.vector_cache)

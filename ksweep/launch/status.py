@@ -33,7 +33,7 @@ NFS caches a directory for up to 60 s (acdirmax); a file that another node has p
 Recheck = Literal["", "queue", "record", "either"]
 LOG_LINES, LOG_BYTES = 50, 4096
 END_LINES = 5
-"""slurmstepd's last words are within so many lines of the end; further up may be the end of an earlier start in the same file."""
+"""slurmstepd's final message is within this many lines of the end; one further up may be of an earlier start of the job."""
 QUOTED_LINES, QUOTED_CHARACTERS = 3, 300
 
 JobState = Literal["waiting", "running", "finished", "failed", "stopped", "unknown"]
@@ -63,8 +63,8 @@ class JobStatus:
     outcome: Outcome | None = None
     """The outcome of the rank that explains the job's end, where a rank has written one."""
     recheck: Recheck = ""
-    """The job only seems to have ended: believe it when a later check agrees. Until then may turn up: the job, back in the queue;
-    its record, written but not yet visible from here; either."""
+    """Set where the job only seems to have ended, which counts once a later check agrees. It names what may appear until then:
+    the job, back in the queue; its record, written but not yet visible from here; either."""
 
 
 DIRECTORY_GONE = JobStatus("stopped", "its directory is gone", "lost")
@@ -78,7 +78,7 @@ class JobEvidence:
     local: bool = False
     """The job runs on this machine and not on Slurm."""
     finalized: JobStatus | None = None
-    """The status that the registry was told."""
+    """The status that is recorded in the registry."""
     heartbeats: Sequence[Heartbeat] = ()
     live_ranks: frozenset[int] = frozenset()
     """Ranks that prove to be alive: by their process where the job is local, by a fresh heartbeat on Slurm."""

@@ -1,4 +1,4 @@
-"""How all jobs stand that nobody has finalized, and which cells they still work on."""
+"""The statuses of all jobs that are not finalized, and the cells that they still work on."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ ACTIVATIONS_FILE = "activations.parquet"
 RUN_RECORD_FORMAT = 1
 """Increased when the meaning of a file changes; a reader refuses later formats."""
 NUM_EXAMPLES = 5
-"""Examples that a run keeps of the activations it is best at, middling at and worst at, each."""
+"""Examples that a run stores of its best activations, of its median and of its worst ones."""
 
 
 class LandingError(StoreError):

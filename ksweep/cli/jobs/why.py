@@ -66,7 +66,7 @@ def format_run_report(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def format_job_report(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of a job's report: the answer first, and last, where a terminal leaves the eye, what to do next."""
+    """Yield the lines of a job's report: the answer first, and what to do next in the last line, just above the prompt."""
     slurm = f", Slurm {report['slurm']}" if report["slurm"] else ""
     yield f"job {report['job']} of {report['sweep']} ({', '.join(report['cells'])}{slurm}): {report['state']}"
     yield f"  {format_reason(report['class'], report['reason'])}"

@@ -1,4 +1,4 @@
-"""The heartbeat of a rank: a thread that proves it alive, watches the other ranks, and ends this one if it waits in vain."""
+"""The heartbeat of a rank: a thread that proves it alive, watches the other ranks, and ends this one if they cannot go on."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class HeartbeatThread:
                 log.warning("the other ranks cannot be seen: %s", error)
 
     def _check_other_ranks(self) -> None:
-        """End this rank where the job's files say that it works in vain."""
+        """End this rank if the job's files show that its work can no longer be completed or is no longer wanted."""
         # 1. A newer start of the job runs: this one is left over from an older.
         if (newest := self.job.attempt()) > self.attempt:
             log.error("start %d of this job is running elsewhere: ending this rank of start %d", newest, self.attempt)
