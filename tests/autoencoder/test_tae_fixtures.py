@@ -83,7 +83,7 @@ def decoder_arrays(av: TaeVerbalizer, given: dict[str, np.ndarray]) -> dict[str,
         "decoder_forced_logits": forced.numpy(),
         "decoder_greedy_tokens": greedy.numpy(),
         "decoder_greedy_logits": greedy_logits[:, :-1].numpy(),
-        "sample": sampled.numpy(),
+        "sample_tokens": sampled.numpy(),
     }
 
 

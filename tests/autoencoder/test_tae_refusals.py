@@ -329,7 +329,7 @@ def test_directory_with_a_damaged_file_passes_over_an_early_one_only(tmp_path: P
     path = copy_case("gpt2_patch_all", tmp_path)
     early, late = path.parent / "x_step100.pt", path.parent / "x_step13000.pt"
     early.write_text("cut")
-    assert highest_step(path.parent) == path and "x_step100.pt is passed over" in caplog.text
+    assert highest_step(path.parent) == path and "x_step100.pt is skipped" in caplog.text
     late.write_text("cut")
     with pytest.raises(CheckpointError, match=r"x_step13000\.pt is not a whole torch checkpoint"):
         inspect_tae(path.parent)

@@ -1,11 +1,11 @@
-"""The decoder of a talkative autoencoder as an AV: a trained prompt around the vector, which also overwrites blocks' inputs.
+"""Run the decoder of a talkative autoencoder as an AV: a trained prompt surrounds the vector, which also overwrites block inputs.
 
     prompt    left | p0(a) | right                            embeddings, times sqrt(d) for Gemma
     blocks    input of block i at the vector's position := pi(a)    for every patched block, not scaled
-    then      num_tokens sampled tokens, each fed back as a token; nothing is patched any more, and no token ends a text
+    then      num_tokens sampled tokens, each fed back as a token; nothing more is patched, and no token ends a text
 
-The prompt runs through the model's own forward pass with hooks on its blocks, so any attention and cache of transformers
-serves, and so does the sampler that the NLA pairs use.
+The prompt runs through the model's own forward pass with hooks on its blocks, so it works with every attention and cache of
+transformers, and with the sampler of the NLA pairs.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 
 class TaeVerbalizer:
-    """AV: vectors -> text. Implements `base.Verbalizer`."""
+    """An AV, which maps vectors to texts. Implements `base.Verbalizer`."""
 
     def __init__(self, info: TaeInfo, model: Any, tokenizer: Any) -> None:
-        """A model that `base_model.load_decoder_model` made; the rest comes from the checkpoint.
+        """Combine a model from `base_model.load_decoder_model` with the checkpoint's own tensors.
 
         Raises:
-            CheckpointError: a tensor of the decoder that is not finite, or projects everything to zero.
+            CheckpointError: a tensor of the decoder is not finite, or projects everything to zero.
         """
         self.info = info
         self.model = model
@@ -60,10 +60,10 @@ class TaeVerbalizer:
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None] | None = None
     ) -> Float[torch.Tensor, "activation d_model"]:
-        """What `prefill` takes: the activations, less the embedding of their position where the decoder was trained so.
+        """Return the input of `prefill`: the activations, minus their position embeddings if the decoder was trained that way.
 
         Args:
-            positions: index of each activation's token in its row of text; not needed where the decoder takes nothing off.
+            positions: index of each activation's token in its row of text; not needed by decoders without position embeddings.
 
         Raises:
             DataError: positions are needed and missing, or beyond the trained ones.
@@ -75,17 +75,17 @@ class TaeVerbalizer:
 
     @torch.inference_mode()
     def prefix(self) -> Any | None:
-        """The past of the prompt's left side."""
+        """Return the KV cache of the prompt's left side; None if it is empty."""
         if self._prefix is None and len(self._parts.left):
             output = self.model(inputs_embeds=self._scale * self._parts.left[None], use_cache=True, logits_to_keep=1)
             self._prefix = output.past_key_values
         return self._prefix
 
     def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
-        """Run the prompt, behind `prefix` the rest of it, once per vector.
+        """Run the prompt, or its part after `prefix`, once per vector.
 
         Raises:
-            DataError: a vector that is not finite, all zero, or of another width.
+            DataError: a vector is not finite, all zero, or of another width.
         """
         check_vectors(vectors, self.d_model)
         with torch.inference_mode():
@@ -99,34 +99,34 @@ class TaeVerbalizer:
         return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of sampled tokens, special ones kept: an end-of-text token is a token like any other."""
+        """Return the text of sampled tokens, including special ones: an end-of-text token is a token like any other."""
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
     def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
-        """All of the text: there are no tags, so no draw fails, and every one has the same length."""
+        """Return the whole text and "ok": there are no tags, so no draw fails, and all draws have the same length."""
         return text, "ok"
 
     def _projected(self, vectors: Float[torch.Tensor, "activation d_model"]) -> list[Float[torch.Tensor, "activation d_model"]]:
-        """The prompt embedding, and the input of each patched block; a projection used twice is applied once."""
+        """Return the prompt embedding and each patched block's input; a projection that serves several is applied once."""
         used = self.info.decoder.projections
-        made = {i: nn.functional.linear(vectors, self._parts.weight[i], self._parts.bias[i]) for i in dict.fromkeys(used)}
-        return [made[i] for i in used]
+        projected = {i: nn.functional.linear(vectors, self._parts.weight[i], self._parts.bias[i]) for i in dict.fromkeys(used)}
+        return [projected[i] for i in used]
 
 
 @contextmanager
 def patching(
     blocks: Sequence[nn.Module], rows: Sequence[Float[torch.Tensor, "activation d_model"]], position: int
 ) -> Iterator[None]:
-    """While open, the input of blocks[i] has rows[i] at `position`; open for exactly one forward pass.
+    """Replace the input of blocks[i] at `position` by rows[i] during exactly one forward pass.
 
     Raises:
-        CheckpointError: a block did not run exactly once, so a vector did not get where it belongs.
+        CheckpointError: a block did not run exactly once, so its input was not replaced as in training.
     """
-    firings = [0] * len(blocks)
+    num_calls = [0] * len(blocks)
 
     def patch(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        firings[i] += 1
+        num_calls[i] += 1
         hidden = (args[0] if args else kwargs["hidden_states"]).clone()
         hidden[:, position] = rows[i].to(hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -138,33 +138,33 @@ def patching(
             )
             hooks.callback(handle.remove)
         yield
-    if any(count != 1 for count in firings):
+    if any(count != 1 for count in num_calls):
         raise CheckpointError(
-            f"blocks of the decoder's base ran {sorted(set(firings))} times in one prefill, expected once each: its architecture "
-            "calls them in another way. Use a checkpoint over GPT-2, Gemma-2, Gemma-3, Qwen2 or Llama."
+            f"blocks of the decoder's base ran {sorted(set(num_calls))} times in one prefill, expected once each: its "
+            "architecture calls them in another way. Use a checkpoint over GPT-2, Gemma-2, Gemma-3, Qwen2 or Llama."
         )
 
 
 def position_rows(
     table: Float[torch.Tensor, "position d_model"], positions: Sequence[int | None] | None, count: int, who: str
 ) -> Float[torch.Tensor, "activation d_model"]:
-    """The position embedding of each activation, float32.
+    """Return the position embedding of each activation in float32; `who` names the model in messages.
 
     Raises:
-        DataError: unknown, of another number, or beyond the table.
+        DataError: a position is unknown or beyond the table, or there are not `count` of them.
     """
-    known = [place for place in positions or () if place is not None]
-    if len(known) != count:
+    indices = [position for position in positions or () if position is not None]
+    if len(indices) != count:
         raise DataError(
-            f"{who} uses the position of every activation, and {count - len(known)} of {count} are unknown: extract the "
-            "activations from text, or use vectors that say their positions"
+            f"{who} uses the position of every activation, and {count - len(indices)} of {count} are unknown: extract the "
+            "activations from text, or use vectors with positions"
         )
-    if beyond := [place for place in known if not 0 <= place < len(table)]:
+    if beyond := [position for position in indices if not 0 <= position < len(table)]:
         raise DataError(
             f"{who} has embeddings of positions 0 to {len(table) - 1}, but an activation is at position {beyond[0]}. Cut the "
             f"text to {len(table)} tokens."
         )
-    return table[torch.tensor(known, dtype=torch.long, device=table.device)].float()
+    return table[torch.tensor(indices, dtype=torch.long, device=table.device)].float()
 
 
 def _around(
@@ -178,14 +178,14 @@ def _around(
 
 @dataclass(frozen=True)
 class _Parts:
-    """The decoder's own tensors, on its device and in its dtype."""
+    """The decoder's own tensors, on its model's device and in its dtype."""
 
     weight: Float[torch.Tensor, "projection d_model d_model"]
     bias: Float[torch.Tensor, "projection d_model"]
     left: Float[torch.Tensor, "left d_model"]
     right: Float[torch.Tensor, "right d_model"]
     positions: Float[torch.Tensor, "position d_model"] | None
-    """Embeddings taken off an activation by its position, float32."""
+    """Position embeddings that are subtracted from activations, float32; None if the decoder has none."""
 
 
 def _parts(info: TaeInfo, model: Any) -> _Parts:

@@ -1,11 +1,11 @@
-"""The encoder of a talkative autoencoder as an AR: tokens between trained embeddings -> the output of one block -> a vector.
+"""Run the encoder of a talkative autoencoder as an AR: tokens between trained embeddings -> output of one block -> vector.
 
     soft prompt | explanation | postfix | current token      embeddings, times sqrt(d) for Gemma
-                                 + special vector             on whichever comes last
+                                 + special vector             on the last embedding
     output of block `output_layer` at the last position -> projection -> + embedding of the activation's position
 
-It reads the sampled tokens themselves: text that is tokenised again may come out as other tokens. Blocks above
-`output_layer` do not run, and are not in memory unless the decoder needs them.
+It reads the sampled token ids, because tokenising their text again may give other tokens. Blocks above `output_layer` do not
+run, and are not in memory unless the decoder needs them.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 TextPrompt = tuple[tuple[int, ...], tuple[int, ...]]
-"""Tokens before and after an explanation whose embeddings stand in for the trained ones."""
+"""Tokens before and after an explanation whose embeddings replace the trained ones."""
 BEFORE_BLOCKS = -2
 """output_layer of an encoder that reads the input of block 0."""
 
 
 class TaeReconstructor:
-    """AR: explanation -> vector. Implements `base.Reconstructor`."""
+    """An AR, which maps explanations to vectors. Implements `base.Reconstructor`."""
 
     def __init__(
         self,
@@ -48,14 +48,14 @@ class TaeReconstructor:
         token_embeddings: Float[torch.Tensor, "token d_model"] | None = None,
         prompt: TextPrompt | None = None,
     ) -> None:
-        """A model from `tae_base`, the encoder's own or the decoder's; the rest comes from the checkpoint.
+        """Combine a model from `base_model`, the encoder's own or the decoder's, with the checkpoint's own tensors.
 
         Args:
-            token_embeddings: the table of the decoder's base, which embeds explanations; None: the model's own.
-            prompt: what `text_prompt` returned, instead of the trained prompt.
+            token_embeddings: table of the decoder's base, which embeds explanations; None takes the model's own table.
+            prompt: what `text_prompt` returned, to replace the trained prompt.
 
         Raises:
-            CheckpointError: a tensor of the encoder that is not finite, or a projection of nothing but zeros.
+            CheckpointError: a tensor of the encoder is not finite, or a projection is all zero.
         """
         self.info = info
         self.model = model
@@ -71,18 +71,19 @@ class TaeReconstructor:
     def reconstruct(
         self, explanations: Sequence[Explanation], batch_size: int = 64
     ) -> Float[torch.Tensor, "explanation d_model"]:
-        """Raw float32 reconstructions on the CPU, in the order of `explanations`; equal ones are run once.
+        """Return raw float32 reconstructions on the CPU, in the order of `explanations`; equal ones run once.
 
-        An explanation without tokens and without a current token is the soft prompt alone: the control of an empty text, for an
-        encoder that has one (`reads_empty_text`).
+        An explanation without tokens and without a current token is the soft prompt alone: the control with an empty text, for an
+        encoder that has a soft prompt (`reads_empty_text`).
 
         Raises:
             DataError: an explanation lacks the current token or the position that the encoder was trained with.
-            CheckpointError: an output that is not finite.
+            CheckpointError: an output is not finite.
         """
-        inputs = [(e.token_ids, self._current(e)) for e in explanations]
-        place = {row: i for i, row in enumerate(dict.fromkeys(inputs))}
-        rows = list(place)
+        # 1. Run each distinct explanation once.
+        inputs = [(e.token_ids, self._current_token(e)) for e in explanations]
+        row_of = {row: i for i, row in enumerate(dict.fromkeys(inputs))}
+        rows = list(row_of)
         out = torch.empty(len(rows), self.d_model)
         for batch in _batches(rows, batch_size):
             out[batch] = memory.run_in_halves(self._forward, [rows[i] for i in batch], self.model.device)
@@ -91,10 +92,11 @@ class TaeReconstructor:
                 f"the encoder in {self.info.path} gives NaN or infinite values in {self.model.dtype}. Use "
                 "autoencoder.dtype=bfloat16 or float32."
             )
-        found = out[[place[row] for row in inputs]]
-        if self._parts.positions is None or not len(found):
-            return found
-        return found + self._position_rows(explanations)
+        # 2. Return one vector for every explanation, with its position embedding added.
+        vectors = out[[row_of[row] for row in inputs]]
+        if self._parts.positions is None or not len(vectors):
+            return vectors
+        return vectors + self._position_rows(explanations)
 
     def reconstruct_tokens(
         self,
@@ -103,41 +105,44 @@ class TaeReconstructor:
         positions: Sequence[int] | None = None,
         batch_size: int = 64,
     ) -> Float[torch.Tensor, "explanation d_model"]:
-        """`reconstruct` for explanations that are nothing but token ids, all of one length."""
+        """Return `reconstruct` of explanations given as token ids alone, all of one length."""
         n = len(token_ids)
         current: Sequence[int | None] = [None] * n if current_token_ids is None else current_token_ids
-        places: Sequence[int | None] = [None] * n if positions is None else positions
-        rows = zip(token_ids.tolist(), current, places, strict=True)
+        indices: Sequence[int | None] = [None] * n if positions is None else positions
+        rows = zip(token_ids.tolist(), current, indices, strict=True)
         explanations = [Explanation("", tuple(tokens), token, position) for tokens, token, position in rows]
         return self.reconstruct(explanations, batch_size)
 
     def embed(self, token_ids: Int[torch.Tensor, "explanation token"]) -> Float[torch.Tensor, "explanation token d_model"]:
-        """Explanations as the encoder's first block reads them (but for GPT-2's position embeddings).
+        """Return the embeddings of explanations that the encoder's first block reads, without GPT-2's position embeddings.
 
-        The rows are those of the decoder's base, also where the encoder's was trained further.
+        They come from the decoder's base, even if training changed the encoder's.
         """
         return nn.functional.embedding(token_ids.to(self.model.device), self._parts.table) * self._scale
 
-    def _current(self, explanation: Explanation) -> int | None:
+    def _current_token(self, explanation: Explanation) -> int | None:
         if not self.info.encoder.adds_current_token or (explanation.current_token_id is None and not explanation.token_ids):
             return None
         if explanation.current_token_id is None:
             raise DataError(
                 f"the encoder in {self.info.path} reads the token that an activation was taken at, and an explanation came "
-                "without: extract the activations from text, which says it"
+                "without it: extract the activations from text, which provides it"
             )
         return explanation.current_token_id
 
     def _position_rows(self, explanations: Sequence[Explanation]) -> Float[torch.Tensor, "explanation d_model"]:
         assert self._parts.positions is not None
-        if not any(e.token_ids for e in explanations):  # the control of an empty text belongs to no activation
+        if not any(e.token_ids for e in explanations):  # the control with an empty text has no activation
             return torch.zeros(len(explanations), self.d_model)
         who = f"the encoder in {self.info.path}"
         return position_rows(self._parts.positions, [e.position for e in explanations], len(explanations), who).cpu()
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[tuple[tuple[int, ...], int | None]]) -> Float[torch.Tensor, "row d_model"]:
-        """One batch of explanations of one length, with or all without a current token; the soft prompt has run before."""
+        """Return the reconstructions of one batch: explanations of one length, all with or all without a current token.
+
+        The soft prompt runs once and is reused as a KV cache.
+        """
         sequence, prompt = self._sequence(rows), len(self._parts.soft_prompt)
         prefix = self._soft_prompt_past() if prompt < sequence.shape[1] else None
         rest = sequence if prefix is None else sequence[:, prompt:]
@@ -147,7 +152,7 @@ class TaeReconstructor:
         return hidden.cpu()
 
     def _sequence(self, rows: Sequence[tuple[tuple[int, ...], int | None]]) -> Float[torch.Tensor, "row token d_model"]:
-        """Everything that the first block reads, special vector included."""
+        """Return the embeddings that the first block reads, including the special vector."""
         n, parts = len(rows), self._parts
         text = self.embed(torch.tensor([tokens for tokens, _ in rows], dtype=torch.long).reshape(n, -1))
         pieces = [
@@ -164,7 +169,7 @@ class TaeReconstructor:
         return sequence
 
     def _soft_prompt_past(self) -> Any | None:
-        """Keys and values of the soft prompt in the blocks that run, one row; None where there is nothing to keep."""
+        """Return the KV cache of the soft prompt, one row; None without a soft prompt or if no block runs."""
         if self._past is None and len(self._parts.soft_prompt) and not self._block[1]:
             self._past = DynamicCache(config=self._decoder.config)
             self._hidden(self._own_scale * self._parts.soft_prompt[None], self._past)
@@ -173,55 +178,55 @@ class TaeReconstructor:
     def _hidden(
         self, sequence: Float[torch.Tensor, "row token d_model"], past: Any | None = None
     ) -> Float[torch.Tensor, "row token d_model"]:
-        """Output of the read-out block (or input of the first), behind `past`; nothing above it runs."""
-        block, before = self._block
-        taken: list[torch.Tensor] = []
+        """Return the output of the read-out block (or the input of the first) after `past`; blocks above it do not run."""
+        block, reads_input = self._block
+        read_out: list[torch.Tensor] = []
 
-        def take(value: Any) -> None:
-            taken.append(value[0] if isinstance(value, tuple) else value)
-            raise _Reached
+        def read(value: Any) -> None:
+            read_out.append(value[0] if isinstance(value, tuple) else value)
+            raise _ReadOutReached
 
-        if before:
+        if reads_input:
             handle = block.register_forward_pre_hook(
-                lambda _module, args, kwargs: take(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+                lambda _module, args, kwargs: read(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
             )
         else:
-            handle = block.register_forward_hook(lambda _module, _args, output: take(output))
+            handle = block.register_forward_hook(lambda _module, _args, output: read(output))
         try:
             self._decoder(inputs_embeds=sequence, past_key_values=past, use_cache=past is not None)
-        except _Reached:
+        except _ReadOutReached:
             pass
         finally:
             handle.remove()
-        assert taken, "the forward pass ended without reaching the block"
-        return taken[0]
+        assert read_out, "the forward pass ended without reaching the block"
+        return read_out[0]
 
 
 def text_prompt(info: TaeInfo, tokenizer: Any) -> TextPrompt:
-    """The words that the encoder's prompt was initialised with, as tokens of its base; no special ones are added.
+    """Return the tokens of the words that the encoder's prompt was initialised with, without special tokens.
 
     Raises:
-        CheckpointError: the file does not say them, or they leave no room for the explanation.
+        CheckpointError: the file does not state the words, or they leave too few positions for the explanation.
     """
     sides = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else () for text in soft_prompt_sides(info)]
     learned = info.encoder.soft_prompt + info.encoder.postfix
     needed = info.encoder.num_around - learned + sum(map(len, sides)) + info.num_tokens
-    room = info.model_config.get("max_position_embeddings")
-    if info.model_config.get("model_type") == "gpt2" and isinstance(room, int) and needed > room:
+    available = info.model_config.get("max_position_embeddings")
+    if info.model_config.get("model_type") == "gpt2" and isinstance(available, int) and needed > available:
         raise CheckpointError(
             f"{info.path}: with the words of soft_prompt_init_text ({sum(map(len, sides))} tokens) around it an explanation "
-            f"needs {needed} positions, but the base has {room}. Use autoencoder.encoder_prompt=learned."
+            f"needs {needed} positions, but the base has {available}. Use autoencoder.encoder_prompt=learned."
         )
     return sides[0], sides[1]
 
 
-class _Reached(Exception):
-    """The read-out has run: the rest of the forward pass is not needed."""
+class _ReadOutReached(Exception):
+    """Ends a forward pass once the read-out block has run."""
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The encoder's own tensors, on its device: embeddings in the model's dtype, what follows the read-out in float32."""
+    """The encoder's own tensors on its model's device: embeddings in the model's dtype, tensors after the read-out in float32."""
 
     table: Float[torch.Tensor, "token d_model"]
     """Token embeddings of the decoder's base."""
@@ -265,14 +270,14 @@ def _untrained(state: Mapping[str, torch.Tensor], info: TaeInfo) -> Iterator[Not
 
 
 def _read_out(blocks: nn.ModuleList, output_layer: int) -> tuple[nn.Module, bool]:
-    """The block to read at, and whether its input is meant."""
+    """Return the block to read, and whether its input is read instead of its output."""
     return blocks[max(output_layer, -1) if output_layer != BEFORE_BLOCKS else 0], output_layer == BEFORE_BLOCKS
 
 
 def _batches(rows: Sequence[tuple[tuple[int, ...], int | None]], batch_size: int) -> Iterator[list[int]]:
-    """Rows of one length together, so that nothing is padded: explanations of one checkpoint all have one length."""
-    together: dict[tuple[int, bool], list[int]] = {}
+    """Yield batches of row indices with tokens of one length, so that no row is padded."""
+    groups: dict[tuple[int, bool], list[int]] = {}
     for i, (tokens, current) in enumerate(rows):
-        together.setdefault((len(tokens), current is None), []).append(i)
-    for group in together.values():
+        groups.setdefault((len(tokens), current is None), []).append(i)
+    for group in groups.values():
         yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))

@@ -1,7 +1,7 @@
-"""When the base of a talkative autoencoder was unfrozen in training, and whether a file was written before or after that.
+"""Find out when training unfroze the base of a talkative autoencoder, and whether a file was written before or after that.
 
-While its base is frozen a half is saved without it, and the base directory holds the right weights. Afterwards every file holds
-the base's trained weights, so that one without them is not whole.
+While its base is frozen, a half is saved without it, and the base directory holds the right weights. After that every file holds
+the base's trained weights, so a file without them is incomplete.
 """
 
 from __future__ import annotations
@@ -12,59 +12,61 @@ from dataclasses import dataclass
 from typing import Any
 
 SPEC = re.compile(r"(\d+)\s*(s|steps?|os|e|epochs?)?", re.IGNORECASE)
-"""A point of training as configurations spell it: "1000s" and 1000 are steps, "256os" optimiser steps, "5e" epochs."""
+"""A point in training as configurations write it: "1000s" and 1000 are steps, "256os" optimiser steps, "5e" epochs."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """When a file was written; None where nothing says so."""
+    """The point in training at which a file was written; None where it is unknown."""
 
     step: int | None
-    """Steps, of which the optimiser takes one in every `accumulation`."""
+    """Training steps; the optimiser takes one step for every `accumulation` of them."""
     epoch: int | None
-    """Whole epochs before it."""
+    """Complete epochs before it."""
     steps_per_epoch: int | None
     accumulation: int | None
     is_before_unfreezing: bool | None
-    """Saved on purpose just before the base was unfrozen, at the same step; None: it may be."""
+    """Whether the file was saved just before the base was unfrozen, at the same step; None if unknown."""
 
 
 def is_scheduled(config: Mapping[str, Any]) -> bool:
-    """Whether training began with frozen bases that a schedule unfreezes."""
+    """Return whether training began with frozen bases that a schedule unfreezes."""
     return any(_mapping(config.get(name)).get("enabled") for name in ("freeze_schedule", "unfreeze_encoder"))
 
 
 def was_enabled(config: Mapping[str, Any], role: str, component: str) -> bool | None:
-    """What an enabled freeze schedule puts in the place of a trainable component's own flag; None: nothing."""
+    """Return the flag of an enabled freeze schedule that overrides a trainable component's own; None if there is none."""
     schedule = _mapping(config.get("freeze_schedule"))
-    said = _component(schedule, role, component).get("enabled") if schedule.get("enabled") else None
-    return said if isinstance(said, bool) else None
+    flag = _component(schedule, role, component).get("enabled") if schedule.get("enabled") else None
+    return flag if isinstance(flag, bool) else None
 
 
 def unfreezing(config: Mapping[str, Any], role: str) -> list[str]:
-    """Where training unfreezes the base of a half, as the configuration spells it."""
+    """Return the points at which training unfreezes the base of a half, as the configuration writes them."""
     return [str(spec) for spec in _specs(config, role)]
 
 
 def was_unfrozen(config: Mapping[str, Any], role: str, written: Written) -> bool | None:
-    """Whether the base of a half had been unfrozen when a file was written; None where that cannot be told."""
-    answers = [_reached(spec, written) for spec in _specs(config, role)]
-    return True if True in answers else None if None in answers or not answers else False
+    """Return whether the base of a half had been unfrozen when a file was written; None if that is unknown."""
+    reached = [_was_reached(spec, written) for spec in _specs(config, role)]
+    return True if True in reached else None if None in reached or not reached else False
 
 
 def _specs(config: Mapping[str, Any], role: str) -> Iterator[str | int]:
-    """Points of training, the component's own before the schedule's."""
+    """Yield the points in training at which a base is unfrozen; the component's own overrides the schedule's."""
     schedule, encoder = (_mapping(config.get(name)) for name in ("freeze_schedule", "unfreeze_encoder"))
     if schedule.get("enabled"):
         epoch = schedule.get("unfreeze_at_epoch")
         own = _component(schedule, role, "base_model").get("unfreeze_at")
-        places = (own, schedule.get("unfreeze_at"), schedule.get("unfreeze_at_step"), None if epoch is None else f"{epoch}e")
-        yield from [spec for spec in places if isinstance(spec, (str, int))][:1]
+        specs = (own, schedule.get("unfreeze_at"), schedule.get("unfreeze_at_step"), None if epoch is None else f"{epoch}e")
+        yield from [spec for spec in specs if isinstance(spec, (str, int))][:1]
     if encoder.get("enabled"):
         yield from [spec for spec in (encoder.get("at"), encoder.get("step")) if isinstance(spec, (str, int))][:1]
 
 
-def _reached(spec: str | int, written: Written) -> bool | None:
+def _was_reached(spec: str | int, written: Written) -> bool | None:
+    """Return whether a file was written after a point in training; None if that is unknown."""
+    # 1. Convert the point to training steps, or compare whole epochs where steps are unknown.
     match = SPEC.fullmatch(str(spec).strip())
     if match is None:
         return None
@@ -77,6 +79,7 @@ def _reached(spec: str | int, written: Written) -> bool | None:
         if written.accumulation is None:
             return False if written.step is not None and written.step < value else None
         value *= written.accumulation
+    # 2. Compare steps. At the very step, the file's name or content says whether it was saved before the base was unfrozen.
     if written.step is None:
         return None
     if written.step == value:

@@ -1,6 +1,6 @@
-"""--checkpoint-data: the text, positions and norm filter that a talkative-autoencoder file says it was trained on.
+"""Implement --checkpoint-data: use the text, positions and norm filter that a talkative-autoencoder file was trained with.
 
-The reference's sweep took them from the checkpoint, always; here they are asked for, and any key=value setting wins over them.
+The reference's sweep always took them from the checkpoint. Here they are optional, and key=value settings override them.
 """
 
 from __future__ import annotations
@@ -20,56 +20,59 @@ from ksweep.utils.errors import SpecError
 from ksweep.utils.hub import resolve
 
 RULE = ("positions", "candidates", "min_position", "positions_per_document", "max_norm")
-"""Which vectors of a text; where a config is silent about one, the reference's default holds."""
+"""Fields that choose the vectors of a text. A field that the config lacks has the reference's default."""
 REFERENCE_RULE = {"candidates": "not_padding", "min_position": 8}
-"""Where the reference's defaults are not ours."""
+"""Defaults of the reference that differ from those of `Activations`."""
 TEXT = ("text", "text_column", "text_split", "document_column", "vectors", "max_length")
 
 
 def with_checkpoint_data(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, and below them those of the data of the checkpoint that they name.
+    """Return the settings of the checkpoint's training data, overridden by the given settings.
 
     Raises:
-        SpecError: no checkpoint, one that names no text, a text that is not on this machine, or ready-made vectors beside it.
-        CheckpointError: a file that cannot be read.
+        SpecError: no checkpoint is set, it names no text, its text is not on this machine, or ready-made vectors are set as well.
+        CheckpointError: the file cannot be read.
     """
     for key in ("activations", "activations.vectors"):
         if given.get(key) is not None:
-            raise SpecError(f"--checkpoint-data says which activations are meant, and so does {key}: leave one of them out")
+            raise SpecError(f"--checkpoint-data and {key} both choose the activations: leave one of them out")
     cells = apply_overrides(sweep, given).cells()
-    found = [_data(cell.autoencoder.checkpoint, given) for cell in cells]
-    if any(data != found[0] for data in found):
+    data_of_cells = [_data(cell.autoencoder.checkpoint, given) for cell in cells]
+    if any(data != data_of_cells[0] for data in data_of_cells):
         raise SpecError("--checkpoint-data: the checkpoints of this sweep were trained on different data; give one at a time")
-    return {f"activations.{name}": value for name, value in found[0].items()} | dict(given)
+    return {f"activations.{name}": value for name, value in data_of_cells[0].items()} | dict(given)
 
 
 def _data(checkpoint: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `Activations`; no text of its own where another one is given."""
+    """Return the fields of `Activations` that a checkpoint states; without its text if the settings give another."""
+    # 1. Read the checkpoint's training configuration.
     if checkpoint is None:
         raise SpecError("--checkpoint-data needs a talkative-autoencoder file: set autoencoder.checkpoint=PATH.pt")
     path = resolve(checkpoint, "talkative-autoencoder checkpoint")
     path = highest_step(path) if path.is_dir() else path
     config = section(read_checkpoint(path), "config", f"{path} holds no training configuration")
-    said = {key.removeprefix("activations."): value for key, value in translate_checkpoint_config(config).items()}
-    usual = {f.name: f.default for f in fields(Activations) if f.default is not MISSING}
-    data = {name: said.get(name, REFERENCE_RULE.get(name, usual[name])) for name in RULE}
+    # 2. Take the rule for positions and norms, then the reference's defaults, then those of `Activations`.
+    stated = {key.removeprefix("activations."): value for key, value in translate_checkpoint_config(config).items()}
+    defaults = {f.name: f.default for f in fields(Activations) if f.default is not MISSING}
+    data = {name: stated.get(name, REFERENCE_RULE.get(name, defaults[name])) for name in RULE}
     if given.get("activations.text") is not None:
         return data
-    column = {"text_column": said.get("text_column", "input_ids")}
-    return data | {name: usual[name] for name in TEXT} | column | {"text": _text(said.get("text"), path)}
+    # 3. Take the text.
+    column = {"text_column": stated.get("text_column", "input_ids")}
+    return data | {name: defaults[name] for name in TEXT} | column | {"text": _text(stated.get("text"), path)}
 
 
-def _text(named: str | None, checkpoint: Path) -> str:
-    """The pretokenised split, where the configuration says or beside the checkpoint."""
+def _text(trained_on: str | None, checkpoint: Path) -> str:
+    """Return the path of the pretokenised split: as the configuration states it, or relative to the checkpoint."""
     advice = (
         "set activations.text=PATH beside --checkpoint-data (a pretokenised `datasets` directory: with "
-        "activations.text_column=input_ids); its positions and norm filter hold all the same"
+        "activations.text_column=input_ids); the checkpoint's positions and norm filter still apply"
     )
-    if named is None:
+    if trained_on is None:
         raise SpecError(
             f"{checkpoint} was not trained on pretokenised text (its config lacks dataset.on_the_fly.pretokenized_path): {advice}"
         )
-    for place in (Path(named).expanduser(), checkpoint.parent / named):
-        if place.exists():
-            return str(place)
-    raise SpecError(f"{checkpoint} was trained on {named}, which is not on this machine: copy it there, or {advice}")
+    for path in (Path(trained_on).expanduser(), checkpoint.parent / trained_on):
+        if path.exists():
+            return str(path)
+    raise SpecError(f"{checkpoint} was trained on {trained_on}, which is not on this machine: copy it there, or {advice}")
