@@ -21,7 +21,7 @@ Cluster = Literal["auto", "slurm", "local", "inprocess"]
 LONGEST_PLAIN_MINUTES = 7 * 24 * 60
 """Longest time limit that may be a bare number: YAML reads an unquoted 24:00:00 as 86400."""
 
-_TRACKING = "ksweep finds its jobs and their output by it"
+_TRACKING = "with another value it could not find its jobs or their output"
 _STOPPING = "with another value a job could not be told to stop, or would not be requeued"
 _SHAPE = "the job would have other ranks than planned; set resources.gpus, tasks or nodes"
 

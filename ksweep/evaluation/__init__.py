@@ -1,1 +1,1 @@
-"""What every rank of a job runs: a cell from its activations to its run record."""
+"""Evaluate a cell, from its activations to its run record: the code that every rank of a job runs."""

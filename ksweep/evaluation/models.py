@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """AV and AR of the autoencoder that was asked for last."""
+    """The AV and AR of the autoencoder that was used last."""
 
     def __init__(self, devices: tuple[str, ...]) -> None:
         """Load nothing yet. `devices` are torch device names; each model is spread over all of them."""

@@ -1,4 +1,4 @@
-"""What precedes the drawing: identify the cells, extract their activations, list the missing draws, load the models."""
+"""Prepare cells for drawing: identify them, extract their activations, list the missing draws, load the models."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Sampling continuations of a prompt with a vector in it, and the memory that takes."""
+"""Sample continuations of prompts with a vector in them: engines, KV cache, attention, memory."""

@@ -1,4 +1,4 @@
-"""What the engines need of a model that continues a prompt with a vector in it."""
+"""The protocol of a model that continues a prompt with a vector in it: all that an engine uses of an AV."""
 
 from __future__ import annotations
 

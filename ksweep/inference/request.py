@@ -1,4 +1,4 @@
-"""What is drawn and what results: batches of requests, draws in flight, finished draws. Common to both engines."""
+"""Batches of requests, draws in flight and finished draws, common to both engines."""
 
 from __future__ import annotations
 
