@@ -147,7 +147,7 @@ def _build(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
             cell[group][name] = changed.setdefault(group, {})[name] = converted
     for group in changed.keys() & axes.keys():  # an axis of whole groups: the changes hold for each of its values
         axes[group] = tuple(replace(v, **changed[group]) for v in axes[group])
-    for key in [k for k, values in axes.items() if "." in k and (k in settings or len(values) == 1)]:
+    for key in [k for k, values in axes.items() if "." in k and values and (k in settings or len(values) == 1)]:
         group, _, name = key.partition(".")
         cell[group][name] = axes[key][0]
     built = Cell(**{name: spec(**cell[name]) for name, spec in SPEC_GROUPS.items() if name != "resources"})

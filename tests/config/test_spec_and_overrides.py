@@ -104,6 +104,8 @@ def test_short_keys_are_found_and_ambiguous_ones_are_refused(sweep: Sweep) -> No
     [
         ("smapling.seed=1", r"unknown key 'smapling.seed': did you mean sampling.seed"),
         ("sampling.temprature=1", "did you mean sampling.temperature"),
+        ("sampling.temperature=[]", "axis 'sampling.temperature' of sweep .* has no values"),
+        ("autoencoder=[]", "axis 'autoencoder' of sweep .* has no values"),
         ("num_drawz=3", "did you mean sampling.num_draws"),
         ("sampling.num_draws=many", "expected a whole number"),
         ("sampling.num_draws=1.5", "expected a whole number"),
