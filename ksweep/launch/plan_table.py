@@ -93,7 +93,7 @@ def _source(sums: Estimate) -> str:
 
 
 def _each(cells: Sequence[int]) -> str:
-    """ "3 cells each", or "2 to 4 cells each"."""
+    """Return "3 cells each", or "2 to 4 cells each"."""
     low, high = min(cells), max(cells)
     return f"{low} cell{'s' * (low != 1)} each" if low == high else f"{low} to {high} cells each"
 

@@ -111,7 +111,7 @@ def test_why_says_what_to_do_about_each_class(registry: Path, kind: str, words: 
     assert words in told["next"] and "{" not in told["next"].replace("extra={", "")
 
 
-def test_why_tells_why_each_start_was_given_up(registry: Path) -> None:
+def test_why_tells_why_each_start_ended(registry: Path) -> None:
     back = job(registry)
     back.write_heartbeat(me(phase="drawing", done=3, total=8))
     back.write_note("requeued", {"why": "preempted", "time": 0.0, "place": []}, 0)

@@ -241,12 +241,12 @@ def test_watch_of_a_sweep_takes_the_newest_job_of_each_cell(registry: Path) -> N
 
 
 def test_watch_without_a_name_leaves_out_what_ended_long_ago(registry: Path) -> None:
-    unseen, booked, recent = (ended(registry, "finished") for _ in range(3))
+    unseen, finalized, recent = (ended(registry, "finished") for _ in range(3))
     live = running(registry)
-    for one in (booked, recent):
+    for one in (finalized, recent):
         one.write_note("settled", {"state": "finished", "reason": "every rank finished", "kind": ""})
     two_hours_ago = time.time() - 7200
-    for path in [*unseen.path.rglob("*.json"), *booked.path.rglob("*.json")]:
+    for path in [*unseen.path.rglob("*.json"), *finalized.path.rglob("*.json")]:
         os.utime(path, (two_hours_ago, two_hours_ago))
     assert {line.job for line in next(poll_job_rows(registry, None))} == {recent.id, live.id}
 

@@ -1,4 +1,4 @@
-"""Ranks that take units from a shared order: every draw once, and no rank idle for long at the end."""
+"""Ranks that take units from a shared queue: every draw once, and no rank idle for long at the end."""
 
 from __future__ import annotations
 

@@ -343,16 +343,16 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
     assert len(made) == 2 and 0 < replays_when[0] < recorder.replays
 
 
-def test_orders_of_a_stream_share_graphs(models, recorder):  # noqa: F811
+def test_batches_of_a_stream_share_graphs(models, recorder):  # noqa: F811
     verbalizer = TinyVerbalizer(models["llama"], STOPS)
-    orders = [
+    batches = [
         DrawBatch(vectors=VECTORS, requests=requests_for(range(6), range(4)), temperature=temperature, seed=3)
         for temperature in (1.0, 0.0, 0.7)
     ]
-    drawn = list(stream_draws(verbalizer, orders, max_new_tokens=12, batch_size=16))
+    drawn = list(stream_draws(verbalizer, batches, max_new_tokens=12, batch_size=16))
     assert len(drawn) == 3 * 24 and recorder.replays
-    for number, order in enumerate(orders):
-        alone = draw(verbalizer, VECTORS, order.requests, temperature=order.temperature, max_new_tokens=12, seed=3)
+    for number, batch in enumerate(batches):
+        alone = draw(verbalizer, VECTORS, batch.requests, temperature=batch.temperature, max_new_tokens=12, seed=3)
         mine = {(d.request.row, d.request.draw): d.token_ids for n, d in drawn if n == number}
         assert mine == {(d.request.row, d.request.draw): d.token_ids for d in alone}
 

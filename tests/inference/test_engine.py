@@ -342,8 +342,8 @@ def test_an_activation_with_more_draws_than_slots_is_drawn_in_parts(verbalizer, 
     assert len(steps) > len(under_way) / 2, "slots are refilled with parts of an activation"
 
 
-def orders_of(temperatures, taken=None):
-    """One order a temperature, of other activations and seeds; `taken` hears when each is asked for."""
+def batches_of(temperatures, taken=None):
+    """One batch per temperature, of other activations and seeds; `taken` records when each is requested."""
     for number, temperature in enumerate(temperatures):
         if taken is not None:
             taken.append(number)
@@ -353,33 +353,33 @@ def orders_of(temperatures, taken=None):
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 @pytest.mark.parametrize("batch_size", [5, 16, 512])
-def test_orders_in_one_stream_give_the_draws_of_each_by_itself(verbalizer, batch_size, top_p):
+def test_batches_in_one_stream_give_the_draws_of_each_by_itself(verbalizer, batch_size, top_p):
     temperatures = [1.0, 0.0, 0.7, 1.3, 1.0]
-    drawn = list(stream_draws(verbalizer, orders_of(temperatures), max_new_tokens=12, top_p=top_p, batch_size=batch_size))
-    for number, order in enumerate(orders_of(temperatures)):
+    drawn = list(stream_draws(verbalizer, batches_of(temperatures), max_new_tokens=12, top_p=top_p, batch_size=batch_size))
+    for number, batch in enumerate(batches_of(temperatures)):
         mine = texts({(d.request.activation_key, d.request.draw): d for n, d in drawn if n == number})
-        options = {"temperature": order.temperature, "top_p": top_p, "seed": order.seed}
-        assert mine == texts(take(verbalizer, order.requests, **options))
-    assert len(drawn) == sum(len(order.requests) for order in orders_of(temperatures))
+        options = {"temperature": batch.temperature, "top_p": top_p, "seed": batch.seed}
+        assert mine == texts(take(verbalizer, batch.requests, **options))
+    assert len(drawn) == sum(len(batch.requests) for batch in batches_of(temperatures))
 
 
 @pytest.mark.parametrize("sampler", ["slots"], indirect=True)
-def test_an_order_is_asked_for_when_rows_would_stay_idle_and_not_before(verbalizer, sampler):
+def test_a_batch_is_requested_when_slots_would_stay_idle_and_not_before(verbalizer, sampler):
     taken, seen = [], []
-    drawn = stream_draws(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, batch_size=16)
+    drawn = stream_draws(verbalizer, batches_of([1.0] * 6, taken), max_new_tokens=12, batch_size=16)
     assert taken == []
     counts = np.zeros(6, dtype=int)
     for number, _ in drawn:
         counts[number] += 1
         seen.append((max(taken), [n for n in range(max(taken)) if 0 < counts[n] < len(requests_for(range(n % 3, 6), range(4)))]))
-    assert max(len(unfinished) for _, unfinished in seen) >= 1, "rows of several orders are alive at once"
-    assert seen[0][0] == 0 and seen[20][0] < 3, "16 rows need no more than two orders of 16 to 24 draws"
+    assert max(len(unfinished) for _, unfinished in seen) >= 1, "rows of several batches are in flight at once"
+    assert seen[0][0] == 0 and seen[20][0] < 3, "16 rows need no more than two batches of 16 to 24 draws"
 
 
-def test_a_stop_leaves_the_orders_that_follow_untaken(verbalizer):
+def test_a_stop_leaves_the_batches_that_follow_untaken(verbalizer):
     taken, steps = [], []
     drawn = stream_draws(
-        verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=50, batch_size=8, should_stop=lambda: len(steps) >= 3,
+        verbalizer, batches_of([1.0] * 6, taken), max_new_tokens=50, batch_size=8, should_stop=lambda: len(steps) >= 3,
         on_step=steps.append,
     )  # fmt: skip
     assert len(list(drawn)) < 24 and taken == [0]
@@ -387,9 +387,9 @@ def test_a_stop_leaves_the_orders_that_follow_untaken(verbalizer):
 
 def test_no_more_rows_are_made_than_draws_are_expected(verbalizer):
     taken = []
-    drawn = stream_draws(verbalizer, orders_of([1.0] * 6, taken), max_new_tokens=12, num_draws=24)
+    drawn = stream_draws(verbalizer, batches_of([1.0] * 6, taken), max_new_tokens=12, num_draws=24)
     next(drawn)
-    assert taken == [0], "the next order of 20 draws is left to who has none"
+    assert taken == [0], "the next batch of 20 draws is left to ranks that have none"
 
 
 @pytest.mark.parametrize("sampler", ["slots"], indirect=True)
@@ -458,10 +458,10 @@ def test_out_of_memory_halves_the_batch_and_changes_no_draw(models, caplog, from
     assert "out of memory" in caplog.text
 
 
-def test_out_of_memory_in_a_stream_takes_no_draw_of_any_order_twice(models):
+def test_out_of_memory_in_a_stream_takes_no_draw_of_any_batch_twice(models):
     drawn, reference = (
         sorted((n, d.request.activation_key, d.request.draw, d.token_ids) for n, d in stream_draws(
-            TinyVerbalizer(model, STOPS), orders_of([1.0, 0.7, 1.3]), max_new_tokens=12, batch_size=40
+            TinyVerbalizer(model, STOPS), batches_of([1.0, 0.7, 1.3]), max_new_tokens=12, batch_size=40
         ))
         for model in (OutOfMemoryModel(models["llama"], most=9, from_length=len(PROMPT) + 3), models["llama"])
     )  # fmt: skip

@@ -134,16 +134,14 @@ def test_a_job_stuck_at_its_time_limit_fails_also_where_rank_0_only_follows(
     for start in (0, 1):
         heartbeat.job.write_note("requeued", {"why": "time limit", "place": heartbeat.stopped_start().progress_marker}, start)
     heartbeat.handle_stop_signal(signal.SIGUSR2, None)
-    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="its unit was given up", attempt=2))
+    heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="its unit was abandoned", attempt=2))
     with running(heartbeat):
         until(lambda: left)
     outcome = own_outcome(heartbeat.job, 2)
     assert (outcome.status, outcome.kind) == ("failed", "time limit") and left == [1] and not requeued
 
 
-def test_a_rank_ends_though_the_disk_takes_no_last_words(
-    tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_ends_though_the_disk_takes_no_outcome(tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     heartbeat = rank_0(tmp_path)
     heartbeat.job.write_outcome(Outcome(rank=1, status="failed", kind="disk full", message="no room"))
 
@@ -232,7 +230,7 @@ def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path, left: list[int], m
     assert "rank 2 of 3 has not started" in own_outcome(heartbeat.job).message
 
 
-def test_a_job_that_was_given_up_ends_its_ranks_and_is_not_requeued(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
+def test_a_finalized_job_ends_its_ranks_and_is_not_requeued(tmp_path: Path, left: list[int], requeued: list[str]) -> None:
     heartbeat = rank_0(tmp_path)
     heartbeat.job.write_outcome(Outcome(rank=1, status="stopped", message="stopped with 3 units not started"))
     heartbeat.job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "neither in the queue nor in accounting"})
@@ -243,7 +241,7 @@ def test_a_job_that_was_given_up_ends_its_ranks_and_is_not_requeued(tmp_path: Pa
     assert (outcome.status, outcome.kind) == ("failed", "lost") and "neither in the queue nor in accounting" in outcome.message
 
 
-def test_a_rank_on_its_way_out_does_not_requeue_a_job_that_was_given_up(tmp_path: Path, requeued: list[str]) -> None:
+def test_a_rank_on_its_way_out_does_not_requeue_a_job_that_was_finalized(tmp_path: Path, requeued: list[str]) -> None:
     heartbeat = rank_0(tmp_path)
     requeue_job(heartbeat.stopped_start())
     assert requeued == ["7"]

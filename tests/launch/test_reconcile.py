@@ -133,7 +133,7 @@ def test_a_rank_that_is_shot_is_told_by_its_peer_and_has_a_row(
 
 
 @pytest.mark.slow
-def test_a_job_that_is_stopped_and_left_is_booked_by_the_next_command(sweep: Sweep) -> None:
+def test_a_job_that_is_stopped_and_left_is_finalized_by_the_next_command(sweep: Sweep) -> None:
     job = job_of(sweep)
     submitted = launch.start_local_job(job, sweep.resources, "test")
     until(lambda: any(beat.phase == "working" for beat in job.heartbeats()))
@@ -230,7 +230,7 @@ def test_each_start_of_a_requeued_job_has_its_ranks_its_lines_and_its_reason(swe
         sweep,
         "SELECT temperature, start, num_ranks, host, device, git_commit, epoch(started), epoch(finished), error_type FROM runs",
     )
-    assert found == [(0.7, 2, 2, "gpu2", "H100", "abc", 1500.0, 1600.0, "OutOfMemoryError")], "booked on the cell it was at"
+    assert found == [(0.7, 2, 2, "gpu2", "H100", "abc", 1500.0, 1600.0, "OutOfMemoryError")], "recorded on the cell it was at"
 
 
 def test_a_job_that_only_wrote_to_its_log_has_a_row_for_each_rank(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_a_job_that_never_began_leaves_nothing(sweep: Sweep) -> None:
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(0,)] and ask(sweep, "SELECT count(*) FROM runs") == [(0,)]
 
 
-def test_booking_waits_for_the_last_words_of_a_living_rank(sweep: Sweep) -> None:
+def test_finalizing_waits_for_the_outcome_of_a_living_rank(sweep: Sweep) -> None:
     job = job_of(sweep)
     for rank in (0, 1):
         job.write_heartbeat(beat_of(rank, alive=True))
@@ -275,14 +275,14 @@ def test_a_rank_that_does_not_end_is_waited_for_a_few_seconds(sweep: Sweep, monk
     assert ask(sweep, "SELECT status, error_class FROM attempts ORDER BY rank") == [("failed", "bug"), ("gone", None)]
 
 
-def test_a_job_that_has_come_back_meanwhile_is_not_booked(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_has_come_back_meanwhile_is_not_finalized(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ksweep.launch.reconcile.FINAL_RECORD_GRACE_SECONDS", 0.5)
     job = job_of(sweep)
     job.write_heartbeat(beat_of(0))
-    verdict = status.job_status(job)
-    assert verdict.state == "stopped"
+    job_status = status.job_status(job)
+    assert job_status.state == "stopped"
     job.write_heartbeat(beat_of(0, alive=True, attempt=1))
-    assert not finalize_if_ended(job, verdict)
+    assert not finalize_if_ended(job, job_status)
     assert job.final_status() is None and ask(sweep, "SELECT count(*) FROM attempts") == [(0,)]
 
 
@@ -302,23 +302,23 @@ def test_a_rank_on_a_machine_with_another_clock_is_not_taken_for_dead(sweep: Swe
     late = beat_of(0, host="elsewhere", time=time.time() - 3600)
     job.write_heartbeat(late)
     threading.Timer(0.1, lambda: job.write_heartbeat(replace(late, time=late.time + 1))).start()
-    verdict = status.job_status(job)
-    assert verdict.kind == "killed" and not finalize_if_ended(job, verdict) and job.final_status() is None
+    job_status = status.job_status(job)
+    assert job_status.kind == "killed" and not finalize_if_ended(job, job_status) and job.final_status() is None
     assert finalize_if_ended(job, status.job_status(job)), "nothing has come since"
 
 
 def test_two_that_find_the_same_job_leave_one_run_and_one_file(sweep: Sweep) -> None:
     job = job_of(sweep)
     job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
-    verdict = status.job_status(job)
-    assert finalize_if_ended(job, verdict)
+    job_status = status.job_status(job)
+    assert finalize_if_ended(job, job_status)
     (job.path / "settled.json").unlink()
-    assert finalize_if_ended(job, verdict)
+    assert finalize_if_ended(job, job_status)
     assert len(list(Path(sweep.registry).glob("landing/*"))) == len(list(Path(sweep.registry).glob("attempts/*"))) == 1
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(2,)] and ask(sweep, "SELECT count(*) FROM quarantine") == [(0,)]
 
 
-def test_a_checkpoint_that_has_gone_does_not_keep_a_job_from_being_booked(sweep: Sweep, tmp_path: Path) -> None:
+def test_a_checkpoint_that_has_gone_does_not_keep_a_job_from_being_finalized(sweep: Sweep, tmp_path: Path) -> None:
     moved = shutil.copytree(sweep.cell.autoencoder.av, tmp_path / "av")  # type: ignore[arg-type]
     other = replace(sweep, cell=replace(sweep.cell, autoencoder=replace(sweep.cell.autoencoder, av=str(moved))))
     job = job_of(other)
@@ -331,7 +331,7 @@ def test_a_checkpoint_that_has_gone_does_not_keep_a_job_from_being_booked(sweep:
 
 
 @pytest.mark.parametrize("argument", [{}, {"registry": "here", "sweep": "tiny"}, {"registry": "here", "cells": []}])
-def test_a_job_without_cells_is_booked_with_its_attempts_alone(sweep: Sweep, argument: dict[str, Any]) -> None:
+def test_a_job_without_cells_is_finalized_with_its_attempts_alone(sweep: Sweep, argument: dict[str, Any]) -> None:
     given = argument | ({"registry": sweep.registry} if "registry" in argument else {})
     job = create_job(logs(sweep), "a:b", given, 1)
     job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
@@ -341,7 +341,7 @@ def test_a_job_without_cells_is_booked_with_its_attempts_alone(sweep: Sweep, arg
     assert ask(sweep, "SELECT count(*) FROM runs") == [(0,)]
 
 
-def test_a_torn_heartbeat_of_an_earlier_start_does_not_keep_a_job_from_being_booked(sweep: Sweep) -> None:
+def test_a_torn_heartbeat_of_an_earlier_start_does_not_keep_a_job_from_being_finalized(sweep: Sweep) -> None:
     job = job_of(sweep, ranks=1)
     job.write_heartbeat(beat_of(0))
     (job.path / "attempt-000" / "rank-0.json").write_text('{"rank": 0, "pi')
@@ -366,7 +366,7 @@ def altered(text: str) -> Mapping[str, str]:
 
 
 @pytest.mark.parametrize("how", ["altered", "cut", "later", "empty"])
-def test_damaged_attempts_are_not_believed_until_they_are_mended(sweep: Sweep, how: str) -> None:
+def test_damaged_attempts_are_not_believed_until_they_are_repaired(sweep: Sweep, how: str) -> None:
     path = one_job(sweep)
     whole = path.read_text()
     path.write_text(altered(whole)[how])
@@ -390,11 +390,11 @@ def test_attempts_that_are_removed_disappear_and_runs_stay(sweep: Sweep) -> None
     assert ask(sweep, "SELECT ranks FROM v_failures") == [(None,)]
 
 
-# A job that was given up
+# A job that was finalized
 
 
 @pytest.mark.slow
-def test_a_running_job_that_somebody_has_settled_ends_itself(sweep: Sweep) -> None:
+def test_a_running_job_that_was_finalized_ends_itself(sweep: Sweep) -> None:
     job = job_of(sweep, "sleeps")
     submitted = launch.start_local_job(job, sweep.resources, "test")
     try:
@@ -402,7 +402,7 @@ def test_a_running_job_that_somebody_has_settled_ends_itself(sweep: Sweep) -> No
         job.write_note("settled", {"state": "stopped", "reason": "it seemed to be gone", "kind": "lost"})
         until(lambda: not any(map(is_alive, job.heartbeats())))
         words = {ending.message for ending in job.outcomes()}
-        assert any("given up while it ran (it seemed to be gone)" in word for word in words), words
+        assert any("finalized while it ran (it seemed to be gone)" in word for word in words), words
     finally:
         submitted.kill()
 

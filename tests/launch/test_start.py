@@ -11,7 +11,7 @@ from ksweep.launch.job import create_job
 from ksweep.launch.worker import main, start
 
 
-def test_an_element_runs_its_own_job_unless_that_was_given_up_or_cancelled(
+def test_an_element_runs_its_own_job_unless_that_was_finalized_or_cancelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[str] = []
@@ -25,4 +25,4 @@ def test_an_element_runs_its_own_job_unless_that_was_given_up_or_cancelled(
         start.run_array_element(tmp_path)
     assert ran == [str(jobs[0].path)]
     said = capsys.readouterr().err
-    assert "was given up (lost)" in said and "was cancelled before it started" in said
+    assert "was finalized (lost)" in said and "was cancelled before it started" in said

@@ -216,7 +216,7 @@ def test_a_job_whose_comment_a_site_has_rewritten_is_known_by_its_script(tmp_pat
 CONFIG = "AccountingStorageEnforce = associations,limits,qos\nClusterName             = {}\nMaxArraySize            = 9"
 
 
-def test_a_job_on_another_cluster_of_the_same_file_system_is_not_given_up(
+def test_a_job_on_another_cluster_of_the_same_file_system_is_not_finalized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status, "RECHECK_SECONDS", 0.0)
@@ -313,7 +313,7 @@ def test_lines_of_setup_that_end_a_job_are_shown(tmp_path: Path, monkeypatch: py
     )
 
 
-def test_a_colleagues_job_that_this_user_cannot_see_in_the_queue_is_not_given_up(
+def test_a_colleagues_job_that_this_user_cannot_see_in_the_queue_is_not_finalized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|PENDING|0:0|")
@@ -384,18 +384,18 @@ def test_a_job_is_stuck_when_two_starts_before_reached_their_limit_at_the_same_p
 
 
 def test_a_survey_names_the_cells_that_are_at_work_and_the_jobs_that_ended(tmp_path: Path) -> None:
-    running, failed, settled = (create_job(tmp_path, "a:b", {}, 1, cells=[(key, key)]) for key in ("one", "two", "three"))
+    running, failed, finalized = (create_job(tmp_path, "a:b", {}, 1, cells=[(key, key)]) for key in ("one", "two", "three"))
     running.write_heartbeat(
         replace(beat(), pid=os.getpid(), host=socket.gethostname(), process_started=psutil.Process().create_time())
     )
     failed.write_outcome(Outcome(rank=0, status="failed", kind="NaN", message="loss is NaN"))
-    settled.write_note("settled", {"state": "failed", "reason": "said before", "kind": "bug"})
+    finalized.write_note("settled", {"state": "failed", "reason": "said before", "kind": "bug"})
     survey = survey_jobs(tmp_path)
     assert set(survey.live_job_by_cell) == {"one"} and [job.id for job, _ in survey.ended] == [failed.id]
     assert survey.failures == {"two": ("NaN", "NaN: loss is NaN")}
 
 
-def test_a_survey_looks_into_settled_jobs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_survey_looks_into_finalized_jobs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey_module, "INDEX_AFTER", 3)
     assert survey_jobs(tmp_path / "nowhere").statuses == {}
     jobs = [create_job(tmp_path, "a:b", {}, 1, cells=[("key", "n=1")]) for _ in range(5)]

@@ -167,11 +167,11 @@ def test_a_unit_longer_than_the_grace_time_is_killed_and_the_job_comes_back(deaf
     assert deaf_one.attempt() == 1 and [e.result for e in deaf_one.outcomes()] == ["begun-1"]
 
 
-def test_a_running_job_that_somebody_has_given_up_ends_itself_and_does_not_come_back(resources: Resources, shared: Path) -> None:
+def test_a_running_job_that_was_finalized_ends_itself_and_does_not_come_back(resources: Resources, shared: Path) -> None:
     (shared / "given-up").mkdir()
     [job] = start(shared, "units", replace(resources, tasks=2), folder=str(shared / "given-up"), total=1000, seconds=0.5)
     until("its ranks", lambda: any(h.phase == "units" for h in job.heartbeats()))
     job.write_note("settled", {"state": "stopped", "kind": "lost", "reason": "a test gave it up"})
     until("its end in the queue", lambda: all(e.state == "FAILED" for e in commands.squeue([str(job.slurm_id())])), 60)
     assert job.read_note("requeued", 0) is None and job.attempt() == 0
-    assert any("given up while it ran (a test gave it up)" in e.message for e in job.outcomes()), job.outcomes()
+    assert any("finalized while it ran (a test gave it up)" in e.message for e in job.outcomes()), job.outcomes()

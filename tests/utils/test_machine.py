@@ -207,10 +207,10 @@ def test_jobs_side_by_side_share_the_cores(
     asked = Resources(cluster="local", time=5, **resources)  # type: ignore[arg-type]
     argument = {"folder": str(tmp_path), "seconds": 0.0, "beside": 1, "registry": str(tmp_path / "registry"), "sweep": "test"}
     # No GPUs for the ranks: nothing is behind these, so torch must not be asked for them.
-    order = partial(
+    start_job = partial(
         create_job, tmp_path / "logs", "tests.launch.entries:holds_gpus", argument | {"cells": []}, hardware.total_ranks(asked), 0
     )
-    run_locally.run_jobs([order] * num_jobs, asked, "test")
+    run_locally.run_jobs([start_job] * num_jobs, asked, "test")
     told = [json.loads(path.read_text())["threads"] for path in tmp_path.glob("gpus-*.json")]
     assert told == [threads] * num_jobs * hardware.total_ranks(asked)
 

@@ -156,7 +156,7 @@ class HeartbeatThread:
             os._exit(1)
         # 2. The job was finalized while it ran. That is a failure, not a stop: a stopped job puts itself back into the queue.
         if (final := self.job.final_status()) is not None:
-            reason = f"the job was given up while it ran ({final.get('reason')}): its cells belong to another by now"
+            reason = f"the job was finalized while it ran ({final.get('reason')}): its cells belong to another by now"
             self._abort("lost", reason)
         # 3. Another rank failed or stopped. Failures first: ranks that only followed one have stopped, and a stop is requeued.
         for outcome in sorted(self.job.outcomes(self.attempt), key=lambda o: o.status != "failed"):

@@ -60,7 +60,7 @@ def requeue_job(start: StoppedStart) -> None:
         log.warning("not requeued: a rank of job %s has failed", number)
         return
     if job.final_status() is not None:
-        log.warning("not requeued: job %s was given up, its cells belong to another by now", number)
+        log.warning("not requeued: job %s was finalized, its cells belong to another by now", number)
         return
     shown = commands.scontrol_show_job(number)
     tag = (job.read_note("slurm") or {}).get("tag")

@@ -16,7 +16,7 @@ def run_array_element(folder: Path) -> None:
     jobs = json.loads((folder / "jobs.json").read_text())
     job = Job(Path(jobs[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]))
     if (final := job.final_status()) is not None:
-        print(f"job {job.id} was given up ({final.get('reason')}), its cells belong to another by now", file=sys.stderr)
+        print(f"job {job.id} was finalized ({final.get('reason')}), its cells belong to another by now", file=sys.stderr)
         return
     if job.cancel_requested():
         print(f"job {job.id} was cancelled before it started", file=sys.stderr)
