@@ -383,7 +383,7 @@ def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, so
     base = av.sidecar.base_checkpoint or "the pair's base model"
     if (av.base is not None and av.base == path.resolve()) or _is_named(base, path):
         return ()
-    text = f"Could not verify that {source} is {base}: it has the same architecture and sizes, but another name."
+    text = f"Could not verify that {source} is {base}: it has the same architecture and sizes, but its name does not say so."
     return (Note("base model", text),)
 
 
