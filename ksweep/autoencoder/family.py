@@ -36,70 +36,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationFacts:
-    """What is known of the activations of a cell before any is computed."""
+    """Properties of a cell's activations that are known before any is computed."""
 
     source: str
-    """The base model, or the file of ready-made vectors."""
+    """Base model, or file of ready-made vectors."""
     model: str | None
-    """Path or hub id of the model that they come from; None: the file of vectors does not say."""
+    """Path or hub id of the model that they come from; None if the file of vectors does not state it."""
     model_directory: Path | None
-    """Where that model is; None for ready-made vectors."""
+    """Directory of that model; None for ready-made vectors."""
     layer: int | None
-    """None: neither the request nor the file of vectors says."""
+    """Layer of the activations; None if neither the request nor the file of vectors states it."""
     d_model: int
     unknown: Mapping[str, str] = field(default_factory=dict)
-    """What nothing says of each activation, in words, under "token" and "position"."""
+    """Descriptions of what is unknown of each activation, under "token" and "position"."""
 
 
 class Family(ABC):
-    """One autoencoder, read as its family of checkpoints is read."""
+    """An autoencoder whose checkpoints are read in the way of their family."""
 
     source_field: ClassVar[str]
-    """The field of the spec that names it in labels."""
+    """Spec field that identifies the autoencoder in labels."""
     texts_have_fixed_length: ClassVar[bool]
-    """Every explanation has as many tokens as those of its training, so none is cut off."""
+    """Whether every explanation has the number of tokens of training, so that none is cut off."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
-        """Reads nothing yet."""
+        """Keep the spec; files are read when they are first needed."""
         self.autoencoder = autoencoder
 
     @property
     @abstractmethod
     def short_name(self) -> str:
-        """A few words for labels."""
+        """Short name for labels."""
 
     @property
     def located(self) -> Autoencoder:
-        """The spec with each directory of several checkpoints replaced by the file that is meant."""
+        """The spec, with a directory of several checkpoints replaced by the file to load."""
         return self.autoencoder
 
     @property
     def activations_model(self) -> str | None:
-        """Path or hub id of the model whose activations it was trained on; None: the checkpoint does not say."""
+        """Path or hub id of the model whose activations it was trained on; None if the checkpoint does not state it."""
         return None
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens in every explanation; None: texts end by themselves."""
+        """Number of tokens in every explanation; None if texts end with a stop token."""
         return None
 
     @property
     @abstractmethod
     def layer(self) -> int:
-        """The block whose output it was trained on, 0-based."""
+        """Index of the block whose output it was trained on, 0-based."""
 
     @property
     @abstractmethod
     def notes(self) -> tuple[Note, ...]:
-        """What is unusual in its files and was accepted."""
+        """Notes on accepted but unusual properties of its files."""
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
-        """What stands for it in the identity of draws: digests, and how it is read where there is a choice."""
+        """Return its part of the identity of draws: digests, and how it is read where there is a choice."""
 
     @abstractmethod
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
-        """Notes on activations that it may be used on.
+        """Check that it can be used on activations, and return notes on accepted differences from its training.
 
         Raises:
             DataError: they are of another layer, width or architecture than it was trained on, or lack something it needs.
@@ -107,15 +107,15 @@ class Family(ABC):
 
     @abstractmethod
     def training_norm(self) -> float | None:
-        """Median norm of the activations that it was trained on; None: its files do not say."""
+        """Return the median norm of the activations that it was trained on; None if its files do not state it."""
 
     @abstractmethod
     def weight_bytes(self) -> int:
-        """Memory of AV and AR in a process that has loaded both, at most."""
+        """Return an upper bound of the memory of AV and AR in a process that has loaded both."""
 
     @abstractmethod
     def reconstruction_bytes(self) -> int:
-        """Bytes of each reconstruction that is stored beside its draw; 0: none is stored."""
+        """Return the bytes of each reconstruction that is stored with its draw; 0 if none is stored."""
 
     @abstractmethod
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
@@ -123,23 +123,23 @@ class Family(ABC):
 
     @abstractmethod
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
-        """Load the AR; its weights are those of `verbalizer`, the loaded AV, where both use the same model."""
+        """Load the AR; it shares the weights of `verbalizer`, the loaded AV, if both use the same model."""
 
 
 def family_of(autoencoder: Autoencoder) -> Family:
-    """The autoencoder as its family reads it."""
+    """Return the autoencoder as an object of its family."""
     return NlaPair(autoencoder) if autoencoder.checkpoint is None else TaeFile(autoencoder)
 
 
 class NlaPair(Family):
-    """Two directories in the public NLA layout: an AV and an AR."""
+    """A pair of directories in the public NLA layout: an AV and an AR."""
 
     source_field = "autoencoder.av"
     texts_have_fixed_length = False
 
     @cached_property
     def pair(self) -> tuple[nla.CheckpointInfo, nla.CheckpointInfo]:
-        """AV and AR, each checked by itself and against the other."""
+        """AV and AR, each checked alone and against the other."""
         spec = self.autoencoder
         av = nla.inspect_nla(resolve(spec.av or "", "AV checkpoint"), "av", base=spec.base)
         ar = nla.inspect_nla(resolve(spec.ar or "", "AR checkpoint"), "ar", base=spec.base)
@@ -157,28 +157,28 @@ class NlaPair(Family):
 
     @property
     def layer(self) -> int:
-        """The layer of the AR, which its depth tells where its sidecar does not; the AV's is the same or not said."""
+        """Layer of the AR, from its sidecar or else its depth; the AV's sidecar states the same layer or none."""
         layer = self.pair[1].layer
         assert layer is not None, "an AR without a layer was refused"
         return layer
 
     @property
     def notes(self) -> tuple[Note, ...]:
-        """What is unusual in sidecars and prompts."""
+        """Notes on sidecars and prompts."""
         return notes_of(*self.pair)
 
     def identity(self) -> dict[str, str]:
-        """Both digests; the parser of explanations and the rule of BOS where they differ from those of older keys."""
+        """Return both digests, and the parser of explanations and the BOS rule where they differ from those of older keys."""
         av, ar = self.pair
         identity = {"av": nla.digest_nla(av), "ar": nla.digest_nla(ar)}
-        if av.thinks:  # thoughts before the answer are passed over
+        if av.thinks:  # thoughts before the answer are skipped
             identity["parser"] = "after_thoughts"
         if text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer):
             identity["ar_bos"] = "once"
         return identity
 
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
-        """Compare layer, width and base model; a fine-tune of the base is noted."""
+        """Check layer, width and base model; a fine-tune of the base is noted."""
         av, ar = self.pair
         width = facts.d_model if facts.model_directory is None else None  # a model's is compared with its architecture
         notes = nla.check_pair(av, ar, activations_layer=facts.layer, activations_d_model=width, activations_base=facts.model)
@@ -187,25 +187,25 @@ class NlaPair(Family):
         return notes
 
     def training_norm(self) -> float | None:
-        """From a sidecar, or from the training report beside the pair."""
+        """Return the norm from a sidecar, or from the training report beside the pair."""
         return training_norm(*self.pair)
 
     def weight_bytes(self) -> int:
-        """All weights of both; the AR's blocks above its layer count, though they are not loaded."""
+        """Return the size of all weights of both; an AR adapter's base counts whole, although its upper blocks are not loaded."""
         return sum(_weight_bytes(info.weights, self.autoencoder.dtype) for info in self.pair)
 
     def reconstruction_bytes(self) -> int:
-        """None is stored: a pair is scored by direction alone."""
+        """Return 0: a pair is scored by direction alone, and no reconstruction is stored."""
         return 0
 
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
-        """The AV of the pair."""
+        """Load the AV of the pair."""
         from ksweep.autoencoder.nla.models import load_nla_verbalizer
 
         return load_nla_verbalizer(self.pair[0], dtype=self.autoencoder.dtype, device=devices)
 
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
-        """The AR of the pair; it shares nothing with the AV."""
+        """Load the AR of the pair; it shares no weights with the AV."""
         from ksweep.autoencoder.nla.models import load_nla_reconstructor
 
         return load_nla_reconstructor(self.pair[1], dtype=self.autoencoder.dtype, device=devices)
@@ -219,11 +219,11 @@ class TaeFile(Family):
 
     @cached_property
     def info(self) -> tae.TaeInfo:
-        """The checked file; of a directory the one with the highest step."""
+        """The checked file; of a directory, the file with the highest step."""
         assert self.autoencoder.checkpoint is not None
         info = tae.inspect_tae(self.autoencoder.checkpoint, base=self.autoencoder.base)
         if self.autoencoder.encoder_prompt == "text":
-            tae.soft_prompt_sides(info)  # refused before anything is submitted
+            tae.soft_prompt_sides(info)  # raises before a job is submitted
         return info
 
     @property
@@ -235,7 +235,7 @@ class TaeFile(Family):
 
     @property
     def located(self) -> Autoencoder:
-        """The file that a directory stands for now: a training run may write a later one before the job starts."""
+        """The spec with a directory replaced by its current file: training may write a later one before the job starts."""
         if Path(self.autoencoder.source).expanduser().is_dir():
             return replace(self.autoencoder, checkpoint=str(self.info.path))
         return self.autoencoder
@@ -257,18 +257,18 @@ class TaeFile(Family):
 
     @property
     def notes(self) -> tuple[Note, ...]:
-        """Options that it does not say, base weights that it does not hold."""
+        """Notes on options and base weights that the file lacks."""
         return notes_of(self.info)
 
     def identity(self) -> dict[str, str]:
-        """The digest of file and base, and the encoder's prompt where it is not the trained one."""
+        """Return the digest of file and base, and the encoder's prompt if it is not the trained one."""
         identity = {"checkpoint": tae.digest_tae(self.info)}
-        if self.autoencoder.encoder_prompt != "learned":  # keys from before there was a choice hold
+        if self.autoencoder.encoder_prompt != "learned":  # keys from before this choice existed stay valid
             identity["encoder_prompt"] = self.autoencoder.encoder_prompt
         return identity
 
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
-        """Compare layer and width; tokens and positions must be known where decoder or encoder were trained with them."""
+        """Check layer and width, and that tokens and positions are known if decoder or encoder were trained with them."""
         info = self.info
         if facts.d_model != info.d_model:
             layer = "" if facts.layer is None else f", layer {facts.layer}"
@@ -287,33 +287,33 @@ class TaeFile(Family):
             "token": info.encoder.adds_current_token,
             "position": info.decoder.subtracts_position or info.encoder.adds_position,
         }
-        if lacking := [words for name, words in facts.unknown.items() if needs[name]]:
+        if missing := [description for name, description in facts.unknown.items() if needs[name]]:
             raise DataError(
-                f"{info.path} needs of every activation {' and '.join(lacking)}, which {facts.source} does not say: extract "
-                "the activations from text (activations.text), or use a checkpoint that was trained without"
+                f"{info.path} needs for every activation {' and '.join(missing)}, which {facts.source} does not state. Extract "
+                "the activations from text (activations.text), or use a checkpoint that was trained without them."
             )
         return () if facts.model is None else nla.base_notes(facts.model, info.activations_model, str(info.path))
 
     def training_norm(self) -> float | None:
-        """Not said in such files."""
+        """Return None: such files do not state it."""
         return None
 
     def weight_bytes(self) -> int:
-        """Twice the base: decoder and encoder may each hold weights of their own."""
+        """Return twice the size of the base: decoder and encoder may each have weights of their own."""
         return 2 * _weight_bytes(self.info.base, self.autoencoder.dtype)
 
     def reconstruction_bytes(self) -> int:
-        """float32: the metrics of the reference system need the reconstructions themselves."""
+        """Return the size of a float32 vector: the reference system's metrics need the reconstructions themselves."""
         return 4 * self.info.d_model
 
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
-        """The decoder."""
+        """Load the decoder."""
         from ksweep.autoencoder.tae.models import load_tae_verbalizer
 
         return load_tae_verbalizer(self.info, dtype=self.autoencoder.dtype, device=devices)
 
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
-        """The encoder; it shares the decoder's model where neither has base weights of its own."""
+        """Load the encoder; it shares the decoder's model if neither has base weights of its own."""
         from ksweep.autoencoder.tae.decoder import TaeVerbalizer
         from ksweep.autoencoder.tae.models import load_tae_reconstructor
 

@@ -99,8 +99,7 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
         CheckpointError: the message says what is wrong, what was expected and what to do.
     """
     # 1. Read the file.
-    path = hub.resolve(str(path), "talkative-autoencoder checkpoint")
-    path = highest_step(path) if path.is_dir() else path
+    path = checkpoint_file(path)
     checkpoint = read_checkpoint(path)
     states = {role: _state(checkpoint, role, path) for role in ("decoder", "encoder")}
     config = section(checkpoint, "config", f"{path} holds no training configuration")
@@ -115,9 +114,7 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
     encoder = encoder_layout(config, states["encoder"], model, path)
     _check_positions(decoder, encoder, num_tokens, model, path)
     # 4. Check that base weights are stored if they were trained.
-    layouts: dict[str, DecoderLayout | EncoderLayout] = {"decoder": decoder, "encoder": encoder}
-    check_unfreezing(config, layouts, model, _written(checkpoint, config, path), path)
-    notes = (*layout_notes(config, layouts, model, path), *_shared_base_notes(decoder, encoder, path))
+    notes = _check_base_weights(checkpoint, config, decoder, encoder, model, path)
     return TaeInfo(
         path=path,
         step=_step(checkpoint),
@@ -136,11 +133,28 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
     )
 
 
-def _shared_base_notes(decoder: DecoderLayout, encoder: EncoderLayout, path: Path) -> tuple[Note, ...]:
+def checkpoint_file(path: Path | str) -> Path:
+    """Return the .pt file of a path or hub id: the file itself, or the one with the highest step of a directory."""
+    path = hub.resolve(str(path), "talkative-autoencoder checkpoint")
+    return highest_step(path) if path.is_dir() else path
+
+
+def _check_base_weights(
+    checkpoint: Mapping[str, Any],
+    config: Mapping[str, Any],
+    decoder: DecoderLayout,
+    encoder: EncoderLayout,
+    model: Mapping[str, Any],
+    path: Path,
+) -> tuple[Note, ...]:
+    """Check that base weights are stored if they were trained, and return notes on what the file does not state or hold."""
+    layouts: dict[str, DecoderLayout | EncoderLayout] = {"decoder": decoder, "encoder": encoder}
+    check_unfreezing(config, layouts, model, _written(checkpoint, config, path), path)
+    notes = tuple(layout_notes(config, layouts, model, path))
     if not encoder.has_base or decoder.has_base or encoder.trains_base:
-        return ()
+        return notes
     text = f"{path} holds base weights of the encoder and none of the decoder, which shared one base in training."
-    return (Note("checkpoint", text),)
+    return (*notes, Note("checkpoint", text))
 
 
 def soft_prompt_sides(info: TaeInfo) -> tuple[str, str]:

@@ -10,14 +10,13 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from ksweep.autoencoder.tae.checkpoint import highest_step, read_checkpoint
+from ksweep.autoencoder.tae.checkpoint import checkpoint_file, read_checkpoint
 from ksweep.autoencoder.tae.layout import section
 from ksweep.config.overrides import apply_overrides
 from ksweep.config.reference_options import translate_checkpoint_config
 from ksweep.config.spec import Activations
 from ksweep.config.sweep import Sweep
 from ksweep.utils.errors import SpecError
-from ksweep.utils.hub import resolve
 
 RULE = ("positions", "candidates", "min_position", "positions_per_document", "max_norm")
 """Fields that choose the vectors of a text. A field that the config lacks has the reference's default."""
@@ -48,8 +47,7 @@ def _data(checkpoint: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     # 1. Read the checkpoint's training configuration.
     if checkpoint is None:
         raise SpecError("--checkpoint-data needs a talkative-autoencoder file: set autoencoder.checkpoint=PATH.pt")
-    path = resolve(checkpoint, "talkative-autoencoder checkpoint")
-    path = highest_step(path) if path.is_dir() else path
+    path = checkpoint_file(checkpoint)
     config = section(read_checkpoint(path), "config", f"{path} holds no training configuration")
     # 2. Take the rule for positions and norms, then the reference's defaults, then those of `Activations`.
     stated = {key.removeprefix("activations."): value for key, value in translate_checkpoint_config(config).items()}
