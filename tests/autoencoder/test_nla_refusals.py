@@ -130,17 +130,17 @@ REFUSED: list[tuple[str, str, tuple[str, ...], Callable[[Path], None], str]] = [
      r"lacks layers.0.self_attn.o_proj"),
     ("marker_id", "av", ALL, token_id("injection_token_id", 1),
      r"marker .* is tokenized as \[\d+\]; the sidecar says injection_token_id"),
-    ("left_id", "av", ALL, token_id("injection_left_neighbor_id", -1), r"marker stands between the tokens \d+ and \d+"),
-    ("right_id", "av", ALL, token_id("injection_right_neighbor_id", 1), r"marker stands between the tokens \d+ and \d+"),
+    ("left_id", "av", ALL, token_id("injection_left_neighbor_id", -1), r"marker is between the tokens \d+ and \d+"),
+    ("right_id", "av", ALL, token_id("injection_right_neighbor_id", 1), r"marker is between the tokens \d+ and \d+"),
     ("merge_dropped", "av", BYTE_BPE, tokenizer(lambda t: t["model"]["merges"].pop()), r"marker .* is tokenized as \[\d+, \d+\]"),
     ("no_chat_template", "av", ALL, no_chat_template, r"has no chat template"),
     ("chat_drops_message", "av", ALL, chat_template(lambda t: t.replace("message['content']", "'x'")),
-     r"stands at positions \[\]"),
+     r"is at positions \[\] of the \d+ prompt tokens"),
     ("chat_two_bos", "av", WITH_BOS, chat_template(lambda t: t.replace("bos_token", "bos_token + bos_token", 1)),
      r"starts with two BOS"),
     ("suffix_ids", "ar", ALL, lambda p: edit_sidecar(p, tokens__critic_suffix_ids=[1, 2]), r"critic_suffix_ids are \[1, 2\]"),
     ("ar_without_bos", "ar", WITH_BOS, without_bos, r"has the BOS token .* but does not put it before a text"),
-    ("ar_with_eos", "ar", ALL, with_eos, r"The AR reads at the last token"),
+    ("ar_with_eos", "ar", ALL, with_eos, r"The AR is read at the last token"),
 ]  # fmt: skip
 
 
