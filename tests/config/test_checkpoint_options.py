@@ -232,7 +232,7 @@ def test_checkpoint_data_that_is_here_is_what_a_sweep_reads(sweep: Sweep, alone:
     [
         ((), "needs a talkative-autoencoder file: set autoencoder.checkpoint"),
         ((f"autoencoder.checkpoint={GPT2}",), r"tiny_seq24/validation, which is not on this machine.*activations\.text"),
-        ((f"autoencoder.checkpoint={GPT2}", "activations.vectors=v.parquet"), "and activations.vectors both choose the activations"),
+        ((f"autoencoder.checkpoint={GPT2}", "activations.vectors=v.parquet"), "activations.vectors both choose the activations"),
         ((f"autoencoder.checkpoint=[{GPT2},{GEMMA3}]", "activations.text=t.txt"), "trained on different data"),
     ],
 )  # fmt: skip
