@@ -1,4 +1,4 @@
-"""Where the results of a job go and how large its batches may be."""
+"""The context of a job: where its results go and how large its batches may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks of a job as one of them sees them; the rest of the code uses this, never torch.distributed."""
+"""One rank's view of a job's ranks; evaluation uses this interface, never torch.distributed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When each cell of a stream is recorded, and which part of the time spent together it is charged with."""
+"""Record each cell of a stream as soon as its draws are visible, and charge it with its share of the common time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep's command prints before it computes: the plan, what was submitted, what failed."""
+"""Print what a sweep's command shows before it computes: the plan, what was submitted, what failed."""
 
 from __future__ import annotations
 

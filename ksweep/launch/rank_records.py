@@ -1,4 +1,4 @@
-"""What a rank writes into its job's directory: heartbeats while it runs, and its outcome when it ends."""
+"""The records that a rank writes into its job's directory: heartbeats while it runs, and its outcome when it ends."""
 
 from __future__ import annotations
 

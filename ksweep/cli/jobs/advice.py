@@ -1,4 +1,4 @@
-"""What to do about a job, by the class of its failure or stop, or by what it waits for."""
+"""Advice on what to do about a job, by the class of its failure or stop, or by what it waits for."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class QueueEntry:
 
 @dataclass(frozen=True)
 class AccountingEntry:
-    """What accounting says of a job that has left the queue."""
+    """Accounting's record of a job that has left the queue."""
 
     state: str
     exit_code: str = ""
@@ -147,7 +147,7 @@ def max_array_size() -> int:
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition offers."""
+    """Resources and limits of a partition."""
 
     name: str
     num_nodes: int

@@ -26,7 +26,7 @@ MAX_SLURM_POLL_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class SlurmState:
-    """What Slurm says of a job."""
+    """Slurm's information on a job."""
 
     queued: commands.QueueEntry | None = None
     accounted: commands.AccountingEntry | None = None
@@ -39,7 +39,7 @@ class SlurmState:
 
 @dataclass
 class _Poll:
-    """What Slurm said when it was last asked, and about which jobs."""
+    """Slurm's last answer, and the jobs that it was about."""
 
     queued: dict[str, commands.QueueEntry] = field(default_factory=dict)
     accounted: dict[str, commands.AccountingEntry] = field(default_factory=dict)
