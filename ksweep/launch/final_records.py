@@ -1,4 +1,4 @@
-"""Make the final records of a job that has ended: a row for each rank of each start, and a run record if its cell did not finish."""
+"""Make the final records of a job that has ended: a row per rank and start, and a run record if its cell did not finish."""
 
 from __future__ import annotations
 
