@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make quick` run a few cases of every parametrised test."""
+    parser.addoption("--cases", type=int, metavar="N", help="of every parametrised test run at most N >= 2 cases, spread evenly")
+
+
+@pytest.hookimpl(trylast=True)  # of the cases that -m and -k have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep at most N cases of a test under `--cases N`: the first, the last, and those evenly between; the same in every run."""
+    limit = config.getoption("--cases")
+    if limit is None:
+        return
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = {
+        same[i * (len(same) - 1) // (limit - 1)] if len(same) > limit else same[i]
+        for same in cases.values()
+        for i in range(min(limit, len(same)))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -15,3 +40,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         marker, _, reason = line.partition(": ")
         if f"not {marker}" in config.option.markexpr:
             terminalreporter.write_line(f"left out: {marker} ({reason})")
+    if (limit := config.getoption("--cases")) is not None:
+        terminalreporter.write_line(f"left out: of parametrised tests all but {limit} cases (--cases)")

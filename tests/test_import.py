@@ -26,6 +26,7 @@ def test_import_ksweep_takes_less_than_a_third_of_a_second() -> None:
     assert min(_loaded_after("import ksweep")[1] for _ in range(5)) < 0.3
 
 
+@pytest.mark.slow
 def test_planning_does_not_load_torch() -> None:
     loaded, _ = _loaded_after(
         "import ksweep.launch.sweep_main, ksweep.evaluation.identity, ksweep.config.presets, "

@@ -37,6 +37,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_lets_both_tear_down(tmp_path: Path) -> None:
     (tmp_path / "waits.py").write_text(WAITS)
     folders = [tmp_path / "behind", tmp_path / "ahead"]

@@ -302,6 +302,7 @@ def test_rows_longer_than_max_length_are_refused_unless_only_right_padding_is_cu
         ensure(tokens(base, save([[5] * 600], tmp_path, "splits"), 3, max_length=2048), 1, tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_growing_a_request_over_ids_keeps_every_byte(base: Path, tmp_path: Path) -> None:
     pad = AutoTokenizer.from_pretrained(base).eos_token_id
     path = save(padded(rows_of(base, 150), pad, "left"), tmp_path)

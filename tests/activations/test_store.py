@@ -200,6 +200,7 @@ def test_a_unit_is_published_again_when_its_directory_is_removed_between_its_two
 # ---- ensure: have it or compute it
 
 
+@pytest.mark.slow
 def test_second_request_computes_nothing_and_a_larger_one_only_the_rest(base: Path, text: Path, tmp_path: Path) -> None:
     small = ensure(spec(base, text, 40), 1, tmp_path / "a")
     before = shard_files(tmp_path / "a")
@@ -265,6 +266,7 @@ def test_byte_estimate_is_close_to_what_a_fill_takes(tmp_path: Path) -> None:
     assert sum(map(len, shard_files(table.directory).values())) == pytest.approx(estimate_bytes(1000, 64, "float32"), rel=0.15)
 
 
+@pytest.mark.slow
 def test_planning_and_reading_need_no_torch(base: Path, text: Path, tmp_path: Path) -> None:
     ensure(spec(base, text, 20), 1, tmp_path)
     code = (
@@ -391,6 +393,7 @@ def test_kill_9_at_a_random_moment_leaves_whole_shards_only(
     assert shard_files(tmp_path) == expected and np.array_equal(table.vectors(), vectors)
 
 
+@pytest.mark.slow
 def test_stop_between_units_keeps_the_whole_ones_and_drops_the_rest(base: Path, text: Path, tmp_path: Path) -> None:
     class Stop(Exception):
         pass

@@ -105,6 +105,7 @@ def labels_in(chart: Any) -> set[str]:
     return {r["label"] for rows in rows_in(chart) for r in rows if "label" in r}
 
 
+@pytest.mark.slow
 def test_cells_of_one_verbalizer_have_names_of_their_own_in_record_asking_and_views(two: Sweep) -> None:
     labels = two.labels()
     assert labels[0] == "ar=other" and len(set(labels)) == 2
@@ -135,6 +136,7 @@ def test_every_chart_from_a_connection_shows_each_cell_under_its_own_name(two: S
     assert all(counts), "one point a cell and K"
 
 
+@pytest.mark.slow
 def test_tables_commands_and_page_show_the_same_names(two: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     labels = two.labels()
     assert run(two) == 0
@@ -149,6 +151,7 @@ def test_tables_commands_and_page_show_the_same_names(two: Sweep, capsys: pytest
     assert [run_["label"] for run_ in facts.runs] == labels == list(dict.fromkeys(facts.curves["label"].to_pylist()))
 
 
+@pytest.mark.slow
 def test_runs_of_before_that_share_a_label_are_distinct_names_by_their_cells(tmp_path: Path) -> None:
     """Without an asking, and with the label that both pairs had."""
     for name, ar in (("r1", "demo/untrained/ar"), ("r2", "demo/ar")):
@@ -171,6 +174,7 @@ def test_runs_of_before_that_share_a_label_are_distinct_names_by_their_cells(tmp
     assert {run_["label"] for run_ in facts.runs} == cells
 
 
+@pytest.mark.slow
 def test_a_cell_without_a_result_does_not_lengthen_the_names_of_those_with_one(tmp_path: Path) -> None:
     write_run(tmp_path, record_of("r1", temperature=0.4), curve_of())
     failed = record_of("r2", temperature=0.4, num_draws=64, minutes=1, status="failed", error_type="RunError", error_message="x")
@@ -207,6 +211,7 @@ def test_a_comparison_is_drawn_against_its_own_reference(two: Sweep, reference: 
     assert title.endswith(f" less {reference}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["a", "b", "z"])
 def test_a_comparison_of_several_cells_keeps_every_difference_whatever_its_reference_is_called(base: str) -> None:
     called = {"a": base, "b": "m", "c": "n"}
@@ -217,6 +222,7 @@ def test_a_comparison_of_several_cells_keeps_every_difference_whatever_its_refer
     assert drawn == {(r["label"], r["k"], r["difference"]) for r in rows}
 
 
+@pytest.mark.slow
 def test_what_a_table_cannot_say_against_another_reference_is_said() -> None:
     assert "no difference from b for c" in subtitle(charts.compare(differences(), reference="b"))
     assert "no difference" not in subtitle(charts.compare(differences()))
@@ -226,6 +232,7 @@ def test_curves_of_cells_are_drawn_under_the_names_of_the_sweep(two: Sweep) -> N
     assert labels_in(charts.fve_by_k(curves_of_cells(load_cells(two.registry, ["checkpoints"])))) == set(two.labels())
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_bears_the_name_that_its_cell_has_in_the_sweep(
     two: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +245,7 @@ def test_a_run_that_failed_bears_the_name_that_its_cell_has_in_the_sweep(
     assert label == two.labels()[0] and f"L1 T=1 {label} @" in cell and cells == ([label],)
 
 
+@pytest.mark.slow
 def test_jobs_of_before_that_say_no_names_are_measured_under_their_own(two: Sweep, tmp_path: Path) -> None:
     from dataclasses import asdict
 

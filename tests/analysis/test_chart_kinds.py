@@ -114,6 +114,7 @@ def test_error_distribution_counts_every_draw_once_and_the_best_of_each_activati
     assert above[-1]["share"] == 0, "the outline closes"
 
 
+@pytest.mark.slow
 def test_error_distribution_says_what_failed_and_how_heavy_the_tail_is() -> None:
     said = subtitle(charts.error_distribution(draws(labels=("T=1",))))
     assert "400 draws, 10.00% of them failed" in said and "beyond the axis" not in said
@@ -137,6 +138,7 @@ def test_norm_distribution_keeps_the_bulk_in_view_and_tells_the_rest() -> None:
     assert "1,000 activations; median" in subtitle(chart) and "longest 1e+06; 0.10% lie beyond the axis" in subtitle(chart)
 
 
+@pytest.mark.slow
 def test_distributions_of_a_million_draws_stay_a_few_hundred_rows() -> None:
     many = draws(num_activations=62_500, num_draws=8)  # 1e6 draws
     assert many.num_rows == 1_000_000
@@ -147,6 +149,7 @@ def test_distributions_of_a_million_draws_stay_a_few_hundred_rows() -> None:
     assert len(charts.norm_distribution(norms).to_json()) < 40_000
 
 
+@pytest.mark.slow
 def test_compare_draws_pointwise_band_and_the_paler_one_over_the_zero_line() -> None:
     units = layers(charts.compare(differences()))
     areas = [(u["encoding"]["y"]["field"], u["mark"]["opacity"]) for u in units if mark(u) == "area"]
@@ -171,6 +174,7 @@ def test_compare_turns_a_difference_round_for_the_other_reference() -> None:
         charts.compare(differences(), reference="z")
 
 
+@pytest.mark.slow
 def test_compare_takes_no_greedy_cell_for_its_reference_unasked() -> None:
     rows = differences().to_pylist()
     greedy = [r | {"label": "0 greedy"} for r in rows if r["k"] == 1 and r["label"] == "b"]
@@ -185,6 +189,7 @@ def test_compare_leaves_out_the_row_of_each_at_its_own_best() -> None:
     assert all(r.get("fve") != 99 for rows in rows_in(chart) for r in rows)
 
 
+@pytest.mark.slow
 def test_beyond_half_of_the_draws_curves_are_lighter_and_join_the_full_part() -> None:
     units = layers(charts.fve_by_k(curves((0.4, 0.7), num_draws=16).append_column("num_draws", pa.array([16] * 32))))
     lines = [u for u in units if mark(u) == "line" and u["encoding"]["y"]["field"] == "fve"]
@@ -201,6 +206,7 @@ def test_a_greedy_cell_is_not_lighter_for_having_one_draw() -> None:
     assert "Lighter" not in subtitle(charts.fve_by_k(greedy))
 
 
+@pytest.mark.slow
 def test_fve_by_temperature_draws_k_beyond_half_of_the_draws_lighter() -> None:
     table = curves(num_draws=16).append_column("num_draws", pa.array([16] * 48))
     (rows,) = [rows for rows in rows_in(charts.fve_by_temperature(table)) if "few" in rows[0]]
@@ -218,6 +224,7 @@ def test_fve_by_tokens_puts_curves_on_an_axis_of_equal_compute() -> None:
         charts.fve_by_k(curves(), axis="tokens")
 
 
+@pytest.mark.slow
 def test_by_group_draws_each_breakdown_against_the_baseline_asked_for() -> None:
     chart = charts.by_group(groups())
     assert len(chart.to_dict()["vconcat"]) == 2
@@ -250,6 +257,7 @@ def test_throughput_has_a_dot_a_run_and_names_the_devices() -> None:
         charts.throughput([{"label": "a", "tokens_per_second": None}])
 
 
+@pytest.mark.slow
 def test_throughput_and_progress_of_thousands_of_cells_stay_bounded() -> None:
     many = [{"label": f"cell {i}", "tokens_per_second": 1.0 * i} for i in range(5000)]
     chart = charts.throughput(many)
@@ -271,6 +279,7 @@ def test_progress_is_the_share_of_the_draws_wanted_coloured_by_state() -> None:
     assert "1,400 of 2,560 draws (54.7%), 2 cells" in subtitle(chart)
 
 
+@pytest.mark.slow
 def test_charts_answer_from_a_connection_to_a_registry(registry: Path) -> None:
     with connect(registry) as connection:
         by_k = charts.fve_by_k(connection, sweep="temp_sweep")
@@ -291,11 +300,13 @@ def test_charts_answer_from_a_connection_to_a_registry(registry: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_not_there_has_nothing_to_draw(registry: Path) -> None:
     with connect(registry) as connection, pytest.raises(RequestError, match="no rows"):
         charts.fve_by_k(connection, sweep="another")
 
 
+@pytest.mark.slow
 def test_charts_ask_a_connection_for_the_views_named_in_the_dictionary() -> None:
     with duckdb.connect() as connection:
         with pytest.raises(RequestError, match="this database cannot answer"):
@@ -332,6 +343,7 @@ def colours_in(chart: Any) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("T=0.5", "T=1", "T=2"), ("gemma", "llama", "qwen")])
 def test_a_cell_has_the_same_colour_in_every_chart(names: tuple[str, ...]) -> None:
     colours = charts.palette(reversed(names))

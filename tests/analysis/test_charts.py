@@ -91,6 +91,7 @@ def test_fve_by_k_subtitle_gives_the_range_where_cells_differ() -> None:
     assert "Baseline 0.7335 to 0.8 (evaluated set)" in subtitle and "400 to 500 documents" in subtitle
 
 
+@pytest.mark.slow
 def test_fve_by_k_gives_a_far_control_its_own_panel_and_a_near_one_none() -> None:
     assert "vconcat" in charts.fve_by_k(curves(shuffled=-0.5)).to_dict()
     assert "vconcat" not in charts.fve_by_k(curves(shuffled=0.15)).to_dict()
@@ -130,6 +131,7 @@ def test_colours_of_temperatures_run_from_dark_to_light_in_any_order_of_rows() -
     assert found["temperature=0.4"] == charts.ORDERED[0] and found["temperature=1"] == charts.ORDERED[-1]
 
 
+@pytest.mark.slow
 def test_fve_by_temperature_has_a_line_with_error_bars_per_k() -> None:
     chart = charts.fve_by_temperature(curves(num_draws=20))
     line = next(u for u in layers(chart) if mark(u) == "line")
@@ -141,6 +143,7 @@ def test_fve_by_temperature_has_a_line_with_error_bars_per_k() -> None:
     assert only["encoding"]["color"]["scale"]["domain"] == [2, 16]
 
 
+@pytest.mark.slow
 def test_a_band_over_k_is_drawn_over_k_and_not_spoken_of_where_there_is_none() -> None:
     banded = curves(band_low=0.1, band_high=0.6)
     assert "Paler band" in json.dumps(charts.fve_by_k(banded).to_dict())
@@ -148,6 +151,7 @@ def test_a_band_over_k_is_drawn_over_k_and_not_spoken_of_where_there_is_none() -
     assert "Paler band" not in json.dumps(charts.fve_by_temperature(banded).to_dict())
 
 
+@pytest.mark.slow
 def test_fve_by_temperature_keeps_greedy_which_has_one_draw() -> None:
     table = pa.concat_tables([curves((0.0,), num_draws=1), curves()])
     line = next(u for u in layers(charts.fve_by_temperature(table)) if mark(u) == "line")
@@ -155,6 +159,7 @@ def test_fve_by_temperature_keeps_greedy_which_has_one_draw() -> None:
     assert line["encoding"]["color"]["scale"]["domain"] == [1, 4, 16]
 
 
+@pytest.mark.slow
 def test_fve_by_temperature_separates_cells_that_differ_in_more() -> None:
     table = pa.concat_tables([curves(prefix="a, "), curves(prefix="b, ")])
     assert charts.fve_by_temperature(table).to_dict()["facet"]["sort"] == ["a", "b"]
@@ -166,6 +171,7 @@ def test_fve_by_temperature_refuses_a_line_through_two_cells_of_one_name() -> No
         charts.fve_by_temperature(table)
 
 
+@pytest.mark.slow
 def test_charts_take_a_duckdb_relation_and_thousands_of_rows() -> None:
     table = pa.concat_tables([curves((float(t),), num_draws=64) for t in range(100)])  # 6,400 rows; Altair's own limit is 5,000
     with duckdb.connect() as connection:
@@ -200,6 +206,7 @@ def test_save_writes_offline_html_double_size_png_and_pdf(tmp_path: Path) -> Non
     assert "Oracle selection by the AR" in text and "vegaEmbed" in text
 
 
+@pytest.mark.slow
 def test_save_svg_keeps_every_word(tmp_path: Path) -> None:
     (svg,) = charts.save(charts.fve_by_k(curves(), title="A question? " * 12), tmp_path / "fve", ("svg",))
     text = svg.read_text()

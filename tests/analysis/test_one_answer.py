@@ -54,6 +54,7 @@ def _datasets(chart: Any) -> Iterator[list[dict[str, Any]]]:
             yield from _datasets(value)
 
 
+@pytest.mark.slow
 def test_a_difference_is_the_same_in_diff_compare_sql_and_report(real: Real) -> None:
     a, b = real.runs[0.5], real.runs[0.7]
     cells = load_cells(real.root, [a, b])
@@ -73,6 +74,7 @@ def test_a_difference_is_the_same_in_diff_compare_sql_and_report(real: Real) -> 
             assert found[k] == pytest.approx(python[k], abs=EXACT)
 
 
+@pytest.mark.slow
 def test_the_printed_difference_is_the_same_in_diff_sql_and_report(
     real: Real, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +107,7 @@ def unusual(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     return sweep
 
 
+@pytest.mark.slow
 def test_every_way_to_ask_honours_level_seed_selection_and_baseline(unusual: Sweep) -> None:
     root = Path(unusual.registry)
     cells = load_cells(root, ["unusual"])
@@ -137,6 +140,7 @@ def test_every_way_to_ask_honours_level_seed_selection_and_baseline(unusual: Swe
     assert held_out["naive_fve"] == pytest.approx(max(landed[cell.run_id, 8]["fve"] for cell in cells), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "words"),
     [

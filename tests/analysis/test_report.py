@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
+@pytest.mark.slow
 def test_explanations_are_the_best_median_and_worst_draw_of_an_activation(sweep: Sweep) -> None:
     facts = read_report_data(Path(sweep.registry), sweep.name)
     shown = [r for r in facts.explanations if r["label"] == facts.runs[0]["label"]]

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from ksweep import Activations, Autoencoder, Cell, Sampling, Sweep
-from ksweep.analysis import results_table as terminal
 from ksweep.analysis.results_table import print_results, results_table, warnings
+from ksweep.launch import plan_table
 from ksweep.launch.plan import CellFacts, plan_steps
 from ksweep.launch.plan_table import print_plan
 from ksweep.registry.run_record import write_run
@@ -210,7 +210,7 @@ def test_plan_on_80_columns_with_gpus_fits_and_tells_gpu_hours(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = Console(width=80, force_terminal=True, color_system=None)
-    monkeypatch.setattr(terminal, "console", lambda: out)
+    monkeypatch.setattr(plan_table, "console", lambda: out)
     facts = CellFacts("c" * 32, "a", "gemma L32 T=0.7 top_p=0.95", None, 0, 10_000, 0, 640_000, 7680, 1500, seconds_per_draw=0.9)
     failed = replace(facts, cell_key="d" * 32, failure=("out of memory", "rank 3 of 8: CUDA out of memory. " * 4))
     busy = replace(facts, cell_key="e" * 32, job=("running", "job 20261122-120000-abcdef: drawing 3/8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
 from transformers import PreTrainedModel
 
 from ksweep.activations.hidden_states import BlockReader
@@ -13,6 +14,7 @@ from ksweep.autoencoder.nla.models import load_nla_verbalizer
 GEMMA = Path(__file__).parents[1] / "fixtures" / "nla" / "gemma3_text"
 
 
+@pytest.mark.slow
 def test_loading_in_threads_leaves_weight_tying_alone() -> None:
     before = PreTrainedModel.tie_weights
     failures: list[Exception] = []

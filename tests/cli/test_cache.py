@@ -179,6 +179,7 @@ def test_a_cache_that_is_not_there_exits_with_two_and_is_named(ksweep: Command, 
     assert (code, out) == (2, "") and "no vector cache at nowhere" in err
 
 
+@pytest.mark.slow
 def test_a_real_process_needs_no_torch_and_exits_with_one_over_damage(cache: Path, keys: dict[str, str]) -> None:
     flip_a_byte(next((cache / keys["long"]).glob("shard-00001-*.arrow")))
     script = """

@@ -105,6 +105,7 @@ def test_a_registry_that_is_not_there_exits_with_two_and_is_named(ksweep: Comman
     assert not Path("nowhere").exists()
 
 
+@pytest.mark.slow
 def test_ingest_takes_in_what_is_new_and_rebuild_needs_the_landing_files_alone(
     registry: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +134,7 @@ def test_ingest_takes_in_what_is_new_and_rebuild_needs_the_landing_files_alone(
     assert err.startswith("not believed: ") and "r0" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_real_process_answers_in_a_pipe_and_loads_no_torch(shared: Path) -> None:
     script = "import sys\nfrom ksweep.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
     words = [sys.executable, "-c", script, "sql", "select count(*) as n from runs", "--json", "--registry", str(shared)]

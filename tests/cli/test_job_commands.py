@@ -120,6 +120,7 @@ def test_why_tells_why_each_start_ended(registry: Path) -> None:
     assert "start 0 was requeued: preempted" in out and "start 1, rank 0" in out and "drawing 5/8" in out
 
 
+@pytest.mark.slow
 def test_why_of_a_run_whose_job_is_gone_is_told_by_the_registry(registry: Path) -> None:
     record = record_of(
         "20261122T120000-k-aa11bb22",

@@ -35,6 +35,7 @@ def old(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_sql_by_name_writes_table_json_csv_and_parquet_alike(ksweep: Command, tmp_path: Path) -> None:
     code, table, _ = ksweep("sql", "@growth_with_k")
     assert code == 0 and "\x1b" not in table and table.count("tiny L1 temperature=0.5 @") == 4
@@ -66,6 +67,7 @@ def test_sql_tells_what_does_not_fit(ksweep: Command, arguments: list[str], word
     assert code == 2 and words in error
 
 
+@pytest.mark.slow
 def test_show_tells_spec_curve_controls_groups_and_what_it_said(ksweep: Command, real: Real) -> None:
     key = real.record(1.0)["cell_key"]
     code, out, _ = ksweep("show", f"@{key[:8]}")
@@ -86,12 +88,14 @@ def test_show_of_a_failed_run_tells_the_error(ksweep: Command, real: Real) -> No
     assert code == 0 and "DataError" in out and "Traceback" in out and "curve" not in out
 
 
+@pytest.mark.slow
 def test_show_of_a_run_from_before_examples_were_kept_takes_them_from_the_draws(ksweep: Command, real: Real, old: Path) -> None:
     now = json.loads(ksweep("show", real.runs[1.0], "--json")[1])["examples"]
     then = json.loads(ksweep("show", real.runs[1.0], "--json", registry=old)[1])["examples"]
     assert then == now and len(now) == 15
 
 
+@pytest.mark.slow
 def test_diff_is_paired_at_every_k_over_documents(ksweep: Command, real: Real) -> None:
     found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json")[1])
     assert found["spec"] == [{"name": "sampling.temperature", "a": 1.0, "b": 0.5}]
@@ -133,6 +137,7 @@ def test_diff_of_a_run_with_itself_is_nothing(ksweep: Command, real: Real) -> No
     assert "of one run" in found["note"]
 
 
+@pytest.mark.slow
 def test_diff_without_the_baseline_of_each_activation_or_without_draws_says_so(
     ksweep: Command, real: Real, old: Path, tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ def together(cells: list[Cell], models: Models, tmp_path_factory: pytest.TempPat
     return watch(cells, context_in(tmp_path_factory.mktemp("together") / "a", batch_size=32), models)
 
 
+@pytest.mark.slow
 def test_cells_in_one_stream_have_the_draws_and_curves_of_jobs_of_their_own(
     cells: list[Cell], models: Models, together: Watched, tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_tokens_of_pending_units_count_when_time_is_split(together: Watched) -> 
     assert all(share == own / (own + sum(others)) for share, own, others in together.shares)
 
 
+@pytest.mark.slow
 def test_cells_of_one_draws_key_in_a_stream_leave_out_what_another_draws(cell: Cell, models: Models, tmp_path: Path) -> None:
     def asking(activations: int, draws: int) -> Cell:
         return replace(
@@ -170,6 +172,7 @@ def test_cells_of_one_draws_key_in_a_stream_leave_out_what_another_draws(cell: C
     assert found == [(20, 8, 160, 0), (40, 4, 80, 80), (40, 8, 80, 240)]
 
 
+@pytest.mark.slow
 def test_a_failure_is_attributed_to_the_cell_whose_unit_was_being_published(
     cells: list[Cell], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +227,7 @@ def undisturbed(many: Cell, models: Models, tmp_path_factory: pytest.TempPathFac
     return watch([many], context_in(tmp_path_factory.mktemp("undisturbed") / "a", batch_size=64), models)
 
 
+@pytest.mark.slow
 def test_rows_of_the_next_unit_fill_the_slots_of_the_last(undisturbed: Watched) -> None:
     rows, published_at = undisturbed.rows, undisturbed.published_at
     assert len(published_at) == 3
@@ -231,6 +235,7 @@ def test_rows_of_the_next_unit_fill_the_slots_of_the_last(undisturbed: Watched) 
     assert rows[-1] < 64 // 4, "and run out once, at the end"
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_of_a_stream_keeps_whole_units_and_loses_no_draw(
     many: Cell, models: Models, undisturbed: Watched, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def idle_share(num_activations: int, num_draws: int, speeds: tuple[float, ...], 
     return 1 - sum(ends) / (len(ends) * max(ends))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_activations", "num_draws"), [(200, 64), (500, 16), (1000, 64), (100, 64)])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_idle_tail_of_usual_runs_stays_under_five_percent(num_activations: int, num_draws: int, num_ranks: int) -> None:
@@ -101,6 +102,7 @@ def test_idle_tail_of_a_run_that_fits_into_the_slots_at_once_stays_under_a_tenth
     assert np.mean(found) < 0.1, found
 
 
+@pytest.mark.slow
 def test_idle_tail_with_a_rank_at_two_thirds_of_the_speed_stays_under_five_percent() -> None:
     found = [idle_share(500, 64, (1.0, 0.67), seed) for seed in range(5)]
     assert np.mean(found) < 0.05, found

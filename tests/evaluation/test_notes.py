@@ -101,6 +101,7 @@ def test_the_demo_pair_knows_its_vectors_and_only_those_of_another_layer_are_not
 # --- from a check to where it is read ---
 
 
+@pytest.mark.slow
 def test_a_note_lands_with_each_run_and_stands_in_table_show_and_page(
     sweep: Sweep, pair: TinyPair, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_note_lands_with_each_run_and_stands_in_table_show_and_page(
     assert page.count(f"Note on norms: {of_second[0][0]['text'][:20]}") == 1
 
 
+@pytest.mark.slow
 def test_a_note_that_some_cells_have_names_them_in_the_table(
     sweep: Sweep, pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +143,7 @@ def test_a_note_that_some_cells_have_names_them_in_the_table(
     assert " ".join(line.split()).startswith(f"norms ({label}): All activations of")
 
 
+@pytest.mark.slow
 def test_notes_of_a_loader_stay_with_the_draws_when_a_later_run_loads_nothing(tmp_path: Path) -> None:
     import shutil
 
@@ -233,6 +236,7 @@ def engines(sweep: Sweep) -> list[dict[str, str]]:
         return [engine for (engine,) in connection.execute("SELECT engine FROM runs ORDER BY finished").fetchall()]
 
 
+@pytest.mark.slow
 def test_a_run_says_batch_settings_threads_and_dtype_of_the_draws_it_sampled(sweep: Sweep) -> None:
     assert run(sweep, "sampling.temperature=0.7", "batch_size=7") == 0
     assert run(sweep, "sampling.temperature=0.7", "scoring.seed=1") == 0
@@ -246,6 +250,7 @@ def test_a_run_says_batch_settings_threads_and_dtype_of_the_draws_it_sampled(swe
         assert {"attention", "tf32", "cuda_graphs", "prompts_at_once"} <= engine.keys()
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_halved_for_memory_says_both_sizes(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     from ksweep.inference.kv_cache import KVCache
 

@@ -124,6 +124,7 @@ class WithoutPrefix(TinyVerbalizer):
         """None."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "draws", "options"),
     [
@@ -162,6 +163,7 @@ def test_rows_and_places_come_in_few_sizes(models, recorder, monkeypatch):  # no
     assert [cuda_graphs.padded_rows(n, 100) for n in (63, 65, 100)] == [64, 100, 100]
 
 
+@pytest.mark.slow
 def test_what_graphs_point_to_never_moves(models, recorder, expected, monkeypatch):  # noqa: F811
     """Slots grow as their texts do where nothing is recorded; here they have all their places before the first graph."""
     monkeypatch.setattr(cuda_graphs, "WIDTH_MULTIPLE", 8)
@@ -202,6 +204,7 @@ def _without_keys_and_values(tape: Tape) -> None:
     tape.done[:] = [one for one in tape.done if not one[0].overloadpacket.__name__.startswith("index_put")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [_without_the_last_write, _with_other_tokens, _empty, _without_keys_and_values])
 def test_a_graph_that_gives_something_else_is_not_used(models, recorder, expected, caplog, spoil):  # noqa: F811
     recorder.spoil = spoil
@@ -318,6 +321,7 @@ def test_out_of_memory_while_recording_ends_recording_and_not_the_batch(models, 
     assert "a test says so" in caplog.text and "draws at once" not in caplog.text and recorder.replays == 0
 
 
+@pytest.mark.slow
 def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(models, recorder, expected, monkeypatch, caplog):  # noqa: F811
     """The second batch of prompts does not fit beside the slots and graphs of the first."""
     requests = requests_for(range(6), range(8))

@@ -199,6 +199,7 @@ def test_gemma3_window_is_shorter_than_the_prompt_and_still_exact(models):
     assert_is_naive(ours, verbalizer, temperature=0.0, max_new_tokens=3 * WINDOW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_texts_are_identical_at_every_batch_size(models, family):
     verbalizer = TinyVerbalizer(models[family], STOPS)
@@ -317,6 +318,7 @@ def test_draws_of_an_activation_share_a_row_until_they_part(verbalizer, sampler)
     assert sum(rows) < sum(len(d.token_ids) - 1 for d in drawn.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.6)])
 @pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler, temperature, top_p):
@@ -333,6 +335,7 @@ def test_free_slots_are_refilled_while_draws_are_waiting(verbalizer, sampler, te
     assert len(begins) > 3 and min(n for i, n in enumerate(steps) if i not in begins) > 32 - 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 def test_an_activation_with_more_draws_than_slots_is_drawn_in_parts(verbalizer, sampler):
     under_way: list[int] = []
@@ -392,6 +395,7 @@ def test_no_more_rows_are_made_than_draws_are_expected(verbalizer):
     assert taken == [0], "the next batch of 20 draws is left to ranks that have none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 @pytest.mark.parametrize("family", IN_SLOTS)
 @pytest.mark.parametrize(("temperature", "top_p", "batch_size"), [(0.0, 1.0, 7), (1.0, 1.0, 3), (0.8, 0.9, 7), (1.2, 1.0, 64)])

@@ -58,6 +58,7 @@ def test_keys_of_neighbouring_seeds_activations_draws_and_steps_all_differ():
     assert len(set(keys)) == len(keys) == 4 * 10 * 2500
 
 
+@pytest.mark.slow
 def test_uniforms_lie_strictly_between_zero_and_one_and_give_finite_gumbels():
     u = gumbel_sampling.uniforms(keys_of_draws(20_000), 512)  # 10^7
     assert u.min() > 0 and u.max() < 1
@@ -122,6 +123,7 @@ def brute_force_nucleus(p, top_p):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [7, 256, 700])
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (1.0, 1.0), (1.7, 1.0), (1.0, 0.9), (0.8, 0.5), (1.3, 0.95)])
 def test_sample_follows_the_exact_distribution(vocabulary, temperature, top_p):
@@ -132,6 +134,7 @@ def test_sample_follows_the_exact_distribution(vocabulary, temperature, top_p):
     assert g_test_p_value(sampled.token_ids.numpy(), probabilities) > ALPHA
 
 
+@pytest.mark.slow
 def test_sample_from_equal_logits_treats_a_short_last_block_fairly():
     n, vocabulary = 30_000, gumbel_sampling.TOKENS_PER_BLOCK + 44  # second block: 44 of 300 tokens
     tokens = gumbel_sampling.sample(torch.zeros(1, vocabulary).expand(n, -1), keys_of_draws(n), temperature=1.0).token_ids.numpy()
@@ -140,6 +143,7 @@ def test_sample_from_equal_logits_treats_a_short_last_block_fairly():
     assert g_test_p_value(tokens, np.full(vocabulary, 1 / vocabulary)) > ALPHA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [("draw", 1), ("step", 1), ("seed", 1), ("activation", 1)])
 def test_tokens_of_neighbours_are_independent(pair):
     n = 20_000

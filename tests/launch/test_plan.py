@@ -165,6 +165,7 @@ def test_dry_run_says_how_many_jobs_there_will_be(
     assert words in dry_run(sweep, capsys, "sampling.temperature=[0.5,0.7,1.0]", f"cells_per_job={per_job}")
 
 
+@pytest.mark.slow
 def test_a_dry_run_with_one_cell_to_be_retried_leaves_the_other_failed(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [replace(sweep.cell, sampling=replace(sweep.cell.sampling, num_draws=n)) for n in (8, 16)]
     keys = [cell_keys(cell).cell for cell in cells]

@@ -380,6 +380,7 @@ def test_damaged_attempts_are_not_believed_until_they_are_repaired(sweep: Sweep,
     assert report.quarantined == () and ask(sweep, "SELECT count(*) FROM attempts") == [(2,)]
 
 
+@pytest.mark.slow
 def test_attempts_that_are_removed_disappear_and_runs_stay(sweep: Sweep) -> None:
     path = one_job(sweep)
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(2,)]
@@ -407,6 +408,7 @@ def test_a_running_job_that_was_finalized_ends_itself(sweep: Sweep) -> None:
         submitted.kill()
 
 
+@pytest.mark.slow
 def test_a_run_in_this_process_shows_its_progress_to_others(sweep: Sweep) -> None:
     here = replace(sweep, resources=Resources(cluster="inprocess", gpus=0))
     assert run(here) == 0

@@ -70,6 +70,7 @@ def test_ingest_twice_changes_nothing_the_second_time(root: Path) -> None:
     assert rows(root, "SELECT count(*) FROM run_curves") == [(12,)]
 
 
+@pytest.mark.slow
 def test_rebuild_equals_step_by_step_ingest_row_for_row(root: Path) -> None:
     for step in ("a", "b"):
         write_run(root, record_of(f"{step}1", temperature=0.4, minutes=ord(step)), curve_of(), controls_of())
@@ -214,6 +215,7 @@ def test_connect_without_a_registry_says_where_it_looked(tmp_path: Path) -> None
         connect(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"not a database" * 500])
 def test_unreadable_database_is_built_again(root: Path, content: bytes) -> None:
     land_three(root)
@@ -242,6 +244,7 @@ def of_an_older_version(root: Path) -> None:
         connection.execute("CREATE TABLE quarantine (run_id VARCHAR, reason VARCHAR, signature VARCHAR)")
 
 
+@pytest.mark.slow
 def test_database_of_an_older_version_is_built_again_and_never_misread(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     land_three(root)
     ingest_landings(root)
@@ -282,6 +285,7 @@ def test_ten_processes_landing_while_two_ingest_lose_nothing(root: Path) -> None
     assert not list(root.glob(".*.next*"))
 
 
+@pytest.mark.slow
 def test_killed_ingester_leaves_no_lock_and_its_leftover_is_removed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     land_three(root)
     code = (
@@ -307,6 +311,7 @@ def test_draws_before_the_first_draw_are_an_empty_table_with_types(root: Path) -
     assert set(draws.DRAWS_SCHEMA.names) - set(names) == {"reconstruction"}
 
 
+@pytest.mark.slow
 def test_tokens_by_role_are_rows_with_shares_and_unknown_formats_have_none(root: Path) -> None:
     stats = {"counts": {"user": 6, "assistant": 2, "pad": 4, "total": 12}, "proportions": {}, "total_sequences": 2}
     notes = (Note("layer", "why not"),)
@@ -320,6 +325,7 @@ def test_tokens_by_role_are_rows_with_shares_and_unknown_formats_have_none(root:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_draws_are_ranked_by_error_with_failures_last_and_named_by_cell(root: Path) -> None:
     record = record_of("r1", temperature=0.7)
     write_run(root, record, curve_of())
@@ -353,6 +359,7 @@ def test_draws_that_two_sweeps_took_at_once_count_once(root: Path) -> None:
     assert rows(root, "SELECT activation, error FROM best_draws ORDER BY 1") == [(0, 0.1), (1, 0.9)]
 
 
+@pytest.mark.slow
 def test_draws_and_query_of_the_readme_work_from_any_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     land_three(root)
     publish_draws(root, "key", [[0.5, 0.4]])
@@ -366,6 +373,7 @@ def test_draws_and_query_of_the_readme_work_from_any_directory(root: Path, monke
             assert connection.execute("select count(*) from draws").fetchone() == (2,)
 
 
+@pytest.mark.slow
 def test_draws_are_found_again_after_the_registry_moved(root: Path) -> None:
     land_three(root)
     publish_draws(root, "key", [[0.5, 0.4]])
@@ -387,6 +395,7 @@ def test_every_table_view_and_column_has_a_comment(root: Path) -> None:
     assert rows(root, meaning.format("best_draws")) == rows(root, meaning.format("draws"))
 
 
+@pytest.mark.slow
 def test_file_stays_readable_by_duckdb_1_4(root: Path, tmp_path: Path) -> None:
     land_three(root)
     ingest_landings(root)
@@ -399,6 +408,7 @@ def test_file_stays_readable_by_duckdb_1_4(root: Path, tmp_path: Path) -> None:
     assert tags["storage_version"].startswith("v1.4.0"), "1.4.0 and 1.5.6 opened such a file when this was written"
 
 
+@pytest.mark.slow
 def test_registry_that_cannot_be_written_is_read_as_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(root, record_of("r0", temperature=0.4), curve_of())
     ingest_landings(root)

@@ -53,6 +53,7 @@ def test_units_hold_the_draws_of_an_activation_together(num_draws: int, rows: in
     assert first == WorkUnit(0, rows, 0, draws) and first.num_draws <= MAX_WORK_UNIT_SIZE
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 40)), min_size=1, max_size=4))
 @settings(max_examples=25, deadline=None)
 def test_growing_and_shrinking_takes_each_draw_once(

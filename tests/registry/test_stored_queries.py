@@ -61,6 +61,7 @@ def is_paired(found: tuple[Any, ...], real: Real, a: tuple[float, int], b: tuple
     return bool(np.allclose(found, paired(real, a, b), atol=1e-6))
 
 
+@pytest.mark.slow
 def test_there_are_ten_questions_each_named_commented_and_tested(real: Real) -> None:
     found = queries(real.root)
     assert len(found) >= 10
@@ -225,6 +226,7 @@ def test_equal_compute_ranks_what_so_many_tokens_reach(real: Real) -> None:
         assert row["place"] == 1 + len(better)
 
 
+@pytest.mark.slow
 def test_by_group_divides_the_error_of_a_group_by_both_baselines(real: Real) -> None:
     rows = answer(real, "by_group", f"cell={real.runs[1.0]}")
     positions = np.array([row["position"] for row in real.draws(1.0)[::8]])

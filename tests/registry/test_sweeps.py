@@ -85,6 +85,7 @@ def test_a_sweep_without_an_asking_is_what_its_runs_tell_of(root: Path) -> None:
     assert rows(root, "FROM v_sweeps") == []
 
 
+@pytest.mark.slow
 def test_askings_are_rebuilt_row_for_row_and_disappear_with_their_file(root: Path) -> None:
     for asked in (asking("a"), asking("a", "b"), asking("z", sweep="other", question="")):
         sweeps.write_sweep_record(root, asked)
@@ -128,6 +129,7 @@ def _land(root: Path) -> None:
     sweeps.write_sweep_record(root, asking("a", "b"))
 
 
+@pytest.mark.slow
 def test_many_who_ask_the_same_at_once_leave_one_asking(root: Path) -> None:
     with multiprocessing.get_context("fork").Pool(8) as pool:
         pool.map(_land, [root] * 32)
@@ -135,6 +137,7 @@ def test_many_who_ask_the_same_at_once_leave_one_asking(root: Path) -> None:
     assert len(rows(root, "FROM sweep_cells")) == 2
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_cells_another_one_computed_keeps_its_question_cells_and_command(tmp_path: Path) -> None:
     pair = talking_pair(tmp_path, num_rows=60)
     first = Sweep(

@@ -36,6 +36,7 @@ def best(errors, chosen):
     return min(successes) if successes else 2.0
 
 
+@pytest.mark.slow
 @given(errors_of_one)
 @settings(max_examples=150, deadline=None)
 def test_best_of_k_errors_equal_the_mean_over_every_subset(errors):

@@ -50,6 +50,7 @@ def covered(curve, truth):
     return (curve.fve_low <= truth) & (truth <= curve.fve_high)
 
 
+@pytest.mark.slow
 def test_intervals_over_documents_cover_the_truth_and_over_activations_do_not():
     generator, num_simulations = np.random.default_rng(0), 1500  # Monte-Carlo error 0.56 %
     hits = {"distance from mean": 0, "stated constant": 0, "clusters ignored": 0}
@@ -68,6 +69,7 @@ def test_intervals_over_documents_cover_the_truth_and_over_activations_do_not():
     assert (coverage["clusters ignored"] < 0.87).all(), coverage
 
 
+@pytest.mark.slow
 def test_intervals_from_eight_documents_are_widened_enough_to_cover():
     generator, hits, plain_hits = np.random.default_rng(1), 0, 0
     for seed in range(1000):
@@ -81,6 +83,7 @@ def test_intervals_from_eight_documents_are_widened_enough_to_cover():
     assert (plain_hits / 1000 < 0.9).all(), plain_hits
 
 
+@pytest.mark.slow
 def test_paired_difference_is_narrower_than_the_curves_and_covers():
     generator, hits, widths = np.random.default_rng(2), 0, []
     for seed in range(400):

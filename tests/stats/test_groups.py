@@ -81,6 +81,7 @@ def test_group_replicates_are_means_over_the_documents_that_the_whole_cell_resam
     assert all(g.fve_low < g.fve < g.fve_high for g in found.values())
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1), selection=st.sampled_from(["order_statistics", "prefix"]), num_groups=st.integers(1, 6),
     measured=st.booleans(),

@@ -72,6 +72,7 @@ def curve(sweep: Sweep) -> np.ndarray:
     return np.array(ask(sweep, "SELECT fve, fve_low, fve_high, error, cosine, shuffled_fve FROM curves ORDER BY cell, k"))
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_curves_draws_runs_and_a_table(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(sweep, "sampling.temperature=[0.7,1.0]") == 0
     out = capsys.readouterr().out
@@ -86,6 +87,7 @@ def test_a_sweep_ends_in_curves_draws_runs_and_a_table(sweep: Sweep, capsys: pyt
     assert [run[2] for run in runs] == [rate for (rate,) in failed]
 
 
+@pytest.mark.slow
 def test_the_curve_is_what_the_stored_draws_give_by_hand(undisturbed: Sweep) -> None:
     errors = np.array(ask(undisturbed, "SELECT coalesce(error, 2.0) FROM draws ORDER BY activation, draw")).reshape(40, 8)
     [(baseline,)] = ask(undisturbed, "SELECT DISTINCT baseline FROM curves")
@@ -96,6 +98,7 @@ def test_the_curve_is_what_the_stored_draws_give_by_hand(undisturbed: Sweep) -> 
     assert by_k[8] == pytest.approx(1 - known.mean() / baseline, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_second_run_computes_nothing(
     finished: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +110,7 @@ def test_the_second_run_computes_nothing(
     np.testing.assert_array_equal(curve(finished), before)
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_the_batch_size(sweep: Sweep, undisturbed: Sweep) -> None:
     assert run(sweep, "batch_size=32") == 0
     assert texts(sweep) == texts(undisturbed) and len(texts(sweep)) == 320
@@ -129,6 +133,7 @@ def test_two_ranks_draw_cells_in_one_stream_as_one_rank_draws_each(
     np.testing.assert_allclose(curve(two), curve(one), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_growing_draws_and_activations_takes_only_what_is_missing(sweep: Sweep, undisturbed: Sweep) -> None:
     assert run(sweep, "sampling.num_draws=4", "activations.num_activations=20") == 0
     assert run(sweep) == 0
@@ -143,6 +148,7 @@ def test_growing_draws_and_activations_takes_only_what_is_missing(sweep: Sweep, 
     assert ask(sweep, "SELECT num_draws_sampled FROM runs ORDER BY finished DESC LIMIT 1") == [(0,)]
 
 
+@pytest.mark.slow
 def test_another_temperature_shares_the_activations_only(finished: Sweep) -> None:
     cache = {p: p.stat().st_mtime_ns for p in Path(finished.vector_cache).rglob("*.arrow")}
     assert len(cache) > 0 and run(finished, "sampling.temperature=0.5") == 0
@@ -166,6 +172,7 @@ def test_the_dry_run_of_a_finished_sweep_counts_the_draws_that_are_there(
     assert "done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_damaged_draws_file_is_set_aside_and_drawn_again(finished: Sweep) -> None:
     before = texts(finished)
     part = next(p for p in Path(finished.registry).glob("draws/*/part-00000000-*.parquet"))
@@ -177,6 +184,7 @@ def test_a_damaged_draws_file_is_set_aside_and_drawn_again(finished: Sweep) -> N
     assert texts(finished) == before
 
 
+@pytest.mark.slow
 def test_what_stands_beside_the_draws_is_made_again_when_it_is_gone(finished: Sweep) -> None:
     before, [directory] = texts(finished), [p for p in Path(finished.registry).glob("draws/*") if p.name != "_schema"]
     kept = {name: (directory / name).read_text() for name in ("identity.json", "controls.json")}
@@ -187,6 +195,7 @@ def test_what_stands_beside_the_draws_is_made_again_when_it_is_gone(finished: Sw
     assert ask(finished, "SELECT num_draws_sampled FROM runs ORDER BY finished") == [(320,), (0,)]
 
 
+@pytest.mark.slow
 def test_vectors_from_parquet_are_a_source_of_their_own(sweep: Sweep, pair: TinyPair, tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).normal(size=(50, pair.d_model)).astype(np.float32)
     table = pa.table(
@@ -288,6 +297,7 @@ def test_a_bad_vector_in_the_middle_is_landed_as_a_failed_run(
     assert ask(sweep, "SELECT count(*) FROM curves") == [(0,)]
 
 
+@pytest.mark.slow
 def test_a_full_disk_exits_with_one_says_so_and_leaves_nothing_half_written(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

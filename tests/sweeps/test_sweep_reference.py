@@ -153,6 +153,7 @@ def agree(found: dict[tuple[str, int], Any], of: Everything, ks: tuple[int, ...]
         assert value == pytest.approx(plain(of.activations[rows], of.best_of_first(k)[rows])[quantity], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_quantities_of_a_run_are_the_formulas_over_reconstructions_of_every_draw(undisturbed: Runs, case: str) -> None:
     sweep = undisturbed(case)

@@ -119,6 +119,7 @@ def kept(sweep: Sweep, case: str) -> Kept:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_curve_of_a_checkpoint_is_the_raw_fve_of_its_stored_draws(undisturbed: Runs, case: str) -> None:
     sweep, printed = undisturbed(case).sweep, undisturbed(case).printed
@@ -157,6 +158,7 @@ def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(undistu
     assert ask(sweep, recorded) == [whole]
 
 
+@pytest.mark.slow
 def test_prefix_selection_takes_the_best_of_the_first_k_from_the_same_draws(undisturbed: Runs, tmp_path: Path) -> None:
     sweep = undisturbed(CASES[0]).copy(tmp_path)
     assert run(sweep, CASES[0], "scoring.selection=prefix", "scoring.baseline=distance_from_mean") == 0
@@ -209,6 +211,7 @@ def test_an_encoder_without_a_prompt_is_measured_without_the_control_of_an_empty
     assert "mean_vector" in controls and "empty_text" not in controls
 
 
+@pytest.mark.slow
 def test_a_stated_baseline_of_raw_vectors_may_exceed_one(undisturbed: Runs, tmp_path: Path) -> None:
     sweep = undisturbed(CASES[0]).copy(tmp_path)
     assert run(sweep, CASES[0], "scoring.baseline=12.5") == 0

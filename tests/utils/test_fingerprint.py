@@ -38,6 +38,7 @@ def test_fingerprint_in_another_process_is_the_same() -> None:
     assert other == fingerprint(Sampling(temperature=0.7))
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=4), plain, max_size=4))
 def test_fingerprint_ignores_the_order_of_keys(value: dict[str, object]) -> None:
     assert fingerprint(value) == fingerprint(dict(reversed(value.items())))
