@@ -37,6 +37,7 @@ NOT_CODE = {
     ("README.md", "cell                      K=1"): "the result table of `make sweep`",
     ("README.md", "ksweep/        the library"): "a tree of directories",
     ("registry/README.md", "draws/<key>/part-*.parquet"): "a tree of directories",
+    ("docs/architecture.md", "vector_cache/<key>/    manifest.json"): "a tree of directories",
 }
 """Blocks that are neither Python nor commands, by (page, first line)."""
 

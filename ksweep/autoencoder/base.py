@@ -56,4 +56,4 @@ class Reconstructor(Protocol):
     def reconstruct(
         self, explanations: Sequence[Explanation], batch_size: int = 64
     ) -> Float[torch.Tensor, "explanation d_model"]:
-        """Raw (not normalised) float32 reconstructions on the CPU, in the order given; equal explanations are run once."""
+        """Return raw (not normalised) float32 reconstructions on the CPU, in the order given; equal explanations run once."""
