@@ -26,10 +26,10 @@ def check_vectors(vectors: torch.Tensor, d_model: int) -> None:
             "Use activations of the base model and layer that the pair was trained on."
         )
     finite = torch.isfinite(vectors).all(dim=1)
-    for wrong, what in ((~finite, "NaN or infinite values"), (finite & (vectors == 0).all(dim=1), "nothing but zeros")):
-        if rows := wrong.nonzero()[:, 0].tolist():
+    for is_wrong, fault in ((~finite, "NaN or infinite values"), (finite & (vectors == 0).all(dim=1), "nothing but zeros")):
+        if rows := is_wrong.nonzero()[:, 0].tolist():
             raise DataError(
-                f"row {rows[0]} of the vectors holds {what} ({len(rows)} such rows of {len(vectors)}): it has no direction to "
+                f"row {rows[0]} of the vectors holds {fault} ({len(rows)} such rows of {len(vectors)}): it has no direction to "
                 "inject. "
                 "Remove these rows, or extract them again in a wider dtype."
             )
@@ -52,11 +52,11 @@ def injecting(embedding: torch.nn.Module, rows: Float[torch.Tensor, "activation 
     Raises:
         CheckpointError: the module did not run exactly once, so the vectors were not injected as they should be.
     """
-    firings = 0
+    num_calls = 0
 
     def replace(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        nonlocal firings
-        firings += 1
+        nonlocal num_calls
+        num_calls += 1
         output = output.clone()
         output[:, position] = rows.to(output)
         return output
@@ -66,9 +66,9 @@ def injecting(embedding: torch.nn.Module, rows: Float[torch.Tensor, "activation 
         yield
     finally:
         handle.remove()
-    if firings != 1:
+    if num_calls != 1:
         raise CheckpointError(
-            f"the AV's embedding module ran {firings} times in one prefill, expected once: its architecture takes its input "
+            f"the AV's embedding module ran {num_calls} times in one prefill, expected once: its architecture takes its input "
             "from elsewhere, "
             "so vectors cannot be injected. Use a Qwen2, Llama or Gemma-3 text model."
         )
