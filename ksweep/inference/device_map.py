@@ -38,11 +38,15 @@ def place_model(model: Any, devices: Sequence[torch.device]) -> Any:
         return model.to(devices[0])
     from accelerate import dispatch_model
 
-    # Where a device does not tell, the machine's memory stands for its own.
-    free = [memory.free_device_bytes(device) or machine.free_memory() or 0 for device in devices]
-    device_of = block_map(model, [int(WEIGHTS_SHARE * free_bytes) for free_bytes in free])
+    device_of = block_map(model, [int(WEIGHTS_SHARE * _free_bytes(device)) for device in devices])
     names = {module: str(devices[number]) for module, number in device_of.items()}
     return dispatch_model(model, names, main_device=str(devices[0]), skip_keys=model._skip_keys_device_placement)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device, or of the machine for a device that does not report any; a full GPU has 0."""
+    of_device = memory.free_device_bytes(device)
+    return of_device if of_device is not None else machine.free_memory() or 0
 
 
 def block_map(model: Any, max_bytes: Sequence[int]) -> dict[str, int]:

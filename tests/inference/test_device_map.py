@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla import models as nla
 from ksweep.autoencoder.tae import models as tae
+from ksweep.inference import device_map
 from ksweep.inference.device_map import Devices, block_map
 from ksweep.inference.engine import Request, draw
 from ksweep.utils.errors import CheckpointError, RunError
@@ -186,3 +187,9 @@ def test_pretended_devices_refuse_what_two_gpus_refuse(operation: Callable[..., 
     if other == "maia:1" or "long" not in operation.__code__.co_names:  # CPU indices are welcome on a GPU
         with pytest.raises(RuntimeError, match="same device"), torch.inference_mode():
             operation(mine, theirs)
+
+
+def test_a_full_gpu_counts_as_full_and_not_as_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_map.memory, "free_device_bytes", lambda device: 0 if device.type == "cuda" else None)
+    monkeypatch.setattr(device_map.machine, "free_memory", lambda: 1000)
+    assert [device_map._free_bytes(torch.device(name)) for name in ("cuda:0", "meta")] == [0, 1000]
