@@ -35,8 +35,8 @@ def test_a_time_limit_reached_twice_ends_in_a_third_start(place: Place) -> None:
     [job] = place.jobs()
     assert job.attempt() >= 2
     assert [(job.read_note("requeued", n) or {}).get("why") for n in range(job.attempt())] == ["time limit"] * job.attempt()
-    [(status, sampled, reused)] = place.ask("SELECT status, num_draws_sampled, num_draws_reused FROM runs")
-    assert status == "finished" and reused > 0 and sampled + reused == 50 * 64
+    [(run_status, sampled, reused)] = place.ask("SELECT status, num_draws_sampled, num_draws_reused FROM runs")
+    assert run_status == "finished" and reused > 0 and sampled + reused == 50 * 64
     assert place.texts() == place.undisturbed(sweep)
 
 
@@ -92,8 +92,8 @@ def test_a_preempted_sweep_comes_back_and_ends_with_the_draws_of_an_undisturbed_
     assert done.code == 0, done.err
     [job] = place.jobs()
     assert job.attempt() == 1 and (job.read_note("requeued", 0) or {})["why"] == "preempted"
-    [(status, sampled, reused)] = place.ask("SELECT status, num_draws_sampled, num_draws_reused FROM runs")
-    assert status == "finished" and reused > 0 and sampled + reused == 16 * 64
+    [(run_status, sampled, reused)] = place.ask("SELECT status, num_draws_sampled, num_draws_reused FROM runs")
+    assert run_status == "finished" and reused > 0 and sampled + reused == 16 * 64
     told = place.ask("SELECT start, host, status, error_class, requeued, total > 0, began < ended FROM attempts ORDER BY start")
     assert told[0] == (0, "gpu4", "stopped", "preempted", "preempted", True, True)
     assert told[1][:5] == (1, "gpu4", "finished", None, None)
@@ -146,8 +146,8 @@ def test_a_rank_that_is_shot_ends_its_job_at_once_and_the_reason_is_known(place:
     assert failed.code == 1 and "rank 1" in failed.err and "died without an outcome" in failed.err
     assert max(e.time for e in job.outcomes()) - shot < 20
     until("an empty queue", lambda: not commands.squeue([str(job.slurm_id())]), 20)
-    [(status, kind, host)] = place.ask("SELECT status, error_class, host FROM runs")
-    assert (status, kind) == ("failed", "dead rank") and host.startswith("gpu")
+    [(run_status, kind, host)] = place.ask("SELECT status, error_class, host FROM runs")
+    assert (run_status, kind) == ("failed", "dead rank") and host.startswith("gpu")
     again = place.run(sweep, "--retry", "--wait")
     assert again.code == 0, again.err
     assert place.ask("SELECT status, num_draws_reused > 0 FROM runs ORDER BY finished")[1:] == [("finished", True)]
@@ -270,9 +270,9 @@ def test_a_launcher_killed_around_sbatch_leaves_no_orphan(place: Place, handed_o
     """The launcher killed between its intent and the record of sbatch"""
     folder, log, sweep = place.path / "bin", place.path / "sbatch.out", place.sweep
     folder.mkdir()
-    sbatch = slurm("which", "sbatch").strip()
+    sbatch_path = slurm("which", "sbatch").strip()
     before = "" if handed_over else f"touch {log}; sleep 1000"
-    (folder / "sbatch").write_text(WRAPPER.format(sbatch=sbatch, log=log, before=before))
+    (folder / "sbatch").write_text(WRAPPER.format(sbatch=sbatch_path, log=log, before=before))
     (folder / "sbatch").chmod(0o755)
     launcher = place.begin(sweep, PATH=f"{folder}:{os.environ['PATH']}")
     until("sbatch", lambda: log.exists() and (not handed_over or log.read_text()))
