@@ -19,7 +19,8 @@ from pathlib import Path
 
 
 def main(background: str, front: str) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's background job, and what it starts, would ignore it
+        signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     with tempfile.NamedTemporaryFile("w+", prefix="ksweep-background-", suffix=".log") as log:
         # Each in a session of its own: Ctrl-C reaches it once, from here, so that its fixtures take down what they set up.

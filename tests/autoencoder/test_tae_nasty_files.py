@@ -408,7 +408,8 @@ def test_half_a_gigabyte_of_optimiser_state_costs_no_memory(tmp_path: Path) -> N
     """In a process of its own, so that the peak is that of loading alone."""
     path = copy_case("gpt2_patch_all", tmp_path)
     measure = (
-        "import resource, sys; from ksweep.autoencoder.tae import *\n"
+        "import resource, sys; from ksweep.autoencoder.tae.checkpoint import inspect_tae\n"
+        "from ksweep.autoencoder.tae.models import load_tae_reconstructor, load_tae_verbalizer\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); info = inspect_tae(sys.argv[1])\n"
         "av = load_tae_verbalizer(info, dtype='float32'); load_tae_reconstructor(info, dtype='float32', sharing=av)\n"

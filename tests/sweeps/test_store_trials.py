@@ -388,7 +388,7 @@ def test_stop_signals_leave_whole_parts_and_another_number_of_ranks_carries_on(
         began = time.monotonic()
         error = launcher.communicate()[1]
         seconds, after = time.monotonic() - began, len(parts(sweep))
-        assert launcher.returncode == 1 and "the same command carries on" in error and "Traceback" not in error
+        assert launcher.returncode == 1 and "the same command continues" in error and "Traceback" not in error
         assert not list(Path(sweep.registry).rglob(".*.part")) and before < after < 10
         with connect(sweep.registry) as connection:
             assert connection.execute("SELECT status FROM runs").fetchall() == [("stopped",)] * stops, "a stop is no failure"
