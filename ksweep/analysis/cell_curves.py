@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from ksweep import stats
 from ksweep.analysis.cells import CommonGround, MeasuredCell, common_ground
 from ksweep.config.spec import Scoring
 from ksweep.registry import activation_metadata
+from ksweep.registry.curve_rows import finite, rows_of_curve
 from ksweep.registry.group_rows import group_rows
 from ksweep.utils.errors import RequestError
 
@@ -83,28 +82,6 @@ def curve_over(cell: MeasuredCell, shared: CommonGround, ks: Sequence[int], scor
     )  # fmt: skip
 
 
-def rows_of_curve(curve: stats.FveCurve) -> list[dict[str, Any]]:
-    """Return a row for each K with the columns that every table of curves has, named as in the registry."""
-    return [
-        {
-            "k": int(k),
-            "fve": float(curve.fve[i]),
-            "fve_low": finite(curve.fve_low[i]),
-            "fve_high": finite(curve.fve_high[i]),
-            "level": curve.level,
-            "error": float(curve.error[i]),
-            "failure_rate": float(curve.failure_rate[i]),
-            "num_activations": curve.num_activations,
-            "num_documents": curve.num_documents,
-            "effective_documents": curve.effective_documents,
-            "num_draws": curve.num_draws,
-            "baseline": curve.baseline.value,
-            "baseline_kind": curve.baseline.kind,
-        }
-        for i, k in enumerate(curve.k)
-    ]
-
-
 def _curve_rows(cell: MeasuredCell) -> Iterator[dict[str, Any]]:
     shared = common_ground([cell])
     ks = [k for k in cell.scoring.ks or range(1, cell.num_draws + 1) if k <= cell.num_draws] or [1]
@@ -165,10 +142,3 @@ def table_with_nulls(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Ta
     columns = schema.names
     plain = [{name: finite(row.get(name)) for name in columns} for row in rows]
     return pa.Table.from_pylist(plain, schema=schema)
-
-
-def finite(value: Any) -> Any:
-    """Return None for a float that is NaN or infinite, a plain float for another float, and any other value as it is."""
-    if not isinstance(value, (float, np.floating)):
-        return value
-    return float(value) if math.isfinite(value) else None

@@ -25,12 +25,11 @@ from ksweep.analysis.cell_curves import (
     Grouping,
     curve_over,
     curves_of_cells,
-    finite,
     groups_of_cells,
-    rows_of_curve,
     table_with_nulls,
 )
 from ksweep.analysis.cells import CommonGround, MeasuredCell, cell_named, common_ground, common_level, load_cells
+from ksweep.registry.curve_rows import finite, rows_of_curve
 from ksweep.utils.errors import RequestError
 
 __all__ = [

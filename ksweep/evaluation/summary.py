@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ksweep import stats
 from ksweep.config.spec import Scoring
+from ksweep.registry.curve_rows import finite, rows_of_curve
 from ksweep.stats.best_of_k import kept_ks
 
 SUMMARISED = [
@@ -106,27 +107,15 @@ def _curve_rows(curve: stats.FveCurve, shuffled: np.ndarray, cosine: np.ndarray)
     return [
         {
             "metric": "fve",
-            "k": int(k),
-            "fve": float(curve.fve[i]),
-            "fve_low": _number(curve.fve_low[i]),
-            "fve_high": _number(curve.fve_high[i]),
-            "level": curve.level,
-            "error": float(curve.error[i]),
-            "cosine": _number(cosine[i]),
-            "failure_rate": float(curve.failure_rate[i]),
-            "fve_over_successes": _number(curve.fve_over_successes[i]),
-            "num_activations": curve.num_activations,
-            "num_documents": curve.num_documents,
-            "effective_documents": curve.effective_documents,
-            "num_draws": curve.num_draws,
-            "baseline": curve.baseline.value,
-            "baseline_kind": curve.baseline.kind,
-            "shuffled_fve": _number(shuffled[i]),
-            "band_low": _number(band_low[i]),
-            "band_high": _number(band_high[i]),
-            "replicates": curve.replicates[:, i].tolist() if int(k) in kept else None,
+            **row,
+            "cosine": finite(cosine[i]),
+            "fve_over_successes": finite(curve.fve_over_successes[i]),
+            "shuffled_fve": finite(shuffled[i]),
+            "band_low": finite(band_low[i]),
+            "band_high": finite(band_high[i]),
+            "replicates": curve.replicates[:, i].tolist() if row["k"] in kept else None,
         }
-        for i, k in enumerate(curve.k)
+        for i, row in enumerate(rows_of_curve(curve))
     ]
 
 
@@ -202,7 +191,3 @@ def _mostly_cjk(text: str) -> bool:
     """Return whether most letters are Chinese or Japanese: the known symptom of an injection that did not take effect."""
     letters = [c for c in text if c.isalpha()]
     return bool(letters) and sum("⺀" <= c <= "鿿" or "㐀" <= c <= "䶿" for c in letters) > len(letters) / 2
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -41,7 +41,7 @@ from ksweep.registry.draws import DRAWS_SCHEMA
 from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, LandedRun, LandingError, RunRecord, read_run
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
 from ksweep.utils.errors import DiskFullError, RequestError, StoreError
-from ksweep.utils.files import locked, publish
+from ksweep.utils.files import flush_to_disk, locked, publish
 from ksweep.utils.fingerprint import canonical_json
 
 log = logging.getLogger(__name__)
@@ -302,9 +302,9 @@ def _publish_next(root: Path, plan: _Plan) -> None:
         if not plan.rebuilt:
             shutil.copyfile(root / DATABASE, next_file)
         _fill(next_file, root, plan)
-        _fsync(next_file)
+        flush_to_disk(next_file)
         os.replace(next_file, root / DATABASE)
-        _fsync(root)
+        flush_to_disk(root)
     except (duckdb.Error, OSError) as error:
         if shutil.disk_usage(root).free < ROOM_TO_BUILD or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(
@@ -578,11 +578,3 @@ def _quoted(value: object) -> str:
 
 def _glob_escaped(path: Path) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in str(path))
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

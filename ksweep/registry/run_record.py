@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ksweep.utils.errors import RequestError, StoreError, class_of_type
-from ksweep.utils.files import publish
+from ksweep.utils.files import flush_to_disk, publish
 from ksweep.utils.notes import REFERENCE_QUANTITIES, Note
 
 Status = Literal["finished", "failed", "stopped"]
@@ -357,12 +357,12 @@ def write_run(
         digests = {name: _write_parquet(temporary / name, table) for name, table in tables.items()}
         text = json.dumps({"format": RUN_RECORD_FORMAT, "files": digests} | record.to_json(), indent=1, allow_nan=False)
         publish(temporary / "record.json", text.encode())
-        _fsync(temporary)
+        flush_to_disk(temporary)
         _rename_into(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync(landing)
+    flush_to_disk(landing)
     return target
 
 
@@ -515,14 +515,6 @@ def _write_parquet(path: Path, table: pa.Table) -> dict[str, Any]:
     data = sink.getvalue().to_pybytes()
     publish(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _fsync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _rename_into(temporary: Path, target: Path) -> None:

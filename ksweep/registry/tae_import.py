@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 
 from ksweep.config import reference_options
+from ksweep.registry.curve_rows import finite
 from ksweep.registry.query import TableRow
 from ksweep.registry.run_record import CURVE_SCHEMA, REFERENCE_SCHEMA, RunRecord, write_run
 from ksweep.utils.errors import DataError, RequestError, SpecError
@@ -133,7 +134,7 @@ def _results(path: Path, tree: TableRow, notes: list[str]) -> list[TableRow]:
         if int(k) in by_k:
             notes.append(f"K = {int(k)} is listed twice; the first is taken")
         _check_types(entry, f"entry {index} of results_by_k in {path}")
-        by_k.setdefault(int(k), {name: _finite_or_none(value) for name, value in entry.items()} | {"k": int(k)})
+        by_k.setdefault(int(k), {name: finite(value) for name, value in entry.items()} | {"k": int(k)})
     return [by_k[k] for k in sorted(by_k)]
 
 
@@ -169,10 +170,6 @@ _TYPES = (
     (r"(mse|variance_recovery)_by_role", "for each role an object of numbers", _are_by_role),
 )
 """Pattern of keys that are read, description of their type, and a function that checks a value."""
-
-
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _points(path: Path, results: Sequence[TableRow], metric: Metric, notes: list[str]) -> list[TableRow]:

@@ -39,6 +39,15 @@ def home() -> Path:
     return Path(os.environ.get("KSWEEP_HOME") or Path.home() / ".cache" / "ksweep")
 
 
+def flush_to_disk(path: Path) -> None:
+    """Flush a file, or the names in a directory, so that a power cut does not undo them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file under a temporary name, flush it, and rename it to `path`: readers see all of it or none.
 
