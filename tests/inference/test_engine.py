@@ -154,25 +154,24 @@ each of some 30 roundings one after the other."""
 
 @torch.inference_mode()
 def assert_is_naive(ours, verbalizer, *, temperature, top_p=1.0, max_new_tokens=12, seed=7):
-    """The draw is what a loop gives with nothing shared: no cache, no batch, and logits in float64.
+    """The draw is what plain logits give, with nothing shared: no cache, no batch, in float64, one pass over its whole text.
 
-    Where logits that differ by rounding give different tokens, ours may be any of them, and the loop goes on from ours.
+    Where logits that differ by rounding give different tokens, ours may be any of them, and what follows is held to ours.
     """
     exact = TinyVerbalizer(copy.deepcopy(verbalizer.model).double(), verbalizer.stop_token_ids)
     keys = gumbel_sampling.draw_keys(seed, 9 * [ours.request.activation_key], 9 * [ours.request.draw])
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for step, token in enumerate(ours.token_ids):
-        embedded = exact.embeddings(VECTORS[ours.request.row : ours.request.row + 1].double(), ours.token_ids[:step])
-        logits = exact.model(inputs_embeds=embedded, use_cache=False).logits[:, -1]
-        off = ROUNDING * (2 * torch.rand(9, VOCABULARY, generator=generator) - 1)
-        off[0] = 0.0
-        near = (logits + off).float()
-        sampled = gumbel_sampling.sample(near, gumbel_sampling.step_keys(keys, step), temperature=temperature, top_p=top_p)
-        assert token in (near.argmax(-1) if temperature == 0 else sampled.token_ids).tolist()
-        assert token not in exact.stop_token_ids or step == len(ours.token_ids) - 1
-        total += float(torch.log_softmax(logits[0], -1)[token])
-    assert ours.token_ids[-1] in exact.stop_token_ids or len(ours.token_ids) == max_new_tokens
+    vector, tokens = VECTORS[ours.request.row : ours.request.row + 1].double(), list(ours.token_ids)
+    logits = exact.model(inputs_embeds=exact.embeddings(vector, tokens[:-1]), use_cache=False).logits[0, len(PROMPT) - 1 :]
+    off = ROUNDING * (2 * torch.rand(len(tokens), 9, VOCABULARY, generator=torch.Generator().manual_seed(0)) - 1)
+    off[:, 0] = 0.0
+    near = (logits[:, None] + off).float().flatten(0, 1)
+    step_keys = torch.cat([gumbel_sampling.step_keys(keys, step) for step in range(len(tokens))])
+    sampled = gumbel_sampling.sample(near, step_keys, temperature=temperature, top_p=top_p).token_ids
+    allowed = (near.argmax(-1) if temperature == 0 else sampled).reshape(len(tokens), 9)
+    assert (allowed == torch.tensor(tokens)[:, None]).any(1).all()
+    assert not exact.stop_token_ids & set(tokens[:-1])
+    assert tokens[-1] in exact.stop_token_ids or len(tokens) == max_new_tokens
+    total = float(torch.log_softmax(logits, -1)[torch.arange(len(tokens)), tokens].sum())
     assert ours.log_probability == pytest.approx(total, abs=1e-4)
 
 
