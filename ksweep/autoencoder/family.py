@@ -1,7 +1,7 @@
 """Checkpoint families: what the other rooms ask of an autoencoder without knowing whether it is an NLA pair or a TAE file.
 
     family = family_of(cell.autoencoder)
-    family.layer, family.identity()                     # planning: no weights are read, torch is not imported for a pair
+    family.layer, family.draws_identity()                    # planning: no weights are read, torch is not imported for a pair
     av = family.load_verbalizer(("cuda",))
     ar = family.load_reconstructor(("cuda",), av)
 
@@ -94,8 +94,12 @@ class Family(ABC):
         """Notes on accepted but unusual properties of its files."""
 
     @abstractmethod
-    def identity(self) -> dict[str, str]:
-        """Return its part of the identity of draws: digests, and how it is read where there is a choice."""
+    def draws_identity(self) -> dict[str, str]:
+        """Return what its AV adds to the identity of draws: a digest, and how texts are parsed where there is a choice."""
+
+    @abstractmethod
+    def scores_identity(self) -> dict[str, str]:
+        """Return what its AR adds to the identity of scores: a digest, and how texts are read where there is a choice."""
 
     @abstractmethod
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
@@ -167,15 +171,17 @@ class NlaPair(Family):
         """Notes on sidecars and prompts."""
         return notes_of(*self.pair)
 
-    def identity(self) -> dict[str, str]:
-        """Return both digests, and the parser of explanations and the BOS rule where they differ from those of older keys."""
-        av, ar = self.pair
-        identity = {"av": nla.digest_nla(av), "ar": nla.digest_nla(ar)}
-        if av.thinks:  # thoughts before the answer are skipped
-            identity["parser"] = "after_thoughts"
-        if text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer):
-            identity["ar_bos"] = "once"
-        return identity
+    def draws_identity(self) -> dict[str, str]:
+        """Return the AV's digest, and the parser of explanations where it differs from that of older keys."""
+        av, _ = self.pair
+        # An AV that thinks gets its thoughts before the answer skipped.
+        return {"av": nla.digest_nla(av)} | ({"parser": "after_thoughts"} if av.thinks else {})
+
+    def scores_identity(self) -> dict[str, str]:
+        """Return the AR's digest, and the BOS rule where it differs from that of older keys."""
+        _, ar = self.pair
+        reads_bos_once = text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer)
+        return {"ar": nla.digest_nla(ar)} | ({"ar_bos": "once"} if reads_bos_once else {})
 
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
         """Check layer, width and base model; a fine-tune of the base is noted."""
@@ -192,7 +198,8 @@ class NlaPair(Family):
 
     def weight_bytes(self) -> int:
         """Return the size of all weights of both; an AR adapter's base counts whole, although its upper blocks are not loaded."""
-        return sum(_weight_bytes(info.weights, self.autoencoder.dtype) for info in self.pair)
+        dtypes = (self.autoencoder.dtype, self.autoencoder.reconstructor_dtype)
+        return sum(_weight_bytes(info.weights, dtype) for info, dtype in zip(self.pair, dtypes, strict=True))
 
     def reconstruction_bytes(self) -> int:
         """Return 0: a pair is scored by direction alone, and no reconstruction is stored."""
@@ -208,7 +215,7 @@ class NlaPair(Family):
         """Load the AR of the pair; it shares no weights with the AV."""
         from ksweep.autoencoder.nla.models import load_nla_reconstructor
 
-        return load_nla_reconstructor(self.pair[1], dtype=self.autoencoder.dtype, device=devices)
+        return load_nla_reconstructor(self.pair[1], dtype=self.autoencoder.reconstructor_dtype, device=devices)
 
 
 class TaeFile(Family):
@@ -260,12 +267,14 @@ class TaeFile(Family):
         """Notes on options and base weights that the file lacks."""
         return notes_of(self.info)
 
-    def identity(self) -> dict[str, str]:
+    def draws_identity(self) -> dict[str, str]:
+        """Return the digest of file and base."""
+        return {"checkpoint": tae.digest_tae(self.info)}
+
+    def scores_identity(self) -> dict[str, str]:
         """Return the digest of file and base, and the encoder's prompt if it is not the trained one."""
-        identity = {"checkpoint": tae.digest_tae(self.info)}
-        if self.autoencoder.encoder_prompt != "learned":  # keys from before this choice existed stay valid
-            identity["encoder_prompt"] = self.autoencoder.encoder_prompt
-        return identity
+        prompt = self.autoencoder.encoder_prompt  # keys from before this choice existed stay valid
+        return self.draws_identity() | ({} if prompt == "learned" else {"encoder_prompt": prompt})
 
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
         """Check layer and width, and that tokens and positions are known if decoder or encoder were trained with them."""
@@ -300,7 +309,8 @@ class TaeFile(Family):
 
     def weight_bytes(self) -> int:
         """Return twice the size of the base: decoder and encoder may each have weights of their own."""
-        return 2 * _weight_bytes(self.info.base, self.autoencoder.dtype)
+        dtypes = (self.autoencoder.dtype, self.autoencoder.reconstructor_dtype)
+        return sum(_weight_bytes(self.info.base, dtype) for dtype in dtypes)
 
     def reconstruction_bytes(self) -> int:
         """Return the size of a float32 vector: the reference system's metrics need the reconstructions themselves."""
@@ -318,11 +328,12 @@ class TaeFile(Family):
         from ksweep.autoencoder.tae.models import load_tae_reconstructor
 
         spec = self.autoencoder
+        same_dtype = spec.reconstructor_dtype == spec.dtype
         return load_tae_reconstructor(
             self.info,
-            dtype=spec.dtype,
+            dtype=spec.reconstructor_dtype,
             device=devices,
-            sharing=verbalizer if isinstance(verbalizer, TaeVerbalizer) else None,
+            sharing=verbalizer if isinstance(verbalizer, TaeVerbalizer) and same_dtype else None,
             encoder_prompt=spec.encoder_prompt,
         )
 

@@ -37,12 +37,16 @@ class Autoencoder:
     dtype: Dtype = "bfloat16"
     """Compute precision of AV and AR; errors are always computed in float32. In float32 draws do not depend on batch size or
     number of ranks. In bfloat16 rounding can change a draw when either changes (see Resources.batch_size)."""
+    ar_dtype: Dtype | None = None
+    """Compute precision of the AR alone. None: that of `dtype`. Draws do not depend on it, so they are not taken again."""
     encoder_prompt: EncoderPrompt = "learned"
     """What surrounds an explanation in a talkative autoencoder's encoder. learned: the trained soft prompt. text: the token
     embeddings of the words that this prompt was initialised with (soft_prompt_init_text)."""
 
     def __post_init__(self) -> None:
         one_of("autoencoder.dtype", self.dtype, Dtype)
+        if self.ar_dtype is not None:
+            one_of("autoencoder.ar_dtype", self.ar_dtype, Dtype)
         one_of("autoencoder.encoder_prompt", self.encoder_prompt, EncoderPrompt)
         if (self.av is None or self.ar is None) == (self.checkpoint is None) or (self.checkpoint and (self.av or self.ar)):
             raise SpecError(
@@ -59,6 +63,11 @@ class Autoencoder:
     def source(self) -> str:
         """Path or hub id by which a user knows the autoencoder: the checkpoint, or the AV."""
         return self.checkpoint or self.av or ""
+
+    @property
+    def reconstructor_dtype(self) -> Dtype:
+        """Compute precision of the AR."""
+        return self.ar_dtype or self.dtype
 
     @property
     def scoring_kind(self) -> ScoringKind:

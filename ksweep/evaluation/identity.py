@@ -85,7 +85,8 @@ def cell_keys(cell: Cell) -> CellKeys:
     activations, activations_identity = activations_key(cell.activations, layer)
     draws = {
         "activations": activations,
-        **family.identity(),
+        **family.draws_identity(),
+        **family.scores_identity(),
         "dtype": cell.autoencoder.dtype,
         "temperature": cell.sampling.temperature,
         "top_p": cell.sampling.top_p if cell.sampling.temperature > 0 else None,
@@ -94,6 +95,8 @@ def cell_keys(cell: Cell) -> CellKeys:
         "sampler_version": SAMPLER_VERSION,
         "scorer_version": SCORER_VERSION,
     }
+    if cell.autoencoder.reconstructor_dtype != cell.autoencoder.dtype:  # keys from before this choice existed stay valid
+        draws |= {"ar_dtype": cell.autoencoder.reconstructor_dtype}
     draws_key = fingerprint(draws)
     numbers = {
         "draws": draws_key,

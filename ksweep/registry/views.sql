@@ -277,9 +277,10 @@ COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation; 
 CREATE VIEW v_temperature AS
 WITH siblings AS (
     SELECT run_id, av, ar, checkpoint, model,
-           -- Specs written before checkpoints were supported lack the field.
-           md5(concat(checkpoint, json_merge_patch(spec, '{"sampling": {"temperature": null}, "autoencoder": {"checkpoint": null}}')))
-           AS setting FROM v_latest
+           -- Specs of earlier versions lack fields that were added since.
+           md5(concat(checkpoint, spec->>'$.autoencoder.ar_dtype', json_merge_patch(
+               spec, '{"sampling": {"temperature": null}, "autoencoder": {"checkpoint": null, "ar_dtype": null}}'))) AS setting
+    FROM v_latest
 )
 SELECT s.setting, c.k, c.temperature, c.fve, c.fve_low, c.fve_high,
        rank() OVER (PARTITION BY s.setting, c.k ORDER BY c.fve DESC) AS place,

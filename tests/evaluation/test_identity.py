@@ -66,6 +66,8 @@ def changed(before: CellKeys, after: CellKeys) -> set[str]:
         ("sampling.max_new_tokens", 20, {"draws", "cell"}),
         ("sampling.seed", 1, {"draws", "cell"}),
         ("autoencoder.dtype", "float32", {"draws", "cell"}),
+        ("autoencoder.ar_dtype", "float32", {"draws", "cell"}),
+        ("autoencoder.ar_dtype", "bfloat16", set()),
         ("activations.seed", 1, {"activations", "draws", "cell"}),
         ("activations.dtype", "float32", {"activations", "draws", "cell"}),
         ("activations.min_position", 5, {"activations", "draws", "cell"}),
