@@ -29,9 +29,11 @@ def test_cases_keeps_the_first_the_last_and_those_between() -> None:
     assert "test_cases_keeps_the_first_the_last_and_those_between" in names
 
 
+@pytest.mark.slow
 def test_cases_chooses_among_those_that_other_options_have_left() -> None:
     assert collected("--cases", "2", "-k", "parametrised and not 8") == ["test_parametrised[0]", "test_parametrised[7]"]
 
 
+@pytest.mark.slow
 def test_without_the_option_every_case_runs() -> None:
     assert len([name for name in collected() if "[" in name]) == 9

@@ -198,6 +198,7 @@ def test_a_batch_that_memory_does_not_suffice_for_is_run_in_halves(base: Path, m
         reader.vectors(ids, positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3_multimodal", "gpt2"])
 def test_closing_frees_the_weights_without_a_garbage_collection(family: str, tmp_path: Path) -> None:
     reader = BlockReader(str(make_model(family, tmp_path / "base")), 1, "float32")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ksweep import Resources, Sweep
+from tests.made_once import made_once
 from tests.registry.real_runs import real  # noqa: F401  # a fixture
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
@@ -24,16 +25,19 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    place = tmp_path_factory.mktemp("reported")
-    pair = talking_pair(tmp_path_factory.mktemp("tiny"), num_rows=60)
+    return made_once(tmp_path_factory, "reported", _sweep)
+
+
+def _sweep(place: Path) -> Sweep:
+    (place / "tiny").mkdir()
     done = Sweep(
         name="tiny",
         question="Does <b>warmth</b> & noise help?",
-        cell=tiny_cell(pair, num_replicates=100),
+        cell=tiny_cell(talking_pair(place / "tiny", num_rows=60), num_replicates=100),
         resources=Resources(cluster="inprocess", gpus=0),
         registry=str(place / "registry"),
         vector_cache=str(place / "vector_cache"),
-    )  # fmt: skip
+    )
     assert run(done, "sampling.temperature=[0.7,1.3]") == 0
     return done
 

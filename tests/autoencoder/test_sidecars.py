@@ -373,6 +373,7 @@ def test_number_beyond_all_sizes_is_refused_by_its_key(key: str, pair: Path) -> 
     assert f"{key.replace('__', '.')}=" in refused(pair / "nla-av", "av")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -107,6 +107,7 @@ def expected(monkeypatch):
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2_capped", "gemma3_wide", "gpt2"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), pytest.param(0.5, 0.6, marks=pytest.mark.slow)])
 def test_replayed_steps_give_the_same_draws(models, recorder, expected, name, temperature, top_p):  # noqa: F811

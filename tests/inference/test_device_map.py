@@ -150,6 +150,7 @@ def test_a_talkative_autoencoder_over_two_devices_says_and_reads_the_same(name: 
         assert torch.equal(one[1], two[1]) and torch.equal(one[2], two[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_model_over_two_devices_has_the_same_activations(family: Any, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family, num_layers=5)

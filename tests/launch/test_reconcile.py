@@ -254,6 +254,7 @@ def test_a_job_that_never_began_leaves_nothing(sweep: Sweep) -> None:
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(0,)] and ask(sweep, "SELECT count(*) FROM runs") == [(0,)]
 
 
+@pytest.mark.slow
 def test_finalizing_waits_for_the_outcome_of_a_living_rank(sweep: Sweep) -> None:
     job = job_of(sweep)
     for rank in (0, 1):
@@ -266,6 +267,7 @@ def test_finalizing_waits_for_the_outcome_of_a_living_rank(sweep: Sweep) -> None
     assert ask(sweep, "SELECT error_class, len(tracebacks) FROM runs") == [("bug", 2)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_end_is_waited_for_a_few_seconds(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ksweep.launch.reconcile.FINAL_RECORD_GRACE_SECONDS", 0.5)
     job = job_of(sweep)
@@ -365,6 +367,7 @@ def altered(text: str) -> Mapping[str, str]:
     return {"altered": text.replace('"bug"', '"fly"'), "cut": text[: len(text) // 2], "later": later, "empty": "{}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["altered", "cut", "later", "empty"])
 def test_damaged_attempts_are_not_believed_until_they_are_repaired(sweep: Sweep, how: str) -> None:
     path = one_job(sweep)

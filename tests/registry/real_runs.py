@@ -15,6 +15,7 @@ import pytest
 
 from ksweep import Resources, Sweep
 from ksweep.registry.run_record import read_run, write_run
+from tests.made_once import made_once
 from tests.tiny_sweeps import run, talking_pair, tiny_cell
 
 TEMPERATURES = (0.5, 0.7, 1.0)
@@ -116,4 +117,4 @@ def _measure_again(real: Real, temperature: float) -> None:
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     """Made once; tests only read it."""
-    return make(tmp_path_factory.mktemp("real"))
+    return made_once(tmp_path_factory, "real", make)

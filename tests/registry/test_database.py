@@ -188,6 +188,7 @@ def held_open_by_another_process(path: Path, read_only: bool) -> Iterator[None]:
             process.communicate("\n", timeout=240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_only", [True, False], ids=["reading", "writing"])
 def test_another_process_holding_the_file_blocks_neither_ingest_nor_connect(root: Path, read_only: bool) -> None:
     write_run(root, record_of("r0", temperature=0.4), curve_of())

@@ -184,6 +184,7 @@ def test_draws_taken_in_two_runs_give_the_quantities_of_all(sweep: Sweep, case: 
     assert sum(len(p) - p.null_count for p in parts) < 0.5 * sum(map(len, parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_intervals_are_those_of_a_plain_bootstrap_over_vectors(undisturbed: Runs, case: str) -> None:
     sweep = undisturbed(case)
@@ -203,6 +204,7 @@ def test_intervals_are_those_of_a_plain_bootstrap_over_vectors(undisturbed: Runs
         assert bca == pytest.approx(plain_bca([one["variance_recovery"] for one in again], of.activations, made), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_quantities_by_role_are_the_formulas_over_the_vectors_of_a_role(undisturbed: Runs) -> None:
     sweep = undisturbed(GEMMA)
     of = everything(sweep, GEMMA)
@@ -227,6 +229,7 @@ def test_with_prefix_selection_the_honest_recovery_is_the_fve_but_for_one_vector
         assert recovery["mse_variance_recovery", k] == pytest.approx(1 - (1 - fve) * (N - 1) / N, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_by_role_where_the_chat_format_is_known(undisturbed: Runs) -> None:
     sweep = undisturbed(GEMMA)
     of = everything(sweep, GEMMA)
@@ -241,6 +244,7 @@ def test_tokens_are_counted_by_role_where_the_chat_format_is_known(undisturbed: 
     assert set(result["variance_recovery_by_role"]) < set(result["mse_by_role"]) == set(counted)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_format_that_nobody_knows_are_unknown(undisturbed: Runs) -> None:
     sweep = undisturbed("gpt2_patch_all")
     assert ask(sweep, "SELECT token_roles, selected_token_roles FROM runs") == [(None, None)]
