@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ksweep.config.spec import Cell, cell_from_dict
+from ksweep.evaluation.identity import CellKeys
+from ksweep.utils.notes import Note
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,10 @@ class RunContext:
     resources: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
     """Provenance of the launcher: its commit and command."""
+    keys: Mapping[Cell, CellKeys] = field(default_factory=dict)
+    """Keys of each resolved cell, as the launcher computed them; empty for jobs of earlier versions, whose ranks compute them."""
     names: Mapping[Cell, tuple[str, str]] = field(default_factory=dict)
-    """Label and title of each cell within its sweep; empty where a job states none."""
+    """Label and title of each cell within its sweep, where a job of an earlier version states them."""
     unit_order_seed: int = 0
     """Seed of the order in which a job claims its work units: different for each job, the same on all its ranks."""
 
@@ -37,12 +41,31 @@ class RunContext:
             sweep=argument["sweep"],
             resources=argument["resources"],
             origin=argument["origin"],
+            keys=keys_by_cell(argument),
             names=names_by_cell(argument),
             unit_order_seed=argument.get("order", 0),
         )
 
 
+def keys_by_cell(argument: dict[str, Any]) -> dict[Cell, CellKeys]:
+    """Return the keys that job.json states for each cell; a cell is left out if another version stated too little of it."""
+    keys = zip(argument["cells"], argument.get("keys", ()), strict=False)
+    return {cell_from_dict(cell): known for cell, value in keys if (known := cell_keys_from_dict(value)) is not None}
+
+
+def cell_keys_from_dict(value: Mapping[str, Any]) -> CellKeys | None:
+    """Return keys that were written as a dictionary; None if a field is missing that this version requires.
+
+    Fields that this version does not know are ignored.
+    """
+    known = {f.name: value[f.name] for f in fields(CellKeys) if f.name in value}
+    try:
+        return CellKeys(**known | {"notes": tuple(Note(**note) for note in known.get("notes", ()))})
+    except TypeError:
+        return None
+
+
 def names_by_cell(argument: dict[str, Any]) -> dict[Cell, tuple[str, str]]:
-    """Return the label and title of each cell of a job; empty for jobs of versions that stated none."""
+    """Return the label and title of each cell of a job that states no keys, as earlier versions did."""
     names = argument.get("names", ())
     return {cell_from_dict(cell): (label, title) for cell, (label, title) in zip(argument["cells"], names, strict=False)}

@@ -23,7 +23,7 @@ def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
     context = RunContext.from_argument(argument)
     cells = [cell_from_dict(value) for value in argument["cells"]]
     # 2. Evaluate together the cells whose draws one stream of the AV can take; models stay loaded from group to group.
-    models = Models(ranks.devices)
+    models = Models(ranks.devices, {cell.autoencoder: keys for cell, keys in context.keys.items()})
     return [run_id for group in group_by_stream(cells) for run_id in evaluate(group, context, ranks, models)]
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ksweep.autoencoder.family import Family, family_of
 from ksweep.config.spec import Autoencoder
+from ksweep.evaluation.identity import CellKeys
+from ksweep.utils.errors import CheckpointError
 from ksweep.utils.machine import WAIT_POLICY
 
 if TYPE_CHECKING:
@@ -17,9 +20,14 @@ if TYPE_CHECKING:
 class Models:
     """The AV and AR of the autoencoder that was used last."""
 
-    def __init__(self, devices: tuple[str, ...]) -> None:
-        """Load nothing yet. `devices` are torch device names; each model is spread over all of them."""
-        self.devices = devices
+    def __init__(self, devices: tuple[str, ...], planned: Mapping[Autoencoder, CellKeys] | None = None) -> None:
+        """Load nothing yet.
+
+        Args:
+            devices: torch device names; each model is spread over all of them.
+            planned: keys that the launcher computed for a cell of each autoencoder; its files must still be those.
+        """
+        self.devices, self.planned = devices, planned or {}
         self._family: Family | None = None
         self._av: Verbalizer | None = None
         self._ar: Reconstructor | None = None
@@ -39,9 +47,12 @@ class Models:
         return self._ar
 
     def _switch_to(self, autoencoder: Autoencoder) -> Family:
-        """Release the models of any other autoencoder."""
+        """Release the models of any other autoencoder, and check that the files of this one are those that were planned."""
         if self._family is None or self._family.autoencoder != autoencoder:
-            self._family, self._av, self._ar = family_of(autoencoder), None, None
+            family = family_of(autoencoder)
+            if (keys := self.planned.get(autoencoder)) is not None:
+                check_as_planned(family, keys)
+            self._family, self._av, self._ar = family, None, None
             if len(self.devices) > 1:
                 gc.collect()  # a model that is spread is part of reference cycles, and the next one needs its memory
         return self._family
@@ -60,6 +71,24 @@ class Models:
             "sampler": "slots" if in_slots else "plain",
             "cuda_graphs": cuda_graphs.cuda_graphs_state(model) if in_slots else "off",
         }  # fmt: skip
+
+
+def check_as_planned(family: Family, keys: CellKeys) -> None:
+    """Check that an autoencoder's files have the digests that its cells' keys were computed from.
+
+    Raises:
+        CheckpointError: a file was changed after the launcher had planned the job.
+    """
+    parts = [part for part in keys.identity.values() if isinstance(part, dict)]
+    planned = {name: value for part in parts for name, value in part.items()}
+    current = family.draws_identity() | family.scores_identity()
+    changed = [name for name, value in current.items() if planned.get(name, value) != value]
+    if changed:
+        raise CheckpointError(
+            f"{family.autoencoder.source} has changed since this job was planned ({', '.join(changed)}: another digest): nothing "
+            "of it was loaded. Run the sweep's command again, which plans with the files as they are now; draws of the "
+            "earlier files are kept under their own key."
+        )
 
 
 def threads_in_use() -> dict[str, str]:

@@ -36,9 +36,9 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
         DataError: the activations changed after the cell was identified, or all of them are of one document and the baseline
             needs several.
     """
-    # 1. Identify the cell.
-    clock, names, cell = Clock(), context.names.get(cell), resolve_cell(cell)
-    keys = cell_keys(cell) if names is None else cell_keys(cell).with_names(*names)
+    # 1. Identify the cell as its launcher did.
+    clock = Clock()
+    cell, keys = _identify(cell, context)
     current.switch_to(keys, clock)
     # 2. Extract its activations, together with the other ranks.
     vectors = _extract_activations(cell, keys, context, ranks, clock)
@@ -58,6 +58,15 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
         if other.keys.draws == keys.draws:
             covered[: other.covered.shape[0], : other.covered.shape[1]] = True
     return CellRun(cell, keys, clock, vectors, store, covered, missing_work_units(covered), notes)
+
+
+def _identify(cell: Cell, context: RunContext) -> tuple[Cell, CellKeys]:
+    """Return the resolved cell and its keys: those of job.json, or, of a job without them, those that the files give now."""
+    if (keys := context.keys.get(cell)) is not None:
+        return cell, keys
+    names, resolved = context.names.get(cell), resolve_cell(cell)
+    keys = cell_keys(resolved)
+    return resolved, keys if names is None else keys.with_names(*names)
 
 
 def _extract_activations(cell: Cell, keys: CellKeys, context: RunContext, ranks: Ranks, clock: Clock) -> ActivationTable:

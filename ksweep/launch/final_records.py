@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -10,12 +12,13 @@ from typing import Any
 
 from ksweep.config.spec import cell_from_dict
 from ksweep.evaluation.cell_record import identity_fields, request_fields
-from ksweep.evaluation.context import names_by_cell
+from ksweep.evaluation.context import keys_by_cell, names_by_cell
 from ksweep.evaluation.identity import cell_keys
 from ksweep.launch.job import Job, read_or
 from ksweep.launch.rank_records import Heartbeat, Outcome
 from ksweep.launch.status import JobStatus
 from ksweep.registry.attempts import Attempt
+from ksweep.utils.errors import RequestError, StoreError
 
 CLASS_OF_REQUEUE = {"time limit": "timeout", "preempted": "preempted", "asked to stop": "stopped"}
 """Why a start was put back into the queue -> the class of its end."""
@@ -103,7 +106,7 @@ def record_unfinished_run(job: Job, status: JobStatus, rows: Sequence[Attempt]) 
     row = next((r for r in rows if r.start == newest and cause and r.rank == cause.rank), None)
     keys = [cell["key"] for cell in spec["cells"]]
     write_unfinished_run(
-        spec["argument"], keys.index(heartbeat.cell) if heartbeat and heartbeat.cell in keys else None, job.id[-6:],
+        spec, keys.index(heartbeat.cell) if heartbeat and heartbeat.cell in keys else None, job.id[-6:],
         status="failed" if status.state == "failed" else "stopped",
         job=job.id, start=newest, error_class=status.kind or status.state,
         error_type=row.error_type if row else None,
@@ -131,40 +134,58 @@ def _utc(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
-def write_unfinished_run(argument: dict[str, Any], cell: int | None, name: str, **fields: Any) -> None:
+def write_unfinished_run(spec: dict[str, Any], cell: int | None, name: str, **fields: Any) -> None:
     """Write the run record of a cell that did not finish, unless it is there already.
 
     Args:
-        argument: the argument of the job's entry point.
+        spec: the content of job.json.
         cell: index of the current cell; None for the first that neither finished nor failed since the job was started.
         name: end of the run id.
         fields: further fields of the record: status, class, what every rank reported.
     """
     from ksweep.registry import run_record
 
+    argument = spec["argument"]
     registry = Path(argument["registry"])
-    cell = _current_cell(argument, fields["started"]) if cell is None else cell
+    cell = _current_cell(spec, fields["started"]) if cell is None else cell
     if cell is None:
         return
-    spec = cell_from_dict(argument["cells"][cell])
-    names = names_by_cell(argument).get(spec)
-    keys = cell_keys(spec) if names is None else cell_keys(spec).with_names(*names)
-    run_id = f"{fields['finished']:%Y%m%dT%H%M%S}-{keys.cell[:8]}-{name}"
+    identity = _identity_of_cell(spec, cell)
+    run_id = f"{fields['finished']:%Y%m%dT%H%M%S}-{identity['cell_key'][:8]}-{name}"
     if (registry / "landing" / run_id).exists():
         return
     request = request_fields(argument["sweep"], argument["resources"], argument.get("origin", {}))
-    run_record.write_run(registry, run_record.RunRecord(**identity_fields(spec, keys) | {"run_id": run_id}, **request, **fields))
+    run_record.write_run(registry, run_record.RunRecord(**identity | {"run_id": run_id}, **request, **fields))
 
 
-def _current_cell(argument: dict[str, Any], started: datetime) -> int | None:
+def _identity_of_cell(spec: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return the fields of a run record that say what was evaluated, from job.json alone where it states the cell's keys.
+
+    Those of a job of an earlier version are computed from the files that the cell names; if these have changed or gone since,
+    the record has what such a job states: key and label of the cell.
+    """
+    argument, stated = spec["argument"], spec["cells"][index]
+    cell = cell_from_dict(argument["cells"][index])
+    label, title = names_by_cell(argument).get(cell, (stated["label"], stated["label"]))
+    keys = keys_by_cell(argument).get(cell)
+    if keys is None:
+        with suppress(RequestError, StoreError, OSError):
+            derived = cell_keys(cell).with_names(label, title)
+            keys = derived if derived.cell == stated["key"] else None
+    if keys is not None:
+        return identity_fields(cell, keys)
+    return {"cell": f"{title} @{stated['key'][:8]}", "label": label, "cell_key": stated["key"], "spec": asdict(cell)}
+
+
+def _current_cell(spec: dict[str, Any], started: datetime) -> int | None:
     """Return the index of the cell that a job was working on, where no heartbeat says so.
 
     None where an older version of the job has recorded its failure itself.
     """
     from ksweep.registry.query import runs_since
 
-    status_by_key = runs_since(Path(argument["registry"]), started)
-    keys = [cell_keys(cell).cell for cell in map(cell_from_dict, argument["cells"])]
+    status_by_key = runs_since(Path(spec["argument"]["registry"]), started)
+    keys = [cell["key"] for cell in spec["cells"]]
     if any(status_by_key.get(key) == "failed" for key in keys):
         return None
     return next((n for n, key in enumerate(keys) if key not in status_by_key), len(keys) - 1)

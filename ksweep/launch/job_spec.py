@@ -29,10 +29,11 @@ def group_by_autoencoder(sweep: Sweep, missing: MissingCells) -> list[list[tuple
 
 
 def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str) -> Job:
-    """Create the job directory for a group of cells."""
+    """Create the job directory for a group of resolved cells; nobody after the launcher derives their keys from disk again."""
+    keys = [step.keys for _, step in group]
     argument = {
         "cells": [asdict(cell) for cell, _ in group],
-        "names": [(step.label, step.title or step.label) for _, step in group],
+        "keys": [] if None in keys else [asdict(key) for key in keys if key is not None],
         "sweep": sweep.name,
         "registry": os.path.abspath(sweep.registry),
         "vector_cache": os.path.abspath(sweep.vector_cache),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ksweep.evaluation.identity import CellKeys
 
 CellState = Literal["done", "running", "waiting", "failed", "missing"]
 
@@ -46,6 +49,8 @@ class CellFacts:
     """Class and message of the newest run, if that failed."""
     title: str = ""
     """Name of the cell where it stands alone; empty: its label."""
+    keys: CellKeys | None = None
+    """Resolved identity of the cell, for its job's job.json."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Step:
     seconds: float | None
     title: str = ""
     """Name of the cell where it stands alone; its label is what tells it from the others of its sweep."""
+    keys: CellKeys | None = None
+    """Resolved identity of the cell, for its job's job.json."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def plan_steps(facts: Iterable[CellFacts], *, retry: Sequence[str] = ()) -> list
     for fact in facts:
         planned = max(extracted.get(fact.activations_key, 0), fact.activations_present)
         step = _step(fact, max(0, fact.activations_wanted - planned), fact.cell_key.startswith(tuple(retry)))
-        steps.append(replace(step, title=fact.title or fact.label))
+        steps.append(replace(step, title=fact.title or fact.label, keys=fact.keys))
         if steps[-1].state == "missing":
             extracted[fact.activations_key] = max(planned, fact.activations_wanted)
     return steps

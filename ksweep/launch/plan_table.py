@@ -39,7 +39,8 @@ def _print_objects(
 ) -> None:
     """Print a JSON object for each cell, then one with the totals."""
     for step in steps:
-        print(json.dumps({**asdict(step), "gpu_hours": _hours(step.seconds, gpus)}))
+        fields = {name: value for name, value in asdict(step).items() if name != "keys"}
+        print(json.dumps({**fields, "gpu_hours": _hours(step.seconds, gpus)}))
     total = {
         "sweep": sweep.name, "cells": len(steps), "states": Counter(step.state for step in steps), "job": shape,
         "cells_of_jobs": list(cells_of_jobs), **asdict(sums), "gpu_hours": _hours(sums.seconds, gpus),

@@ -62,6 +62,7 @@ def _gather_facts(
         activations_key=keys.activations,
         label=keys.label,
         title=keys.title,
+        keys=keys,
         finished_run=finished_run,
         activations_present=needed.present,
         activations_wanted=cell.activations.num_activations,

@@ -31,6 +31,7 @@ from ksweep.registry.query import finished_runs
 from ksweep.utils.errors import RequestError, RunError, StoreError
 from ksweep.utils.files import locked
 from ksweep.utils.notes import notes_of
+from ksweep.utils.planning_pass import planning_pass
 
 log = logging.getLogger(__name__)
 
@@ -71,23 +72,29 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
             sweep = run_on_slurm.with_slurm_resources(sweep)
         except SlurmError as error:
             silence = error
-    cells = resolve_cells(sweep.cells())
-    keys = sweep_keys(sweep, cells)
-    for note in notes_of(*keys):
-        log.warning("%s: %s", note.about, note.text)
-    if silence is not None:
-        return _without_slurm(sweep, cells, keys, options, silence)
-    if options.dry_run:
-        steps = plan_cells(sweep, cells, keys, survey_jobs(logs_directory(sweep.registry)), retry=options.retry)
-        missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
-        sweep, together = with_num_ranks(sweep, missing), group_by_autoencoder(sweep, missing)
-        plan_table.print_plan(
-            sweep, steps, shape=_shape(sweep), cells_of_jobs=[len(group) for group in together], as_json=options.json
-        )
-        check_disk_space(sweep, steps)
-        return 0
+    with planning_pass():
+        cells = resolve_cells(sweep.cells())
+        keys = sweep_keys(sweep, cells)
+        for note in notes_of(*keys):
+            log.warning("%s: %s", note.about, note.text)
+        if silence is not None:
+            return _without_slurm(sweep, cells, keys, options, silence)
+        if options.dry_run:
+            return _dry_run(sweep, cells, keys, options)
     check_writable(sweep)
     return (_submit if to_slurm else _run)(sweep, cells, keys, options)
+
+
+def _dry_run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace) -> int:
+    """Print the plan; start and write nothing."""
+    steps = plan_cells(sweep, cells, keys, survey_jobs(logs_directory(sweep.registry)), retry=options.retry)
+    missing = [(cell, step) for cell, step in zip(cells, steps, strict=True) if step.state == "missing"]
+    sweep, together = with_num_ranks(sweep, missing), group_by_autoencoder(sweep, missing)
+    plan_table.print_plan(
+        sweep, steps, shape=_shape(sweep), cells_of_jobs=[len(group) for group in together], as_json=options.json
+    )
+    check_disk_space(sweep, steps)
+    return 0
 
 
 def _run(sweep: Sweep, cells: Sequence[Cell], keys: Sequence[CellKeys], options: argparse.Namespace) -> int:

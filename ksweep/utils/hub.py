@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.files import home, publish
+from ksweep.utils.planning_pass import once_per_pass
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 
@@ -48,6 +49,7 @@ def resolve(source: str, what: str = "model") -> Path:
     return _hub_snapshot(source, what)
 
 
+@once_per_pass
 def _hub_snapshot(source: str, what: str) -> Path:
     from huggingface_hub import snapshot_download  # heavy; only when a hub id is given
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

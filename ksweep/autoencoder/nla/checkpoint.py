@@ -19,6 +19,7 @@ from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.model_sizes import language_model
 from ksweep.utils.notes import Note
+from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.text import some_of
 
 HEAD, ADAPTER, ADAPTER_CONFIG = "value_head.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -77,6 +78,7 @@ class CheckpointInfo:
         return self.role == "av" and "<think>" in _chat_template(self.tokenizer)
 
 
+@once_per_pass
 def inspect_nla(path: Path | str, expected_role: NlaRole, base: str | None = None) -> CheckpointInfo:
     """Return what the sidecar, configuration and weight headers of an AV or AR directory say, once all are checked.
 

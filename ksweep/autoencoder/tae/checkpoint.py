@@ -36,6 +36,7 @@ from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.model_sizes import language_model
 from ksweep.utils.notes import Note
+from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class TaeInfo:
         return self.activations_model == str(self.base)
 
 
+@once_per_pass
 def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: str | None = None) -> TaeInfo:
     """Return what a checkpoint's configuration, tensor names and shapes say, once all are checked.
 

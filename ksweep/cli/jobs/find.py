@@ -51,7 +51,9 @@ def job_facts(job: Job) -> JobFacts:
     spec = json.loads((job.path / "job.json").read_text())
     cells = tuple((str(cell["key"]), str(cell["label"])) for cell in spec.get("cells", []))
     argument = spec.get("argument") or {}
-    titles = {key: str(title) for (key, _), (_, title) in zip(cells, argument.get("names", ()), strict=False)}
+    # "names" holds labels and titles in jobs of earlier versions.
+    full = [value.get("title", "") for value in argument.get("keys", ())] or [title for _, title in argument.get("names", ())]
+    titles = {key: str(title) for (key, _), title in zip(cells, full, strict=False)}
     return JobFacts(str(argument.get("sweep", "")), cells, titles)
 
 
