@@ -26,6 +26,7 @@ from transformers import GenerationConfig
 
 from ksweep.autoencoder.injection import scaled
 from ksweep.autoencoder.nla.models import NlaVerbalizer
+from ksweep.autoencoder.prompting import ReplaceEmbedding
 from ksweep.inference import attention as slots
 from ksweep.inference.engine import Request, draw
 
@@ -126,8 +127,9 @@ def generated(av: NlaVerbalizer, vectors: torch.Tensor, k: int, batch_size: int,
 
 
 def prompts(av: NlaVerbalizer, vectors: torch.Tensor) -> torch.Tensor:
+    assert isinstance(av.prompting.injection, ReplaceEmbedding)
     embedded = av.model.get_input_embeddings()(torch.tensor(av.prompt_ids, device=av.model.device)).repeat(len(vectors), 1, 1)
-    embedded[:, av.injection_position] = scaled(vectors, av.info.sidecar.injection_scale or 1.0).to(embedded)
+    embedded[:, av.injection_position] = scaled(vectors, av.prompting.injection.scale).to(embedded)
     return embedded
 
 

@@ -33,6 +33,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
+from ksweep.autoencoder.nla.prompts import AvPrompt
+from ksweep.autoencoder.prompting import ArPrompting, AvPrompting, ReplaceEmbedding
 from ksweep.inference import cuda_graphs
 
 LAYER = 20
@@ -213,19 +215,20 @@ def report_extraction(options: argparse.Namespace) -> None:
 def verbalizer(options: argparse.Namespace) -> NlaVerbalizer:
     model = made(Qwen2ForCausalLM, options)
     ends = frozenset(range(0, model.config.vocab_size, ONE_IN))
-    return NlaVerbalizer(info(model), model, None, tuple(range(1, PROMPT + 1)), INJECTED_AT, ends)
+    prompting = AvPrompting(injection=ReplaceEmbedding(model.config.hidden_size**0.5), template="{injection_char}", marker="x")
+    prompt = AvPrompt(tuple(range(1, PROMPT + 1)), INJECTED_AT)
+    return NlaVerbalizer(info(model), prompting, model, None, prompt, ends)
 
 
 def reconstructor(options: argparse.Namespace) -> NlaReconstructor:
     model = made(Qwen2Model, options, LAYER + 1)
     width = model.config.hidden_size
     head = torch.nn.Linear(width, width, bias=False, dtype=model.dtype, device=options.device).requires_grad_(False)
-    return NlaReconstructor(info(model), model, head, RandomPrompts())
+    return NlaReconstructor(info(model), ArPrompting(template="{explanation}"), model, head, RandomPrompts())
 
 
 def info(model: Any) -> Any:
-    sidecar = SimpleNamespace(injection_scale=float(model.config.hidden_size) ** 0.5)
-    return SimpleNamespace(path="random weights", layer=LAYER, d_model=model.config.hidden_size, sidecar=sidecar)
+    return SimpleNamespace(path="random weights", layer=LAYER, d_model=model.config.hidden_size)
 
 
 class RandomPrompts:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ksweep.autoencoder.nla import checkpoint as nla
 from ksweep.autoencoder.norms import training_norm
@@ -26,7 +26,7 @@ from ksweep.autoencoder.safetensors_header import model_tensors
 from ksweep.autoencoder.tae import checkpoint as tae
 from ksweep.config.spec import Autoencoder
 from ksweep.utils.bos_token import text_gets_second_bos
-from ksweep.utils.errors import DataError
+from ksweep.utils.errors import DataError, SpecError
 from ksweep.utils.hub import HUB_ID, resolve
 from ksweep.utils.notes import Note, notes_of
 
@@ -94,11 +94,11 @@ class Family(ABC):
         """Notes on accepted but unusual properties of its files."""
 
     @abstractmethod
-    def draws_identity(self) -> dict[str, str]:
+    def draws_identity(self) -> dict[str, Any]:
         """Return what its AV adds to the identity of draws: a digest, and how texts are parsed where there is a choice."""
 
     @abstractmethod
-    def scores_identity(self) -> dict[str, str]:
+    def scores_identity(self) -> dict[str, Any]:
         """Return what its AR adds to the identity of scores: a digest, and how texts are read where there is a choice."""
 
     @abstractmethod
@@ -145,8 +145,8 @@ class NlaPair(Family):
     def pair(self) -> tuple[nla.CheckpointInfo, nla.CheckpointInfo]:
         """AV and AR, each checked alone and against the other."""
         spec = self.autoencoder
-        av = nla.inspect_nla(resolve(spec.av or "", "AV checkpoint"), "av", base=spec.base)
-        ar = nla.inspect_nla(resolve(spec.ar or "", "AR checkpoint"), "ar", base=spec.base)
+        av = nla.inspect_nla(resolve(spec.av or "", "AV checkpoint"), "av", spec.base, spec.prompting)
+        ar = nla.inspect_nla(resolve(spec.ar or "", "AR checkpoint"), "ar", spec.base, spec.prompting)
         nla.check_pair(av, ar)
         return av, ar
 
@@ -171,17 +171,20 @@ class NlaPair(Family):
         """Notes on sidecars and prompts."""
         return notes_of(*self.pair)
 
-    def draws_identity(self) -> dict[str, str]:
-        """Return the AV's digest, and the parser of explanations where it differs from that of older keys."""
+    def draws_identity(self) -> dict[str, Any]:
+        """Return the AV's digest, and where they are not the usual ones the parser of explanations and the prompting."""
         av, _ = self.pair
+        overrides = self.autoencoder.prompting.of_av
         # An AV that thinks gets its thoughts before the answer skipped.
-        return {"av": nla.digest_nla(av)} | ({"parser": "after_thoughts"} if av.thinks else {})
+        parser = {"parser": "after_thoughts"} if av.thinks else {}
+        return {"av": nla.digest_nla(av)} | parser | ({"av_prompting": overrides} if overrides else {})
 
-    def scores_identity(self) -> dict[str, str]:
-        """Return the AR's digest, and the BOS rule where it differs from that of older keys."""
+    def scores_identity(self) -> dict[str, Any]:
+        """Return the AR's digest, and where they are not the usual ones the BOS rule and the prompting."""
         _, ar = self.pair
-        reads_bos_once = text_gets_second_bos(ar.sidecar.ar_template or "", ar.tokenizer)
-        return {"ar": nla.digest_nla(ar)} | ({"ar_bos": "once"} if reads_bos_once else {})
+        overrides = self.autoencoder.prompting.of_ar
+        bos = {"ar_bos": "once"} if text_gets_second_bos(ar.ar_prompting.template, ar.tokenizer) else {}
+        return {"ar": nla.digest_nla(ar)} | bos | ({"ar_prompting": overrides} if overrides else {})
 
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
         """Check layer, width and base model; a fine-tune of the base is noted."""
@@ -229,6 +232,11 @@ class TaeFile(Family):
         """The checked file; of a directory, the file with the highest step."""
         assert self.autoencoder.checkpoint is not None
         info = tae.inspect_tae(self.autoencoder.checkpoint, base=self.autoencoder.base)
+        if stated := (self.autoencoder.prompting.of_av | self.autoencoder.prompting.of_ar):
+            raise SpecError(
+                f"autoencoder.prompting.{next(iter(stated))} is for NLA pairs, and {info.path} is a talkative autoencoder, whose "
+                "prompts are trained and in the file. Leave it out."
+            )
         if self.autoencoder.encoder_prompt == "text":
             tae.soft_prompt_sides(info)  # raises before a job is submitted
         return info
@@ -267,11 +275,11 @@ class TaeFile(Family):
         """Notes on options and base weights that the file lacks."""
         return notes_of(self.info)
 
-    def draws_identity(self) -> dict[str, str]:
+    def draws_identity(self) -> dict[str, Any]:
         """Return the digest of file and base."""
         return {"checkpoint": tae.digest_tae(self.info)}
 
-    def scores_identity(self) -> dict[str, str]:
+    def scores_identity(self) -> dict[str, Any]:
         """Return the digest of file and base, and the encoder's prompt if it is not the trained one."""
         prompt = self.autoencoder.encoder_prompt  # keys from before this choice existed stay valid
         return self.draws_identity() | ({} if prompt == "learned" else {"encoder_prompt": prompt})

@@ -1,4 +1,4 @@
-"""Inject a vector into the AV's prompt: replace one row of the embedding module's output, in the prefill only."""
+"""Inject a vector into the AV's prompt, in the prefill only: in place of an embedding row, or on top of a block's output."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ksweep.autoencoder.prompting import Injection, ReplaceEmbedding
+from ksweep.autoencoder.transformers_models import blocks_of
 from ksweep.utils.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -42,33 +44,51 @@ def scaled(vectors: Float[torch.Tensor, "activation d_model"], scale: float) -> 
     return rows
 
 
-@contextmanager
-def injecting(embedding: torch.nn.Module, rows: Float[torch.Tensor, "activation d_model"], position: int) -> Iterator[None]:
-    """Replace the embedding module's output at `position` by `rows` while the context is open, for exactly one forward pass.
+def added(
+    hidden: Float[torch.Tensor, "activation d_model"], vectors: Float[torch.Tensor, "activation d_model"]
+) -> Float[torch.Tensor, "activation d_model"]:
+    """Add each vector, scaled to the norm of its hidden state, in float32; only directions reach the AV."""
+    hidden, vectors = hidden.float(), vectors.float().to(hidden.device)
+    norms, lengths = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (hidden, vectors))
+    total: torch.Tensor = hidden + norms * vectors / (lengths + 1e-9)
+    return total
 
-    The output is what the first block sees, after a Gemma's multiplication by sqrt(d_model), so the rows need no factor of their
-    own and the same code serves every architecture.
+
+@contextmanager
+def injecting(
+    injection: Injection, model: Any, vectors: Float[torch.Tensor, "activation d_model"], position: int
+) -> Iterator[None]:
+    """Inject vectors into a model at `position` of its input while the context is open, for exactly one forward pass.
+
+    A replaced row is the embedding module's output, which is what the first block sees, after a Gemma's multiplication by
+    sqrt(d_model): the rows need no factor of their own and the same code serves every architecture.
 
     Raises:
         CheckpointError: the module did not run exactly once, so the vectors were not injected as they should be.
     """
     num_calls = 0
 
-    def replace(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    def change(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
         nonlocal num_calls
         num_calls += 1
-        output = output.clone()
-        output[:, position] = rows.to(output)
-        return output
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        if isinstance(injection, ReplaceEmbedding):
+            hidden[:, position] = scaled(vectors.to(hidden.device), injection.scale).to(hidden)
+        else:
+            hidden[:, position] = added(hidden[:, position], vectors).to(hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = embedding.register_forward_hook(replace)
+    if isinstance(injection, ReplaceEmbedding):
+        name, module = "embedding module", model.get_input_embeddings()
+    else:
+        name, module = f"block {injection.block}", blocks_of(model)[injection.block]
+    handle = module.register_forward_hook(change)
     try:
         yield
     finally:
         handle.remove()
     if num_calls != 1:
         raise CheckpointError(
-            f"the AV's embedding module ran {num_calls} times in one prefill, expected once: its architecture takes its input "
-            "from elsewhere, "
-            "so vectors cannot be injected. Use a Qwen2, Llama or Gemma-3 text model."
+            f"the AV's {name} ran {num_calls} times in one prefill, expected once: its architecture takes its input from "
+            "elsewhere, so vectors cannot be injected. Use a Qwen2, Llama or Gemma-3 text model."
         )

@@ -80,10 +80,20 @@ def _flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of a YAML tree by dotted key; a file may mix dotted keys and groups."""
     for key, value in tree.items():
         if key in SPEC_GROUPS and isinstance(value, Mapping):
-            for name, leaf in value.items():
-                yield _resolve(f"{key}.{name}"), leaf
+            for name, leaf in _leaves(key, value):
+                yield _resolve(name), leaf
         else:
             yield _resolve(str(key)), value
+
+
+def _leaves(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a group by dotted key; a group within a group, as `prompting` in `autoencoder`, gives its own."""
+    for name, value in tree.items():
+        key = f"{prefix}.{name}"
+        if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in known_keys()):
+            yield from _leaves(key, value)
+        else:
+            yield key, value
 
 
 def _split(argument: str) -> tuple[str, Any]:
@@ -143,15 +153,33 @@ def _build(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
         elif key in axes or (isinstance(value, list) and not _takes_list(hints[key])):
             axes[key] = tuple(_convert(key, v, hints[key]) for v in (value if isinstance(value, list) else [value]))
         else:
-            converted = _convert(key, value, hints[key])
-            cell[group][name] = changed.setdefault(group, {})[name] = converted
+            converted = changed.setdefault(group, {})[name] = _convert(key, value, hints[key])
+            _set(cell, key, converted)
     for group in changed.keys() & axes.keys():  # an axis of whole groups: the changes hold for each of its values
-        axes[group] = tuple(replace(v, **changed[group]) for v in axes[group])
+        axes[group] = tuple(_with_changes(v, changed[group]) for v in axes[group])
     for key in [k for k, values in axes.items() if "." in k and values and (k in settings or len(values) == 1)]:
-        group, _, name = key.partition(".")
-        cell[group][name] = axes[key][0]
+        _set(cell, key, axes[key][0])
     built = Cell(**{name: spec(**cell[name]) for name, spec in SPEC_GROUPS.items() if name != "resources"})
     return replace(sweep, cell=built, axes=axes, resources=Resources(**resources), **plain)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at a dotted key of nested dictionaries."""
+    *groups, name = key.split(".")
+    for group in groups:
+        tree = tree[group]
+    tree[name] = value
+
+
+def _with_changes(spec: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a spec with the fields at dotted paths changed, all at once: fields may depend on each other."""
+    nested: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            nested.setdefault(name, {})[rest] = value
+    plain = {path: value for path, value in changes.items() if "." not in path}
+    return replace(spec, **plain, **{name: _with_changes(getattr(spec, name), of_name) for name, of_name in nested.items()})
 
 
 def _clear_replaced_fields(settings: Mapping[str, Any], old: Cell) -> dict[str, Any]:
@@ -182,9 +210,14 @@ def _group_value(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         example = "{av: DIR, ar: DIR}" if SPEC_GROUPS[key] is Autoencoder else "{...}"
         raise SpecError(f"{key}={value!r}: expected a mapping of its fields, such as {example}, or a list of them")
-    return SPEC_GROUPS[key](
-        **{name: _convert(f"{key}.{name}", v, known_keys()[_resolve(f"{key}.{name}")]) for name, v in value.items()}
-    )
+    fields_of_group: dict[str, Any] = {}
+    for name, leaf in _leaves(key, value):
+        *groups, last = name.split(".")[1:]
+        of_group = fields_of_group
+        for group in groups:
+            of_group = of_group.setdefault(group, {})
+        of_group[last] = _convert(name, leaf, known_keys()[_resolve(name)])
+    return SPEC_GROUPS[key](**fields_of_group)
 
 
 def _takes_list(hint: Any) -> bool:

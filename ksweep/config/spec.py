@@ -19,6 +19,82 @@ SelectionRule = Literal["order_statistics", "prefix"]
 MeasuredBaseline = Literal["between_documents", "distance_from_mean"]
 """Baselines that are measured on the evaluated activations."""
 EncoderPrompt = Literal["learned", "text"]
+InjectionKind = Literal["replace_embedding", "add_after_block"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptingOverrides:
+    """How an NLA pair is prompted, where that is not as its sidecars say. None: as the checkpoint says."""
+
+    injection: InjectionKind | None = None
+    """Where the vector enters the AV. replace_embedding: in place of the marker's embedding row, scaled to injection_scale.
+    add_after_block: added to the output of block injection_block at the marker, scaled to the norm of that output."""
+    injection_block: int | None = None
+    """Block of "add_after_block", 0-based."""
+    injection_scale: float | None = None
+    """Norm of the row of "replace_embedding", > 0."""
+    av_template: str | None = None
+    """User message of the AV, with {injection_char} where the marker goes."""
+    marker: str | None = None
+    """Character that stands where the vector goes; the AV's tokenizer must have it as one token."""
+    chat_arguments: Mapping[str, Any] | None = None
+    """Arguments of the AV's chat template, such as {enable_thinking: false}."""
+    prefill: str | None = None
+    """Beginning of the AV's answer that is already in the prompt."""
+    opening_tag: str | None = None
+    """What an explanation follows in an answer. Empty: it begins with the answer."""
+    closing_tag: str | None = None
+    """What ends an explanation. Empty: it ends with the answer, also where that was cut off."""
+    stop_tokens: tuple[str, ...] | None = None
+    """Tokens that end an answer, in place of the model's end-of-sequence tokens."""
+    ar_template: str | None = None
+    """Prompt of the AR, with {explanation} where the text goes; doubled braces stand for single ones."""
+    ar_special_tokens: bool | None = None
+    """Whether the AR's tokenizer adds its special tokens (a BOS) to the prompt."""
+    ar_readout: int | None = None
+    """Token of the AR's prompt that is read, counted from the end: -1 is the last one."""
+
+    def __post_init__(self) -> None:
+        if self.chat_arguments is not None:  # sorted pairs, so that a spec can be hashed
+            pairs = sorted(dict(self.chat_arguments).items())
+            object.__setattr__(self, "chat_arguments", tuple((str(name), value) for name, value in pairs) or None)
+        if self.stop_tokens is not None:
+            object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens) or None)
+        if self.injection is not None:
+            one_of("autoencoder.prompting.injection", self.injection, InjectionKind)
+        if (self.injection == "add_after_block") != (self.injection_block is not None):
+            raise SpecError(
+                f"autoencoder.prompting.injection={self.injection!r} with injection_block={self.injection_block!r}: "
+                "add_after_block needs the number of a block, and nothing else takes one"
+            )
+        if self.injection_block is not None:
+            at_least("autoencoder.prompting.injection_block", self.injection_block, 0)
+        if self.injection_scale is not None:
+            if not (is_number(self.injection_scale) and self.injection_scale > 0):
+                raise SpecError(f"autoencoder.prompting.injection_scale={self.injection_scale!r} must be a number > 0")
+            if self.injection == "add_after_block":
+                raise SpecError("autoencoder.prompting.injection_scale is for replace_embedding; add_after_block takes no scale")
+        if self.ar_readout is not None and (not isinstance(self.ar_readout, int) or self.ar_readout >= 0):
+            raise SpecError(
+                f"autoencoder.prompting.ar_readout={self.ar_readout!r} must be a whole number < 0: -1 is the last token"
+            )
+
+    @property
+    def of_av(self) -> dict[str, Any]:
+        """What is overridden in the AV: it changes draws."""
+        return {name: value for name, value in self._stated().items() if not name.startswith("ar_")}
+
+    @property
+    def of_ar(self) -> dict[str, Any]:
+        """What is overridden in the AR: it changes scores."""
+        return {name: value for name, value in self._stated().items() if name.startswith("ar_")}
+
+    def _stated(self) -> dict[str, Any]:
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+AS_THE_CHECKPOINT_SAYS = PromptingOverrides()
+"""No overrides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +118,12 @@ class Autoencoder:
     encoder_prompt: EncoderPrompt = "learned"
     """What surrounds an explanation in a talkative autoencoder's encoder. learned: the trained soft prompt. text: the token
     embeddings of the words that this prompt was initialised with (soft_prompt_init_text)."""
+    prompting: PromptingOverrides = field(default_factory=PromptingOverrides)
+    """How an NLA pair is prompted and read, where that is not as its sidecars say (docs/sidecars.md)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompting, Mapping):  # as JSON and YAML have it
+            object.__setattr__(self, "prompting", PromptingOverrides(**self.prompting))
         one_of("autoencoder.dtype", self.dtype, Dtype)
         if self.ar_dtype is not None:
             one_of("autoencoder.ar_dtype", self.ar_dtype, Dtype)

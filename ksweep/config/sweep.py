@@ -118,5 +118,13 @@ def known_keys() -> dict[str, Any]:
     """Return every key that a user can set, dotted, with its type."""
     keys: dict[str, Any] = dict.fromkeys(SWEEP_FIELDS, str)
     for group, spec in SPEC_GROUPS.items():
-        keys |= {f"{group}.{name}": hint for name, hint in typing.get_type_hints(spec).items()}
+        keys |= _field_types(group, spec)
     return keys
+
+
+def _field_types(prefix: str, spec: Any) -> dict[str, Any]:
+    """Return the type of each field below a dotted prefix; a field that is a dataclass itself gives its own fields."""
+    types: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(spec).items():
+        types |= _field_types(f"{prefix}.{name}", hint) if is_dataclass(hint) else {f"{prefix}.{name}": hint}
+    return types

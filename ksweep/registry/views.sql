@@ -278,8 +278,9 @@ CREATE VIEW v_temperature AS
 WITH siblings AS (
     SELECT run_id, av, ar, checkpoint, model,
            -- Specs of earlier versions lack fields that were added since.
-           md5(concat(checkpoint, spec->>'$.autoencoder.ar_dtype', json_merge_patch(
-               spec, '{"sampling": {"temperature": null}, "autoencoder": {"checkpoint": null, "ar_dtype": null}}'))) AS setting
+           md5(concat(checkpoint, spec->>'$.autoencoder.ar_dtype', coalesce(json_merge_patch('{}', spec->'$.autoencoder.prompting'), '{}'),
+               json_merge_patch(spec, '{"sampling": {"temperature": null}, "scoring": {"groups": null},
+                                        "autoencoder": {"checkpoint": null, "ar_dtype": null, "prompting": null}}'))) AS setting
     FROM v_latest
 )
 SELECT s.setting, c.k, c.temperature, c.fve, c.fve_low, c.fve_high,

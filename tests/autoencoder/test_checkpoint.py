@@ -284,7 +284,7 @@ def test_inspect_reads_the_fixture_values() -> None:
     said = info.sidecar
     assert (info.layer, info.num_layers, info.d_model, said.mse_scale, said.marker_id) == (3, 4, 64, 8.0, 366)
     assert said.suffix_ids == (448, 295, 434, 520, 295) and said.base_checkpoint == "tiny-fixture/gemma3-text-base"
-    assert said.ar_affixes == ("Summary of the following text: <text>", "</text> <summary>")
+    assert info.ar_prompting.affixes == ("Summary of the following text: <text>", "</text> <summary>")
 
 
 def test_sharded_weights_are_read_and_a_missing_shard_is_refused(tmp_path: Path) -> None:

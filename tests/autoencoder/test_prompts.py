@@ -38,7 +38,7 @@ def av_with_chat(originals: dict[str, TinyPair], tmp_path: Path, begin: str) -> 
     (path / "chat_template.jinja").write_text(CHAT.replace("BEGIN", begin))
     tokenizer = AutoTokenizer.from_pretrained(path)
     said = inspect_nla(path, "av").sidecar
-    message = [{"role": "user", "content": said.av_message}]
+    message = [{"role": "user", "content": inspect_nla(path, "av").av_prompting.message}]
     ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
     at = ids.index(said.marker_id)
     edit_sidecar(path, tokens__injection_left_neighbor_id=ids[at - 1], tokens__injection_right_neighbor_id=ids[at + 1])

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ksweep.autoencoder.nla.layout import ar_prompting, av_prompting
 from ksweep.autoencoder.nla.sidecar import NlaRole, Sidecar, read_nla_sidecar
+from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
 from ksweep.autoencoder.safetensors_header import Tensor, check_attention, check_blocks, model_tensors, read_header
+from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.model_sizes import language_model
@@ -44,6 +47,8 @@ class CheckpointInfo:
     """Directory of an adapter's base model; None for full weights."""
     tensors: Mapping[str, Tensor]
     """Headers of the weights (or adapter weights) in `path`, under their names in the files."""
+    prompting: AvPrompting | ArPrompting
+    """How it is prompted and read: as its sidecar says, or as the spec overrides it."""
     notes: tuple[Note, ...] = ()
     """Accepted but unusual properties, to be shown with the numbers."""
 
@@ -51,6 +56,18 @@ class CheckpointInfo:
     def role(self) -> NlaRole:
         """Role of the checkpoint, av or ar."""
         return self.sidecar.role
+
+    @property
+    def av_prompting(self) -> AvPrompting:
+        """The prompting of an AV."""
+        assert isinstance(self.prompting, AvPrompting)
+        return self.prompting
+
+    @property
+    def ar_prompting(self) -> ArPrompting:
+        """The prompting of an AR."""
+        assert isinstance(self.prompting, ArPrompting)
+        return self.prompting
 
     @property
     def d_model(self) -> int:
@@ -79,12 +96,15 @@ class CheckpointInfo:
 
 
 @once_per_pass
-def inspect_nla(path: Path | str, expected_role: NlaRole, base: str | None = None) -> CheckpointInfo:
+def inspect_nla(
+    path: Path | str, expected_role: NlaRole, base: str | None = None, overrides: PromptingOverrides = AS_THE_CHECKPOINT_SAYS
+) -> CheckpointInfo:
     """Return what the sidecar, configuration and weight headers of an AV or AR directory say, once all are checked.
 
     Args:
         path: directory or hub id.
         base: base model of an adapter, a path or hub id; None takes the one in adapter_config.json. Full weights ignore it.
+        overrides: values of the prompting that replace the sidecar's.
 
     Raises:
         CheckpointError: the message says what is wrong, what was expected and what to do.
@@ -96,7 +116,7 @@ def inspect_nla(path: Path | str, expected_role: NlaRole, base: str | None = Non
             f"{path} is a file; expected an {expected_role.upper()} directory with nla_meta.yaml. Give a talkative-autoencoder "
             ".pt file as autoencoder.checkpoint."
         )
-    sidecar = read_nla_sidecar(path, expected_role)
+    sidecar = read_nla_sidecar(path, expected_role, overrides)
     # 2. Find the base model of an adapter, and check width, kinds of blocks, depth and layer against config.json.
     base_path = _base(path, base, sidecar) if (path / ADAPTER_CONFIG).exists() else None
     config = _config(base_path or path)
@@ -113,8 +133,10 @@ def inspect_nla(path: Path | str, expected_role: NlaRole, base: str | None = Non
         check_blocks(tensors, config, path)
     if expected_role == "ar":
         _check_head(path, sidecar.d_model)
-    notes = (*sidecar.notes, *_thinking_notes(sidecar, path, _tokenizer_directory(path, base_path or path)))
-    return CheckpointInfo(path, sidecar, layer, num_layers, config, base_path, tensors, notes)
+    # 4. Fill in how it is prompted.
+    prompting = av_prompting(sidecar, overrides, depth) if expected_role == "av" else ar_prompting(sidecar, overrides)
+    notes = (*sidecar.notes, *_thinking_notes(prompting, path, _tokenizer_directory(path, base_path or path)))
+    return CheckpointInfo(path, sidecar, layer, num_layers, config, base_path, tensors, prompting, notes)
 
 
 def check_pair(
@@ -430,8 +452,10 @@ def _chat_template(directory: Path) -> str:
     return " ".join(str(files.read_json(path, "tokenizer configuration").get("chat_template") or "") for path in paths)
 
 
-def _thinking_notes(sidecar: Sidecar, path: Path, tokenizer: Path) -> tuple[Note, ...]:
-    if sidecar.role == "ar" or sidecar.asks_for_thinking or "enable_thinking" not in _chat_template(tokenizer):
+def _thinking_notes(prompting: AvPrompting | ArPrompting, path: Path, tokenizer: Path) -> tuple[Note, ...]:
+    if isinstance(prompting, ArPrompting) or prompting.asks_for_thinking or "enable_thinking" in dict(prompting.chat_arguments):
+        return ()
+    if "enable_thinking" not in _chat_template(tokenizer):
         return ()
     text = (
         f"The chat template of {path} can be rendered with thinking on or off (enable_thinking), and the sidecar does not say "

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ksweep.autoencoder.injection import check_vectors, injecting, scaled
+from ksweep.autoencoder.injection import check_vectors, injecting
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, inspect_nla
 from ksweep.autoencoder.nla.loading import load_ar_head, load_ar_model, load_av_model, load_nla_tokenizer
-from ksweep.autoencoder.nla.prompts import ArPrompts, av_prompt, parse_explanation, stop_token_ids
+from ksweep.autoencoder.nla.prompts import ArPrompts, AvPrompt, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.nla.sidecar import NlaRole
+from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
 from ksweep.autoencoder.transformers_models import torch_dtype
 from ksweep.inference import memory
 from ksweep.inference.backend import Prefill
@@ -70,7 +71,7 @@ def load_nla_verbalizer(
             f"AV {info.path}: its prompt holds token {max(prompt.ids)}, but the model has {rows} embedding rows. Tokenizer and "
             "weights are of different models."
         )
-    return NlaVerbalizer(info, model, tokenizer, prompt.ids, prompt.position, stops)
+    return NlaVerbalizer(info, info.av_prompting, model, tokenizer, prompt, stops)
 
 
 def load_nla_reconstructor(
@@ -87,24 +88,25 @@ def load_nla_reconstructor(
     head = load_ar_head(info, torch_dtype(dtype), devices[0])
     model = load_ar_model(info, torch_dtype(dtype), devices)
     prompts = ArPrompts(info, tokenizer, model.get_input_embeddings().num_embeddings)
-    return NlaReconstructor(info, model, head, prompts)
+    return NlaReconstructor(info, info.ar_prompting, model, head, prompts)
 
 
 class NlaVerbalizer:
     """An AV, which maps vectors to texts. Implements `base.Verbalizer`."""
 
     def __init__(
-        self, info: CheckpointInfo, model: Any, tokenizer: Any, prompt_ids: tuple[int, ...], position: int, stops: frozenset[int]
+        self, info: CheckpointInfo, prompting: AvPrompting, model: Any, tokenizer: Any, prompt: AvPrompt, stops: frozenset[int]
     ) -> None:
         """Combine the parts that `load_nla_verbalizer` loads."""
         self.info = info
+        self.prompting = prompting
         self.model = model
         self.tokenizer = tokenizer
         self.d_model = info.d_model
-        self.prompt_ids = prompt_ids
-        self.injection_position = position
+        self.prompt_ids = prompt.ids
+        self.injection_position = prompt.position
         self.stop_token_ids = stops
-        self.prompt_length = len(prompt_ids)
+        self.prompt_length = len(prompt.ids)
         self._checked = False
         self._prefix: Any | None = None
 
@@ -163,17 +165,19 @@ class NlaVerbalizer:
         return text
 
     def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
-        """Return the explanation in a sampled text and "ok", or None and the failure; see `prompts.parse_explanation`."""
-        return parse_explanation(text, finish)
+        """Return the explanation in a sampled text and "ok", or None and the failure; see `prompts.parse_explanation`.
+
+        The text has neither the answer's beginning in the prompt nor the stop token, which may be the closing tag.
+        """
+        prompting = self.prompting
+        ended = prompting.closing_tag if finish == "stop" and prompting.closing_tag in (prompting.stop_tokens or ()) else ""
+        return parse_explanation(prompting.prefill + text + ended, finish, prompting.opening_tag, prompting.closing_tag)
 
     @torch.inference_mode()
     def _prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
-        scale = self.info.sidecar.injection_scale
-        assert scale is not None
-        rows = scaled(vectors.to(self.model.device), scale)
         num_cached = 0 if prefix is None else self.injection_position
         ids = torch.tensor(self.prompt_ids[num_cached:], device=self.model.device).expand(len(vectors), -1)
-        with injecting(self.model.get_input_embeddings(), rows, self.injection_position - num_cached):
+        with injecting(self.prompting.injection, self.model, vectors, self.injection_position - num_cached):
             output = self.model(
                 input_ids=ids, past_key_values=expand_prefix(prefix, len(vectors)), use_cache=True, logits_to_keep=1
             )
@@ -186,9 +190,12 @@ class NlaReconstructor:
     reads_empty_text = True
     """True, because the template's tokens surround even an empty text."""
 
-    def __init__(self, info: CheckpointInfo, model: Any, head: torch.nn.Linear, prompts: ArPrompts) -> None:
+    def __init__(
+        self, info: CheckpointInfo, prompting: ArPrompting, model: Any, head: torch.nn.Linear, prompts: ArPrompts
+    ) -> None:
         """Combine the parts that `load_nla_reconstructor` loads."""
         self.info = info
+        self.prompting = prompting
         self.model = model
         self.head = head
         self.prompts = prompts
@@ -256,7 +263,7 @@ class NlaReconstructor:
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         past = expand_prefix(prefix, len(rows))
         hidden = self.model(input_ids=ids, past_key_values=past, use_cache=past is not None).last_hidden_state
-        ends = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+        ends = torch.tensor([len(row) + self.prompting.readout for row in rows], device=hidden.device)
         out: torch.Tensor = self.head(hidden[torch.arange(len(rows), device=hidden.device), ends])
         return out.float().cpu()
 

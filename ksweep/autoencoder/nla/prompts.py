@@ -7,12 +7,12 @@ So every token id that the sidecar states is compared.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
-from ksweep.autoencoder.nla.sidecar import opened_answer_tag
+from ksweep.autoencoder.nla.sidecar import ENCLOSING_TAGS, opened_answer_tag
 from ksweep.utils import files
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError, DataError
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from ksweep.autoencoder.base import ParseOutcome
     from ksweep.inference.backend import FinishReason
 
-EXPLANATION = re.compile(r"<explanation>(.*?)</explanation>", re.DOTALL)
 THOUGHTS = re.compile(r"\s*<think>(.*?)(?:</think>|$)", re.DOTALL)
 DRIFT = "The tokenizer is not the one that the checkpoint was trained with. Use the tokenizer files that were released with it."
 
 
-def parse_explanation(text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
-    """Return the stripped text between the first <explanation> and the next </explanation> and "ok", or None and the failure.
+def parse_explanation(
+    text: str, finish: FinishReason, opening_tag: str = "<explanation>", closing_tag: str = "</explanation>"
+) -> tuple[str | None, ParseOutcome]:
+    """Return the stripped text between the first opening tag and the next closing tag and "ok", or None and the failure.
+
+    An empty opening tag stands for the beginning of the answer, an empty closing tag for its end.
 
     A draw that was cut off after its closing tag is complete and counts as ok, because the AR never reads what follows the tag.
     (The public training code counted such draws as failed, the public client did not.)
@@ -36,14 +39,14 @@ def parse_explanation(text: str, finish: FinishReason) -> tuple[str | None, Pars
     if thoughts := THOUGHTS.match(text):
         text = text[thoughts.end() :]
     # 2. Take what the first pair of tags encloses.
-    match = EXPLANATION.search(text)
-    if match:
-        explanation = match[1].strip()
-        return (explanation, "ok") if explanation else (None, "empty")
+    _, opened, rest = text.partition(opening_tag) if opening_tag else ("", True, text)
+    explanation, closed, _ = rest.partition(closing_tag) if closing_tag else (rest, True, "")
+    if opened and closed:
+        return (stripped, "ok") if (stripped := explanation.strip()) else (None, "empty")
     # 3. Name the failure.
     if finish == "length":
         return None, "cut_off"
-    return None, "no_close_tag" if "<explanation>" in text else "no_open_tag"
+    return None, "no_close_tag" if opened else "no_open_tag"
 
 
 @dataclass(frozen=True)
@@ -62,49 +65,74 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
         CheckpointError: there is no chat template, BOS is missing or doubled, or the marker is split, unknown, absent,
             repeated or between other tokens.
     """
-    sidecar = info.sidecar
+    prompting = info.av_prompting
     # 1. Check that the marker is the one token that the sidecar states.
-    _check_marker_token(info, tokenizer)
+    marker_id = _marker_id(info, tokenizer)
     # 2. Render the chat template, and check its default and its BOS.
-    message = [{"role": "user", "content": sidecar.av_message}]
-    ids = _chat_ids(info, tokenizer, message)
-    if sidecar.asks_for_thinking and _chat_ids(info, tokenizer, message, enable_thinking=True) != ids:
+    message = [{"role": "user", "content": prompting.message}]
+    arguments = dict(prompting.chat_arguments)
+    _check_chat_arguments(info, tokenizer, arguments)
+    ids = _chat_ids(info, tokenizer, message, **arguments)
+    if (
+        prompting.asks_for_thinking
+        and "enable_thinking" not in arguments
+        and _chat_ids(info, tokenizer, message, enable_thinking=True) != ids
+    ):
         raise CheckpointError(
             f"AV {info.path}: its sidecar says enable_thinking: true, with which its chat template renders another prompt than "
-            "by default. Arguments of chat templates are not supported yet. Use an AV that was trained with the default."
+            "by default. Say which one to use: autoencoder.prompting.chat_arguments={enable_thinking: true}, or false."
         )
     _check_chat_bos(info, tokenizer, ids)
-    # 3. Find the marker, and compare the tokens beside it.
-    position = _marker_position(info, ids)
-    # 4. Check that the answer is not begun after it.
-    _check_end(info, tokenizer.decode(ids[position + 1 :]))
-    return AvPrompt(tuple(ids), position)
+    # 3. Check that the answer is not begun after the marker, and begin it as the prompting says.
+    if marker_id in ids:
+        _check_end(info, tokenizer.decode(ids[ids.index(marker_id) + 1 :]))
+    ids = [*ids, *tokenizer.encode(prompting.prefill, add_special_tokens=False)] if prompting.prefill else ids
+    # 4. Find the marker, and compare the tokens beside it.
+    return AvPrompt(tuple(ids), _marker_position(info, ids, marker_id))
 
 
-def _check_marker_token(info: CheckpointInfo, tokenizer: Any) -> None:
-    sidecar = info.sidecar
-    assert sidecar.marker is not None and sidecar.marker_id is not None
-    marker_ids = tokenizer.encode(sidecar.marker, add_special_tokens=False)
-    if marker_ids != [sidecar.marker_id] or sidecar.marker_id == tokenizer.unk_token_id:
-        unknown = ", the unknown token" if marker_ids == [tokenizer.unk_token_id] else ""
+def _marker_id(info: CheckpointInfo, tokenizer: Any) -> int:
+    """Return the token id of the marker, once it is one token, and the one that the sidecar states."""
+    prompting = info.av_prompting
+    ids: list[int] = tokenizer.encode(prompting.marker, add_special_tokens=False)
+    expected = ids[:1] if prompting.marker_id is None else [prompting.marker_id]
+    if ids != expected or len(ids) != 1 or ids == [tokenizer.unk_token_id]:
+        unknown = ", the unknown token" if ids == [tokenizer.unk_token_id] else ""
+        if prompting.marker_id is None:
+            raise CheckpointError(
+                f"AV {info.path}: the marker {prompting.marker!r} is tokenized as {ids}{unknown}; expected one token. Choose "
+                "another autoencoder.prompting.marker: the one that the AV was trained with."
+            )
         raise CheckpointError(
-            f"AV {info.path}: the marker {sidecar.marker!r} is tokenized as {marker_ids}{unknown}; the sidecar says "
-            f"injection_token_id={sidecar.marker_id}. {DRIFT}"
+            f"AV {info.path}: the marker {prompting.marker!r} is tokenized as {ids}{unknown}; the sidecar says "
+            f"injection_token_id={prompting.marker_id}. {DRIFT}"
         )
+    return ids[0]
 
 
-def _marker_position(info: CheckpointInfo, ids: Sequence[int]) -> int:
+def _check_chat_arguments(info: CheckpointInfo, tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for an argument that the chat template does not use, which would silently change nothing."""
+    own = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+    for name in arguments:
+        if name in own or not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise CheckpointError(
+                f"AV {info.path}: autoencoder.prompting.chat_arguments has {name!r}, which is no argument of its chat template. "
+                "Leave it out, or check the spelling."
+            )
+
+
+def _marker_position(info: CheckpointInfo, ids: Sequence[int], marker_id: int) -> int:
     """Return the index of the marker in the prompt; its neighbours are compared with the ids that the sidecar states."""
-    sidecar = info.sidecar
-    positions = [i for i, token in enumerate(ids) if token == sidecar.marker_id]
+    prompting = info.av_prompting
+    positions = [i for i, token in enumerate(ids) if token == marker_id]
     if len(positions) != 1 or not 0 < positions[0] < len(ids) - 1:
         raise CheckpointError(
-            f"AV {info.path}: the marker {sidecar.marker!r} is at positions {positions} of the {len(ids)} prompt tokens, "
+            f"AV {info.path}: the marker {prompting.marker!r} is at positions {positions} of the {len(ids)} prompt tokens, "
             "expected exactly one position, neither the first nor the last. Use the chat template and prompt template that were "
             "released with the checkpoint."
         )
     [position] = positions
-    neighbours, stated = (ids[position - 1], ids[position + 1]), (sidecar.left_id, sidecar.right_id)
+    neighbours, stated = (ids[position - 1], ids[position + 1]), (prompting.left_id, prompting.right_id)
     if any(expected not in (None, actual) for expected, actual in zip(stated, neighbours, strict=True)):
         raise CheckpointError(
             f"AV {info.path}: the marker is between the tokens {neighbours[0]} and {neighbours[1]}; the sidecar says "
@@ -114,10 +142,14 @@ def _marker_position(info: CheckpointInfo, ids: Sequence[int]) -> int:
 
 
 def stop_token_ids(info: CheckpointInfo, tokenizer: Any) -> frozenset[int]:
-    """Return the end-of-sequence ids of tokenizer, config.json and generation_config.json, which alone has Gemma's <end_of_turn>.
+    """Return the ids of the prompting's stop tokens.
 
-    Nothing else in generation_config.json is used: its temperature, top_k and repetition penalty are the base model's defaults.
+    By default these are the end-of-sequence ids of tokenizer, config.json and generation_config.json, which alone has Gemma's
+    <end_of_turn>. Nothing else in generation_config.json is used: its temperature, top_k and repetition penalty are the base
+    model's defaults.
     """
+    if (stated := info.av_prompting.stop_tokens) is not None:
+        return frozenset(_single_id(info, tokenizer, text) for text in stated)
     values: list[Any] = [tokenizer.eos_token_id, info.config.get("eos_token_id")]
     for directory in dict.fromkeys((info.path, info.weights)):
         for name in ("generation_config.json", "config.json"):
@@ -132,11 +164,21 @@ def stop_token_ids(info: CheckpointInfo, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _common_prefix(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the longest common prefix of all rows that leaves at least one token of each."""
+def _single_id(info: CheckpointInfo, tokenizer: Any, text: str) -> int:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1 or ids == [tokenizer.unk_token_id]:
+        raise CheckpointError(
+            f"AV {info.path}: autoencoder.prompting.stop_tokens has {text!r}, which its tokenizer makes {len(ids)} tokens of "
+            f"({ids}); a stop token must be one known token."
+        )
+    return ids[0]
+
+
+def _common_prefix(rows: Sequence[Sequence[int]], num_left: int) -> tuple[int, ...]:
+    """Return the longest common prefix of all rows that leaves at least `num_left` tokens of each."""
     shortest = min(map(len, rows))
     equal = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
-    return tuple(rows[0][: min(equal, shortest - 1)])
+    return tuple(rows[0][: max(0, min(equal, shortest - num_left))])
 
 
 class ArPrompts:
@@ -149,13 +191,15 @@ class ArPrompts:
             CheckpointError: BOS is missing, a special token is appended, or the last tokens are not the sidecar's suffix.
         """
         self._info, self._tokenizer, self._num_embeddings = info, tokenizer, num_embeddings
-        self._before, self._after = info.sidecar.ar_affixes
+        self._before, self._after = info.ar_prompting.affixes
         self._limit: int | None = info.config.get("max_position_embeddings")
         self._before = one_bos(self._before, tokenizer)
         self._bos = _document_bos(info, tokenizer)
         first = tokenizer.encode(f"{self._before}x{self._after}", add_special_tokens=False)[:1]
-        self._adds_special = self._bos is None or first != [self._bos]  # a template that begins with BOS gets no second one
-        self.common = _common_prefix(self.ids(["A", "zebra", "1", ""], check_suffix=False))
+        # A template that begins with BOS gets no second one.
+        self._adds_special = info.ar_prompting.special_tokens and (self._bos is None or first != [self._bos])
+        self._num_read = -info.ar_prompting.readout
+        self.common = _common_prefix(self.ids(["A", "zebra", "1", ""], check_suffix=False), self._num_read)
         """Tokens that most prompts begin with. A text may merge with the last of them, so each prompt must be compared."""
         for probe in ("", "A probe."):
             self._check_specials(probe)
@@ -188,6 +232,11 @@ class ArPrompts:
                 f"{self._info.path} takes {self._limit} at most, and truncation would remove the token that it is read at. Lower "
                 "sampling.max_new_tokens."
             )
+        if len(row) < self._num_read:
+            raise CheckpointError(
+                f"AR {self._info.path}: autoencoder.prompting.ar_readout={-self._num_read}, but the prompt of {text[:60]!r} has "
+                f"only {len(row)} tokens. Read it nearer to its end."
+            )
         if max(row) >= self._num_embeddings:
             raise CheckpointError(
                 f"AR {self._info.path}: its tokenizer gives token {max(row)}, but the model has {self._num_embeddings} rows. "
@@ -195,7 +244,7 @@ class ArPrompts:
             )
 
     def _check_suffix(self, text: str, row: list[int]) -> None:
-        expected = self._info.sidecar.suffix_ids
+        expected = self._info.ar_prompting.suffix_ids
         if expected and tuple(row[-len(expected) :]) != expected:
             raise CheckpointError(
                 f"AR {self._info.path}: the prompt of {text[:60]!r} ends with the tokens {row[-len(expected) :]}, the "
@@ -228,8 +277,10 @@ def _check_end(info: CheckpointInfo, after_marker: str) -> None:
     Raises:
         CheckpointError: the prompt ends with an open tag.
     """
-    message = info.sidecar.av_message.partition(info.sidecar.marker or "")[2].strip()
-    if tag := opened_answer_tag(after_marker.rpartition(message)[2] if message else after_marker):
+    prompting = info.av_prompting
+    message = prompting.message.partition(prompting.marker)[2].strip()
+    tag = opened_answer_tag(after_marker.rpartition(message)[2] if message else after_marker)
+    if tag and not (prompting.opening_tag == "" and tag in ENCLOSING_TAGS):
         raise CheckpointError(
             f"AV {info.path}: its chat template ends the prompt with the open tag {tag}, so the answer begins inside that tag. "
             "This is not supported yet: explanations would be missed, or thoughts taken for explanations. Use an AV whose "

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from ksweep.autoencoder.prompting import MARKER_FIELD, TEXT_FIELD
+from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, PromptingOverrides
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.notes import Note
 from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, requests, value_at
@@ -31,12 +33,13 @@ NLA_SIDECAR_KEYS = frozenset({
 })  # fmt: skip
 AR_HEAD_FILES = ("value_head.safetensors", "ar_lora_value_head.safetensors")
 """Files that only an AR directory contains."""
-MARKER_FIELD, TEXT_FIELD = "{injection_char}", "{explanation}"
 FIELD = re.compile(r"\{[\w\s-]*(?:[.\[!:][^{}]*)?\}|<<[\w\s-]+>>|\[\[[\w\s-]+\]\]|%\(\w+\)[sdfgr]")
 """A field of `str.format` or of another template syntax; braces around anything else (JSON, code) are text."""
 OPEN_TAG = re.compile(r"<[A-Za-z][\w-]*>\s*$")
 ANSWER_TAG = re.compile(r"<(explanation|answer|think|thinking|thought|reasoning)>")
 """A tag that opens an answer, or thoughts before it."""
+ENCLOSING_TAGS = ("<explanation>", "<answer>")
+"""Answer tags that an explanation may begin inside of, where the spec says so; behind the others stand thoughts."""
 MENTION = re.compile(r"\s*(?:xml\s+)?(?:tags?|elements?|brackets|markers?)\b|[.,;!?)`'\"]|\s+(?:and|or|to)\b", re.IGNORECASE)
 """What follows a tag that is only mentioned, as in "within <explanation> tags"."""
 WITHOUT_INJECTION_MODE = ("lora_sft", "full_ft_sft")
@@ -74,21 +77,14 @@ class Sidecar:
     notes: tuple[Note, ...]
 
     @property
-    def ar_affixes(self) -> tuple[str, str]:
-        """The AR's prompt before and after the explanation, as `template.format` would leave it."""
-        assert self.ar_template is not None
-        before, _, after = self.ar_template.partition(TEXT_FIELD)
-        return _unescaped(before), _unescaped(after)
-
-    @property
     def av_message(self) -> str:
         """The AV's user message, with the marker filled in."""
         assert self.av_template is not None and self.marker is not None
         return self.av_template.replace(MARKER_FIELD, self.marker)
 
 
-def read_nla_sidecar(directory: Path, expected_role: NlaRole) -> Sidecar:
-    """Return the parsed and checked `directory/nla_meta.yaml`.
+def read_nla_sidecar(directory: Path, expected_role: NlaRole, overrides: PromptingOverrides = AS_THE_CHECKPOINT_SAYS) -> Sidecar:
+    """Return the parsed and checked `directory/nla_meta.yaml`, with the spec's marker, templates and scale in place of its own.
 
     Raises:
         CheckpointError: the sidecar is missing, is not of an NLA model, has another role, or lacks a value that its role needs.
@@ -122,12 +118,33 @@ def read_nla_sidecar(directory: Path, expected_role: NlaRole) -> Sidecar:
         asks_for_thinking=requests(meta, "enable_thinking"),
         notes=tuple(notes),
     )
-    # 4. Check that the values this role needs are there and usable.
+    # 4. Put the spec's values in place of the sidecar's.
+    sidecar = _overridden(sidecar, overrides)
+    # 5. Check that the values this role needs are there and usable.
     if role == "ar":
         _check_ar(sidecar, path)
         return sidecar
     _check_injection(meta, path)
-    return replace(sidecar, notes=(*notes, *_check_av(sidecar, path)))
+    return replace(sidecar, notes=(*notes, *_check_av(sidecar, path, overrides)))
+
+
+def _overridden(sidecar: Sidecar, overrides: PromptingOverrides) -> Sidecar:
+    """Return the sidecar with the spec's marker, templates and scale, and without the token ids that they make void.
+
+    Raises:
+        CheckpointError: a template has a field that nothing fills in.
+    """
+    if overrides.marker is not None:
+        sidecar = replace(sidecar, marker=overrides.marker, marker_id=None, left_id=None, right_id=None)
+    if overrides.av_template is not None:
+        _check_fields(overrides.av_template, "av", "autoencoder.prompting.av_template")
+        sidecar = replace(sidecar, av_template=overrides.av_template, left_id=None, right_id=None)
+    if overrides.ar_template is not None:
+        _check_fields(overrides.ar_template, "ar", "autoencoder.prompting.ar_template")
+        sidecar = replace(sidecar, ar_template=overrides.ar_template, suffix_ids=None)
+    if overrides.injection_scale is not None:
+        sidecar = replace(sidecar, injection_scale=overrides.injection_scale)
+    return sidecar
 
 
 def _read(path: Path, directory: Path, expected: NlaRole) -> dict[str, Any]:
@@ -270,14 +287,18 @@ def _template(meta: Mapping[str, Any], role: NlaRole, path: Path) -> str | None:
     if len(set(templates.values())) > 1:
         raise CheckpointError(f"{path} has {' and '.join(templates)}, which differ. Keep the one that was used in training.")
     template = next(iter(templates.values()), None)
-    remainder = (template or "").replace(MARKER_FIELD if role == "av" else TEXT_FIELD, "")
+    if template is not None:
+        _check_fields(template, role, f"{path}: {next(iter(templates))}")
+    return template
+
+
+def _check_fields(template: str, role: NlaRole, where: str) -> None:
+    remainder = template.replace(MARKER_FIELD if role == "av" else TEXT_FIELD, "")
     if unfilled := FIELD.search(re.sub(r"\{\{|\}\}", "", remainder) if role == "ar" else remainder):
         raise CheckpointError(
-            f"{path}: {next(iter(templates))} has {abbreviated(unfilled[0])}, a field that nothing fills in: it would appear "
-            f"literally in the prompt. Use a checkpoint whose templates have no fields other than {MARKER_FIELD} (AV) and "
-            f"{TEXT_FIELD} (AR)."
+            f"{where} has {abbreviated(unfilled[0])}, a field that nothing fills in: it would appear literally in the prompt. "
+            f"Use a checkpoint whose templates have no fields other than {MARKER_FIELD} (AV) and {TEXT_FIELD} (AR)."
         )
-    return template
 
 
 def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent: float | None) -> float | None:
@@ -311,7 +332,7 @@ def _check_injection(meta: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
+def _check_av(sidecar: Sidecar, path: Path, overrides: PromptingOverrides) -> list[Note]:
     """Check the values that an AV needs, and return notes on unusual ones that are accepted.
 
     Raises:
@@ -325,7 +346,7 @@ def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
         )
     if not (math.isfinite(scale) and scale > 0):
         _wrong(path, "extraction.injection_scale", scale, "a finite number > 0")
-    _require(sidecar, path, "marker", "marker_id", "av_template")
+    _require(sidecar, path, "marker", *(("marker_id",) if overrides.marker is None else ()), "av_template")
     assert sidecar.marker is not None and sidecar.av_template is not None
     if not sidecar.marker:
         _wrong(path, "tokens.injection_char", sidecar.marker, "one token, usually one character")
@@ -335,11 +356,12 @@ def _check_av(sidecar: Sidecar, path: Path) -> list[Note]:
             "vector is injected. Use the released template."
         )
     tag = OPEN_TAG.search(sidecar.av_template)
-    if open_tag := tag[0].strip() if tag else opened_answer_tag(sidecar.av_message.partition(sidecar.marker)[2]):
+    open_tag = tag[0].strip() if tag else opened_answer_tag(sidecar.av_message.partition(sidecar.marker)[2])
+    if open_tag and not (overrides.opening_tag == "" and open_tag in ENCLOSING_TAGS):
         raise CheckpointError(
             f"{path}: prompt_templates.av ends with the open tag {abbreviated(open_tag)}, so the AV's answers do not repeat it. "
             "A prefilled answer is not supported yet: every draw would count as failed. Use an AV whose answers contain "
-            "<explanation>...</explanation>."
+            "<explanation>...</explanation>, or say that they begin inside the tag (autoencoder.prompting.opening_tag='')."
         )
     return _prompt_notes(sidecar, path)
 
@@ -398,7 +420,3 @@ def _require(sidecar: Sidecar, path: Path, *names: str) -> None:
             f"{path} lacks {', '.join(missing)}: without it the {_name(sidecar.role)}'s prompt cannot be built. Use the "
             "sidecar that was released with the weights."
         )
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("{{", "{").replace("}}", "}")
