@@ -3,6 +3,7 @@
 Sweep, Cell                                a question and its cells, one point of a sweep
 Autoencoder, Activations, Sampling, Scoring, Resources    the parts of a spec
 sweep_main                                 run a sweep from its file
+run, plan, results                         the same from Python: run a sweep, see what would be run, results of before (Results)
 connect                                    an up-to-date DuckDB connection to a registry
 RequestError, RunError                     a mistake in the request, a failure while running
 """
@@ -19,6 +20,10 @@ from ksweep.utils.errors import RequestError, RunError
 from ksweep.utils.version import VERSION
 
 if TYPE_CHECKING:
+    from ksweep.analysis.results import Results
+    from ksweep.analysis.results import results_of_sweep as results
+    from ksweep.launch.run_sweep import plan_sweep as plan
+    from ksweep.launch.run_sweep import run_sweep as run
     from ksweep.launch.sweep_main import sweep_main
     from ksweep.registry.database import connect
 
@@ -29,16 +34,27 @@ __all__ = [
     "Cell",
     "RequestError",
     "Resources",
+    "Results",
     "RunError",
     "Sampling",
     "Scoring",
     "Sweep",
     "connect",
+    "plan",
     "replace_at",
+    "results",
+    "run",
     "sweep_main",
 ]
 
-_LATER = {"connect": "ksweep.registry.database", "sweep_main": "ksweep.launch.sweep_main"}
+_LATER = {
+    "connect": "ksweep.registry.database:connect",
+    "Results": "ksweep.analysis.results:Results",
+    "plan": "ksweep.launch.run_sweep:plan_sweep",
+    "results": "ksweep.analysis.results:results_of_sweep",
+    "run": "ksweep.launch.run_sweep:run_sweep",
+    "sweep_main": "ksweep.launch.sweep_main:sweep_main",
+}
 moved.keep_earlier_names()
 
 
@@ -47,7 +63,8 @@ def __getattr__(name: str) -> Any:
     if name in _LATER:
         from importlib import import_module
 
-        return getattr(import_module(_LATER[name]), name)
+        module, _, attribute = _LATER[name].partition(":")
+        return getattr(import_module(module), attribute)
     if (earlier := f"ksweep.{name}") in moved.MOVED:
         from importlib import import_module
 

@@ -35,9 +35,18 @@ def print_results(sweep: Sweep, cell_keys: Sequence[str], *, computed: int, char
     """Print the table of results with its footnotes and warnings, and write the charts."""
     registry = Path(sweep.registry)
     labels = dict(zip(cell_keys, sweep.labels(), strict=True))
-    table = curves_of(registry, labels)
+    table = print_curves(sweep.name, registry, labels)
     out = console()
-    out.print(results_table(sweep, table, out))
+    if charts:
+        for path in write_charts(sweep, table, registry / "charts" / sweep.name):
+            out.print(f"chart: {path}", soft_wrap=True)
+    out.print(f"computed {computed} of {len(cell_keys)} cells; registry: {registry / DATABASE}", soft_wrap=True)
+
+
+def print_curves(name: str, registry: Path, labels: Mapping[str, str]) -> pa.Table:
+    """Print the curves of cells (cell key -> label) with footnotes, controls and warnings, and return them."""
+    table, out = curves_of(registry, labels), console()
+    out.print(results_table(name, table, out))
     for line in _footnotes(table):
         out.print(line)
     out.print(_controls_line(controls_of(registry, labels)))
@@ -45,13 +54,10 @@ def print_results(sweep: Sweep, cell_keys: Sequence[str], *, computed: int, char
         out.print(f"warning: {line}")
     for line in noted(table.to_pylist()):
         out.print(Text(f"note on {line}"))
-    if charts:
-        for path in write_charts(sweep, table, registry / "charts" / sweep.name):
-            out.print(f"chart: {path}", soft_wrap=True)
-    out.print(f"computed {computed} of {len(cell_keys)} cells; registry: {registry / DATABASE}", soft_wrap=True)
+    return table
 
 
-def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
+def results_table(name: str, curves: pa.Table, out: Console) -> Table:
     """Return a table with a row per cell: FVE and interval at as many K as fit, the shuffled control, failures, speed."""
     rows, width = curves.to_pylist(), out.width
     ks = sorted({r["k"] for r in rows})
@@ -60,7 +66,7 @@ def results_table(sweep: Sweep, curves: pa.Table, out: Console) -> Table:
     beside = 16 + (24 if wide else 0)  # the control; failures and speed
     most = max(2, (width - min(label_width, LABEL_COLUMN) - 4 - beside) // CHARACTERS_PER_K)
     shown = _spread([k for k in ks if k in SHOWN_KS or k == ks[-1]], most)
-    title = f"{sweep.name}: FVE, best of K draws (oracle selection by the AR)"
+    title = f"{name}: FVE, best of K draws (oracle selection by the AR)"
     table = columns(out, title=title, title_justify="left", show_lines=True)
     table.add_column("cell", overflow="fold")
     for k in shown:

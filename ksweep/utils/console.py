@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +31,13 @@ def columns(out: Console, **on_a_terminal: Any) -> Table:
         return Table(**on_a_terminal)
     kept = {name: value for name, value in on_a_terminal.items() if name in ("title", "title_justify", "show_header")}
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, **kept)
+
+
+def printed_text(show: Callable[[], None]) -> str:
+    """Return what a function prints to standard output, as text without colour."""
+    with redirect_stdout(io.StringIO()) as out:
+        show()
+    return out.getvalue().rstrip("\n")
 
 
 def bytes_text(count: int) -> str:

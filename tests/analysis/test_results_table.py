@@ -54,7 +54,7 @@ def curves(*labels: str, num_draws: int = 64, **changes: Any) -> pa.Table:
 def printed(sweep: Sweep, table: pa.Table, width: int) -> str:
     file = io.StringIO()
     out = Console(file=file, width=width, force_terminal=True, color_system=None)
-    out.print(results_table(sweep, table, out))
+    out.print(results_table(sweep.name, table, out))
     return file.getvalue()
 
 
