@@ -17,8 +17,8 @@ import yaml
 
 from ksweep import Autoencoder, Cell, Sampling, Scoring, Sweep
 from ksweep.activations.caching import ensure
-from ksweep.autoencoder.family import NlaPair
 from ksweep.autoencoder.nla import models as nla
+from ksweep.autoencoder.nla.family import NlaPair
 from ksweep.autoencoder.nla.loading import load_nla_tokenizer
 from ksweep.autoencoder.nla.prompts import av_prompt
 from ksweep.config.presets import demo_pair, held_out_passages

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep import stats
-from ksweep.config.spec import Autoencoder, Scoring
+from ksweep.config.spec import Scoring
 from ksweep.registry import activation_metadata
 from ksweep.registry.database import connect
 from ksweep.registry.draws import DrawsStore
@@ -115,7 +115,7 @@ def load_cells(registry: Path | str, names: Sequence[str] = (), *, vector_cache:
 
 
 _COLUMNS = """r.run_id, r.cell, r.label, r.sweep, r.temperature, r.activations_key, r.draws_key, r.num_activations, r.num_draws,
-              r.baseline, r.baseline_kind, r.spec"""
+              r.baseline, r.baseline_kind, r.scoring_kind, r.spec"""
 _ALL = f"SELECT {_COLUMNS} FROM v_latest AS r WHERE draws_key IS NOT NULL ORDER BY r.finished, r.run_id"
 _NAMED = f"""
     WITH latest AS (SELECT run_id FROM v_latest), named AS (
@@ -139,12 +139,11 @@ def _cell(row: dict[str, Any], root: Path, vector_cache: Path | None) -> Measure
     scoring = {name: value for name, value in spec["scoring"].items() if name in Scoring.__dataclass_fields__}
     if scoring.get("ks") is not None:
         scoring["ks"] = tuple(scoring["ks"])
-    kind = Autoencoder(**spec["autoencoder"]).scoring_kind
     # Older records call the distance from the mean "evaluated set".
     baseline_kind = row.pop("baseline_kind").replace("evaluated set", "distance from mean")
     return MeasuredCell(
-        baseline_value=row.pop("baseline"), baseline_kind=baseline_kind, scoring=Scoring(**scoring), kind=kind, registry=root,
-        vector_cache=vector_cache, **row,
+        baseline_value=row.pop("baseline"), baseline_kind=baseline_kind, scoring=Scoring(**scoring),
+        kind=row.pop("scoring_kind"), registry=root, vector_cache=vector_cache, **row,
     )  # fmt: skip
 
 

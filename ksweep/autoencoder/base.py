@@ -1,16 +1,26 @@
-"""The protocols of loaded models: an AV turns vectors into draws, an AR turns explanations into vectors."""
+"""What the other rooms know of an autoencoder: its family while planning, and the protocols of its loaded models.
+
+An AV (verbalizer) turns vectors into draws, an AR (reconstructor) turns explanations into vectors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from ksweep.config.spec import Autoencoder, Scoring
 from ksweep.inference.backend import FinishReason, PromptedModel
+from ksweep.utils.errors import SpecError
+from ksweep.utils.notes import Note
 
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Float
+
+    from ksweep.stats import ScoringKind
 
 ParseOutcome = Literal["ok", "no_open_tag", "no_close_tag", "empty", "cut_off"]
 """ok, or why a draw failed. A draw that reached max_new_tokens without a closing tag is "cut_off"."""
@@ -57,3 +67,127 @@ class Reconstructor(Protocol):
         self, explanations: Sequence[Explanation], batch_size: int = 64
     ) -> Float[torch.Tensor, "explanation d_model"]:
         """Return raw (not normalised) float32 reconstructions on the CPU, in the order given; equal explanations run once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationFacts:
+    """Properties of a cell's activations that are known before any is computed."""
+
+    source: str
+    """Base model, or file of ready-made vectors."""
+    model: str | None
+    """Path or hub id of the model that they come from; None if the file of vectors does not state it."""
+    model_directory: Path | None
+    """Directory of that model; None for ready-made vectors."""
+    layer: int | None
+    """Layer of the activations; None if neither the request nor the file of vectors states it."""
+    d_model: int
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Descriptions of what is unknown of each activation, under "token" and "position"."""
+
+
+class Family(ABC):
+    """An autoencoder whose checkpoints are read in the way of their family."""
+
+    source_field: ClassVar[str]
+    """Spec field that identifies the autoencoder in labels."""
+    scoring_kind: ScoringKind = "normalised"
+    """How reconstructions are compared with activations: normalised (both scaled to norm sqrt(d)) or raw (as they are)."""
+    texts_have_fixed_length: bool = False
+    """Whether every explanation has the number of tokens of training, so that none is cut off."""
+    has_reference_quantities: bool = False
+    """Whether the quantities of the reference sweep are reported, which need the raw reconstructions of the best draws."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        """Keep the spec; files are read when they are first needed."""
+        self.autoencoder = autoencoder
+
+    @staticmethod
+    @abstractmethod
+    def claims(spec: Autoencoder) -> bool:
+        """Return whether a spec names an autoencoder of this family. A file may be looked at, but need not exist."""
+
+    @property
+    @abstractmethod
+    def short_name(self) -> str:
+        """Short name for labels."""
+
+    @property
+    def located(self) -> Autoencoder:
+        """The spec, with a directory of several checkpoints replaced by the file to load."""
+        return self.autoencoder
+
+    @property
+    def activations_model(self) -> str | None:
+        """Path or hub id of the model whose activations it was trained on; None if the checkpoint does not state it."""
+        return None
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Number of tokens in every explanation; None if texts end with a stop token."""
+        return None
+
+    @property
+    @abstractmethod
+    def layer(self) -> int:
+        """Index of the block whose output it was trained on, 0-based."""
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Notes on accepted but unusual properties of its files."""
+        return ()
+
+    @abstractmethod
+    def draws_identity(self) -> dict[str, Any]:
+        """Return what its AV adds to the identity of draws: a digest, and how texts are parsed where there is a choice."""
+
+    @abstractmethod
+    def scores_identity(self) -> dict[str, Any]:
+        """Return what its AR adds to the identity of scores: a digest, and how texts are read where there is a choice."""
+
+    @abstractmethod
+    def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
+        """Check that it can be used on activations, and return notes on accepted differences from its training.
+
+        Raises:
+            DataError: they are of another layer, width or architecture than it was trained on, or lack something it needs.
+        """
+
+    def check_scoring(self, scoring: Scoring) -> None:
+        """Check that the scoring has a meaning for this family's errors.
+
+        Raises:
+            SpecError: a stated baseline that normalised errors cannot have, or quantities that the family does not have.
+        """
+        baseline = scoring.stated_baseline
+        if self.scoring_kind == "normalised" and baseline is not None and baseline > 2:
+            raise SpecError(
+                f"scoring.baseline={baseline!r} must lie in (0, 2] (of vectors scaled to norm sqrt(d)), or be None to measure "
+                "it; only a checkpoint is scored on raw vectors"
+            )
+        if scoring.reference_replicates and not self.has_reference_quantities:
+            raise SpecError(
+                f"scoring.reference_replicates={scoring.reference_replicates}: the reference's quantities are of raw "
+                "reconstructions, which only a checkpoint has. Leave it out (0); the pair's FVE has its interval from "
+                "scoring.num_replicates"
+            )
+
+    def training_norm(self) -> float | None:
+        """Return the median norm of the activations that it was trained on; None if its files do not state it."""
+        return None
+
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Return an upper bound of the memory of AV and AR in a process that has loaded both."""
+
+    def reconstruction_bytes(self) -> int:
+        """Return the bytes of each reconstruction that is stored with its draw; 0 if none is stored."""
+        return 0
+
+    @abstractmethod
+    def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
+        """Load the AV, spread over torch devices."""
+
+    @abstractmethod
+    def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
+        """Load the AR; it shares the weights of `verbalizer`, the loaded AV, if both use the same model."""

@@ -7,22 +7,15 @@ vector is scaled to. They are compared with the training vectors' own, where the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ksweep.utils import files
-from ksweep.utils.errors import RequestError
 from ksweep.utils.notes import Note
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
-
-REPORT = "training_report.json"
-"""Beside AV and AR where scripts/train_demo_pair.py made them."""
 FACTOR = 1.3
 """How far medians may lie apart. SmolLM2-135M on the demo's passages, medians by layer: 133 at 10, 167 at 15, 198 at 18, 223 at
 19, 238 at 20; half of the activations of layer 20 lie between 229 and 250. Length does not tell neighbouring layers apart."""
@@ -30,28 +23,6 @@ SAME_LENGTH = 1e-3
 """Relative spread of lengths that are one length: float32 keeps 1e-7, bfloat16 4e-3 for a number and some 1e-4 for a length."""
 FEWEST = 8
 """Fewer vectors than this give no median and no spread."""
-
-
-def training_norm(*infos: CheckpointInfo) -> float | None:
-    """Return the median norm of the vectors a pair was trained on, from a sidecar or the training report; None if unstated."""
-    for info in infos:
-        if info.sidecar.activation_norm is not None:
-            return info.sidecar.activation_norm
-    for info in infos:
-        report = info.path.resolve().parent / REPORT
-        if report.is_file() and (norm := _reported_norm(report)) is not None:
-            return norm
-    return None
-
-
-def _reported_norm(report: Path) -> float | None:
-    """Return held_out.activation_norm, which is of other texts than the training's, but of the same model and layer."""
-    try:
-        held_out = files.read_json(report, "training report").get("held_out")
-    except RequestError:
-        return None
-    norm = held_out.get("activation_norm") if isinstance(held_out, dict) else None
-    return float(norm) if isinstance(norm, (int, float)) and norm > 0 else None
 
 
 def norm_notes(vectors: Float[np.ndarray, "activation d_model"], trained: float | None, source: str) -> Iterator[Note]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -165,3 +166,9 @@ def check_attention(config: Mapping[str, Any], where: Path) -> None:
             f"{', '.join(others)}, which keeps no keys and values. Drawing and scoring go on from shared ones, so that such "
             "models are not supported yet as AV or AR. Use a pair over a model with attention in every block."
         )
+
+
+def bytes_of_weights(model: Path, dtype: str) -> int:
+    """Return the memory that all weights of a model take in a dtype, from the headers of its files."""
+    num_weights = sum(math.prod(tensor.shape) for tensor in model_tensors(model).values())
+    return (4 if dtype == "float32" else 2) * num_weights

@@ -10,7 +10,7 @@ from ksweep.config.validation import at_least, is_number, one_of
 from ksweep.utils.errors import SpecError
 
 if TYPE_CHECKING:
-    from ksweep.stats import BaselineKind, ScoringKind
+    from ksweep.stats import BaselineKind
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 PositionRule = Literal["random", "midpoint", "last", "all", "stride"]
@@ -90,7 +90,10 @@ class PromptingOverrides:
         return {name: value for name, value in self._stated().items() if name.startswith("ar_")}
 
     def _stated(self) -> dict[str, Any]:
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        """Return the fields that are not None as JSON has them."""
+        values = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        plain = {"chat_arguments": dict, "stop_tokens": list}
+        return {name: plain[name](value) if name in plain else value for name, value in values.items()}
 
 
 AS_THE_CHECKPOINT_SAYS = PromptingOverrides()
@@ -148,11 +151,6 @@ class Autoencoder:
     def reconstructor_dtype(self) -> Dtype:
         """Compute precision of the AR."""
         return self.ar_dtype or self.dtype
-
-    @property
-    def scoring_kind(self) -> ScoringKind:
-        """How reconstructions are compared with activations: as they are (checkpoint), or both scaled to norm sqrt(d) (pair)."""
-        return "normalised" if self.checkpoint is None else "raw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,24 +353,11 @@ class Cell:
                 f"Raise sampling.num_draws to {max(ks)} or leave out the larger K."
             )
         baseline = self.scoring.stated_baseline
-        if self.autoencoder.scoring_kind == "normalised" and baseline is not None and baseline > 2:
-            raise SpecError(
-                f"scoring.baseline={baseline!r} must lie in (0, 2] (of vectors scaled to norm sqrt(d)), or be None to measure "
-                "it; only a checkpoint is scored on raw vectors"
-            )
-        self._check_reference()
         if self.activations.num_activations < 2 and baseline is None:
             raise SpecError(
                 "activations.num_activations=1 has no variance to explain: ask for more activations, or state scoring.baseline"
             )
-
-    def _check_reference(self) -> None:
         asked, n = self.scoring.reference_replicates, self.activations.num_activations
-        if asked and self.autoencoder.checkpoint is None:
-            raise SpecError(
-                f"scoring.reference_replicates={asked}: the reference's quantities are of raw reconstructions, which only a "
-                "checkpoint has. Leave it out (0); the pair's FVE has its interval from scoring.num_replicates"
-            )
         if asked and n < 3:
             raise SpecError(
                 f"scoring.reference_replicates={asked} needs at least 3 activations, and activations.num_activations={n}: ask "

@@ -44,7 +44,7 @@ def record_cell(
         pa.Table.from_pylist(summary.curve),
         pa.Table.from_pylist(summary.controls),
         reference=pa.Table.from_pylist(reference.rows, schema=run_record.REFERENCE_SCHEMA) if reference.rows else None,
-        norms=norms if run.cell.autoencoder.scoring_kind == "raw" else None,
+        norms=norms if family_of(run.cell.autoencoder).has_reference_quantities else None,
         metrics=pa.Table.from_pylist(breakdown.metrics),
         examples=breakdown.examples,
         activations=breakdown.activations,
@@ -128,6 +128,7 @@ def _statistics_fields(cell: Cell, statistics: CellStatistics) -> dict[str, Any]
         **never_cut_off,
         **statistics.tokens,
         "d_model": statistics.d_model,
+        "scoring_kind": summary.baseline.scoring,
         "baseline_num_activations": summary.baseline.num_activations,
         "baseline_from_mean": None if summary.from_mean is None else summary.from_mean.value,
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
+from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell
 from ksweep.evaluation.breakdown import Breakdown, break_down
 from ksweep.evaluation.summary import RETRIEVAL_POOL, Summary, summarise
@@ -54,7 +55,8 @@ def compute_statistics(
         DataError: the activations allow no statistics: all are equal, or too few.
     """
     targets = vectors.vectors(0, len(vectors))
-    kind, roles = cell.autoencoder.scoring_kind, vectors.column("role").tolist()
+    family, roles = family_of(cell.autoencoder), vectors.column("role").tolist()
+    kind = family.scoring_kind
     pool = np.arange(min(len(targets), RETRIEVAL_POOL))
     first_draws = store.reconstructions(pool, np.zeros_like(pool), targets.shape[1])
     reference = TaeSummary()
@@ -62,7 +64,7 @@ def compute_statistics(
         summary = summarise(draws, targets, cell.scoring, cell.ks, empty_text, first_draws, kind)
         metadata = activation_metadata.write_metadata(registry, vectors, kind)
         breakdown = break_down(draws, metadata, summary.baseline, cell.scoring, cell.ks, vectors.column("window").tolist())
-        if kind == "raw":
+        if family.has_reference_quantities:
             errors = draws["error"].to_numpy().reshape(len(targets), -1)
             stored = StoredDraws(store=store, activations=targets, errors=errors, roles=roles)
             reference = reference_quantities(stored, cell.ks, cell.scoring.reference_replicates)

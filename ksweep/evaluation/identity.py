@@ -20,7 +20,8 @@ from ksweep.activations.vector_source import (
     vectors_say_positions,
     vectors_shape,
 )
-from ksweep.autoencoder.family import ActivationFacts, Family, family_of
+from ksweep.autoencoder.base import ActivationFacts, Family
+from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Activations, Cell, Sampling
 from ksweep.config.sweep import Sweep
 from ksweep.utils.errors import DataError, SpecError
@@ -78,6 +79,7 @@ def cell_keys(cell: Cell) -> CellKeys:
     """
     # 1. Inspect the checkpoints, and check that the activations fit them.
     family = family_of(cell.autoencoder)
+    family.check_scoring(cell.scoring)
     cell = _resolve(cell, family)
     layer = family.layer
     notes = (*family.notes, *family.check_activations(_activation_facts(cell.activations)))

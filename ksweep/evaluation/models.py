@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ksweep.autoencoder.family import Family, family_of
+from ksweep.autoencoder.base import Family
+from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Autoencoder
 from ksweep.evaluation.identity import CellKeys
 from ksweep.utils.errors import CheckpointError

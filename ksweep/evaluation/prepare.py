@@ -105,6 +105,7 @@ def load_models(
     if not missing:
         return {}
     first, autoencoder = missing[0], missing[0].cell.autoencoder
+    family = family_of(autoencoder)
     current.switch_to(first.keys, first.clock)
     with first.clock("loading"):
         ranks.report(f"{first.keys.label}: loading models", 0, 0)
@@ -117,7 +118,8 @@ def load_models(
     return {
         run: UnitWork(
             sampling=run.cell.sampling, vectors=run.vectors, av=av, ar=ar, batch_size=context.batch_size,
-            device=ranks.devices[0], scoring=run.cell.scoring, scoring_kind=autoencoder.scoring_kind,
+            device=ranks.devices[0], scoring=run.cell.scoring, scoring_kind=family.scoring_kind,
+            keeps_reconstructions=family.has_reference_quantities,
         )
         for run in missing
     }  # fmt: skip

@@ -33,6 +33,8 @@ class UnitWork:
     scoring: Scoring
     """Baseline and failure policy of the running FVE."""
     scoring_kind: ScoringKind
+    keeps_reconstructions: bool
+    """Whether reconstructions that are the best of their activation so far are stored."""
     _partners: np.ndarray | None = None
     _running_fve: RunningFve | None = None
 
@@ -132,7 +134,7 @@ class UnitWork:
     def _is_kept(self, unit: WorkUnit, errors: np.ndarray) -> np.ndarray:
         """Return for each draw whether its reconstruction is stored: see DRAWS_SCHEMA of the draws store."""
         by_activation = errors.reshape(unit.last_row - unit.first_row, unit.last_draw - unit.first_draw)
-        kept = np.zeros(by_activation.shape, dtype=bool) if self.scoring_kind == "normalised" else running_minima(by_activation)
+        kept = running_minima(by_activation) if self.keeps_reconstructions else np.zeros(by_activation.shape, dtype=bool)
         if unit.first_draw == 0:
             kept[:, 0] = True
         return kept.reshape(-1)

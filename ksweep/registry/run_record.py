@@ -126,6 +126,8 @@ class RunRecord:
     """Disk space of all draws of draws_key when the run ended; cells that share draws repeat the same number."""
     fve_over_successes: float | None = None
     """FVE at K = 1 over successful draws only."""
+    scoring_kind: str | None = None
+    """"normalised" or "raw": the space in which errors and baseline are taken."""
     baseline: float | None = None
     baseline_kind: str | None = None
     """"between documents", "distance from mean" (in older records "evaluated set") or "stated constant"."""
@@ -151,6 +153,9 @@ class RunRecord:
             if getattr(self, name).tzinfo is None:
                 raise ValueError(f"{name}={getattr(self, name)} has no time zone; use datetime.now(UTC)")
             object.__setattr__(self, name, getattr(self, name).astimezone(UTC))
+        if self.scoring_kind is None:  # earlier versions knew two families, told apart by this field
+            checkpoint = (self.spec.get("autoencoder") or {}).get("checkpoint")
+            object.__setattr__(self, "scoring_kind", "raw" if checkpoint else "normalised")
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunRecord:

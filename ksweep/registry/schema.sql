@@ -40,6 +40,7 @@ CREATE TABLE runs (
     text_source VARCHAR,
     vectors VARCHAR,
     positions VARCHAR,
+    scoring_kind VARCHAR,
     baseline DOUBLE,
     baseline_kind VARCHAR,
     baseline_from_mean DOUBLE,
@@ -102,14 +103,15 @@ COMMENT ON COLUMN runs.layer IS 'Block of the base model whose output was verbal
 COMMENT ON COLUMN runs.d_model IS 'Width of the activations, dimensions.';
 COMMENT ON COLUMN runs.av IS 'Activation verbalizer (AV) as given: path or hub id.';
 COMMENT ON COLUMN runs.ar IS 'Activation reconstructor (AR) as given: path or hub id.';
-COMMENT ON COLUMN runs.checkpoint IS 'Talkative-autoencoder file or directory as given, used instead of av and ar; errors and baseline are then those of raw vectors. NULL for an NLA pair.';
+COMMENT ON COLUMN runs.checkpoint IS 'Talkative-autoencoder file or directory as given, used instead of av and ar. NULL for an NLA pair.';
 COMMENT ON COLUMN runs.base IS 'Base model of PEFT adapters or of a checkpoint as given; NULL means the base model that the checkpoint names.';
 COMMENT ON COLUMN runs.dtype IS 'Compute precision of AV and AR.';
 COMMENT ON COLUMN runs.model IS 'Language model that the activations come from, as given; NULL for ready-made vectors.';
 COMMENT ON COLUMN runs.text_source IS 'Text that the activations come from, as given: file, directory or hub id.';
 COMMENT ON COLUMN runs.vectors IS 'Parquet file of ready-made activations, as given; NULL when the activations were extracted from text.';
 COMMENT ON COLUMN runs.positions IS 'Rule that chooses token positions: random, midpoint, last, all, stride.';
-COMMENT ON COLUMN runs.baseline IS 'The error at which FVE is 0, per dimension, in the space of the errors (scaled vectors for NLA pairs); baseline_kind says how it was obtained.';
+COMMENT ON COLUMN runs.scoring_kind IS 'Space in which errors and baseline are taken. normalised: activations and reconstructions scaled to norm sqrt(d), NLA pairs. raw: as they are, talkative autoencoders.';
+COMMENT ON COLUMN runs.baseline IS 'The error at which FVE is 0, per dimension, in the space of the errors (scoring_kind); baseline_kind says how it was obtained.';
 COMMENT ON COLUMN runs.baseline_kind IS 'between documents: half the mean squared distance between evaluated activations of different documents. distance from mean: mean squared distance of the evaluated activations from their mean, the baseline of the public code (called evaluated set in older runs). stated constant: given in the spec.';
 COMMENT ON COLUMN runs.baseline_from_mean IS 'Mean squared distance of the (scaled) activations from their own mean, whichever baseline the run uses: 1 - error / baseline_from_mean is the FVE that the public code reports.';
 COMMENT ON COLUMN runs.baseline_num_activations IS 'Activations that the baseline was measured on; NULL for a stated constant.';

@@ -223,7 +223,7 @@ def _about(run: LandedRun, results: Sequence[TableRow], of_reference: bool) -> T
     assert run.curve is not None
     record, scoring = run.record, run.record.spec.get("scoring") or {}
     unknown = sorted({name for r in results for name, value in r.items() if value is None or value == []})
-    scaled = not (of_reference or (record.spec.get("autoencoder") or {}).get("checkpoint"))
+    scaled = not of_reference and record.scoring_kind == "normalised"
     missing = {"avg_mse": "of vectors scaled to norm sqrt(d): 2 (1 - cosine); not a raw error"} if scaled else {}
     return {
         "run_id": record.run_id,

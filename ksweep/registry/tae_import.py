@@ -315,6 +315,7 @@ def _record(
         d_model=_width(results),
         layer=_layer(checkpoint),
         baseline=points[0]["baseline"],
+        scoring_kind="raw",
         baseline_kind=points[0]["baseline_kind"],
         baseline_num_activations=points[0]["num_activations"],
         token_stats=_role_counts(results, "token_stats"),

@@ -122,15 +122,15 @@ CREATE VIEW v_pairs AS
 WITH measured AS MATERIALIZED (
     SELECT runs.cell, runs.label, runs.temperature, runs.sweep, runs.cell_key, runs.run_id, runs.activations_key, runs.num_activations,
            runs.num_documents, runs.effective_documents, runs.interval_reach, runs.baseline_kind, c.level, c.k, c.fve, c.baseline,
-           len(c.replicates) AS num_replicates, runs.checkpoint IS NULL AS scaled, spec->'$.scoring.seed' AS seed,
+           len(c.replicates) AS num_replicates, runs.scoring_kind, spec->'$.scoring.seed' AS seed,
            spec->>'$.scoring.selection' AS selection, spec->'$.scoring.failed_error' AS failed_error
     FROM v_latest AS runs JOIN run_curves AS c USING (run_id) WHERE c.replicates IS NOT NULL
 )
-SELECT a.* EXCLUDE (scaled, seed, selection, failed_error), b.cell AS other_cell, b.label AS other_label,
+SELECT a.* EXCLUDE (scoring_kind, seed, selection, failed_error), b.cell AS other_cell, b.label AS other_label,
        b.temperature AS other_temperature, b.sweep AS other_sweep, b.run_id AS other_run_id, b.fve AS other_fve,
        a.fve - b.fve AS difference
 FROM measured AS a JOIN measured AS b
-USING (activations_key, num_activations, k, level, num_replicates, seed, selection, failed_error, scaled, baseline_kind)
+USING (activations_key, num_activations, k, level, num_replicates, seed, selection, failed_error, scoring_kind, baseline_kind)
 -- The same baseline, measured on two machines, may differ in its last bits.
 WHERE a.cell_key <> b.cell_key AND abs(a.baseline - b.baseline) <= 1e-9 * a.baseline;
 COMMENT ON VIEW v_pairs IS 'Pairs of cells that can be compared, one row per pair (in either order) and K: v_compare without its intervals, which take a tenth of a millisecond each to compute.';

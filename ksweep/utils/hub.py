@@ -50,6 +50,12 @@ def resolve(source: str, what: str = "model") -> Path:
 
 
 @once_per_pass
+def without_revision(source: str) -> str:
+    """Return a hub id without its revision; a path is returned as it is."""
+    is_hub_id = HUB_ID.match(source) is not None and not Path(source).exists()
+    return source.partition("@")[0] if is_hub_id else source
+
+
 def _hub_snapshot(source: str, what: str) -> Path:
     from huggingface_hub import snapshot_download  # heavy; only when a hub id is given
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -330,16 +330,17 @@ def test_a_greedy_run_needs_nothing_but_its_one_draw(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "num_activations", "words"),
     [
-        ({"av": "a", "ar": "b"}, "only a checkpoint has"),
-        ({"checkpoint": "c.pt"}, "at least 3 activations"),
+        ({"av": "a", "ar": "b"}, 3, "only a checkpoint has"),
+        ({"checkpoint": "c.pt"}, 2, "at least 3 activations"),
     ],
 )
-def test_replicates_that_cannot_be_are_refused(sweep: Sweep, fields: dict[str, str], words: str) -> None:
-    few = Activations(model="m", text="t.txt", num_activations=2)
+def test_replicates_that_cannot_be_are_refused(sweep: Sweep, fields: dict[str, str], num_activations: int, words: str) -> None:
+    few = Activations(model="m", text="t.txt", num_activations=num_activations)
     with pytest.raises(SpecError, match=words):
-        replace(sweep.cell, autoencoder=Autoencoder(**fields), activations=few, scoring=Scoring(reference_replicates=100))
+        cell = replace(sweep.cell, autoencoder=Autoencoder(**fields), activations=few, scoring=Scoring(reference_replicates=100))
+        cell_keys(cell)  # raised before any file is looked for
 
 
 @pytest.mark.parametrize("number", [1, -1, True, 2.5])

@@ -1,0 +1,132 @@
+"""The family of NLA pairs: two directories in the public layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ksweep.autoencoder.base import ActivationFacts, Family
+from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest_nla, inspect_nla
+from ksweep.autoencoder.safetensors_header import bytes_of_weights
+from ksweep.config.spec import Autoencoder
+from ksweep.utils import files, hub
+from ksweep.utils.bos_token import text_gets_second_bos
+from ksweep.utils.errors import RequestError
+from ksweep.utils.notes import Note, notes_of
+
+if TYPE_CHECKING:
+    from ksweep.autoencoder.base import Reconstructor, Verbalizer
+
+REPORT = "training_report.json"
+"""Beside AV and AR where scripts/train_demo_pair.py made them."""
+
+
+class NlaPair(Family):
+    """A pair of directories in the public NLA layout: an AV and an AR."""
+
+    source_field = "autoencoder.av"
+
+    @staticmethod
+    def claims(spec: Autoencoder) -> bool:
+        """Return whether the spec names an AV and an AR."""
+        return spec.checkpoint is None
+
+    @cached_property
+    def pair(self) -> tuple[CheckpointInfo, CheckpointInfo]:
+        """AV and AR, each checked alone and against the other."""
+        spec = self.autoencoder
+        av = inspect_nla(hub.resolve(spec.av or "", "AV checkpoint"), "av", spec.base, spec.prompting)
+        ar = inspect_nla(hub.resolve(spec.ar or "", "AR checkpoint"), "ar", spec.base, spec.prompting)
+        check_pair(av, ar)
+        return av, ar
+
+    @property
+    def short_name(self) -> str:
+        """The hub name without -av, or the name of the directory that holds av/."""
+        source = self.autoencoder.source
+        path = Path(hub.without_revision(source))
+        if path.name.lower() in ("av", "nla-av", "actor"):
+            return path.resolve().parent.name if path.exists() else path.parent.name
+        return re.sub(r"^nla-|[-_]av$", "", path.name, flags=re.IGNORECASE) or path.name
+
+    @property
+    def layer(self) -> int:
+        """Layer of the AR, from its sidecar or else its depth; the AV's sidecar states the same layer or none."""
+        layer = self.pair[1].layer
+        assert layer is not None, "an AR without a layer was refused"
+        return layer
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Notes on sidecars and prompts."""
+        return notes_of(*self.pair)
+
+    def draws_identity(self) -> dict[str, Any]:
+        """Return the AV's digest, and where they are not the usual ones the parser of explanations and the prompting."""
+        av, _ = self.pair
+        overrides = self.autoencoder.prompting.of_av
+        # An AV that thinks gets its thoughts before the answer skipped.
+        parser = {"parser": "after_thoughts"} if av.thinks else {}
+        return {"av": digest_nla(av)} | parser | ({"av_prompting": overrides} if overrides else {})
+
+    def scores_identity(self) -> dict[str, Any]:
+        """Return the AR's digest, and where they are not the usual ones the BOS rule and the prompting."""
+        _, ar = self.pair
+        overrides = self.autoencoder.prompting.of_ar
+        bos = {"ar_bos": "once"} if text_gets_second_bos(ar.ar_prompting.template, ar.tokenizer) else {}
+        return {"ar": digest_nla(ar)} | bos | ({"ar_prompting": overrides} if overrides else {})
+
+    def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
+        """Check layer, width and base model; a fine-tune of the base is noted."""
+        av, ar = self.pair
+        width = facts.d_model if facts.model_directory is None else None  # a model's is compared with its architecture
+        notes = check_pair(av, ar, activations_layer=facts.layer, activations_d_model=width, activations_base=facts.model)
+        if facts.model_directory is not None and notes:
+            check_same_architecture(av, facts.model_directory, facts.source)
+        return notes
+
+    def training_norm(self) -> float | None:
+        """Return the norm from a sidecar, or from the training report beside the pair."""
+        return stated_training_norm(*self.pair)
+
+    def weight_bytes(self) -> int:
+        """Return the size of all weights of both; an AR adapter's base counts whole, although its upper blocks are not loaded."""
+        dtypes = (self.autoencoder.dtype, self.autoencoder.reconstructor_dtype)
+        return sum(bytes_of_weights(info.weights, dtype) for info, dtype in zip(self.pair, dtypes, strict=True))
+
+    def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
+        """Load the AV of the pair."""
+        from ksweep.autoencoder.nla.models import load_nla_verbalizer
+
+        return load_nla_verbalizer(self.pair[0], dtype=self.autoencoder.dtype, device=devices)
+
+    def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
+        """Load the AR of the pair; it shares no weights with the AV."""
+        from ksweep.autoencoder.nla.models import load_nla_reconstructor
+
+        return load_nla_reconstructor(self.pair[1], dtype=self.autoencoder.reconstructor_dtype, device=devices)
+
+
+def stated_training_norm(*infos: CheckpointInfo) -> float | None:
+    """Return the median norm of the vectors a pair was trained on, from a sidecar or the training report; None if unstated."""
+    for info in infos:
+        if info.sidecar.activation_norm is not None:
+            return info.sidecar.activation_norm
+    for info in infos:
+        report = info.path.resolve().parent / REPORT
+        if report.is_file() and (norm := _reported_norm(report)) is not None:
+            return norm
+    return None
+
+
+def _reported_norm(report: Path) -> float | None:
+    """Return held_out.activation_norm, which is of other texts than the training's, but of the same model and layer."""
+    try:
+        held_out = files.read_json(report, "training report").get("held_out")
+    except RequestError:
+        return None
+    norm = held_out.get("activation_norm") if isinstance(held_out, dict) else None
+    return float(norm) if isinstance(norm, (int, float)) and norm > 0 else None
