@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_nla_reconstructor, load_nla_verbalizer
+from ksweep.inference.prefill import prefill
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nla"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
@@ -65,13 +66,13 @@ def verbalize(av: NlaVerbalizer, activations: torch.Tensor, num_tokens: int) -> 
         received.append(args[0] if args else kwargs["hidden_states"])
 
     handle = av.model.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
-    prefill = av.prefill(activations)
+    prompts = prefill(av.model, av.prompts(activations))
     handle.remove()
-    logits, tokens = prefill.logits, []
+    logits, tokens = prompts.logits, []
     for _ in range(num_tokens):
         tokens.append(logits.argmax(dim=1))
-        logits = av.model(input_ids=tokens[-1][:, None], past_key_values=prefill.cache, use_cache=True).logits[:, -1]
-    return received[-1].cpu().numpy(), prefill.logits.cpu().numpy(), torch.stack(tokens, dim=1).cpu().numpy()
+        logits = av.model(input_ids=tokens[-1][:, None], past_key_values=prompts.cache, use_cache=True).logits[:, -1]
+    return received[-1].cpu().numpy(), prompts.logits.cpu().numpy(), torch.stack(tokens, dim=1).cpu().numpy()
 
 
 def reconstruct(ar: NlaReconstructor, texts: list[str], batch_size: int) -> np.ndarray:

@@ -29,6 +29,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from ksweep.inference.prefill import Prefill, prefill
+
 Family = Literal["qwen2", "llama", "gemma3", "gemma3_multimodal"]
 FAMILIES: tuple[Family, ...] = ("qwen2", "llama", "gemma3", "gemma3_multimodal")
 FIXTURES = Path(__file__).parent / "fixtures" / "nla"
@@ -392,3 +394,8 @@ def _save_sidecar(path: Path, role: str, pair: TinyPair) -> None:
         "extraction_layer_index": pair.layer,
     }
     (path / "nla_meta.yaml").write_text(yaml.safe_dump(meta, allow_unicode=True, sort_keys=False))
+
+
+def prefilled(av: Any, vectors: torch.Tensor) -> Prefill:
+    """Run an AV's prompts of some vectors."""
+    return prefill(av.model, av.prompts(vectors))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from ksweep.config.spec import Autoencoder, Scoring
-from ksweep.inference.backend import FinishReason, PromptedModel
+from ksweep.inference.prompts import FinishReason, PromptedModel
 from ksweep.utils.errors import SpecError
 from ksweep.utils.notes import Note
 
@@ -47,7 +47,7 @@ class Verbalizer(PromptedModel, Protocol):
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
     ) -> Float[torch.Tensor, "activation d_model"]:
-        """Return the input of `prefill`: the activations, less their position embedding if the AV was trained so."""
+        """Return the input of `prompts`: the activations, less their position embedding if the AV was trained so."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of sampled tokens, without the stop token."""

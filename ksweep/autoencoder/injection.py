@@ -1,16 +1,16 @@
-"""Inject a vector into the AV's prompt, in the prefill only: in place of an embedding row, or on top of a block's output."""
+"""Inject a vector into the AV's prompt: in place of an embedding row, or on top of a block's output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ksweep.autoencoder.prompting import Injection, ReplaceEmbedding
 from ksweep.autoencoder.transformers_models import blocks_of
-from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.inference.prompts import BlockEdit, Prompts
+from ksweep.utils.errors import DataError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,41 +54,23 @@ def added(
     return total
 
 
-@contextmanager
-def injecting(
-    injection: Injection, model: Any, vectors: Float[torch.Tensor, "activation d_model"], position: int
-) -> Iterator[None]:
-    """Inject vectors into a model at `position` of its input while the context is open, for exactly one forward pass.
+def injected(
+    injection: Injection,
+    model: Any,
+    embeddings: Float[torch.Tensor, "activation token d_model"],
+    vectors: Float[torch.Tensor, "activation d_model"],
+    position: int,
+) -> Prompts:
+    """Return prompts with a vector injected into each, at token `position`; all tokens before it are shared.
 
     A replaced row is the embedding module's output, which is what the first block sees, after a Gemma's multiplication by
     sqrt(d_model): the rows need no factor of their own and the same code serves every architecture.
 
-    Raises:
-        CheckpointError: the module did not run exactly once, so the vectors were not injected as they should be.
+    Args:
+        embeddings: what the embedding module makes of the prompts; rows are replaced in place.
     """
-    num_calls = 0
-
-    def change(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        nonlocal num_calls
-        num_calls += 1
-        hidden = (output[0] if isinstance(output, tuple) else output).clone()
-        if isinstance(injection, ReplaceEmbedding):
-            hidden[:, position] = scaled(vectors.to(hidden.device), injection.scale).to(hidden)
-        else:
-            hidden[:, position] = added(hidden[:, position], vectors).to(hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
     if isinstance(injection, ReplaceEmbedding):
-        name, module = "embedding module", model.get_input_embeddings()
-    else:
-        name, module = f"block {injection.block}", blocks_of(model)[injection.block]
-    handle = module.register_forward_hook(change)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if num_calls != 1:
-        raise CheckpointError(
-            f"the AV's {name} ran {num_calls} times in one prefill, expected once: its architecture takes its input from "
-            "elsewhere, so vectors cannot be injected. Use a Qwen2, Llama or Gemma-3 text model."
-        )
+        embeddings[:, position] = scaled(vectors.to(embeddings.device), injection.scale).to(embeddings)
+        return Prompts(embeddings, position)
+    edit = BlockEdit(blocks_of(model)[injection.block], "output", position, partial(added, vectors=vectors))
+    return Prompts(embeddings, position, (edit,))

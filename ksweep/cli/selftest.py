@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from ksweep.autoencoder.base import ParseOutcome
-from ksweep.inference.backend import FinishReason, Prefill
 from ksweep.inference.engine import Draw, Request, draw
-from ksweep.inference.kv_cache import expand_prefix
+from ksweep.inference.prompts import FinishReason, Prompts
 
 WIDTH, VOCABULARY, PROMPT, STOP = 32, 64, (5, 6, 0, 7), 1
 INJECT_AT = 2
@@ -24,6 +23,7 @@ class TinyVerbalizer:
     d_model = WIDTH
     stop_token_ids = frozenset({STOP})
     prompt_length = len(PROMPT)
+    edits_blocks = False
 
     def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
         """Create the same weights on every device: on the CPU in float32, then moved."""
@@ -38,28 +38,16 @@ class TinyVerbalizer:
         self.model: Any = LlamaForCausalLM(config).eval().to(device, dtype)
         torch.set_rng_state(state)
 
-    def embedded(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Return prompt embeddings [activation, prompt token, width] with the vectors in place."""
+    def prompts(self, vectors: torch.Tensor) -> Prompts:
+        """Return the prompts with the vectors in place."""
         tokens = torch.tensor(PROMPT, device=self.model.device).expand(len(vectors), -1)
-        prompt: torch.Tensor = self.model.get_input_embeddings()(tokens).clone()
-        prompt[:, INJECT_AT] = vectors.to(prompt)
-        return prompt
+        embeddings: torch.Tensor = self.model.get_input_embeddings()(tokens).clone()
+        embeddings[:, INJECT_AT] = vectors.to(embeddings)
+        return Prompts(embeddings, INJECT_AT)
 
     def inputs(self, vectors: torch.Tensor, positions: Sequence[int | None]) -> torch.Tensor:
         """Return the vectors unchanged."""
         return vectors
-
-    def prefix(self) -> Any:
-        """Return the KV cache of the prompt before the vector."""
-        tokens = torch.tensor([PROMPT[:INJECT_AT]], device=self.model.device)
-        return self.model(input_ids=tokens, use_cache=True).past_key_values
-
-    def prefill(self, vectors: torch.Tensor, prefix: Any | None = None) -> Prefill:
-        """Run the prompt, or the rest of it after `prefix`."""
-        rest = self.embedded(vectors) if prefix is None else self.embedded(vectors)[:, INJECT_AT:]
-        past = expand_prefix(prefix, len(vectors))
-        out = self.model(inputs_embeds=rest, past_key_values=past, use_cache=True, logits_to_keep=1)
-        return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the token ids as text, as there is no tokenizer."""
@@ -106,7 +94,7 @@ def _drawn_tokens(
 @torch.inference_mode()
 def _greedy_without_cache(av: TinyVerbalizer, vector: torch.Tensor) -> tuple[int, ...]:
     """Decode in float64, running the whole sequence again for each token."""
-    sequence = av.embedded(vector[None])
+    sequence = av.prompts(vector[None]).embeddings
     tokens: list[int] = []
     while len(tokens) < MAX_TOKENS and (not tokens or tokens[-1] != STOP):
         token = av.model(inputs_embeds=sequence, use_cache=False).logits[0, -1].argmax()

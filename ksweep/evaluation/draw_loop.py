@@ -38,7 +38,7 @@ class _PendingUnit:
 
 @dataclass
 class DrawLoop:
-    """One rank's part of a stream of cells that share the AV, top_p and max_new_tokens.
+    """One rank's part of a stream of cells that share the AV, engine, top_p and max_new_tokens.
 
     Cells follow one another, but the first rows of one fill the slots that the last rows of another have left. The current cell
     is that of the oldest pending unit, and while a unit is scored, the unit's own.
@@ -97,15 +97,17 @@ class DrawLoop:
         return requested | {"draws_in_flight": draws, "prompts_at_once": prompts, "texts_at_once": str(texts)}
 
     def _stream(self, batches: Iterable[DrawBatch]) -> Iterator[tuple[int, Draw]]:
-        from ksweep.inference.engine import stream_draws
+        from ksweep.inference.backend import engine_for
+        from ksweep.inference.request import DecodingOptions
 
         run, work = next(iter(self.work.items()))
         num_draws = -(-sum(other.num_missing for other in self.work) // self.ranks.world_size)
-        return stream_draws(
-            work.av, batches, top_p=run.cell.sampling.top_p, max_new_tokens=run.cell.sampling.max_new_tokens,
+        options = DecodingOptions(
+            top_p=run.cell.sampling.top_p, max_new_tokens=run.cell.sampling.max_new_tokens,
             batch_size=self.batch_size, num_draws=num_draws, should_stop=self.ranks.should_stop,
             on_batch_sizes=lambda draws, prompts: self.batch_limits.append((draws, prompts)),
         )  # fmt: skip
+        return engine_for(run.cell.sampling.engine, work.av).generate(work.av, batches, options)
 
     def _draw_batches(self, order_seed: int, pending: dict[int, _PendingUnit]) -> Iterator[DrawBatch]:
         for number, (run, unit) in enumerate(self._claim_units(order_seed)):

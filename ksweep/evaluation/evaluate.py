@@ -28,11 +28,12 @@ def run_job(argument: dict[str, Any], ranks: Ranks) -> list[str]:
 
 
 def group_by_stream(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Group the cells that one stream can draw: same AV, activations (but for their number), top_p and max_new_tokens."""
-    groups: dict[tuple[Autoencoder, Activations, float, int], list[Cell]] = {}
+    """Group the cells that one stream can draw: same AV, activations (but for their number), engine, top_p and max_new_tokens."""
+    groups: dict[tuple[Autoencoder, Activations, str, float, int], list[Cell]] = {}
     for cell in cells:
         activations, sampling = replace(cell.activations, num_activations=1), cell.sampling
-        groups.setdefault((cell.autoencoder, activations, sampling.top_p, sampling.max_new_tokens), []).append(cell)
+        stream = (cell.autoencoder, activations, sampling.engine, sampling.top_p, sampling.max_new_tokens)
+        groups.setdefault(stream, []).append(cell)
     return list(groups.values())
 
 

@@ -24,6 +24,7 @@ from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Activations, Cell, Sampling
 from ksweep.config.sweep import Sweep
+from ksweep.inference.backend import engine_identity
 from ksweep.utils.errors import DataError, SpecError
 from ksweep.utils.fingerprint import fingerprint
 from ksweep.utils.hub import resolve
@@ -85,7 +86,7 @@ def cell_keys(cell: Cell) -> CellKeys:
     notes = (*family.notes, *family.check_activations(_activation_facts(cell.activations)))
     # 2. Hash what changes the activations, the draws, the numbers.
     activations, activations_identity = activations_key(cell.activations, layer)
-    draws = {
+    draws: dict[str, Any] = {
         "activations": activations,
         **family.draws_identity(),
         **family.scores_identity(),
@@ -97,6 +98,8 @@ def cell_keys(cell: Cell) -> CellKeys:
         "sampler_version": SAMPLER_VERSION,
         "scorer_version": SCORER_VERSION,
     }
+    if engine := engine_identity(cell.sampling.engine):
+        draws |= {"engine": engine}
     if cell.autoencoder.reconstructor_dtype != cell.autoencoder.dtype:  # keys from before this choice existed stay valid
         draws |= {"ar_dtype": cell.autoencoder.reconstructor_dtype}
     draws_key = fingerprint(draws)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ksweep.autoencoder.base import Family
 from ksweep.autoencoder.family import family_of
-from ksweep.config.spec import Autoencoder
+from ksweep.config.spec import Autoencoder, Sampling
 from ksweep.evaluation.identity import CellKeys
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.machine import WAIT_POLICY
@@ -58,20 +58,15 @@ class Models:
                 gc.collect()  # a model that is spread is part of reference cycles, and the next one needs its memory
         return self._family
 
-    def numerics(self, max_new_tokens: int) -> dict[str, str]:
-        """Return how this rank's AV computes texts of that length, for the run record; empty where the AV was not loaded."""
+    def numerics(self, sampling: Sampling) -> dict[str, str]:
+        """Return how this rank's AV computes such texts, for the run record; empty where the AV was not loaded."""
         if self._av is None:
             return {}
-        from ksweep.inference import attention, cuda_graphs
+        from ksweep.inference.backend import load_engine
 
-        model, length = self._av.model, self._av.prompt_length + max_new_tokens
-        in_slots = attention.supports_slots(model, length)
-        threads = threads_in_use() if model.device.type == "cpu" else {}
-        return attention.numerics(model, length) | threads | {
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "sampler": "slots" if in_slots else "plain",
-            "cuda_graphs": cuda_graphs.cuda_graphs_state(model) if in_slots else "off",
-        }  # fmt: skip
+        engine = load_engine(sampling.engine)
+        threads = threads_in_use() if self.devices[0] == "cpu" else {}
+        return {**engine.identity, **threads, **engine.numerics(self._av, sampling.max_new_tokens)}
 
 
 def check_as_planned(family: Family, keys: CellKeys) -> None:

@@ -67,7 +67,7 @@ class CellRecorder:
         # 2. Charge it with its part of the time that the waiting cells have spent together.
         run.clock.take(self.shared_clock, self._time_share(run, draws))
         # 3. Write its run record.
-        engine = (self.models.numerics(run.cell.sampling.max_new_tokens) | self.loop.batch_settings()) if run.units else {}
+        engine = (self.models.numerics(run.cell.sampling) | self.loop.batch_settings()) if run.units else {}
         self.run_ids.append(record_cell(run, self.context, self.ranks, statistics, draws, engine))
         self.waiting.remove(run)
 

@@ -125,9 +125,10 @@ def supports_slots(model: Any, length: int) -> bool:
     return window is None or length <= window
 
 
-def numerics(model: Any, length: int) -> dict[str, str]:
-    """Describe for the run record how a model is computed: attention of prompts and of single tokens, and whether TF32 is on."""
-    attention = str(model.get_decoder().config.get_text_config()._attn_implementation)
-    if supports_slots(model, length):
-        attention += f", {ATTENTION} while decoding"
-    return {"attention": attention, "tf32": "on" if torch.backends.cuda.matmul.allow_tf32 else "off"}
+def numerics(model: Any) -> dict[str, str]:
+    """Describe for the run record how a model runs: its dtype, its attention, and whether TF32 is on."""
+    return {
+        "attention": str(model.get_decoder().config.get_text_config()._attn_implementation),
+        "tf32": "on" if torch.backends.cuda.matmul.allow_tf32 else "off",
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

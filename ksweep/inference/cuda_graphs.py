@@ -9,9 +9,9 @@ replay, nothing that the host does in a step depends on their values, and rows a
 in use writes to the first place of a free slot, where the next draw will begin.
 
 The first steps of a shape run as usual. Before its graph is used, the graph must reproduce the logits of a step that ran beside
-it, after being recorded with other tokens and lengths and with NaN where it must write. If a graph does not, or cannot be
-recorded, recording ends for this process with a warning, and drawing continues without it. Slots have their full capacity from
-the start, so that the memory that graphs point to never moves.
+it, after being recorded with other tokens and lengths and with NaN where it must write. If a graph does not, recording ends for
+its model; if one cannot be recorded, it ends for this process. A warning says so, and drawing continues without it. Slots have
+their full capacity from the start, so that the memory that graphs point to never moves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -48,8 +49,12 @@ REPLAY_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e
 """Largest difference between the logits of a replay and of the step itself, as a share of the largest logit. The kernels are the
 same: the check is for a step recorded only in part and for addresses that have moved."""
 
-_disabled_by: list[str] = []
-"""Why recording has ended in this process, if it has: after a failed recording torch's allocator is not as it was before."""
+_failed_recording: list[str] = []
+"""Why recording has ended in this process, if it has: after a failed recording torch's allocator is not as it was before, whoever
+records next. Nothing but recording depends on it."""
+
+_differing: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""How the graphs of a model differed from its steps, for models whose recording has ended."""
 
 
 class Replayable(Protocol):
@@ -65,14 +70,20 @@ Recorder = Callable[[Callable[[], None]], Replayable]
 
 def supports_cuda_graphs(model: Any) -> bool:
     """Return whether a model's steps can be recorded: it is on one GPU, and recording is not switched off and has not failed."""
-    if model.device.type != "cuda" or os.environ.get(CUDA_GRAPHS_VARIABLE) == "0" or _disabled_by:
+    if model.device.type != "cuda" or os.environ.get(CUDA_GRAPHS_VARIABLE) == "0" or recording_problem(model):
         return False
     return {parameter.device for parameter in model.parameters()} == {model.device}
 
 
 def cuda_graphs_state(model: Any) -> str:
     """Return "on", "off", or why recording was given up, for the run record."""
-    return f"given up: {_disabled_by[0]}" if _disabled_by else "on" if supports_cuda_graphs(model) else "off"
+    problem = recording_problem(model)
+    return f"given up: {problem}" if problem else "on" if supports_cuda_graphs(model) else "off"
+
+
+def recording_problem(model: Any) -> str | None:
+    """Return why a model's steps are no longer recorded, None if nothing has gone wrong."""
+    return next(iter(_failed_recording), None) or _differing.get(model)
 
 
 def cuda_recorder(device: torch.device) -> Recorder:
@@ -168,7 +179,7 @@ class RecordedSteps:
             self._recorded[shape].replay()
         else:
             self._step(*shape)
-            if self._uses[shape] >= USES_BEFORE_RECORDING and not _disabled_by:
+            if self._uses[shape] >= USES_BEFORE_RECORDING and not recording_problem(self._model):
                 self._try_to_record(shape)
         self._uses[shape] += 1
         self._cache.end_step()
@@ -198,9 +209,12 @@ class RecordedSteps:
             return  # NaN or infinity cannot be compared, and sampling will refuse them
         try:
             problem = self._record_and_compare(shape, expected)
+            if problem is not None:
+                _differing[self._model] = problem
         except RuntimeError as failure:
             # Of a failed capture the last error says only that it failed; the one before says why.
             problem = str(failure.__context__ or failure).strip().split("\n")[0]
+            _failed_recording.append(problem)
         if problem is not None:
             self._give_up(problem)
             self._step(*shape)
@@ -231,7 +245,6 @@ class RecordedSteps:
 
     def _give_up(self, problem: str) -> None:
         log.warning("decoding steps are not recorded as CUDA graphs, which makes drawing slower: %s", problem)
-        _disabled_by.append(problem)
         self._recorded.clear()
         memory.release_cached_memory(self._model.device)
 

@@ -1,6 +1,6 @@
 """Draws explanations: every activation's prompt runs once, and every draw is sampled with its own keyed noise.
 
-The beginning that all prompts share runs once per process. The draws of an activation share a slot for as long as their tokens
+The beginning that all prompts share runs once per stream. The draws of an activation share a slot for as long as their tokens
 are the same, and fork where these differ: an explanation's opening words, the first choices at a low temperature, and everything
 at temperature 0 are computed once for all draws. A draw that ends leaves its slot at once, and free slots are refilled with the
 next draws (continuous batching), of the next batch where the current one has none left. `generate()` is never called, so nothing
@@ -8,7 +8,7 @@ of a checkpoint's generation_config (repetition penalty, top_k, ...) reaches the
 naive engine takes the same draws.
 
 Memory: a slot for every draw in flight, for its prompt's own part and its new tokens, and the prompts of `prefill_batch_size`
-activations. Running out of memory halves both and continues, with draws as of another batch size: see `stream_draws`.
+activations. Running out of memory halves both and continues, with draws as of another batch size: see `BuiltinEngine`.
 """
 
 from __future__ import annotations
@@ -19,40 +19,38 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from ksweep.inference import attention, cuda_graphs, gumbel_sampling, kv_cache, memory
-from ksweep.inference.naive_engine import draw_naively
+from ksweep.inference.backend import DEFAULT_ENGINE, engine_for
+from ksweep.inference.naive_engine import NaiveEngine
+from ksweep.inference.prefill import lacks_model, prefill, prefill_prefix, prompts_of
 from ksweep.inference.request import (
     DecodingOptions,
     Draw,
     DrawBatch,
     DrawInFlight,
     Request,
-    StopRequested,
     append_tokens,
     draw_too_large_message,
     finish_reason,
     noise_keys,
+    until_stopped,
 )
 from ksweep.inference.scheduler import Backlog, PromptQueue, group_by_text
-from ksweep.utils.errors import RequestError, RunError
+from ksweep.utils.errors import RunError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from ksweep.inference.backend import FinishReason, PromptedModel
+    from ksweep.inference.prompts import FinishReason, PromptedModel
 
-__all__ = ["Draw", "DrawBatch", "Request", "draw", "stream_draws", "vectors_as_tensor"]
+__all__ = ["BuiltinEngine", "DecodingOptions", "Draw", "DrawBatch", "Request", "draw", "vectors_as_tensor"]
 
 log = logging.getLogger(__name__)
-
-MOST_DRAWS = 768
-"""Draws in flight where memory allows and no batch size is given: some 500 slots, as draws that begin alike share them.
-Measured on 1 thread of a CPU, 48 activations x 16 draws: tokens a second 625 at 384, 644 at 512, 655 and 667 at 768."""
 
 MEMORY_SHARE = 0.5
 """Share of the free memory for slots; the rest is for the prompts, the logits and a step's own tensors."""
@@ -72,101 +70,74 @@ def draw(
     requests: Sequence[Request],
     *,
     temperature: float,
-    top_p: float = 1.0,
-    max_new_tokens: int,
     seed: int,
-    batch_size: int | None = None,
-    prefill_batch_size: int = 64,
-    should_stop: Callable[[], bool] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    engine: str = DEFAULT_ENGINE,
+    **options: Any,
 ) -> Iterator[Draw]:
-    """Take the draws of a single batch; the options are those of `stream_draws`."""
+    """Take the draws of a single batch; the other options are those of `DecodingOptions`.
+
+    Raises:
+        RequestError: an option is out of range, or the engine cannot draw from this AV.
+    """
     batch = DrawBatch(vectors=vectors, requests=requests, temperature=temperature, seed=seed)
-    numbered = stream_draws(
-        verbalizer, [batch], top_p=top_p, max_new_tokens=max_new_tokens, batch_size=batch_size, num_draws=max(1, len(requests)),
-        prefill_batch_size=prefill_batch_size, should_stop=should_stop, on_step=on_step,
-    )  # fmt: skip
-    return (finished for _, finished in numbered)
+    decoding = DecodingOptions(**{"num_draws": max(1, len(requests))} | options)
+    return (finished for _, finished in engine_for(engine, verbalizer).generate(verbalizer, [batch], decoding))
 
 
-def stream_draws(
-    verbalizer: PromptedModel,
-    batches: Iterable[DrawBatch],
-    *,
-    top_p: float = 1.0,
-    max_new_tokens: int,
-    batch_size: int | None = None,
-    num_draws: int | None = None,
-    prefill_batch_size: int = 64,
-    should_stop: Callable[[], bool] | None = None,
-    on_step: Callable[[int], None] | None = None,
-    on_batch_sizes: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[int, Draw]]:
-    """Take every draw of every batch once. Yields them as they finish, in no particular order, with their batch's number.
+class BuiltinEngine:
+    """Draws in slots (see the module's docstring); where slots do not support a model, the naive engine takes the same draws.
 
     A draw depends on its vector, activation key, number k, the seed and the sampling options. In float32 any batch size, order,
     subset, company or number of ranks gives the same tokens, bit for bit. In bfloat16 another batch size rounds the logits
     differently, and where two tokens are nearly tied it takes the other: 15, 17 and 29 % of the demo pair's draws have other
     tokens at T = 0.4, 0.8 and 1.2 (on a CPU). Temperature 0 is greedy: all draws of an activation are equal.
-
-    The next batch is taken only when slots would otherwise stay empty, so draws of several batches are in flight at once.
-
-    Args:
-        batch_size: most draws in flight; None: as many as memory allows, up to `MOST_DRAWS`.
-        num_draws: the number of draws to expect, if known: no more slots are made, and a batch that another rank could start
-            with is not taken early.
-        prefill_batch_size: most prompts run at once.
-        should_stop: called before every step; once it returns true the stream ends, and draws in flight are lost.
-        on_step: called after every step with the number of tokens sampled.
-        on_batch_sizes: called with the most draws in flight and prompts at once, whenever these are set.
-
-    Raises:
-        RequestError: a size is below 1.
     """
-    sizes = {
-        "batch_size": batch_size,
-        "num_draws": num_draws,
-        "prefill_batch_size": prefill_batch_size,
-        "max_new_tokens": max_new_tokens,
-    }
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise RequestError(f"{name}={value} must be at least 1")
-    options = DecodingOptions(
-        top_p, max_new_tokens, should_stop or (lambda: False), on_step or (lambda _: None), on_batch_sizes or (lambda *_: None)
-    )
-    memory.keep_freed_memory(verbalizer.model.device)
-    in_slots = attention.supports_slots(verbalizer.model, verbalizer.prompt_length + max_new_tokens)
-    engine = _draw_in_slots if in_slots else draw_naively
-    most_draws = batch_size or MOST_DRAWS
-    if num_draws is not None:
-        most_draws = min(most_draws, num_draws)
-    draws = engine(verbalizer, enumerate(batches), options, most_draws, prefill_batch_size, batch_size is not None)
-    return _until_stopped(draws)
 
+    identity: ClassVar[dict[str, str]] = {}
 
-def _until_stopped(draws: Iterator[tuple[int, Draw]]) -> Iterator[tuple[int, Draw]]:
-    try:
-        yield from draws
-    except StopRequested:
-        return
+    def supports(self, verbalizer: PromptedModel) -> str | None:
+        """Return why this engine cannot draw from an AV, or None if it can."""
+        return lacks_model(verbalizer)
+
+    def generate(
+        self, verbalizer: PromptedModel, batches: Iterable[DrawBatch], options: DecodingOptions
+    ) -> Iterator[tuple[int, Draw]]:
+        """Yield every draw of every batch once, as it finishes, in no particular order, with its batch's number.
+
+        The next batch is taken only when slots would otherwise stay empty, so draws of several batches are in flight at once.
+        """
+        if not self._uses_slots(verbalizer, options.max_new_tokens):
+            return NaiveEngine().generate(verbalizer, batches, options)
+        memory.keep_freed_memory(verbalizer.model.device)
+        return until_stopped(_draw_in_slots(verbalizer, enumerate(batches), options))
+
+    def numerics(self, verbalizer: PromptedModel, max_new_tokens: int) -> dict[str, str]:
+        """Return attention, dtype, sampler and use of CUDA graphs for the run record."""
+        if not self._uses_slots(verbalizer, max_new_tokens):
+            return NaiveEngine().numerics(verbalizer, max_new_tokens)
+        of_model = attention.numerics(verbalizer.model)
+        return of_model | {
+            "attention": f"{of_model['attention']}, {attention.ATTENTION} while decoding",
+            "sampler": "slots",
+            "cuda_graphs": cuda_graphs.cuda_graphs_state(verbalizer.model),
+        }
+
+    @staticmethod
+    def _uses_slots(verbalizer: PromptedModel, max_new_tokens: int) -> bool:
+        return attention.supports_slots(verbalizer.model, verbalizer.prompt_length + max_new_tokens)
 
 
 # The decorator leaves inference mode at every yield; a `with` around a yield would put the caller into it as well.
 @torch.inference_mode()
 def _draw_in_slots(
-    verbalizer: PromptedModel,
-    batches: Iterator[tuple[int, DrawBatch]],
-    options: DecodingOptions,
-    most_draws: int,
-    prefill_batch_size: int,
-    fixed: bool,
+    verbalizer: PromptedModel, batches: Iterator[tuple[int, DrawBatch]], options: DecodingOptions
 ) -> Iterator[tuple[int, Draw]]:
     """Yield every draw of the batches; retry with half as many slots when memory runs out."""
+    most_draws, prefill_batch_size, prefix = options.most_draws, options.prefill_batch_size, None
     backlog = Backlog(batches)
     while backlog.has_more():
         # 1. Draw until the backlog is empty or memory runs out. What has been yielded is never drawn again.
-        decoder = _SlotDecoder(verbalizer, backlog, options, most_draws, prefill_batch_size, fixed)
+        decoder = _SlotDecoder(verbalizer, backlog, options, most_draws, prefill_batch_size, prefix=prefix)
         try:
             for ended, finish in decoder.run():
                 backlog.mark_finished(ended)
@@ -178,7 +149,7 @@ def _draw_in_slots(
             if decoder.num_slots == 1:
                 raise RunError(draw_too_large_message(options.max_new_tokens)) from error
         # 2. Free the attempt's tensors: the handler is left, so no traceback holds them any more.
-        most_draws, prefill_batch_size = decoder.num_slots // 2, max(1, prefill_batch_size // 2)
+        most_draws, prefill_batch_size, prefix = decoder.num_slots // 2, max(1, prefill_batch_size // 2), decoder.prefix
         del decoder
         memory.release_cached_memory(verbalizer.model.device)
         # 3. Start the unfinished draws over, at half the size.
@@ -196,8 +167,6 @@ class _SlotDecoder:
     num_slots: int
     """Most draws in flight."""
     prefill_batch_size: int
-    fixed: bool
-    """Whether num_slots stays as given; otherwise it is lowered to what fits into free memory."""
     draws: list[DrawInFlight] = field(default_factory=list)
     """Draws in flight, ordered by slot. There are never more of them than slots, so a fork always finds a free one."""
     counts: list[int] = field(default_factory=list)
@@ -215,7 +184,6 @@ class _SlotDecoder:
 
     def run(self) -> Iterator[tuple[DrawInFlight, FinishReason]]:
         """Yield every draw of the backlog as it ends, and why it ended."""
-        self.prefix = self.verbalizer.prefix()
         while True:
             # 1. Start new draws once enough slots are free.
             free = self.num_slots - len(self.draws)
@@ -249,17 +217,19 @@ class _SlotDecoder:
         """Run the prompts of some activations, behind the prefix that they share."""
         self.options.raise_if_stopping()
         vectors = torch.stack([draws[0].batch.vectors[draws[0].request.row] for draws in activations])
-        prefill = self.verbalizer.prefill(vectors, self.prefix)
-        shared = 0 if self.prefix is None else self.prefix.get_seq_length()
-        own = [(layer.keys[:, :, shared:], layer.values[:, :, shared:]) for layer in prefill.cache.layers]
-        return PromptQueue(own, prefill.logits, prefill.prompt_length - shared, deque(enumerate(activations)))
+        prompts, model = prompts_of(self.verbalizer, vectors), self.verbalizer.model
+        if self.prefix is None:
+            self.prefix = prefill_prefix(model, prompts)
+        run, shared = prefill(model, prompts, self.prefix), prompts.shared_length
+        own = [(layer.keys[:, :, shared:], layer.values[:, :, shared:]) for layer in run.cache.layers]
+        return PromptQueue(own, run.logits, self.verbalizer.prompt_length - shared, deque(enumerate(activations)))
 
     def _allocate_slots(self, prompts: PromptQueue) -> None:
         """Create the cache with the first prompts, whose keys and values tell how large a slot is."""
         if self.cache is not None:
             return
         capacity = prompts.length + self.options.max_new_tokens
-        free_bytes = None if self.fixed else memory.free_device_bytes(prompts.logits.device)
+        free_bytes = None if self.options.batch_size is not None else memory.free_device_bytes(prompts.logits.device)
         if free_bytes is not None:
             per_slot = kv_cache.bytes_per_slot(prompts.keys_and_values, capacity) + prompts.logits[0].nbytes
             self.num_slots = max(1, min(self.num_slots, int(MEMORY_SHARE * free_bytes / per_slot)))

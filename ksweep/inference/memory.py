@@ -53,7 +53,7 @@ def keep_freed_memory(device: torch.device) -> bool:
 
     Otherwise it maps and unmaps every tensor of more than 32 MiB, and the kernel fills its pages with zeros each time: 15 of 105
     ms of a product with 50 MB of logits. `release_cached_memory` returns what is kept. glibc before 2.35 refuses (32 MiB is its
-    limit).
+    limit). This is a setting of the process that has no way back; it changes no result, and any number of engines may ask for it.
     """
     libc = ctypes.CDLL(None)
     if device.type != "cpu" or not hasattr(libc, "mallopt"):

@@ -5,7 +5,7 @@ is no padding, no mask and no position to get wrong; rows that end leave, and ar
 
 Memory: each row holds its own copy of the prompt's keys and values, `batch_size` of them at most, beside one copy per
 activation of the group; transformers' DynamicCache holds one layer twice while it grows. Running out of memory halves the batch
-and continues, with draws as of another batch size: see `engine.stream_draws`.
+and continues, with draws as of another batch size: see `engine.BuiltinEngine`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
-from ksweep.inference import gumbel_sampling, memory
-from ksweep.inference.backend import Prefill
+from ksweep.inference import attention, gumbel_sampling, memory
+from ksweep.inference.prefill import Prefill, lacks_model, prefill, prompts_of
 from ksweep.inference.request import (
     DecodingOptions,
     Draw,
@@ -30,13 +30,14 @@ from ksweep.inference.request import (
     finish_reason,
     group_by_activation,
     noise_keys,
+    until_stopped,
 )
 from ksweep.utils.errors import RunError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from ksweep.inference.backend import PromptedModel
+    from ksweep.inference.prompts import PromptedModel
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +46,41 @@ MIN_LIVE_SHARE = 0.9
 geometric with mean 14 of at most 32): 2.1x the speed of never dropping, 2.0x at 0.75, 1.8x at 0.5, no more at 1.0."""
 
 
+class NaiveEngine:
+    """Copies each prompt's cache for every draw, and decodes groups of draws one after the other; see the module's docstring."""
+
+    identity: ClassVar[dict[str, str]] = {"engine": "naive", "version": "1", "noise": "keyed"}
+
+    def supports(self, verbalizer: PromptedModel) -> str | None:
+        """Return why this engine cannot draw from an AV, or None if it can.
+
+        A cache that cannot be forked shows only once the first prompt has run; that raises RunError.
+        """
+        return lacks_model(verbalizer)
+
+    def generate(
+        self, verbalizer: PromptedModel, batches: Iterable[DrawBatch], options: DecodingOptions
+    ) -> Iterator[tuple[int, Draw]]:
+        """Yield every draw with its batch's number, one batch after the other."""
+        memory.keep_freed_memory(verbalizer.model.device)
+        return until_stopped(_draw_naively(verbalizer, enumerate(batches), options))
+
+    def numerics(self, verbalizer: PromptedModel, max_new_tokens: int) -> dict[str, str]:
+        """Return attention, dtype and sampler for the run record."""
+        return {**attention.numerics(verbalizer.model), "sampler": "plain", "cuda_graphs": "off"}
+
+
 # The decorator leaves inference mode at every yield; a `with` around a yield would put the caller into it as well.
 @torch.inference_mode()
-def draw_naively(
-    verbalizer: PromptedModel,
-    batches: Iterator[tuple[int, DrawBatch]],
-    options: DecodingOptions,
-    batch_size: int,
-    prefill_batch_size: int,
-    fixed: bool,
+def _draw_naively(
+    verbalizer: PromptedModel, batches: Iterator[tuple[int, DrawBatch]], options: DecodingOptions
 ) -> Iterator[tuple[int, Draw]]:
     """Yield every draw with its batch's number, one batch after the other and one group of activations after the other.
 
     A group that runs out of memory is retried at half the size, and so is everything after it; what was yielded is not drawn
-    again. `fixed` belongs to the other engine's signature: here memory is not measured.
+    again.
     """
+    batch_size, prefill_batch_size = options.most_draws, options.prefill_batch_size
     options.on_batch_sizes(batch_size, prefill_batch_size)
     for number, batch in batches:
         waiting = deque(group_by_activation(number, batch, range(len(batch.requests))))
@@ -159,9 +180,7 @@ def _next_logits(model: Any, tokens: Int[torch.Tensor, " row"], cache: Any) -> F
 
 def _prefill(verbalizer: PromptedModel, vectors: Float[torch.Tensor, "activation d_model"], prefill_batch_size: int) -> Prefill:
     """Run the prompt of every vector, `prefill_batch_size` at a time, and return them as one Prefill."""
-    parts = [verbalizer.prefill(batch) for batch in torch.split(vectors, prefill_batch_size)]
-    lengths = {part.prompt_length for part in parts}
-    assert len(lengths) == 1, f"prompts of one verbalizer differ in length: {sorted(lengths)} tokens"
+    parts = [prefill(verbalizer.model, prompts_of(verbalizer, batch)) for batch in torch.split(vectors, prefill_batch_size)]
     _check_cache(parts[0].cache)
     if len(parts) == 1:
         return parts[0]
@@ -170,7 +189,7 @@ def _prefill(verbalizer: PromptedModel, vectors: Float[torch.Tensor, "activation
         layers[0].values = torch.cat([layer.values for layer in layers])
         for layer in layers[1:]:
             layer.keys = layer.values = None
-    return Prefill(parts[0].cache, torch.cat([part.logits for part in parts]), parts[0].prompt_length)
+    return Prefill(parts[0].cache, torch.cat([part.logits for part in parts]))
 
 
 def _fork(cache: Any, origin: Int[torch.Tensor, " row"]) -> Any:

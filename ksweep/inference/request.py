@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from ksweep.utils.errors import RequestError, RunError
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from ksweep.inference.backend import FinishReason
+    from ksweep.inference.prompts import FinishReason
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,46 @@ class DrawInFlight:
         return Draw(self.request, tuple(self.token_ids), finish, self.log_probability)
 
 
-@dataclass(frozen=True)
-class DecodingOptions:
-    """Settings and callbacks that all batches of a stream share; see `engine.stream_draws`."""
+MOST_DRAWS = 768
+"""Draws in flight where memory allows and no batch size is given: some 500 slots, as draws that begin alike share them.
+Measured on 1 thread of a CPU, 48 activations x 16 draws: tokens a second 625 at 384, 644 at 512, 655 and 667 at 768."""
 
-    top_p: float
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """Settings and callbacks that all batches of a stream share.
+
+    Raises:
+        RequestError: a size is below 1.
+    """
+
     max_new_tokens: int
-    should_stop: Callable[[], bool]
-    on_step: Callable[[int], None]
-    on_batch_sizes: Callable[[int, int], None]
+    top_p: float = 1.0
+    batch_size: int | None = None
+    """Most draws in flight. None: as many as memory allows, up to `MOST_DRAWS`."""
+    num_draws: int | None = None
+    """The number of draws to expect, if known: no more slots are made, and a batch that another rank could start with is not
+    taken early."""
+    prefill_batch_size: int = 64
+    """Most prompts run at once."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Called before every step; once it returns true the stream ends, and draws in flight are lost."""
+    on_step: Callable[[int], None] = lambda _: None
+    """Called after every step with the number of tokens sampled."""
+    on_batch_sizes: Callable[[int, int], None] = lambda *_: None
+    """Called with the most draws in flight and prompts at once, whenever these are set."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_draws", "prefill_batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name}={value} must be at least 1")
+
+    @property
+    def most_draws(self) -> int:
+        """Most draws in flight, memory permitting."""
+        most = self.batch_size or MOST_DRAWS
+        return most if self.num_draws is None else min(most, self.num_draws)
 
     def raise_if_stopping(self) -> None:
         """Raise StopRequested if the caller wants to stop."""
@@ -103,6 +134,14 @@ class DecodingOptions:
 
 class StopRequested(Exception):
     """Ends a stream because `should_stop` returned true."""
+
+
+def until_stopped(draws: Iterator[tuple[int, Draw]]) -> Iterator[tuple[int, Draw]]:
+    """Yield the draws of a stream; end it quietly where StopRequested is raised."""
+    try:
+        yield from draws
+    except StopRequested:
+        return
 
 
 def append_tokens(draws: Sequence[DrawInFlight], indices: Iterable[int], sampled: gumbel_sampling.Sample) -> None:

@@ -16,7 +16,8 @@ from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from ksweep.autoencoder.nla.prompts import parse_explanation
 from ksweep.inference.engine import Request, draw
-from tests.tiny_models import FAMILIES, Family, TinyPair, edit_sidecar, edit_weights, make_pair, merge_adapters
+from ksweep.inference.prefill import prefill, prefill_prefix
+from tests.tiny_models import FAMILIES, Family, TinyPair, edit_sidecar, edit_weights, make_pair, merge_adapters, prefilled
 
 TEXTS = [
     "a few words",
@@ -74,7 +75,7 @@ def test_av_and_ar_equal_plain_transformers(pair: TinyPair, tmp_path: Path) -> N
     embeds = plain_av.get_input_embeddings()(torch.tensor([av.prompt_ids] * 3)).clone()
     embeds[:, av.injection_position] = 20.0 * torch.nn.functional.normalize(vectors().double())
     logits = plain_av(inputs_embeds=embeds).logits[:, -1]
-    assert torch.allclose(av.prefill(vectors()).logits.double(), logits, atol=1e-5)
+    assert torch.allclose(prefilled(av, vectors()).logits.double(), logits, atol=1e-5)
     head = load_file(pair.ar / "value_head.safetensors")["weight"].double()
     outputs: list[torch.Tensor] = []
     plain_ar.model.layers[pair.layer].register_forward_hook(
@@ -89,12 +90,12 @@ def test_av_and_ar_equal_plain_transformers(pair: TinyPair, tmp_path: Path) -> N
 
 def test_hook_is_gone_after_prefill_and_the_prompt_is_run_once(pair: TinyPair) -> None:
     av = load_nla_verbalizer(pair.av, dtype="float32")
-    av.prefill(vectors())
+    prefilled(av, vectors())
     seen: list[int] = []
     av.model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
-    prefill = av.prefill(vectors())
+    prompts_run = prefilled(av, vectors())
     assert seen == [len(av.prompt_ids)] and len(av.model.get_input_embeddings()._forward_hooks) == 1
-    assert (prefill.prompt_length, prefill.cache.get_seq_length()) == (len(av.prompt_ids),) * 2
+    assert (av.prompt_length, prompts_run.cache.get_seq_length()) == (len(av.prompt_ids),) * 2
 
 
 def test_models_are_frozen_and_the_ar_is_cut_and_bare(pair: TinyPair) -> None:
@@ -109,8 +110,10 @@ def test_models_are_frozen_and_the_ar_is_cut_and_bare(pair: TinyPair) -> None:
 
 def test_what_prompts_have_in_common_runs_once_and_changes_nothing(pair: TinyPair) -> None:
     av, ar = load_nla_verbalizer(pair.av, dtype=EXACT), load_nla_reconstructor(pair.ar, dtype=EXACT)
-    assert torch.allclose(av.prefill(vectors(), av.prefix()).logits, av.prefill(vectors()).logits, **ROUNDED)
-    assert av.prefix() is av.prefix() and av.prefix().get_seq_length() == av.injection_position
+    prompts = av.prompts(vectors())
+    prefix = prefill_prefix(av.model, prompts)
+    assert torch.allclose(prefill(av.model, prompts, prefix).logits, prefill(av.model, prompts).logits, **ROUNDED)
+    assert prefix is not None and prefix.get_seq_length() == prompts.shared_length == av.injection_position
 
     texts = ["a", "two words", "", " leading", "\n", "x" * 50, "日本", "2", "naïve", "a b c d e f g h i j"]
     read: list[int] = []
@@ -143,13 +146,13 @@ def test_an_ar_that_runs_out_of_memory_goes_on_with_fewer_texts_at_once(pair: Ti
 def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, family, adapters=True)
     before = (
-        load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits,
+        prefilled(load_nla_verbalizer(pair.av, dtype="float32"), vectors()).logits,
         load_nla_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["x"]),
     )
     for path in (pair.av, pair.ar):
         edit_weights(path, change=lambda s: [v.zero_() for k, v in s.items() if "lora_B" in k], file="adapter_model.safetensors")
     after = (
-        load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits,
+        prefilled(load_nla_verbalizer(pair.av, dtype="float32"), vectors()).logits,
         load_nla_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["x"]),
     )
     assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(before, after, strict=True))
@@ -160,27 +163,27 @@ def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path
 )
 def test_adapter_keys_of_backbone_and_wrapper_mean_the_same(prefix: str, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "gemma3_multimodal", adapters=True)
-    before = load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits
+    before = prefilled(load_nla_verbalizer(pair.av, dtype="float32"), vectors()).logits
 
     def rename(state: dict[str, torch.Tensor]) -> None:
         for name in list(state):
             state[name.replace("base_model.model.model.", prefix, 1)] = state.pop(name)
 
     edit_weights(pair.av, change=rename, file="adapter_model.safetensors")
-    assert torch.equal(load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits, before)
+    assert torch.equal(prefilled(load_nla_verbalizer(pair.av, dtype="float32"), vectors()).logits, before)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_wrapper_key_spellings_mean_the_same(prefix: str, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "gemma3_multimodal")
-    before = load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits
+    before = prefilled(load_nla_verbalizer(pair.av, dtype="float32"), vectors()).logits
 
     def rename(state: dict[str, torch.Tensor]) -> None:
         for name in list(state):
             state[name.replace("language_model.model.", prefix, 1)] = state.pop(name)
 
     edit_weights(pair.av, change=rename)
-    assert torch.equal(load_nla_verbalizer(pair.av, dtype="float32").prefill(vectors()).logits, before)
+    assert torch.equal(prefilled(load_nla_verbalizer(pair.av, dtype="float32"), vectors()).logits, before)
 
 
 def test_adapter_directory_may_bring_its_own_tokenizer(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from tests.report_fixture_differences import CASES, FIXTURES, differences
+from tests.tiny_models import prefilled
 
 
 @cache
@@ -67,15 +68,15 @@ def test_bfloat16_equals_plain_transformers_with_inputs_embeds(case: str) -> Non
         rows = vectors / (vectors.norm(dim=1, keepdim=True) / said["injection_scale"])
         embeds[:, said["injection_position"]] = rows.bfloat16()
         logits = plain(inputs_embeds=embeds).logits[:, -1].float()
-    assert torch.equal(av.prefill(vectors).logits, logits)
+    assert torch.equal(prefilled(av, vectors).logits, logits)
 
 
 def test_vectors_are_injected_by_direction_whatever_their_norm_and_dtype() -> None:
     av = load_nla_verbalizer(FIXTURES / "qwen2_text" / "nla-av", dtype=torch.float64)
     vectors = torch.tensor(np.load(FIXTURES / "qwen2_text" / "expected.npz")["activations"])
-    logits = av.prefill(vectors).logits
-    assert torch.allclose(av.prefill(vectors.double() * 1e-3).logits, logits, atol=1e-4)
-    assert torch.allclose(av.prefill(vectors.flip(0)).logits.flip(0), logits, atol=1e-4)
+    logits = prefilled(av, vectors).logits
+    assert torch.allclose(prefilled(av, vectors.double() * 1e-3).logits, logits, atol=1e-4)
+    assert torch.allclose(prefilled(av, vectors.flip(0)).logits.flip(0), logits, atol=1e-4)
 
 
 def test_nothing_of_generation_config_is_left_on_the_model() -> None:

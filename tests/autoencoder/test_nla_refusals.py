@@ -15,7 +15,7 @@ import torch
 from ksweep.autoencoder.nla import checkpoint
 from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from ksweep.utils.errors import CheckpointError, DataError
-from tests.tiny_models import FIXTURES, Family, TinyPair, edit_sidecar, edit_weights, make_pair
+from tests.tiny_models import FIXTURES, Family, TinyPair, edit_sidecar, edit_weights, make_pair, prefilled
 
 CASES = ("qwen2_text", "gemma3_text", "llama")
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -243,13 +243,13 @@ def test_prefill_of_a_vector_without_direction_names_its_row(av: Any, change: An
     vectors = torch.randn(4, 32)
     change(vectors)
     with pytest.raises(DataError, match=message):
-        av.prefill(vectors)
+        prefilled(av, vectors)
 
 
 @pytest.mark.parametrize("shape", [(2, 31), (2, 64), (32,)])
 def test_prefill_of_vectors_of_another_width_is_refused(av: Any, shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match=r"shape \[activation, 32\], got"):
-        av.prefill(torch.randn(*shape))
+        prefilled(av, torch.randn(*shape))
 
 
 def test_differential_check_catches_an_av_that_does_not_read_its_vector(originals: Path, tmp_path: Path) -> None:
@@ -257,21 +257,21 @@ def test_differential_check_catches_an_av_that_does_not_read_its_vector(original
     path = Path(shutil.copytree(originals / "llama" / "nla-av", tmp_path / "nla-av"))
     edit_weights(path, change=lambda s: [s[k].zero_() for k in s if "o_proj" in k])
     with pytest.raises(CheckpointError, match="does not read its vector: opposite vectors change"):
-        load(path, "av").prefill(torch.randn(2, 32))
+        prefilled(load(path, "av"), torch.randn(2, 32))
 
 
 def test_float16_overflow_is_named(originals: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(originals / "gemma3_text" / "nla-av", tmp_path / "nla-av"))
     edit_sidecar(path, extraction__injection_scale=1e7)
     with pytest.raises(CheckpointError, match=r"NaN or infinite logits in torch.float16"):
-        load(path, "av", dtype="float16").prefill(torch.randn(2, 64))
+        prefilled(load(path, "av", dtype="float16"), torch.randn(2, 64))
 
 
 def test_vectors_of_another_length_than_the_injection_scale_are_not_remarked_upon(
     originals: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     verbalizer = load(originals / "llama" / "nla-av", "av")
-    verbalizer.prefill(torch.nn.functional.normalize(torch.randn(4, 32)))
+    prefilled(verbalizer, torch.nn.functional.normalize(torch.randn(4, 32)))
     assert not caplog.records
 
 
@@ -340,4 +340,4 @@ def test_unknown_peft_type_is_one_paragraph(adapters: TinyPair, tmp_path: Path) 
 
 def test_random_vectors_of_numpy_are_not_silently_transposed(av: Any) -> None:
     vectors = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 32)))
-    assert av.prefill(vectors).logits.shape == (5, 540)
+    assert prefilled(av, vectors).logits.shape == (5, 540)

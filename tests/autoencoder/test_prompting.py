@@ -17,8 +17,9 @@ from ksweep.autoencoder.family import family_of
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
 from ksweep.config.overrides import apply_overrides, parse_overrides
 from ksweep.config.spec import PromptingOverrides, cell_from_dict, replace_at
+from ksweep.inference.prefill import prefill, prefill_prefix
 from ksweep.utils.errors import CheckpointError, RequestError, SpecError
-from tests.tiny_models import TinyPair, make_pair
+from tests.tiny_models import TinyPair, make_pair, prefilled
 
 THINKING_CHAT = (
     "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -81,10 +82,10 @@ def test_overrides_of_the_av_change_draws_and_those_of_the_ar_scores(
 
 
 def test_prefill_ends_the_prompt_and_begins_the_answer(pair: TinyPair) -> None:
-    plain, prefilled = verbalizer(pair), verbalizer(pair, prefill="<explanation>so ")
+    plain, begun = verbalizer(pair), verbalizer(pair, prefill="<explanation>so ")
     added = AutoTokenizer.from_pretrained(pair.av).encode("<explanation>so ", add_special_tokens=False)
-    assert prefilled.prompt_ids == (*plain.prompt_ids, *added) and prefilled.prompt_length == len(prefilled.prompt_ids)
-    assert prefilled.parse("it goes</explanation>", "stop") == ("so it goes", "ok")
+    assert begun.prompt_ids == (*plain.prompt_ids, *added) and begun.prompt_length == len(begun.prompt_ids)
+    assert begun.parse("it goes</explanation>", "stop") == ("so it goes", "ok")
     assert plain.parse("it goes</explanation>", "stop") == (None, "no_open_tag")
 
 
@@ -133,7 +134,7 @@ def test_replaced_row_has_the_stated_norm(pair: TinyPair, scale: float) -> None:
     av, seen = verbalizer(pair, injection_scale=scale), []
     block = av.model.model.layers[0]
     handle = block.register_forward_pre_hook(lambda _module, args, kwargs: seen.append(args[0].clone()), with_kwargs=True)
-    av.prefill(torch.randn(2, pair.d_model))
+    prefilled(av, torch.randn(2, pair.d_model))
     handle.remove()
     assert seen[-1][:, av.injection_position].norm(dim=1).tolist() == pytest.approx([scale, scale], rel=1e-5)
 
@@ -158,7 +159,7 @@ def hidden_after(av: NlaVerbalizer, block: int, vectors: torch.Tensor | None) ->
     if vectors is None:
         av.model(input_ids=torch.tensor([av.prompt_ids]))
     else:
-        av._prefill(vectors)
+        prefilled(av, vectors)
     handle.remove()
     return seen[-1]
 
@@ -166,9 +167,10 @@ def hidden_after(av: NlaVerbalizer, block: int, vectors: torch.Tensor | None) ->
 def test_added_vector_gives_the_same_prompt_behind_a_shared_prefix(pair: TinyPair) -> None:
     av = verbalizer(pair, injection="add_after_block", injection_block=1)
     vectors = torch.randn(3, pair.d_model, generator=torch.Generator().manual_seed(1))
-    whole, behind = av.prefill(vectors), av.prefill(vectors, av.prefix())
+    prompts = av.prompts(vectors)
+    whole, behind = prefill(av.model, prompts), prefill(av.model, prompts, prefill_prefix(av.model, prompts))
     assert torch.allclose(whole.logits, behind.logits, atol=1e-4)
-    assert (whole.logits - verbalizer(pair).prefill(vectors).logits).abs().max() > 1e-2
+    assert (whole.logits - prefilled(verbalizer(pair), vectors).logits).abs().max() > 1e-2
 
 
 # The AR

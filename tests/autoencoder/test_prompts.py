@@ -16,7 +16,7 @@ from ksweep.autoencoder.nla.prompts import parse_explanation
 from ksweep.config.spec import Activations, Autoencoder, Cell
 from ksweep.evaluation.identity import cell_keys
 from ksweep.utils.errors import CheckpointError
-from tests.tiny_models import AR_TEMPLATE, TinyPair, edit_sidecar, make_pair
+from tests.tiny_models import AR_TEMPLATE, TinyPair, edit_sidecar, make_pair, prefilled
 
 CHAT = (
     "{%- for m in messages %}{{- '<|im_start|>'+m['role']+'\\n'+m['content']+'<|im_end|>\\n' }}{%- endfor %}"
@@ -86,7 +86,7 @@ def test_prompt_is_built_without_the_ids_around_the_marker(
     av = load_nla_verbalizer(path, dtype="float32")
     assert (av.prompt_ids, av.injection_position) == (whole.prompt_ids, whole.injection_position)
     vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(av.prefill(vectors).logits, whole.prefill(vectors).logits)
+    assert torch.equal(prefilled(av, vectors).logits, prefilled(whole, vectors).logits)
 
 
 def test_id_beside_the_marker_is_compared_though_the_other_is_missing(originals: dict[str, TinyPair], tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_marker_of_one_token_and_many_characters_is_replaced(originals: dict[str
     edit_sidecar(path, tokens__injection_char="<|endoftext|>", tokens__injection_token_id=marker_id)
     av = load_nla_verbalizer(path, dtype="float32")
     assert av.prompt_ids[av.injection_position] == marker_id and av.prompt_ids.count(marker_id) == 1
-    assert len(av.prefill(torch.randn(2, 32)).logits) == 2
+    assert len(prefilled(av, torch.randn(2, 32)).logits) == 2
     edit_sidecar(path, tokens__injection_char="two words")
     with pytest.raises(CheckpointError, match="the marker 'two words' is tokenized as"):
         load_nla_verbalizer(path, dtype="float32")

@@ -38,7 +38,7 @@ from ksweep.autoencoder.tae.models import (
 )
 from ksweep.utils.errors import CheckpointError, DataError
 from tests.autoencoder.test_tae_fixtures import FIXTURES, drawn
-from tests.tiny_models import make_base
+from tests.tiny_models import make_base, prefilled
 
 D, BLOCKS, VOCABULARY, TOKENS, N = 32, 4, 400, 5, 3
 
@@ -360,7 +360,7 @@ def compare(tiny: Tiny, tmp_path: Path) -> None:
     found = drawn(av, av.inputs(vectors, positions), 1, temperature=0.0)
     tokens = torch.tensor([d.token_ids for d in found])
     logits = slow_logits(tiny, info.path, vectors, positions, tokens)
-    assert (av.prefill(av.inputs(vectors, positions)).logits - logits[:, 0]).abs().max() < 1e-4
+    assert (prefilled(av, av.inputs(vectors, positions)).logits - logits[:, 0]).abs().max() < 1e-4
     best = logits[:, :-1].gather(-1, tokens[..., None])[..., 0]
     assert (best >= logits[:, :-1].amax(-1) - 2e-4).all()  # twice the allowed difference: a tie may go either way
     log_probabilities = (best - logits[:, :-1].logsumexp(-1)).sum(-1)
@@ -418,7 +418,7 @@ def test_the_vector_and_its_place_matter(family: str, tmp_path: Path) -> None:
     """Guards the comparison above: opposite vectors give other texts, other current tokens other reconstructions."""
     _, av, ar = loaded(Tiny(family, patch=2, stacked=True, current=True), tmp_path)
     vectors = torch.randn(2, D, generator=torch.Generator().manual_seed(2))
-    logits = av.prefill(torch.cat([vectors, -vectors])).logits
+    logits = prefilled(av, torch.cat([vectors, -vectors])).logits
     assert (logits[:2] - logits[2:]).abs().max() > 0.1
     tokens = torch.ones(2, TOKENS, dtype=torch.long)
     assert (ar.reconstruct_tokens(tokens, [1, 2])[0] - ar.reconstruct_tokens(tokens, [1, 2])[1]).abs().max() > 1e-2
@@ -442,7 +442,7 @@ def test_attention_is_soft_capped_as_in_training_and_final_logits_are_not(tmp_pa
     """Gemma-2: with SDPA, or with the model's own final cap of 1, both halves would be silently off."""
     _, av, ar = loaded(Tiny("gemma2", patch=True, stacked=True), tmp_path)
     assert av.model.config._attn_implementation == "eager" and ar.model.config._attn_implementation == "eager"
-    assert av.prefill(torch.randn(4, D)).logits.abs().max() > 1.0
+    assert prefilled(av, torch.randn(4, D)).logits.abs().max() > 1.0
 
 
 def test_base_of_other_shape_under_stored_weights_is_refused_by_name(tmp_path: Path) -> None:

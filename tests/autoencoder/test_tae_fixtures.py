@@ -24,6 +24,7 @@ from ksweep.autoencoder.tae.models import (
     load_tae_verbalizer,
 )
 from ksweep.inference.engine import Draw, Request, draw
+from tests.tiny_models import prefilled
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tae"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.json"))
@@ -89,7 +90,7 @@ def decoder_arrays(av: TaeVerbalizer, given: dict[str, np.ndarray]) -> dict[str,
 
 def continued(av: TaeVerbalizer, vectors: torch.Tensor, choose: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits before every token and after the last, and the tokens that were chosen from them."""
-    prefill = av.prefill(vectors)
+    prefill = prefilled(av, vectors)
     logits, tokens = [prefill.logits], []
     for step in range(av.num_tokens or 0):
         tokens.append(choose(step, logits[-1]))
@@ -214,7 +215,7 @@ def test_reconstructions_keep_their_order_among_repeated_and_unequal_explanation
 def test_bfloat16_stays_near_float32(case: str) -> None:
     given, info = arrays(case), loaded(case)[0].info
     av = load_tae_verbalizer(info, dtype="bfloat16")
-    logits = av.prefill(torch.tensor(given["activations"])).logits.numpy()
+    logits = prefilled(av, torch.tensor(given["activations"])).logits.numpy()
     expected = given["decoder_next_token_logits"]
     assert logits.dtype == np.float32 and np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
 

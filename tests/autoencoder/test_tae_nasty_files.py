@@ -26,6 +26,7 @@ from ksweep.autoencoder.tae.models import highest_step, inspect_tae
 from ksweep.utils.errors import CheckpointError
 from tests.autoencoder.test_tae_fixtures import arrays
 from tests.autoencoder.test_tae_refusals import BAD, copy_case, damage, edited, load, options, refused
+from tests.tiny_models import prefilled
 
 OTHER = {"gpt2_patch_all": "gemma3_patch_two", "gemma3_patch_two": "gpt2_patch_all"}
 
@@ -34,7 +35,7 @@ def numbers(path: Path, case: str) -> tuple[float, float]:
     """Worst difference of logits and reconstructions from what the reference computed."""
     av, ar = load(path)
     given = arrays(case)
-    logits = av.prefill(torch.tensor(given["activations"])).logits.numpy()
+    logits = prefilled(av, torch.tensor(given["activations"])).logits.numpy()
     found = ar.reconstruct_tokens(torch.tensor(given["fixed_tokens"]), given["current_token_ids"].tolist()).numpy()
     differences = (logits - given["decoder_next_token_logits"], found - given["encoder_reconstruction"])
     return float(np.abs(differences[0]).max()), float(np.abs(differences[1]).max())
@@ -94,7 +95,7 @@ def test_tensors_of_another_precision_are_computed_with_in_the_one_asked_for(
     vectors, tokens = torch.tensor(given["activations"]), torch.tensor(given["fixed_tokens"])
     (av, ar), (other_av, other_ar) = load(path), load(twin)
     assert av.model.dtype == torch.float32
-    assert torch.equal(av.prefill(vectors).logits, other_av.prefill(vectors).logits)
+    assert torch.equal(prefilled(av, vectors).logits, prefilled(other_av, vectors).logits)
     current = given["current_token_ids"].tolist()
     assert torch.equal(ar.reconstruct_tokens(tokens, current), other_ar.reconstruct_tokens(tokens, current))
     if dtype == torch.float64:
@@ -274,7 +275,7 @@ def test_files_without_a_prompt_load_where_the_configuration_has_none(tmp_path: 
         value["config"]["decoder_prompt"] = None
 
     av, _ = load(edited(copy_case("gpt2_patch_all", tmp_path), bare))
-    assert av.prefill(torch.ones(2, 48)).prompt_length == 1
+    assert av.prompts(torch.ones(2, 48)).embeddings.shape[:2] == (2, av.prompt_length) == (2, 1)
 
 
 # hostile

@@ -30,6 +30,7 @@ from ksweep.autoencoder.tae.models import (
 )
 from ksweep.utils.errors import CheckpointError, DataError, RequestError
 from tests.autoencoder.test_tae_fixtures import FIXTURES, arrays, said
+from tests.tiny_models import prefilled
 
 BAD = json.loads((FIXTURES / "bad_inputs.json").read_text())
 
@@ -141,7 +142,7 @@ def test_harmless_variant_is_accepted_with_the_same_numbers(bad: dict[str, Any],
     damage(path, bad["ops"], marker=tmp_path / "executed")
     av, ar = load(path)
     given = arrays(bad["case"])
-    logits = av.prefill(torch.tensor(given["activations"])).logits.numpy()
+    logits = prefilled(av, torch.tensor(given["activations"])).logits.numpy()
     assert np.abs(logits - given["decoder_next_token_logits"]).max() < 1e-4
     found = ar.reconstruct_tokens(torch.tensor(given["fixed_tokens"]), given["current_token_ids"].tolist()).numpy()
     assert np.abs(found - given["encoder_reconstruction"]).max() < 1e-4
@@ -306,9 +307,9 @@ def test_missing_current_token_or_wrong_width_is_a_data_error(tmp_path: Path) ->
     with pytest.raises(DataError, match="reads the token that an activation was taken at"):
         ar.reconstruct([Explanation("x", (1, 2, 3))])
     with pytest.raises(DataError, match=r"shape \[activation, 48\]"):
-        av.prefill(torch.ones(2, 40))
+        prefilled(av, torch.ones(2, 40))
     with pytest.raises(DataError, match="NaN"):
-        av.prefill(torch.full((2, 48), torch.nan))
+        prefilled(av, torch.full((2, 48), torch.nan))
 
 
 # which file, which base

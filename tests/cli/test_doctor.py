@@ -59,7 +59,7 @@ def test_no_token_of_the_self_test_is_near_a_tie_that_another_processor_could_de
         for row, k in itertools.product(range(NUM_ACTIVATIONS), range(num_draws)):
             keys, sequence = (
                 gumbel_sampling.draw_keys(0, 64 * [row + 1], 64 * [k]),
-                exact.embedded(torch.from_numpy(vectors[row : row + 1])),
+                exact.prompts(torch.from_numpy(vectors[row : row + 1])).embeddings,
             )
             for step in range(MAX_TOKENS):
                 logits = exact.model(inputs_embeds=sequence, use_cache=False).logits[:, -1] + off

@@ -9,6 +9,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ksweep.inference import cuda_graphs, kv_cache
-from ksweep.inference.engine import DrawBatch, draw, stream_draws
+from ksweep.inference.engine import DrawBatch, draw
 from ksweep.utils.errors import RunError
 from tests.inference.test_engine import (
     STOPS,
@@ -24,6 +25,7 @@ from tests.inference.test_engine import (
     TinyVerbalizer,
     models,  # noqa: F401  # a fixture
     requests_for,
+    stream_draws,
     take,
     texts,
 )
@@ -88,9 +90,10 @@ class Recorder:
 def recorder(monkeypatch):
     """What records every step from now on."""
     made = Recorder()
-    monkeypatch.setattr(cuda_graphs, "supports_cuda_graphs", lambda model: not cuda_graphs._disabled_by)
+    monkeypatch.setattr(cuda_graphs, "supports_cuda_graphs", lambda model: not cuda_graphs.recording_problem(model))
     monkeypatch.setattr(cuda_graphs, "cuda_recorder", lambda device: made)
-    monkeypatch.setattr(cuda_graphs, "_disabled_by", [])
+    monkeypatch.setattr(cuda_graphs, "_failed_recording", [])
+    monkeypatch.setattr(cuda_graphs, "_differing", WeakKeyDictionary())
     monkeypatch.setattr(cuda_graphs, "USES_BEFORE_RECORDING", 2)  # these runs are short
     return made
 
@@ -121,8 +124,7 @@ def test_replayed_steps_give_the_same_draws(models, recorder, expected, name, te
 class WithoutPrefix(TinyVerbalizer):
     """Nothing before the injection site is run beforehand."""
 
-    def prefix(self) -> None:
-        """None."""
+    shared_length = 0
 
 
 @pytest.mark.slow
@@ -263,7 +265,7 @@ def test_a_step_of_nan_is_not_what_a_graph_is_judged_by(models, recorder):  # no
             take(verbalizer, requests_for([0], range(4)), max_new_tokens=40)
     finally:
         handle.remove()
-    assert recorder.tapes == [] and cuda_graphs._disabled_by == []
+    assert recorder.tapes == [] and cuda_graphs.recording_problem(model) is None
     take(verbalizer, requests_for([1], range(4)), max_new_tokens=40)
     assert recorder.replays
 
@@ -291,7 +293,7 @@ def test_logits_that_are_all_the_same_can_be_compared(models, recorder):  # noqa
         take(TinyVerbalizer(model, STOPS), requests_for(range(2), range(4)), max_new_tokens=40)
     finally:
         handle.remove()
-    assert recorder.replays and cuda_graphs._disabled_by == []
+    assert recorder.replays and cuda_graphs.recording_problem(model) is None
 
 
 def test_a_pad_token_does_not_have_gpt2_look_for_padding(models, recorder, monkeypatch):  # noqa: F811
@@ -328,20 +330,20 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
     requests = requests_for(range(6), range(8))
     wanted = expected(TinyVerbalizer(models["llama"], STOPS), requests, max_new_tokens=40)
     verbalizer, replays_when, made = TinyVerbalizer(models["llama"], STOPS), [], []
-    prefill, begin = TinyVerbalizer.prefill, cuda_graphs.RecordedSteps.__init__
+    prompts, begin = TinyVerbalizer.prompts, cuda_graphs.RecordedSteps.__init__
 
-    def scarce(self, *given, **options):
+    def scarce(self, vectors):
         if recorder.replays and not replays_when:
             replays_when.append(recorder.replays)
             raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
-        return prefill(self, *given, **options)
+        return prompts(self, vectors)
 
     def noted(self, *given):
         begin(self, *given)
         made.append(weakref.ref(self))
         assert [one() for one in made[:-1]] == [None] * (len(made) - 1), "what was recorded before holds its memory"
 
-    monkeypatch.setattr(TinyVerbalizer, "prefill", scarce)
+    monkeypatch.setattr(TinyVerbalizer, "prompts", scarce)
     monkeypatch.setattr(cuda_graphs.RecordedSteps, "__init__", noted)
     assert texts(take(verbalizer, requests, max_new_tokens=40, batch_size=16)) == wanted
     assert "continuing with at most 8 draws" in caplog.text

@@ -25,7 +25,7 @@ from ksweep.inference.engine import Request, draw
 from ksweep.utils.errors import CheckpointError, RunError
 from tests.autoencoder import test_tae_architectures as architectures
 from tests.pretend_devices import PretendDevices
-from tests.tiny_models import FAMILIES, TinyPair, edit_weights, make_base, make_pair
+from tests.tiny_models import FAMILIES, TinyPair, edit_weights, make_base, make_pair, prefilled
 
 TWO = ("maia:0", "maia:1")
 VECTORS = torch.randn(3, 32, generator=torch.Generator().manual_seed(5))
@@ -139,7 +139,7 @@ def test_a_talkative_autoencoder_over_two_devices_says_and_reads_the_same(name: 
         ar = tae.load_tae_reconstructor(info, dtype="float32", device=device, sharing=None if alone else av)
         inputs = av.inputs(VECTORS, positions)
         texts = drawn(av, inputs, info.num_tokens)
-        return texts, av.prefill(inputs).logits.cpu(), ar.reconstruct_tokens(tokens, [4, 6], [3, 8]), av, ar
+        return texts, prefilled(av, inputs).logits.cpu(), ar.reconstruct_tokens(tokens, [4, 6], [3, 8]), av, ar
 
     for alone in (False, True):
         one = measured("cpu", alone)

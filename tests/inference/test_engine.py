@@ -26,11 +26,12 @@ from transformers import (
     StaticCache,
 )
 
-from ksweep.inference import attention, gumbel_sampling, memory
-from ksweep.inference.backend import Prefill
-from ksweep.inference.engine import DrawBatch, Request, draw, stream_draws
-from ksweep.inference.kv_cache import expand_prefix
+from ksweep.inference import attention, gumbel_sampling, memory, naive_engine
+from ksweep.inference.backend import load_engine
+from ksweep.inference.engine import DecodingOptions, DrawBatch, Request, draw
 from ksweep.inference.naive_engine import MIN_LIVE_SHARE
+from ksweep.inference.prefill import Prefill, prefill
+from ksweep.inference.prompts import Prompts
 from ksweep.utils.errors import RequestError, RunError
 
 VOCABULARY = 300  # two noise blocks, the second one short
@@ -85,17 +86,13 @@ class TinyVerbalizer:
 
     prompt_length = len(PROMPT)
 
-    def prefix(self):
-        out = self.model(input_ids=torch.tensor([PROMPT[:MARKER]]), use_cache=True)
-        return out.past_key_values
+    edits_blocks = False
+    shared_length = MARKER
 
-    def prefill(self, vectors, prefix=None):
+    def prompts(self, vectors):
         self.prompts_run += len(vectors)
         self.prefill_sizes.append(len(vectors))
-        rest = self.embeddings(vectors)[:, 0 if prefix is None else MARKER :]
-        past = expand_prefix(prefix, len(vectors))
-        out = self.model(inputs_embeds=rest, past_key_values=past, use_cache=True, logits_to_keep=1)
-        return Prefill(out.past_key_values, out.logits[:, -1].float(), len(PROMPT))
+        return Prompts(self.embeddings(vectors), self.shared_length)
 
     def decode(self, token_ids):
         return " ".join(map(str, token_ids))
@@ -141,6 +138,10 @@ def take(verbalizer, requests, vectors=VECTORS, **options):
     drawn = list(draw(verbalizer, vectors, requests, **options))
     assert sorted(map(repr, requests)) == sorted(repr(d.request) for d in drawn)  # each once, none twice
     return {(d.request.activation_key, d.request.draw): d for d in drawn}
+
+
+def stream_draws(verbalizer, batches, **options):
+    return load_engine("builtin").generate(verbalizer, batches, DecodingOptions(**options))
 
 
 def texts(draws):
@@ -191,7 +192,7 @@ def test_draws_equal_the_naive_loop(models, family, temperature, top_p):
 def test_gemma3_window_is_shorter_than_the_prompt_and_still_exact(models):
     verbalizer = TinyVerbalizer(models["gemma3"])
     with torch.inference_mode():
-        layers = verbalizer.prefill(VECTORS).cache.layers
+        layers = prefill(verbalizer.model, verbalizer.prompts(VECTORS)).cache.layers
     assert [layer.keys.shape[2] for layer in layers] == [WINDOW - 1, len(PROMPT), WINDOW - 1, len(PROMPT)]
     request = Request(2, 5, 0)
     (ours,) = take(verbalizer, [request], temperature=0.0, max_new_tokens=3 * WINDOW).values()
@@ -245,7 +246,8 @@ def test_another_seed_gives_other_draws(verbalizer):
 def test_first_tokens_follow_the_models_distribution(verbalizer):
     drawn = take(verbalizer, requests_for([3], range(4000)), temperature=1.3, max_new_tokens=1)
     with torch.inference_mode():
-        p = torch.softmax(verbalizer.prefill(VECTORS[3:4]).logits[0].double() / 1.3, -1).numpy()
+        logits = prefill(verbalizer.model, verbalizer.prompts(VECTORS[3:4])).logits[0]
+        p = torch.softmax(logits.double() / 1.3, -1).numpy()
     counts = np.bincount([d.token_ids[0] for d in drawn.values()], minlength=VOCABULARY)
     common = p * 4000 > 5
     observed, expected = np.append(counts[common], counts[~common].sum()), np.append(p[common], p[~common].sum()) * 4000
@@ -420,7 +422,7 @@ def test_slots_give_the_draws_of_the_plain_sampler(models, monkeypatch, sampler,
 def test_a_prompt_without_a_common_beginning_needs_none(models, monkeypatch):
     whole = TinyVerbalizer(models["llama"], STOPS)
     reference = texts(take(whole, requests_for(range(4), range(3))))
-    monkeypatch.setattr(TinyVerbalizer, "prefix", lambda self: None)
+    monkeypatch.setattr(TinyVerbalizer, "shared_length", 0)
     assert texts(take(whole, requests_for(range(4), range(3)))) == reference
 
 
@@ -524,26 +526,28 @@ def test_logits_that_are_not_finite_are_refused_by_name(verbalizer, temperature)
 
 
 def test_a_cache_that_cannot_be_forked_is_refused(models, monkeypatch):
-    class Static(TinyVerbalizer):
-        def prefill(self, vectors, prefix=None):
-            return Prefill(StaticCache(config=self.model.config, max_cache_len=64), torch.zeros(len(vectors), VOCABULARY), 12)
+    def static(model, prompts):
+        return Prefill(StaticCache(config=model.config, max_cache_len=64), torch.zeros(len(prompts.embeddings), VOCABULARY))
 
     monkeypatch.setattr(attention, "supports_slots", lambda model, length: False)
+    monkeypatch.setattr(naive_engine, "prefill", static)
     with pytest.raises(RunError, match="StaticLayer"):
-        take(Static(models["llama"]), requests_for([0], [0]))
+        take(TinyVerbalizer(models["llama"]), requests_for([0], [0]))
 
 
-def test_forking_leaves_the_prefilled_cache_as_it_was(models):
-    class Remembering(TinyVerbalizer):
-        def prefill(self, vectors, prefix=None):
-            self.last = super().prefill(vectors, prefix)
-            self.before = [layer.keys.clone() for layer in self.last.cache.layers]
-            return self.last
+def test_forking_leaves_the_prefilled_cache_as_it_was(models, monkeypatch):
+    runs = []
 
-    verbalizer = Remembering(models["gemma3"])
-    take(verbalizer, requests_for(range(3), range(3)))
-    assert isinstance(verbalizer.last.cache, DynamicCache)
-    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(verbalizer.last.cache.layers, verbalizer.before, strict=True))
+    def remembered(model, prompts):
+        run = prefill(model, prompts)
+        runs.append((run.cache, [layer.keys.clone() for layer in run.cache.layers]))
+        return run
+
+    monkeypatch.setattr(naive_engine, "prefill", remembered)
+    take(TinyVerbalizer(models["gemma3"]), requests_for(range(3), range(3)))
+    [(cache, before)] = runs
+    assert isinstance(cache, DynamicCache)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from ksweep.inference.engine import Request, draw
 from ksweep.utils.errors import CheckpointError
-from tests.tiny_models import AR_TEMPLATE, AV_TEMPLATE, edit_weights, save_tokenizer
+from tests.tiny_models import AR_TEMPLATE, AV_TEMPLATE, edit_weights, prefilled, save_tokenizer
 
 D, LAYERS, MARKER = 32, 4, "\u320e"
 TEXTS = ["a few words", "", "a much longer text than the others, with a second clause"]
@@ -115,7 +115,7 @@ def test_pair_over_another_architecture_equals_plain_transformers(family: str, t
     # 1. the verbalizer: the marker's embedding row is the vector at norm 20
     embeds = plain_av.get_input_embeddings()(torch.tensor([av.prompt_ids] * 3)).clone()
     embeds[:, av.injection_position] = 20.0 * torch.nn.functional.normalize(vectors)
-    assert torch.allclose(av.prefill(vectors).logits, plain_av(inputs_embeds=embeds).logits[:, -1], atol=1e-4)
+    assert torch.allclose(prefilled(av, vectors).logits, plain_av(inputs_embeds=embeds).logits[:, -1], atol=1e-4)
     # 2. the reconstructor: output of the last block, before the final norm, at the last token
     outputs: list[torch.Tensor] = []
     blocks(plain_ar)[2].register_forward_hook(lambda _m, _a, out: outputs.append(out[0] if isinstance(out, tuple) else out))

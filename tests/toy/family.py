@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ksweep import Autoencoder
 from ksweep.autoencoder.base import ActivationFacts, Explanation, Family, ParseOutcome
-from ksweep.inference.backend import FinishReason, Prefill
+from ksweep.inference.prompts import FinishReason, Prompts
 from ksweep.utils.errors import DataError
 from ksweep.utils.hub import content_digest
 from ksweep.utils.notes import Note
@@ -79,17 +79,13 @@ class ToyVerbalizer:
         self.d_model: int = self.model.config.hidden_size
         self.stop_token_ids = frozenset({self.tokenizer.eos_token_id})
         self.prompt_length = 1
+        self.edits_blocks = False
 
     def inputs(self, vectors: torch.Tensor, positions: Sequence[int | None]) -> torch.Tensor:
         return vectors / vectors.norm(dim=1, keepdim=True)
 
-    def prefix(self) -> None:
-        return None
-
-    @torch.inference_mode()
-    def prefill(self, vectors: torch.Tensor, prefix: Any = None) -> Prefill:
-        output = self.model(inputs_embeds=vectors[:, None], use_cache=True)
-        return Prefill(output.past_key_values, output.logits[:, -1].float(), 1)
+    def prompts(self, vectors: torch.Tensor) -> Prompts:
+        return Prompts(vectors[:, None])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(token_ids))

@@ -16,25 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ksweep.autoencoder.injection import check_vectors, injecting
+from ksweep.autoencoder.injection import check_vectors, injected
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, inspect_nla
 from ksweep.autoencoder.nla.loading import load_ar_head, load_ar_model, load_av_model, load_nla_tokenizer
 from ksweep.autoencoder.nla.prompts import ArPrompts, AvPrompt, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.nla.sidecar import NlaRole
-from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
+from ksweep.autoencoder.prompting import AddAfterBlock, ArPrompting, AvPrompting
 from ksweep.autoencoder.transformers_models import torch_dtype
 from ksweep.inference import memory
-from ksweep.inference.backend import Prefill
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices
 from ksweep.inference.kv_cache import expand_prefix
+from ksweep.inference.prefill import prefill
+from ksweep.inference.prompts import Prompts
 from ksweep.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
     from ksweep.autoencoder.base import Explanation, ParseOutcome
-    from ksweep.inference.backend import FinishReason
+    from ksweep.inference.prompts import FinishReason
 
 AR_BATCH_TOKENS = 16_384
 """Largest number of tokens in an AR's batch, with padding and without the template's tokens before the text."""
@@ -107,8 +108,8 @@ class NlaVerbalizer:
         self.injection_position = prompt.position
         self.stop_token_ids = stops
         self.prompt_length = len(prompt.ids)
+        self.edits_blocks = isinstance(prompting.injection, AddAfterBlock)
         self._checked = False
-        self._prefix: Any | None = None
 
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None]
@@ -116,16 +117,8 @@ class NlaVerbalizer:
         """Return the activations unchanged."""
         return vectors
 
-    @torch.inference_mode()
-    def prefix(self) -> Any | None:
-        """Return the KV cache of the prompt's tokens before the vector; None if there are none."""
-        if self._prefix is None and self.injection_position:
-            ids = torch.tensor([self.prompt_ids[: self.injection_position]], device=self.model.device)
-            self._prefix = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        return self._prefix
-
-    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
-        """Run the prompt, or its part after `prefix`, once per injected vector; the first call also runs the differential check.
+    def prompts(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prompts:
+        """Return the prompt with each vector injected; the first call also runs the differential check.
 
         Raises:
             DataError: a vector is not finite, all zero, or of another width.
@@ -135,7 +128,7 @@ class NlaVerbalizer:
         if len(vectors) and not self._checked:
             self.differential_check(vectors[0])
             self._checked = True
-        return self._prefill(vectors, prefix)
+        return self._prompts(vectors)
 
     def differential_check(self, vector: Float[torch.Tensor, " d_model"]) -> None:
         """Check that opposite vectors give different logits, and the same vector twice equal ones.
@@ -143,7 +136,7 @@ class NlaVerbalizer:
         Raises:
             CheckpointError: the AV ignores the injected vector, is not deterministic, or overflows in its dtype.
         """
-        logits = self._prefill(torch.stack([vector, vector, -vector])).logits
+        logits = prefill(self.model, self._prompts(torch.stack([vector, vector, -vector]))).logits
         if not torch.isfinite(logits).all():
             raise CheckpointError(
                 f"AV {self.info.path} gives NaN or infinite logits in {self.model.dtype}. Use autoencoder.dtype=bfloat16 or "
@@ -174,14 +167,10 @@ class NlaVerbalizer:
         return parse_explanation(prompting.prefill + text + ended, finish, prompting.opening_tag, prompting.closing_tag)
 
     @torch.inference_mode()
-    def _prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
-        num_cached = 0 if prefix is None else self.injection_position
-        ids = torch.tensor(self.prompt_ids[num_cached:], device=self.model.device).expand(len(vectors), -1)
-        with injecting(self.prompting.injection, self.model, vectors, self.injection_position - num_cached):
-            output = self.model(
-                input_ids=ids, past_key_values=expand_prefix(prefix, len(vectors)), use_cache=True, logits_to_keep=1
-            )
-        return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
+    def _prompts(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prompts:
+        ids = torch.tensor([self.prompt_ids], device=self.model.device)
+        embeddings = self.model.get_input_embeddings()(ids).repeat(len(vectors), 1, 1)
+        return injected(self.prompting.injection, self.model, embeddings, vectors, self.injection_position)
 
 
 class NlaReconstructor:

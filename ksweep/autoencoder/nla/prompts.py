@@ -19,7 +19,7 @@ from ksweep.utils.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from ksweep.autoencoder.base import ParseOutcome
-    from ksweep.inference.backend import FinishReason
+    from ksweep.inference.prompts import FinishReason
 
 THOUGHTS = re.compile(r"\s*<think>(.*?)(?:</think>|$)", re.DOTALL)
 DRIFT = "The tokenizer is not the one that the checkpoint was trained with. Use the tokenizer files that were released with it."

@@ -4,15 +4,14 @@
     blocks    input of block i at the vector's position := pi(a)    for every patched block, not scaled
     then      num_tokens sampled tokens, each fed back as a token; nothing more is patched, and no token ends a text
 
-The prompt runs through the model's own forward pass with hooks on its blocks, so it works with every attention and cache of
-transformers, and with the sampler of the NLA pairs.
+Prompt and patches are data for the engine, which runs them through the model's own forward pass with hooks on its blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,16 +22,15 @@ from ksweep.autoencoder.tae.base_model import check_contents, embedding_scale, i
 from ksweep.autoencoder.tae.checkpoint import TaeInfo
 from ksweep.autoencoder.tae.layout import BASE
 from ksweep.autoencoder.transformers_models import blocks_of
-from ksweep.inference.backend import Prefill
-from ksweep.inference.kv_cache import expand_prefix
-from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.inference.prompts import BlockEdit, Prompts
+from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
     from ksweep.autoencoder.base import ParseOutcome
-    from ksweep.inference.backend import FinishReason
+    from ksweep.inference.prompts import FinishReason
 
 
 class TaeVerbalizer:
@@ -51,16 +49,16 @@ class TaeVerbalizer:
         self.stop_token_ids: frozenset[int] = frozenset()
         self.num_tokens: int | None = info.num_tokens
         self.prompt_length = info.decoder.prefix_length
+        self.edits_blocks = info.decoder.num_patched > 0
         self._blocks = list(blocks_of(model))[: info.decoder.num_patched]
         self._scale = embedding_scale(model)
         self._parts = _parts(info, model)
-        self._prefix: Any | None = None
         self.notes = _untrained(info)
 
     def inputs(
         self, vectors: Float[torch.Tensor, "activation d_model"], positions: Sequence[int | None] | None = None
     ) -> Float[torch.Tensor, "activation d_model"]:
-        """Return the input of `prefill`: the activations, minus their position embeddings if the decoder was trained that way.
+        """Return the input of `prompts`: the activations, minus their position embeddings if the decoder was trained that way.
 
         Args:
             positions: index of each activation's token in its row of text; not needed by decoders without position embeddings.
@@ -73,16 +71,8 @@ class TaeVerbalizer:
         rows = position_rows(self._parts.positions, positions, len(vectors), f"the decoder in {self.info.path}")
         return vectors.float() - rows.to(vectors.device)
 
-    @torch.inference_mode()
-    def prefix(self) -> Any | None:
-        """Return the KV cache of the prompt's left side; None if it is empty."""
-        if self._prefix is None and len(self._parts.left):
-            output = self.model(inputs_embeds=self._scale * self._parts.left[None], use_cache=True, logits_to_keep=1)
-            self._prefix = output.past_key_values
-        return self._prefix
-
-    def prefill(self, vectors: Float[torch.Tensor, "activation d_model"], prefix: Any | None = None) -> Prefill:
-        """Run the prompt, or its part after `prefix`, once per vector.
+    def prompts(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prompts:
+        """Return the prompt around each vector's projection, and the replacements of the patched blocks' inputs.
 
         Raises:
             DataError: a vector is not finite, all zero, or of another width.
@@ -90,13 +80,11 @@ class TaeVerbalizer:
         check_vectors(vectors, self.d_model)
         with torch.inference_mode():
             rows = self._projected(vectors.to(self._parts.weight))
-            left = self._parts.left if prefix is None else self._parts.left[:0]
-            prompt = self._scale * _around(left, rows[0], self._parts.right)
-            with patching(self._blocks, rows[1:], len(left)):
-                output = self.model(
-                    inputs_embeds=prompt, past_key_values=expand_prefix(prefix, len(vectors)), use_cache=True, logits_to_keep=1
-                )
-        return Prefill(output.past_key_values, output.logits[:, -1].float(), self.prompt_length)
+            left = self._parts.left
+            embeddings = self._scale * _around(left, rows[0], self._parts.right)
+        patches = zip(self._blocks, rows[1:], strict=True)
+        edits = tuple(BlockEdit(block, "input", len(left), partial(_replaced, row)) for block, row in patches)
+        return Prompts(embeddings, len(left), edits)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of sampled tokens, including special ones: an end-of-text token is a token like any other."""
@@ -114,35 +102,9 @@ class TaeVerbalizer:
         return [projected[i] for i in used]
 
 
-@contextmanager
-def patching(
-    blocks: Sequence[nn.Module], rows: Sequence[Float[torch.Tensor, "activation d_model"]], position: int
-) -> Iterator[None]:
-    """Replace the input of blocks[i] at `position` by rows[i] during exactly one forward pass.
-
-    Raises:
-        CheckpointError: a block did not run exactly once, so its input was not replaced as in training.
-    """
-    num_calls = [0] * len(blocks)
-
-    def patch(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        num_calls[i] += 1
-        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
-        hidden[:, position] = rows[i].to(hidden)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    with ExitStack() as hooks:
-        for i, block in enumerate(blocks):
-            handle = block.register_forward_pre_hook(
-                lambda _module, args, kwargs, i=i: patch(i, args, kwargs), with_kwargs=True, prepend=True
-            )
-            hooks.callback(handle.remove)
-        yield
-    if any(count != 1 for count in num_calls):
-        raise CheckpointError(
-            f"blocks of the decoder's base ran {sorted(set(num_calls))} times in one prefill, expected once each: its "
-            "architecture calls them in another way. Use a checkpoint over GPT-2, Gemma-2, Gemma-3, Qwen2 or Llama."
-        )
+def _replaced(row: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the row in place of what the block would have read."""
+    return row
 
 
 def position_rows(
