@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ksweep.inference import gumbel_sampling
-from ksweep.utils.errors import RequestError, RunError
+from ksweep.utils.errors import NotFiniteError, RequestError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -150,12 +150,12 @@ def append_tokens(draws: Sequence[DrawInFlight], indices: Iterable[int], sampled
     float64 holds token ids and float32 exactly.
 
     Raises:
-        RunError: logits were NaN or infinite.
+        NotFiniteError: logits were NaN or infinite.
     """
     tokens, log_probabilities = torch.stack([sampled.token_ids.double(), sampled.log_probabilities.double()]).tolist()
     for i in indices:
         if not math.isfinite(log_probabilities[i]):
-            raise RunError(_not_finite_message(draws[i].request, len(draws[i].token_ids)))
+            raise NotFiniteError(_not_finite_message(draws[i].request, len(draws[i].token_ids)))
         draws[i].token_ids.append(int(tokens[i]))
         draws[i].log_probability += log_probabilities[i]
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,14 +17,19 @@ import psutil
 
 from ksweep.config.resources import Resources
 from ksweep.launch.hardware import num_gpus, resolve_cluster, tasks_per_node, visible_devices, visible_gpus
-from ksweep.launch.job import Job
-from ksweep.launch.rank_records import Outcome, first_failure, is_alive
+from ksweep.launch.job import Job, read_or
+from ksweep.launch.rank_records import is_alive
 from ksweep.launch.slurm import sbatch
+from ksweep.launch.status import LIVE_STATES, JobStatus, job_status
 from ksweep.launch.worker import main, process_group
 from ksweep.utils import machine
 from ksweep.utils.errors import SpecError
 
 log = logging.getLogger(__name__)
+
+END_POLL_SECONDS = 0.1
+ABORT_GRACE_SECONDS = 20.0
+"""How long ranks may take to notice that one of them has failed; then they are killed."""
 
 
 @dataclass
@@ -46,6 +52,12 @@ class LocalJob:
             if is_alive(heartbeat):
                 with suppress(ProcessLookupError):
                     os.kill(heartbeat.pid, signal.SIGTERM)
+
+    def cancel(self) -> None:
+        """Kill the job because the user wants it; whoever asks about it later sees that it was cancelled."""
+        if not self.has_ended():
+            self.job.request_cancel()
+        self.kill()
 
     def kill(self) -> None:
         """Kill what is left of the job: its controller and every rank."""
@@ -128,21 +140,17 @@ def _executor(folder: Path, resources: Resources, name: str, devices: Sequence[s
     return local
 
 
-def local_outcome(local_job: LocalJob, num_ranks: int) -> Outcome | None:
-    """Return how the job as a whole ended, from its ranks' outcomes; None while it runs."""
-    outcomes = {o.rank: o for o in local_job.job.outcomes()}
-    failure = first_failure(list(outcomes.values()))
-    # 1. The first failure, once no other rank can write an earlier one.
-    if failure is not None and (local_job.has_ended() or len(outcomes) == num_ranks):
-        return failure
-    # 2. Every rank has ended without a failure: a rank that stopped means that work is left.
-    if len(outcomes) == num_ranks:
-        stopped = next((o for o in outcomes.values() if o.status == "stopped"), None)
-        return stopped or outcomes[0]
-    # 3. The processes are gone, and a rank has written nothing.
-    if local_job.has_ended():
-        silent = [r for r in range(num_ranks) if r not in outcomes]
-        ranks = ", ".join(map(str, silent))
-        message = f"rank {ranks} of {num_ranks} ended without a terminal record (killed, or out of memory)"
-        return Outcome(rank=silent[0], status="failed", kind="dead rank", message=message, traceback=local_job.job.log_tail())
-    return None
+def end_of_job(local_job: LocalJob, num_ranks: int) -> JobStatus | None:
+    """Return how a job ended, once no other rank can write an earlier failure; None while it runs."""
+    local_job.has_ended()  # lets submitit notice that its process has ended
+    if job_status(local_job.job).state in LIVE_STATES:
+        return None
+    # Ranks that hang are killed some time after one of them has failed.
+    deadline = time.monotonic() + ABORT_GRACE_SECONDS
+    while not local_job.has_ended() and len(read_or(local_job.job.outcomes, [])) < num_ranks:
+        if time.monotonic() > deadline:
+            local_job.kill()
+            break
+        time.sleep(END_POLL_SECONDS)
+    end = job_status(local_job.job)
+    return None if end.state in LIVE_STATES else end

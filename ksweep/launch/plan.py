@@ -6,23 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from ksweep.utils.errors import END_CLASSES
+
 if TYPE_CHECKING:
     from ksweep.evaluation.identity import CellKeys
 
 CellState = Literal["done", "running", "waiting", "failed", "missing"]
 
-RETRIED_FREELY = (
-    "timeout",
-    "preempted",
-    "cancelled",
-    "node failure",
-    "killed",
-    "lost",
-    "never submitted",
-    "stopped",
-    "disk full",
-)
-"""Classes of failure after which a cell is run again unasked: neither the request nor the code is to blame."""
+RETRIED_FREELY: tuple[str, ...] = tuple(name for name, row in END_CLASSES.items() if row.retried)
+"""Classes of ends after which a cell is run again unasked."""
 
 
 @dataclass(frozen=True)

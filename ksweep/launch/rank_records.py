@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
-
-from ksweep.utils.errors import RequestError, RunError
 
 SILENCE_SECONDS = 120.0
 """A rank on another host counts as dead after this much silence; on the same host its process is looked up instead."""
@@ -48,6 +44,11 @@ class Heartbeat:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase in that cell."""
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the rank had begun its work; jobs of earlier versions name no cell, but a phase."""
+        return bool(self.cell) or self.phase not in ("", "starting")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -65,14 +66,6 @@ class Outcome:
     attempt: int = 0
     error_type: str = ""
     """Python type of the exception, where there was one."""
-
-
-def first_failure(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """Return the earliest failure, which explains the others; out of memory takes precedence over the death of another rank."""
-    failed = sorted((o for o in outcomes if o.status == "failed"), key=lambda o: o.time)
-    if failed and failed[0].kind == "dead rank":
-        return next((o for o in failed if o.kind == "out of memory"), failed[0])
-    return failed[0] if failed else None
 
 
 def is_alive(heartbeat: Heartbeat) -> bool:
@@ -93,19 +86,3 @@ def this_process() -> dict[str, Any]:
     return {
         "pid": process.pid, "host": socket.gethostname(), "process_started": process.create_time(), "time": time.time(),
     }  # fmt: skip
-
-
-def raise_for_outcome(outcome: Outcome, directory: Path) -> None:
-    """Raise a failed job's error for the user: a bad request as such, a bug with its traceback and the job's directory.
-
-    Raises:
-        RequestError, RunError: the outcome is a failure.
-    """
-    if outcome.status != "failed":
-        return
-    if outcome.kind == "bad input":
-        raise RequestError(outcome.message)
-    if outcome.kind in ("disk full", "failure"):
-        raise RunError(outcome.message)
-    words = f"job {directory.name}: rank {outcome.rank} failed ({outcome.kind}): {outcome.message}\n{outcome.traceback}".rstrip()
-    raise RunError(f"{words}\nlogs: {directory}")

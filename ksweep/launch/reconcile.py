@@ -15,12 +15,12 @@ from ksweep.launch import status
 from ksweep.launch.final_records import attempt_rows, record_unfinished_run
 from ksweep.launch.job import Job, logs_directory, read_or
 from ksweep.launch.progress import ProgressDisplay
-from ksweep.launch.rank_records import Outcome, is_alive
+from ksweep.launch.rank_records import is_alive
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.status import JobStatus
 from ksweep.launch.survey import JobSurvey, survey_jobs
 from ksweep.registry import attempts
-from ksweep.utils.errors import RequestError, StoreError
+from ksweep.utils.errors import RequestError, RunError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +106,23 @@ def _has_cells(job: Job) -> bool:
     return bool(job.spec().get("cells") and argument.get("cells") and {"registry", "sweep", "resources"} <= argument.keys())
 
 
-def status_from_outcome(outcome: Outcome) -> JobStatus:
-    """Return the status of a job whose end this process has watched."""
-    state: status.JobState = "finished" if outcome.status == "finished" else "failed" if outcome.status == "failed" else "stopped"
-    reason = outcome.message or ("every rank finished" if state == "finished" else state)
-    return JobStatus(state, reason, outcome.kind or ("stopped" if state == "stopped" else ""), outcome)
+def raise_for_end(job: Job, job_status: JobStatus) -> None:
+    """Raise a failed job's error for the user: a bad request as such, any other with its traceback and the job's directory.
+
+    Raises:
+        RequestError, RunError: the job failed.
+    """
+    if job_status.state != "failed":
+        return
+    outcome, kind = job_status.outcome, job_status.kind
+    message = outcome.message if outcome is not None and outcome.kind == kind else job_status.reason
+    if kind == "bad input":
+        raise RequestError(message)
+    if kind in ("disk full", "failure"):
+        raise RunError(message)
+    rank = "" if outcome is None else f"rank {outcome.rank} "
+    details = read_or(job.log_tail, "") if outcome is None else outcome.traceback
+    raise RunError(f"job {job.id}: {rank}failed ({kind}): {message}\n{details}".rstrip() + f"\nlogs: {job.path}")
 
 
 def _confirm_ended(ended: Sequence[tuple[Job, JobStatus]]) -> list[tuple[Job, JobStatus]]:
@@ -121,13 +133,13 @@ def _confirm_ended(ended: Sequence[tuple[Job, JobStatus]]) -> list[tuple[Job, Jo
     # 1. Remember the newest heartbeats, and give live ranks time to write outcomes.
     times = {job.id: _heartbeat_times(job) for job in jobs}
     _wait_for_final_records(jobs)
-    if any(job_status.kind == "killed" and _has_remote_rank(job) for job, job_status in ended):
+    if any(job_status.from_silence and _has_remote_rank(job) for job, job_status in ended):
         time.sleep(MAX_HEARTBEAT_INTERVAL_SECONDS)
     # 2. Check again.
     newest = status.job_statuses(jobs)
     gone = [job for job in jobs if job.id in newest and newest[job.id].state not in status.LIVE_STATES]
     # 3. A rank on another machine that seemed dead because the two clocks differ goes on writing heartbeats.
-    return [(job, newest[job.id]) for job in gone if newest[job.id].kind != "killed" or _heartbeat_times(job) == times[job.id]]
+    return [(job, newest[job.id]) for job in gone if not newest[job.id].from_silence or _heartbeat_times(job) == times[job.id]]
 
 
 def _wait_for_final_records(jobs: Sequence[Job]) -> None:

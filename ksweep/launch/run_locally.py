@@ -13,17 +13,15 @@ from ksweep.config.resources import Resources
 from ksweep.config.sweep import Sweep
 from ksweep.launch import gpu_leases, hardware
 from ksweep.launch import local_executor as launch
-from ksweep.launch.job import Job
+from ksweep.launch.job import Job, read_or
 from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_autoencoder
 from ksweep.launch.progress import ProgressDisplay
-from ksweep.launch.rank_records import Outcome, raise_for_outcome
-from ksweep.launch.reconcile import finalize, status_from_outcome
+from ksweep.launch.reconcile import finalize, raise_for_end
+from ksweep.launch.status import JobStatus
 from ksweep.utils.errors import RequestError, RunError, StoreError
 
 LOCAL_POLL_SECONDS = 0.3
 LEASE_POLL_SECONDS = 2.0
-ABORT_GRACE_SECONDS = 20.0
-"""How long ranks may take to notice that one of them has failed; then they are killed."""
 
 
 def run_missing_cells(sweep: Sweep, missing: MissingCells) -> None:
@@ -106,46 +104,28 @@ def _acquire_gpus(name: str, count: int, watch: ProgressDisplay, *, wait: bool) 
 
 def _wait_for_jobs(jobs: list[launch.LocalJob], ranks: int, watch: ProgressDisplay, *, first: bool = False) -> None:
     """Wait until every job has ended (with `first`, until one has), finalize those that have, and raise the first failure."""
-    endings: dict[str, Outcome] = {}
+    ends: dict[str, JobStatus] = {}
     interrupted = 0
-    while len(endings) < (min(1, len(jobs)) if first and not interrupted else len(jobs)):
+    while len(ends) < (min(1, len(jobs)) if first and not interrupted else len(jobs)):
         try:
             for submitted in jobs:
-                if submitted.job.id not in endings:
-                    _check_job(submitted, ranks, endings, watch)
-            time.sleep(0 if len(endings) == len(jobs) else LOCAL_POLL_SECONDS)
+                if submitted.job.id not in ends:
+                    watch.show_ranks(read_or(submitted.job.heartbeats, []))
+                    if (end := launch.end_of_job(submitted, ranks)) is not None:
+                        ends[submitted.job.id] = end
+            time.sleep(0 if len(ends) == len(jobs) else LOCAL_POLL_SECONDS)
         except KeyboardInterrupt:
             interrupted += 1
             for submitted in jobs:
-                submitted.stop() if interrupted == 1 else submitted.kill()
+                submitted.stop() if interrupted == 1 else submitted.cancel()
             if interrupted > 1:
                 raise
-    ended = [s for s in jobs if s.job.id in endings]
+    ended = [s for s in jobs if s.job.id in ends]
     for submitted in ended:
         submitted.kill()
-        finalize(submitted.job, status_from_outcome(endings[submitted.job.id]))
+        finalize(submitted.job, ends[submitted.job.id])
     for submitted in ended:
-        raise_for_outcome(endings[submitted.job.id], submitted.job.path)
-    if any(ending.status == "stopped" for ending in endings.values()):
-        raise RunError("stopped: finished units are kept; the same command continues from there")
-
-
-def _check_job(submitted: launch.LocalJob, ranks: int, endings: dict[str, Outcome], watch: ProgressDisplay) -> None:
-    watch.show_ranks(submitted.job.heartbeats())
-    ending = launch.local_outcome(submitted, ranks)
-    if ending is None and any(e.status == "failed" for e in submitted.job.outcomes()):
-        ending = _wait_for_abort(submitted, ranks)
-    if ending is not None:
-        endings[submitted.job.id] = ending
-
-
-def _wait_for_abort(submitted: launch.LocalJob, ranks: int) -> Outcome | None:
-    """Wait until the other ranks notice that one has failed; kill those that hang."""
-    deadline = time.monotonic() + ABORT_GRACE_SECONDS
-    while time.monotonic() < deadline:
-        ending = launch.local_outcome(submitted, ranks)
-        if ending is not None:
-            return ending
-        time.sleep(LOCAL_POLL_SECONDS)
-    submitted.kill()
-    return next(e for e in submitted.job.outcomes() if e.status == "failed")
+        raise_for_end(submitted.job, ends[submitted.job.id])
+    if stopped := [end for end in ends.values() if end.state == "stopped"]:
+        reasons = "; ".join(sorted({end.reason for end in stopped}))
+        raise RunError(f"stopped ({reasons}): finished units are kept; the same command continues from there")

@@ -14,8 +14,7 @@ from ksweep.launch import code_snapshot, status
 from ksweep.launch.job import Job, logs_directory, read_or
 from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_autoencoder
 from ksweep.launch.progress import ProgressDisplay
-from ksweep.launch.rank_records import Outcome, raise_for_outcome
-from ksweep.launch.reconcile import finalize_if_ended
+from ksweep.launch.reconcile import finalize_if_ended, raise_for_end
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.slurm.polling import ids_on_this_cluster
 from ksweep.utils.errors import RunError, SpecError
@@ -110,9 +109,7 @@ def _raise_first_failure(ended: Sequence[tuple[Job, status.JobStatus]]) -> None:
         print(f"failed: {_cells_text(job)} (job {job.id}): {job_status.reason}", file=sys.stderr)
     for job, job_status in failed[:1]:
         print(f"failed: {_cells_text(job)} (job {job.id}):", file=sys.stderr)
-        raise_for_outcome(
-            job_status.outcome or Outcome(rank=0, status="failed", kind=job_status.kind, message=job_status.reason), job.path
-        )
+        raise_for_end(job, job_status)
     if any(job_status.state == "stopped" for _, job_status in ended):
         reasons = "; ".join(sorted({v.reason for _, v in ended if v.state == "stopped"}))
         raise RunError(f"stopped ({reasons}): finished units are kept; the same command continues from there")

@@ -1,21 +1,29 @@
-"""What a job is doing, or how it ended: one pure function of the evidence, and the reading of that evidence.
+"""What a job is doing, or how it ended: one pure function of the evidence, and the gathering of that evidence.
+
+`status_of` is the only judge. Launcher, waiting commands, `ksweep ls` and `watch`, the next command, and ranks about one another
+gather evidence and ask it, so that the same death has the same state, class and retry policy whoever saw it.
 
 A job's own files are believed first. Slurm is asked only about a job that is silent.
 """
 
 from __future__ import annotations
 
-import re
+import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from ksweep.launch.job import READ_ERRORS, Job
-from ksweep.launch.rank_records import Heartbeat, Outcome, first_failure, is_alive
+from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive
 from ksweep.launch.slurm import commands, sbatch
+from ksweep.launch.slurm.job_output import JobOutput, parse_output
 from ksweep.launch.slurm.polling import SlurmState, slurm_states
+from ksweep.utils.errors import ErrorClass, end_state
 from ksweep.utils.files import on_local_disk
 
 FRESH_HEARTBEAT_SECONDS = 20.0
@@ -32,24 +40,14 @@ NFS caches a directory for up to 60 s (acdirmax); a file that another node has p
 """
 Recheck = Literal["", "queue", "record", "either"]
 LOG_LINES, LOG_BYTES = 50, 4096
-END_LINES = 5
-"""slurmstepd's final message is within this many lines of the end; one further up may be of an earlier start of the job."""
-QUOTED_LINES, QUOTED_CHARACTERS = 3, 300
+CONTROLLER_START_SECONDS = 60.0
+"""submitit's controller starts this soon after its pickle was written; a process of its id that began later is another one."""
 
 JobState = Literal["waiting", "running", "finished", "failed", "stopped", "unknown"]
 LIVE_STATES: tuple[JobState, ...] = ("waiting", "running", "unknown")
 """States in which a job may still bring its results: its cells are not given to another job."""
-
-OUT_OF_MEMORY = re.compile(
-    r"oom[-_ ]kill|out of memory|OutOfMemory|Cannot allocate memory|exceeded (job |step )?memory limit", re.IGNORECASE
-)
-"""What the kernel, Python, torch, and Slurm where it watches memory itself (JobAcctGatherParams=OverMemoryKill) write."""
-KILLED_FOR_MEMORY = re.compile(
-    r"^(?:slurmstepd|srun)\b.*(?:oom[-_ ]kill|out of memory|exceeded (?:job |step )?memory limit).*$",
-    re.IGNORECASE | re.MULTILINE,
-)
-"""Slurm's own lines only: a rank that survives another logs "killed, or out of memory", and so does one that halves its batch."""
-ENDED_BY_SLURM = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ (?:DUE TO ([A-Z ]+?) )?\*\*\*")
+SAW_ANOTHER_END: tuple[ErrorClass, ...] = ("dead rank", "killed", "node failure")
+"""Classes in the outcome of a rank that saw another one end and does not know why."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,14 @@ class JobStatus:
     state: JobState
     reason: str
     kind: str = ""
-    """Class of the end: that of the first failure, or timeout, preempted, cancelled, node failure, lost, setup, killed, ..."""
+    """Class of the end (ksweep.utils.errors.END_CLASSES); empty while the job is live and where it finished."""
     outcome: Outcome | None = None
     """The outcome of the rank that explains the job's end, where a rank has written one."""
     recheck: Recheck = ""
     """Set where the job only seems to have ended, which counts once a later check agrees. It names what may appear until then:
     the job, back in the queue; its record, written but not yet visible from here; either."""
+    from_silence: bool = False
+    """Whether only the silence of ranks on this cluster or machine says so: on another machine, clocks may differ."""
 
 
 DIRECTORY_GONE = JobStatus("stopped", "its directory is gone", "lost")
@@ -85,6 +85,12 @@ class JobEvidence:
     outcomes: Sequence[Outcome] = ()
     launcher: str | None = None
     """The process that is about to start the job, while it lives."""
+    controller: Literal["", "alive", "ended"] = ""
+    """submitit's process on this machine that starts the ranks; empty where there was none."""
+    start_raised: bool = False
+    """A rank's process raised an exception before its first heartbeat; submitit has kept it."""
+    machine_restarted: bool = False
+    """This machine was started after the last heartbeat of a rank that ran on it."""
     submission_interrupted: bool = False
     """Its launcher died while it handed the job to Slurm."""
     slurm_id: str | None = None
@@ -93,8 +99,8 @@ class JobEvidence:
     requeued: str = ""
     """Why the newest start put itself back into the queue."""
     cancel_requested: bool = False
-    log: str = ""
-    """The last lines of the output of the ranks or of the batch script."""
+    output: JobOutput = field(default_factory=JobOutput)
+    """What Slurm wrote into the output of the ranks or of the batch script, and how that ends."""
 
 
 def status_of(evidence: JobEvidence) -> JobStatus | None:
@@ -108,10 +114,10 @@ def status_of(evidence: JobEvidence) -> JobStatus | None:
         return evidence.finalized
     # 2. Nothing has been written by a rank, and Slurm does not have the job: has its launcher yet to start it?
     if not evidence.heartbeats and not evidence.outcomes and evidence.slurm_id is None:
-        return _status_before_start(evidence)
+        return _status_before_first_heartbeat(evidence)
     # 3. A failed rank ends the job; the first failure is its cause.
     if failure is not None:
-        return _failed(failure, evidence)
+        return _status_of_failure(failure, evidence)
     # 4. The job has finished when every rank says so.
     if len(evidence.outcomes) == evidence.num_ranks and all(o.status == "finished" for o in evidence.outcomes):
         return JobStatus("finished", "every rank finished", outcome=min(evidence.outcomes, key=lambda o: o.rank))
@@ -119,21 +125,43 @@ def status_of(evidence: JobEvidence) -> JobStatus | None:
     if stopped is not None and not evidence.local:
         return _status_from_slurm(evidence, stopped.message)
     if stopped is not None and len(evidence.outcomes) == evidence.num_ranks:
-        return JobStatus("stopped", stopped.message, "stopped", stopped)
+        return JobStatus("stopped", stopped.message, "cancelled" if evidence.cancel_requested else "stopped", stopped)
     # 6. A live rank that has not ended: the job runs.
     if any(h.rank in evidence.live_ranks for h in running):
         newest = max(running, key=lambda h: h.time)
         counted = f" {newest.done}/{newest.total}" if newest.total else ""
         return JobStatus("running", f"{newest.phase}{counted}")
     # 7. Silence. On this machine it means that the process is gone; on Slurm somebody else has to explain it.
-    if not evidence.local:
-        return _status_from_slurm(evidence, "")
-    silent = ", ".join(str(rank) for rank in range(evidence.num_ranks) if rank not in ended)
-    reason = f"rank {silent} of {evidence.num_ranks} is gone without a terminal record (killed, or out of memory)"
-    return JobStatus("stopped", reason, "killed")
+    return _status_of_silence(evidence, running) if evidence.local else _status_from_slurm(evidence, "")
 
 
-def _status_before_start(evidence: JobEvidence) -> JobStatus:
+def class_of_death(dead: Sequence[Heartbeat], *, node_lost: bool = False) -> ErrorClass:
+    """Return the class of an end that ranks did not record, from their last heartbeats.
+
+    A rank that had begun its cell may have been killed for what the cell needs, and is not run again unasked. One that was killed
+    before, while it started, says nothing of its cell.
+    """
+    if node_lost:
+        return "node failure"
+    return "dead rank" if any(heartbeat.has_begun for heartbeat in dead) else "killed"
+
+
+def first_failure(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """Return the earliest failure, which explains the others; out of memory takes precedence over the end of another rank."""
+    failed = sorted((o for o in outcomes if o.status == "failed"), key=lambda o: o.time)
+    if failed and failed[0].kind in SAW_ANOTHER_END:
+        return next((o for o in failed if o.kind == "out of memory"), failed[0])
+    return failed[0] if failed else None
+
+
+def _status_before_first_heartbeat(evidence: JobEvidence) -> JobStatus:
+    if evidence.controller == "alive":
+        return JobStatus("waiting", "its ranks are starting")
+    if evidence.controller == "ended":
+        quoted = _quoted(evidence.output)
+        if evidence.start_raised:
+            return JobStatus("failed", f"it ended before any rank began{quoted}", "setup")
+        return JobStatus("stopped", f"it ended before any rank began (killed, or out of memory){quoted}", "killed")
     if evidence.launcher is not None:
         return JobStatus("waiting", f"its launcher ({evidence.launcher}) has yet to start it")
     if evidence.submission_interrupted:
@@ -141,12 +169,26 @@ def _status_before_start(evidence: JobEvidence) -> JobStatus:
     return JobStatus("stopped", "its launcher ended before it was started", "never submitted")
 
 
-def _failed(failure: Outcome, evidence: JobEvidence) -> JobStatus:
+def _status_of_failure(failure: Outcome, evidence: JobEvidence) -> JobStatus:
     """Return the status of a failed job: a rank that sees another die does not know the cause, but Slurm's output may."""
-    failed = JobStatus("failed", f"{failure.kind}: {failure.message}", failure.kind, failure)
-    if evidence.local or failure.kind != "dead rank" or (line := KILLED_FOR_MEMORY.search(evidence.log)) is None:
-        return failed
-    return replace(failed, kind="out of memory", reason=f"out of memory ({line[0]}); {failed.reason}")
+    status = JobStatus(end_state(failure.kind), f"{failure.kind}: {failure.message}", failure.kind, failure)
+    line = evidence.output.memory_line
+    if evidence.local or failure.kind not in SAW_ANOTHER_END or not line:
+        return status
+    return replace(status, state="failed", kind="out of memory", reason=f"out of memory ({line}); {status.reason}")
+
+
+def _status_of_silence(evidence: JobEvidence, dead: Sequence[Heartbeat]) -> JobStatus:
+    """Return the status of a job on this machine of which some ranks have ended without an outcome, and none runs."""
+    ended = {o.rank for o in evidence.outcomes}
+    silent = ", ".join(str(rank) for rank in range(evidence.num_ranks) if rank not in ended)
+    reason = f"rank {silent} of {evidence.num_ranks} is gone without an outcome"
+    if evidence.cancel_requested:
+        return JobStatus("stopped", f"cancelled; {reason}", "cancelled", from_silence=True)
+    kind = class_of_death(dead, node_lost=evidence.machine_restarted)
+    cause = "its machine was restarted" if evidence.machine_restarted else "killed, or out of memory"
+    before = " before it had begun a cell" if kind == "killed" else ""
+    return JobStatus(end_state(kind), f"{reason}{before} ({cause})", kind, from_silence=True)
 
 
 def _status_from_slurm(evidence: JobEvidence, stop_message: str) -> JobStatus | None:
@@ -178,16 +220,16 @@ def _status_from_slurm(evidence: JobEvidence, stop_message: str) -> JobStatus | 
 
 def _status_after_queue(evidence: JobEvidence, number: str, slurm: SlurmState) -> JobStatus:
     """Return how a job that is no longer in Slurm's queue ended."""
-    entry, log = slurm.accounted, evidence.log
+    entry, output = slurm.accounted, evidence.output
     state = entry.state if entry is not None else slurm.queued.state if slurm.queued is not None else ""
     where = f" on {entry.nodes}" if entry is not None and entry.nodes not in ("", "None assigned") else ""
     says = f"Slurm: {state}{where} (job {number})" if state else f"job {number} has left the queue"
     # 1. Without accounting, slurmstepd's last line in the job's output says why Slurm ended it.
-    state = state or _state_from_log(log)
+    state = state or output.ended_as
     # 2. Slurm or a user ended it.
     if evidence.cancel_requested or state.startswith("CANCELLED"):
         return JobStatus("stopped", f"cancelled; {says}", "cancelled")
-    if state == "OUT_OF_MEMORY" or (OUT_OF_MEMORY.search(log) is not None and state in ("FAILED", "")):
+    if state == "OUT_OF_MEMORY" or (output.memory_line and state in ("FAILED", "")):
         return JobStatus("failed", f"out of memory; {says}", "out of memory")
     if state in ("TIMEOUT", "DEADLINE"):
         return JobStatus("stopped", f"killed at its time limit; {says}", "timeout")
@@ -201,37 +243,28 @@ def _status_after_queue(evidence: JobEvidence, number: str, slurm: SlurmState) -
         return JobStatus("stopped", reason, "lost", recheck="queue")
     # 4. It ended by itself, and a rank's outcome may be written but not visible from here yet.
     code = f", exit code {entry.exit_code}" if entry is not None and entry.exit_code else ""
-    if state == "COMPLETED":
-        reason = f"it ended without a terminal record (not to be seen from here yet?); {says}"
-        return JobStatus("failed", reason, "dead rank", recheck="record")
-    if not (evidence.heartbeats or evidence.outcomes) and (state or log):
-        reason = f"it ended before any rank began, in the lines of `setup` or at srun; {says}{code}{_quote_end(log)}"
+    if not (evidence.heartbeats or evidence.outcomes) and (state or output.last_lines):
+        reason = f"it ended before any rank began, in the lines of `setup` or at srun; {says}{code}{_quoted(output)}"
         return JobStatus("failed", reason, "setup", recheck="record" if state else "either")
+    ended = {o.rank for o in evidence.outcomes}
+    kind = class_of_death([h for h in evidence.heartbeats if h.rank not in ended])
+    before = " before it had begun a cell" if kind == "killed" else ""
+    if state == "COMPLETED":
+        reason = f"it ended without an outcome{before} (not to be seen from here yet?); {says}"
+        return JobStatus(end_state(kind), reason, kind, recheck="record")
     if state:
-        reason = f"a rank ended without a terminal record; {says}{code}{_quote_end(log)}"
-        return JobStatus("failed", reason, "dead rank", recheck="record")
+        reason = f"a rank ended without an outcome{before}; {says}{code}{_quoted(output)}"
+        return JobStatus(end_state(kind), reason, kind, recheck="record")
     # 5. It has vanished.
     reason = f"job {number} is neither in the queue nor in accounting (cancelled while it waited, or killed)"
     return JobStatus("stopped", reason, "lost", recheck="either")
 
 
-def _state_from_log(log: str) -> str:
-    """Return the state that accounting would give, from what slurmstepd wrote when it ended a job; empty where it wrote nothing.
-
-    slurmstepd says CANCELLED of a STEP, too, when srun ends it because one of its tasks was killed.
-    """
-    match = ENDED_BY_SLURM.search("\n".join(log.splitlines()[-END_LINES:]))
-    if match is None:
-        return ""
-    return {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL"}.get(match[1] or "", "CANCELLED")
+def _quoted(output: JobOutput) -> str:
+    return f'; last lines: "{output.last_lines}"' if output.last_lines else ""
 
 
-def _quote_end(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()][-QUOTED_LINES:]
-    return f'; last lines: "{" | ".join(lines)[-QUOTED_CHARACTERS:]}"' if lines else ""
-
-
-# Reading the evidence
+# Gathering the evidence
 
 
 def job_status(job: Job) -> JobStatus:
@@ -240,7 +273,7 @@ def job_status(job: Job) -> JobStatus:
 
 
 def job_statuses(jobs: Sequence[Job]) -> dict[str, JobStatus]:
-    """Return the statuses of jobs by id; Slurm is asked once for all that are silent.
+    """Return the statuses of jobs by id; Slurm is asked once for all that are silent. Nothing is written.
 
     A job whose files cannot be read is unknown, whatever the others are; one whose directory is gone is left out.
     """
@@ -286,18 +319,21 @@ def gather_evidence(job: Job, slurm: SlurmState | None = None) -> JobEvidence:
     local = spec.get("cluster") != "slurm"
     unstarted = not heartbeats and not outcomes and slurm_id is None
     launcher = _live_launcher(spec) if unstarted else None
+    controller = _controller(job) if unstarted and local else ""
     ended = {o.rank for o in outcomes}
     failure = first_failure(outcomes)
     # Reading the log lists the output of a whole array: not for each of its elements that wait in the queue.
     left_queue = slurm is not None and slurm.reachable and not _is_queued(slurm)
-    wants_log = not local and (left_queue or (failure is not None and failure.kind == "dead rank"))
+    wants_output = left_queue or (failure is not None and failure.kind in SAW_ANOTHER_END)
     return JobEvidence(
         num_ranks=spec["num_ranks"], local=local, heartbeats=heartbeats, outcomes=outcomes, slurm_id=slurm_id, slurm=slurm,
         live_ranks=frozenset(h.rank for h in heartbeats if h.rank not in ended and _proves_life(h, local)),
-        launcher=launcher,
+        launcher=launcher, controller=controller, start_raised=controller == "ended" and any(job.path.glob("*_result.pkl")),
+        machine_restarted=local and any(map(_restarted_since, (h for h in heartbeats if h.rank not in ended))),
         submission_interrupted=unstarted and launcher is None and sbatch.is_in_interrupted_submission(job),
         requeued=(job.read_note("requeued", attempt) or {}).get("why", "") if slurm is not None else "",
-        cancel_requested=job.cancel_requested(), log=_log_end(job) if wants_log else "",
+        cancel_requested=job.cancel_requested(),
+        output=parse_output(_log_end(job)) if (not local and wants_output) or controller == "ended" else JobOutput(),
     )  # fmt: skip
 
 
@@ -305,10 +341,31 @@ def _proves_life(heartbeat: Heartbeat, local: bool) -> bool:
     return is_alive(heartbeat) if local else time.time() - heartbeat.time < FRESH_HEARTBEAT_SECONDS
 
 
+def _restarted_since(heartbeat: Heartbeat) -> bool:
+    return heartbeat.host == socket.gethostname() and psutil.boot_time() > heartbeat.time
+
+
 def _live_launcher(spec: dict[str, Any]) -> str | None:
     launcher = spec.get("launcher")
     alive = launcher is not None and is_alive(Heartbeat(rank=0, **launcher))
     return f"process {launcher['pid']} on {launcher['host']}" if alive and launcher is not None else None
+
+
+def _controller(job: Job) -> Literal["", "alive", "ended"]:
+    """Return whether the process runs that starts the ranks of a local job; submitit names its pickle by the process's id."""
+    pickles = [path for path in job.path.glob("*_submitted.pkl") if path.name.partition("_")[0].isdigit()]
+    if not pickles:
+        return ""
+    return "alive" if any(_runs_since(int(path.name.partition("_")[0]), path.stat().st_mtime) for path in pickles) else "ended"
+
+
+def _runs_since(pid: int, written: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        same = process.create_time() < written + CONTROLLER_START_SECONDS
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_queued(slurm: SlurmState) -> bool:
@@ -328,19 +385,21 @@ def _log_end(job: Job) -> str:
 
 # A job that only seems to have ended
 
+_seems_gone: dict[Path, tuple[float, float]] = {}
+"""Job directory -> when Slurm first said to this process that the job has ended, and the job's last activity by then."""
+
 
 def _recheck(job: Job, status: JobStatus, asked_at: float) -> JobStatus:
-    """Return `unknown` for a job that seems to have ended, until Slurm has said so for long enough."""
-    note = job.read_note("seems-gone")
+    """Return `unknown` for a job that seems to have ended, until Slurm has said so to this process for long enough."""
     if not status.recheck:
-        if note is not None:
-            (job.path / "seems-gone.json").unlink(missing_ok=True)
+        _seems_gone.pop(job.path, None)
         return status
     activity = job.last_activity()
-    if note is None or note["sign"] != activity:
-        note = {"since": asked_at, "sign": activity}
-        job.write_note("seems-gone", note)
-    if asked_at - note["since"] >= _recheck_seconds(job, status.recheck):
+    since, activity_then = _seems_gone.get(job.path, (asked_at, activity))
+    if activity_then != activity:
+        since = asked_at
+    _seems_gone[job.path] = (since, activity)
+    if asked_at - since >= _recheck_seconds(job, status.recheck):
         return status
     return replace(status, state="unknown", reason=f"{status.reason}; looking again before believing it")
 

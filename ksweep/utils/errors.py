@@ -4,7 +4,67 @@ from __future__ import annotations
 
 import errno
 import re
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+ErrorClass = Literal[
+    "bad input",
+    "out of memory",
+    "NaN",
+    "time limit",
+    "disk full",
+    "dead rank",
+    "node failure",
+    "preempted",
+    "timeout",
+    "cancelled",
+    "stopped",
+    "killed",
+    "lost",
+    "setup",
+    "never submitted",
+    "failure",
+    "bug",
+]
+"""Why a run, a job or a rank ended early. State and retry policy follow from this class, not from the Python type."""
+ERROR_CLASSES: tuple[str, ...] = get_args(ErrorClass)
+
+
+@dataclass(frozen=True)
+class EndClass:
+    """What follows from a class of ends."""
+
+    state: Literal["failed", "stopped"]
+    retried: bool
+    """Whether the next command runs the cells again unasked: neither the request nor the code is to blame."""
+    meaning: str
+
+
+END_CLASSES: dict[ErrorClass, EndClass] = {
+    "bad input": EndClass("failed", False, "the request cannot be carried out"),
+    "out of memory": EndClass("failed", False, "a model or an array did not fit, or Slurm killed a rank for its memory"),
+    "NaN": EndClass("failed", False, "a model returned values that are not finite"),
+    "time limit": EndClass("failed", False, "several starts reached their time limit without publishing a draw"),
+    "disk full": EndClass("failed", True, "no space was left on a disk"),
+    "dead rank": EndClass("failed", False, "a rank that had begun its cell ended without writing an outcome"),
+    "setup": EndClass("failed", False, "it ended before any rank began: in the `setup` lines, at srun, or while Python started"),
+    "failure": EndClass("failed", False, "an error that ksweep raises while running"),
+    "bug": EndClass("failed", False, "any other exception"),
+    "killed": EndClass("stopped", True, "a rank ended without writing an outcome before it had begun a cell"),
+    "node failure": EndClass("stopped", True, "its node failed, or its machine was restarted"),
+    "preempted": EndClass("stopped", True, "Slurm preempted it and did not requeue it"),
+    "timeout": EndClass("stopped", True, "it was killed at its time limit"),
+    "cancelled": EndClass("stopped", True, "somebody cancelled it"),
+    "stopped": EndClass("stopped", True, "its ranks were asked to stop, and did after their work units"),
+    "lost": EndClass("stopped", True, "Slurm no longer knows it, or its directory is gone"),
+    "never submitted": EndClass("stopped", True, "its launcher ended before it had started it"),
+}
+"""One row for each class, shown in docs/slurm.md."""
+
+
+def end_state(error_class: str) -> Literal["failed", "stopped"]:
+    """Return the state of a job that ended with a class; one that this version does not know is a failure."""
+    return END_CLASSES[error_class].state if error_class in END_CLASSES else "failed"
 
 
 class RequestError(ValueError):
@@ -12,6 +72,8 @@ class RequestError(ValueError):
 
     The message is a paragraph: what came, what was expected, what to do.
     """
+
+    kind: ClassVar[ErrorClass] = "bad input"
 
 
 class SpecError(RequestError):
@@ -29,44 +91,30 @@ class DataError(RequestError):
 class StoreError(RuntimeError):
     """A damaged or half-written file in one of the stores."""
 
+    kind: ClassVar[ErrorClass] = "failure"
+
 
 class RunError(RuntimeError):
     """A failure while running: a dead rank, a full disk, a lost job. Exit code 1."""
+
+    kind: ClassVar[ErrorClass] = "failure"
 
 
 class DiskFullError(RunError):
     """No space left on the disk; no half-written file stays."""
 
+    kind: ClassVar[ErrorClass] = "disk full"
 
-ErrorClass = Literal[
-    "bad input",
-    "out of memory",
-    "NaN",
-    "time limit",
-    "disk full",
-    "dead rank",
-    "node failure",
-    "preempted",
-    "timeout",
-    "cancelled",
-    "stopped",
-    "killed",
-    "lost",
-    "setup",
-    "failure",
-    "bug",
-]
-"""Why a run, a job or a rank ended early. The retry policy follows from this class, not from the Python type.
 
-time limit: several starts reached their limit without publishing a draw. timeout: killed at its limit. stopped: asked to stop.
-killed: its processes are gone. lost: Slurm no longer knows the job. setup: ended in the shell lines before Python. failure: an
-error that ksweep raises while running. bug: any other exception.
-"""
-ERROR_CLASSES: tuple[str, ...] = get_args(ErrorClass)
+class NotFiniteError(RunError):
+    """A model returned values that are NaN or infinite."""
+
+    kind: ClassVar[ErrorClass] = "NaN"
+
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"out of memory|can(?:no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
-_NOT_A_NUMBER = re.compile(r"\bNaNs?\b|(?:not|non-) ?finite|contains either `inf`", re.IGNORECASE)
+_NOT_A_NUMBER = re.compile(r"contains either `inf`", re.IGNORECASE)
 
 
 def classify(error: BaseException) -> ErrorClass:
@@ -79,20 +127,23 @@ def classify(error: BaseException) -> ErrorClass:
 
 
 def _class_of(error: BaseException) -> ErrorClass:
-    code = getattr(error, "errno", None)
-    if isinstance(error, RequestError):
-        return "bad input"
-    if isinstance(error, DiskFullError) or code in _FULL_DISK:
+    """Return the class that an exception's own type or error number states."""
+    if (code := getattr(error, "errno", None)) in _FULL_DISK:
         return "disk full"
-    # PyTorch raises a RuntimeError when its CPU allocator or cuBLAS runs out of memory.
-    may_be_torchs = isinstance(error, RuntimeError) and not isinstance(error, StoreError)
-    if isinstance(error, MemoryError) or code == errno.ENOMEM or "OutOfMemory" in type(error).__name__:
+    if isinstance(error, (RequestError, RunError, StoreError)):
+        return error.kind
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or type(error).__name__ == "OutOfMemoryError":  # torch's
         return "out of memory"
-    if may_be_torchs and _NO_MEMORY.search(str(error)):
-        return "out of memory"
-    if isinstance(error, FloatingPointError) or (may_be_torchs and _NOT_A_NUMBER.search(str(error))):
+    if isinstance(error, FloatingPointError):
         return "NaN"
-    return "failure" if isinstance(error, (RunError, StoreError)) else "bug"
+    return _class_of_torch_error(str(error)) if isinstance(error, RuntimeError) else "bug"
+
+
+def _class_of_torch_error(message: str) -> ErrorClass:
+    """Return the class of a RuntimeError of PyTorch, which has no types for a full CPU allocator, a full cuBLAS, and NaN."""
+    if _NO_MEMORY.search(message):
+        return "out of memory"
+    return "NaN" if _NOT_A_NUMBER.search(message) else "bug"
 
 
 def class_of_type(name: str) -> str:

@@ -39,7 +39,16 @@ def one_rank_raises(argument: dict[str, Any], ranks: Ranks) -> None:
 
 
 def one_rank_is_killed(argument: dict[str, Any], ranks: Ranks) -> None:
-    """Rank 1 is shot while rank 0 waits for it."""
+    """Rank 1 is shot at its cell while rank 0 waits for it."""
+    ranks.begin_cell("a cell", {})
+    ranks.barrier()
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.barrier()
+
+
+def one_rank_is_killed_while_it_starts(argument: dict[str, Any], ranks: Ranks) -> None:
+    """Rank 1 is shot before any rank has begun a cell."""
     ranks.barrier()
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

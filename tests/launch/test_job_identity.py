@@ -105,9 +105,9 @@ def test_a_dry_run_of_three_cells_inspects_each_checkpoint_once(
     inspected: Counter[Path] = Counter()
     read = nla.read_nla_sidecar
 
-    def counting(path: Path, role: Any, overrides: Any) -> Any:
+    def counting(path: Path, *arguments: Any, **options: Any) -> Any:
         inspected[path] += 1
-        return read(path, role, overrides)
+        return read(path, *arguments, **options)
 
     monkeypatch.setattr(nla, "read_nla_sidecar", counting)
     assert run(replace(sweep, axes={"sampling.temperature": (0.4, 0.8, 1.2)}), "--dry-run") == 0

@@ -13,7 +13,9 @@ from ksweep.config.resources import Resources
 from ksweep.launch import hardware
 from ksweep.launch import local_executor as launch
 from ksweep.launch.job import create_job
+from ksweep.launch.plan import RETRIED_FREELY
 from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive
+from ksweep.launch.status import JobStatus
 from ksweep.launch.worker.process_group import gpus_of_rank
 from ksweep.utils.errors import SpecError
 from tests.launch.entries import gpus_of_this_rank
@@ -31,11 +33,11 @@ def start(tmp_path: Path, entry: str, ranks: int, **argument: Any) -> launch.Loc
     return launch.start_local_job(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
 
 
-def end(submitted: launch.LocalJob, ranks: int, seconds: float = 240) -> Outcome:
+def end(submitted: launch.LocalJob, ranks: int, seconds: float = 240) -> JobStatus:
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() < deadline:
-            ending = launch.local_outcome(submitted, ranks)
+            ending = launch.end_of_job(submitted, ranks)
             if ending is not None:
                 return ending
             time.sleep(0.05)
@@ -48,7 +50,7 @@ def end(submitted: launch.LocalJob, ranks: int, seconds: float = 240) -> Outcome
 def test_two_ranks_take_each_number_once_and_both_finish(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     submitted = start(tmp_path, "count", 2, folder=str(tmp_path / "out"), total=40)
-    assert end(submitted, 2).status == "finished"
+    assert end(submitted, 2).state == "finished"
     results = {e.rank: e.result for e in submitted.job.outcomes()}
     assert sorted(results[0] + results[1]) == list(range(40))
     assert results[0] and results[1], "one rank did all the work"
@@ -73,8 +75,8 @@ def test_two_processes_take_two_gpus_each_of_those_that_their_job_was_lent(tmp_p
 
 @pytest.mark.slow
 def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path: Path) -> None:
-    ending = end(start(tmp_path, "one_rank_raises", 2), 2)
-    assert (ending.status, ending.rank, ending.kind) == ("failed", 1, "bad input")
+    ending = end(start(tmp_path, "one_rank_raises", 2), 2).outcome
+    assert ending is not None and (ending.status, ending.rank, ending.kind) == ("failed", 1, "bad input")
     assert ending.message == "vector 17 is not finite" and "one_rank_raises" in ending.traceback
 
 
@@ -82,9 +84,17 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback(tmp_path: Path) -> N
 def test_a_rank_that_is_shot_ends_the_job_and_is_named(tmp_path: Path) -> None:
     submitted = start(tmp_path, "one_rank_is_killed", 2)
     ending = end(submitted, 2)
-    assert (ending.status, ending.kind) == ("failed", "dead rank")
-    assert "rank 1 (pid" in ending.message and "died without an outcome" in ending.message
+    assert (ending.state, ending.kind) == ("failed", "dead rank")
+    assert "rank 1 (pid" in ending.reason and "died without an outcome" in ending.reason
     assert not any(is_alive(h) for h in submitted.job.heartbeats())
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_shot_while_it_starts_has_not_begun(tmp_path: Path) -> None:
+    submitted = start(tmp_path, "one_rank_is_killed_while_it_starts", 2)
+    ending = end(submitted, 2)
+    assert (ending.state, ending.kind) == ("stopped", "killed") and "killed" in RETRIED_FREELY
+    assert "rank 1 (pid" in ending.reason and "during 'starting'" in ending.reason
 
 
 @pytest.mark.slow
@@ -95,8 +105,8 @@ def test_a_job_that_is_asked_to_stop_ends_at_a_border_of_its_units(tmp_path: Pat
         time.sleep(0.1)
     submitted.stop()
     ending = end(submitted, 2)
-    assert ending.status == "stopped"
-    assert "not started" in ending.message or "rank" in ending.message
+    assert ending.state == "stopped"
+    assert "not started" in ending.reason or "rank" in ending.reason
 
 
 def test_a_job_in_this_process_records_its_end(tmp_path: Path) -> None:
@@ -104,7 +114,8 @@ def test_a_job_in_this_process_records_its_end(tmp_path: Path) -> None:
     job = create_job(tmp_path / "logs", "tests.launch.entries:count", {"folder": str(tmp_path / "out"), "total": 3}, 1)
     seen: list[tuple[str, int, int]] = []
     submitted = launch.start_local_job(job, Resources(cluster="inprocess", gpus=0), "test", lambda *a, **_: seen.append(a))
-    assert launch.local_outcome(submitted, 1) == Outcome(rank=0, status="finished", result=[0, 1, 2])
+    found = launch.end_of_job(submitted, 1)
+    assert found is not None and found.outcome == Outcome(rank=0, status="finished", result=[0, 1, 2])
     assert seen == [("counting", i, 3) for i in range(3)]
 
 

@@ -305,7 +305,7 @@ def test_a_rank_on_a_machine_with_another_clock_is_not_taken_for_dead(sweep: Swe
     job.write_heartbeat(late)
     threading.Timer(0.1, lambda: job.write_heartbeat(replace(late, time=late.time + 1))).start()
     job_status = status.job_status(job)
-    assert job_status.kind == "killed" and not finalize_if_ended(job, job_status) and job.final_status() is None
+    assert job_status.from_silence and not finalize_if_ended(job, job_status) and job.final_status() is None
     assert finalize_if_ended(job, status.job_status(job)), "nothing has come since"
 
 

@@ -25,6 +25,7 @@ from ksweep.launch.job import Job, create_job
 from ksweep.launch.rank_records import Heartbeat, Outcome
 from ksweep.launch.slurm import commands, polling, sbatch
 from ksweep.launch.slurm.commands import AccountingEntry, QueueEntry
+from ksweep.launch.slurm.job_output import parse_output
 from ksweep.launch.slurm.polling import SlurmState
 from ksweep.launch.status import JobEvidence, JobStatus, status_of
 from ksweep.launch.survey import survey_jobs
@@ -61,6 +62,7 @@ def of(*records: Heartbeat | Outcome, live: Sequence[int] = (), **fields: Any) -
     """Evidence of job 7 on Slurm (or with local=True): records of its ranks, and those that prove to be alive."""
     heartbeats = [r for r in records if isinstance(r, Heartbeat)]
     outcomes = [r for r in records if isinstance(r, Outcome)]
+    fields = {name: value for name, value in fields.items() if name != "log"} | {"output": parse_output(fields.get("log", ""))}
     return JobEvidence(
         **{"slurm_id": "7", "heartbeats": heartbeats, "outcomes": outcomes, "live_ranks": frozenset(live)} | fields
     )
@@ -109,8 +111,24 @@ TABLE: list[tuple[JobEvidence, tuple[str, str, str] | None, str]] = [
     (of(beat(), STOPPED, requeued="preempted", slurm=queued("PENDING", "BeginTime")), ("waiting", "", ""), "requeued: preempted"),
     (of(beat(), STOPPED, slurm=accounted("COMPLETED")), ("stopped", "stopped", ""), "asked to"),
     (of(beat(), STOPPED, slurm=accounted("TIMEOUT")), ("stopped", "timeout", ""), "time limit"),
-    # A silent job on this machine is gone; one that no rank has begun waits for its launcher.
-    (of(beat(), local=True), ("stopped", "killed", ""), "rank 0 of 1 is gone"),
+    # A silent job on this machine is gone. A rank that had begun its cell may have died of it; one that was starting had not.
+    (of(beat(), local=True), ("failed", "dead rank", ""), "rank 0 of 1 is gone"),
+    (of(beat(phase="starting"), local=True), ("stopped", "killed", ""), "before it had begun a cell"),
+    (of(beat(phase="starting", cell="key"), local=True), ("failed", "dead rank", ""), "rank 0 of 1 is gone"),
+    (of(beat(0), beat(1, phase="starting"), DONE, num_ranks=2, local=True), ("stopped", "killed", ""), "rank 1 of 2 is gone"),
+    (of(beat(0), beat(1), STOPPED, num_ranks=2, local=True), ("failed", "dead rank", ""), "rank 1 of 2 is gone"),
+    (of(beat(), local=True, cancel_requested=True), ("stopped", "cancelled", ""), "rank 0 of 1 is gone"),
+    (of(beat(), STOPPED, local=True, cancel_requested=True), ("stopped", "cancelled", ""), "asked to"),
+    (of(beat(), local=True, machine_restarted=True), ("stopped", "node failure", ""), "machine was restarted"),
+    # What a rank saw of another's death has the state and class that others give it.
+    (of(said(0, "failed", "killed", "rank 1 died"), local=True), ("stopped", "killed", ""), "rank 1 died"),
+    (of(said(0, "failed", "node failure", "rank 1 died")), ("stopped", "node failure", ""), "rank 1 died"),
+    (of(said(0, "failed", "a class of tomorrow", "x")), ("failed", "a class of tomorrow", ""), "x"),
+    # A job that no rank has begun waits for its launcher, or for the processes that were started for it.
+    (of(slurm_id=None, local=True, launcher="process 5", controller="alive"), ("waiting", "", ""), "its ranks are starting"),
+    (of(slurm_id=None, local=True, launcher="process 5", controller="ended"), ("stopped", "killed", ""), "before any rank began"),
+    (of(slurm_id=None, local=True, controller="ended", start_raised=True, log="No module named 'ksweep'"),
+     ("failed", "setup", ""), "No module named"),
     (of(slurm_id=None, local=True, launcher="process 5 on here"), ("waiting", "", ""), "process 5 on here"),
     (of(slurm_id=None, submission_interrupted=True), ("unknown", "", ""), "handed it over"),
     (of(slurm_id=None), ("stopped", "never submitted", ""), "before it was started"),
@@ -131,6 +149,8 @@ TABLE: list[tuple[JobEvidence, tuple[str, str, str] | None, str]] = [
     # On a network file system the terminal record may be seen later than the end in accounting.
     (silent(accounted("FAILED")), ("failed", "dead rank", "record"), "exit code 0:9"),
     (silent(accounted("COMPLETED")), ("failed", "dead rank", "record"), ""),
+    # A rank that was killed before it had begun its cell is run again, on Slurm as elsewhere.
+    (of(beat(age=500, phase="starting"), slurm=accounted("FAILED")), ("stopped", "killed", "record"), "begun a cell"),
     # A line of `setup` that exits: no rank has ever spoken.
     (mute(accounted("FAILED"), NO_MODULE), ("failed", "setup", "record"), "module: command not found"),
     (mute(SlurmState(), NO_MODULE), ("failed", "setup", "either"), "module: command not found"),
@@ -195,7 +215,10 @@ def test_a_job_that_seems_gone_is_believed_gone_only_at_a_second_look(tmp_path: 
     assert (found.state, found.kind) == ("stopped", "node failure")
     # It comes back: whatever was believed is forgotten.
     stand_in(tmp_path, monkeypatch, squeue="7|PENDING|BeginTime|ksweep:mine|(null)", sacct="7|NODE_FAIL|0:0|gpu1")
-    assert status.job_status(job).state == "waiting" and job.read_note("seems-gone") is None
+    assert status.job_status(job).state == "waiting"
+    stand_in(tmp_path, monkeypatch, squeue="", sacct="7|NODE_FAIL|0:0|gpu1")
+    monkeypatch.setattr(status, "RECHECK_SECONDS", 20.0)
+    assert status.job_status(job).state == "unknown"
 
 
 def test_a_number_that_slurm_gave_twice_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +391,7 @@ def test_a_local_rank_is_alive_as_long_as_its_process(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     found = status.job_status(job)
-    assert (found.state, found.kind) == ("stopped", "killed")
+    assert (found.state, found.kind) == ("failed", "dead rank")
 
 
 def test_a_job_is_stuck_when_two_starts_before_reached_their_limit_at_the_same_place() -> None:

@@ -222,12 +222,12 @@ def run(sweep: Sweep) -> None:
     """In this process, without a word: what the trials print is theirs."""
     silence = io.StringIO()
     with redirect_stdout(silence), redirect_stderr(silence), pytest.raises(SystemExit) as end:
-        sweep_main(sweep, ["--no-charts"])
+        sweep_main(sweep, ["--no-charts", "--retry"])  # a cell at which a rank was killed is not run again unasked
     assert end.value.code == 0
 
 
 def launched(sweep: Sweep, before: str = "", **environment: str) -> subprocess.Popen[str]:
-    script = f"{before}\nfrom ksweep import *\nsweep_main({sweep!r}, ['--no-charts'])"
+    script = f"{before}\nfrom ksweep import *\nsweep_main({sweep!r}, ['--no-charts', '--retry'])"
     return python(script, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -370,7 +370,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
     killed = 0
     for _ in range(12):
         process = subprocess.Popen(
-            [sys.executable, script, "--no-charts"], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
+            [sys.executable, script, "--no-charts", "--retry"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
         )
         try:
             while not killed and not Path(other.registry).exists():
@@ -382,7 +384,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
             process.wait()
             killed += 1
     else:
-        assert run(other) == 0
+        assert run(other, "--retry") == 0
     assert killed
     assert texts(other) == texts(undisturbed)
     np.testing.assert_allclose(curve(other), curve(undisturbed), atol=1e-6)

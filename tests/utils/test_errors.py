@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.utils.errors import CheckpointError, DataError, DiskFullError, RunError, StoreError, class_of_type, classify
+from ksweep.utils.errors import (
+    CheckpointError,
+    DataError,
+    DiskFullError,
+    NotFiniteError,
+    RunError,
+    StoreError,
+    class_of_type,
+    classify,
+)
 
 
 def raised_from(cause: BaseException) -> StoreError:
@@ -30,7 +39,8 @@ def raised_from(cause: BaseException) -> StoreError:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "out of memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
         (FloatingPointError("invalid value encountered"), "NaN"),
-        (RunError("the verbalizer's logits are not finite for draw 3"), "NaN"),
+        (NotFiniteError("the verbalizer's logits are not finite for draw 3"), "NaN"),
+        (RunError("out of memory is a word in this message, and NaN too"), "failure"),
         (RunError("draws are missing"), "failure"),
         (StoreError("a shard of 12 NaN bytes is damaged"), "failure"),
         (raised_from(KeyError("x")), "failure"),

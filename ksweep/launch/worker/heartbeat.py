@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from ksweep.launch.job import Job
 from ksweep.launch.rank_records import SILENCE_SECONDS, Heartbeat, Outcome, is_alive, this_process
+from ksweep.launch.status import class_of_death
 from ksweep.launch.worker.requeue import StoppedStart, fail_if_stuck, requeue_job
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class HeartbeatThread:
         """Attribute heartbeats to this cell; `seconds` by phase goes on counting."""
         self._seconds = seconds
         self.latest = replace(self.latest, cell=key, cell_began=time.time())
+        self.publish_heartbeat()  # whether a rank had begun its cell decides whether the cell is run again after its death
 
     def stopped_start(self) -> StoppedStart:
         """Return the facts that decide whether this job is requeued."""
@@ -230,8 +232,8 @@ class HeartbeatThread:
             os._exit(0 if comes_back else 1)
 
     def _dead_rank_class(self, dead: Heartbeat) -> str:
-        """Return the failure class of a dead rank; srun ends a job when a task dies, so silence elsewhere is a lost node."""
-        return "node failure" if self.slurm_id and dead.host != self.latest.host else "dead rank"
+        """Return the class of a dead rank's end; srun ends a job when a task dies, so silence elsewhere is a lost node."""
+        return class_of_death([dead], node_lost=bool(self.slurm_id) and dead.host != self.latest.host)
 
     @staticmethod
     def _dead_rank_message(dead: Heartbeat) -> str:

@@ -80,8 +80,13 @@ def _run_on_slurm(job: Job, environment: Any) -> None:
 
 
 def _install_stop_handlers(heartbeat: HeartbeatThread) -> None:
-    for name in (signal.SIGTERM, signal.SIGUSR2):
+    for name in _stop_signals(signal.SIGTERM, signal.SIGUSR2):
         signal.signal(name, heartbeat.handle_stop_signal)
+
+
+def _stop_signals(*names: signal.Signals) -> list[signal.Signals]:
+    """Return these signals, and that of a closed terminal unless it is ignored, as under nohup."""
+    return [*names, signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else list(names)
 
 
 def _log_failure(outcome: Outcome) -> None:
@@ -145,7 +150,7 @@ def _report_to_heartbeat(heartbeat: HeartbeatThread, on_report: Callable[..., No
 
 @contextmanager
 def _stopped_by_sigterm(solo: Solo) -> Iterator[None]:
-    """Let SIGTERM, as `ksweep cancel` sends it, stop the work after its current unit instead of ending the process."""
+    """Let SIGTERM (`ksweep cancel`) and SIGHUP (a closed terminal) stop the work after its unit instead of ending the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -153,11 +158,12 @@ def _stopped_by_sigterm(solo: Solo) -> Iterator[None]:
     def stop(_number: int, _frame: object) -> None:
         solo.stop = True
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {name: signal.signal(name, stop) for name in _stop_signals(signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for name, handler in before.items():
+            signal.signal(name, signal.SIG_DFL if handler is None else handler)
 
 
 def load_entry(entry: str) -> Callable[[dict[str, Any], Ranks], Any]:
