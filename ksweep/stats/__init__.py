@@ -12,9 +12,9 @@
     low, high = difference_band(hotter, curve)          # holds for all K at once
     held_out_best([errors, hot_errors], documents, baseline, k=16)      # the better one, without the winner's curse
 
-`fve`: error, baseline and their ratio. `best_of_k`: order statistics. `bootstrap`: intervals. `bands`: all K at
-once, gains per doubling, and why there is no extrapolation beyond N. `selection`: the best of several settings. `groups`: FVE
-within groups, and heavy tails. `controls`: what to compare the curve with.
+`fve`: error, baseline and their ratio. `best_of_k`: order statistics. `choosing`: chosen by one score, reported in another.
+`bootstrap`: intervals. `bands`: all K at once, gains per doubling, and why there is no extrapolation beyond N. `selection`: the
+best of several settings. `groups`: FVE within groups, and heavy tails. `controls`: what to compare the curve with.
 """
 
 from ksweep.stats.bands import (
@@ -50,6 +50,7 @@ from ksweep.stats.bootstrap import (
     interval_reach,
     paired_difference,
 )
+from ksweep.stats.choosing import ChosenMean, chosen_curve, chosen_mean
 from ksweep.stats.controls import (
     Retrieval,
     derangement,
@@ -81,6 +82,7 @@ __all__ = [
     "ORTHOGONAL_ERROR",
     "Baseline",
     "BaselineKind",
+    "ChosenMean",
     "FveCurve",
     "GroupCurve",
     "HeldOutBest",
@@ -98,6 +100,8 @@ __all__ = [
     "best_of_k_select",
     "best_of_k_weights",
     "between_documents_baseline",
+    "chosen_curve",
+    "chosen_mean",
     "cosines",
     "curve_band",
     "derangement",

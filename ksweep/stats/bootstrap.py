@@ -138,27 +138,62 @@ def fve_curve(
     size^0.25, log-normal sizes) the rare very large ones are missing from the sample: 73 to 85 %.
     """
     errors, documents = np.asarray(errors, dtype=np.float64), np.asarray(documents)
-    _check_aligned(errors, documents, baseline)
+    check_aligned(errors, documents, baseline)
     _check_level(level)
-    num_activations, num_draws = errors.shape
+    num_draws = errors.shape[1]
     ks = checked_ks(range(1, num_draws + 1) if ks is None else ks, num_draws)
     best = best_errors(errors, ks, selection, _failed_error(failed_error, errors, baseline))
+    return curve_of_kept(
+        best, all_failed_rates(errors, ks, selection), best_errors_over_successes(errors, ks, selection), documents, baseline,
+        ks=ks, num_draws=num_draws, num_without_success=int(np.isnan(errors).all(axis=1).sum()),
+        num_replicates=num_replicates, seed=seed, level=level,
+    )  # fmt: skip
+
+
+def curve_of_kept(
+    best: Float[np.ndarray, "activation k"],
+    all_failed: Float[np.ndarray, "activation k"],
+    over_successes: Float[np.ndarray, "activation k"],
+    documents: np.ndarray,
+    baseline: Baseline,
+    *,
+    ks: Sequence[int],
+    num_draws: int,
+    num_without_success: int,
+    num_replicates: int,
+    seed: int,
+    level: float,
+) -> FveCurve:
+    """Return the curve of draws that were kept by any rule, with its interval over documents.
+
+    Args:
+        best: expected error of the kept draw of each activation.
+        all_failed: probability that the kept draw is a failed one.
+        over_successes: expected error where it is not; NaN where it always is.
+        documents: document of each activation.
+        baseline: of the activations.
+        ks: the K of the columns.
+        num_draws: draws of each activation.
+        num_without_success: activations of which every draw failed.
+        num_replicates: bootstrap replicates.
+        seed: seed of the bootstrap.
+        level: nominal coverage.
+    """
     replicates, resampling = _bootstrap(best, documents, baseline, num_replicates, seed)
     error = best.mean(axis=0)
     estimate = 1 - error / baseline.value
     low, high = interval_ends(estimate, replicates, resampling.effective_documents, level)
-    over_successes = best_errors_over_successes(errors, ks, selection)
     return FveCurve(
         k=np.asarray(ks),
         fve=estimate,
         fve_low=low,
         fve_high=high,
         error=error,
-        failure_rate=all_failed_rates(errors, ks, selection).mean(axis=0),
+        failure_rate=all_failed.mean(axis=0),
         fve_over_successes=1 - _nan_mean(over_successes) / baseline.value,
-        num_without_success=int(np.isnan(errors).all(axis=1).sum()),
+        num_without_success=num_without_success,
         baseline=baseline,
-        num_activations=num_activations,
+        num_activations=len(best),
         num_draws=num_draws,
         level=level,
         resampling=resampling,
@@ -357,7 +392,8 @@ def _failed_error(
     return ORTHOGONAL_ERROR
 
 
-def _check_aligned(errors: Float[np.ndarray, "activation draw"], documents: np.ndarray, baseline: Baseline) -> None:
+def check_aligned(errors: Float[np.ndarray, "activation draw"], documents: np.ndarray, baseline: Baseline) -> None:
+    """Raise ValueError unless errors, documents and the baseline's distances are of the same activations."""
     if errors.ndim != 2 or not errors.size:
         raise ValueError(f"errors must be [activation, draw] with at least one of each; got shape {errors.shape}")
     if len(documents) != len(errors):
