@@ -24,7 +24,7 @@ from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Activations, Cell, Sampling
 from ksweep.config.sweep import Sweep
-from ksweep.inference.backend import engine_identity
+from ksweep.inference.backend import DEFAULT_ENGINE, engine_identity
 from ksweep.utils.errors import DataError, SpecError
 from ksweep.utils.fingerprint import fingerprint
 from ksweep.utils.hub import resolve
@@ -219,6 +219,8 @@ def _label_parts(cell: Cell, layer: int) -> dict[str, str]:
     }  # fmt: skip
     if cell.sampling.top_p < 1:
         parts["sampling.top_p"] = f"top_p={cell.sampling.top_p:g}"
+    if cell.sampling.engine != DEFAULT_ENGINE:
+        parts["sampling.engine"] = f"engine={cell.sampling.engine.rpartition(':')[2]}"
     if cell.autoencoder.encoder_prompt != "learned":
         parts["autoencoder.encoder_prompt"] = f"encoder_prompt={cell.autoencoder.encoder_prompt}"
     return parts

@@ -193,6 +193,7 @@ def test_label_says_pair_layer_temperature_and_top_p_where_it_cuts(cell: Cell) -
     cell = replace_at(cell, "autoencoder.av", "owner/nla-qwen-av")
     assert cell_label(cell, 20) == "qwen L20 T=0.7"
     assert cell_label(replace_at(cell, "sampling.top_p", 0.95), 20) == "qwen L20 T=0.7 top_p=0.95"
+    assert cell_label(replace_at(cell, "sampling.engine", "my.engines:Fast"), 20) == "qwen L20 T=0.7 engine=Fast"
 
 
 def test_name_of_a_cell_is_its_label_and_the_start_of_its_key(cell: Cell) -> None:

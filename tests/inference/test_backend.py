@@ -45,7 +45,7 @@ def exactly(numbered: Any) -> list[tuple[Any, ...]]:
     return sorted((number, d.request.row, d.request.draw, d.token_ids, d.log_probability.hex()) for number, d in numbered)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2_capped"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2_capped"))])
 def test_engines_in_turns_on_one_model_give_the_draws_of_each_alone(models: Any, name: str) -> None:  # noqa: F811
     verbalizer = TinyVerbalizer(models[name], STOPS)
     settings = vars(models[name].config).copy()
