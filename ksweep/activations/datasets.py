@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -18,8 +18,11 @@ from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import DataError
 from ksweep.utils.hub import content_digest
+from ksweep.utils.imports import digest_of_named, is_dotted_name, load_named
 
-Format = Literal["txt", "jsonl", "parquet", "datasets", "hub"]
+Format = Literal["txt", "jsonl", "parquet", "datasets", "hub", "own"]
+
+TEXT_FIELD = "activations.text"
 
 HUB_DATASET = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 
@@ -86,9 +89,12 @@ def text_identity(activations: Activations) -> dict[str, object]:
         return identity | {"hub": hub.repo, "config": hub.config, "revision": hub.revision, "split": activations.text_split}
     if kind == "datasets":
         identity["split"] = activations.text_split
+    source = activations.text or ""
     first = next((row for row in read_documents(activations) if row.holds_something), None)
     if first is not None and first.token_ids is not None:
         identity["holds"] = "token_ids"
+    if kind == "own":
+        return identity | {"name": source, "digest": digest_of_named(source, load_named(source, TEXT_FIELD), TEXT_FIELD)}
     return identity | {"digest": content_digest(_local(activations))}
 
 
@@ -107,13 +113,15 @@ def text_begins_with_bos(activations: Activations, model: Path) -> bool:
 
 
 def text_format(activations: Activations) -> Format:
-    """Return the format of the text at a path, or "hub" for a hub dataset id.
+    """Return the format of the text at a path, "hub" for a hub dataset id, "own" for the dotted name of a text source.
 
     Raises:
         DataError: nothing at the path, or an unknown format.
     """
     source = activations.text or ""
     path = _local(activations)
+    if is_dotted_name(source):
+        return "own"
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return "datasets"
@@ -146,28 +154,78 @@ def _local(activations: Activations) -> Path:
 
 
 def _rows(activations: Activations) -> Iterator[TextRow]:
-    kind, path = text_format(activations), _local(activations)
-    if kind == "txt":
-        yield from (TextRow(i, f"row:{i}", f"row:{i}", text) for i, text in enumerate(_paragraphs(path)))
-        return
-    if kind == "jsonl":
-        yield from _named(_json_lines(path), activations, "row")
-    elif kind == "parquet":
-        yield from _named(_parquet_rows(path, activations), activations, "row")
-    elif kind == "datasets":
-        yield from _named(_saved_dataset(path, activations), activations, "row")
+    if text_format(activations) == "txt":
+        yield from (TextRow(i, f"row:{i}", f"row:{i}", text) for i, text in enumerate(_paragraphs(_local(activations))))
     else:
-        hub = hub_dataset(activations.text or "")
-        yield from _named(_hub_rows(hub, activations), activations, f"{hub.repo}:{activations.text_split}")
+        yield from _named(_records(activations), activations)
 
 
-def _named(records: Iterable[Mapping[str, Any]], activations: Activations, prefix: str) -> Iterator[TextRow]:
+def rows_of_columns(activations: Activations, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the row id of every row of a text with its record, which has these columns besides those of the text.
+
+    Raises:
+        DataError: as `read_documents`; a .txt file has no columns.
+    """
+    if text_format(activations) == "txt":
+        raise DataError(f"{activations.text} is a .txt file, which has no columns {', '.join(columns)}: give .jsonl or .parquet")
+    prefix = _row_prefix(activations)
+    for index, record in enumerate(_records(activations, columns)):
+        yield _row_id(record, prefix, index), record
+
+
+def _records(activations: Activations, columns: Sequence[str] = ()) -> Iterable[Mapping[str, Any]]:
+    """Return the records of a table, in order, with these columns besides those that are always read."""
+    kind, path = text_format(activations), _local(activations)
+    if kind == "jsonl":
+        return _json_lines(path)
+    if kind == "parquet":
+        return _parquet_rows(path, activations, columns)
+    if kind == "datasets":
+        return _saved_dataset(path, activations, columns)
+    return _own_rows(activations) if kind == "own" else _hub_rows(hub_dataset(activations.text or ""), activations)
+
+
+def _row_prefix(activations: Activations) -> str:
+    if text_format(activations) != "hub":
+        return "row"
+    return f"{hub_dataset(activations.text or '').repo}:{activations.text_split}"
+
+
+def _row_id(record: Mapping[str, Any], prefix: str, index: int) -> str:
+    return str(record["row_id"]) if record.get("row_id") is not None else f"{prefix}:{index}"
+
+
+def _own_rows(activations: Activations) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a text source of the user's: texts, or records with the text column.
+
+    Raises:
+        SpecError: the source cannot be imported. DataError: what it gives are no rows.
+    """
+    source = activations.text or ""
+    named = load_named(source, TEXT_FIELD)
+    rows = named() if callable(named) else named
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise DataError(
+            f"{TEXT_FIELD}={source} gives a {type(rows).__name__}; expected texts or records (docs/extending.md), in the same "
+            "order every time"
+        )
+    for index, row in enumerate(rows):
+        if not isinstance(row, (str, Mapping)):
+            raise DataError(
+                f"row {index} of {TEXT_FIELD}={source} is a {type(row).__name__}; expected a text, or a record such as "
+                f"{{{activations.text_column!r}: '...', 'document': '...'}}"
+            )
+        yield {activations.text_column: row} if isinstance(row, str) else row
+
+
+def _named(records: Iterable[Mapping[str, Any]], activations: Activations) -> Iterator[TextRow]:
     """Yield the records of a table as rows: text or token ids, document and row id from their columns."""
+    prefix = _row_prefix(activations)
     pretokenised, numbered = _begin(records, activations.text_column)
     for index, record in numbered:
         value = _value(record, activations.text_column, "text_column", index, activations)
         where = f"row {index} of {activations.text}", f"in column {activations.text_column!r}"
-        row_id = str(record["row_id"]) if record.get("row_id") is not None else f"{prefix}:{index}"
+        row_id = _row_id(record, prefix, index)
         document = _document(record, row_id, index, activations)
         if pretokenised:
             yield TextRow(index, row_id, document, "", _token_ids(value, *where))
@@ -259,7 +317,7 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             yield record
 
 
-def _parquet_rows(path: Path, activations: Activations) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(path: Path, activations: Activations, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -268,15 +326,15 @@ def _parquet_rows(path: Path, activations: Activations) -> Iterator[Mapping[str,
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"text file {path} is not a readable Parquet file ({error}); is it whole?") from error
     with file:
-        for batch in file.iter_batches(batch_size=256, columns=_columns(file.schema_arrow.names, activations)):
+        for batch in file.iter_batches(batch_size=256, columns=_columns(file.schema_arrow.names, activations, columns)):
             yield from batch.to_pylist()
 
 
-def _columns(present: list[str], activations: Activations) -> list[str]:
-    """Return the columns to read; all of them if one is missing, so that the error of `_value` can list them."""
-    if activations.text_column not in present or activations.document_column not in (None, *present):
+def _columns(present: list[str], activations: Activations, columns: Sequence[str]) -> list[str]:
+    """Return the columns to read; all of them if one is missing, so that an error can list them."""
+    if activations.text_column not in present or activations.document_column not in (None, *present) or {*columns} - {*present}:
         return present
-    wanted = {activations.text_column, activations.document_column or "document", "row_id"}
+    wanted = {activations.text_column, activations.document_column or "document", "row_id", *columns}
     return [name for name in present if name in wanted]
 
 
@@ -291,7 +349,7 @@ def _datasets() -> Any:
     return datasets
 
 
-def _saved_dataset(path: Path, activations: Activations) -> Iterable[Mapping[str, Any]]:
+def _saved_dataset(path: Path, activations: Activations, columns: Sequence[str]) -> Iterable[Mapping[str, Any]]:
     datasets = _datasets()
     try:
         dataset = datasets.load_from_disk(str(path))
@@ -303,7 +361,9 @@ def _saved_dataset(path: Path, activations: Activations) -> Iterable[Mapping[str
             raise DataError(f"{path} has no split {activations.text_split!r}; it has {splits}. Set activations.text_split.")
         dataset = dataset[activations.text_split]
     # With a saved format (torch, numpy) rows would hold tensors instead of lists.
-    rows: Iterable[Mapping[str, Any]] = dataset.with_format(None).select_columns(_columns(dataset.column_names, activations))
+    rows: Iterable[Mapping[str, Any]] = dataset.with_format(None).select_columns(
+        _columns(dataset.column_names, activations, columns)
+    )
     return rows
 
 

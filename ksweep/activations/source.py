@@ -7,7 +7,7 @@ A unit is what the store publishes at once and what ranks divide among themselve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,6 +72,20 @@ class UnitSource(Protocol):
 
     def close(self) -> None:
         """Free the memory of a loaded model."""
+
+
+class TextSource(Protocol):
+    """Rows of text that a user names as activations.text="package.module:name": a function without arguments, or an iterable.
+
+    Every call gives the same rows in the same order. A record has the text column; "document" and "row_id" are read where they
+    are, and any other column may be named in scoring.groups.
+    """
+
+    digest: str
+    """Identifies the rows in keys; may be left out, and is then the digest of the module's source file."""
+
+    def __call__(self) -> Iterable[str | Mapping[str, Any]]:
+        """Yield texts or records."""
 
 
 def activation_key(row_id: str, position: int | None) -> int:

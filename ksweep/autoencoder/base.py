@@ -91,10 +91,6 @@ class Family(ABC):
 
     source_field: ClassVar[str]
     """Spec field that identifies the autoencoder in labels."""
-    scoring_kind: ScoringKind = "normalised"
-    """How reconstructions are compared with activations: normalised (both scaled to norm sqrt(d)) or raw (as they are)."""
-    texts_have_fixed_length: bool = False
-    """Whether every explanation has the number of tokens of training, so that none is cut off."""
     has_reference_quantities: bool = False
     """Whether the quantities of the reference sweep are reported, which need the raw reconstructions of the best draws."""
 
@@ -113,6 +109,16 @@ class Family(ABC):
         """Short name for labels."""
 
     @property
+    def scoring_kind(self) -> ScoringKind:
+        """How reconstructions are compared with activations: normalised (both scaled to norm sqrt(d)) or raw (as they are)."""
+        return "normalised"
+
+    @property
+    def texts_have_fixed_length(self) -> bool:
+        """Whether every explanation has the number of tokens of training, so that none is cut off."""
+        return self.num_tokens is not None
+
+    @property
     def located(self) -> Autoencoder:
         """The spec, with a directory of several checkpoints replaced by the file to load."""
         return self.autoencoder
@@ -129,8 +135,8 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def layer(self) -> int:
-        """Index of the block whose output it was trained on, 0-based."""
+    def layer(self) -> int | None:
+        """Index of the block whose output it was trained on, 0-based; None where activations.layer decides."""
 
     @property
     def notes(self) -> tuple[Note, ...]:

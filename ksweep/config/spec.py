@@ -19,6 +19,8 @@ SelectionRule = Literal["order_statistics", "prefix"]
 MeasuredBaseline = Literal["between_documents", "distance_from_mean"]
 """Baselines that are measured on the evaluated activations."""
 EncoderPrompt = Literal["learned", "text"]
+OWN_GROUPINGS = ("all", "document", "role", "position", "norm")
+"""Breakdowns that every run has, so that no column of a text may be shown under their names."""
 InjectionKind = Literal["replace_embedding", "add_after_block"]
 
 
@@ -105,10 +107,11 @@ class Autoencoder:
     """An activation verbalizer (AV) and the reconstructor (AR) trained with it: a public NLA pair, or a talkative autoencoder."""
 
     av: str | None = None
-    """Activation verbalizer: a directory in the public NLA layout, or a hub id ("owner/name", "owner/name@revision"). An unknown
-    key in its sidecar nla_meta.yaml is an error that names the key (docs/sidecars.md)."""
+    """Activation verbalizer: a directory in the public NLA layout, a hub id ("owner/name", "owner/name@revision"), or
+    "package.module:name" of a class of your own (docs/extending.md). An unknown key in its sidecar nla_meta.yaml is an error that
+    names the key (docs/sidecars.md)."""
     ar: str | None = None
-    """Activation reconstructor: a directory or hub id, as for `av`."""
+    """Activation reconstructor: a directory, a hub id or a class of your own, as for `av`; the two may be mixed."""
     checkpoint: str | None = None
     """A talkative-autoencoder .pt file, or a directory of which the file with the highest step is taken; instead of av and ar."""
     base: str | None = None
@@ -163,9 +166,9 @@ class Activations:
     layer: int | None = None
     """Block whose output is taken, 0-based (= hidden_states[layer + 1]). None: the layer that the autoencoder was trained on."""
     text: str | None = None
-    """A .txt file (one document per paragraph; blank lines separate paragraphs), .jsonl, .parquet, a `datasets` directory, or a
-    hub dataset id. Text that already begins with the model's BOS, as chat templates write it, gets no second BOS; either all rows
-    begin with it or none."""
+    """A .txt file (one document per paragraph; blank lines separate paragraphs), .jsonl, .parquet, a `datasets` directory, a
+    hub dataset id, or "package.module:name" of a function that gives rows (docs/extending.md). Text that already begins with the
+    model's BOS, as chat templates write it, gets no second BOS; either all rows begin with it or none."""
     text_column: str = "text"
     """Column of texts, or of lists of token ids, which are used unchanged: padding (the tokenizer's pad id, else EOS) at either
     end is masked and skipped, positions are indices into the padded row, and min_position counts from the first real token."""
@@ -287,6 +290,9 @@ class Scoring:
     """Bootstrap replicates over documents, at least 2."""
     seed: int = 0
     """Seed of the bootstrap."""
+    groups: tuple[str, ...] = ()
+    """Columns of the text (or of the file of vectors) by which the FVE is broken down too, as it is by role, position and norm:
+    ("language",). Their values are looked up when statistics are computed; rows without one are left out of the groups."""
     reference_replicates: int = 0
     """Replicates of the reference's own bootstrap over single vectors (percentile and BCa intervals, seed 42; the reference took
     1000). Needs a checkpoint. 0 leaves it out."""
@@ -300,6 +306,12 @@ class Scoring:
             for k in self.ks:
                 at_least("scoring.ks", k, 1)
             object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
+        object.__setattr__(self, "groups", tuple(dict.fromkeys(self.groups)))
+        if taken := [name for name in self.groups if name in OWN_GROUPINGS]:
+            raise SpecError(
+                f"scoring.groups has {taken[0]!r}, which is a breakdown of every run ({', '.join(OWN_GROUPINGS)}): give the "
+                "column of the text another name, or leave it out"
+            )
         if self.baseline == "between_documents":  # one spelling, so that both are one cell
             object.__setattr__(self, "baseline", None)
         measured = self.baseline is None or self.baseline in get_args(MeasuredBaseline)

@@ -33,6 +33,7 @@ def break_down(
     scoring: Scoring,
     ks: Sequence[int],
     windows: Sequence[str | None],
+    groups: Sequence[str] = (),
 ) -> Breakdown:
     """Compute the errors of each activation and the curve of each group, and pick example draws.
 
@@ -43,6 +44,7 @@ def break_down(
         scoring: failure policy and selection.
         ks: values of K of the curve, of which powers of two and the largest are kept.
         windows: text around the position of each activation.
+        groups: further groupings, whose columns `activation_metadata.with_groups` has added to the metadata.
     """
     kept = kept_ks(ks)
     errors = draws["error"].to_numpy().reshape(len(metadata), -1)
@@ -51,7 +53,7 @@ def break_down(
         activations=_activations(best, kept, baseline.parts(len(best)), np.isnan(errors).sum(axis=1), metadata),
         metrics=[
             row
-            for by in (None, *activation_metadata.GROUPINGS)
+            for by in (None, *activation_metadata.GROUPINGS, *groups)
             for row in group_rows(errors, metadata, baseline, scoring, kept, by)
         ],
         examples=_examples(draws, errors, metadata, windows),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
+from ksweep.activations.group_columns import group_values
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell
 from ksweep.evaluation.breakdown import Breakdown, break_down
@@ -62,8 +63,11 @@ def compute_statistics(
     reference = TaeSummary()
     try:
         summary = summarise(draws, targets, cell.scoring, cell.ks, empty_text, first_draws, kind)
+        groups = group_values(cell.activations, cell.scoring.groups, vectors.column("row_id").tolist())
         metadata = activation_metadata.write_metadata(registry, vectors, kind)
-        breakdown = break_down(draws, metadata, summary.baseline, cell.scoring, cell.ks, vectors.column("window").tolist())
+        metadata = activation_metadata.with_groups(metadata, vectors, groups, kind)
+        windows = vectors.column("window").tolist()
+        breakdown = break_down(draws, metadata, summary.baseline, cell.scoring, cell.ks, windows, cell.scoring.groups)
         if family.has_reference_quantities:
             errors = draws["error"].to_numpy().reshape(len(targets), -1)
             stored = StoredDraws(store=store, activations=targets, errors=errors, roles=roles)

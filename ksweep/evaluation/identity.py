@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ksweep.activations.caching import activations_key
+from ksweep.activations.group_columns import check_group_columns
 from ksweep.activations.model_config import text_config
 from ksweep.activations.vector_source import (
     POSITION_COLUMN,
@@ -82,8 +83,10 @@ def cell_keys(cell: Cell) -> CellKeys:
     family = family_of(cell.autoencoder)
     family.check_scoring(cell.scoring)
     cell = _resolve(cell, family)
-    layer = family.layer
-    notes = (*family.notes, *family.check_activations(_activation_facts(cell.activations)))
+    facts = _activation_facts(cell.activations)
+    layer = _layer(family, facts)
+    notes = (*family.notes, *family.check_activations(facts))
+    check_group_columns(cell.activations, cell.scoring.groups)
     # 2. Hash what changes the activations, the draws, the numbers.
     activations, activations_identity = activations_key(cell.activations, layer)
     draws: dict[str, Any] = {
@@ -112,6 +115,16 @@ def cell_keys(cell: Cell) -> CellKeys:
     }
     identity = {"activations": activations_identity, "draws": draws, "layer": layer}
     return CellKeys(activations, draws_key, fingerprint(numbers), layer, cell_label(cell, layer), identity, notes)
+
+
+def _layer(family: Family, facts: ActivationFacts) -> int:
+    """Return the layer of the autoencoder or, where that may be used on any, of the activations."""
+    layer = facts.layer if family.layer is None else family.layer
+    if layer is None:
+        raise SpecError(
+            f"neither {family.autoencoder.source} nor {facts.source} says which layer it is for: set activations.layer"
+        )
+    return layer
 
 
 def _scoring_identity(cell: Cell) -> dict[str, Any]:

@@ -7,7 +7,7 @@ a comparison of cells or a breakdown into groups needs, so that neither vectors 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -148,6 +148,27 @@ def metadata_table(vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa
         columns[f"distance_in_{name}"] = _within(targets, values, kind)
         columns[f"between_in_{name}"] = _between(targets, values, documents, kind)
     return pa.table([pa.array(columns[f.name], f.type) for f in METADATA_SCHEMA], schema=METADATA_SCHEMA)
+
+
+def group_column(by: str) -> str:
+    """Return the column of the metadata that names each activation's group."""
+    return GROUPINGS.get(by, by if by == "document" else f"group_{by}")
+
+
+def with_groups(
+    metadata: pa.Table, vectors: EvaluatedActivations, groups: Mapping[str, Sequence[str | None]], kind: stats.ScoringKind
+) -> pa.Table:
+    """Return metadata with further groupings by name: each activation's group, and its part of the baseline within it."""
+    if not groups:
+        return metadata
+    targets, documents = vectors.vectors(0, len(vectors)), metadata["document"].to_pylist()
+    for name, values in groups.items():
+        metadata = metadata.append_column(group_column(name), pa.array(values, pa.string()))
+        metadata = metadata.append_column(f"distance_in_{name}", pa.array(_within(targets, values, kind), pa.float64()))
+        metadata = metadata.append_column(
+            f"between_in_{name}", pa.array(_between(targets, values, documents, kind), pa.float64())
+        )
+    return metadata
 
 
 def position_bucket(position: int) -> str:

@@ -25,9 +25,9 @@ def group_rows(
         baseline: of all activations.
         scoring: selection, failure policy, bootstrap.
         ks: values of K.
-        by: role, position, norm or document; None takes all activations as one group.
+        by: role, position, norm, document or a further grouping of the metadata; None takes all activations as one group.
     """
-    groups = ["all"] * len(metadata) if by is None else metadata[activation_metadata.GROUPINGS.get(by, by)].to_pylist()
+    groups = ["all"] * len(metadata) if by is None else metadata[activation_metadata.group_column(by)].to_pylist()
     best = stats.best_errors(errors, ks, scoring.selection, scoring.failed_error)
     curves = stats.group_curves(
         best, stats.all_failed_rates(errors, ks, scoring.selection), ks, metadata["document"].to_pylist(), groups, baseline,
@@ -52,7 +52,7 @@ def group_rows(
 
 def _own_baseline(metadata: pa.Table, baseline: stats.Baseline, by: str | None) -> stats.Baseline | None:
     """Return baseline contributions within groups, of the overall baseline's kind; None for groups by document (too small)."""
-    if by not in activation_metadata.GROUPINGS:
+    if by is None:
         return None
     kind = "between documents" if baseline.kind == "stated constant" else baseline.kind
     return activation_metadata.baseline_of(metadata, kind, baseline.scoring, by)

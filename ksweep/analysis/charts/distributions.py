@@ -124,7 +124,7 @@ def norm_distribution(
 def by_group(
     source: Any,
     *,
-    breakdown: Literal["role", "position", "norm", "document"] | None = None,
+    breakdown: str | None = None,
     k: int | None = None,
     against: Literal["own", "overall"] = "own",
     sweep: str | None = None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest_nla, inspect_nla
 from ksweep.autoencoder.safetensors_header import bytes_of_weights
-from ksweep.config.spec import Autoencoder
+from ksweep.config.spec import Autoencoder, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import RequestError
@@ -45,12 +45,8 @@ class NlaPair(Family):
 
     @property
     def short_name(self) -> str:
-        """The hub name without -av, or the name of the directory that holds av/."""
-        source = self.autoencoder.source
-        path = Path(hub.without_revision(source))
-        if path.name.lower() in ("av", "nla-av", "actor"):
-            return path.resolve().parent.name if path.exists() else path.parent.name
-        return re.sub(r"^nla-|[-_]av$", "", path.name, flags=re.IGNORECASE) or path.name
+        """`short_name_of` of the AV."""
+        return short_name_of(self.autoencoder.source)
 
     @property
     def layer(self) -> int:
@@ -65,19 +61,12 @@ class NlaPair(Family):
         return notes_of(*self.pair)
 
     def draws_identity(self) -> dict[str, Any]:
-        """Return the AV's digest, and where they are not the usual ones the parser of explanations and the prompting."""
-        av, _ = self.pair
-        overrides = self.autoencoder.prompting.of_av
-        # An AV that thinks gets its thoughts before the answer skipped.
-        parser = {"parser": "after_thoughts"} if av.thinks else {}
-        return {"av": digest_nla(av)} | parser | ({"av_prompting": overrides} if overrides else {})
+        """Return `av_identity` of the AV."""
+        return av_identity(self.pair[0], self.autoencoder.prompting)
 
     def scores_identity(self) -> dict[str, Any]:
-        """Return the AR's digest, and where they are not the usual ones the BOS rule and the prompting."""
-        _, ar = self.pair
-        overrides = self.autoencoder.prompting.of_ar
-        bos = {"ar_bos": "once"} if text_gets_second_bos(ar.ar_prompting.template, ar.tokenizer) else {}
-        return {"ar": digest_nla(ar)} | bos | ({"ar_prompting": overrides} if overrides else {})
+        """Return `ar_identity` of the AR."""
+        return ar_identity(self.pair[1], self.autoencoder.prompting)
 
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
         """Check layer, width and base model; a fine-tune of the base is noted."""
@@ -108,6 +97,27 @@ class NlaPair(Family):
         from ksweep.autoencoder.nla.models import load_nla_reconstructor
 
         return load_nla_reconstructor(self.pair[1], dtype=self.autoencoder.reconstructor_dtype, device=devices)
+
+
+def short_name_of(source: str) -> str:
+    """Return the hub name of an AV without -av, or the name of the directory that holds av/."""
+    path = Path(hub.without_revision(source))
+    if path.name.lower() in ("av", "nla-av", "actor", "ar", "nla-ar", "critic"):
+        return path.resolve().parent.name if path.exists() else path.parent.name
+    return re.sub(r"^nla-|[-_]a[vr]$", "", path.name, flags=re.IGNORECASE) or path.name
+
+
+def av_identity(av: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, Any]:
+    """Return the AV's digest, and where they are not the usual ones the parser of explanations and the prompting."""
+    # An AV that thinks gets its thoughts before the answer skipped.
+    parser = {"parser": "after_thoughts"} if av.thinks else {}
+    return {"av": digest_nla(av)} | parser | ({"av_prompting": prompting.of_av} if prompting.of_av else {})
+
+
+def ar_identity(ar: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, Any]:
+    """Return the AR's digest, and where they are not the usual ones the BOS rule and the prompting."""
+    bos = {"ar_bos": "once"} if text_gets_second_bos(ar.ar_prompting.template, ar.tokenizer) else {}
+    return {"ar": digest_nla(ar)} | bos | ({"ar_prompting": prompting.of_ar} if prompting.of_ar else {})
 
 
 def stated_training_norm(*infos: CheckpointInfo) -> float | None:

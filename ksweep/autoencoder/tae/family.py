@@ -26,7 +26,7 @@ class TaeFile(Family):
     """A talkative-autoencoder file: decoder (AV) and encoder (AR) over one base model."""
 
     source_field = "autoencoder.checkpoint"
-    scoring_kind: ScoringKind = "raw"
+    scoring_kind: ScoringKind = "raw"  # the errors of the reference sweep
     texts_have_fixed_length = True
     has_reference_quantities = True
 
