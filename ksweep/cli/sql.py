@@ -28,7 +28,6 @@ def sql_command(
     parquet: Annotated[Path | None, typer.Option(help="Write the answer to this Parquet file.")] = None,
 ) -> None:
     """Query the registry: ksweep sql "select cell, k, fve from curves where k in (1, 16)", or ksweep sql @best_temperature."""
-    from ksweep.cli.jobs.ls import finalize_unattended_jobs
     from ksweep.registry.query import run_query
 
     if as_json + as_csv + (parquet is not None) > 1:
@@ -38,7 +37,6 @@ def sql_command(
         return
     assert question is not None
     text, variables = _text_and_variables(registry, question, values or [])
-    finalize_unattended_jobs(registry)
     answer = run_query(registry, text, variables)
     if parquet is not None:
         _write_parquet(parquet, answer)

@@ -17,6 +17,7 @@ from ksweep.evaluation.identity import cell_keys
 from ksweep.launch.job import Job, read_or
 from ksweep.launch.rank_records import Heartbeat, Outcome
 from ksweep.launch.status import JobStatus
+from ksweep.launch.survey import cell_of_end
 from ksweep.registry.attempts import Attempt
 from ksweep.utils.errors import RequestError, StoreError
 
@@ -103,10 +104,11 @@ def record_unfinished_run(job: Job, status: JobStatus, rows: Sequence[Attempt]) 
     spec, newest, cause = job.spec(), job.attempt(), status.outcome
     heartbeats = {h.rank: h for h in read_or(job.heartbeats, [])}
     heartbeat = heartbeats.get(cause.rank if cause else 0) or next(iter(heartbeats.values()), None)
+    current = cell_of_end(job, status)
     row = next((r for r in rows if r.start == newest and cause and r.rank == cause.rank), None)
     keys = [cell["key"] for cell in spec["cells"]]
     write_unfinished_run(
-        spec, keys.index(heartbeat.cell) if heartbeat and heartbeat.cell in keys else None, job.id[-6:],
+        spec, None if current is None else keys.index(current), job.id[-6:],
         status="failed" if status.state == "failed" else "stopped",
         job=job.id, start=newest, error_class=status.kind or status.state,
         error_type=row.error_type if row else None,

@@ -1,12 +1,16 @@
 """A job's directory: what to run, each rank's heartbeat and outcome. Launcher and ranks exchange nothing but these files.
 
-logs/<job>/job.json                  entry point and its argument, cells, shape; written by the launcher
-logs/<job>/slurm.json                its Slurm id, and where its output goes
-logs/<job>/asked-to-end              written when the job is cancelled
-logs/<job>/attempt-<n>/rank-<r>.json    heartbeat: process, node, GPU, phase, done / total
-logs/<job>/attempt-<n>/ended-<r>.json   terminal record of a rank: status, error class, traceback
-logs/<job>/attempt-<n>/requeued.json    why it was requeued
-logs/<job>/settled.json              its final status, once recorded in the registry; a rank that still runs then ends itself
+    job.json                  launcher: entry point and its argument (resolved cells, their keys, resources), number of ranks,
+                              key and label of each cell, the launcher's process, on Slurm the code that is run; never changed
+    reserve                   launcher: 256 kB that a rank removes to write its outcome on a full disk
+    slurm.json                launcher: Slurm's id, cluster, user and tag of the job, and where its output goes
+    asked-to-end              `ksweep cancel`, or Ctrl-C twice: the job is not put back into the queue
+    attempt-*/rank-*.json     rank: heartbeat (process, node, GPU, phase, done / total, current cell)
+    attempt-*/ended-*.json    rank: outcome (finished, failed or stopped, class, message, traceback, result)
+    attempt-*/requeued.json   rank 0: why this start was put back into the queue, and at which point of the work
+    settled.json              whoever finalizes: status that was recorded in the registry; a rank that still runs then ends itself
+    *_log.err, *_log.out      output of each rank; on Slurm in the directory that slurm.json names
+    *_submitted.pkl, *_result.pkl, *_submission.sh    submitit: its call, its answer, its command line
 
 Each start of a job (n = Slurm's restart count) writes into a directory of its own: processes of an older start that are still
 alive somewhere cannot be mistaken for the newer one, and end themselves when they see it.
@@ -88,6 +92,11 @@ class Job:
         attempt = self.attempt()
         ended = {e.rank for e in self.outcomes(attempt)}
         return any(is_alive(h) for h in self.heartbeats(attempt) if h.rank not in ended)
+
+    def code(self) -> dict[str, Any] | None:
+        """Return path, commit and difference of the code that the job runs; None if nobody noted it."""
+        noted = self.spec().get("code")
+        return noted if noted is not None else self.read_note("code")  # a file of its own in earlier versions
 
     def submitted_at(self) -> float:
         """Return when the job was submitted, in seconds since 1970."""
@@ -238,13 +247,27 @@ def create_job(
     gpus_per_model: int = 1,
     cluster: str = "local",
     cells: Sequence[tuple[str, str]] = (),
+    code: dict[str, str | None] | None = None,
 ) -> Job:
-    """Create a job directory with its job.json. `gpus` is the number on each node; `cells` are (key, label)."""
+    """Create a job directory with its job.json.
+
+    Args:
+        logs: directory of all jobs.
+        entry: function that each rank calls, "package.module:function".
+        argument: its argument.
+        num_ranks: number of ranks.
+        gpus: number of GPUs on each node.
+        gpus_per_model: number of GPUs that each rank spreads its models over.
+        cluster: "local" or "slurm".
+        cells: key and label of each cell.
+        code: path, commit and difference of the code that a job on Slurm runs.
+    """
     job = Job(logs / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}")
     spec = {
         "entry": entry, "argument": argument, "num_ranks": num_ranks, "gpus": gpus, "gpus_per_model": gpus_per_model,
         "cluster": cluster,
         "cells": [{"key": key, "label": label} for key, label in cells], "launcher": this_process(),
+        **({} if code is None else {"code": code}),
     }  # fmt: skip
     publish(job.path / RESERVE, bytes(RESERVE_BYTES))
     publish(job.path / "job.json", json.dumps(spec, indent=1).encode())

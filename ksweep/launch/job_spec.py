@@ -28,7 +28,7 @@ def group_by_autoencoder(sweep: Sweep, missing: MissingCells) -> list[list[tuple
     return [same[start : start + most] for same in sharing.values() for start in range(0, len(same), most)]
 
 
-def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str) -> Job:
+def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str, code: dict[str, str | None] | None = None) -> Job:
     """Create the job directory for a group of resolved cells; nobody after the launcher derives their keys from disk again."""
     keys = [step.keys for _, step in group]
     argument = {
@@ -46,5 +46,5 @@ def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str) -> Job
     return create_job(
         logs_directory(sweep.registry), ENTRY, argument, hardware.total_ranks(resources),
         hardware.num_gpus(resources), cluster=cluster,
-        gpus_per_model=resources.gpus_per_model, cells=[(step.cell_key, step.label) for _, step in group],
+        gpus_per_model=resources.gpus_per_model, cells=[(step.cell_key, step.label) for _, step in group], code=code,
     )  # fmt: skip

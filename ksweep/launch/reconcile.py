@@ -66,12 +66,25 @@ def finalize_earlier_jobs(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool)
 
 def finalize_ended_jobs(logs: Path) -> JobSurvey:
     """Finalize the jobs below a directory of logs that have ended; return how all that were not finalized before stand."""
-    survey = survey_jobs(logs)
+    survey = survey_jobs(logs, update_index=True)
     confirmed = _confirm_ended(survey.ended)
     for job, job_status in confirmed:
         finalize(job, job_status)
     # A job that turned out to be running again is not shown so by the first survey.
     return survey if len(confirmed) == len(survey.ended) else survey_jobs(logs)
+
+
+def finalize_all(logs: Path) -> list[tuple[Job, JobStatus]]:
+    """Finalize every job that has ended; one that only seems to have ended is checked again until that is certain."""
+    for line in sbatch.resolve_interrupted_submissions(logs):
+        print(line, file=sys.stderr)
+    finalized: list[tuple[Job, JobStatus]] = []
+    while True:
+        survey = finalize_ended_jobs(logs)
+        finalized += [(job, job_status) for job, job_status in survey.ended if job.final_status() is not None]
+        if not any(job_status.recheck for job_status in survey.statuses.values()):
+            return finalized
+        time.sleep(EARLIER_SLURM_JOBS_POLL_SECONDS)
 
 
 def finalize_if_ended(job: Job, job_status: JobStatus) -> bool:

@@ -45,10 +45,8 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
     logs = logs_directory(sweep.registry)
     resources = sweep.resources
     code = code_snapshot.snapshot_code(logs)
-    jobs = [create_job_for_cells(sweep, group, "slurm") for group in group_by_autoencoder(sweep, missing)]
     note = _code_note(code)
-    for job in jobs:
-        job.write_note("code", note)
+    jobs = [create_job_for_cells(sweep, group, "slurm", note) for group in group_by_autoencoder(sweep, missing)]
     try:
         done = sbatch.submit_arrays(
             logs, jobs, resources, sweep.name, code.path if code else None, beside=_slurm_ids(sweep, at_work)

@@ -37,11 +37,9 @@ class JobSurvey:
         """Cell key -> class and message, of cells whose job has just been found failed."""
         failures: dict[str, tuple[str, str]] = {}
         for job, status in self.ended:
-            if status.state == "failed":
-                cells, cause = _cells(job), status.outcome
-                current = {h.cell for h in read_or(job.heartbeats, []) if cause is not None and h.rank == cause.rank}
-                blamed = [cell for cell in cells if cell["key"] in current] or cells[:1]
-                failures |= {cell["key"]: (status.kind, status.reason) for cell in blamed}
+            keys = [cell["key"] for cell in _cells(job)]
+            if status.state == "failed" and keys:
+                failures[cell_of_end(job, status) or keys[0]] = (status.kind, status.reason)
         return failures
 
     def live_job_on(self, cell_key: str) -> tuple[Literal["running", "waiting"], str] | None:
@@ -53,11 +51,21 @@ class JobSurvey:
         return "waiting" if status.state == "waiting" else "running", f"job {job.id}: {status.reason}"
 
 
-def unfinalized_jobs(logs: Path) -> list[Job]:
+def cell_of_end(job: Job, status: JobStatus) -> str | None:
+    """Return the key of the cell that a job was at when it ended; None if no heartbeat says so.
+
+    That is the cell of the rank that explains the end, or else of the first rank.
+    """
+    heartbeats = {h.rank: h for h in read_or(job.heartbeats, [])}
+    heartbeat = heartbeats.get(status.outcome.rank if status.outcome else 0) or next(iter(heartbeats.values()), None)
+    return heartbeat.cell if heartbeat and heartbeat.cell in {cell["key"] for cell in _cells(job)} else None
+
+
+def unfinalized_jobs(logs: Path, *, update_index: bool = False) -> list[Job]:
     """Return the jobs that have not been finalized, oldest first.
 
     After a year thousands are finalized: listing the directory and reading an index of them spares a look into each. The index
-    can be removed.
+    can be removed; only a command that finalizes jobs writes it.
     """
     index = logs / FINALIZED_INDEX
     indexed = set(index.read_text().split()) if index.exists() else set[str]()
@@ -65,7 +73,7 @@ def unfinalized_jobs(logs: Path) -> list[Job]:
         names = sorted(entry.name for entry in os.scandir(logs) if entry.name not in indexed)
         jobs = [Job(logs / name) for name in names if (logs / name / "job.json").exists()]
         finalized = {job.id for job in jobs if job.final_status() is not None}
-        if len(finalized) >= INDEX_AFTER:
+        if update_index and len(finalized) >= INDEX_AFTER:
             with suppress(OSError):  # another user's logs
                 publish(index, "\n".join(sorted(indexed | finalized)).encode())
         return [job for job in jobs if job.id not in finalized]
@@ -76,9 +84,12 @@ def _cells(job: Job) -> list[dict[str, str]]:
     return read_or(lambda: list(job.spec().get("cells", [])), [])
 
 
-def survey_jobs(logs: Path) -> JobSurvey:
-    """Check every job below a directory of logs that is not finalized; Slurm is asked about those that are silent."""
-    jobs = unfinalized_jobs(logs)
+def survey_jobs(logs: Path, *, update_index: bool = False) -> JobSurvey:
+    """Check every job below a directory of logs that is not finalized; Slurm is asked about those that are silent.
+
+    Nothing is written, except, with `update_index`, the index of finalized jobs.
+    """
+    jobs = unfinalized_jobs(logs, update_index=update_index)
     statuses = job_statuses(jobs)
     live = [job for job in jobs if job.id in statuses and statuses[job.id].state in LIVE_STATES]
     ended = [(job, statuses[job.id]) for job in jobs if job.id in statuses and job not in live]

@@ -88,13 +88,20 @@ def test_ls_with_a_limit_says_how_many_more_there_are(shared: Path) -> None:
     assert len(rows(shared, "--limit", "0")) == 10 and "more" not in ksweep(shared, "ls", "--limit", "10")[1]
 
 
-def test_ls_and_sql_finalize_jobs_that_ended_unattended(registry: Path) -> None:
-    silent, failed = job(registry, "gone", "x"), job(registry, "gone", "y")
+def test_ls_shows_how_jobs_ended_unattended_and_finalize_records_it(registry: Path) -> None:
+    silent, failed = job(registry, "gone", "x"), job(registry, "gone", "y", "z")
     silent.write_heartbeat(me().__class__(rank=0, pid=2**22 + 1, host=me().host, process_started=1.0))
-    assert {(r["cell"][:1], r["state"]) for r in rows(registry)} == {("y", "waiting")} and silent.final_status() is not None
+    failed.write_heartbeat(me(cell="key of z"))
     failed.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
-    code, out = ksweep(registry, "sql", "select error_class from attempts order by all", "--csv")
-    assert (code, out.splitlines()[:2]) == (0, ["error_class", "bug"]) and failed.final_status() is not None
+    for _ in range(2):  # the first has recorded nothing
+        found = {(r["cell"][:1], r["state"], r["error_class"], r["run"], r["job"]) for r in rows(registry)}
+        assert found == {("x", "stopped", "killed", None, silent.id), ("z", "failed", "bug", None, failed.id)}
+    asked = ("sql", "select error_class from attempts order by all", "--csv")
+    assert ksweep(registry, *asked) == (0, "error_class\n") and silent.final_status() is None
+    code, out = ksweep(registry, "finalize")
+    assert code == 0 and f"finalized: {failed.id} has failed (bug: x)" in out and f"{silent.id} has stopped" in out
+    assert ksweep(registry, *asked)[1].splitlines()[:3] == ["error_class", "bug", "killed"] and failed.final_status() is not None
+    assert ksweep(registry, "finalize") == (0, "")
 
 
 def test_ls_on_eighty_columns_is_a_line_a_row_with_names_that_why_takes(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

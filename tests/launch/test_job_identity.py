@@ -125,3 +125,20 @@ def test_a_dry_run_of_three_cells_inspects_each_checkpoint_once(
     assert inspected == {pair.av.resolve(): 1, pair.ar.resolve(): 1, (tmp_path / "other").resolve(): 1}
     # The next pass reads the files again: they may have changed.
     assert run(sweep, "--dry-run") == 0 and inspected[pair.av.resolve()] == 2
+
+
+def test_a_dry_run_changes_no_file_but_the_index_and_says_what_the_next_run_would_do(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, _ = planned_job(sweep)
+    job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
+    root = Path(sweep.registry).parent
+
+    def tree() -> dict[Path, tuple[int, bytes]]:
+        files = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("ksweep.duckdb"))
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    assert ask(sweep, "FROM runs") == []  # makes the index
+    before = tree()
+    assert run(sweep, "--dry-run") == 0 and "bug: bug: x (--retry runs it again)" in capsys.readouterr().out
+    assert tree() == before and job.final_status() is None

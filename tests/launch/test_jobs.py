@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import submitit
 
 from ksweep.config.resources import Resources
 from ksweep.launch import hardware
+from ksweep.launch import job as job_module
 from ksweep.launch import local_executor as launch
 from ksweep.launch.job import create_job
 from ksweep.launch.plan import RETRIED_FREELY
 from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive
+from ksweep.launch.reconcile import finalize
 from ksweep.launch.status import JobStatus
 from ksweep.launch.worker.process_group import gpus_of_rank
 from ksweep.utils.errors import SpecError
@@ -151,3 +155,21 @@ def test_a_process_that_reuses_a_pid_is_not_taken_for_the_rank() -> None:
     alive = Heartbeat(rank=0, pid=os.getpid(), host=socket.gethostname(), process_started=me.create_time())
     other = Heartbeat(rank=0, pid=os.getpid(), host=socket.gethostname(), process_started=me.create_time() - 100)
     assert is_alive(alive) and not is_alive(other)
+
+
+def test_every_file_of_a_job_is_documented_in_one_place(tmp_path: Path) -> None:
+    patterns = re.findall(r"^    (\S.*?)   ", job_module.__doc__ or "", re.M)
+    documented = [pattern for line in patterns for pattern in line.split(", ")]
+    (tmp_path / "out").mkdir()
+    job = create_job(tmp_path / "logs", "tests.launch.entries:count", {"folder": str(tmp_path / "out"), "total": 3}, 1)
+    launch.start_local_job(job, Resources(cluster="inprocess", gpus=0), "test")
+    finalize(job, JobStatus("finished", ""))
+    job.request_cancel()
+    written = {str(path.relative_to(job.path)) for path in job.path.rglob("*") if path.is_file()}
+    assert written == {"job.json", "asked-to-end", "settled.json", "attempt-000/rank-0.json", "attempt-000/ended-0.json"}
+    # Notes that only other jobs write.
+    for path in (ROOT / "ksweep").rglob("*.py"):
+        names = re.findall(r'write_note\(\s*"([^"]+)"(.*)', path.read_text())
+        written |= {f"attempt-000/{name}.json" if "attempt" in rest else f"{name}.json" for name, rest in names}
+    assert {"slurm.json", "attempt-000/requeued.json"} < written
+    assert {path for path in written if not any(fnmatch(path, pattern) for pattern in documented)} == set()

@@ -83,7 +83,7 @@ def test_jobs_of_an_installed_package_say_what_code_they_run_and_the_command_onc
     sweep: Sweep, cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_on_slurm.submit_missing_cells(ksweep.replace_at(sweep, "resources.cells_per_job", 1), missing(sweep, 2))
-    code = [job.read_note("code") for job in all_jobs(cluster / "logs")]
+    code = [job.code() for job in all_jobs(cluster / "logs")]
     assert code == [{"path": str(Path(ksweep.__file__).parent), "commit": f"ksweep {ksweep.__version__}", "diff": None}] * 2
     assert capsys.readouterr().err.count("jobs run the installed ksweep") == 1
 

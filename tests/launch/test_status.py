@@ -424,8 +424,9 @@ def test_a_survey_looks_into_finalized_jobs_once(tmp_path: Path, monkeypatch: py
     jobs = [create_job(tmp_path, "a:b", {}, 1, cells=[("key", "n=1")]) for _ in range(5)]
     for job in jobs[:4]:
         job.write_note("settled", {"state": "finished", "reason": "", "kind": ""})
+    assert set(survey_jobs(tmp_path).statuses) == {jobs[4].id} and not (tmp_path / survey_module.FINALIZED_INDEX).exists()
     for _ in range(2):
-        assert set(survey_jobs(tmp_path).statuses) == {jobs[4].id}
+        assert set(survey_jobs(tmp_path, update_index=True).statuses) == {jobs[4].id}
     for job in jobs[:4]:  # looked into again, these would be open
         (job.path / "settled.json").unlink()
     assert set(survey_jobs(tmp_path).statuses) == {jobs[4].id}

@@ -8,10 +8,12 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from ksweep.launch import status
 from ksweep.launch.job import Job, read_or
 from ksweep.launch.rank_records import is_alive
+from ksweep.launch.reconcile import finalize_if_ended
 from ksweep.launch.slurm import commands
 from ksweep.launch.slurm.polling import cluster_of, ids_in_queue, ids_on_this_cluster
 
@@ -30,7 +32,10 @@ class CancelResult:
 
 
 def cancel_jobs(jobs: Sequence[Job]) -> list[CancelResult]:
-    """Ask live jobs to end after their current work unit. Return the outcome for each job that still exists."""
+    """Ask live jobs to end after their current work unit, and finalize those that have ended.
+
+    Returns the outcome for each job that still exists.
+    """
     statuses = status.job_statuses(jobs)
     live = [job for job in jobs if job.id in statuses and statuses[job.id].state in status.LIVE_STATES]
     # 1. A job that is asked to end does not put itself back into the queue.
@@ -44,6 +49,10 @@ def cancel_jobs(jobs: Sequence[Job]) -> list[CancelResult]:
         for job in live if job not in on_slurm and (hosts := _signal_ranks(job))
     }  # fmt: skip
     commands.scancel(sorted(queued.values()))
+    # 3. Record how those ended that nobody waited for.
+    for job in jobs:
+        if job.id in statuses and job not in live and job.final_status() is None:
+            read_or(partial(finalize_if_ended, job, statuses[job.id]), None)
     return [
         CancelResult(
             job=job.id, cancelled=job in live and job.id not in obstacles, state=statuses[job.id].state,

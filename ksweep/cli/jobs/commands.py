@@ -47,7 +47,6 @@ def watch_command(
 ) -> None:
     """Show the progress of jobs until they have ended; their launcher is not needed. Exit code 1 if a job of SWEEP failed."""
     from ksweep.cli.jobs.find import short_id
-    from ksweep.cli.jobs.ls import finalize_unattended_jobs
     from ksweep.cli.jobs.watch import discard_stdout, poll_job_rows, print_changes, show_updates
     from ksweep.utils.console import console
 
@@ -65,7 +64,6 @@ def watch_command(
     bad = [row for row in last if row.state in ("failed", "stopped")]
     if bad and not as_json:
         print(f"why: ksweep why {short_id(bad[0].job)}", file=sys.stderr)
-    finalize_unattended_jobs(registry)
     raise typer.Exit(1 if name and bad and not once else 0)
 
 
@@ -129,6 +127,19 @@ def cancel_command(
         for line in format_cancel_results(run, results):
             print(line)
     raise typer.Exit(1 if any(result.state in LIVE_STATES and not result.cancelled for result in results) else 0)
+
+
+def finalize_command(registry: RegistryOption = Path("registry"), as_json: JsonOption = False) -> None:
+    """Record in the registry how jobs ended that no command waited for, as the next sweep command does."""
+    from ksweep.launch.job import logs_directory
+    from ksweep.launch.reconcile import finalize_all
+
+    for job, status in finalize_all(logs_directory(registry)):
+        ending = {"job": job.id, "state": status.state, "class": status.kind, "reason": status.reason}
+        if as_json:
+            print_json(ending)
+        else:
+            print(f"finalized: {job.id} has {status.state}" + (f" ({status.reason})" if status.state != "finished" else ""))
 
 
 def retry_command(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.cli.jobs.find import JobFacts, job_facts, short_id
-from ksweep.cli.jobs.rows import JobRow, current_cell, job_rows_with_status, open_jobs
+from ksweep.cli.jobs.rows import JobRow, current_cell, format_reason, job_rows_with_status, open_jobs
 from ksweep.launch import status
 from ksweep.launch.job import Job, logs_directory, read_or
-from ksweep.launch.reconcile import finalize_if_ended
+from ksweep.launch.survey import cell_of_end
 from ksweep.utils.console import WIDE_COLUMNS, ago_text
 from ksweep.utils.errors import RequestError
 
@@ -26,9 +26,9 @@ class CellRow:
     """A cell that has not ended, or a run that has."""
 
     run: str | None
-    """Run id; None while the cell has not ended."""
+    """Run id; None while the cell has not ended, or nobody has recorded how its job did."""
     job: str | None
-    """Job id of a cell that has not ended."""
+    """Job id of a cell without a run."""
     sweep: str
     cell: str
     state: str
@@ -47,11 +47,13 @@ class CellRow:
     num_draws_sampled: int | None
     tokens_per_second: float | None
     time: str
-    """UTC: when the run ended, or when the job was submitted."""
+    """UTC: when the run ended; when a job without one last wrote anything if it has ended, and else when it was submitted."""
 
 
 def cell_rows(registry: Path, sweep: str | None = None, state: str | None = None) -> list[CellRow]:
-    """Return running cells, then waiting cells, then runs, each newest first. Jobs that ended unattended are finalized first.
+    """Return running cells, then waiting cells, then runs and cells of jobs that ended unattended, each newest first.
+
+    Nothing is recorded: of a job that nobody has finalized, the status is shown that the next sweep command will record.
 
     Raises:
         RequestError: there is no such registry, sweep or state.
@@ -60,33 +62,27 @@ def cell_rows(registry: Path, sweep: str | None = None, state: str | None = None
 
     if state is not None and state not in CELL_STATES:
         raise RequestError(f"--state {state!r} is not one of {', '.join(CELL_STATES)}")
-    live = _finalize_ended_return_live(registry)
     runs = run_query(registry, _RUNS).to_pylist()
-    rows = [cell_row for job, job_row in live for cell_row in _live_cell_rows(job, job_row, _last_finished(runs))]
+    finished = _last_finished(runs)
+    rows, ended = list[CellRow](), [_ended_cell_row(run) for run in runs]
+    for job, job_row, job_status in _open_jobs(registry):
+        if job_status.state in status.LIVE_STATES:
+            rows += _live_cell_rows(job, job_row, finished)
+        elif job_status.state != "finished":  # rank 0 has recorded the runs of one that finished
+            ended += _unrecorded_cell_rows(job, job_row, job_status, finished)
     rows.sort(key=lambda row: row.time, reverse=True)
     rows.sort(key=lambda row: row.state == "waiting")  # a limit must not cut off running cells in favour of waiting ones
-    rows += [_ended_cell_row(run) for run in runs]
+    rows += sorted(ended, key=lambda row: row.time, reverse=True)
     if sweep is not None:
         name = _matching_sweep(sweep, {row.sweep for row in rows})
         rows = [row for row in rows if row.sweep == name]
     return [row for row in rows if state in (None, row.state)]
 
 
-def finalize_unattended_jobs(registry: Path) -> None:
-    """Record in the registry how jobs ended that no launcher waited for."""
-    if registry.is_dir():
-        _finalize_ended_return_live(registry)
-
-
-def _finalize_ended_return_live(registry: Path) -> list[tuple[Job, JobRow]]:
+def _open_jobs(registry: Path) -> list[tuple[Job, JobRow, status.JobStatus]]:
+    """Return the jobs that are not finalized, each with its row and its status."""
     jobs = {job.id: job for job in open_jobs(logs_directory(registry))}
-    live = []
-    for row, job_status in job_rows_with_status(list(jobs.values())):
-        if job_status.state in status.LIVE_STATES:
-            live.append((jobs[row.job], row))
-        else:
-            read_or(partial(finalize_if_ended, jobs[row.job], job_status), None)
-    return live
+    return [(jobs[row.job], row, job_status) for row, job_status in job_rows_with_status(list(jobs.values()))]
 
 
 _RUNS = """
@@ -123,6 +119,23 @@ def _live_cell_rows(job: Job, row: JobRow, last_finished: Mapping[str, float]) -
             k=None if fve is None else 1, num_activations=None, num_draws=None, num_draws_sampled=None,
             tokens_per_second=row.numbers.get("tokens_per_second") if is_current else None, time=submitted,
         )  # fmt: skip
+
+
+def _unrecorded_cell_rows(
+    job: Job, row: JobRow, job_status: status.JobStatus, last_finished: Mapping[str, float]
+) -> Iterator[CellRow]:
+    """Yield the cell that a job was at when it failed or stopped, or else its first unfinished one."""
+    facts = read_or(partial(job_facts, job), JobFacts("", ()))
+    unfinished = [key for key, _ in facts.cells if last_finished.get(key, -1.0) < row.submitted]
+    current = cell_of_end(job, job_status) or next(iter(unfinished), None)
+    for key, label in facts.cells:
+        if key == current:
+            yield CellRow(
+                run=None, job=job.id, sweep=row.sweep, cell=f"{facts.titles.get(key, label)} @{key[:8]}", state=row.state,
+                reason=" ".join(format_reason(row.kind, row.reason).split()), error_class=row.kind or None, done=None, total=None,
+                fve=None, k=None, num_activations=None, num_draws=None, num_draws_sampled=None, tokens_per_second=None,
+                time=f"{datetime.fromtimestamp(row.last_sign, UTC):%Y-%m-%d %H:%M:%S}",
+            )  # fmt: skip
 
 
 def _cell_state(row: JobRow, *, is_current: bool) -> tuple[str, str]:

@@ -20,7 +20,7 @@ def job_report(job: Job) -> dict[str, Any]:
     return {
         "job": job.id, "sweep": row.sweep, "cells": list(row.labels), "state": job_status.state, "class": job_status.kind,
         "reason": job_status.reason, "next": advice(row, argument), "slurm": row.slurm, "submitted": row.submitted,
-        "last_sign": row.last_sign, "at_cell": current_cell(row)[0] or None, "code": job.read_note("code"),
+        "last_sign": row.last_sign, "at_cell": current_cell(row)[0] or None, "code": read_or(job.code, None),
         "starts": [_start(job, n) for n in range(row.start + 1)],
         "endings": [{k: v for k, v in asdict(e).items() if k != "result"} for e in read_or(job.outcomes, [])],
         "last_log_lines": read_or(job.log_tail, ""), "logs": [str(path) for path in read_or(job.logs, [])],
