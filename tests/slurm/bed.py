@@ -144,7 +144,7 @@ class Place:
         """A user's script with this sweep, and its command."""
         script = Path(sweep.registry).parent / "experiment.py"
         temporary = script.with_suffix(".new")
-        temporary.write_text(f"from ksweep import *\nsweep_main({sweep!r})\n")
+        temporary.write_text(f"from ksweep import *\nfrom ksweep.config.spec import *\nsweep_main({sweep!r})\n")
         temporary.replace(script)
         return [sys.executable, str(script), "--no-charts", *arguments]
 

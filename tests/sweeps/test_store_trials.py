@@ -227,7 +227,9 @@ def run(sweep: Sweep) -> None:
 
 
 def launched(sweep: Sweep, before: str = "", **environment: str) -> subprocess.Popen[str]:
-    script = f"{before}\nfrom ksweep import *\nsweep_main({sweep!r}, ['--no-charts', '--retry'])"
+    script = (
+        f"{before}\nfrom ksweep import *\nfrom ksweep.config.spec import *\nsweep_main({sweep!r}, ['--no-charts', '--retry'])"
+    )
     return python(script, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -485,6 +487,7 @@ DRAW_ON_A_SMALL_DISK = """
 import contextlib, io, json, os, shutil, sys
 from pathlib import Path
 from ksweep import *
+from ksweep.config.spec import *
 place = Path(sys.argv[1])
 sweep = eval(sys.argv[2])
 from ksweep.registry.draws import DrawsStore

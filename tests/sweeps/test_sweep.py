@@ -365,7 +365,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
 ) -> None:
     other = replace(sweep, registry=str(tmp_path / "killed" / "registry"), vector_cache=str(tmp_path / "killed" / "vectors"))
     script = tmp_path / "experiment.py"
-    script.write_text(f"from ksweep import *\nsweep_main({other!r})\n")
+    script.write_text(f"from ksweep import *\nfrom ksweep.config.spec import *\nsweep_main({other!r})\n")
     moments = random.Random(1)
     killed = 0
     for _ in range(12):

@@ -261,7 +261,7 @@ def test_jobs_of_a_sweep_side_by_side_have_no_more_threads_than_there_are_cores(
 def test_a_run_in_the_users_own_process_lets_its_threads_sleep(sweep: Sweep, tmp_path: Path) -> None:
     own = placed(sweep, tmp_path, cluster="inprocess")
     code = "import atexit, os\natexit.register(lambda: print('left behind:', os.environ.get('OMP_WAIT_POLICY')))\n"
-    code += f"from ksweep import *\nsweep_main({own!r}, ['--no-charts'])"
+    code += f"from ksweep import *\nfrom ksweep.config.spec import *\nsweep_main({own!r}, ['--no-charts'])"
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     environment |= {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
