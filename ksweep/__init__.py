@@ -1,7 +1,7 @@
 """ksweep measures how much of a language model's activations is recovered from explanations, and how that grows with best-of-K.
 
 Sweep, Cell                                a question and its cells, one point of a sweep
-Autoencoder, Activations, Sampling, Scoring, Resources    the parts of a spec
+Autoencoder, Activations, Sampling, Scoring, Resources    the parts of a spec; PromptingOverrides is a part of Autoencoder
 sweep_main                                 run a sweep from its file
 run, plan, results                         the same from Python: run a sweep, see what would be run, results of before (Results)
 connect                                    an up-to-date DuckDB connection to a registry
@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ksweep.config.resources import Resources
-from ksweep.config.spec import Activations, Autoencoder, Cell, Sampling, Scoring, replace_at
+from ksweep.config.spec import Activations, Autoencoder, Cell, PromptingOverrides, Sampling, Scoring, replace_at
 from ksweep.config.sweep import Sweep
 from ksweep.utils import moved
 from ksweep.utils.errors import RequestError, RunError
@@ -32,6 +32,7 @@ __all__ = [
     "Activations",
     "Autoencoder",
     "Cell",
+    "PromptingOverrides",
     "RequestError",
     "Resources",
     "Results",

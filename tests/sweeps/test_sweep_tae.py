@@ -281,7 +281,7 @@ def test_an_autoencoder_that_is_neither_a_pair_nor_a_file_is_refused(fields: dic
 
 def test_a_stated_baseline_above_one_is_refused_for_a_pair(sweep: Sweep) -> None:
     with pytest.raises(SpecError, match=r"scoring.baseline=12.5 must lie in \(0, 2\]"):
-        replace(sweep.cell, scoring=Scoring(baseline=12.5))
+        cell_keys(replace(sweep.cell, scoring=Scoring(baseline=12.5)))  # raised before any file is looked for
 
 
 @pytest.mark.slow
