@@ -33,10 +33,13 @@ from ksweep.config.spec import Scoring
 from ksweep.evaluation.breakdown import break_down
 from ksweep.registry.activation_metadata import METADATA_SCHEMA as KNOWN
 from ksweep.registry.activation_metadata import position_bucket
+from ksweep.registry.cell_draws import CellDraws
 from ksweep.registry.database import connect, ingest_landings, rebuild_database
-from ksweep.registry.draws import DRAWS_SCHEMA, DrawsStore, WorkUnit
+from ksweep.registry.draws import DRAWS_FILE_SCHEMA
 from ksweep.registry.run_record import RunRecord, write_run
+from ksweep.registry.scores import scored_unit
 from ksweep.registry.stored_queries import queries
+from ksweep.registry.work_units import WorkUnit
 from ksweep.stats.best_of_k import kept_ks
 from ksweep.utils.fingerprint import fingerprint
 
@@ -104,7 +107,8 @@ def copy_run(root: Path, model: RunRecord, number: int, num_activations: int) ->
     shutil.copytree(source, place)
     files = json.loads((source / "record.json").read_text())["files"]
     (place / "record.json").write_text(json.dumps({"format": 1, "files": files} | record.to_json()))
-    shutil.copytree(root / "draws" / (model.draws_key or ""), root / "draws" / (record.draws_key or ""))
+    for store in ("draws", "scores"):  # the labels of parts stay the model's; SQL does not read them
+        shutil.copytree(root / store / (model.draws_key or ""), root / store / (record.draws_key or ""))
 
 
 def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
@@ -119,9 +123,11 @@ def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
     curve = stats.fve_curve(errors, columns["document"], baseline, ks=KS)
     found = break_down(draws, known_of(columns, generator), baseline, Scoring(), KS, columns["window"].tolist())
     record = run_record(number, num_activations)
-    store = DrawsStore(root / "draws", record.draws_key or "")
+    store = CellDraws(root, record.draws_key or "", record.scores_key or "")
     for first in range(0, num_activations, 64):
-        store.publish(WorkUnit(first, first + 64, 0, NUM_DRAWS), draws.slice(first * NUM_DRAWS, 64 * NUM_DRAWS))
+        unit, rows = WorkUnit(first, first + 64, 0, NUM_DRAWS), draws.slice(first * NUM_DRAWS, 64 * NUM_DRAWS)
+        store.publish_draws(unit, rows)
+        store.publish_scores(scored_unit(unit), rows)
     rows = [
         {
             "metric": "fve", "k": k, "fve": curve.fve[i], "fve_low": curve.fve_low[i], "fve_high": curve.fve_high[i],
@@ -177,7 +183,7 @@ def draws_of(errors: np.ndarray, generator: np.random.Generator) -> pa.Table:
         "finish": ["stop"] * n, "context": columns["window"], "token_ids": [list(range(20))] * n,
         "row_id": columns["row_id"], "document": columns["document"], "position": columns["position"],
     }  # fmt: skip
-    return pa.table([pa.array(known.get(f.name, pa.nulls(n)), type=f.type) for f in DRAWS_SCHEMA], schema=DRAWS_SCHEMA)
+    return pa.table([pa.array(known.get(f.name, pa.nulls(n)), type=f.type) for f in DRAWS_FILE_SCHEMA], schema=DRAWS_FILE_SCHEMA)
 
 
 def run_record(number: int, num_activations: int) -> RunRecord:
@@ -193,6 +199,7 @@ def run_record(number: int, num_activations: int) -> RunRecord:
     num_draws = num_activations * NUM_DRAWS
     return RunRecord(
         run_id=f"20260101T{number:06d}-{key[:8]}", cell=f"{name} @{key[:8]}", label=name, cell_key=key, draws_key=key[::-1],
+        scores_key="5" * 32,
         activations_key=fingerprint(sweep), sweep=f"sweep {sweep}", spec=spec, status="finished",
         started=NOON + timedelta(minutes=number), finished=NOON + timedelta(minutes=number + 1), host=f"node{number % 8}",
         device="NVIDIA H100", num_ranks=1, git_commit="1" * 40, git_dirty=False, packages={"torch": "2.13.0"},
@@ -234,6 +241,7 @@ def report(root: Path, repeats: int) -> None:
             "v_compare, all pairs at one K, counted": "SELECT count(*), sum(difference_low) FROM v_compare WHERE k = 16",
             "v_compare, all pairs, counted": "SELECT count(*), sum(difference_low) FROM v_compare",
             "draws of one key": f"FROM draws WHERE draws_key = '{key}'",
+            "texts of one key": f"FROM texts WHERE draws_key = '{key}'",
             "best draws of one key": f"FROM best_draws WHERE draws_key = '{key}'",
             "draws of one cell": f"SELECT avg(error) FROM draws WHERE cell = '{cell}'",
             "activations of one run": f"FROM activations WHERE run_id = '{run}'",

@@ -36,7 +36,7 @@ PROGRAMS = ("make", "duckdb", "ksweep", "python", "scripts/submit_k_sweep.sh")
 NOT_CODE = {
     ("README.md", "cell                      K=1"): "the result table of `make sweep`",
     ("README.md", "ksweep/        the library"): "a tree of directories",
-    ("registry/README.md", "draws/<key>/part-*.parquet"): "a tree of directories",
+    ("registry/README.md", "draws/<draws key>/part-*"): "a tree of directories",
     ("docs/architecture.md", "vector_cache/<key>/    manifest.json"): "a tree of directories",
 }
 """Blocks that are neither Python nor commands, by (page, first line)."""

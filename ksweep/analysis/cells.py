@@ -15,8 +15,8 @@ import pyarrow as pa
 from ksweep import stats
 from ksweep.config.spec import Scoring
 from ksweep.registry import activation_metadata
+from ksweep.registry.cell_draws import stored_draws
 from ksweep.registry.database import connect
-from ksweep.registry.draws import DrawsStore
 from ksweep.utils.cell_names import distinct_names
 from ksweep.utils.errors import RequestError
 
@@ -32,6 +32,8 @@ class MeasuredCell:
     temperature: float | None
     activations_key: str
     draws_key: str
+    scores_key: str | None
+    """None for runs of earlier versions, whose draws_key is of draws and scores together."""
     num_activations: int
     num_draws: int
     baseline_value: float
@@ -45,7 +47,7 @@ class MeasuredCell:
     @cached_property
     def draws(self) -> pa.Table:
         """Document, error and number of tokens of each draw, ordered by activation and draw."""
-        store = DrawsStore(self.registry / "draws", self.draws_key)
+        store = stored_draws(self.registry, self.draws_key, self.scores_key)
         table = store.read(self.num_activations, self.num_draws, ["document", "error", "num_tokens"])
         if table is None:
             raise RequestError(
@@ -114,8 +116,8 @@ def load_cells(registry: Path | str, names: Sequence[str] = (), *, vector_cache:
     return [replace(cell, label=label) for cell, label in zip(cells, labels, strict=True)]
 
 
-_COLUMNS = """r.run_id, r.cell, r.label, r.sweep, r.temperature, r.activations_key, r.draws_key, r.num_activations, r.num_draws,
-              r.baseline, r.baseline_kind, r.scoring_kind, r.spec"""
+_COLUMNS = """r.run_id, r.cell, r.label, r.sweep, r.temperature, r.activations_key, r.draws_key, r.scores_key, r.num_activations,
+              r.num_draws, r.baseline, r.baseline_kind, r.scoring_kind, r.spec"""
 _ALL = f"SELECT {_COLUMNS} FROM v_latest AS r WHERE draws_key IS NOT NULL ORDER BY r.finished, r.run_id"
 _NAMED = f"""
     WITH latest AS (SELECT run_id FROM v_latest), named AS (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from ksweep.config.validation import at_least, is_number, one_of
 from ksweep.utils.errors import SpecError
+from ksweep.utils.fingerprint import canonical_json
 
 if TYPE_CHECKING:
     from ksweep.stats import BaselineKind
@@ -21,6 +22,10 @@ MeasuredBaseline = Literal["between_documents", "distance_from_mean"]
 EncoderPrompt = Literal["learned", "text"]
 OWN_GROUPINGS = ("all", "document", "role", "position", "norm")
 """Breakdowns that every run has, so that no column of a text may be shown under their names."""
+AR_FIELDS = ("ar", "ar_dtype", "encoder_prompt")
+"""Fields of an autoencoder that its AV does not depend on."""
+AV_FIELDS = ("av", "dtype")
+"""Fields that its AR does not depend on; `reconstructor_dtype` stands for the precision."""
 InjectionKind = Literal["replace_embedding", "add_after_block"]
 
 
@@ -154,6 +159,18 @@ class Autoencoder:
     def reconstructor_dtype(self) -> Dtype:
         """Compute precision of the AR."""
         return self.ar_dtype or self.dtype
+
+    @property
+    def av_values(self) -> tuple[Any, ...]:
+        """Values of the fields that its AV depends on: autoencoders with the same ones have the same AV."""
+        names = [f.name for f in fields(self) if f.name not in (*AR_FIELDS, "prompting")]
+        return (*(getattr(self, name) for name in names), canonical_json(self.prompting.of_av))
+
+    @property
+    def ar_values(self) -> tuple[Any, ...]:
+        """Values of the fields that its AR depends on."""
+        names = [f.name for f in fields(self) if f.name not in (*AV_FIELDS, "ar_dtype", "prompting")]
+        return (*(getattr(self, name) for name in names), self.reconstructor_dtype, canonical_json(self.prompting.of_ar))
 
 
 @dataclass(frozen=True, kw_only=True)

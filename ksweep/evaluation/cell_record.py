@@ -76,6 +76,7 @@ def identity_fields(cell: Cell, keys: CellKeys) -> dict[str, Any]:
         "label": keys.label,
         "cell_key": keys.cell,
         "draws_key": keys.draws,
+        "scores_key": keys.scores,
         "activations_key": keys.activations,
         "spec": asdict(cell),
         "layer": keys.layer,
@@ -98,6 +99,7 @@ def _execution_fields(run: CellRun, ranks: Ranks, num_tokens: int) -> dict[str, 
     """Return the fields that say where and how long a cell was computed, and how much was new."""
     # Rank 0 may have waited for another rank's last unit: that is drawing time of the job too.
     seconds = sum(run.clock.seconds.get(phase, 0.0) for phase in ("drawing", "waiting"))
+    draws_bytes, scores_bytes = run.store.bytes_on_disk()
     return {
         "job": ranks.job or None,
         "start": ranks.start,
@@ -108,9 +110,11 @@ def _execution_fields(run: CellRun, ranks: Ranks, num_tokens: int) -> dict[str, 
         "num_ranks": ranks.world_size,
         "num_draws_sampled": int((~run.covered).sum()),
         "num_draws_reused": int(run.covered.sum()),
+        "num_draws_scored": run.num_unscored,
         "num_tokens_sampled": num_tokens,
         "tokens_per_second": num_tokens / seconds if num_tokens else None,
-        "draws_bytes": run.store.bytes_on_disk(),
+        "draws_bytes": draws_bytes,
+        "scores_bytes": scores_bytes,
     }
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ksweep.evaluation.distributed import Ranks
-from ksweep.registry.draws import DrawsStore, WorkUnit
+from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.work_units import WorkUnit
 from ksweep.utils.timing import Clock
 
 if TYPE_CHECKING:
@@ -28,15 +29,19 @@ class CellRun:
     keys: CellKeys
     clock: Clock
     vectors: ActivationTable
-    store: DrawsStore
+    store: CellDraws
     covered: np.ndarray
     """[activation, draw] True where the draw is stored already, or an earlier cell of the job draws it."""
+    scored: np.ndarray
+    """[activation, draw] True where the draw has scores already, or an earlier cell of the job scores it."""
     units: list[WorkUnit]
     """Work units that are drawn for this cell, by all ranks together."""
     notes: tuple[Note, ...] = ()
     """Notes from the checks of its checkpoints and activations."""
     num_drawn: int = 0
     """Draws that this rank has finished."""
+    num_scored: int = 0
+    """Draws that this rank has scored apart from drawing."""
     unpublished_tokens: int = 0
     """Tokens of finished draws whose unit is still in flight on this rank."""
 
@@ -50,6 +55,11 @@ class CellRun:
         """Draws to be taken, by all ranks."""
         return sum(unit.num_draws for unit in self.units)
 
+    @property
+    def num_unscored(self) -> int:
+        """Draws to be scored, by all ranks."""
+        return int((~self.scored).sum())
+
     def num_new_tokens(self, draws: pa.Table) -> int:
         """Count the tokens of those draws in the table that were drawn for this cell, by whichever rank."""
         new = ~self.covered[draws["activation"].to_numpy(), draws["draw"].to_numpy()]
@@ -57,12 +67,12 @@ class CellRun:
 
     def num_published_tokens(self) -> int:
         """Count the tokens that have been published for this cell so far."""
-        draws = self.store.read_seen(*self.grid, ["num_tokens"])
+        draws = self.store.draws.read_seen(*self.grid, ["num_tokens"])
         return 0 if draws is None else self.num_new_tokens(draws)
 
     def is_complete(self) -> bool:
-        """Return whether all draws are visible on disk."""
-        return bool(self.store.coverage(*self.grid).all())
+        """Return whether all draws are visible on disk with their scores."""
+        return self.store.is_complete(*self.grid)
 
 
 class CurrentCell:

@@ -16,7 +16,7 @@ from ksweep.evaluation.breakdown import Breakdown, break_down
 from ksweep.evaluation.summary import RETRIEVAL_POOL, Summary, summarise
 from ksweep.evaluation.tae_summary import StoredDraws, TaeSummary, reference_quantities
 from ksweep.registry import activation_metadata
-from ksweep.registry.draws import DrawsStore
+from ksweep.registry.cell_draws import CellDraws
 from ksweep.utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class CellStatistics:
 
 
 def compute_statistics(
-    cell: Cell, vectors: ActivationTable, store: DrawsStore, draws: pa.Table, empty_text: np.ndarray | None, registry: Path
+    cell: Cell, vectors: ActivationTable, store: CellDraws, draws: pa.Table, empty_text: np.ndarray | None, registry: Path
 ) -> CellStatistics:
     """Compute the statistics of a cell, and write the metadata of its activations into the registry.
 

@@ -20,6 +20,8 @@ class RunContext:
     vector_cache: Path
     batch_size: int | None = None
     """Draws in flight; None: as many as memory allows."""
+    phases: bool = False
+    """Whether all draws are taken before the AR is loaded and scores them."""
     sweep: str = ""
     resources: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class RunContext:
             registry=Path(argument["registry"]),
             vector_cache=Path(argument["vector_cache"]),
             batch_size=argument["batch_size"],
+            phases=argument["resources"].get("phases", False),
             sweep=argument["sweep"],
             resources=argument["resources"],
             origin=argument["origin"],

@@ -1,4 +1,4 @@
-"""The draw loop of a rank: claim work units, draw them in one stream, score each as it ends, publish it."""
+"""The draw loop of a rank: claim work units, draw them in one stream, publish each as it ends, and score it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import numpy as np
 
 from ksweep.evaluation.cell_run import CellRun, CurrentCell
 from ksweep.evaluation.distributed import Ranks, Stopped, claim_indices
-from ksweep.registry.draws import WorkUnit
+from ksweep.registry.scores import scored_unit
+from ksweep.registry.work_units import WorkUnit
 
 if TYPE_CHECKING:
-    from ksweep.evaluation.scoring import UnitWork
+    from ksweep.evaluation.scoring import UnitScoring
+    from ksweep.evaluation.unit_drawing import UnitDrawing
     from ksweep.inference.engine import Draw, DrawBatch
 
 
@@ -47,20 +49,25 @@ class DrawLoop:
     batch_size: int | None
     ranks: Ranks
     current: CurrentCell
-    work: Mapping[CellRun, UnitWork] = field(default_factory=dict)
+    work: Mapping[CellRun, UnitDrawing] = field(default_factory=dict)
+    scoring: Mapping[CellRun, UnitScoring] = field(default_factory=dict)
     batch_limits: list[tuple[int, int]] = field(default_factory=list)
     """Most draws and prompts in flight; a further entry for each time memory ran out and they were halved."""
     num_tokens: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def run(self, work: Mapping[CellRun, UnitWork], order_seed: int) -> Iterator[CellRun]:
-        """Draw, score and publish this rank's part of all missing draws; yields the cell of each unit as it is published.
+    def run(
+        self, work: Mapping[CellRun, UnitDrawing], scoring: Mapping[CellRun, UnitScoring], order_seed: int
+    ) -> Iterator[CellRun]:
+        """Draw and publish this rank's part of all missing draws; yields the cell of each unit as it is published.
 
+        Draws are published before they are scored: a job that ends in between has lost nothing, and its next start only scores.
         A stop request is checked at every step of the sampler and before every batch of prompts, so stopping takes one of these,
         or, where a unit has just ended, its scoring.
 
         Args:
-            work: how each cell's units are drawn and scored.
+            work: how each cell's units are drawn.
+            scoring: how they are scored; cells that it lacks are scored later (`ScoreLoop`).
             order_seed: seed of the order in which units are claimed.
 
         Raises:
@@ -68,7 +75,7 @@ class DrawLoop:
         """
         if not work:
             return
-        self.work, self.started = work, time.monotonic()
+        self.work, self.scoring, self.started = work, scoring, time.monotonic()
         pending: dict[int, _PendingUnit] = {}
         # 1. Claim units as the engine asks for more draws (`_stream` pulls from `_claim_units`).
         # 2. Collect the draws as they end, in any order.
@@ -77,10 +84,10 @@ class DrawLoop:
             unit.draws.append(draw)
             self._count_draw(unit.run, len(draw.token_ids))
             self._report(next(iter(pending.values())).run)
-            # 3. Score and publish a unit when its last draw has ended.
+            # 3. Publish a unit when its last draw has ended, and score it.
             if unit.is_complete():
                 del pending[number]
-                self._score_and_publish(unit)
+                self._publish(unit)
                 yield unit.run
         # 4. The engine ends early only when a stop was requested.
         if pending:
@@ -93,8 +100,13 @@ class DrawLoop:
         if not self.batch_limits:  # other ranks have drawn everything
             return requested
         draws, prompts = (" then ".join(map(str, dict.fromkeys(each))) for each in zip(*self.batch_limits, strict=True))
-        texts = next(iter(self.work.values())).texts_at_once
-        return requested | {"draws_in_flight": draws, "prompts_at_once": prompts, "texts_at_once": str(texts)}
+        scoring = next(iter(self.scoring.values()), None)
+        texts = {} if scoring is None else {"texts_at_once": str(scoring.texts_at_once)}
+        return requested | {"draws_in_flight": draws, "prompts_at_once": prompts} | texts
+
+    def forget_models(self) -> None:
+        """Drop the references to AV and AR, so that their memory can be freed."""
+        self.work, self.scoring = {}, {}
 
     def _stream(self, batches: Iterable[DrawBatch]) -> Iterator[tuple[int, Draw]]:
         from ksweep.inference.backend import engine_for
@@ -112,7 +124,7 @@ class DrawLoop:
     def _draw_batches(self, order_seed: int, pending: dict[int, _PendingUnit]) -> Iterator[DrawBatch]:
         for number, (run, unit) in enumerate(self._claim_units(order_seed)):
             pending[number] = _PendingUnit(run, unit)
-            yield self.work[run].draw_batch(unit)
+            yield self.work[run].batch(unit)
 
     def _claim_units(self, order_seed: int) -> Iterator[tuple[CellRun, WorkUnit]]:
         """Yield the work units this rank claims, minus draws another rank has already published."""
@@ -133,10 +145,12 @@ class DrawLoop:
         run.unpublished_tokens += num_tokens
         self.num_tokens += num_tokens
 
-    def _score_and_publish(self, pending: _PendingUnit) -> None:
-        run = pending.run
+    def _publish(self, pending: _PendingUnit) -> None:
+        run, unit = pending.run, pending.unit
         self.current.switch_to(run.keys, run.clock)
-        run.store.publish(pending.unit, self.work[run].score_unit(pending.unit, pending.draws))
+        draws = run.store.publish_draws(unit, self.work[run].table(unit, pending.draws))
+        if run in self.scoring:
+            run.store.publish_scores(scored_unit(unit), self.scoring[run].table(unit, draws))
         run.unpublished_tokens -= sum(len(draw.token_ids) for draw in pending.draws)
         self._report(run)
 
@@ -144,7 +158,7 @@ class DrawLoop:
         """Make the cell current and report its progress; tokens per second are those of the whole stream."""
         self.current.switch_to(run.keys, run.clock)
         rate = self.num_tokens / max(1e-9, time.monotonic() - self.started)
-        fve = self.work[run].running_fve_numbers
+        fve = self.scoring[run].running_fve_numbers if run in self.scoring else {}
         self.ranks.report(f"{run.keys.label}: drawing", run.num_drawn, run.num_missing, tokens_per_second=rate, **fve)
 
 

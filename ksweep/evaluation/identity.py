@@ -1,4 +1,4 @@
-"""Compute the keys of a cell: activations, draws, cell; each from what changes its content, and from nothing else.
+"""Compute the keys of a cell: activations, draws, scores, cell; each from what changes its content, and from nothing else.
 
 The launcher plans with these keys, so nothing heavy is imported and no model is loaded. Checkpoints are inspected on the way: a
 wrong directory is refused before anything is submitted.
@@ -50,6 +50,12 @@ class CellKeys:
 
     activations: str
     draws: str
+    """Key of what the AV said. It does not depend on the AR."""
+    scores: str
+    """Key of what the draws are worth to the AR; it does not depend on the draws."""
+    combined: str
+    """Key of draws and scores together, under which earlier versions stored both in one file. The cell key is hashed from it, so
+    that finished runs of earlier versions stay finished."""
     cell: str
     layer: int
     label: str
@@ -92,29 +98,37 @@ def cell_keys(cell: Cell) -> CellKeys:
     draws: dict[str, Any] = {
         "activations": activations,
         **family.draws_identity(),
-        **family.scores_identity(),
         "dtype": cell.autoencoder.dtype,
         "temperature": cell.sampling.temperature,
         "top_p": cell.sampling.top_p if cell.sampling.temperature > 0 else None,
         "max_new_tokens": cell.sampling.max_new_tokens,
         "seed": cell.sampling.seed if cell.sampling.temperature > 0 else None,
         "sampler_version": SAMPLER_VERSION,
+    }
+    scores = {
+        "metric": "reconstruction",
+        **family.scores_identity(),
+        "dtype": cell.autoencoder.reconstructor_dtype,
         "scorer_version": SCORER_VERSION,
     }
     if engine := engine_identity(cell.sampling.engine):
         draws |= {"engine": engine}
+    combined = draws | family.scores_identity() | {"scorer_version": SCORER_VERSION}
     if cell.autoencoder.reconstructor_dtype != cell.autoencoder.dtype:  # keys from before this choice existed stay valid
-        draws |= {"ar_dtype": cell.autoencoder.reconstructor_dtype}
-    draws_key = fingerprint(draws)
+        combined |= {"ar_dtype": cell.autoencoder.reconstructor_dtype}
+    combined_key = fingerprint(combined)
     numbers = {
-        "draws": draws_key,
+        "draws": combined_key,
         "num_activations": cell.activations.num_activations,
         "num_draws": cell.sampling.effective_num_draws,
         "scoring": _scoring_identity(cell),
         "statistics_version": STATISTICS_VERSION,
     }
-    identity = {"activations": activations_identity, "draws": draws, "layer": layer}
-    return CellKeys(activations, draws_key, fingerprint(numbers), layer, cell_label(cell, layer), identity, notes)
+    return CellKeys(
+        activations=activations, draws=fingerprint(draws), scores=fingerprint(scores), combined=combined_key,
+        cell=fingerprint(numbers), layer=layer, label=cell_label(cell, layer), notes=notes,
+        identity={"activations": activations_identity, "draws": draws, "scores": scores, "layer": layer},
+    )  # fmt: skip
 
 
 def _layer(family: Family, facts: ActivationFacts) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.base import Family
 from ksweep.autoencoder.family import family_of
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """The AV and AR of the autoencoder that was used last."""
+    """The AV and the AR that were used last. A second AR for the same AV replaces the first alone."""
 
     def __init__(self, devices: tuple[str, ...], planned: Mapping[Autoencoder, CellKeys] | None = None) -> None:
         """Load nothing yet.
@@ -29,34 +29,51 @@ class Models:
             planned: keys that the launcher computed for a cell of each autoencoder; its files must still be those.
         """
         self.devices, self.planned = devices, planned or {}
-        self._family: Family | None = None
+        self._families: dict[Autoencoder, Family] = {}
         self._av: Verbalizer | None = None
         self._ar: Reconstructor | None = None
+        self._av_values: tuple[Any, ...] = ()
+        self._ar_values: tuple[Any, ...] = ()
 
     def verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
         """Return the AV on the devices, loading it if necessary."""
-        family = self._switch_to(autoencoder)
-        if self._av is None:
-            self._av = family.load_verbalizer(self.devices)
+        if self._av is None or self._av_values != autoencoder.av_values:
+            self.release_verbalizer()
+            if self._ar_values != autoencoder.ar_values:
+                self._release_reconstructor()
+            self._av = self._family_of(autoencoder).load_verbalizer(self.devices)
+            self._av_values = autoencoder.av_values
         return self._av
 
     def reconstructor(self, autoencoder: Autoencoder) -> Reconstructor:
         """Return the AR on the devices, loading it if necessary; where its family can, it shares the loaded AV's model."""
-        family = self._switch_to(autoencoder)
-        if self._ar is None:
-            self._ar = family.load_reconstructor(self.devices, self._av)
+        if self._ar is None or self._ar_values != autoencoder.ar_values:
+            self._release_reconstructor()
+            if self._av_values != autoencoder.av_values:
+                self.release_verbalizer()
+            self._ar = self._family_of(autoencoder).load_reconstructor(self.devices, self._av)
+            self._ar_values = autoencoder.ar_values
         return self._ar
 
-    def _switch_to(self, autoencoder: Autoencoder) -> Family:
-        """Release the models of any other autoencoder, and check that the files of this one are those that were planned."""
-        if self._family is None or self._family.autoencoder != autoencoder:
+    def _family_of(self, autoencoder: Autoencoder) -> Family:
+        """Return the autoencoder's family, after checking that its files are those that were planned."""
+        if autoencoder not in self._families:
             family = family_of(autoencoder)
             if (keys := self.planned.get(autoencoder)) is not None:
                 check_as_planned(family, keys)
-            self._family, self._av, self._ar = family, None, None
-            if len(self.devices) > 1:
-                gc.collect()  # a model that is spread is part of reference cycles, and the next one needs its memory
-        return self._family
+            self._families = {autoencoder: family}
+        return self._families[autoencoder]
+
+    def release_verbalizer(self) -> None:
+        """Free the memory of the AV."""
+        if self._av is not None:
+            self._av, self._av_values = None, ()
+            _free_memory(self.devices)
+
+    def _release_reconstructor(self) -> None:
+        if self._ar is not None:
+            self._ar, self._ar_values = None, ()
+            _free_memory(self.devices)
 
     def numerics(self, sampling: Sampling) -> dict[str, str]:
         """Return how this rank's AV computes such texts, for the run record; empty where the AV was not loaded."""
@@ -67,6 +84,15 @@ class Models:
         engine = load_engine(sampling.engine)
         threads = threads_in_use() if self.devices[0] == "cpu" else {}
         return {**engine.identity, **threads, **engine.numerics(self._av, sampling.max_new_tokens)}
+
+
+def _free_memory(devices: tuple[str, ...]) -> None:
+    """Give the memory of models that are no longer referred to back to the devices."""
+    gc.collect()  # a model that is spread over devices is part of reference cycles
+    if devices[0] != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def check_as_planned(family: Family, keys: CellKeys) -> None:

@@ -1,9 +1,10 @@
-"""Prepare cells for drawing: identify them, extract their activations, list the missing draws, load the models."""
+"""Prepare cells: identify them, extract their activations, list missing draws and scores, load the models."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ksweep.autoencoder.family import family_of
@@ -14,8 +15,10 @@ from ksweep.evaluation.context import RunContext
 from ksweep.evaluation.distributed import Ranks, Stopped
 from ksweep.evaluation.identity import CellKeys, cell_keys, one_document_error, resolve_cell
 from ksweep.evaluation.models import Models
-from ksweep.evaluation.scoring import UnitWork
-from ksweep.registry.draws import DrawsStore, missing_work_units
+from ksweep.evaluation.scoring import UnitScoring
+from ksweep.evaluation.unit_drawing import UnitDrawing
+from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.work_units import missing_work_units
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note, notes_of
 from ksweep.utils.timing import Clock
@@ -30,7 +33,9 @@ NUM_NORMS_CHECKED = 2048
 
 
 def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ranks: Ranks, current: CurrentCell) -> CellRun:
-    """Identify a cell, extract its activations, and list the draws that are neither stored nor drawn for an earlier cell.
+    """Identify a cell, extract its activations, and list the draws and scores that it still needs.
+
+    What is stored, or due for one of the `earlier` cells of the job, is not needed.
 
     Raises:
         DataError: the activations changed after the cell was identified, or all of them are of one document and the baseline
@@ -44,20 +49,24 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
     vectors = _extract_activations(cell, keys, context, ranks, clock)
     _check_activations(cell, keys, vectors)
     notes = (*keys.notes, *_norm_notes(cell, vectors))
-    # 3. Set damaged draws files aside, so that their draws count as missing.
-    store = DrawsStore(context.registry / "draws", keys.draws)
+    # 3. Set damaged files aside, so that their draws count as missing, and take over draws of earlier versions.
+    store = CellDraws(context.registry, keys.draws, keys.scores, keys.combined)
     grid = (len(vectors), cell.sampling.effective_num_draws)
     if ranks.rank == 0:
         log_notes(keys, notes)
         store.set_damaged_aside(*grid)
         store.describe(keys.identity)
+        store.take_over_earlier(*grid)
     ranks.barrier()
-    # 4. List the missing draws.
-    covered = store.coverage(*grid)
+    # 4. List the missing draws and scores.
+    coverage = store.coverage(*grid)
     for other in earlier:
         if other.keys.draws == keys.draws:
-            covered[: other.covered.shape[0], : other.covered.shape[1]] = True
-    return CellRun(cell, keys, clock, vectors, store, covered, missing_work_units(covered), notes)
+            coverage.drawn[: other.grid[0], : other.grid[1]] = True
+            if other.keys.scores == keys.scores:
+                coverage.scored[: other.grid[0], : other.grid[1]] = True
+    units = missing_work_units(coverage.drawn)
+    return CellRun(cell, keys, clock, vectors, store, coverage.drawn, coverage.scored, units, notes)
 
 
 def _identify(cell: Cell, context: RunContext) -> tuple[Cell, CellKeys]:
@@ -98,31 +107,49 @@ def _norm_notes(cell: Cell, vectors: ActivationTable) -> Iterator[Note]:
     return norm_notes(vectors.vectors(0, min(len(vectors), NUM_NORMS_CHECKED)), trained, source)
 
 
-def load_models(
-    missing: Sequence[CellRun], context: RunContext, ranks: Ranks, models: Models, current: CurrentCell
-) -> dict[CellRun, UnitWork]:
-    """Load AV and AR, and return the work of each cell that lacks draws; empty, with nothing loaded, where none does."""
+def load_for_drawing(runs: Sequence[CellRun], ranks: Ranks, models: Models, current: CurrentCell) -> dict[CellRun, UnitDrawing]:
+    """Load the AV, and return how the cells that lack draws are drawn; empty, with nothing loaded, where none does."""
+    missing = [run for run in runs if run.units]
     if not missing:
         return {}
-    first, autoencoder = missing[0], missing[0].cell.autoencoder
-    family = family_of(autoencoder)
-    current.switch_to(first.keys, first.clock)
-    with first.clock("loading"):
-        ranks.report(f"{first.keys.label}: loading models", 0, 0)
-        av, ar = models.verbalizer(autoencoder), models.reconstructor(autoencoder)
-    notes = notes_of(av, ar)
+    with _loading(missing[0], ranks, current):
+        av = models.verbalizer(missing[0].cell.autoencoder)
     if ranks.rank == 0:
         for run in missing:
-            run.store.keep_notes(notes)
-        log_notes(first.keys, notes)
+            run.store.draws.keep_notes(notes_of(av))
+        log_notes(missing[0].keys, notes_of(av))
+    return {run: UnitDrawing(sampling=run.cell.sampling, vectors=run.vectors, av=av) for run in missing}
+
+
+def load_for_scoring(
+    runs: Sequence[CellRun], context: RunContext, ranks: Ranks, models: Models, current: CurrentCell
+) -> dict[CellRun, UnitScoring]:
+    """Load the AR that the cells share, and return how they are scored; empty, with nothing loaded, for no cells."""
+    if not runs:
+        return {}
+    autoencoder = runs[0].cell.autoencoder
+    family = family_of(autoencoder)
+    with _loading(runs[0], ranks, current):
+        ar = models.reconstructor(autoencoder)
+    if ranks.rank == 0:
+        for run in runs:
+            run.store.scores.keep_notes(notes_of(ar))
+        log_notes(runs[0].keys, notes_of(ar))
     return {
-        run: UnitWork(
-            sampling=run.cell.sampling, vectors=run.vectors, av=av, ar=ar, batch_size=context.batch_size,
-            device=ranks.devices[0], scoring=run.cell.scoring, scoring_kind=family.scoring_kind,
-            keeps_reconstructions=family.has_reference_quantities,
+        run: UnitScoring(
+            vectors=run.vectors, ar=ar, batch_size=context.batch_size, device=ranks.devices[0], scoring=run.cell.scoring,
+            scoring_kind=family.scoring_kind, keeps_reconstructions=family.has_reference_quantities,
         )
-        for run in missing
+        for run in runs
     }  # fmt: skip
+
+
+@contextmanager
+def _loading(run: CellRun, ranks: Ranks, current: CurrentCell) -> Iterator[None]:
+    current.switch_to(run.keys, run.clock)
+    with run.clock("loading"):
+        ranks.report(f"{run.keys.label}: loading models", 0, 0)
+        yield
 
 
 def log_notes(keys: CellKeys, notes: Iterable[Note]) -> None:

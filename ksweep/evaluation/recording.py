@@ -1,8 +1,9 @@
-"""Record each cell of a stream as soon as its draws are visible, and charge it with its share of the common time."""
+"""Record each cell of a stream as soon as its scored draws are visible, and charge it with its share of the common time."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,7 @@ from ksweep.evaluation.draw_loop import DrawLoop
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.prepare import log_notes
 from ksweep.evaluation.summary import SUMMARISED
-from ksweep.registry.draws import DrawsStore
+from ksweep.registry.cell_draws import CellDraws
 from ksweep.utils.errors import RunError
 from ksweep.utils.timing import Clock
 
@@ -38,10 +39,14 @@ class CellRecorder:
     current: CurrentCell
     shared_clock: Clock
     """Time that the waiting cells have spent together."""
+    score_rest: Callable[[CellRun], None]
+    """Scores on this rank what is drawn of a cell and has no scores."""
+    numerics: dict[str, str] = field(default_factory=dict)
+    """How this rank's AV computed texts, if it has been freed since."""
     run_ids: list[str] = field(default_factory=list)
 
     def record_completed(self) -> None:
-        """Record leading cells whose draws are all visible on disk."""
+        """Record leading cells whose draws are all visible on disk with their scores."""
         while self.ranks.rank == 0 and self.waiting and self.waiting[0].is_complete():
             self._record(self.waiting[0])
 
@@ -56,6 +61,9 @@ class CellRecorder:
         with run.clock("statistics"):
             self.ranks.report(f"{run.keys.label}: statistics", 0, 0)
             draws = read_all_draws(run.store, run.grid, self.ranks)
+            if draws is None:  # another job has drawn some, or another rank's were not visible when scores were due
+                self.score_rest(run)
+                draws = run.store.read(*run.grid, SUMMARISED)
             if draws is None:
                 raise RunError(
                     f"draws of {run.keys.name} are missing right after they were published: is another program changing "
@@ -67,7 +75,8 @@ class CellRecorder:
         # 2. Charge it with its part of the time that the waiting cells have spent together.
         run.clock.take(self.shared_clock, self._time_share(run, draws))
         # 3. Write its run record.
-        engine = (self.models.numerics(run.cell.sampling) | self.loop.batch_settings()) if run.units else {}
+        numerics = self.numerics or self.models.numerics(run.cell.sampling)
+        engine = (numerics | self.loop.batch_settings()) if run.units else {}
         self.run_ids.append(record_cell(run, self.context, self.ranks, statistics, draws, engine))
         self.waiting.remove(run)
 
@@ -85,8 +94,8 @@ class CellRecorder:
         return own / max(1, own + sum(others))
 
 
-def read_all_draws(store: DrawsStore, grid: tuple[int, int], ranks: Ranks) -> pa.Table | None:
-    """Read every draw of a grid [activation, draw], or return None where some are missing.
+def read_all_draws(store: CellDraws, grid: tuple[int, int], ranks: Ranks) -> pa.Table | None:
+    """Read every draw of a grid [activation, draw] with its scores, or return None where some are missing.
 
     With several ranks it waits up to LISTING_SECONDS for what ranks on other nodes have just published.
 
@@ -94,15 +103,15 @@ def read_all_draws(store: DrawsStore, grid: tuple[int, int], ranks: Ranks) -> pa
         Stopped: a stop was requested meanwhile.
     """
     deadline = time.monotonic() + (LISTING_SECONDS if ranks.world_size > 1 else 0.0)
-    while not store.coverage(*grid).all() and time.monotonic() < deadline:
+    while not store.is_complete(*grid) and time.monotonic() < deadline:
         if ranks.should_stop():
             raise Stopped("stopped before the draws of every rank were visible")
         time.sleep(1.0)
     return store.read(*grid, SUMMARISED)
 
 
-def _empty_text_reconstruction(cell: Cell, store: DrawsStore, models: Models) -> np.ndarray | None:
-    """Return the AR's reconstruction [d_model] of an empty text, computed once per draws key; None if the AR cannot read one."""
+def _empty_text_reconstruction(cell: Cell, store: CellDraws, models: Models) -> np.ndarray | None:
+    """Return the AR's reconstruction [d_model] of an empty text, computed once per scores key; None if the AR cannot read one."""
     controls = store.controls()
     if controls is None:
         from ksweep.autoencoder.base import Explanation

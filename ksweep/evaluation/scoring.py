@@ -1,32 +1,30 @@
-"""Score work units: explanations parsed, reconstructed and compared, as rows of the draws store."""
+"""Score work units: the explanations of stored draws reconstructed and compared, as rows of the scores store."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from ksweep import stats
-from ksweep.config.spec import Sampling, Scoring
+from ksweep.config.spec import Scoring
 from ksweep.evaluation.running_fve import BASELINE_ACTIVATIONS, RunningFve
-from ksweep.registry.draws import DRAWS_SCHEMA, WorkUnit
+from ksweep.registry.scores import RECONSTRUCTION_SCHEMA
+from ksweep.registry.work_units import WorkUnit
 
 if TYPE_CHECKING:
     from ksweep.activations.store import ActivationTable
-    from ksweep.autoencoder.base import Explanation, Reconstructor, Verbalizer
-    from ksweep.inference.engine import Draw, DrawBatch
+    from ksweep.autoencoder.base import Explanation, Reconstructor
     from ksweep.stats import ScoringKind
 
 
 @dataclass(kw_only=True)
-class UnitWork:
-    """How the units of one cell are drawn and scored on this rank."""
+class UnitScoring:
+    """How the units of one cell are scored on this rank."""
 
-    sampling: Sampling
     vectors: ActivationTable
-    av: Verbalizer
     ar: Reconstructor
     batch_size: int | None
     device: str
@@ -48,39 +46,45 @@ class UnitWork:
         """Batch size of the AR. Larger ones are slower on a CPU (256 texts of 22 tokens: 3.7 s by 64, 4.4 s by 256)."""
         return self.batch_size or (64 if self.device == "cpu" else 512)
 
-    def draw_batch(self, unit: WorkUnit) -> DrawBatch:
-        """Return what the engine needs to draw a unit: the AV's inputs and a request for each draw."""
-        from ksweep.inference.engine import DrawBatch, Request, vectors_as_tensor
+    def table(self, unit: WorkUnit, draws: pa.Table) -> pa.Table:
+        """Reconstruct and score the draws of a unit. Returns rows of the scores store.
 
-        keys = self.vectors.column("activation_key", unit.first_row, unit.last_row)
-        requests = [
-            Request(row=row, activation_key=int(keys[row]), draw=k)
-            for row in range(unit.last_row - unit.first_row)
-            for k in range(unit.first_draw, unit.last_draw)
-        ]
-        inputs = self.av.inputs(vectors_as_tensor(self._targets(unit)), self._numbers_of("position", unit))
-        return DrawBatch(vectors=inputs, requests=requests, temperature=self.sampling.temperature, seed=self.sampling.seed)
-
-    def score_unit(self, unit: WorkUnit, draws: list[Draw]) -> pa.Table:
-        """Parse, reconstruct and score the draws of a unit. Returns rows of the draws store, ordered by activation and draw."""
-        # 1. Decode and parse the texts.
-        draws = sorted(draws, key=lambda draw: (draw.request.row, draw.request.draw))
-        texts = [self.av.decode(draw.text_token_ids) for draw in draws]
-        parsed = [self.av.parse(text, draw.finish) for text, draw in zip(texts, draws, strict=True)]
-        # 2. Reconstruct an activation from each explanation that parsed.
-        owners = np.array([draw.request.row for draw in draws])
-        successes = np.array([i for i, (explanation, _) in enumerate(parsed) if explanation is not None], dtype=int)
-        explanations = self._explanations(unit, [draws[i] for i in successes], [parsed[i][0] or "" for i in successes])
+        Args:
+            unit: which draws they are.
+            draws: rows of the draws store, ordered by activation and draw.
+        """
+        # 1. Reconstruct an activation from each explanation that parsed.
+        owners = draws["activation"].to_numpy() - unit.first_row
+        successes = np.flatnonzero(draws["explanation"].is_valid().to_numpy())
+        explanations = self._explanations(unit, owners[successes], draws.take(pa.array(successes)))
         reconstructions = np.asarray(self.ar.reconstruct(explanations, self.texts_at_once), dtype=np.float64)
-        # 3. Score the reconstructions, and add them to the running FVE.
+        # 2. Score the reconstructions, and add them to the running FVE.
         scores = self._scores(unit, owners, successes, reconstructions)
         self._update_running_fve(unit, scores["error"], owners)
-        # 4. Keep the reconstructions that statistics will need.
-        kept: list[np.ndarray | None] = [None] * len(draws)
+        # 3. Keep the reconstructions that statistics will need.
+        kept: list[np.ndarray | None] = [None] * len(owners)
         is_kept = self._is_kept(unit, scores["error"])
         for i, vector in zip(successes, reconstructions, strict=True):
             kept[i] = vector if is_kept[i] else None
-        return self._table(unit, draws, texts, parsed, scores, kept)
+        partners = scores["shuffled_activation"].astype(np.int64)
+        columns = {
+            **{name: draws[name] for name in ("activation", "draw")},
+            **{name: _nullable(scores[name]) for name in ("error", "cosine", "norm", "shuffled_error")},
+            "shuffled_activation": pa.array(partners, mask=partners < 0),
+            "reconstruction": pa.array(kept, RECONSTRUCTION_SCHEMA.field("reconstruction").type),
+        }
+        return pa.table({name: columns[name] for name in RECONSTRUCTION_SCHEMA.names}, schema=RECONSTRUCTION_SCHEMA)
+
+    def _explanations(self, unit: WorkUnit, owners: np.ndarray, draws: pa.Table) -> list[Explanation]:
+        """Return the AR's input for each draw, without its stop token."""
+        from ksweep.autoencoder.base import Explanation
+
+        tokens, positions = self._numbers_of("token_id", unit), self._numbers_of("position", unit)
+        texts, ids, ends = (draws[name].to_pylist() for name in ("explanation", "token_ids", "finish"))
+        return [
+            Explanation(text, tuple(sampled[:-1] if end == "stop" else sampled), tokens[row], positions[row])
+            for text, sampled, end, row in zip(texts, ids, ends, owners.tolist(), strict=True)
+        ]
 
     def _targets(self, unit: WorkUnit) -> np.ndarray:
         """Return the activations of a unit, [activation, d_model]."""
@@ -90,16 +94,6 @@ class UnitWork:
         """Return a column of numbers, one for each activation of a unit; None where a number is unknown."""
         values = self.vectors.column(column, unit.first_row, unit.last_row)
         return [None if value is None else int(value) for value in values]
-
-    def _explanations(self, unit: WorkUnit, draws: list[Draw], texts: list[str]) -> list[Explanation]:
-        """Return the AR's input for each draw."""
-        from ksweep.autoencoder.base import Explanation
-
-        tokens, positions = self._numbers_of("token_id", unit), self._numbers_of("position", unit)
-        return [
-            Explanation(text, draw.text_token_ids, tokens[draw.request.row], positions[draw.request.row])
-            for draw, text in zip(draws, texts, strict=True)
-        ]
 
     def _scores(
         self, unit: WorkUnit, owners: np.ndarray, successes: np.ndarray, reconstructions: np.ndarray
@@ -132,42 +126,12 @@ class UnitWork:
         self._running_fve.add(errors, owners, self.vectors.column("document", unit.first_row, unit.last_row))
 
     def _is_kept(self, unit: WorkUnit, errors: np.ndarray) -> np.ndarray:
-        """Return for each draw whether its reconstruction is stored: see DRAWS_SCHEMA of the draws store."""
+        """Return for each draw whether its reconstruction is stored: see RECONSTRUCTION_SCHEMA of the scores store."""
         by_activation = errors.reshape(unit.last_row - unit.first_row, unit.last_draw - unit.first_draw)
         kept = running_minima(by_activation) if self.keeps_reconstructions else np.zeros(by_activation.shape, dtype=bool)
         if unit.first_draw == 0:
             kept[:, 0] = True
         return kept.reshape(-1)
-
-    def _table(
-        self,
-        unit: WorkUnit,
-        draws: list[Draw],
-        texts: list[str],
-        parsed: list[Any],
-        scores: dict[str, np.ndarray],
-        kept: list[np.ndarray | None],
-    ) -> pa.Table:
-        owners = [draw.request.row for draw in draws]
-        metadata = {name: self.vectors.column(name, unit.first_row, unit.last_row) for name in ("row_id", "document", "position")}
-        metadata["context"] = self.vectors.column("window", unit.first_row, unit.last_row)
-        partners = scores["shuffled_activation"].astype(np.int64)
-        columns = {
-            "activation": [unit.first_row + row for row in owners],
-            "draw": [draw.request.draw for draw in draws],
-            **{name: [values[row] for row in owners] for name, values in metadata.items()},
-            "token_ids": [list(draw.token_ids) for draw in draws],
-            "num_tokens": [len(draw.token_ids) for draw in draws],
-            "text": texts,
-            "explanation": [explanation for explanation, _ in parsed],
-            "finish": [draw.finish for draw in draws],
-            "parse": [outcome for _, outcome in parsed],
-            **{name: _nullable(scores[name]) for name in ("error", "cosine", "norm", "shuffled_error")},
-            "log_probability": [draw.log_probability for draw in draws],
-            "shuffled_activation": pa.array(partners, mask=partners < 0),
-            "reconstruction": kept,
-        }
-        return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in DRAWS_SCHEMA}, schema=DRAWS_SCHEMA)
 
 
 def _nullable(values: np.ndarray) -> pa.Array:

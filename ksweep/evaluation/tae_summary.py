@@ -1,7 +1,7 @@
 """Compute the reference sweep's own quantities from a checkpoint's stored draws, block by block: no model, little memory.
 
 Their best of K is the best of the first K draws, whatever `scoring.selection` says for the cell's curve. Stored errors decide
-which draw that is; its reconstruction is read from the draws store (see DRAWS_SCHEMA), for `ACTIVATIONS_PER_WORK_UNIT`
+which draw that is; its reconstruction is read from the scores store (see RECONSTRUCTION_SCHEMA), for `ACTIVATIONS_PER_WORK_UNIT`
 activations at a time.
 Formulas: `stats/tae_metrics.py`.
 """
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ksweep.registry.draws import ACTIVATIONS_PER_WORK_UNIT, DrawsStore, WorkUnit
+from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.scores import ScoredUnit
+from ksweep.registry.work_units import ACTIVATIONS_PER_WORK_UNIT
 from ksweep.stats.tae_metrics import (
     FEWEST_FOR_INTERVALS,
     Chunk,
@@ -37,7 +39,7 @@ REPLICATE_VALUES = 2**26
 class StoredDraws:
     """The draws of a cell and the activations that they explain."""
 
-    store: DrawsStore
+    store: CellDraws
     activations: np.ndarray
     """[activation, d_model] float32, not scaled."""
     errors: np.ndarray
@@ -61,7 +63,7 @@ def reference_quantities(draws: StoredDraws, ks: Sequence[int], num_replicates: 
     num_failed = int((~np.isfinite(draws.errors)).sum())
     if num_failed:
         return TaeSummary(notes=_notes([f"no quantities of the reference sweep: {num_failed} draws have no finite error"]))
-    sums, parts = ReferenceSums(tuple(ks)), draws.store.parts()
+    sums, parts = ReferenceSums(tuple(ks)), draws.store.scored_parts()
     for chunk in _chunks(draws, ks, parts):
         sums.add(chunk)
     n = len(draws.activations)
@@ -80,7 +82,7 @@ def _notes(texts: Sequence[str]) -> tuple[Note, ...]:
 
 
 def _intervals(
-    draws: StoredDraws, sums: ReferenceSums, parts: Sequence[WorkUnit], num_replicates: int
+    draws: StoredDraws, sums: ReferenceSums, parts: Sequence[ScoredUnit], num_replicates: int
 ) -> dict[str, list[ReferenceInterval]]:
     """Compute the intervals of all values of K, for as many of these at a time as fit into memory."""
     ks_at_once = max(1, REPLICATE_VALUES // (num_replicates * draws.activations.shape[1]))
@@ -92,7 +94,7 @@ def _intervals(
     return intervals
 
 
-def _chunks(draws: StoredDraws, ks: Sequence[int], parts: Sequence[WorkUnit]) -> Iterator[Chunk]:
+def _chunks(draws: StoredDraws, ks: Sequence[int], parts: Sequence[ScoredUnit]) -> Iterator[Chunk]:
     """Yield all activations with the best of their first K draws, in order unless reconstructions are missing."""
     n, d_model = draws.activations.shape
     chosen = prefix_of_k_draws(draws.errors, ks)
@@ -118,7 +120,7 @@ def _chunk(draws: StoredDraws, rows: np.ndarray, reconstructions: np.ndarray | N
 
 
 def _reconstructions(
-    draws: StoredDraws, block: np.ndarray, chosen: np.ndarray, parts: Sequence[WorkUnit]
+    draws: StoredDraws, block: np.ndarray, chosen: np.ndarray, parts: Sequence[ScoredUnit]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the distinct reconstructions [pair, d] of a block, NaN where missing, and their index by [activation, K]."""
     num_draws = draws.errors.shape[1]
@@ -129,7 +131,7 @@ def _reconstructions(
 
 def _missing_reconstructions(draws: StoredDraws, num_incomplete: int) -> str:
     return (
-        f"variance_recovery is not known: of {num_incomplete} of {len(draws.activations)} activations the draws store lacks a "
-        "reconstruction that it needs, because the draws were taken by a version that did not store it. Quantities that follow "
-        f"from errors alone are computed. To compute it too, move {draws.store.path} away and run the cell again"
+        f"variance_recovery is not known: of {num_incomplete} of {len(draws.activations)} activations the scores store lacks a "
+        "reconstruction that it needs, because the draws were scored by a version that did not store it. Quantities that follow "
+        f"from errors alone are computed. To compute it too, move {draws.store.scores.path} away and run the cell again"
     )

@@ -6,8 +6,9 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
-from ksweep.config.spec import Autoencoder, Cell
+from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep
 from ksweep.launch import hardware
 from ksweep.launch.job import Job, create_job, logs_directory
@@ -19,11 +20,14 @@ ENTRY = "ksweep.evaluation.evaluate:run_job"
 MissingCells = Sequence[tuple[Cell, Step]]
 
 
-def group_by_autoencoder(sweep: Sweep, missing: MissingCells) -> list[list[tuple[Cell, Step]]]:
-    """Group cells by autoencoder, so that a job loads its models once; a group has at most resources.cells_per_job cells."""
-    sharing: dict[Autoencoder, list[tuple[Cell, Step]]] = {}
+def group_by_av(sweep: Sweep, missing: MissingCells) -> list[list[tuple[Cell, Step]]]:
+    """Group cells by AV, so that a job loads its models once and takes the draws that its cells share once.
+
+    A group has at most resources.cells_per_job cells.
+    """
+    sharing: dict[tuple[Any, ...], list[tuple[Cell, Step]]] = {}
     for cell, step in missing:
-        sharing.setdefault(cell.autoencoder, []).append((cell, step))
+        sharing.setdefault(cell.autoencoder.av_values, []).append((cell, step))
     most = sweep.resources.cells_per_job or len(missing)
     return [same[start : start + most] for same in sharing.values() for start in range(0, len(same), most)]
 

@@ -34,7 +34,12 @@ class CellFacts:
     bytes_per_activation: int
     bytes_per_draw: int
     seconds_per_draw: float | None
-    """From past runs with the same draws key or autoencoder; None if there are none."""
+    """From past runs with the same draws key or autoencoder, their scoring included; None if there are none."""
+    scores_present: int | None = None
+    """Draws with scores by this cell's AR, on disk or planned for an earlier cell of the same sweep; None: all of these."""
+    bytes_per_score: int = 0
+    seconds_per_score: float | None = None
+    """From past runs that only scored; None if there are none."""
     job: tuple[Literal["running", "waiting"], str] | None = None
     """State and reason of a live job with this cell."""
     failure: tuple[str, str] | None = None
@@ -62,6 +67,8 @@ class Step:
     """Name of the cell where it stands alone; its label is what tells it from the others of its sweep."""
     keys: CellKeys | None = None
     """Resolved identity of the cell, for its job's job.json."""
+    draws_to_score: int = 0
+    """Draws that exist and lack scores by this cell's AR. Those to sample are scored as they are drawn, and not counted here."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Estimate:
     """Of those missing cells whose speed is known."""
     num_known: int
     num_unknown: int
+    draws_to_score: int = 0
+    """Draws that exist and are only to be scored."""
 
 
 def estimate(steps: Sequence[Step]) -> Estimate:
@@ -94,6 +103,7 @@ def estimate(steps: Sequence[Step]) -> Estimate:
         known_seconds=sum(estimated),
         num_known=len(missing) - unknown,
         num_unknown=unknown,
+        draws_to_score=sum(step.draws_to_score for step in steps),
     )
 
 
@@ -122,20 +132,34 @@ def _step(fact: CellFacts, activations: int, retry: bool) -> Step:
         reason = f"{fact.failure[0]}: {_first_line(fact.failure[1])} (--retry runs it again)"
         return Step(fact.label, fact.cell_key, "failed", reason, 0, 0, 0, 0, 0.0)
     draws = fact.draws_wanted - fact.draws_present
+    only_scored = 0 if fact.scores_present is None else fact.draws_present - fact.scores_present
     return Step(
         label=fact.label,
         cell_key=fact.cell_key,
         state="missing",
-        reason=_reason(fact, draws),
+        reason=_reason(fact, draws, only_scored),
         draws_to_sample=draws,
         activations_to_extract=activations,
-        draw_bytes=draws * fact.bytes_per_draw,
+        draw_bytes=draws * fact.bytes_per_draw + (draws + only_scored) * fact.bytes_per_score,
         activation_bytes=activations * fact.bytes_per_activation,
-        seconds=None if fact.seconds_per_draw is None else draws * fact.seconds_per_draw,
+        seconds=_seconds(fact, draws, only_scored),
+        draws_to_score=only_scored,
     )
 
 
-def _reason(fact: CellFacts, draws: int) -> str:
+def _seconds(fact: CellFacts, draws: int, only_scored: int) -> float | None:
+    """Return the seconds of drawing and scoring; None where a speed that is needed is unknown."""
+    work = [(draws, fact.seconds_per_draw), (only_scored, fact.seconds_per_score)]
+    needed = [(count, speed) for count, speed in work if count]
+    if not needed and fact.seconds_per_draw is None:
+        return None
+    return None if any(speed is None for _, speed in needed) else sum(count * (speed or 0.0) for count, speed in needed)
+
+
+def _reason(fact: CellFacts, draws: int, only_scored: int) -> str:
+    if draws == 0 and only_scored:
+        scored = f"; {fact.scores_present:,} of these are scored" if fact.scores_present else ""
+        return f"score: all {fact.draws_wanted:,} draws are there, this AR's scores are not{scored}"
     if draws == 0:
         return "all draws are there, statistics are not"
     if fact.draws_present:

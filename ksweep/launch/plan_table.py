@@ -62,17 +62,25 @@ def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, out: Console) ->
     for step in steps:
         key = f"@{step.cell_key[:8]}"
         numbers = [f"{step.activations_to_extract:,}"] if wide else []
-        numbers += [f"{step.draws_to_sample:,}", bytes_text(step.draw_bytes + step.activation_bytes), _time(step.seconds, gpus)]
+        numbers += [_draws(step), bytes_text(step.draw_bytes + step.activation_bytes), _time(step.seconds, gpus)]
         if step.state != "missing":
             numbers = [""] * len(numbers)
         table.add_row(f"{step.title} {key}" if wide else f"{step.title}\n{key}", step.state, step.reason, *numbers)
     return table
 
 
+def _draws(step: Step) -> str:
+    """Return the draws to sample, and those that are only to be scored."""
+    if not step.draws_to_score:
+        return f"{step.draws_to_sample:,}"
+    sampled = f"{step.draws_to_sample:,} + " if step.draws_to_sample else ""
+    return f"{sampled}score {step.draws_to_score:,}"
+
+
 def _sums(sweep: Sweep, sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]) -> Iterator[str]:
     """Yield lines on the total work, its cost, and the number of jobs."""
     yield (
-        f"to extract: {sums.activations:,} activations; to sample: {sums.draws:,} draws; "
+        f"to extract: {sums.activations:,} activations; to sample: {sums.draws:,} draws; {_only_scored(sums)}"
         f"disk about {bytes_text(sums.activation_bytes + sums.draw_bytes)} "
         f"({bytes_text(sums.activation_bytes)} activations, {bytes_text(sums.draw_bytes)} draws); "
         f"time {duration_text(sums.seconds)} on one rank" + _source(sums)
@@ -84,6 +92,10 @@ def _sums(sweep: Sweep, sums: Estimate, gpus: int, shape: str, cells_of_jobs: Se
         yield f"jobs: {len(cells_of_jobs)}{_arrays(sweep, len(cells_of_jobs))}, {_each(cells_of_jobs)}"
     if shape:
         yield f"a job: {shape}"
+
+
+def _only_scored(sums: Estimate) -> str:
+    return f"to score only: {sums.draws_to_score:,} draws; " if sums.draws_to_score else ""
 
 
 def _source(sums: Estimate) -> str:

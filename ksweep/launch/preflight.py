@@ -15,19 +15,22 @@ from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep
 from ksweep.evaluation.identity import CellKeys, one_document_error
 from ksweep.launch import hardware
-from ksweep.launch.job_spec import group_by_autoencoder
+from ksweep.launch.job_spec import group_by_av
 from ksweep.launch.plan import CellFacts, Step, plan_steps
 from ksweep.launch.survey import JobSurvey
-from ksweep.registry.draws import DRAWS_PER_WORK_UNIT, DrawsStore
-from ksweep.registry.query import failed_runs, finished_runs, seconds_per_draw
+from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.query import failed_runs, finished_runs, seconds_per_draw, seconds_per_score
+from ksweep.registry.work_units import DRAWS_PER_WORK_UNIT
 from ksweep.utils import machine
 from ksweep.utils.console import bytes_text
 from ksweep.utils.errors import DiskFullError, SpecError
 
 DATABASE_BYTES = 8_000_000
 """Room for the database, its next version beside it, and job logs."""
-BYTES_PER_DRAW = 700
+BYTES_PER_DRAW = 660
 """Measured on the demo: a draw of 20 tokens with its texts takes 0.3 to 0.7 kB in Parquet; 200 tokens about 1.5."""
+BYTES_PER_SCORE = 40
+"""Four floats and an index, which compress little: measured 37 to 52."""
 
 
 def plan_cells(
@@ -35,27 +38,30 @@ def plan_cells(
 ) -> list[Step]:
     """Plan each cell from what exists for it; reads only names and manifests."""
     finished, failed = finished_runs(Path(sweep.registry)), failed_runs(Path(sweep.registry))
-    planned: dict[str, list[tuple[int, int]]] = {}
+    planned: list[tuple[CellKeys, tuple[int, int]]] = []
     facts = []
     for cell, key in zip(cells, keys, strict=True):
-        fact = _gather_facts(sweep, cell, key, finished.get(key.cell), planned.setdefault(key.draws, []))
+        fact = _gather_facts(sweep, cell, key, finished.get(key.cell), planned)
         facts.append(replace(fact, job=jobs.live_job_on(key.cell), failure=failed.get(key.cell) or jobs.failures.get(key.cell)))
         if key.cell not in finished:
-            planned[key.draws].append((cell.activations.num_activations, cell.sampling.effective_num_draws))
+            planned.append((key, (cell.activations.num_activations, cell.sampling.effective_num_draws)))
     return plan_steps(facts, retry=retry)
 
 
 def _gather_facts(
-    sweep: Sweep, cell: Cell, keys: CellKeys, finished_run: str | None, planned: Sequence[tuple[int, int]]
+    sweep: Sweep, cell: Cell, keys: CellKeys, finished_run: str | None, planned: Sequence[tuple[CellKeys, tuple[int, int]]]
 ) -> CellFacts:
-    """Gather what exists for a cell; `planned` has the (activations, draws) of earlier cells with the same draws key."""
+    """Gather what exists for a cell; `planned` has the keys and the (activations, draws) of earlier cells that will run."""
     if finished_run is None:
         _check_several_documents(cell, keys)
     registry = Path(sweep.registry)
     wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
-    there = DrawsStore(registry / "draws", keys.draws).coverage(*wanted)
-    for num_activations, num_draws in planned:
-        there[:num_activations, :num_draws] = True
+    coverage = CellDraws(registry, keys.draws, keys.scores, keys.combined).coverage_with_earlier(*wanted)
+    for other, (num_activations, num_draws) in planned:
+        if other.draws == keys.draws:
+            coverage.drawn[:num_activations, :num_draws] = True
+            if other.scores == keys.scores:
+                coverage.scored[:num_activations, :num_draws] = True
     needed = plan_activations(cell.activations, keys.layer, Path(sweep.vector_cache))
     return CellFacts(
         cell_key=keys.cell,
@@ -66,11 +72,14 @@ def _gather_facts(
         finished_run=finished_run,
         activations_present=needed.present,
         activations_wanted=cell.activations.num_activations,
-        draws_present=int(there.sum()),
+        draws_present=int(coverage.drawn.sum()),
+        scores_present=int(coverage.scored.sum()),
         draws_wanted=wanted[0] * wanted[1],
         bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
-        bytes_per_draw=BYTES_PER_DRAW + _bytes_of_reconstructions(cell),
+        bytes_per_draw=BYTES_PER_DRAW,
+        bytes_per_score=BYTES_PER_SCORE + _bytes_of_reconstructions(cell),
         seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.source),
+        seconds_per_score=seconds_per_score(registry, cell.autoencoder.ar or cell.autoencoder.source),
     )
 
 
@@ -137,11 +146,12 @@ def with_num_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
         or not missing
     ):
         return sweep
-    most_draws = max(sum(step.draws_to_sample for _, step in group) for group in group_by_autoencoder(sweep, missing))
+    groups = group_by_av(sweep, missing)
+    most_draws = max(sum(step.draws_to_sample + step.draws_to_score for _, step in group) for group in groups)
     weights = max(family_of(autoencoder).weight_bytes() for autoencoder in {cell.autoencoder for cell, _ in missing})
     ranks = machine.num_cpu_ranks(most_draws, weights, resources.cpus_per_task)
     # Jobs that the user wants side by side share the cores.
-    ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(group_by_autoencoder(sweep, missing))))
+    ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(groups)))
     return replace(sweep, resources=replace(resources, tasks=ranks))
 
 

@@ -14,7 +14,7 @@ from ksweep.config.sweep import Sweep
 from ksweep.launch import gpu_leases, hardware
 from ksweep.launch import local_executor as launch
 from ksweep.launch.job import Job, read_or
-from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_autoencoder
+from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_av
 from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.reconcile import finalize, raise_for_end
 from ksweep.launch.status import JobStatus
@@ -30,7 +30,7 @@ def run_missing_cells(sweep: Sweep, missing: MissingCells) -> None:
     Raises:
         RequestError, RunError, StoreError: the first failure, once the jobs beside it have ended.
     """
-    create_jobs = [partial(create_job_for_cells, sweep, group, "local") for group in group_by_autoencoder(sweep, missing)]
+    create_jobs = [partial(create_job_for_cells, sweep, group, "local") for group in group_by_av(sweep, missing)]
     run_jobs(create_jobs, sweep.resources, sweep.resources.job_name or sweep.name)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ksweep.config.sweep import Sweep
 from ksweep.launch import code_snapshot, status
 from ksweep.launch.job import Job, logs_directory, read_or
-from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_autoencoder
+from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_av
 from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.reconcile import finalize_if_ended, raise_for_end
 from ksweep.launch.slurm import sbatch
@@ -46,7 +46,7 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
     resources = sweep.resources
     code = code_snapshot.snapshot_code(logs)
     note = _code_note(code)
-    jobs = [create_job_for_cells(sweep, group, "slurm", note) for group in group_by_autoencoder(sweep, missing)]
+    jobs = [create_job_for_cells(sweep, group, "slurm", note) for group in group_by_av(sweep, missing)]
     try:
         done = sbatch.submit_arrays(
             logs, jobs, resources, sweep.name, code.path if code else None, beside=_slurm_ids(sweep, at_work)

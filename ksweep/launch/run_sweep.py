@@ -18,7 +18,7 @@ from ksweep.config.sweep import Sweep, known_keys
 from ksweep.evaluation.identity import CellKeys, resolve_cells, sweep_keys
 from ksweep.launch import hardware, local_executor, plan_table, run_locally, run_on_slurm
 from ksweep.launch.job import Job, logs_directory
-from ksweep.launch.job_spec import MissingCells, group_by_autoencoder
+from ksweep.launch.job_spec import MissingCells, group_by_av
 from ksweep.launch.plan import Step
 from ksweep.launch.preflight import check_disk_space, check_writable, plan_cells, with_num_ranks
 from ksweep.launch.reconcile import finalize_earlier_jobs
@@ -67,7 +67,7 @@ class SweepPlan:
     def show(self, *, as_json: bool = False) -> None:
         """Print the plan and the jobs that would run it, as a table or as JSON objects."""
         sweep = with_num_ranks(self.resolved.sweep, self.missing)
-        groups = group_by_autoencoder(sweep, self.missing)
+        groups = group_by_av(sweep, self.missing)
         plan_table.print_plan(
             sweep, self.steps, shape=_job_shape(sweep), cells_of_jobs=[len(group) for group in groups], as_json=as_json
         )

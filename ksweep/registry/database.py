@@ -37,8 +37,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep.registry import attempts, sweeps
-from ksweep.registry.draws import DRAWS_SCHEMA
+from ksweep.registry.draws import DRAWS_FILE_SCHEMA
 from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, LandedRun, LandingError, RunRecord, read_run
+from ksweep.registry.scores import RECONSTRUCTION_SCHEMA
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
 from ksweep.utils.errors import DiskFullError, RequestError, StoreError
 from ksweep.utils.files import flush_to_disk, locked, publish
@@ -93,6 +94,7 @@ RUN_TABLES = {
 
 COMMENT_SOURCES = {
     "best_draws": ("draws",),
+    "texts": ("draws",),
     "controls": ("run_controls", "runs"),
     "metrics": ("run_metrics", "runs"),
     "examples": ("run_examples", "runs"),
@@ -465,7 +467,12 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
         connection.execute(f"DROP MACRO {name}")
     views = _sql("views.sql")
     # Directories that begin with a dot are still being written. draws/_schema has parts without rows, so that files always match.
-    for placeholder, pattern in {"DRAWS_PARTS": "draws/*/part-*.parquet", "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}"}.items():
+    patterns = {
+        "DRAWS_PARTS": "draws/*/part-*.parquet",
+        "SCORES_PARTS": "scores/*/*/part-*.parquet",
+        "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}",
+    }
+    for placeholder, pattern in patterns.items():
         views = views.replace(f"'{placeholder}'", _quoted(f"{_glob_escaped(root)}/{pattern}"))
     views = views.replace("'ASYMMETRY'", str(ASYMMETRY))
     connection.execute(views)
@@ -474,8 +481,13 @@ def _make_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
 
 def _write_empty_parts(root: Path) -> None:
     """Write parts without rows, so that the views have their columns before the first draw and the first run."""
-    for name, schema in {"part-empty.parquet": DRAWS_SCHEMA, "activations.parquet": ACTIVATIONS_SCHEMA}.items():
-        path = root / "draws" / "_schema" / name
+    schemas = {
+        "draws/_schema/part-empty.parquet": DRAWS_FILE_SCHEMA,
+        "draws/_schema/activations.parquet": ACTIVATIONS_SCHEMA,
+        "scores/_schema/_schema/part-empty.parquet": RECONSTRUCTION_SCHEMA,
+    }
+    for name, schema in schemas.items():
+        path = root / name
         if not (path.exists() and pq.read_schema(path).equals(schema)):
             sink = pa.BufferOutputStream()
             pq.write_table(schema.empty_table(), sink)
@@ -567,7 +579,7 @@ def _sql(name: str) -> str:
 def _schema_fingerprint() -> str:
     """Return a hash of everything that decides what the database holds; a database with another one is built again."""
     intervals = str((ASYMMETRY, interval_reach(10.0, 0.95)))
-    schemas = [repr(SPEC_COLUMNS), str(DRAWS_SCHEMA), str(ACTIVATIONS_SCHEMA)]
+    schemas = [repr(SPEC_COLUMNS), str(DRAWS_FILE_SCHEMA), str(RECONSTRUCTION_SCHEMA), str(ACTIVATIONS_SCHEMA)]
     text = "\n".join([_sql("schema.sql"), _sql("views.sql"), *schemas, intervals])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -153,6 +153,20 @@ def seconds_per_draw(root: Path, autoencoder: str) -> float | None:
     return None if row is None else float(row[0])
 
 
+def seconds_per_score(root: Path, ar: str) -> float | None:
+    """Return rank-seconds per draw of the newest run that only scored, with this AR or checkpoint; None where there is none."""
+    if not root.is_dir():
+        return None
+    question = """
+        SELECT seconds['scoring'] * num_ranks / num_draws_scored FROM runs
+        WHERE ? IN (ar, checkpoint) AND num_draws_sampled = 0 AND num_draws_scored > 0 AND seconds['scoring'] IS NOT NULL
+        ORDER BY finished DESC LIMIT 1
+    """
+    with connect(root) as connection:
+        row = connection.execute(question, [ar]).fetchone()
+    return None if row is None else float(row[0])
+
+
 def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
     """Return the curves of some cells, in the order and under the labels given (cell key -> label)."""
     wanted = pa.table({"cell_key": list(labels), "wanted": list(labels.values()), "place": range(len(labels))})

@@ -53,7 +53,8 @@ def _plain(value: Any) -> Any:
 _EXAMPLES_FROM_DRAWS = """
 WITH run AS (SELECT ? AS few, * FROM v_latest WHERE run_id = ?), firsts AS (
     SELECT d.* EXCLUDE (rank), run.few
-    FROM draws AS d JOIN run ON d.draws_key = run.draws_key AND d.activation < run.num_activations AND d.draw < run.num_draws
+    FROM draws AS d JOIN run ON d.draws_key = run.draws_key AND d.scores_key IS NOT DISTINCT FROM run.scores_key
+     AND d.activation < run.num_activations AND d.draw < run.num_draws
     QUALIFY row_number() OVER (PARTITION BY d.activation ORDER BY d.error NULLS LAST, d.draw) = 1
 ), best AS (
     SELECT *, row_number() OVER (ORDER BY error NULLS LAST, activation) - 1 AS place, count(*) OVER () AS n FROM firsts

@@ -58,6 +58,8 @@ class RunRecord:
     """The settings in which the cell differs from the others of its sweep, for legends: "temperature=0.7"."""
     cell_key: str
     draws_key: str | None = None
+    scores_key: str | None = None
+    """None in records of earlier versions: draws_key is then of draws and scores together."""
     activations_key: str | None = None
     sweep: str
     spec: Mapping[str, Any]
@@ -107,6 +109,8 @@ class RunRecord:
     num_draws_sampled: int | None = None
     """Draws that did not exist when this run began, over all activations: this run or another job sampled them."""
     num_draws_reused: int | None = None
+    num_draws_scored: int | None = None
+    """Draws that had no scores when this run began, newly sampled ones included."""
     num_tokens_sampled: int | None = None
     tokens_per_second: float | None = None
 
@@ -124,6 +128,8 @@ class RunRecord:
     """Mean length of a draw, tokens."""
     draws_bytes: int | None = None
     """Disk space of all draws of draws_key when the run ended; cells that share draws repeat the same number."""
+    scores_bytes: int | None = None
+    """Disk space of all scores of draws_key and scores_key; earlier versions counted them in draws_bytes."""
     fve_over_successes: float | None = None
     """FVE at K = 1 over successful draws only."""
     scoring_kind: str | None = None

@@ -54,8 +54,10 @@ CREATE TABLE runs (
     cjk_fraction DOUBLE,
     mean_tokens DOUBLE,
     draws_bytes BIGINT,
+    scores_bytes BIGINT,
     num_draws_sampled BIGINT,
     num_draws_reused BIGINT,
+    num_draws_scored BIGINT,
     num_tokens_sampled BIGINT,
     tokens_per_second DOUBLE,
     token_roles MAP(VARCHAR, BIGINT),
@@ -80,6 +82,7 @@ CREATE TABLE runs (
     resources JSON,
     cell_key VARCHAR NOT NULL,
     draws_key VARCHAR,
+    scores_key VARCHAR,
     activations_key VARCHAR,
     interval_reach DOUBLE
 );
@@ -124,8 +127,10 @@ COMMENT ON COLUMN runs.distinct_text_fraction IS 'Number of distinct explanation
 COMMENT ON COLUMN runs.cjk_fraction IS 'Fraction of explanations that are mostly Chinese or Japanese: a known symptom of an injection that did not reach the AV.';
 COMMENT ON COLUMN runs.mean_tokens IS 'Mean length of a draw, tokens.';
 COMMENT ON COLUMN runs.draws_bytes IS 'Disk space of all draws of draws_key when the run ended, bytes; runs that share draws repeat the same number.';
+COMMENT ON COLUMN runs.scores_bytes IS 'Disk space of all scores of draws_key and scores_key when the run ended, bytes. NULL in runs of earlier versions, which count scores in draws_bytes.';
 COMMENT ON COLUMN runs.num_draws_sampled IS 'Draws that did not exist when this run began, over all activations: this run sampled them, or another job did in the meantime.';
 COMMENT ON COLUMN runs.num_draws_reused IS 'Draws that existed before this run began, over all activations.';
+COMMENT ON COLUMN runs.num_draws_scored IS 'Draws that had no scores of scores_key when this run began, newly sampled ones included. NULL in runs of earlier versions, which scored what they sampled.';
 COMMENT ON COLUMN runs.num_tokens_sampled IS 'Tokens that this run sampled.';
 COMMENT ON COLUMN runs.tokens_per_second IS 'Tokens sampled per second of sampling, all ranks together.';
 COMMENT ON COLUMN runs.token_roles IS 'Number of tokens of each role (user, assistant, system, special, other, pad, and their total) in all rows of text that were read; NULL where the chat format is unknown.';
@@ -149,7 +154,8 @@ COMMENT ON COLUMN runs.engine IS 'How this run computed the draws that it sample
 COMMENT ON COLUMN runs.spec IS 'The cell as JSON: everything that changes its numbers. spec->>''$.sampling.temperature''.';
 COMMENT ON COLUMN runs.resources IS 'Where and how the run was requested to execute, as JSON; not part of any key. In float32 it changes no number; in bfloat16 batch_size may change draws that are not stored yet: see engine.';
 COMMENT ON COLUMN runs.cell_key IS 'Key of the cell: hash of everything that changes its numbers.';
-COMMENT ON COLUMN runs.draws_key IS 'Key of the draws, shared by cells that differ only in counts and scoring; name of a directory under registry/draws.';
+COMMENT ON COLUMN runs.draws_key IS 'Key of the draws, shared by cells that differ only in AR, counts and scoring; name of a directory under registry/draws. In runs of earlier versions (scores_key is NULL) the key of draws and scores together.';
+COMMENT ON COLUMN runs.scores_key IS 'Key of what the draws are worth to the AR; name of a directory under registry/scores/<draws_key>. NULL in runs of earlier versions, whose parts hold draws and scores together.';
 COMMENT ON COLUMN runs.activations_key IS 'Key of the activations; name of a directory under vector_cache.';
 COMMENT ON COLUMN runs.interval_reach IS 'Factor by which intervals of this run are wider than the quantiles of their replicates, as few effective documents require: each end lies interval_reach times half the distance between the quantiles from the middle; see the macro interval_end. NULL for fewer than two documents and for runs recorded before replicates were kept.';
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ksweep.registry.draws import DrawsStore
+from ksweep.registry.cell_draws import stored_draws
 from ksweep.registry.query import TableRow
 from ksweep.registry.run_record import LandedRun, RunRecord, read_run
 from ksweep.stats import Selection, best_errors
@@ -250,7 +250,8 @@ def _best_errors(registry: Path, run: LandedRun) -> dict[int, list[float]]:
     record = run.record
     if run.curve is None or not (record.draws_key and record.num_activations and record.num_draws):
         return {}
-    draws = DrawsStore(registry / "draws", record.draws_key).read(record.num_activations, record.num_draws, ["error"])
+    store = stored_draws(registry, record.draws_key, record.scores_key)
+    draws = store.read(record.num_activations, record.num_draws, ["error"])
     if draws is None:
         return {}
     errors = draws["error"].to_numpy().reshape(record.num_activations, record.num_draws)

@@ -58,7 +58,7 @@ WITH newest AS (
 )
 SELECT n.cell, n.label, n.status, c.num_runs, c.num_finished, c.num_failed, l.run_id, l.finished, e.k, e.fve, e.fve_low, e.fve_high,
        n.temperature, n.layer, coalesce(l.num_activations, n.num_activations) AS num_activations, coalesce(l.num_draws, n.num_draws) AS num_draws,
-       n.av, n.ar, n.checkpoint, n.model, n.text_source, n.vectors, c.sweeps, n.spec, n.cell_key, n.draws_key, n.activations_key
+       n.av, n.ar, n.checkpoint, n.model, n.text_source, n.vectors, c.sweeps, n.spec, n.cell_key, n.draws_key, n.scores_key, n.activations_key
 FROM newest AS n JOIN counted AS c USING (cell_key) LEFT JOIN v_latest AS l USING (cell_key) LEFT JOIN ends AS e ON e.run_id = l.run_id;
 COMMENT ON VIEW cells IS 'One row per cell that was ever run: its settings, how often it ran, and the last point of its newest finished curve.';
 COMMENT ON COLUMN cells.status IS 'How the cell''s newest run ended: finished, failed or stopped.';
@@ -230,30 +230,56 @@ COMMENT ON COLUMN v_token_roles.role IS 'Role of the tokens: user, assistant, sy
 COMMENT ON COLUMN v_token_roles.num_tokens IS 'Number of tokens with the role.';
 COMMENT ON COLUMN v_token_roles.share IS 'Fraction of all tokens but padding; NULL for pad.';
 
-CREATE VIEW draws AS
+CREATE VIEW texts AS
 WITH files AS (
-    -- union_by_name would open every file before reading one. All parts have the columns of draws.DRAWS_SCHEMA.
-    SELECT * EXCLUDE (filename), filename, parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true)
-), parts AS (
-    -- Two sweeps that run at once may both sample a draw: it lies in two overlapping parts and counts once. draws_key is a plain
-    -- column here, so that a filter on it is pushed below the window function and only the files of that key are opened.
-    SELECT * FROM files QUALIFY row_number() OVER (PARTITION BY draws_key, activation, draw ORDER BY filename) = 1
-), cells AS (
-    SELECT draws_key, arg_max(cell, finished) AS cell FROM v_latest WHERE draws_key IS NOT NULL GROUP BY draws_key
+    -- union_by_name would open every file before reading one. All parts have the columns of draws.DRAWS_FILE_SCHEMA.
+    SELECT * EXCLUDE (filename, error, cosine, norm, shuffled_error, shuffled_activation, reconstruction), filename,
+           parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true)
 )
-SELECT cells.cell, p.draws_key, p.activation, p.draw,
-       row_number() OVER (PARTITION BY p.draws_key, p.activation ORDER BY p.error NULLS LAST, p.draw) AS rank,
+-- Two sweeps that run at once may both sample a draw: it lies in two overlapping parts and counts once. draws_key is a plain
+-- column here, so that a filter on it is pushed below the window function and only the files of that key are opened.
+SELECT draws_key, activation, draw, explanation, text, num_tokens, finish, parse, log_probability, row_id, document, position, context,
+       token_ids
+FROM files QUALIFY row_number() OVER (PARTITION BY draws_key, activation, draw ORDER BY filename) = 1;
+COMMENT ON VIEW texts IS 'One row per draw, whether it is scored or not: what the AV said, read directly from registry/draws without its scores. Filter by draws_key in a large registry.';
+
+CREATE VIEW draws AS
+WITH said AS (
+    SELECT * EXCLUDE (filename), filename, parse_path(filename)[-2] AS draws_key, parse_path(filename)[-1] AS part
+    FROM read_parquet('DRAWS_PARTS', filename = true)
+), worth AS (
+    -- part: the part of the draws store that these scores belong to.
+    SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS scores_key,
+           regexp_replace(parse_path(filename)[-1], '^part-.*-of-', 'part-') AS part, activation, draw, error, cosine, norm,
+           shuffled_error, shuffled_activation
+    FROM read_parquet('SCORES_PARTS', filename = true)
+), parts AS (
+    -- Parts of earlier versions hold the scores themselves. Two sweeps that run at once may both sample a draw: it lies in two
+    -- overlapping parts, counts once for each scorer, and is not without scores if one of the two has some.
+    SELECT s.* EXCLUDE (error, cosine, norm, shuffled_error, shuffled_activation, reconstruction), w.scores_key,
+           coalesce(w.error, s.error) AS error, coalesce(w.cosine, s.cosine) AS cosine, coalesce(w.norm, s.norm) AS norm,
+           coalesce(w.shuffled_error, s.shuffled_error) AS shuffled_error,
+           coalesce(w.shuffled_activation, s.shuffled_activation) AS shuffled_activation
+    FROM said AS s LEFT JOIN worth AS w USING (draws_key, part, activation, draw)
+    QUALIFY row_number() OVER (PARTITION BY s.draws_key, w.scores_key, s.activation, s.draw ORDER BY s.filename) = 1
+        AND (w.scores_key IS NOT NULL OR count(w.scores_key) OVER (PARTITION BY s.draws_key, s.activation, s.draw) = 0)
+), cells AS (
+    SELECT draws_key, scores_key, arg_max(cell, finished) AS cell FROM v_latest WHERE draws_key IS NOT NULL GROUP BY draws_key, scores_key
+)
+SELECT cells.cell, p.draws_key, p.scores_key, p.activation, p.draw,
+       row_number() OVER (PARTITION BY p.draws_key, p.scores_key, p.activation ORDER BY p.error NULLS LAST, p.draw) AS rank,
        p.error, p.cosine, p.explanation, p.text, p.num_tokens, p.finish, p.parse, p.log_probability,
        p.shuffled_error, p.shuffled_activation,
        p.row_id, p.document, p.position, p.context, p.norm, p.token_ids
-FROM parts AS p LEFT JOIN cells USING (draws_key);
-COMMENT ON VIEW draws IS 'One row per draw: a sampled explanation and its score, read directly from the Parquet files of the draws store (registry/draws), those of running and failed cells included. Filter by draws_key in a large registry: only its files are read then.';
-COMMENT ON COLUMN draws.cell IS 'Newest finished cell that used these draws; NULL while none has finished. Cells that differ only in counts or scoring share draws.';
+FROM parts AS p LEFT JOIN cells ON cells.draws_key = p.draws_key AND cells.scores_key IS NOT DISTINCT FROM p.scores_key;
+COMMENT ON VIEW draws IS 'One row per draw and scorer: a sampled explanation and its score, read directly from the Parquet files of registry/draws and registry/scores, those of running and failed cells included. A draw without scores has one row, with a NULL error. Filter by draws_key in a large registry: only its files are read then.';
+COMMENT ON COLUMN draws.cell IS 'Newest finished cell that used these draws and scores; NULL while none has finished. Cells that differ only in counts or scoring share them.';
 COMMENT ON COLUMN draws.draws_key IS 'Key of the draws: name of a directory under registry/draws.';
+COMMENT ON COLUMN draws.scores_key IS 'Key of the scores: name of a directory under registry/scores/<draws_key>. NULL for draws without scores, and for parts of earlier versions, which hold draws and scores together.';
 COMMENT ON COLUMN draws.activation IS 'Index of the activation within its store, 0-based; a cell over N activations uses the first N.';
 COMMENT ON COLUMN draws.draw IS 'Index of the draw, 0-based. In float32 the same draw for every batch size and number of ranks; in bfloat16 rounding may flip near ties (runs.engine). A cell of N draws uses the first N.';
-COMMENT ON COLUMN draws.rank IS 'Rank of the draw by error among all stored draws of its activation, 1 is best; failed draws come last.';
-COMMENT ON COLUMN draws.error IS 'Error of the reconstruction; NLA pairs: 2 (1 - cosine). NULL when the draw failed.';
+COMMENT ON COLUMN draws.rank IS 'Rank of the draw by error among all stored draws of its activation with the same scorer, 1 is best; failed draws come last.';
+COMMENT ON COLUMN draws.error IS 'Error of the reconstruction; NLA pairs: 2 (1 - cosine). NULL when the draw failed or has no scores.';
 COMMENT ON COLUMN draws.cosine IS 'Cosine between the reconstruction and the activation; NULL when the draw failed.';
 COMMENT ON COLUMN draws.explanation IS 'The explanation that was scored, extracted from text; NULL when none was found.';
 COMMENT ON COLUMN draws.text IS 'Full text that the AV generated, tags included.';
@@ -272,7 +298,7 @@ COMMENT ON COLUMN draws.token_ids IS 'Token ids that the AV sampled.';
 
 CREATE VIEW best_draws AS
 SELECT * EXCLUDE (rank) FROM draws WHERE rank = 1 AND error IS NOT NULL;
-COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation; activations whose draws all failed are left out.';
+COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation, by scorer; activations whose draws all failed are left out.';
 
 CREATE VIEW v_temperature AS
 WITH siblings AS (

@@ -78,6 +78,17 @@ def publish_once(path: Path, data: bytes) -> bool:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     publish(temporary, data)
     try:
+        return link_once(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_once(temporary: Path, path: Path) -> bool:
+    """Give a complete file its name unless that exists, and return whether this call did. The caller removes `temporary`.
+
+    On a file system without hard links the last of several concurrent writers wins.
+    """
+    try:
         os.link(temporary, path)
     except FileExistsError:
         return False
@@ -85,8 +96,6 @@ def publish_once(path: Path, data: bytes) -> bool:
         if error.errno not in NO_LINKS:
             raise
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 

@@ -114,12 +114,11 @@ def test_cells_without_a_result_are_named_with_what_became_of_them(sweep: Sweep,
 
 def test_only_blocks_of_activations_are_read_where_draws_are_many(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(sweep.registry)
-    [(key, num_draws)] = ask(sweep, "SELECT draws_key, num_draws FROM v_latest WHERE temperature = 0.7")
-    wanted = {"draws_key": key, "num_activations": 40, "num_draws": num_draws}
-    whole = facts_module._files(root, wanted, 10**9)
-    assert sorted(whole) == sorted(map(str, (root / "draws" / key).glob("part-*.parquet")))
-    blocks = {Path(p).name.split("-")[1] for p in facts_module._files(root, wanted, 1)}
-    assert len(blocks) == 1
+    [(*keys, num_draws)] = ask(sweep, "SELECT draws_key, scores_key, num_draws FROM v_latest WHERE temperature = 0.7")
+    wanted = {"draws_key": keys[0], "scores_key": keys[1], "num_activations": 40, "num_draws": num_draws}
+    whole, some = (facts_module._draws_of(root, wanted, most) for most in (10**9, 1))
+    assert whole is not None and some is not None and whole.num_rows == 40 * num_draws
+    assert len({activation // 64 for activation in some["activation"].to_pylist()}) == 1
     monkeypatch.setattr(facts_module, "DRAWS_READ", 1)
     monkeypatch.setattr(facts_module, "FEWEST_READ", 1)
     assert read_report_data(root, sweep.name).errors.num_rows > 0

@@ -124,11 +124,11 @@ def test_a_length_that_was_asked_for_and_is_replaced_is_told_once(sweep: Sweep, 
 # encoder_prompt
 
 
-def test_the_text_prompt_gives_other_draws_of_the_same_activations_and_the_learned_one_keeps_its_key(sweep: Sweep) -> None:
+def test_the_text_prompt_gives_other_scores_of_the_same_draws_and_the_learned_one_keeps_its_key(sweep: Sweep) -> None:
     cell = overridden(sweep, [f"autoencoder.checkpoint={GPT2}"]).cell
     learned, text = cell_keys(cell), cell_keys(replace_at(cell, "autoencoder.encoder_prompt", "text"))
-    assert learned.activations == text.activations and learned.draws != text.draws and learned.cell != text.cell
-    assert "encoder_prompt" not in learned.identity["draws"] and text.identity["draws"]["encoder_prompt"] == "text"
+    assert learned.draws == text.draws and learned.scores != text.scores and learned.cell != text.cell
+    assert "encoder_prompt" not in learned.identity["scores"] and text.identity["scores"]["encoder_prompt"] == "text"
     assert cell_label(replace_at(cell, "autoencoder.encoder_prompt", "text"), 2).endswith("T=1 encoder_prompt=text")
 
 
@@ -142,7 +142,10 @@ def test_the_references_replicates_change_the_cell_alone_and_none_keep_its_key(s
 @pytest.mark.slow
 def test_a_sweep_with_both_prompts_has_the_same_texts_and_other_errors(sweep: Sweep) -> None:
     assert run(sweep, f"autoencoder.checkpoint={GEMMA3}", "encoder_prompt=[learned,text]") == 0
-    by_key = ask(sweep, "SELECT draws_key, list(text ORDER BY activation, draw), list(error) FROM draws GROUP BY 1")
+    by_key = ask(sweep, "SELECT scores_key, list(text ORDER BY activation, draw), list(error) FROM draws GROUP BY 1")
+    assert ask(sweep, "SELECT count(DISTINCT draws_key), sum(num_draws_sampled), sum(num_draws_scored) FROM runs") == [
+        (1, len(by_key[0][1]), 2 * len(by_key[0][1]))
+    ]
     assert len(by_key) == 2 and by_key[0][1] == by_key[1][1] and by_key[0][2] != by_key[1][2]
 
 

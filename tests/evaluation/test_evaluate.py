@@ -22,7 +22,9 @@ from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.recording import CellRecorder
 from ksweep.inference.engine import _SlotDecoder
-from ksweep.registry.draws import DrawsStore, WorkUnit
+from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.draws import DrawsStore
+from ksweep.registry.work_units import WorkUnit
 from ksweep.utils.timing import Clock
 from tests.tiny_sweeps import talking_pair, tiny_cell
 
@@ -52,8 +54,8 @@ def context_in(folder: Path, batch_size: int | None = None) -> RunContext:
 
 
 def draws_of(cell: Cell, context: RunContext) -> pa.Table:
-    store = DrawsStore(context.registry / "draws", cell_keys(cell).draws)
-    table = store.read(40, cell.sampling.effective_num_draws, COLUMNS)
+    keys = cell_keys(cell)
+    table = CellDraws(context.registry, keys.draws, keys.scores).read(40, cell.sampling.effective_num_draws, COLUMNS)
     assert table is not None
     return table
 
@@ -86,10 +88,10 @@ def watch(cells: list[Cell], context: RunContext, models: Models) -> Watched:
         watched.rows.append(len(self.draws))
         return step(self)
 
-    def note_publication(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> None:
+    def note_publication(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> bool:
         watched.published_at.append(len(watched.rows))
         watched.recorded_before.append(len(list((context.registry / "landing").glob("*"))))
-        publish(self, unit, table)
+        return publish(self, unit, table)
 
     def note_share(recorder: CellRecorder, run: CellRun, draws: pa.Table) -> float:
         assert run.unpublished_tokens == 0
@@ -179,10 +181,10 @@ def test_a_failure_is_attributed_to_the_cell_whose_unit_was_being_published(
     context, second = context_in(tmp_path / "a", batch_size=32), cell_keys(cells[1])
     publish = DrawsStore.publish
 
-    def fail(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> None:
+    def fail(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> bool:
         if self.key == second.draws:
             raise OSError("no")
-        publish(self, unit, table)
+        return publish(self, unit, table)
 
     monkeypatch.setattr(DrawsStore, "publish", fail)
     reported: list[tuple[str, Mapping[str, float]]] = []

@@ -13,7 +13,9 @@ import yaml
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Sweep
 from ksweep.config.spec import replace_at
 from ksweep.evaluation.identity import CellKeys, cell_keys, cell_label
+from ksweep.registry.earlier_draws import SplitKeys, split_identity
 from ksweep.utils.errors import DataError, RequestError, SpecError
+from ksweep.utils.fingerprint import fingerprint
 from tests.activations.helpers import passages, random_vectors, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, edit_sidecar, edit_weights, make_pair
 
@@ -50,7 +52,9 @@ def with_sidecar(cell: Cell, **extraction: Any) -> Cell:
 
 
 def changed(before: CellKeys, after: CellKeys) -> set[str]:
-    return {name for name in ("activations", "draws", "cell") if getattr(before, name) != getattr(after, name)}
+    return {
+        name for name in ("activations", "draws", "scores", "combined", "cell") if getattr(before, name) != getattr(after, name)
+    }
 
 
 @pytest.mark.parametrize(
@@ -61,17 +65,17 @@ def changed(before: CellKeys, after: CellKeys) -> set[str]:
         ("scoring.seed", 1, {"cell"}),
         ("scoring.baseline", 0.7, {"cell"}),
         ("scoring.ks", (1, 8), {"cell"}),
-        ("sampling.temperature", 0.8, {"draws", "cell"}),
-        ("sampling.top_p", 0.9, {"draws", "cell"}),
-        ("sampling.max_new_tokens", 20, {"draws", "cell"}),
-        ("sampling.seed", 1, {"draws", "cell"}),
-        ("autoencoder.dtype", "float32", {"draws", "cell"}),
-        ("autoencoder.ar_dtype", "float32", {"draws", "cell"}),
+        ("sampling.temperature", 0.8, {"draws", "combined", "cell"}),
+        ("sampling.top_p", 0.9, {"draws", "combined", "cell"}),
+        ("sampling.max_new_tokens", 20, {"draws", "combined", "cell"}),
+        ("sampling.seed", 1, {"draws", "combined", "cell"}),
+        ("autoencoder.dtype", "float32", {"draws", "scores", "combined", "cell"}),
+        ("autoencoder.ar_dtype", "float32", {"scores", "combined", "cell"}),
         ("autoencoder.ar_dtype", "bfloat16", set()),
-        ("activations.seed", 1, {"activations", "draws", "cell"}),
-        ("activations.dtype", "float32", {"activations", "draws", "cell"}),
-        ("activations.min_position", 5, {"activations", "draws", "cell"}),
-        ("activations.positions", "last", {"activations", "draws", "cell"}),
+        ("activations.seed", 1, {"activations", "draws", "combined", "cell"}),
+        ("activations.dtype", "float32", {"activations", "draws", "combined", "cell"}),
+        ("activations.min_position", 5, {"activations", "draws", "combined", "cell"}),
+        ("activations.positions", "last", {"activations", "draws", "combined", "cell"}),
     ],
 )
 def test_keys_change_with_a_field_from_its_own_stage_on(cell: Cell, field: str, value: Any, keys: set[str]) -> None:
@@ -113,35 +117,35 @@ def test_keys_ignore_a_readme_beside_the_weights(cell: Cell, pair: TinyPair, tmp
     assert changed(cell_keys(cell), cell_keys(replace_at(cell, "autoencoder.av", str(tmp_path / "copy")))) == set()
 
 
-@pytest.mark.parametrize("role", ["av", "ar"])
-def test_keys_of_other_weights_are_other_draws_of_the_same_activations(
-    cell: Cell, pair: TinyPair, tmp_path: Path, role: str
+@pytest.mark.parametrize(("role", "key"), [("av", "draws"), ("ar", "scores")])
+def test_keys_of_other_weights_are_other_draws_or_scores_of_the_same_activations(
+    cell: Cell, pair: TinyPair, tmp_path: Path, role: str, key: str
 ) -> None:
     shutil.copytree(getattr(pair, role), tmp_path / "copy")
     edit_weights(tmp_path / "copy", change=lambda state: state["model.embed_tokens.weight"][0].add_(1e-3))
     other = replace_at(cell, f"autoencoder.{role}", str(tmp_path / "copy"))
-    assert changed(cell_keys(cell), cell_keys(other)) == {"draws", "cell"}
+    assert changed(cell_keys(cell), cell_keys(other)) == {key, "combined", "cell"}
 
 
 def test_keys_of_another_injection_scale_are_other_draws(cell: Cell, pair: TinyPair, tmp_path: Path) -> None:
     shutil.copytree(pair.av, tmp_path / "copy")
     edit_sidecar(tmp_path / "copy", extraction__injection_scale=10.0)
     other = replace_at(cell, "autoencoder.av", str(tmp_path / "copy"))
-    assert changed(cell_keys(cell), cell_keys(other)) == {"draws", "cell"}
+    assert changed(cell_keys(cell), cell_keys(other)) == {"draws", "combined", "cell"}
 
 
 def test_keys_of_an_edited_text_are_other_activations(cell: Cell, tmp_path: Path) -> None:
     before = cell_keys(cell)
     path = Path(cell.activations.text or "")
     path.write_text(path.read_text().replace("stone", "wood"))
-    assert changed(before, cell_keys(cell)) == {"activations", "draws", "cell"}
+    assert changed(before, cell_keys(cell)) == {"activations", "draws", "combined", "cell"}
 
 
 def test_keys_of_a_greedy_cell_ignore_seed_and_number_of_draws(cell: Cell) -> None:
     greedy = replace_at(cell, "sampling.temperature", 0.0)
     for field, value in (("sampling.seed", 5), ("sampling.num_draws", 64)):
         assert changed(cell_keys(greedy), cell_keys(replace_at(greedy, field, value))) == set()
-    assert changed(cell_keys(greedy), cell_keys(cell)) == {"draws", "cell"}
+    assert changed(cell_keys(greedy), cell_keys(cell)) == {"draws", "combined", "cell"}
 
 
 def test_keys_of_vectors_follow_content_and_not_path(ready_made: Cell, pair: TinyPair, tmp_path: Path) -> None:
@@ -150,7 +154,7 @@ def test_keys_of_vectors_follow_content_and_not_path(ready_made: Cell, pair: Tin
     moved = replace_at(replace_at(ready_made, "activations.vectors", str(copy)), "activations.layer", 1)
     assert changed(before, cell_keys(moved)) == set()
     write_vectors(copy, random_vectors(20, pair.d_model, seed=1))
-    assert changed(before, cell_keys(moved)) == {"activations", "draws", "cell"}
+    assert changed(before, cell_keys(moved)) == {"activations", "draws", "combined", "cell"}
 
 
 def test_vectors_whose_sidecar_fits_are_accepted(ready_made: Cell, pair: TinyPair) -> None:
@@ -213,16 +217,17 @@ def test_keys_of_a_pair_are_those_that_its_stored_results_have(tmp_path: Path) -
     keys, prefix = cell_keys(cell), cell_keys(replace_at(cell, "scoring.selection", "prefix"))
     # Of extractor version 3 (batches of similar length) and sampler version 2 (slots). If they change on purpose, raise one.
     assert keys.activations == "d3ad13506846d575113e3801a565928b"
-    assert keys.draws == "e16d676791fba0da91ca21357dba7f7d"
+    assert keys.combined == "e16d676791fba0da91ca21357dba7f7d"
+    assert (keys.draws, keys.scores) == ("6bd55489912ef3b966d7c2876f9e893f", "cba135e23fea2f707a024d1fe3c9cf37")
     assert keys.cell == "426076d6751ecf3d61a2cee8c5fba7eb"  # of statistics version 2
-    assert prefix.draws == keys.draws and prefix.cell != keys.cell
+    assert prefix.combined == keys.combined and prefix.cell != keys.cell
 
 
 @pytest.mark.parametrize(
-    ("prompt", "draws"),
+    ("prompt", "combined"),
     [("learned", "f098e87b233e7ccef2b89ac6dcad183e"), ("text", "60d3a8ba2e04290b3720eb746d6bd366")],
 )
-def test_keys_of_a_checkpoint_are_those_that_its_stored_results_have(prompt: str, draws: str, tmp_path: Path) -> None:
+def test_keys_of_a_checkpoint_are_those_that_its_stored_results_have(prompt: str, combined: str, tmp_path: Path) -> None:
     case, text = FIXTURES / "tae" / "gpt2_patch_all", tmp_path / "text.jsonl"
     text.write_text("".join(f'{{"text": "words of row {i} and some more of them"}}\n' for i in range(20)))
     [file] = case.glob("**/*.pt")
@@ -232,7 +237,25 @@ def test_keys_of_a_checkpoint_are_those_that_its_stored_results_have(prompt: str
         sampling=Sampling(num_draws=4),
     )
     keys = cell_keys(replace_at(cell, "autoencoder.encoder_prompt", prompt))
-    assert (keys.activations, keys.draws) == ("1456886ebcb405a79188e30b121e8ebe", draws)
+    assert (keys.activations, keys.combined) == ("1456886ebcb405a79188e30b121e8ebe", combined)
+    assert keys.draws == "b596be3206f36a12a689e09663dfe58b"
+
+
+@pytest.mark.parametrize("prompt", ["learned", "text", None])
+def test_what_an_earlier_version_hashed_together_gives_the_keys_of_draws_and_scores(
+    cell: Cell, prompt: str | None, tmp_path: Path
+) -> None:
+    if prompt is not None:
+        case = FIXTURES / "tae" / "gpt2_patch_all"
+        [file] = case.glob("**/*.pt")
+        autoencoder = Autoencoder(checkpoint=str(file), base=str(case / "base"), encoder_prompt=prompt)  # type: ignore[arg-type]
+        activations = replace(cell.activations, model=str(case / "base"))
+        cell = replace(cell, autoencoder=autoencoder, activations=activations)
+    keys = cell_keys(cell)
+    of_ar = {name: value for name, value in keys.identity["scores"].items() if name not in ("metric", "dtype")}
+    combined = keys.identity["draws"] | of_ar
+    assert fingerprint(combined) == keys.combined
+    assert split_identity(combined) == SplitKeys(keys.draws, keys.scores)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ksweep.config.spec import Scoring
 from ksweep.evaluation.summary import SUMMARISED, Summary, summarise
-from ksweep.registry.draws import DRAWS_SCHEMA
+from ksweep.registry.draws import DRAWS_FILE_SCHEMA
 
 SCORING = Scoring(num_replicates=200)
 NUM_ACTIVATIONS, NUM_DRAWS, D = 24, 4, 6
@@ -60,12 +60,14 @@ def draws_of(
                 "reconstruction": made.tolist() if ok and j == 0 else None,
             }  # fmt: skip
             rows.append(row)
-    return pa.Table.from_pylist([{name: row.get(name) for name in DRAWS_SCHEMA.names} for row in rows], schema=DRAWS_SCHEMA)
+    return pa.Table.from_pylist(
+        [{name: row.get(name) for name in DRAWS_FILE_SCHEMA.names} for row in rows], schema=DRAWS_FILE_SCHEMA
+    )
 
 
 def edited(draws: pa.Table, **columns: list[Any]) -> pa.Table:
     for name, values in columns.items():
-        field = DRAWS_SCHEMA.field(name)
+        field = DRAWS_FILE_SCHEMA.field(name)
         draws = draws.set_column(draws.schema.get_field_index(name), field, pa.array(values, field.type))
     return draws
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from ksweep.evaluation import tae_summary
 from ksweep.evaluation.tae_summary import StoredDraws, reference_quantities
-from ksweep.registry.draws import DRAWS_SCHEMA, DrawsStore
+from ksweep.registry.cell_draws import CellDraws
 from ksweep.stats.tae_metrics import ReferenceSums, reference_intervals, reference_rows, selected
+from tests.stored_rows import publish_unit, rows_of
 
 N, NUM_DRAWS, D = 70, 9, 5
 KS = (1, 2, 5, 9)
@@ -25,14 +25,12 @@ def stored(folder: Path, lacking: frozenset[tuple[int, int]] = frozenset()) -> t
     activations = (rng.normal(size=(N, D)) * 2 + 1).astype(np.float32)
     made = (activations[:, None] + rng.normal(size=(N, NUM_DRAWS, D)) + 0.4).astype(np.float32)
     errors = np.square(made.astype(np.float64) - activations[:, None]).mean(axis=2)
-    store = DrawsStore(folder, "key")
+    store = CellDraws(folder, "draws", "scores")
     for num_draws in (4, NUM_DRAWS):
-        for unit in store.missing(N, num_draws):
+        for unit in store.draws.missing(N, num_draws):
             pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(unit.first_draw, unit.last_draw)]
-            known: dict[str, list[Any]] = {"activation": [a for a, _ in pairs], "draw": [k for _, k in pairs]}
-            known["reconstruction"] = [None if pair in lacking else made[pair].tolist() for pair in pairs]
-            columns = [pa.array(known.get(f.name, [None] * len(pairs)), f.type) for f in DRAWS_SCHEMA]
-            store.publish(unit, pa.table(columns, schema=DRAWS_SCHEMA))
+            kept = [None if pair in lacking else made[pair].tolist() for pair in pairs]
+            publish_unit(store, unit, rows_of(unit, reconstruction=kept))
     return StoredDraws(store=store, activations=activations, errors=errors, roles=ROLES), made
 
 
@@ -77,7 +75,7 @@ def test_one_lacking_reconstruction_leaves_unknown_what_needs_it_and_no_more(tmp
     for name, row in rows.items():
         assert row == pytest.approx(whole[name], rel=1e-9)
     first, _ = found.notes
-    assert "of 1 of 70 activations" in first.text and str(draws.store.path) in first.text
+    assert "of 1 of 70 activations" in first.text and str(draws.store.scores.path) in first.text
     kept_unneeded, _ = stored(tmp_path / "unneeded", frozenset({(3, int(draws.errors[3].argmax()))}) - {(3, 0)})
     assert reference_quantities(kept_unneeded, KS[-1:]).notes == ()
 

@@ -198,7 +198,7 @@ def test_dry_run_after_a_finished_cell_and_deleted_draws_samples_only_for_the_ot
 
 
 def test_dry_run_sees_the_draws_on_disk_and_their_loss(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    key = cell_keys(sweep.cell).draws
+    key = cell_keys(sweep.cell).combined
     publish_draws(Path(sweep.registry), key, [[0.5] * 8] * 10)
     assert "80 of 320 draws are there" in dry_run(sweep, capsys)
     shutil.rmtree(Path(sweep.registry) / "draws" / key)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from ksweep.registry import draws
+from ksweep.registry.draws import DRAWS_FILE_SCHEMA
 from ksweep.registry.run_record import RunRecord
 from ksweep.utils.fingerprint import fingerprint
+from tests.stored_rows import write_earlier_part
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
@@ -88,7 +89,7 @@ def controls_of() -> pa.Table:
 
 
 def publish_draws(root: Path, key: str, errors: list[list[float | None]]) -> None:
-    """A part of the draws store from errors[activation][draw]; None is a failed draw."""
+    """A part as earlier versions wrote it, draws and scores together, from errors[activation][draw]; None is a failed draw."""
     cells = [(i, j, error) for i, row in enumerate(errors) for j, error in enumerate(row)]
     known = {
         "activation": [i for i, _, _ in cells],
@@ -98,6 +99,5 @@ def publish_draws(root: Path, key: str, errors: list[list[float | None]]) -> Non
         "explanation": [None if error is None else f"{i}.{j}" for i, j, error in cells],
         "parse": ["no closing tag" if error is None else "ok" for _, _, error in cells],
     }
-    columns = [pa.array(known.get(f.name, [None] * len(cells)), f.type) for f in draws.DRAWS_SCHEMA]
-    unit = draws.WorkUnit(0, len(errors), 0, len(errors[0]))
-    draws.DrawsStore(root / "draws", key).publish(unit, pa.table(columns, schema=draws.DRAWS_SCHEMA))
+    columns = [pa.array(known.get(f.name, [None] * len(cells)), f.type) for f in DRAWS_FILE_SCHEMA]
+    write_earlier_part(root / "draws" / key, pa.table(columns, schema=DRAWS_FILE_SCHEMA))

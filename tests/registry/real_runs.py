@@ -38,9 +38,19 @@ class Real:
 
     def draws(self, temperature: float) -> list[dict[str, Any]]:
         """In order of activation and draw."""
-        parts = (self.root / "draws" / self.record(temperature)["draws_key"]).glob("part-*.parquet")
-        rows: list[dict[str, Any]] = pa.concat_tables([pq.read_table(part) for part in sorted(parts)]).to_pylist()
-        return sorted(rows, key=lambda row: (row["activation"], row["draw"]))
+        said, worth = (self._rows(directory) for directory in self.directories(temperature))
+        assert said.keys() == worth.keys()
+        return [said[pair] | worth[pair] for pair in sorted(said)]
+
+    def directories(self, temperature: float) -> tuple[Path, Path]:
+        """Of the draws and of their scores."""
+        keys = [self.record(temperature)[name] for name in ("draws_key", "scores_key")]
+        return self.root / "draws" / keys[0], self.root / "scores" / keys[0] / keys[1]
+
+    @staticmethod
+    def _rows(directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
+        rows = [row for part in directory.glob("part-*.parquet") for row in pq.ParquetFile(part).read().to_pylist()]
+        return {(row["activation"], row["draw"]): row for row in rows}
 
     def errors(self, temperature: float) -> np.ndarray:
         """[activation, draw], a failed one counts 2."""

@@ -309,7 +309,7 @@ def test_draws_before_the_first_draw_are_an_empty_table_with_types(root: Path) -
         assert connection.execute("SELECT count(*) FROM draws").fetchone() == (0,)
         names = {name: kind for name, kind, *_ in connection.execute("DESCRIBE draws").fetchall()}
     assert (names["error"], names["token_ids"], names["explanation"]) == ("DOUBLE", "INTEGER[]", "VARCHAR")
-    assert set(draws.DRAWS_SCHEMA.names) - set(names) == {"reconstruction"}
+    assert set(draws.DRAWS_FILE_SCHEMA.names) - set(names) == {"reconstruction"}
 
 
 @pytest.mark.slow

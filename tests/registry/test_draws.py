@@ -1,36 +1,44 @@
-"""The draws store: what is there, what is missing, what is damaged."""
+"""The stores of draws and scores: what is there, what is missing, what is damaged, what belongs together."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksweep.evaluation.distributed import Solo
 from ksweep.evaluation.recording import read_all_draws
-from ksweep.registry import draws as module
-from ksweep.registry.draws import DRAWS_SCHEMA, MAX_WORK_UNIT_SIZE, DrawsStore, WorkUnit, missing_work_units
+from ksweep.registry import part_store as module
+from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.draws import DrawsStore
+from ksweep.registry.part_labels import column_digest
+from ksweep.registry.part_store import PartStore
+from ksweep.registry.scores import scored_unit
+from ksweep.registry.work_units import MAX_WORK_UNIT_SIZE, WorkUnit, missing_work_units
 from ksweep.utils.errors import RunError
+from tests.stored_rows import publish_unit, rows_of
+
+GRIDS = st.tuples(st.integers(1, 70), st.integers(1, 20))
+"""Number of activations, and of draws of each."""
 
 
 def rows(unit: WorkUnit) -> pa.Table:
     """Draws whose text says which draw it is."""
     pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(unit.first_draw, unit.last_draw)]
-    known = {
-        "activation": [a for a, _ in pairs],
-        "draw": [k for _, k in pairs],
-        "text": [f"{a}/{k}" for a, k in pairs],
-        "error": [a + k / 100 for a, k in pairs],
-    }
-    return pa.table(
-        {f.name: pa.array(known.get(f.name, [None] * len(pairs)), type=f.type) for f in DRAWS_SCHEMA}, schema=DRAWS_SCHEMA
-    )
+    return rows_of(unit, text=[f"{a}/{k}" for a, k in pairs], error=[a + k / 100 for a, k in pairs])
+
+
+def path_of(store: PartStore[Any], part: WorkUnit) -> Path:
+    return store.path / store.file_name(part)
 
 
 def fill(store: DrawsStore, num_activations: int, num_draws: int) -> int:
@@ -81,7 +89,7 @@ def test_a_damaged_part_is_set_aside_named_and_missing_again(tmp_path: Path, cap
     store = DrawsStore(tmp_path, "k")
     fill(store, 70, 16)
     before = store.read(70, 16)
-    part = store.path / WorkUnit(0, 64, 0, 16).file_name
+    part = path_of(store, WorkUnit(0, 64, 0, 16))
     for damage in ("flip", "truncate", "empty"):
         data = bytearray(part.read_bytes())
         if damage == "flip":
@@ -97,8 +105,8 @@ def test_a_damaged_part_is_set_aside_named_and_missing_again(tmp_path: Path, cap
 def test_a_part_that_was_renamed_by_hand_is_set_aside_and_missing_again(tmp_path: Path) -> None:
     store = DrawsStore(tmp_path, "k")
     fill(store, 64, 16)
-    (store.path / WorkUnit(0, 64, 0, 16).file_name).rename(store.path / WorkUnit(64, 128, 0, 16).file_name)
-    store.set_damaged_aside(128, 16)
+    path_of(store, WorkUnit(0, 64, 0, 16)).rename(path_of(store, WorkUnit(64, 128, 0, 16)))
+    assert store.read(128, 16) is None
     assert store.missing(128, 16) == [WorkUnit(0, 64, 0, 16), WorkUnit(64, 128, 0, 16)]
 
 
@@ -106,7 +114,6 @@ def test_a_part_that_another_job_has_set_aside_meanwhile_is_missing(tmp_path: Pa
     store, gone = DrawsStore(tmp_path, "k"), WorkUnit(64, 70, 0, 16)
     fill(store, 64, 16)
     monkeypatch.setattr(DrawsStore, "parts", lambda self: [WorkUnit(0, 64, 0, 16), gone])  # listed before it went
-    store.set_damaged_aside(70, 16)
     assert store.read(70, 16) is None and store.read(64, 16) is not None
 
 
@@ -121,13 +128,14 @@ def test_what_another_sweep_has_drawn_meanwhile_is_left_out_of_a_unit(tmp_path: 
 
 
 def test_what_a_killed_writer_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
-    store = DrawsStore(tmp_path, "k")
+    cell = CellDraws(tmp_path, "k", "s")
+    store = cell.draws
     fill(store, 2, 2)
     old, young = store.path / ".old.part", store.path / ".young.part"
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    store.set_damaged_aside(2, 2)
+    cell.set_damaged_aside(2, 2)
     assert not old.exists() and young.exists() and store.read(2, 2) is not None
 
 
@@ -157,19 +165,16 @@ def test_a_full_disk_is_a_run_error_and_leaves_nothing(tmp_path: Path, monkeypat
 def kept_rows(unit: WorkUnit, kept: set[tuple[int, int]]) -> pa.Table:
     """Draws of which some have their reconstruction, (activation, draw, activation + draw)."""
     pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(unit.first_draw, unit.last_draw)]
-    vectors = [[a, k, a + k] if (a, k) in kept else None for a, k in pairs]
-    table = rows(unit)
-    at = table.schema.get_field_index("reconstruction")
-    return table.set_column(at, DRAWS_SCHEMA.field(at), pa.array(vectors, DRAWS_SCHEMA.field(at).type))
+    return rows_of(unit, reconstruction=[[a, k, a + k] if (a, k) in kept else None for a, k in pairs])
 
 
 def test_reconstructions_are_found_in_whatever_part_they_are_and_nan_where_none_was_kept(tmp_path: Path) -> None:
-    store = DrawsStore(tmp_path, "k")
+    store = CellDraws(tmp_path, "k", "s")
     kept = {(0, 0), (3, 2), (70, 0), (70, 17), (65, 5), (63, 18)}
     for num_activations, num_draws in ((66, 3), (80, 19)):  # parts of irregular shape
-        for unit in store.missing(num_activations, num_draws):
-            store.publish(unit, kept_rows(unit, kept))
-    assert len(store.parts()) > 4
+        for unit in store.draws.missing(num_activations, num_draws):
+            publish_unit(store, unit, kept_rows(unit, kept))
+    assert len(store.scored_parts()) > 4
     activations, draws = np.array([70, 3, 63, 0, 70, 3, 500]), np.array([17, 2, 18, 0, 1, 2, 0])
     found = store.reconstructions(activations, draws, 3)
     expected = [[a, k, a + k] if (a, k) in kept else [np.nan] * 3 for a, k in zip(activations, draws, strict=True)]
@@ -178,18 +183,134 @@ def test_reconstructions_are_found_in_whatever_part_they_are_and_nan_where_none_
 
 
 def test_reconstructions_of_a_damaged_part_are_nan_and_it_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store, unit = DrawsStore(tmp_path, "k"), WorkUnit(0, 2, 0, 1)
-    store.publish(unit, kept_rows(unit, {(0, 0), (1, 0)}))
-    (store.path / unit.file_name).write_bytes(b"")
+    store, unit = CellDraws(tmp_path, "k", "s"), WorkUnit(0, 2, 0, 1)
+    publish_unit(store, unit, kept_rows(unit, {(0, 0), (1, 0)}))
+    path_of(store.scores, scored_unit(unit)).write_bytes(b"")
     assert np.isnan(store.reconstructions(np.array([0, 1]), np.array([0, 0]), 3)).all()
-    assert "is damaged" in caplog.text and store.parts() == []
+    assert "is damaged" in caplog.text and store.scored_parts() == [] and len(store.draws.parts()) == 1
 
 
 def test_draws_that_another_node_has_published_are_waited_for(tmp_path: Path) -> None:
-    store = DrawsStore(tmp_path, "key")
+    store, unit = CellDraws(tmp_path, "key", "s"), WorkUnit(0, 3, 0, 2)
     assert read_all_draws(store, (3, 2), Solo()) is None
-    late = threading.Timer(0.3, lambda: fill(store, 3, 2))
+    late = threading.Timer(0.3, lambda: publish_unit(store, unit, rows(unit)))
     late.start()
     found = read_all_draws(store, (3, 2), Solo(world_size=2))
     late.join()
     assert found is not None and found.num_rows == 6
+
+
+# --- draws and scores ---
+
+
+def test_a_part_that_another_job_has_published_first_stays_and_is_the_one_to_score(tmp_path: Path) -> None:
+    store, unit = CellDraws(tmp_path, "k", "s"), WorkUnit(0, 1, 0, 2)
+    first, second = (rows_of(unit, text=[name, name]) for name in ("first", "second"))
+    assert store.publish_draws(unit, first) is first
+    assert store.publish_draws(unit, second)["text"].to_pylist() == ["first", "first"]
+
+
+def test_draws_are_complete_once_they_are_scored(tmp_path: Path) -> None:
+    store, unit = CellDraws(tmp_path, "k", "s"), WorkUnit(0, 4, 0, 2)
+    store.publish_draws(unit, rows(unit))
+    assert store.coverage(4, 2).drawn.all() and not store.is_complete(4, 2)
+    assert store.read(4, 2, ["text", "error"]) is None
+    texts = store.read(4, 2, ["text"])
+    assert texts is not None and texts["text"].to_pylist() == [f"{a}/{k}" for a in range(4) for k in range(2)]
+    store.publish_scores(scored_unit(unit), rows(unit))
+    joined = store.read(3, 2, ["text", "error"])
+    assert store.is_complete(4, 2) and joined is not None
+    assert joined.select(["text", "error"]).to_pylist()[3:] == [
+        {"text": "1/1", "error": 1.01}, {"text": "2/0", "error": 2.0}, {"text": "2/1", "error": 2.01}
+    ]  # fmt: skip
+    assert CellDraws(tmp_path, "k", "other").read(4, 2, ["error"]) is None, "another AR has scored nothing"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 70), st.integers(1, 20)), min_size=1, max_size=3),
+    st.tuples(st.integers(1, 70), st.integers(1, 20)),
+)
+@settings(max_examples=20, deadline=None)
+def test_scoring_what_is_drawn_covers_each_draw_once_within_the_grid(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[int, int]], grid: tuple[int, int]
+) -> None:
+    store = CellDraws(tmp_path_factory.mktemp("d"), "k", "s")
+    for num_activations, num_draws in drawn:
+        fill(store.draws, num_activations, num_draws)
+    units = store.unscored(WorkUnit.of_grid(*grid))
+    stored = {(a, k) for n, d in drawn for a in range(min(n, grid[0])) for k in range(min(d, grid[1]))}
+    assert sum(unit.num_draws for unit in units) == len(stored)
+    for unit in units:
+        table = store.read_unit(unit)
+        assert table is not None and table.num_rows == unit.num_draws
+        store.publish_scores(unit, rows(unit))
+    coverage = store.coverage(*grid)
+    assert (coverage.scored == coverage.drawn).all() and store.unscored(WorkUnit.of_grid(*grid)) == []
+    if coverage.scored.all():
+        joined = store.read(*grid, ["text", "error"])
+        assert joined is not None
+        pairs = [(a, k) for a in range(grid[0]) for k in range(grid[1])]
+        assert joined["text"].to_pylist() == [f"{a}/{k}" for a, k in pairs]
+        assert joined["error"].to_pylist() == [a + k / 100 for a, k in pairs]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "another key", "no label", "another digest"])
+def test_a_part_of_scores_that_is_damaged_or_misplaced_is_set_aside_and_its_draws_scored_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    store, other, unit = CellDraws(tmp_path, "k", "s"), CellDraws(tmp_path, "k", "other"), WorkUnit(0, 8, 0, 4)
+    for cell in (store, other):
+        publish_unit(cell, unit, rows(unit))
+    path = path_of(store.scores, scored_unit(unit))
+    data, table = bytearray(path.read_bytes()), pq.read_table(path, partitioning=None)
+    if damage == "another key":
+        shutil.copy(path_of(other.scores, scored_unit(unit)), path)
+    elif damage == "no label":
+        pq.write_table(table.replace_schema_metadata(), path)
+    elif damage == "another digest":
+        pq.write_table(table.set_column(2, "error", pa.array([0.0] * 32)).replace_schema_metadata(table.schema.metadata), path)
+    else:
+        errors = pq.ParquetFile(path).metadata.row_group(0).column(2)
+        data[errors.data_page_offset + errors.total_compressed_size - 3] ^= 1
+        path.write_bytes(bytes(data) if damage == "flip" else bytes(data[:-20]))
+    store.set_damaged_aside(8, 4)
+    assert "scores part" in caplog.text and "scored again" in caplog.text
+    assert store.unscored(WorkUnit.of_grid(8, 4)) == [scored_unit(unit)] and store.coverage(8, 4).drawn.all()
+    assert other.is_complete(8, 4)
+
+
+def test_scores_of_draws_that_are_gone_or_others_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, unit = CellDraws(tmp_path, "k", "s"), WorkUnit(0, 2, 0, 2)
+    publish_unit(store, unit, rows(unit))
+    path_of(store.draws, unit).unlink()
+    assert not store.coverage(2, 2).scored.any()
+    store.publish_draws(unit, rows_of(unit, text=["other"] * 4))
+    assert store.read(2, 2, ["error"]) is None and "scores other draws" in caplog.text
+    publish_unit(store, unit, rows(unit))
+    path_of(store.draws, unit).unlink()
+    CellDraws(tmp_path, "k", "s").set_damaged_aside(2, 2)
+    assert "are gone" in caplog.text and store.scored_parts() == []
+
+
+def test_a_part_of_draws_in_the_directory_of_another_key_is_set_aside(tmp_path: Path) -> None:
+    store, other, unit = DrawsStore(tmp_path, "k"), DrawsStore(tmp_path, "other"), WorkUnit(0, 2, 0, 2)
+    store.publish(unit, rows(unit))
+    other.path.mkdir()
+    shutil.copy(path_of(store, unit), path_of(other, unit))
+    assert other.read(2, 2) is None and other.parts() == [] and store.read(2, 2) is not None
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "equal"),
+    [
+        (pa.array(["ab", "c"]), pa.array(["a", "bc"]), False),
+        (pa.array([None, ""]), pa.array(["", None]), False),
+        (pa.array([1.5, None]), pa.array([1.5, 0.0]), False),
+        (pa.array([[1], [2, 3]]), pa.array([[1, 2], [3]]), False),
+        (pa.array([[1], None]), pa.array([[1], []]), False),
+        (pa.array(["x", "a", None, "b"]).slice(1), pa.array(["a", None, "b"]), True),
+    ],
+)
+def test_digests_of_a_column_tell_values_apart_and_ignore_how_they_are_stored(one: pa.Array, two: pa.Array, equal: bool) -> None:
+    digests = [column_digest(pa.chunked_array(chunks)) for chunks in ([one], [two], [one[:1], one[1:]])]
+    assert (digests[0] == digests[1]) is equal and digests[2] == digests[0]

@@ -76,12 +76,13 @@ class Ran:
 
 SLOW = """import os, time
 import ksweep.registry.draws
+import ksweep.registry.work_units
 publish = ksweep.registry.draws.DrawsStore.publish
 def slowly(store, unit, table):
     time.sleep({seconds} if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < {starts} else 0)
-    publish(store, unit, table)
+    return publish(store, unit, table)
 ksweep.registry.draws.DrawsStore.publish = slowly
-ksweep.registry.draws.DRAWS_PER_WORK_UNIT = 16
+ksweep.registry.work_units.DRAWS_PER_WORK_UNIT = 16
 """
 """Units of a tiny pair take a tenth of a second; with this they take as long as those of a large one, at no cost; and there are
 more of them, of fewer draws each."""

@@ -31,7 +31,7 @@ import pytest
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, sweep_main
 from ksweep.activations import ensure
 from ksweep.activations.vector_source import VECTOR_ROWS_PER_UNIT
-from ksweep.registry.draws import DrawsStore
+from ksweep.registry.cell_draws import CellDraws
 from tests.activations.helpers import passages, random_vectors, shard_files, spec, vector_spec, write_jsonl, write_vectors
 from tests.tiny_models import TinyPair, make_base, make_pair
 
@@ -241,14 +241,16 @@ if "SUBMITIT_LOCAL_GLOBALID" in os.environ:  # a rank, not its launcher
     published, asked = [], []
     publish, handle_stop_signal = DrawsStore.publish, HeartbeatThread.handle_stop_signal
     def publish_and_wait(self, unit, table):
-        publish(self, unit, table)
+        answer = publish(self, unit, table)
         published.append(unit)
         while len(published) >= int(os.environ["MOST_PARTS"]) and not asked:
             time.sleep(0.01)
+        return answer
     DrawsStore.publish = publish_and_wait
     HeartbeatThread.handle_stop_signal = lambda self, *signal: (asked.append(signal), handle_stop_signal(self, *signal))[1]
 """
-"""sitecustomize of the ranks: once a rank has published so many parts it waits until it is asked to stop, or killed."""
+"""sitecustomize of the ranks: once a rank has published so many parts of draws it waits, before it scores the last, until it is
+asked to stop, or killed."""
 
 
 def waiting(sweep: Sweep, place: Path, most_parts: int) -> subprocess.Popen[str]:
@@ -272,8 +274,8 @@ def ranks_at_work(sweep: Sweep) -> list[psutil.Process]:
 
 
 def drawn(sweep: Sweep, num_activations: int, num_draws: int) -> pa.Table:
-    [directory] = [p for p in Path(sweep.registry).glob("draws/*") if p.name != "_schema"]
-    table = DrawsStore(directory.parent, directory.name).read(num_activations, num_draws)
+    [directory] = Path(sweep.registry).glob("scores/[!_]*/*")
+    table = CellDraws(Path(sweep.registry), directory.parent.name, directory.name).read(num_activations, num_draws)
     assert table is not None and table.num_rows == num_activations * num_draws
     return table
 
@@ -290,12 +292,14 @@ def assert_same(one: pa.Table, two: pa.Table) -> float:
     return max(differences)
 
 
-def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_and_the_next_run_carries_on(
-    pair: TinyPair, undisturbed: Sweep, tmp_path: Path
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_of_both_stores_and_the_next_run_carries_on(
+    pair: TinyPair, undisturbed: Sweep, tmp_path: Path, ranks: int
 ) -> None:
-    count = 64 * (2 * TRIALS + 2)  # a trial leaves two parts at most, the first one three
+    count = 64 * (2 * TRIALS + 2) * ranks  # a trial leaves two parts of a rank at most, the first one three
     other = tiny_sweep(pair, tmp_path / "killed", count, 16, cluster="local")
-    rng, kills, resumed, left = random.Random(0), 0, 0, 0
+    other = replace(other, resources=replace(other.resources, tasks=ranks))
+    rng, kills, resumed, left, unscored = random.Random(0), 0, 0, 0, 0
     for trial in range(TRIALS):
         before, enough = len(parts(other)), rng.randrange(2) + (trial == 0)
         launcher = waiting(other, tmp_path, enough + 1)
@@ -310,7 +314,11 @@ def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_and_the_next_run_carri
         launcher.communicate()
         kills += bool(victims)
         resumed += before > 0
-        for part in parts(other):
+        names = {part.name for part in parts(other)}
+        scores = list(Path(other.registry).glob("scores/*/*/part-0*.parquet"))
+        assert names >= {part.name for part in scores}, "a unit is scored once its draws are published"
+        unscored += len(names) > len(scores)
+        for part in [*parts(other), *scores]:
             first, last, low, high = map(int, part.stem.split("-")[1:])
             assert pq.read_table(part, partitioning=None).num_rows == (last - first) * (high - low)
         left += len(list(Path(other.registry).rglob(".*.part")))
@@ -319,10 +327,11 @@ def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_and_the_next_run_carri
     worst = assert_same(drawn(other, count, 16), drawn(undisturbed, count, 16))
     assert not list(Path(other.registry).rglob("*.damaged-*"))
     print(
-        f"\ndraws: {kills} kills of {TRIALS}, {resumed} resumed, {left} *.part left, {after} of {count // 64} parts after the "
-        f"last; texts equal, largest difference of an error {worst:.1e}"
+        f"\ndraws on {ranks} ranks: {kills} kills of {TRIALS}, {unscored} between draws and scores, {resumed} resumed, "
+        f"{left} *.part left, {after} of {count // 64} parts after the last; texts equal, "
+        f"largest difference of an error {worst:.1e}"
     )
-    assert kills == TRIALS and resumed == TRIALS - 1
+    assert kills == TRIALS and resumed == TRIALS - 1 and unscored > TRIALS / 2
 
 
 def drawing(sweep: Sweep) -> Iterator[bool]:
@@ -330,7 +339,7 @@ def drawing(sweep: Sweep) -> Iterator[bool]:
     alive = {process.pid for process in ranks_at_work(sweep)}
     for path in Path(sweep.registry).parent.glob("logs/*/attempt-*/rank-*.json"):
         beat = json.loads(path.read_text())
-        yield beat["pid"] in alive and beat["phase"].endswith(("drawing", "loading models"))
+        yield beat["pid"] in alive and beat["phase"].endswith(("drawing", "loading models", "scoring"))
 
 
 COUNTING = """
@@ -493,9 +502,10 @@ sweep = eval(sys.argv[2])
 from ksweep.registry.draws import DrawsStore
 publish = DrawsStore.publish
 def publish_and_fill(self, unit, table):
-    publish(self, unit, table)
+    answer = publish(self, unit, table)
     if not (place / "ballast").exists():
         (place / "ballast").write_bytes(bytes(shutil.disk_usage(place).free - 40_000))
+    return answer
 def run():
     said = io.StringIO()
     with contextlib.redirect_stderr(said):

@@ -186,12 +186,14 @@ def test_a_damaged_draws_file_is_set_aside_and_drawn_again(finished: Sweep) -> N
 
 @pytest.mark.slow
 def test_what_stands_beside_the_draws_is_made_again_when_it_is_gone(finished: Sweep) -> None:
-    before, [directory] = texts(finished), [p for p in Path(finished.registry).glob("draws/*") if p.name != "_schema"]
-    kept = {name: (directory / name).read_text() for name in ("identity.json", "controls.json")}
-    (directory / "identity.json").unlink()
-    (directory / "controls.json").write_text("{")
+    before, root = texts(finished), Path(finished.registry)
+    paths = [*root.glob("draws/[!_]*/identity.json"), *root.glob("scores/[!_]*/*/*.json")]
+    kept = {path: path.read_text() for path in paths}
+    assert [path.name for path in paths].count("identity.json") == 2 and len(paths) == 3
+    for path in paths:
+        path.write_text("{") if path.name == "controls.json" else path.unlink()
     assert run(finished, "scoring.seed=1") == 0
-    assert {name: (directory / name).read_text() for name in kept} == kept and texts(finished) == before
+    assert {path: path.read_text() for path in paths} == kept and texts(finished) == before
     assert ask(finished, "SELECT num_draws_sampled FROM runs ORDER BY finished") == [(320,), (0,)]
 
 
@@ -304,7 +306,7 @@ def test_a_full_disk_exits_with_one_says_so_and_leaves_nothing_half_written(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ksweep.registry.draws.DrawsStore._write", full)
+    monkeypatch.setattr("ksweep.registry.part_store.PartStore._write", full)
     assert run(sweep) == 1
     error = capsys.readouterr().err
     assert "is full" in error and "Traceback" not in error

@@ -13,7 +13,6 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -25,8 +24,8 @@ from ksweep.autoencoder.tae.models import load_tae_reconstructor
 from ksweep.cli import main
 from ksweep.config.spec import replace_at
 from ksweep.evaluation.identity import cell_keys
-from ksweep.registry.draws import DRAWS_SCHEMA
 from ksweep.utils.errors import SpecError
+from tests.stored_rows import make_earlier
 from tests.tae_sweeps import CASES, WORDS, checkpoint, run, sweep_over
 from tests.tiny_sweeps import ask
 
@@ -180,7 +179,7 @@ def test_draws_taken_in_two_runs_give_the_quantities_of_all(sweep: Sweep, case: 
     run_id = ask(sweep, "SELECT run_id FROM runs ORDER BY finished DESC LIMIT 1")[0][0]
     agree(landed(sweep, where=f"role IS NULL AND run_id = '{run_id}'"), of, ks)
     # Of 20 draws in units of 4, 12 and 4, far fewer reconstructions are kept than draws.
-    parts = [pq.read_table(p, partitioning=None)["reconstruction"] for p in Path(sweep.registry).glob("draws/*/part-*.parquet")]
+    parts = [pq.read_table(p, partitioning=None)["reconstruction"] for p in Path(sweep.registry).glob("scores/*/*/part-0*")]
     assert sum(len(p) - p.null_count for p in parts) < 0.5 * sum(map(len, parts))
 
 
@@ -291,11 +290,8 @@ def test_an_exported_run_imported_again_has_the_same_recovery(
 
 
 def without_later_reconstructions(sweep: Sweep) -> None:
-    """The draws store as it was when draw 0 alone had its reconstruction."""
-    for path in Path(sweep.registry).glob("draws/*/part-0*.parquet"):
-        rows = pq.read_table(path, partitioning=None).to_pylist()
-        old = [row | {"reconstruction": row["reconstruction"] if row["draw"] == 0 else None} for row in rows]
-        pq.write_table(pa.Table.from_pylist(old, schema=DRAWS_SCHEMA), path)
+    """The registry as it was when draws and scores lay in one part and draw 0 alone had its reconstruction."""
+    make_earlier(sweep.registry, lambda row: row | {"reconstruction": row["reconstruction"] if row["draw"] == 0 else None})
 
 
 @pytest.mark.slow

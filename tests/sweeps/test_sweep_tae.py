@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -29,6 +28,7 @@ from ksweep.evaluation.identity import cell_keys
 from ksweep.utils.errors import SpecError
 from tests.activations.helpers import random_vectors, write_vectors
 from tests.config.helpers import overridden
+from tests.stored_rows import joined_parts
 from tests.tae_sweeps import CASES, FIXTURES, NUM_ACTIVATIONS, NUM_DRAWS, WORDS, checkpoint, run, sweep_over
 from tests.tiny_sweeps import ask
 
@@ -100,8 +100,7 @@ def kept(sweep: Sweep, case: str) -> Kept:
     info = inspect_tae(checkpoint(case))
     wanted = replace(sweep.cell.activations, model=info.activations_model, layer=None)
     vectors = ensure(wanted, info.layer, Path(sweep.vector_cache)).vectors().astype(np.float64)
-    parts = [pq.read_table(p, partitioning=None) for p in Path(sweep.registry).glob("draws/*/part-*.parquet")]
-    rows = sorted((row for part in parts for row in part.to_pylist()), key=lambda r: (r["activation"], r["draw"]))
+    rows = joined_parts(sweep.registry)
     grid = (NUM_ACTIVATIONS, NUM_DRAWS)
     names = ("error", "cosine", "shuffled_error", "shuffled_activation")
     errors, cosines, shuffled, others = (np.array([r[name] for r in rows], dtype=float).reshape(grid) for name in names)
@@ -298,8 +297,7 @@ def test_a_pretokenised_split_goes_through_a_whole_sweep_at_the_reference_positi
         "positions": "all", "min_position": 0, "num_activations": int(arrays["attention_mask"].sum()),
     }  # fmt: skip
     assert run(sweep, case, *(f"activations.{name}={value}" for name, value in settings.items())) == 0
-    parts = [pq.read_table(p, partitioning=None) for p in Path(sweep.registry).glob("draws/*/part-*.parquet")]
-    firsts = {(r["row_id"], r["position"]): r for part in parts for r in part.to_pylist() if r["draw"] == 0}
+    firsts = {(r["row_id"], r["position"]): r for r in joined_parts(sweep.registry) if r["draw"] == 0}
     assert set(firsts) == {(f"row:{row}", at) for row, at in np.argwhere(arrays["attention_mask"]).tolist()}
     chosen = [firsts[f"row:{row}", at] for row, at in enumerate(arrays["positions"].tolist())]
     against_reference = np.square([r["reconstruction"] for r in chosen] - arrays["activations"]).mean(axis=1)

@@ -40,7 +40,8 @@ MOST_PARTS = 30
 
 ERRORS_QUERY = f"""
     SELECT n.label, d.activation, d.error
-    FROM draws AS d JOIN v_latest AS c USING (draws_key) JOIN {NAMED} AS n ON n.run_id = c.run_id
+    FROM draws AS d JOIN v_latest AS c ON d.draws_key = c.draws_key AND d.scores_key IS NOT DISTINCT FROM c.scores_key
+    JOIN {NAMED} AS n ON n.run_id = c.run_id
     WHERE d.activation < c.num_activations AND d.draw < c.num_draws
 """
 NORMS_QUERY = f"""

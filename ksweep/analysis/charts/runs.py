@@ -38,7 +38,8 @@ PROGRESS_QUERY = f"""
     )
     SELECT n.name AS label, n.cell, n.status AS state, wanted_activations * wanted_draws AS total,
            (SELECT count(*) FROM draws AS d
-            WHERE d.draws_key = n.draws_key AND d.activation < wanted_activations AND d.draw < wanted_draws) AS done
+            WHERE d.draws_key = n.draws_key AND d.scores_key IS NOT DISTINCT FROM n.scores_key
+              AND d.activation < wanted_activations AND d.draw < wanted_draws) AS done
     FROM newest AS n ORDER BY n.finished
 """
 STATE_COLOURS = {"finished": "#009E73", "running": "#0072B2", "waiting": "#CCCCCC", "stopped": "#E69F00", "failed": "#D55E00"}

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep.analysis.diff import flatten
+from ksweep.registry.cell_draws import stored_draws
 from ksweep.registry.database import connect
-from ksweep.registry.draws import ACTIVATIONS_PER_WORK_UNIT, DrawsStore
 from ksweep.registry.query import TableRow
+from ksweep.registry.work_units import ACTIVATIONS_PER_WORK_UNIT
 from ksweep.utils.cell_names import distinct_names
 from ksweep.utils.errors import RequestError
 
@@ -157,10 +158,11 @@ def _with_draws(facts: ReportData, connection: DuckDBPyConnection, registry: Pat
     most = max(FEWEST_READ, DRAWS_READ // max(1, len(runs)))
     errors, explanations, read, there = [facts.errors], list[TableRow](), 0, 0
     for run in runs:
-        files = _files(registry, run, most)
-        if not files:
+        draws = _draws_of(registry, run, most)
+        if draws is None:
             continue
-        connection.execute(_READ, [files, run["num_activations"], run["num_draws"], SHOWN_TEXT])
+        connection.register("stored_draws", draws)
+        connection.execute(_READ, [run["num_activations"], run["num_draws"], SHOWN_TEXT])
         errors.append(_arrow(connection, "SELECT ? AS label, activation, error FROM read_draws", run["label"]).cast(_ERRORS))
         explanations += _explanations(connection, run, num_shown)
         read, there = read + errors[-1].num_rows, there + run["num_activations"] * run["num_draws"]
@@ -168,14 +170,17 @@ def _with_draws(facts: ReportData, connection: DuckDBPyConnection, registry: Pat
     return replace(facts, errors=pa.concat_tables(errors), explanations=explanations, num_shown=num_shown, sampled=sampled)
 
 
-def _files(registry: Path, run: TableRow, most: int) -> list[str]:
-    """Return the parts with a run's draws: all, or those of evenly spaced blocks of activations with about `most` draws."""
-    store = DrawsStore(registry / "draws", run["draws_key"])
-    parts = [p for p in store.parts() if p.first_row < run["num_activations"] and p.first_draw < run["num_draws"]]
+def _draws_of(registry: Path, run: TableRow, most: int) -> pa.Table | None:
+    """Read a run's draws: all, or about `most` in evenly spaced blocks of activations; None if there are none."""
+    store = stored_draws(registry, run["draws_key"], run["scores_key"])
+    parts = [part for part in store.scored_parts() if part.meets(run["num_activations"], run["num_draws"])]
     blocks = sorted({part.first_row // ACTIVATIONS_PER_WORK_UNIT for part in parts})
     wanted = max(1, most // (ACTIVATIONS_PER_WORK_UNIT * run["num_draws"]))
     chosen = {blocks[index] for index in _evenly(len(blocks), wanted)} if blocks else set()
-    return [str(store.path / part.file_name) for part in parts if part.first_row // ACTIVATIONS_PER_WORK_UNIT in chosen]
+    wanted = [part for part in parts if part.first_row // ACTIVATIONS_PER_WORK_UNIT in chosen]
+    tables = (store.read_scored(part, _READ_COLUMNS) for part in wanted)
+    there = [table.replace_schema_metadata() for table in tables if table is not None]
+    return pa.concat_tables(there) if there else None
 
 
 def _explanations(connection: DuckDBPyConnection, run: TableRow, most: int) -> Iterator[TableRow]:
@@ -193,12 +198,14 @@ def _evenly(count: int, most: int) -> Sequence[int]:
 
 
 _ERRORS = pa.schema([("label", pa.string()), ("activation", pa.int64()), ("error", pa.float64())])
+_READ_COLUMNS = ("error", "parse", "document", "position", "context", "explanation", "text")
 _READ = """
     CREATE OR REPLACE TEMP TABLE read_draws AS
-    SELECT activation, draw, error, parse, document, position, right(context, $4) AS context,
-           left(coalesce(explanation, text), $4) AS explanation
-    FROM read_parquet($1, filename = true) WHERE activation < $2 AND draw < $3
-    QUALIFY row_number() OVER (PARTITION BY activation, draw ORDER BY filename) = 1
+    WITH numbered AS (SELECT *, row_number() OVER () AS place FROM stored_draws)
+    SELECT activation, draw, error, parse, document, position, right(context, $3) AS context,
+           left(coalesce(explanation, text), $3) AS explanation
+    FROM numbered WHERE activation < $1 AND draw < $2
+    QUALIFY row_number() OVER (PARTITION BY activation, draw ORDER BY place) = 1
 """
 """A draw that two concurrent sweeps both sampled counts once, as in the view draws."""
 _BY_BEST_ERROR = "SELECT activation FROM read_draws GROUP BY activation ORDER BY min(error) NULLS LAST, activation"

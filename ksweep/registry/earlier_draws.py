@@ -1,0 +1,121 @@
+"""Draws of earlier versions: a part holds draws and scores together, in a directory named after the key of both.
+
+They stay where they are, for the runs that were recorded over them. A cell that needs them copies them into the stores of this
+version (`CellDraws.take_over_earlier`): nothing is sampled or scored that is stored in either layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ksweep.registry.draws import PART_NAME
+from ksweep.registry.part_store import PartStore, stored_reconstructions, unit_named
+from ksweep.registry.work_units import WorkUnit
+from ksweep.utils.fingerprint import fingerprint
+
+AR_ENTRIES = ("ar", "ar_bos", "encoder_prompt", "scorer_version")
+"""Entries of an earlier identity of draws that belong to their scores."""
+
+
+@dataclass(frozen=True)
+class SplitKeys:
+    """The keys that the draws and the scores of an earlier directory have now."""
+
+    draws: str
+    scores: str
+
+
+def split_identity(combined: Mapping[str, Any]) -> SplitKeys:
+    """Return the keys of draws and of scores for what an earlier version hashed into one key.
+
+    Raises:
+        KeyError: it lacks what every earlier version wrote.
+    """
+    draws = {name: value for name, value in combined.items() if name not in AR_ENTRIES}
+    of_ar = {name: value for name, value in combined.items() if name in (*AR_ENTRIES, "checkpoint")}
+    scores = {"metric": "reconstruction", "dtype": combined["dtype"], "scorer_version": combined["scorer_version"]} | of_ar
+    return SplitKeys(fingerprint(draws), fingerprint(scores))
+
+
+class EarlierDraws(PartStore[WorkUnit]):
+    """The draws and scores of one directory of an earlier version. Its parts have no label."""
+
+    content = "draws"
+    remedy = "its draws are sampled again"
+
+    def __init__(self, root: Path, key: str) -> None:
+        """Open a directory below `root` (registry/draws)."""
+        super().__init__(root / key, {"draws": key})
+        self.key = key
+
+    def file_name(self, part: WorkUnit) -> str:
+        """Return the name of a part's file."""
+        return f"part-{part.span}.parquet"
+
+    def part_named(self, name: str) -> WorkUnit | None:
+        """Return the unit of a file name; None for other files."""
+        return unit_named(PART_NAME, name)
+
+    def _label_mismatch(self, table: pa.Table) -> str | None:
+        return None
+
+    @property
+    def split_keys(self) -> SplitKeys | None:
+        """The keys that its draws and scores have now; None where identity.json is missing or of this version."""
+        return _split_keys(self.path / "identity.json")
+
+    def scored_parts(self) -> list[WorkUnit]:
+        """Return its parts: each holds draws with their scores."""
+        return self.parts()
+
+    def read_scored(self, unit: WorkUnit, columns: Iterable[str]) -> pa.Table | None:
+        """Return the draws of a part with their scores; None, with the part set aside, if it is damaged."""
+        return self.read_part(unit, list(columns))
+
+    def reconstructions(
+        self, activations: np.ndarray, draws: np.ndarray, d_model: int, parts: Sequence[WorkUnit] | None = None
+    ) -> np.ndarray:
+        """Return the reconstruction of each (activation, draw): see `stored_reconstructions`."""
+        return stored_reconstructions(self, self.parts() if parts is None else parts, activations, draws, d_model)
+
+
+def earlier_draws(root: Path, draws_key: str, combined_key: str) -> Iterator[EarlierDraws]:
+    """Yield the directories of earlier versions below `root` (registry/draws) that hold draws of this key.
+
+    One without identity.json is known by its name alone, the key of draws and scores together.
+    """
+    try:
+        names = sorted(os.listdir(root))
+    except FileNotFoundError:
+        return
+    for name in names:
+        store = EarlierDraws(root, name)
+        keys = None if name.startswith(("_", ".")) or name == draws_key else store.split_keys
+        if name == combined_key or (keys is not None and keys.draws == draws_key):
+            yield store
+
+
+def _split_keys(path: Path) -> SplitKeys | None:
+    try:
+        return _split_keys_of_file(path, path.stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+@cache
+def _split_keys_of_file(path: Path, changed: int) -> SplitKeys | None:
+    """Return the keys of one identity.json, which is read once per process."""
+    try:
+        combined = json.loads(path.read_bytes())["draws"]
+        return split_identity(combined) if "scorer_version" in combined else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

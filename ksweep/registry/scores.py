@@ -1,0 +1,110 @@
+"""The scores store: what draws were worth. `registry/scores/<draws key>/<scores key>/part-*.parquet`, a row per draw.
+
+A directory holds the scores of one metric, which its identity.json names. A part scores draws of one part of the draws store: all
+of them under the same name, or some of them as `part-<draws scored>-of-<draws in the part>.parquet`. Its label has the digest of
+that part, so that a text is never read with the score of another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ksweep.registry.part_labels import label_of
+from ksweep.registry.part_store import SPAN, PartStore
+from ksweep.registry.work_units import WorkUnit, missing_rectangles
+
+RECONSTRUCTION_SCHEMA = pa.schema(
+    [
+        ("activation", pa.int64()),
+        ("draw", pa.int32()),
+        ("error", pa.float64()),
+        ("cosine", pa.float64()),
+        ("norm", pa.float64()),
+        ("shuffled_error", pa.float64()),
+        ("shuffled_activation", pa.int64()),
+        ("reconstruction", pa.list_(pa.float32())),
+    ]
+)
+"""`reconstruction` [d_model], as the AR gave it, is kept where it is needed again: for draw 0 (retrieval among the activations)
+and, with a checkpoint, for every draw whose error is below that of each earlier draw of its activation in the unit. The best of
+the first K draws of an activation is always one of these, however its draws are cut into units. Of 16 draws 3.4 are kept on
+average, of 64 draws 4.7 (harmonic numbers). Parts of early versions have it for draw 0 only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricLayout:
+    """How the scores of a metric are stored."""
+
+    metric: str
+    """Name of the metric, as in identity.json."""
+    prefix: str
+    """What the names of its parts begin with: files of one prefix have the same columns, so that one scan reads them all."""
+    schema: pa.Schema
+
+
+RECONSTRUCTION = MetricLayout(metric="reconstruction", prefix="part", schema=RECONSTRUCTION_SCHEMA)
+"""Reconstruction of the activation by an AR: its error, cosine and norm."""
+
+
+@dataclass(frozen=True, order=True)
+class ScoredUnit(WorkUnit):
+    """Draws that are scored at once."""
+
+    of: WorkUnit
+    """The part of the draws store that they lie in."""
+
+
+def scored_unit(unit: WorkUnit, of: WorkUnit | None = None) -> ScoredUnit:
+    """Return a rectangle of draws as a unit to be scored; it is a part of the draws store, or lies in the part `of`."""
+    return ScoredUnit(unit.first_row, unit.last_row, unit.first_draw, unit.last_draw, of=of or unit)
+
+
+class ScoresStore(PartStore[ScoredUnit]):
+    """All scores of the draws of one key by one metric."""
+
+    content = "scores"
+    remedy = "its draws are scored again"
+
+    def __init__(self, root: Path, draws_key: str, scores_key: str, layout: MetricLayout = RECONSTRUCTION) -> None:
+        """Open the scores of a key below `root` (registry/scores); no directory is created before the first unit is published."""
+        super().__init__(root / draws_key / scores_key, {"draws": draws_key, "scores": scores_key})
+        self.layout = layout
+        self._pattern = re.compile(rf"^{re.escape(layout.prefix)}-{SPAN}(?:-of-{SPAN})?\.parquet$")
+
+    def file_name(self, part: ScoredUnit) -> str:
+        """Return the name of a unit's file."""
+        some = "" if part.span == part.of.span else f"-of-{part.of.span}"
+        return f"{self.layout.prefix}-{part.span}{some}.parquet"
+
+    def part_named(self, name: str) -> ScoredUnit | None:
+        """Return the unit of a file name; None for other files."""
+        match = self._pattern.match(name)
+        if match is None:
+            return None
+        numbers = [int(number) for number in match.groups() if number is not None]
+        return scored_unit(WorkUnit(*numbers[:4]), WorkUnit(*numbers[-4:]))
+
+    def publish(self, unit: ScoredUnit, table: pa.Table, scored: str) -> None:
+        """Publish the scores of a unit; `scored` is the digest of the draws part.
+
+        Raises:
+            DiskFullError: the disk is full; no partial file is left.
+        """
+        scores = table.select(self.layout.schema.names).cast(self.layout.schema)
+        self.write(unit, scores, label_of(scores, self.keys, self.layout.schema.names, scored), replace=True)
+
+
+def unscored_units(parts: list[WorkUnit], is_scored: np.ndarray) -> Iterator[ScoredUnit]:
+    """Yield the draws of parts that are False in `is_scored` [activation, draw], each once, as few rectangles."""
+    done = is_scored.copy()
+    for part in parts:
+        block = done[part.index()]
+        for unit in missing_rectangles(block, part.first_row, part.first_draw):
+            yield scored_unit(unit, part)
+        block[:] = True
