@@ -124,8 +124,19 @@ def brute_force_nucleus(p, top_p):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocabulary", [7, 256, 700])
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (1.0, 1.0), (1.7, 1.0), (1.0, 0.9), (0.8, 0.5), (1.3, 0.95)])
+@pytest.mark.parametrize(
+    ("vocabulary", "temperature", "top_p"),
+    [
+        (7, 0.5, 1.0),
+        (7, 1.0, 0.9),
+        (7, 1.3, 0.95),
+        (256, 1.0, 1.0),
+        (256, 0.8, 0.5),
+        (700, 0.5, 1.0),
+        (700, 1.7, 1.0),
+        (700, 1.0, 0.9),
+    ],
+)
 def test_sample_follows_the_exact_distribution(vocabulary, temperature, top_p):
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 2
     n = 20_000
