@@ -1,4 +1,4 @@
--- The data dictionary: every table of registry/ksweep.duckdb and what each column means. views.sql continues it.
+-- The data dictionary: every table of registry/ksweep.duckdb and what each column means. views.sql and file_views.sql continue it.
 --
 --     select table_name, column_name, data_type, comment from duckdb_columns() where schema_name = 'main';
 --

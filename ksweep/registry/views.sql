@@ -1,6 +1,5 @@
--- Views over the tables of schema.sql and over Parquet files of the registry. Ingest creates them and puts paths in the place of
--- 'DRAWS_PARTS' and 'ACTIVATIONS'. A column without a comment here means what the column of that name means in schema.sql, and
--- inherits its comment from there.
+-- Views over the tables of schema.sql. A column without a comment here means what the column of that name means in schema.sql, and
+-- inherits its comment from there. They are the same in every registry; file_views.sql has those that are not.
 
 CREATE VIEW v_latest AS
 -- Two runs are of one cell when draws and spec are the same, even if their keys name different versions of the statistics.
@@ -193,22 +192,6 @@ COMMENT ON COLUMN v_throughput.drawing_seconds IS 'Wall-clock seconds of samplin
 COMMENT ON COLUMN v_throughput.draws_per_second IS 'Draws sampled per second of drawing_seconds, all ranks together.';
 COMMENT ON COLUMN v_throughput.torch_version IS 'Version of torch.';
 
-CREATE VIEW activations AS
-SELECT parse_path(a.filename)[-2] AS run_id, a.activation, a.row_id, a.document, a.position, a.role, a.norm, a.distance, a.num_failed, a.ks, a.errors
-FROM read_parquet('ACTIVATIONS', union_by_name = false, filename = true) AS a;
-COMMENT ON VIEW activations IS 'One row per run and activation, read directly from the files of the runs (one file per run: filter by run_id).';
-COMMENT ON COLUMN activations.run_id IS 'Run that measured the errors.';
-COMMENT ON COLUMN activations.activation IS 'Index of the activation within its store, 0-based.';
-COMMENT ON COLUMN activations.row_id IS 'Row of text and token position that the activation comes from.';
-COMMENT ON COLUMN activations.document IS 'Document that the activation comes from: the cluster that the bootstrap resamples.';
-COMMENT ON COLUMN activations.position IS 'Token position of the activation in its row of text, 0-based.';
-COMMENT ON COLUMN activations.role IS 'Role of the activation''s token: user, assistant, system, special, other; NULL where the chat format is unknown.';
-COMMENT ON COLUMN activations.norm IS 'L2 norm of the activation.';
-COMMENT ON COLUMN activations.distance IS 'Contribution of the activation to the run''s baseline, which is the mean of this column: its part of the distances between documents (may be negative), or its squared distance from the mean; for a stated constant that constant.';
-COMMENT ON COLUMN activations.num_failed IS 'Number of the activation''s draws that failed.';
-COMMENT ON COLUMN activations.ks IS 'Values of K of the column errors.';
-COMMENT ON COLUMN activations.errors IS 'Expected smallest error among K draws, for each K in ks.';
-
 CREATE VIEW reference_quantities AS
 SELECT runs.cell, runs.label, c.quantity, c.role, c.k, c.value, c.low, c.high, c.bca_low, c.bca_high, c.std, c.bias, c.spread,
        c.num_activations, runs.temperature, runs.sweep, runs.cell_key, c.run_id
@@ -229,76 +212,6 @@ COMMENT ON COLUMN v_token_roles.tokens IS 'evaluated: the evaluated positions. a
 COMMENT ON COLUMN v_token_roles.role IS 'Role of the tokens: user, assistant, system, special, other, pad.';
 COMMENT ON COLUMN v_token_roles.num_tokens IS 'Number of tokens with the role.';
 COMMENT ON COLUMN v_token_roles.share IS 'Fraction of all tokens but padding; NULL for pad.';
-
-CREATE VIEW texts AS
-WITH files AS (
-    -- union_by_name would open every file before reading one. All parts have the columns of draws.DRAWS_FILE_SCHEMA.
-    SELECT * EXCLUDE (filename, error, cosine, norm, shuffled_error, shuffled_activation, reconstruction), filename,
-           parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true)
-)
--- Two sweeps that run at once may both sample a draw: it lies in two overlapping parts and counts once. draws_key is a plain
--- column here, so that a filter on it is pushed below the window function and only the files of that key are opened.
-SELECT draws_key, activation, draw, explanation, text, num_tokens, finish, parse, log_probability, row_id, document, position, context,
-       token_ids
-FROM files QUALIFY row_number() OVER (PARTITION BY draws_key, activation, draw ORDER BY filename) = 1;
-COMMENT ON VIEW texts IS 'One row per draw, whether it is scored or not: what the AV said, read directly from registry/draws without its scores. Filter by draws_key in a large registry.';
-
-CREATE VIEW draws AS
-WITH said AS (
-    SELECT * EXCLUDE (filename), filename, parse_path(filename)[-2] AS draws_key, parse_path(filename)[-1] AS part
-    FROM read_parquet('DRAWS_PARTS', filename = true)
-), worth AS (
-    -- part: the part of the draws store that these scores belong to.
-    SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS scores_key,
-           regexp_replace(parse_path(filename)[-1], '^part-.*-of-', 'part-') AS part, activation, draw, error, cosine, norm,
-           shuffled_error, shuffled_activation
-    FROM read_parquet('SCORES_PARTS', filename = true)
-), parts AS (
-    -- Parts of earlier versions hold the scores themselves. Two sweeps that run at once may both sample a draw: it lies in two
-    -- overlapping parts, counts once for each scorer, and is not without scores if one of the two has some.
-    SELECT s.* EXCLUDE (error, cosine, norm, shuffled_error, shuffled_activation, reconstruction), w.scores_key,
-           coalesce(w.error, s.error) AS error, coalesce(w.cosine, s.cosine) AS cosine, coalesce(w.norm, s.norm) AS norm,
-           coalesce(w.shuffled_error, s.shuffled_error) AS shuffled_error,
-           coalesce(w.shuffled_activation, s.shuffled_activation) AS shuffled_activation
-    FROM said AS s LEFT JOIN worth AS w USING (draws_key, part, activation, draw)
-    QUALIFY row_number() OVER (PARTITION BY s.draws_key, w.scores_key, s.activation, s.draw ORDER BY s.filename) = 1
-        AND (w.scores_key IS NOT NULL OR count(w.scores_key) OVER (PARTITION BY s.draws_key, s.activation, s.draw) = 0)
-), cells AS (
-    SELECT draws_key, scores_key, arg_max(cell, finished) AS cell FROM v_latest WHERE draws_key IS NOT NULL GROUP BY draws_key, scores_key
-)
-SELECT cells.cell, p.draws_key, p.scores_key, p.activation, p.draw,
-       row_number() OVER (PARTITION BY p.draws_key, p.scores_key, p.activation ORDER BY p.error NULLS LAST, p.draw) AS rank,
-       p.error, p.cosine, p.explanation, p.text, p.num_tokens, p.finish, p.parse, p.log_probability,
-       p.shuffled_error, p.shuffled_activation,
-       p.row_id, p.document, p.position, p.context, p.norm, p.token_ids
-FROM parts AS p LEFT JOIN cells ON cells.draws_key = p.draws_key AND cells.scores_key IS NOT DISTINCT FROM p.scores_key;
-COMMENT ON VIEW draws IS 'One row per draw and scorer: a sampled explanation and its score, read directly from the Parquet files of registry/draws and registry/scores, those of running and failed cells included. A draw without scores has one row, with a NULL error. Filter by draws_key in a large registry: only its files are read then.';
-COMMENT ON COLUMN draws.cell IS 'Newest finished cell that used these draws and scores; NULL while none has finished. Cells that differ only in counts or scoring share them.';
-COMMENT ON COLUMN draws.draws_key IS 'Key of the draws: name of a directory under registry/draws.';
-COMMENT ON COLUMN draws.scores_key IS 'Key of the scores: name of a directory under registry/scores/<draws_key>. NULL for draws without scores, and for parts of earlier versions, which hold draws and scores together.';
-COMMENT ON COLUMN draws.activation IS 'Index of the activation within its store, 0-based; a cell over N activations uses the first N.';
-COMMENT ON COLUMN draws.draw IS 'Index of the draw, 0-based. In float32 the same draw for every batch size and number of ranks; in bfloat16 rounding may flip near ties (runs.engine). A cell of N draws uses the first N.';
-COMMENT ON COLUMN draws.rank IS 'Rank of the draw by error among all stored draws of its activation with the same scorer, 1 is best; failed draws come last.';
-COMMENT ON COLUMN draws.error IS 'Error of the reconstruction; NLA pairs: 2 (1 - cosine). NULL when the draw failed or has no scores.';
-COMMENT ON COLUMN draws.cosine IS 'Cosine between the reconstruction and the activation; NULL when the draw failed.';
-COMMENT ON COLUMN draws.explanation IS 'The explanation that was scored, extracted from text; NULL when none was found.';
-COMMENT ON COLUMN draws.text IS 'Full text that the AV generated, tags included.';
-COMMENT ON COLUMN draws.num_tokens IS 'Length of the generated text, tokens.';
-COMMENT ON COLUMN draws.finish IS 'Why generation ended.';
-COMMENT ON COLUMN draws.parse IS 'ok, or the reason why no explanation was found in text: the cause of a failed draw.';
-COMMENT ON COLUMN draws.log_probability IS 'Log probability of the sampled tokens under the AV at its sampling temperature, nats.';
-COMMENT ON COLUMN draws.shuffled_error IS 'Control: error of this draw''s reconstruction against another activation, shuffled_activation.';
-COMMENT ON COLUMN draws.shuffled_activation IS 'Index of the other activation, from another document where there is one.';
-COMMENT ON COLUMN draws.row_id IS 'Row of text and token position that the activation comes from.';
-COMMENT ON COLUMN draws.document IS 'Document that the activation comes from: the cluster that the bootstrap resamples.';
-COMMENT ON COLUMN draws.position IS 'Token position of the activation in its row of text, 0-based.';
-COMMENT ON COLUMN draws.context IS 'Text around that position.';
-COMMENT ON COLUMN draws.norm IS 'L2 norm of the reconstruction as the AR gave it, before scaling; NULL when the draw failed.';
-COMMENT ON COLUMN draws.token_ids IS 'Token ids that the AV sampled.';
-
-CREATE VIEW best_draws AS
-SELECT * EXCLUDE (rank) FROM draws WHERE rank = 1 AND error IS NOT NULL;
-COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation, by scorer; activations whose draws all failed are left out.';
 
 CREATE VIEW v_temperature AS
 WITH siblings AS (
