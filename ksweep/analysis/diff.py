@@ -50,6 +50,7 @@ def diff_runs(root: Path, first: str, second: str, level: float | None = None) -
         "same": {
             "cell": a.cell_key == b.cell_key,
             "draws": a.draws_key is not None and a.draws_key == b.draws_key,
+            "scores": a.draws_key is not None and (a.draws_key, a.scores_key) == (b.draws_key, b.scores_key),
             "activations": a.activations_key is not None and a.activations_key == b.activations_key,
         },
         "spec": list(_differences(a.spec, b.spec)),

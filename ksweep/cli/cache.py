@@ -108,7 +108,7 @@ def cache_gc_command(
 ) -> None:
     """Free disk space: keys by --older-than, --keep-used or both (then only those that meet both), and always crash leftovers.
 
-    Lists what would be removed, and removes nothing unless --yes is given. Draws are results and are never removed.
+    Lists what would be removed, and removes nothing unless --yes is given. Draws and scores are results and are never removed.
     """
     from ksweep.activations import maintenance
     from ksweep.registry.run_record import activations_in_use
@@ -119,8 +119,8 @@ def cache_gc_command(
     busy = [] if force else [removal for removal in keys if maintenance.is_in_use(removal)]
     keys = [removal for removal in keys if removal not in busy]
     removals = keys + maintenance.leftovers_in(vector_cache)
-    for draws in sorted((registry / "draws").glob("*/")):
-        removals += maintenance.leftovers_of(draws)
+    for directory in sorted([*(registry / "draws").glob("*/"), *(registry / "scores").glob("*/*/")]):
+        removals += maintenance.leftovers_of(directory)
     removed_directories = {removal.path for removal in keys}
     removals = [removal for removal in removals if removal.path.parent not in removed_directories]
     _print_removals(removals, yes, as_json)
@@ -149,12 +149,16 @@ def cache_du_command(
     registry: RegistryOption = Path("registry"),
     as_json: JsonOption = False,
 ) -> None:
-    """Show the bytes of each key and in total, of the activations and of the registry's draws."""
+    """Show the bytes of each key and in total, of the activations and of the registry's draws and scores."""
     from ksweep.activations import maintenance
 
     rows: list[OutputRow] = [{"store": "activations", "key": e.key, "bytes": e.bytes} for e in maintenance.entries(vector_cache)]
     draws = [path for path in (registry / "draws").glob("*/") if not path.name.startswith("_")]
     rows += [{"store": "draws", "key": path.name, "bytes": maintenance.disk_bytes(path)} for path in draws]
+    scores = [path for path in (registry / "scores").glob("*/*/") if not path.name.startswith("_")]
+    rows += [
+        {"store": "scores", "key": f"{path.parent.name}/{path.name}", "bytes": maintenance.disk_bytes(path)} for path in scores
+    ]
     rows.sort(key=lambda row: -row["bytes"])
     rows.append({"store": "all", "key": None, "bytes": sum(row["bytes"] for row in rows)})
     print_rows(rows if as_json else [{**row, "bytes": bytes_text(row["bytes"])} for row in rows], as_json=as_json)

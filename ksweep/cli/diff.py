@@ -37,7 +37,7 @@ def _print_sections(differences: OutputRow) -> None:
     for name, run in zip("ab", differences["runs"], strict=True):
         print_text(f"{name}: {run['run_id']}  {run['cell']}  {run['status']} {run['finished']}")
     same = [what for what, is_same in differences["same"].items() if is_same]
-    print_text(f"the same: {', '.join(same) or 'none of cell, draws, activations'}")
+    print_text(f"the same: {', '.join(same) or 'none of cell, draws, scores, activations'}")
     for title in ("spec", "provenance", "counts"):
         if differences[title]:
             print_section(title, differences[title])

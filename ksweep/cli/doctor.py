@@ -144,19 +144,17 @@ def _registry(registry: Path) -> Iterator[Finding]:
 
 def _draws(registry: Path) -> Iterator[Finding]:
     """Look at names and sizes only; a sweep reads what it uses."""
-    if not (registry / "draws").is_dir():
-        return
-    keys = [path for path in (registry / "draws").iterdir() if path.is_dir() and not path.name.startswith("_")]
-    files = [file for key in keys for file in key.glob("part-*")]
-    damaged = [file for file in files if ".damaged-" in file.name]
-    size = sum(file.stat().st_size for file in files)
-    yield Finding("draws", "ok", f"{_number(len(keys), 'key')}, {_number(len(files) - len(damaged), 'part')}, {bytes_text(size)}")
-    if damaged:
-        yield Finding(
-            "draws",
-            "note",
-            f"{_number(len(damaged), 'damaged part')} set aside, such as {damaged[0]}: drawn again when needed",
-        )
+    for store, pattern, again in (("draws", "draws/*/", "drawn"), ("scores", "scores/*/*/", "scored")):
+        keys = [path for path in registry.glob(pattern) if not path.name.startswith("_")]
+        files = [file for key in keys for file in key.glob("part-*")]
+        damaged = [file for file in files if ".damaged-" in file.name]
+        size = sum(file.stat().st_size for file in files)
+        if keys or (store == "draws" and (registry / "draws").is_dir()):
+            counted = f"{_number(len(keys), 'key')}, {_number(len(files) - len(damaged), 'part')}, {bytes_text(size)}"
+            yield Finding(store, "ok", counted)
+        if damaged:
+            text = f"{_number(len(damaged), 'damaged part')} set aside, such as {damaged[0]}: {again} again when needed"
+            yield Finding(store, "note", text)
 
 
 def _vector_cache(vector_cache: Path) -> Iterator[Finding]:

@@ -14,8 +14,9 @@ from ksweep.utils.console import bytes_text
 SHOWN_RUN_COLUMNS = (
     "run_id", "status", "cell", "sweep", "started", "finished", "host", "device", "num_ranks", "git_commit", "git_dirty",
     "num_activations", "num_documents", "effective_documents", "layer", "d_model", "num_draws", "num_draws_sampled",
-    "num_draws_reused", "draws_bytes", "tokens_per_second", "mean_tokens", "baseline", "baseline_kind", "baseline_from_mean",
-    "fve_over_successes", "distinct_text_fraction", "cjk_fraction", "cell_key", "draws_key", "activations_key",
+    "num_draws_reused", "num_draws_scored", "draws_bytes", "scores_bytes", "tokens_per_second", "mean_tokens", "baseline",
+    "baseline_kind", "baseline_from_mean", "fve_over_successes", "distinct_text_fraction", "cjk_fraction", "cell_key",
+    "draws_key", "scores_key", "activations_key",
 )  # fmt: skip
 SHOWN_CURVE_COLUMNS = (
     "k", "fve", "fve_low", "fve_high", "shuffled_fve", "error", "cosine", "failure_rate", "fve_over_successes",

@@ -15,11 +15,14 @@ import pytest
 
 from ksweep.activations import ActivationStore, ensure, maintenance
 from ksweep.config.spec import Activations
+from ksweep.registry.cell_draws import CellDraws
 from ksweep.registry.run_record import write_run
+from ksweep.registry.work_units import WorkUnit
 from tests.activations.helpers import passages, random_vectors, shard_files, vector_spec, write_jsonl, write_vectors
 from tests.activations.test_store import flip_a_byte, make_unit
 from tests.cli.conftest import Command
 from tests.registry.landed_runs import curve_of, publish_draws, record_of
+from tests.stored_rows import publish_unit, rows_of
 from tests.tiny_models import make_base
 
 ROOT = Path(__file__).parents[2]
@@ -164,13 +167,16 @@ def test_deleted_or_damaged_manifest_loses_nothing_and_is_named(
         assert manifest.read_text() == before
 
 
-def test_du_adds_up_activations_and_draws(ksweep: Command, cache: Path, keys: dict[str, str]) -> None:
-    publish_draws(Path("registry"), "d" * 32, [[0.5, 0.4]])
+def test_du_adds_up_activations_draws_and_scores(ksweep: Command, cache: Path, keys: dict[str, str]) -> None:
+    unit = WorkUnit(0, 1, 0, 2)
+    publish_unit(CellDraws(Path("registry"), "d" * 32, "e" * 32), unit, rows_of(unit, error=[0.5, 0.4]))
     found = objects(ksweep("du", "--json")[1])
-    assert found[-1] == {"store": "all", "key": None, "bytes": size(cache) + size(Path("registry/draws"))}
+    draws, scores = Path("registry/draws"), Path("registry/scores")
+    assert found[-1] == {"store": "all", "key": None, "bytes": size(cache) + size(draws) + size(scores)}
     by_key = {row["key"]: (row["store"], row["bytes"]) for row in found}
     assert by_key[keys["long"]] == ("activations", size(cache / keys["long"]))
-    assert by_key["d" * 32] == ("draws", size(Path("registry/draws/" + "d" * 32)))
+    assert by_key["d" * 32] == ("draws", size(draws / ("d" * 32)))
+    assert by_key[f"{'d' * 32}/{'e' * 32}"] == ("scores", size(scores))
 
 
 @pytest.mark.parametrize("words", [["ls"], ["show", "a"], ["verify"], ["gc"], ["du"]])

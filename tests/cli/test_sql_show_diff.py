@@ -31,7 +31,8 @@ def old(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Path:
         landed = read_run(real.root / "landing" / run_id)
         assert landed.curve is not None
         write_run(root, landed.record, landed.curve.drop_columns(["replicates", "effective_documents"]), landed.controls)
-    shutil.copytree(real.root / "draws", root / "draws")
+    for store in ("draws", "scores"):
+        shutil.copytree(real.root / store, root / store)
     return root
 
 
@@ -99,7 +100,7 @@ def test_show_of_a_run_from_before_examples_were_kept_takes_them_from_the_draws(
 def test_diff_is_paired_at_every_k_over_documents(ksweep: Command, real: Real) -> None:
     found = json.loads(ksweep("diff", real.runs[1.0], real.runs[0.5], "--json")[1])
     assert found["spec"] == [{"name": "sampling.temperature", "a": 1.0, "b": 0.5}]
-    assert found["same"] == {"cell": False, "draws": False, "activations": True}
+    assert found["same"] == {"cell": False, "draws": False, "scores": False, "activations": True}
     assert [row["k"] for row in found["numbers"]] == list(range(1, 9))
     documents, baseline = real.documents(), real.between()
     names, generator = np.unique(documents), np.random.default_rng(1)
