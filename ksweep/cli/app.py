@@ -12,6 +12,7 @@ from ksweep.cli.jobs import commands as jobs
 from ksweep.cli.plot import plot_command
 from ksweep.cli.reference_json import export_command, import_json_command
 from ksweep.cli.report import report_command
+from ksweep.cli.scores import scores_group
 from ksweep.cli.show import show_command
 from ksweep.cli.sql import sql_command
 
@@ -34,4 +35,5 @@ app.command("show")(show_command)
 app.command("diff")(diff_command)
 app.command("doctor")(doctor_command)
 app.add_typer(db_group, name="db")
+app.add_typer(scores_group, name="scores")
 app.add_typer(cache_group, name="cache")

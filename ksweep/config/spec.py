@@ -310,6 +310,9 @@ class Scoring:
     groups: tuple[str, ...] = ()
     """Columns of the text (or of the file of vectors) by which the FVE is broken down too, as it is by role, position and norm:
     ("language",). Their values are looked up when statistics are computed; rows without one are left out of the groups."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of draws beside the AR's error: "text" (length, distinct words, overlap with the context), or one of your own as
+    "package.module:name". They are computed when the cell is recorded; `ksweep scores compute` does so later."""
     reference_replicates: int = 0
     """Replicates of the reference's own bootstrap over single vectors (percentile and BCa intervals, seed 42; the reference took
     1000). Needs a checkpoint. 0 leaves it out."""
@@ -324,6 +327,7 @@ class Scoring:
                 at_least("scoring.ks", k, 1)
             object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
         object.__setattr__(self, "groups", tuple(dict.fromkeys(self.groups)))
+        object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
         if taken := [name for name in self.groups if name in OWN_GROUPINGS]:
             raise SpecError(
                 f"scoring.groups has {taken[0]!r}, which is a breakdown of every run ({', '.join(OWN_GROUPINGS)}): give the "

@@ -25,7 +25,9 @@ from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Activations, Cell, Sampling
 from ksweep.config.sweep import Sweep
+from ksweep.evaluation.metrics import metric_keys
 from ksweep.inference.backend import DEFAULT_ENGINE, engine_identity
+from ksweep.registry.scores import RECONSTRUCTION
 from ksweep.utils.errors import DataError, SpecError
 from ksweep.utils.fingerprint import fingerprint
 from ksweep.utils.hub import resolve
@@ -106,7 +108,6 @@ def cell_keys(cell: Cell) -> CellKeys:
         "sampler_version": SAMPLER_VERSION,
     }
     scores = {
-        "metric": "reconstruction",
         **family.scores_identity(),
         "dtype": cell.autoencoder.reconstructor_dtype,
         "scorer_version": SCORER_VERSION,
@@ -125,7 +126,7 @@ def cell_keys(cell: Cell) -> CellKeys:
         "statistics_version": STATISTICS_VERSION,
     }
     return CellKeys(
-        activations=activations, draws=fingerprint(draws), scores=fingerprint(scores), combined=combined_key,
+        activations=activations, draws=fingerprint(draws), scores=RECONSTRUCTION.key(scores), combined=combined_key,
         cell=fingerprint(numbers), layer=layer, label=cell_label(cell, layer), notes=notes,
         identity={"activations": activations_identity, "draws": draws, "scores": scores, "layer": layer},
     )  # fmt: skip
@@ -145,6 +146,8 @@ def _scoring_identity(cell: Cell) -> dict[str, Any]:
     """Return the scoring's fields, without those beyond FIRST_SCORING_FIELDS that have their default."""
     defaults = {f.name: f.default for f in fields(cell.scoring)}
     values = asdict(cell.scoring)
+    if cell.scoring.metrics:
+        values["metrics"] = metric_keys(cell.scoring.metrics)
     return {name: value for name, value in values.items() if name in FIRST_SCORING_FIELDS or value != defaults[name]}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from ksweep.activations.store import ActivationStore
 from ksweep.config.spec import Cell
 from ksweep.evaluation.cell_record import record_cell
 from ksweep.evaluation.cell_run import CellRun, CurrentCell
@@ -16,6 +17,7 @@ from ksweep.evaluation.cell_statistics import compute_statistics
 from ksweep.evaluation.context import RunContext
 from ksweep.evaluation.distributed import Ranks, Stopped
 from ksweep.evaluation.draw_loop import DrawLoop
+from ksweep.evaluation.metrics import compute_metric, metric_named
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.prepare import log_notes
 from ksweep.evaluation.summary import SUMMARISED
@@ -72,6 +74,8 @@ class CellRecorder:
             empty_text = _empty_text_reconstruction(run.cell, run.store, self.models)
             statistics = compute_statistics(run.cell, run.vectors, run.store, draws, empty_text, self.context.registry)
             log_notes(run.keys, statistics.reference.notes)
+            if run.cell.scoring.metrics:
+                self._compute_metrics(run)
         # 2. Charge it with its part of the time that the waiting cells have spent together.
         run.clock.take(self.shared_clock, self._time_share(run, draws))
         # 3. Write its run record.
@@ -79,6 +83,14 @@ class CellRecorder:
         engine = (numerics | self.loop.batch_settings()) if run.units else {}
         self.run_ids.append(record_cell(run, self.context, self.ranks, statistics, draws, engine))
         self.waiting.remove(run)
+
+    def _compute_metrics(self, run: CellRun) -> None:
+        def activations(num: int) -> np.ndarray:
+            """Return the first activations, also some beyond the cell's: parts of draws are scored whole."""
+            return ActivationStore(self.context.vector_cache, run.keys.activations, {}).open(num).vectors()
+
+        for name in run.cell.scoring.metrics:
+            compute_metric(metric_named(name), self.context.registry, run.keys.draws, run.grid, activations)
 
     def _time_share(self, run: CellRun, draws: pa.Table) -> float:
         """Return a cell's share of the tokens drawn for all waiting cells.

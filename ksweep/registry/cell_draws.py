@@ -96,7 +96,7 @@ class CellDraws:
     def describe(self, identity: Mapping[str, Any]) -> None:
         """Write beside each store what its key is hashed from."""
         self.draws.describe({name: identity[name] for name in ("activations", "draws", "layer")})
-        self.scores.describe({"metric": RECONSTRUCTION.metric, "draws_key": self.draws.key, "scores": identity["scores"]})
+        self.scores.describe(RECONSTRUCTION.description(self.draws.key, identity["scores"]))
 
     def publish_draws(self, unit: WorkUnit, table: pa.Table) -> pa.Table:
         """Publish the draws of a unit, and return the stored ones: those of another job if it has published the unit first."""

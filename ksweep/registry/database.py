@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 from ksweep.registry import attempts, sweeps
 from ksweep.registry.draws import DRAWS_FILE_SCHEMA
 from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, LandedRun, LandingError, RunRecord, read_run
-from ksweep.registry.scores import RECONSTRUCTION_SCHEMA
+from ksweep.registry.scores import LONG_SCHEMA, RECONSTRUCTION_SCHEMA
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
 from ksweep.utils.errors import DiskFullError, RequestError, StoreError
 from ksweep.utils.files import flush_to_disk, locked, publish
@@ -96,6 +96,7 @@ RUN_TABLES = {
 COMMENT_SOURCES = {
     "best_draws": ("draws",),
     "texts": ("draws",),
+    "draw_scores": ("draws",),
     "controls": ("run_controls", "runs"),
     "metrics": ("run_metrics", "runs"),
     "examples": ("run_examples", "runs"),
@@ -486,6 +487,8 @@ def _make_file_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     patterns = {
         "DRAWS_PARTS": "draws/*/part-*.parquet",
         "SCORES_PARTS": "scores/*/*/part-*.parquet",
+        "METRIC_PARTS": "scores/*/*/metric-*.parquet",
+        "METRIC_IDENTITIES": "scores/*/*/identity.json",
         "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}",
     }
     for placeholder, pattern in patterns.items():
@@ -500,7 +503,11 @@ def _write_empty_parts(root: Path) -> None:
         "draws/_schema/part-empty.parquet": DRAWS_FILE_SCHEMA,
         "draws/_schema/activations.parquet": ACTIVATIONS_SCHEMA,
         "scores/_schema/_schema/part-empty.parquet": RECONSTRUCTION_SCHEMA,
+        "scores/_schema/_schema/metric-empty.parquet": LONG_SCHEMA,
     }
+    identity = root / "scores" / "_schema" / "_schema" / "identity.json"
+    if not identity.exists():
+        publish(identity, b"{}")
     for name, schema in schemas.items():
         path = root / name
         if not (path.exists() and pq.read_schema(path).equals(schema)):
@@ -595,7 +602,7 @@ def _sql(name: str) -> str:
 def _schema_fingerprint() -> str:
     """Return a hash of everything that decides what the database holds; a database with another one is built again."""
     intervals = str((ASYMMETRY, interval_reach(10.0, 0.95)))
-    schemas = [repr(SPEC_COLUMNS), str(DRAWS_FILE_SCHEMA), str(RECONSTRUCTION_SCHEMA), str(ACTIVATIONS_SCHEMA)]
+    schemas = [repr(SPEC_COLUMNS), str(DRAWS_FILE_SCHEMA), str(RECONSTRUCTION_SCHEMA), str(LONG_SCHEMA), str(ACTIVATIONS_SCHEMA)]
     text = "\n".join([*map(_sql, ("schema.sql", "views.sql", "file_views.sql")), *schemas, intervals])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

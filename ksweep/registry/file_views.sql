@@ -1,5 +1,5 @@
--- Views over Parquet files of the registry, made for each registry: ingest puts paths in the place of 'DRAWS_PARTS', 'SCORES_PARTS' and
--- 'ACTIVATIONS'. Comments are inherited as in views.sql.
+-- Views over Parquet files of the registry, made for each registry: ingest puts paths in the place of 'DRAWS_PARTS' and other
+-- names in capitals. Comments are inherited as in views.sql.
 
 CREATE VIEW activations AS
 SELECT parse_path(a.filename)[-2] AS run_id, a.activation, a.row_id, a.document, a.position, a.role, a.norm, a.distance, a.num_failed, a.ks, a.errors
@@ -86,3 +86,44 @@ COMMENT ON COLUMN draws.token_ids IS 'Token ids that the AV sampled.';
 CREATE VIEW best_draws AS
 SELECT * EXCLUDE (rank) FROM draws WHERE rank = 1 AND error IS NOT NULL;
 COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation, by scorer; activations whose draws all failed are left out.';
+
+CREATE VIEW stored_metrics AS
+WITH identities AS (
+    SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS metric_key, metric, recorded::TIMESTAMP AS recorded, columns
+    FROM read_json('METRIC_IDENTITIES', filename = true, format = 'unstructured', columns = {
+        metric: 'VARCHAR', recorded: 'VARCHAR', columns: 'MAP(VARCHAR, STRUCT(description VARCHAR, better VARCHAR))'})
+    WHERE recorded IS NOT NULL  -- identities of reconstruction have none
+), newest AS (
+    SELECT * FROM identities QUALIFY row_number() OVER (PARTITION BY draws_key, metric ORDER BY recorded DESC, metric_key DESC) = 1
+), columns AS (
+    SELECT * EXCLUDE (columns), unnest(map_entries(columns)) AS c FROM newest
+)
+SELECT draws_key, metric, c.key AS name, c.value.description AS description, c.value.better AS better, recorded, metric_key
+FROM columns;
+COMMENT ON VIEW stored_metrics IS 'One row per set of draws, metric and column of it, beside reconstruction: which scores are stored. Of a metric that was computed or imported again with another result, the key that was recorded last.';
+COMMENT ON COLUMN stored_metrics.draws_key IS 'Key of the draws: name of a directory under registry/draws.';
+COMMENT ON COLUMN stored_metrics.metric IS 'Name of the metric: text, judge, ...';
+COMMENT ON COLUMN stored_metrics.name IS 'Column of the metric.';
+COMMENT ON COLUMN stored_metrics.description IS 'What the column measures, with its unit.';
+COMMENT ON COLUMN stored_metrics.better IS 'Which values are better: lower, higher or neither.';
+COMMENT ON COLUMN stored_metrics.recorded IS 'When the scores were last computed or imported, UTC.';
+COMMENT ON COLUMN stored_metrics.metric_key IS 'Key of the scores: name of a directory under registry/scores/<draws_key>.';
+
+CREATE VIEW draw_scores AS
+WITH parts AS (
+    -- A draw that lies in two overlapping parts counts once, as in texts.
+    SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS metric_key, name, activation, draw, value
+    FROM read_parquet('METRIC_PARTS', filename = true)
+    QUALIFY row_number() OVER (PARTITION BY draws_key, metric_key, name, activation, draw ORDER BY filename) = 1
+)
+SELECT p.draws_key, p.metric_key, m.metric, p.name, p.activation, p.draw, p.value, NULL::VARCHAR AS scores_key
+FROM parts AS p JOIN stored_metrics AS m ON m.draws_key = p.draws_key AND m.metric_key = p.metric_key AND m.name = p.name
+UNION ALL
+SELECT draws_key, scores_key, 'reconstruction', unnest(['error', 'cosine']), activation, draw, unnest([error, cosine]), scores_key
+FROM draws;
+COMMENT ON VIEW draw_scores IS 'One row per draw, metric and column of it: every score of a draw in one long table. Of a metric that was computed or imported again, the scores recorded last; of reconstruction, error and cosine by every AR. Filter by draws_key in a large registry.';
+COMMENT ON COLUMN draw_scores.metric_key IS 'Key of the scores: name of a directory under registry/scores/<draws_key>. NULL as scores_key is.';
+COMMENT ON COLUMN draw_scores.metric IS 'Name of the metric: reconstruction, text, judge, ...';
+COMMENT ON COLUMN draw_scores.name IS 'Column of the metric; stored_metrics says what it measures and which values are better.';
+COMMENT ON COLUMN draw_scores.value IS 'The score; NULL where the draw failed or has none.';
+COMMENT ON COLUMN draw_scores.scores_key IS 'Of reconstruction, the key of the AR''s scores, as in draws; NULL for other metrics, and for parts of earlier versions, which hold draws and scores together.';

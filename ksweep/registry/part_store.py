@@ -51,6 +51,10 @@ class PartStore(Generic[Part]):
         """Return the part that a file name says; None for other files."""
         raise NotImplementedError
 
+    def num_rows(self, part: Part) -> int:
+        """Return how many rows a part has."""
+        return part.num_draws
+
     def parts(self) -> list[Part]:
         """Return the published parts in order, read from the file names."""
         try:
@@ -88,7 +92,7 @@ class PartStore(Generic[Part]):
         Raises:
             DiskFullError: the disk is full; no partial file is left.
         """
-        assert table.num_rows == part.num_draws, (table.num_rows, part)
+        assert table.num_rows == self.num_rows(part), (table.num_rows, part)
         target = self.path / self.file_name(part)
         return guard_disk(self.path, lambda: self._write(target, labelled(table, label), replace))
 
@@ -125,7 +129,7 @@ class PartStore(Generic[Part]):
         wanted = None if columns is None else list(dict.fromkeys(["activation", "draw", *columns]))
         try:
             table = pq.read_table(path, columns=wanted, page_checksum_verification=True, partitioning=None)
-            if (reason := mismatch(table, part) or self._label_mismatch(table)) is None:
+            if (reason := mismatch(table, part, self.num_rows(part)) or self._label_mismatch(table)) is None:
                 return by_activation_and_draw(table)
         except FileNotFoundError:  # another job has set it aside
             return None
@@ -199,10 +203,10 @@ def unit_named(pattern: re.Pattern[str], name: str) -> WorkUnit | None:
     return None if match is None else WorkUnit(*map(int, match.groups()))
 
 
-def mismatch(table: pa.Table, part: WorkUnit) -> str | None:
+def mismatch(table: pa.Table, part: WorkUnit, num_rows: int) -> str | None:
     """Return how the rows of a part contradict its file name, as after a renaming by hand; None if they agree."""
-    if table.num_rows != part.num_draws:
-        return f"{table.num_rows} rows where its name says {part.num_draws}"
+    if table.num_rows != num_rows:
+        return f"{table.num_rows} rows where its name says {num_rows}"
     for name, first, last in (("activation", part.first_row, part.last_row), ("draw", part.first_draw, part.last_draw)):
         if name not in table.column_names:
             return f"no column {name}"

@@ -8,9 +8,10 @@ that part, so that a text is never read with the score of another.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pyarrow as pa
 from ksweep.registry.part_labels import label_of
 from ksweep.registry.part_store import SPAN, PartStore
 from ksweep.registry.work_units import WorkUnit, missing_rectangles
+from ksweep.utils.fingerprint import fingerprint
 
 RECONSTRUCTION_SCHEMA = pa.schema(
     [
@@ -37,19 +39,52 @@ the first K draws of an activation is always one of these, however its draws are
 average, of 64 draws 4.7 (harmonic numbers). Parts of early versions have it for draw 0 only."""
 
 
+LONG_SCHEMA = pa.schema([("activation", pa.int64()), ("draw", pa.int32()), ("name", pa.string()), ("value", pa.float64())])
+"""Scores of every metric but reconstruction: a row for each draw and column of the metric, NULL where the draw has no value."""
+
+Better = Literal["lower", "higher", "neither"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricLayout:
-    """How the scores of a metric are stored."""
+    """What a metric measures, and how its scores are stored."""
 
     metric: str
     """Name of the metric, as in identity.json."""
-    prefix: str
+    columns: Mapping[str, tuple[str, Better]]
+    """Column -> what it measures, with its unit, and which values are better."""
+    prefix: str = "metric"
     """What the names of its parts begin with: files of one prefix have the same columns, so that one scan reads them all."""
-    schema: pa.Schema
+    schema: pa.Schema = LONG_SCHEMA
+
+    @property
+    def rows_per_draw(self) -> int:
+        """Rows that a draw has in a part."""
+        return len(self.columns) if self.schema is LONG_SCHEMA else 1
+
+    def key(self, identity: Mapping[str, Any]) -> str:
+        """Return the key of the metric's scores: hashed from its name and its identity, not from the draws."""
+        return fingerprint({"metric": self.metric, **identity})
+
+    def description(self, draws_key: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of identity.json."""
+        columns = {name: {"description": text, "better": better} for name, (text, better) in self.columns.items()}
+        return {
+            "metric": self.metric,
+            "draws_key": draws_key,
+            "scores": {"metric": self.metric, **identity},
+            "columns": columns,
+        }
 
 
-RECONSTRUCTION = MetricLayout(metric="reconstruction", prefix="part", schema=RECONSTRUCTION_SCHEMA)
-"""Reconstruction of the activation by an AR: its error, cosine and norm."""
+RECONSTRUCTION = MetricLayout(
+    metric="reconstruction", prefix="part", schema=RECONSTRUCTION_SCHEMA,
+    columns={
+        "error": ("error of the AR's reconstruction of the activation; NLA pairs: 2 (1 - cosine)", "lower"),
+        "cosine": ("cosine between the reconstruction and the activation", "higher"),
+    },
+)  # fmt: skip
+"""Reconstruction of the activation by an AR. It is computed in the draw loop, and the error is what curves of FVE are made of."""
 
 
 @dataclass(frozen=True, order=True)
@@ -81,6 +116,10 @@ class ScoresStore(PartStore[ScoredUnit]):
         """Return the name of a unit's file."""
         some = "" if part.span == part.of.span else f"-of-{part.of.span}"
         return f"{self.layout.prefix}-{part.span}{some}.parquet"
+
+    def num_rows(self, part: ScoredUnit) -> int:
+        """Return how many rows a part has."""
+        return part.num_draws * self.layout.rows_per_draw
 
     def part_named(self, name: str) -> ScoredUnit | None:
         """Return the unit of a file name; None for other files."""

@@ -29,7 +29,7 @@ from ksweep.registry.run_record import CURVE_SCHEMA, REFERENCE_SCHEMA, RunRecord
 from ksweep.utils.errors import DataError, RequestError, SpecError
 from ksweep.utils.fingerprint import fingerprint
 
-Metric = Literal["variance_recovery", "mse_variance_recovery"]
+Recovery = Literal["variance_recovery", "mse_variance_recovery"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ImportResult:
     notes: tuple[str, ...]
 
 
-def import_files(registry: Path | str, paths: Iterable[Path | str], metric: Metric = "variance_recovery") -> list[ImportResult]:
+def import_files(registry: Path | str, paths: Iterable[Path | str], metric: Recovery = "variance_recovery") -> list[ImportResult]:
     """Import result files of the reference; all are read before the first is written.
 
     Raises:
@@ -72,7 +72,7 @@ def import_files(registry: Path | str, paths: Iterable[Path | str], metric: Metr
     return results
 
 
-def read_reference_json(path: Path | str, metric: Metric = "variance_recovery") -> Imported:
+def read_reference_json(path: Path | str, metric: Recovery = "variance_recovery") -> Imported:
     """Read a result file of the reference as a run with its curve.
 
     Run id and cell are hashed from the file's content, so that the same file is the same run. Its times are the modification
@@ -82,8 +82,8 @@ def read_reference_json(path: Path | str, metric: Metric = "variance_recovery") 
         DataError: the file cannot be read, or lacks values that a curve needs.
     """
     path = Path(path)
-    if metric not in get_args(Metric):
-        raise RequestError(f"metric={metric!r} is not one of {', '.join(get_args(Metric))}")
+    if metric not in get_args(Recovery):
+        raise RequestError(f"metric={metric!r} is not one of {', '.join(get_args(Recovery))}")
     data = _bytes(path)
     tree = _parse(path, data)
     notes: list[str] = []
@@ -172,7 +172,7 @@ _TYPES = (
 """Pattern of keys that are read, description of their type, and a function that checks a value."""
 
 
-def _points(path: Path, results: Sequence[TableRow], metric: Metric, notes: list[str]) -> list[TableRow]:
+def _points(path: Path, results: Sequence[TableRow], metric: Recovery, notes: list[str]) -> list[TableRow]:
     """Return rows of the curve for every K that has the metric or values from which it follows."""
     candidates = [_point(path, result, results, metric, notes) for result in results]
     points = [point for point in candidates if point["fve"] is not None]
@@ -184,7 +184,7 @@ def _points(path: Path, results: Sequence[TableRow], metric: Metric, notes: list
     return points
 
 
-def _point(path: Path, result: TableRow, results: Sequence[TableRow], metric: Metric, notes: list[str]) -> TableRow:
+def _point(path: Path, result: TableRow, results: Sequence[TableRow], metric: Recovery, notes: list[str]) -> TableRow:
     """Return one row of the curve; `fve` is None where the file lacks the metric."""
     baseline = _variance_per_dimension(result)
     if baseline is None:  # the activations are the same for every K
@@ -206,7 +206,7 @@ def _point(path: Path, result: TableRow, results: Sequence[TableRow], metric: Me
     }
 
 
-def _with_interval(result: TableRow, metric: Metric, baseline: float | None) -> tuple[float | None, float | None, float | None]:
+def _with_interval(result: TableRow, metric: Recovery, baseline: float | None) -> tuple[float | None, float | None, float | None]:
     """Return the metric with its percentile interval, which only variance_recovery has; 0.0 to 0.0 means none."""
     if metric == "mse_variance_recovery":
         value, error = result.get(metric), result.get("avg_mse")
@@ -292,7 +292,7 @@ def _record(
     tree: TableRow,
     results: Sequence[TableRow],
     points: Sequence[TableRow],
-    metric: Metric,
+    metric: Recovery,
     digest: str,
     notes: tuple[str, ...],
 ) -> RunRecord:
@@ -331,7 +331,7 @@ def _role_counts(results: Sequence[TableRow], name: str) -> TableRow | None:
     return stats if complete else None
 
 
-def _spec(path: Path, tree: TableRow, checkpoint: str | None, digest: str, metric: Metric, notes: tuple[str, ...]) -> TableRow:
+def _spec(path: Path, tree: TableRow, checkpoint: str | None, digest: str, metric: Recovery, notes: tuple[str, ...]) -> TableRow:
     """Return the known settings of the cell under ksweep's names, without options that the reference accepts and ignores."""
     given = {f"eval.{name}": value for name, value in (tree.get("eval_config") or {}).items()}
     read_by_it = {

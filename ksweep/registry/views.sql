@@ -218,7 +218,7 @@ WITH siblings AS (
     SELECT run_id, av, ar, checkpoint, model,
            -- Specs of earlier versions lack fields that were added since.
            md5(concat(checkpoint, spec->>'$.autoencoder.ar_dtype', coalesce(json_merge_patch('{}', spec->'$.autoencoder.prompting'), '{}'),
-               json_merge_patch(spec, '{"sampling": {"temperature": null}, "scoring": {"groups": null},
+               json_merge_patch(spec, '{"sampling": {"temperature": null}, "scoring": {"groups": null, "metrics": null},
                                         "autoencoder": {"checkpoint": null, "ar_dtype": null, "prompting": null}}'))) AS setting
     FROM v_latest
 )

@@ -1,0 +1,69 @@
+"""`ksweep scores`: scores of draws beside the AR's error: list, compute, export texts for a judge, import what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ksweep.cli.output import JsonOption, RegistryOption, VectorCacheOption, print_rows, print_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ksweep.analysis.cells import MeasuredCell
+
+scores_group = typer.Typer(no_args_is_help=True, help="Scores of draws beside the AR's error: text metrics, a judge, a person.")
+NamesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Cells, labels, sweeps or run ids; without, every finished cell.")
+]
+
+_STORED = """
+    SELECT m.metric, m.name, m.better, m.description, list(DISTINCT r.cell ORDER BY r.cell) AS cells, m.recorded, m.draws_key,
+           m.metric_key
+    FROM stored_metrics AS m LEFT JOIN v_latest AS r USING (draws_key) GROUP BY ALL ORDER BY m.metric, m.draws_key, m.name
+"""
+
+
+@scores_group.command("ls")
+def scores_ls_command(registry: RegistryOption = Path("registry"), as_json: JsonOption = False) -> None:
+    """List the metrics that are stored, and the cells whose draws they score. Every cell has the AR's error: it is left out."""
+    from ksweep.registry.query import run_query
+
+    rows = run_query(registry, _STORED)
+    names = ["metric", "name", "better", "cells", "recorded", "description"]
+    if not rows and not as_json:
+        print_text(
+            "no scores but the AR's: `ksweep scores compute text` computes those of texts, `ksweep scores import` takes others"
+        )
+        return
+    print_rows(rows.to_pylist(), as_json=as_json, names=names)
+
+
+@scores_group.command("compute")
+def scores_compute_command(
+    metric: Annotated[str, typer.Argument(help="text, or a metric of your own as package.module:name.")],
+    names: NamesArgument = None,
+    registry: RegistryOption = Path("registry"),
+    vector_cache: VectorCacheOption = Path("vector_cache"),
+) -> None:
+    """Compute a metric for draws that are stored already; only what is missing is computed."""
+    from ksweep.analysis.cells import load_cells
+    from ksweep.evaluation.metrics import compute_metric, metric_named
+
+    scorer = metric_named(metric, "metric")
+    for cell in load_cells(registry, names or []):
+        grid = (cell.num_activations, cell.num_draws)
+        count = compute_metric(scorer, registry, cell.draws_key, grid, _activations_of(cell, vector_cache))
+        print_text(f"{cell.label}: {scorer.name} of {count} draws computed{'' if count else ', all were stored already'}")
+
+
+def _activations_of(cell: MeasuredCell, vector_cache: Path) -> Callable[[int], np.ndarray]:
+    def first_activations(num: int) -> np.ndarray:
+        from ksweep.activations.store import ActivationStore
+
+        return ActivationStore(vector_cache, cell.activations_key, {}).open(num).vectors()
+
+    return first_activations
