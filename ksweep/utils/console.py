@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,10 +15,25 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 100_000
 
 
+_captured: ContextVar[io.StringIO | None] = ContextVar("captured", default=None)
+
+
 def console() -> Console:
     """Return standard output for unmodified text (no markup, no emoji codes); in a pipe without colour and line breaks."""
     from rich.console import Console
 
+    if (file := _captured.get()) is not None:
+        # In a notebook rich would show its output below the cell instead of writing it.
+        return Console(
+            markup=False,
+            emoji=False,
+            highlight=False,
+            width=PIPE_WIDTH,
+            no_color=True,
+            file=file,
+            force_jupyter=False,
+            force_terminal=False,
+        )
     plain = Console(markup=False, emoji=False, highlight=False)
     return plain if plain.is_terminal else Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH, no_color=True)
 
@@ -33,11 +48,15 @@ def columns(out: Console, **on_a_terminal: Any) -> Table:
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, **kept)
 
 
-def printed_text(show: Callable[[], None]) -> str:
-    """Return what a function prints to standard output, as text without colour."""
-    with redirect_stdout(io.StringIO()) as out:
+def printed_text(show: Callable[[], object]) -> str:
+    """Return what a function prints to `console()`, as text without colour."""
+    text = io.StringIO()
+    token = _captured.set(text)
+    try:
         show()
-    return out.getvalue().rstrip("\n")
+    finally:
+        _captured.reset(token)
+    return text.getvalue().rstrip("\n")
 
 
 def bytes_text(count: int) -> str:

@@ -73,3 +73,16 @@ def test_stored_notebook_is_whole_bounded_and_tells_nothing_of_its_machine() -> 
     words = "".join(str(v) for c in code for o in c["outputs"] for kind, v in o["data"].items() if kind != "image/png")
     assert not re.search(r"/(tmp|home|root|Users|work)/", words) and "temperature=0.4" in words
     assert len(socket.gethostname()) < 4 or socket.gethostname() not in words
+
+
+@pytest.mark.slow
+def test_results_and_plan_are_shown_as_their_tables_in_a_notebook(sweep: Sweep) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    cells = [f"import ksweep\nresults = ksweep.results('two', {sweep.registry!r})\nresults", "results.chart()"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=840, kernel_name="python3").execute()
+    shown, chart = ([output["data"] for output in cell.outputs if "data" in output] for cell in notebook.cells)
+    [table] = shown
+    assert "two: FVE, best of K draws" in table["text/plain"] and "temperature=1.3" in table["text/plain"]
+    assert any("vega" in kind or kind == "text/html" for output in chart for kind in output)
