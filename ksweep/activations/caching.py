@@ -274,7 +274,7 @@ def _source(activations: Activations, layer: int | None, device: Any) -> UnitSou
     if activations.vectors is not None:
         from ksweep.activations.vector_source import VectorUnits
 
-        return VectorUnits(activations.vectors, activations.document_column)
+        return VectorUnits(activations.vectors, activations.document_column, activations.row_id_column)
     from ksweep.activations.text_source import TextUnits
 
     return TextUnits(activations, _layer(layer), device)
@@ -306,13 +306,22 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
 
 
 def _vectors_identity(activations: Activations) -> dict[str, Any]:
-    from ksweep.activations.vector_source import DOCUMENT_COLUMNS, VECTOR_ROWS_PER_UNIT, document_column, vectors_shape
+    from ksweep.activations.vector_source import (
+        DOCUMENT_COLUMNS,
+        VECTOR_ROWS_PER_UNIT,
+        document_column,
+        rows_by_activation,
+        vectors_shape,
+    )
 
     path = Path(activations.vectors or "").expanduser()
     rows, d_model = vectors_shape(path)
+    if activations.row_id_column is not None:
+        rows = rows_by_activation(path, activations.row_id_column).num_activations
     if rows < activations.num_activations:
         raise DataError(
-            f"activations.num_activations={activations.num_activations}, but {path} has {rows} rows: "
+            f"activations.num_activations={activations.num_activations}, but {path} has {rows} "
+            f"{'rows' if activations.row_id_column is None else 'activations'}: "
             f"set activations.num_activations={rows}, or take a larger file"
         )
     reader = {"version": EXTRACTOR_VERSION, "rows_per_unit": VECTOR_ROWS_PER_UNIT}
@@ -320,6 +329,8 @@ def _vectors_identity(activations: Activations) -> dict[str, Any]:
     documents = document_column(path, activations.document_column)
     if documents not in (None, DOCUMENT_COLUMNS[0]):  # so that keys of the public columns hold
         identity["document_column"] = documents
+    if activations.row_id_column is not None:
+        identity["row_id_column"] = activations.row_id_column
     return identity
 
 

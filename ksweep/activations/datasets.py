@@ -5,7 +5,6 @@ The text column of a table holds texts, or lists of token ids made by a tokenize
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import DataError
+from ksweep.utils.files import json_lines
 from ksweep.utils.hub import content_digest
 from ksweep.utils.imports import digest_of_named, is_dotted_name, load_named
 
@@ -177,7 +177,7 @@ def _records(activations: Activations, columns: Sequence[str] = ()) -> Iterable[
     """Return the records of a table, in order, with these columns besides those that are always read."""
     kind, path = text_format(activations), _local(activations)
     if kind == "jsonl":
-        return _json_lines(path)
+        return json_lines(path)
     if kind == "parquet":
         return _parquet_rows(path, activations, columns)
     if kind == "datasets":
@@ -300,21 +300,6 @@ def _paragraphs(path: Path) -> Iterator[str]:
         raise DataError(f"text file {path} is not UTF-8 ({error.reason}): convert it first") from error
     if block:
         yield "".join(block).strip()
-
-
-def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"line {number} of {path} is not JSON ({error}); expected one object a line") from error
-            if not isinstance(record, dict):
-                what = type(record).__name__
-                raise DataError(f"line {number} of {path} is a {what}; expected an object such as {{'text': '...'}}")
-            yield record
 
 
 def _parquet_rows(path: Path, activations: Activations, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +49,26 @@ def group_values(activations: Activations, columns: Sequence[str], row_ids: Sequ
         if not wanted:
             break
     for column, of_rows in values.items():
-        if (count := len(set(of_rows.values()))) > MOST_GROUPS:
-            raise DataError(
-                f"scoring.groups has {column!r}, which has {count} values in {_source(activations)}: at most {MOST_GROUPS} make "
-                "groups. Put them into fewer ones in a column of their own."
-            )
+        check_number_of_groups(column, of_rows.values(), _source(activations))
     return {column: [of_rows.get(row_id) for row_id in row_ids] for column, of_rows in values.items()}
+
+
+def check_number_of_groups(column: str, values: Iterable[str | None], source: str) -> None:
+    """Raise DataError if a column has more than MOST_GROUPS values."""
+    if (count := len(set(values))) > MOST_GROUPS:
+        raise DataError(
+            f"scoring.groups has {column!r}, which has {count} values in {source}: at most {MOST_GROUPS} make groups. Put them "
+            "into fewer ones in a column of their own."
+        )
 
 
 def _rows(activations: Activations, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if activations.vectors is None:
         return rows_of_columns(activations, columns)
-    return _vector_rows(Path(activations.vectors).expanduser(), columns)
+    return _vector_rows(Path(activations.vectors).expanduser(), columns, activations.row_id_column)
 
 
-def _vector_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _vector_rows(path: Path, columns: Sequence[str], row_id_column: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield row ids as `VectorUnits` gives them, with the columns; where one is missing, with the names of all."""
     import pyarrow.parquet as pq
 
@@ -73,9 +78,9 @@ def _vector_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapp
             yield "row:0", dict.fromkeys(present)
             return
         index = 0
-        for batch in file.iter_batches(columns=list(columns)):
+        for batch in file.iter_batches(columns=list(dict.fromkeys([*columns, *([row_id_column] if row_id_column else [])]))):
             for record in batch.to_pylist():
-                yield f"row:{index}", record
+                yield f"row:{index}" if row_id_column is None else str(record[row_id_column]), record
                 index += 1
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -86,6 +86,16 @@ class TextSource(Protocol):
 
     def __call__(self) -> Iterable[str | Mapping[str, Any]]:
         """Yield texts or records."""
+
+
+UNIT_COLUMNS = ("row_ids", "documents", "positions", "token_ids", "windows", "roles")
+"""Lists of a unit that are parallel to its vectors."""
+
+
+def kept_rows(unit: ActivationUnit, keep: np.ndarray) -> ActivationUnit:
+    """Return a unit with some of its activations, given by their indices."""
+    columns: dict[str, Any] = {name: [getattr(unit, name)[i] for i in keep] for name in UNIT_COLUMNS}
+    return replace(unit, vectors=unit.vectors[keep], **columns)
 
 
 def activation_key(row_id: str, position: int | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ksweep.activations.chat_roles import count_roles
 from ksweep.activations.datasets import TextRow, read_documents, text_format
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import most_per_row, row_positions, unpadded
-from ksweep.activations.source import ActivationUnit, refuse_unusable, to_float32
+from ksweep.activations.source import ActivationUnit, kept_rows, refuse_unusable, to_float32
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
 from ksweep.utils.hub import resolve
@@ -21,7 +21,6 @@ from ksweep.utils.text import some_of
 if TYPE_CHECKING:
     from ksweep.activations.hidden_states import BlockReader
 
-UNIT_COLUMNS = ("row_ids", "documents", "positions", "token_ids", "windows", "roles")
 """Fields of a unit with a value per activation, besides the vectors."""
 
 
@@ -189,6 +188,4 @@ def refuse_strange(token_ids: Sequence[int], num_embeddings: int, where: str) ->
 
 def without_long(unit: ActivationUnit, max_norm: float) -> ActivationUnit:
     """Return a unit without the activations whose norm exceeds `max_norm`."""
-    keep = np.flatnonzero(np.linalg.norm(to_float32(unit.vectors).astype(np.float64), axis=1) <= max_norm)
-    columns: dict[str, Any] = {name: [getattr(unit, name)[i] for i in keep] for name in UNIT_COLUMNS}
-    return replace(unit, vectors=unit.vectors[keep], **columns)
+    return kept_rows(unit, np.flatnonzero(np.linalg.norm(to_float32(unit.vectors).astype(np.float64), axis=1) <= max_norm))

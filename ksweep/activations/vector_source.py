@@ -14,6 +14,7 @@ A sidecar `{file}.nla_meta.yaml` says which model and layer they are of. A key o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ksweep.activations.source import WINDOW_CHARACTERS, ActivationUnit, refuse_unusable
+from ksweep.activations.source import WINDOW_CHARACTERS, ActivationUnit, kept_rows, refuse_unusable
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note
+from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.sidecar_keys import (
     LAYER_KEYS,
     TEXT_OF_VECTORS,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 VECTOR_COLUMN = "activation_vector"
 POSITION_COLUMN = "n_raw_tokens"
+STATED_POSITION = "position"
+"""Column of positions in exported draws, read where rows are named and there is no column n_raw_tokens."""
 DOCUMENT_COLUMNS = ("doc_id", "document")
 """Columns that name documents unless the spec names one: that of the public datasets, and that of texts."""
 LAYER_COLUMN = "activation_layer"
@@ -218,17 +222,58 @@ def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -
     return True
 
 
+@dataclass(frozen=True, eq=False)
+class NamedRows:
+    """The rows of a file of vectors by the names of their activations."""
+
+    row_ids: list[str]
+    positions: list[int | None]
+    first: np.ndarray
+    """[row] index of the first row of the same activation."""
+
+    @property
+    def num_activations(self) -> int:
+        """Number of different activations."""
+        return int((self.first == np.arange(len(self.first))).sum())
+
+
+@once_per_pass
+def rows_by_activation(vectors: str | Path, column: str) -> NamedRows:
+    """Return the names of a file's rows: a column of row ids, and the position (`n_raw_tokens` - 1, or `position`) if known.
+
+    Raises:
+        DataError: no such column, or a row without a name.
+    """
+    with _open(vectors) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise DataError(f"activations.row_id_column={column!r} is no column of {vectors}; it has {', '.join(names)}")
+        position = next((name for name in (POSITION_COLUMN, STATED_POSITION) if name in names), None)
+        table = file.read(columns=[column, *([] if position is None else [position])])
+    if nulls := table[column].null_count:
+        raise DataError(f"{nulls} rows of {vectors} have null in column {column!r}: every row needs the name of its activation")
+    stated = [None] * len(table) if position is None else table[position].to_pylist()
+    before = int(position == POSITION_COLUMN)
+    positions = [None if value is None or value != value else int(value) - before for value in stated]
+    row_ids = [str(value) for value in table[column].to_pylist()]
+    first: dict[tuple[str, int | None], int] = {}
+    firsts = [first.setdefault(name, i) for i, name in enumerate(zip(row_ids, positions, strict=True))]
+    return NamedRows(row_ids, positions, np.array(firsts))
+
+
 class VectorUnits:
     """Units of a file of vectors, stored in float32 as the public files are: rounding would change them silently."""
 
     dtype = "float32"
     most_per_unit = VECTOR_ROWS_PER_UNIT
 
-    def __init__(self, vectors: str | Path, documents: str | None = None) -> None:
-        """Read the footer alone.
+    def __init__(self, vectors: str | Path, documents: str | None = None, row_id_column: str | None = None) -> None:
+        """Read the footer, and the names of activations.
 
         Args:
+            vectors: the file.
             documents: column that names the documents. None: see `document_column`.
+            row_id_column: column that names activations; rows after the first of a name are left out.
 
         Raises:
             DataError: as `vectors_shape` and `document_column`.
@@ -236,6 +281,8 @@ class VectorUnits:
         self.path = Path(vectors).expanduser()
         self.documents, self._asked = document_column(self.path, documents), documents is not None
         self.num_rows, self.d_model = vectors_shape(self.path)
+        self.named = None if row_id_column is None else rows_by_activation(self.path, row_id_column)
+        self._is_checked = self.named is None
         self._tables: Iterator[pa.Table] = iter(())
         self._next_unit = -1
 
@@ -250,6 +297,7 @@ class VectorUnits:
             DataError: null, ragged, non-finite or zero vectors.
         """
         for index in indices:
+            self._check_repeated()
             if not 0 <= self._next_unit <= index:
                 wanted = {VECTOR_COLUMN, *PROVENANCE_COLUMNS, self.documents}
                 self._tables, self._next_unit = (
@@ -272,11 +320,14 @@ class VectorUnits:
             self._refuse_unnamed(named, first)
         rows = [f"row:{first + i}" for i in range(n)]
         lengths = columns[POSITION_COLUMN]
+        positions = [None if length is None else int(length) - 1 for length in lengths]
+        if self.named is not None:
+            rows, positions = self.named.row_ids[first : first + n], self.named.positions[first : first + n]
         unit = ActivationUnit(
             vectors=flat_vectors(table.column(VECTOR_COLUMN), self.d_model, f"{self.path} from row {first}"),
             row_ids=rows,
             documents=[row if document is None else str(document) for row, document in zip(rows, named, strict=True)],
-            positions=[None if length is None else int(length) - 1 for length in lengths],
+            positions=positions,
             token_ids=[None] * n,
             windows=[str(text or "")[-WINDOW_CHARACTERS:] for text in columns["detokenized_text_truncated"]],
             roles=[None if role is None else str(role) for role in columns["role"]],
@@ -285,7 +336,31 @@ class VectorUnits:
             is_last=first + n >= self.num_rows,
         )
         refuse_unusable(unit, str(self.path))
-        return unit
+        if self.named is None:
+            return unit
+        return kept_rows(unit, np.flatnonzero(self.named.first[first : first + n] == np.arange(first, first + n)))
+
+    def _check_repeated(self) -> None:
+        """Check once that all rows of an activation have the same vector. Reads the whole file.
+
+        Raises:
+            DataError: two of them differ.
+        """
+        if self._is_checked or self.named is None:
+            return
+        digests: list[bytes] = []
+        with _open(self.path) as file:
+            for batch in file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[VECTOR_COLUMN]):
+                column = pa.chunked_array([batch.column(0)])
+                vectors = flat_vectors(column, self.d_model, f"{self.path} from row {len(digests)}")
+                digests += [hashlib.blake2b(vector.tobytes(), digest_size=16).digest() for vector in vectors]
+        for row, first in enumerate(self.named.first.tolist()):
+            if digests[row] != digests[first]:
+                raise DataError(
+                    f"rows {first} and {row} of {self.path} are both of activation {self.named.row_ids[row]!r} and have "
+                    "different vectors: give different activations different row ids or positions"
+                )
+        self._is_checked = True
 
     def _refuse_unnamed(self, named: list[Any], first: int) -> None:
         """Raise DataError if a row has null, NaN or empty text in the document column that the spec names."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from ksweep.config.spec import Autoencoder, Scoring
+from ksweep.autoencoder.texts_file import TextsFile
+from ksweep.config.spec import Autoencoder, Sampling, Scoring
 from ksweep.inference.prompts import FinishReason, PromptedModel
 from ksweep.utils.errors import SpecError
 from ksweep.utils.notes import Note
@@ -37,6 +38,17 @@ class Explanation:
     """The token that the activation was taken at."""
     position: int | None = None
     """Its index in its row of text."""
+
+
+@dataclass(frozen=True)
+class CutText:
+    """A given text as its AR is to read it: stripped, and cut to the number of tokens that the spec allows."""
+
+    text: str
+    num_tokens: int
+    """Tokens that are left."""
+    token_ids: tuple[int, ...] = ()
+    """Their ids where the AR reads tokens; else none."""
 
 
 class Verbalizer(PromptedModel, Protocol):
@@ -91,6 +103,8 @@ class Family(ABC):
 
     source_field: ClassVar[str]
     """Spec field that identifies the autoencoder in labels."""
+    draws_are_given: ClassVar[bool] = False
+    """Whether the user gives the texts, so that nothing is sampled and there is no AV."""
     has_reference_quantities: bool = False
     """Whether the quantities of the reference sweep are reported, which need the raw reconstructions of the best draws."""
 
@@ -132,6 +146,27 @@ class Family(ABC):
     def num_tokens(self) -> int | None:
         """Number of tokens in every explanation; None if texts end with a stop token."""
         return None
+
+    @property
+    def given_texts(self) -> TextsFile:
+        """The texts of a family whose draws are given.
+
+        Raises:
+            DataError: the file cannot be read as texts of activations.
+        """
+        raise AssertionError(f"{type(self).__name__} samples its draws")
+
+    def cut_texts(self, texts: Sequence[str]) -> list[CutText]:
+        """Return given texts as the AR is to read them."""
+        raise AssertionError(f"{type(self).__name__} samples its draws")
+
+    def resolve_sampling(self, sampling: Sampling) -> Sampling:
+        """Return the sampling settings with those replaced that the autoencoder fixes: the length of texts, their number.
+
+        Raises:
+            SpecError: settings that have no meaning for it.
+        """
+        return sampling if self.num_tokens is None else replace(sampling, max_new_tokens=self.num_tokens)
 
     @property
     @abstractmethod

@@ -13,13 +13,14 @@ another kind.
 from __future__ import annotations
 
 from ksweep.autoencoder.base import Family
+from ksweep.autoencoder.given_texts import TextsForAr, TextsForEncoder
 from ksweep.autoencoder.nla.family import NlaPair
 from ksweep.autoencoder.own_parts import OwnParts
 from ksweep.autoencoder.tae.family import TaeFile
 from ksweep.config.spec import Autoencoder
 from ksweep.utils.errors import SpecError
 
-FAMILIES: tuple[type[Family], ...] = (OwnParts, NlaPair, TaeFile)
+FAMILIES: tuple[type[Family], ...] = (TextsForAr, TextsForEncoder, OwnParts, NlaPair, TaeFile)
 """Families in the order in which they are asked whether a spec is theirs; the first that claims it has it."""
 
 

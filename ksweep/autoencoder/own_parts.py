@@ -56,25 +56,14 @@ class OwnParts(Family):
         return is_dotted_name(spec.av) or is_dotted_name(spec.ar)
 
     @cached_property
-    def av(self) -> _OwnPart | CheckpointInfo:
+    def av(self) -> OwnPart | CheckpointInfo:
         """The AV: the user's own, or an inspected checkpoint."""
-        return self._half("av", self.autoencoder.av or "", self.autoencoder.prompting.of_av)
+        return half_of(self.autoencoder, "av")
 
     @cached_property
-    def ar(self) -> _OwnPart | CheckpointInfo:
+    def ar(self) -> OwnPart | CheckpointInfo:
         """The AR: the user's own, or an inspected checkpoint."""
-        return self._half("ar", self.autoencoder.ar or "", self.autoencoder.prompting.of_ar)
-
-    def _half(self, role: NlaRole, source: str, overrides: dict[str, Any]) -> _OwnPart | CheckpointInfo:
-        if not is_dotted_name(source):
-            path = hub.resolve(source, f"{role.upper()} checkpoint")
-            return inspect_nla(path, role, self.autoencoder.base, self.autoencoder.prompting)
-        if overrides:
-            raise SpecError(
-                f"autoencoder.prompting.{next(iter(overrides))} is for checkpoints, and autoencoder.{role}={source} makes its "
-                "prompts itself: leave it out"
-            )
-        return _OwnPart(role, source)
+        return half_of(self.autoencoder, "ar")
 
     @property
     def _checkpoints(self) -> list[CheckpointInfo]:
@@ -83,21 +72,18 @@ class OwnParts(Family):
     @property
     def short_name(self) -> str:
         """The names of both halves, or of the AV alone where the AR has the same."""
-        names = [
-            source.partition(":")[2] if is_dotted_name(source) else short_name_of(source)
-            for source in (self.autoencoder.av or "", self.autoencoder.ar or "")
-        ]
+        names = [short_name_of_half(source or "") for source in (self.autoencoder.av, self.autoencoder.ar)]
         return " + ".join(dict.fromkeys(names))
 
     @property
     def scoring_kind(self) -> ScoringKind:
         """What the user's AR states; a checkpoint's AR is scored by direction."""
-        return self.ar.scoring_kind if isinstance(self.ar, _OwnPart) else "normalised"
+        return scoring_kind_of(self.ar)
 
     @property
     def num_tokens(self) -> int | None:
         """num_tokens of the user's AV."""
-        return self.av.number("num_tokens") if isinstance(self.av, _OwnPart) else None
+        return self.av.number("num_tokens") if isinstance(self.av, OwnPart) else None
 
     @property
     def layer(self) -> int | None:
@@ -117,22 +103,16 @@ class OwnParts(Family):
 
     def draws_identity(self) -> dict[str, Any]:
         """Return digest and name of the user's AV, or the identity of the checkpoint."""
-        return self.av.identity() if isinstance(self.av, _OwnPart) else av_identity(self.av, self.autoencoder.prompting)
+        return self.av.identity() if isinstance(self.av, OwnPart) else av_identity(self.av, self.autoencoder.prompting)
 
     def scores_identity(self) -> dict[str, Any]:
         """Return digest and name of the user's AR, or the identity of the checkpoint."""
-        return self.ar.identity() if isinstance(self.ar, _OwnPart) else ar_identity(self.ar, self.autoencoder.prompting)
+        return ar_half_identity(self.ar, self.autoencoder)
 
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
         """Check layer and width as far as the halves state them, and the base model of a half that is a checkpoint."""
         for half, source in ((self.av, self.autoencoder.av), (self.ar, self.autoencoder.ar)):
-            for name, value in (("d_model", facts.d_model), ("layer", facts.layer)):
-                stated = getattr(half, name)
-                if None not in (stated, value) and stated != value:
-                    raise DataError(
-                        f"{facts.source} gives activations of {name} {value}, but {source} is for {name} {stated}: give it those "
-                        "that it was made for"
-                    )
+            check_half(half, source or "", facts)
         if facts.model is None:
             return ()
         if isinstance(self.av, CheckpointInfo):
@@ -146,33 +126,28 @@ class OwnParts(Family):
 
     def weight_bytes(self) -> int:
         """Return the size of a checkpoint's weights, and what the user's parts state."""
-        own = sum(half.number("weight_bytes") or 0 for half in (self.av, self.ar) if isinstance(half, _OwnPart))
+        own = sum(half.number("weight_bytes") or 0 for half in (self.av, self.ar) if isinstance(half, OwnPart))
         return own + sum(bytes_of_weights(info.weights, self.autoencoder.dtype) for info in self._checkpoints)
 
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
         """Make the user's AV, or load the checkpoint."""
         from ksweep.autoencoder.nla.models import load_nla_verbalizer
 
-        if isinstance(self.av, _OwnPart):
+        if isinstance(self.av, OwnPart):
             av: Verbalizer = self.av.make(self.autoencoder.dtype, devices)
             return av
         return load_nla_verbalizer(self.av, dtype=self.autoencoder.dtype, device=devices)
 
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
         """Make the user's AR, or load the checkpoint."""
-        from ksweep.autoencoder.nla.models import load_nla_reconstructor
-
-        dtype = self.autoencoder.reconstructor_dtype
-        if isinstance(self.ar, _OwnPart):
-            ar: Reconstructor = self.ar.make(dtype, devices)
-            return ar
-        return load_nla_reconstructor(self.ar, dtype=dtype, device=devices)
+        return load_ar_half(self.ar, self.autoencoder, devices)
 
 
-class _OwnPart:
+class OwnPart:
     """A half that the user wrote, before it is made."""
 
     def __init__(self, role: NlaRole, source: str) -> None:
+        """Import what `source` names, which is made only when it is loaded."""
         self.role, self.source, self.field = role, source, f"autoencoder.{role}"
         self.named = load_named(source, self.field)
         if isinstance(self.named, type) or not callable(self.named):  # what a function returns is checked when it is called
@@ -180,14 +155,17 @@ class _OwnPart:
 
     @property
     def layer(self) -> int | None:
+        """Its attribute `layer`."""
         return self.number("layer")
 
     @property
     def d_model(self) -> int | None:
+        """Its attribute `d_model`."""
         return self.number("d_model")
 
     @property
     def scoring_kind(self) -> ScoringKind:
+        """Its attribute `scoring_kind`; "normalised" without one."""
         kind: ScoringKind = getattr(self.named, "scoring_kind", "normalised")
         if kind not in get_args(ScoringKind):
             raise SpecError(f"{self.field}={self.source}: scoring_kind={kind!r} is not one of {', '.join(get_args(ScoringKind))}")
@@ -211,3 +189,63 @@ class _OwnPart:
         made = self.named(dtype=dtype, devices=tuple(devices)) if callable(self.named) else self.named
         check_has(made, LOADED[self.role], f"{self.field}={self.source}: what it makes")
         return made
+
+
+def half_of(autoencoder: Autoencoder, role: NlaRole) -> OwnPart | CheckpointInfo:
+    """Return the AV or AR that a spec names: the user's own, or an inspected checkpoint.
+
+    Raises:
+        CheckpointError, SpecError: it cannot be used, or its prompting is overridden and it makes its prompts itself.
+    """
+    source = getattr(autoencoder, role) or ""
+    if not is_dotted_name(source):
+        path = hub.resolve(source, f"{role.upper()} checkpoint")
+        return inspect_nla(path, role, autoencoder.base, autoencoder.prompting)
+    overrides = autoencoder.prompting.of_av if role == "av" else autoencoder.prompting.of_ar
+    if overrides:
+        raise SpecError(
+            f"autoencoder.prompting.{next(iter(overrides))} is for checkpoints, and autoencoder.{role}={source} makes its "
+            "prompts itself: leave it out"
+        )
+    return OwnPart(role, source)
+
+
+def short_name_of_half(source: str) -> str:
+    """Return the name of the user's class, or `short_name_of` a checkpoint."""
+    return source.partition(":")[2] if is_dotted_name(source) else short_name_of(source)
+
+
+def check_half(half: OwnPart | CheckpointInfo, source: str, facts: ActivationFacts) -> None:
+    """Check that activations have the width and layer of a half, as far as both are known.
+
+    Raises:
+        DataError: they have another.
+    """
+    for name, value in (("d_model", facts.d_model), ("layer", facts.layer)):
+        stated = getattr(half, name)
+        if None not in (stated, value) and stated != value:
+            raise DataError(
+                f"{facts.source} gives activations of {name} {value}, but {source} is for {name} {stated}: give it those "
+                "that it was made for"
+            )
+
+
+def scoring_kind_of(ar: OwnPart | CheckpointInfo) -> ScoringKind:
+    """Return what the user's AR states; a checkpoint's AR is scored by direction."""
+    return ar.scoring_kind if isinstance(ar, OwnPart) else "normalised"
+
+
+def ar_half_identity(ar: OwnPart | CheckpointInfo, autoencoder: Autoencoder) -> dict[str, Any]:
+    """Return digest and name of the user's AR, or the identity of the checkpoint."""
+    return ar.identity() if isinstance(ar, OwnPart) else ar_identity(ar, autoencoder.prompting)
+
+
+def load_ar_half(ar: OwnPart | CheckpointInfo, autoencoder: Autoencoder, devices: Sequence[str]) -> Reconstructor:
+    """Make the user's AR, or load the checkpoint."""
+    from ksweep.autoencoder.nla.models import load_nla_reconstructor
+
+    dtype = autoencoder.reconstructor_dtype
+    if isinstance(ar, OwnPart):
+        made: Reconstructor = ar.make(dtype, devices)
+        return made
+    return load_nla_reconstructor(ar, dtype=dtype, device=devices)

@@ -12,6 +12,7 @@ from ksweep.cli.jobs import commands as jobs
 from ksweep.cli.plot import plot_command
 from ksweep.cli.reference_json import export_command, import_json_command
 from ksweep.cli.report import report_command
+from ksweep.cli.score import PASSED_ON, score_command
 from ksweep.cli.scores import scores_group
 from ksweep.cli.show import show_command
 from ksweep.cli.sql import sql_command
@@ -26,6 +27,7 @@ app.command("why")(jobs.why_command)
 app.command("cancel")(jobs.cancel_command)
 app.command("finalize")(jobs.finalize_command)
 app.command("retry")(jobs.retry_command)
+app.command("score", context_settings=PASSED_ON)(score_command)
 app.command("import-json")(import_json_command)
 app.command("plot")(plot_command)
 app.command("report")(report_command)

@@ -185,9 +185,9 @@ def _with_changes(spec: Any, changes: Mapping[str, Any]) -> Any:
 def _clear_replaced_fields(settings: Mapping[str, Any], old: Cell) -> dict[str, Any]:
     """Return the settings together with null or default for the fields that they replace.
 
-    A new AV or checkpoint replaces the old base; a checkpoint replaces a pair, and a pair a checkpoint. A checkpoint names the
-    model and layer of its activations and the length of its explanations, so it replaces those of a pair. Ready-made vectors
-    replace model and text.
+    A new AV or checkpoint replaces the old base; a checkpoint replaces a pair, and a pair a checkpoint. Texts replace an AV, and
+    an AV replaces texts. A checkpoint names the model and layer of its activations and the length of its explanations, so it
+    replaces those of a pair. Ready-made vectors replace model and text.
     """
     cleared: dict[str, Any] = {}
     if settings.get("autoencoder.checkpoint") is not None:
@@ -197,8 +197,12 @@ def _clear_replaced_fields(settings: Mapping[str, Any], old: Cell) -> dict[str, 
             cleared |= {"sampling.max_new_tokens": Sampling.max_new_tokens}
     elif "autoencoder.av" in settings:
         cleared |= {"autoencoder.checkpoint": None, "autoencoder.base": None, "autoencoder.encoder_prompt": "learned"}
+    if settings.get("autoencoder.texts") is not None:
+        cleared |= {"autoencoder.av": None}
+    elif settings.get("autoencoder.av") is not None:
+        cleared |= {f"autoencoder.{name}": None for name in ("texts", "texts_column", "max_text_tokens")}
     if settings.get("activations.vectors") is not None:
-        cleared |= {"activations.model": None, "activations.text": None}
+        cleared |= {"activations.model": None, "activations.text": None, "activations.row_id_column": None}
     return cleared | dict(settings)
 
 

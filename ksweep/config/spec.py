@@ -24,9 +24,10 @@ OWN_GROUPINGS = ("all", "document", "role", "position", "norm")
 """Breakdowns that every run has, so that no column of a text may be shown under their names."""
 AR_FIELDS = ("ar", "ar_dtype", "encoder_prompt")
 """Fields of an autoencoder that its AV does not depend on."""
-AV_FIELDS = ("av", "dtype")
+AV_FIELDS = ("av", "dtype", "texts", "texts_column", "max_text_tokens", "kept_tokens")
 """Fields that its AR does not depend on; `reconstructor_dtype` stands for the precision."""
 InjectionKind = Literal["replace_embedding", "add_after_block"]
+TextEnd = Literal["first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,16 @@ class Autoencoder:
     """Activation reconstructor: a directory, a hub id or a class of your own, as for `av`; the two may be mixed."""
     checkpoint: str | None = None
     """A talkative-autoencoder .pt file, or a directory of which the file with the highest step is taken; instead of av and ar."""
+    texts: str | None = None
+    """File of texts that are scored in place of an AV's draws, with `ar` or `checkpoint` and without `av` (docs/scoring.md):
+    .jsonl or .parquet, a row for each text, which names its activation by row_id and, where a row has several, position."""
+    texts_column: str | None = None
+    """Column of `texts` that holds the texts. None: "explanation" if the file has it, as exported draws do, else "text"."""
+    max_text_tokens: int | None = None
+    """Longest text of `texts`, in tokens of the AR's tokenizer; longer ones are cut. An AR of your own counts words. None keeps
+    texts whole."""
+    kept_tokens: TextEnd = "first"
+    """Which tokens `max_text_tokens` keeps: the first or the last of a text."""
     base: str | None = None
     """Base model (path or hub id) under PEFT adapters or a talkative autoencoder. None: the model that the checkpoint names."""
     dtype: Dtype = "bfloat16"
@@ -139,10 +150,12 @@ class Autoencoder:
         if self.ar_dtype is not None:
             one_of("autoencoder.ar_dtype", self.ar_dtype, Dtype)
         one_of("autoencoder.encoder_prompt", self.encoder_prompt, EncoderPrompt)
-        if (self.av is None or self.ar is None) == (self.checkpoint is None) or (self.checkpoint and (self.av or self.ar)):
+        self._check_texts()
+        halves = (self.av or self.texts, self.ar)
+        if (None in halves) == (self.checkpoint is None) or (self.checkpoint and (self.av or self.ar)):
             raise SpecError(
                 f"an autoencoder is either a pair (av={self.av!r}, ar={self.ar!r}) or one file (checkpoint={self.checkpoint!r}): "
-                "set autoencoder.av and autoencoder.ar, or autoencoder.checkpoint"
+                f"set autoencoder.av and autoencoder.ar, or autoencoder.checkpoint{self._remedy_for_texts}"
             )
         if self.encoder_prompt != "learned" and self.checkpoint is None:
             raise SpecError(
@@ -151,9 +164,28 @@ class Autoencoder:
             )
 
     @property
+    def _remedy_for_texts(self) -> str:
+        return "" if self.texts is None else f"; texts ({self.texts}) are read by autoencoder.ar or the encoder of a checkpoint"
+
+    def _check_texts(self) -> None:
+        one_of("autoencoder.kept_tokens", self.kept_tokens, TextEnd)
+        if self.max_text_tokens is not None:
+            at_least("autoencoder.max_text_tokens", self.max_text_tokens, 1)
+        if self.texts is not None and self.av is not None:
+            raise SpecError(
+                f"autoencoder.texts={self.texts} are scored in place of the draws of an AV, and autoencoder.av={self.av}: leave "
+                "one of the two out"
+            )
+        if self.texts is None and (self.texts_column, self.max_text_tokens) != (None, None):
+            raise SpecError(
+                f"autoencoder.texts_column={self.texts_column!r} and max_text_tokens={self.max_text_tokens!r} are of given "
+                "texts: set autoencoder.texts, or leave them out (sampling.max_new_tokens limits the draws of an AV)"
+            )
+
+    @property
     def source(self) -> str:
-        """Path or hub id by which a user knows the autoencoder: the checkpoint, or the AV."""
-        return self.checkpoint or self.av or ""
+        """Path or hub id by which a user knows the autoencoder: the texts, the checkpoint, or the AV."""
+        return self.texts or self.checkpoint or self.av or ""
 
     @property
     def reconstructor_dtype(self) -> Dtype:
@@ -162,7 +194,12 @@ class Autoencoder:
 
     @property
     def av_values(self) -> tuple[Any, ...]:
-        """Values of the fields that its AV depends on: autoencoders with the same ones have the same AV."""
+        """Values of the fields that its AV depends on: autoencoders with the same ones have the same AV.
+
+        Where texts stand in place of an AV these are the values of the AR, which is then all that is loaded.
+        """
+        if self.texts is not None:
+            return ("texts", *self.ar_values)
         names = [f.name for f in fields(self) if f.name not in (*AR_FIELDS, "prompting")]
         return (*(getattr(self, name) for name in names), canonical_json(self.prompting.of_av))
 
@@ -197,6 +234,9 @@ class Activations:
     vectors: str | None = None
     """Parquet file with an `activation_vector` column (public NLA datasets), instead of model and text. If it has a sidecar
     FILE.nla_meta.yaml, that must state raw vectors (norm: none) of the pair's layer (docs/sidecars.md)."""
+    row_id_column: str | None = None
+    """Column of `vectors` that names each activation, for `autoencoder.texts`, groups and exports. Rows after the first of a name
+    are left out: they hold further texts of the same activation. None: every row is an activation, named "row:0", "row:1", ..."""
     num_activations: int = 1000
     """Activations to explain, at least 2 unless scoring.baseline is a number. More can be added later: the first ones stay."""
     positions: PositionRule = "random"
@@ -232,6 +272,11 @@ class Activations:
                 "activations.max_norm leaves out activations extracted from text, and activations.vectors are ready-made: "
                 "filter the file, or leave max_norm out"
             )
+        if self.row_id_column is not None and self.vectors is None:
+            raise SpecError(
+                f"activations.row_id_column={self.row_id_column!r} is a column of ready-made vectors; a text's rows are named by "
+                "its column row_id. Leave it out, or set activations.vectors"
+            )
         at_least("activations.num_activations", self.num_activations, 1)
         at_least("activations.positions_per_document", self.positions_per_document, 1)
         at_least("activations.min_position", self.min_position, 0)
@@ -261,7 +306,8 @@ class Sampling:
     max_new_tokens: int = 200
     """Longest explanation, tokens; longer ones are cut off. A checkpoint always writes the length that it was trained with."""
     num_draws: int = 16
-    """Explanations per activation; every K up to this is read off the same draws."""
+    """Explanations per activation; every K up to this is read off the same draws. Of given texts (autoencoder.texts) the default
+    takes as many as every activation of the file has."""
     seed: int = 0
     """Draw k of an activation depends on this seed, the activation and k alone; in float32 also bit for bit on any number of
     ranks."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from ksweep.config.resources import Resources
-from ksweep.config.spec import Autoencoder, Cell, replace_at
+from ksweep.config.spec import Autoencoder, Cell, TextEnd, replace_at
 from ksweep.utils.cell_names import duplicate_names, short_names
 from ksweep.utils.errors import SpecError
 
-PATHS = ("av", "ar", "checkpoint", "base", "model", "text", "vectors")
+PATHS = ("av", "ar", "checkpoint", "texts", "base", "model", "text", "vectors")
 """Fields of a cell that hold a path or a hub id."""
 
 
@@ -65,6 +65,9 @@ class Sweep:
         """Return what differs between the cells, one label each: "temperature=0.5", "ar=untrained"."""
         fields_of = _axis_names(list(self.axes))
         texts = {path: _axis_texts(fields_of[path], values) for path, values in self.axes.items()}
+        if limits := self.axes.get("autoencoder.max_text_tokens"):
+            kept = self.cell.autoencoder.kept_tokens
+            texts["autoencoder.max_text_tokens"] = [token_limit_text(limit, kept) for limit in limits]
         labels: dict[Cell, str] = {}
         for indices in itertools.product(*(range(len(values)) for values in self.axes.values())):
             cell = self.cell
@@ -97,6 +100,13 @@ def _axis_texts(name: str, values: Sequence[Any]) -> list[str]:
         for i, (value, text) in enumerate(zip(column, _value_texts(field_name, column), strict=True)):
             parts[i] += [f"{field_name}={text}"] if value is not None and len(set(column)) > 1 else []
     return [", ".join(part) for part in parts]
+
+
+def token_limit_text(max_text_tokens: int | None, kept_tokens: TextEnd) -> str:
+    """Return which tokens of given texts a cell has: "8 tokens", "last 8 tokens", or "all" where texts are whole."""
+    if max_text_tokens is None:
+        return "all"
+    return f"{'last ' * (kept_tokens == 'last')}{max_text_tokens} token{'s' * (max_text_tokens != 1)}"
 
 
 def _value_texts(name: str, values: Sequence[Any]) -> list[str]:

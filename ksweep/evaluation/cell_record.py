@@ -78,9 +78,17 @@ def identity_fields(cell: Cell, keys: CellKeys) -> dict[str, Any]:
         "draws_key": keys.draws,
         "scores_key": keys.scores,
         "activations_key": keys.activations,
-        "spec": asdict(cell),
+        "spec": _spec_fields(cell),
         "layer": keys.layer,
     }
+
+
+def _spec_fields(cell: Cell) -> dict[str, Any]:
+    """Return a spec as a dictionary. Of given texts it has no temperature, seed or engine: nothing was sampled with any."""
+    spec = asdict(cell)
+    if family_of(cell.autoencoder).draws_are_given:
+        spec["sampling"] = {"num_draws": cell.sampling.num_draws}
+    return spec
 
 
 def request_fields(sweep: str, resources: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from ksweep.activations.group_columns import group_values
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell
 from ksweep.evaluation.breakdown import Breakdown, break_down
+from ksweep.evaluation.given_texts import groups_of_texts
+from ksweep.evaluation.identity import columns_of_activations
 from ksweep.evaluation.summary import RETRIEVAL_POOL, Summary, summarise
 from ksweep.evaluation.tae_summary import StoredDraws, TaeSummary, reference_quantities
 from ksweep.registry import activation_metadata
@@ -63,7 +65,7 @@ def compute_statistics(
     reference = TaeSummary()
     try:
         summary = summarise(draws, targets, cell.scoring, cell.ks, empty_text, first_draws, kind)
-        groups = group_values(cell.activations, cell.scoring.groups, vectors.column("row_id").tolist())
+        groups = _group_values(cell, vectors)
         metadata = activation_metadata.write_metadata(registry, vectors, kind)
         metadata = activation_metadata.with_groups(metadata, vectors, groups, kind)
         windows = vectors.column("window").tolist()
@@ -78,6 +80,16 @@ def compute_statistics(
         summary=summary, reference=reference, tokens=_token_stats(vectors, roles),
         norms=np.linalg.norm(targets.astype(np.float64), axis=1), d_model=targets.shape[1], breakdown=breakdown,
     )  # fmt: skip
+
+
+def _group_values(cell: Cell, vectors: ActivationTable) -> dict[str, list[str | None]]:
+    """Return the value of each column of scoring.groups at each activation, from given texts or from beside the activations."""
+    family = family_of(cell.autoencoder)
+    beside = columns_of_activations(cell, family)
+    values = group_values(cell.activations, beside, vectors.column("row_id").tolist())
+    for column in [column for column in cell.scoring.groups if column not in beside]:
+        values[column] = groups_of_texts(family.given_texts, column, vectors)
+    return {column: values[column] for column in cell.scoring.groups}
 
 
 def _token_stats(vectors: ActivationTable, roles: list[str | None]) -> dict[str, Any]:

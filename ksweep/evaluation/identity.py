@@ -24,7 +24,7 @@ from ksweep.activations.vector_source import (
 from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Activations, Cell, Sampling
-from ksweep.config.sweep import Sweep
+from ksweep.config.sweep import Sweep, token_limit_text
 from ksweep.evaluation.metrics import metric_keys
 from ksweep.inference.backend import DEFAULT_ENGINE, engine_identity
 from ksweep.registry.scores import RECONSTRUCTION
@@ -94,27 +94,20 @@ def cell_keys(cell: Cell) -> CellKeys:
     facts = _activation_facts(cell.activations)
     layer = _layer(family, facts)
     notes = (*family.notes, *family.check_activations(facts))
-    check_group_columns(cell.activations, cell.scoring.groups)
+    check_group_columns(cell.activations, columns_of_activations(cell, family))
     # 2. Hash what changes the activations, the draws, the numbers.
     activations, activations_identity = activations_key(cell.activations, layer)
     draws: dict[str, Any] = {
         "activations": activations,
         **family.draws_identity(),
-        "dtype": cell.autoencoder.dtype,
-        "temperature": cell.sampling.temperature,
-        "top_p": cell.sampling.top_p if cell.sampling.temperature > 0 else None,
-        "max_new_tokens": cell.sampling.max_new_tokens,
-        "seed": cell.sampling.seed if cell.sampling.temperature > 0 else None,
-        "sampler_version": SAMPLER_VERSION,
+        **({} if family.draws_are_given else _sampling_identity(cell)),
     }
     scores = {
         **family.scores_identity(),
         "dtype": cell.autoencoder.reconstructor_dtype,
         "scorer_version": SCORER_VERSION,
     }
-    if engine := engine_identity(cell.sampling.engine):
-        draws |= {"engine": engine}
-    combined = draws | family.scores_identity() | {"scorer_version": SCORER_VERSION}
+    combined = {"dtype": cell.autoencoder.dtype} | draws | family.scores_identity() | {"scorer_version": SCORER_VERSION}
     if cell.autoencoder.reconstructor_dtype != cell.autoencoder.dtype:  # keys from before this choice existed stay valid
         combined |= {"ar_dtype": cell.autoencoder.reconstructor_dtype}
     combined_key = fingerprint(combined)
@@ -130,6 +123,21 @@ def cell_keys(cell: Cell) -> CellKeys:
         cell=fingerprint(numbers), layer=layer, label=cell_label(cell, layer), notes=notes,
         identity={"activations": activations_identity, "draws": draws, "scores": scores, "layer": layer},
     )  # fmt: skip
+
+
+def _sampling_identity(cell: Cell) -> dict[str, Any]:
+    """Return what changes the draws that an AV is asked for."""
+    sampling = cell.sampling
+    identity = {
+        "dtype": cell.autoencoder.dtype,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p if sampling.temperature > 0 else None,
+        "max_new_tokens": sampling.max_new_tokens,
+        "seed": sampling.seed if sampling.temperature > 0 else None,
+        "sampler_version": SAMPLER_VERSION,
+    }
+    engine = engine_identity(sampling.engine)
+    return identity | ({"engine": engine} if engine else {})
 
 
 def _layer(family: Family, facts: ActivationFacts) -> int:
@@ -173,13 +181,12 @@ def resolve_cell(cell: Cell) -> Cell:
 
 
 def _resolve(cell: Cell, family: Family) -> Cell:
-    activations, sampling = cell.activations, cell.sampling
+    activations = cell.activations
     if activations.model is None and activations.vectors is None:
         if family.activations_model is None:
             raise SpecError(f"{cell.autoencoder.source} does not say which model its activations are from: set activations.model")
         activations = replace(activations, model=family.activations_model)
-    if family.num_tokens is not None:
-        sampling = replace(sampling, max_new_tokens=family.num_tokens)
+    sampling = family.resolve_sampling(cell.sampling)
     return replace(cell, autoencoder=family.located, activations=activations, sampling=sampling)
 
 
@@ -195,6 +202,12 @@ def resolve_cells(cells: Sequence[Cell]) -> list[Cell]:
     for text in sorted(warnings):
         log.warning(text)
     return resolved
+
+
+def columns_of_activations(cell: Cell, family: Family) -> list[str]:
+    """Return the columns of `scoring.groups` that are looked up beside the activations; those of given texts come first."""
+    in_texts = family.given_texts.columns if family.draws_are_given and cell.scoring.groups else ()
+    return [column for column in cell.scoring.groups if column not in in_texts]
 
 
 def _activation_facts(activations: Activations) -> ActivationFacts:
@@ -245,8 +258,12 @@ def _label_parts(cell: Cell, layer: int) -> dict[str, str]:
     family = family_of(cell.autoencoder)
     parts = {
         family.source_field: family.short_name, "activations.layer": f"L{layer}",
-        "sampling.temperature": f"T={cell.sampling.temperature:g}",
     }  # fmt: skip
+    if family.draws_are_given:
+        if (limit := cell.autoencoder.max_text_tokens) is not None:
+            parts["autoencoder.max_text_tokens"] = token_limit_text(limit, cell.autoencoder.kept_tokens)
+    else:
+        parts["sampling.temperature"] = f"T={cell.sampling.temperature:g}"
     if cell.sampling.top_p < 1:
         parts["sampling.top_p"] = f"top_p={cell.sampling.top_p:g}"
     if cell.sampling.engine != DEFAULT_ENGINE:

@@ -13,8 +13,9 @@ from ksweep.config.spec import Cell
 from ksweep.evaluation.cell_run import CellRun, CurrentCell
 from ksweep.evaluation.context import RunContext
 from ksweep.evaluation.distributed import Ranks, Stopped
+from ksweep.evaluation.given_texts import publish_texts, text_notes
 from ksweep.evaluation.identity import CellKeys, cell_keys, one_document_error, resolve_cell
-from ksweep.evaluation.models import Models
+from ksweep.evaluation.models import Models, check_as_planned
 from ksweep.evaluation.scoring import UnitScoring
 from ksweep.evaluation.unit_drawing import UnitDrawing
 from ksweep.registry.cell_draws import CellDraws
@@ -49,14 +50,20 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
     vectors = _extract_activations(cell, keys, context, ranks, clock)
     _check_activations(cell, keys, vectors)
     notes = (*keys.notes, *_norm_notes(cell, vectors))
-    # 3. Set damaged files aside, so that their draws count as missing, and take over draws of earlier versions.
+    # 3. Set damaged files aside, so that their draws count as missing, and take over draws of earlier versions and given texts.
     store = CellDraws(context.registry, keys.draws, keys.scores, keys.combined)
     grid = (len(vectors), cell.sampling.effective_num_draws)
+    family = family_of(cell.autoencoder)
     if ranks.rank == 0:
+        if family.draws_are_given:
+            check_as_planned(family, keys)
+            notes += text_notes(family.given_texts, vectors, grid[1])
         log_notes(keys, notes)
         store.set_damaged_aside(*grid)
         store.describe(keys.identity)
         store.take_over_earlier(*grid)
+        if family.draws_are_given:
+            publish_texts(family, vectors, store, grid[1])
     ranks.barrier()
     # 4. List the missing draws and scores.
     coverage = store.coverage(*grid)

@@ -57,6 +57,9 @@ def _gather_facts(
     registry = Path(sweep.registry)
     wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
     coverage = CellDraws(registry, keys.draws, keys.scores, keys.combined).coverage_with_earlier(*wanted)
+    is_given = family_of(cell.autoencoder).draws_are_given
+    if is_given:
+        coverage.drawn[:] = True
     for other, (num_activations, num_draws) in planned:
         if other.draws == keys.draws:
             coverage.drawn[:num_activations, :num_draws] = True
@@ -77,16 +80,16 @@ def _gather_facts(
         draws_wanted=wanted[0] * wanted[1],
         bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
         bytes_per_draw=BYTES_PER_DRAW,
-        bytes_per_score=BYTES_PER_SCORE + _bytes_of_reconstructions(cell),
+        bytes_per_score=BYTES_PER_SCORE + _bytes_of_reconstructions(cell) + is_given * BYTES_PER_DRAW,
         seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.source),
-        seconds_per_score=seconds_per_score(registry, cell.autoencoder.ar or cell.autoencoder.source),
+        seconds_per_score=seconds_per_score(registry, cell.autoencoder.ar or cell.autoencoder.checkpoint or ""),
     )
 
 
 def _check_several_documents(cell: Cell, keys: CellKeys) -> None:
     """Raise before submission what a run would raise for vectors of one document; documents of a text are not known yet."""
     given = cell.activations
-    if cell.scoring.baseline_kind != "between documents" or given.vectors is None:
+    if cell.scoring.baseline_kind != "between documents" or given.vectors is None or given.row_id_column:
         return
     if are_of_one_document(given.vectors, given.document_column, given.num_activations):
         raise one_document_error(cell, keys.name)

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,14 @@ from ksweep.utils.planning_pass import planning_pass
 
 def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
     """Run a sweep as its file's main: parse, plan, run what is missing, show. Exits with 0, 1 (failed) or 2 (bad request)."""
+    run_sweep_command(lambda: sweep, sys.argv[1:] if arguments is None else arguments)
+
+
+def run_sweep_command(sweep: Callable[[], Sweep], arguments: Sequence[str]) -> None:
+    """Do what `sweep_main` does with a sweep that is built first; a mistake in what it is built from is a bad request as well."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        code = _main(sweep, sys.argv[1:] if arguments is None else arguments)
+        code = _main(sweep(), arguments)
     except RequestError as error:
         code = _complain(error, 2)
     except (RunError, StoreError) as error:

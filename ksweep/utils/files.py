@@ -10,15 +10,15 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ksweep.utils.errors import CheckpointError
+from ksweep.utils.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -203,3 +203,23 @@ def read_json(path: Path, what: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} {path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects of a .jsonl file; blank lines are passed over.
+
+    Raises:
+        DataError: a line is no JSON object; the message has its number.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"line {number} of {path} is not JSON ({error}); expected one object a line") from error
+            if not isinstance(record, dict):
+                what = type(record).__name__
+                raise DataError(f"line {number} of {path} is a {what}; expected an object such as {{'text': '...'}}")
+            yield record

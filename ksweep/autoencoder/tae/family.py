@@ -52,14 +52,14 @@ class TaeFile(Family):
     @property
     def short_name(self) -> str:
         """The name of the file without its suffix."""
-        source = self.autoencoder.source
+        source = self.autoencoder.checkpoint or ""
         path = Path(hub.without_revision(source))
         return path.stem.rstrip("_") if path.suffix else path.name
 
     @property
     def located(self) -> Autoencoder:
         """The spec with a directory replaced by its current file: training may write a later one before the job starts."""
-        if Path(self.autoencoder.source).expanduser().is_dir():
+        if Path(self.autoencoder.checkpoint or "").expanduser().is_dir():
             return replace(self.autoencoder, checkpoint=str(self.info.path))
         return self.autoencoder
 
@@ -90,7 +90,7 @@ class TaeFile(Family):
     def scores_identity(self) -> dict[str, Any]:
         """Return the digest of file and base, and the encoder's prompt if it is not the trained one."""
         prompt = self.autoencoder.encoder_prompt  # keys from before this choice existed stay valid
-        return self.draws_identity() | ({} if prompt == "learned" else {"encoder_prompt": prompt})
+        return {"checkpoint": digest_tae(self.info)} | ({} if prompt == "learned" else {"encoder_prompt": prompt})
 
     def check_activations(self, facts: ActivationFacts) -> tuple[Note, ...]:
         """Check layer and width, and that tokens and positions are known if decoder or encoder were trained with them."""
