@@ -239,6 +239,25 @@ def test_the_encoder_of_a_talkative_autoencoder_reads_the_tokens_of_given_texts(
         assert row["error"] == pytest.approx(float(np.mean((vector - table.row(i)) ** 2)), rel=1e-4)
 
 
+def test_an_ar_of_ones_own_reads_given_texts_and_its_tokens_are_words(
+    rows: list[dict[str, Any]], vectors: np.ndarray, pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "counting_ar.py").write_text(
+        "import torch\nclass CountingAr:\n    layer, d_model, reads_empty_text = 1, 32, False\n"
+        "    def __init__(self, dtype, devices): pass\n    def reconstruct(self, explanations, batch_size=64):\n"
+        "        return torch.tensor([[1.0] + [len(e.text.split())] * 31 for e in explanations])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sweep = over_vectors(rows, pair, tmp_path, max_text_tokens=2)
+    results = ksweep.run(
+        replace(sweep, cell=replace(sweep.cell, autoencoder=replace(sweep.cell.autoencoder, ar="counting_ar:CountingAr")))
+    )
+    expected = np.array([1.0] + [2.0] * 31)
+    cosines = vectors @ expected / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected)
+    for row in results.draws.to_pylist():
+        assert row["num_tokens"] == 2 and row["error"] == pytest.approx(2 - 2 * cosines[row["activation"]], rel=1e-5)
+
+
 # --- which texts belong to which activations ---
 
 
