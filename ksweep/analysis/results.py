@@ -156,6 +156,7 @@ def results_of_sweep(sweep: str, registry: Path | str = "registry") -> Results:
 _DRAWS = """
     SELECT w.wanted AS label, d.*
     FROM wanted_cells AS w JOIN v_latest AS r USING (cell_key)
-    JOIN draws AS d ON d.draws_key = r.draws_key AND d.activation < r.num_activations AND d.draw < r.num_draws
+    JOIN draws AS d ON d.draws_key = r.draws_key AND d.scores_key IS NOT DISTINCT FROM r.scores_key
+        AND d.activation < r.num_activations AND d.draw < r.num_draws
     ORDER BY w.place, d.activation, d.draw
 """

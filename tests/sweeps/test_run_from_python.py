@@ -57,6 +57,18 @@ def test_draws_hold_every_text_and_their_mean_best_error_is_that_of_the_curve(re
         assert best == pytest.approx(largest["error"], rel=1e-9)
 
 
+def test_draws_of_cells_that_share_them_come_once_a_cell_with_its_own_scores(sweep: Sweep, results: ksweep.Results) -> None:
+    two = ksweep.run(replace(sweep, name="precisions", axes={"autoencoder.ar_dtype": ("float32", "bfloat16")}))
+    draws = two.draws
+    assert draws.num_rows == 2 * 40 * 8 and set(draws["label"].to_pylist()) == {"ar_dtype=float32", "ar_dtype=bfloat16"}
+    first, second = (draws.filter(pc.equal(draws["label"], label)) for label in two.labels.values())
+    assert first["explanation"].equals(second["explanation"]) and not first["error"].equals(second["error"])
+    for table in (first, second):
+        best = pc.mean(pc.fill_null(table.group_by("activation").aggregate([("error", "min")])["error_min"], 2.0)).as_py()
+        [row] = [r for r in two.curves.to_pylist() if r["label"] == table["label"][0].as_py() and r["k"] == 8]
+        assert best == pytest.approx(row["error"], rel=1e-9)
+
+
 def test_the_comparison_is_that_of_sql(sweep: Sweep, results: ksweep.Results) -> None:
     table = results.compare(reference="temperature=0.7")
     rows = {row["k"]: row for row in table.to_pylist() if row["k"] is not None}
