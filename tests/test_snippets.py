@@ -20,10 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ksweep import cli, connect
+from ksweep.analysis.cells import load_cells
+from ksweep.analysis.choosing import chosen_curves
 from ksweep.config.overrides import apply_overrides, parse_overrides
+from ksweep.evaluation.metrics import TextMetric, compute_metric
+from ksweep.registry.chosen_files import record_chosen
+from ksweep.registry.outside_scores import WantedDraws, export_draws, import_scores
 from tests.tiny_sweeps import talking_pair
 
 pytestmark = pytest.mark.slow
@@ -45,6 +53,7 @@ PARSED_ONLY = {
     r"^make ": "installs and runs for minutes: `make -n` shows what it would do",
     r"cluster=slurm": "needs Slurm: its settings are applied to the experiment",
     r"^ksweep logs ": "needs a job of four ranks: its arguments are parsed",
+    r"^ksweep choose checkpoint_sweep": "would draw for minutes: its arguments are parsed",
     r"^ksweep (retry|cancel) ": "acts on jobs, and here they have ended: its arguments are parsed",
     r"^ksweep doctor": "is run by tests/cli/test_doctor.py: its arguments are parsed",
     r"^python experiments/": "would draw for minutes: planned with --dry-run",
@@ -145,6 +154,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     try:
         assert experiment("temp_sweep", *tiny, "sampling.num_draws=4", "sampling.max_new_tokens=20", "--no-charts") == 0
         assert experiment("k_sweep", *tae, f"autoencoder.checkpoint={TAE}", "--no-charts") == 0
+        judge_draws(root)
     finally:
         os.chdir(before)
     with connect(root / "registry") as connection:
@@ -159,6 +169,25 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         "+eval.checkpoint_path=PATH.pt": f"+eval.checkpoint_path={TAE}",
     }  # fmt: skip
     yield Project(root, tiny, tae, words)
+
+
+def judge_draws(root: Path) -> None:
+    """Give temp_sweep a judge's scores and text metrics, record a choice by them, and save the metric of docs/extending.md."""
+    registry = root / "registry"
+    cells = load_cells(registry, ["temp_sweep"])
+    for cell in cells:
+        compute_metric(TextMetric(), registry, cell.draws_key, (cell.num_activations, cell.num_draws), lambda num: np.empty(0))
+    wanted = [
+        WantedDraws(draws_key=c.draws_key, scores_key=None, num_activations=c.num_activations, num_draws=c.num_draws)
+        for c in cells
+    ]
+    draws = export_draws(registry, wanted)
+    scores = draws.append_column("score", pa.array(range(len(draws)), pa.float64()))
+    pq.write_table(scores, root / "scores.parquet")
+    import_scores(registry, scores, "judge", better="higher")
+    record_chosen(registry, chosen_curves(cells, "judge"))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    (root / "my_parts.py").write_text("\n\n".join(blocks))
 
 
 def commands(line: str, words: dict[str, str]) -> list[list[str]]:

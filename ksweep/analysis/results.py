@@ -3,19 +3,21 @@
 results = ksweep.results("temp_sweep")       # of what was run before; `ksweep.run` returns the same
 results.curves                               # Arrow table: a row per cell and K
 results.compare(reference="temperature=1")   # Arrow table of paired differences
+results.chosen(by="judge")                   # Arrow table: chosen by one score, reported in another
 results.chart("fve_by_temperature")          # Altair chart
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
 
 from ksweep.analysis.cells import load_cells
+from ksweep.analysis.choosing import chosen_curves
 from ksweep.analysis.compare import compare
 from ksweep.analysis.results_table import print_curves
 from ksweep.config.sweep import Sweep
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 ChartKind = Literal[
-    "fve_by_k", "fve_by_temperature", "compare", "by_group", "error_distribution", "norm_distribution", "throughput"
+    "fve_by_k", "fve_by_temperature", "compare", "chosen", "by_group", "error_distribution", "norm_distribution", "throughput"
 ]
 
 
@@ -76,12 +78,31 @@ class Results:
             raise RequestError(f"a comparison needs two finished cells; {self.sweep} has {len(run_ids)}")
         return compare(load_cells(self.registry, run_ids), reference, level=level)
 
+    def chosen(self, by: str, report: str = "error", *, ks: Sequence[int] | None = None, level: float | None = None) -> pa.Table:
+        """Return best-of-K chosen by one score and reported in another; see `analysis.choosing.chosen_curves`.
+
+        Args:
+            by: the score that chooses: "error", the label of a cell with another AR over the same draws, or a metric ("judge",
+                "text.num_words"; with a minus in front the other way round).
+            report: the score that is reported.
+            ks: values of K; None takes those of each cell.
+            level: nominal coverage of the intervals; None takes that of the cells.
+
+        Raises:
+            RequestError: no cell has finished, or there is no such score.
+        """
+        cells = load_cells(self.registry, list(self._run_ids().values()) or [self.sweep])
+        labels = {run_id: self.labels[key] for key, run_id in self._run_ids().items()}
+        cells = [replace(cell, label=labels[cell.run_id]) for cell in cells]
+        return chosen_curves(cells, by, report, ks=ks, level=level)
+
     def chart(self, kind: ChartKind = "fve_by_k", **options: Any) -> alt.TopLevelMixin:
         """Return an Altair chart of these cells; a notebook shows it.
 
         Args:
             kind: a function of `ksweep.analysis.charts`.
-            options: passed to that function; for "compare", `reference` and `level` go to the comparison.
+            options: passed to that function; for "compare", `reference` and `level` go to the comparison, for "chosen" `by`,
+                `report`, `ks` and `level` to the choice.
 
         Raises:
             RequestError: there is no such chart, or nothing to show.
@@ -94,6 +115,9 @@ class Results:
             raise RequestError(f"no cell of {self.sweep} has finished in {self.registry}: there is nothing to draw")
         if kind == "fve_by_k":
             return charts.fve_by_k(self.curves, **{"title": self.question or self.sweep} | options)
+        if kind == "chosen":
+            choice = {name: options.pop(name) for name in ("by", "report", "ks", "level") if name in options}
+            return charts.chosen(self.chosen(**choice), **options)
         if kind == "compare":
             asked = {name: options.pop(name) for name in ("reference", "level") if name in options}
             return charts.compare(self.compare(**asked), **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ksweep.cli.cache import cache_group
+from ksweep.cli.choose import choose_command
 from ksweep.cli.db import db_group
 from ksweep.cli.diff import diff_command
 from ksweep.cli.doctor import doctor_command
@@ -35,6 +36,7 @@ app.command("export")(export_command)
 app.command("sql")(sql_command)
 app.command("show")(show_command)
 app.command("diff")(diff_command)
+app.command("choose")(choose_command)
 app.command("doctor")(doctor_command)
 app.add_typer(db_group, name="db")
 app.add_typer(scores_group, name="scores")

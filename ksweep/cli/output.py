@@ -6,9 +6,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 RegistryOption = Annotated[Path, typer.Option("--registry", help="Directory of landing files, draws and the database.")]
 VectorCacheOption = Annotated[Path, typer.Option("--vector-cache", help="Directory of cached activations.")]
@@ -73,6 +76,27 @@ def print_text(text: str, *, soft_wrap: bool = False) -> None:
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON."""
     print(json.dumps(_jsonable(value)), flush=True)
+
+
+def write_parquet(path: Path, answer: pa.Table) -> None:
+    """Write a table to a Parquet file, and say so.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ksweep.utils.errors import RunError
+    from ksweep.utils.files import publish
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(answer, sink, compression="zstd")
+    try:
+        publish(path, sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    print(f"{path}: {answer.num_rows} rows")
 
 
 def table_curve(curve: Sequence[OutputRow]) -> list[OutputRow]:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ksweep.cli.output import JsonOption, RegistryOption, VectorCacheOption, print_rows, print_text
+from ksweep.cli.output import JsonOption, RegistryOption, VectorCacheOption, print_rows, print_text, write_parquet
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ksweep.analysis.cells import MeasuredCell
+    from ksweep.registry.scores import Better
 
 scores_group = typer.Typer(no_args_is_help=True, help="Scores of draws beside the AR's error: text metrics, a judge, a person.")
 NamesArgument = Annotated[
@@ -67,3 +68,50 @@ def _activations_of(cell: MeasuredCell, vector_cache: Path) -> Callable[[int], n
         return ActivationStore(vector_cache, cell.activations_key, {}).open(num).vectors()
 
     return first_activations
+
+
+@scores_group.command("export")
+def scores_export_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
+    names: NamesArgument = None,
+    registry: RegistryOption = Path("registry"),
+) -> None:
+    """Write draws with their ids, explanation and context, for a judge or a person to score."""
+    from ksweep.analysis.cells import load_cells
+    from ksweep.registry.outside_scores import WantedDraws, export_draws
+
+    cells = load_cells(registry, names or [])
+    wanted = [
+        WantedDraws(
+            draws_key=cell.draws_key, scores_key=cell.scores_key, num_activations=cell.num_activations, num_draws=cell.num_draws
+        )
+        for cell in cells
+    ]
+    table = export_draws(registry, wanted)
+    write_parquet(output, table)
+    print_text("each is a draw with an explanation: add a column `score`, and `ksweep scores import` takes it back")
+
+
+@scores_group.command("import")
+def scores_import_command(
+    file: Annotated[Path, typer.Argument(help="Parquet, .jsonl or .csv with draws_key, activation, draw and the score.")],
+    name: Annotated[str, typer.Option("--as", help="Name of the metric: judge.")],
+    higher_is_better: Annotated[
+        bool | None, typer.Option("--higher-is-better/--lower-is-better", help="Without either, neither is.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the scores; without, `score`.")] = None,
+    registry: RegistryOption = Path("registry"),
+) -> None:
+    """Import scores from outside, a judge's or a person's. Of scores imported again under the same name the last ones count."""
+    from ksweep.registry.outside_scores import counted, import_scores, read_scores_file
+
+    better: Better = "neither" if higher_is_better is None else "higher" if higher_is_better else "lower"
+    done = import_scores(registry, read_scores_file(file), name, column=column, better=better)
+    print_text(
+        f"{name}: {done.num_scores} scores of {done.num_draws} draws ({len(done.draws_keys)} draws keys), {better} is better"
+    )
+    if done.left_out:
+        print_text(f"left out: {counted(done.left_out)}")
+    if done.replaced:
+        keys = ", ".join(key[:8] for key in done.replaced)
+        print_text(f"draws {keys} had other scores called {name}: those imported now count, the earlier ones stay on disk")

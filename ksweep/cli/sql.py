@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ksweep.cli.output import RegistryOption, print_rows
-from ksweep.utils.errors import RequestError, RunError
+from ksweep.cli.output import RegistryOption, print_rows, write_parquet
+from ksweep.utils.errors import RequestError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +39,7 @@ def sql_command(
     text, variables = _text_and_variables(registry, question, values or [])
     answer = run_query(registry, text, variables)
     if parquet is not None:
-        _write_parquet(parquet, answer)
+        write_parquet(parquet, answer)
     elif as_csv:
         _print_csv(answer)
     else:
@@ -62,21 +62,6 @@ def _print_questions(registry: Path, as_json: bool) -> None:
 
     rows = [{"name": f"@{q.name}", "question": q.question, "takes": ", ".join(q.variables)} for q in queries(registry).values()]
     print_rows(rows, as_json=as_json)
-
-
-def _write_parquet(path: Path, answer: pa.Table) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from ksweep.utils.files import publish
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(answer, sink, compression="zstd")
-    try:
-        publish(path, sink.getvalue().to_pybytes())
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    print(f"{path}: {answer.num_rows} rows")
 
 
 def _print_csv(answer: pa.Table) -> None:

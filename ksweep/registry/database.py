@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep.registry import attempts, sweeps
+from ksweep.registry.chosen_files import CHOSEN_FILE_SCHEMA
 from ksweep.registry.draws import DRAWS_FILE_SCHEMA
 from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, LandedRun, LandingError, RunRecord, read_run
 from ksweep.registry.scores import LONG_SCHEMA, RECONSTRUCTION_SCHEMA
@@ -489,6 +490,7 @@ def _make_file_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
         "SCORES_PARTS": "scores/*/*/part-*.parquet",
         "METRIC_PARTS": "scores/*/*/metric-*.parquet",
         "METRIC_IDENTITIES": "scores/*/*/identity.json",
+        "CHOSEN": "chosen/[!.]*.parquet",
         "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}",
     }
     for placeholder, pattern in patterns.items():
@@ -504,6 +506,7 @@ def _write_empty_parts(root: Path) -> None:
         "draws/_schema/activations.parquet": ACTIVATIONS_SCHEMA,
         "scores/_schema/_schema/part-empty.parquet": RECONSTRUCTION_SCHEMA,
         "scores/_schema/_schema/metric-empty.parquet": LONG_SCHEMA,
+        "chosen/empty.parquet": CHOSEN_FILE_SCHEMA,
     }
     identity = root / "scores" / "_schema" / "_schema" / "identity.json"
     if not identity.exists():
@@ -603,6 +606,7 @@ def _schema_fingerprint() -> str:
     """Return a hash of everything that decides what the database holds; a database with another one is built again."""
     intervals = str((ASYMMETRY, interval_reach(10.0, 0.95)))
     schemas = [repr(SPEC_COLUMNS), str(DRAWS_FILE_SCHEMA), str(RECONSTRUCTION_SCHEMA), str(LONG_SCHEMA), str(ACTIVATIONS_SCHEMA)]
+    schemas.append(str(CHOSEN_FILE_SCHEMA))
     text = "\n".join([*map(_sql, ("schema.sql", "views.sql", "file_views.sql")), *schemas, intervals])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

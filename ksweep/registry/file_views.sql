@@ -127,3 +127,28 @@ COMMENT ON COLUMN draw_scores.metric IS 'Name of the metric: reconstruction, tex
 COMMENT ON COLUMN draw_scores.name IS 'Column of the metric; stored_metrics says what it measures and which values are better.';
 COMMENT ON COLUMN draw_scores.value IS 'The score; NULL where the draw failed or has none.';
 COMMENT ON COLUMN draw_scores.scores_key IS 'Of reconstruction, the key of the AR''s scores, as in draws; NULL for other metrics, and for parts of earlier versions, which hold draws and scores together.';
+
+CREATE VIEW chosen_curves AS
+SELECT * FROM read_parquet('CHOSEN')
+WHERE run_id IN (SELECT run_id FROM v_latest)
+QUALIFY row_number() OVER (PARTITION BY run_id, chosen_by, reported, k, level ORDER BY recorded DESC) = 1;
+COMMENT ON VIEW chosen_curves IS 'One row per cell, choosing score, reported score and K: best-of-K chosen by one score and reported in another, as `ksweep choose` recorded it, from the newest finished run of each cell.';
+COMMENT ON COLUMN chosen_curves.chosen_by IS 'The score that chooses: error (the cell''s own AR), the label of a cell with another AR, or a metric; a minus in front turns its direction round.';
+COMMENT ON COLUMN chosen_curves.reported IS 'The score in which the chosen draws are reported, named as in chosen_by.';
+COMMENT ON COLUMN chosen_curves.measure IS 'fve: value is FVE by the reporting AR. mean: value is the mean of the reported metric over the chosen draws that have one.';
+COMMENT ON COLUMN chosen_curves.value IS 'FVE or mean of the chosen draws.';
+COMMENT ON COLUMN chosen_curves.value_low IS 'Lower end of the interval of value, from the bootstrap over documents.';
+COMMENT ON COLUMN chosen_curves.value_high IS 'Upper end of the interval of value.';
+COMMENT ON COLUMN chosen_curves.oracle IS 'The same where the reported score itself chooses; NULL for a metric of which no value is better.';
+COMMENT ON COLUMN chosen_curves.oracle_low IS 'Lower end of the interval of oracle.';
+COMMENT ON COLUMN chosen_curves.oracle_high IS 'Upper end of the interval of oracle.';
+COMMENT ON COLUMN chosen_curves.difference IS 'value - oracle, paired over the same documents.';
+COMMENT ON COLUMN chosen_curves.difference_low IS 'Lower end of the interval of difference.';
+COMMENT ON COLUMN chosen_curves.difference_high IS 'Upper end of the interval of difference.';
+COMMENT ON COLUMN chosen_curves.share_with_choice IS 'Share of the draws that did not fail which have a score to choose by; the others are chosen only among themselves.';
+COMMENT ON COLUMN chosen_curves.share_with_value IS 'Share of the chosen draws that have a value: did not fail, or have a score of the reported metric.';
+COMMENT ON COLUMN chosen_curves.num_replicates IS 'Bootstrap replicates behind the intervals.';
+COMMENT ON COLUMN chosen_curves.note IS 'A limitation of the intervals.';
+COMMENT ON COLUMN chosen_curves.chosen_by_key IS 'Key of the choosing scores: name of a directory under registry/scores/<draws_key>. NULL for errors of earlier versions.';
+COMMENT ON COLUMN chosen_curves.reported_key IS 'Key of the reported scores.';
+COMMENT ON COLUMN chosen_curves.recorded IS 'When this was last recorded, UTC.';

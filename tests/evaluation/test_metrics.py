@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -241,3 +242,16 @@ def test_two_metrics_of_one_name_are_refused() -> None:
 
 class SameName(Counting):
     pass
+
+
+def test_metric_of_the_page_scores_by_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Hedges" in block]
+    (tmp_path / "hedging.py").write_text(block)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    unit = WorkUnit(0, 1, 0, 4)
+    publish_unit(CellDraws(tmp_path, "draws", "ar"), unit, unit_rows(unit, ["Maybe a cat or a dog", "a cat", "", None]))
+    metric = metric_named("hedging:Hedges")
+    assert (metric.name, metric.needs_activations) == ("Hedges", False)
+    compute_metric(metric, tmp_path, "draws", (1, 4), no_vectors)
+    np.testing.assert_allclose(values_of(tmp_path, (1, 4))[0]["share"], [2 / 6, 0, NAN, NAN])

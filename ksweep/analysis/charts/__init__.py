@@ -11,6 +11,7 @@ scale runs from dark to light where only the temperature differs. Everything is 
 distribution over ten million draws is a few hundred rows in the browser.
 """
 
+from ksweep.analysis.charts.choosing import chosen
 from ksweep.analysis.charts.curves import compare, fve_by_k, fve_by_temperature
 from ksweep.analysis.charts.distributions import by_group, error_distribution, norm_distribution
 from ksweep.analysis.charts.runs import progress, throughput
@@ -24,6 +25,7 @@ __all__ = [
     "ORDERED",
     "WIDTH",
     "by_group",
+    "chosen",
     "compare",
     "error_distribution",
     "fve_by_k",

@@ -242,6 +242,11 @@ def _k_axis(rows: Rows) -> list[int]:
     return ticks if ticks and ks[-1] / ticks[-1] < 1.4 else [*ticks, ks[-1]]
 
 
+def k_scale(rows: Rows) -> alt.X:
+    """Return the log axis of K."""
+    return _x(rows, "k", titled=True)
+
+
 def _x(rows: Rows, axis: str, *, titled: bool) -> alt.X:
     """Log axis of K or of tokens."""
     ticks = _k_axis(rows) if axis == "k" else _round_ticks(rows)
