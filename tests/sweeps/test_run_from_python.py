@@ -72,7 +72,10 @@ def test_draws_of_cells_that_share_them_come_once_a_cell_with_its_own_scores(swe
 def test_the_comparison_is_that_of_sql(sweep: Sweep, results: ksweep.Results) -> None:
     table = results.compare(reference="temperature=0.7")
     rows = {row["k"]: row for row in table.to_pylist() if row["k"] is not None}
-    stored = ask(sweep, "SELECT k, difference, difference_low FROM v_compare WHERE temperature = 1.3 ORDER BY k")
+    stored = ask(
+        sweep,
+        "SELECT k, difference, difference_low FROM v_compare WHERE temperature = 1.3 AND other_temperature = 0.7 ORDER BY k",
+    )
     assert len(stored) > 2
     for k, difference, low in stored:
         assert (rows[k]["difference"], rows[k]["difference_low"]) == (pytest.approx(difference), pytest.approx(low))
