@@ -61,7 +61,10 @@ class Results:
         """A row per draw: `label`, `activation`, `draw`, `explanation`, `error`, ... (the columns of the view `draws`)."""
         with connect(self.registry) as connection:
             connection.register("wanted_cells", self._wanted())
-            return connection.sql(_DRAWS).to_arrow_table()
+            keys = connection.execute(_DRAWS_KEYS).fetchall()
+            # Literals, so that only the files of these keys are opened.
+            literals = ", ".join("'" + key.replace("'", "''") + "'" for (key,) in keys)
+            return connection.sql(_DRAWS.format(keys=literals or "''")).to_arrow_table()
 
     def compare(self, reference: str | None = None, *, level: float | None = None) -> pa.Table:
         """Return the paired differences of every two cells, or of each from a reference; see `analysis.compare.compare`.
@@ -177,10 +180,12 @@ def results_of_sweep(sweep: str, registry: Path | str = "registry") -> Results:
     return Results(sweep=sweep, question=(question[0] or "") if question else "", registry=root, labels=dict(cells))
 
 
+_DRAWS_KEYS = "SELECT DISTINCT draws_key FROM wanted_cells JOIN v_latest USING (cell_key) WHERE draws_key IS NOT NULL"
 _DRAWS = """
     SELECT w.wanted AS label, d.*
     FROM wanted_cells AS w JOIN v_latest AS r USING (cell_key)
-    JOIN draws AS d ON d.draws_key = r.draws_key AND d.scores_key IS NOT DISTINCT FROM r.scores_key
-        AND d.activation < r.num_activations AND d.draw < r.num_draws
+    JOIN (FROM draws WHERE draws_key IN ({keys})) AS d
+    ON d.draws_key = r.draws_key AND d.scores_key IS NOT DISTINCT FROM r.scores_key AND d.activation < r.num_activations
+        AND d.draw < r.num_draws
     ORDER BY w.place, d.activation, d.draw
 """

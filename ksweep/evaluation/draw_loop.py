@@ -13,6 +13,7 @@ from ksweep.evaluation.cell_run import CellRun, CurrentCell
 from ksweep.evaluation.distributed import Ranks, Stopped, claim_indices
 from ksweep.registry.scores import scored_unit
 from ksweep.registry.work_units import WorkUnit
+from ksweep.utils.errors import RunError
 
 if TYPE_CHECKING:
     from ksweep.evaluation.scoring import UnitScoring
@@ -72,6 +73,7 @@ class DrawLoop:
 
         Raises:
             Stopped: a stop was requested; the draws of pending units are lost.
+            RunError: the engine left out draws.
         """
         if not work:
             return
@@ -90,6 +92,13 @@ class DrawLoop:
                 self._publish(unit)
                 yield unit.run
         # 4. The engine ends early only when a stop was requested.
+        if pending and not self.ranks.should_stop():
+            num_left = sum(unit.unit.num_draws - len(unit.draws) for unit in pending.values())
+            engine = next(iter(work)).cell.sampling.engine
+            raise RunError(
+                f"sampling.engine={engine} ended without {num_left} of the draws that it was asked for: an engine yields one "
+                "draw for each request, or ends early when should_stop() returns true"
+            )
         if pending:
             num_lost = sum(len(unit.draws) for unit in pending.values())
             raise Stopped(f"stopped in the middle of {len(pending)} units: their {num_lost} finished draws are taken again")

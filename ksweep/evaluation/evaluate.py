@@ -64,6 +64,7 @@ def evaluate(
     current, shared_clock = CurrentCell(ranks), Clock()
     # 1. Identify each cell, extract its activations, and list its missing draws and scores.
     before = [] if runs_before is None else runs_before
+    stream = len(before)  # the same on every rank; the same cells may come twice in a job
     runs: list[CellRun] = []
     for cell in cells:
         runs.append(prepare_cell(cell, [*before, *runs], context, ranks, current))
@@ -82,10 +83,12 @@ def evaluate(
         recorder.record_completed()
         # 3. Load AV and AR, as far as something is missing. In phases the AR is loaded when the AV has been freed.
         unscored = [run for run in runs if run.num_unscored]
+        if context.phases and any(run.units for run in runs):
+            models.release_reconstructor()  # of an earlier stream, or of step 2
         drawing = load_for_drawing(runs, ranks, models, current)
         scoring = {} if context.phases and drawing else load_for_scoring(unscored, context, ranks, models, current)
         # 4. Score draws that exist already; record a cell as soon as all its draws are visible with their scores.
-        for _ in score_loop.run(scoring, "scores before drawing"):
+        for _ in score_loop.run(scoring, f"scores before drawing/{stream}"):
             recorder.record_completed()
         # 5. Draw and publish work units, and score each.
         for _ in shared_clock.each("drawing", loop.run(drawing, scoring, context.unit_order_seed)):
@@ -101,7 +104,7 @@ def evaluate(
             models.release_verbalizer()
             scoring = load_for_scoring(unscored, context, ranks, models, current)
         if drawing or context.phases:
-            for _ in score_loop.run(scoring, "scores after drawing"):
+            for _ in score_loop.run(scoring, f"scores after drawing/{stream}"):
                 recorder.record_completed()
         with shared_clock("waiting"):
             ranks.barrier()

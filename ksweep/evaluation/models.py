@@ -40,7 +40,7 @@ class Models:
         if self._av is None or self._av_values != autoencoder.av_values:
             self.release_verbalizer()
             if self._ar_values != autoencoder.ar_values:
-                self._release_reconstructor()
+                self.release_reconstructor()
             self._av = self._family_of(autoencoder).load_verbalizer(self.devices)
             self._av_values = autoencoder.av_values
         return self._av
@@ -48,7 +48,7 @@ class Models:
     def reconstructor(self, autoencoder: Autoencoder) -> Reconstructor:
         """Return the AR on the devices, loading it if necessary; where its family can, it shares the loaded AV's model."""
         if self._ar is None or self._ar_values != autoencoder.ar_values:
-            self._release_reconstructor()
+            self.release_reconstructor()
             if self._av_values != autoencoder.av_values:
                 self.release_verbalizer()
             self._ar = self._family_of(autoencoder).load_reconstructor(self.devices, self._av)
@@ -70,7 +70,8 @@ class Models:
             self._av, self._av_values = None, ()
             _free_memory(self.devices)
 
-    def _release_reconstructor(self) -> None:
+    def release_reconstructor(self) -> None:
+        """Free the memory of the AR."""
         if self._ar is not None:
             self._ar, self._ar_values = None, ()
             _free_memory(self.devices)

@@ -67,6 +67,8 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
     ranks.barrier()
     # 4. List the missing draws and scores.
     coverage = store.coverage(*grid)
+    if family_of(cell.autoencoder).draws_are_given:
+        coverage.drawn[:] = True  # rank 0 has published them, even if this rank's listing of a network directory is older
     for other in earlier:
         if other.keys.draws == keys.draws:
             coverage.drawn[: other.grid[0], : other.grid[1]] = True

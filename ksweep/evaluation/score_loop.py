@@ -29,7 +29,7 @@ class ScoreLoop:
 
         Args:
             work: how each cell's units are scored.
-            queue: name of the queue that the ranks share; each pass over the same cells needs its own.
+            queue: name of the queue that the ranks share, the same on every rank; each pass needs its own.
 
         Raises:
             Stopped: a stop was requested.
@@ -40,9 +40,8 @@ class ScoreLoop:
         pieces = split_units(blocks, self.ranks.world_size)
         # 1. See what is scored already, so that those blocks are passed over without listing directories again.
         scored = {run: run.store.coverage(*run.grid).scored for run in work}
-        # 2. Claim blocks, and score what they lack. The same cells may come twice in a job: the name holds what was scored.
-        name = f"{queue}/{next(iter(work)).keys.cell}/{sum(int(run.scored.sum()) for run in work)}"
-        for index in claim_indices(self.ranks, name, len(pieces)):
+        # 2. Claim blocks, and score what they lack.
+        for index in claim_indices(self.ranks, queue, len(pieces)):
             run, block = pieces[index]
             if not scored[run][block.index()].all():
                 yield from (run for _ in self.score(run, work[run], block))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -72,6 +74,15 @@ class DrawsStore(PartStore[WorkUnit]):
         """Return the draws of a unit that are still missing: another sweep may have published some meanwhile."""
         block = self.coverage(unit.last_row, unit.last_draw)[unit.index()]
         return missing_rectangles(block, unit.first_row, unit.first_draw)
+
+    def set_aside(self, part: WorkUnit, reason: str) -> bool:
+        """Set a part aside, and with it everybody's scores of its texts: sampled again, in bfloat16 they may be others."""
+        was_there = super().set_aside(part, reason)
+        scores = self.path.parents[1] / "scores" / self.key
+        for path in scores.glob(f"*/*-{part.span}.parquet") if was_there else ():
+            with suppress(FileNotFoundError):  # another job
+                path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+        return was_there
 
     def publish(self, unit: WorkUnit, table: pa.Table) -> bool:
         """Publish the draws of a unit, and return whether this call did: those that another job has published first stay.

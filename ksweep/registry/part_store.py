@@ -158,19 +158,23 @@ class PartStore(Generic[Part]):
         label = read_label(table.schema)
         return "it has no label" if label is None else label.mismatch(table, self.keys)
 
-    def set_aside(self, part: Part, reason: str) -> None:
-        """Rename a part, so that its rows count as missing, with a warning that gives the reason."""
+    def set_aside(self, part: Part, reason: str) -> bool:
+        """Rename a part, so that its rows count as missing, with a warning that gives the reason.
+
+        Returns False where another job has set it aside.
+        """
         path = self.path / self.file_name(part)
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
         try:
             path.rename(aside)
-        except FileNotFoundError:  # another job has set it aside
-            return
+        except FileNotFoundError:
+            return False
         except OSError as error:
             raise RunError(
                 f"{self.content} part {path} is damaged ({reason}) and cannot be set aside ({error.strerror})"
             ) from error
         log.warning("%s part %s is damaged (%s): set aside as %s, %s", self.content, path, reason, aside.name, self.remedy)
+        return True
 
     def clear_leftovers(self) -> None:
         """Remove what killed writers left in the directory."""

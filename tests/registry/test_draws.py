@@ -314,3 +314,17 @@ def test_a_part_of_draws_in_the_directory_of_another_key_is_set_aside(tmp_path: 
 def test_digests_of_a_column_tell_values_apart_and_ignore_how_they_are_stored(one: pa.Array, two: pa.Array, equal: bool) -> None:
     digests = [column_digest(pa.chunked_array(chunks)) for chunks in ([one], [two], [one[:1], one[1:]])]
     assert (digests[0] == digests[1]) is equal and digests[2] == digests[0]
+
+
+def test_with_damaged_draws_everybodys_scores_of_them_are_set_aside(tmp_path: Path) -> None:
+    unit = WorkUnit(0, 2, 0, 2)
+    stores = [CellDraws(tmp_path, "draws-key", key) for key in ("one", "two")]
+    for store in stores:
+        publish_unit(store, unit, rows(unit))
+    part = path_of(stores[0].draws, unit)
+    part.write_bytes(part.read_bytes()[:-9])
+    stores[0].set_damaged_aside(2, 2)
+    assert [store.scored_parts() for store in stores] == [[], []] and stores[0].draws.parts() == []
+    assert len(list((tmp_path / "scores").glob("*/*/part-*.damaged-*"))) == 2
+    stores[0].publish_draws(unit, rows(unit))
+    assert not stores[1].is_complete(2, 2), "scores of the texts of before are not those of what is sampled again"

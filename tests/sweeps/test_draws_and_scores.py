@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,31 @@ def test_phases_free_the_av_before_the_ar_is_loaded_and_give_the_numbers_of_one_
     assert ask(sweep, COUNTS.format("tiny")) == ask(undisturbed, COUNTS.format("tiny"))
     assert ask(sweep, "SELECT engine['sampler'], seconds['scoring'] > 0 FROM runs") == [("slots", True)]
     assert ask(sweep, "SELECT cell_key FROM runs") == ask(undisturbed, "SELECT cell_key FROM runs")
+
+
+@pytest.mark.slow
+def test_phases_free_the_ar_of_one_stream_before_the_av_of_the_next(
+    pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[Any] = []
+    most: list[tuple[str, int]] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        original = getattr(NlaPair, name)
+
+        def load(self: NlaPair, *arguments: Any) -> Any:
+            most.append((name, sum(model() is not None for model in alive)))
+            model = original(self, *arguments)
+            alive.append(weakref.ref(model))
+            return model
+
+        return load
+
+    for name in ("load_verbalizer", "load_reconstructor"):
+        monkeypatch.setattr(NlaPair, name, counting(name))
+    sweep = sweep_in(tmp_path, pair)
+    assert run(sweep, "resources.phases=true", "sampling.max_new_tokens=[6,9]", "sampling.num_draws=2") == 0
+    assert most == [("load_verbalizer", 0), ("load_reconstructor", 0)] * 2
 
 
 KILLED = """

@@ -47,6 +47,16 @@ class TableEngine:
         return {"sampler": "a table"}
 
 
+class Forgetful(TableEngine):
+    """An engine that leaves out a draw."""
+
+    identity: ClassVar[dict[str, str]] = {"engine": "forgetful"}
+
+    def generate(self, verbalizer: Any, batches: Iterable[DrawBatch], options: DecodingOptions) -> Iterator[tuple[int, Draw]]:
+        """All but the last draw."""
+        yield from list(super().generate(verbalizer, batches, options))[:-1]
+
+
 class Nameless(TableEngine):
     """An engine whose draws could not be told from the built-in's."""
 

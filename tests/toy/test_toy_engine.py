@@ -43,3 +43,12 @@ def test_a_sweep_over_engines_draws_with_each_and_keeps_their_draws_apart(
     pulled = load_engine(TABLE).batches_pulled  # type: ignore[attr-defined]
     assert run(sweep, engines) == 0
     assert load_engine(TABLE).batches_pulled == pulled > 0  # type: ignore[attr-defined]
+
+
+def test_an_engine_that_leaves_out_a_draw_fails_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = Sweep(
+        name="forgetful", cell=tiny_cell(talking_pair(tmp_path, num_rows=30), num_replicates=50),
+        resources=Resources(cluster="inprocess", gpus=0), registry=str(tmp_path / "registry"), vector_cache=str(tmp_path / "v"),
+    )  # fmt: skip
+    assert run(sweep, "sampling.engine=tests.toy.engine:Forgetful", "activations.num_activations=20", "sampling.num_draws=2") == 1
+    assert "sampling.engine=tests.toy.engine:Forgetful ended without 1 of the draws" in capsys.readouterr().err

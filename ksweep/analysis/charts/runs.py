@@ -37,9 +37,8 @@ PROGRESS_QUERY = f"""
         QUALIFY row_number() OVER (PARTITION BY cell_key ORDER BY finished DESC, r.run_id DESC) = 1
     )
     SELECT n.name AS label, n.cell, n.status AS state, wanted_activations * wanted_draws AS total,
-           (SELECT count(*) FROM draws AS d
-            WHERE d.draws_key = n.draws_key AND d.scores_key IS NOT DISTINCT FROM n.scores_key
-              AND d.activation < wanted_activations AND d.draw < wanted_draws) AS done
+           (SELECT count(*) FROM texts AS d
+            WHERE d.draws_key = n.draws_key AND d.activation < wanted_activations AND d.draw < wanted_draws) AS done
     FROM newest AS n ORDER BY n.finished
 """
 STATE_COLOURS = {"finished": "#009E73", "running": "#0072B2", "waiting": "#CCCCCC", "stopped": "#E69F00", "failed": "#D55E00"}
