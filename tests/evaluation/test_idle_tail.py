@@ -13,7 +13,8 @@ import pytest
 
 from ksweep.evaluation.distributed import Ranks, Solo, claim_indices
 from ksweep.evaluation.draw_loop import split_units
-from ksweep.inference.engine import MOST_DRAWS, REFILL_SHARE
+from ksweep.inference.engine import REFILL_SHARE
+from ksweep.inference.request import MOST_DRAWS
 from ksweep.registry.work_units import WorkUnit, missing_work_units
 
 MOST_TOKENS = 64
