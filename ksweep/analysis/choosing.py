@@ -1,7 +1,7 @@
 """Best-of-K chosen by one score and reported in another: what selection gives where the AR that selects does not also score.
 
     cells = load_cells("registry", ["checkpoint_sweep"])
-    chosen_curves(cells, by="ar=trained")                    # chosen by another AR over the same draws
+    chosen_curves(cells, by="ar=demo")                       # chosen by another AR over the same draws
     chosen_curves(cells, by="judge")                         # chosen by imported scores
     chosen_curves(cells, by="error", report="judge")         # chosen by the AR, reported by a judge
     chosen_curves(cells, by="-text.num_words")               # the longest

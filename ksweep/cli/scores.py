@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ksweep.cli.output import JsonOption, RegistryOption, VectorCacheOption, print_rows, print_text, write_parquet
+from ksweep.utils.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,8 +104,11 @@ def scores_import_command(
     registry: RegistryOption = Path("registry"),
 ) -> None:
     """Import scores from outside, a judge's or a person's. Of scores imported again under the same name the last ones count."""
+    from ksweep.evaluation.metrics import METRICS
     from ksweep.registry.outside_scores import counted, import_scores, read_scores_file
 
+    if name in METRICS:
+        raise RequestError(f"--as {name}: ksweep computes a metric of this name itself; give the scores another one, e.g. judge")
     better: Better = "neither" if higher_is_better is None else "higher" if higher_is_better else "lower"
     done = import_scores(registry, read_scores_file(file), name, column=column, better=better)
     print_text(

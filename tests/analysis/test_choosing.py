@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -176,6 +177,23 @@ def test_command_sql_and_python_give_the_same_numbers(finished: Sweep) -> None:
 
 
 @pytest.mark.slow
+def test_exported_draws_come_back_as_scores_by_command(finished: Sweep, tmp_path: Path) -> None:
+    file, registry = str(tmp_path / "draws.parquet"), ["--registry", finished.registry]
+    exported = CliRunner().invoke(app, ["scores", "export", "ars", "-o", file, *registry])
+    assert exported.exit_code == 0 and "each is a draw with an explanation" in exported.output
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("mark", table["activation"]), file)
+    command = ["scores", "import", file, "--as", "teacher", "--column", "mark", "--lower-is-better", *registry]
+    done = CliRunner().invoke(app, command)
+    assert f"teacher: {len(table)} scores of {len(table)} draws (1 draws keys), lower is better" in done.output
+    assert ask(
+        finished, "SELECT count(*), sum(value - activation) FROM draw_scores WHERE metric = 'teacher' AND value IS NOT NULL"
+    ) == [(len(table), 0.0)]
+    refused = CliRunner().invoke(app, ["scores", "import", file, "--as", "text", "--column", "mark", *registry])
+    assert isinstance(refused.exception, RequestError) and "computes a metric of this name itself" in str(refused.exception)
+
+
+@pytest.mark.slow
 def test_draws_that_nobody_scored_are_said(finished: Sweep) -> None:
     result = CliRunner().invoke(app, ["choose", "ars", "--by", "judge", "--registry", finished.registry])
     own, judge = grid(finished, "reconstruction", "error", labels(finished)[0]), grid(finished, "judge", "score")
@@ -187,7 +205,7 @@ def test_draws_that_nobody_scored_are_said(finished: Sweep) -> None:
 @pytest.mark.parametrize(
     ("by", "reason"),
     [
-        ("judges", r"have no score 'judges'.*judge\.score, text\.context_overlap"),
+        ("judges", r"have no score 'judges'.*judge\.score.*text\.context_overlap"),
         ("text", "have no score 'text'"),
         ("text.letters", "have no score 'text.letters'"),
     ],
