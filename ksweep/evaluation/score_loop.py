@@ -55,7 +55,7 @@ class ScoreLoop:
                 draws = run.store.read_unit(unit)
                 if draws is None:  # set aside as damaged a moment ago: a later start draws it again
                     continue
-                run.store.publish_scores(unit, scoring.table(unit, draws))
+                run.store.publish_scores(unit, scoring.table(unit, draws), draws)
                 run.num_scored += unit.num_draws
                 self._report(run, scoring)
             yield

@@ -106,10 +106,14 @@ class CellDraws:
                 return stored
         return table
 
-    def publish_scores(self, unit: ScoredUnit, table: pa.Table) -> None:
-        """Publish the scores of a unit. Without effect where another job has meanwhile set the draws aside as damaged."""
+    def publish_scores(self, unit: ScoredUnit, table: pa.Table, draws: pa.Table | None = None) -> None:
+        """Publish the scores of a unit. Without effect where another job has meanwhile set the draws aside as damaged.
+
+        `draws` are those that were scored, as `read_unit` returned them: the part may have been drawn again since.
+        """
         label = self.draws.read_label(unit.of)
-        if label is not None:
+        scored = None if draws is None else read_label(draws.schema)
+        if label is not None and (scored is None or scored.digest == label.digest):
             self.scores.publish(unit, table, label.digest)
 
     def take_over_earlier(self, num_activations: int, num_draws: int) -> None:

@@ -328,3 +328,18 @@ def test_with_damaged_draws_everybodys_scores_of_them_are_set_aside(tmp_path: Pa
     assert len(list((tmp_path / "scores").glob("*/*/part-*.damaged-*"))) == 2
     stores[0].publish_draws(unit, rows(unit))
     assert not stores[1].is_complete(2, 2), "scores of the texts of before are not those of what is sampled again"
+
+
+def test_scores_of_texts_that_were_sampled_again_meanwhile_are_not_published(tmp_path: Path) -> None:
+    unit = WorkUnit(0, 2, 0, 2)
+    store, other = (CellDraws(tmp_path, "draws-key", "scores-key") for _ in range(2))
+    store.publish_draws(unit, rows(unit))
+    stale = store.read_unit(scored_unit(unit))
+    assert stale is not None
+    other.draws.set_aside(unit, "a test says so")
+    other.publish_draws(unit, rows_of(unit, text=["another"] * 4))
+    store.publish_scores(scored_unit(unit), rows(unit), stale)
+    assert not other.is_complete(2, 2)
+    fresh = other.read_unit(scored_unit(unit))
+    other.publish_scores(scored_unit(unit), rows(unit), fresh)
+    assert other.is_complete(2, 2)
