@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ksweep.analysis.cells import load_cells
+from ksweep.analysis.choosing import chosen_curves
+from ksweep.registry.chosen_files import record_chosen
 from ksweep.registry.query import run_query
 from ksweep.registry.stored_queries import queries, query_named, variables_of
 from ksweep.stats import interval_reach
@@ -289,3 +294,15 @@ def test_questions_run_in_the_duckdb_command_as_they_are(real: Real) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert len(json.loads(done.stdout)) == 12
+
+
+def test_chosen_against_oracle_has_the_curve_itself_where_the_reported_error_chooses(real: Real, tmp_path: Path) -> None:
+    copy = replace(real, root=Path(shutil.copytree(real.root, tmp_path / "registry")))
+    record_chosen(copy.root, chosen_curves(load_cells(copy.root, ["tiny"]), "error", "error"))
+    rows = answer(copy, "chosen_against_oracle")
+    assert {(row["label"], row["k"]) for row in rows} == {(f"temperature={t}", k) for t in TEMPERATURES[:2] for k in KS}
+    for row in rows:
+        fve = real.fve(float(row["label"].removeprefix("temperature=")), row["k"])
+        assert (row["value"], row["oracle"]) == (pytest.approx(fve, abs=1e-9), pytest.approx(fve, abs=1e-9))
+        assert row["value_low"] < fve < row["value_high"] and row["difference"] == pytest.approx(0, abs=1e-12)
+        assert row["chosen_by"] == row["reported"] == "error"
