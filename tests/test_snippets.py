@@ -55,6 +55,7 @@ PARSED_ONLY = {
     r"^ksweep logs ": "needs a job of four ranks: its arguments are parsed",
     r"^ksweep choose checkpoint_sweep": "would draw for minutes: its arguments are parsed",
     r"^ksweep (retry|cancel) ": "acts on jobs, and here they have ended: its arguments are parsed",
+    r"^ksweep score ": "needs texts of one's own, and is run by tests/sweeps/test_score.py: its arguments are parsed",
     r"^ksweep doctor": "is run by tests/cli/test_doctor.py: its arguments are parsed",
     r"^python experiments/": "would draw for minutes: planned with --dry-run",
     r"^scripts/submit_k_sweep": "would draw for minutes: planned with --dry-run",

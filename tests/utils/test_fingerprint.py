@@ -26,7 +26,7 @@ plain = st.recursive(
 
 
 def test_canonical_json_of_sampling_equals_the_text_worked_out_by_hand() -> None:
-    expected = '{"max_new_tokens":200,"num_draws":16,"seed":0,"temperature":1,"top_p":1}'
+    expected = '{"engine":"builtin","max_new_tokens":200,"num_draws":16,"seed":0,"temperature":1,"top_p":1}'
     assert canonical_json(Sampling()) == expected
 
 

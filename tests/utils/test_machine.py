@@ -175,7 +175,7 @@ def test_torch_and_its_openmp_runtime_start_with_what_the_rank_was_given(
     job = create_job(tmp_path / "logs", "tests.launch.entries:threads", {}, ranks)
     submitted = launch.start_local_job(job, Resources(cluster="local", gpus=0, tasks=ranks, time=5), "test")
     assert os.environ == before, "what ranks start with is not left to the launcher"
-    assert end(submitted, ranks).status == "finished"
+    assert end(submitted, ranks).state == "finished"
     in_use = {"threads": str(min(threads, os.cpu_count() or 1)), "omp_wait_policy": policy}  # torch has none beyond the cores
     assert [e.result for e in job.outcomes()] == [in_use] * ranks
     # The runtime prints what it has read when it is loaded.
