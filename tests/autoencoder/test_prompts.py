@@ -130,7 +130,7 @@ def test_ar_template_that_begins_with_bos_gets_no_second_one(begin: str, origina
     assert written.prompts.ids(texts) == plain.prompts.ids(texts)
     assert [row[:2].count(537) for row in written.prompts.ids(texts)] == [1, 1, 1, 1]
     assert torch.equal(written.reconstruct_texts(texts), plain.reconstruct_texts(texts))
-    reading = [cell_keys(cell(pair, ar, tmp_path / "t.txt")).identity["draws"].get("ar_bos") for ar in (pair.ar, path)]
+    reading = [cell_keys(cell(pair, ar, tmp_path / "t.txt")).identity["scores"].get("ar_bos") for ar in (pair.ar, path)]
     assert reading == [None, "once"]
 
 
