@@ -182,6 +182,6 @@ def test_the_gpu_of_a_job_that_was_shot_is_lent_to_the_next(tmp_path: Path) -> N
     until(lambda: "waiting for 1 of 1 GPUs (GPU GPU-8f3c: job" in log.read_text())
     os.kill(job["pid"], signal.SIGKILL)
     assert (first.wait(240), second.wait(240)) == (1, 0)
-    assert "of 1 ended without a terminal record" in next((tmp_path / "a").glob("launcher-*.log")).read_text()
+    assert "before it had begun a cell (killed, or out of memory)" in next((tmp_path / "a").glob("launcher-*.log")).read_text()
     assert [j["devices"] for j in told(tmp_path / "b")] == ["GPU-8f3c"]
     assert all(Job(path.parent).read_note("settled") for path in tmp_path.glob("*/logs/*/job.json"))
