@@ -134,10 +134,11 @@ class Results:
         return write_report(self.registry, self.sweep, None if path is None else Path(path))
 
     def __str__(self) -> str:
-        if len(self.missing) == len(self.labels):
+        missing = self.missing
+        if len(missing) == len(self.labels):
             return f"{self.sweep}: none of its {len(self.labels)} cells has finished"
         lines = printed_text(lambda: print_curves(self.sweep, self.registry, self.labels))
-        return "\n".join([lines, *([f"not finished: {', '.join(self.missing)}"] if self.missing else [])])
+        return "\n".join([lines, *([f"not finished: {', '.join(missing)}"] if missing else [])])
 
     __repr__ = __str__
 

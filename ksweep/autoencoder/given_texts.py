@@ -5,6 +5,7 @@ There is no AV. The texts of a file (`texts_file.py`) stand in place of its draw
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
@@ -80,13 +81,13 @@ class GivenTexts(Family):
         return WORDS if self.tokenizer_directory is None else digest_of_tokenizer(self.tokenizer_directory)
 
     @property
+    @abstractmethod
     def tokenizer_directory(self) -> Path | None:
         """Directory of the tokenizer that counts and cuts; None where words are counted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_tokenizer(self) -> Any:
         """Load the tokenizer that counts and cuts."""
-        raise NotImplementedError
 
     def cut_texts(self, texts: Sequence[str]) -> list[CutText]:
         """Return texts without blanks around them, and with the tokens that the spec keeps."""

@@ -65,10 +65,9 @@ def evaluate(
     # 1. Identify each cell, extract its activations, and list its missing draws and scores.
     before = [] if runs_before is None else runs_before
     stream = len(before)  # the same on every rank; the same cells may come twice in a job
-    runs: list[CellRun] = []
     for cell in cells:
-        runs.append(prepare_cell(cell, [*before, *runs], context, ranks, current))
-    before += runs
+        before.append(prepare_cell(cell, before, context, ranks, current))
+    runs = before[stream:]
     ranks.barrier()  # no rank publishes draws before every rank has listed the missing ones
     loop, score_loop = DrawLoop(context.batch_size, ranks, current), ScoreLoop(ranks, current)
 

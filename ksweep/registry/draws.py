@@ -47,14 +47,14 @@ DRAWS_FILE_SCHEMA = pa.schema([*DRAWS_SCHEMA, *EMBEDDED_SCORES])
 PART_NAME = re.compile(rf"^part-{SPAN}\.parquet$")
 
 
-class DrawsStore(PartStore[WorkUnit]):
-    """All draws of one key: of one AV, one set of activations, one way of sampling."""
+class DrawsDirectory(PartStore[WorkUnit]):
+    """The parts of one directory below registry/draws, of this version or of an earlier one."""
 
     content = "draws"
     remedy = "its draws are sampled again"
 
     def __init__(self, root: Path, key: str) -> None:
-        """Open the draws of a key below `root` (registry/draws); no directory is created before the first unit is published."""
+        """Open a directory below `root` (registry/draws); it is not created before the first unit is published."""
         super().__init__(root / key, {"draws": key})
         self.key = key
 
@@ -65,6 +65,10 @@ class DrawsStore(PartStore[WorkUnit]):
     def part_named(self, name: str) -> WorkUnit | None:
         """Return the unit of a file name; None for other files."""
         return unit_named(PART_NAME, name)
+
+
+class DrawsStore(DrawsDirectory):
+    """All draws of one key: of one AV, one set of activations, one way of sampling."""
 
     def missing(self, num_activations: int, num_draws: int) -> list[WorkUnit]:
         """Return the missing draws as work units (see `missing_work_units`)."""

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ksweep.registry.draws import PART_NAME
-from ksweep.registry.part_store import PartStore, stored_reconstructions, unit_named
+from ksweep.registry.draws import DrawsDirectory
+from ksweep.registry.part_store import stored_reconstructions
 from ksweep.registry.work_units import WorkUnit
 from ksweep.utils.fingerprint import fingerprint
 
@@ -46,24 +46,8 @@ def split_identity(combined: Mapping[str, Any]) -> SplitKeys:
     return SplitKeys(fingerprint(draws), fingerprint(scores))
 
 
-class EarlierDraws(PartStore[WorkUnit]):
+class EarlierDraws(DrawsDirectory):
     """The draws and scores of one directory of an earlier version. Its parts have no label."""
-
-    content = "draws"
-    remedy = "its draws are sampled again"
-
-    def __init__(self, root: Path, key: str) -> None:
-        """Open a directory below `root` (registry/draws)."""
-        super().__init__(root / key, {"draws": key})
-        self.key = key
-
-    def file_name(self, part: WorkUnit) -> str:
-        """Return the name of a part's file."""
-        return f"part-{part.span}.parquet"
-
-    def part_named(self, name: str) -> WorkUnit | None:
-        """Return the unit of a file name; None for other files."""
-        return unit_named(PART_NAME, name)
 
     def _label_mismatch(self, table: pa.Table) -> str | None:
         return None

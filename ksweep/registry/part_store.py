@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -31,7 +32,7 @@ Part = TypeVar("Part", bound=WorkUnit)
 SPAN = r"(\d+)-(\d+)-(\d+)-(\d+)"
 
 
-class PartStore(Generic[Part]):
+class PartStore(ABC, Generic[Part]):
     """The parts of one directory. A part's name exists only after its file is complete."""
 
     content: ClassVar[str]
@@ -43,13 +44,13 @@ class PartStore(Generic[Part]):
         """Open a directory; it is created when the first part is published. `keys` is what labels of its parts must say."""
         self.path, self.keys = path, keys
 
+    @abstractmethod
     def file_name(self, part: Part) -> str:
         """Return the name of a part's file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part_named(self, name: str) -> Part | None:
         """Return the part that a file name says; None for other files."""
-        raise NotImplementedError
 
     def num_rows(self, part: Part) -> int:
         """Return how many rows a part has."""

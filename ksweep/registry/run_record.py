@@ -159,7 +159,7 @@ class RunRecord:
             if getattr(self, name).tzinfo is None:
                 raise ValueError(f"{name}={getattr(self, name)} has no time zone; use datetime.now(UTC)")
             object.__setattr__(self, name, getattr(self, name).astimezone(UTC))
-        if self.scoring_kind is None:  # earlier versions knew two families, told apart by this field
+        if self.scoring_kind is None:  # earlier versions knew two families, which this field distinguishes
             checkpoint = (self.spec.get("autoencoder") or {}).get("checkpoint")
             object.__setattr__(self, "scoring_kind", "raw" if checkpoint else "normalised")
 

@@ -36,7 +36,7 @@ def av_prompting(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: in
     if prompting.closing_tag in stops and len(stops) > 1:
         raise CheckpointError(
             f"autoencoder.prompting.stop_tokens={list(stops)} holds the closing tag beside others, so an answer that another "
-            "token ended could not be told from a closed one. Name the closing tag alone, or leave it out."
+            "token ended would be indistinguishable from a closed one. Name the closing tag alone, or leave it out."
         )
     return prompting
 
