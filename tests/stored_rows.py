@@ -28,8 +28,7 @@ def rows_of(unit: WorkUnit, **known: list[Any]) -> pa.Table:
 
 def publish_unit(store: CellDraws, unit: WorkUnit, rows: pa.Table) -> None:
     """Publish draws and their scores."""
-    store.publish_draws(unit, rows)
-    store.publish_scores(scored_unit(unit), rows)
+    store.publish_scores(scored_unit(unit), rows, store.publish_draws(unit, rows))
 
 
 def joined_parts(registry: Path | str) -> list[dict[str, Any]]:

@@ -80,6 +80,11 @@ class TextsFile:
                 )
         return values
 
+    def digest_of_groups(self, column: str) -> str:
+        """Return a digest of the value of a column for each activation; the order of the file does not change it."""
+        values = self.group_values(column).items()
+        return hashlib.sha256(json.dumps(sorted(values, key=lambda item: _order(item[0]))).encode()).hexdigest()[:32]
+
 
 def read_texts_file(source: str, column: str | None = None) -> TextsFile:
     """Return the texts of a file. A file that has not changed is read once per process.
@@ -125,9 +130,13 @@ def _read(path: Path, column: str | None, size: int, changed: int) -> TextsFile:
         texts.setdefault(_name(record, index, path, columns), []).append(text)
     # 3. Digest names and texts.
     digest = hashlib.sha256()
-    for name in sorted(texts, key=lambda name: (name[0], -1 if name[1] is None else name[1])):
+    for name in sorted(texts, key=_order):
         digest.update(json.dumps([name, texts[name]]).encode() + b"\n")
     return TextsFile(path, asked, columns, texts, digest.hexdigest()[:32])
+
+
+def _order(name: ActivationName) -> tuple[str, int]:
+    return name[0], -1 if name[1] is None else name[1]
 
 
 def _columns(path: Path) -> tuple[str, ...]:

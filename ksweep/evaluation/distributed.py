@@ -43,6 +43,9 @@ class Ranks(Protocol):
     def barrier(self) -> None:
         """Wait until every rank has come here."""
 
+    def from_first_rank(self, name: str, value: bytes) -> bytes:
+        """Return the value that rank 0 gives under this name, which is used once; waits for it."""
+
     def claim_next(self, queue: str) -> int:
         """Return the next number of a queue that all ranks share: 0, 1, 2, ..., each to one rank."""
 
@@ -86,6 +89,10 @@ class Solo:
 
     def barrier(self) -> None:
         """Return at once: there is no other rank."""
+
+    def from_first_rank(self, name: str, value: bytes) -> bytes:
+        """Return the value: there is no other rank."""
+        return value
 
     def claim_next(self, queue: str) -> int:
         """Return the next number of a queue."""

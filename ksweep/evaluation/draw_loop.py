@@ -58,7 +58,7 @@ class DrawLoop:
     started: float = field(default_factory=time.monotonic)
 
     def run(
-        self, work: Mapping[CellRun, UnitDrawing], scoring: Mapping[CellRun, UnitScoring], order_seed: int
+        self, work: Mapping[CellRun, UnitDrawing], scoring: Mapping[CellRun, UnitScoring], queue: str, order_seed: int
     ) -> Iterator[CellRun]:
         """Draw and publish this rank's part of all missing draws; yields the cell of each unit as it is published.
 
@@ -69,6 +69,7 @@ class DrawLoop:
         Args:
             work: how each cell's units are drawn.
             scoring: how they are scored; cells that it lacks are scored later (`ScoreLoop`).
+            queue: name of the queue that the ranks share, the same on every rank; each stream needs its own.
             order_seed: seed of the order in which units are claimed.
 
         Raises:
@@ -81,7 +82,7 @@ class DrawLoop:
         pending: dict[int, _PendingUnit] = {}
         # 1. Claim units as the engine asks for more draws (`_stream` pulls from `_claim_units`).
         # 2. Collect the draws as they end, in any order.
-        for number, draw in self._stream(self._draw_batches(order_seed, pending)):
+        for number, draw in self._stream(self._draw_batches(queue, order_seed, pending)):
             unit = pending[number]
             unit.draws.append(draw)
             self._count_draw(unit.run, len(draw.token_ids))
@@ -130,12 +131,12 @@ class DrawLoop:
         )  # fmt: skip
         return engine_for(run.cell.sampling.engine, work.av).generate(work.av, batches, options)
 
-    def _draw_batches(self, order_seed: int, pending: dict[int, _PendingUnit]) -> Iterator[DrawBatch]:
-        for number, (run, unit) in enumerate(self._claim_units(order_seed)):
+    def _draw_batches(self, queue: str, order_seed: int, pending: dict[int, _PendingUnit]) -> Iterator[DrawBatch]:
+        for number, (run, unit) in enumerate(self._claim_units(queue, order_seed)):
             pending[number] = _PendingUnit(run, unit)
             yield self.work[run].batch(unit)
 
-    def _claim_units(self, order_seed: int) -> Iterator[tuple[CellRun, WorkUnit]]:
+    def _claim_units(self, queue: str, order_seed: int) -> Iterator[tuple[CellRun, WorkUnit]]:
         """Yield the work units this rank claims, minus draws another rank has already published."""
         runs = list(self.work)
         # Cells of two jobs may share draws. In orders of their own the jobs seldom claim the same unit, and each leaves out the
@@ -143,8 +144,6 @@ class DrawLoop:
         permutations = [np.random.default_rng(order_seed).permutation(len(run.units)) for run in runs]
         shuffled = [(run, run.units[i]) for run, order in zip(runs, permutations, strict=True) for i in order]
         pieces = split_units(shuffled, self.ranks.world_size)
-        # The same cells may come twice in a job: the queue's name holds what was stored when they were prepared.
-        queue = f"draws/{runs[0].keys.cell}/{sum(int(run.covered.sum()) for run in runs)}"
         for index in claim_indices(self.ranks, queue, len(pieces)):
             run, unit = pieces[index]
             yield from ((run, part) for part in run.store.still_missing(unit))
@@ -159,7 +158,7 @@ class DrawLoop:
         self.current.switch_to(run.keys, run.clock)
         draws = run.store.publish_draws(unit, self.work[run].table(unit, pending.draws))
         if run in self.scoring:
-            run.store.publish_scores(scored_unit(unit), self.scoring[run].table(unit, draws))
+            run.store.publish_scores(scored_unit(unit), self.scoring[run].table(unit, draws), draws)
         run.unpublished_tokens -= sum(len(draw.token_ids) for draw in pending.draws)
         self._report(run)
 

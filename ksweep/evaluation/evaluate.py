@@ -68,7 +68,6 @@ def evaluate(
     for cell in cells:
         before.append(prepare_cell(cell, before, context, ranks, current))
     runs = before[stream:]
-    ranks.barrier()  # no rank publishes draws before every rank has listed the missing ones
     loop, score_loop = DrawLoop(context.batch_size, ranks, current), ScoreLoop(ranks, current)
 
     def score_rest(run: CellRun) -> None:
@@ -90,7 +89,7 @@ def evaluate(
         for _ in score_loop.run(scoring, f"scores before drawing/{stream}"):
             recorder.record_completed()
         # 5. Draw and publish work units, and score each.
-        for _ in shared_clock.each("drawing", loop.run(drawing, scoring, context.unit_order_seed)):
+        for _ in shared_clock.each("drawing", loop.run(drawing, scoring, f"draws/{stream}", context.unit_order_seed)):
             recorder.record_completed()
         # 6. Wait until the other ranks have published their units.
         with shared_clock("waiting"):

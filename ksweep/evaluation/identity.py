@@ -115,7 +115,7 @@ def cell_keys(cell: Cell) -> CellKeys:
         "draws": combined_key,
         "num_activations": cell.activations.num_activations,
         "num_draws": cell.sampling.effective_num_draws,
-        "scoring": _scoring_identity(cell),
+        "scoring": _scoring_identity(cell, family),
         "statistics_version": STATISTICS_VERSION,
     }
     return CellKeys(
@@ -150,13 +150,19 @@ def _layer(family: Family, facts: ActivationFacts) -> int:
     return layer
 
 
-def _scoring_identity(cell: Cell) -> dict[str, Any]:
-    """Return the scoring's fields, without those beyond FIRST_SCORING_FIELDS that have their default."""
+def _scoring_identity(cell: Cell, family: Family) -> dict[str, Any]:
+    """Return the scoring's fields, without those beyond FIRST_SCORING_FIELDS that have their default.
+
+    The key of the activations covers groups that stand beside them; those in a file of given texts are covered here.
+    """
     defaults = {f.name: f.default for f in fields(cell.scoring)}
     values = asdict(cell.scoring)
     if cell.scoring.metrics:
         values["metrics"] = metric_keys(cell.scoring.metrics)
-    return {name: value for name, value in values.items() if name in FIRST_SCORING_FIELDS or value != defaults[name]}
+    identity = {name: value for name, value in values.items() if name in FIRST_SCORING_FIELDS or value != defaults[name]}
+    if in_texts := [column for column in cell.scoring.groups if column not in columns_of_activations(cell, family)]:
+        identity["groups_digest"] = fingerprint({column: family.given_texts.digest_of_groups(column) for column in in_texts})
+    return identity
 
 
 def one_document_error(cell: Cell, name: str) -> DataError:

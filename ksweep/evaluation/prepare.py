@@ -18,7 +18,7 @@ from ksweep.evaluation.identity import CellKeys, cell_keys, one_document_error, 
 from ksweep.evaluation.models import Models, check_as_planned
 from ksweep.evaluation.scoring import UnitScoring
 from ksweep.evaluation.unit_drawing import UnitDrawing
-from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.cell_draws import CellDraws, Coverage
 from ksweep.registry.work_units import missing_work_units
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note, notes_of
@@ -65,10 +65,10 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
         if family.draws_are_given:
             publish_texts(family, vectors, store, grid[1])
     ranks.barrier()
-    # 4. List the missing draws and scores.
-    coverage = store.coverage(*grid)
-    if family_of(cell.autoencoder).draws_are_given:
-        coverage.drawn[:] = True  # rank 0 has published them, even if this rank's listing of a network directory is older
+    # 4. List the missing draws and scores. Rank 0 does it for all: listings of a network directory differ from host to host, and
+    #    another job may publish meanwhile.
+    stored = store.coverage(*grid).to_bytes() if ranks.rank == 0 else b""
+    coverage = Coverage.from_bytes(ranks.from_first_rank(f"coverage/{len(earlier)}", stored), grid)
     for other in earlier:
         if other.keys.draws == keys.draws:
             coverage.drawn[: other.grid[0], : other.grid[1]] = True

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
-from ksweep.activations.store import ActivationStore
+from ksweep.activations.caching import ensure
 from ksweep.config.spec import Cell
 from ksweep.evaluation.cell_record import record_cell
 from ksweep.evaluation.cell_run import CellRun, CurrentCell
@@ -87,7 +87,8 @@ class CellRecorder:
     def _compute_metrics(self, run: CellRun) -> None:
         def activations(num: int) -> np.ndarray:
             """Return the first activations, also some beyond the cell's: parts of draws are scored whole."""
-            return ActivationStore(self.context.vector_cache, run.keys.activations, {}).open(num).vectors()
+            wanted = replace(run.cell.activations, num_activations=num)
+            return ensure(wanted, run.keys.layer, self.context.vector_cache, device=self.ranks.devices).vectors()
 
         for name in run.cell.scoring.metrics:
             compute_metric(metric_named(name), self.context.registry, run.keys.draws, run.grid, activations)

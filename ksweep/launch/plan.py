@@ -38,6 +38,8 @@ class CellFacts:
     scores_present: int | None = None
     """Draws with scores by this cell's AR, on disk or planned for an earlier cell of the same sweep; None: all of these."""
     bytes_per_score: int = 0
+    bytes_to_copy: int = 0
+    """Size of draws of earlier versions that are copied into the stores of this version."""
     seconds_per_score: float | None = None
     """From past runs that only scored; None if there are none."""
     job: tuple[Literal["running", "waiting"], str] | None = None
@@ -140,7 +142,7 @@ def _step(fact: CellFacts, activations: int, retry: bool) -> Step:
         reason=_reason(fact, draws, only_scored),
         draws_to_sample=draws,
         activations_to_extract=activations,
-        draw_bytes=draws * fact.bytes_per_draw + (draws + only_scored) * fact.bytes_per_score,
+        draw_bytes=draws * fact.bytes_per_draw + (draws + only_scored) * fact.bytes_per_score + fact.bytes_to_copy,
         activation_bytes=activations * fact.bytes_per_activation,
         seconds=_seconds(fact, draws, only_scored),
         draws_to_score=only_scored,

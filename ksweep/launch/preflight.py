@@ -56,7 +56,8 @@ def _gather_facts(
         _check_several_documents(cell, keys)
     registry = Path(sweep.registry)
     wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
-    coverage = CellDraws(registry, keys.draws, keys.scores, keys.combined).coverage_with_earlier(*wanted)
+    store = CellDraws(registry, keys.draws, keys.scores, keys.combined)
+    coverage = store.coverage_with_earlier(*wanted)
     is_given = family_of(cell.autoencoder).draws_are_given
     if is_given:
         coverage.drawn[:] = True
@@ -80,6 +81,7 @@ def _gather_facts(
         draws_wanted=wanted[0] * wanted[1],
         bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
         bytes_per_draw=BYTES_PER_DRAW,
+        bytes_to_copy=store.bytes_to_take_over(*wanted),
         bytes_per_score=BYTES_PER_SCORE + _bytes_of_reconstructions(cell) + is_given * BYTES_PER_DRAW,
         seconds_per_draw=seconds_per_draw(registry, cell.autoencoder.source),
         seconds_per_score=seconds_per_score(registry, cell.autoencoder.ar or cell.autoencoder.checkpoint or ""),

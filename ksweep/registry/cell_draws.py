@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import pyarrow as pa
 
 from ksweep.registry.draws import DRAWS_SCHEMA, DrawsStore
 from ksweep.registry.earlier_draws import EarlierDraws, earlier_draws
-from ksweep.registry.part_labels import label_of, read_label
+from ksweep.registry.part_labels import read_label
 from ksweep.registry.part_store import as_grid, stored_reconstructions, within_grid
-from ksweep.registry.scores import RECONSTRUCTION, RECONSTRUCTION_SCHEMA, ScoredUnit, ScoresStore, scored_unit, unscored_units
-from ksweep.registry.work_units import WorkUnit
+from ksweep.registry.scores import RECONSTRUCTION, RECONSTRUCTION_SCHEMA, ScoredUnit, ScoresStore, scored_unit
+from ksweep.registry.work_units import WorkUnit, missing_rectangles
 from ksweep.utils.notes import Note
 
 _CONTROLS = "controls.json"
@@ -29,6 +30,17 @@ class Coverage:
 
     drawn: np.ndarray
     scored: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """Return both arrays, compressed."""
+        return zlib.compress(np.packbits([self.drawn, self.scored]).tobytes())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, grid: tuple[int, int]) -> Coverage:
+        """Return what `to_bytes` has packed of a grid [activation, draw]."""
+        bits = np.unpackbits(np.frombuffer(zlib.decompress(data), dtype=np.uint8), count=2 * grid[0] * grid[1])
+        drawn, scored = bits.astype(bool).reshape(2, *grid)
+        return cls(drawn, scored)
 
 
 class CellDraws:
@@ -53,11 +65,15 @@ class CellDraws:
 
     def coverage(self, num_activations: int, num_draws: int) -> Coverage:
         """Return which draws are stored and which are scored."""
-        scored, parts = np.zeros((num_activations, num_draws), dtype=bool), set(self.draws.parts())
+        parts = self.draws.parts()
+        return self._coverage(parts, _owners(parts, num_activations, num_draws))
+
+    def _coverage(self, parts: Sequence[WorkUnit], owners: np.ndarray) -> Coverage:
+        scored, number = np.zeros(owners.shape, dtype=bool), {part: i for i, part in enumerate(parts)}
         for unit in self.scores.parts():
-            if unit.of in parts:
-                scored[unit.index()] = True
-        return Coverage(self.draws.coverage(num_activations, num_draws), scored)
+            if unit.of in number:
+                scored[unit.index()] |= owners[unit.index()] == number[unit.of]
+        return Coverage(owners >= 0, scored)
 
     def coverage_with_earlier(self, num_activations: int, num_draws: int) -> Coverage:
         """Return the coverage as it will be after `take_over_earlier`."""
@@ -79,13 +95,22 @@ class CellDraws:
 
     def unscored(self, within: WorkUnit) -> list[ScoredUnit]:
         """Return the stored draws within a rectangle that have no scores, by the part that they lie in."""
-        done = np.ones((within.last_row, within.last_draw), dtype=bool)
-        done[within.index()] = self.coverage(within.last_row, within.last_draw).scored[within.index()]
-        return list(unscored_units(self.draws.parts_meeting(within.last_row, within.last_draw), done))
+        parts = self.draws.parts()
+        owners = _owners(parts, within.last_row, within.last_draw)
+        missing = ~self._coverage(parts, owners).scored
+        missing[: within.first_row] = missing[:, : within.first_draw] = False
+        units = []
+        for number, part in enumerate(parts):
+            block = missing[part.index()] & (owners[part.index()] == number)
+            units += [scored_unit(unit, part) for unit in missing_rectangles(~block, part.first_row, part.first_draw)]
+        return units
 
     def scored_parts(self) -> list[ScoredUnit]:
-        """Return the units that are stored with their scores, in order."""
-        return self.scores.parts()
+        """Return the units that are stored with their scores, in the order of the parts that they lie in.
+
+        Of several units with a draw the first is that of the part that counts, if that one is scored.
+        """
+        return sorted(self.scores.parts(), key=lambda unit: (unit.of, unit))
 
     def bytes_on_disk(self) -> tuple[int, int]:
         """Return the size of the draws and of their scores in bytes."""
@@ -100,42 +125,59 @@ class CellDraws:
 
     def publish_draws(self, unit: WorkUnit, table: pa.Table) -> pa.Table:
         """Publish the draws of a unit, and return the stored ones: those of another job if it has published the unit first."""
-        while not self.draws.publish(unit, table):
+        while (published := self.draws.publish(unit, table)) is None:
             stored = self.draws.read_part(unit)
             if stored is not None:
                 return stored
-        return table
+        return published
 
-    def publish_scores(self, unit: ScoredUnit, table: pa.Table, draws: pa.Table | None = None) -> None:
+    def publish_scores(self, unit: ScoredUnit, table: pa.Table, draws: pa.Table) -> None:
         """Publish the scores of a unit. Without effect where another job has meanwhile set the draws aside as damaged.
 
-        `draws` are those that were scored, as `read_unit` returned them: the part may have been drawn again since.
+        `draws` are those that were scored, as `publish_draws` or `read_unit` returned them: the part may have been drawn again
+        since.
         """
-        label = self.draws.read_label(unit.of)
-        scored = None if draws is None else read_label(draws.schema)
-        if label is not None and (scored is None or scored.digest == label.digest):
+        label, scored = self.draws.read_label(unit.of), read_label(draws.schema)
+        if label is not None and scored is not None and scored.digest == label.digest:
             self.scores.publish(unit, table, label.digest)
 
     def take_over_earlier(self, num_activations: int, num_draws: int) -> None:
         """Copy those draws of earlier versions that are missing here, and their scores if this AR gave them."""
-        for store in self._earlier():
+        for store, parts in self._lacking_from_earlier(num_activations, num_draws):
             with_scores = self._has_these_scores(store)
-            for part in store.parts_meeting(num_activations, num_draws):
-                coverage = self.coverage(num_activations, num_draws)
-                lacking = ~coverage.scored if with_scores else ~coverage.drawn
-                if lacking[part.index()].any() and (table := store.read_part(part)) is not None:
+            for part in parts:
+                if (table := store.read_part(part)) is not None:
                     self._take_over(part, table, with_scores)
             self.draws.keep_notes(store.notes)
             if with_scores and self.controls() is None and (controls := store.read_json(_CONTROLS)) is not None:
                 self.publish_controls(controls)
 
+    def bytes_to_take_over(self, num_activations: int, num_draws: int) -> int:
+        """Return the size in bytes of the parts of earlier versions that `take_over_earlier` will copy."""
+        lacking = self._lacking_from_earlier(num_activations, num_draws)
+        return sum(store.size_of(part) for store, parts in lacking for part in parts)
+
+    def _lacking_from_earlier(self, num_activations: int, num_draws: int) -> Iterator[tuple[EarlierDraws, list[WorkUnit]]]:
+        """Yield each earlier directory with those of its parts that have something which no store before it has."""
+        stores = self._earlier()
+        if not stores:
+            return
+        coverage = self.coverage(num_activations, num_draws)
+        for store in stores:
+            wanted = coverage.scored if self._has_these_scores(store) else coverage.drawn
+            parts = []
+            for part in store.parts_meeting(num_activations, num_draws):
+                if not wanted[part.index()].all():
+                    parts.append(part)
+                    wanted[part.index()] = coverage.drawn[part.index()] = True
+            yield store, parts
+
     def _take_over(self, part: WorkUnit, table: pa.Table, with_scores: bool) -> None:
-        self.draws.publish(part, table)
-        label = self.draws.read_label(part)
-        taken = label_of(table, self.draws.keys, DRAWS_SCHEMA.names)
         # A part of that name may hold the draws of another earlier directory, which in bfloat16 may be other texts.
-        if with_scores and label is not None and label.digest == taken.digest:
-            self.scores.publish(scored_unit(part), table, label.digest)
+        draws = self.draws.labelled_draws(table)
+        self.draws.publish(part, draws)
+        if with_scores:
+            self.publish_scores(scored_unit(part), table, draws)
 
     def _earlier(self) -> list[EarlierDraws]:
         """Return the directories of earlier versions with these draws, those with these scores first."""
@@ -156,7 +198,10 @@ class CellDraws:
         names = (*DRAWS_SCHEMA.names, *SCORE_COLUMNS) if columns is None else columns
         if not set(names) & set(SCORE_COLUMNS):
             return self.draws.read(num_activations, num_draws, names)
-        tables = [self.read_scored(unit, names) for unit in self.scores.parts_meeting(num_activations, num_draws)]
+        if not self.is_complete(num_activations, num_draws):
+            return None
+        units = [unit for unit in self.scored_parts() if unit.meets(num_activations, num_draws)]
+        tables = [self.read_scored(unit, names) for unit in units]
         rows = within_grid([table for table in tables if table is not None], num_activations, num_draws)
         return None if rows is None else as_grid(rows, num_activations, num_draws)
 
@@ -232,6 +277,18 @@ class CellDraws:
     def publish_controls(self, controls: Mapping[str, Any]) -> None:
         """Write controls beside the scores."""
         self.scores.publish_json(_CONTROLS, controls)
+
+
+def _owners(parts: Sequence[WorkUnit], num_activations: int, num_draws: int) -> np.ndarray:
+    """Return the index of the part that counts for each draw, int64 [activation, draw]; -1 for draws that are not stored.
+
+    Two jobs that draw at once may both publish a draw, in units of different shapes. In bfloat16 its two texts may differ: the
+    first part counts for every reader and every AR.
+    """
+    owners = np.full((num_activations, num_draws), -1)
+    for number, part in reversed(list(enumerate(parts))):
+        owners[part.index()] = number
+    return owners
 
 
 def stored_draws(registry: Path, draws_key: str, scores_key: str | None) -> CellDraws | EarlierDraws:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ksweep.registry.part_labels import label_of
+from ksweep.registry.part_labels import label_of, labelled, read_label
 from ksweep.registry.part_store import SPAN, PartStore, unit_named
 from ksweep.registry.work_units import WorkUnit, missing_rectangles, missing_work_units
 
@@ -88,16 +88,22 @@ class DrawsStore(DrawsDirectory):
                 path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
         return was_there
 
-    def publish(self, unit: WorkUnit, table: pa.Table) -> bool:
-        """Publish the draws of a unit, and return whether this call did: those that another job has published first stay.
+    def labelled_draws(self, table: pa.Table) -> pa.Table:
+        """Return the columns of draws with their label, by which scores refer to them."""
+        draws = table.select(DRAWS_SCHEMA.names).cast(DRAWS_SCHEMA)
+        return labelled(draws, label_of(draws, self.keys, DRAWS_SCHEMA.names))
+
+    def publish(self, unit: WorkUnit, table: pa.Table) -> pa.Table | None:
+        """Publish the draws of a unit and return them with their label; None, without effect, where another job was first.
 
         Scores refer to the texts of a part, so a part that exists is never replaced by another.
 
         Raises:
             DiskFullError: the disk is full; no partial file is left.
         """
-        draws = table.select(DRAWS_SCHEMA.names).cast(DRAWS_SCHEMA)
-        label = label_of(draws, self.keys, DRAWS_SCHEMA.names)
+        draws = rows = self.labelled_draws(table)
+        label = read_label(draws.schema)
+        assert label is not None
         for field in EMBEDDED_SCORES:
-            draws = draws.append_column(field, pa.nulls(len(draws), field.type))
-        return self.write(unit, draws, label, replace=False)
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+        return draws if self.write(unit, rows, label, replace=False) else None

@@ -78,14 +78,22 @@ def earlier_draws(root: Path, draws_key: str, combined_key: str) -> Iterator[Ear
     One without identity.json is known by its name alone, the key of draws and scores together.
     """
     try:
-        names = sorted(os.listdir(root))
+        directories = _directories(root, root.stat().st_mtime_ns)
     except FileNotFoundError:
         return
-    for name in names:
-        store = EarlierDraws(root, name)
-        keys = None if name.startswith(("_", ".")) or name == draws_key else store.split_keys
-        if name == combined_key or (keys is not None and keys.draws == draws_key):
-            yield store
+    for name, keys in directories.items():
+        if name == combined_key or (keys is not None and keys.draws == draws_key != name):
+            yield EarlierDraws(root, name)
+
+
+@cache
+def _directories(root: Path, changed: int) -> Mapping[str, SplitKeys | None]:
+    """Return the keys of each directory of draws, by name. The cells of a sweep ask for them in turn: they are listed once.
+
+    `changed` is when an entry was last added to `root`.
+    """
+    names = sorted(name for name in os.listdir(root) if not name.startswith(("_", ".")))
+    return {name: EarlierDraws(root, name).split_keys for name in names}
 
 
 def _split_keys(path: Path) -> SplitKeys | None:

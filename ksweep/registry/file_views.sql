@@ -32,8 +32,10 @@ COMMENT ON VIEW texts IS 'One row per draw, whether it is scored or not: what th
 
 CREATE VIEW draws AS
 WITH said AS (
-    SELECT * EXCLUDE (filename), filename, parse_path(filename)[-2] AS draws_key, parse_path(filename)[-1] AS part
-    FROM read_parquet('DRAWS_PARTS', filename = true)
+    -- Two sweeps that run at once may both sample a draw, in overlapping parts: the first part counts, for every scorer.
+    SELECT * EXCLUDE (filename), parse_path(filename)[-1] AS part
+    FROM (SELECT *, parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true))
+    QUALIFY row_number() OVER (PARTITION BY draws_key, activation, draw ORDER BY part) = 1
 ), worth AS (
     -- part: the part of the draws store that these scores belong to.
     SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS scores_key,
@@ -41,15 +43,12 @@ WITH said AS (
            shuffled_error, shuffled_activation
     FROM read_parquet('SCORES_PARTS', filename = true)
 ), parts AS (
-    -- Parts of earlier versions hold the scores themselves. Two sweeps that run at once may both sample a draw: it lies in two
-    -- overlapping parts, counts once for each scorer, and is not without scores if one of the two has some.
+    -- Parts of earlier versions hold the scores themselves.
     SELECT s.* EXCLUDE (error, cosine, norm, shuffled_error, shuffled_activation, reconstruction), w.scores_key,
            coalesce(w.error, s.error) AS error, coalesce(w.cosine, s.cosine) AS cosine, coalesce(w.norm, s.norm) AS norm,
            coalesce(w.shuffled_error, s.shuffled_error) AS shuffled_error,
            coalesce(w.shuffled_activation, s.shuffled_activation) AS shuffled_activation
     FROM said AS s LEFT JOIN worth AS w USING (draws_key, part, activation, draw)
-    QUALIFY row_number() OVER (PARTITION BY s.draws_key, w.scores_key, s.activation, s.draw ORDER BY s.filename) = 1
-        AND (w.scores_key IS NOT NULL OR count(w.scores_key) OVER (PARTITION BY s.draws_key, s.activation, s.draw) = 0)
 ), cells AS (
     SELECT draws_key, scores_key, arg_max(cell, finished) AS cell FROM v_latest WHERE draws_key IS NOT NULL GROUP BY draws_key, scores_key
 )

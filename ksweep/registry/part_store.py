@@ -70,7 +70,14 @@ class PartStore(ABC, Generic[Part]):
 
     def bytes_on_disk(self) -> int:
         """Return the size of all parts in bytes."""
-        return sum((self.path / self.file_name(part)).stat().st_size for part in self.parts())
+        return sum(self.size_of(part) for part in self.parts())
+
+    def size_of(self, part: Part) -> int:
+        """Return the size of a part in bytes; 0 where another job has set it aside."""
+        try:
+            return (self.path / self.file_name(part)).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def coverage(self, num_activations: int, num_draws: int) -> np.ndarray:
         """Return which draws have a row in a part, boolean [activation, draw]."""

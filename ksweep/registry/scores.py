@@ -8,17 +8,16 @@ that part, so that a text is never read with the score of another.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from ksweep.registry.part_labels import label_of
 from ksweep.registry.part_store import SPAN, PartStore
-from ksweep.registry.work_units import WorkUnit, missing_rectangles
+from ksweep.registry.work_units import WorkUnit
 from ksweep.utils.fingerprint import fingerprint
 
 RECONSTRUCTION_SCHEMA = pa.schema(
@@ -137,13 +136,3 @@ class ScoresStore(PartStore[ScoredUnit]):
         """
         scores = table.select(self.layout.schema.names).cast(self.layout.schema)
         self.write(unit, scores, label_of(scores, self.keys, self.layout.schema.names, scored), replace=True)
-
-
-def unscored_units(parts: list[WorkUnit], is_scored: np.ndarray) -> Iterator[ScoredUnit]:
-    """Yield the draws of parts that are False in `is_scored` [activation, draw], each once, as few rectangles."""
-    done = is_scored.copy()
-    for part in parts:
-        block = done[part.index()]
-        for unit in missing_rectangles(block, part.first_row, part.first_draw):
-            yield scored_unit(unit, part)
-        block[:] = True

@@ -14,15 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksweep import Cell, connect
-from ksweep.evaluation.cell_run import CellRun
+from ksweep.evaluation.cell_run import CellRun, CurrentCell
 from ksweep.evaluation.context import RunContext
 from ksweep.evaluation.distributed import Solo, Stopped
 from ksweep.evaluation.evaluate import evaluate, group_by_stream
 from ksweep.evaluation.identity import cell_keys
 from ksweep.evaluation.models import Models
+from ksweep.evaluation.prepare import prepare_cell
 from ksweep.evaluation.recording import CellRecorder
 from ksweep.inference.engine import _SlotDecoder
-from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.cell_draws import CellDraws, Coverage
 from ksweep.registry.draws import DrawsStore
 from ksweep.registry.work_units import WorkUnit
 from ksweep.utils.timing import Clock
@@ -88,7 +89,7 @@ def watch(cells: list[Cell], context: RunContext, models: Models) -> Watched:
         watched.rows.append(len(self.draws))
         return step(self)
 
-    def note_publication(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> bool:
+    def note_publication(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> pa.Table | None:
         watched.published_at.append(len(watched.rows))
         watched.recorded_before.append(len(list((context.registry / "landing").glob("*"))))
         return publish(self, unit, table)
@@ -181,7 +182,7 @@ def test_a_failure_is_attributed_to_the_cell_whose_unit_was_being_published(
     context, second = context_in(tmp_path / "a", batch_size=32), cell_keys(cells[1])
     publish = DrawsStore.publish
 
-    def fail(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> bool:
+    def fail(self: DrawsStore, unit: WorkUnit, table: pa.Table) -> pa.Table | None:
         if self.key == second.draws:
             raise OSError("no")
         return publish(self, unit, table)
@@ -253,3 +254,27 @@ def test_a_stop_in_the_middle_of_a_stream_keeps_whole_units_and_loses_no_draw(
     assert 0 < len(parts) < 3 and all(pq.read_table(part).num_rows in (40 * 16, 40 * 8) for part in parts)
     evaluate([many], context, Solo(), models)
     assert draws_of(many, context) == draws_of(many, undisturbed.context)
+
+
+class SecondRank(Solo):
+    """Rank 1 of 2, which is told what rank 0 has listed."""
+
+    def from_first_rank(self, name: str, value: bytes) -> bytes:
+        assert value == b"", "only rank 0 lists"
+        return self.listed
+
+    listed = b""
+
+
+def test_every_rank_draws_what_rank_0_has_listed_whatever_it_sees_itself(
+    cells: list[Cell], models: Models, tmp_path: Path
+) -> None:
+    context = context_in(tmp_path)
+    evaluate([cells[0]], context, Solo(), models)
+    second = SecondRank(rank=1, world_size=2)
+    grid = (cells[0].activations.num_activations, cells[0].sampling.num_draws)
+    drawn, scored = np.ones(grid, dtype=bool), np.ones(grid, dtype=bool)
+    drawn[3, 1] = scored[3:5, 1] = False  # its own disk has all of them
+    second.listed = Coverage(drawn, scored).to_bytes()
+    run = prepare_cell(cells[0], [], context, second, CurrentCell(second))
+    assert run.units == [WorkUnit(3, 4, 1, 2)] and run.num_unscored == 2

@@ -36,6 +36,11 @@ def test_plan_of_a_cell_with_nothing_there_takes_everything_and_says_so() -> Non
     assert step.seconds == 160  # 320 x 0.5
 
 
+def test_draws_of_earlier_versions_that_are_copied_need_room() -> None:
+    [step] = plan_steps([facts(draws_present=320, bytes_to_copy=5000)])
+    assert step.draw_bytes == 5000
+
+
 def test_plan_without_an_earlier_run_does_not_know_the_time() -> None:
     assert plan_steps([facts()])[0].seconds is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from ksweep.evaluation.distributed import Solo
 from ksweep.evaluation.recording import read_all_draws
 from ksweep.registry import part_store as module
-from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.cell_draws import CellDraws, Coverage
+from ksweep.registry.database import connect
 from ksweep.registry.draws import DrawsStore
 from ksweep.registry.part_labels import column_digest
 from ksweep.registry.part_store import PartStore
@@ -206,18 +208,18 @@ def test_draws_that_another_node_has_published_are_waited_for(tmp_path: Path) ->
 def test_a_part_that_another_job_has_published_first_stays_and_is_the_one_to_score(tmp_path: Path) -> None:
     store, unit = CellDraws(tmp_path, "k", "s"), WorkUnit(0, 1, 0, 2)
     first, second = (rows_of(unit, text=[name, name]) for name in ("first", "second"))
-    assert store.publish_draws(unit, first) is first
+    assert store.publish_draws(unit, first)["text"].to_pylist() == ["first", "first"]
     assert store.publish_draws(unit, second)["text"].to_pylist() == ["first", "first"]
 
 
 def test_draws_are_complete_once_they_are_scored(tmp_path: Path) -> None:
     store, unit = CellDraws(tmp_path, "k", "s"), WorkUnit(0, 4, 0, 2)
-    store.publish_draws(unit, rows(unit))
+    draws = store.publish_draws(unit, rows(unit))
     assert store.coverage(4, 2).drawn.all() and not store.is_complete(4, 2)
     assert store.read(4, 2, ["text", "error"]) is None
     texts = store.read(4, 2, ["text"])
     assert texts is not None and texts["text"].to_pylist() == [f"{a}/{k}" for a in range(4) for k in range(2)]
-    store.publish_scores(scored_unit(unit), rows(unit))
+    store.publish_scores(scored_unit(unit), rows(unit), draws)
     joined = store.read(3, 2, ["text", "error"])
     assert store.is_complete(4, 2) and joined is not None
     assert joined.select(["text", "error"]).to_pylist()[3:] == [
@@ -243,7 +245,7 @@ def test_scoring_what_is_drawn_covers_each_draw_once_within_the_grid(
     for unit in units:
         table = store.read_unit(unit)
         assert table is not None and table.num_rows == unit.num_draws
-        store.publish_scores(unit, rows(unit))
+        store.publish_scores(unit, rows(unit), table)
     coverage = store.coverage(*grid)
     assert (coverage.scored == coverage.drawn).all() and store.unscored(WorkUnit.of_grid(*grid)) == []
     if coverage.scored.all():
@@ -343,3 +345,51 @@ def test_scores_of_texts_that_were_sampled_again_meanwhile_are_not_published(tmp
     fresh = other.read_unit(scored_unit(unit))
     other.publish_scores(scored_unit(unit), rows(unit), fresh)
     assert other.is_complete(2, 2)
+
+
+def two_texts_of_one_draw(registry: Path) -> tuple[CellDraws, CellDraws]:
+    """Two ARs' scores of draws in two overlapping parts, whose texts differ: each AR has first scored another part."""
+    early, late = WorkUnit(0, 2, 0, 4), WorkUnit(1, 3, 0, 2)
+    one, two = (CellDraws(registry, "draws-key", key) for key in ("one", "two"))
+    one_draws = one.publish_draws(late, rows_of(late, text=["late"] * 4))
+    one.publish_scores(scored_unit(late), rows_of(late, error=[9.0] * 4), one_draws)
+    two_draws = two.publish_draws(early, rows_of(early, text=["early"] * 8))
+    two.publish_scores(scored_unit(early), rows_of(early, error=[0.5] * 8), two_draws)
+    return one, two
+
+
+def test_of_two_parts_with_a_draw_the_first_counts_for_every_scorer(tmp_path: Path) -> None:
+    one, two = two_texts_of_one_draw(tmp_path)
+    grid = WorkUnit.of_grid(3, 2)
+    assert one.coverage(3, 2).scored.tolist() == [[False, False], [False, False], [True, True]]
+    assert two.coverage(3, 2).scored.tolist() == [[True, True], [True, True], [False, False]]
+    for store in (one, two):
+        assert store.read(3, 2, ["text", "error"]) is None
+        for unit in store.unscored(grid):
+            draws = store.read_unit(unit)
+            assert draws is not None
+            store.publish_scores(unit, rows_of(unit, error=[float(len(text)) for text in draws["text"].to_pylist()]), draws)
+        assert store.is_complete(3, 2)
+    tables = [store.read(3, 2, ["text", "error"]) for store in (one, two)]
+    assert [t["text"].to_pylist() for t in tables if t is not None] == [["early"] * 4 + ["late"] * 2] * 2
+    assert [t["error"].to_pylist() for t in tables if t is not None] == [[5.0] * 4 + [9.0] * 2, [0.5] * 4 + [4.0] * 2]
+
+
+def test_sql_too_takes_the_first_of_two_parts_with_a_draw_for_every_scorer(tmp_path: Path) -> None:
+    two_texts_of_one_draw(tmp_path)
+    with connect(tmp_path) as connection:
+        rows_of_activation_1 = connection.execute(
+            "SELECT scores_key, text, error FROM draws WHERE activation = 1 AND draw < 2 ORDER BY ALL"
+        ).fetchall()
+        counts = connection.execute("SELECT count(*), count(DISTINCT (activation, draw)) FROM draws").fetchone()
+    assert rows_of_activation_1 == [("two", "early", 0.5)] * 2, "scores of the other text of a draw are not those of its text"
+    assert counts == (10, 10)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.randoms(use_true_random=False))
+@settings(max_examples=20, deadline=None)
+def test_what_exists_travels_between_ranks_as_bytes(num_activations: int, num_draws: int, rng: random.Random) -> None:
+    grid = (num_activations, num_draws)
+    drawn, scored = (np.array([[rng.random() < 0.5 for _ in range(num_draws)] for _ in range(num_activations)]) for _ in "ds")
+    same = Coverage.from_bytes(Coverage(drawn, scored).to_bytes(), grid)
+    assert (same.drawn == drawn).all() and (same.scored == scored).all() and same.drawn.dtype == bool

@@ -20,6 +20,7 @@ from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring,
 from ksweep.analysis.diff import diff_runs
 from ksweep.analysis.report.data import read_report_data
 from ksweep.autoencoder.nla.family import NlaPair
+from ksweep.evaluation.identity import cell_keys, resolve_cell
 from ksweep.registry.cell_draws import CellDraws
 from tests.stored_rows import make_earlier
 from tests.tiny_models import TinyPair, edit_weights
@@ -321,6 +322,10 @@ def test_a_registry_of_an_earlier_version_is_extended_without_computing_anything
         (earlier / "identity.json").unlink()
     content = {path: path.read_bytes() for path in earlier.iterdir()}
     more = replace(finished, name="more")
+    size = sum(len(data) for path, data in content.items() if path.name.startswith("part-"))
+    keys = cell_keys(resolve_cell(finished.cell))
+    store = CellDraws(Path(finished.registry), keys.draws, keys.scores, keys.combined)
+    assert store.bytes_to_take_over(40, 12) == size
     assert run(more, "sampling.num_draws=12") == 0
     assert ask(more, COUNTS.format("more")) == [(160, 320, 160)]
     request.getfixturevalue("no_av")

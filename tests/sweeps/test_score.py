@@ -27,6 +27,7 @@ from ksweep.autoencoder.tae.checkpoint import inspect_tae
 from ksweep.autoencoder.tae.models import load_tae_reconstructor
 from ksweep.autoencoder.texts_file import read_texts_file
 from ksweep.cli import app
+from ksweep.evaluation.identity import cell_keys, resolve_cell
 from ksweep.utils.errors import DataError, RequestError, SpecError
 from tests.activations.helpers import random_vectors, write_vectors
 from tests.tae_sweeps import checkpoint
@@ -314,6 +315,25 @@ def test_groups_are_columns_of_the_texts(rows: list[dict[str, Any]], pair: TinyP
         ksweep.run(
             replace(over_vectors(mixed, pair, tmp_path), cell=replace(sweep.cell, scoring=replace(sweep.cell.scoring, seed=1)))
         )
+
+
+def test_other_groups_in_a_file_of_texts_are_another_cell_and_their_order_is_not(
+    drawn: Sweep, pair: TinyPair, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in exported(drawn, tmp_path / "texts.jsonl").read_text().splitlines()]
+    kinds = {row["row_id"]: ("plain", "poem")[i % 2] for i, row in enumerate(rows)}
+    rows = [row | {"kind": kinds[row["row_id"]], "remark": str(i)} for i, row in enumerate(rows)]
+    other = [row | {"kind": "poem"} for row in rows]
+    apart = sorted(rows, key=lambda row: row["kind"])  # the texts of an activation stay in order
+
+    def key(name: str, rows: list[dict[str, Any]], *groups: str) -> str:
+        sweep = given(drawn, pair, write_rows(tmp_path / f"{name}.jsonl", rows), name)
+        cell = replace(sweep.cell, scoring=replace(sweep.cell.scoring, groups=groups))
+        return cell_keys(resolve_cell(cell)).cell
+
+    first = key("first", rows, "kind")
+    assert key("apart", apart, "kind") == first != key("other", other, "kind")
+    assert key("first", rows) == key("other", other), "nobody asks for the groups"
 
 
 # --- the command ---

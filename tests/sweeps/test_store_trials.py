@@ -303,11 +303,15 @@ def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_of_both_stores_and_the
     for trial in range(TRIALS):
         before, enough = len(parts(other)), rng.randrange(2) + (trial == 0)
         launcher = waiting(other, tmp_path, enough + 1)
+        # Every second time the ranks are killed where they wait, between draws and scores; else at any moment.
+        between = trial % 2 == 0
+        if between:
+            enough = (enough + 1) * ranks
         # Every rank has begun: one that has not would outlive the kills.
         while not (len(parts(other)) >= before + enough and sum(drawing(other)) == ranks):
             assert launcher.poll() is None, launcher.communicate()
             time.sleep(0.002)
-        time.sleep(rng.random() * 0.7)
+        time.sleep(0 if between else rng.random() * 0.7)
         victims = ranks_at_work(other)
         for victim in victims:
             victim.kill()
@@ -336,7 +340,7 @@ def test_kill_9_of_ranks_while_drawing_leaves_whole_parts_of_both_stores_and_the
         f"{left} *.part left, {after} of {count // 64} parts after the last; texts equal, "
         f"largest difference of an error {worst:.1e}"
     )
-    assert kills == TRIALS and resumed == TRIALS - 1 and unscored > TRIALS / 2
+    assert kills == TRIALS and resumed == TRIALS - 1 and unscored >= (TRIALS + 1) // 2
 
 
 def drawing(sweep: Sweep) -> Iterator[bool]:

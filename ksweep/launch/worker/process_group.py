@@ -59,6 +59,14 @@ class ProcessGroup:
             dist.barrier()
             self.heartbeat.waiting = False
 
+    def from_first_rank(self, name: str, value: bytes) -> bytes:
+        """Return rank 0's value, which travels through the process group's store."""
+        if self.store is None:
+            return value
+        if self.rank == 0:
+            self.store.set(f"ksweep/{name}", value)
+        return bytes(self.store.get(f"ksweep/{name}"))
+
     def claim_next(self, queue: str) -> int:
         """Return the next number of a queue, counted by the process group's store, so that a fast rank takes more."""
         if self.store is not None:
