@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--tiny", action="store_true", help="a model of a few kB, on the CPU where there is no GPU")
     options = options.parse_args()
     if options.tiny:
-        options.draws, options.activations, options.generated, options.texts, options.passages = [8, 16], 4, 16, 64, 8
+        options.draws, options.activations, options.generated, options.texts, options.passages = [8, 16], 4, 8, 16, 2
     return options
 
 

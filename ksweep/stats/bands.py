@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtrit
 
 from ksweep.stats.bootstrap import FveCurve, Interval, interval_ends, interval_of, paired_difference, paired_with
 
@@ -55,6 +54,8 @@ def simultaneous_band(
 
 def _student_over_normal(stretch: float, effective_documents: float, level: float) -> float:
     """Return Student's over the normal quantile at the stretched probability, relative to the ratio in `interval_reach`."""
+    from scipy.special import ndtr, ndtri, stdtrit
+
     z = float(ndtri((1 + level) / 2))
     normal = np.array([z, min(stretch * z, 7.0)])  # beyond 7 probabilities are 1
     ratio = stdtrit(effective_documents + 1, ndtr(normal)) / normal

@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
 
 from ksweep.stats.best_of_k import Selection, all_failed_rates, best_errors, best_errors_over_successes, checked_ks
 from ksweep.stats.documents import effective_number, unique_documents
@@ -304,6 +303,8 @@ def interval_reach(effective_documents: float, level: float = 0.95) -> float:
     Steigerwald 2017). z is the normal quantile and t Student's; n + 1 degrees of freedom and (n + 1) / n covered 93 to 97 % where
     the textbook's n - 1 and sqrt(n / (n - 1)) cover 97.5 % at n = 5 and 1 % too little at n = 27 (scripts/simulate_coverage.py).
     """
+    from scipy.special import ndtri, stdtrit  # a fifth of a second, which most commands do without
+
     n, probability = effective_documents, (1 + level) / 2
     return float((n + 1) / n * stdtrit(n + 1, probability) / ndtri(probability))
 
@@ -315,6 +316,8 @@ def interval_decimals(low: float, high: float, num_replicates: int, level: float
     normal density), an end by at most sqrt((1 + ASYMMETRY^2) / 2) times that. Twice the result is to stay within one unit of the
     last decimal. An unknown interval has 3.
     """
+    from scipy.special import ndtri
+
     tail = (1 - level) / 2
     z = float(ndtri(1 - tail))
     density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)

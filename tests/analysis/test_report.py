@@ -17,6 +17,7 @@ from ksweep.analysis.diff import flatten
 from ksweep.analysis.report import data as facts_module
 from ksweep.analysis.report.data import read_report_data
 from ksweep.analysis.report.page import answer, page, write_report
+from ksweep.cli import main
 from ksweep.registry import attempts, sweeps
 from ksweep.utils.errors import RequestError
 from tests.analysis.conftest import written
@@ -125,15 +126,22 @@ def test_only_blocks_of_activations_are_read_where_draws_are_many(sweep: Sweep, 
 
 
 @pytest.mark.slow
-def test_command_writes_the_page_where_it_is_told_and_refuses_unknown_sweeps(sweep: Sweep, tmp_path: Path) -> None:
+def test_command_writes_the_page_where_it_is_told(sweep: Sweep, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from ksweep.cli import main; main()", "report"]
     done = subprocess.run(
         [*command, "tiny", "--registry", sweep.registry, "-o", str(tmp_path / "a.html")], capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "a.html"), done.stderr
     assert (tmp_path / "a.html").read_text().startswith("<!DOCTYPE html>")
-    failed = subprocess.run([*command, "tinny", "--registry", sweep.registry], capture_output=True, text=True)
-    assert failed.returncode == 2 and "sweeps there:" in failed.stderr
+
+
+def test_command_refuses_unknown_sweeps(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ksweep", "report", "tinny", "--registry", sweep.registry])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "sweeps there:" in capsys.readouterr().err
 
 
 def test_a_sweep_that_is_not_there_is_refused_with_those_that_are(sweep: Sweep, tmp_path: Path) -> None:

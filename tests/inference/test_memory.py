@@ -113,8 +113,9 @@ def test_what_is_freed_is_kept_for_the_next_use() -> None:
     kept, count = faults(keep=True)
     if not kept:
         pytest.skip("this C library does not let itself be asked (glibc before 2.35, or another)")
+    most = faults(keep=False)[1] / 10
     # A kernel short of memory takes pages from a process that waits: that only adds to the count.
-    assert min(count, *(faults(keep=True)[1] for _ in range(3))) < faults(keep=False)[1] / 10
+    assert count < most or min(faults(keep=True)[1] for _ in range(3)) < most
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library that is asked is glibc")

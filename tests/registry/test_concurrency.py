@@ -20,7 +20,7 @@ from ksweep.registry.run_record import write_run
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
 NUM_LANDERS = 50
-RUNS_EACH = 4
+RUNS_EACH = 2
 
 READ = """
 import sys, pathlib
@@ -94,8 +94,8 @@ def test_fifty_processes_landing_while_two_read_and_one_ingests_lose_nothing(roo
     report = ingest_landings(root)
     assert (report.num_runs, report.quarantined) == (NUM_LANDERS * RUNS_EACH, ())
     with connect(root) as connection:
-        assert connection.execute("SELECT count(*), count(DISTINCT run_id) FROM run_curves").fetchone() == (800, 200)
-        assert connection.execute("SELECT count(*), count(DISTINCT run_id) FROM run_controls").fetchone() == (600, 200)
+        assert connection.execute("SELECT count(*), count(DISTINCT run_id) FROM run_curves").fetchone() == (400, 100)
+        assert connection.execute("SELECT count(*), count(DISTINCT run_id) FROM run_controls").fetchone() == (300, 100)
     assert min(counts) > 0
     assert not list(root.glob(".*.next*"))
     print(f"{NUM_LANDERS} processes landed {report.num_runs} runs; reads: {counts[0]} and {counts[1]}; ingests: {counts[2]}")
@@ -124,7 +124,7 @@ def test_a_reader_that_holds_the_file_keeps_its_snapshot_while_thirty_ingests_go
 
 @pytest.mark.slow
 def test_an_ingester_killed_at_any_moment_leaves_a_good_database(root: Path, tmp_path: Path) -> None:
-    chance, num_kills, before = random.Random(0), 20, 0
+    chance, num_kills, before = random.Random(0), 10, 0
     for kill in range(num_kills):
         for i in range(3):
             write_run(root, record_of(f"k{kill:02d}-{i}", temperature=0.1 + kill), curve_of(), controls_of())

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.made_once import made_once
+
 BASELINES = ("measured", "stated")
 SIMULATIONS = 1000
 SLACK = 2 * np.sqrt(0.95 * 0.05 / SIMULATIONS)
@@ -14,13 +16,15 @@ SLACK = 2 * np.sqrt(0.95 * 0.05 / SIMULATIONS)
 
 
 @pytest.fixture(scope="module")
-def simulated():
+def simulated(tmp_path_factory):
     script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "simulate_coverage.py"))
     truth = script["truth_of"](difficulty=0.6)
 
     @cache
     def coverage(num_documents, sizes):
-        return script["coverage"](num_documents, sizes, 0.6, truth, SIMULATIONS, replicates=1000)
+        name = f"coverage-{num_documents}-{sizes}"
+        simulate = lambda _: script["coverage"](num_documents, sizes, 0.6, truth, SIMULATIONS, replicates=1000)  # noqa: E731
+        return made_once(tmp_path_factory, name, simulate)
 
     return coverage
 

@@ -370,7 +370,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
     script.write_text(f"from ksweep import *\nfrom ksweep.config.spec import *\nsweep_main({other!r})\n")
     moments = random.Random(1)
     killed = 0
-    for _ in range(12):
+    for _ in range(5):
         process = subprocess.Popen(
             [sys.executable, script, "--no-charts", "--retry"],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
