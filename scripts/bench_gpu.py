@@ -42,7 +42,7 @@ COPIES = 16
 ONE_IN = 32
 """Each token of which the number is a multiple of this ends a text of natural length; random weights hardly prefer any."""
 FILLS = 8
-"""Times that every slot is filled in a round."""
+"""Times that every slot is filled in a round; once in a tiny one."""
 PROMPT, INJECTED_AT = 90, 60
 TEMPLATE, TEXT = 10, 32
 """Tokens of the AR's prompt before a text, and of a text with what comes after it."""
@@ -187,7 +187,7 @@ def drawn(
     """Tokens, steps as CUDA graphs or as usual, of `FILLS` times as many draws as are in flight."""
     mine = argparse.Namespace(**vars(options) | {"batch_size": at_once})
     with patch.dict(os.environ, {cuda_graphs.CUDA_GRAPHS_VARIABLE: "1" if recorded else "0"}):
-        return ours(av, vectors, max(1, -(-FILLS * at_once // len(vectors))), fixed, mine)
+        return ours(av, vectors, max(1, -(-(1 if options.tiny else FILLS) * at_once // len(vectors))), fixed, mine)
 
 
 def report_scoring(options: argparse.Namespace) -> None:

@@ -22,9 +22,9 @@ def test_the_demo_pair_explains_held_out_text_far_above_every_control(tmp_path: 
         pytest.skip(f"no base model at {demo_model()}: `make demo-model` fetches it")
     command = [
         sys.executable, str(ROOT / "experiments" / "temp_sweep.py"), "sampling.temperature=0.7", "sampling.num_draws=8",
-        "activations.num_activations=32", "autoencoder.dtype=float32", f"registry={tmp_path / 'registry'}",
-        f"vector_cache={tmp_path / 'vectors'}",
-        "cluster=local",
+        "activations.num_activations=32", "autoencoder.dtype=float32", "activations.dtype=float32",
+        f"registry={tmp_path / 'registry'}",
+        f"vector_cache={tmp_path / 'vectors'}", "cluster=local",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840, check=False)
