@@ -23,6 +23,7 @@ def collected(*options: str) -> list[str]:
     return [line.partition("::")[2] for line in out.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_cases_keeps_the_first_the_last_and_those_between() -> None:
     names = collected("--cases", "3")
     assert [name for name in names if "[" in name] == [f"test_parametrised[{number}]" for number in (0, 4, 8)]

@@ -21,6 +21,7 @@ def test_import_ksweep_loads_nothing_heavy() -> None:
     assert not loaded & set(HEAVY)
 
 
+@pytest.mark.slow
 def test_import_ksweep_takes_less_than_a_third_of_a_second() -> None:
     # Of processor time, 0.02 s where this was written, and the best of five: what else the machine does hardly counts.
     assert min(_loaded_after("import ksweep")[1] for _ in range(5)) < 0.3

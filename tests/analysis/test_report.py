@@ -149,6 +149,7 @@ def test_a_sweep_that_is_not_there_is_refused_with_those_that_are(sweep: Sweep, 
         write_report(Path(sweep.registry), "tinny", tmp_path / "report.html")
 
 
+@pytest.mark.slow
 def test_the_page_opens_offline_without_errors_and_its_table_can_be_searched(
     sweep: Sweep, tmp_path: Path, browser: Browser
 ) -> None:
@@ -189,6 +190,7 @@ def test_the_page_opens_offline_without_errors_and_its_table_can_be_searched(
     shown.close()
 
 
+@pytest.mark.slow
 def test_what_models_and_texts_say_is_shown_as_text_and_never_run(sweep: Sweep, tmp_path: Path, browser: Browser) -> None:
     facts = read_report_data(Path(sweep.registry), sweep.name)
     hostile = "</script><img src=x onerror='window.ran = 1'><script>window.ran = 1</script>"

@@ -28,6 +28,7 @@ def test_fixture_arrays_are_met(case: str) -> None:
     assert len(found) == 6 and [d for d in found if not d.ok] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_av_prompt_marker_and_stop_tokens_are_the_expected_ones(case: str) -> None:
     av, said = load_nla_verbalizer(FIXTURES / case / "nla-av", dtype="float32"), expected(case)["av"]

@@ -445,6 +445,7 @@ def test_attention_is_soft_capped_as_in_training_and_final_logits_are_not(tmp_pa
     assert prefilled(av, torch.randn(4, D)).logits.abs().max() > 1.0
 
 
+@pytest.mark.slow
 def test_base_of_other_shape_under_stored_weights_is_refused_by_name(tmp_path: Path) -> None:
     tiny = Tiny("qwen2", patch=2, stacked=True, stored=("decoder", "encoder"))
     path = make(tmp_path, tiny)

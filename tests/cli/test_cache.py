@@ -258,6 +258,7 @@ def test_gc_older_than_removes_what_was_not_used_for_so_long(ksweep: Command, ca
     assert there(cache) == {keys["long"]}
 
 
+@pytest.mark.slow
 def test_gc_keep_used_keeps_what_runs_or_draws_of_the_registry_name(ksweep: Command, cache: Path, keys: dict[str, str]) -> None:
     write_run(Path("registry"), record_of("r1", activations_key=keys["text"]), curve_of())
     write_run(Path("registry"), record_of("r2", status="failed", error_type="x", activations_key=None))
@@ -393,6 +394,7 @@ def test_reading_a_table_renews_when_the_key_was_last_used(
     assert used.stat().st_mtime >= began
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
 @pytest.mark.parametrize("damaged", [False, True])
 def test_cache_on_a_read_only_disk_is_read_all_the_same_and_damage_is_told(

@@ -142,6 +142,7 @@ def test_a_real_process_answers_in_a_pipe_and_loads_no_torch(shared: Path) -> No
     assert (done.returncode, done.stdout, done.stderr) == (0, '{"n": 3}\n', "")
 
 
+@pytest.mark.slow
 def test_help_and_a_mistyped_word_load_nothing_heavy() -> None:
     """One process for all of them: what the first loads is there for the others."""
     script = """

@@ -21,6 +21,7 @@ def test_the_engine_passes_its_self_test() -> None:
     assert failures("cpu") == []
 
 
+@pytest.mark.slow
 def test_slots_that_mix_up_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = kv_cache.KVCacheLayer.write_prompts
 

@@ -88,6 +88,7 @@ def test_ls_with_a_limit_says_how_many_more_there_are(shared: Path) -> None:
     assert len(rows(shared, "--limit", "0")) == 10 and "more" not in ksweep(shared, "ls", "--limit", "10")[1]
 
 
+@pytest.mark.slow
 def test_ls_shows_how_jobs_ended_unattended_and_finalize_records_it(registry: Path) -> None:
     silent, failed = job(registry, "gone", "x"), job(registry, "gone", "y", "z")
     silent.write_heartbeat(me().__class__(rank=0, pid=2**22 + 1, host=me().host, process_started=1.0))

@@ -350,6 +350,7 @@ def test_out_of_memory_between_replays_starts_over_with_graphs_of_fewer_rows(mod
     assert len(made) == 2 and 0 < replays_when[0] < recorder.replays
 
 
+@pytest.mark.slow
 def test_batches_of_a_stream_share_graphs(models, recorder):  # noqa: F811
     verbalizer = TinyVerbalizer(models["llama"], STOPS)
     batches = [

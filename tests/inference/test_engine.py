@@ -356,6 +356,7 @@ def batches_of(temperatures, taken=None):
         yield DrawBatch(vectors=VECTORS, requests=requests_for(rows, range(4)), temperature=temperature, seed=number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "top_p"), [(5, 0.9), (16, 1.0), (512, 0.9)])
 def test_batches_in_one_stream_give_the_draws_of_each_by_itself(verbalizer, batch_size, top_p):
     temperatures = [1.0, 0.0, 0.7, 1.3, 1.0]

@@ -153,6 +153,7 @@ def test_dry_run_counts_each_temperature_by_itself_and_its_activations_once(
     assert "to extract: 40 activations; to sample: 680 draws" in out  # 40 greedy, 2 x 40 x 8
 
 
+@pytest.mark.slow
 def test_dry_run_as_json_is_an_object_a_cell_and_the_sums(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     land_finished(sweep, sweep.cell)
     out = dry_run(sweep, capsys, "--json", "sampling.num_draws=[8,16,24]", "cells_per_job=1")
@@ -192,6 +193,7 @@ def test_json_without_a_dry_run_is_refused(sweep: Sweep, capsys: pytest.CaptureF
     assert end.value.code == 2 and "--json goes with --dry-run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dry_run_after_a_finished_cell_and_deleted_draws_samples_only_for_the_other(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +204,7 @@ def test_dry_run_after_a_finished_cell_and_deleted_draws_samples_only_for_the_ot
     assert "to extract: 40 activations; to sample: 640 draws" in out
 
 
+@pytest.mark.slow
 def test_dry_run_sees_the_draws_on_disk_and_their_loss(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     key = cell_keys(sweep.cell).combined
     publish_draws(Path(sweep.registry), key, [[0.5] * 8] * 10)

@@ -164,6 +164,7 @@ def test_removed_landing_disappears(root: Path) -> None:
     assert rows(root, "SELECT DISTINCT run_id FROM run_controls ORDER BY 1") == [("r0",), ("r2",)]
 
 
+@pytest.mark.slow
 def test_open_reader_keeps_its_snapshot_and_a_new_connection_sees_new_rows(root: Path) -> None:
     write_run(root, record_of("r0", temperature=0.4), curve_of())
     with connect(root) as reader:
@@ -422,6 +423,7 @@ def test_registry_that_cannot_be_written_is_read_as_it_is(root: Path, monkeypatc
     assert rows(root, "SELECT count(*) FROM runs") == [(1,)]
 
 
+@pytest.mark.slow
 def test_rows_that_another_host_has_ingested_are_not_inserted_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(root, record_of("r0", temperature=0.4), curve_of())
     ingest_landings(root)
@@ -437,6 +439,7 @@ def test_rows_that_another_host_has_ingested_are_not_inserted_again(root: Path, 
     assert rows(root, "SELECT run_id FROM runs ORDER BY run_id") == [("r0",), ("r1",), ("r2",)]
 
 
+@pytest.mark.slow
 def test_importing_ksweep_loads_neither_duckdb_nor_altair() -> None:
     code = "import sys, ksweep; print([m for m in ('duckdb', 'altair', 'pyarrow', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

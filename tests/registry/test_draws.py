@@ -228,6 +228,7 @@ def test_draws_are_complete_once_they_are_scored(tmp_path: Path) -> None:
     assert CellDraws(tmp_path, "k", "other").read(4, 2, ["error"]) is None, "another AR has scored nothing"
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(1, 70), st.integers(1, 20)), min_size=1, max_size=3),
     st.tuples(st.integers(1, 70), st.integers(1, 20)),

@@ -99,6 +99,7 @@ def test_growth_with_k_is_the_mean_over_every_choice_of_k_draws(real: Real) -> N
         assert row["few_subsets"] == (k > 4)
 
 
+@pytest.mark.slow
 def test_gain_per_doubling_is_paired_over_documents(real: Real) -> None:
     rows = answer(real, "gain_per_doubling")
     assert len(rows) == 3 * 3

@@ -166,6 +166,7 @@ def test_a_missing_file_or_metric_is_refused(tmp_path: Path) -> None:
         read_reference_json(HEADLINE, "fve")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_old_and_new_curves_share_a_table_and_a_chart(tmp_path: Path) -> None:
     from ksweep.analysis.charts import fve_by_k
 
@@ -311,6 +312,7 @@ def test_reference_rows_fit_the_table() -> None:
     assert by_name["variance_recovery"]["bca_low"] is not None and by_name["avg_mse"]["spread"] is not None
 
 
+@pytest.mark.slow
 def test_the_commands_bring_a_file_in_and_out_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

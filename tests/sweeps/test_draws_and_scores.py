@@ -340,6 +340,7 @@ def test_a_registry_of_an_earlier_version_is_extended_without_computing_anything
         assert_equal_curves(sweep, alone)
 
 
+@pytest.mark.slow
 def test_a_registry_that_an_earlier_version_wrote_is_read_and_extended_also_by_another_reading_of_the_ar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_draws_hold_every_text_and_their_mean_best_error_is_that_of_the_curve(re
         assert best == pytest.approx(largest["error"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_draws_of_cells_that_share_them_come_once_a_cell_with_its_own_scores(sweep: Sweep, results: ksweep.Results) -> None:
     two = ksweep.run(replace(sweep, name="precisions", axes={"autoencoder.ar_dtype": ("float32", "bfloat16")}))
     draws = two.draws
@@ -93,6 +94,7 @@ def test_an_unknown_chart_is_refused_by_the_names_of_those_there_are(results: ks
         results.chart("fve_by_kk")
 
 
+@pytest.mark.slow
 def test_the_report_is_written_where_it_is_asked_for(results: ksweep.Results, tmp_path: Path) -> None:
     path = results.report(tmp_path / "page.html")
     assert path == tmp_path / "page.html" and "Does warmth help?" in path.read_text()
@@ -129,6 +131,7 @@ def test_what_a_command_would_exit_with_is_raised(sweep: Sweep, tmp_path: Path) 
         ksweep.run(lost)
 
 
+@pytest.mark.slow
 def test_a_cell_that_failed_is_raised_then_left_with_a_warning_and_run_again_on_request(
     sweep: Sweep, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -177,6 +177,7 @@ def test_fve_is_that_of_texts_reconstructed_with_transformers(
     assert results.curves["num_documents"].to_pylist() == [6] * 3 and set(results.curves["temperature"].to_pylist()) == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["first", "last"])
 def test_truncated_texts_have_the_fve_of_texts_that_were_cut_by_hand(
     rows: list[dict[str, Any]], pair: TinyPair, tmp_path: Path, kept: str
@@ -262,6 +263,7 @@ def test_an_ar_of_ones_own_reads_given_texts_and_its_tokens_are_words(
 # --- which texts belong to which activations ---
 
 
+@pytest.mark.slow
 def test_activations_with_too_few_texts_are_failures_and_named_and_others_are_counted(
     rows: list[dict[str, Any]], pair: TinyPair, tmp_path: Path
 ) -> None:
@@ -284,6 +286,7 @@ def test_activations_with_too_few_texts_are_failures_and_named_and_others_are_co
     assert ksweep.plan(replace(sweep, cell=replace(cell, sampling=Sampling()))).resolved.cells[0].sampling.num_draws == 1
 
 
+@pytest.mark.slow
 def test_rows_without_names_are_activations_of_their_own(rows: list[dict[str, Any]], pair: TinyPair, tmp_path: Path) -> None:
     unnamed = [{name: value for name, value in row.items() if name != "row_id"} for row in rows[:NUM_ACTIVATIONS]]
     sweep = over_vectors(unnamed, pair, tmp_path)

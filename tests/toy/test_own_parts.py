@@ -94,6 +94,7 @@ def check_errors(own: Sweep) -> None:
         assert error == pytest.approx(2 * (1 - cosine), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_half", ["av", "ar"])
 def test_own_half_beside_a_checkpoint(pair: TinyPair, parts: Path, tmp_path: Path, own_half: str) -> None:
     names = {"av": "my_parts:FirstInputAv", "ar": "my_parts:WordsAr"}

@@ -33,6 +33,7 @@ def sweep_in(folder: Path, pair: TinyPair, *metrics: str) -> Sweep:
     return Sweep(name="toy", cell=cell, resources=resources, **folders)
 
 
+@pytest.mark.slow
 def test_toy_metric_by_name_in_a_spec_and_by_command_gives_the_values_of_its_texts(pair: TinyPair, tmp_path: Path) -> None:
     with_cell = sweep_in(tmp_path / "with", pair, TOY, "text")
     assert run(with_cell) == 0
