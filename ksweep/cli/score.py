@@ -46,6 +46,7 @@ def score_command(
     def sweep() -> Sweep:
         from ksweep.config.spec import Autoencoder, Cell, Scoring
         from ksweep.config.sweep import Sweep
+        from ksweep.config.validation import as_name
 
         file = read_texts_file(texts, column)
         limits, kept = _truncation(truncate)
@@ -56,7 +57,7 @@ def score_command(
             scoring=Scoring(groups=tuple(filter(None, (groups or "").split(",")))),
         )
         return Sweep(
-            name=name or file.path.stem,
+            name=name or as_name(file.path.stem),
             question=f"How much of the activations do the texts of {file.path.name} hold?",
             cell=cell,
             axes={} if truncate is None else {"autoencoder.max_text_tokens": limits},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 import types
 import typing
@@ -12,6 +13,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,9 +21,15 @@ from ksweep.config.reference_options import is_old_config, translate_config
 from ksweep.config.resources import Resources
 from ksweep.config.spec import Autoencoder, Cell, Sampling
 from ksweep.config.sweep import SPEC_GROUPS, SWEEP_FIELDS, Sweep, known_keys
+from ksweep.config.validation import is_number
 from ksweep.utils.errors import SpecError
+from ksweep.utils.text import bounded_repr
 
 log = logging.getLogger(__name__)
+
+MOST_YAML_BYTES = 1_000_000
+MOST_YAML_VALUES = 100_000
+"""Largest configuration file, in bytes and in values once its aliases are written out."""
 
 
 def parse_overrides(arguments: Sequence[str] = (), config: str | Path | None = None) -> dict[str, Any]:
@@ -54,9 +62,12 @@ def apply_overrides(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        value = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        _check_size(path)
+        value = _plain_values(OmegaConf.load(path))
     except FileNotFoundError:
         raise SpecError(f"no configuration file at {path}: give --config an existing YAML file") from None
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
     except (OSError, OmegaConfBaseException, ValueError) as error:
         raise SpecError(f"{path} cannot be read as YAML: {error}") from error
     except Exception as error:  # yaml.YAMLError has no common base with the above
@@ -64,6 +75,57 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise SpecError(f"{path} holds a {type(value).__name__}, expected keys such as\n  sampling:\n    num_draws: 32")
     return typing.cast("Mapping[str, Any]", value)
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a file that is too long, or whose aliases stand for too many values: ten levels of ten are 10^10.
+
+    Raises:
+        SpecError: it is too large. YAMLError: it is not YAML.
+    """
+    if path.stat().st_size > MOST_YAML_BYTES:
+        raise SpecError(f"a configuration of {path.stat().st_size:,} bytes: at most {MOST_YAML_BYTES:,} are read")
+    with path.open(encoding="utf-8") as file:
+        num_values = _num_values(yaml.compose(file, yaml.SafeLoader), {})
+    if num_values > MOST_YAML_VALUES:
+        raise SpecError(f"with its aliases it holds {num_values:.3g} values, and at most {MOST_YAML_VALUES:,} are read")
+
+
+def _num_values(node: Any, counts: dict[int, float]) -> float:
+    """Return how many values a YAML node stands for once its aliases are written out; infinity if it contains itself."""
+    if id(node) not in counts:
+        counts[id(node)] = math.inf  # while its parts are counted
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if pairs else node.value
+        inside = sum(_num_values(part, counts) for part in parts) if isinstance(node, yaml.CollectionNode) else 0
+        counts[id(node)] = 1 + inside
+    return counts[id(node)]
+
+
+def _plain_values(config: Any) -> Any:
+    """Return what a configuration holds, with nothing in it resolved.
+
+    OmegaConf's interpolations would write what they name, such as a token in the environment, into the registry.
+
+    Raises:
+        SpecError: a text has an interpolation.
+    """
+    return _without_interpolations(OmegaConf.to_container(config, resolve=False))
+
+
+def _without_interpolations(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_interpolations(leaf) for key, leaf in value.items()}
+    if isinstance(value, list):
+        return [_without_interpolations(leaf) for leaf in value]
+    if not isinstance(value, str):
+        return value
+    if re.search(r"(?<!\\)(\\\\)*\$\{", value):
+        raise SpecError(
+            f"{bounded_repr(value)} has an interpolation, and ${{...}} is not resolved in a spec: write the value itself, or "
+            "\\${ where the text is to hold ${"
+        )
+    return value.replace("\\${", "${")
 
 
 def _config_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,9 +165,11 @@ def _split(argument: str) -> tuple[str, Any]:
     if re.fullmatch(r"[\d-]*\d+(:\d+)+", text.strip()):
         return key.strip().lstrip("+"), text.strip()  # 24:00:00 is a time; YAML reads a number in base 60
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)
+        parsed = _plain_values(OmegaConf.from_dotlist([f"value={text}"]))
+    except SpecError as error:
+        raise SpecError(f"{bounded_repr(argument)}: {error}") from None
     except Exception as error:
-        raise SpecError(f"the value of {argument!r} cannot be read: {error}") from error
+        raise SpecError(f"the value of {bounded_repr(argument)} cannot be read: {str(error)[:300]}") from error
     assert isinstance(parsed, dict)
     return key.strip().lstrip("+"), parsed["value"]
 
@@ -213,7 +277,7 @@ def _as_dict(spec: Any) -> dict[str, Any]:
 def _group_value(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         example = "{av: DIR, ar: DIR}" if SPEC_GROUPS[key] is Autoencoder else "{...}"
-        raise SpecError(f"{key}={value!r}: expected a mapping of its fields, such as {example}, or a list of them")
+        raise SpecError(f"{key}={bounded_repr(value)}: expected a mapping of its fields, such as {example}, or a list of them")
     fields_of_group: dict[str, Any] = {}
     for name, leaf in _leaves(key, value):
         *groups, last = name.split(".")[1:]
@@ -249,18 +313,18 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
             return dict(value)
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            return float(value) if is_number(value) else value  # the spec refuses what is not finite
         if option is int and _whole(value):
             return int(value)
         if option is bool and isinstance(value, bool):
             return value
         if option is str and isinstance(value, (str, int)) and not isinstance(value, bool):
             return str(value)
-    raise SpecError(f"{key}={value!r} has the wrong type: expected {_describe(hint)}")
+    raise SpecError(f"{key}={bounded_repr(value)} has the wrong type: expected {_describe(hint)}")
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
 def _describe(hint: Any) -> str:

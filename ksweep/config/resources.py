@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ksweep.config.validation import at_least, is_number, one_of
+from ksweep.config.validation import PLAIN_NAME, SLURM_FEATURES, SLURM_NAME, at_least, is_number, one_line, one_of, plain_name
 from ksweep.utils.errors import SpecError
+from ksweep.utils.text import bounded_repr
 
 if TYPE_CHECKING:
     pass
@@ -38,6 +39,10 @@ OWN_OPTIONS = {
     "cpus-per-task": "set resources.cpus_per_gpu, or cpus_per_task with gpus=0",
 }  # fmt: skip
 """Options of sbatch that `Resources.extra` must not set, with the reason."""
+
+
+EXTRA_OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+"""Names of options of sbatch, without the leading dashes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,24 +112,43 @@ class Resources:
                 f"resources.gpus_per_model={self.gpus_per_model}, but gpus={self.gpus}: set resources.gpus, the GPUs of a job on "
                 f"each node, to a multiple of it, e.g. {-(-(self.gpus or 1) // self.gpus_per_model) * self.gpus_per_model}"
             )
-        if self.mem_gb is not None and not (is_number(self.mem_gb) and self.mem_gb > 0):
-            raise SpecError(f"resources.mem_gb={self.mem_gb!r} must be a number of gigabytes > 0")
+        if self.mem_gb is not None and not (is_number(self.mem_gb) and 0 < self.mem_gb <= 1e7):
+            raise SpecError(f"resources.mem_gb={bounded_repr(self.mem_gb)} must be a number > 0: gigabytes on each node")
         if not isinstance(self.nice, bool):
             at_least("resources.nice", self.nice, 0)
         if self.cpus_per_gpu is not None and self.gpus == 0:
             raise SpecError(f"resources.cpus_per_gpu={self.cpus_per_gpu}, but gpus=0: set resources.cpus_per_task")
         if self.cpus_per_task is not None and self.gpus:
             raise SpecError(f"resources.cpus_per_task={self.cpus_per_task} is for gpus=0: set resources.cpus_per_gpu")
-        for key in self.extra:
-            _refuse_own_option(key)
+        self._check_names()
         _ = self.minutes
+
+    def _check_names(self) -> None:
+        """Check what becomes a line of the batch script: a line break would begin a line of shell."""
+        for name, pattern, example in (
+            ("partition", SLURM_NAME, "gpu"),
+            ("account", SLURM_NAME, "lab"),
+            ("qos", SLURM_NAME, "normal"),
+            ("constraint", SLURM_FEATURES, "h100&ib"),
+            ("job_name", PLAIN_NAME, "temp_sweep"),
+        ):
+            if (value := getattr(self, name)) is not None:
+                plain_name(f"resources.{name}", value, pattern, example)
+        for line in self.setup_lines:
+            one_line("resources.setup", line.replace("\t", " "), longest=100_000)
+        for key, value in self.extra.items():
+            plain_name("resources.extra: option", str(key).lstrip("-"), EXTRA_OPTION, "reservation")
+            _refuse_own_option(key)
+            one_line(f"resources.extra[{key}]", str(value))
 
     @property
     def minutes(self) -> int:
         """Time limit of one start of a job, minutes."""
         if isinstance(self.time, int) and not 0 < self.time <= LONGEST_PLAIN_MINUTES:
             # YAML reads an unquoted 24:00:00 as 86400.
-            raise SpecError(f'resources.time={self.time} minutes: write a limit of more than a week as "D-HH:MM:SS", in quotes')
+            raise SpecError(
+                f'resources.time={bounded_repr(self.time)} minutes: write a limit of more than a week as "D-HH:MM:SS", in quotes'
+            )
         return parse_time_limit(str(self.time), "resources.time")
 
     @property
@@ -157,10 +181,11 @@ def parse_time_limit(text: str, name: str = "time") -> int:
     Raises:
         SpecError: any other text; the message calls it `name`.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip().strip("'\""))
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text.strip().strip("'\""))
     if not match:
         raise SpecError(
-            f"{name}={text!r} is not a Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, e.g. 24:00:00"
+            f"{name}={bounded_repr(text)} is not a Slurm time limit: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, "
+            "e.g. 24:00:00"
         )
     days, first, second, third = (int(part or 0) for part in match.groups())
     with_hours = match[1] is not None or match[4] is not None

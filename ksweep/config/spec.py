@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from ksweep.config.validation import at_least, is_number, one_of
+from ksweep.config.validation import LARGEST_SEED, at_least, is_number, is_seed, one_of
 from ksweep.utils.errors import SpecError
 from ksweep.utils.fingerprint import canonical_json
+from ksweep.utils.text import bounded_repr
 
 if TYPE_CHECKING:
     from ksweep.stats import BaselineKind
@@ -26,6 +27,16 @@ AR_FIELDS = ("ar", "ar_dtype", "encoder_prompt")
 """Fields of an autoencoder that its AV does not depend on."""
 AV_FIELDS = ("av", "dtype", "texts", "texts_column", "max_text_tokens", "kept_tokens")
 """Fields that its AR does not depend on; `reconstructor_dtype` stands for the precision."""
+MOST_ACTIVATIONS = 1_000_000_000
+MOST_CELL_DRAWS = 1_000_000_000
+"""Most draws of a cell, over all its activations: planning holds a byte for each."""
+LARGEST_K = 1_000_000
+"""Most draws of an activation: every K up to it is reported."""
+MOST_REPLICATES = 1_000_000
+"""Most bootstrap replicates: each holds a number for every document."""
+LONGEST_TEXT = 10_000_000
+"""Most tokens of an explanation or a row of text."""
+
 InjectionKind = Literal["replace_embedding", "add_after_block"]
 TextEnd = Literal["first", "last"]
 
@@ -72,19 +83,22 @@ class PromptingOverrides:
             one_of("autoencoder.prompting.injection", self.injection, InjectionKind)
         if (self.injection == "add_after_block") != (self.injection_block is not None):
             raise SpecError(
-                f"autoencoder.prompting.injection={self.injection!r} with injection_block={self.injection_block!r}: "
+                f"autoencoder.prompting.injection={self.injection!r} with injection_block={bounded_repr(self.injection_block)}: "
                 "add_after_block needs the number of a block, and nothing else takes one"
             )
         if self.injection_block is not None:
             at_least("autoencoder.prompting.injection_block", self.injection_block, 0)
         if self.injection_scale is not None:
             if not (is_number(self.injection_scale) and self.injection_scale > 0):
-                raise SpecError(f"autoencoder.prompting.injection_scale={self.injection_scale!r} must be a number > 0")
+                raise SpecError(
+                    f"autoencoder.prompting.injection_scale={bounded_repr(self.injection_scale)} must be a number > 0"
+                )
             if self.injection == "add_after_block":
                 raise SpecError("autoencoder.prompting.injection_scale is for replace_embedding; add_after_block takes no scale")
-        if self.ar_readout is not None and (not isinstance(self.ar_readout, int) or self.ar_readout >= 0):
+        if self.ar_readout is not None and (not isinstance(self.ar_readout, int) or not -LONGEST_TEXT <= self.ar_readout < 0):
             raise SpecError(
-                f"autoencoder.prompting.ar_readout={self.ar_readout!r} must be a whole number < 0: -1 is the last token"
+                f"autoencoder.prompting.ar_readout={bounded_repr(self.ar_readout)} must be a whole number < 0: -1 is the last "
+                "token"
             )
 
     @property
@@ -266,7 +280,7 @@ class Activations:
         one_of("activations.candidates", self.candidates, Candidates)
         one_of("activations.dtype", self.dtype, Dtype)
         if self.max_norm is not None and not (is_number(self.max_norm) and self.max_norm > 0):
-            raise SpecError(f"activations.max_norm={self.max_norm!r} must be a number > 0, or None to keep all")
+            raise SpecError(f"activations.max_norm={bounded_repr(self.max_norm)} must be a number > 0, or None to keep all")
         if self.max_norm is not None and self.vectors is not None:
             raise SpecError(
                 "activations.max_norm leaves out activations extracted from text, and activations.vectors are ready-made: "
@@ -277,11 +291,12 @@ class Activations:
                 f"activations.row_id_column={self.row_id_column!r} is a column of ready-made vectors; a text's rows are named by "
                 "its column row_id. Leave it out, or set activations.vectors"
             )
-        at_least("activations.num_activations", self.num_activations, 1)
+        at_least("activations.num_activations", self.num_activations, 1, MOST_ACTIVATIONS)
         at_least("activations.positions_per_document", self.positions_per_document, 1)
         at_least("activations.min_position", self.min_position, 0)
         at_least("activations.stride", self.stride, 1)
-        at_least("activations.max_length", self.max_length, 1)
+        at_least("activations.max_length", self.max_length, 1, LONGEST_TEXT)
+        is_seed("activations.seed", self.seed, -LARGEST_SEED)
         if self.layer is not None:
             at_least("activations.layer", self.layer, 0)
         if self.vectors is None and self.text is None:
@@ -317,12 +332,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (is_number(self.temperature) and self.temperature >= 0):
-            raise SpecError(f"sampling.temperature={self.temperature!r} must be a finite number >= 0 (0 is greedy)")
+            raise SpecError(f"sampling.temperature={bounded_repr(self.temperature)} must be a finite number >= 0 (0 is greedy)")
         if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise SpecError(f"sampling.top_p={self.top_p!r} must lie in (0, 1]; 1 keeps every token")
-        at_least("sampling.max_new_tokens", self.max_new_tokens, 1)
-        at_least("sampling.num_draws", self.num_draws, 1)
-        at_least("sampling.seed", self.seed, 0)
+            raise SpecError(f"sampling.top_p={bounded_repr(self.top_p)} must lie in (0, 1]; 1 keeps every token")
+        at_least("sampling.max_new_tokens", self.max_new_tokens, 1, LONGEST_TEXT)
+        at_least("sampling.num_draws", self.num_draws, 1, LARGEST_K)
+        is_seed("sampling.seed", self.seed)
 
     @property
     def effective_num_draws(self) -> int:
@@ -384,21 +399,23 @@ class Scoring:
         measured = self.baseline is None or self.baseline in get_args(MeasuredBaseline)
         if not measured and not (is_number(self.baseline) and self.baseline > 0):  # type: ignore[operator]
             raise SpecError(
-                f"scoring.baseline={self.baseline!r} must be a number > 0, or one of {', '.join(get_args(MeasuredBaseline))}, "
-                "which measure it on the evaluated set"
+                f"scoring.baseline={bounded_repr(self.baseline)} must be a number > 0, or one of "
+                f"{', '.join(get_args(MeasuredBaseline))}, which measure it on the evaluated set"
             )
         one_of("scoring.selection", self.selection, SelectionRule)
         if not (is_number(self.level) and 0 < self.level < 1):
-            raise SpecError(f"scoring.level={self.level!r} must lie between 0 and 1, e.g. 0.95")
-        at_least("scoring.num_replicates", self.num_replicates, 2)
-        at_least("scoring.reference_replicates", self.reference_replicates, 0)
+            raise SpecError(f"scoring.level={bounded_repr(self.level)} must lie between 0 and 1, e.g. 0.95")
+        at_least("scoring.num_replicates", self.num_replicates, 2, MOST_REPLICATES)
+        is_seed("scoring.seed", self.seed)
+        at_least("scoring.reference_replicates", self.reference_replicates, 0, MOST_REPLICATES)
         if self.reference_replicates == 1:
             raise SpecError(
                 "scoring.reference_replicates=1 has no spread: ask for at least 2 (the reference had 1000), or 0 for none"
             )
         if not (is_number(self.failed_error) and self.failed_error > 0):
             raise SpecError(
-                f"scoring.failed_error={self.failed_error!r} must be a number > 0 (2.0 counts a failure as orthogonal)"
+                f"scoring.failed_error={bounded_repr(self.failed_error)} must be a number > 0 (2.0 counts a failure as "
+                "orthogonal)"
             )
 
     @property
@@ -433,6 +450,12 @@ class Cell:
             raise SpecError(
                 f"scoring.ks asks for K={max(ks)} but sampling.num_draws={num_draws}: best-of-K needs at least K draws. "
                 f"Raise sampling.num_draws to {max(ks)} or leave out the larger K."
+            )
+        activations, draws = self.activations.num_activations, self.sampling.effective_num_draws
+        if activations * draws > MOST_CELL_DRAWS:
+            raise SpecError(
+                f"activations.num_activations={activations:,} with sampling.num_draws={num_draws:,} are {activations * draws:,} "
+                f"draws, and a cell holds at most {MOST_CELL_DRAWS:,}: lower one of the two, or split it over several seeds"
             )
         baseline = self.scoring.stated_baseline
         if self.activations.num_activations < 2 and baseline is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -10,11 +11,15 @@ from typing import Any
 
 from ksweep.config.resources import Resources
 from ksweep.config.spec import Autoencoder, Cell, TextEnd, replace_at
+from ksweep.config.validation import PLAIN_NAME, one_line, plain_name
 from ksweep.utils.cell_names import duplicate_names, short_names
 from ksweep.utils.errors import SpecError
 
 PATHS = ("av", "ar", "checkpoint", "texts", "base", "model", "text", "vectors")
 """Fields of a cell that hold a path or a hub id."""
+
+
+MOST_CELLS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +44,13 @@ class Sweep:
     """File to which results are also written in the reference sweep's JSON schema; with several cells one file each, by label."""
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise SpecError(f"sweep name {self.name!r} must be usable as a directory name, e.g. temp_sweep")
+        plain_name("name", self.name, PLAIN_NAME, "temp_sweep")
+        one_line("question", " ".join(self.question.split()), longest=100_000)
+        for name in ("registry", "vector_cache"):
+            if not (value := getattr(self, name)) or not str(value).strip():
+                raise SpecError(f"{name}={value!r} is no directory: give its path, or leave it out ({name}={name})")
+        for name in ("registry", "vector_cache", "export_json"):
+            one_line(name, str(getattr(self, name)))
         for path, values in self.axes.items():
             if not isinstance(values, (tuple, list)):
                 raise SpecError(
@@ -48,6 +58,9 @@ class Sweep:
                 )
             if not values:
                 raise SpecError(f"axis {path!r} of sweep {self.name!r} has no values")
+        num_cells = math.prod(map(len, self.axes.values()))
+        if num_cells > MOST_CELLS:
+            raise SpecError(f"the axes of sweep {self.name!r} make {num_cells:,} cells, and a sweep has at most {MOST_CELLS:,}")
         self.cells()
 
     def cells(self) -> list[Cell]:

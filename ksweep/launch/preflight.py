@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from ksweep.registry.work_units import DRAWS_PER_WORK_UNIT
 from ksweep.utils import machine
 from ksweep.utils.console import bytes_text
 from ksweep.utils.errors import DiskFullError, SpecError
+from ksweep.utils.text import bounded_repr
 
 DATABASE_BYTES = 8_000_000
 """Room for the database, its next version beside it, and job logs."""
@@ -104,11 +106,12 @@ def _bytes_of_reconstructions(cell: Cell) -> int:
 
 
 def check_writable(sweep: Sweep) -> None:
-    """Check that the sweep's directories can be written.
+    """Check that the sweep's directories, and the file that it exports to, can be written.
 
     Raises:
-        SpecError: a directory cannot be written.
+        SpecError: one of them cannot be written.
     """
+    check_export(sweep)
     for key, directory in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -116,6 +119,25 @@ def check_writable(sweep: Sweep) -> None:
                 pass
         except OSError as error:
             raise SpecError(f"{key}={directory} cannot be written ({error.strerror}): give a directory that can") from error
+
+
+def check_export(sweep: Sweep) -> None:
+    """Check that results can be exported to where the sweep says; nothing is written.
+
+    Raises:
+        SpecError: `export_json` is a directory, or lies in none that can be written.
+    """
+    if not sweep.export_json:
+        return
+    path = Path(sweep.export_json)
+    try:
+        directory = _existing(path.parent)
+        if path.is_dir():
+            raise SpecError(f"export_json={path} is a directory: give the name of a file in it, e.g. {path / 'results.json'}")
+        if not (directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)):
+            raise SpecError(f"export_json={path}: {directory} cannot be written; give a file in a directory that can")
+    except OSError as error:
+        raise SpecError(f"export_json={bounded_repr(str(path))} cannot be written: {error.strerror}") from error
 
 
 def check_disk_space(sweep: Sweep, steps: list[Step]) -> None:

@@ -14,7 +14,7 @@ from ksweep.analysis import results_table
 from ksweep.config.overrides import apply_overrides, parse_overrides
 from ksweep.config.sweep import Sweep
 from ksweep.launch import plan_table
-from ksweep.launch.preflight import check_disk_space
+from ksweep.launch.preflight import check_disk_space, check_export
 from ksweep.launch.run_sweep import ResolvedSweep, SweepPlan, identify_cells, planned, resolve_sweep, run_missing, wait_for
 from ksweep.launch.slurm.commands import SlurmError
 from ksweep.registry.query import finished_runs
@@ -73,6 +73,7 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
 
 def _dry_run(resolved: ResolvedSweep, options: argparse.Namespace) -> int:
     """Print the plan; start and write nothing."""
+    check_export(resolved.sweep)
     plan = planned(resolved, retry=options.retry)
     plan.show(as_json=options.json)
     check_disk_space(resolved.sweep, list(plan.steps))

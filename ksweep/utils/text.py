@@ -1,9 +1,24 @@
-"""Names in messages: in the order that a reader expects, and not too many of them."""
+"""Names and values in messages: in the order that a reader expects, and not too many or too long."""
 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable
+
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel, _BOUNDED.maxstring, _BOUNDED.maxother, _BOUNDED.maxlong = 4, 200, 200, 60
+_BOUNDED.maxtuple = _BOUNDED.maxlist = _BOUNDED.maxdict = _BOUNDED.maxset = 8
+
+
+def bounded_repr(value: object) -> str:
+    """Return `repr(value)` for a message, with "..." for what is long or deep: a nested value can have 10^8 parts."""
+    if isinstance(value, int) and abs(value) >= 10**60:  # Python refuses to write more than 4300 digits
+        return f"{'-' * (value < 0)}10**{int((abs(value).bit_length() - 1) * 0.30103)} or more"
+    try:
+        return _BOUNDED.repr(value)
+    except ValueError:  # such a number within a list
+        return f"<{type(value).__name__}>"
 
 
 def natural_sorted(names: Iterable[str]) -> list[str]:

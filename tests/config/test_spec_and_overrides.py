@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
+import pyarrow as pa
 import pytest
 
 from ksweep import Activations, Autoencoder, Cell, RequestError, Sampling, Scoring, Sweep, replace_at
+from ksweep.config.overrides import apply_overrides
 from ksweep.config.resources import Resources
 from ksweep.config.spec import cell_from_dict
+from ksweep.config.sweep import known_keys
 from ksweep.utils.errors import SpecError
 from tests.config.helpers import overridden
 
@@ -42,6 +47,17 @@ def sweep() -> Sweep:
         (("autoencoder.encoder_prompt", "hard"), "encoder_prompt='hard' is not one of learned, text"),
         (("autoencoder.encoder_prompt", "text"), r"NLA pair \(ar\) has no trained prompt"),
         (("scoring.reference_replicates", -1), "reference_replicates=-1 must be a whole number >= 0"),
+        (("sampling.seed", 2**64), "seed=18446744073709551616 is too large.* from 0 to 9,223,372,036,854,775,807"),
+        (("scoring.seed", 2**63), "seed=9223372036854775808 is too large"),
+        (("scoring.seed", -1), "scoring.seed=-1 must be a whole number >= 0"),
+        (("activations.seed", 2**64), "activations.seed=18446744073709551616 is too large"),
+        (("sampling.num_draws", 10**11), "num_draws=100000000000 is too large"),
+        (("activations.num_activations", 10**12), "num_activations=1000000000000 is too large"),
+        (("scoring.num_replicates", 10**10), "num_replicates=10000000000 is too large"),
+        (("scoring.reference_replicates", 10**10), "reference_replicates=10000000000 is too large"),
+        (("activations.num_activations", 10**8), "1,600,000,000 draws, and a cell holds at most 1,000,000,000"),
+        (("sampling.temperature", 10**400), r"temperature=10\*\*399 or more must be a finite number"),
+        (("sampling.max_new_tokens", 10**5000), r"max_new_tokens=10\*\*\d+ or more is too large"),
     ],
 )
 def test_a_spec_that_cannot_mean_anything_is_refused_with_what_to_do(
@@ -170,3 +186,99 @@ def test_a_checkpoint_ends_the_length_of_a_pairs_explanations_and_a_pair_the_tex
     assert kept.cell.sampling.max_new_tokens == 9
     back = overridden(changed, ["autoencoder.av=x", "autoencoder.ar=y"])
     assert back.cell.autoencoder == Autoencoder(av="x", ar="y")
+
+
+WHOLE_NUMBERS = sorted(key for key, hint in known_keys().items() if int in (hint, *get_args(hint)) and key != "scoring.ks")
+
+
+@pytest.mark.parametrize("key", WHOLE_NUMBERS)
+def test_a_whole_number_that_no_store_could_hold_is_refused_with_its_field(sweep: Sweep, key: str) -> None:
+    for huge in (10**30, 10**5000):
+        with pytest.raises(SpecError, match=key.rpartition(".")[2]):
+            apply_overrides(sweep, {key: huge} | ({"autoencoder.texts": "t.jsonl"} if "max_text" in key else {}))
+
+
+def test_a_cell_with_the_largest_seed_has_the_type_of_the_registrys_column(sweep: Sweep) -> None:
+    seed = replace_at(sweep.cell, "sampling.seed", 2**63 - 1).sampling.seed
+    assert pa.scalar(seed, pa.int64()).as_py() == seed
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nrm -rf x", "a\0b", "", " ", "-rf", ".hidden", "a/b", "x" * 300, "a ", "\x1b[31m", "a\u2028b"]
+)
+def test_a_name_that_a_shell_or_a_file_system_would_misread_is_refused_everywhere(sweep: Sweep, name: str) -> None:
+    with pytest.raises(SpecError, match="name="):
+        replace(sweep, name=name)
+    for field in ("partition", "account", "qos", "constraint", "job_name"):
+        with pytest.raises(SpecError, match=field):
+            Resources(**{field: name})
+
+
+@pytest.mark.parametrize("name", ["temp_sweep", "k-sweep.2", "other way round", "Größe=3", "T=0.5, 1.0", "layer20+21", "2026-11"])
+def test_plain_names_stay_allowed(sweep: Sweep, name: str) -> None:
+    assert replace(sweep, name=name).name == name == Resources(job_name=name).job_name
+
+
+def test_options_of_sbatch_stay_allowed_as_slurm_writes_them() -> None:
+    given = {"partition": "gpu,h100_80", "account": "lab-x", "qos": "normal", "constraint": "[rack1|rack2]&h100*2"}
+    resources = Resources(**given, extra={"--reservation": "nightly", "gres": "gpu:h100:2", "exclude": "n[1-3]"})
+    assert {name: getattr(resources, name) for name in given} == given
+
+
+@pytest.mark.parametrize("extra", [{"a b": 1}, {"x\ny": 1}, {"reservation": "n\nrm -rf ~"}, {"reservation": "a\0"}, {"": 1}])
+def test_an_option_of_sbatch_that_would_begin_another_line_is_refused(extra: dict[str, object]) -> None:
+    with pytest.raises(SpecError, match=r"resources\.extra"):
+        Resources(extra=extra)
+
+
+def test_a_line_break_within_a_line_of_setup_is_refused_and_a_block_of_lines_is_not() -> None:
+    assert Resources(setup="module load cuda\n\texport A=1").setup_lines == ["module load cuda", "\texport A=1"]
+    with pytest.raises(SpecError, match=r"resources\.setup"):
+        Resources(setup=("module load cuda\nrm -rf ~",))
+
+
+@pytest.mark.parametrize("key", ["registry", "vector_cache"])
+@pytest.mark.parametrize("path", ["", " ", "a\0b"])
+def test_a_directory_without_a_name_is_refused(sweep: Sweep, key: str, path: str) -> None:
+    with pytest.raises(SpecError, match=f"{key}="):
+        replace(sweep, **{key: path})
+
+
+def test_interpolations_are_refused_in_yaml_and_on_the_command_line_and_never_resolved(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_TOKEN", "hf_secret")
+    config = tmp_path / "from_elsewhere.yaml"
+    for text in ("question: ${oc.env:A_TOKEN}", "autoencoder: {av: 'x/${oc.env:A_TOKEN}'}", "question: ${name}\nname: a"):
+        config.write_text(text)
+        with pytest.raises(SpecError, match="interpolation") as error:
+            overridden(sweep, config=config)
+        assert "hf_secret" not in str(error.value) and str(config) in str(error.value)
+    with pytest.raises(SpecError, match="interpolation"):
+        overridden(sweep, ["question=${oc.env:A_TOKEN}"])
+    config.write_text(r"question: 'costs \${5}'")
+    assert overridden(sweep, config=config).question == "costs ${5}"
+
+
+def test_a_yaml_file_whose_aliases_stand_for_a_hundred_million_values_is_refused_at_once(sweep: Sweep, tmp_path: Path) -> None:
+    levels = ["a0: &a0 1", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))]
+    for text, words in (
+        ("\n".join([*levels, "sampling: {temperature: *a8}"]), r"aliases it holds 2.35e\+08"),
+        ("a: &a [*a]", "aliases it holds inf"),
+        ("question: " + "x" * 2_000_000, "2,000,010 bytes"),
+        ("question: " + "[" * 2_000, "not valid YAML"),
+    ):
+        (tmp_path / "bomb.yaml").write_text(text)
+        with pytest.raises(SpecError, match=words) as error:
+            overridden(sweep, config=tmp_path / "bomb.yaml")
+        assert len(str(error.value)) < 1000
+
+
+def test_an_empty_list_for_a_single_value_is_refused(sweep: Sweep) -> None:
+    with pytest.raises(SpecError, match=r"sampling\.temperature.* has no values"):
+        overridden(replace(sweep, axes={}), ["sampling.temperature=[]"])
+
+
+def test_axes_of_more_cells_than_a_sweep_can_have_are_refused_before_they_are_made(sweep: Sweep) -> None:
+    with pytest.raises(SpecError, match="1,000,000,000,000 cells"):
+        replace(sweep, axes={"sampling.seed": tuple(range(10**6)), "sampling.num_draws": tuple(range(10**6))})

@@ -249,3 +249,16 @@ def test_plan_repeats_freely_what_neither_request_nor_code_is_to_blame_for(kind:
 
 def test_plan_of_a_finished_cell_is_done_whatever_failed_since() -> None:
     assert plan_steps([facts(finished_run="r1", failure=("bug", "later"), job=("running", "again"))])[0].state == "done"
+
+
+def test_an_export_to_a_directory_is_refused_before_anything_is_computed(
+    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "file").write_text("")
+    for target, words in ((tmp_path / "out", "is a directory"), (tmp_path / "file" / "out.json", "cannot be written")):
+        for arguments in (["--dry-run"], []):
+            with pytest.raises(SystemExit) as end:
+                sweep_main(sweep, [*arguments, f"export_json={target}"])
+            assert end.value.code == 2 and words in capsys.readouterr().err
+    assert not Path(sweep.registry).exists()
