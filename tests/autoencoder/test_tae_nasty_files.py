@@ -21,8 +21,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ksweep.autoencoder.tae.checkpoint import read_checkpoint
 from ksweep.autoencoder.tae.models import highest_step, inspect_tae
+from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.utils.errors import CheckpointError
 from tests.autoencoder.test_tae_fixtures import arrays
 from tests.autoencoder.test_tae_refusals import BAD, copy_case, damage, edited, load, options, refused

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ksweep.autoencoder.tae.checkpoint import read_checkpoint
 from ksweep.autoencoder.tae.models import (
     Explanation,
     TaeReconstructor,
@@ -28,6 +27,7 @@ from ksweep.autoencoder.tae.models import (
     load_tae_reconstructor,
     load_tae_verbalizer,
 )
+from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.utils.errors import CheckpointError, DataError, RequestError
 from tests.autoencoder.test_tae_fixtures import FIXTURES, arrays, said
 from tests.tiny_models import prefilled

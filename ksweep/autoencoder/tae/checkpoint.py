@@ -1,9 +1,8 @@
 """Read and check talkative-autoencoder checkpoints (.pt files), and choose the file of a directory.
 
-A file is read with torch.load(weights_only=True, mmap=True). Its pickle may build tensors, plain containers and a few NumPy
-values (schedulers become empty objects); anything else is refused. Tensor contents stay on disk, so an optimiser state of
-gigabytes costs nothing. Names, shapes and options are checked here, contents when a rank loads them (`decoder.py`, `encoder.py`).
-torch is imported only when a file is read.
+A file is read by `torch_file.py`: nothing that its pickle names is called, and tensor contents stay on disk, so an optimiser
+state of gigabytes costs nothing. Names, shapes and options are checked here, contents when a rank loads them (`decoder.py`,
+`encoder.py`). torch is imported only when a file is read.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ import hashlib
 import logging
 import operator
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +28,15 @@ from ksweep.autoencoder.tae.layout import (
     soft_prompt_text,
     whole_number,
 )
+from ksweep.autoencoder.tae.restricted_pickle import StandIn
 from ksweep.autoencoder.tae.schedule import Written
+from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.model_sizes import language_model
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
+from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
@@ -221,101 +221,17 @@ def highest_step(directory: Path) -> Path:
     return latest
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a .pt file; tensors stay on disk until they are used.
-
-    Raises:
-        CheckpointError: the file is incomplete or no torch file, or its pickle needs more than tensors, containers and NumPy
-            numbers.
-    """
-    import pickle
-
-    import torch
-
-    # 1. Refuse files that are no zip archive of a dictionary.
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} is not a whole torch checkpoint: it has no zip directory at its end, so it was cut off in copying, has "
-            "another format, or was saved before torch 1.6. Copy it again, or save it again with torch.save."
-        )
-    if _is_torchscript(path):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, a program with its weights, and nothing of it was run. Expected the dictionary "
-            "that the training run saved with torch.save."
-        )
-    # 2. Unpickle with the few classes that are allowed.
-    try:
-        with torch.serialization.safe_globals([*_numpy_names(), *_training_names()]):
-            value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: reading it would run code beyond what tensors need ({_requested_name(error)}), and nothing of "
-            "it was run. If you trust its source, load it there and save only its models and config with torch.save."
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole torch checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
-            "Copy or download it again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected the dictionary that the training run saved")
-    return value
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Return whether a file is a TorchScript archive, by torch.load's rule; an unreadable archive is left to torch to refuse."""
-    with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    return False
-
-
-def _numpy_names() -> list[Any]:
-    """Return the names that NumPy's random state and metrics are pickled with, under the modules of NumPy 1 and 2."""
-    import numpy as np
-    from numpy._core import multiarray
-
-    functions = [multiarray._reconstruct, multiarray.scalar]
-    named: list[Any] = [
-        (function, f"{module}.multiarray.{function.__name__}")
-        for function in functions
-        for module in ("numpy._core", "numpy.core")
-    ]
-    numbers = (np.uint32, np.uint64, np.int32, np.int64, np.float32, np.float64, np.bool_)
-    return [*named, np.ndarray, np.dtype, *(type(np.dtype(number)) for number in numbers)]
-
-
-class _InertObject:
-    """Replaces a learning-rate scheduler or an optimiser; it takes their attributes and does nothing."""
-
-
-def _plain_dict(*_: object) -> dict[Any, Any]:
-    return {}
-
-
-def _training_names() -> list[Any]:
-    """Return inert replacements for the classes in nested schedulers, which resumed runs store; no code of torch is called."""
-    schedulers = ("CosineAnnealingLR", "CosineAnnealingWarmRestarts", "ExponentialLR", "LinearLR", "PolynomialLR", "StepLR")
-    optimisers = ("adamw.AdamW", "adam.Adam", "sgd.SGD")
-    names = [f"lr_scheduler.{name}" for name in schedulers] + list(optimisers)
-    inert = [(_InertObject, f"torch.optim.{name}") for name in names]
-    return [*inert, (_plain_dict, "collections.defaultdict"), (_plain_dict, "builtins.dict"), (_plain_dict, "__builtin__.dict")]
-
-
-def _requested_name(error: Exception) -> str:
-    """Return which name a refused pickle asked for, from the error's text."""
-    text = " ".join(str(error).split())
-    match = re.search(r"GLOBAL (\S+)|(?:class|type|function) (\S+)", text)
-    return f"it asks for {match[1] or match[2]}" if match else text[:200]
-
-
 def _state(checkpoint: Mapping[str, Any], role: str, path: Path) -> dict[str, torch.Tensor]:
     """Return one half's tensors under their names without torch.compile's prefixes."""
+    import torch
+
     models = section(checkpoint, "models", f"{path} holds no models (optimiser only?)")
     state = section(models, role, f"{path} holds no {role}; a checkpoint has a decoder and an encoder")
     named: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
-        if not hasattr(tensor, "is_floating_point"):
-            raise CheckpointError(f"{path}: {role} entry {name!r} is a {type(tensor).__name__}, expected a tensor")
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            kind = tensor.name if isinstance(tensor, StandIn) else type(tensor).__name__
+            raise CheckpointError(f"{path}: {role} entry {abbreviated(name)} is a {kind}, expected a tensor")
         if tensor.is_meta:
             raise CheckpointError(f"{path}: {role} tensor {name} has a shape but no content: it was saved without its weights")
         bare = name.replace(COMPILED, "")
@@ -329,7 +245,9 @@ def _base(config: Mapping[str, Any], base: str | None, path: Path) -> Path:
     """Return the directory of the base model of decoder and encoder."""
     name = base if base is not None else config.get("model_name")
     if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{path}: its config has model_name={name!r}, expected a path or hub id. Set autoencoder.base.")
+        raise CheckpointError(
+            f"{path}: its config has model_name={abbreviated(name)}, expected a path or hub id. Set autoencoder.base."
+        )
     try:
         return hub.resolve(name if base is not None else _source(name, path), "base model")
     except CheckpointError as error:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ksweep.autoencoder.tae.schedule import Written, is_scheduled, unfreezing, was_enabled, was_unfrozen
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.notes import Note
+from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "encoder": {"output_layer": -1, "add_current_token": False},
 }
 """Defaults of options that change the computation and that files of an early reference version lack."""
+LARGEST_OPTION = (1 << 31) - 1
 Shape = tuple[int | None, ...]
 """Expected shape of a tensor; None is any length of at least 1."""
 
@@ -106,8 +108,8 @@ def decoder_layout(
     num_projections = num_patched + extra if stacked else 1
     if num_projections == 0:
         raise CheckpointError(
-            f"{path}: per_layer_projections with patch_all_layers={options.get('patch_all_layers')!r} leaves no projection of "
-            "the vector into the decoder. The file's configuration does not belong to its tensors."
+            f"{path}: per_layer_projections with patch_all_layers={abbreviated(options.get('patch_all_layers'))} leaves no "
+            "projection of the vector into the decoder. The file's configuration does not belong to its tensors."
         )
     # 2. List the tensors that they imply.
     expected: dict[str, Shape] = {"prompt_ids": (None,) if config.get("decoder_prompt") or _rows(state, "prompt_ids") else (0,)}
@@ -192,9 +194,9 @@ def whole_number(values: Mapping[str, Any], key: str, low: int, high: int | None
         CheckpointError: it is missing, of another type, or out of range; the message ends with `why`.
     """
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or value > (LARGEST_OPTION if high is None else high):
         span = f">= {low}" if high is None else f"from {low} to {high}"
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected a whole number {span} ({why})")
+        raise CheckpointError(f"{path}: {key} is {abbreviated(value)}, expected a whole number {span} ({why})")
     return value
 
 
@@ -207,7 +209,7 @@ def _options(config: Mapping[str, Any], role: str, path: Path) -> Mapping[str, A
 def _flag(options: Mapping[str, Any], key: str, default: bool, path: Path) -> bool:
     value = options.get(key, default)
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{path}: the option {key} is {value!r}, expected true or false")
+        raise CheckpointError(f"{path}: the option {key} is {abbreviated(value)}, expected true or false")
     return bool(value)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SPEC = re.compile(r"(\d+)\s*(s|steps?|os|e|epochs?)?", re.IGNORECASE)
+SPEC = re.compile(r"([0-9]{1,15})\s*(s|steps?|os|e|epochs?)?", re.IGNORECASE)
 """A point in training as configurations write it: "1000s" and 1000 are steps, "256os" optimiser steps, "5e" epochs."""
 
 

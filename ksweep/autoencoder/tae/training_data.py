@@ -10,8 +10,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from ksweep.autoencoder.tae.checkpoint import checkpoint_file, read_checkpoint
+from ksweep.autoencoder.tae.checkpoint import checkpoint_file
 from ksweep.autoencoder.tae.layout import section
+from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.config.overrides import apply_overrides
 from ksweep.config.reference_options import translate_checkpoint_config
 from ksweep.config.spec import Activations
