@@ -308,7 +308,7 @@ def planned(name: str, arguments: list[str], project: Project) -> None:
 def test_what_the_pages_ask_of_the_registry_has_answers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """A question of a page that returns nothing would pass unnoticed."""
     monkeypatch.chdir(project.root)
-    asked = [re.search(r'^duckdb \S+ "([^"]*)"', param.values[0]) for param in COMMANDS]  # type: ignore[arg-type]
+    asked = [re.search(r'^duckdb -readonly \S+ "([^"]*)"', param.values[0]) for param in COMMANDS]  # type: ignore[arg-type]
     questions = {found[1] for found in asked if found}
     with connect("registry") as connection:
         empty = [question for question in questions if not connection.execute(question).fetchall()]

@@ -4,7 +4,10 @@ DuckDB allows one writing process or many readers of a file, and an open noteboo
 written: ingest builds the next file beside it and renames it into place. Open readers keep their snapshot, and nobody waits.
 
 * New files are found by comparing names. No file is read twice, and an ingest without new files costs one short read.
-* Files are read one by one. A damaged one goes into the table `quarantine` with the reason, and is read again when it changes.
+* Files are read one by one. One that cannot be read or inserted, for whatever reason, goes into the table `quarantine` with the
+  reason, and is read again when it changes.
+* The digest of a published file lies beside it. A database that is not what was published, or that another program has written
+  to (it leaves a .wal), is built from nothing, and never copied into the next one.
 * A run whose directory was removed disappears from the database: the files are the truth.
 * One process ingests at a time, by a lock on `registry/.ingest.lock` that the kernel releases when its holder dies. On a file
   system without locks two ingesters do no harm: both build from the same immutable files, and the next ingest adds the rest.
@@ -36,6 +39,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from ksweep.registry import attempts, sweeps
 from ksweep.registry.chosen_files import CHOSEN_FILE_SCHEMA
@@ -57,11 +61,21 @@ ATTEMPTS_PREFIX = f"{attempts.ATTEMPTS_FOLDER}/"
 """Prefix of the names of jobs' files, which are listed beside the names of runs."""
 SWEEPS_PREFIX = f"{sweeps.SWEEPS_FOLDER}/"
 """Prefix of the names of sweeps' files."""
+DIGESTS = ".ksweep.digests"
+"""File beside the database with the digests of the latest published ones, newest first: the next database's is written before
+the file gets its name, so that a reader in between accepts either."""
+WRITE_AHEAD_LOG = f"{DATABASE}.wal"
 STORAGE_VERSION = "v1.4.0"
 ROOM_TO_BUILD = 4_000_000
 """With less free space, in bytes, a failure to build the next file is reported as a full disk."""
+LONGEST_REASON = 1000
+"""Most characters of a reason in quarantine."""
+KEPT_DIGESTS = 4
 RUNS_PER_INSERT = 500
 """Runs held in memory at once."""
+NO_DATABASE, NO_DIGEST, ON_REQUEST = "there was none", "it has no digest", "asked for"
+OTHER_VERSION = "it was made by another version of ksweep"
+"""Why a database is built from nothing, where nothing is wrong."""
 LOCK_TIMEOUT = 120.0
 """Seconds to wait for another ingester; one that takes longer is stuck, and ingesting without the lock does no harm."""
 
@@ -159,6 +173,8 @@ def ingest_landings(root: Path | str) -> IngestReport:
             plan = _plan(root)
             if plan.has_work:
                 # 3. build the next file beside the database and rename it into place
+                if plan.rebuilt not in (None, NO_DATABASE, OTHER_VERSION, NO_DIGEST):
+                    log.warning("%s is built again from the registry's files: %s", root / DATABASE, plan.rebuilt)
                 _publish_next(root, plan)
                 return _report(root, plan, began, changed=True)
     return _report(root, plan, began, changed=False)
@@ -170,7 +186,7 @@ def rebuild_database(root: Path | str) -> IngestReport:
     root = _existing(root)
     _write_empty_parts(root)
     with _lock(root):
-        plan = _plan(root, from_nothing="asked for")
+        plan = _plan(root, from_nothing=ON_REQUEST)
         _publish_next(root, plan)
         return _report(root, plan, began, changed=True)
 
@@ -236,7 +252,9 @@ def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
     in_database = state.run_ids | state.files | state.quarantined.keys()
     new = on_disk - (in_database - repaired)
     removed = (in_database - on_disk) | repaired
-    return _Plan(tuple(sorted(new)), tuple(sorted(removed)), None, state.root != str(root))
+    plan = _Plan(tuple(sorted(new)), tuple(sorted(removed)), None, state.root != str(root))
+    # What an earlier version published has no digest: it is read as it is, but not copied into the next one.
+    return _plan(root, NO_DIGEST) if plan.has_work and not _published_digests(root) else plan
 
 
 def _names_on_disk(root: Path) -> set[str]:
@@ -244,10 +262,13 @@ def _names_on_disk(root: Path) -> set[str]:
     names = {f"{ATTEMPTS_PREFIX}{job}" for job in attempts.jobs_with_attempts(root)} | {
         f"{SWEEPS_PREFIX}{name}" for name in sweeps.sweep_record_ids(root)
     }
-    try:
-        return names | {name for name in os.listdir(root / "landing") if not name.startswith(".")}
-    except FileNotFoundError:
-        return names
+    with contextlib.suppress(FileNotFoundError):
+        names |= {name for name in os.listdir(root / "landing") if not name.startswith(".")}
+    if unreadable := {name for name in names if not _is_text(name)}:
+        log.warning(
+            "%s: %d files have names that are not text and are left out, such as %a", root, len(unreadable), min(unreadable)
+        )
+    return names - unreadable
 
 
 def _state(root: Path) -> tuple[_State | None, str | None]:
@@ -255,24 +276,47 @@ def _state(root: Path) -> tuple[_State | None, str | None]:
     try:
         file = (root / DATABASE).stat()
     except FileNotFoundError:
-        return None, "there was none"
+        return None, NO_DATABASE
+    if (root / WRITE_AHEAD_LOG).exists():
+        return None, f"another program has written to it ({WRITE_AHEAD_LOG} lies beside it)"
     try:
         return _state_of_file(root, (file.st_dev, file.st_ino, file.st_mtime_ns, file.st_size), _schema_fingerprint())
-    except duckdb.Error as error:
-        return None, f"it could not be read: {str(error).splitlines()[0]}"
+    except (duckdb.Error, KeyError, ValueError) as error:
+        return None, f"it could not be read: {_one_line(error)}"
 
 
 @lru_cache(maxsize=8)
 def _state_of_file(root: Path, file: tuple[int, ...], schema: str) -> tuple[_State | None, str | None]:
     """Return what this database file holds. A published file never changes, so it is read once: `connect` took 170 ms, now 38."""
     with _open(root / DATABASE) as connection:
-        return _read_state(root, connection)
+        state, reason = _read_state(root, connection)
+    published = _published_digests(root)
+    if state is not None and published and _file_digest(root / DATABASE) not in published:
+        return None, "it is not what was written: another program or the disk has changed it"
+    return state, reason
+
+
+def _published_digests(root: Path) -> list[str]:
+    """Return the digests of the latest published databases; none where an earlier version has published the only one."""
+    try:
+        return (root / DIGESTS).read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return []
+
+
+def _file_digest(path: Path) -> str:
+    """Return a digest of a file: 40 ms for 100 MB."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_State | None, str | None]:
     meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
     if meta.get("schema") != _schema_fingerprint():
-        return None, "it was made by another version of ksweep"
+        return None, OTHER_VERSION
     run_ids = frozenset(name for (name,) in connection.execute("SELECT run_id FROM runs").fetchall())
     rows = connection.execute("SELECT run_id, reason, signature FROM quarantine ORDER BY run_id").fetchall()
     files = "SELECT DISTINCT $1 || job FROM attempts UNION ALL SELECT $2 || sweep_id FROM sweeps"
@@ -304,13 +348,18 @@ def _publish_next(root: Path, plan: _Plan) -> None:
     """
     next_file = root / f".{DATABASE}.{secrets.token_hex(8)}.next"
     try:
-        if plan.rebuilt:
-            next_file.write_bytes(_empty_database(_schema_fingerprint()))
-        else:
-            shutil.copyfile(root / DATABASE, next_file)
-        _fill(next_file, root, plan)
+        try:
+            _build(next_file, root, plan, refused={})
+        except (duckdb.Error, pa.ArrowException):
+            # DuckDB refuses rows of a file that reads well: quarantine that one, and build without it.
+            if not (refused := _refused_rows(root, plan.new)):
+                raise
+            _build(next_file, root, plan, refused=refused)
         flush_to_disk(next_file)
+        digests = [_file_digest(next_file), *_published_digests(root)[: KEPT_DIGESTS - 1]]
+        publish(root / DIGESTS, "\n".join(digests).encode())
         os.replace(next_file, root / DATABASE)
+        (root / WRITE_AHEAD_LOG).unlink(missing_ok=True)  # it belongs to no database any more
         flush_to_disk(root)
     except (duckdb.Error, OSError) as error:
         if shutil.disk_usage(root).free < ROOM_TO_BUILD or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -321,6 +370,29 @@ def _publish_next(root: Path, plan: _Plan) -> None:
     finally:
         next_file.unlink(missing_ok=True)
         Path(f"{next_file}.wal").unlink(missing_ok=True)
+
+
+def _build(next_file: Path, root: Path, plan: _Plan, *, refused: Mapping[str, str]) -> None:
+    """Write the next database file; files in `refused` (name -> reason) go into quarantine."""
+    Path(f"{next_file}.wal").unlink(missing_ok=True)
+    if plan.rebuilt:
+        next_file.write_bytes(_empty_database(_schema_fingerprint()))
+    else:
+        shutil.copyfile(root / DATABASE, next_file)
+    _fill(next_file, root, plan, refused)
+
+
+def _refused_rows(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the files whose rows DuckDB does not take, each tried by itself in a database of its own, with its reason."""
+    refused: dict[str, str] = {}
+    for name in names:
+        with duckdb.connect() as connection:
+            connection.execute(_sql("schema.sql"))
+            try:
+                _insert(connection, root, [name], {})
+            except (duckdb.Error, pa.ArrowException) as error:
+                refused[name] = _one_line(error)
+    return refused
 
 
 @lru_cache(maxsize=1)
@@ -336,13 +408,13 @@ def _empty_database(schema: str) -> bytes:
         return file.read_bytes()
 
 
-def _fill(database: Path, root: Path, plan: _Plan) -> None:
+def _fill(database: Path, root: Path, plan: _Plan, refused: Mapping[str, str]) -> None:
     """Bring a copy of the database up to date."""
     with _writing(database) as connection:
         # 1. rows: delete those of removed files, insert those of new files
         _delete_rows(connection, plan.removed)
         for start in range(0, len(plan.new), RUNS_PER_INSERT):
-            _insert(connection, root, plan.new[start : start + RUNS_PER_INSERT])
+            _insert(connection, root, plan.new[start : start + RUNS_PER_INSERT], refused)
         # 2. views that contain the registry's path
         if plan.rebuilt or plan.moved:
             _make_file_views(connection, root)
@@ -373,19 +445,23 @@ def _delete_rows(connection: duckdb.DuckDBPyConnection, names: Sequence[str]) ->
             connection.execute(f"DELETE FROM {table} WHERE sweep_id IN (SELECT unnest(?))", [sweep_ids])
 
 
-def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[str]) -> None:
-    """Read the files of these names and insert their rows; damaged ones go into quarantine."""
+def _insert(connection: duckdb.DuckDBPyConnection, root: Path, names: Iterable[str], refused: Mapping[str, str]) -> None:
+    """Read the files of these names and insert their rows; damaged ones, and those in `refused`, go into quarantine."""
     plain_tables = ("runs", "attempts", "sweeps", "sweep_cells")
     schemas = {table: _arrow_schema(connection, table) for table in plain_tables}
     rows: dict[str, list[pa.Table]] = {table: [] for table in (*plain_tables, *RUN_TABLES)}
     quarantined = []
     for name in names:
         try:
+            if name in refused:
+                raise LandingError(f"the database does not take its rows: {refused[name]}")
             for table, part in _read_rows(root, name, schemas).items():
                 rows[table].append(part)
-        except (LandingError, pa.ArrowException, TypeError, ValueError) as error:
-            quarantined.append({"run_id": name, "reason": str(error), "signature": _signature(root, name)})
-            log.warning("%s is quarantined: %s", _path(root, name), error)
+        except Exception as error:  # whatever it is: one bad file must not stop every other reader
+            reason = str(error) if isinstance(error, LandingError) else f"{type(error).__name__}: {error}"
+            reason = reason.encode(errors="replace").decode()[:LONGEST_REASON]
+            quarantined.append({"run_id": name, "reason": reason, "signature": _signature(root, name)})
+            log.warning("%s is quarantined: %s", _path(root, name), reason)
     for table, parts in rows.items():
         if parts:
             _append(connection, table, pa.concat_tables(parts).combine_chunks())
@@ -400,6 +476,9 @@ def _read_rows(root: Path, name: str, schemas: Mapping[str, pa.Schema]) -> dict[
         LandingError: the file is damaged. Others: a value has the wrong type.
     """
     path = _path(root, name)
+    for file in [path, *path.glob("*")]:
+        if not (file.is_file() or file.is_dir()):  # reading a named pipe would wait for ever
+            raise LandingError(f"{file.name} is neither a file nor a directory")
     if name.startswith(ATTEMPTS_PREFIX):
         return {"attempts": _attempt_rows(path, schemas["attempts"])}
     if name.startswith(SWEEPS_PREFIX):
@@ -509,14 +588,45 @@ def _write_empty_parts(root: Path) -> None:
         "chosen/empty.parquet": CHOSEN_FILE_SCHEMA,
     }
     identity = root / "scores" / "_schema" / "_schema" / "identity.json"
+    with contextlib.suppress(FileNotFoundError):
+        if identity.read_bytes() != b"{}":
+            log.warning("%s is written again: it is not what was written", identity)
+            identity.unlink()
     if not identity.exists():
         publish(identity, b"{}")
     for name, schema in schemas.items():
         path = root / name
-        if not (path.exists() and pq.read_schema(path).equals(schema)):
-            sink = pa.BufferOutputStream()
-            pq.write_table(schema.empty_table(), sink)
-            publish(path, sink.getvalue().to_pybytes())
+        if (damage := _damage_of_empty_part(path, schema)) is not None:
+            if damage:
+                log.warning("%s is written again: %s", path, damage)
+            publish(path, _empty_part(schema))
+
+
+@lru_cache(maxsize=16)
+def _empty_part(schema: pa.Schema) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _damage_of_empty_part(path: Path, schema: pa.Schema) -> str | None:
+    """Return why a part without rows must be written ("": there is none, or one of another schema); None if it is as written."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return ""
+    if data == _empty_part(schema):
+        return None
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        table = file.read(use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return f"it could not be read ({_one_line(error)})"
+    if not table.schema.equals(schema):
+        return ""
+    # Another version of pyarrow writes other bytes, and says so.
+    ours = pq.ParquetFile(pa.BufferReader(_empty_part(schema))).metadata.created_by
+    return "it is not what was written" if table.num_rows or file.metadata.created_by == ours else None
 
 
 def _inherit_comments(connection: duckdb.DuckDBPyConnection, names: Sequence[str] | None = None) -> None:
@@ -609,6 +719,19 @@ def _schema_fingerprint() -> str:
     schemas.append(str(CHOSEN_FILE_SCHEMA))
     text = "\n".join([*map(_sql, ("schema.sql", "views.sql", "file_views.sql")), *schemas, intervals])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a file name is valid UTF-8; Python gives other bytes as lone surrogates, which no database takes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _one_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).encode(errors="replace").decode()[:LONGEST_REASON]
 
 
 def _quoted(value: object) -> str:
