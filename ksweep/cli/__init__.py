@@ -6,21 +6,12 @@ imported when it runs, so that --help and a mistyped word answer at once.
 
 from __future__ import annotations
 
-import sys
-
 from ksweep.cli.app import app
-from ksweep.utils.errors import RequestError, RunError, StoreError
+from ksweep.utils.command_exit import exit_code_of
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
     """Run the `ksweep` command. The exit code is 2 for a mistake in the request and 1 for a failure."""
-    try:
-        app()
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (RunError, StoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    raise SystemExit(exit_code_of(app))

@@ -18,7 +18,7 @@ from ksweep.launch.preflight import check_disk_space, check_export
 from ksweep.launch.run_sweep import ResolvedSweep, SweepPlan, identify_cells, planned, resolve_sweep, run_missing, wait_for
 from ksweep.launch.slurm.commands import SlurmError
 from ksweep.registry.query import finished_runs
-from ksweep.utils.errors import RequestError, RunError, StoreError
+from ksweep.utils.command_exit import exit_code_of
 from ksweep.utils.planning_pass import planning_pass
 
 
@@ -30,20 +30,8 @@ def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
 def run_sweep_command(sweep: Callable[[], Sweep], arguments: Sequence[str]) -> None:
     """Do what `sweep_main` does with a sweep that is built first; a mistake in what it is built from is a bad request as well."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        code = _main(sweep(), arguments)
-    except RequestError as error:
-        code = _complain(error, 2)
-    except (RunError, StoreError) as error:
-        code = _complain(error, 1)
-    except KeyboardInterrupt:
-        code = _complain(RunError("interrupted: finished units are kept; the same command continues from there"), 1)
-    raise SystemExit(code)
-
-
-def _complain(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+    kept = "interrupted: finished units are kept; the same command continues from there"
+    raise SystemExit(exit_code_of(lambda: _main(sweep(), arguments), interrupted=kept))
 
 
 def _main(sweep: Sweep, arguments: Sequence[str]) -> int:

@@ -61,7 +61,7 @@ ATTEMPTS_PREFIX = f"{attempts.ATTEMPTS_FOLDER}/"
 """Prefix of the names of jobs' files, which are listed beside the names of runs."""
 SWEEPS_PREFIX = f"{sweeps.SWEEPS_FOLDER}/"
 """Prefix of the names of sweeps' files."""
-DIGESTS = ".ksweep.digests"
+DIGESTS = f"{DATABASE}.digests"
 """File beside the database with the digests of the latest published ones, newest first: the next database's is written before
 the file gets its name, so that a reader in between accepts either."""
 WRITE_AHEAD_LOG = f"{DATABASE}.wal"

@@ -165,11 +165,11 @@ def test_a_write_ahead_log_of_a_killed_program_is_removed_and_the_database_reada
 def test_a_database_of_an_earlier_version_without_a_digest_is_read_and_only_built_again_with_new_runs(root: Path) -> None:
     land(root, "a")
     ingest_landings(root)
-    (root / ".ksweep.digests").unlink()
+    (root / "ksweep.duckdb.digests").unlink()
     assert not ingest_landings(root).changed
     land(root, "b")
     assert ingest_landings(root).rebuilt == "it has no digest"
-    assert (root / ".ksweep.digests").exists()
+    assert (root / "ksweep.duckdb.digests").exists()
     land(root, "c")
     assert ingest_landings(root).rebuilt is None
 
