@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -31,7 +32,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ import xxhash
 from ksweep.registry import attempts, sweeps
 from ksweep.registry.chosen_files import CHOSEN_FILE_SCHEMA
 from ksweep.registry.draws import DRAWS_FILE_SCHEMA
+from ksweep.registry.part_checks import DamagedPart, damaged_parts
 from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, LandedRun, LandingError, RunRecord, read_run
 from ksweep.registry.scores import LONG_SCHEMA, RECONSTRUCTION_SCHEMA
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
@@ -225,6 +227,8 @@ class _State:
     quarantined: Mapping[str, Quarantined]
     signatures: Mapping[str, str]
     root: str
+    damaged: tuple[str, ...]
+    """Parts that the views leave out."""
 
 
 @dataclass(frozen=True)
@@ -235,26 +239,62 @@ class _Plan:
     removed: tuple[str, ...]
     """Run ids, attempts/<job> and sweeps/<id>, in quarantine or not, whose rows are to be deleted."""
     rebuilt: str | None
-    moved: bool
-    """Whether the registry has moved since its path was written into the views."""
+    damaged: tuple[str, ...]
+    """Parts that fail their check."""
+    views_differ: bool
+    """Whether the registry has moved, or other parts are damaged, since both were written into the views."""
 
     @property
     def has_work(self) -> bool:
-        return bool(self.new or self.removed or self.rebuilt or self.moved)
+        return bool(self.new or self.removed or self.rebuilt or self.views_differ)
 
 
 def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
     on_disk = _names_on_disk(root)
     state, reason = (None, from_nothing) if from_nothing else _state(root)
+    damaged = tuple(str(part.path) for part in check_parts(root))
     if state is None:
-        return _Plan(tuple(sorted(on_disk)), (), reason, False)
+        return _Plan(tuple(sorted(on_disk)), (), reason, damaged, False)
     repaired = {name for name in state.quarantined if name in on_disk and _signature(root, name) != state.signatures[name]}
     in_database = state.run_ids | state.files | state.quarantined.keys()
     new = on_disk - (in_database - repaired)
     removed = (in_database - on_disk) | repaired
-    plan = _Plan(tuple(sorted(new)), tuple(sorted(removed)), None, state.root != str(root))
+    views_differ = (state.root, state.damaged) != (str(root), damaged)
+    plan = _Plan(tuple(sorted(new)), tuple(sorted(removed)), None, damaged, views_differ)
     # What an earlier version published has no digest: it is read as it is, but not copied into the next one.
     return _plan(root, NO_DIGEST) if plan.has_work and not _published_digests(root) else plan
+
+
+def check_parts(root: Path) -> tuple[DamagedPart, ...]:
+    """Return the parts of draws and scores that fail their check, each with a warning once in this process."""
+    connections: list[duckdb.DuckDBPyConnection] = []
+
+    def read_by_sql(path: Path) -> pa.Table | str:
+        """Return the rows of a part as the views read them, or why DuckDB cannot."""
+        if not connections:  # making one takes longer than reading a part
+            connections.append(duckdb.connect())
+        try:
+            return connections[0].sql(f"FROM read_parquet({_quoted(_glob_escaped(path))})").to_arrow_table()
+        except duckdb.Error as error:
+            return str(error).splitlines()[0]
+
+    try:
+        damaged = damaged_parts(root, read_by_sql)
+    finally:
+        for connection in connections:
+            connection.close()
+    for part in damaged:
+        _warn_of(part)
+    return damaged
+
+
+@cache
+def _warn_of(part: DamagedPart) -> None:
+    log.warning(
+        "%s is damaged (%s): its rows are left out. `ksweep verify --repair` sets it aside, and the sweep's command computes "
+        "them again",
+        part.path, part.reason,
+    )  # fmt: skip
 
 
 def _names_on_disk(root: Path) -> set[str]:
@@ -322,7 +362,8 @@ def _read_state(root: Path, connection: duckdb.DuckDBPyConnection) -> tuple[_Sta
     files = "SELECT DISTINCT $1 || job FROM attempts UNION ALL SELECT $2 || sweep_id FROM sweeps"
     others = frozenset(name for (name,) in connection.execute(files, [ATTEMPTS_PREFIX, SWEEPS_PREFIX]).fetchall())
     quarantined = {name: Quarantined(name, _path(root, name), reason) for name, reason, _ in rows}
-    return _State(run_ids, others, quarantined, {name: signature for name, _, signature in rows}, meta["root"]), None
+    damaged = tuple(json.loads(meta.get("damaged_parts", "[]")))
+    return _State(run_ids, others, quarantined, {name: signature for name, _, signature in rows}, meta["root"], damaged), None
 
 
 def _signature(root: Path, name: str) -> str:
@@ -416,9 +457,10 @@ def _fill(database: Path, root: Path, plan: _Plan, refused: Mapping[str, str]) -
         for start in range(0, len(plan.new), RUNS_PER_INSERT):
             _insert(connection, root, plan.new[start : start + RUNS_PER_INSERT], refused)
         # 2. views that contain the registry's path
-        if plan.rebuilt or plan.moved:
-            _make_file_views(connection, root)
-        connection.execute("INSERT OR REPLACE INTO meta VALUES ('root', ?)", [str(root)])
+        if plan.rebuilt or plan.views_differ:
+            _make_file_views(connection, root, plan.damaged)
+        meta = {"root": str(root), "damaged_parts": json.dumps(plan.damaged)}
+        connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
 
 
 @contextlib.contextmanager
@@ -558,22 +600,25 @@ def _arrow_schema(connection: duckdb.DuckDBPyConnection, table: str) -> pa.Schem
     return pa.schema([pa.field(f.name, getattr(f.type, "storage_type", f.type)) for f in empty.schema])
 
 
-def _make_file_views(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
+def _make_file_views(connection: duckdb.DuckDBPyConnection, root: Path, damaged: Sequence[str]) -> None:
     views = _sql("file_views.sql")
     names = re.findall(r"^CREATE VIEW (\w+)", views, re.MULTILINE)
     for name in reversed(names):
         connection.execute(f"DROP VIEW IF EXISTS {name}")
     # Directories that begin with a dot are still being written. draws/_schema has parts without rows, so that files always match.
+    # They come first: DuckDB takes the columns from the first file, also where that is left out as damaged.
     patterns = {
-        "DRAWS_PARTS": "draws/*/part-*.parquet",
-        "SCORES_PARTS": "scores/*/*/part-*.parquet",
-        "METRIC_PARTS": "scores/*/*/metric-*.parquet",
-        "METRIC_IDENTITIES": "scores/*/*/identity.json",
-        "CHOSEN": "chosen/[!.]*.parquet",
-        "ACTIVATIONS": f"*/[!.]*/{ACTIVATIONS_FILE}",
+        "DRAWS_PARTS": ["draws/_schema/part-empty.parquet", "draws/*/part-*.parquet"],
+        "SCORES_PARTS": ["scores/_schema/_schema/part-empty.parquet", "scores/*/*/part-*.parquet"],
+        "METRIC_PARTS": ["scores/_schema/_schema/metric-empty.parquet", "scores/*/*/metric-*.parquet"],
+        "METRIC_IDENTITIES": ["scores/*/*/identity.json"],
+        "CHOSEN": ["chosen/[!.]*.parquet"],
+        "ACTIVATIONS": [f"*/[!.]*/{ACTIVATIONS_FILE}"],
     }
-    for placeholder, pattern in patterns.items():
-        views = views.replace(f"'{placeholder}'", _quoted(f"{_glob_escaped(root)}/{pattern}"))
+    for placeholder, files in patterns.items():
+        listed = ", ".join(_quoted(f"{_glob_escaped(root)}/{pattern}") for pattern in files)
+        views = views.replace(f"'{placeholder}'", f"[{listed}]")
+    views = views.replace("'IS_WHOLE'", f"filename NOT IN ({', '.join(map(_quoted, damaged))})" if damaged else "true")
     connection.execute(views)
     _inherit_comments(connection, names)
 

@@ -58,6 +58,11 @@ class DrawsDirectory(PartStore[WorkUnit]):
         super().__init__(root / key, {"draws": key})
         self.key = key
 
+    @property
+    def columns(self) -> list[str]:
+        """Columns of draws, without those of scores that earlier versions have beside them."""
+        return DRAWS_SCHEMA.names  # type: ignore[no-any-return]
+
     def file_name(self, part: WorkUnit) -> str:
         """Return the name of a unit's file."""
         return f"part-{part.span}.parquet"

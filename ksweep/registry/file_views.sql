@@ -21,7 +21,7 @@ CREATE VIEW texts AS
 WITH files AS (
     -- union_by_name would open every file before reading one. All parts have the columns of draws.DRAWS_FILE_SCHEMA.
     SELECT * EXCLUDE (filename, error, cosine, norm, shuffled_error, shuffled_activation, reconstruction), filename,
-           parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true)
+           parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true) WHERE 'IS_WHOLE'
 )
 -- Two sweeps that run at once may both sample a draw: it lies in two overlapping parts and counts once. draws_key is a plain
 -- column here, so that a filter on it is pushed below the window function and only the files of that key are opened.
@@ -34,14 +34,14 @@ CREATE VIEW draws AS
 WITH said AS (
     -- Two sweeps that run at once may both sample a draw, in overlapping parts: the first part counts, for every scorer.
     SELECT * EXCLUDE (filename), parse_path(filename)[-1] AS part
-    FROM (SELECT *, parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true))
+    FROM (SELECT *, parse_path(filename)[-2] AS draws_key FROM read_parquet('DRAWS_PARTS', filename = true) WHERE 'IS_WHOLE')
     QUALIFY row_number() OVER (PARTITION BY draws_key, activation, draw ORDER BY part) = 1
 ), worth AS (
     -- part: the part of the draws store that these scores belong to.
     SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS scores_key,
            regexp_replace(parse_path(filename)[-1], '^part-.*-of-', 'part-') AS part, activation, draw, error, cosine, norm,
            shuffled_error, shuffled_activation
-    FROM read_parquet('SCORES_PARTS', filename = true)
+    FROM read_parquet('SCORES_PARTS', filename = true) WHERE 'IS_WHOLE'
 ), parts AS (
     -- Parts of earlier versions hold the scores themselves.
     SELECT s.* EXCLUDE (error, cosine, norm, shuffled_error, shuffled_activation, reconstruction), w.scores_key,
@@ -112,7 +112,7 @@ CREATE VIEW draw_scores AS
 WITH parts AS (
     -- A draw that lies in two overlapping parts counts once, as in texts.
     SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS metric_key, name, activation, draw, value
-    FROM read_parquet('METRIC_PARTS', filename = true)
+    FROM read_parquet('METRIC_PARTS', filename = true) WHERE 'IS_WHOLE'
     QUALIFY row_number() OVER (PARTITION BY draws_key, metric_key, name, activation, draw ORDER BY filename) = 1
 )
 SELECT p.draws_key, p.metric_key, m.metric, p.name, p.activation, p.draw, p.value, NULL::VARCHAR AS scores_key

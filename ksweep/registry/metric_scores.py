@@ -57,13 +57,23 @@ def stored_metrics(registry: Path, draws_key: str) -> list[StoredMetric]:
     return [newest[name] for name in sorted(newest)]
 
 
-def _stored_metric(path: Path) -> StoredMetric | None:
+def metric_layout_at(directory: Path) -> MetricLayout | None:
+    """Return the layout of the scores in a directory, as its identity.json says; None where that cannot be read."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads((directory / IDENTITY_FILE).read_bytes())
         columns = {name: (column["description"], column["better"]) for name, column in content["columns"].items()}
-        layout = MetricLayout(metric=content["metric"], columns=columns)
-        recorded = content["recorded"]  # identities of reconstruction have none
+        return MetricLayout(metric=content["metric"], columns=columns)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _stored_metric(path: Path) -> StoredMetric | None:
+    layout = metric_layout_at(path.parent)
+    try:
+        recorded = json.loads(path.read_bytes())["recorded"]  # identities of reconstruction have none
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if layout is None:
         return None
     return StoredMetric(draws_key=path.parts[-3], metric_key=path.parts[-2], layout=layout, recorded=recorded)
 

@@ -44,6 +44,11 @@ class PartStore(ABC, Generic[Part]):
         """Open a directory; it is created when the first part is published. `keys` is what labels of its parts must say."""
         self.path, self.keys = path, keys
 
+    @property
+    @abstractmethod
+    def columns(self) -> Sequence[str]:
+        """Columns that labels have digests of."""
+
     @abstractmethod
     def file_name(self, part: Part) -> str:
         """Return the name of a part's file."""
@@ -127,27 +132,40 @@ class PartStore(ABC, Generic[Part]):
             return read_label(pq.read_schema(self.path / self.file_name(part)))
         except (FileNotFoundError, ValueError, pa.ArrowException):
             return None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            return None  # what pyarrow raises for a footer that it cannot read
 
     def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table | None:
         """Return the rows of a part by activation and draw; None, with the part set aside and a warning, where it is damaged.
 
         `columns` are read beside activation and draw; None: all.
         """
+        table = self.read_checked(part, columns)
+        if not isinstance(table, str):
+            return table
+        self.set_aside(part, table)
+        return None
+
+    def read_checked(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table | str | None:
+        """Return the rows of a part, or what is wrong with them; None where there is no such part. Nothing is set aside."""
         path = self.path / self.file_name(part)
         wanted = None if columns is None else list(dict.fromkeys(["activation", "draw", *columns]))
         try:
             table = pq.read_table(path, columns=wanted, page_checksum_verification=True, partitioning=None)
-            if (reason := mismatch(table, part, self.num_rows(part)) or self._label_mismatch(table)) is None:
-                return by_activation_and_draw(table)
         except FileNotFoundError:  # another job has set it aside
             return None
         except (pa.ArrowException, OSError, ValueError) as error:
             # Errors with an errno ("too many open files", "permission denied") say nothing about the content of the file.
             if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
                 raise RunError(f"{self.content} part {path} cannot be read: {error}") from error
-            reason = str(error).splitlines()[0]
-        self.set_aside(part, reason)
-        return None
+            return str(error).splitlines()[0]
+        try:
+            reason = mismatch(table, part, self.num_rows(part)) or self._label_mismatch(table)
+        except ValueError as error:
+            reason = str(error)
+        return by_activation_and_draw(table) if reason is None else reason
 
     def read(self, num_activations: int, num_draws: int, columns: Sequence[str] | None = None) -> pa.Table | None:
         """Return the first draws of the first activations, ordered by activation and draw; None if some are missing.
@@ -164,7 +182,11 @@ class PartStore(ABC, Generic[Part]):
 
     def _label_mismatch(self, table: pa.Table) -> str | None:
         label = read_label(table.schema)
-        return "it has no label" if label is None else label.mismatch(table, self.keys)
+        if label is None:
+            return "it has no label"
+        if unknown := set(label.columns).difference(self.columns):
+            return f"its label names a column {min(unknown)!r}, which {self.content} do not have"
+        return label.mismatch(table, self.keys)
 
     def set_aside(self, part: Part, reason: str) -> bool:
         """Rename a part, so that its rows count as missing, with a warning that gives the reason.

@@ -111,6 +111,11 @@ class ScoresStore(PartStore[ScoredUnit]):
         self.layout = layout
         self._pattern = re.compile(rf"^{re.escape(layout.prefix)}-{SPAN}(?:-of-{SPAN})?\.parquet$")
 
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the metric's layout."""
+        return self.layout.schema.names  # type: ignore[no-any-return]
+
     def file_name(self, part: ScoredUnit) -> str:
         """Return the name of a unit's file."""
         some = "" if part.span == part.of.span else f"-of-{part.of.span}"

@@ -1,0 +1,139 @@
+"""What SQL reads was checked: no flipped bit, no misplaced part becomes a number."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ksweep.registry import database, part_checks
+from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.database import check_parts, connect
+from ksweep.registry.part_checks import CHECKED, set_damaged_aside
+from ksweep.registry.work_units import WorkUnit
+from tests.stored_rows import publish_unit, rows_of, write_earlier_part
+
+UNITS = (WorkUnit(0, 8, 0, 8), WorkUnit(8, 16, 0, 8))
+ASKED = "SELECT activation, draw, text, error, cosine FROM draws ORDER BY ALL"
+
+
+def stored(registry: Path, draws_key: str = "draws-key", error: float = 0.5) -> CellDraws:
+    """Two parts of draws with their scores."""
+    store = CellDraws(registry, draws_key, "scores-key")
+    for unit in UNITS:
+        pairs = [(a, k) for a in range(unit.first_row, unit.last_row) for k in range(8)]
+        texts = [f"{draws_key} {a} {k}" for a, k in pairs]
+        publish_unit(store, unit, rows_of(unit, text=texts, error=[error + a + k / 10 for a, k in pairs], cosine=[0.25] * 64))
+    return store
+
+
+def answer(registry: Path) -> list[tuple[object, ...]]:
+    with connect(registry) as connection:
+        return connection.execute(ASKED).fetchall()
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["draws", "scores"])
+def test_rows_of_a_part_with_a_flipped_bit_are_left_out_and_the_part_is_named(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stored(tmp_path)
+    whole, rng = answer(tmp_path), random.Random(kind)
+    directory = store.draws.path if kind == "draws" else store.scores.path
+    path = sorted(directory.glob("part-*"))[1]
+    content = path.read_bytes()
+    for _ in range(30):
+        flip(path, rng.randrange(8 * len(content)))
+        shown = answer(tmp_path)
+        scored = [row for row in shown if row[3] is not None]
+        # Where the draws are damaged their scores have no row either; where the scores are, the draws are shown without.
+        assert shown == whole or (scored == whole[:64] and len(shown) == (64 if kind == "draws" else 128))
+        if shown != whole:
+            assert path.name in caplog.text and "ksweep verify --repair" in caplog.text
+        path.write_bytes(content)
+        caplog.clear()
+        database._warn_of.cache_clear()
+    assert answer(tmp_path) == whole
+
+
+def test_a_part_under_another_key_is_left_out(tmp_path: Path) -> None:
+    cold, hot = stored(tmp_path, "cold"), stored(tmp_path, "hot", error=3.0)
+    whole = answer(tmp_path)
+    part = sorted(cold.draws.path.glob("part-*"))[0]
+    shutil.copy(part, hot.draws.path / part.name)
+    shown = answer(tmp_path)
+    assert shown == [row for row in whole if not (str(row[2]).startswith("hot") and int(str(row[0])) < 8)]
+    assert {one.path for one in check_parts(tmp_path)} == {
+        hot.draws.path / part.name,
+        hot.scores.path / part.name,  # scores of the draws that were there
+    }
+    assert "written for" in min(check_parts(tmp_path)).reason
+
+
+def test_a_part_that_is_cut_or_empty_does_not_keep_sql_from_reading_the_others(tmp_path: Path) -> None:
+    store = stored(tmp_path, draws_key="0")  # before draws/_schema in the order of names
+    whole = answer(tmp_path)
+    for path in (sorted(store.draws.path.glob("part-*"))[0], sorted(store.scores.path.glob("part-*"))[0]):
+        content = path.read_bytes()
+        for left in (content[:-20], b""):
+            path.write_bytes(left)
+            assert [row for row in answer(tmp_path) if row[3] is not None] == whole[64:]
+        path.write_bytes(content)
+
+
+def test_each_state_of_a_file_is_read_once_also_by_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = stored(tmp_path), []
+    damage = part_checks._damage
+    monkeypatch.setattr(part_checks, "_damage", lambda *all: (read.append(all[2]), damage(*all))[1])
+    assert check_parts(tmp_path) == () and len(read) == 4
+    assert check_parts(tmp_path) == () and len(read) == 4
+    part_checks._passed_in.cache_clear()  # as in another process
+    assert check_parts(tmp_path) == () and len(read) == 4
+    path = sorted(store.draws.path.glob("part-*"))[0]
+    path.write_bytes(path.read_bytes())
+    assert check_parts(tmp_path) == () and len(read) == 6, "the part and its scores"
+
+
+def test_a_flipped_list_of_checked_parts_costs_reading_and_nothing_else(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    assert check_parts(tmp_path) == ()
+    listed, content = tmp_path / CHECKED, (tmp_path / CHECKED).read_bytes()
+    path = sorted(store.draws.path.glob("part-*"))[1]
+    flip(path, 8 * 400)
+    assert [one.path for one in check_parts(tmp_path)] == [path]
+    rng = random.Random(0)
+    for _ in range(50):
+        listed.write_bytes(content)
+        flip(listed, rng.randrange(8 * len(content)))
+        assert [one.path for one in check_parts(tmp_path)] == [path]
+
+
+def test_repair_sets_aside_what_is_damaged_so_that_its_draws_are_missing(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    path = sorted(store.draws.path.glob("part-*"))[1]
+    flip(path, 8 * 400)
+    set_damaged_aside(tmp_path, check_parts(tmp_path))
+    assert check_parts(tmp_path) == () and not path.exists()
+    assert store.coverage(16, 8).drawn.sum() == store.coverage(16, 8).scored.sum() == 64
+    assert answer(tmp_path)[-1][0] == 7
+    publish_unit(store, UNITS[1], rows_of(UNITS[1], text=["again"] * 64))
+    assert len(answer(tmp_path)) == 128
+
+
+def test_parts_of_earlier_versions_are_checked_by_their_pages_and_names(tmp_path: Path) -> None:
+    directory = tmp_path / "draws" / "earlier"
+    for unit in UNITS:
+        write_earlier_part(directory, rows_of(unit, text=["a"] * 64, error=[0.5] * 64))
+    assert len(answer(tmp_path)) == 128 and check_parts(tmp_path) == ()
+    first, second = sorted(directory.glob("part-*"))
+    shutil.copy(first, second)
+    assert [one.path for one in check_parts(tmp_path)] == [second]
+    assert len(answer(tmp_path)) == 64
