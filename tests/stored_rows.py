@@ -74,14 +74,16 @@ def make_earlier(registry: Path | str, change: Callable[[Row], Row] = lambda row
             joined = [change(rows[0][pair] | rows[1][pair]) for pair in sorted(rows[1])]
             write_earlier_part(target, pa.Table.from_pylist(joined, schema=DRAWS_FILE_SCHEMA))
         (target / "identity.json").write_text(json.dumps(identity))
-        for path in [*draws.glob("note-*"), *scores.glob("note-*"), *scores.glob("controls.json")]:
+        for path in [*draws.glob("note-*"), *scores.glob("note-*")]:
             shutil.copy(path, target / path.name)
+        for path in scores.glob("controls.json"):
+            (target / path.name).write_text(json.dumps(json.loads(path.read_text())["value"]))
         shutil.rmtree(draws)
     shutil.rmtree(root / "scores")
     for path in root.glob("landing/*/record.json"):
         record = json.loads(path.read_text())
         record["draws_bytes"] = (record.get("draws_bytes") or 0) + (record.pop("scores_bytes", 0) or 0)
-        for name in ("scores_key", "num_draws_scored"):
+        for name in ("scores_key", "num_draws_scored", "digest"):
             record.pop(name, None)
         path.write_text(json.dumps(record | {"draws_key": earlier.get(record["draws_key"], record["draws_key"])}))
     (root / "ksweep.duckdb").unlink(missing_ok=True)

@@ -115,6 +115,11 @@ def verify(entry: Entry) -> tuple[int, list[int]]:
     return len(units), sorted({*(units - set(readable)), *store.verify(list(readable))})
 
 
+def problems(entry: Entry) -> dict[int, str]:
+    """Return what is wrong with each damaged unit of a key; nothing is set aside."""
+    return ActivationStore(entry.directory.parent, entry.key, {}).problems()
+
+
 def unused(candidates: Iterable[Entry], older_than: float | None, used_keys: Collection[str] | None) -> list[Removal]:
     """Return keys not used for `older_than` seconds and not among `used_keys`. None skips a condition; with both None, no key."""
     if older_than is None and used_keys is None:

@@ -236,6 +236,20 @@ class ActivationStore:
                 damaged.append(unit)
         return damaged
 
+    def problems(self) -> dict[int, str]:
+        """Return what is wrong with each damaged unit; nothing is set aside."""
+        problems = {}
+        for unit in sorted(int(match[1]) for name in _names(self.directory) if (match := SHARD_JSON.fullmatch(name))):
+            try:
+                problem = _problem(self.directory, self._statement(unit))
+            except FileNotFoundError:  # another process has set it aside
+                continue
+            except (ValueError, TypeError, KeyError) as error:
+                problem = f"its JSON cannot be read ({error})"
+            if problem:
+                problems[unit] = problem
+        return problems
+
     def _set_aside(self, shard: Shard, problem: str) -> None:
         """Quarantine a shard that this process has found damaged."""
         # 1. Leave it if another process has set it aside and published it again meanwhile.

@@ -17,6 +17,7 @@ from ksweep.cli.score import PASSED_ON, score_command
 from ksweep.cli.scores import scores_group
 from ksweep.cli.show import show_command
 from ksweep.cli.sql import sql_command
+from ksweep.cli.verify import verify_command
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Best-of-K sweeps of natural-language autoencoders: query past runs."
@@ -37,6 +38,7 @@ app.command("sql")(sql_command)
 app.command("show")(show_command)
 app.command("diff")(diff_command)
 app.command("choose")(choose_command)
+app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)
 app.add_typer(db_group, name="db")
 app.add_typer(scores_group, name="scores")

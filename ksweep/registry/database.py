@@ -252,7 +252,10 @@ class _Plan:
 def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
     on_disk = _names_on_disk(root)
     state, reason = (None, from_nothing) if from_nothing else _state(root)
-    damaged = tuple(str(part.path) for part in check_parts(root))
+    parts = check_parts(root)
+    for part in parts:
+        _warn_of(part)
+    damaged = tuple(str(part.path) for part in parts)
     if state is None:
         return _Plan(tuple(sorted(on_disk)), (), reason, damaged, False)
     repaired = {name for name in state.quarantined if name in on_disk and _signature(root, name) != state.signatures[name]}
@@ -265,8 +268,8 @@ def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
     return _plan(root, NO_DIGEST) if plan.has_work and not _published_digests(root) else plan
 
 
-def check_parts(root: Path) -> tuple[DamagedPart, ...]:
-    """Return the parts of draws and scores that fail their check, each with a warning once in this process."""
+def check_parts(root: Path, *, again: bool = False) -> tuple[DamagedPart, ...]:
+    """Return the parts of draws and scores that fail their check; `again` reads also files that have passed it before."""
     connections: list[duckdb.DuckDBPyConnection] = []
 
     def read_by_sql(path: Path) -> pa.Table | str:
@@ -279,17 +282,15 @@ def check_parts(root: Path) -> tuple[DamagedPart, ...]:
             return str(error).splitlines()[0]
 
     try:
-        damaged = damaged_parts(root, read_by_sql)
+        return damaged_parts(root, read_by_sql, again=again)
     finally:
         for connection in connections:
             connection.close()
-    for part in damaged:
-        _warn_of(part)
-    return damaged
 
 
 @cache
 def _warn_of(part: DamagedPart) -> None:
+    """Warn of a damaged part, once in this process."""
     log.warning(
         "%s is damaged (%s): its rows are left out. `ksweep verify --repair` sets it aside, and the sweep's command computes "
         "them again",

@@ -52,6 +52,13 @@ class EarlierDraws(DrawsDirectory):
     def _label_mismatch(self, table: pa.Table) -> str | None:
         return None
 
+    def read_json(self, name: str) -> Any:
+        """Return the content of a JSON file, which earlier versions wrote without a digest; None where it cannot be read."""
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError):
+            return None
+
     @property
     def split_keys(self) -> SplitKeys | None:
         """The keys that its draws and scores have now; None where identity.json is missing or of this version."""

@@ -39,7 +39,7 @@ class DamagedPart:
     reason: str
 
 
-def damaged_parts(registry: Path, read_by_sql: ReadBySql) -> tuple[DamagedPart, ...]:
+def damaged_parts(registry: Path, read_by_sql: ReadBySql, *, again: bool = False) -> tuple[DamagedPart, ...]:
     """Return the parts of draws and scores that fail their check. Reads only files that no earlier call has found whole.
 
     Nothing is set aside, so it may be called by any reader; where the directory cannot be written, the next process checks again.
@@ -48,8 +48,9 @@ def damaged_parts(registry: Path, read_by_sql: ReadBySql) -> tuple[DamagedPart, 
         registry: directory of the registry.
         read_by_sql: reads a part as SQL will, and returns its rows or why it cannot. Some flips of a file's metadata change what
             one reader sees and not the other.
+        again: read every file, also those that have passed: a disk may change what it holds without changing its time.
     """
-    passed = _passed(registry)
+    passed = {} if again else _passed(registry)
     damaged, newly_passed = [], {}
     for name, state in _states(registry).items():
         if passed.get(name) != state:

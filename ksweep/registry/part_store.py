@@ -24,6 +24,7 @@ from ksweep.registry.part_labels import PartLabel, labelled, read_label
 from ksweep.registry.work_units import WorkUnit
 from ksweep.utils.errors import DiskFullError, RunError
 from ksweep.utils.files import clear_leftovers, link_once, publish, umask_permissions
+from ksweep.utils.fingerprint import json_digest
 from ksweep.utils.notes import Note, load_notes, save_notes
 
 log = logging.getLogger(__name__)
@@ -220,15 +221,18 @@ class PartStore(ABC, Generic[Part]):
         guard_disk(self.path, lambda: save_notes(self.path, notes))
 
     def read_json(self, name: str) -> Any:
-        """Return the content of a JSON file beside the parts; None where there is none that can be read."""
+        """Return what `publish_json` has written; None where there is no such file, or another than was written."""
         try:
-            return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError):
+            content = json.loads((self.path / name).read_bytes())
+            return content["value"] if content["digest"] == json_digest(content) else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def publish_json(self, name: str, value: Any) -> None:
-        """Write a JSON file beside the parts."""
-        guard_disk(self.path, lambda: publish(self.path / name, json.dumps(value).encode()))
+        """Write a JSON file beside the parts, with a digest of itself."""
+        content = json.loads(json.dumps({"value": value}))
+        data = json.dumps(content | {"digest": json_digest(content)}).encode()
+        guard_disk(self.path, lambda: publish(self.path / name, data))
 
 
 def unit_named(pattern: re.Pattern[str], name: str) -> WorkUnit | None:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from ksweep.utils.errors import RequestError, StoreError, class_of_type
 from ksweep.utils.files import flush_to_disk, publish
+from ksweep.utils.fingerprint import json_digest
 from ksweep.utils.notes import REFERENCE_QUANTITIES, Note
 
 Status = Literal["finished", "failed", "stopped"]
@@ -366,8 +367,10 @@ def write_run(
     temporary.mkdir()
     try:
         digests = {name: _write_parquet(temporary / name, table) for name, table in tables.items()}
-        text = json.dumps({"format": RUN_RECORD_FORMAT, "files": digests} | record.to_json(), indent=1, allow_nan=False)
-        publish(temporary / "record.json", text.encode())
+        text = json.dumps({"format": RUN_RECORD_FORMAT, "files": digests} | record.to_json(), allow_nan=False)
+        content = json.loads(text)
+        content["digest"] = json_digest(content)
+        publish(temporary / "record.json", json.dumps(content, indent=1).encode())
         flush_to_disk(temporary)
         _rename_into(temporary, target)
     except BaseException:
@@ -412,6 +415,17 @@ def read_run(path: Path | str, *, of_each: bool = True) -> LandedRun:
         raise LandingError(f"{path.name}: {error}") from error
 
 
+def damaged_runs(registry_root: Path | str) -> dict[Path, str]:
+    """Read every run with all its files, and return the directories that fail their checks, with the reason."""
+    damaged = {}
+    for path in sorted((Path(registry_root) / "landing").glob("[!.]*")):
+        try:
+            read_run(path)
+        except LandingError as error:
+            damaged[path] = str(error)
+    return damaged
+
+
 def activations_in_use(registry_root: Path | str) -> set[str]:
     """Return the keys of activations that a run or a set of draws uses, draws of interrupted sweeps included.
 
@@ -446,6 +460,8 @@ def _record_json(path: Path) -> dict[str, Any]:
         raise LandingError(f"{path.name}/record.json has no format and file list: not written by ksweep")
     if raw["format"] > RUN_RECORD_FORMAT:
         raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {RUN_RECORD_FORMAT}: update ksweep")
+    if raw.get("digest", digest := json_digest(raw)) != digest:  # records of earlier versions have none
+        raise LandingError(f"{path.name}/record.json is not what was written: its digest is another, so a value was altered")
     return raw
 
 

@@ -29,6 +29,13 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
 
 
+def json_digest(content: Any) -> str:
+    """Return the SHA-256 of what a JSON file says, whatever its order of keys and its spaces; an entry "digest" is left out."""
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _plain(value: Any, path: str) -> Any:
     if value is None or isinstance(value, (str, bool)):
         return value

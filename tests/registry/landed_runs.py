@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from ksweep.registry.draws import DRAWS_FILE_SCHEMA
 from ksweep.registry.run_record import RunRecord
-from ksweep.utils.fingerprint import fingerprint
+from ksweep.utils.fingerprint import fingerprint, json_digest
 from tests.stored_rows import write_earlier_part
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -101,3 +102,8 @@ def publish_draws(root: Path, key: str, errors: list[list[float | None]]) -> Non
     }
     columns = [pa.array(known.get(f.name, [None] * len(cells)), f.type) for f in DRAWS_FILE_SCHEMA]
     write_earlier_part(root / "draws" / key, pa.table(columns, schema=DRAWS_FILE_SCHEMA))
+
+
+def signed(record: dict[str, Any]) -> str:
+    """A changed record with the digest that belongs to it."""
+    return json.dumps(record | {"digest": json_digest(record)})

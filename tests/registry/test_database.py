@@ -22,7 +22,7 @@ from ksweep.registry.database import connect, ingest_landings, rebuild_database
 from ksweep.registry.run_record import write_run
 from ksweep.utils.errors import RequestError, StoreError
 from ksweep.utils.notes import Note
-from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of
+from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of, signed
 
 TABLES = (
     "runs",
@@ -141,7 +141,7 @@ def test_damaged_landing_is_quarantined_named_and_looked_at_again_when_repaired(
 def test_record_whose_types_do_not_fit_is_quarantined(root: Path) -> None:
     land_three(root)
     path = root / "landing" / "r1" / "record.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_ranks": "two"}))
+    path.write_text(signed(json.loads(path.read_text()) | {"num_ranks": "two"}))
     report = ingest_landings(root)
     assert (report.num_runs, [q.run_id for q in report.quarantined]) == (2, ["r1"])
 

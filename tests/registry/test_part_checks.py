@@ -137,3 +137,15 @@ def test_parts_of_earlier_versions_are_checked_by_their_pages_and_names(tmp_path
     shutil.copy(first, second)
     assert [one.path for one in check_parts(tmp_path)] == [second]
     assert len(answer(tmp_path)) == 64
+
+
+def test_a_json_file_beside_the_parts_counts_only_as_it_was_written(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    store.publish_controls({"empty_text": 1.5, "gain": None})
+    assert store.controls() == {"empty_text": 1.5, "gain": None}
+    path, rng = store.scores.path / "controls.json", random.Random(0)
+    content = path.read_bytes()
+    for _ in range(100):
+        path.write_bytes(content)
+        flip(path, rng.randrange(8 * len(content)))
+        assert store.controls() in (None, {"empty_text": 1.5, "gain": None})

@@ -15,7 +15,7 @@ import pytest
 from ksweep.registry.run_record import CURVE_SCHEMA, LandingError, new_run_id, read_run, write_run
 from ksweep.utils.errors import StoreError
 from ksweep.utils.notes import Note
-from tests.registry.landed_runs import controls_of, curve_of, record_of
+from tests.registry.landed_runs import controls_of, curve_of, record_of, signed
 
 
 def test_land_then_read_gives_back_record_curve_and_controls(root: Path) -> None:
@@ -120,12 +120,16 @@ def test_read_refuses_every_kind_of_damage_by_name(root: Path) -> None:
         "controls.parquet is not what was written": ("controls.parquet", whole["controls.parquet"][:-10]),
         "record.json is not valid JSON": ("record.json", whole["record.json"][:200]),
         "has no format and file list": ("record.json", b"{}"),
+        "record.json is not what was written: its digest": (
+            "record.json",
+            whole["record.json"].replace(b'"num_draws": ', b'"num_draws": 1'),
+        ),
         "format 99, this ksweep reads up to 1: update": ("record.json", json.dumps({**record, "format": 99}).encode()),
-        "is the record of r2": ("record.json", json.dumps({**record, "run_id": "r2"}).encode()),
-        "'done' is not one of finished": ("record.json", json.dumps({**record, "status": "done"}).encode()),
+        "is the record of r2": ("record.json", signed({**record, "run_id": "r2"}).encode()),
+        "'done' is not one of finished": ("record.json", signed({**record, "status": "done"}).encode()),
         "missing 1 required keyword-only argument: 'cell_key'": (
             "record.json",
-            json.dumps({k: v for k, v in record.items() if k != "cell_key"}).encode(),
+            signed({k: v for k, v in record.items() if k != "cell_key"}).encode(),
         ),
     }
     for message, (name, data) in damages.items():
@@ -144,7 +148,7 @@ def test_read_leaves_out_keys_and_columns_of_a_later_ksweep(root: Path) -> None:
     pq.write_table(curve_of().append_column("colour", pa.array(["blue"] * 4)), path / "curve.parquet")
     data = (path / "curve.parquet").read_bytes()
     files = {"curve.parquet": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-    (path / "record.json").write_text(json.dumps({**record, "files": files, "colour": "blue"}))
+    (path / "record.json").write_text(signed({**record, "files": files, "colour": "blue"}))
     landed = read_run(path)
     assert landed.record == record_of("r1")
     assert landed.curve is not None and landed.curve.schema.equals(CURVE_SCHEMA)
@@ -159,7 +163,7 @@ def test_a_record_in_which_one_field_held_class_or_type_is_read_as_both(
 ) -> None:
     path = write_run(root, record_of("r1", status="failed", error_type=held))
     raw = json.loads((path / "record.json").read_text())
-    del raw["error_class"], raw["job"], raw["start"]
+    del raw["error_class"], raw["job"], raw["start"], raw["digest"]
     (path / "record.json").write_text(json.dumps(raw))
     record = read_run(path).record
     assert (record.error_class, record.error_type, record.job) == (error_class, error_type, None)

@@ -186,7 +186,7 @@ def test_two_processes_that_fill_one_key_at_once_share_the_work(vectors: tuple[P
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     folder = tmp_path_factory.mktemp("tiny")
-    write_jsonl(folder / "text.jsonl", passages(4000, low=20), document=[f"d{i // 3}" for i in range(4000)])
+    write_jsonl(folder / "text.jsonl", passages(8000, low=20), document=[f"d{i // 3}" for i in range(8000)])
     return make_pair(folder, "qwen2", talks=True)
 
 

@@ -163,7 +163,7 @@ def _with_draws(facts: ReportData, connection: DuckDBPyConnection, registry: Pat
             continue
         connection.register("stored_draws", draws)
         connection.execute(_READ, [run["num_activations"], run["num_draws"], SHOWN_TEXT])
-        errors.append(_arrow(connection, "SELECT ? AS label, activation, error FROM read_draws", run["label"]).cast(_ERRORS))
+        errors.append(_arrow(connection, _READ_ERRORS, run["label"]).cast(_ERRORS))
         explanations += _explanations(connection, run, num_shown)
         read, there = read + errors[-1].num_rows, there + run["num_activations"] * run["num_draws"]
     sampled = f"{read:,} of {there:,} draws, whole blocks of activations evenly spaced" if read < there else ""
@@ -208,6 +208,7 @@ _READ = """
     QUALIFY row_number() OVER (PARTITION BY activation, draw ORDER BY place) = 1
 """
 """A draw that two concurrent sweeps both sampled counts once, as in the view draws."""
+_READ_ERRORS = "SELECT ? AS label, activation, error FROM read_draws ORDER BY activation, draw"
 _BY_BEST_ERROR = "SELECT activation FROM read_draws GROUP BY activation ORDER BY min(error) NULLS LAST, activation"
 _EXPLANATIONS = """
     WITH ranked AS (
