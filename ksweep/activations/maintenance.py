@@ -115,7 +115,7 @@ def verify(entry: Entry) -> tuple[int, list[int]]:
     return len(units), sorted({*(units - set(readable)), *store.verify(list(readable))})
 
 
-def problems(entry: Entry) -> dict[int, str]:
+def damaged_shards(entry: Entry) -> dict[int, str]:
     """Return what is wrong with each damaged unit of a key; nothing is set aside."""
     return ActivationStore(entry.directory.parent, entry.key, {}).problems()
 

@@ -72,7 +72,7 @@ def _rows_of_shards(vector_cache: Path, *, repair: bool) -> Iterator[OutputRow]:
     from ksweep.activations import maintenance
 
     for entry in maintenance.entries(vector_cache) if vector_cache.is_dir() else ():
-        for unit, reason in maintenance.problems(entry).items():
+        for unit, reason in maintenance.damaged_shards(entry).items():
             yield {
                 "what": "activations", "path": str(entry.directory), "reason": f"shard {unit}: {reason}", "cells": [],
                 "repair": "its activations are extracted again",

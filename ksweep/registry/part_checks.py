@@ -26,8 +26,8 @@ from ksweep.registry.scores import RECONSTRUCTION, MetricLayout, ScoresStore
 
 ReadBySql = Callable[[Path], pa.Table | str]
 CHECKED = "ksweep.duckdb.parts"
-SPAN = r"\d+-\d+-\d+-\d+"
-FILE_NAME = re.compile(rf"^(?:part|metric)-(?P<span>{SPAN})(?:-of-(?P<part>{SPAN}))?\.parquet$")
+_NUMBERS = r"\d+-\d+-\d+-\d+"
+_PART_FILE = re.compile(rf"^(?:part|metric)-(?P<span>{_NUMBERS})(?:-of-(?P<part>{_NUMBERS}))?\.parquet$")
 """The draws that a file holds or scores, and, if these are not all of a part of draws, that part."""
 
 
@@ -111,7 +111,7 @@ def _states(registry: Path) -> dict[str, str]:
     for draws_key in _entries(registry / "scores"):
         for scores_key in _entries(registry / "scores" / draws_key):
             for name, state in _files(registry / "scores" / draws_key / scores_key).items():
-                match = FILE_NAME.match(name)
+                match = _PART_FILE.match(name)
                 assert match is not None
                 of_draws = states.get(f"draws/{draws_key}/part-{match['part'] or match['span']}.parquet", "gone")
                 states[f"scores/{draws_key}/{scores_key}/{name}"] = f"{state} {of_draws}"
@@ -128,7 +128,7 @@ def _entries(directory: Path) -> list[str]:
 def _files(directory: Path) -> dict[str, str]:
     """Return the state of each part in a directory by name."""
     return {
-        name: state for name in _entries(directory) if FILE_NAME.match(name) and (state := _state(directory / name)) is not None
+        name: state for name in _entries(directory) if _PART_FILE.match(name) and (state := _state(directory / name)) is not None
     }
 
 
