@@ -16,7 +16,7 @@ import pytest
 
 from ksweep.registry.database import connect, ingest_landings, rebuild_database
 from ksweep.registry.run_record import write_run
-from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of, spec_of
+from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of, signed, spec_of
 
 
 def good_runs(root: Path) -> list[str]:
@@ -31,7 +31,7 @@ def land(root: Path, *names: str) -> None:
 
 def rewrite(root: Path, name: str, **changes: Any) -> None:
     path = root / "landing" / name / "record.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(signed(json.loads(path.read_text()) | changes))
 
 
 def with_seed(root: Path, name: str) -> None:
