@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,13 +75,25 @@ class MeasuredCell:
     def metadata(self, num_activations: int) -> pa.Table | None:
         """Return documents, groups and distances of the first activations; None where nothing has them."""
         table = activation_metadata.read_metadata(self.registry, self.activations_key, self.kind, num_activations)
-        if table is None and self.vector_cache is not None:
-            from ksweep.activations.store import ActivationStore
+        if table is not None:
+            return table
+        path = activation_metadata.metadata_path(self.registry, self.activations_key, self.kind, num_activations)
+        is_damaged = path.exists()
+        # A store is addressed by content: where it has the key, it has the vectors.
+        vector_cache = self.registry.parent / "vector_cache" if self.vector_cache is None and is_damaged else self.vector_cache
+        if vector_cache is None or not vector_cache.is_dir():
+            return None
+        from ksweep.activations.store import ActivationStore
 
-            store = ActivationStore(self.vector_cache, self.activations_key, {})
-            if store.available() >= num_activations:
-                return activation_metadata.metadata_table(store.open(num_activations), self.kind)
-        return table
+        store = ActivationStore(vector_cache, self.activations_key, {})
+        if store.available() < num_activations:
+            return None
+        vectors = store.open(num_activations)
+        if is_damaged:
+            with suppress(OSError):  # a registry that is only read
+                path.unlink()
+                return activation_metadata.write_metadata(self.registry, vectors, self.kind)
+        return activation_metadata.metadata_table(vectors, self.kind)
 
 
 @dataclass(frozen=True)

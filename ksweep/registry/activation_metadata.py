@@ -1,12 +1,15 @@
 """Metadata of evaluated activations: `registry/activations/<key>/<scoring>-<number>.parquet`, a row per activation.
 
 The first run over these activations writes the file and all later runs share it. Together with the draws it holds everything that
-a comparison of cells or a breakdown into groups needs, so that neither vectors nor models have to exist a year later.
+a comparison of cells or a breakdown into groups needs, so that neither vectors nor models have to exist a year later. A file has
+its keys and a digest of each column in its schema's metadata; one that is damaged counts as missing, and is written again by the
+next run or comparison that has the vectors.
 """
 
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,7 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep import stats
+from ksweep.registry.part_labels import label_of, labelled, read_label
 from ksweep.utils.files import publish
+
+log = logging.getLogger(__name__)
 
 METADATA_SCHEMA = pa.schema(
     [
@@ -77,25 +83,54 @@ class EvaluatedActivations(Protocol):
 
 
 def write_metadata(registry: Path, vectors: EvaluatedActivations, kind: stats.ScoringKind) -> pa.Table:
-    """Return the metadata of these activations, written to the registry unless it is there already."""
+    """Return the metadata of these activations, written to the registry unless it is there already, and whole."""
     kept = read_metadata(registry, vectors.key, kind, len(vectors))
     if kept is not None and (kept.schema.metadata or {}).get(b"version") == METADATA_SCHEMA.metadata[b"version"]:
         return kept
     table, sink = metadata_table(vectors, kind), pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    publish(_path(registry, vectors.key, kind, len(vectors)), sink.getvalue().to_pybytes())
+    label = label_of(table, _keys(vectors.key, kind, len(vectors)), table.column_names)
+    version_and_label = {**METADATA_SCHEMA.metadata, **labelled(table, label).schema.metadata}
+    pq.write_table(table.replace_schema_metadata(version_and_label), sink, compression="zstd", write_page_checksum=True)
+    publish(metadata_path(registry, vectors.key, kind, len(vectors)), sink.getvalue().to_pybytes())
     return table
 
 
 def read_metadata(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> pa.Table | None:
     """Return the metadata of the first activations under a key; None where no run has written it for exactly this number.
 
-    Files of earlier versions lack columns.
+    A damaged file, or one of other activations, counts as missing, and is named in a warning. Files of earlier versions lack
+    columns.
     """
-    path = _path(registry, key, kind, num_activations)
-    if not path.exists():
+    path = metadata_path(registry, key, kind, num_activations)
+    try:
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        damage = _damage(table, _keys(key, kind, num_activations))
+    except FileNotFoundError:
         return None
-    return pq.read_table(path, page_checksum_verification=True, partitioning=None)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        damage = f"it cannot be read ({next(iter(str(error).splitlines()), '')})"
+    if damage is None:
+        return table
+    log.warning("%s is left out, and written again by what has the vectors: %s", path, damage)
+    return None
+
+
+def _damage(table: pa.Table, keys: Mapping[str, str]) -> str | None:
+    """Return how a table contradicts its label or its place; None if they agree."""
+    label = read_label(table.schema)
+    if label is not None:
+        if missing := set(label.columns) - set(table.column_names):
+            return f"its columns {', '.join(sorted(missing))} are missing"
+        return label.mismatch(table, keys)
+    num_rows = int(keys["num_activations"])  # earlier versions wrote no label, and fewer columns
+    for name, value in {"activations_key": keys["activations"], "num_activations": num_rows, "scoring": keys["scoring"]}.items():
+        if name in table.column_names and table[name].to_pylist() != [value] * num_rows:
+            return f"its column {name} is not {value} in each of {num_rows} rows"
+    return None if len(table) == num_rows else f"it has {len(table)} rows"
+
+
+def _keys(key: str, kind: stats.ScoringKind, num_activations: int) -> dict[str, str]:
+    return {"activations": key, "scoring": kind, "num_activations": str(num_activations)}
 
 
 def baseline_of(
@@ -210,5 +245,6 @@ def _between(
     return distances
 
 
-def _path(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> Path:
+def metadata_path(registry: Path, key: str, kind: stats.ScoringKind, num_activations: int) -> Path:
+    """Return where the metadata of the first activations under a key lies."""
     return registry / "activations" / key / f"{kind}-{num_activations}.parquet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import threading
 from contextlib import suppress
@@ -11,6 +12,8 @@ from pathlib import Path
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.files import home, publish
 from ksweep.utils.planning_pass import once_per_pass
+
+log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 
@@ -91,12 +94,36 @@ def _file_digest(path: Path) -> str:
     # ctime changes on every rewrite, also when a copy tool sets mtime back.
     key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()[:32]
     remembered = home() / "digests" / key
-    with suppress(OSError):
-        text = remembered.read_text()
-        if re.fullmatch(r"[0-9a-f]{64}", text):
-            return text
+    with suppress(FileNotFoundError):
+        if (value := _remembered_digest(remembered)) is not None:
+            return value
     with path.open("rb") as file:
         value = hashlib.file_digest(file, "sha256").hexdigest()
     with suppress(OSError):  # with a read-only home the file is hashed again next time
-        publish(remembered, value.encode())
+        publish(remembered, _digest_entry(key, value).encode())
     return value
+
+
+def _remembered_digest(entry: Path) -> str | None:
+    """Return the digest in an entry of the cache; None if it is damaged, or without the checksum that earlier versions left out.
+
+    Raises:
+        FileNotFoundError: there is no such entry.
+    """
+    try:
+        text = entry.read_text(encoding="ascii")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError):
+        text = ""
+    value = text.partition(" ")[0]
+    if text == _digest_entry(entry.name, value):
+        return value
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        log.warning("%s is damaged: the file that it is the digest of is read and digested again", entry)
+    return None
+
+
+def _digest_entry(key: str, value: str) -> str:
+    """Return what is remembered of a file: its digest, and a checksum over that and the name of the entry."""
+    return f"{value} {hashlib.sha256(f'{key} {value}'.encode()).hexdigest()[:16]}"

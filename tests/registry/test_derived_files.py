@@ -6,14 +6,18 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from ksweep.registry.activation_metadata import metadata_path, metadata_table, read_metadata, write_metadata
 from ksweep.registry.database import connect, ingest_landings, rebuild_database
 from ksweep.registry.run_record import write_run
 from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of, signed, spec_of
@@ -195,3 +199,57 @@ def test_messages_of_damage_go_to_the_log_once(root: Path, caplog: pytest.LogCap
         ingest_landings(root)
         ingest_landings(root)
     assert caplog.text.count("is built again") == 1
+
+
+class Vectors:
+    """Twelve activations of four documents, as a store provides them."""
+
+    key = "k" * 32
+
+    def __len__(self) -> int:
+        return 12
+
+    def vectors(self, start: int, stop: int) -> np.ndarray:
+        return np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)[start:stop]
+
+    def column(self, name: str) -> np.ndarray:
+        text = np.array([f"{name} {i % 4}" for i in range(12)], dtype=object)
+        return np.arange(12) if name in ("position", "norm") else text
+
+
+def test_evaluated_activations_that_are_damaged_are_computed_again_and_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected, rng = metadata_table(Vectors(), "raw"), random.Random(15)
+    path = metadata_path(root, Vectors.key, "raw", 12)
+    assert write_metadata(root, Vectors(), "raw").equals(expected)
+    whole = path.read_bytes()
+    flips = []
+    for _ in range(50):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        flips.append(bytes(flipped))
+    noticed = 0
+    for damaged in (b"", whole[:-1], whole[: len(whole) // 2], *flips):
+        path.write_bytes(damaged)
+        caplog.clear()
+        kept = read_metadata(root, Vectors.key, "raw", 12)
+        assert kept is None or kept.equals(expected), "never other numbers"
+        assert (f"{path} is left out" in caplog.text) == (kept is None)
+        noticed += kept is None
+        assert write_metadata(root, Vectors(), "raw").equals(expected)
+        assert kept is not None or path.read_bytes() == whole
+    assert noticed > 30
+
+
+def test_metadata_of_other_activations_are_not_believed_and_those_of_an_earlier_version_are(root: Path) -> None:
+    path = metadata_path(root, Vectors.key, "raw", 12)
+    table = write_metadata(root, Vectors(), "raw")
+    for other in (metadata_path(root, "o" * 32, "raw", 12), metadata_path(root, Vectors.key, "normalised", 12)):
+        other.parent.mkdir(exist_ok=True)
+        shutil.copy(path, other)
+    assert read_metadata(root, "o" * 32, "raw", 12) is None
+    assert read_metadata(root, Vectors.key, "normalised", 12) is None
+    pq.write_table(table.replace_schema_metadata({"version": "1"}).drop_columns(["between", "scoring"]), path)
+    earlier = read_metadata(root, Vectors.key, "raw", 12)
+    assert earlier is not None and earlier["distance"].equals(table["distance"])
+    pq.write_table(table.replace_schema_metadata({"version": "1"}).slice(1), path)
+    assert read_metadata(root, Vectors.key, "raw", 12) is None

@@ -48,13 +48,42 @@ def test_a_file_rewritten_with_its_old_size_and_time_gets_a_new_digest(tmp_path:
     assert hub.content_digest(path) != before
 
 
-def test_a_digest_is_remembered_and_a_spoiled_memory_is_not_believed(tmp_path: Path, own_home: Path) -> None:
+def test_a_digest_is_remembered_and_a_spoiled_memory_is_not_believed(
+    tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "w.bin"
     path.write_bytes(b"x")
     value = hub.content_digest(path)
     [note] = (own_home / "digests").iterdir()
-    note.write_text("rubbish")
+    whole = note.read_text()
+    monkeypatch.setattr(hub.hashlib, "file_digest", None)
+    assert hub.content_digest(path) == value, "not read again"
+    monkeypatch.undo()
+    monkeypatch.setenv("KSWEEP_HOME", str(own_home))
+    wrong = [whole[:i] + ("0" if whole[i] != "0" else "1") + whole[i + 1 :] for i in (*range(0, len(whole), 7), len(whole) - 1)]
+    for text in ("rubbish", "", whole[:-1], whole[:64] + "\n", "0" * 64 + whole[64:], *wrong):
+        note.write_text(text)
+        caplog.clear()
+        assert hub.content_digest(path) == value
+        assert caplog.text.count(f"{note} is damaged") == 1 and note.read_text() == whole
+    note.write_bytes(b"\xff\x00")
     assert hub.content_digest(path) == value
+
+
+def test_an_entry_of_an_earlier_version_is_digested_again_without_a_word_and_gets_its_checksum(
+    tmp_path: Path, own_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "w.bin"
+    path.write_bytes(b"x")
+    value = hub.content_digest(path)
+    [note] = (own_home / "digests").iterdir()
+    whole = note.read_text()
+    note.write_text("0" * 64)  # it may have been damaged before there were checksums
+    assert hub.content_digest(path) == value and note.read_text() == whole
+    note.unlink()
+    note.mkdir()
+    assert hub.content_digest(path) == value
+    assert "w.bin" not in caplog.text
 
 
 def test_a_directory_without_model_files_is_refused(tmp_path: Path) -> None:
