@@ -23,6 +23,7 @@ from ksweep.utils.errors import DataError, RunError, SpecError
 from ksweep.utils.files import clear_leftovers
 from ksweep.utils.fingerprint import fingerprint
 from ksweep.utils.hub import content_digest, resolve
+from ksweep.utils.tensor_headers import check_headers
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +291,7 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
     layer = _layer(layer)
     path = resolve(activations.model or "", "base model")
     max_length = positions_limit(text_config(path, layer), activations)
+    check_headers(path)
     identity = {
         "kind": "text",
         "extractor": {"version": EXTRACTOR_VERSION, "rows_per_unit": rows_per_unit(activations, max_length)},

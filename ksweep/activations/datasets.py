@@ -19,6 +19,7 @@ from ksweep.utils.errors import DataError
 from ksweep.utils.files import json_lines
 from ksweep.utils.hub import content_digest
 from ksweep.utils.imports import digest_of_named, is_dotted_name, load_named
+from ksweep.utils.plain_values import has_lone_surrogate
 
 Format = Literal["txt", "jsonl", "parquet", "datasets", "hub", "own"]
 
@@ -180,9 +181,13 @@ def _records(activations: Activations, columns: Sequence[str] = ()) -> Iterable[
         return json_lines(path)
     if kind == "parquet":
         return _parquet_rows(path, activations, columns)
+    if kind == "own":
+        return _own_rows(activations)
+    from ksweep.utils.parquet_rows import decoded_records
+
     if kind == "datasets":
-        return _saved_dataset(path, activations, columns)
-    return _own_rows(activations) if kind == "own" else _hub_rows(hub_dataset(activations.text or ""), activations)
+        return decoded_records(_saved_dataset(path, activations, columns), str(path))
+    return decoded_records(_hub_rows(hub_dataset(activations.text or ""), activations), activations.text or "")
 
 
 def _row_prefix(activations: Activations) -> str:
@@ -244,6 +249,8 @@ def _begin(records: Iterable[Mapping[str, Any]], column: str) -> tuple[bool, Ite
 
 
 def _text(value: Any, row: str, column: str) -> str:
+    if isinstance(value, str) and has_lone_surrogate(value):
+        raise DataError(f"{row} has half of a surrogate pair {column}, which is no character: correct or drop it")
     if value is None or isinstance(value, str):
         return value or ""
     raise DataError(
@@ -306,13 +313,14 @@ def _parquet_rows(path: Path, activations: Activations, columns: Sequence[str]) 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from ksweep.utils.parquet_rows import parquet_rows
+
     try:
-        file = pq.ParquetFile(path)
+        with pq.ParquetFile(path) as file:
+            wanted = _columns(file.schema_arrow.names, activations, columns)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"text file {path} is not a readable Parquet file ({error}); is it whole?") from error
-    with file:
-        for batch in file.iter_batches(batch_size=256, columns=_columns(file.schema_arrow.names, activations, columns)):
-            yield from batch.to_pylist()
+    yield from parquet_rows(path, wanted, batch_size=256)
 
 
 def _columns(present: list[str], activations: Activations, columns: Sequence[str]) -> list[str]:

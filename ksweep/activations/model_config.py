@@ -9,7 +9,7 @@ from ksweep.activations.positions import most_per_row
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import CheckpointError, RequestError, SpecError
 from ksweep.utils.files import read_json
-from ksweep.utils.model_sizes import language_model
+from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
 
 CUTTABLE = frozenset({
     "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3",
@@ -36,6 +36,12 @@ def text_config(path: Path, layer: int | None = None) -> dict[str, Any]:
     depth, width = config.get("num_hidden_layers"), config.get("hidden_size")
     if not isinstance(depth, int) or not isinstance(width, int):
         raise CheckpointError(f"{path / 'config.json'} does not say how many blocks there are or how wide: a language model?")
+    for name, largest in LARGEST_SIZES.items():
+        if not 1 <= config[name] <= largest:
+            raise CheckpointError(
+                f"{path / 'config.json'} has {name}={config[name]}, expected a whole number from 1 to {largest:,}: is it the "
+                "configuration of a language model?"
+            )
     if layer is not None and not 0 <= layer < depth:
         raise RequestError(
             f"layer {layer} of base model {path} does not exist: it has {depth} blocks, so activations.layer is 0 to {depth - 1} "

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from ksweep.activations.source import WINDOW_CHARACTERS, ActivationUnit, kept_rows, refuse_unusable
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note
+from ksweep.utils.parquet_rows import column_values, damage_refused
 from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.sidecar_keys import (
     LAYER_KEYS,
@@ -159,7 +160,9 @@ def _layer_of_rows(vectors: str | Path) -> int | None:
     with _open(vectors) as file:
         if LAYER_COLUMN not in file.schema_arrow.names:
             return None
-        layers = _whole_layers(pc.unique(file.read(columns=[LAYER_COLUMN]).column(0)).to_pylist(), vectors)
+        with damage_refused(vectors):
+            stated = pc.unique(file.read(columns=[LAYER_COLUMN]).column(0))
+        layers = _whole_layers(column_values(stated, vectors, LAYER_COLUMN), vectors)
     if len(layers) > 1:
         raise DataError(
             f"{vectors} holds activations of several layers ({', '.join(map(str, sorted(layers)[:5]))} in column "
@@ -171,13 +174,28 @@ def _layer_of_rows(vectors: str | Path) -> int | None:
 def _whole_layers(values: list[Any], vectors: str | Path) -> list[int]:
     """Return the layers in the column as whole numbers, without nulls and NaN, beside which pandas writes 20 as 20.0."""
     stated = [value for value in values if value is not None and value == value]
-    wrong = [value for value in stated if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1]
+    wrong = [value for value in stated if not _is_whole(value)]
     if wrong:
         raise DataError(
             f"{vectors} has {abbreviated(wrong[0])} in column {LAYER_COLUMN!r}; expected whole numbers, the block whose output "
             "the vectors are. Correct or drop the column."
         )
     return sorted({int(value) for value in stated})
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 2**31 and value == value // 1
+
+
+def _position(value: Any, before: int, row: int, vectors: str | Path, column: str | None) -> int | None:
+    """Return the index of a token; None for null or NaN."""
+    if value is None or value != value:
+        return None
+    if not _is_whole(value):
+        raise DataError(
+            f"row {row} of {vectors} has {abbreviated(value)} in column {column!r}; expected a whole number, the index of a token"
+        )
+    return int(value) - before
 
 
 def document_column(vectors: str | Path, asked: str | None) -> str | None:
@@ -211,9 +229,10 @@ def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -
     if column is None:
         return num_rows == 1
     with _open(vectors) as file:
-        for batch in file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[column]):
+        batches = file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[column])
+        while (batch := _next_batch(batches, Path(vectors))) is not None:
             names = batch.column(0).slice(0, left)
-            seen.update(map(str, names.drop_null().unique().to_pylist()))
+            seen.update(map(str, column_values(names.drop_null().unique(), vectors, column)))
             if len(seen) > 1 or (names.null_count and left > 1):  # a row without a name is its own document
                 return False
             left -= len(names)
@@ -249,13 +268,14 @@ def rows_by_activation(vectors: str | Path, column: str) -> NamedRows:
         if column not in names:
             raise DataError(f"activations.row_id_column={column!r} is no column of {vectors}; it has {', '.join(names)}")
         position = next((name for name in (POSITION_COLUMN, STATED_POSITION) if name in names), None)
-        table = file.read(columns=[column, *([] if position is None else [position])])
+        with damage_refused(vectors):
+            table = file.read(columns=[column, *([] if position is None else [position])])
     if nulls := table[column].null_count:
         raise DataError(f"{nulls} rows of {vectors} have null in column {column!r}: every row needs the name of its activation")
-    stated = [None] * len(table) if position is None else table[position].to_pylist()
+    stated = [None] * len(table) if position is None else column_values(table[position], vectors, position)
     before = int(position == POSITION_COLUMN)
-    positions = [None if value is None or value != value else int(value) - before for value in stated]
-    row_ids = [str(value) for value in table[column].to_pylist()]
+    positions = [_position(value, before, i, vectors, position) for i, value in enumerate(stated)]
+    row_ids = [str(value) for value in column_values(table[column], vectors, column)]
     first: dict[tuple[str, int | None], int] = {}
     firsts = [first.setdefault(name, i) for i, name in enumerate(zip(row_ids, positions, strict=True))]
     return NamedRows(row_ids, positions, np.array(firsts))
@@ -314,13 +334,16 @@ class VectorUnits:
     def _unit(self, table: pa.Table, index: int) -> ActivationUnit:
         first, n = index * VECTOR_ROWS_PER_UNIT, len(table)
         wanted = [*PROVENANCE_COLUMNS, *([] if self.documents is None else [self.documents])]
-        columns = {name: table.column(name).to_pylist() if name in table.column_names else [None] * n for name in wanted}
+        columns = {
+            name: column_values(table.column(name), self.path, name, first) if name in table.column_names else [None] * n
+            for name in wanted
+        }
         named = [None] * n if self.documents is None else columns[self.documents]
         if self._asked:
             self._refuse_unnamed(named, first)
         rows = [f"row:{first + i}" for i in range(n)]
         lengths = columns[POSITION_COLUMN]
-        positions = [None if length is None else int(length) - 1 for length in lengths]
+        positions = [_position(length, 1, first + i, self.path, POSITION_COLUMN) for i, length in enumerate(lengths)]
         if self.named is not None:
             rows, positions = self.named.row_ids[first : first + n], self.named.positions[first : first + n]
         unit = ActivationUnit(
@@ -350,7 +373,8 @@ class VectorUnits:
             return
         digests: list[bytes] = []
         with _open(self.path) as file:
-            for batch in file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[VECTOR_COLUMN]):
+            batches = file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[VECTOR_COLUMN])
+            while (batch := _next_batch(batches, self.path)) is not None:
                 column = pa.chunked_array([batch.column(0)])
                 vectors = flat_vectors(column, self.d_model, f"{self.path} from row {len(digests)}")
                 digests += [hashlib.blake2b(vector.tobytes(), digest_size=16).digest() for vector in vectors]
@@ -413,12 +437,17 @@ def _tables(path: Path, start: int, rows: int, wanted: Collection[str | None]) -
         batches = file.iter_batches(batch_size=rows, row_groups=groups, columns=columns) if groups else iter(())
         held = file.schema_arrow.empty_table().select(columns)
         while True:
-            while len(held) < skip + rows and (batch := next(batches, None)) is not None:
+            while len(held) < skip + rows and (batch := _next_batch(batches, path)) is not None:
                 held = pa.concat_tables([held, pa.Table.from_batches([batch]).cast(held.schema)])
                 dropped = min(skip, len(held))
                 held, skip = held.slice(dropped), skip - dropped
             yield held.slice(0, rows)
             held = held.slice(rows)
+
+
+def _next_batch(batches: Iterator[pa.RecordBatch], path: Path) -> pa.RecordBatch | None:
+    with damage_refused(path):
+        return next(batches, None)
 
 
 def _groups_from(file: pq.ParquetFile, start: int) -> tuple[list[int], int]:
@@ -461,7 +490,8 @@ def _width(file: pq.ParquetFile, path: Path) -> int:
         )
     if pa.types.is_fixed_size_list(kind):
         return int(kind.list_size)
-    first: Any = next(file.iter_batches(batch_size=1, columns=[VECTOR_COLUMN])).column(0)[0].as_py()
+    with damage_refused(path):
+        first: Any = next(file.iter_batches(batch_size=1, columns=[VECTOR_COLUMN])).column(0)[0].as_py()
     if not first:
         raise DataError(
             f"row 0 of {VECTOR_COLUMN!r} in {path} is {'null' if first is None else 'empty'}; every row needs a vector"

@@ -1,4 +1,4 @@
-"""Which tensors a model directory holds, read from safetensors headers alone: no weights are read, no torch is needed."""
+"""Which tensors a model directory holds, by its safetensors headers alone: no weights are read, no torch is needed."""
 
 from __future__ import annotations
 
@@ -6,47 +6,20 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.files import read_json
 from ksweep.utils.model_sizes import block_types
+from ksweep.utils.sidecar_keys import abbreviated
+from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
 
 WRAPPED = {r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)": "model.", r"^language_model\.lm_head\.": "lm_head."}
 """Names of the text model inside a multimodal wrapper (two spellings in use) -> its own names; given to transformers as well."""
 NOT_TEXT = re.compile(r"^(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|visual)\.")
 BLOCK_TENSOR = re.compile(r"^(.*\b(?:layers|h)\.)(\d+)\.(.+)$")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One entry of a safetensors header."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    """As safetensors spells it: F32, BF16, ..."""
-    file: str
-
-
-def read_header(path: Path) -> dict[str, Tensor]:
-    """Return names, shapes and types of the tensors in one .safetensors file.
-
-    Raises:
-        CheckpointError: the file is unreadable, not safetensors, or has another size than its header says.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: Tensor(tuple(part.get_shape()), part.get_dtype(), path.name) for name, part in slices.items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}). Copy or download it again: it may have been cut off."
-        ) from error
 
 
 def model_tensors(directory: Path) -> dict[str, Tensor]:
@@ -74,6 +47,8 @@ def model_tensors(directory: Path) -> dict[str, Tensor]:
 def _sharded(directory: Path, index: Path, weight_map: Mapping[str, str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} lists {abbreviated(name)}, expected the name of a file beside it. Download it again.")
         if not (directory / name).exists():
             raise CheckpointError(f"{index} lists {name}, which is not in {directory}. Download the missing shard.")
         tensors.update(read_header(directory / name))

@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 
 from ksweep.utils.errors import DataError
 from ksweep.utils.files import json_lines
+from ksweep.utils.parquet_rows import parquet_rows
+from ksweep.utils.sidecar_keys import abbreviated
 
 ROW_ID, POSITION, NUM_RAW_TOKENS, VECTOR = "row_id", "position", "n_raw_tokens", "activation_vector"
 TEXT_COLUMNS = ("explanation", "text")
@@ -188,9 +190,10 @@ def _name(record: Mapping[str, Any], index: int, path: Path, columns: Sequence[s
     value = record.get(names[0]) if names else None
     if value is None or value != value:  # pandas writes a missing number as NaN
         return str(row_id), None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**31 or value != value // 1:
         raise DataError(
-            f"row {index} of {path} has {value!r} in column {names[0]!r}; expected a whole number, the index of a token"
+            f"row {index} of {path} has {abbreviated(value)} in column {names[0]!r}; expected a whole number, the index of "
+            "a token"
         )
     return str(row_id), int(value) - (names[0] == NUM_RAW_TOKENS)
 
@@ -199,7 +202,4 @@ def _records(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> Itera
     if path.suffix.lower() == ".jsonl":
         yield from json_lines(path)
         return
-    with pq.ParquetFile(path) as file:
-        names = [name for name in columns if name in wanted]
-        for batch in file.iter_batches(batch_size=4096, columns=names):
-            yield from batch.to_pylist()
+    yield from parquet_rows(path, [name for name in columns if name in wanted], batch_size=4096)

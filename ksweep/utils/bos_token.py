@@ -5,10 +5,11 @@ A chat template writes it into the text, and a tokenizer may then add a second o
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from ksweep.utils.plain_values import bounded_json
 
 
 def puts_bos(tokenizer: Any) -> bool:
@@ -85,7 +86,7 @@ def _content(token: Any) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = bounded_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

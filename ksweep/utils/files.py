@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import secrets
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.plain_values import PlainValueError, bounded_json, bounded_json_row
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -30,6 +30,9 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 LEFTOVER_AGE = 3600.0
 """Seconds after which no living process writes to a *.part file any more."""
+
+LARGEST_JSON, LARGEST_LINE = 32 << 20, 64 << 20
+"""Bytes of a JSON file of somebody else, and of a line of .jsonl. The weight index of the largest public models has 15 MB."""
 
 LOCAL_FILE_SYSTEMS = ("ext", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs", "apfs", "hfs", "ramfs", "rootfs", "vfat", "ntfs")
 
@@ -192,12 +195,19 @@ def read_json(path: Path, what: str) -> dict[str, object]:
     """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: it cannot be read, is not JSON, or is not an object; the message names `what` and the path.
+        CheckpointError: it cannot be read, is not JSON, is not an object, or is out of the bounds of `ksweep.utils.plain_values`;
+            the message names `what` and the path.
     """
     try:
-        value = json.loads(path.read_text())
+        with path.open("rb") as file:
+            data = file.read(LARGEST_JSON + 1)
+        if len(data) > LARGEST_JSON:
+            raise PlainValueError(f"it has more than {LARGEST_JSON >> 20} MB")
+        value = bounded_json(data)
     except OSError as error:
         raise CheckpointError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except PlainValueError as error:
+        raise CheckpointError(f"{what} {path} is refused: {error}. Is it the right file?") from error
     except ValueError as error:
         raise CheckpointError(f"{what} {path} is not valid JSON ({error}); is the file whole?") from error
     if not isinstance(value, dict):
@@ -209,15 +219,22 @@ def json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the objects of a .jsonl file; blank lines are passed over.
 
     Raises:
-        DataError: a line is no JSON object; the message has its number.
+        DataError: a line is no JSON object, or is out of the bounds of `ksweep.utils.plain_values`; the message has its number.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(LARGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:
+                if len(line) > LARGEST_LINE:
+                    raise PlainValueError(f"it has more than {LARGEST_LINE >> 20} MB")
+                record = bounded_json_row(line)
+            except UnicodeDecodeError as error:
+                raise DataError(f"line {number} of {path} is not UTF-8 ({error.reason}): convert the file first") from error
+            except PlainValueError as error:
+                raise DataError(f"line {number} of {path} is refused: {error}. Correct or drop it.") from error
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"line {number} of {path} is not JSON ({error}); expected one object a line") from error
             if not isinstance(record, dict):
                 what = type(record).__name__

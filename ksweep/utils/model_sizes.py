@@ -11,6 +11,8 @@ SIZE_NAMES = {
     "max_position_embeddings": ("n_positions",),
 }
 """The usual name, and those of GPT-2, MPT and others."""
+LARGEST_SIZES = {"num_hidden_layers": 10_000, "hidden_size": 1 << 20}
+"""Sizes beyond those of any model, for which lists of blocks would fill the memory."""
 BLOCK_TYPES = ("layer_types", "layers_block_type", "block_types")
 
 

@@ -22,12 +22,16 @@ import yaml
 
 from ksweep.utils.hub import HUB_ID
 from ksweep.utils.notes import Note
+from ksweep.utils.plain_values import MOST_DIGITS
 
 Refuse = Callable[[str], Exception]
 """Turns a message into the error to raise."""
 
 LARGEST = 1_000_000
 """Largest size of a sidecar in bytes; public ones have 2,000 to 4,000."""
+
+MOST_MERGED, MOST_MERGED_KEYS = 16, 1000
+"""Mappings that merge keys (<<) may put into one mapping, and keys that it may have then."""
 
 LAYER_KEYS = (
     "critic.extraction_layer_index",
@@ -195,6 +199,23 @@ def abbreviated(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """A loader that refuses duplicate keys, as YAML does; PyYAML takes the last one."""
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Return a scalar. Raises ConstructorError for a number to the base of 60 ("1:30") of any length."""
+        value = super().construct_scalar(node)
+        if node.tag.endswith((":int", ":float")) and ":" in value and len(value) > MOST_DIGITS:
+            problem = f"a number to the base of 60 has {len(value):,} characters"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Copy what merge keys (<<) stand for. Raises ConstructorError if they stand for more than a sidecar needs."""
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        num_sources = sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged)
+        if num_sources <= MOST_MERGED:
+            super().flatten_mapping(node)
+        if num_sources > MOST_MERGED or (merged and len(node.value) > MOST_MERGED_KEYS):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) stand for too many keys", node.start_mark)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping. Raises ConstructorError for a duplicate key."""
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -217,7 +238,9 @@ def read_yaml(path: Path, refuse: Refuse) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (
+        OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError,
+    ) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise refuse(f"{path} cannot be read as YAML ({reason}). Copy the whole sidecar again.") from error
 

@@ -16,13 +16,15 @@ from typing import Any
 from ksweep.autoencoder.nla.layout import ar_prompting, av_prompting
 from ksweep.autoencoder.nla.sidecar import NlaRole, Sidecar, read_nla_sidecar
 from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
-from ksweep.autoencoder.safetensors_header import Tensor, check_attention, check_blocks, model_tensors, read_header
+from ksweep.autoencoder.safetensors_header import check_attention, check_blocks, model_tensors
 from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError, DataError
-from ksweep.utils.model_sizes import language_model
+from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
+from ksweep.utils.sidecar_keys import abbreviated
+from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
 
 HEAD, ADAPTER, ADAPTER_CONFIG = "value_head.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -276,10 +278,10 @@ def _config(directory: Path) -> dict[str, Any]:
 
 def _positive(config: Mapping[str, Any], key: str, directory: Path) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZES[key]:
         raise CheckpointError(
-            f"{directory / 'config.json'} has {key}={value!r}, expected a whole number >= 1. Check that it is the "
-            "configuration of a causal language model."
+            f"{directory / 'config.json'} has {key}={abbreviated(value)}, expected a whole number from 1 to "
+            f"{LARGEST_SIZES[key]:,}. Check that it is the configuration of a causal language model."
         )
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -139,4 +140,4 @@ def _reported_norm(report: Path) -> float | None:
     except RequestError:
         return None
     norm = held_out.get("activation_norm") if isinstance(held_out, dict) else None
-    return float(norm) if isinstance(norm, (int, float)) and norm > 0 else None
+    return float(norm) if isinstance(norm, (int, float)) and 0 < norm < math.inf else None

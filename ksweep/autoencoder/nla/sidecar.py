@@ -16,6 +16,7 @@ from ksweep.autoencoder.prompting import MARKER_FIELD, TEXT_FIELD
 from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, PromptingOverrides
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.notes import Note
+from ksweep.utils.plain_values import has_lone_surrogate
 from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, requests, value_at
 
 NlaRole = Literal["av", "ar"]
@@ -246,7 +247,7 @@ def _wrong(path: Path, key: str, value: Any, expected: str) -> NoReturn:
 
 def _text(meta: Mapping[str, Any], key: str, path: Path) -> str | None:
     value = value_at(meta, key)
-    if value is not None and not isinstance(value, str):
+    if value is not None and (not isinstance(value, str) or has_lone_surrogate(value)):
         _wrong(path, key, value, "text")
     return value
 
@@ -262,7 +263,7 @@ def _positive(meta: Mapping[str, Any], key: str, path: Path) -> float | None:
     value = value_at(meta, key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
         _wrong(path, key, value, "a finite number > 0")
     return float(value)
 
@@ -271,7 +272,7 @@ def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | Non
     value = value_at(meta, key)
     if value is None:
         return None
-    if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
         _wrong(path, key, value, "a list of token ids")
     return tuple(value)
 

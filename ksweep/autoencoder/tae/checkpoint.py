@@ -33,7 +33,7 @@ from ksweep.autoencoder.tae.schedule import Written
 from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
-from ksweep.utils.model_sizes import language_model
+from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.sidecar_keys import abbreviated
@@ -277,7 +277,7 @@ def _model_config(directory: Path) -> dict[str, Any]:
     """Return config.json of the language model under the usual names, once its weight files are complete."""
     config = language_model(files.read_json(directory / "config.json", "model configuration"))
     for name in ("num_hidden_layers", "hidden_size"):
-        whole_number(config, name, 1, None, directory / "config.json", "a causal language model has it")
+        whole_number(config, name, 1, LARGEST_SIZES[name], directory / "config.json", "a causal language model has it")
     check_blocks(model_tensors(directory), config, directory)
     check_attention(config, directory)
     return config
