@@ -24,6 +24,15 @@ def lie(path: Path) -> str:
     return name
 
 
+def with_own_base(checkpoint: Path) -> Path:
+    """A checkpoint with a copy of its base instead of a link to the fixture, which is not to be changed."""
+    base = checkpoint.parent / "base"
+    original = base.resolve()
+    base.unlink()
+    shutil.copytree(original, base)
+    return checkpoint
+
+
 def refused_by(path: Path, name: str, error: CheckpointError) -> bool:
     return str(path) in str(error) and repr(name) in str(error)
 
@@ -55,7 +64,7 @@ def test_lying_header_of_an_adapter_or_its_base_is_refused_at_inspection(role: s
 
 @pytest.mark.parametrize("case", ["gpt2_patch_all", "gemma3_patch_two"])
 def test_lying_header_of_a_base_of_tae_files_is_refused_at_inspection(case: str, tmp_path: Path) -> None:
-    checkpoint = copy_case(case, tmp_path)
+    checkpoint = with_own_base(copy_case(case, tmp_path))
     path = inspect_tae(checkpoint).base / "model.safetensors"
     name = lie(path)
     with pytest.raises(CheckpointError) as caught:
