@@ -74,6 +74,8 @@ class MeasuredCell:
 
     def metadata(self, num_activations: int) -> pa.Table | None:
         """Return documents, groups and distances of the first activations; None where nothing has them."""
+        if not self.activations_key:  # a record that does not say over which activations it ran
+            return None
         table = activation_metadata.read_metadata(self.registry, self.activations_key, self.kind, num_activations)
         if table is not None:
             return table
@@ -221,6 +223,12 @@ MEANING = ("baseline", "failed_error", "selection")
 
 def _check_comparable(a: MeasuredCell, b: MeasuredCell) -> None:
     """Raise RequestError for two cells whose FVEs must not be subtracted."""
+    if not a.activations_key or not b.activations_key:
+        unknown = b if a.activations_key else a
+        raise RequestError(
+            f"the run of {unknown.label} does not say over which activations it ran, so it cannot be paired with another: "
+            "compare their curves side by side (fve_by_k), or run its sweep again"
+        )
     if a.activations_key != b.activations_key:
         raise RequestError(
             f"{a.label} and {b.label} are over different activations ({a.activations_key[:8]} and {b.activations_key[:8]}: "

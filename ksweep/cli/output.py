@@ -13,8 +13,19 @@ import typer
 if TYPE_CHECKING:
     import pyarrow as pa
 
-RegistryOption = Annotated[Path, typer.Option("--registry", help="Directory of landing files, draws and the database.")]
-VectorCacheOption = Annotated[Path, typer.Option("--vector-cache", help="Directory of cached activations.")]
+
+def _directory(text: str | Path) -> Path:
+    """Return a directory as typed; without a name it would be the current one, into which an index would be written."""
+    if not str(text).strip():
+        raise typer.BadParameter("it is empty: give the path of a directory ('.' is the current one)")
+    return Path(text)
+
+
+_OF_REGISTRY = "Directory of landing files, draws and the database."
+RegistryOption = Annotated[Path, typer.Option("--registry", parser=_directory, metavar="PATH", help=_OF_REGISTRY)]
+VectorCacheOption = Annotated[
+    Path, typer.Option("--vector-cache", parser=_directory, metavar="PATH", help="Directory of cached activations.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 OutputRow = dict[str, Any]

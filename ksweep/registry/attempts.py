@@ -97,7 +97,7 @@ def read_attempts(path: Path) -> list[Attempt]:
         attempts = [Attempt.from_json(entry) for entry in entries]
     except OSError as error:
         raise LandingError(f"{path.name} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LandingError(f"{path.name} holds no attempts of a job ({error}): cut short or altered") from error
     if {attempt.job for attempt in attempts} != {path.stem}:
         raise LandingError(f"{path.name} is the record of another job: was the file renamed or copied?")

@@ -454,7 +454,7 @@ def _record_json(path: Path) -> dict[str, Any]:
         raw = json.loads((path / "record.json").read_bytes())
     except OSError as error:
         raise LandingError(f"{path.name}/record.json cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LandingError(f"{path.name}/record.json is not valid JSON ({error}): cut short or altered") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("format"), int) or not isinstance(raw.get("files"), dict):
         raise LandingError(f"{path.name}/record.json has no format and file list: not written by ksweep")

@@ -112,7 +112,7 @@ def read_sweep_record(path: Path) -> SweepRecord:
             raise LandingError(f"{path.name} is the record of {raw['id']}: was the file renamed or copied?")
     except OSError as error:
         raise LandingError(f"{path.name} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LandingError(f"{path.name} holds no record of a sweep ({error}): cut short or altered") from error
     return record
 

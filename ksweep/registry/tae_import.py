@@ -115,7 +115,7 @@ def _parse(path: Path, data: bytes) -> TableRow:
             tree = json.loads(text)
         except ValueError:
             tree = json.loads(re.sub(r",(\s*[}\]])", r"\1", text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"result file {path} is not valid JSON ({error}); is it whole?") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("results_by_k"), list) or not tree["results_by_k"]:
         raise DataError(f"{path} is not a result file of the reference sweep: expected an object with a list `results_by_k`")

@@ -168,3 +168,35 @@ finally:
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr and "nonsense" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("ls", "--registry", ""), ("db", "ingest", "--registry", " "), ("cache", "ls", "--vector-cache", "")]
+)
+def test_a_directory_without_a_name_is_refused_and_nothing_is_written_here(
+    command: Command, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*words)
+    assert code == 2 and "it is empty" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"[" * 100_000, "not valid JSON"), (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"), (b"\xff{", "can't decode byte 0xff")],
+    ids=["brackets", "digits", "bytes"],
+)
+def test_a_result_file_that_no_reader_can_take_is_refused_in_a_sentence(
+    command: Command, registry: Path, tmp_path: Path, content: bytes, words: str
+) -> None:
+    (tmp_path / "result.json").write_bytes(content)
+    code, _, err = command("import-json", str(tmp_path / "result.json"), "--registry", str(registry))
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_runs_that_do_not_say_over_which_activations_they_ran_are_not_paired(command: Command, registry: Path) -> None:
+    for name, temperature in (("r0", 0.5), ("r1", 1.0)):
+        write_run(registry, record_of(name, temperature=temperature), curve_of(), controls_of())
+    code, _, err = command("diff", "r0", "r1", "--registry", str(registry))
+    assert code == 2 and "does not say over which activations it ran" in err
