@@ -69,7 +69,7 @@ def test_architecture_has_every_room_on_the_floor_of_the_contract() -> None:
 
 
 def test_architecture_and_contributing_name_files_and_functions_that_exist() -> None:
-    for document in (ARCHITECTURE, (ROOT / "CONTRIBUTING.md").read_text()):
+    for document in (ARCHITECTURE, *((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "docs/security.md"))):
         paths = re.findall(r"`((?:\w+/)+\w+\.(?:py|sql|md|svg))(?::(\w+))?", document)
         assert paths
         for path, name in paths:

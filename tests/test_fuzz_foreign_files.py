@@ -1,0 +1,328 @@
+"""Files of somebody else, changed at random: what comes out is a value or an error of ksweep's own, never another exception.
+
+    pytest tests/test_fuzz_foreign_files.py -s                     # some thousand inputs, half a minute
+    KSWEEP_TRIALS=50 pytest tests/test_fuzz_foreign_files.py -s    # fifty times as many
+
+Seeded: the same inputs in every run of as many trials. Each test prints how many inputs it tried, how many were refused, and by
+how much the memory of the process grew at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from ksweep.activations.datasets import read_documents
+from ksweep.activations.vector_source import read_vectors_sidecar
+from ksweep.autoencoder.nla.checkpoint import inspect_nla
+from ksweep.autoencoder.nla.family import stated_training_norm
+from ksweep.autoencoder.tae.checkpoint import inspect_tae
+from ksweep.autoencoder.tae.torch_file import read_checkpoint
+from ksweep.autoencoder.texts_file import read_texts_file
+from ksweep.config.spec import Activations
+from ksweep.registry.run_record import read_run, write_run
+from ksweep.utils.errors import RequestError, RunError, StoreError
+from ksweep.utils.files import read_json
+from ksweep.utils.tensor_headers import read_header
+from tests.autoencoder import test_tae_crafted_pickles as crafted
+from tests.autoencoder.test_lying_headers import with_own_base
+from tests.autoencoder.test_tae_refusals import copy_case
+from tests.registry.landed_runs import controls_of, curve_of, record_of, signed
+from tests.tiny_models import FIXTURES
+from tests.utils.test_tensor_headers import header_of, with_header
+
+pytestmark = [pytest.mark.slow, pytest.mark.trials, pytest.mark.timeout(7200)]
+
+TRIALS = int(os.environ.get("KSWEEP_TRIALS", "1"))
+MOST_GROWTH = 160 << 20
+"""Bytes that reading any number of these files may add to the memory of the process; 48 MB of them are a pickle's budget."""
+
+
+def fuzzed(inputs: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test on `inputs` times TRIALS inputs, the same in every run."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        quiet = settings(
+            max_examples=inputs * TRIALS, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        return seed(18)(quiet(given(**strategies)(function)))
+
+    return decorate
+
+
+class Tally:
+    """Counts inputs, and lets ksweep's own errors pass."""
+
+    def __init__(self) -> None:
+        self.tried = self.refused = 0
+
+    def read(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self.tried += 1
+        try:
+            return function(*arguments)
+        except (RequestError, RunError, StoreError) as error:
+            self.refused += 1
+            assert str(error) and len(str(error)) < 3000
+            str(error).encode()
+            return None
+
+
+def memory_peak() -> int:
+    with suppress(OSError, IndexError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+    return 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Import what reading imports, so that it does not count as growth."""
+    inspect_nla(FIXTURES / "qwen2_text" / "nla-av", "av")
+    inspect_nla(FIXTURES / "qwen2_text" / "nla-ar", "ar")
+    inspect_tae(copy_case("gpt2_patch_all", tmp_path_factory.mktemp("imports")))
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before, counts = memory_peak(), Tally()
+    yield counts
+    growth = memory_peak() - before
+    print(f"\n{request.node.name}: {counts.tried} inputs, {counts.refused} refused, memory +{growth >> 20} MB at most")
+    assert counts.tried >= 100 and growth < MOST_GROWTH
+
+
+@contextmanager
+def changed(path: Path, data: bytes) -> Iterator[Path]:
+    """A file with other content while the body runs; of another time, since readers remember files that have not changed."""
+    good = path.read_bytes()
+    path.write_bytes(data)
+    try:
+        yield path
+    finally:
+        path.write_bytes(good)
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Bytes flipped, cut out, doubled, or replaced by others that parsers look at."""
+    content = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at = rng.randrange(len(content) + 1)
+        length = rng.choice((1, 1, 2, 4, 8, 64))
+        part = rng.choice((
+            bytes(rng.randrange(256) for _ in range(length)), b"\xff" * length, bytes(length), b"",
+            content[at : at + length] * 2,
+            struct.pack("<Q", rng.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)))[:length],
+            rng.choice((b"[", b"{", b"]", b"}", b'"', b"\\ud800", b"9" * 64, b"*a", b"&a", b"<<: ", b": ", b"\n", b"1e999")),
+        ))  # fmt: skip
+        content[at : at + rng.choice((0, length))] = part
+    return bytes(content)
+
+
+randoms = st.randoms(use_true_random=False)
+numbers = st.one_of(
+    st.integers(-3, 3),
+    st.sampled_from([2**31 - 1, 2**31, 2**53, 2**63, -(2**63), 2**64, 2**255, 10**400, -(10**4000)]),
+    st.booleans(),
+    st.none(), st.floats(), st.sampled_from([1e308, -1e308, 5e-324]),
+)  # fmt: skip
+words = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(["", "av", "ar", "{", "{explanation}", "\x1b[31m", "\x00", "é" * 500, "a\nb", "../..", "/", "~"]),
+)
+values = st.recursive(
+    numbers | words, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=12
+)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place of a tree of dictionaries and lists."""
+    entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [place for key, value in entries for place in ((*path, key), *places(value, (*path, key)))]
+
+
+def with_value(tree: Any, value: Any, rng: random.Random) -> Any:
+    """A copy with another value at a place, without that place, or with a key more."""
+    copy = json.loads(json.dumps(tree))
+    *above, last = rng.choice(places(copy))
+    parent = copy
+    for key in above:
+        parent = parent[key]
+    if rng.random() < 0.1:
+        del parent[last]
+    elif isinstance(parent, dict) and rng.random() < 0.1:
+        parent[str(value)[:20]] = value
+    else:
+        parent[last] = value
+    return copy
+
+
+# the unpickler and what is built on it
+
+
+def random_pickle(rng: random.Random) -> bytes:
+    """Opcodes in an order that makes sense more often than chance would have it."""
+    pieces = [*crafted.CARRIED.values(), *(value for value, _ in crafted.REFUSED.values() if len(value) < 2000)]
+    atoms = [
+        crafted.NONE, crafted.EMPTY_TUPLE, b"]", b"}", b"(", b"K\x05", b"t", b"\x85", b"\x86", b"\x87", b"R", b"\x81",
+        b"b", b"a", b"e", b"s", b"u", b"Q", b"h\x00", b"q\x00", b"q\x01", b"h\x01", b"0", b"2",
+        crafted.text("storage"),
+        crafted.content(9),
+        *map(crafted.name, (
+            "numpy.dtype", "numpy.ndarray", "torch.FloatStorage", "collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
+            "torch._utils._rebuild_tensor_v3", "torch._tensor._rebuild_from_type_v2", "torch.Size", "builtins.set",
+            "numpy._core.multiarray.scalar", "torch._utils._rebuild_parameter",
+        )),
+    ]  # fmt: skip
+    return b"".join(rng.choice(atoms if rng.random() < 0.7 else pieces) for _ in range(rng.randrange(1, 20)))
+
+
+def test_pickles_of_random_opcodes(tally: Tally, tmp_path: Path) -> None:
+    @fuzzed(600, rng=randoms)
+    def trial(rng: random.Random) -> None:
+        tally.read(read_checkpoint, crafted.crafted(tmp_path / "x.pt", crafted.in_dictionary(random_pickle(rng))))
+
+    trial()
+
+
+def test_checkpoint_files_with_changed_bytes(tally: Tally, tmp_path: Path) -> None:
+    """Changes of the pickle and of the list of records of a real file, which is then inspected as the launcher does."""
+    path = copy_case("gpt2_patch_all", tmp_path)
+    good = path.read_bytes()
+    pickle_at, list_at = good.index(b"\x80\x02}"), good.index(b"PK\x01\x02")
+    pickle_end = good.index(b"PK\x03\x04", pickle_at)
+
+    @fuzzed(150, rng=randoms)
+    def trial(rng: random.Random) -> None:
+        begin, end = rng.choice(((pickle_at, pickle_end), (list_at, len(good))))
+        part = mutated(good[begin:end], rng)
+        kept = part[: end - begin].ljust(end - begin, b"\x00") if rng.random() < 0.8 else part  # offsets stay right
+        with changed(path, good[:begin] + kept + good[end:]):
+            tally.read(inspect_tae, path)
+
+    trial()
+
+
+def test_configurations_of_checkpoints_with_other_values(tally: Tally, tmp_path: Path) -> None:
+    """config.json of the base with another value at a random place."""
+    path = with_own_base(copy_case("gemma3_patch_two", tmp_path))
+    config = inspect_tae(path).base / "config.json"
+    good = json.loads(config.read_text())
+
+    @fuzzed(100, value=values, rng=randoms)
+    def trial(value: Any, rng: random.Random) -> None:
+        with changed(config, json.dumps(with_value(good, value, rng)).encode()):
+            tally.read(inspect_tae, path)
+
+    trial()
+
+
+# sidecars, configurations and headers of pairs
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "qwen2_text", tmp_path / "pair"))
+
+
+@pytest.mark.parametrize("role", ["av", "ar"])
+def test_sidecars_with_other_values_and_bytes(role: Any, tally: Tally, pair: Path) -> None:
+    path = pair / f"nla-{role}" / "nla_meta.yaml"
+    good, of_vectors = path.read_bytes(), pair / "x.nla_meta.yaml"
+    tree = json.loads(json.dumps(yaml.safe_load(good)))
+
+    @fuzzed(100, value=values, rng=randoms)
+    def trial(value: Any, rng: random.Random) -> None:
+        text = yaml.safe_dump(with_value(tree, value, rng)).encode() if rng.random() < 0.5 else mutated(good, rng)
+        of_vectors.write_bytes(text.replace(b"nla_model", b"nla_dataset"))
+        tally.read(read_vectors_sidecar, pair / "x")
+        with changed(path, text):
+            tally.read(inspect_nla, path.parent, role)
+
+    trial()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "training_report.json"])
+def test_json_files_of_a_pair_with_other_values_and_bytes(name: str, tally: Tally, pair: Path) -> None:
+    path = pair / name if name == "training_report.json" else pair / "nla-av" / name
+    if not path.exists():
+        path.write_text('{"held_out": {"activation_norm": 12.5, "fve": 0.5}}')
+    good = path.read_bytes()
+
+    def inspect() -> None:
+        info = inspect_nla(pair / "nla-av", "av")
+        assert info.thinks in (True, False)
+        stated_training_norm(info)
+        read_json(path, "report")
+
+    @fuzzed(100, value=values, rng=randoms)
+    def trial(value: Any, rng: random.Random) -> None:
+        other = json.dumps(with_value(json.loads(good), value, rng)).encode() if rng.random() < 0.7 else mutated(good, rng)
+        with changed(path, other):
+            tally.read(inspect)
+
+    trial()
+
+
+def test_headers_of_weights_with_other_values_and_bytes(tally: Tally, pair: Path) -> None:
+    path = pair / "nla-ar" / "model.safetensors"
+    good = path.read_bytes()
+    header, length = header_of(path), 8 + int.from_bytes(good[:8], "little")
+
+    @fuzzed(300, value=values, rng=randoms)
+    def trial(value: Any, rng: random.Random) -> None:
+        if rng.random() < 0.5:
+            path.write_bytes(mutated(good[:length], rng) + good[length:])
+        else:
+            path.write_bytes(good)
+            with_header(path, lambda _: None, json.dumps(with_value(header, value, rng)).encode())
+        tally.read(read_header, path)
+
+    trial()
+
+
+# rows and run records
+
+
+def test_lines_of_json_with_other_values_and_bytes(tally: Tally, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    row = {"text": "a text", "row_id": "row:0", "position": 3, "document": "d", "explanation": "why"}
+
+    @fuzzed(250, value=values, rng=randoms)
+    def trial(value: Any, rng: random.Random) -> None:
+        lines = [json.dumps(row), json.dumps(with_value(row, value, rng)), json.dumps(row)]
+        data = "\n".join(lines).encode()
+        path.write_bytes(data if rng.random() < 0.6 else mutated(data, rng))
+        tally.read(lambda: list(read_documents(Activations(model="m", text=str(path), num_activations=1))))
+        tally.read(read_texts_file, str(path), "explanation")
+
+    trial()
+
+
+def test_run_records_with_other_values_and_bytes(tally: Tally, tmp_path: Path) -> None:
+    run = write_run(tmp_path, record_of("r1"), curve_of(), controls_of())
+    path = run / "record.json"
+    good = path.read_bytes()
+
+    @fuzzed(150, value=values, rng=randoms)
+    def trial(value: Any, rng: random.Random) -> None:
+        other = mutated(good, rng)
+        if rng.random() < 0.6:
+            other = signed(with_value(json.loads(good), value, rng)).encode()
+        with changed(path, other):
+            tally.read(read_run, run)
+
+    trial()
