@@ -346,7 +346,7 @@ def _published_digests(root: Path) -> list[str]:
 
 
 def _file_digest(path: Path) -> str:
-    """Return a digest of a file: 40 ms for 100 MB."""
+    """Return a digest of a file: 0.09 s for 100 MB on a busy core."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while part := file.read(1 << 22):
