@@ -20,13 +20,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ksweep import stats
 from ksweep.config.spec import Scoring
@@ -36,6 +37,7 @@ from ksweep.registry.activation_metadata import position_bucket
 from ksweep.registry.cell_draws import CellDraws
 from ksweep.registry.database import connect, ingest_landings, rebuild_database
 from ksweep.registry.draws import DRAWS_FILE_SCHEMA
+from ksweep.registry.part_labels import labelled, read_label
 from ksweep.registry.run_record import RunRecord, write_run
 from ksweep.registry.scores import scored_unit
 from ksweep.registry.stored_queries import queries
@@ -107,8 +109,14 @@ def copy_run(root: Path, model: RunRecord, number: int, num_activations: int) ->
     shutil.copytree(source, place)
     files = json.loads((source / "record.json").read_text())["files"]
     (place / "record.json").write_text(json.dumps({"format": 1, "files": files} | record.to_json()))
-    for store in ("draws", "scores"):  # the labels of parts stay the model's; SQL does not read them
-        shutil.copytree(root / store / (model.draws_key or ""), root / store / (record.draws_key or ""))
+    for store in ("draws", "scores"):
+        copy = Path(shutil.copytree(root / store / (model.draws_key or ""), root / store / (record.draws_key or "")))
+        for path in copy.rglob("part-*.parquet"):
+            table = pq.read_table(path, partitioning=None)
+            label = read_label(table.schema)
+            assert label is not None
+            label = replace(label, keys={**label.keys, "draws": copy.name})
+            pq.write_table(labelled(table, label), path, compression="zstd", write_page_checksum=True)
 
 
 def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
@@ -126,8 +134,7 @@ def make_run(root: Path, number: int, num_activations: int) -> RunRecord:
     store = CellDraws(root, record.draws_key or "", record.scores_key or "")
     for first in range(0, num_activations, 64):
         unit, rows = WorkUnit(first, first + 64, 0, NUM_DRAWS), draws.slice(first * NUM_DRAWS, 64 * NUM_DRAWS)
-        store.publish_draws(unit, rows)
-        store.publish_scores(scored_unit(unit), rows)
+        store.publish_scores(scored_unit(unit), rows, store.publish_draws(unit, rows))
     rows = [
         {
             "metric": "fve", "k": k, "fve": curve.fve[i], "fve_low": curve.fve_low[i], "fve_high": curve.fve_high[i],

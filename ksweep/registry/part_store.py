@@ -164,8 +164,8 @@ class PartStore(ABC, Generic[Part]):
             return str(error).splitlines()[0]
         try:
             reason = mismatch(table, part, self.num_rows(part)) or self._label_mismatch(table)
-        except ValueError as error:
-            reason = str(error)
+        except (ValueError, TypeError, pa.ArrowException) as error:  # a label that is none, a column of another type
+            reason = str(error).splitlines()[0]
         return by_activation_and_draw(table) if reason is None else reason
 
     def read(self, num_activations: int, num_draws: int, columns: Sequence[str] | None = None) -> pa.Table | None:

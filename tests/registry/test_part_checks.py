@@ -64,6 +64,16 @@ def test_rows_of_a_part_with_a_flipped_bit_are_left_out_and_the_part_is_named(
     assert answer(tmp_path) == whole
 
 
+@pytest.mark.parametrize(("old", "new"), [(b"cosine", b"cosinm"), (b"text", b"uext"), (b"row_id", b"row_ie")])
+def test_a_part_with_a_renamed_column_is_left_out(tmp_path: Path, old: bytes, new: bytes) -> None:
+    store = stored(tmp_path)
+    whole, path = answer(tmp_path), sorted(store.draws.path.glob("part-*"))[1]
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[:footer] + data[footer:].replace(old, new))
+    assert answer(tmp_path) == whole[:64]
+
+
 def test_a_part_under_another_key_is_left_out(tmp_path: Path) -> None:
     cold, hot = stored(tmp_path, "cold"), stored(tmp_path, "hot", error=3.0)
     whole = answer(tmp_path)
