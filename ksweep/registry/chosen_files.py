@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ksweep.registry.part_labels import label_of, labelled, read_label
 from ksweep.utils.files import publish
 from ksweep.utils.fingerprint import fingerprint
 
@@ -55,9 +56,24 @@ def record_chosen(registry: Path, rows: pa.Table) -> Path:
 
     The same rows again are written with the present time: of several answers to one question the last one counts.
     """
-    path = registry / "chosen" / f"{fingerprint(rows.to_pylist())}.parquet"
+    key = fingerprint(rows.to_pylist())
+    path = registry / "chosen" / f"{key}.parquet"
     now = pa.array([datetime.now(UTC).replace(tzinfo=None)] * len(rows), pa.timestamp("us"))
     sink = pa.BufferOutputStream()
-    pq.write_table(rows.cast(CHOSEN_SCHEMA).append_column("recorded", now), sink, compression="zstd")
+    table = rows.cast(CHOSEN_SCHEMA).append_column("recorded", now)
+    label = label_of(table, {"chosen": key}, CHOSEN_FILE_SCHEMA.names)
+    pq.write_table(labelled(table, label), sink, compression="zstd", write_page_checksum=True)
     publish(path, sink.getvalue().to_pybytes())
     return path
+
+
+def damage_of_chosen(path: Path, by_sql: pa.Table) -> str | None:
+    """Return what is wrong with a file, of which SQL sees these rows; None if it is whole."""
+    try:
+        label = read_label(pq.read_schema(path))
+        if missing := set(CHOSEN_FILE_SCHEMA.names).difference(by_sql.column_names):
+            return f"it has no column {min(missing)}"
+        # Files of earlier versions have no label.
+        return None if label is None else label.mismatch(by_sql, {"chosen": path.stem})
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        return str(error).splitlines()[0]

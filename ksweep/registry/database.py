@@ -613,8 +613,8 @@ def _make_file_views(connection: duckdb.DuckDBPyConnection, root: Path, damaged:
         "SCORES_PARTS": ["scores/_schema/_schema/part-empty.parquet", "scores/*/*/part-*.parquet"],
         "METRIC_PARTS": ["scores/_schema/_schema/metric-empty.parquet", "scores/*/*/metric-*.parquet"],
         "METRIC_IDENTITIES": ["scores/*/*/identity.json"],
-        "CHOSEN": ["chosen/[!.]*.parquet"],
-        "ACTIVATIONS": [f"*/[!.]*/{ACTIVATIONS_FILE}"],
+        "CHOSEN": ["chosen/empty.parquet", "chosen/[!.]*.parquet"],
+        "ACTIVATIONS": ["draws/_schema/activations.parquet", f"*/[!.]*/{ACTIVATIONS_FILE}"],
     }
     for placeholder, files in patterns.items():
         listed = ", ".join(_quoted(f"{_glob_escaped(root)}/{pattern}") for pattern in files)

@@ -3,7 +3,7 @@
 
 CREATE VIEW activations AS
 SELECT parse_path(a.filename)[-2] AS run_id, a.activation, a.row_id, a.document, a.position, a.role, a.norm, a.distance, a.num_failed, a.ks, a.errors
-FROM read_parquet('ACTIVATIONS', union_by_name = false, filename = true) AS a;
+FROM read_parquet('ACTIVATIONS', union_by_name = false, filename = true) AS a WHERE 'IS_WHOLE';
 COMMENT ON VIEW activations IS 'One row per run and activation, read directly from the files of the runs (one file per run: filter by run_id).';
 COMMENT ON COLUMN activations.run_id IS 'Run that measured the errors.';
 COMMENT ON COLUMN activations.activation IS 'Index of the activation within its store, 0-based.';
@@ -88,10 +88,10 @@ COMMENT ON VIEW best_draws IS 'The best of all stored draws of each activation, 
 
 CREATE VIEW stored_metrics AS
 WITH identities AS (
-    SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS metric_key, metric, recorded::TIMESTAMP AS recorded, columns
+    SELECT parse_path(filename)[-3] AS draws_key, parse_path(filename)[-2] AS metric_key, metric, TRY_CAST(recorded AS TIMESTAMP) AS recorded, columns
     FROM read_json('METRIC_IDENTITIES', filename = true, format = 'unstructured', columns = {
         metric: 'VARCHAR', recorded: 'VARCHAR', columns: 'MAP(VARCHAR, STRUCT(description VARCHAR, better VARCHAR))'})
-    WHERE recorded IS NOT NULL  -- identities of reconstruction have none
+    WHERE recorded IS NOT NULL AND 'IS_WHOLE'  -- identities of reconstruction have none
 ), newest AS (
     SELECT * FROM identities QUALIFY row_number() OVER (PARTITION BY draws_key, metric ORDER BY recorded DESC, metric_key DESC) = 1
 ), columns AS (
@@ -128,7 +128,7 @@ COMMENT ON COLUMN draw_scores.value IS 'The score; NULL where the draw failed or
 COMMENT ON COLUMN draw_scores.scores_key IS 'Of reconstruction, the key of the AR''s scores, as in draws; NULL for other metrics, and for parts of earlier versions, which hold draws and scores together.';
 
 CREATE VIEW chosen_curves AS
-SELECT * FROM read_parquet('CHOSEN')
+SELECT * FROM (SELECT * EXCLUDE (filename) FROM read_parquet('CHOSEN', filename = true) WHERE 'IS_WHOLE')
 WHERE run_id IN (SELECT run_id FROM v_latest)
 QUALIFY row_number() OVER (PARTITION BY run_id, chosen_by, reported, k, level ORDER BY recorded DESC) = 1;
 COMMENT ON VIEW chosen_curves IS 'One row per cell, choosing score, reported score and K: best-of-K chosen by one score and reported in another, as `ksweep choose` recorded it, from the newest finished run of each cell.';

@@ -67,6 +67,16 @@ def metric_layout_at(directory: Path) -> MetricLayout | None:
         return None
 
 
+def is_identity(path: Path) -> bool:
+    """Return whether an identity.json can be read by the view of stored metrics."""
+    try:
+        content = json.loads(path.read_bytes())
+        columns = content.get("columns", {})
+        return all(isinstance(column["description"], str) and isinstance(column["better"], str) for column in columns.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 def _stored_metric(path: Path) -> StoredMetric | None:
     layout = metric_layout_at(path.parent)
     try:

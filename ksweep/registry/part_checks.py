@@ -20,10 +20,12 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
+from ksweep.registry.chosen_files import damage_of_chosen
 from ksweep.registry.draws import DRAWS_FILE_SCHEMA
-from ksweep.registry.metric_scores import MetricScores, metric_layout_at, texts_of
+from ksweep.registry.metric_scores import IDENTITY_FILE, MetricScores, is_identity, metric_layout_at, texts_of
 from ksweep.registry.part_labels import column_digest, read_label
 from ksweep.registry.part_store import PartStore
+from ksweep.registry.run_record import ACTIVATIONS_FILE, damage_of_table
 from ksweep.registry.scores import RECONSTRUCTION, MetricLayout, ScoresStore
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class DamagedPart:
 
 
 def damaged_parts(registry: Path, read_by_sql: ReadBySql, *, again: bool = False) -> tuple[DamagedPart, ...]:
-    """Return the parts of draws and scores that fail their check. Reads only files that no earlier call has found whole.
+    """Return the files of views that fail their check. Reads only those that no earlier call has found whole.
 
     Nothing is set aside, so it may be called by any reader; where the directory cannot be written, the next process checks again.
 
@@ -62,7 +64,7 @@ def damaged_parts(registry: Path, read_by_sql: ReadBySql, *, again: bool = False
     if len(unread) >= MANY:
         log.warning("reading %d parts of draws and scores in %s once, to find damaged ones", len(unread), registry)
     for name, state in unread.items():
-        if (reason := _damage(registry, *_store_and_part(registry, name), read_by_sql)) is None:
+        if (reason := _damage(registry, name, read_by_sql)) is None:
             newly_passed[name] = state
         else:
             damaged.append(DamagedPart(registry / name, reason))
@@ -73,11 +75,24 @@ def damaged_parts(registry: Path, read_by_sql: ReadBySql, *, again: bool = False
 def set_damaged_aside(registry: Path, damaged: Sequence[DamagedPart]) -> None:
     """Set aside parts that `damaged_parts` has found, so that the next run computes them again."""
     for one in damaged:
-        store, part = _store_and_part(registry, str(one.path.relative_to(registry)))
-        store.set_aside(part, one.reason)
+        if (name := str(one.path.relative_to(registry))).endswith(".parquet") and name.startswith(("draws/", "scores/")):
+            store, part = _store_and_part(registry, name)
+            store.set_aside(part, one.reason)
 
 
-def _damage(registry: Path, store: PartStore[Any], part: Any, read_by_sql: ReadBySql) -> str | None:
+def _damage(registry: Path, name: str, read_by_sql: ReadBySql) -> str | None:
+    path = registry / name
+    if path.name == IDENTITY_FILE:
+        return None if is_identity(path) else "it is no JSON object that describes scores"
+    if name.startswith("landing/"):
+        return damage_of_table(path)
+    if name.startswith("chosen/"):
+        by_sql = read_by_sql(path)
+        return by_sql if isinstance(by_sql, str) else damage_of_chosen(path, by_sql)
+    return _damage_of_part(registry, *_store_and_part(registry, name), read_by_sql)
+
+
+def _damage_of_part(registry: Path, store: PartStore[Any], part: Any, read_by_sql: ReadBySql) -> str | None:
     # 1. The checksums of its pages, the digests of its columns, its keys, its name.
     table = store.read_checked(part)
     if table is None or isinstance(table, str):
@@ -115,8 +130,8 @@ def _store_and_part(registry: Path, name: str) -> tuple[PartStore[Any], Any]:
 
 
 def _states(registry: Path) -> dict[str, str]:
-    """Return for each part, named relative to the registry, size and time of change of all that its check depends on."""
-    states: dict[str, str] = {}
+    """Return for each file, named relative to the registry, size and time of change of all that its check depends on."""
+    states, others = dict[str, str](), list[str]()
     for directory in _entries(registry / "draws"):
         states |= {f"draws/{directory}/{name}": state for name, state in _files(registry / "draws" / directory).items()}
     for draws_key in _entries(registry / "scores"):
@@ -126,6 +141,12 @@ def _states(registry: Path) -> dict[str, str]:
                 assert match is not None
                 of_draws = states.get(f"draws/{draws_key}/part-{match['part'] or match['span']}.parquet", "gone")
                 states[f"scores/{draws_key}/{scores_key}/{name}"] = f"{state} {of_draws}"
+            others.append(f"scores/{draws_key}/{scores_key}/{IDENTITY_FILE}")
+    others += [f"chosen/{name}" for name in _entries(registry / "chosen") if name.endswith(".parquet")]
+    others += [f"landing/{run}/{ACTIVATIONS_FILE}" for run in _entries(registry / "landing")]
+    for name in others:
+        if (of_file := _state(registry / name)) is not None:
+            states[name] = of_file
     return states
 
 
@@ -146,7 +167,7 @@ def _files(directory: Path) -> dict[str, str]:
 def _state(path: Path) -> str | None:
     try:
         stat = path.stat()
-    except FileNotFoundError:  # another job has set it aside
+    except (FileNotFoundError, NotADirectoryError):  # another job has set it aside; no directory of a run
         return None
     return f"{stat.st_size}:{stat.st_mtime_ns}"
 

@@ -394,7 +394,7 @@ def read_run(path: Path | str, *, of_each: bool = True) -> LandedRun:
     raw = _record_json(path)
     try:
         record = RunRecord.from_json(raw)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise LandingError(f"record.json of {path.name} is not a run record: {error}") from error
     if record.run_id != path.name:
         raise LandingError(f"{path.name}/record.json is the record of {record.run_id}: was the directory renamed or copied?")
@@ -413,6 +413,18 @@ def read_run(path: Path | str, *, of_each: bool = True) -> LandedRun:
         return replace(landed, norms=norms, activations=_stated_table(path / ACTIVATIONS_FILE, raw["files"], ACTIVATIONS_SCHEMA))
     except ValueError as error:
         raise LandingError(f"{path.name}: {error}") from error
+
+
+def damage_of_table(path: Path) -> str | None:
+    """Return how a file of a run differs from what the run's record says; None if it does not."""
+    try:
+        stated = _record_json(path.parent)["files"].get(path.name)
+        if stated is None:
+            return "the run's record does not name it"
+        _read_parquet(path, stated)
+    except LandingError as error:
+        return str(error)
+    return None
 
 
 def damaged_runs(registry_root: Path | str) -> dict[Path, str]:

@@ -6,13 +6,19 @@ import random
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from ksweep.registry import database, part_checks
 from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.chosen_files import CHOSEN_SCHEMA, record_chosen
 from ksweep.registry.database import check_parts, connect
+from ksweep.registry.metric_scores import MetricScores
 from ksweep.registry.part_checks import CHECKED, set_damaged_aside
+from ksweep.registry.run_record import ACTIVATIONS_SCHEMA, write_run
+from ksweep.registry.scores import MetricLayout
 from ksweep.registry.work_units import WorkUnit
+from tests.registry.landed_runs import curve_of, record_of
 from tests.stored_rows import publish_unit, rows_of, write_earlier_part
 
 UNITS = (WorkUnit(0, 8, 0, 8), WorkUnit(8, 16, 0, 8))
@@ -159,3 +165,47 @@ def test_a_json_file_beside_the_parts_counts_only_as_it_was_written(tmp_path: Pa
         path.write_bytes(content)
         flip(path, rng.randrange(8 * len(content)))
         assert store.controls() in (None, {"empty_text": 1.5, "gain": None})
+
+
+ASKED_OF_OTHERS = ("FROM activations ORDER BY ALL", "FROM chosen_curves ORDER BY ALL", "FROM stored_metrics ORDER BY ALL")
+
+
+def other_answers(registry: Path) -> list[list[tuple[object, ...]]]:
+    with connect(registry) as connection:
+        return [connection.execute(question).fetchall() for question in ASKED_OF_OTHERS]
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> list[Path]:
+    """Files of the other views: activations of a run, a recorded choice, the identity of a metric; each of two kinds alike."""
+    for i in range(2):
+        name = f"run{i}"
+        activations = pa.Table.from_pylist(
+            [{"activation": a, "row_id": f"r{a}", "norm": 1.0, "ks": [1], "errors": [0.5]} for a in range(4)], ACTIVATIONS_SCHEMA
+        )
+        write_run(tmp_path, record_of(name, temperature=0.5 + i), curve_of(), activations=activations)
+        row = {"cell": name, "label": name, "chosen_by": "error", "reported": "judge", "k": 1, "value": 0.5, "run_id": name}
+        record_chosen(tmp_path, pa.Table.from_pylist([row], CHOSEN_SCHEMA))
+        layout = MetricLayout(metric=f"judge{i}", columns={"score": ("what a judge says", "higher")})
+        MetricScores(tmp_path, "draws-key", f"metric{i}", layout).record({"from": "a judge"})
+    patterns = ("landing/run1/activations.parquet", "chosen/[0-9a-f]*.parquet", "scores/draws-key/metric1/identity.json")
+    return [sorted(tmp_path.glob(pattern))[-1] for pattern in patterns]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", range(3))
+def test_flips_in_the_files_of_the_other_views_leave_out_their_rows_and_stop_nobody(
+    tmp_path: Path, others: list[Path], view: int
+) -> None:
+    whole, rng, left_out = other_answers(tmp_path), random.Random(view), 0
+    path = others[view]
+    content = path.read_bytes()
+    for _ in range(50):
+        flip(path, rng.randrange(8 * len(content)))
+        shown = other_answers(tmp_path)
+        assert shown[:view] + shown[view + 1 :] == whole[:view] + whole[view + 1 :]
+        if view < 2:  # a flip in the text of an identity is not noticed where it stays an identity
+            assert shown[view] == whole[view] or set(map(str, shown[view])) < set(map(str, whole[view]))
+        left_out += shown[view] != whole[view]
+        path.write_bytes(content)
+    assert left_out > 10 and other_answers(tmp_path) == whole
