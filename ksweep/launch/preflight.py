@@ -45,7 +45,7 @@ def plan_cells(
     for cell, key in zip(cells, keys, strict=True):
         fact = _gather_facts(sweep, cell, key, finished.get(key.cell), planned)
         facts.append(replace(fact, job=jobs.live_job_on(key.cell), failure=failed.get(key.cell) or jobs.failures.get(key.cell)))
-        if key.cell not in finished:
+        if fact.finished_run is None:
             planned.append((key, (cell.activations.num_activations, cell.sampling.effective_num_draws)))
     return plan_steps(facts, retry=retry)
 
@@ -60,6 +60,8 @@ def _gather_facts(
     wanted = (cell.activations.num_activations, cell.sampling.effective_num_draws)
     store = CellDraws(registry, keys.draws, keys.scores, keys.combined)
     coverage = store.coverage_with_earlier(*wanted)
+    if finished_run is not None and store.has_lost(*wanted):
+        finished_run = None
     is_given = family_of(cell.autoencoder).draws_are_given
     if is_given:
         coverage.drawn[:] = True

@@ -89,6 +89,22 @@ class CellDraws:
         """Return whether every draw is visible on disk with its scores."""
         return bool(self.coverage(num_activations, num_draws).scored.all())
 
+    def has_lost(self, num_activations: int, num_draws: int) -> bool:
+        """Return whether draws or scores of a cell that was complete have gone without anybody's intent.
+
+        That is where a part was set aside as damaged, and where another job's part has since come to count for some draws. What a
+        user has deleted is not looked for.
+        """
+        parts = self.draws.parts()
+        coverage = self._coverage(parts, _owners(parts, num_activations, num_draws))
+        if coverage.scored.all():
+            return False
+        scored, known = np.zeros_like(coverage.scored), set(parts)
+        for unit in self.scores.parts():
+            if unit.of in known:
+                scored[unit.index()] = True
+        return bool(scored.all()) or self.draws.has_damaged() or self.scores.has_damaged()
+
     def still_missing(self, unit: WorkUnit) -> list[WorkUnit]:
         """Return the draws of a unit that are still missing: another sweep may have published some meanwhile."""
         return self.draws.still_missing(unit)
@@ -143,7 +159,7 @@ class CellDraws:
 
     def take_over_earlier(self, num_activations: int, num_draws: int) -> None:
         """Copy those draws of earlier versions that are missing here, and their scores if this AR gave them."""
-        for store, parts in self._lacking_from_earlier(num_activations, num_draws):
+        for store, parts in self._lacking_from_earlier(num_activations, num_draws, are_taken=True):
             with_scores = self._has_these_scores(store)
             for part in parts:
                 if (table := store.read_part(part)) is not None:
@@ -157,13 +173,18 @@ class CellDraws:
         lacking = self._lacking_from_earlier(num_activations, num_draws)
         return sum(store.size_of(part) for store, parts in lacking for part in parts)
 
-    def _lacking_from_earlier(self, num_activations: int, num_draws: int) -> Iterator[tuple[EarlierDraws, list[WorkUnit]]]:
-        """Yield each earlier directory with those of its parts that have something which no store before it has."""
-        stores = self._earlier()
-        if not stores:
-            return
-        coverage = self.coverage(num_activations, num_draws)
-        for store in stores:
+    def _lacking_from_earlier(
+        self, num_activations: int, num_draws: int, *, are_taken: bool = False
+    ) -> Iterator[tuple[EarlierDraws, list[WorkUnit]]]:
+        """Yield each earlier directory with those of its parts that have something which no store before it has.
+
+        With `are_taken` the caller takes the parts over before it asks for the next directory; a damaged one is then looked for
+        there.
+        """
+        coverage = None
+        for store in self._earlier():
+            if coverage is None or are_taken:
+                coverage = self.coverage(num_activations, num_draws)
             wanted = coverage.scored if self._has_these_scores(store) else coverage.drawn
             parts = []
             for part in store.parts_meeting(num_activations, num_draws):

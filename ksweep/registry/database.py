@@ -49,7 +49,7 @@ from ksweep.registry.part_checks import DamagedPart, damaged_parts
 from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, LandedRun, LandingError, RunRecord, read_run
 from ksweep.registry.scores import LONG_SCHEMA, RECONSTRUCTION_SCHEMA
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
-from ksweep.utils.errors import DiskFullError, RequestError, StoreError
+from ksweep.utils.errors import DiskFullError, RequestError, RunError, StoreError
 from ksweep.utils.files import flush_to_disk, locked, publish
 from ksweep.utils.fingerprint import canonical_json
 
@@ -172,7 +172,7 @@ def ingest_landings(root: Path | str) -> IngestReport:
             # 2. compare again: the previous holder of the lock may have ingested the same files. The database is read anew, for a
             #    network file system may return the times of an earlier file for some seconds.
             _state_of_file.cache_clear()
-            plan = _plan(root)
+            plan = _plan(root, damaged=plan.damaged)
             if plan.has_work:
                 # 3. build the next file beside the database and rename it into place
                 if plan.rebuilt not in (None, NO_DATABASE, OTHER_VERSION, NO_DIGEST):
@@ -203,15 +203,29 @@ def connect(root: Path | str = "registry") -> duckdb.DuckDBPyConnection:
     database = root_here / DATABASE
     try:
         ingest_landings(root)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not database.exists():
+    except (OSError, DiskFullError) as error:
+        code = error.errno if isinstance(error, OSError) else errno.ENOSPC
+        if code not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT) or not database.exists():
             raise
         if (reason := _state(root_here)[1]) is not None:
             raise StoreError(
                 f"{database} cannot be used ({reason}) and its directory cannot be written: its owner runs `ksweep db ingest`"
             ) from error
-        log.warning("%s cannot be brought up to date (%s): reading it as it is", database, error.strerror)
+        log.warning("%s cannot be brought up to date (%s): reading it as it is", database, os.strerror(code))
+        return _open_without_damaged(root_here)
     return _open(database)
+
+
+def _open_without_damaged(root: Path) -> duckdb.DuckDBPyConnection:
+    """Open a database that cannot be brought up to date; if its views show parts that are damaged by now, open a copy."""
+    state, damaged = _state(root)[0], _damaged_paths(root)
+    if state is None or (state.root, state.damaged) == (str(root), damaged):
+        return _open(root / DATABASE)
+    with tempfile.TemporaryDirectory(prefix="ksweep-") as directory:
+        copied = Path(shutil.copyfile(root / DATABASE, Path(directory) / DATABASE))
+        with _writing(copied) as connection:
+            _make_file_views(connection, root, damaged)
+        return _attached(copied)
 
 
 # What is new
@@ -249,13 +263,11 @@ class _Plan:
         return bool(self.new or self.removed or self.rebuilt or self.views_differ)
 
 
-def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
+def _plan(root: Path, from_nothing: str | None = None, damaged: tuple[str, ...] | None = None) -> _Plan:
+    """Compare the registry's files with the database; `damaged` saves checking parts again."""
     on_disk = _names_on_disk(root)
     state, reason = (None, from_nothing) if from_nothing else _state(root)
-    parts = check_parts(root)
-    for part in parts:
-        _warn_of(part)
-    damaged = tuple(str(part.path) for part in parts)
+    damaged = _damaged_paths(root) if damaged is None else damaged
     if state is None:
         return _Plan(tuple(sorted(on_disk)), (), reason, damaged, False)
     repaired = {name for name in state.quarantined if name in on_disk and _signature(root, name) != state.signatures[name]}
@@ -265,7 +277,7 @@ def _plan(root: Path, from_nothing: str | None = None) -> _Plan:
     views_differ = (state.root, state.damaged) != (str(root), damaged)
     plan = _Plan(tuple(sorted(new)), tuple(sorted(removed)), None, damaged, views_differ)
     # What an earlier version published has no digest: it is read as it is, but not copied into the next one.
-    return _plan(root, NO_DIGEST) if plan.has_work and not _published_digests(root) else plan
+    return _plan(root, NO_DIGEST, damaged) if plan.has_work and not _published_digests(root) else plan
 
 
 def check_parts(root: Path, *, again: bool = False) -> tuple[DamagedPart, ...]:
@@ -278,6 +290,8 @@ def check_parts(root: Path, *, again: bool = False) -> tuple[DamagedPart, ...]:
             connections.append(duckdb.connect())
         try:
             return connections[0].sql(f"FROM read_parquet({_quoted(_glob_escaped(path))})").to_arrow_table()
+        except (duckdb.OutOfMemoryException, duckdb.InternalException) as error:
+            raise RunError(f"DuckDB cannot read {path}: {error}") from error
         except duckdb.Error as error:
             return str(error).splitlines()[0]
 
@@ -288,14 +302,19 @@ def check_parts(root: Path, *, again: bool = False) -> tuple[DamagedPart, ...]:
             connection.close()
 
 
+def _damaged_paths(root: Path) -> tuple[str, ...]:
+    """Return the paths of damaged parts, with a warning of each."""
+    parts = check_parts(root)
+    for part in parts:
+        _warn_of(part)
+    return tuple(str(part.path) for part in parts)
+
+
 @cache
 def _warn_of(part: DamagedPart) -> None:
     """Warn of a damaged part, once in this process."""
-    log.warning(
-        "%s is damaged (%s): its rows are left out. `ksweep verify --repair` sets it aside, and the sweep's command computes "
-        "them again",
-        part.path, part.reason,
-    )  # fmt: skip
+    kind = "damaged" if part.is_readable else "unreadable"
+    log.warning("%s is %s (%s): its rows are left out. `ksweep verify` says what to do", part.path, kind, part.reason)
 
 
 def _names_on_disk(root: Path) -> set[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ksweep.registry.part_store import stored_reconstructions
 from ksweep.registry.work_units import WorkUnit
 from ksweep.utils.fingerprint import fingerprint
 
+SETTLED = 10 * 10**9
+"""Nanoseconds after which the list of a directory is kept."""
 AR_ENTRIES = ("ar", "ar_bos", "encoder_prompt", "scorer_version")
 """Entries of an earlier identity of draws that belong to their scores."""
 
@@ -85,7 +88,10 @@ def earlier_draws(root: Path, draws_key: str, combined_key: str) -> Iterator[Ear
     One without identity.json is known by its name alone, the key of draws and scores together.
     """
     try:
-        directories = _directories(root, root.stat().st_mtime_ns)
+        changed = root.stat().st_mtime_ns
+        # A directory that has just been made may get its identity.json in a moment.
+        list_them = _directories if time.time_ns() - changed > SETTLED else _directories.__wrapped__
+        directories = list_them(root, changed)
     except FileNotFoundError:
         return
     for name, keys in directories.items():
@@ -93,7 +99,7 @@ def earlier_draws(root: Path, draws_key: str, combined_key: str) -> Iterator[Ear
             yield EarlierDraws(root, name)
 
 
-@cache
+@lru_cache(maxsize=4)
 def _directories(root: Path, changed: int) -> Mapping[str, SplitKeys | None]:
     """Return the keys of each directory of draws, by name. The cells of a sweep ask for them in turn: they are listed once.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ksweep.registry.draws import DRAWS_SCHEMA, DrawsStore
 from ksweep.registry.earlier_draws import EarlierDraws
@@ -67,7 +69,7 @@ def metric_layout_at(directory: Path) -> MetricLayout | None:
         return None
 
 
-def is_identity(path: Path) -> bool:
+def describes_scores(path: Path) -> bool:
     """Return whether an identity.json can be read by the view of stored metrics."""
     try:
         content = json.loads(path.read_bytes())
@@ -171,8 +173,15 @@ def open_metric(registry: Path, metric: StoredMetric) -> MetricScores:
 def texts_of(registry: Path, draws_key: str) -> DrawsStore | EarlierDraws:
     """Return the draws of a key; those of earlier versions, whose parts have no label, are read as such."""
     store = DrawsStore(registry / "draws", draws_key)
-    parts = store.parts()
-    return EarlierDraws(registry / "draws", draws_key) if parts and store.read_label(parts[0]) is None else store
+    return EarlierDraws(registry / "draws", draws_key) if _are_without_labels(store) else store
+
+
+def _are_without_labels(store: DrawsStore) -> bool:
+    """Return whether the first part whose metadata can be read has no label. A damaged one says nothing."""
+    for part in store.parts():
+        with suppress(OSError, ValueError, pa.ArrowException):
+            return read_label(pq.read_schema(store.path / store.file_name(part))) is None
+    return False
 
 
 def read_texts(store: DrawsStore | EarlierDraws, part: WorkUnit, columns: Sequence[str] | None = None) -> pa.Table | None:

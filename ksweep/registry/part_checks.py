@@ -22,14 +22,19 @@ import xxhash
 
 from ksweep.registry.chosen_files import damage_of_chosen
 from ksweep.registry.draws import DRAWS_FILE_SCHEMA
-from ksweep.registry.metric_scores import IDENTITY_FILE, MetricScores, is_identity, metric_layout_at, texts_of
+from ksweep.registry.metric_scores import IDENTITY_FILE, describes_scores, metric_layout_at, texts_of
 from ksweep.registry.part_labels import column_digest, read_label
 from ksweep.registry.part_store import PartStore
 from ksweep.registry.run_record import ACTIVATIONS_FILE, damage_of_table
 from ksweep.registry.scores import RECONSTRUCTION, MetricLayout, ScoresStore
+from ksweep.utils.errors import RunError
+from ksweep.utils.files import publish
 
 log = logging.getLogger(__name__)
 
+CHECK = b"1"
+"""Version of the check; what passed another one is checked again."""
+REMEMBERED_AT_ONCE = 100
 MANY = 1000
 """Parts that take ten seconds or more to check: 11 ms of processor time each, where a part has 512 draws."""
 ReadBySql = Callable[[Path], pa.Table | str]
@@ -45,6 +50,8 @@ class DamagedPart:
 
     path: Path
     reason: str
+    is_readable: bool = True
+    """Whether the file could be read: what a disk or the permissions of a file refuse says nothing about its content."""
 
 
 def damaged_parts(registry: Path, read_by_sql: ReadBySql, *, again: bool = False) -> tuple[DamagedPart, ...]:
@@ -58,41 +65,54 @@ def damaged_parts(registry: Path, read_by_sql: ReadBySql, *, again: bool = False
             one reader sees and not the other.
         again: read every file, also those that have passed: a disk may change what it holds without changing its time.
     """
-    passed = {} if again else _passed(registry)
-    damaged, newly_passed = [], {}
-    unread = {name: state for name, state in _states(registry).items() if passed.get(name) != state}
+    states, passed = _states(registry), _passed(registry)
+    unread = {name: state for name, state in states.items() if again or passed.get(name) != state}
     if len(unread) >= MANY:
         log.warning("reading %d parts of draws and scores in %s once, to find damaged ones", len(unread), registry)
+    damaged, result = [], dict[str, str]()
+    stores = _Stores(registry)
     for name, state in unread.items():
-        if (reason := _damage(registry, name, read_by_sql)) is None:
-            newly_passed[name] = state
-        else:
+        try:
+            reason = _damage(stores, name, read_by_sql)
+        except (RunError, OSError) as error:
+            damaged.append(DamagedPart(registry / name, str(error), is_readable=False))
+            continue
+        if reason is not None:
             damaged.append(DamagedPart(registry / name, reason))
-    _remember(registry, newly_passed)
+        # A file may be damaged without another size or time: what has passed before is taken back.
+        if passed.get(name, "") != (result_of := state if reason is None else ""):
+            result[name] = result_of
+        if len(result) >= REMEMBERED_AT_ONCE:
+            _remember(registry, result)
+            result = {}
+    _remember(registry, result, tidy_over=2 * len(states))
     return tuple(sorted(damaged))
 
 
 def set_damaged_aside(registry: Path, damaged: Sequence[DamagedPart]) -> None:
     """Set aside parts that `damaged_parts` has found, so that the next run computes them again."""
+    stores = _Stores(registry)
     for one in damaged:
-        if (name := str(one.path.relative_to(registry))).endswith(".parquet") and name.startswith(("draws/", "scores/")):
-            store, part = _store_and_part(registry, name)
-            store.set_aside(part, one.reason)
+        name = str(one.path.relative_to(registry))
+        if one.is_readable and name.endswith(".parquet") and name.startswith(("draws/", "scores/")):
+            store = stores.of(name)
+            if (part := store.part_named(one.path.name)) is not None:
+                store.set_aside(part, one.reason)
 
 
-def _damage(registry: Path, name: str, read_by_sql: ReadBySql) -> str | None:
-    path = registry / name
+def _damage(stores: _Stores, name: str, read_by_sql: ReadBySql) -> str | None:
+    path = stores.registry / name
     if path.name == IDENTITY_FILE:
-        return None if is_identity(path) else "it is no JSON object that describes scores"
+        return None if describes_scores(path) else "it is no JSON object that describes scores"
     if name.startswith("landing/"):
         return damage_of_table(path)
     if name.startswith("chosen/"):
         by_sql = read_by_sql(path)
         return by_sql if isinstance(by_sql, str) else damage_of_chosen(path, by_sql)
-    return _damage_of_part(registry, *_store_and_part(registry, name), read_by_sql)
-
-
-def _damage_of_part(registry: Path, store: PartStore[Any], part: Any, read_by_sql: ReadBySql) -> str | None:
+    store = stores.of(name)
+    part = store.part_named(path.name)
+    if part is None or store.file_name(part) != path.name:
+        return "its name is none that ksweep gives"
     # 1. The checksums of its pages, the digests of its columns, its keys, its name.
     table = store.read_checked(part)
     if table is None or isinstance(table, str):
@@ -106,27 +126,41 @@ def _damage_of_part(registry: Path, store: PartStore[Any], part: Any, read_by_sq
         return f"it has no column {min(missing)}"
     for name in table.column_names:
         if name not in by_sql.column_names or column_digest(by_sql[name]) != column_digest(table[name]):
-            return f"its column {name} is another in SQL than its checksums say"
+            return f"DuckDB reads other values in its column {name} than its checksums allow"
     # 3. For scores, the draws that they belong to. Those of draws that are gone are no part of any answer.
     if isinstance(store, ScoresStore):
-        label, of_draws = read_label(table.schema), texts_of(registry, store.keys["draws"]).read_label(part.of)
+        label, of_draws = read_label(table.schema), stores.draws(store.keys["draws"]).read_label(part.of)
         if label is not None and of_draws is not None and label.scored != of_draws.digest:
             return "it scores other draws than are stored"
     return None
 
 
-def _store_and_part(registry: Path, name: str) -> tuple[PartStore[Any], Any]:
-    """Return the store of a part, which is named relative to the registry, and the part."""
-    path = registry / name
-    store: PartStore[Any]
-    if path.relative_to(registry).parts[0] == "draws":
-        store = texts_of(registry, path.parent.name)
-    elif path.name.startswith(f"{RECONSTRUCTION.prefix}-"):
-        store = ScoresStore(registry / "scores", path.parent.parent.name, path.parent.name)
-    else:
-        layout = metric_layout_at(path.parent) or MetricLayout(metric="unknown", columns={})
-        store = MetricScores(registry, path.parent.parent.name, path.parent.name, layout)
-    return store, store.part_named(path.name)
+class _Stores:
+    """The stores of a registry, each opened once: opening one of draws lists its directory."""
+
+    def __init__(self, registry: Path) -> None:
+        self.registry, self._stores = registry, dict[tuple[str, bool], PartStore[Any]]()
+
+    def draws(self, key: str) -> PartStore[Any]:
+        """Return the draws of a key."""
+        return self._opened(f"draws/{key}", False, lambda: texts_of(self.registry, key))
+
+    def of(self, name: str) -> PartStore[Any]:
+        """Return the store of a part, which is named relative to the registry."""
+        directory, _, file = name.rpartition("/")
+        kind, draws_key, *scores_key = directory.split("/")
+        if kind == "draws":
+            return self.draws(draws_key)
+        is_metric = not file.startswith(f"{RECONSTRUCTION.prefix}-")
+        layout = metric_layout_at(self.registry / directory) if is_metric else RECONSTRUCTION
+        layout = layout or MetricLayout(metric="unknown", columns={})
+        scores = self.registry / "scores"
+        return self._opened(directory, is_metric, lambda: ScoresStore(scores, draws_key, scores_key[0], layout))
+
+    def _opened(self, directory: str, is_metric: bool, open_store: Callable[[], PartStore[Any]]) -> PartStore[Any]:
+        if (directory, is_metric) not in self._stores:
+            self._stores[directory, is_metric] = open_store()
+        return self._stores[directory, is_metric]
 
 
 def _states(registry: Path) -> dict[str, str]:
@@ -169,16 +203,20 @@ def _state(path: Path) -> str | None:
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):  # another job has set it aside; no directory of a run
         return None
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 # What has passed
 
 
+_passed_unwritten: dict[Path, dict[str, str]] = {}
+"""What this process has checked in registries that it cannot write."""
+
+
 def _passed(registry: Path) -> Mapping[str, str]:
     path = registry / CHECKED
     state = _state(path)
-    return {} if state is None else _passed_in(path, state)
+    return {**({} if state is None else _passed_in(path, state)), **_passed_unwritten.get(registry, {})}
 
 
 @lru_cache(maxsize=8)
@@ -187,19 +225,29 @@ def _passed_in(path: Path, state: str) -> Mapping[str, str]:
     passed = {}
     for line in path.read_bytes().splitlines():
         digest, _, entry = line.partition(b" ")
-        if xxhash.xxh3_64_hexdigest(entry).encode() == digest:
+        if xxhash.xxh3_64_hexdigest(CHECK + entry).encode() == digest:
             with suppress(ValueError):
                 name, of_file = json.loads(entry)
                 passed[name] = of_file
     return passed
 
 
-def _remember(registry: Path, newly_passed: Mapping[str, str]) -> None:
-    """Append lines; each is written whole, so that several processes may append at once."""
-    if not newly_passed:
-        return
-    entries = [json.dumps(item).encode() for item in newly_passed.items()]
-    lines = b"".join(xxhash.xxh3_64_hexdigest(entry).encode() + b" " + entry + b"\n" for entry in entries)
-    # A registry that cannot be written, or a full disk: the next process checks again.
-    with suppress(OSError), (registry / CHECKED).open("ab", buffering=0) as file:
-        file.write(lines)
+def _remember(registry: Path, results: Mapping[str, str], tidy_over: int | None = None) -> None:
+    """Append lines; each is written whole, so that several processes may append at once. An empty state takes back what passed.
+
+    With `tidy_over` a file of more lines is written anew first, with those that count.
+    """
+    path = registry / CHECKED
+    try:
+        if tidy_over is not None and path.exists() and path.read_bytes().count(b"\n") > tidy_over + MANY:
+            publish(path, _lines({name: state for name, state in _passed(registry).items() if state}))
+        if results:
+            with path.open("ab", buffering=0) as file:
+                file.write(_lines(results))
+    except OSError:  # a registry that cannot be written, a full disk
+        _passed_unwritten.setdefault(registry, {}).update(results)
+
+
+def _lines(results: Mapping[str, str]) -> bytes:
+    entries = [json.dumps(item).encode() for item in results.items()]
+    return b"".join(xxhash.xxh3_64_hexdigest(CHECK + entry).encode() + b" " + entry + b"\n" for entry in entries)

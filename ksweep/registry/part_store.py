@@ -207,6 +207,10 @@ class PartStore(ABC, Generic[Part]):
         log.warning("%s part %s is damaged (%s): set aside as %s, %s", self.content, path, reason, aside.name, self.remedy)
         return True
 
+    def has_damaged(self) -> bool:
+        """Return whether a part of the directory has been set aside."""
+        return any(self.path.glob("*.parquet.damaged-*"))
+
     def clear_leftovers(self) -> None:
         """Remove what killed writers left in the directory."""
         clear_leftovers(self.path)

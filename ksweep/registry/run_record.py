@@ -473,7 +473,7 @@ def _record_json(path: Path) -> dict[str, Any]:
     if raw["format"] > RUN_RECORD_FORMAT:
         raise LandingError(f"{path.name} has format {raw['format']}, this ksweep reads up to {RUN_RECORD_FORMAT}: update ksweep")
     if raw.get("digest", digest := json_digest(raw)) != digest:  # records of earlier versions have none
-        raise LandingError(f"{path.name}/record.json is not what was written: its digest is another, so a value was altered")
+        raise LandingError(f"{path.name}/record.json is not what was written: its digest does not match, so a value was altered")
     return raw
 
 

@@ -376,6 +376,24 @@ def test_of_two_parts_with_a_draw_the_first_counts_for_every_scorer(tmp_path: Pa
     assert [t["error"].to_pylist() for t in tables if t is not None] == [[5.0] * 4 + [9.0] * 2, [0.5] * 4 + [4.0] * 2]
 
 
+def test_scores_of_a_part_that_no_longer_counts_are_lost_and_what_a_user_deleted_is_not(tmp_path: Path) -> None:
+    one, _ = two_texts_of_one_draw(tmp_path / "two")
+    late = WorkUnit(2, 3, 0, 2)
+    assert not one.has_lost(3, 2), "it never had scores of the first activations"
+    for unit in one.unscored(WorkUnit(0, 1, 0, 2)):
+        draws = one.read_unit(unit)
+        assert draws is not None
+        one.publish_scores(unit, rows_of(unit), draws)
+    assert one.has_lost(3, 2) and one.coverage(3, 2).scored.sum() == 4
+
+    deleted = CellDraws(tmp_path / "deleted", "draws-key", "one")
+    publish_unit(deleted, late, rows(late))
+    path_of(deleted.draws, late).unlink()
+    assert not deleted.has_lost(3, 2)
+    deleted.draws.path.joinpath("part-x.parquet.damaged-1").touch()
+    assert deleted.has_lost(3, 2)
+
+
 def test_sql_too_takes_the_first_of_two_parts_with_a_draw_for_every_scorer(tmp_path: Path) -> None:
     two_texts_of_one_draw(tmp_path)
     with connect(tmp_path) as connection:

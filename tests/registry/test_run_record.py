@@ -120,7 +120,7 @@ def test_read_refuses_every_kind_of_damage_by_name(root: Path) -> None:
         "controls.parquet is not what was written": ("controls.parquet", whole["controls.parquet"][:-10]),
         "record.json is not valid JSON": ("record.json", whole["record.json"][:200]),
         "has no format and file list": ("record.json", b"{}"),
-        "record.json is not what was written: its digest": (
+        "record.json is not what was written: its digest does not match": (
             "record.json",
             whole["record.json"].replace(b'"num_draws": ', b'"num_draws": 1'),
         ),

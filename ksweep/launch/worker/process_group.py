@@ -65,7 +65,10 @@ class ProcessGroup:
             return value
         if self.rank == 0:
             self.store.set(f"ksweep/{name}", value)
-        return bytes(self.store.get(f"ksweep/{name}"))
+        self.heartbeat.waiting = True
+        value = bytes(self.store.get(f"ksweep/{name}"))
+        self.heartbeat.waiting = False
+        return value
 
     def claim_next(self, queue: str) -> int:
         """Return the next number of a queue, counted by the process group's store, so that a fast rank takes more."""
