@@ -95,15 +95,15 @@ class CellDraws:
         That is where a part was set aside as damaged, and where another job's part has since come to count for some draws. What a
         user has deleted is not looked for.
         """
-        parts = self.draws.parts()
-        coverage = self._coverage(parts, _owners(parts, num_activations, num_draws))
+        coverage = self.coverage_with_earlier(num_activations, num_draws)
         if coverage.scored.all():
             return False
-        scored, known = np.zeros_like(coverage.scored), set(parts)
+        scored, known = np.zeros_like(coverage.scored), set(self.draws.parts())
         for unit in self.scores.parts():
             if unit.of in known:
                 scored[unit.index()] = True
-        return bool(scored.all()) or self.draws.has_damaged() or self.scores.has_damaged()
+        damaged = self.draws.has_damaged() or self.scores.has_damaged() or any(store.has_damaged() for store in self._earlier())
+        return damaged or bool(scored.all())
 
     def still_missing(self, unit: WorkUnit) -> list[WorkUnit]:
         """Return the draws of a unit that are still missing: another sweep may have published some meanwhile."""
