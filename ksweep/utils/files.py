@@ -15,8 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.plain_values import PlainValueError, bounded_json, bounded_json_row
 
@@ -178,6 +176,8 @@ def _warn_once(message: str) -> None:
 
 def on_local_disk(path: Path) -> bool:
     """Return whether a path lies on a disk of this machine, where what another process has written is visible at once."""
+    import psutil
+
     resolved = path.resolve()
     mounts = [m for m in psutil.disk_partitions(all=True) if resolved.is_relative_to(m.mountpoint)]
     kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""

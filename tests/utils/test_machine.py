@@ -221,7 +221,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     folder = tmp_path_factory.mktemp("ranks")
     cell = tiny_cell(talking_pair(folder, 60), num_replicates=50)
     cell = replace(cell, activations=replace(cell.activations, num_activations=80))
-    return Sweep(name="tiny", cell=cell, resources=Resources(cluster="local", gpus=0), registry="", vector_cache="")
+    return Sweep(
+        name="tiny", cell=cell, resources=Resources(cluster="local", gpus=0), registry="registry", vector_cache="vector_cache"
+    )
 
 
 def placed(sweep: Sweep, place: Path, **resources: object) -> Sweep:
