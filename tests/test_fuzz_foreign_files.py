@@ -4,7 +4,7 @@
     KSWEEP_TRIALS=50 pytest tests/test_fuzz_foreign_files.py -s    # fifty times as many
 
 Seeded: the same inputs in every run of as many trials. Each test prints how many inputs it tried, how many were refused, and by
-how much the memory of the process grew at most.
+how much the memory of the process grew at most, which is limited where the process runs these tests alone.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     yield counts
     growth = memory_peak() - before
     print(f"\n{request.node.name}: {counts.tried} inputs, {counts.refused} refused, memory +{growth >> 20} MB at most")
-    assert counts.tried >= 100 and growth < MOST_GROWTH
+    assert counts.tried >= 100
+    # A worker of many tests also grows by what is imported on the way and by garbage of the tests before.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        assert growth < MOST_GROWTH
 
 
 @contextmanager
