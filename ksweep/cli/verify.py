@@ -21,7 +21,7 @@ REPAIRS = {
     "identity.json": "none: restore it, or compute or import the scores again",
     "chosen": "none: `ksweep choose` records it again",
 }
-"""What becomes of a damaged file, by what it holds."""
+"""What is computed again in place of a damaged file, by what it holds."""
 COLUMNS = ("what", "path", "reason", "cells", "repair")
 
 

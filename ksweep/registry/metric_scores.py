@@ -62,11 +62,14 @@ def stored_metrics(registry: Path, draws_key: str) -> list[StoredMetric]:
 def metric_layout_at(directory: Path) -> MetricLayout | None:
     """Return the layout of the scores in a directory, as its identity.json says; None where that cannot be read."""
     try:
-        content = json.loads((directory / IDENTITY_FILE).read_bytes())
-        columns = {name: (column["description"], column["better"]) for name, column in content["columns"].items()}
-        return MetricLayout(metric=content["metric"], columns=columns)
+        return _layout_in(json.loads((directory / IDENTITY_FILE).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _layout_in(identity: Any) -> MetricLayout:
+    columns = {name: (column["description"], column["better"]) for name, column in identity["columns"].items()}
+    return MetricLayout(metric=identity["metric"], columns=columns)
 
 
 def describes_scores(path: Path) -> bool:
@@ -80,12 +83,10 @@ def describes_scores(path: Path) -> bool:
 
 
 def _stored_metric(path: Path) -> StoredMetric | None:
-    layout = metric_layout_at(path.parent)
     try:
-        recorded = json.loads(path.read_bytes())["recorded"]  # identities of reconstruction have none
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if layout is None:
+        content = json.loads(path.read_bytes())
+        layout, recorded = _layout_in(content), content["recorded"]  # identities of reconstruction have no time
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return StoredMetric(draws_key=path.parts[-3], metric_key=path.parts[-2], layout=layout, recorded=recorded)
 

@@ -39,7 +39,7 @@ class PartStore(ABC, Generic[Part]):
     content: ClassVar[str]
     """What a part holds, for messages: "draws"."""
     remedy: ClassVar[str]
-    """What becomes of the rows of a damaged part, for messages."""
+    """What is computed again in place of a damaged part, for messages."""
 
     def __init__(self, path: Path, keys: Mapping[str, str]) -> None:
         """Open a directory; it is created when the first part is published. `keys` is what labels of its parts must say."""

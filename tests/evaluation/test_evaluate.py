@@ -257,7 +257,7 @@ def test_a_stop_in_the_middle_of_a_stream_keeps_whole_units_and_loses_no_draw(
 
 
 class SecondRank(Solo):
-    """Rank 1 of 2, which is told what rank 0 has listed."""
+    """Rank 1 of 2, which receives what rank 0 has listed."""
 
     def from_first_rank(self, name: str, value: bytes) -> bytes:
         assert value == b"", "only rank 0 lists"
