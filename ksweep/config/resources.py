@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ksweep.config.validation import PLAIN_NAME, SLURM_FEATURES, SLURM_NAME, at_least, is_number, one_line, one_of, plain_name
 from ksweep.utils.errors import SpecError
+from ksweep.utils.provenance import without_tokens
 from ksweep.utils.text import bounded_repr
 
 if TYPE_CHECKING:
@@ -136,10 +137,12 @@ class Resources:
                 plain_name(f"resources.{name}", value, pattern, example)
         for line in self.setup_lines:
             one_line("resources.setup", line.replace("\t", " "), longest=100_000)
+            _refuse_token("resources.setup", line)
         for key, value in self.extra.items():
             plain_name("resources.extra: option", str(key).lstrip("-"), EXTRA_OPTION, "reservation")
             _refuse_own_option(key)
             one_line(f"resources.extra[{key}]", str(value))
+            _refuse_token(f"resources.extra[{key}]", str(value))
 
     @property
     def minutes(self) -> int:
@@ -165,6 +168,14 @@ class Resources:
     def setup_lines(self) -> list[str]:
         """`setup` as a list of shell lines."""
         return self.setup.splitlines() if isinstance(self.setup, str) else list(self.setup)
+
+
+def _refuse_token(name: str, text: str) -> None:
+    if (shown := without_tokens(text)) != text:
+        raise SpecError(
+            f"{name} has what looks like a token or a password ({bounded_repr(shown)}): it would be kept in the registry, in "
+            "job.json and in the batch script, for others to read. Set it in the environment that you submit from, which jobs inherit"
+        )
 
 
 def _refuse_own_option(key: str) -> None:

@@ -1,8 +1,10 @@
 """Snapshots of the code that jobs run: a copy of the working tree at submission, one per commit and difference from it.
 
-logs/code/<commit>-<digest>/       the files: tracked ones and new ones that git does not ignore
-logs/code/<commit>-<digest>.json   written last: the copy is complete
-logs/code/<commit>-<digest>.diff   the difference from the commit
+logs/code/<commit>-<digest>/       the files: tracked ones, and new ones that a job may import; modes are kept
+logs/code/<commit>-<digest>.json   written last: the copy is complete; names the new files in it, and counts those left out
+logs/code/<commit>-<digest>.diff   the difference of tracked files from the commit
+
+Files that git neither tracks nor ignores may hold anything, a `.env` with tokens for instance: see `provenance.new_files`.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ksweep.utils.errors import RunError
 from ksweep.utils.files import publish
+from ksweep.utils.provenance import new_files
 
 MAX_UNTRACKED_BYTES = 500_000_000
 """More bytes of new files than this are data, which git should be told to ignore, and not code."""
@@ -30,14 +35,18 @@ class CodeSnapshot:
     path: Path
     commit: str
     diff: Path | None
-    """The difference to the commit, new files included; None where there is none."""
+    """The difference of tracked files from the commit; None where there is none."""
+    new: tuple[str, ...] = ()
+    """New files in the copy."""
+    num_left_out: int = 0
+    """Other new files, which the copy does not have."""
 
 
 def snapshot_code(logs: Path, package: Path | None = None) -> CodeSnapshot | None:
     """Snapshot the checkout that a package (this one) lies in, unless that snapshot exists; None outside a checkout.
 
     Raises:
-        RunError: new files that git does not ignore are too large to be code.
+        RunError: new files within packages are too large to be code.
     """
     root = _root(package or Path(__file__).parents[1])
     if root is None:
@@ -46,19 +55,20 @@ def snapshot_code(logs: Path, package: Path | None = None) -> CodeSnapshot | Non
     if not ignore.exists():  # wherever logs lie, they are not code
         publish(ignore, b"*\n")
     commit = _git(root, "rev-parse", "HEAD").decode().strip()
-    new = _names(root, "--others", "--exclude-standard")
-    _check_untracked_size(root, new)
-    diff = _difference(root, new)
-    key = f"{commit[:12]}-{hashlib.sha256(diff).hexdigest()[:12]}"
+    new = new_files(root, _names(root, "--others", "--exclude-standard"))
+    _check_size(root, new.code)
+    diff = _git(root, "diff", "--binary", "HEAD")
+    key = f"{commit[:12]}-{_digest(root, diff, new.code)}"
     directory = logs / "code" / key
     marker, patch = directory.with_name(f"{key}.json"), directory.with_name(f"{key}.diff")
     if not marker.exists():
         if diff:
-            publish(patch, diff)
-        files = [name for name in [*_names(root, "--cached"), *new] if (root / name).is_symlink() or (root / name).is_file()]
+            publish(patch, diff, mode=_mode_of_diff(root))
+        files = [name for name in [*_names(root, "--cached"), *new.code] if (root / name).is_symlink() or (root / name).is_file()]
         _copy(root, files, directory)
-        publish(marker, json.dumps({"commit": commit, "files": len(files)}).encode())
-    return CodeSnapshot(directory, commit, patch if diff else None)
+        facts = {"commit": commit, "files": len(files), "new": new.code, "left_out": len(new.others)}
+        publish(marker, json.dumps(facts).encode())
+    return CodeSnapshot(directory, commit, patch if diff else None, new.code, len(new.others))
 
 
 def _root(path: Path) -> Path | None:
@@ -73,25 +83,38 @@ def _root(path: Path) -> Path | None:
     return top if tracked.returncode == 0 else None
 
 
-def _difference(root: Path, new: list[str]) -> bytes:
-    """Return changes to tracked files, and all of new ones, as a patch that git can apply."""
-    parts = [_git(root, "diff", "--binary", "HEAD")]
+def _digest(root: Path, diff: bytes, new: Sequence[str]) -> str:
+    """Return a digest of what the copy has beside the commit: changes to tracked files, and new files."""
+    digest = hashlib.sha256(diff)
     for name in new:
-        done = subprocess.run(
-            ["git", "-C", str(root), "diff", "--binary", "--no-index", "--", "/dev/null", name], capture_output=True, check=False
-        )
-        parts.append(done.stdout)
-    return b"".join(parts)
+        path = root / name
+        content = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes()
+        digest.update(os.fsencode(f"\0{name}\0{path.lstat().st_mode}\0") + hashlib.sha256(content).digest())
+    return digest.hexdigest()[:12]
 
 
-def _copy(root: Path, files: list[str], directory: Path) -> None:
-    """Copy files to another name, then rename: an interrupted copy is never mistaken for a whole one."""
+def _mode_of_diff(root: Path) -> int:
+    """Return the permissions that every changed file has: the difference must not be more readable than they are."""
+    mode = 0o666
+    for name in _git(root, "diff", "--name-only", "-z", "HEAD").split(b"\0"):
+        path = root / os.fsdecode(name)
+        if name and path.is_file():
+            mode &= path.stat().st_mode
+    return mode | 0o600
+
+
+def _copy(root: Path, files: Sequence[str], directory: Path) -> None:
+    """Copy files with their modes to another name, then rename: an interrupted copy is never mistaken for a whole one."""
     staged = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     try:
+        staged.mkdir(parents=True, mode=0o700)  # nobody else looks in before the modes are those of the tree
+        folders = {Path(): None}
         for name in files:
-            target = staged / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, target, follow_symlinks=False)
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, staged / name, follow_symlinks=False)
+            folders |= dict.fromkeys(Path(name).parents)
+        for folder in folders:
+            os.chmod(staged / folder, stat.S_IMODE((root / folder).stat().st_mode) | stat.S_IRWXU)
         if directory.exists():  # without its marker: left by a copy that was cut short between the two
             shutil.rmtree(directory)
         os.replace(staged, directory)
@@ -102,18 +125,18 @@ def _copy(root: Path, files: list[str], directory: Path) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _check_untracked_size(root: Path, new: list[str]) -> None:
+def _check_size(root: Path, new: Sequence[str]) -> None:
     sizes = {name: (root / name).lstat().st_size for name in new}
     if sum(sizes.values()) > MAX_UNTRACKED_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
         raise RunError(
-            f"{root} has {sum(sizes.values()) / 1e9:.1f} GB of new files that git does not ignore (largest: {largest}), and jobs "
-            "run a copy of the working tree: name data in .gitignore, or move it away"
+            f"{root} has {sum(sizes.values()) / 1e9:.1f} GB of new files within its packages (largest: {largest}), and "
+            "jobs run a copy of them: name data in .gitignore, or move it away"
         )
 
 
 def _names(root: Path, *options: str) -> list[str]:
-    return [name for name in _git(root, "ls-files", "-z", *options).decode().split("\0") if name]
+    return [os.fsdecode(name) for name in _git(root, "ls-files", "-z", *options).split(b"\0") if name]
 
 
 def _git(root: Path, *arguments: str) -> bytes:

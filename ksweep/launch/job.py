@@ -247,7 +247,7 @@ def create_job(
     gpus_per_model: int = 1,
     cluster: str = "local",
     cells: Sequence[tuple[str, str]] = (),
-    code: dict[str, str | None] | None = None,
+    code: dict[str, Any] | None = None,
 ) -> Job:
     """Create a job directory with its job.json.
 
@@ -260,7 +260,7 @@ def create_job(
         gpus_per_model: number of GPUs that each rank spreads its models over.
         cluster: "local" or "slurm".
         cells: key and label of each cell.
-        code: path, commit and difference of the code that a job on Slurm runs.
+        code: path, commit, difference and new files of the code that a job on Slurm runs.
     """
     job = Job(logs / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}")
     spec = {

@@ -32,7 +32,7 @@ def group_by_av(sweep: Sweep, missing: MissingCells) -> list[list[tuple[Cell, St
     return [same[start : start + most] for same in sharing.values() for start in range(0, len(same), most)]
 
 
-def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str, code: dict[str, str | None] | None = None) -> Job:
+def create_job_for_cells(sweep: Sweep, group: MissingCells, cluster: str, code: dict[str, Any] | None = None) -> Job:
     """Create the job directory for a group of resolved cells; nobody after the launcher derives their keys from disk again."""
     keys = [step.keys for _, step in group]
     argument = {

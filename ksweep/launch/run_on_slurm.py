@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ksweep.config.sweep import Sweep
 from ksweep.launch import code_snapshot, status
@@ -64,10 +65,11 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
     return jobs
 
 
-def _code_note(code: code_snapshot.CodeSnapshot | None) -> dict[str, str | None]:
+def _code_note(code: code_snapshot.CodeSnapshot | None) -> dict[str, Any]:
     """Return the note that says where a job's code comes from."""
     if code is not None:
-        return {"path": str(code.path), "commit": code.commit, "diff": str(code.diff) if code.diff else None}
+        diff = str(code.diff) if code.diff else None
+        return {"path": str(code.path), "commit": code.commit, "diff": diff, "new": code.new, "left_out": code.num_left_out}
     package, version = Path(__file__).parents[1], f"ksweep {VERSION}"
     print(f"jobs run the installed {version} in {package} itself: leave it as it is while they do", file=sys.stderr)
     return {"path": str(package), "commit": version, "diff": None}

@@ -147,7 +147,7 @@ COMMENT ON COLUMN runs.host IS 'Machine of rank 0; for a failed run, machine of 
 COMMENT ON COLUMN runs.device IS 'Name of the GPU, or cpu.';
 COMMENT ON COLUMN runs.num_ranks IS 'Processes that shared the work.';
 COMMENT ON COLUMN runs.git_commit IS 'Commit of the code that ran.';
-COMMENT ON COLUMN runs.git_dirty IS 'Whether tracked files differed from the commit.';
+COMMENT ON COLUMN runs.git_dirty IS 'Whether its code differed from the commit: changed tracked files, or new ones that a job may import.';
 COMMENT ON COLUMN runs.argv IS 'Command line that started the sweep.';
 COMMENT ON COLUMN runs.packages IS 'Versions by package: packages[''torch''].';
 COMMENT ON COLUMN runs.engine IS 'How this run computed the draws that it sampled, on rank 0: dtype, attention, tf32, cuda_graphs, sampler (slots, or plain where the cache does not support slots), what sampling.engine says of itself where it is not the built-in (engine, version, noise, ...), threads (CPU), batch_size (as requested; auto: as memory allows), draws_in_flight, prompts_at_once, texts_at_once (scoring). In float32 none of them changes a draw; in bfloat16 each may change which of two nearly tied tokens is taken. Empty where the run sampled nothing.';
@@ -400,7 +400,7 @@ COMMENT ON COLUMN sweeps.number IS 'Version number of the sweep, 0-based.';
 COMMENT ON COLUMN sweeps.asked IS 'When this version was first requested, UTC.';
 COMMENT ON COLUMN sweeps.argv IS 'Command line that requested it.';
 COMMENT ON COLUMN sweeps.git_commit IS 'Commit of the code that requested it.';
-COMMENT ON COLUMN sweeps.git_dirty IS 'Whether tracked files differed from the commit.';
+COMMENT ON COLUMN sweeps.git_dirty IS 'Whether its code differed from the commit: changed tracked files, or new ones that a job may import.';
 
 CREATE TABLE sweep_cells (
     sweep_id VARCHAR NOT NULL,

@@ -49,10 +49,11 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
+def publish(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o666) -> None:
     """Write a file under a temporary name, flush it, and rename it to `path`: readers see all of it or none.
 
-    `durable=False` skips the flush to disk, for files that are worth nothing after a crash (heartbeats).
+    `durable=False` skips the flush to disk, for files that are worth nothing after a crash (heartbeats). `mode` has the
+    permissions that the file gets at most; the umask takes from them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -62,7 +63,7 @@ def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(temporary, umask_permissions())
+        os.chmod(temporary, umask_permissions() & mode)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from ksweep.cli.jobs.advice import advice
 from ksweep.cli.jobs.rows import JobRow, current_cell, format_reason, job_rows_with_status
 from ksweep.launch.job import Job, read_or
 from ksweep.utils.console import duration_text
+from ksweep.utils.text import some_of
 
 
 def job_report(job: Job) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def format_job_report(report: Mapping[str, Any]) -> Iterator[str]:
         ago = duration_text(max(0.0, time.time() - report["last_sign"]))
         yield f"  submitted {_local_time(report['submitted'])}, last sign of life {_local_time(report['last_sign'])} ({ago} ago)"
     if report["code"]:
-        yield f"  code: {report['code']['commit'][:12]}{' + ' + report['code']['diff'] if report['code']['diff'] else ''}"
+        yield f"  code: {_code_text(report['code'])}"
     for start in report["starts"]:
         yield from _format_start(start)
     for ending in report["endings"]:
@@ -83,6 +84,15 @@ def format_job_report(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"last log lines:\n{log}"
     if report["next"]:
         yield f"next: {report['next']}"
+
+
+def _code_text(code: Mapping[str, Any]) -> str:
+    """Return the commit, the file of the difference, and new files that the job could import."""
+    parts = [code["commit"][:12], *([code["diff"]] if code["diff"] else [])]
+    if new := code.get("new"):
+        parts.append(f"new {some_of(new)}")
+    left_out = code.get("left_out")
+    return " + ".join(parts) + (f" ({left_out} other new files were left out)" if left_out else "")
 
 
 def _format_start(start: Mapping[str, Any]) -> Iterator[str]:
