@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.launch.job import Job
-from ksweep.launch.rank_records import Heartbeat, is_alive, this_process
+from ksweep.launch.rank_records import process_record, record_is_alive
 from ksweep.utils.files import home, locked, publish
 
 DRIVER_DIRECTORY = Path("/proc/driver/nvidia/gpus")
@@ -29,7 +29,7 @@ def acquire_gpus(devices: Sequence[str], count: int, name: str) -> tuple[str, ..
         if len(free) < count:
             return None
         for device in free[:count]:
-            _write_lease(device, {"job": name, "process": this_process()})
+            _write_lease(device, {"job": name, "process": process_record()})
     return tuple(free[:count])
 
 
@@ -38,7 +38,7 @@ def transfer_gpus(devices: Sequence[str], job: Job, pid: int) -> None:
     import psutil
 
     with _lock(), suppress(psutil.NoSuchProcess):
-        holder = {**this_process(), "pid": pid, "process_started": psutil.Process(pid).create_time()}
+        holder = process_record(pid)
         for device in devices:
             _write_lease(device, {"job": job.id, "process": holder, "path": str(job.path)})
 
@@ -60,7 +60,7 @@ def _holder(device: str) -> str | None:
     lease = _read_lease(device)
     if lease is None:
         return None
-    held = is_alive(Heartbeat(rank=0, **lease["process"])) or ("path" in lease and Job(Path(lease["path"])).has_live_rank())
+    held = record_is_alive(lease["process"]) or ("path" in lease and Job(Path(lease["path"])).has_live_rank())
     return f"job {lease['job']}" if held else None
 
 

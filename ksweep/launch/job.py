@@ -6,8 +6,10 @@
     slurm.json                launcher: Slurm's id, cluster, user and tag of the job, and where its output goes
     asked-to-end              `ksweep cancel`, or Ctrl-C twice: the job is not put back into the queue
     attempt-*/rank-*.json     rank: heartbeat (process, node, GPU, phase, done / total, current cell)
+    attempt-*/rank-*.lock     rank: locked for as long as it lives, where the file system has locks
     attempt-*/ended-*.json    rank: outcome (finished, failed or stopped, class, message, traceback, result)
     attempt-*/requeued.json   rank 0: why this start was put back into the queue, and at which point of the work
+    controller.json           launcher: submitit's process that starts the ranks of a job on this machine
     settled.json              whoever finalizes: status that was recorded in the registry; a rank that still runs then ends itself
     *_log.err, *_log.out      output of each rank; on Slurm in the directory that slurm.json names
     *_submitted.pkl, *_result.pkl, *_submission.sh    submitit: its call, its answer, its command line
@@ -26,9 +28,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive, this_process
+from ksweep.launch.liveness import Life, gather_life, hold_lock, life_of
+from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive, process_record
 from ksweep.utils.files import publish
 
 _T = TypeVar("_T")
@@ -91,7 +94,25 @@ class Job:
         """Return whether any rank without an outcome is still alive."""
         attempt = self.attempt()
         ended = {e.rank for e in self.outcomes(attempt)}
-        return any(is_alive(h) for h in self.heartbeats(attempt) if h.rank not in ended)
+        return any(self.is_alive(h) for h in self.heartbeats(attempt) if h.rank not in ended)
+
+    def is_alive(self, heartbeat: Heartbeat) -> bool:
+        """Return whether the rank that wrote a heartbeat counts as alive: proven, or not silent for long where nothing is."""
+        return is_alive(heartbeat, self._lock_of(heartbeat))
+
+    def life_of_rank(self, heartbeat: Heartbeat) -> Life:
+        """Return whether the rank that wrote a heartbeat is proven to be alive or dead, and else that this is unknown."""
+        return life_of(gather_life(heartbeat.process, self._lock_of(heartbeat)))
+
+    def lock_rank(self, rank: int, attempt: int) -> IO[bytes] | None:
+        """Lock the file that proves that a rank of a start lives while the returned file is open; None without locks."""
+        return hold_lock(self._lock_path(rank, attempt))
+
+    def _lock_of(self, heartbeat: Heartbeat) -> Path | None:
+        return self._lock_path(heartbeat.rank, heartbeat.attempt) if heartbeat.has_lock else None
+
+    def _lock_path(self, rank: int, attempt: int) -> Path:
+        return self.attempt_folder(attempt) / f"rank-{rank}.lock"
 
     def code(self) -> dict[str, Any] | None:
         """Return path, commit and difference of the code that the job runs; None if nobody noted it."""
@@ -266,7 +287,7 @@ def create_job(
     spec = {
         "entry": entry, "argument": argument, "num_ranks": num_ranks, "gpus": gpus, "gpus_per_model": gpus_per_model,
         "cluster": cluster,
-        "cells": [{"key": key, "label": label} for key, label in cells], "launcher": this_process(),
+        "cells": [{"key": key, "label": label} for key, label in cells], "launcher": process_record(),
         **({} if code is None else {"code": code}),
     }  # fmt: skip
     publish(job.path / RESERVE, bytes(RESERVE_BYTES))

@@ -18,7 +18,8 @@ import psutil
 from ksweep.config.resources import Resources
 from ksweep.launch.hardware import num_gpus, resolve_cluster, tasks_per_node, visible_devices, visible_gpus
 from ksweep.launch.job import Job, read_or
-from ksweep.launch.rank_records import is_alive
+from ksweep.launch.liveness import ProcessIdentity, identity_in, is_in_this_table
+from ksweep.launch.rank_records import process_record
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.status import LIVE_STATES, JobStatus, job_status
 from ksweep.launch.worker import main, process_group
@@ -39,6 +40,8 @@ class LocalJob:
     job: Job
     handle: Any
     """submitit's job, or None for a job that ran in this process."""
+    controller: ProcessIdentity | None = None
+    """submitit's process that starts the ranks."""
 
     def has_ended(self) -> bool:
         """Return whether submitit sees no process of the job any more."""
@@ -49,7 +52,7 @@ class LocalJob:
         if self.handle is None:
             return
         for heartbeat in self.job.heartbeats():
-            if is_alive(heartbeat):
+            if is_in_this_table(heartbeat.process):
                 with suppress(ProcessLookupError):
                     os.kill(heartbeat.pid, signal.SIGTERM)
 
@@ -61,10 +64,10 @@ class LocalJob:
 
     def kill(self) -> None:
         """Kill what is left of the job: its controller and every rank."""
-        if self.handle is None:
+        if self.controller is None or not is_in_this_table(self.controller):  # its pid may be another's by now
             return
         with suppress(psutil.NoSuchProcess):
-            controller = psutil.Process(int(self.handle.job_id))
+            controller = psutil.Process(self.controller.pid)
             for process in [*controller.children(recursive=True), controller]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -92,7 +95,12 @@ def start_local_job(
     added = machine.rank_environment(tasks_per_node(resources) * side_by_side, cpus)
     with _ignore_sigint(), machine.extra_environment(added):
         handle = executor.submit(main.run_rank, str(job.path))
-    return LocalJob(job, handle)
+    local_job = LocalJob(job, handle)
+    with suppress(psutil.NoSuchProcess):  # it has ended already
+        record = process_record(int(handle.job_id))
+        local_job.controller = identity_in(record)
+        job.write_note("controller", record)
+    return local_job
 
 
 @contextmanager

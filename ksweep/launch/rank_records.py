@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-import psutil
+from ksweep.launch.liveness import ProcessIdentity, gather_life, identity_in, identity_of, life_of
 
 SILENCE_SECONDS = 120.0
-"""A rank on another host counts as dead after this much silence; on the same host its process is looked up instead."""
+"""A rank whose life nothing proves counts as dead after this much silence: one on another machine, or in another container where
+the file system has no locks."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Heartbeat:
     pid: int
     host: str
     process_started: float
-    """Creation time of the process (seconds since 1970): with pid and host it identifies one process for ever."""
+    """Start of the process by the wall clock (seconds since 1970): all that heartbeats of earlier versions have."""
     phase: str = "starting"
     done: int = 0
     total: int = 0
@@ -43,6 +46,17 @@ class Heartbeat:
     cell_began: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase in that cell."""
+    boot_id: str = ""
+    namespaces: str = ""
+    start_ticks: int = 0
+    """See `liveness.ProcessIdentity`; empty in heartbeats of earlier versions."""
+    has_lock: bool = False
+    """Whether the rank keeps rank-<r>.lock locked for as long as it lives: where the file system has locks."""
+
+    @property
+    def process(self) -> ProcessIdentity:
+        """Who the rank's process is."""
+        return identity_in(vars(self))
 
     @property
     def has_begun(self) -> bool:
@@ -68,21 +82,46 @@ class Outcome:
     """Python type of the exception, where there was one."""
 
 
-def is_alive(heartbeat: Heartbeat) -> bool:
-    """Return whether the process behind a heartbeat still runs; on another host, whether the heartbeat is recent."""
-    if heartbeat.host != socket.gethostname():
-        return time.time() - heartbeat.time < SILENCE_SECONDS
-    try:
-        process = psutil.Process(heartbeat.pid)
-        same = abs(process.create_time() - heartbeat.process_started) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def is_alive(heartbeat: Heartbeat, lock: Path | None = None) -> bool:
+    """Return whether a rank counts as alive: proven by its process or its lock, or else not silent for SILENCE_SECONDS.
+
+    Args:
+        lock: the file that the rank keeps locked.
+    """
+    life = life_of(gather_life(heartbeat.process, lock))
+    return life == "alive" or (life == "unknown" and not is_silent(heartbeat))
 
 
-def this_process() -> dict[str, Any]:
-    """Return the fields of a heartbeat that identify this process; with `rank` they make a heartbeat."""
-    process = psutil.Process()
-    return {
-        "pid": process.pid, "host": socket.gethostname(), "process_started": process.create_time(), "time": time.time(),
-    }  # fmt: skip
+def is_silent(heartbeat: Heartbeat) -> bool:
+    """Return whether a heartbeat is SILENCE_SECONDS old by the wall clock, or this process has seen no newer one for so long.
+
+    The second holds also where the clocks of two machines differ, or one was set back.
+    """
+    return time.time() - heartbeat.time >= SILENCE_SECONDS or seconds_unchanged(heartbeat) >= SILENCE_SECONDS
+
+
+_first_seen: dict[tuple[ProcessIdentity, int, int], tuple[float, float]] = {}
+"""Rank of a start -> time in its newest heartbeat, and when this process first saw that one (monotonic)."""
+
+
+def seconds_unchanged(heartbeat: Heartbeat) -> float:
+    """Return for how long this process has seen no newer heartbeat of a rank, by its own monotonic clock."""
+    rank, now = (heartbeat.process, heartbeat.rank, heartbeat.attempt), time.monotonic()
+    sent, since = _first_seen.get(rank, (heartbeat.time, now))
+    _first_seen[rank] = (heartbeat.time, since if sent == heartbeat.time else now)
+    return now - _first_seen[rank][1]
+
+
+def process_record(pid: int | None = None) -> dict[str, Any]:
+    """Return the fields of a heartbeat that identify this process, or another one here; with `rank` they make a heartbeat.
+
+    Raises:
+        psutil.NoSuchProcess: there is no such process.
+    """
+    return asdict(identity_of(os.getpid() if pid is None else pid)) | {"time": time.time()}
+
+
+def record_is_alive(record: Mapping[str, Any]) -> bool:
+    """Return whether a process counts as alive that a record identifies; a later version may have written more into it."""
+    known = {field.name for field in fields(Heartbeat)}
+    return is_alive(Heartbeat(rank=0, **{name: value for name, value in record.items() if name in known}))

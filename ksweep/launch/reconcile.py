@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from ksweep.launch import status
 from ksweep.launch.final_records import attempt_rows, record_unfinished_run
 from ksweep.launch.job import Job, logs_directory, read_or
 from ksweep.launch.progress import ProgressDisplay
-from ksweep.launch.rank_records import is_alive
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.status import JobStatus
 from ksweep.launch.survey import JobSurvey, survey_jobs
@@ -146,12 +144,12 @@ def _confirm_ended(ended: Sequence[tuple[Job, JobStatus]]) -> list[tuple[Job, Jo
     # 1. Remember the newest heartbeats, and give live ranks time to write outcomes.
     times = {job.id: _heartbeat_times(job) for job in jobs}
     _wait_for_final_records(jobs)
-    if any(job_status.from_silence and _has_remote_rank(job) for job, job_status in ended):
+    if any(job_status.from_silence for _, job_status in ended):
         time.sleep(MAX_HEARTBEAT_INTERVAL_SECONDS)
     # 2. Check again.
     newest = status.job_statuses(jobs)
     gone = [job for job in jobs if job.id in newest and newest[job.id].state not in status.LIVE_STATES]
-    # 3. A rank on another machine that seemed dead because the two clocks differ goes on writing heartbeats.
+    # 3. A rank that seemed dead because two clocks differ, or one was set, goes on writing heartbeats.
     return [(job, newest[job.id]) for job in gone if not newest[job.id].from_silence or _heartbeat_times(job) == times[job.id]]
 
 
@@ -162,14 +160,9 @@ def _wait_for_final_records(jobs: Sequence[Job]) -> None:
 
 
 def _could_still_report(job: Job) -> bool:
-    """Return whether a rank that has written no outcome is alive, or was so recently on another machine."""
+    """Return whether a rank that has written no outcome counts as alive."""
     ended = {o.rank for o in read_or(job.outcomes, [])}
-    silent = [h for h in read_or(job.heartbeats, []) if h.rank not in ended]
-    return time.time() - job.last_activity() < FINAL_RECORD_GRACE_SECONDS and any(map(is_alive, silent))
-
-
-def _has_remote_rank(job: Job) -> bool:
-    return any(h.host != socket.gethostname() for h in read_or(job.heartbeats, []))
+    return any(job.is_alive(h) for h in read_or(job.heartbeats, []) if h.rank not in ended)
 
 
 def _heartbeat_times(job: Job) -> dict[int, float]:

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import psutil
 
 from ksweep.launch.job import READ_ERRORS, Job
-from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive
+from ksweep.launch.liveness import boot_id
+from ksweep.launch.rank_records import SILENCE_SECONDS, Heartbeat, Outcome, record_is_alive
 from ksweep.launch.slurm import commands, sbatch
 from ksweep.launch.slurm.job_output import JobOutput, parse_output
 from ksweep.launch.slurm.polling import SlurmState, slurm_states
@@ -40,8 +41,6 @@ NFS caches a directory for up to 60 s (acdirmax); a file that another node has p
 """
 Recheck = Literal["", "queue", "record", "either"]
 LOG_LINES, LOG_BYTES = 50, 4096
-CONTROLLER_START_SECONDS = 60.0
-"""submitit's controller starts this soon after its pickle was written; a process of its id that began later is another one."""
 
 JobState = Literal["waiting", "running", "finished", "failed", "stopped", "unknown"]
 LIVE_STATES: tuple[JobState, ...] = ("waiting", "running", "unknown")
@@ -64,7 +63,7 @@ class JobStatus:
     """Set where the job only seems to have ended, which counts once a later check agrees. It names what may appear until then:
     the job, back in the queue; its record, written but not yet visible from here; either."""
     from_silence: bool = False
-    """Whether only the silence of ranks on this cluster or machine says so: on another machine, clocks may differ."""
+    """Whether only the silence of ranks says so, of which nothing proves that they are dead: clocks may differ, or be set."""
 
 
 DIRECTORY_GONE = JobStatus("stopped", "its directory is gone", "lost")
@@ -81,7 +80,9 @@ class JobEvidence:
     """The status that is recorded in the registry."""
     heartbeats: Sequence[Heartbeat] = ()
     live_ranks: frozenset[int] = frozenset()
-    """Ranks that prove to be alive: by their process where the job is local, by a fresh heartbeat on Slurm."""
+    """Ranks that count as alive: by `rank_records.is_alive` where the job is local, by a fresh heartbeat on Slurm."""
+    unproven_ranks: frozenset[int] = frozenset()
+    """Ranks of a local job that are silent, and of which nothing proves that they are dead."""
     outcomes: Sequence[Outcome] = ()
     launcher: str | None = None
     """The process that is about to start the job, while it lives."""
@@ -90,7 +91,7 @@ class JobEvidence:
     start_raised: bool = False
     """A rank's process raised an exception before its first heartbeat; submitit has kept it."""
     machine_restarted: bool = False
-    """This machine was started after the last heartbeat of a rank that ran on it."""
+    """A machine of this name was started anew after a rank had run on it."""
     submission_interrupted: bool = False
     """Its launcher died while it handed the job to Slurm."""
     slurm_id: str | None = None
@@ -183,12 +184,15 @@ def _status_of_silence(evidence: JobEvidence, dead: Sequence[Heartbeat]) -> JobS
     ended = {o.rank for o in evidence.outcomes}
     silent = ", ".join(str(rank) for rank in range(evidence.num_ranks) if rank not in ended)
     reason = f"rank {silent} of {evidence.num_ranks} is gone without an outcome"
+    unproven = any(heartbeat.rank in evidence.unproven_ranks for heartbeat in dead)
+    recheck: Recheck = "record" if unproven else ""
     if evidence.cancel_requested:
-        return JobStatus("stopped", f"cancelled; {reason}", "cancelled", from_silence=True)
+        return JobStatus("stopped", f"cancelled; {reason}", "cancelled", recheck=recheck, from_silence=unproven)
     kind = class_of_death(dead, node_lost=evidence.machine_restarted)
     cause = "its machine was restarted" if evidence.machine_restarted else "killed, or out of memory"
+    cause += f"; silent for {SILENCE_SECONDS:.0f} s, where its process is not seen from here" if unproven else ""
     before = " before it had begun a cell" if kind == "killed" else ""
-    return JobStatus(end_state(kind), f"{reason}{before} ({cause})", kind, from_silence=True)
+    return JobStatus(end_state(kind), f"{reason}{before} ({cause})", kind, recheck=recheck, from_silence=unproven)
 
 
 def _status_from_slurm(evidence: JobEvidence, stop_message: str) -> JobStatus | None:
@@ -301,7 +305,8 @@ def _guarded(job: Job, read: Callable[[], JobStatus | None]) -> JobStatus | None
 
 
 def _status_from_files(job: Job) -> JobStatus | None:
-    return status_of(gather_evidence(job))
+    status = status_of(gather_evidence(job))
+    return None if status is None else _recheck(job, status, time.monotonic())
 
 
 def _status_of_silent(job: Job, slurm: SlurmState) -> JobStatus | None:
@@ -321,15 +326,18 @@ def gather_evidence(job: Job, slurm: SlurmState | None = None) -> JobEvidence:
     launcher = _live_launcher(spec) if unstarted else None
     controller = _controller(job) if unstarted and local else ""
     ended = {o.rank for o in outcomes}
+    open_ranks = [h for h in heartbeats if h.rank not in ended]
+    live = frozenset(h.rank for h in open_ranks if (job.is_alive(h) if local else _is_fresh(h)))
+    silent = [h for h in open_ranks if local and h.rank not in live]
     failure = first_failure(outcomes)
     # Reading the log lists the output of a whole array: not for each of its elements that wait in the queue.
     left_queue = slurm is not None and slurm.reachable and not _is_queued(slurm)
     wants_output = left_queue or (failure is not None and failure.kind in SAW_ANOTHER_END)
     return JobEvidence(
         num_ranks=spec["num_ranks"], local=local, heartbeats=heartbeats, outcomes=outcomes, slurm_id=slurm_id, slurm=slurm,
-        live_ranks=frozenset(h.rank for h in heartbeats if h.rank not in ended and _proves_life(h, local)),
+        live_ranks=live, unproven_ranks=frozenset(h.rank for h in silent if job.life_of_rank(h) == "unknown"),
         launcher=launcher, controller=controller, start_raised=controller == "ended" and any(job.path.glob("*_result.pkl")),
-        machine_restarted=local and any(map(_restarted_since, (h for h in heartbeats if h.rank not in ended))),
+        machine_restarted=any(map(_restarted_since, silent)),
         submission_interrupted=unstarted and launcher is None and sbatch.is_in_interrupted_submission(job),
         requeued=(job.read_note("requeued", attempt) or {}).get("why", "") if slurm is not None else "",
         cancel_requested=job.cancel_requested(),
@@ -337,35 +345,44 @@ def gather_evidence(job: Job, slurm: SlurmState | None = None) -> JobEvidence:
     )  # fmt: skip
 
 
-def _proves_life(heartbeat: Heartbeat, local: bool) -> bool:
-    return is_alive(heartbeat) if local else time.time() - heartbeat.time < FRESH_HEARTBEAT_SECONDS
+def _is_fresh(heartbeat: Heartbeat) -> bool:
+    """Return whether a heartbeat is new. One from the future is not: a clock was set back, and Slurm is asked."""
+    return abs(time.time() - heartbeat.time) < FRESH_HEARTBEAT_SECONDS
 
 
 def _restarted_since(heartbeat: Heartbeat) -> bool:
-    return heartbeat.host == socket.gethostname() and psutil.boot_time() > heartbeat.time
+    """Return whether a machine of this name was started anew since; heartbeats of earlier versions have only the clock's word."""
+    process = heartbeat.process
+    if process.host != socket.gethostname():
+        return False
+    return process.boot_id != boot_id() if process.boot_id else psutil.boot_time() > heartbeat.time
 
 
 def _live_launcher(spec: dict[str, Any]) -> str | None:
     launcher = spec.get("launcher")
-    alive = launcher is not None and is_alive(Heartbeat(rank=0, **launcher))
+    alive = launcher is not None and record_is_alive(launcher)
     return f"process {launcher['pid']} on {launcher['host']}" if alive and launcher is not None else None
 
 
 def _controller(job: Job) -> Literal["", "alive", "ended"]:
-    """Return whether the process runs that starts the ranks of a local job; submitit names its pickle by the process's id."""
-    pickles = [path for path in job.path.glob("*_submitted.pkl") if path.name.partition("_")[0].isdigit()]
-    if not pickles:
+    """Return whether the process runs that starts the ranks of a local job."""
+    if (record := job.read_note("controller")) is not None:
+        return "alive" if record_is_alive(record) else "ended"
+    # No note: a job of an earlier version, or its launcher was killed before it. submitit names its pickle by the process's id.
+    pids = [name for path in job.path.glob("*_submitted.pkl") if (name := path.name.partition("_")[0]).isdigit()]
+    if not pids:
         return ""
-    return "alive" if any(_runs_since(int(path.name.partition("_")[0]), path.stat().st_mtime) for path in pickles) else "ended"
+    return "alive" if any(_is_controller_of(job, int(pid)) for pid in pids) else "ended"
 
 
-def _runs_since(pid: int, written: float) -> bool:
+def _is_controller_of(job: Job, pid: int) -> bool:
+    """Return whether a process was started with the job's directory as an argument, as submitit's controller is."""
     try:
-        process = psutil.Process(pid)
-        same = process.create_time() < written + CONTROLLER_START_SECONDS
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return any(Path(word).name == job.id for word in psutil.Process(pid).cmdline())  # a zombie has none
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
+    except psutil.AccessDenied:
+        return True
 
 
 def _is_queued(slurm: SlurmState) -> bool:
@@ -386,11 +403,11 @@ def _log_end(job: Job) -> str:
 # A job that only seems to have ended
 
 _seems_gone: dict[Path, tuple[float, float]] = {}
-"""Job directory -> when Slurm first said to this process that the job has ended, and the job's last activity by then."""
+"""Job directory -> when the job first seemed to have ended (monotonic), to Slurm or by silence, and its last activity by then."""
 
 
 def _recheck(job: Job, status: JobStatus, asked_at: float) -> JobStatus:
-    """Return `unknown` for a job that seems to have ended, until Slurm has said so to this process for long enough."""
+    """Return `unknown` for a job that seems to have ended, until it has seemed so to this process for long enough."""
     if not status.recheck:
         _seems_gone.pop(job.path, None)
         return status
@@ -405,6 +422,6 @@ def _recheck(job: Job, status: JobStatus, asked_at: float) -> JobStatus:
 
 
 def _recheck_seconds(job: Job, recheck: Recheck) -> float:
-    """Return how long Slurm must report a job as ended: until a requeue or its final record would be visible here."""
+    """Return how long a job must seem to have ended: until a requeue, a heartbeat or its final record would be visible here."""
     record = 0.0 if recheck == "queue" or on_local_disk(job.path) else RECORD_RECHECK_SECONDS
     return max(record, 0.0 if recheck == "record" else RECHECK_SECONDS)

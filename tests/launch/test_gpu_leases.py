@@ -21,7 +21,7 @@ from ksweep.config.resources import Resources
 from ksweep.launch import gpu_leases, hardware
 from ksweep.launch import local_executor as launch
 from ksweep.launch.job import Job, create_job
-from ksweep.launch.rank_records import Heartbeat, this_process
+from ksweep.launch.rank_records import Heartbeat, process_record
 from ksweep.utils.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
@@ -65,10 +65,7 @@ def test_a_gpu_is_held_as_long_as_the_controller_or_a_rank_lives(tmp_path: Path)
     job = create_job(tmp_path / "logs", "a:b", {}, 1)
     assert gpu_leases.acquire_gpus(("0",), 1, "sweep") == ("0",)
     gpu_leases.transfer_gpus(("0",), job, controller.pid)
-    import psutil
-
-    me = {**this_process(), "pid": rank.pid, "process_started": psutil.Process(rank.pid).create_time()}
-    job.write_heartbeat(Heartbeat(rank=0, **me))
+    job.write_heartbeat(Heartbeat(rank=0, **process_record(rank.pid)))
     for process in (controller, rank):
         assert gpu_leases.acquire_gpus(("0",), 1, "other") is None
         process.kill()

@@ -166,10 +166,11 @@ def test_every_file_of_a_job_is_documented_in_one_place(tmp_path: Path) -> None:
     finalize(job, JobStatus("finished", ""))
     job.request_cancel()
     written = {str(path.relative_to(job.path)) for path in job.path.rglob("*") if path.is_file()}
-    assert written == {"job.json", "asked-to-end", "settled.json", "attempt-000/rank-0.json", "attempt-000/ended-0.json"}
+    of_rank = {f"attempt-000/{name}" for name in ("rank-0.json", "rank-0.lock", "ended-0.json")}
+    assert written == {"job.json", "asked-to-end", "settled.json", *of_rank}
     # Notes that only other jobs write.
     for path in (ROOT / "ksweep").rglob("*.py"):
         names = re.findall(r'write_note\(\s*"([^"]+)"(.*)', path.read_text())
         written |= {f"attempt-000/{name}.json" if "attempt" in rest else f"{name}.json" for name, rest in names}
-    assert {"slurm.json", "attempt-000/requeued.json"} < written
+    assert {"slurm.json", "controller.json", "attempt-000/requeued.json"} < written
     assert {path for path in written if not any(fnmatch(path, pattern) for pattern in documented)} == set()

@@ -120,6 +120,11 @@ TABLE: list[tuple[JobEvidence, tuple[str, str, str] | None, str]] = [
     (of(beat(), local=True, cancel_requested=True), ("stopped", "cancelled", ""), "rank 0 of 1 is gone"),
     (of(beat(), STOPPED, local=True, cancel_requested=True), ("stopped", "cancelled", ""), "asked to"),
     (of(beat(), local=True, machine_restarted=True), ("stopped", "node failure", ""), "machine was restarted"),
+    # Where only its silence says that a rank is dead, it is looked at again before that is believed.
+    (of(beat(), local=True, unproven_ranks=frozenset([0])), ("failed", "dead rank", "record"), "not seen from here"),
+    (of(beat(), local=True, unproven_ranks=frozenset([0]), machine_restarted=True), ("stopped", "node failure", "record"), ""),
+    (of(beat(), local=True, unproven_ranks=frozenset([0]), cancel_requested=True), ("stopped", "cancelled", "record"), ""),
+    (of(beat(0), beat(1), local=True, num_ranks=2, unproven_ranks=frozenset([0]), live=[1]), ("running", "", ""), ""),
     # What a rank saw of another's death has the state and class that others give it.
     (of(said(0, "failed", "killed", "rank 1 died"), local=True), ("stopped", "killed", ""), "rank 1 died"),
     (of(said(0, "failed", "node failure", "rank 1 died")), ("stopped", "node failure", ""), "rank 1 died"),
@@ -312,7 +317,7 @@ def test_what_may_only_be_out_of_sight_is_waited_for_longer_on_a_network_file_sy
     """A file that another node has put into a directory may stay unseen for 60 s on NFS."""
     stand_in(tmp_path, monkeypatch, squeue="", sacct="7|COMPLETED|0:0|gpu1", scontrol=CONFIG.format("testbed"))
     job, now = submitted(tmp_path), [NOW]
-    monkeypatch.setattr(polling.time, "time", lambda: now[0])
+    monkeypatch.setattr(polling.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(status, "on_local_disk", lambda _: False)
     for age, state in ((0, "unknown"), (61, "unknown"), (76, "failed")):
         now[0] = NOW + age

@@ -12,7 +12,7 @@ from functools import partial
 
 from ksweep.launch import status
 from ksweep.launch.job import Job, read_or
-from ksweep.launch.rank_records import is_alive
+from ksweep.launch.liveness import is_in_this_table
 from ksweep.launch.reconcile import finalize_if_ended
 from ksweep.launch.slurm import commands
 from ksweep.launch.slurm.polling import cluster_of, ids_in_queue, ids_on_this_cluster
@@ -77,13 +77,15 @@ def _slurm_obstacle(job: Job) -> str:
 
 
 def _signal_ranks(job: Job) -> str:
-    """Send SIGTERM to the ranks of a local job; return the other hosts that it runs on."""
-    beats = read_or(job.heartbeats, [])
-    for beat in beats:
-        if beat.host == socket.gethostname() and is_alive(beat):
+    """Send SIGTERM to the ranks of a local job; return where else it runs: a pid means nothing there."""
+    elsewhere = set[str]()
+    for beat in read_or(job.heartbeats, []):
+        if is_in_this_table(beat.process):
             with suppress(ProcessLookupError):
                 os.kill(beat.pid, signal.SIGTERM)
-    return ", ".join(sorted({beat.host for beat in beats if beat.host != socket.gethostname()}))
+        elif job.life_of_rank(beat) != "dead":
+            elsewhere.add(f"another container on {beat.host}" if beat.host == socket.gethostname() else beat.host)
+    return ", ".join(sorted(elsewhere))
 
 
 def format_cancel_results(name: str, results: Sequence[CancelResult]) -> list[str]:

@@ -33,8 +33,8 @@ class SlurmState:
     reachable: bool = True
     elsewhere: str = ""
     """Why this Slurm cannot tell: which cluster the job is on."""
-    answered_at: float = field(default_factory=time.time, compare=False)
-    """When Slurm said it, in seconds since 1970."""
+    answered_at: float = field(default_factory=time.monotonic, compare=False)
+    """When Slurm said it, by this process's monotonic clock."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _poll(numbers: frozenset[str], users: frozenset[str], before: float) -> _Pol
     """Ask Slurm about jobs, and decide how long the answer is kept."""
     # 1. The queue. If it does not answer, neither would accounting.
     base = float(os.environ.get("KSWEEP_SLURM_SECONDS", SLURM_POLL_SECONDS))
-    now, poll = time.time(), _Poll(numbers=numbers, users=users, here=commands.cluster_name(), pause=base)
+    now, poll = time.monotonic(), _Poll(numbers=numbers, users=users, here=commands.cluster_name(), pause=base)
     try:
         queued = {entry.id: entry for entry in commands.squeue(user=",".join(sorted(users)))}
     except commands.SlurmError:

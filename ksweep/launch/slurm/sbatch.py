@@ -27,7 +27,7 @@ from typing import Any
 
 from ksweep.config.resources import Resources
 from ksweep.launch.job import Job
-from ksweep.launch.rank_records import Heartbeat, is_alive, this_process
+from ksweep.launch.rank_records import process_record, record_is_alive
 from ksweep.launch.slurm import commands
 from ksweep.utils import machine
 from ksweep.utils.errors import SpecError
@@ -248,13 +248,13 @@ def _submit_array(
         raise SpecError(f"the cluster rejects this job ({reason}); asked for: {job_shape_text(resources)}")
     publish(folder / "jobs.json", json.dumps([str(job.path) for job in jobs]).encode())
     publish(folder / "script.sh", text.encode())
-    intent = {"tag": tag, "launcher": this_process(), "user": getpass.getuser(), "cluster": commands.cluster_name()}
+    intent = {"tag": tag, "launcher": process_record(), "user": getpass.getuser(), "cluster": commands.cluster_name()}
     publish(folder / "intent.json", json.dumps(intent).encode())
     try:
         number = commands.sbatch(folder / "script.sh")
     except commands.SlurmError as error:
         # "Socket timed out" may come after the job was taken. Where squeue does not answer either, the next command settles it.
-        submitted_id = _find_submitted_id(folder, tag, jobs, time.time())
+        submitted_id = _find_submitted_id(folder, tag, jobs)
         if submitted_id is None:
             _mark_submission_failed(folder, jobs, f"sbatch refused it: {error}")
             raise
@@ -299,13 +299,13 @@ def _interrupted_submissions(logs: Path) -> list[Path]:
 def _resolve_submission(folder: Path) -> list[str]:
     intent = json.loads((folder / "intent.json").read_text())
     jobs = [Job(Path(path)) for path in json.loads((folder / "jobs.json").read_text())]
-    if is_alive(Heartbeat(rank=0, **intent["launcher"])):
+    if record_is_alive(intent["launcher"]):
         return [f"submission {folder.name}: another launcher is handing it over at this moment"]
     if (owner := intent.get("user", getpass.getuser())) != getpass.getuser():
         return [f"submission {folder.name}: its launcher died; only a command of {owner} can tell whether Slurm has it"]
     if (there := intent.get("cluster")) and (here := commands.cluster_name()) not in (None, there):
         return [f"submission {folder.name}: its launcher died on cluster {there}; this is {here}, only a command there can tell"]
-    number = _find_submitted_id(folder, intent["tag"], jobs, intent["launcher"]["time"])
+    number = _find_submitted_id(folder, intent["tag"], jobs)
     if number is not None:
         _note_submission(folder, number, jobs)
         return [f"submission {folder.name}: its launcher died before it noted Slurm's number; found again as job {number}"]
@@ -327,10 +327,10 @@ def _mark_never_submitted(jobs: Sequence[Job], why: str) -> None:
         job.free_reserve()
 
 
-def _find_submitted_id(folder: Path, tag: str, jobs: Sequence[Job], begun: float) -> str | None:
-    """Return Slurm's id of a submission; look twice if its sbatch began so recently that it may not be in the queue yet."""
+def _find_submitted_id(folder: Path, tag: str, jobs: Sequence[Job]) -> str | None:
+    """Return Slurm's id of a submission; look twice: its sbatch may have begun so recently that it is not in the queue yet."""
     number = _submitted_id(folder, tag, jobs)
-    if number is None and time.time() - begun < SBATCH_OUTLIVES_SECONDS:
+    if number is None:  # how long ago that was, only the wall clock says
         time.sleep(SBATCH_OUTLIVES_SECONDS)
         number = _submitted_id(folder, tag, jobs)
     return number

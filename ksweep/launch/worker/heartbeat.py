@@ -9,9 +9,10 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import IO
 
 from ksweep.launch.job import Job
-from ksweep.launch.rank_records import SILENCE_SECONDS, Heartbeat, Outcome, is_alive, this_process
+from ksweep.launch.rank_records import SILENCE_SECONDS, Heartbeat, Outcome, process_record
 from ksweep.launch.status import class_of_death
 from ksweep.launch.worker.requeue import StoppedStart, fail_if_stuck, requeue_job
 
@@ -45,7 +46,7 @@ class HeartbeatThread:
     def __init__(self, job: Job, rank: int, world_size: int, attempt: int = 0, slurm_id: str = "") -> None:
         """Prepare the thread; it runs once the context is entered."""
         self.job, self.rank, self.world_size, self.attempt, self.slurm_id = job, rank, world_size, attempt, slurm_id
-        process = this_process()
+        process = process_record()
         self.latest = Heartbeat(
             rank=rank, **process, attempt=attempt, slurm_id=slurm_id, began=process["time"], log_began=job.log_bytes(rank)
         )
@@ -59,7 +60,9 @@ class HeartbeatThread:
         """When another rank was first seen to have stopped (monotonic); 0 before."""
         self._entered = self._checked = time.monotonic()
         self._last_news: dict[int, tuple[float, float]] = {}
-        """Rank on another host -> time of its newest heartbeat by its own clock, and when this process first saw that one."""
+        """Rank of which nothing is proven -> time in its newest heartbeat, and when this process first saw that one."""
+        self._lock: IO[bytes] | None = None
+        """Open, and so locked, while this rank lives."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ksweep-heartbeat", daemon=True)
 
@@ -70,6 +73,7 @@ class HeartbeatThread:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._release_lock()
 
     def handle_stop_signal(self, number: int, _frame: object) -> None:
         """Signal handler: the work loop stops after its unit; a second signal ends the rank at once."""
@@ -125,6 +129,12 @@ class HeartbeatThread:
         self._ended.set()
         self.publish_heartbeat()
         self._write_outcome(outcome)
+        self._release_lock()
+
+    def _release_lock(self) -> None:
+        """Unlock: this process may live on, as a notebook does."""
+        if self._lock is not None:
+            self._lock.close()
 
     def _write_outcome(self, outcome: Outcome) -> None:
         self.job.write_outcome(replace(outcome, attempt=self.attempt))
@@ -138,7 +148,10 @@ class HeartbeatThread:
             time.sleep(0.1)
 
     def publish_heartbeat(self) -> None:
-        """Write the current heartbeat."""
+        """Write the current heartbeat; before the first one, lock the file that proves this rank's life to other containers."""
+        if self._lock is None:
+            self._lock = self.job.lock_rank(self.rank, self.attempt)
+            self.latest = replace(self.latest, has_lock=self._lock is not None)
         with suppress(OSError):  # a full disk must not kill a rank that could still finish its unit
             self.job.write_heartbeat(replace(self.latest, time=time.time(), seconds=dict(self._seconds)))
 
@@ -184,12 +197,12 @@ class HeartbeatThread:
         return next((h for h in silent if h.rank not in ended), None)
 
     def _is_silent(self, heartbeat: Heartbeat, now: float) -> bool:
-        """Return whether a rank's process is gone; on another host, whether its heartbeat is old by this process's own clock.
+        """Return whether a rank is proven dead, or, where nothing is proven, has been silent by this process's own clock.
 
         The clocks of two nodes may differ by minutes.
         """
-        if heartbeat.host == self.latest.host:
-            return not is_alive(heartbeat)
+        if (life := self.job.life_of_rank(heartbeat)) != "unknown":
+            return life == "dead"
         sent, seen = self._last_news.get(heartbeat.rank, (heartbeat.time, now))
         self._last_news[heartbeat.rank] = (heartbeat.time, seen if sent == heartbeat.time else now)
         return now - self._last_news[heartbeat.rank][1] >= SILENCE_SECONDS
