@@ -57,7 +57,7 @@ def finalize_earlier_jobs(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool)
                     announced.add(name)
                     gone = "seems to be gone: making sure" if survey.statuses[name].recheck else ""
                     what = gone or "is still at work on this sweep: waiting"
-                    print(f"job {name} of an earlier command {what} ({survey.statuses[name].reason})", file=sys.stderr)
+                    print(f"job {name} of another command {what} ({survey.statuses[name].reason})", file=sys.stderr)
                 display.show_ranks(read_or(ours[name].heartbeats, []))
             time.sleep(EARLIER_JOBS_POLL_SECONDS if wait else EARLIER_SLURM_JOBS_POLL_SECONDS)
 

@@ -14,7 +14,7 @@ from ksweep.config.sweep import Sweep
 from ksweep.launch import gpu_leases, hardware
 from ksweep.launch import local_executor as launch
 from ksweep.launch.job import Job, read_or
-from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_av
+from ksweep.launch.job_spec import MissingCells, group_by_av
 from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.reconcile import finalize, raise_for_end
 from ksweep.launch.status import JobStatus
@@ -24,24 +24,30 @@ LOCAL_POLL_SECONDS = 0.3
 LEASE_POLL_SECONDS = 2.0
 
 
-def run_missing_cells(sweep: Sweep, missing: MissingCells) -> None:
-    """Run the missing cells on this machine and wait for them.
+def run_missing_cells(sweep: Sweep, missing: MissingCells, create_job: Callable[[MissingCells], Job | None]) -> bool:
+    """Run the missing cells on this machine and wait for them. Returns False if another command is at work on some of them.
+
+    Args:
+        create_job: creates the job of a group of cells; None if another command has begun or finished one of these.
 
     Raises:
         RequestError, RunError, StoreError: the first failure, once the jobs beside it have ended.
     """
-    create_jobs = [partial(create_job_for_cells, sweep, group, "local") for group in group_by_av(sweep, missing)]
-    run_jobs(create_jobs, sweep.resources, sweep.resources.job_name or sweep.name)
+    create_jobs = [partial(create_job, group) for group in group_by_av(sweep, missing)]
+    return run_jobs(create_jobs, sweep.resources, sweep.resources.job_name or sweep.name)
 
 
-def run_jobs(create_jobs: Sequence[Callable[[], Job]], resources: Resources, name: str) -> None:
+def run_jobs(create_jobs: Sequence[Callable[[], Job | None]], resources: Resources, name: str) -> bool:
     """Run jobs one after another on CPUs, on GPUs as these become free. Each is created just before it starts.
+
+    Returns False if one was not created: then no other is started.
 
     Raises:
         RequestError, RunError, StoreError: as `run`.
     """
     waiting, running = list(create_jobs), list[_Running]()
     failure: Exception | None = None
+    all_created = True
     gpus = hardware.num_gpus(resources) if hardware.resolve_cluster(resources) == "local" else 0
     most = _max_parallel_jobs(resources, gpus, len(waiting))
     with ProgressDisplay() as watch:
@@ -51,7 +57,11 @@ def run_jobs(create_jobs: Sequence[Callable[[], Job]], resources: Resources, nam
                 devices = _acquire_gpus(name, gpus, watch, wait=not running)
                 if devices is None:
                     break
-                running.append(_start(waiting.pop(0)(), resources, name, devices, watch, most))
+                if (job := waiting.pop(0)()) is None:
+                    gpu_leases.release_gpus(devices, name)
+                    waiting, all_created = [], False
+                    break
+                running.append(_start(job, resources, name, devices, watch, most))
             # 2. Wait until one ends, or all if none waits to start.
             try:
                 _wait_for_jobs([r.submitted for r in running], hardware.total_ranks(resources), watch, first=bool(waiting))
@@ -67,6 +77,7 @@ def run_jobs(create_jobs: Sequence[Callable[[], Job]], resources: Resources, nam
                 running.remove(ended)
     if failure is not None:
         raise failure
+    return all_created
 
 
 def _max_parallel_jobs(resources: Resources, gpus: int, num_jobs: int) -> int:

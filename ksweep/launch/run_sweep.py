@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ksweep.analysis.results import Results, results_of_cells
@@ -18,7 +19,7 @@ from ksweep.config.sweep import Sweep, known_keys
 from ksweep.evaluation.identity import CellKeys, resolve_cells, sweep_keys
 from ksweep.launch import hardware, local_executor, plan_table, run_locally, run_on_slurm
 from ksweep.launch.job import Job, logs_directory
-from ksweep.launch.job_spec import MissingCells, group_by_av
+from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_av
 from ksweep.launch.plan import Step
 from ksweep.launch.preflight import check_disk_space, check_writable, plan_cells, with_num_ranks
 from ksweep.launch.reconcile import finalize_earlier_jobs
@@ -83,6 +84,9 @@ class SweepJobs:
     """What was done for a sweep: its plan before, and on Slurm the jobs that compute its cells now."""
 
     plan: SweepPlan
+    """The last one, where it was planned anew because another command computed some of its cells."""
+    num_computed: int = 0
+    """Number of cells that this command's own jobs compute."""
     submitted: Sequence[Job] = ()
     attached: Sequence[Job] = ()
     """Jobs of earlier commands that compute cells of this sweep."""
@@ -180,7 +184,7 @@ def run_missing(resolved: ResolvedSweep, *, retry: Sequence[str], on_plan: Calla
     Args:
         resolved: the sweep.
         retry: beginnings of the keys of failed cells to run again; "" for all.
-        on_plan: called with the plan before anything is started.
+        on_plan: called with the plan before anything is started, and again if cells of it have failed in another command.
 
     Raises:
         RequestError, RunError, StoreError: the first failure.
@@ -191,11 +195,36 @@ def run_missing(resolved: ResolvedSweep, *, retry: Sequence[str], on_plan: Calla
         return _submit_missing(resolved, retry, on_plan)
     if cluster == "local":
         local_executor.validate_local_resources(resolved.sweep.resources)
-    plan = planned(resolved, finalize_earlier_jobs(resolved.sweep, resolved.keys, wait=True), retry)
-    _before_start(plan, on_plan)
-    if plan.missing:
-        run_locally.run_missing_cells(with_num_ranks(resolved.sweep, plan.missing), plan.missing)
-    return SweepJobs(plan)
+    return _run_missing_here(resolved, retry, on_plan)
+
+
+def _run_missing_here(resolved: ResolvedSweep, retry: Sequence[str], on_plan: Callable[[SweepPlan], None]) -> SweepJobs:
+    claimed: set[str] = set()
+    failed: Sequence[Step] | None = None
+    while True:
+        # 1. Wait for jobs of other commands on these cells, then plan.
+        plan = planned(resolved, finalize_earlier_jobs(resolved.sweep, resolved.keys, wait=True), retry)
+        if plan.failed != failed:
+            on_plan(plan)
+        failed = plan.failed
+        _before_start(plan)
+        # 2. Run what is missing; where another command has begun some of it at the same moment, begin anew.
+        sweep = with_num_ranks(resolved.sweep, plan.missing)
+        if run_locally.run_missing_cells(sweep, plan.missing, partial(_claim_cells, sweep, retry, claimed)):
+            return SweepJobs(plan, num_computed=len(claimed))
+
+
+def _claim_cells(sweep: Sweep, retry: Sequence[str], claimed: set[str], group: MissingCells) -> Job | None:
+    """Create the job of a group of cells; None if another command has begun or finished one of them since they were planned."""
+    logs, keys = logs_directory(sweep.registry), [step.keys for _, step in group if step.keys is not None]
+    # A job can be seen by other commands once it is created: no two may look at the same moment.
+    with locked(logs / "submitting", "another command"):
+        steps = plan_cells(sweep, [cell for cell, _ in group], keys, survey_jobs(logs), retry=retry)
+        if any(step.state != "missing" for step in steps):
+            return None
+        job = create_job_for_cells(sweep, group, "local")
+    claimed.update(step.cell_key for _, step in group)
+    return job
 
 
 def _submit_missing(resolved: ResolvedSweep, retry: Sequence[str], on_plan: Callable[[SweepPlan], None]) -> SweepJobs:
@@ -204,10 +233,11 @@ def _submit_missing(resolved: ResolvedSweep, retry: Sequence[str], on_plan: Call
     with locked(logs_directory(sweep.registry) / "submitting", "another command", aloud=True):
         survey = finalize_earlier_jobs(sweep, resolved.keys, wait=False)
         plan = planned(resolved, survey, retry)
-        _before_start(plan, on_plan)
+        on_plan(plan)
+        _before_start(plan)
         submitted = run_on_slurm.submit_missing_cells(sweep, plan.missing, survey.live_jobs) if plan.missing else []
     attached = {job.id: job for step in plan.steps for job in [survey.live_job_by_cell.get(step.cell_key)] if job is not None}
-    return SweepJobs(plan, submitted, list(attached.values()))
+    return SweepJobs(plan, len(plan.missing), submitted, list(attached.values()))
 
 
 def wait_for(jobs: SweepJobs) -> None:
@@ -227,10 +257,9 @@ def planned(resolved: ResolvedSweep, survey: JobSurvey | None = None, retry: Seq
     return SweepPlan(resolved, plan_cells(sweep, resolved.cells, resolved.keys, survey, retry=retry))
 
 
-def _before_start(plan: SweepPlan, on_plan: Callable[[SweepPlan], None]) -> None:
+def _before_start(plan: SweepPlan) -> None:
     """Check that there is room, and record the question, even if other sweeps have computed every cell."""
     sweep = plan.resolved.sweep
-    on_plan(plan)
     check_disk_space(sweep, list(plan.steps))
     cells = [(key.cell, key.label) for key in plan.resolved.keys]
     sweeps.write_sweep_record(sweep.registry, sweeps.make_sweep_record(sweep.name, sweep.question, cells))

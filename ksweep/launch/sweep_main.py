@@ -15,7 +15,7 @@ from ksweep.config.overrides import apply_overrides, parse_overrides
 from ksweep.config.sweep import Sweep
 from ksweep.launch import plan_table
 from ksweep.launch.preflight import check_disk_space, check_export
-from ksweep.launch.run_sweep import ResolvedSweep, SweepPlan, identify_cells, planned, resolve_sweep, run_missing, wait_for
+from ksweep.launch.run_sweep import ResolvedSweep, SweepJobs, identify_cells, planned, resolve_sweep, run_missing, wait_for
 from ksweep.launch.slurm.commands import SlurmError
 from ksweep.registry.query import finished_runs
 from ksweep.utils.command_exit import exit_code_of
@@ -56,7 +56,7 @@ def _main(sweep: Sweep, arguments: Sequence[str]) -> int:
         plan_table.print_submitted(resolved.sweep, jobs.plan.steps, len(jobs.submitted), len(jobs.attached))
         return 1 if jobs.plan.failed else 0
     wait_for(jobs)
-    return _show(jobs.plan, options)
+    return _show(jobs, options)
 
 
 def _dry_run(resolved: ResolvedSweep, options: argparse.Namespace) -> int:
@@ -86,11 +86,12 @@ def _without_slurm(resolved: ResolvedSweep, options: argparse.Namespace, silence
     return 1 if left else 0
 
 
-def _show(plan: SweepPlan, options: argparse.Namespace) -> int:
+def _show(jobs: SweepJobs, options: argparse.Namespace) -> int:
     """Show the results of the cells that have some, and return the exit code."""
+    plan = jobs.plan
     if len(plan.failed) == len(plan.steps):
         return 1
-    _print_results(plan.resolved, options, computed=len(plan.missing))
+    _print_results(plan.resolved, options, computed=jobs.num_computed)
     if plan.resolved.sweep.export_json and not plan.failed:
         _export(plan.resolved)
     return 1 if plan.failed else 0
