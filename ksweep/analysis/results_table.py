@@ -16,6 +16,7 @@ from ksweep.registry.query import controls_of, curves_of
 from ksweep.stats.bootstrap import FEW_DOCUMENTS
 from ksweep.stats.interval_text import baseline_text, effective_text, interval_text
 from ksweep.utils.console import WIDE_COLUMNS, columns, console
+from ksweep.utils.text import visible
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +54,7 @@ def print_curves(name: str, registry: Path, labels: Mapping[str, str]) -> pa.Tab
     for line in warnings(table):
         out.print(f"warning: {line}")
     for line in noted(table.to_pylist()):
-        out.print(Text(f"note on {line}"))
+        out.print(f"note on {line}")
     return table
 
 
@@ -61,7 +62,7 @@ def results_table(name: str, curves: pa.Table, out: Console) -> Table:
     """Return a table with a row per cell: FVE and interval at as many K as fit, the shuffled control, failures, speed."""
     rows, width = curves.to_pylist(), out.width
     ks = sorted({r["k"] for r in rows})
-    label_width = max(len(r["label"]) for r in rows)
+    label_width = max(len(visible(r["label"])) for r in rows)
     wide = width >= WIDE_COLUMNS
     beside = 16 + (24 if wide else 0)  # the control; failures and speed
     most = max(2, (width - min(label_width, LABEL_COLUMN) - 4 - beside) // CHARACTERS_PER_K)
@@ -81,7 +82,7 @@ def results_table(name: str, curves: pa.Table, out: Console) -> Table:
             _number(last["failure_rate"], ".1%"),
             _number(last["tokens_per_second"], ",.0f"),
         ]
-        table.add_row(Text(label), *(_fve(by_k.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
+        table.add_row(Text(visible(label)), *(_fve(by_k.get(k)) for k in shown), *beside_it[: 3 if wide else 1])
     return table
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ksweep.cli.output import JsonOption, OutputRow, RegistryOption, VectorCacheOption, print_json, print_rows
-from ksweep.utils.console import bytes_text
+from ksweep.utils.console import bytes_text, remark, say
 from ksweep.utils.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
@@ -67,10 +66,10 @@ def cache_show_command(
         print_json(contents)
         return
     if manifest is None:
-        print(f"{entry.directory}/manifest.json is missing or unreadable; the next run writes a new one", file=sys.stderr)
+        remark(f"{entry.directory}/manifest.json is missing or unreadable; the next run writes a new one")
     contents["shards"] = len(contents.get("shards", []))
     for name, value in _dotted("", contents):
-        print(f"{name:<32} {value}")
+        say(f"{name:<32} {value}")
 
 
 @cache_group.command("verify")
@@ -125,10 +124,10 @@ def cache_gc_command(
     removals = [removal for removal in removals if removal.path.parent not in removed_directories]
     _print_removals(removals, yes, as_json)
     for removal in busy:
-        print(f"kept: {removal.key}, touched within the last hour: a job may need it (--force removes it)", file=sys.stderr)
+        remark(f"kept: {removal.key}, touched within the last hour: a job may need it (--force removes it)")
     for removal in removals if yes else []:
         if not maintenance.remove(removal, force=force):
-            print(f"kept: {removal.key}, a job has started to use it", file=sys.stderr)
+            remark(f"kept: {removal.key}, a job has started to use it")
 
 
 def _print_removals(removals: Sequence[Removal], yes: bool, as_json: bool) -> None:
@@ -140,7 +139,7 @@ def _print_removals(removals: Sequence[Removal], yes: bool, as_json: bool) -> No
         print_rows(rows, as_json=as_json)
     total = bytes_text(sum(removal.bytes for removal in removals))
     summary = f"frees {total}" if yes else f"would free {total}; nothing was removed: give --yes to remove"
-    print(summary if removals else "nothing to remove", file=sys.stderr)
+    remark(summary if removals else "nothing to remove")
 
 
 @cache_group.command("du")

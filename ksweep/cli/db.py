@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from ksweep.cli.output import RegistryOption
+from ksweep.utils.console import remark, say
 
 if TYPE_CHECKING:
     from ksweep.registry.database import IngestReport
@@ -34,8 +34,6 @@ def rebuild_command(registry: RegistryOption = Path("registry")) -> None:
 
 def print_ingest_report(report: IngestReport) -> None:
     """Print what came into the database, and on standard error the landing directories that could not be read."""
-    print(
-        f"{report.database}: {report.num_runs} runs, {report.num_new} new, {report.num_removed} removed, {report.seconds:.2f} s"
-    )
+    say(f"{report.database}: {report.num_runs} runs, {report.num_new} new, {report.num_removed} removed, {report.seconds:.2f} s")
     for bad in report.quarantined:
-        print(f"not believed: {bad.path}: {bad.reason}", file=sys.stderr)
+        remark(f"not believed: {bad.path}: {bad.reason}")

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ksweep.utils.console import WIDE_COLUMNS, columns, console, say, say_exactly
+from ksweep.utils.text import visible
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -55,16 +58,14 @@ def print_table(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None
     """Print texts in columns, folded where a terminal is too narrow, never cut. Blank names get no heading."""
     from rich.text import Text
 
-    from ksweep.utils.console import WIDE_COLUMNS, columns, console
-
     out = console()
     # Borders would take a quarter of a narrow terminal.
     narrow: dict[str, Any] = {} if out.width >= WIDE_COLUMNS else {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
     table = columns(out, show_header=any(name.strip() for name in names), **narrow)
     for name in names:
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(Text(visible(name)), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(row[name]) for name in names))
+        table.add_row(*(Text(visible(row[name])) for name in names))
     out.print(table)
 
 
@@ -76,17 +77,13 @@ def print_section(title: str, rows: Sequence[OutputRow], about: OutputRow | None
 
 
 def print_text(text: str, *, soft_wrap: bool = False) -> None:
-    """Print text as it is: no markup, no highlighting."""
-    from rich.text import Text
-
-    from ksweep.utils.console import console
-
-    console().print(Text(text), soft_wrap=soft_wrap)
+    """Print text without markup and highlighting, and with control characters visible."""
+    console().print(text, soft_wrap=soft_wrap)
 
 
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON."""
-    print(json.dumps(_jsonable(value)), flush=True)
+    say_exactly(json.dumps(_jsonable(value)))
 
 
 def write_parquet(path: Path, answer: pa.Table) -> None:
@@ -107,7 +104,7 @@ def write_parquet(path: Path, answer: pa.Table) -> None:
         publish(path, sink.getvalue().to_pybytes())
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    print(f"{path}: {answer.num_rows} rows")
+    say(f"{path}: {answer.num_rows} rows")
 
 
 def table_curve(curve: Sequence[OutputRow]) -> list[OutputRow]:

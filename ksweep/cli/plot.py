@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ksweep.cli.output import RegistryOption
+from ksweep.utils.console import say
 
 
 def plot_command(
@@ -29,4 +30,4 @@ def plot_command(
     from ksweep.registry.query import named_curves
 
     for path in charts.save(charts.fve_by_k(named_curves(registry, names or [], metric), title=title), output):
-        print(path)
+        say(path)

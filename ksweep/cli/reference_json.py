@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from ksweep.cli.output import RegistryOption
+from ksweep.utils.console import remark, say, say_exactly
 
 
 def import_json_command(
@@ -26,9 +26,9 @@ def import_json_command(
 
     registry.mkdir(parents=True, exist_ok=True)
     for imported in import_files(registry, files, cast(Any, metric)):
-        print(f"{imported.path}: {imported.run_id}{'' if imported.landed else ' (already in the registry)'}")
+        say(f"{imported.path}: {imported.run_id}{'' if imported.landed else ' (already in the registry)'}")
         for note in imported.notes:
-            print(f"  note: {note}", file=sys.stderr)
+            remark(f"  note: {note}")
     print_ingest_report(ingest_landings(registry))
 
 
@@ -44,7 +44,7 @@ def export_command(
 
     document = export_run(registry, run_named(registry, run))
     if output is None:
-        print(json.dumps(document, allow_nan=False))
+        say_exactly(json.dumps(document, allow_nan=False))
     else:
         write_json(output, document)
-        print(output)
+        say(output)

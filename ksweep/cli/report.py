@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ksweep.cli.output import RegistryOption
+from ksweep.utils.console import say
 
 
 def report_command(
@@ -20,4 +21,4 @@ def report_command(
     """Write one HTML page that opens offline: answer, curves, numbers, groups, explanations, failures, provenance."""
     from ksweep.analysis.report import write_report
 
-    print(write_report(registry, sweep, output))
+    say(write_report(registry, sweep, output))

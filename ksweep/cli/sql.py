@@ -16,6 +16,9 @@ from ksweep.utils.errors import RequestError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FORMULA_BEGINS = ("=", "+", "-", "@", "\t", "\r")
+"""First characters by which a spreadsheet takes a text for a formula (OWASP, CSV injection)."""
+
 
 def sql_command(
     question: Annotated[
@@ -25,6 +28,13 @@ def sql_command(
     registry: RegistryOption = Path("registry"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header line.")] = False,
+    for_spreadsheet: Annotated[
+        bool,
+        typer.Option(
+            "--for-spreadsheet",
+            help="With --csv: a ' before texts that begin with = + - @, which Excel and others would run as formulas.",
+        ),
+    ] = False,
     parquet: Annotated[Path | None, typer.Option(help="Write the answer to this Parquet file.")] = None,
 ) -> None:
     """Query the registry: ksweep sql "select cell, k, fve from curves where k in (1, 16)", or ksweep sql @best_temperature."""
@@ -32,6 +42,8 @@ def sql_command(
 
     if as_json + as_csv + (parquet is not None) > 1:
         raise RequestError("give one of --json, --csv and --parquet")
+    if for_spreadsheet and not as_csv:
+        raise RequestError("--for-spreadsheet goes with --csv")
     if question in (None, "@"):
         _print_questions(registry, as_json)
         return
@@ -41,7 +53,7 @@ def sql_command(
     if parquet is not None:
         write_parquet(parquet, answer)
     elif as_csv:
-        _print_csv(answer)
+        _print_csv(answer, for_spreadsheet=for_spreadsheet)
     else:
         print_rows(answer.to_pylist(), as_json=as_json, names=answer.column_names)
 
@@ -64,8 +76,21 @@ def _print_questions(registry: Path, as_json: bool) -> None:
     print_rows(rows, as_json=as_json)
 
 
-def _print_csv(answer: pa.Table) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(answer.column_names)
+class _Line:
+    def write(self, line: str) -> None:
+        sys.stdout.write(line.removesuffix("\r\n") + "\n")
+
+
+def _print_csv(answer: pa.Table, *, for_spreadsheet: bool) -> None:
+    # With "\n" as its line terminator, csv would leave a carriage return within a text without quotes.
+    writer = csv.writer(_Line(), lineterminator="\r\n")
+    shown = _without_formula if for_spreadsheet else (lambda text: text)
+    writer.writerow([shown(name) for name in answer.column_names])
     for row in answer.to_pylist():
-        writer.writerow([json.dumps(v, default=str) if isinstance(v, (list, dict)) else v for v in row.values()])
+        texts = [json.dumps(v, default=str) if isinstance(v, (list, dict)) else v for v in row.values()]
+        writer.writerow([shown(text) if isinstance(text, str) else text for text in texts])
+
+
+def _without_formula(text: str) -> str:
+    """Return a text as a spreadsheet shows it; numbers are no texts and stay numbers."""
+    return f"'{text}" if text.startswith(FORMULA_BEGINS) else text

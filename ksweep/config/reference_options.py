@@ -26,6 +26,7 @@ import yaml
 
 from ksweep.config.resources import parse_time_limit
 from ksweep.config.sweep import known_keys
+from ksweep.utils.console import remark, say
 from ksweep.utils.errors import RequestError, SpecError
 
 Settings = dict[str, Any]
@@ -472,24 +473,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sweep as `python -m ksweep.legacy SCRIPT old=value ...`; --print shows its arguments, --table docs/options.md."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
-        print(
-            "usage: python -m ksweep.legacy SCRIPT [old=value ...] | --print [old=value ...] | --table",
-            file=sys.stderr,
-        )
+        remark("usage: python -m ksweep.legacy SCRIPT [old=value ...] | --print [old=value ...] | --table")
         return 2
     first, *rest = arguments
     if first == "--table":
-        print(options_document(), end="")
+        say(options_document(), end="")
         return 0
     try:
         new, warnings = translate([*from_environment(os.environ), *rest])
     except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
+        remark(f"error: {error}")
         return 2
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        remark(f"warning: {warning}")
     if first == "--print":
-        print("\n".join(new))
+        say("\n".join(new))
         return 0
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, first, *new])

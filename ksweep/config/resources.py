@@ -174,7 +174,7 @@ def _refuse_token(name: str, text: str) -> None:
     if (shown := without_tokens(text)) != text:
         raise SpecError(
             f"{name} has what looks like a token or a password ({bounded_repr(shown)}): it would be kept in the registry, in "
-            "job.json and in the batch script, for others to read. Set it in the environment that you submit from, which jobs inherit"
+            "job.json and in the batch script, for others to read. Set it in the environment that you submit from"
         )
 
 

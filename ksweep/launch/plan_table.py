@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from ksweep.config.sweep import Sweep
 from ksweep.launch.hardware import num_gpus, resolve_cluster
 from ksweep.launch.plan import Estimate, Step, estimate
 from ksweep.launch.slurm import commands
-from ksweep.utils.console import WIDE_COLUMNS, bytes_text, columns, console, duration_text
+from ksweep.utils.console import WIDE_COLUMNS, bytes_text, columns, console, duration_text, remark, say, say_exactly
 
 
 def print_plan(
@@ -40,13 +39,13 @@ def _print_objects(
     """Print a JSON object for each cell, then one with the totals."""
     for step in steps:
         fields = {name: value for name, value in asdict(step).items() if name != "keys"}
-        print(json.dumps({**fields, "gpu_hours": _hours(step.seconds, gpus)}))
+        say_exactly(json.dumps({**fields, "gpu_hours": _hours(step.seconds, gpus)}))
     total = {
         "sweep": sweep.name, "cells": len(steps), "states": Counter(step.state for step in steps), "job": shape,
         "cells_of_jobs": list(cells_of_jobs), **asdict(sums), "gpu_hours": _hours(sums.seconds, gpus),
         "most_gpu_hours": _most_hours(sweep, cells_of_jobs),
     }  # fmt: skip
-    print(json.dumps(total))
+    say_exactly(json.dumps(total))
 
 
 def _plan_table(sweep: Sweep, steps: Sequence[Step], gpus: int, out: Console) -> Table:
@@ -137,7 +136,7 @@ def _time(seconds: float | None, gpus: int) -> str:
 def print_failed_cells(steps: Sequence[Step]) -> None:
     """Print the cells that failed and are not run again unasked."""
     for step in steps:
-        print(f"failed: {step.title} @{step.cell_key[:8]}: {step.reason}", file=sys.stderr)
+        remark(f"failed: {step.title} @{step.cell_key[:8]}: {step.reason}")
 
 
 def print_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attached: int) -> None:
@@ -146,8 +145,8 @@ def print_submitted(sweep: Sweep, steps: Sequence[Step], submitted: int, attache
     counted = ", ".join(
         f"{counts[state]} {state}" for state in ("done", "running", "waiting", "missing", "failed") if counts[state]
     )
-    print(f"{sweep.name}: {len(steps)} cells ({counted}); submitted {submitted} jobs, {attached} were there already")
-    print(
+    say(f"{sweep.name}: {len(steps)} cells ({counted}); submitted {submitted} jobs, {attached} were there already")
+    say(
         f"they need this command no longer: `ksweep watch {sweep.name}` shows them, "
         "the same command shows results once they are there"
     )

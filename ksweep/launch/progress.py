@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,9 @@ from rich.progress import (
 
 from ksweep.launch.rank_records import Heartbeat
 from ksweep.launch.status import JobStatus
+from ksweep.utils.console import console as console_of
+from ksweep.utils.console import remark
+from ksweep.utils.text import visible
 
 PROGRESS_LINE_SECONDS = 15.0
 """Away from a terminal a line is printed at each new phase and then at most this often."""
@@ -32,15 +34,17 @@ class ProgressDisplay:
 
     def __init__(self, console: Console | None = None) -> None:
         """Use this console, by default standard error, so that tables on standard output can be piped."""
-        self.console = console or Console(stderr=True)
+        self.console = console or console_of(stderr=True)
         self._bars: dict[str, TaskID] = {}
         self._progress: Progress | None = None
         self._line = ("", 0.0)
 
     def __enter__(self) -> ProgressDisplay:
         if self.console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                       TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))  # fmt: skip
+            columns = (
+                SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}", markup=False),
+            )  # fmt: skip
             self._progress = Progress(*columns, console=self.console)
             self._progress.start()
         return self
@@ -51,6 +55,7 @@ class ProgressDisplay:
 
     def show(self, phase: str, done: int, total: int, **numbers: float) -> None:
         """Display the progress of one phase."""
+        phase = visible(phase)  # before the bar is laid out
         text = " ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in numbers.items())
         if self._progress is not None:
             if phase not in self._bars:
@@ -59,7 +64,7 @@ class ProgressDisplay:
         elif phase != self._line[0] or time.monotonic() - self._line[1] >= PROGRESS_LINE_SECONDS:
             self._line = (phase, time.monotonic())
             counted = f" {done}/{total}" if total else ""
-            print(f"{time.strftime('%H:%M:%S')} {phase}{counted} {text}".rstrip(), file=sys.stderr, flush=True)
+            remark(f"{time.strftime('%H:%M:%S')} {phase}{counted} {text}".rstrip())
 
     def show_ranks(self, heartbeats: Iterable[Heartbeat]) -> None:
         """Display the phase of rank 0, with the work of all ranks in that phase summed."""

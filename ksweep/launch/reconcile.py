@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ksweep.launch.slurm import sbatch
 from ksweep.launch.status import JobStatus
 from ksweep.launch.survey import JobSurvey, survey_jobs
 from ksweep.registry import attempts
+from ksweep.utils.console import remark
 from ksweep.utils.errors import RequestError, RunError, StoreError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def finalize_earlier_jobs(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool)
     logs, cell_keys = logs_directory(sweep.registry), {key.cell for key in keys}
     # 1. Submissions whose launcher died: adopt the jobs that Slurm has, forget the others.
     for line in sbatch.resolve_interrupted_submissions(logs):
-        print(line, file=sys.stderr)
+        remark(line)
     announced: set[str] = set()
     with ProgressDisplay() as display:
         while True:
@@ -57,7 +57,7 @@ def finalize_earlier_jobs(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool)
                     announced.add(name)
                     gone = "seems to be gone: making sure" if survey.statuses[name].recheck else ""
                     what = gone or "is still at work on this sweep: waiting"
-                    print(f"job {name} of another command {what} ({survey.statuses[name].reason})", file=sys.stderr)
+                    remark(f"job {name} of another command {what} ({survey.statuses[name].reason})")
                 display.show_ranks(read_or(ours[name].heartbeats, []))
             time.sleep(EARLIER_JOBS_POLL_SECONDS if wait else EARLIER_SLURM_JOBS_POLL_SECONDS)
 
@@ -75,7 +75,7 @@ def finalize_ended_jobs(logs: Path) -> JobSurvey:
 def finalize_all(logs: Path) -> list[tuple[Job, JobStatus]]:
     """Finalize every job that has ended; one that only seems to have ended is checked again until that is certain."""
     for line in sbatch.resolve_interrupted_submissions(logs):
-        print(line, file=sys.stderr)
+        remark(line)
     finalized: list[tuple[Job, JobStatus]] = []
     while True:
         survey = finalize_ended_jobs(logs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ksweep.launch.job_spec import MissingCells, group_by_av
 from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.reconcile import finalize, raise_for_end
 from ksweep.launch.status import JobStatus
+from ksweep.utils.console import remark
 from ksweep.utils.errors import RequestError, RunError, StoreError
 
 LOCAL_POLL_SECONDS = 0.3
@@ -68,7 +68,7 @@ def run_jobs(create_jobs: Sequence[Callable[[], Job | None]], resources: Resourc
             except (RequestError, RunError, StoreError) as error:
                 # The other running jobs go on to their end; none is started any more.
                 if failure is not None:
-                    print(f"failed as well: {error}", file=sys.stderr)
+                    remark(f"failed as well: {error}")
                 failure = failure or error
                 waiting.clear()
             # 3. Release the GPUs of jobs that were finalized.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.reconcile import finalize_if_ended, raise_for_end
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.slurm.polling import ids_on_this_cluster
+from ksweep.utils.console import remark
 from ksweep.utils.errors import RunError, SpecError
 from ksweep.utils.version import VERSION
 
@@ -71,7 +71,7 @@ def _code_note(code: code_snapshot.CodeSnapshot | None) -> dict[str, Any]:
         diff = str(code.diff) if code.diff else None
         return {"path": str(code.path), "commit": code.commit, "diff": diff, "new": code.new, "left_out": code.num_left_out}
     package, version = Path(__file__).parents[1], f"ksweep {VERSION}"
-    print(f"jobs run the installed {version} in {package} itself: leave it as it is while they do", file=sys.stderr)
+    remark(f"jobs run the installed {version} in {package} itself: leave it as it is while they do")
     return {"path": str(package), "commit": version, "diff": None}
 
 
@@ -106,9 +106,9 @@ def _raise_first_failure(ended: Sequence[tuple[Job, status.JobStatus]]) -> None:
     """Print every job that failed, by its cells, and raise the first one's failure with all that is known of it."""
     failed = [(job, job_status) for job, job_status in ended if job_status.state == "failed"]
     for job, job_status in failed[1:]:
-        print(f"failed: {_cells_text(job)} (job {job.id}): {job_status.reason}", file=sys.stderr)
+        remark(f"failed: {_cells_text(job)} (job {job.id}): {job_status.reason}")
     for job, job_status in failed[:1]:
-        print(f"failed: {_cells_text(job)} (job {job.id}):", file=sys.stderr)
+        remark(f"failed: {_cells_text(job)} (job {job.id}):")
         raise_for_end(job, job_status)
     if any(job_status.state == "stopped" for _, job_status in ended):
         reasons = "; ".join(sorted({v.reason for _, v in ended if v.state == "stopped"}))

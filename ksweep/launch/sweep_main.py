@@ -19,7 +19,9 @@ from ksweep.launch.run_sweep import ResolvedSweep, SweepJobs, identify_cells, pl
 from ksweep.launch.slurm.commands import SlurmError
 from ksweep.registry.query import finished_runs
 from ksweep.utils.command_exit import exit_code_of
+from ksweep.utils.console import VisibleFormatter, remark, say
 from ksweep.utils.planning_pass import planning_pass
+from ksweep.utils.text import visible
 
 
 def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +31,9 @@ def sweep_main(sweep: Sweep, arguments: Sequence[str] | None = None) -> None:
 
 def run_sweep_command(sweep: Callable[[], Sweep], arguments: Sequence[str]) -> None:
     """Do what `sweep_main` does with a sweep that is built first; a mistake in what it is built from is a bad request as well."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     kept = "interrupted: finished units are kept; the same command continues from there"
     raise SystemExit(exit_code_of(lambda: _main(sweep(), arguments), interrupted=kept))
 
@@ -73,10 +77,7 @@ def _without_slurm(resolved: ResolvedSweep, options: argparse.Namespace, silence
     steps = planned(resolved).steps
     done = sum(step.state == "done" for step in steps)
     left = len(steps) - done
-    print(
-        f"Slurm does not answer ({silence})" + (f": {left} of {len(steps)} cells are left as they are" if left else ""),
-        file=sys.stderr,
-    )
+    remark(f"Slurm does not answer ({silence})" + (f": {left} of {len(steps)} cells are left as they are" if left else ""))
     if options.dry_run:
         return 1
     if done:
@@ -122,11 +123,16 @@ def _export(resolved: ResolvedSweep) -> None:
     for key, label in zip(resolved.keys, sweep.labels(), strict=True):
         path = target if len(resolved.keys) == 1 else target.with_name(f"{target.stem} {label}{target.suffix}".replace("/", "_"))
         write_json(path, export_run(sweep.registry, runs[key.cell]))
-        print(f"exported: {path}")
+        say(f"exported: {path}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(visible(message), file)
 
 
 def _parser(sweep: Sweep) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         usage="%(prog)s [key=value ...] [--base PATH] [--checkpoint-data] [--config FILE] [--dry-run] [--retry] [--wait] "
         "[--no-charts] [--json]",
         description=sweep.question or sweep.name,

@@ -91,7 +91,7 @@ class RunRecord:
     num_ranks: int | None = None
     git_commit: str | None = None
     git_dirty: bool | None = None
-    """Whether tracked files differed from the commit."""
+    """Whether its code differed from the commit: changed tracked files, or new ones that a job may import."""
     argv: tuple[str, ...] = ()
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions by package name."""

@@ -5,8 +5,9 @@ A command imports what it needs when it runs, so errors of DuckDB and Arrow are 
 
 from __future__ import annotations
 
+import io
+import logging
 import os
-import re
 import sys
 import tempfile
 import time
@@ -14,7 +15,9 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
+from ksweep.utils.console import VisibleFormatter, remark
 from ksweep.utils.errors import RequestError, RunError, StoreError, classify
 from ksweep.utils.files import home
 from ksweep.utils.version import VERSION
@@ -23,7 +26,6 @@ CIRCUMSTANCES = (OSError, OverflowError, MemoryError, UnicodeError)
 """Built-in exceptions that files, disks, memory or values cause, and not a mistake in the code."""
 LIBRARIES_OF_FILES = ("duckdb", "_duckdb", "pyarrow")
 """Packages whose exceptions say that a file could not be read or written."""
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def exit_code_of(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
@@ -35,6 +37,10 @@ def exit_code_of(command: Callable[[], int | None], *, interrupted: str = "inter
         command: what to run; None counts as 0.
         interrupted: what Ctrl-C means for what the command has done so far.
     """
+    if logging.lastResort is not None:  # it prints warnings where no handler is set up
+        logging.lastResort.setFormatter(VisibleFormatter())
+    with suppress(AttributeError, ValueError):  # a stream that cannot have the character a name has shows its number
+        cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     try:
         return command() or 0
     except KeyboardInterrupt:
@@ -61,8 +67,7 @@ def failure_text(error: Exception) -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    # What a document or a file says must not steer the terminal.
-    print("error:", CONTROL_CHARACTERS.sub(lambda match: f"\\x{ord(match[0]):02x}", message), file=sys.stderr)
+    remark(f"error: {message}")
     return code
 
 

@@ -1,12 +1,21 @@
-"""Standard output, and human-readable numbers. Light to import: every command starts with it."""
+"""Standard output and standard error, and human-readable numbers. Light to import: every command starts with it.
+
+What is printed comes from elsewhere too: documents, explanations, names, messages, logs. `say`, `remark`, `console` and
+`VisibleFormatter` show control characters as text such as `\\x1b`, so that none of them steers the terminal. JSON and CSV go
+through `say_exactly`.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
 import math
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+
+from ksweep.utils.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,28 +23,44 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 100_000
 
-
 _captured: ContextVar[io.StringIO | None] = ContextVar("captured", default=None)
 
 
-def console() -> Console:
-    """Return standard output for unmodified text (no markup, no emoji codes); in a pipe without colour and line breaks."""
-    from rich.console import Console
+def say(text: object, end: str = "\n") -> None:
+    """Print to standard output, with control characters visible."""
+    print(visible(str(text)), end=end, flush=True)  # noqa: T201
+
+
+def remark(text: object) -> None:
+    """Print to standard error, with control characters visible."""
+    print(visible(str(text)), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def say_exactly(text: str) -> None:
+    """Print a line for programs, such as JSON, to standard output as it is."""
+    print(text, flush=True)  # noqa: T201
+
+
+class VisibleFormatter(logging.Formatter):
+    """Formats log records with control characters visible."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return visible(super().format(record))
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return standard output (or error) for unmodified text (no markup, no emoji codes) with control characters visible.
+
+    In a pipe it has no colour and breaks no lines.
+    """
+    from ksweep.utils.visible_console import VisibleConsole
 
     if (file := _captured.get()) is not None:
         # In a notebook rich would show its output below the cell instead of writing it.
-        return Console(
-            markup=False,
-            emoji=False,
-            highlight=False,
-            width=PIPE_WIDTH,
-            no_color=True,
-            file=file,
-            force_jupyter=False,
-            force_terminal=False,
-        )
-    plain = Console(markup=False, emoji=False, highlight=False)
-    return plain if plain.is_terminal else Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH, no_color=True)
+        return VisibleConsole(width=PIPE_WIDTH, no_color=True, file=file, force_jupyter=False, force_terminal=False)
+    plain = VisibleConsole(stderr=stderr)
+    return plain if plain.is_terminal else VisibleConsole(stderr=stderr, width=PIPE_WIDTH, no_color=True)
 
 
 def columns(out: Console, **on_a_terminal: Any) -> Table:

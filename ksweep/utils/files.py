@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ksweep.utils.console import remark
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.plain_values import PlainValueError, bounded_json, bounded_json_row
 
@@ -159,7 +159,7 @@ def _acquire(lock: BaseFileLock, path: Path, holder: str, patience: float | None
             with suppress(Timeout):
                 lock.acquire(blocking=False)
                 return True
-            print(f"{holder} is at work in {path.parent}: waiting for it", file=sys.stderr)
+            remark(f"{holder} is at work in {path.parent}: waiting for it")
         lock.acquire(timeout=-1 if patience is None else patience)
     except Timeout:
         log.warning("%s has held %s for %.0f s: continuing beside it", holder, path, patience)

@@ -1,4 +1,4 @@
-"""Names and values in messages: in the order that a reader expects, and not too many or too long."""
+"""Names and values in messages: in the order that a reader expects, not too many or too long, control characters visible."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Iterable
 _BOUNDED = reprlib.Repr()
 _BOUNDED.maxlevel, _BOUNDED.maxstring, _BOUNDED.maxother, _BOUNDED.maxlong = 4, 200, 200, 60
 _BOUNDED.maxtuple = _BOUNDED.maxlist = _BOUNDED.maxdict = _BOUNDED.maxset = 8
+
+
+CONTROLS = re.compile("\r\n|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""Characters that steer a terminal (all of C0 but tab and newline, DEL, C1), that reorder text, or that no XML can hold."""
 
 
 def bounded_repr(value: object) -> str:
@@ -32,3 +36,15 @@ def some_of(names: Iterable[str], most: int = 5) -> str:
     ordered = natural_sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
+
+
+def visible(text: str) -> str:
+    """Return a text whose control characters are written as escapes: `\\x1b`, `\\u202e`. Tabs and line breaks stay."""
+    return CONTROLS.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    if match[0] == "\r\n":
+        return "\n"
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

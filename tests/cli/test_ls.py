@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ksweep.cli import output as output_module
 from ksweep.launch.rank_records import Outcome
 from ksweep.registry.run_record import write_run
 from ksweep.utils import console as console_module
@@ -107,7 +108,8 @@ def test_ls_shows_how_jobs_ended_unattended_and_finalize_records_it(registry: Pa
 
 def test_ls_on_eighty_columns_is_a_line_a_row_with_names_that_why_takes(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    monkeypatch.setattr(console_module, "console", lambda: out)
+    for module in (console_module, output_module):
+        monkeypatch.setattr(module, "console", lambda: out)
     assert ksweep(shared, "ls", "tiny")[0] == ksweep(shared, "ls", "--state", "failed")[0] == 0
     [_, first, *_] = lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= 80

@@ -158,3 +158,27 @@ def test_a_name_of_nothing_or_of_several_is_told(ksweep: Command) -> None:
     assert ksweep("show", "nobody")[0] == 2 and "no run, cell, label or sweep 'nobody'" in ksweep("show", "nobody")[2]
     code, _, error = ksweep("diff", "tiny", "2026")
     assert code == 2 and "runs are called" in error
+
+
+TEXTS = (
+    "=cmd|'/C calc'!A1", "+1", "-1+2", "@SUM(A1)", "\tx", "\rx", "plain", "a=b", "'quoted", 'with "quotes", and\nlines\r', "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("for_spreadsheet", [False, True])
+def test_csv_is_exact_unless_it_is_for_a_spreadsheet(registry: Path, command: Command, for_spreadsheet: bool) -> None:
+    values = ", ".join(f"({i}, {-1.5 * i}, '{text.replace(chr(39), chr(39) * 2)}')" for i, text in enumerate(TEXTS))
+    question = f'select i, n, t as "=t", [t] as l from (values {values}) as _(i, n, t) order by i'
+    option = ["--for-spreadsheet"] if for_spreadsheet else []
+    code, out, _ = command("sql", question, "--csv", *option, "--registry", str(registry))
+    [head, *rows] = csv.reader(io.StringIO(out, newline=""))
+    begin = "'" if for_spreadsheet else ""
+    assert code == 0 and head == ["i", "n", f"{begin}=t", "l"]
+    assert [float(row[1]) for row in rows] == [-1.5 * i for i in range(len(TEXTS))]  # numbers stay numbers
+    assert [row[2] for row in rows] == [f"{begin if 0 <= i < 6 else ''}{text}" for i, text in enumerate(TEXTS)]
+    assert [json.loads(row[3]) for row in rows] == [[text] for text in TEXTS]
+
+
+def test_an_option_for_spreadsheets_without_csv_is_refused(registry: Path, command: Command) -> None:
+    code, _, err = command("sql", "select 1", "--for-spreadsheet", "--registry", str(registry))
+    assert code == 2 and "--csv" in err

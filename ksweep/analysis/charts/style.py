@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from ksweep.stats.interval_text import effective_text
 from ksweep.utils.cell_names import distinct_names
 from ksweep.utils.errors import RequestError
 from ksweep.utils.files import publish
+from ksweep.utils.text import CONTROLS
 
 FVE = "FVE (fraction of variance explained)"
 K = "K (draws the best is taken from)"
@@ -69,14 +69,38 @@ def save(chart: Any, path_stem: Path | str, formats: Sequence[str] = ("html", "p
 
 def _rendered(chart: Any, name: str) -> bytes:
     if name == "html":
-        return str(chart.to_html(inline=True)).encode()
+        return str(chart.to_html(inline=True, json_kwds={"cls": ScriptJson})).encode()
+    import vl_convert
+
+    # Of a character that XML cannot hold vl-convert ends the whole process.
+    given = {"vl_spec": _printable(chart.to_dict()), "vl_version": "_".join(alt.SCHEMA_VERSION.split(".")[:2])}
     if name == "svg":
-        text = io.StringIO()
-        chart.save(text, format="svg")
-        return text.getvalue().encode()
-    binary = io.BytesIO()
-    chart.save(binary, format=name, **({"scale_factor": 2} if name == "png" else {}))
-    return binary.getvalue()
+        return str(vl_convert.vegalite_to_svg(**given)).encode()
+    return bytes(vl_convert.vegalite_to_png(**given, scale=2) if name == "png" else vl_convert.vegalite_to_pdf(**given))
+
+
+class ScriptJson(json.JSONEncoder):
+    """Encodes JSON that may stand in a script element of a page: no text in it ends the element or begins a comment."""
+
+    def encode(self, o: Any) -> str:
+        """Return the JSON, with "<" as an escape."""
+        return super().encode(o).replace("<", "\\u003c")
+
+
+def _printable(value: Any) -> Any:
+    """Return a spec with a replacement character for each control character of its titles, labels and data.
+
+    An escape would not do: Vega evaluates descriptions of axes as expressions, in which it would be the character again.
+    """
+    if isinstance(value, str):
+        try:
+            # Rows are JSON within the spec, see `data`.
+            return json.dumps(_printable(json.loads(value))) if value[:2] == "[{" else CONTROLS.sub("\ufffd", value)
+        except ValueError:
+            return CONTROLS.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_printable(part) for part in value]
+    return {_printable(name): _printable(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 # Rows
@@ -169,7 +193,7 @@ def _plain(value: Any) -> Any:
 
 def data(rows: Rows) -> alt.InlineData:
     """Return rows as inline data of a chart; as text, because Altair validates lists value by value, many times."""
-    return alt.InlineData(values=json.dumps(rows), format=alt.JsonDataFormat(type="json"))
+    return alt.InlineData(values=json.dumps(rows, cls=ScriptJson), format=alt.JsonDataFormat(type="json"))
 
 
 def labels_of(rows: Rows) -> list[str]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ksweep.analysis import charts
+from ksweep.analysis.charts.style import ScriptJson
 from ksweep.analysis.report.conclusions import answer, difference, held_out_best_sentence, largest_common_k, ranked, with_interval
 from ksweep.analysis.report.data import ReportData, read_report_data
 from ksweep.analysis.results_table import SHOWN_KS, noted, warnings
@@ -71,7 +72,7 @@ def page(facts: ReportData, held_out: str = "") -> str:
         controls=control_table(facts),
         warnings=warnings(facts.curves),
         notes=noted(facts.runs),
-        charts={name: json.dumps(chart.to_dict()).replace("</", "<\\/") for name, chart in drawn(facts).items()},
+        charts={name: json.dumps(chart.to_dict(), cls=ScriptJson) for name, chart in drawn(facts).items()},
         chart_scripts=_chart_scripts(),
         table_scripts=_table_scripts(),
         explanations=explanation_table(facts.explanations),

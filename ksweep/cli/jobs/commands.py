@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ksweep.cli.output import JsonOption, RegistryOption, print_json, print_table
+from ksweep.utils.console import remark, say
 from ksweep.utils.errors import RequestError
 
 JobArgument = Annotated[str, typer.Argument(help="Job, run, cell or sweep (its newest job); a unique prefix is enough.")]
@@ -36,7 +36,7 @@ def ls_command(
         width = console().width
         print_table(LS_COLUMNS, [format_cell_row(row, width) for row in shown])
     if len(shown) < len(rows):
-        print(f"{len(rows) - len(shown):,} more, older ones: --limit 0 shows all", file=sys.stderr)
+        remark(f"{len(rows) - len(shown):,} more, older ones: --limit 0 shows all")
 
 
 def watch_command(
@@ -54,16 +54,16 @@ def watch_command(
     try:
         last = print_changes(updates, as_json=True) if as_json else show_updates(updates, console())
     except KeyboardInterrupt:
-        print("no longer watching: the jobs go on", file=sys.stderr)
+        remark("no longer watching: the jobs go on")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         discard_stdout()
         return
     if not last and not as_json:
-        print("no jobs are running or waiting, and none has ended within the last hour")
+        say("no jobs are running or waiting, and none has ended within the last hour")
     bad = [row for row in last if row.state in ("failed", "stopped")]
     if bad and not as_json:
-        print(f"why: ksweep why {short_id(bad[0].job)}", file=sys.stderr)
+        remark(f"why: ksweep why {short_id(bad[0].job)}")
     raise typer.Exit(1 if name and bad and not once else 0)
 
 
@@ -80,7 +80,7 @@ def logs_command(
 
     try:
         for text in read_logs(find_jobs(registry, run)[-1], rank, follow=follow):
-            print(text, end="", flush=True)
+            say(text, end="")
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
@@ -106,7 +106,7 @@ def why_command(run: JobArgument, registry: RegistryOption = Path("registry"), a
     if as_json:
         print_json(report)
     else:
-        print("\n".join(lines))
+        say("\n".join(lines))
 
 
 def cancel_command(
@@ -125,7 +125,7 @@ def cancel_command(
             print_json(asdict(result))
     else:
         for line in format_cancel_results(run, results):
-            print(line)
+            say(line)
     raise typer.Exit(1 if any(result.state in LIVE_STATES and not result.cancelled for result in results) else 0)
 
 
@@ -139,7 +139,7 @@ def finalize_command(registry: RegistryOption = Path("registry"), as_json: JsonO
         if as_json:
             print_json(ending)
         else:
-            print(f"finalized: {job.id} has {status.state}" + (f" ({status.reason})" if status.state != "finished" else ""))
+            say(f"finalized: {job.id} has {status.state}" + (f" ({status.reason})" if status.state != "finished" else ""))
 
 
 def retry_command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from ksweep.launch import status
 from ksweep.launch.job import Job
+from ksweep.utils.console import remark
 from ksweep.utils.errors import RequestError, RunError
 
 LOG_POLL_SECONDS = 1.0
@@ -34,7 +34,7 @@ def read_logs(job: Job, rank: int | None, *, follow: bool) -> Iterator[str]:
         if not paths and not announced:
             announced = True
             reason = "" if job_status is None else f" ({job_status.state}: {job_status.reason})"
-            print(f"job {job.id} has written nothing yet{reason}: waiting", file=sys.stderr, flush=True)
+            remark(f"job {job.id} has written nothing yet{reason}: waiting")
         several = sum(_size(path) > 0 for path in paths) > 1
         for path in paths:
             for text in _new_text(path, offsets):

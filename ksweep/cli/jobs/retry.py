@@ -11,6 +11,7 @@ from typing import Any
 from ksweep.cli.jobs.find import JobSelection, job_facts
 from ksweep.launch import status
 from ksweep.launch.job import Job
+from ksweep.utils.console import remark
 from ksweep.utils.errors import RunError
 
 
@@ -57,7 +58,7 @@ def _retry_obstacle(job: Job) -> str:
 def run_retry(retry: Retry, *, as_json: bool = False) -> dict[str, Any]:
     """Run the command; with `as_json` its output goes to standard error. Return the retry and the command's exit code."""
     cells = f" (of the failed cells only {', '.join(retry.cells)})" if retry.cells else ""
-    print(f"{retry.directory}: {' '.join(retry.command)}{cells}", file=sys.stderr, flush=True)
+    remark(f"{retry.directory}: {' '.join(retry.command)}{cells}")
     output = sys.stderr if as_json else None
     done = subprocess.run(retry.command, cwd=retry.directory, check=False, stdout=output)
     return {**asdict(retry), "exit_code": done.returncode}

@@ -18,8 +18,9 @@ from ksweep.cli.jobs.find import JobFacts, find_jobs, readable_job_facts, short_
 from ksweep.cli.jobs.rows import RECENT_SECONDS, JobRow, current_cell, format_reason, job_rows, open_jobs
 from ksweep.launch import status
 from ksweep.launch.job import Job, logs_directory
-from ksweep.utils.console import WIDE_COLUMNS, duration_text
+from ksweep.utils.console import WIDE_COLUMNS, duration_text, say, say_exactly
 from ksweep.utils.errors import RequestError
+from ksweep.utils.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -100,7 +101,7 @@ def render_screen(rows: Sequence[JobRow], width: int, height: int) -> Renderable
 
     shown = prioritize(rows, max(1, height - OTHER_LINES))
     left_out = [row for row in rows if row not in shown]
-    lines: list[RenderableType] = [Text(_headline(rows), no_wrap=True, overflow="ellipsis"), jobs_table(shown, width)]
+    lines: list[RenderableType] = [Text(visible(_headline(rows)), no_wrap=True, overflow="ellipsis"), jobs_table(shown, width)]
     if left_out:
         lines.append(Text(f"and {state_counts(left_out)}", no_wrap=True, overflow="ellipsis"))
     return Group(*lines)
@@ -140,7 +141,8 @@ def jobs_table(rows: Sequence[JobRow], width: int) -> RenderableType:
     for row in rows:
         cell = f"{row.sweep} {_format_cell(row)}" if several_sweeps else _format_cell(row)
         more = (row.slurm or "", row.nodes) if wide else ()
-        lines.append((short_id(row.job), *more, cell, row.state, format_progress(row, wide=wide)))
+        texts = (short_id(row.job), *more, cell, row.state, format_progress(row, wide=wide))
+        lines.append([visible(text) for text in texts])
     names = ("job", *(("Slurm", "nodes") if wide else ()), "cell", "state", "progress")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name, column_width in zip(names, _column_widths(names, lines, width), strict=True):
@@ -203,7 +205,10 @@ def print_changes(updates: Iterator[list[JobRow]], *, as_json: bool = False) -> 
             state, when = printed.get(row.job, ("", 0.0))
             if row.state != state or (row.state == "running" and time.monotonic() - when >= PRINT_SECONDS):
                 printed[row.job] = (row.state, time.monotonic())
-                print(json.dumps({"time": time.time(), **asdict(row)}) if as_json else _sentence(row), flush=True)
+                if as_json:
+                    say_exactly(json.dumps({"time": time.time(), **asdict(row)}))
+                else:
+                    say(_sentence(row))
         if _stdout_closed():
             break
     return last

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from ksweep.utils.console import remark
+
 
 def run_array_element(folder: Path) -> None:
     """Run a rank of the job of this element of the array, unless that job was finalized or cancelled."""
@@ -16,10 +18,10 @@ def run_array_element(folder: Path) -> None:
     jobs = json.loads((folder / "jobs.json").read_text())
     job = Job(Path(jobs[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]))
     if (final := job.final_status()) is not None:
-        print(f"job {job.id} was finalized ({final.get('reason')}), its cells belong to another by now", file=sys.stderr)
+        remark(f"job {job.id} was finalized ({final.get('reason')}), its cells belong to another by now")
         return
     if job.cancel_requested():
-        print(f"job {job.id} was cancelled before it started", file=sys.stderr)
+        remark(f"job {job.id} was cancelled before it started")
         return
     run_rank(str(job.path))
 
