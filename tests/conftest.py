@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item in kept]
 
 
+@pytest.fixture
+def forked_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork each Python that the test starts, instead of importing torch and transformers in each anew."""
+    from tests.forked import forks_python
+
+    forks_python(monkeypatch)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say which tests `-m "not ..."` leaves out, and why they are marked."""
     for line in config.getini("markers"):

@@ -13,6 +13,8 @@ from ksweep.launch.job import Job, create_job
 from ksweep.launch.slurm import commands, polling
 from tests.job_directories import ksweep, me
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 CONFIG = "ClusterName             = testbed"
 
 

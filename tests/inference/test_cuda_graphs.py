@@ -48,15 +48,16 @@ class Tape(TorchDispatchMode):
         if func.overloadpacket.__name__ in ASKS_THE_HOST:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         out = func(*args, **(kwargs or {}))
-        self.done.append((func, args, kwargs or {}, out))
+        self.done.append((func, args, kwargs or {}, [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]))
         return out
 
     def replay(self) -> None:
         """All of them again; results land where they were the first time."""
         for func, args, kwargs, made in self.done:
             again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+            again = [again] if isinstance(again, torch.Tensor) else [x for x in tree_leaves(again) if isinstance(x, torch.Tensor)]
+            for old, new in zip(made, again, strict=True):
+                if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 

@@ -24,6 +24,8 @@ from ksweep.launch.job import Job, create_job
 from ksweep.launch.rank_records import Heartbeat, process_record
 from ksweep.utils.errors import SpecError
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -24,6 +24,8 @@ from ksweep.launch.worker.process_group import gpus_of_rank
 from ksweep.utils.errors import SpecError
 from tests.launch.entries import gpus_of_this_rank
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -26,6 +26,8 @@ from ksweep.launch.survey import survey_jobs
 from ksweep.launch.worker.heartbeat import HeartbeatThread
 from ksweep.utils.errors import END_CLASSES, ERROR_CLASSES
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 ROOT = Path(__file__).parents[2]
 
 

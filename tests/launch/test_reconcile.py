@@ -29,6 +29,8 @@ from ksweep.utils.errors import RequestError
 from tests.tiny_models import TinyPair
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 ROOT = Path(__file__).parents[2]
 
 

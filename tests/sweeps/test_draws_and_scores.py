@@ -26,6 +26,8 @@ from tests.stored_rows import make_earlier
 from tests.tiny_models import TinyPair, edit_weights
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 CURVES = "SELECT k, fve, fve_low, fve_high, error, cosine, shuffled_fve FROM curves WHERE sweep = '{}' ORDER BY cell, k"

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 TRIALS = int(os.environ.get("KSWEEP_TRIALS", "2"))
 FULL = TRIALS >= 30
 NUM_UNITS = 60
-pytestmark = [pytest.mark.slow, pytest.mark.trials, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.trials, pytest.mark.timeout(3600), pytest.mark.usefixtures("forked_python")]
 
 
 def python(

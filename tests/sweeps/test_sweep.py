@@ -24,6 +24,8 @@ from ksweep import Resources, Sweep
 from tests.tiny_models import TinyPair, edit_sidecar
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
 
+pytestmark = pytest.mark.usefixtures("forked_python")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -379,7 +381,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_draws_of_an_undisturbed_on
         try:
             while not killed and not Path(other.registry).exists():
                 time.sleep(0.01)
-            process.wait(moments.uniform(2.0, 9.0) if killed else 0.0)  # the first as soon as it has begun
+            process.wait(moments.uniform(0.05, 0.6) if killed else 0.0)  # the first as soon as it has begun
             break
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

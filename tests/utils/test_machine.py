@@ -184,6 +184,7 @@ def test_torch_and_its_openmp_runtime_start_with_what_the_rank_was_given(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_python")
 @pytest.mark.parametrize(
     ("resources", "num_jobs", "threads"),
     [
@@ -236,6 +237,7 @@ DRAWS = "SELECT activation, draw, token_ids FROM draws ORDER BY ALL"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_python")
 def test_a_sweep_has_a_rank_a_core_says_so_in_its_record_and_draws_the_same(
     sweep: Sweep, tmp_path: Path, cores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
