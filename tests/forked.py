@@ -125,6 +125,7 @@ def _run_program(arguments: Sequence[str]) -> None:
         sys.argv = rest[1:]
         runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
     else:
+        sys.path.insert(0, str(Path(rest[0]).parent))
         runpy.run_path(rest[0], run_name="__main__")
 
 

@@ -35,7 +35,7 @@ def simulated(tmp_path_factory):
     [
         *((n, "uneven") for n in (10, 20)),
         (20, "even"),
-        *(pytest.param(n, sizes, marks=pytest.mark.trials) for n in (40, 80) for sizes in ("uneven", "even")),
+        *(pytest.param(n, sizes, marks=pytest.mark.trials) for n, sizes in ((40, "uneven"), (80, "uneven"), (80, "even"))),
     ],
 )
 def test_intervals_and_bands_cover_and_with_uneven_documents_the_old_ones_do_not(simulated, num_documents, sizes):
