@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksweep.launch.ownership import is_own
 from ksweep.utils.errors import RunError
 from ksweep.utils.files import publish
 from ksweep.utils.provenance import new_files
@@ -58,10 +59,10 @@ def snapshot_code(logs: Path, package: Path | None = None) -> CodeSnapshot | Non
     new = new_files(root, _names(root, "--others", "--exclude-standard"))
     _check_size(root, new.code)
     diff = _git(root, "diff", "--binary", "HEAD")
-    key = f"{commit[:12]}-{_digest(root, diff, new.code)}"
-    directory = logs / "code" / key
+    directory = _own_directory(logs / "code" / f"{commit[:12]}-{_digest(root, diff, new.code)}")
+    key = directory.name
     marker, patch = directory.with_name(f"{key}.json"), directory.with_name(f"{key}.diff")
-    if not marker.exists():
+    if not (marker.exists() and directory.exists()):
         if diff:
             publish(patch, diff, mode=_mode_of_diff(root))
         files = [name for name in [*_names(root, "--cached"), *new.code] if (root / name).is_symlink() or (root / name).is_file()]
@@ -69,6 +70,12 @@ def snapshot_code(logs: Path, package: Path | None = None) -> CodeSnapshot | Non
         facts = {"commit": commit, "files": len(files), "new": new.code, "left_out": len(new.others)}
         publish(marker, json.dumps(facts).encode())
     return CodeSnapshot(directory, commit, patch if diff else None, new.code, len(new.others))
+
+
+def _own_directory(directory: Path) -> Path:
+    """Return a directory's name, or another one where somebody else has taken it: their files are not to be run."""
+    others = [directory.with_name(f"{directory.name}-{end}") for end in (os.geteuid(), secrets.token_hex(4))]
+    return next(own for own in (directory, *others) if not os.path.lexists(own) or is_own(own))
 
 
 def _root(path: Path) -> Path | None:

@@ -291,5 +291,5 @@ def create_job(
         **({} if code is None else {"code": code}),
     }  # fmt: skip
     publish(job.path / RESERVE, bytes(RESERVE_BYTES))
-    publish(job.path / "job.json", json.dumps(spec, indent=1).encode())
+    publish(job.path / "job.json", json.dumps(spec, indent=1).encode(), mode=0o644)  # a file that others can write is not rerun
     return job

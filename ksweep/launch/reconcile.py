@@ -12,6 +12,7 @@ from ksweep.evaluation.identity import CellKeys
 from ksweep.launch import status
 from ksweep.launch.final_records import attempt_rows, record_unfinished_run
 from ksweep.launch.job import Job, logs_directory, read_or
+from ksweep.launch.ownership import is_own
 from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.status import JobStatus
@@ -94,8 +95,11 @@ def finalize_if_ended(job: Job, job_status: JobStatus) -> bool:
 
 
 def finalize(job: Job, job_status: JobStatus) -> None:
-    """Write the job's end into the registry: a row for each rank of each start, and the run that did not finish. Once only."""
-    if job.final_status() is not None:
+    """Write the job's end into the registry: a row for each rank of each start, and the run that did not finish. Once only.
+
+    A job of another user is left to that user's commands: what its files name is no place to write to.
+    """
+    if job.final_status() is not None or not is_own(job.path / "job.json"):
         return
     job.free_reserve()
     started = job_status.kind != "never submitted"

@@ -7,9 +7,11 @@ results.curves, results.draws, results.compare(), results.chart(), results.repor
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ksweep.analysis.results import Results, results_of_cells
@@ -218,7 +220,7 @@ def _claim_cells(sweep: Sweep, retry: Sequence[str], claimed: set[str], group: M
     """Create the job of a group of cells; None if another command has begun or finished one of them since they were planned."""
     logs, keys = logs_directory(sweep.registry), [step.keys for _, step in group if step.keys is not None]
     # A job can be seen by other commands once it is created: no two may look at the same moment.
-    with locked(logs / "submitting", "another command"):
+    with locked(_claims_lock(logs), "another command"):
         steps = plan_cells(sweep, [cell for cell, _ in group], keys, survey_jobs(logs), retry=retry)
         if any(step.state != "missing" for step in steps):
             return None
@@ -227,10 +229,16 @@ def _claim_cells(sweep: Sweep, retry: Sequence[str], claimed: set[str], group: M
     return job
 
 
+def _claims_lock(logs: Path) -> Path:
+    """Return the file that is locked while cells are claimed; of a user who may not write that of others, a file of that user."""
+    shared = logs / "submitting"
+    return shared if not shared.exists() or os.access(shared, os.W_OK) else logs / f"submitting-{os.geteuid()}"
+
+
 def _submit_missing(resolved: ResolvedSweep, retry: Sequence[str], on_plan: Callable[[SweepPlan], None]) -> SweepJobs:
     sweep = resolved.sweep
     # Two commands at once would both find the same cells missing.
-    with locked(logs_directory(sweep.registry) / "submitting", "another command", aloud=True):
+    with locked(_claims_lock(logs_directory(sweep.registry)), "another command", aloud=True):
         survey = finalize_earlier_jobs(sweep, resolved.keys, wait=False)
         plan = planned(resolved, survey, retry)
         on_plan(plan)

@@ -174,6 +174,21 @@ def test_a_process_that_has_the_pid_of_a_dead_rank_is_not_the_rank(tmp_path: Pat
     assert is_alive(me()) and not is_alive(me(start_ticks=me().start_ticks - 1))
 
 
+def test_a_stopped_rank_lives_however_long_it_is_silent(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        process.send_signal(signal.SIGSTOP)
+        until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+        job = job_with(tmp_path, beat := Heartbeat(rank=0, **process_record(process.pid) | {"time": time.time() - 30 * HOUR}))
+        assert status.job_status(job).state == "running" and job.life_of_rank(beat) == "alive"
+        finalize_ended_jobs(tmp_path / "logs")
+        assert job.final_status() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert job.life_of_rank(beat) == "dead"
+
+
 def test_records_of_earlier_and_of_later_versions_are_read(tmp_path: Path) -> None:
     new = {"boot_id", "namespaces", "start_ticks"}
     earlier = {name: value for name, value in process_record().items() if name not in new}

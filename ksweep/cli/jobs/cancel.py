@@ -13,6 +13,7 @@ from functools import partial
 from ksweep.launch import status
 from ksweep.launch.job import Job, read_or
 from ksweep.launch.liveness import is_in_this_table
+from ksweep.launch.ownership import is_own, owner_of
 from ksweep.launch.reconcile import finalize_if_ended
 from ksweep.launch.slurm import commands
 from ksweep.launch.slurm.polling import cluster_of, ids_in_queue, ids_on_this_cluster
@@ -38,6 +39,9 @@ def cancel_jobs(jobs: Sequence[Job]) -> list[CancelResult]:
     """
     statuses = status.job_statuses(jobs)
     live = [job for job in jobs if job.id in statuses and statuses[job.id].state in status.LIVE_STATES]
+    # A foreign file could name a process or a Slurm job of this user.
+    foreign = {job.id: _cancelled_by_owner(job) for job in live if not is_own(job.path / "job.json")}
+    live = [job for job in live if job.id not in foreign]
     # 1. A job that is asked to end does not put itself back into the queue.
     slurm_ids = {job.id: _ask_to_end(job) for job in live}
     # 2. On Slurm, cancel only numbers that are ours; elsewhere, signal the ranks of this machine.
@@ -49,9 +53,10 @@ def cancel_jobs(jobs: Sequence[Job]) -> list[CancelResult]:
         for job in live if job not in on_slurm and (hosts := _signal_ranks(job))
     }  # fmt: skip
     commands.scancel(sorted(queued.values()))
+    obstacles |= foreign
     # 3. Record how those ended that nobody waited for.
     for job in jobs:
-        if job.id in statuses and job not in live and job.final_status() is None:
+        if job.id in statuses and job not in live and job.id not in foreign and job.final_status() is None:
             read_or(partial(finalize_if_ended, job, statuses[job.id]), None)
     return [
         CancelResult(
@@ -61,6 +66,12 @@ def cancel_jobs(jobs: Sequence[Job]) -> list[CancelResult]:
         )
         for job in jobs if job.id in statuses
     ]  # fmt: skip
+
+
+def _cancelled_by_owner(job: Job) -> str:
+    number = read_or(job.slurm_id, None)
+    by_number = f" (an operator of the cluster: `scancel {number}`)" if number else ""
+    return f"it belongs to {owner_of(job.path / 'job.json')}, who can cancel it{by_number}"
 
 
 def _ask_to_end(job: Job) -> str | None:
@@ -81,7 +92,7 @@ def _signal_ranks(job: Job) -> str:
     elsewhere = set[str]()
     for beat in read_or(job.heartbeats, []):
         if is_in_this_table(beat.process):
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # ended meanwhile, or root's
                 os.kill(beat.pid, signal.SIGTERM)
         elif job.life_of_rank(beat) != "dead":
             elsewhere.add(f"another container on {beat.host}" if beat.host == socket.gethostname() else beat.host)

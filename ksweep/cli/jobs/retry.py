@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from ksweep.cli.jobs.find import JobSelection, job_facts
 from ksweep.launch import status
 from ksweep.launch.job import Job
+from ksweep.launch.ownership import spec_and_doubt
 from ksweep.utils.console import remark
 from ksweep.utils.errors import RunError
 
@@ -30,19 +32,23 @@ def plan_retry(selection: JobSelection) -> Retry:
     """Return the command that runs failed cells again: all of a sweep, those of one job, or a single one.
 
     Raises:
-        RunError: the script is gone, or there is nothing to run again.
+        RunError: the script is gone, there is nothing to run again, or the job's command is not this user's.
     """
     job, whole_sweep = selection.jobs[-1], selection.kind == "sweep"
     facts = job_facts(job)
     if not whole_sweep and (obstacle := _retry_obstacle(job)):
         raise RunError(f"job {job.id} {obstacle}")
-    origin: dict[str, Any] = job.spec()["argument"].get("origin", {})
+    spec, doubt = spec_and_doubt(job)
+    origin: dict[str, Any] = spec["argument"].get("origin", {})
     argv, directory = list(origin.get("argv", [])), origin.get("directory")
     if not argv or directory is None or not (Path(directory) / argv[0]).is_file():
         raise RunError(f"the script of this sweep ({' '.join(argv) or 'unknown'}) no longer exists: run yours with --retry")
     plain = [word for word in argv if word != "--retry" and not word.startswith("--retry-cell=")]
     cells = [] if whole_sweep else [(key, label) for key, label in facts.cells if key in (selection.keys or facts.keys)]
     options = ["--retry"] if whole_sweep else [f"--retry-cell={key}" for key, _ in cells]
+    if doubt:
+        typed = f"cd {shlex.quote(str(directory))} && {shlex.join(['python', *map(str, plain), *options])}"
+        raise RunError(f"job {job.id} {doubt}, so its command is shown and not run. If you trust it, run it yourself: {typed}")
     return Retry(facts.sweep, tuple(label for _, label in cells), str(directory), (sys.executable, *plain, *options))
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from ksweep.config.resources import Resources
 from ksweep.launch.job import Job
+from ksweep.launch.ownership import is_own, owner_of
 from ksweep.launch.rank_records import process_record, record_is_alive
 from ksweep.launch.slurm import commands
 from ksweep.utils import machine
@@ -297,6 +298,9 @@ def _interrupted_submissions(logs: Path) -> list[Path]:
 
 
 def _resolve_submission(folder: Path) -> list[str]:
+    if not is_own(folder / "intent.json"):
+        owner = owner_of(folder / "intent.json")
+        return [f"submission {folder.name}: it is in doubt; only a command of {owner} can tell whether Slurm has it"]
     intent = json.loads((folder / "intent.json").read_text())
     jobs = [Job(Path(path)) for path in json.loads((folder / "jobs.json").read_text())]
     if record_is_alive(intent["launcher"]):
