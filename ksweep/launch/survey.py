@@ -39,7 +39,8 @@ class JobSurvey:
         for job, status in self.ended:
             keys = [cell["key"] for cell in _cells(job)]
             if status.state == "failed" and keys:
-                failures[cell_of_end(job, status) or keys[0]] = (status.kind, status.reason)
+                message = status.reason.removeprefix(f"{status.kind}: ")  # as a recorded run says it
+                failures[cell_of_end(job, status) or keys[0]] = (status.kind, message)
         return failures
 
     def live_job_on(self, cell_key: str) -> tuple[Literal["running", "waiting"], str] | None:

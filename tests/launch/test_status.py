@@ -420,7 +420,7 @@ def test_a_survey_names_the_cells_that_are_at_work_and_the_jobs_that_ended(tmp_p
     finalized.write_note("settled", {"state": "failed", "reason": "said before", "kind": "bug"})
     survey = survey_jobs(tmp_path)
     assert set(survey.live_job_by_cell) == {"one"} and [job.id for job, _ in survey.ended] == [failed.id]
-    assert survey.failures == {"two": ("NaN", "NaN: loss is NaN")}
+    assert survey.failures == {"two": ("NaN", "loss is NaN")}
 
 
 def test_a_survey_looks_into_finalized_jobs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +444,7 @@ def test_a_failure_is_blamed_on_the_cell_that_the_rank_was_at(tmp_path: Path) ->
     job.write_heartbeat(beat(0, cell="one"))
     job.write_heartbeat(beat(1, cell="two"))
     job.write_outcome(Outcome(rank=1, status="failed", kind="NaN", message="loss is NaN"))
-    assert survey_jobs(tmp_path).failures == {"two": ("NaN", "NaN: loss is NaN")}
+    assert survey_jobs(tmp_path).failures == {"two": ("NaN", "loss is NaN")}
 
 
 # As sacct of Slurm 22.05 printed it: JobID,State,ExitCode,NodeList,Submit,SubmitLine. The second job was handed over with --wrap.

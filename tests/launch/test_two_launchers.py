@@ -22,7 +22,7 @@ from ksweep.launch.rank_records import Outcome
 from ksweep.launch.run_sweep import SweepPlan, identify_cells, planned
 from ksweep.launch.survey import survey_jobs
 from tests.tiny_models import TinyPair
-from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
+from tests.tiny_sweeps import ask, talking_pair, tiny_cell
 
 ROOT = Path(__file__).parents[2]
 IN_PROCESS = Resources(cluster="inprocess", gpus=0, cells_per_job=1)
@@ -103,7 +103,7 @@ def test_cells_that_another_command_has_begun_are_waited_for_and_planned_anew(
     jobs = run_sweep.run_missing(identify_cells(sweep), retry=(), on_plan=plans.append)
     assert f"job {other[0].id} of another command is still at work on this sweep: waiting" in capsys.readouterr().err
     assert [[step.state for step in plan.steps] for plan in plans] == [["missing", "missing"], ["failed", "missing"]]
-    assert jobs.num_computed == 1 and ["loss is NaN" in step.reason for step in jobs.plan.failed] == [True]
+    assert jobs.num_computed == 1 and [step.reason for step in jobs.plan.failed] == ["NaN: loss is NaN (--retry runs it again)"]
 
 
 def test_gpus_acquired_for_a_job_that_is_not_created_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,4 +159,4 @@ def test_two_launchers_at_once_compute_every_unit_once_and_both_end_well(sweep: 
     ]  # fmt: skip
     jobs = all_jobs(logs(sweep))
     assert len(jobs) == 2 and {(job.final_status() or {})["state"] for job in jobs} == {"finished"}
-    assert run(replace(sweep, resources=IN_PROCESS)) == 0 and len(all_jobs(logs(sweep))) == 2
+    assert [step.state for step in planned(identify_cells(sweep)).steps] == ["done", "done"]
