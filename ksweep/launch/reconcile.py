@@ -133,7 +133,7 @@ def raise_for_end(job: Job, job_status: JobStatus) -> None:
     message = outcome.message if outcome is not None and outcome.kind == kind else job_status.reason
     if kind == "bad input":
         raise RequestError(message)
-    if kind in ("disk full", "failure"):
+    if kind in ("disk full", "disk error", "failure"):
         raise RunError(message)
     rank = "" if outcome is None else f"rank {outcome.rank} "
     details = read_or(job.log_tail, "") if outcome is None else outcome.traceback

@@ -50,7 +50,7 @@ from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, Lan
 from ksweep.registry.scores import LONG_SCHEMA, RECONSTRUCTION_SCHEMA
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
 from ksweep.utils.errors import DiskFullError, RequestError, RunError, StoreError
-from ksweep.utils.files import flush_to_disk, locked, publish
+from ksweep.utils.files import LEFTOVER_AGE, flush_to_disk, locked, publish
 from ksweep.utils.fingerprint import canonical_json
 
 log = logging.getLogger(__name__)
@@ -168,16 +168,14 @@ def ingest_landings(root: Path | str) -> IngestReport:
     # 1. compare the names of files with those in the database; usually nothing is new
     plan = _plan(root)
     if plan.has_work:
-        with _lock(root):
-            # 2. compare again: the previous holder of the lock may have ingested the same files. The database is read anew, for a
-            #    network file system may return the times of an earlier file for some seconds.
-            _state_of_file.cache_clear()
-            plan = _plan(root, damaged=plan.damaged)
+        with _lock(root), _own_copy(root) as next_file:
+            # 2. compare again, with a copy of the database: the previous holder of the lock may have ingested the same files
+            plan = _plan(root, damaged=plan.damaged, database=next_file)
             if plan.has_work:
-                # 3. build the next file beside the database and rename it into place
+                # 3. bring the copy up to date and rename it into place
                 if plan.rebuilt not in (None, NO_DATABASE, OTHER_VERSION, NO_DIGEST):
                     log.warning("%s is built again from the registry's files: %s", root / DATABASE, plan.rebuilt)
-                _publish_next(root, plan)
+                _publish_next(root, plan, next_file)
                 return _report(root, plan, began, changed=True)
     return _report(root, plan, began, changed=False)
 
@@ -187,9 +185,9 @@ def rebuild_database(root: Path | str) -> IngestReport:
     began = time.perf_counter()
     root = _existing(root)
     _write_empty_parts(root)
-    with _lock(root):
+    with _lock(root), _own_copy(root) as next_file:
         plan = _plan(root, from_nothing=ON_REQUEST)
-        _publish_next(root, plan)
+        _publish_next(root, plan, next_file)
         return _report(root, plan, began, changed=True)
 
 
@@ -263,10 +261,12 @@ class _Plan:
         return bool(self.new or self.removed or self.rebuilt or self.views_differ)
 
 
-def _plan(root: Path, from_nothing: str | None = None, damaged: tuple[str, ...] | None = None) -> _Plan:
-    """Compare the registry's files with the database; `damaged` saves checking parts again."""
+def _plan(
+    root: Path, from_nothing: str | None = None, damaged: tuple[str, ...] | None = None, database: Path | None = None
+) -> _Plan:
+    """Compare the registry's files with the database, or with a copy of it; `damaged` saves checking parts again."""
     on_disk = _names_on_disk(root)
-    state, reason = (None, from_nothing) if from_nothing else _state(root)
+    state, reason = (None, from_nothing) if from_nothing else _state(root, database)
     damaged = _damaged_paths(root) if damaged is None else damaged
     if state is None:
         return _Plan(tuple(sorted(on_disk)), (), reason, damaged, False)
@@ -331,27 +331,28 @@ def _names_on_disk(root: Path) -> set[str]:
     return names - unreadable
 
 
-def _state(root: Path) -> tuple[_State | None, str | None]:
-    """Return what the database holds, or None and the reason why it must be built from nothing."""
+def _state(root: Path, database: Path | None = None) -> tuple[_State | None, str | None]:
+    """Return what the database, or a copy of it, holds, or None and the reason why it must be built from nothing."""
+    database = database or root / DATABASE
     try:
-        file = (root / DATABASE).stat()
+        file = database.stat()
     except FileNotFoundError:
         return None, NO_DATABASE
     if (root / WRITE_AHEAD_LOG).exists():
         return None, f"another program has written to it ({WRITE_AHEAD_LOG} lies beside it)"
     try:
-        return _state_of_file(root, (file.st_dev, file.st_ino, file.st_mtime_ns, file.st_size), _schema_fingerprint())
+        return _state_of_file(root, database, (file.st_dev, file.st_ino, file.st_mtime_ns, file.st_size), _schema_fingerprint())
     except (duckdb.Error, KeyError, ValueError) as error:
         return None, f"it could not be read: {_one_line(error)}"
 
 
 @lru_cache(maxsize=8)
-def _state_of_file(root: Path, file: tuple[int, ...], schema: str) -> tuple[_State | None, str | None]:
+def _state_of_file(root: Path, database: Path, file: tuple[int, ...], schema: str) -> tuple[_State | None, str | None]:
     """Return what this database file holds. A published file never changes, so it is read once: `connect` took 170 ms, now 38."""
-    with _open(root / DATABASE) as connection:
+    with _open(database) as connection:
         state, reason = _read_state(root, connection)
     published = _published_digests(root)
-    if state is not None and published and _file_digest(root / DATABASE) not in published:
+    if state is not None and published and _file_digest(database) not in published:
         return None, "it is not what was written: another program or the disk has changed it"
     return state, reason
 
@@ -401,13 +402,32 @@ def _path(root: Path, name: str) -> Path:
 # Building the next file
 
 
-def _publish_next(root: Path, plan: _Plan) -> None:
-    """Build the next database file and rename it into place.
+@contextlib.contextmanager
+def _own_copy(root: Path) -> Iterator[Path]:
+    """Give the path of a copy of the database, if there is one, in a directory of this process alone: the next is built there.
+
+    Where the file system has no locks, an ingester on another machine may replace the database, or take this one's work for a
+    leftover, at any time: what is compared and built must be this process's own. It lies on the machine's own disk where there
+    is room, since DuckDB writes many small pieces.
+    """
+    database = root / DATABASE
+    size = database.stat().st_size if database.exists() else 0
+    own = Path(tempfile.gettempdir())
+    place = own if shutil.disk_usage(own).free > 3 * size + ROOM_TO_BUILD else root
+    with tempfile.TemporaryDirectory(prefix=".ksweep-", dir=place) as directory:
+        copied = Path(directory) / DATABASE
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(database, copied)
+        yield copied
+
+
+def _publish_next(root: Path, plan: _Plan, next_file: Path) -> None:
+    """Bring a copy of the database up to date and rename it into the database's place.
 
     Raises:
         DiskFullError: there is no space for it.
     """
-    next_file = root / f".{DATABASE}.{secrets.token_hex(8)}.next"
+    staged = root / f".{DATABASE}.{secrets.token_hex(8)}.next"
     try:
         try:
             _build(next_file, root, plan, refused={})
@@ -416,10 +436,11 @@ def _publish_next(root: Path, plan: _Plan) -> None:
             if not (refused := _refused_rows(root, plan.new)):
                 raise
             _build(next_file, root, plan, refused=refused)
-        flush_to_disk(next_file)
+        shutil.copyfile(next_file, staged)
+        flush_to_disk(staged)
         digests = [_file_digest(next_file), *_published_digests(root)[: KEPT_DIGESTS - 1]]
         publish(root / DIGESTS, "\n".join(digests).encode())
-        os.replace(next_file, root / DATABASE)
+        os.replace(staged, root / DATABASE)
         (root / WRITE_AHEAD_LOG).unlink(missing_ok=True)  # it belongs to no database any more
         flush_to_disk(root)
     except (duckdb.Error, OSError) as error:
@@ -429,17 +450,14 @@ def _publish_next(root: Path, plan: _Plan) -> None:
             ) from error
         raise
     finally:
-        next_file.unlink(missing_ok=True)
-        Path(f"{next_file}.wal").unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
 
 
 def _build(next_file: Path, root: Path, plan: _Plan, *, refused: Mapping[str, str]) -> None:
-    """Write the next database file; files in `refused` (name -> reason) go into quarantine."""
+    """Bring a database file up to date, in one transaction; files in `refused` (name -> reason) go into quarantine."""
     Path(f"{next_file}.wal").unlink(missing_ok=True)
     if plan.rebuilt:
         next_file.write_bytes(_empty_database(_schema_fingerprint()))
-    else:
-        shutil.copyfile(root / DATABASE, next_file)
     _fill(next_file, root, plan, refused)
 
 
@@ -740,8 +758,10 @@ def _lock(root: Path) -> Iterator[None]:
     """Hold the ingest lock; the kernel releases it when its holder dies. Without effect on file systems without locks."""
     with locked(root / ".ingest.lock", "another ingester", patience=LOCK_TIMEOUT) as held:
         if held:
-            for leftover in root.glob(f".{DATABASE}.*.next*"):  # of an ingester that was killed
-                leftover.unlink(missing_ok=True)
+            for leftover in root.glob(f".{DATABASE}.*.next*"):  # of an ingester that was killed, or that of another host at work
+                with contextlib.suppress(OSError):
+                    if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
+                        leftover.unlink()
         yield
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from ksweep.registry.part_labels import PartLabel, labelled, read_label
 from ksweep.registry.work_units import WorkUnit
-from ksweep.utils.errors import DiskFullError, RunError
+from ksweep.utils.errors import DiskError, DiskFullError, RunError, classify
 from ksweep.utils.files import clear_leftovers, link_once, publish, umask_permissions
 from ksweep.utils.fingerprint import json_digest
 from ksweep.utils.notes import Note, load_notes, save_notes
@@ -319,6 +319,7 @@ def guard_disk(path: Path, write: Callable[[], Value]) -> Value:
 
     Raises:
         DiskFullError: it failed because the disk of `path` is full.
+        DiskError: it failed because the disk did.
     """
     try:
         return write()
@@ -329,5 +330,10 @@ def guard_disk(path: Path, write: Callable[[], Value]) -> Value:
             raise DiskFullError(
                 f"the disk of {path} is full ({free / 1e6:.1f} MB free): no partial file was left. "
                 "Free some space or point `registry` elsewhere, then run the same command again; finished draws are kept."
+            ) from error
+        if classify(error) == "disk error":
+            raise DiskError(
+                f"the disk of {path} refused a file ({error.strerror or error}): no partial file was left. "
+                "Run the same command again once it works; finished draws are kept."
             ) from error
         raise

@@ -13,6 +13,7 @@ ErrorClass = Literal[
     "NaN",
     "time limit",
     "disk full",
+    "disk error",
     "dead rank",
     "node failure",
     "preempted",
@@ -46,6 +47,7 @@ END_CLASSES: dict[ErrorClass, EndClass] = {
     "NaN": EndClass("failed", False, "a model returned values that are not finite"),
     "time limit": EndClass("failed", False, "several starts reached their time limit without publishing a draw"),
     "disk full": EndClass("failed", True, "no space was left on a disk"),
+    "disk error": EndClass("failed", True, "a disk or a network file system refused to read or write"),
     "dead rank": EndClass("failed", False, "a rank that had begun its cell ended without writing an outcome"),
     "setup": EndClass("failed", False, "it ended before any rank began: in the `setup` lines, at srun, or while Python started"),
     "failure": EndClass("failed", False, "an error that ksweep raises while running"),
@@ -106,6 +108,12 @@ class DiskFullError(RunError):
     kind: ClassVar[ErrorClass] = "disk full"
 
 
+class DiskError(RunError):
+    """A disk or a network file system refused to read or write; no half-written file stays."""
+
+    kind: ClassVar[ErrorClass] = "disk error"
+
+
 class NotFiniteError(RunError):
     """A model returned values that are NaN or infinite."""
 
@@ -113,6 +121,7 @@ class NotFiniteError(RunError):
 
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED_BY_DISK = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_MEMORY = re.compile(r"out of memory|can(?:no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 _NOT_A_NUMBER = re.compile(r"contains either `inf`", re.IGNORECASE)
 
@@ -122,7 +131,7 @@ def classify(error: BaseException) -> ErrorClass:
     error_class = _class_of(error)
     if error_class in ("failure", "bug") and error.__cause__ is not None:
         of_cause = classify(error.__cause__)
-        return of_cause if of_cause in ("disk full", "out of memory", "NaN") else error_class
+        return of_cause if of_cause in ("disk full", "disk error", "out of memory", "NaN") else error_class
     return error_class
 
 
@@ -132,6 +141,8 @@ def _class_of(error: BaseException) -> ErrorClass:
         return "disk full"
     if isinstance(error, (RequestError, RunError, StoreError)):
         return error.kind
+    if isinstance(error, OSError) and code in _REFUSED_BY_DISK:
+        return "disk error"
     if isinstance(error, MemoryError) or code == errno.ENOMEM or type(error).__name__ == "OutOfMemoryError":  # torch's
         return "out of memory"
     if isinstance(error, FloatingPointError):

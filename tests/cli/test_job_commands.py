@@ -99,6 +99,7 @@ def test_why_tells_class_ranks_tracebacks_device_code_log_and_what_to_do(registr
         ("time limit", "raise resources.time"),
         ("bad input", "correct it"),
         ("disk full", "vector_cache= to a larger disk"),
+        ("disk error", "network file system that the message names"),
         ("NaN", "autoencoder.dtype=float32"),
         ("dead rank", "resources.mem_gb"),
         ("bug", "ksweep retry tiny"),

@@ -93,6 +93,8 @@ ROWS: list[tuple[str, Write, int, tuple[str, str, bool]]] = [
      ("failed", "out of memory", False)),
     ("full disk", with_records(gone(**AT_CELL), Outcome(rank=0, status="failed", kind="disk full")), 1,
      ("failed", "disk full", True)),
+    ("a disk that fails", with_records(gone(**AT_CELL), Outcome(rank=0, status="failed", kind="disk error")), 1,
+     ("failed", "disk error", True)),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -288,8 +289,13 @@ def test_ten_processes_landing_while_two_ingest_lose_nothing(root: Path) -> None
 
 
 @pytest.mark.slow
-def test_killed_ingester_leaves_no_lock_and_its_leftover_is_removed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_killed_ingester_leaves_no_lock_and_nothing_in_the_registry(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     land_three(root)
+    # Of one that was killed while it copied its database into the registry, and of one on another machine that does so now.
+    old, new = root / ".ksweep.duckdb.old.next", root / ".ksweep.duckdb.new.next"
+    for leftover in (old, new):
+        leftover.write_bytes(b"half")
+    os.utime(old, (0, 0))
     code = (
         "import sys, time; from ksweep.registry import database as d; real = d._fill\n"
         "def fill(*a): real(*a); print('filled', flush=True); time.sleep(600)\n"
@@ -297,12 +303,44 @@ def test_killed_ingester_leaves_no_lock_and_its_leftover_is_removed(root: Path, 
     )
     with subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "filled\n"
-        assert len(list(root.glob(".ksweep.duckdb.*.next"))) == 1 and not (root / "ksweep.duckdb").exists()
         process.kill()
+        assert not (root / "ksweep.duckdb").exists()
     with caplog.at_level(logging.WARNING):
         assert ingest_landings(root).num_runs == 3
     assert not caplog.messages, "a dead holder is not waited for"
-    assert not list(root.glob(".ksweep.duckdb.*"))
+    assert list(root.glob(".ksweep.duckdb.*")) == [new]
+
+
+def test_ingesters_that_do_not_see_one_anothers_locks_add_no_row_twice_and_stop_nobody(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines on a network file system without locks: the other publishes between this one's look and its own."""
+    land_three(root)
+    ingest_landings(root)
+    write_run(root, record_of("late", temperature=0.9), curve_of())
+    monkeypatch.setattr(database, "_lock", lambda root: contextlib.nullcontext())
+    plan, publish_next, elsewhere = database._plan, database._publish_next, []
+
+    def other_is_first(root: Path, *arguments: object, **options: object) -> object:
+        found = plan(root, *arguments, **options)  # type: ignore[arg-type]
+        if not elsewhere:
+            elsewhere.append(True)
+            ingest_landings(root)
+        return found
+
+    def other_is_first_again(root: Path, *arguments: object) -> None:
+        if len(elsewhere) == 1:
+            elsewhere.append(True)
+            write_run(root, record_of("later", temperature=1.1), curve_of())
+            ingest_landings(root)
+        publish_next(root, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(database, "_plan", other_is_first)
+    monkeypatch.setattr(database, "_publish_next", other_is_first_again)
+    ingest_landings(root)
+    assert len(elsewhere) == 2
+    assert ingest_landings(root).num_runs == 5 and ingest_landings(root).quarantined == ()
+    assert rows(root, "SELECT count(*), count(DISTINCT run_id) FROM run_curves") == [(20, 5)]
 
 
 def test_draws_before_the_first_draw_are_an_empty_table_with_types(root: Path) -> None:

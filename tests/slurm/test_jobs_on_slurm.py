@@ -153,7 +153,7 @@ def test_a_job_runs_the_code_as_it_was_submitted(tmp_path: Path, resources: Reso
     added = tree / "ksweep" / "added_later.py"
     added.write_text("def say(argument, ranks):\n    return 'as submitted'\n")
     code = code_snapshot.snapshot_code(tmp_path / "logs", tree / "ksweep")
-    assert code is not None and code.diff is not None and "as submitted" in code.diff.read_text()
+    assert code is not None and code.new == ("ksweep/added_later.py",) and "as submitted" in (code.path / code.new[0]).read_text()
     job = create_job(tmp_path / "logs", "ksweep.added_later:say", {}, 1, cluster="slurm")
     sbatch.submit_arrays(tmp_path / "logs", [job], replace(resources, setup="sleep 3"), "code", code.path)
     added.write_text("def say(argument, ranks):\n    return 'changed since'\n")

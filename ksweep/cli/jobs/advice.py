@@ -46,6 +46,7 @@ ADVICE = {
     "dead rank": "a rank was killed without leaving a message, most often for memory: lower resources.batch_size (now "
     f"{{batch_size}}) or raise resources.mem_gb (now {{mem_gb}}), {RETRY_WITH_SETTING}; if it was not memory, {RETRY}",
     "disk full": f"free some space, or set registry= and vector_cache= to a larger disk; {CONTINUE}",
+    "disk error": f"look at the disk or the network file system that the message names; {CONTINUE}",
     "bad input": f"the request cannot be carried out, see the message; correct it, {RETRY_WITH_SETTING}",
     "NaN": "a model returned values that are not finite: look at the input named in the message, try autoencoder.dtype=float32; "
     f"{RETRY_WITH_SETTING}",
