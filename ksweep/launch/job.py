@@ -109,7 +109,14 @@ class Job:
         return hold_lock(self._lock_path(rank, attempt))
 
     def _lock_of(self, heartbeat: Heartbeat) -> Path | None:
-        return self._lock_path(heartbeat.rank, heartbeat.attempt) if heartbeat.has_lock else None
+        """Return the file that a rank keeps locked, if this process sees it through the same mounted file system.
+
+        Two containers may have mounted one directory each for itself (FUSE): neither sees the other's locks.
+        """
+        path = self._lock_path(heartbeat.rank, heartbeat.attempt)
+        with suppress(OSError):
+            return path if path.stat().st_dev == heartbeat.lock_device else None
+        return None
 
     def _lock_path(self, rank: int, attempt: int) -> Path:
         return self.attempt_folder(attempt) / f"rank-{rank}.lock"

@@ -50,8 +50,8 @@ class Heartbeat:
     namespaces: str = ""
     start_ticks: int = 0
     """See `liveness.ProcessIdentity`; empty in heartbeats of earlier versions."""
-    has_lock: bool = False
-    """Whether the rank keeps rank-<r>.lock locked for as long as it lives: where the file system has locks."""
+    lock_device: int = 0
+    """Device of rank-<r>.lock as the rank sees it, which keeps the file locked for as long as it lives; 0 without locks."""
 
     @property
     def process(self) -> ProcessIdentity:

@@ -228,7 +228,7 @@ def test_a_rank_holds_its_lock_until_its_outcome_is_written(tmp_path: Path) -> N
     heartbeat = HeartbeatThread(job, 0, 1)
     heartbeat.publish_heartbeat()
     [beat] = job.heartbeats()
-    assert beat.has_lock and lock_state(job.attempt_folder(0) / "rank-0.lock") == "held"
+    assert beat.lock_device and lock_state(job.attempt_folder(0) / "rank-0.lock") == "held"
     heartbeat.finish(rank_records.Outcome(rank=0, status="finished"))
     assert lock_state(job.attempt_folder(0) / "rank-0.lock") == "free"
 
@@ -241,7 +241,7 @@ def test_without_locks_on_the_file_system_a_rank_says_so(tmp_path: Path, monkeyp
     job = create_job(tmp_path, "a:b", {}, 1)
     HeartbeatThread(job, 0, 1).publish_heartbeat()
     [beat] = job.heartbeats()
-    assert not beat.has_lock and job.is_alive(beat)
+    assert beat.lock_device == 0 and job.is_alive(beat)
     other = replace(beat, namespaces="pid:[0]")
     assert job.life_of_rank(other) == "unknown" and job.is_alive(other), "unknown, and not silent"
 
@@ -259,7 +259,7 @@ def test_the_rank_of_another_container_lives_as_long_as_its_lock(tmp_path: Path,
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         # Here the pid is that of a process that began at another time.
-        beat = me(pid=1, start_ticks=7, namespaces="pid:[0]", has_lock=True, time=time.time() - 30 * HOUR)
+        beat = me(pid=1, start_ticks=7, namespaces="pid:[0]", lock_device=path.stat().st_dev, time=time.time() - 30 * HOUR)
         job.write_heartbeat(beat)
         if stopped:
             holder.send_signal(signal.SIGSTOP)
@@ -274,12 +274,20 @@ def test_the_rank_of_another_container_lives_as_long_as_its_lock(tmp_path: Path,
     assert HeartbeatThread(job, 1, 2)._find_dead_rank() == beat
 
 
+def test_a_lock_that_is_seen_through_another_mount_proves_nothing(tmp_path: Path) -> None:
+    job = create_job(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cells=[("key", "n=1")])
+    publish(job.attempt_folder(0) / "rank-0.lock", b"")
+    beat = me(pid=1, start_ticks=7, namespaces="pid:[0]", lock_device=tmp_path.stat().st_dev)
+    assert job.life_of_rank(beat) == "dead"
+    assert job.life_of_rank(replace(beat, lock_device=tmp_path.stat().st_dev + 1)) == "unknown"
+
+
 def test_a_gpu_stays_leased_to_a_job_of_another_container_whose_rank_holds_its_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KSWEEP_HOME", str(tmp_path / "home"))
     there = {"namespaces": "pid:[0]", "time": time.time() - HOUR}
-    job = job_with(tmp_path, me(has_lock=True, **there))
+    job = job_with(tmp_path, me(lock_device=tmp_path.stat().st_dev, **there))
     gpu_leases._write_lease("0", {"job": job.id, "process": process_record() | there, "path": str(job.path)})
     held = job.lock_rank(0, 0)
     assert held is not None and gpu_leases.acquire_gpus(("0",), 1, "another") is None

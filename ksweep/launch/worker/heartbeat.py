@@ -151,7 +151,7 @@ class HeartbeatThread:
         """Write the current heartbeat; before the first one, lock the file that proves this rank's life to other containers."""
         if self._lock is None:
             self._lock = self.job.lock_rank(self.rank, self.attempt)
-            self.latest = replace(self.latest, has_lock=self._lock is not None)
+            self.latest = replace(self.latest, lock_device=0 if self._lock is None else os.fstat(self._lock.fileno()).st_dev)
         with suppress(OSError):  # a full disk must not kill a rank that could still finish its unit
             self.job.write_heartbeat(replace(self.latest, time=time.time(), seconds=dict(self._seconds)))
 
