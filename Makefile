@@ -48,9 +48,10 @@ demo-model: .venv/.install
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo]"
 	touch $@
 
-.venv/.test: .venv/.install
+.venv/.test: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test]"
-	touch $@
+	touch .venv/.install $@
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

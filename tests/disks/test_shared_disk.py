@@ -124,7 +124,7 @@ def assert_as_alone(place: SharedPlace, alone: Sweep) -> int:
     return int(sampled) - 2 * 1600
 
 
-@pytest.mark.parametrize("delay", [0.3, 2.0])
+@pytest.mark.parametrize("delay", [0.5])
 def test_two_hosts_that_see_one_another_late_end_one_sweep_right(place: SharedPlace, alone: Sweep, delay: float) -> None:
     hosts = [place.start(f"host-{i}", "--delay", str(delay), "--seed", str(i)) for i in range(2)]
     for code, error in ends(hosts):
