@@ -346,7 +346,7 @@ def _state(root: Path, database: Path | None = None) -> tuple[_State | None, str
         return None, f"it could not be read: {_one_line(error)}"
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # of the latest files: each holds a name of every run
 def _state_of_file(root: Path, database: Path, file: tuple[int, ...], schema: str) -> tuple[_State | None, str | None]:
     """Return what this database file holds. A published file never changes, so it is read once: `connect` took 170 ms, now 38."""
     with _open(database) as connection:

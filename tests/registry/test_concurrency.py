@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,29 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from ksweep.registry.database import connect, ingest_landings
+from ksweep.registry.database import ingest_landings
 from ksweep.registry.run_record import write_run
 from tests.registry.landed_runs import controls_of, curve_of, record_of
 
-NUM_LANDERS = 50
-RUNS_EACH = 2
-
-READ = """
-import sys, pathlib
-from ksweep.registry.database import connect
-root, stop, seen, reads = sys.argv[1], pathlib.Path(sys.argv[2]), 0, 0
-print("ready", flush=True)
-while True:
-    with connect(root) as c:
-        runs, = c.execute("SELECT count(*) FROM runs").fetchone()
-        points, owners = c.execute("SELECT count(*), count(DISTINCT run_id) FROM run_curves").fetchone()
-    assert runs >= seen and points == 4 * owners and owners == runs, (seen, runs, points, owners)
-    seen, reads = runs, reads + 1
-    if stop.exists():
-        break
-print(reads)
-"""
-"""A reader: what it sees only grows, and is never half of an ingest."""
+LOAD = Path(__file__).parents[2] / "scripts" / "load_registry.py"
 
 INGEST = """
 import sys, pathlib
@@ -54,11 +35,6 @@ print(n)
 """An ingester: often a reader, who ingests as well, has been quicker and there is nothing left to do."""
 
 
-def land_some(root: Path, process: int, num_runs: int) -> None:
-    for i in range(num_runs):
-        write_run(root, record_of(f"p{process:03d}-{i}", temperature=0.1 + process), curve_of(), controls_of())
-
-
 @contextmanager
 def in_the_background(code: str, root: Path, stop: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", code, str(root), str(stop)]
@@ -67,38 +43,15 @@ def in_the_background(code: str, root: Path, stop: Path) -> Iterator[subprocess.
         yield process
 
 
-def count_of(process: subprocess.Popen[str]) -> int:
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0
-    return int(out)
-
-
 @pytest.mark.slow
-def test_fifty_processes_landing_while_two_read_and_one_ingests_lose_nothing(root: Path, tmp_path: Path) -> None:
-    stop = tmp_path / "stop"
-    landers = [
-        multiprocessing.get_context("fork").Process(target=land_some, args=(root, i, RUNS_EACH)) for i in range(NUM_LANDERS)
-    ]
-    with (
-        in_the_background(READ, root, stop) as one,
-        in_the_background(READ, root, stop) as other,
-        in_the_background(INGEST, root, stop) as ingester,
-    ):
-        for lander in landers:
-            lander.start()
-        for lander in landers:
-            lander.join(240)
-        stop.touch()
-        counts = [count_of(process) for process in (one, other, ingester)]
-    assert [lander.exitcode for lander in landers] == [0] * NUM_LANDERS
-    report = ingest_landings(root)
-    assert (report.num_runs, report.quarantined) == (NUM_LANDERS * RUNS_EACH, ())
-    with connect(root) as connection:
-        assert connection.execute("SELECT count(*), count(DISTINCT run_id) FROM run_curves").fetchone() == (400, 100)
-        assert connection.execute("SELECT count(*), count(DISTINCT run_id) FROM run_controls").fetchone() == (300, 100)
-    assert min(counts) > 0
-    assert not list(root.glob(".*.next*"))
-    print(f"{NUM_LANDERS} processes landed {report.num_runs} runs; reads: {counts[0]} and {counts[1]}; ingests: {counts[2]}")
+@pytest.mark.trials
+def test_twenty_ranks_publishing_while_two_read_one_ingests_and_one_reports_lose_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(LOAD), "--minutes", "0.08", "--ranks", "20", "--pause", "2", "--place", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("nothing is lost\n") and "is damaged" not in done.stderr
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[2:-1]] == ["reader 0", "reader 1", "ingester", "reporter"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from ksweep.registry.cell_draws import CellDraws
 from ksweep.registry.chosen_files import CHOSEN_SCHEMA, record_chosen
 from ksweep.registry.database import check_parts, connect
 from ksweep.registry.metric_scores import MetricScores
-from ksweep.registry.part_checks import CHECKED, set_damaged_aside
+from ksweep.registry.part_checks import CHECKED, damaged_parts, set_damaged_aside
 from ksweep.registry.run_record import ACTIVATIONS_SCHEMA, write_run
-from ksweep.registry.scores import MetricLayout
+from ksweep.registry.scores import MetricLayout, scored_unit
 from ksweep.registry.work_units import WorkUnit
 from tests.registry.landed_runs import curve_of, record_of
 from tests.stored_rows import publish_unit, rows_of, write_earlier_part
@@ -117,11 +117,32 @@ def test_each_state_of_a_file_is_read_once_also_by_other_processes(tmp_path: Pat
     monkeypatch.setattr(part_checks, "_damage", lambda *all: (read.append(all[1]), damage(*all))[1])
     assert check_parts(tmp_path) == () and len(read) == 4
     assert check_parts(tmp_path) == () and len(read) == 4
-    part_checks._passed_in.cache_clear()  # as in another process
+    part_checks._listed.clear()  # as in another process
     assert check_parts(tmp_path) == () and len(read) == 4
     path = sorted(store.draws.path.glob("part-*"))[0]
     path.write_bytes(path.read_bytes())
     assert check_parts(tmp_path) == () and len(read) == 6, "the part and its scores"
+
+
+def test_of_a_list_of_checked_parts_only_what_another_process_appends_is_read(tmp_path: Path) -> None:
+    stored(tmp_path)
+    assert check_parts(tmp_path) == ()
+    listed = tmp_path / CHECKED
+    first = part_checks._passed(tmp_path)
+    assert len(first) == 4
+    with listed.open("ab") as file:
+        file.write(part_checks._lines({"another": "1"}) + b"half a l")
+    parsed: list[bytes] = []
+    digest = part_checks.xxhash.xxh3_64_hexdigest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part_checks.xxhash, "xxh3_64_hexdigest", lambda data: (parsed.append(data), digest(data))[1])
+        assert part_checks._passed(tmp_path) == {**first, "another": "1"} and len(parsed) == 1
+    with listed.open("ab") as file:
+        file.write(b"ine\n" + part_checks._lines({"a third": "1", "another": ""}))
+    assert part_checks._passed(tmp_path) == {**first, "another": "", "a third": "1"}
+    for anew in ({"alone": "1"}, {f"part {i}": "1" for i in range(40)}):  # shorter and longer, in place
+        listed.write_bytes(part_checks._lines(anew))
+        assert part_checks._passed(tmp_path) == anew
 
 
 def test_a_flipped_list_of_checked_parts_costs_reading_and_nothing_else(tmp_path: Path) -> None:
@@ -134,6 +155,7 @@ def test_a_flipped_list_of_checked_parts_costs_reading_and_nothing_else(tmp_path
     rng = random.Random(0)
     for _ in range(50):
         listed.write_bytes(content)
+        part_checks._listed.clear()  # as in another process
         flip(listed, rng.randrange(8 * len(content)))
         assert [one.path for one in check_parts(tmp_path)] == [path]
 
@@ -254,6 +276,26 @@ def test_a_file_that_the_disk_refuses_stops_nobody_and_is_never_set_aside(
     assert not one.is_readable and "Input/output error" in one.reason
     set_damaged_aside(tmp_path, check_parts(tmp_path))
     assert refused.exists() and [row for row in answer(tmp_path) if row[3] is not None] == whole[64:]
+
+
+def test_a_part_that_is_replaced_or_set_aside_while_it_is_read_is_not_damaged(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    replaced, gone = sorted(store.scores.path.glob("part-*"))
+    draws = store.draws.read_part(UNITS[0])
+    assert draws is not None
+    changes = {
+        replaced: lambda: store.publish_scores(scored_unit(UNITS[0]), rows_of(UNITS[0], error=[3.0] * 64), draws),
+        gone: gone.unlink,
+    }
+
+    def read_by_sql(path: Path) -> pa.Table | str:
+        """Another job is quicker than the second look at the file."""
+        if (change := changes.pop(path, None)) is not None:
+            change()
+        return pq.read_table(path, partitioning=None) if path.exists() else "No files found"
+
+    assert damaged_parts(tmp_path, read_by_sql) == () and not changes
+    assert [row[3] for row in answer(tmp_path)] == [3.0] * 64 + [None] * 64
 
 
 def test_names_that_no_store_gives_are_damaged(tmp_path: Path) -> None:
