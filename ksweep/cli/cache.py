@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -166,7 +167,7 @@ def cache_du_command(
 def _seconds(text: str) -> float:
     """Return the seconds of 30d, 12h, 90m, 45s or 2w."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
-    if match is None:
+    if match is None or not math.isfinite(float(match[1])):
         raise RequestError(f"--older-than {text!r} is not a duration: give a number with s, m, h, d or w, e.g. 30d or 12h")
     return float(match[1]) * UNIT_SECONDS[match[2]]
 

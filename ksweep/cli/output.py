@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,8 @@ def _directory(text: str | Path) -> Path:
     """Return a directory as typed; without a name it would be the current one, into which an index would be written."""
     if not str(text).strip():
         raise typer.BadParameter("it is empty: give the path of a directory ('.' is the current one)")
+    if "\0" in str(text) or (os.path.lexists(text) and not os.path.isdir(text)):
+        raise typer.BadParameter(f"{text} is no directory")
     return Path(text)
 
 

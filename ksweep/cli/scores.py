@@ -110,7 +110,10 @@ def scores_import_command(
     if name in METRICS:
         raise RequestError(f"--as {name}: ksweep computes a metric of this name itself; give the scores another one, e.g. judge")
     better: Better = "neither" if higher_is_better is None else "higher" if higher_is_better else "lower"
-    done = import_scores(registry, read_scores_file(file), name, column=column, better=better)
+    try:
+        done = import_scores(registry, read_scores_file(file), name, column=column, better=better)
+    except (RequestError, UnicodeDecodeError) as error:
+        raise RequestError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
     print_text(
         f"{name}: {done.num_scores} scores of {done.num_draws} draws ({len(done.draws_keys)} draws keys), {better} is better"
     )

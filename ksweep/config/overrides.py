@@ -42,7 +42,7 @@ def parse_overrides(arguments: Sequence[str] = (), config: str | Path | None = N
     """
     settings: dict[str, Any] = {}
     if config is not None:
-        settings |= _config_settings(_read_yaml(Path(config)))
+        settings |= _settings_in(Path(config))
     for argument in arguments:
         key, value = _split(argument)
         settings[_resolve(key)] = value
@@ -58,6 +58,14 @@ def apply_overrides(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
         SpecError: a value of the wrong type, or settings that contradict each other or the spec.
     """
     return _build(sweep, settings) if settings else sweep
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    tree = _read_yaml(path)
+    try:
+        return _config_settings(tree)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
@@ -183,7 +191,7 @@ def _resolve(key: str) -> str:
         return ends[0]
     if ends:
         raise SpecError(f"{key!r} could be {' or '.join(ends)}: write the whole key")
-    raise SpecError(f"unknown key {key!r}: {_hint(key, list(keys))}")
+    raise SpecError(f"unknown key {bounded_repr(key)}: {_hint(key, list(keys))}")
 
 
 def _hint(key: str, keys: list[str]) -> str:
@@ -196,7 +204,9 @@ def _hint(key: str, keys: list[str]) -> str:
     close = close or [tails[t] for t in difflib.get_close_matches(key.rpartition(".")[2], tails, n=2, cutoff=0.7)]
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"{group} has {', '.join(k.rpartition('.')[2] for k in inside)}" if inside else "known keys: " + ", ".join(keys)
+    if inside:
+        return f"{group} has {', '.join(k.rpartition('.')[2] for k in inside)}"
+    return f"keys are {', '.join(SWEEP_FIELDS)}, and those of {', '.join(SPEC_GROUPS)}, e.g. sampling.num_draws"
 
 
 def _build(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:

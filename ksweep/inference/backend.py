@@ -65,7 +65,7 @@ def load_engine(name: str) -> Engine:
             f"sampling.engine={name!r} is neither one of {', '.join(ENGINES)} nor a dotted name (package.module:name)"
         )
     engine = load_named(ENGINES.get(name, name), "sampling.engine")
-    if isinstance(engine, type) or not hasattr(engine, "generate"):
+    if isinstance(engine, type) or (callable(engine) and not hasattr(engine, "generate")):
         engine = engine()
     check_has(engine, ("identity", "supports", "generate", "numerics"), f"sampling.engine={name}")
     if name != DEFAULT_ENGINE and not engine.identity:

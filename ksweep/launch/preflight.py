@@ -136,6 +136,8 @@ def check_export(sweep: Sweep) -> None:
         directory = _existing(path.parent)
         if path.is_dir():
             raise SpecError(f"export_json={path} is a directory: give the name of a file in it, e.g. {path / 'results.json'}")
+        if _is_loop(path):
+            raise SpecError(f"export_json={path}: a symbolic link on the way to it leads nowhere; give another file")
         if not (directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)):
             raise SpecError(f"export_json={path}: {directory} cannot be written; give a file in a directory that can")
     except OSError as error:
@@ -182,6 +184,11 @@ def with_num_ranks(sweep: Sweep, missing: Sequence[tuple[Cell, Step]]) -> Sweep:
     # Jobs that the user wants side by side share the cores.
     ranks = max(1, ranks // min(resources.max_parallel_jobs or 1, len(groups)))
     return replace(sweep, resources=replace(resources, tasks=ranks))
+
+
+def _is_loop(path: Path) -> bool:
+    """Return whether a parent is a symbolic link that leads nowhere, or in a circle."""
+    return any(parent.is_symlink() and not parent.exists() for parent in path.absolute().parents)
 
 
 def _existing(directory: Path) -> Path:

@@ -101,7 +101,7 @@ def read_scores_file(path: Path) -> pa.Table:
 
             # Keys of hex digits alone must not become numbers.
             return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types={"draws_key": pa.string()}))
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise RequestError(f"{path} cannot be read: {error}") from error
     raise RequestError(f"{path}: scores are read from {', '.join(FILE_TYPES)}; what came ends in {path.suffix or 'nothing'}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ import pyarrow as pa
 from ksweep.registry.database import DatabaseError, connect
 from ksweep.utils.errors import RequestError
 
+WRITING_STATEMENTS = ("COPY", "COPY_DATABASE", "EXPORT", "ATTACH", "LOAD")
+"""Statements of DuckDB (INSTALL is a LOAD) that reach beyond the database, which is opened for reading; stored questions are
+files that may come with somebody else's registry."""
 TableRow = dict[str, Any]
 """Column name -> value."""
 
@@ -20,18 +23,28 @@ def run_query(root: Path, question: str, variables: Mapping[str, str] | None = N
     """Return the result of a SQL query; it reads `variables` with getvariable.
 
     Raises:
-        RequestError: DuckDB does not accept the query, or it returns no rows and columns.
+        RequestError: DuckDB does not accept the query, it writes files, or it returns no rows and columns.
     """
     with connect(root) as connection:
         try:
+            question.encode()  # of half a surrogate pair DuckDB says that the arguments have wrong types
+            _refuse_writing(statement.type.name for statement in connection.extract_statements(question))
             for name, value in (variables or {}).items():
                 connection.execute(f"SET VARIABLE {name} = ?", [value])
             answer = connection.sql(question)
             if answer is not None:
                 return answer.to_arrow_table()
-        except DatabaseError as error:
+        except (DatabaseError, UnicodeEncodeError) as error:
             raise RequestError(f"DuckDB does not accept that: {error}") from error
     raise RequestError(f"{question!r} has no answer: ask with SELECT or FROM, e.g. ksweep sql 'from curves'")
+
+
+def _refuse_writing(kinds: Iterable[str]) -> None:
+    if writing := [kind for kind in kinds if kind in WRITING_STATEMENTS]:
+        raise RequestError(
+            f"a query reads, and {writing[0].replace('_', ' ')} writes files or loads code: ask with SELECT or FROM; `ksweep sql "
+            "... --parquet FILE` and --csv keep the answer, and ksweep.connect() takes any SQL"
+        )
 
 
 def finished_runs(root: Path) -> dict[str, str]:

@@ -24,6 +24,8 @@ from ksweep.utils.version import VERSION
 
 CIRCUMSTANCES = (OSError, OverflowError, MemoryError, UnicodeError)
 """Built-in exceptions that files, disks, memory or values cause, and not a mistake in the code."""
+NO_PATH = ("embedded null byte", "embedded null character", "Symlink loop from")
+"""Beginnings of what Python says of a path where the system is not asked, in a ValueError or RuntimeError."""
 LIBRARIES_OF_FILES = ("duckdb", "_duckdb", "pyarrow")
 """Packages whose exceptions say that a file could not be read or written."""
 
@@ -61,6 +63,8 @@ def failure_text(error: Exception) -> str:
         return f"out of memory ({_text_of(error)}): ask for less at once, or run where there is more"
     if isinstance(error, OSError):
         return _os_error_text(error)
+    if isinstance(error, (ValueError, RuntimeError)) and _text_of(error).startswith(NO_PATH):
+        return f"a file name that no file system has: {_first_line(error)}"
     if isinstance(error, CIRCUMSTANCES) or _is_of_files(error):
         return f"{type(error).__name__}: {_first_line(error)}"
     return _bug_text(error)

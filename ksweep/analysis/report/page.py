@@ -44,8 +44,10 @@ def write_report(registry: Path, sweep: str, path: Path | None = None) -> Path:
         path: file to write; None writes charts/<sweep>/report.html in the registry.
 
     Raises:
-        RequestError: no cell of such a sweep has finished.
+        RequestError: no cell of such a sweep has finished, or `path` is a directory.
     """
+    if path is not None and path.is_dir():
+        raise RequestError(f"{path} is a directory: give the name of a file in it, e.g. {path / 'report.html'}")
     facts = read_report_data(registry, sweep)
     target = path or registry / "charts" / sweep / "report.html"
     publish(target, page(facts, held_out_best_sentence(registry, facts)).encode())
