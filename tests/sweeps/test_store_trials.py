@@ -22,6 +22,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -446,6 +447,41 @@ def test_growth_costs_what_is_new_and_gives_what_a_run_from_scratch_gives(pair: 
             f"{seconds[1]:.1f} s for {sampled:,} new draws; from scratch {seconds[2]:.1f} s; texts equal, "
             f"errors within {worst:.1e}"
         )
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from ksweep.analysis.report.page import write_report
+from ksweep.registry.database import rebuild_database
+while True:
+    rebuild_database(sys.argv[1])
+    write_report(Path(sys.argv[1]), "tiny", Path(sys.argv[2]))
+    print("written", flush=True)
+"""
+
+
+def test_kill_9_of_who_builds_the_database_and_the_report_leaves_both_whole(pair: TinyPair, tmp_path: Path) -> None:
+    sweep = tiny_sweep(pair, tmp_path, 40, 8)
+    run(sweep)
+    page, question = tmp_path / "report.html", "SELECT * FROM curves ORDER BY ALL"
+    with connect(sweep.registry) as connection:
+        curves = connection.execute(question).fetchall()
+    rng, left = random.Random(0), 0
+    for _ in range(TRIALS):
+        process = python(WRITES, sweep.registry, page, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == "written\n", process.communicate()
+        time.sleep(rng.random() * 1.5)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        text = page.read_text()
+        assert text.startswith("<!DOCTYPE html>") and text.rstrip().endswith("</html>")
+        with duckdb.connect(str(Path(sweep.registry) / "ksweep.duckdb"), read_only=True) as database:
+            assert database.execute(question).fetchall() == curves
+        left += len([*tmp_path.rglob(".*.part"), *tmp_path.rglob(".*.next")])
+    with connect(sweep.registry) as connection:
+        assert connection.execute(question).fetchall() == curves
+    print(f"\ndatabase and report: {TRIALS} kills, each time both whole; {left} unfinished files seen")
 
 
 # ---- full disks
