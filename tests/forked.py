@@ -21,6 +21,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,12 @@ def _run(arguments: Sequence[str], asked: dict[str, Any]) -> int:
     for number, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
         if asked[name] != -1:
             os.dup2(asked[name], number)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    # Let go of every other file, and keep its number: Arrow closes pipes of its own after each fork, and aborts where it cannot.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2:
+            with suppress(OSError):  # that of the listing
+                os.dup2(nothing, number, inheritable=False)
     faulthandler.disable()
     for each in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if callable(signal.getsignal(each)):
