@@ -135,6 +135,7 @@ sweep_main({sweep!r}, ["--no-charts"])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_python")
 @pytest.mark.parametrize("killed", [False, True])
 def test_two_launchers_at_once_compute_every_unit_once_and_both_end_well(sweep: Sweep, tmp_path: Path, killed: bool) -> None:
     """Both plan before either starts anything. If the one that began is killed (-9), the other carries on."""
