@@ -404,7 +404,7 @@ def _path(root: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def _own_copy(root: Path) -> Iterator[Path]:
-    """Give the path of a copy of the database, if there is one, in a directory of this process alone: the next is built there.
+    """Yield the path of a copy of the database, if there is one, in a directory of this process alone: the next is built there.
 
     Where the file system has no locks, an ingester on another machine may replace the database, or take this one's work for a
     leftover, at any time: what is compared and built must be this process's own. It lies on the machine's own disk where there
@@ -446,7 +446,8 @@ def _publish_next(root: Path, plan: _Plan, next_file: Path) -> None:
     except (duckdb.Error, OSError) as error:
         if shutil.disk_usage(root).free < ROOM_TO_BUILD or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(
-                f"no room for the next {DATABASE} in {root}: recorded runs are safe. Free some space and run `ksweep db ingest`."
+                f"no room for the next {DATABASE} in {root}, or in {next_file.parent} where it is built: recorded runs are safe. "
+                "Free some space and run `ksweep db ingest`."
             ) from error
         raise
     finally:
@@ -758,10 +759,11 @@ def _lock(root: Path) -> Iterator[None]:
     """Hold the ingest lock; the kernel releases it when its holder dies. Without effect on file systems without locks."""
     with locked(root / ".ingest.lock", "another ingester", patience=LOCK_TIMEOUT) as held:
         if held:
-            for leftover in root.glob(f".{DATABASE}.*.next*"):  # of an ingester that was killed, or that of another host at work
+            # Left by an ingester that was killed; younger ones may be those of another machine that is at work.
+            for leftover in [*root.glob(f".{DATABASE}.*.next*"), *root.glob(".ksweep-*")]:
                 with contextlib.suppress(OSError):
                     if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
-                        leftover.unlink()
+                        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
 
 

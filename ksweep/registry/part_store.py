@@ -331,7 +331,7 @@ def guard_disk(path: Path, write: Callable[[], Value]) -> Value:
                 f"the disk of {path} is full ({free / 1e6:.1f} MB free): no partial file was left. "
                 "Free some space or point `registry` elsewhere, then run the same command again; finished draws are kept."
             ) from error
-        if classify(error) == "disk error":
+        if classify(error) == "disk error" or isinstance(error, PermissionError):
             raise DiskError(
                 f"the disk of {path} refused a file ({error.strerror or error}): no partial file was left. "
                 "Run the same command again once it works; finished draws are kept."

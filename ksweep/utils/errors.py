@@ -121,7 +121,7 @@ class NotFiniteError(RunError):
 
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED_BY_DISK = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM)
+_REFUSED_BY_DISK = (errno.EIO, errno.ESTALE, errno.EROFS)
 _NO_MEMORY = re.compile(r"out of memory|can(?:no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 _NOT_A_NUMBER = re.compile(r"contains either `inf`", re.IGNORECASE)
 

@@ -16,10 +16,11 @@ from typing import Any
 PACKAGES = ("ksweep", "torch", "transformers", "peft", "numpy", "pyarrow", "duckdb", "submitit")
 
 TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{40,}|glpat-[\w-]{20,}|sk-[\w-]{32,}|xox[abprs]-[\w-]{20,}"
-    r"|AKIA[A-Z0-9]{16})|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{40,}|glpat-[\w-]{20,}|sk-(?=[\w-]*[A-Z])(?=[\w-]*\d)[\w-]{32,}|xox[abprs]-[\w-]{20,}"
+    r"|AKIA[A-Z0-9]{16})|(?<=://)[^\s/@:$]*:[^\s/$]+(?=@(?!sha256:))"
 )
-"""Tokens of the Hugging Face Hub, GitHub, GitLab, OpenAI, Anthropic, Slack, AWS by their prefixes; user:password in a URL."""
+"""Tokens of the Hugging Face Hub, GitHub, GitLab, OpenAI, Anthropic, Slack, AWS by their prefixes; user:password in a URL, but
+not variables ($USER:$PASSWORD@) or the digest of a container (image:tag@sha256:...)."""
 KEY_FILES = re.compile(
     r"(.*\.(pem|key|p12|pfx|jks|kdbx|gpg|asc|env|netrc)|(id_(rsa|dsa|ecdsa|ed25519)|credentials?|secrets?|passwords?|tokens?)(\.(?!py$).*)?)",
     re.IGNORECASE,
@@ -72,10 +73,10 @@ def git_state(path: Path) -> tuple[str | None, bool | None]:
 def new_files(top: Path, names: Collection[str]) -> NewFiles:
     """Sort the untracked files of a checkout into code, which a job may import, and others.
 
-    Code is a Python module anywhere, and any file below a directory with an `__init__.py`; what begins with a dot or is named as
-    keys are (`KEY_FILES`) is none.
+    Code is a Python module anywhere, and any file below a directory with an `__init__.py`, but for dotfiles and files with names
+    of key files (`KEY_FILES`). Another repository within the checkout, which git names with a slash at the end, is none.
     """
-    code = tuple(name for name in names if name and _is_code(top, PurePosixPath(name)))
+    code = tuple(name for name in names if name and not name.endswith("/") and _is_code(top, PurePosixPath(name)))
     return NewFiles(code, tuple(name for name in names if name and name not in set(code)))
 
 

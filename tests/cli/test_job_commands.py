@@ -223,6 +223,20 @@ def test_retry_of_a_sweep_runs_its_own_command_with_retry(registry: Path, tmp_pa
     assert code == 1 and "no longer exists" in out
 
 
+def test_retry_does_not_run_a_command_whose_tokens_were_not_recorded(registry: Path, tmp_path: Path) -> None:
+    origin = script(tmp_path) | {"argv": ["experiment.py", "text=https://***@example.com/a"]}
+    job(registry, origin=origin)
+    code, out = ksweep(registry, "retry", "tiny")
+    assert code == 1 and "in place of ***" in out and "experiment.py text=https://***@example.com/a --retry" in out
+    assert not (tmp_path / "said").exists()
+
+
+def test_logs_have_each_state_of_a_progress_bar_in_a_line(registry: Path) -> None:
+    failed = failed_job(registry)
+    (failed.path / "7_1_log.err").write_bytes(b"1/3\r2/3\r3/3\r\nend\n")
+    assert ksweep(registry, "logs", failed.id, "--rank", "1")[1] == "1/3\n2/3\n3/3\nend\n"
+
+
 def test_retry_of_a_job_or_a_cell_names_its_cells(registry: Path, tmp_path: Path) -> None:
     failed = job(registry, "tiny", "a", "b", origin=script(tmp_path))
     failed.write_heartbeat(me())

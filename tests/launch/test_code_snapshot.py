@@ -161,6 +161,16 @@ def test_a_copy_and_its_difference_are_not_more_readable_than_the_tree(tree: Pat
     assert stat.S_IMODE((code.path / "package" / "private.py").stat().st_mode) == 0o600
 
 
+def test_another_repository_within_the_checkout_is_left_out(tree: Path, tmp_path: Path) -> None:
+    inner = tree / "package" / "vendored"
+    inner.mkdir()
+    git(inner, "init", "-q")
+    (inner / "module.py").write_text("x = 1\n")
+    assert git(tree, "ls-files", "--others") == "package/vendored/\n"
+    code = taken(tree, tmp_path)
+    assert (code.new, code.num_left_out) == ((), 1) and git_state(tree)[1] is False
+
+
 @pytest.mark.parametrize(("name", "dirty"), [("package/fresh.py", True), (".env", False), ("notes.txt", False)])
 def test_a_checkout_with_new_code_differs_from_its_commit(tree: Path, name: str, dirty: bool) -> None:
     commit = git(tree, "rev-parse", "HEAD").strip()
@@ -174,6 +184,11 @@ def test_a_checkout_with_new_code_differs_from_its_commit(tree: Path, name: str,
     [
         (f"resources.setup=export HF_TOKEN={SECRET}", "resources.setup=export HF_TOKEN=***"),
         ("text=https://me:s3cret@example.com/a", "text=https://***@example.com/a"),
+        ("text=https://me:s3@cret@example.com/a", "text=https://***@example.com/a"),
+        (f"x=sk-proj-{'aB3-' * 10}", "x=***"),
+        ("experiments/sk-learn-baseline-for-the-comparison-of-all.py",) * 2,
+        ("setup=export https_proxy=http://$PROXY_USER:$PROXY_PASSWORD@proxy:3128",) * 2,
+        ("setup=docker://ubuntu:22.04@sha256:5f1b",) * 2,
         (
             "av=/data/hf_models_of_a_colleague_of_mine/disk-of-long-names",
             "av=/data/hf_models_of_a_colleague_of_mine/disk-of-long-names",

@@ -36,6 +36,7 @@ def raised_from(cause: BaseException) -> StoreError:
         (raised_from(OSError(errno.ENOSPC, "No space left on device")), "disk full"),
         (OSError(errno.EIO, "Input/output error"), "disk error"),
         (raised_from(OSError(errno.ESTALE, "Stale file handle")), "disk error"),
+        (PermissionError(errno.EACCES, "Permission denied"), "bug"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), "bug"),
         (MemoryError(), "out of memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),

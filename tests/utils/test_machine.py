@@ -237,7 +237,6 @@ DRAWS = "SELECT activation, draw, token_ids FROM draws ORDER BY ALL"
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_python")
 def test_a_sweep_has_a_rank_a_core_says_so_in_its_record_and_draws_the_same(
     sweep: Sweep, tmp_path: Path, cores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

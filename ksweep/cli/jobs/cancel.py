@@ -70,7 +70,7 @@ def cancel_jobs(jobs: Sequence[Job]) -> list[CancelResult]:
 
 def _cancelled_by_owner(job: Job) -> str:
     number = read_or(job.slurm_id, None)
-    by_number = f" (an operator of the cluster: `scancel {number}`)" if number else ""
+    by_number = f" or an operator of the cluster, with `scancel {number}`" if number else ""
     return f"it belongs to {owner_of(job.path / 'job.json')}, who can cancel it{by_number}"
 
 

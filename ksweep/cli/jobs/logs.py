@@ -67,7 +67,7 @@ def _new_text(path: Path, offsets: dict[Path, int]) -> Iterator[str]:
         while chunk := file.read(CHUNK_BYTES):
             chunk += file.readline()  # up to the end of a line, so that no character is cut in two
             offsets[path] = file.tell()
-            yield chunk.decode(errors="replace")
+            yield chunk.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")  # each state of a progress bar
 
 
 def _no_logs_error(job: Job, rank: int | None, job_status: status.JobStatus | None) -> Exception:

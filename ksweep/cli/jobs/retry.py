@@ -32,7 +32,8 @@ def plan_retry(selection: JobSelection) -> Retry:
     """Return the command that runs failed cells again: all of a sweep, those of one job, or a single one.
 
     Raises:
-        RunError: the script is gone, there is nothing to run again, or the job's command is not this user's.
+        RunError: the script is gone, there is nothing to run again, or the command was recorded without its tokens or belongs to
+            another user.
     """
     job, whole_sweep = selection.jobs[-1], selection.kind == "sweep"
     facts = job_facts(job)
@@ -46,6 +47,11 @@ def plan_retry(selection: JobSelection) -> Retry:
     plain = [word for word in argv if word != "--retry" and not word.startswith("--retry-cell=")]
     cells = [] if whole_sweep else [(key, label) for key, label in facts.cells if key in (selection.keys or facts.keys)]
     options = ["--retry"] if whole_sweep else [f"--retry-cell={key}" for key, _ in cells]
+    if any("***" in str(word) for word in plain):
+        raise RunError(
+            f"the command of job {job.id} was recorded without its tokens and passwords: run it yourself, with them in place of "
+            f"***: cd {shlex.quote(str(directory))} && {' '.join(['python', *map(str, plain), *options])}"
+        )
     if doubt:
         typed = f"cd {shlex.quote(str(directory))} && {shlex.join(['python', *map(str, plain), *options])}"
         raise RunError(f"job {job.id} {doubt}, so its command is shown and not run. If you trust it, run it yourself: {typed}")
