@@ -93,7 +93,9 @@ def gather_life(process: ProcessIdentity, lock: Path | None = None) -> LifeEvide
     if elsewhere:
         return LifeEvidence(process=process, reader=reader)
     entry = "hidden" if process.namespaces not in ("", reader.namespaces) else _look_up(process.pid)
-    return LifeEvidence(process=process, reader=reader, entry=entry, lock="" if lock is None else lock_state(lock))
+    # Looking at a lock takes it for a moment: only where the process table does not tell.
+    in_sight = bool(process.boot_id and reader.boot_id) and process.namespaces == reader.namespaces and entry != "hidden"
+    return LifeEvidence(process=process, reader=reader, entry=entry, lock="" if lock is None or in_sight else lock_state(lock))
 
 
 def is_in_this_table(process: ProcessIdentity) -> bool:

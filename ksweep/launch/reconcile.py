@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ksweep.config.sweep import Sweep
@@ -12,7 +13,7 @@ from ksweep.evaluation.identity import CellKeys
 from ksweep.launch import status
 from ksweep.launch.final_records import attempt_rows, record_unfinished_run
 from ksweep.launch.job import Job, logs_directory, read_or
-from ksweep.launch.ownership import is_own
+from ksweep.launch.ownership import may_finalize
 from ksweep.launch.progress import ProgressDisplay
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.status import JobStatus
@@ -66,11 +67,12 @@ def finalize_earlier_jobs(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool)
 def finalize_ended_jobs(logs: Path) -> JobSurvey:
     """Finalize the jobs below a directory of logs that have ended; return how all that were not finalized before stand."""
     survey = survey_jobs(logs, update_index=True)
-    confirmed = _confirm_ended(survey.ended)
+    ours = [(job, job_status) for job, job_status in survey.ended if read_or(partial(may_finalize, job), False)]
+    confirmed = _confirm_ended(ours)
     for job, job_status in confirmed:
         finalize(job, job_status)
     # A job that turned out to be running again is not shown so by the first survey.
-    return survey if len(confirmed) == len(survey.ended) else survey_jobs(logs)
+    return survey if len(confirmed) == len(ours) else survey_jobs(logs)
 
 
 def finalize_all(logs: Path) -> list[tuple[Job, JobStatus]]:
@@ -81,7 +83,8 @@ def finalize_all(logs: Path) -> list[tuple[Job, JobStatus]]:
     while True:
         survey = finalize_ended_jobs(logs)
         finalized += [(job, job_status) for job, job_status in survey.ended if job.final_status() is not None]
-        if not any(job_status.recheck for job_status in survey.statuses.values()):
+        # A status that counts keeps its `recheck`; one that may not be recorded by this user is not waited for.
+        if not any(job_status.recheck and job_status.state in status.LIVE_STATES for job_status in survey.statuses.values()):
             return finalized
         time.sleep(EARLIER_SLURM_JOBS_POLL_SECONDS)
 
@@ -97,9 +100,9 @@ def finalize_if_ended(job: Job, job_status: JobStatus) -> bool:
 def finalize(job: Job, job_status: JobStatus) -> None:
     """Write the job's end into the registry: a row for each rank of each start, and the run that did not finish. Once only.
 
-    A job of another user is left to that user's commands: what its files name is no place to write to.
+    A job of another user is left to that user's commands (and root's): what its files name is no place to write to.
     """
-    if job.final_status() is not None or not is_own(job.path / "job.json"):
+    if job.final_status() is not None or not may_finalize(job):
         return
     job.free_reserve()
     started = job_status.kind != "never submitted"

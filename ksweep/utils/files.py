@@ -144,7 +144,8 @@ def locked(path: Path, holder: str, *, patience: float | None = None, aloud: boo
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():  # whoever may create files there may lock, whatever this user's umask is
         path.touch()
-        path.chmod(0o600 | (path.parent.stat().st_mode & 0o066))
+        with suppress(PermissionError):  # another user has made it between the two looks
+            path.chmod(0o600 | (path.parent.stat().st_mode & 0o066))
     path.open("a").close()  # any error after this one is about locks
     lock = FileLock(path, fallback_to_soft=False)  # a marker file instead of a lock would outlive a process that dies
     held = _acquire(lock, path, holder, patience, aloud)

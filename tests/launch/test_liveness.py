@@ -282,6 +282,18 @@ def test_a_lock_that_is_seen_through_another_mount_proves_nothing(tmp_path: Path
     assert job.life_of_rank(replace(beat, lock_device=tmp_path.stat().st_dev + 1)) == "unknown"
 
 
+def test_no_lock_is_touched_where_the_process_table_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Path] = []
+    monkeypatch.setattr(liveness, "lock_state", lambda path: (looked.append(path), "held")[1])
+    job = create_job(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cells=[("key", "n=1")])
+    publish(path := job.attempt_folder(0) / "rank-0.lock", b"")
+    here = me(lock_device=tmp_path.stat().st_dev)
+    assert [job.life_of_rank(replace(here, start_ticks=ticks)) for ticks in (here.start_ticks, 1)] == ["alive", "dead"]
+    assert looked == []
+    monkeypatch.setattr(liveness, "_look_up", lambda _: "hidden")
+    assert job.life_of_rank(here) == "alive" and looked == [path]
+
+
 def test_a_gpu_stays_leased_to_a_job_of_another_container_whose_rank_holds_its_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

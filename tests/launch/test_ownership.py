@@ -11,16 +11,18 @@ import shlex
 import signal
 import stat
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ksweep.launch import code_snapshot, ownership, run_sweep
+from ksweep.launch import code_snapshot, ownership, run_sweep, status
 from ksweep.launch.job import Job, create_job
 from ksweep.launch.ownership import is_own, owner_of
-from ksweep.launch.rank_records import Outcome
-from ksweep.launch.reconcile import finalize_all, finalize_if_ended
+from ksweep.launch.rank_records import Heartbeat, Outcome, process_record
+from ksweep.launch.reconcile import finalize_all, finalize_ended_jobs, finalize_if_ended
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.status import job_status
 from ksweep.utils.files import locked, publish
@@ -44,8 +46,9 @@ def give_away(monkeypatch: pytest.MonkeyPatch) -> GiveAway:
     """Make a file somebody else's; without root, every file that exists."""
 
     def give(path: Path) -> None:
-        if os.geteuid() == 0:
+        if os.getuid() == 0:
             os.chown(path, NOBODY, -1)
+            monkeypatch.setattr(os, "geteuid", lambda: 1000)  # root's files, and so those of the test, count as this user's
         else:
             real = os.getuid()
             monkeypatch.setattr(os, "geteuid", lambda: real + 1)
@@ -137,6 +140,77 @@ def test_another_users_job_is_not_finalized_into_the_registry_that_it_names(
     assert not (tmp_path / "victim").exists()
 
 
+def silent_elsewhere(registry: Path) -> Job:
+    """A job of another kernel that has been silent for five minutes: nothing proves its end."""
+    made = job(registry)
+    there = {"pid": 1, "host": "elsewhere", "process_started": 0.0, "boot_id": "x", "time": time.time() - 300}
+    made.write_heartbeat(Heartbeat(rank=0, **there))
+    return made
+
+
+def test_another_users_job_that_has_ended_without_proof_is_neither_confirmed_nor_waited_for(
+    registry: Path, monkeypatch: pytest.MonkeyPatch, give_away: GiveAway
+) -> None:
+    made = silent_elsewhere(registry)
+    monkeypatch.setattr(status, "SILENCE_SECONDS", 0.0)
+    give_away(made.path / "job.json")
+
+    def refuse(_: float) -> None:
+        raise AssertionError("it was waited for")
+
+    monkeypatch.setattr(time, "sleep", refuse)
+    assert [(one.id, said.recheck) for one, said in finalize_ended_jobs(registry.parent / "logs").ended] == [(made.id, "record")]
+    assert finalize_all(registry.parent / "logs") == [] and made.final_status() is None
+
+
+def test_looking_whose_jobs_are_leaves_them_alone_and_asks_the_directory_of_logs_once(
+    registry: Path, monkeypatch: pytest.MonkeyPatch, give_away: GiveAway
+) -> None:
+    asked: list[Path] = []
+    real, made = tempfile.TemporaryFile, [job(registry) for _ in range(3)]
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: (asked.append(dir), real(dir=dir))[1])
+    if os.geteuid() != 0:
+        pytest.skip("only root can make single files another user's")
+    for one in made:
+        give_away(one.path / "job.json")
+    assert [is_own(one.path / "job.json") for one in made * 2] == [False] * 6 and asked == [registry.parent / "logs"]
+
+
+def test_root_finalizes_the_jobs_of_others_into_the_registry_beside_them_alone(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root in a container, or by sudo, is the same person."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act for others")
+    beside, astray = job(registry), failed_elsewhere(registry, tmp_path)
+    beside.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
+    for one in (beside, astray):
+        os.chown(one.path / "job.json", NOBODY, -1)
+    assert [one.id for one, _ in finalize_all(registry.parent / "logs")] == [beside.id]
+    assert (registry / "attempts" / f"{beside.id}.json").exists() and not (tmp_path / "victim").exists()
+    assert ownership.spec_and_doubt(beside)[1].startswith("belongs to "), "its command is shown and not run"
+
+
+@pytest.mark.parametrize("owner_of_process", [NOBODY, 0])
+def test_root_cancels_the_job_of_another_and_signals_that_users_processes_alone(registry: Path, owner_of_process: int) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can act for others")
+    process = subprocess.Popen(["sleep", "600"], user=owner_of_process)
+    try:
+        made = job(registry)
+        made.write_heartbeat(Heartbeat(rank=0, **process_record(process.pid)))
+        os.chown(made.path / "job.json", NOBODY, -1)
+        code, out = ksweep(registry, "cancel", "tiny")
+        assert (
+            made.cancel_requested()
+            and (code, f"not cancelled: {made.id}" in out) == ((0, False), (1, True))[not owner_of_process]
+        )
+        assert process.wait(60) == -signal.SIGTERM if owner_of_process else process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("words", [["ls"], ["watch", "--once"], ["why", "JOB"], ["logs", "JOB"]], ids=lambda words: words[0])
 def test_reading_another_users_job_writes_nothing(registry: Path, tmp_path: Path, give_away: GiveAway, words: list[str]) -> None:
     made = failed_elsewhere(registry, tmp_path)
@@ -158,8 +232,8 @@ def test_cancel_neither_signals_nor_marks_what_another_users_job_names(
     for one in (made, mine):
         one.write_heartbeat(me())
     give_away(made.path / "job.json")
-    if os.geteuid() != 0:
-        monkeypatch.setattr("ksweep.cli.jobs.cancel.is_own", lambda path: path != made.path / "job.json")
+    if os.getuid() != 0:
+        monkeypatch.setattr("ksweep.cli.jobs.cancel.may_cancel", lambda job: job != made)
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)) if number else None)
     code, out = ksweep(registry, "cancel", "tiny")
     assert code == 1 and f"not cancelled: {made.id}: it belongs to " in out and f"cancelled: {mine.id}" in out
@@ -175,8 +249,12 @@ def test_another_users_submission_in_doubt_writes_into_no_directory_that_it_name
     folder.mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps([str(victim)]))
     dead = {"pid": 2**22 + 1, "host": me().host, "process_started": 0.0, "time": 0.0}
-    (folder / "intent.json").write_text(json.dumps({"tag": "ksweep:x", "launcher": dead}))
+    alive = json.dumps({"tag": "ksweep:x", "launcher": process_record()})
+    (folder / "intent.json").write_text(alive)
     give_away(folder / "intent.json")
+    [line] = sbatch.resolve_interrupted_submissions(registry.parent / "logs")
+    assert line == "submission one: another launcher is handing it over at this moment"
+    (folder / "intent.json").write_text(json.dumps({"tag": "ksweep:x", "launcher": dead}))
     [line] = sbatch.resolve_interrupted_submissions(registry.parent / "logs")
     assert "only a command of " in line and [path.name for path in victim.iterdir()] == ["reserve"]
     assert not (folder / "submitted.json").exists()
@@ -195,7 +273,7 @@ def test_a_copy_of_the_code_that_another_user_has_put_there_is_not_used(tmp_path
     give_away(first.path)
     (first.path / "package" / "__init__.py").write_text("evil = True")
     second = code_snapshot.snapshot_code(logs, tree_of_code / "package")
-    assert second is not None and second.path == first.path.with_name(f"{first.path.name}-0")
+    assert second is not None and second.path == first.path.with_name(f"{first.path.name}-{os.geteuid()}")
     assert (second.path / "package" / "__init__.py").read_text() == ""
     assert code_snapshot.snapshot_code(logs, tree_of_code / "package") == second
 
@@ -207,6 +285,15 @@ def test_who_may_create_files_in_a_directory_may_lock_it(tmp_path: Path, directo
     shared.chmod(directory)
     with locked(shared / "submitting", "another command") as held:
         assert held and stat.S_IMODE((shared / "submitting").stat().st_mode) == lock
+
+
+def test_a_lock_that_another_user_makes_between_two_looks_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "chmod", refuse)  # as the kernel does where the file is not this user's
+    with locked(tmp_path / "submitting", "another command") as held:
+        assert held
 
 
 def test_a_user_who_may_not_write_the_lock_of_another_takes_one_of_their_own(

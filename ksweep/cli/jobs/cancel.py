@@ -13,7 +13,7 @@ from functools import partial
 from ksweep.launch import status
 from ksweep.launch.job import Job, read_or
 from ksweep.launch.liveness import is_in_this_table
-from ksweep.launch.ownership import is_own, owner_of
+from ksweep.launch.ownership import is_signalled, may_cancel, owner_of
 from ksweep.launch.reconcile import finalize_if_ended
 from ksweep.launch.slurm import commands
 from ksweep.launch.slurm.polling import cluster_of, ids_in_queue, ids_on_this_cluster
@@ -40,7 +40,7 @@ def cancel_jobs(jobs: Sequence[Job]) -> list[CancelResult]:
     statuses = status.job_statuses(jobs)
     live = [job for job in jobs if job.id in statuses and statuses[job.id].state in status.LIVE_STATES]
     # A foreign file could name a process or a Slurm job of this user.
-    foreign = {job.id: _cancelled_by_owner(job) for job in live if not is_own(job.path / "job.json")}
+    foreign = {job.id: _cancelled_by_owner(job) for job in live if not may_cancel(job)}
     live = [job for job in live if job.id not in foreign]
     # 1. A job that is asked to end does not put itself back into the queue.
     slurm_ids = {job.id: _ask_to_end(job) for job in live}
@@ -91,7 +91,7 @@ def _signal_ranks(job: Job) -> str:
     """Send SIGTERM to the ranks of a local job; return where else it runs: a pid means nothing there."""
     elsewhere = set[str]()
     for beat in read_or(job.heartbeats, []):
-        if is_in_this_table(beat.process):
+        if is_in_this_table(beat.process) and is_signalled(job, beat.pid):
             with suppress(ProcessLookupError, PermissionError):  # ended meanwhile, or root's
                 os.kill(beat.pid, signal.SIGTERM)
         elif job.life_of_rank(beat) != "dead":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.config.resources import Resources
-from ksweep.launch.job import Job
+from ksweep.launch.job import Job, read_or
 from ksweep.launch.ownership import is_own, owner_of
 from ksweep.launch.rank_records import process_record, record_is_alive
 from ksweep.launch.slurm import commands
@@ -298,13 +298,13 @@ def _interrupted_submissions(logs: Path) -> list[Path]:
 
 
 def _resolve_submission(folder: Path) -> list[str]:
+    if read_or(lambda: record_is_alive(json.loads((folder / "intent.json").read_text())["launcher"]), False):
+        return [f"submission {folder.name}: another launcher is handing it over at this moment"]
     if not is_own(folder / "intent.json"):
         owner = owner_of(folder / "intent.json")
         return [f"submission {folder.name}: it is in doubt; only a command of {owner} can tell whether Slurm has it"]
     intent = json.loads((folder / "intent.json").read_text())
     jobs = [Job(Path(path)) for path in json.loads((folder / "jobs.json").read_text())]
-    if record_is_alive(intent["launcher"]):
-        return [f"submission {folder.name}: another launcher is handing it over at this moment"]
     if (owner := intent.get("user", getpass.getuser())) != getpass.getuser():
         return [f"submission {folder.name}: its launcher died; only a command of {owner} can tell whether Slurm has it"]
     if (there := intent.get("cluster")) and (here := commands.cluster_name()) not in (None, there):
