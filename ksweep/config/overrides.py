@@ -330,7 +330,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return value
         if option is str and isinstance(value, (str, int)) and not isinstance(value, bool):
             return str(value)
-    raise SpecError(f"{key}={bounded_repr(value)} has the wrong type: expected {_describe(hint)}")
+    as_axis = f"; to sweep over several, give a list: '{key}=[{value}]'" if isinstance(value, str) and "," in value else ""
+    raise SpecError(f"{key}={bounded_repr(value)} has the wrong type: expected {_describe(hint)}{as_axis}")
 
 
 def _whole(value: Any) -> bool:

@@ -126,6 +126,7 @@ def test_short_keys_are_found_and_ambiguous_ones_are_refused(sweep: Sweep) -> No
         ("sampling.num_draws=many", "expected a whole number"),
         ("sampling.num_draws=1.5", "expected a whole number"),
         ("sampling.temperature=hot", "expected a number"),
+        ("sampling.temperature=0.7,1.0", r"give a list: 'sampling.temperature=\[0.7,1.0\]'"),
         ("resources.cluster=slrum", "expected one of auto, slurm, local, inprocess"),
         ("sampling.seed", "neither an option nor key=value"),
         ("autoencoder=3", "expected a mapping"),
