@@ -95,11 +95,16 @@ def start_local_job(
     added = machine.rank_environment(tasks_per_node(resources) * side_by_side, cpus)
     with _ignore_sigint(), machine.extra_environment(added):
         handle = executor.submit(main.run_rank, str(job.path))
-    local_job = LocalJob(job, handle)
-    with suppress(psutil.NoSuchProcess):  # it has ended already
-        record = process_record(int(handle.job_id))
-        local_job.controller = identity_in(record)
-        job.write_note("controller", record)
+        local_job = LocalJob(job, handle)
+        try:
+            record = process_record(int(handle.job_id))
+            local_job.controller = identity_in(record)
+            job.write_note("controller", record)
+        except psutil.NoSuchProcess:  # it has ended already
+            pass
+        except OSError:
+            local_job.kill()
+            raise
     return local_job
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ksweep.launch.status import JobStatus
 from ksweep.launch.survey import JobSurvey, survey_jobs
 from ksweep.registry import attempts
 from ksweep.utils.console import remark
-from ksweep.utils.errors import RequestError, RunError, StoreError
+from ksweep.utils.errors import RequestError, RunError, StoreError, classify, end_state
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ FINAL_RECORD_GRACE_SECONDS = 6.0
 for a root cause for 3 s."""
 MAX_HEARTBEAT_INTERVAL_SECONDS = 3.0
 """A live rank writes a heartbeat within this time."""
+_unrecorded: dict[Job, JobStatus] = {}
+"""Jobs of this process whose end could not be written. Their files say that they run; the next survey tries again."""
 EARLIER_JOBS_POLL_SECONDS = 0.3
 EARLIER_SLURM_JOBS_POLL_SECONDS = 2.0
 
@@ -66,6 +69,10 @@ def finalize_earlier_jobs(sweep: Sweep, keys: Sequence[CellKeys], *, wait: bool)
 
 def finalize_ended_jobs(logs: Path) -> JobSurvey:
     """Finalize the jobs below a directory of logs that have ended; return how all that were not finalized before stand."""
+    for job in [job for job in _unrecorded if job.path.parent == logs]:
+        with suppress(FileNotFoundError):  # somebody has removed it
+            finalize(job, _unrecorded[job])
+        del _unrecorded[job]
     survey = survey_jobs(logs, update_index=True)
     ours = [(job, job_status) for job, job_status in survey.ended if read_or(partial(may_finalize, job), False)]
     confirmed = _confirm_ended(ours)
@@ -116,6 +123,22 @@ def finalize(job: Job, job_status: JobStatus) -> None:
     except (RequestError, StoreError, OSError) as error:  # must not hide why the job ended, which the user is told as well
         log.warning("the end of job %s could not be recorded: %s", job.id, error)
     job.write_note("settled", {"state": job_status.state, "reason": job_status.reason, "kind": job_status.kind})
+
+
+def give_up(job: Job, error: BaseException) -> None:
+    """Finalize a job that this process could not start, or ran itself and could not record: as a notebook it may live on."""
+    ended = status.job_status(job)
+    if ended.state in status.LIVE_STATES:
+        began = bool(read_or(job.heartbeats, []))
+        kind = classify(error) if isinstance(error, Exception) else "stopped"
+        ended = JobStatus(end_state(kind), f"{kind}: {type(error).__name__}: {error}", kind)
+        if not began:
+            ended = JobStatus("stopped", f"it could not be started ({type(error).__name__}: {error})", "never submitted")
+    try:
+        finalize(job, ended)
+    except OSError as why:
+        log.warning("the end of job %s could not be written: %s", job.id, why)
+        _unrecorded[job] = ended
 
 
 def _has_cells(job: Job) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -212,21 +213,28 @@ def _run_missing_here(resolved: ResolvedSweep, retry: Sequence[str], on_plan: Ca
         _before_start(plan)
         # 2. Run what is missing; where another command has begun some of it at the same moment, begin anew.
         sweep = with_num_ranks(resolved.sweep, plan.missing)
-        if run_locally.run_missing_cells(sweep, plan.missing, partial(_claim_cells, sweep, retry, claimed)):
+        claim_cells = partial(_claim_cells, sweep, retry, claimed)
+        if run_locally.run_missing_cells(sweep, plan.missing, claim_cells, partial(_claims, sweep)):
             return SweepJobs(plan, num_computed=len(claimed))
 
 
 def _claim_cells(sweep: Sweep, retry: Sequence[str], claimed: set[str], group: MissingCells) -> Job | None:
-    """Create the job of a group of cells; None if another command has begun or finished one of them since they were planned."""
+    """Create the job of a group of cells; None if another command has begun or finished one of them since they were planned.
+
+    To be called under `_claims`: a job can be seen by other commands once it is created, and no two may look at the same moment.
+    """
     logs, keys = logs_directory(sweep.registry), [step.keys for _, step in group if step.keys is not None]
-    # A job can be seen by other commands once it is created: no two may look at the same moment.
-    with locked(_claims_lock(logs), "another command"):
-        steps = plan_cells(sweep, [cell for cell, _ in group], keys, survey_jobs(logs), retry=retry)
-        if any(step.state != "missing" for step in steps):
-            return None
-        job = create_job_for_cells(sweep, group, "local")
+    steps = plan_cells(sweep, [cell for cell, _ in group], keys, survey_jobs(logs), retry=retry)
+    if any(step.state != "missing" for step in steps):
+        return None
+    job = create_job_for_cells(sweep, group, "local")
     claimed.update(step.cell_key for _, step in group)
     return job
+
+
+def _claims(sweep: Sweep) -> AbstractContextManager[bool]:
+    """Lock the claims to cells: two commands at once would both find the same ones missing."""
+    return locked(_claims_lock(logs_directory(sweep.registry)), "another command", aloud=True)
 
 
 def _claims_lock(logs: Path) -> Path:
@@ -237,8 +245,7 @@ def _claims_lock(logs: Path) -> Path:
 
 def _submit_missing(resolved: ResolvedSweep, retry: Sequence[str], on_plan: Callable[[SweepPlan], None]) -> SweepJobs:
     sweep = resolved.sweep
-    # Two commands at once would both find the same cells missing.
-    with locked(_claims_lock(logs_directory(sweep.registry)), "another command", aloud=True):
+    with _claims(sweep):
         survey = finalize_earlier_jobs(sweep, resolved.keys, wait=False)
         plan = planned(resolved, survey, retry)
         on_plan(plan)

@@ -65,7 +65,8 @@ def test_of_commands_that_claim_the_same_cells_at_one_moment_one_gets_them(sweep
 
     def claim() -> None:
         together.wait()
-        jobs.append(run_sweep._claim_cells(sweep, (), claimed, plan.missing))
+        with run_sweep._claims(sweep):
+            jobs.append(run_sweep._claim_cells(sweep, (), claimed, plan.missing))
 
     claimed: set[str] = set()
     threads = [threading.Thread(target=claim) for _ in range(3)]

@@ -127,9 +127,11 @@ class HeartbeatThread:
     def finish(self, outcome: Outcome) -> None:
         """Publish the last heartbeat and the outcome."""
         self._ended.set()
-        self.publish_heartbeat()
-        self._write_outcome(outcome)
-        self._release_lock()
+        try:
+            self.publish_heartbeat()
+            self._write_outcome(outcome)
+        finally:
+            self._release_lock()
 
     def _release_lock(self) -> None:
         """Unlock: this process may live on, as a notebook does."""
