@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ksweep.launch.liveness import ProcessIdentity, gather_life, identity_in, identity_of, life_of
 
 SILENCE_SECONDS = 120.0
-"""A rank whose life nothing proves counts as dead after this much silence: one on another machine, or in another container where
-the file system has no locks."""
+"""A rank whose life nothing proves (on another machine, or in another container where the file system has no locks) seems dead
+after this much silence; its job counts as ended once it was watched for as long again."""
 
 
 @dataclass(frozen=True)
@@ -123,5 +123,17 @@ def process_record(pid: int | None = None) -> dict[str, Any]:
 
 def record_is_alive(record: Mapping[str, Any]) -> bool:
     """Return whether a process counts as alive that a record identifies; a later version may have written more into it."""
+    return life_in_record(record) == "alive"
+
+
+def life_in_record(record: Mapping[str, Any]) -> Literal["alive", "ended", "silent"]:
+    """Return whether a process that a record identifies is alive or has ended; `silent` where neither is proven and it is old.
+
+    A record that is written once says nothing of its process later on, however long it is silent.
+    """
     known = {field.name for field in fields(Heartbeat)}
-    return is_alive(Heartbeat(rank=0, **{name: value for name, value in record.items() if name in known}))
+    heartbeat = Heartbeat(rank=0, **{name: value for name, value in record.items() if name in known})
+    life = life_of(gather_life(heartbeat.process))
+    if life == "unknown":
+        return "silent" if is_silent(heartbeat) else "alive"
+    return "alive" if life == "alive" else "ended"

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import psutil
 
 from ksweep.launch.job import READ_ERRORS, Job
-from ksweep.launch.liveness import boot_id
-from ksweep.launch.rank_records import SILENCE_SECONDS, Heartbeat, Outcome, record_is_alive
+from ksweep.launch.liveness import boot_id, gather_life, identity_in, life_of
+from ksweep.launch.rank_records import SILENCE_SECONDS, Heartbeat, Outcome, life_in_record
 from ksweep.launch.slurm import commands, sbatch
 from ksweep.launch.slurm.job_output import JobOutput, parse_output
 from ksweep.launch.slurm.polling import SlurmState, slurm_states
@@ -63,7 +63,8 @@ class JobStatus:
     """Set where the job only seems to have ended, which counts once a later check agrees. It names what may appear until then:
     the job, back in the queue; its record, written but not yet visible from here; either."""
     from_silence: bool = False
-    """Whether only the silence of ranks says so, of which nothing proves that they are dead: clocks may differ, or be set."""
+    """Whether only silence says so, of processes of which nothing proves that they are dead. It counts once it was watched for
+    SILENCE_SECONDS, by this process's own clock: those of two machines may differ, or be set."""
 
 
 DIRECTORY_GONE = JobStatus("stopped", "its directory is gone", "lost")
@@ -86,8 +87,10 @@ class JobEvidence:
     outcomes: Sequence[Outcome] = ()
     launcher: str | None = None
     """The process that is about to start the job, while it lives."""
-    controller: Literal["", "alive", "ended"] = ""
-    """submitit's process on this machine that starts the ranks; empty where there was none."""
+    launcher_silent: bool = False
+    """Nothing proves that this process has ended: it runs on another machine or in another container."""
+    controller: Literal["", "alive", "ended", "silent"] = ""
+    """submitit's process that starts the ranks; empty where there was none, silent as a launcher."""
     start_raised: bool = False
     """A rank's process raised an exception before its first heartbeat; submitit has kept it."""
     machine_restarted: bool = False
@@ -156,9 +159,16 @@ def first_failure(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 
 def _status_before_first_heartbeat(evidence: JobEvidence) -> JobStatus:
+    """Return the status of a job that no rank has begun; its end is unproven where that of its launcher or controller is."""
+    unproven = evidence.controller == "silent" or (not evidence.controller and evidence.launcher_silent)
+    status = _status_before_first_rank(evidence)
+    return replace(status, recheck="record", from_silence=True) if unproven and status.state not in LIVE_STATES else status
+
+
+def _status_before_first_rank(evidence: JobEvidence) -> JobStatus:
     if evidence.controller == "alive":
         return JobStatus("waiting", "its ranks are starting")
-    if evidence.controller == "ended":
+    if evidence.controller:
         quoted = _quoted(evidence.output)
         if evidence.start_raised:
             return JobStatus("failed", f"it ended before any rank began{quoted}", "setup")
@@ -190,7 +200,7 @@ def _status_of_silence(evidence: JobEvidence, dead: Sequence[Heartbeat]) -> JobS
         return JobStatus("stopped", f"cancelled; {reason}", "cancelled", recheck=recheck, from_silence=unproven)
     kind = class_of_death(dead, node_lost=evidence.machine_restarted)
     cause = "its machine was restarted" if evidence.machine_restarted else "killed, or out of memory"
-    cause += f"; silent for {SILENCE_SECONDS:.0f} s, where its process is not seen from here" if unproven else ""
+    cause += "; silent, where its process is not seen from here" if unproven else ""
     before = " before it had begun a cell" if kind == "killed" else ""
     return JobStatus(end_state(kind), f"{reason}{before} ({cause})", kind, recheck=recheck, from_silence=unproven)
 
@@ -323,8 +333,9 @@ def gather_evidence(job: Job, slurm: SlurmState | None = None) -> JobEvidence:
     heartbeats, outcomes, slurm_id = job.heartbeats(attempt), job.outcomes(attempt), job.slurm_id()
     local = spec.get("cluster") != "slurm"
     unstarted = not heartbeats and not outcomes and slurm_id is None
-    launcher = _live_launcher(spec) if unstarted else None
-    controller = _controller(job) if unstarted and local else ""
+    launcher = spec.get("launcher") if unstarted else None
+    launcher_life = "ended" if launcher is None else life_in_record(launcher)
+    controller = _controller(job, launcher) if unstarted and local else ""
     ended = {o.rank for o in outcomes}
     open_ranks = [h for h in heartbeats if h.rank not in ended]
     live = frozenset(h.rank for h in open_ranks if (job.is_alive(h) if local else _is_fresh(h)))
@@ -336,9 +347,11 @@ def gather_evidence(job: Job, slurm: SlurmState | None = None) -> JobEvidence:
     return JobEvidence(
         num_ranks=spec["num_ranks"], local=local, heartbeats=heartbeats, outcomes=outcomes, slurm_id=slurm_id, slurm=slurm,
         live_ranks=live, unproven_ranks=frozenset(h.rank for h in silent if job.life_of_rank(h) == "unknown"),
-        launcher=launcher, controller=controller, start_raised=controller == "ended" and any(job.path.glob("*_result.pkl")),
+        launcher=f"process {launcher['pid']} on {launcher['host']}" if launcher and launcher_life == "alive" else None,
+        launcher_silent=launcher_life == "silent",
+        controller=controller, start_raised=controller == "ended" and any(job.path.glob("*_result.pkl")),
         machine_restarted=any(map(_restarted_since, silent)),
-        submission_interrupted=unstarted and launcher is None and sbatch.is_in_interrupted_submission(job),
+        submission_interrupted=unstarted and launcher_life != "alive" and sbatch.is_in_interrupted_submission(job),
         requeued=(job.read_note("requeued", attempt) or {}).get("why", "") if slurm is not None else "",
         cancel_requested=job.cancel_requested(),
         output=parse_output(_log_end(job)) if (not local and wants_output) or controller == "ended" else JobOutput(),
@@ -358,16 +371,12 @@ def _restarted_since(heartbeat: Heartbeat) -> bool:
     return process.boot_id != boot_id() if process.boot_id else psutil.boot_time() > heartbeat.time
 
 
-def _live_launcher(spec: dict[str, Any]) -> str | None:
-    launcher = spec.get("launcher")
-    alive = launcher is not None and record_is_alive(launcher)
-    return f"process {launcher['pid']} on {launcher['host']}" if alive and launcher is not None else None
-
-
-def _controller(job: Job) -> Literal["", "alive", "ended"]:
+def _controller(job: Job, launcher: dict[str, Any] | None) -> Literal["", "alive", "ended", "silent"]:
     """Return whether the process runs that starts the ranks of a local job."""
     if (record := job.read_note("controller")) is not None:
-        return "alive" if record_is_alive(record) else "ended"
+        return life_in_record(record)
+    if launcher is not None and life_of(gather_life(identity_in(launcher))) == "unknown":
+        return ""  # pids of another machine mean nothing here
     # No note: a job of an earlier version, or its launcher was killed before it. submitit names its pickle by the process's id.
     pids = [name for path in job.path.glob("*_submitted.pkl") if (name := path.name.partition("_")[0]).isdigit()]
     if not pids:
@@ -416,12 +425,14 @@ def _recheck(job: Job, status: JobStatus, asked_at: float) -> JobStatus:
     if activity_then != activity:
         since = asked_at
     _seems_gone[job.path] = (since, activity)
-    if asked_at - since >= _recheck_seconds(job, status.recheck):
+    if asked_at - since >= _recheck_seconds(job, status):
         return status
     return replace(status, state="unknown", reason=f"{status.reason}; looking again before believing it")
 
 
-def _recheck_seconds(job: Job, recheck: Recheck) -> float:
+def _recheck_seconds(job: Job, status: JobStatus) -> float:
     """Return how long a job must seem to have ended: until a requeue, a heartbeat or its final record would be visible here."""
-    record = 0.0 if recheck == "queue" or on_local_disk(job.path) else RECORD_RECHECK_SECONDS
-    return max(record, 0.0 if recheck == "record" else RECHECK_SECONDS)
+    if status.from_silence:
+        return SILENCE_SECONDS
+    record = 0.0 if status.recheck == "queue" or on_local_disk(job.path) else RECORD_RECHECK_SECONDS
+    return max(record, 0.0 if status.recheck == "record" else RECHECK_SECONDS)

@@ -5,6 +5,7 @@ Real containers and a real /proc/stat of another time need `unshare`; where that
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -138,12 +139,13 @@ def test_a_step_of_the_clock_neither_kills_nor_revives(tmp_path: Path, monkeypat
     assert alive.final_status() is None and dead.final_status() is not None
 
 
+@pytest.mark.parametrize("local_disk", [False, True])
 @pytest.mark.parametrize("seconds", [HOUR, -HOUR])
 def test_a_step_of_the_clock_does_not_book_a_rank_on_another_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, local_disk: bool
 ) -> None:
     """Nothing is proven of it: it is unknown or running until this process has watched it for long enough."""
-    monkeypatch.setattr(status, "on_local_disk", lambda _: False)
+    monkeypatch.setattr(status, "on_local_disk", lambda _: local_disk)
     job = job_with(tmp_path, far := me(host="elsewhere", boot_id="another kernel"))
     step_clock(monkeypatch, seconds)
     assert status.job_status(job).state in status.LIVE_STATES
@@ -153,11 +155,50 @@ def test_a_step_of_the_clock_does_not_book_a_rank_on_another_machine(
         clock[0] += 2.0
         job.write_heartbeat(replace(far, time=far.time + beat))
         assert status.job_status(job).state in status.LIVE_STATES, beat
-    clock[0] += SILENCE_SECONDS + status.RECORD_RECHECK_SECONDS
+    for wait in (SILENCE_SECONDS - 1, 1.0):
+        assert status.job_status(job).state in status.LIVE_STATES
+        clock[0] += wait
     status.job_status(job)
-    clock[0] += status.RECORD_RECHECK_SECONDS
+    clock[0] += SILENCE_SECONDS
     found = status.job_status(job)
     assert (found.state, found.kind) == ("failed", "dead rank") and found.from_silence
+
+
+@pytest.mark.parametrize("there", [{"boot_id": "another kernel"}, {"namespaces": "pid:[1]"}])
+@pytest.mark.parametrize(("started", "kind"), [(False, "never submitted"), (True, "killed")])
+def test_a_job_of_another_machine_that_is_slow_to_start_is_not_finalized_for_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: dict[str, str], started: bool, kind: str
+) -> None:
+    """Launcher and controller write their records once: that these are old says nothing, nor does a clock that is ahead."""
+    job = create_job(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cells=[("key", "n=1")])
+    record = process_record() | there | {"time": time.time() - SILENCE_SECONDS - 5}
+    (job.path / "job.json").write_text(json.dumps(job.spec() | {"launcher": record}))
+    if started:
+        job.write_note("controller", record)
+        (job.path / f"{2**22 + 1}_submitted.pkl").touch()
+    clock = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    found = status.job_status(job)
+    assert (found.state, found.recheck, found.from_silence) == ("unknown", "record", True)
+    clock[0] += SILENCE_SECONDS - 1
+    finalize_ended_jobs(tmp_path / "logs")
+    assert job.final_status() is None
+    job.write_heartbeat(me(**there))
+    assert status.job_status(job).state == "running"
+    (job.attempt_folder() / "rank-0.json").unlink()
+    assert status.job_status(job).state == "unknown", "it is watched anew"
+    clock[0] += SILENCE_SECONDS
+    found = status.job_status(job)
+    assert (found.state, found.kind) == ("stopped", kind)
+
+
+def test_a_controllers_pid_of_another_machine_is_not_looked_up_here(tmp_path: Path) -> None:
+    """Between submitit's pickle and the controller's note."""
+    job = create_job(tmp_path / "logs", "a:b", {"sweep": "s"}, 1, cells=[("key", "n=1")])
+    launcher = process_record() | {"boot_id": "another kernel"}
+    (job.path / "job.json").write_text(json.dumps(job.spec() | {"launcher": launcher}))
+    (job.path / f"{2**22 + 1}_submitted.pkl").touch()
+    assert status.job_status(job).state == "waiting"
 
 
 def test_a_silent_rank_of_another_machine_of_this_name_is_no_proof_until_it_was_watched(tmp_path: Path) -> None:

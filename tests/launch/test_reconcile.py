@@ -303,6 +303,7 @@ def test_a_survey_of_a_job_that_came_back_during_it_says_that_it_runs(sweep: Swe
 @pytest.mark.slow
 def test_a_rank_on_a_machine_with_another_clock_is_not_taken_for_dead(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ksweep.launch.reconcile.MAX_HEARTBEAT_INTERVAL_SECONDS", 0.3)
+    monkeypatch.setattr(status, "SILENCE_SECONDS", 0.0)
     job = job_of(sweep, ranks=1)
     late = beat_of(0, host="elsewhere", time=time.time() - 3600)
     job.write_heartbeat(late)
