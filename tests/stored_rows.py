@@ -66,6 +66,7 @@ def make_earlier(registry: Path | str, change: Callable[[Row], Row] = lambda row
         draws = root / "draws" / scores.parent.name
         said, worth = (json.loads((path / "identity.json").read_text()) for path in (draws, scores))
         of_ar = {name: value for name, value in worth["scores"].items() if name not in ("metric", "dtype")}
+        said.pop("digest", None)
         identity = said | {"draws": said["draws"] | of_ar}
         key = earlier[draws.name] = fingerprint(identity["draws"])
         target = root / "draws" / key

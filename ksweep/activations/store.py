@@ -35,7 +35,7 @@ import xxhash
 
 from ksweep.activations.source import STORED_DTYPES, ActivationUnit, norms_of, to_float32, unit_keys
 from ksweep.utils.errors import DiskFullError, RunError, StoreError
-from ksweep.utils.files import publish, publish_once
+from ksweep.utils.files import READ_ONLY, publish, publish_once
 from ksweep.utils.version import VERSION
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ class ActivationStore:
         try:
             publish(path, _json_bytes(manifest))
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # a read-only cache can be read all the same
+            if error.errno in READ_ONLY:  # a read-only cache can be read all the same
                 log.warning("%s is left as it is (%s): nothing relies on it", path, error.strerror)
                 return
             raise self._write_error(error, 4096) from error

@@ -15,7 +15,8 @@ from ksweep.registry.database import DATABASE
 from ksweep.registry.query import controls_of, curves_of
 from ksweep.stats.bootstrap import FEW_DOCUMENTS
 from ksweep.stats.interval_text import baseline_text, effective_text, interval_text
-from ksweep.utils.console import WIDE_COLUMNS, columns, console
+from ksweep.utils.console import WIDE_COLUMNS, columns, console, remark
+from ksweep.utils.errors import RunError
 from ksweep.utils.text import visible
 
 if TYPE_CHECKING:
@@ -39,8 +40,11 @@ def print_results(sweep: Sweep, cell_keys: Sequence[str], *, computed: int, char
     table = print_curves(sweep.name, registry, labels)
     out = console()
     if charts:
-        for path in write_charts(sweep, table, registry / "charts" / sweep.name):
-            out.print(f"chart: {path}", soft_wrap=True)
+        try:
+            for path in write_charts(sweep, table, registry / "charts" / sweep.name):
+                out.print(f"chart: {path}", soft_wrap=True)
+        except RunError as error:  # a finished sweep of somebody else
+            remark(f"{error}, as `ksweep plot {sweep.name} -o PATH` does")
     out.print(f"computed {computed} of {len(cell_keys)} cells; registry: {registry / DATABASE}", soft_wrap=True)
 
 

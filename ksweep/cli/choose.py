@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from ksweep.cli.output import JsonOption, RegistryOption, print_rows, print_text, table_curve
+from ksweep.utils.console import remark
 from ksweep.utils.errors import RequestError
+from ksweep.utils.files import READ_ONLY
 
 SHOWN = ("k", "value", "value_low", "value_high", "oracle", "difference", "difference_low", "difference_high", "share_with_value")
 
@@ -33,7 +35,13 @@ def choose_command(
     if level is not None and not 0 < level < 1:
         raise RequestError(f"--level {level} is not a coverage: give a number between 0 and 1, such as 0.95")
     table = chosen_curves(load_cells(registry, names or []), by, report, level=level)
-    record_chosen(registry, table)
+    try:
+        record_chosen(registry, table)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        # Somebody else's registry: what was chosen is shown all the same.
+        remark(f"not recorded in chosen_curves: {registry} cannot be written ({error.strerror})")
     rows = table.to_pylist()
     if as_json:
         print_rows(rows, as_json=True)

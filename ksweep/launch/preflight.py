@@ -107,20 +107,27 @@ def _bytes_of_reconstructions(cell: Cell) -> int:
     return int(family_of(cell.autoencoder).reconstruction_bytes() * sum(1 / i for i in range(1, n + 1)) / n)
 
 
-def check_writable(sweep: Sweep) -> None:
-    """Check that the sweep's directories, and the file that it exports to, can be written.
+def check_vector_cache(sweep: Sweep, steps: Sequence[Step], reason: str) -> None:
+    """Check that no activations are to be extracted into a cache that cannot be written, for a reason.
 
     Raises:
-        SpecError: one of them cannot be written.
+        SpecError: some are.
     """
-    check_export(sweep)
-    for key, directory in (("registry", Path(sweep.registry)), ("vector_cache", Path(sweep.vector_cache))):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-        except OSError as error:
-            raise SpecError(f"{key}={directory} cannot be written ({error.strerror}): give a directory that can") from error
+    if missing := max((step.activations_to_extract for step in steps), default=0):
+        raise SpecError(
+            f"vector_cache={sweep.vector_cache} cannot be written ({reason}) and lacks {missing:,} of the activations: "
+            "give a directory that can"
+        )
+
+
+def unwritable(directory: Path) -> str | None:
+    """Return why no file can be written in a directory, which is created if it does not exist; None if one can."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def check_export(sweep: Sweep) -> None:

@@ -24,7 +24,7 @@ from ksweep.launch import hardware, local_executor, plan_table, run_locally, run
 from ksweep.launch.job import Job, logs_directory
 from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_av
 from ksweep.launch.plan import Step
-from ksweep.launch.preflight import check_disk_space, check_writable, plan_cells, with_num_ranks
+from ksweep.launch.preflight import check_disk_space, check_export, check_vector_cache, plan_cells, unwritable, with_num_ranks
 from ksweep.launch.reconcile import finalize_earlier_jobs
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.survey import JobSurvey, survey_jobs
@@ -192,13 +192,36 @@ def run_missing(resolved: ResolvedSweep, *, retry: Sequence[str], on_plan: Calla
     Raises:
         RequestError, RunError, StoreError: the first failure.
     """
-    check_writable(resolved.sweep)
+    check_export(resolved.sweep)
+    if (reason := unwritable(Path(resolved.sweep.registry))) is not None:
+        return _nothing_missing(resolved, retry, on_plan, reason)
+    if (reason := unwritable(Path(resolved.sweep.vector_cache))) is not None:  # before earlier jobs are finalized
+        check_vector_cache(resolved.sweep, [step for _, step in planned(resolved, retry=retry).missing], reason)
     cluster = hardware.resolve_cluster(resolved.sweep.resources)
     if cluster == "slurm":
         return _submit_missing(resolved, retry, on_plan)
     if cluster == "local":
         local_executor.validate_local_resources(resolved.sweep.resources)
     return _run_missing_here(resolved, retry, on_plan)
+
+
+def _nothing_missing(
+    resolved: ResolvedSweep, retry: Sequence[str], on_plan: Callable[[SweepPlan], None], reason: str
+) -> SweepJobs:
+    """Return the plan of a sweep whose registry cannot be written.
+
+    Raises:
+        SpecError: a cell of it is missing.
+    """
+    directory = Path(resolved.sweep.registry)
+    refusal = f"registry={directory} cannot be written ({reason})"
+    if not directory.is_dir():
+        raise SpecError(f"{refusal}: give a directory that can")
+    plan = planned(resolved, retry=retry)
+    on_plan(plan)
+    if plan.missing:
+        raise SpecError(f"{refusal} and lacks {len(plan.missing)} of {len(plan.steps)} cells: give a directory that can")
+    return SweepJobs(plan)
 
 
 def _run_missing_here(resolved: ResolvedSweep, retry: Sequence[str], on_plan: Callable[[SweepPlan], None]) -> SweepJobs:

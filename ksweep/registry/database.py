@@ -50,7 +50,7 @@ from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, Lan
 from ksweep.registry.scores import LONG_SCHEMA, RECONSTRUCTION_SCHEMA
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
 from ksweep.utils.errors import DiskFullError, RequestError, RunError, StoreError
-from ksweep.utils.files import LEFTOVER_AGE, flush_to_disk, locked, publish
+from ksweep.utils.files import LEFTOVER_AGE, READ_ONLY, flush_to_disk, locked, publish
 from ksweep.utils.fingerprint import canonical_json
 
 log = logging.getLogger(__name__)
@@ -194,36 +194,30 @@ def rebuild_database(root: Path | str) -> IngestReport:
 def connect(root: Path | str = "registry") -> duckdb.DuckDBPyConnection:
     """Return a read-only connection to an up-to-date database: `connect().sql("from curves")`. An open one blocks nobody.
 
-    It keeps the snapshot that it was opened on; connect again to see later runs. A registry on a read-only file system is read
-    without an update.
+    It keeps the snapshot that it was opened on; connect again to see later runs. Where the registry cannot be written, a copy of
+    this process's own is brought up to date.
     """
     root_here = _existing(root)
-    database = root_here / DATABASE
     try:
         ingest_landings(root)
     except (OSError, DiskFullError) as error:
         code = error.errno if isinstance(error, OSError) else errno.ENOSPC
-        if code not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT) or not database.exists():
+        if code not in (*READ_ONLY, errno.ENOSPC, errno.EDQUOT):
             raise
-        if (reason := _state(root_here)[1]) is not None:
-            raise StoreError(
-                f"{database} cannot be used ({reason}) and its directory cannot be written: its owner runs `ksweep db ingest`"
-            ) from error
-        log.warning("%s cannot be brought up to date (%s): reading it as it is", database, os.strerror(code))
-        return _open_without_damaged(root_here)
-    return _open(database)
+        log.warning("%s cannot be brought up to date (%s): a copy is", root_here / DATABASE, os.strerror(code))
+        return _up_to_date_copy(root_here)
+    return _open(root_here / DATABASE)
 
 
-def _open_without_damaged(root: Path) -> duckdb.DuckDBPyConnection:
-    """Open a database that cannot be brought up to date; if its views show parts that are damaged by now, open a copy."""
-    state, damaged = _state(root)[0], _damaged_paths(root)
-    if state is None or (state.root, state.damaged) == (str(root), damaged):
-        return _open(root / DATABASE)
-    with tempfile.TemporaryDirectory(prefix="ksweep-") as directory:
-        copied = Path(shutil.copyfile(root / DATABASE, Path(directory) / DATABASE))
-        with _writing(copied) as connection:
-            _make_file_views(connection, root, damaged)
-        return _attached(copied)
+def _up_to_date_copy(root: Path) -> duckdb.DuckDBPyConnection:
+    """Return a connection to what the next ingest would publish."""
+    if not (root / "draws" / "_schema").exists():
+        raise StoreError(f"{root} has no database yet and cannot be written: its owner runs `ksweep db ingest`")
+    with _own_copy(root) as next_file:
+        plan = _plan(root, database=next_file)
+        if plan.has_work:
+            _bring_up_to_date(next_file, root, plan)
+        return _attached(next_file)
 
 
 # What is new
@@ -429,13 +423,7 @@ def _publish_next(root: Path, plan: _Plan, next_file: Path) -> None:
     """
     staged = root / f".{DATABASE}.{secrets.token_hex(8)}.next"
     try:
-        try:
-            _build(next_file, root, plan, refused={})
-        except (duckdb.Error, pa.ArrowException):
-            # DuckDB refuses rows of a file that reads well: quarantine that one, and build without it.
-            if not (refused := _refused_rows(root, plan.new)):
-                raise
-            _build(next_file, root, plan, refused=refused)
+        _bring_up_to_date(next_file, root, plan)
         shutil.copyfile(next_file, staged)
         flush_to_disk(staged)
         digests = [_file_digest(next_file), *_published_digests(root)[: KEPT_DIGESTS - 1]]
@@ -452,6 +440,17 @@ def _publish_next(root: Path, plan: _Plan, next_file: Path) -> None:
         raise
     finally:
         staged.unlink(missing_ok=True)
+
+
+def _bring_up_to_date(next_file: Path, root: Path, plan: _Plan) -> None:
+    """Bring a copy of the database up to date; files whose rows DuckDB does not take go into quarantine."""
+    try:
+        _build(next_file, root, plan, refused={})
+    except (duckdb.Error, pa.ArrowException):
+        # DuckDB refuses rows of a file that reads well: quarantine that one, and build without it.
+        if not (refused := _refused_rows(root, plan.new)):
+            raise
+        _build(next_file, root, plan, refused=refused)
 
 
 def _build(next_file: Path, root: Path, plan: _Plan, *, refused: Mapping[str, str]) -> None:

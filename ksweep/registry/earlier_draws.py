@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep.registry.draws import DrawsDirectory
-from ksweep.registry.part_store import stored_reconstructions
+from ksweep.registry.part_store import read_identity, stored_reconstructions
 from ksweep.registry.work_units import WorkUnit
 from ksweep.utils.fingerprint import fingerprint
 
@@ -120,7 +120,7 @@ def _split_keys(path: Path) -> SplitKeys | None:
 def _split_keys_of_file(path: Path, changed: int) -> SplitKeys | None:
     """Return the keys of one identity.json, which is read once per process."""
     try:
-        combined = json.loads(path.read_bytes())["draws"]
+        combined = read_identity(path)["draws"]
         return split_identity(combined) if "scorer_version" in combined else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -6,7 +6,6 @@ numbers. A metric computed by other code, or imported with other content, has an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,12 +20,10 @@ import pyarrow.parquet as pq
 from ksweep.registry.draws import DRAWS_SCHEMA, DrawsStore
 from ksweep.registry.earlier_draws import EarlierDraws
 from ksweep.registry.part_labels import label_of, read_label
-from ksweep.registry.part_store import guard_disk
+from ksweep.registry.part_store import IDENTITY_FILE, read_identity
 from ksweep.registry.scores import MetricLayout, ScoresStore, scored_unit
 from ksweep.registry.work_units import WorkUnit
-from ksweep.utils.files import publish
-
-IDENTITY_FILE = "identity.json"
+from ksweep.utils.errors import StoreError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,7 @@ def stored_metrics(registry: Path, draws_key: str) -> list[StoredMetric]:
 def metric_layout_at(directory: Path) -> MetricLayout | None:
     """Return the layout of the scores in a directory, as its identity.json says; None where that cannot be read."""
     try:
-        return _layout_in(json.loads((directory / IDENTITY_FILE).read_bytes()))
+        return _layout_in(read_identity(directory / IDENTITY_FILE))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -75,16 +72,15 @@ def _layout_in(identity: Any) -> MetricLayout:
 def describes_scores(path: Path) -> bool:
     """Return whether an identity.json can be read by the view of stored metrics."""
     try:
-        content = json.loads(path.read_bytes())
-        columns = content.get("columns", {})
+        columns = read_identity(path).get("columns", {})
         return all(isinstance(column["description"], str) and isinstance(column["better"], str) for column in columns.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _stored_metric(path: Path) -> StoredMetric | None:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_identity(path)
         layout, recorded = _layout_in(content), content["recorded"]  # identities of reconstruction have no time
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -103,11 +99,8 @@ class MetricScores(ScoresStore):
 
     def record(self, identity: Mapping[str, Any]) -> None:
         """Write identity.json with the present time: from now on this key counts, not another of the same metric."""
-        content = self.layout.description(self.keys["draws"], identity) | {
-            "recorded": datetime.now(UTC).isoformat(timespec="microseconds")
-        }
-        data = json.dumps(content, indent=1, sort_keys=True).encode()
-        guard_disk(self.path, lambda: publish(self.path / IDENTITY_FILE, data))
+        recorded = datetime.now(UTC).isoformat(timespec="microseconds")
+        self.write_identity(self.layout.description(self.keys["draws"], identity) | {"recorded": recorded})
 
     def missing_parts(self, num_activations: int, num_draws: int) -> list[WorkUnit]:
         """Return the parts of the draws store that have draws of a grid and whose scores are missing or of other texts."""
@@ -162,6 +155,11 @@ class MetricScores(ScoresStore):
             self.set_aside(unit, "it scores other draws than are stored")
             return None
         names = np.asarray(table["name"].to_pylist(), dtype=object)
+        if absent := [name for name in self.layout.columns if (names == name).sum() != part.num_draws]:
+            raise StoreError(
+                f"{self.path / self.file_name(unit)} has no value of {absent[0]!r} for each draw, which {IDENTITY_FILE} beside "
+                "it names: compute or import the scores again"
+            )
         values = table["value"].to_numpy()
         return {name: values[names == name] for name in self.layout.columns}
 

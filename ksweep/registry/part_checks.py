@@ -22,9 +22,9 @@ import xxhash
 
 from ksweep.registry.chosen_files import damage_of_chosen
 from ksweep.registry.draws import DRAWS_FILE_SCHEMA
-from ksweep.registry.metric_scores import IDENTITY_FILE, describes_scores, metric_layout_at, texts_of
+from ksweep.registry.metric_scores import describes_scores, metric_layout_at, texts_of
 from ksweep.registry.part_labels import column_digest, read_label
-from ksweep.registry.part_store import PartStore
+from ksweep.registry.part_store import IDENTITY_FILE, PartStore
 from ksweep.registry.run_record import ACTIVATIONS_FILE, damage_of_table
 from ksweep.registry.scores import RECONSTRUCTION, MetricLayout, ScoresStore
 from ksweep.utils.errors import RunError
@@ -111,7 +111,7 @@ def set_damaged_aside(registry: Path, damaged: Sequence[DamagedPart]) -> None:
 def _damage(stores: _Stores, name: str, read_by_sql: ReadBySql) -> str | None:
     path = stores.registry / name
     if path.name == IDENTITY_FILE:
-        return None if describes_scores(path) else "it is no JSON object that describes scores"
+        return None if describes_scores(path) else "it is not what was written, or no JSON object that describes scores"
     if name.startswith("landing/"):
         return damage_of_table(path)
     if name.startswith("chosen/"):

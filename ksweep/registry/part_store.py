@@ -30,6 +30,8 @@ from ksweep.utils.notes import Note, load_notes, save_notes
 log = logging.getLogger(__name__)
 
 Part = TypeVar("Part", bound=WorkUnit)
+IDENTITY_FILE = "identity.json"
+"""File beside the parts that says what their key is hashed from."""
 SPAN = r"(\d+)-(\d+)-(\d+)-(\d+)"
 
 
@@ -93,10 +95,18 @@ class PartStore(ABC, Generic[Part]):
         return exists
 
     def describe(self, identity: Mapping[str, Any]) -> None:
-        """Write what the key is hashed from into identity.json, once."""
-        target = self.path / "identity.json"
-        if not target.exists():
-            guard_disk(self.path, lambda: publish(target, json.dumps(identity, indent=1, sort_keys=True).encode()))
+        """Write what the key is hashed from into identity.json, unless it is there, and whole."""
+        target = self.path / IDENTITY_FILE
+        try:
+            read_identity(target)
+        except (OSError, ValueError):
+            self.write_identity(identity)
+
+    def write_identity(self, identity: Mapping[str, Any]) -> None:
+        """Write identity.json, with a digest of what it says."""
+        content = {**identity, "digest": json_digest({**identity})}
+        data = json.dumps(content, indent=1, sort_keys=True).encode()
+        guard_disk(self.path, lambda: publish(self.path / IDENTITY_FILE, data))
 
     def write(self, part: Part, table: pa.Table, label: PartLabel, *, replace: bool) -> bool:
         """Write a part under another name, flush it, and give it its name; return whether it is now the part of this call.
@@ -237,6 +247,21 @@ class PartStore(ABC, Generic[Part]):
         content = json.loads(json.dumps({"value": value}))
         data = json.dumps(content | {"digest": json_digest(content)}).encode()
         guard_disk(self.path, lambda: publish(self.path / name, data))
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """Return what an identity.json says; those of earlier versions have no digest.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is not what was written.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(content, dict) or content.get("digest", digest := json_digest(content)) != digest:
+        raise ValueError("it is not what was written: its digest is another")
+    return content
 
 
 def unit_named(pattern: re.Pattern[str], name: str) -> WorkUnit | None:

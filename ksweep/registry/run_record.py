@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ksweep.registry.part_store import read_identity
 from ksweep.utils.errors import RequestError, StoreError, class_of_type
 from ksweep.utils.files import flush_to_disk, publish
 from ksweep.utils.fingerprint import json_digest
@@ -456,7 +457,7 @@ def activations_in_use(registry_root: Path | str) -> set[str]:
 def _identity_json(path: Path) -> str:
     """Return the key of the activations that a set of draws belongs to."""
     try:
-        return str(json.loads(path.read_bytes())["draws"]["activations"])
+        return str(read_identity(path)["draws"]["activations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LandingError(f"{path} does not say which activations its draws are of ({error}): damaged?") from error
 

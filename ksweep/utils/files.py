@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """Error numbers of file systems without hard links."""
 
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Error numbers of a directory that one may read and not write."""
+
 LEFTOVER_AGE = 3600.0
 """Seconds after which no living process writes to a *.part file any more."""
 

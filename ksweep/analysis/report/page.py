@@ -21,8 +21,8 @@ from ksweep.analysis.report.data import ReportData, read_report_data
 from ksweep.analysis.results_table import SHOWN_KS, noted, warnings
 from ksweep.registry.query import TableRow
 from ksweep.stats.interval_text import baseline_text, effective_text, interval_text
-from ksweep.utils.errors import RequestError
-from ksweep.utils.files import publish
+from ksweep.utils.errors import RequestError, RunError
+from ksweep.utils.files import READ_ONLY, publish
 
 GOOD, BAD = (0, 114, 178), (213, 94, 0)
 """Okabe-Ito blue and vermilion: better and worse than FVE 0."""
@@ -44,13 +44,18 @@ def write_report(registry: Path, sweep: str, path: Path | None = None) -> Path:
         path: file to write; None writes charts/<sweep>/report.html in the registry.
 
     Raises:
-        RequestError: no cell of such a sweep has finished, or `path` is a directory.
+        RequestError: no cell of such a sweep has finished, or `path` is a directory. RunError: nothing can be written there.
     """
     if path is not None and path.is_dir():
         raise RequestError(f"{path} is a directory: give the name of a file in it, e.g. {path / 'report.html'}")
     facts = read_report_data(registry, sweep)
     target = path or registry / "charts" / sweep / "report.html"
-    publish(target, page(facts, held_out_best_sentence(registry, facts)).encode())
+    try:
+        publish(target, page(facts, held_out_best_sentence(registry, facts)).encode())
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        raise RunError(f"{target} cannot be written ({error.strerror}): name a file elsewhere, with -o FILE") from error
     return target
 
 
