@@ -23,6 +23,7 @@ from ksweep.config.spec import Autoencoder, Cell, Sampling
 from ksweep.config.sweep import SPEC_GROUPS, SWEEP_FIELDS, Sweep, known_keys
 from ksweep.config.validation import is_number
 from ksweep.utils.errors import SpecError
+from ksweep.utils.sidecar_keys import ShallowLoader
 from ksweep.utils.text import bounded_repr
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _check_size(path: Path) -> None:
     if path.stat().st_size > MOST_YAML_BYTES:
         raise SpecError(f"a configuration of {path.stat().st_size:,} bytes: at most {MOST_YAML_BYTES:,} are read")
     with path.open(encoding="utf-8") as file:
-        num_values = _num_values(yaml.compose(file, yaml.SafeLoader), {})
+        num_values = _num_values(yaml.compose(file, ShallowLoader), {})
     if num_values > MOST_YAML_VALUES:
         raise SpecError(f"with its aliases it holds {num_values:.3g} values, and at most {MOST_YAML_VALUES:,} are read")
 

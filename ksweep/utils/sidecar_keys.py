@@ -22,7 +22,7 @@ import yaml
 
 from ksweep.utils.hub import HUB_ID
 from ksweep.utils.notes import Note
-from ksweep.utils.plain_values import MOST_DIGITS
+from ksweep.utils.plain_values import MOST_DIGITS, MOST_LEVELS
 
 Refuse = Callable[[str], Exception]
 """Turns a message into the error to raise."""
@@ -196,7 +196,22 @@ def abbreviated(value: Any) -> str:
         return f"a huge {type(value).__name__}"
 
 
-class _Loader(yaml.SafeLoader):
+class ShallowLoader(yaml.SafeLoader):
+    """PyYAML's safe loader for documents of at most MOST_LEVELS levels: deeper ones took seconds until the stack was full."""
+
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node. Raises ComposerError below too many others."""
+        self._level += 1
+        if self._level > MOST_LEVELS:
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {MOST_LEVELS} levels deep", None)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._level -= 1
+        return node
+
+
+class _Loader(ShallowLoader):
     """A loader that refuses duplicate keys, as YAML does; PyYAML takes the last one."""
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
