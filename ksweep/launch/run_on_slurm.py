@@ -14,7 +14,7 @@ from ksweep.launch import code_snapshot, status
 from ksweep.launch.job import Job, logs_directory, read_or
 from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_av
 from ksweep.launch.progress import ProgressDisplay
-from ksweep.launch.reconcile import finalize_if_ended, raise_for_end
+from ksweep.launch.reconcile import finalize_if_ended, give_up, raise_for_end
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.slurm.polling import ids_on_this_cluster
 from ksweep.utils.console import remark
@@ -47,8 +47,10 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
     resources = sweep.resources
     code = code_snapshot.snapshot_code(logs)
     note = _code_note(code)
-    jobs = [create_job_for_cells(sweep, group, "slurm", note) for group in group_by_av(sweep, missing)]
+    jobs: list[Job] = []
     try:
+        for group in group_by_av(sweep, missing):
+            jobs.append(create_job_for_cells(sweep, group, "slurm", note))
         done = sbatch.submit_arrays(
             logs, jobs, resources, sweep.name, code.path if code else None, beside=_slurm_ids(sweep, at_work)
         )
@@ -56,6 +58,12 @@ def submit_missing_cells(sweep: Sweep, missing: MissingCells, at_work: Iterable[
         # Refused before anything was submitted. After any other failure the next command finds out which jobs Slurm has.
         for job in jobs:
             shutil.rmtree(job.path)
+        raise
+    except BaseException as error:
+        # This process, their launcher, may live on. Those in an interrupted submission are left to the next command.
+        for job in jobs:
+            if job.slurm_id() is None and not sbatch.is_in_interrupted_submission(job):
+                give_up(job, error)
         raise
     if num_left := len(done.not_submitted):
         raise RunError(

@@ -140,5 +140,5 @@ def test_a_dry_run_changes_no_file_but_the_index_and_says_what_the_next_run_woul
 
     assert ask(sweep, "FROM runs") == []  # makes the index
     before = tree()
-    assert run(sweep, "--dry-run") == 0 and "bug: bug: x (--retry runs it again)" in capsys.readouterr().out
+    assert run(sweep, "--dry-run") == 0 and "failed  bug: x (--retry runs it again)" in capsys.readouterr().out
     assert tree() == before and job.final_status() is None

@@ -79,6 +79,22 @@ def test_a_submission_that_slurm_took_in_part_says_how_much_and_what_to_do(sweep
     assert set(survey_jobs(cluster / "logs").statuses) == {j.id for j in all_jobs(cluster / "logs") if j.slurm_id()}
 
 
+@pytest.mark.parametrize(("where", "said"), [("submit_arrays", []), ("commands.sbatch", ["its launcher died before sbatch"])])
+def test_jobs_of_an_interrupted_submission_do_not_wait_for_a_process_that_lives_on(
+    sweep: Sweep, cluster: Path, monkeypatch: pytest.MonkeyPatch, where: str, said: list[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"ksweep.launch.slurm.sbatch.{where}", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_on_slurm.submit_missing_cells(ksweep.replace_at(sweep, "resources.cells_per_job", 1), missing(sweep, 2))
+    lines = sbatch.resolve_interrupted_submissions(cluster / "logs")
+    assert len(lines) == len(said) and all(words in line for words, line in zip(said, lines, strict=True))
+    assert survey_jobs(cluster / "logs").statuses == {}
+    assert [(job.final_status() or {})["kind"] for job in all_jobs(cluster / "logs")] == ["never submitted"] * 2
+
+
 def test_jobs_of_an_installed_package_say_what_code_they_run_and_the_command_once(
     sweep: Sweep, cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,16 +252,27 @@ def _submit_array(
     intent = {"tag": tag, "launcher": process_record(), "user": getpass.getuser(), "cluster": commands.cluster_name()}
     publish(folder / "intent.json", json.dumps(intent).encode())
     try:
-        number = commands.sbatch(folder / "script.sh")
+        number = _sbatch(folder, tag, jobs)
+        _note_submission(folder, number, jobs)
+    except BaseException:
+        if not (folder / "submitted.json").exists():  # interrupted: a notebook lives on, and hands nothing over any more
+            ended = intent | {"launcher": process_record() | {"process_started": 0.0, "start_ticks": -1}}
+            publish(folder / "intent.json", json.dumps(ended).encode())
+        raise
+    return number
+
+
+def _sbatch(folder: Path, tag: str, jobs: Sequence[Job]) -> str:
+    """Submit the script of a submission, and return Slurm's number."""
+    try:
+        return commands.sbatch(folder / "script.sh")
     except commands.SlurmError as error:
         # "Socket timed out" may come after the job was taken. Where squeue does not answer either, the next command settles it.
         submitted_id = _find_submitted_id(folder, tag, jobs)
         if submitted_id is None:
             _mark_submission_failed(folder, jobs, f"sbatch refused it: {error}")
             raise
-        number = submitted_id
-    _note_submission(folder, number, jobs)
-    return number
+        return submitted_id
 
 
 def _note_submission(folder: Path, number: str, jobs: Sequence[Job]) -> None:
