@@ -92,24 +92,35 @@ def is_alive(heartbeat: Heartbeat, lock: Path | None = None) -> bool:
     return life == "alive" or (life == "unknown" and not is_silent(heartbeat))
 
 
+class HeartbeatWatch:
+    """For how long this process has seen no newer heartbeat of each rank, by its own monotonic clock."""
+
+    def __init__(self) -> None:
+        """Nothing has been seen yet."""
+        self._last_news: dict[tuple[ProcessIdentity, int, int], tuple[float, float]] = {}
+        """Rank of a start -> time in its newest heartbeat, and when this process first saw that one (monotonic)."""
+
+    def seconds_unchanged(self, heartbeat: Heartbeat) -> float:
+        """Return for how long the newest heartbeat of a rank has been this one; 0 where it is seen for the first time."""
+        rank, now = (heartbeat.process, heartbeat.rank, heartbeat.attempt), time.monotonic()
+        sent, since = self._last_news.get(rank, (heartbeat.time, now))
+        self._last_news[rank] = (heartbeat.time, since if sent == heartbeat.time else now)
+        return now - self._last_news[rank][1]
+
+    def forget(self) -> None:
+        """Begin anew: this process was stalled, and what it did not see proves nothing."""
+        self._last_news.clear()
+
+
+_watch = HeartbeatWatch()
+
+
 def is_silent(heartbeat: Heartbeat) -> bool:
     """Return whether a heartbeat is SILENCE_SECONDS old by the wall clock, or this process has seen no newer one for so long.
 
     The second holds also where the clocks of two machines differ, or one was set back.
     """
-    return time.time() - heartbeat.time >= SILENCE_SECONDS or seconds_unchanged(heartbeat) >= SILENCE_SECONDS
-
-
-_first_seen: dict[tuple[ProcessIdentity, int, int], tuple[float, float]] = {}
-"""Rank of a start -> time in its newest heartbeat, and when this process first saw that one (monotonic)."""
-
-
-def seconds_unchanged(heartbeat: Heartbeat) -> float:
-    """Return for how long this process has seen no newer heartbeat of a rank, by its own monotonic clock."""
-    rank, now = (heartbeat.process, heartbeat.rank, heartbeat.attempt), time.monotonic()
-    sent, since = _first_seen.get(rank, (heartbeat.time, now))
-    _first_seen[rank] = (heartbeat.time, since if sent == heartbeat.time else now)
-    return now - _first_seen[rank][1]
+    return time.time() - heartbeat.time >= SILENCE_SECONDS or _watch.seconds_unchanged(heartbeat) >= SILENCE_SECONDS
 
 
 def process_record(pid: int | None = None) -> dict[str, Any]:

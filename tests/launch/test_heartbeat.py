@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ksweep.launch import job as job_module
+from ksweep.launch import rank_records
 from ksweep.launch.job import Job, create_job
 from ksweep.launch.rank_records import Heartbeat, Outcome
 from ksweep.launch.slurm import commands
@@ -75,7 +76,8 @@ class Clock:
             return attempt(job)
 
         monkeypatch.setattr(Job, "attempt", counted)
-        monkeypatch.setattr(module, "time", self)
+        for measures in (module, rank_records):
+            monkeypatch.setattr(measures, "time", self)
 
     def monotonic(self) -> float:
         return self.now

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import IO
 
 from ksweep.launch.job import Job
-from ksweep.launch.rank_records import SILENCE_SECONDS, Heartbeat, Outcome, process_record
+from ksweep.launch.rank_records import SILENCE_SECONDS, Heartbeat, HeartbeatWatch, Outcome, process_record
 from ksweep.launch.status import class_of_death
 from ksweep.launch.worker.requeue import StoppedStart, fail_if_stuck, requeue_job
 
@@ -59,8 +59,8 @@ class HeartbeatThread:
         self._peer_stopped = 0.0
         """When another rank was first seen to have stopped (monotonic); 0 before."""
         self._entered = self._checked = time.monotonic()
-        self._last_news: dict[int, tuple[float, float]] = {}
-        """Rank of which nothing is proven -> time in its newest heartbeat, and when this process first saw that one."""
+        self._watch = HeartbeatWatch()
+        """Of ranks of which nothing is proven."""
         self._lock: IO[bytes] | None = None
         """Open, and so locked, while this rank lives."""
         self._ended = threading.Event()
@@ -191,23 +191,21 @@ class HeartbeatThread:
         """Return the last heartbeat of a rank that is silent and has written no outcome; None if there is no such rank."""
         now = time.monotonic()
         if now - self._checked > STALL_SECONDS:
-            self._last_news.clear()
+            self._watch.forget()
         self._checked = now
-        silent = [h for h in self.job.heartbeats(self.attempt) if h.rank != self.rank and self._is_silent(h, now)]
+        silent = [h for h in self.job.heartbeats(self.attempt) if h.rank != self.rank and self._is_silent(h)]
         # Outcomes are read last: a rank that ended between the two reads has written its own by now.
         ended = {o.rank for o in self.job.outcomes(self.attempt)} if silent else set()
         return next((h for h in silent if h.rank not in ended), None)
 
-    def _is_silent(self, heartbeat: Heartbeat, now: float) -> bool:
+    def _is_silent(self, heartbeat: Heartbeat) -> bool:
         """Return whether a rank is proven dead, or, where nothing is proven, has been silent by this process's own clock.
 
         The clocks of two nodes may differ by minutes.
         """
         if (life := self.job.life_of_rank(heartbeat)) != "unknown":
             return life == "dead"
-        sent, seen = self._last_news.get(heartbeat.rank, (heartbeat.time, now))
-        self._last_news[heartbeat.rank] = (heartbeat.time, seen if sent == heartbeat.time else now)
-        return now - self._last_news[heartbeat.rank][1] >= SILENCE_SECONDS
+        return self._watch.seconds_unchanged(heartbeat) >= SILENCE_SECONDS
 
     def _missing_ranks(self) -> list[int]:
         seen = {h.rank for h in self.job.heartbeats(self.attempt)} | {o.rank for o in self.job.outcomes(self.attempt)}
