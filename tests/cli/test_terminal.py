@@ -153,7 +153,8 @@ def test_what_is_for_programs_stays_exact(evil: Path, command: Command) -> None:
 
 def test_show_and_logs_show_markup_and_escapes_as_they_are(evil: Path, command: Command) -> None:
     for words in (("show", "20261122T12"), ("logs", "evil"), ("why", "evil"), ("why", "20261122T14")):
-        assert SHOWN + MARKUP in command(*words)[1], words
+        shown = SHOWN.replace(r"\x0d", "\n") if words[0] == "logs" else SHOWN  # there, what progress bars end each state with
+        assert shown + MARKUP in command(*words)[1], words
 
 
 def test_the_results_of_a_sweep_show_control_characters(evil: Path) -> None:
