@@ -46,6 +46,7 @@ def hostile_chart(text: str) -> Any:
     return charts.fve_by_k(curves((0.4, 0.7), num_draws=2, prefix=text), title=text)
 
 
+@pytest.mark.slow
 def test_a_saved_chart_has_the_same_elements_whatever_its_texts_are(tmp_path: Path) -> None:
     pages = [charts.save(hostile_chart(text), tmp_path / "chart", ["html"])[0].read_text() for text in ("plain", HOSTILE)]
     assert elements(pages[0]) == elements(pages[1]) and "img" not in elements(pages[1])

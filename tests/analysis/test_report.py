@@ -125,6 +125,7 @@ def test_only_blocks_of_activations_are_read_where_draws_are_many(sweep: Sweep, 
     assert read_report_data(root, sweep.name).errors.num_rows > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_python")
 def test_command_writes_the_page_where_it_is_told(sweep: Sweep, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from ksweep.cli import main; main()", "report"]

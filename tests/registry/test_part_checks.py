@@ -147,6 +147,7 @@ def test_of_a_list_of_checked_parts_only_what_another_process_appends_is_read(tm
         assert part_checks._passed(tmp_path) == anew
 
 
+@pytest.mark.slow
 def test_a_flipped_list_of_checked_parts_costs_reading_and_nothing_else(tmp_path: Path) -> None:
     store = stored(tmp_path)
     assert check_parts(tmp_path) == ()
@@ -321,6 +322,7 @@ def test_names_that_no_store_gives_are_damaged(tmp_path: Path) -> None:
     assert [one.reason for one in check_parts(tmp_path)] == ["its name is none that ksweep gives"] * 2
 
 
+@pytest.mark.slow
 def test_the_list_of_checked_parts_does_not_grow_with_every_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_checks, "MANY", 5)
     store = stored(tmp_path)
