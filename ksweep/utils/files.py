@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.utils.console import remark
-from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.errors import CheckpointError, DataError, RunError
 from ksweep.utils.plain_values import PlainValueError, bounded_json, bounded_json_row
 
 if TYPE_CHECKING:
@@ -71,6 +71,20 @@ def publish(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o666)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def publish_output(path: Path, data: bytes, advice: str) -> None:
+    """Publish a file that people asked for.
+
+    Raises:
+        RunError: one may not write there; `advice` says what to do.
+    """
+    try:
+        publish(path, data)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        raise RunError(f"{path} cannot be written ({error.strerror}): {advice}") from error
 
 
 def publish_once(path: Path, data: bytes) -> bool:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ksweep.launch import local_executor as launch
 from ksweep.launch.job import Job, create_job
 from ksweep.launch.rank_records import Heartbeat, process_record
 from ksweep.utils.errors import SpecError
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("forked_python")
 
@@ -131,15 +131,6 @@ def launcher(folder: Path, shown: str, count: int, seconds: float, beside: int =
 def told(folder: Path) -> list[dict[str, Any]]:
     """What jobs have said of their beginning, and of their end."""
     return sorted((json.loads(path.read_text()) for path in folder.glob("gpus-*.json")), key=lambda t: t["begun"])
-
-
-def until(condition: Callable[[], Any], seconds: float = 240) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s")
 
 
 def overlaps(told: list[dict[str, Any]]) -> int:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ksweep.launch.run_sweep import SweepPlan, identify_cells, planned
 from ksweep.launch.survey import survey_jobs
 from tests.tiny_models import TinyPair
 from tests.tiny_sweeps import ask, talking_pair, tiny_cell
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 IN_PROCESS = Resources(cluster="inprocess", gpus=0, cells_per_job=1)
@@ -46,15 +46,6 @@ def sweep(pair: TinyPair, tmp_path: Path) -> Sweep:
 
 def logs(sweep: Sweep) -> Path:
     return Path(sweep.registry).parent / "logs"
-
-
-def until(condition: Callable[[], Any], seconds: float = 240) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"not within {seconds} s")
 
 
 def test_of_commands_that_claim_the_same_cells_at_one_moment_one_gets_them(sweep: Sweep) -> None:

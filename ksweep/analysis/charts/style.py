@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from ksweep.stats.interval_text import effective_text
 from ksweep.utils.cell_names import distinct_names
-from ksweep.utils.errors import RequestError, RunError
-from ksweep.utils.files import READ_ONLY, publish
+from ksweep.utils.errors import RequestError
+from ksweep.utils.files import publish_output
 from ksweep.utils.text import CONTROLS
 
 FVE = "FVE (fraction of variance explained)"
@@ -62,12 +62,7 @@ def save(chart: Any, path_stem: Path | str, formats: Sequence[str] = ("html", "p
     written = []
     for name in formats:
         path = Path(f"{path_stem}.{name}")
-        try:
-            publish(path, _rendered(chart, name))
-        except OSError as error:
-            if error.errno not in READ_ONLY:
-                raise
-            raise RunError(f"{path} cannot be written ({error.strerror}): give a path elsewhere") from error
+        publish_output(path, _rendered(chart, name), "give a path elsewhere")
         written.append(path)
     return written
 

@@ -21,8 +21,8 @@ from ksweep.analysis.report.data import ReportData, read_report_data
 from ksweep.analysis.results_table import SHOWN_KS, noted, warnings
 from ksweep.registry.query import TableRow
 from ksweep.stats.interval_text import baseline_text, effective_text, interval_text
-from ksweep.utils.errors import RequestError, RunError
-from ksweep.utils.files import READ_ONLY, publish
+from ksweep.utils.errors import RequestError
+from ksweep.utils.files import publish_output
 
 GOOD, BAD = (0, 114, 178), (213, 94, 0)
 """Okabe-Ito blue and vermilion: better and worse than FVE 0."""
@@ -50,12 +50,8 @@ def write_report(registry: Path, sweep: str, path: Path | None = None) -> Path:
         raise RequestError(f"{path} is a directory: give the name of a file in it, e.g. {path / 'report.html'}")
     facts = read_report_data(registry, sweep)
     target = path or registry / "charts" / sweep / "report.html"
-    try:
-        publish(target, page(facts, held_out_best_sentence(registry, facts)).encode())
-    except OSError as error:
-        if error.errno not in READ_ONLY:
-            raise
-        raise RunError(f"{target} cannot be written ({error.strerror}): name a file elsewhere, with -o FILE") from error
+    content = page(facts, held_out_best_sentence(registry, facts)).encode()
+    publish_output(target, content, "name a file elsewhere, with -o FILE")
     return target
 
 
