@@ -26,7 +26,7 @@ def sweep_over(text: Path, folder: Path) -> Sweep:
             autoencoder=Autoencoder(av="/nowhere/av", ar="/nowhere/ar", base="/nowhere/base", dtype="float32"),
             activations=Activations(
                 model="/nowhere/base", layer=17, text=str(text), num_activations=NUM_ACTIVATIONS,
-                min_position=8, max_length=100, dtype="float32",
+                rows="first", min_position=8, max_length=100, dtype="float32",
             ),
             sampling=Sampling(num_draws=NUM_DRAWS),
             scoring=Scoring(num_replicates=50),

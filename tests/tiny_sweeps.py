@@ -27,8 +27,8 @@ def tiny_cell(pair: TinyPair, num_replicates: int) -> Cell:
     return Cell(
         autoencoder=Autoencoder(av=str(pair.av), ar=str(pair.ar), dtype="float32"),
         activations=Activations(
-            model=str(pair.base), text=str(pair.base.parent / "text.jsonl"), num_activations=40, positions_per_document=2,
-            min_position=10, dtype="float32",
+            model=str(pair.base), text=str(pair.base.parent / "text.jsonl"), num_activations=40, rows="first",
+            positions_per_document=2, min_position=10, dtype="float32",
         ),
         sampling=Sampling(num_draws=8, max_new_tokens=20),
         scoring=Scoring(num_replicates=num_replicates),

@@ -16,8 +16,10 @@ from typing import Any
 from ksweep.activations.datasets import text_begins_with_bos, text_identity
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import rule_identity
+from ksweep.activations.row_order import rows_identity
 from ksweep.activations.source import UnitSource
-from ksweep.activations.store import ActivationStore, ActivationTable, Shard, estimate_bytes
+from ksweep.activations.store import ActivationStore, ActivationTable, estimate_bytes
+from ksweep.activations.text_yield import text_yield
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError, RunError, SpecError
 from ksweep.utils.files import clear_leftovers
@@ -48,6 +50,8 @@ class ActivationPlan:
     d_model: int
     bytes_needed: int
     """Bytes on disk for the missing activations. Whole units are computed, so up to a unit more is written."""
+    text_yield: str = ""
+    """What is to be known of a text whose rows do not all give activations."""
 
 
 def activations_key(activations: Activations, layer: int | None) -> tuple[str, dict[str, Any]]:
@@ -63,10 +67,11 @@ def activations_key(activations: Activations, layer: int | None) -> tuple[str, d
 
 
 def plan_activations(activations: Activations, layer: int | None, root: str | Path) -> ActivationPlan:
-    """Return what of a request is present and missing. Imports no torch, loads no model, reads no text beyond its first row.
+    """Return what of a request is present and missing. Imports no torch, loads no model; of a text it reads as many rows as give
+    the missing activations, within the bounds of `text_yield`.
 
     Raises:
-        RequestError: as `activations_key`.
+        RequestError: as `activations_key`; and a text that has been read to its end gives too few (DataError).
     """
     key, identity = activations_key(activations, layer)
     store = ActivationStore(root, key, identity)
@@ -82,7 +87,20 @@ def plan_activations(activations: Activations, layer: int | None, root: str | Pa
         missing=missing,
         d_model=d_model,
         bytes_needed=estimate_bytes(missing, d_model, dtype),
+        text_yield=_text_yield(activations) if missing and activations.vectors is None else "",
     )
+
+
+def _text_yield(activations: Activations) -> str:
+    """Return what is to be known of a text whose rows do not all give activations.
+
+    Raises:
+        DataError: the text gives too few, as the run would find.
+    """
+    found = text_yield(activations)
+    if found is not None and found.is_whole and found.at_most < activations.num_activations:
+        raise _too_few(activations, found.rows, found.skipped, found.activations)
+    return "" if found is None else found.sentence(activations)
 
 
 def ensure(
@@ -253,20 +271,19 @@ def _refuse_too_few(store: ActivationStore, activations: Activations) -> None:
             f"{store.directory} lost shards while it was being filled: {num_available} of {activations.num_activations} "
             "activations are there. Is someone else removing files? Run again to have the rest computed."
         )
-    raise DataError(
-        f"activations.num_activations={activations.num_activations}, but {_shortage(activations, shards, num_available)}"
-    )
+    raise _too_few(activations, sum(s.source_rows for s in shards), sum(s.skipped_rows for s in shards), num_available)
 
 
-def _shortage(activations: Activations, shards: list[Shard], num_available: int) -> str:
-    rows, skipped = sum(s.source_rows for s in shards), sum(s.skipped_rows for s in shards)
+def _too_few(activations: Activations, rows: int, skipped: int, num_available: int) -> DataError:
+    """Return the error for a text whose rows, some of them skipped, give too few activations."""
     more = {"random": "raise activations.positions_per_document, ", "last": "set activations.positions=random or all, "}
     low = activations.min_position
     advice = f"lower activations.min_position (now {low}: rows of fewer tokens give none), or give more text"
+    asked = f"activations.num_activations={activations.num_activations}, but"
     if num_available == 0:
-        return f"no row of {activations.text} ({rows} rows) has an allowed position: {advice}."
-    return (
-        f"{activations.text} gives {num_available} ({rows} rows, {skipped} of them without an allowed position): "
+        return DataError(f"{asked} no row of {activations.text} ({rows} rows) has an allowed position: {advice}.")
+    return DataError(
+        f"{asked} {activations.text} gives {num_available} ({rows} rows, {skipped} of them without an allowed position): "
         f"set activations.num_activations={num_available}, {more.get(activations.positions, '')}{advice}."
     )
 
@@ -298,6 +315,7 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
         "text": text_identity(activations),
         "model": content_digest(path),
         "layer": layer,
+        **rows_identity(activations),
         "positions": rule_identity(activations),
         "max_length": max_length,
         "dtype": activations.dtype,

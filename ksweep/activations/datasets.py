@@ -73,6 +73,11 @@ def read_documents(activations: Activations) -> Iterator[TextRow]:
         raise DataError(f"{activations.text} holds no text{column}: expected at least one row that is not empty")
 
 
+def first_row(activations: Activations) -> TextRow | None:
+    """Return the first row of the text, as it stands there, that is not empty."""
+    return next((row for row in read_documents(activations) if row.holds_something), None)
+
+
 def text_identity(activations: Activations) -> dict[str, object]:
     """Return what identifies the text: content digest (or hub commit), format, column, kind and split; never the path.
 
@@ -91,7 +96,7 @@ def text_identity(activations: Activations) -> dict[str, object]:
     if kind == "datasets":
         identity["split"] = activations.text_split
     source = activations.text or ""
-    first = next((row for row in read_documents(activations) if row.holds_something), None)
+    first = first_row(activations)
     if first is not None and first.token_ids is not None:
         identity["holds"] = "token_ids"
     if kind == "own":
@@ -109,7 +114,7 @@ def text_begins_with_bos(activations: Activations, model: Path) -> bool:
     """
     if text_format(activations) == "hub":
         return False
-    first = next((row for row in read_documents(activations) if row.holds_something), None)
+    first = first_row(activations)
     return first is not None and first.token_ids is None and text_gets_second_bos(first.text, model)
 
 

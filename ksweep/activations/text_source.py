@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ksweep.activations.chat_roles import count_roles
-from ksweep.activations.datasets import TextRow, read_documents, text_format
+from ksweep.activations.datasets import TextRow, first_row, text_format
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import most_per_row, row_positions, unpadded
+from ksweep.activations.row_order import ordered_rows
 from ksweep.activations.source import ActivationUnit, kept_rows, refuse_unusable, to_float32
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
@@ -20,8 +21,6 @@ from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
     from ksweep.activations.hidden_states import BlockReader
-
-"""Fields of a unit with a value per activation, besides the vectors."""
 
 
 @dataclass
@@ -42,7 +41,7 @@ class TextUnits:
         self._next_unit: int | None = None
         self._ahead: TextRow | None = None
         self._first: TextRow | None = None
-        """First row of the text that is not empty."""
+        """First row of the text that is not empty: all others must begin as it does."""
 
     @property
     def dtype(self) -> str:
@@ -83,8 +82,10 @@ class TextUnits:
     def _read_unit(self, index: int) -> tuple[list[TextRow], bool]:
         """Return the rows of a unit, and whether the text ends with it."""
         if self._next_unit is None or index < self._next_unit:
-            self._rows, self._next_unit = read_documents(self.activations), 0
+            self._rows, self._next_unit = ordered_rows(self.activations), 0
             self._ahead = next(self._rows, None)
+            if text_format(self.activations) != "hub":
+                self._first = self._first or first_row(self.activations)
         while True:
             rows: list[TextRow] = []
             while self._ahead is not None and len(rows) < self.rows_per_unit:

@@ -41,6 +41,7 @@ def held_out_passages(**changes: Any) -> Activations:
         "model": demo_model(),
         "text": str(DEMO / "passages.jsonl"),
         "num_activations": 128,
+        "rows": "first",  # passages.jsonl has a passage of each chapter before the second of any
         "min_position": 24,
         "max_length": 96,
         "seed": 0,

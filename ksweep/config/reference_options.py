@@ -132,7 +132,7 @@ def _k_values(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
 def _max_val_samples(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:
     per_row = given.get("eval.num_positions")
     factor = 1 if per_row is None else _whole("eval.num_positions", per_row)
-    return {"activations.num_activations": _whole(option.name, value) * factor}
+    return {"activations.num_activations": _whole(option.name, value) * factor, "activations.rows": "first"}
 
 
 def _checkpoint(option: Option, value: Any, given: Mapping[str, Any]) -> Settings:

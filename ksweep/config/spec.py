@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ksweep.stats import BaselineKind
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+RowRule = Literal["random", "first"]
 PositionRule = Literal["random", "midpoint", "last", "all", "stride"]
 Candidates = Literal["not_special", "not_padding"]
 SelectionRule = Literal["order_statistics", "prefix"]
@@ -251,8 +252,13 @@ class Activations:
     row_id_column: str | None = None
     """Column of `vectors` that names each activation, for `autoencoder.texts`, groups and exports. Rows after the first of a name
     are left out: they hold further texts of the same activation. None: every row is an activation, named "row:0", "row:1", ..."""
+    rows: RowRule = "random"
+    """Which rows of the text activations come from. random: rows in an order that the seed, their document and their row id
+    decide, so that any number of activations is a sample of the whole text; of a hub dataset, which is streamed, of its first
+    10,000 rows, then of the next 10,000. first: rows as they stand in the text."""
     num_activations: int = 1000
-    """Activations to explain, at least 2 unless scoring.baseline is a number. More can be added later: the first ones stay."""
+    """Activations to explain, at least 2 unless scoring.baseline is a number: rows are taken one after the other, each with all
+    of its positions, until there are as many. More can be added later: the first ones stay."""
     positions: PositionRule = "random"
     """Which allowed positions of a row are taken. random: `positions_per_document` of them, seeded by row. midpoint: the middle
     one. last: the last one. all: every one. stride: every `stride`-th."""
@@ -271,11 +277,12 @@ class Activations:
     max_norm: float | None = None
     """Largest L2 norm of an extracted activation; longer ones are left out. None keeps all."""
     seed: int = 42
-    """Seed of the positions under "random"; the other rules ignore it."""
+    """Seed of rows=random and of positions=random; the other rules ignore it."""
     dtype: Dtype = "bfloat16"
     """Compute precision of the base model, and precision of the vectors on disk."""
 
     def __post_init__(self) -> None:
+        one_of("activations.rows", self.rows, RowRule)
         one_of("activations.positions", self.positions, PositionRule)
         one_of("activations.candidates", self.candidates, Candidates)
         one_of("activations.dtype", self.dtype, Dtype)
@@ -478,13 +485,16 @@ class Cell:
 
 
 def cell_from_dict(value: Mapping[str, Any]) -> Cell:
-    """Return the cell that `dataclasses.asdict` wrote; JSON has turned its tuples into lists."""
+    """Return the cell that `dataclasses.asdict` wrote; JSON has turned its tuples into lists.
+
+    Cells that earlier versions wrote name no row rule: their activations come from the first rows.
+    """
     scoring = dict(value["scoring"])
     if scoring.get("ks") is not None:
         scoring["ks"] = tuple(scoring["ks"])
     return Cell(
         autoencoder=Autoencoder(**value["autoencoder"]),
-        activations=Activations(**value["activations"]),
+        activations=Activations(**{"rows": "first", **value["activations"]}),
         sampling=Sampling(**value["sampling"]),
         scoring=Scoring(**scoring),
     )

@@ -48,6 +48,8 @@ class CellFacts:
     """Class and message of the newest run, if that failed."""
     title: str = ""
     """Name of the cell where it stands alone; empty: its label."""
+    text_yield: str = ""
+    """What is to be known of a text whose rows do not all give activations."""
     keys: CellKeys | None = None
     """Resolved identity of the cell, for its job's job.json."""
 
@@ -71,6 +73,8 @@ class Step:
     """Resolved identity of the cell, for its job's job.json."""
     draws_to_score: int = 0
     """Draws that exist and lack scores by this cell's AR. Those to sample are scored as they are drawn, and not counted here."""
+    text_yield: str = ""
+    """What is to be known of a text whose rows do not all give activations."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def plan_steps(facts: Iterable[CellFacts], *, retry: Sequence[str] = ()) -> list
     for fact in facts:
         planned = max(extracted.get(fact.activations_key, 0), fact.activations_present)
         step = _step(fact, max(0, fact.activations_wanted - planned), fact.cell_key.startswith(tuple(retry)))
-        steps.append(replace(step, title=fact.title or fact.label, keys=fact.keys))
+        steps.append(replace(step, title=fact.title or fact.label, keys=fact.keys, text_yield=fact.text_yield))
         if steps[-1].state == "missing":
             extracted[fact.activations_key] = max(planned, fact.activations_wanted)
     return steps

@@ -29,7 +29,7 @@ def print_plan(
         return
     out = console()
     out.print(_plan_table(sweep, steps, gpus, out))
-    for line in _sums(sweep, sums, gpus, shape, cells_of_jobs):
+    for line in _sums(sweep, steps, sums, gpus, shape, cells_of_jobs):
         out.print(line)
 
 
@@ -76,14 +76,17 @@ def _draws(step: Step) -> str:
     return f"{sampled}score {step.draws_to_score:,}"
 
 
-def _sums(sweep: Sweep, sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]) -> Iterator[str]:
-    """Yield lines on the total work, its cost, and the number of jobs."""
+def _sums(
+    sweep: Sweep, steps: Sequence[Step], sums: Estimate, gpus: int, shape: str, cells_of_jobs: Sequence[int]
+) -> Iterator[str]:
+    """Yield lines on the total work, its text, its cost, and the number of jobs."""
     yield (
         f"to extract: {sums.activations:,} activations; to sample: {sums.draws:,} draws; {_only_scored(sums)}"
         f"disk about {bytes_text(sums.activation_bytes + sums.draw_bytes)} "
         f"({bytes_text(sums.activation_bytes)} activations, {bytes_text(sums.draw_bytes)} draws); "
         f"time {duration_text(sums.seconds)} on one rank" + _source(sums)
     )
+    yield from dict.fromkeys(text for step in steps if (text := step.text_yield) and step.state == "missing")
     if gpus and cells_of_jobs:
         limit = f"{_most_hours(sweep, cells_of_jobs):,.1f} if every job goes to its time limit ({sweep.resources.time}) once"
         yield f"GPU-hours: {_time(sums.seconds, gpus)}; {limit}"

@@ -84,6 +84,7 @@ def _gather_facts(
         scores_present=int(coverage.scored.sum()),
         draws_wanted=wanted[0] * wanted[1],
         bytes_per_activation=needed.bytes_needed // max(1, needed.missing),
+        text_yield=needed.text_yield,
         bytes_per_draw=BYTES_PER_DRAW,
         bytes_to_copy=store.bytes_to_take_over(*wanted),
         bytes_per_score=BYTES_PER_SCORE + _bytes_of_reconstructions(cell) + is_given * BYTES_PER_DRAW,

@@ -43,7 +43,7 @@ def random_vectors(count: int, d_model: int = 8, seed: int = 0) -> np.ndarray:
 
 def spec(model: Path, text: Path, count: int, **fields: Any) -> Activations:
     """A request on a tiny model: float32, positions from 4 on."""
-    defaults: dict[str, Any] = {"min_position": 4, "dtype": "float32", "max_length": 128}
+    defaults: dict[str, Any] = {"rows": "first", "min_position": 4, "dtype": "float32", "max_length": 128}
     return Activations(model=str(model), text=str(text), num_activations=count, **(defaults | fields))
 
 

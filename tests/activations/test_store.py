@@ -271,8 +271,8 @@ def test_planning_and_reading_need_no_torch(base: Path, text: Path, tmp_path: Pa
     ensure(spec(base, text, 20), 1, tmp_path)
     code = (
         "import sys; from ksweep.activations import ensure, plan_activations; from ksweep.config.spec import Activations\n"
-        f"a = Activations(model={str(base)!r}, text={str(text)!r}, num_activations=20, min_position=4, max_length=128, "
-        "dtype='float32')\n"
+        f"a = Activations(model={str(base)!r}, text={str(text)!r}, num_activations=20, rows='first', min_position=4, "
+        "max_length=128, dtype='float32')\n"
         f"assert plan_activations(a, 1, {str(tmp_path)!r}).missing == 0\n"
         f"assert ensure(a, 1, {str(tmp_path)!r}).vectors().shape == (20, 16)\n"
         "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
@@ -286,6 +286,8 @@ def test_planning_and_reading_need_no_torch(base: Path, text: Path, tmp_path: Pa
         ({"num_activations": 7}, True),
         ({"stride": 3}, True),
         ({"seed": 1}, False),
+        ({"seed": 1, "positions": "last"}, False),
+        ({"rows": "first"}, False),
         ({"dtype": "bfloat16"}, False),
         ({"min_position": 5}, False),
         ({"positions": "last"}, False),

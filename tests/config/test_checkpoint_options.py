@@ -179,8 +179,8 @@ def test_checkpoint_data_is_what_the_file_was_trained_on(sweep: Sweep, alone: Ca
     otf |= {"val_vectors_per_sequence": 2, "filter_large_norms": True, "max_activation_norm": 2e5}
     path = alone(dataset={"on_the_fly": otf, "val_split": "test"})
     assert data(sweep, f"autoencoder.checkpoint={path}") == Activations(
-        text=str(tmp_path / "run" / "tokens" / "test"), text_column="input_ids", num_activations=8, positions="midpoint",
-        candidates="not_padding", min_position=5, positions_per_document=2, max_norm=2e5, dtype="float32",
+        text=str(tmp_path / "run" / "tokens" / "test"), text_column="input_ids", num_activations=8, rows="first",
+        positions="midpoint", candidates="not_padding", min_position=5, positions_per_document=2, max_norm=2e5, dtype="float32",
     )  # fmt: skip
     directory = data(sweep, f"autoencoder.checkpoint={path.parent}", "activations.max_norm=null", "positions=random")
     assert (directory.max_norm, directory.positions, directory.min_position) == (None, "random", 5)

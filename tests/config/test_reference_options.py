@@ -48,8 +48,8 @@ EXPECTED = {
     "eval.k_values=[4,1,2,2]": ["scoring.ks=[1,2,4]", "sampling.num_draws=4"],
     "eval.constant_k_mode=true": ["scoring.selection=prefix"],
     "eval.constant_k_mode=false": ["scoring.selection=order_statistics"],
-    "eval.max_val_samples=1000": ["activations.num_activations=1000"],
-    "eval.max_val_samples=1e5": ["activations.num_activations=100000"],
+    "eval.max_val_samples=1000": ["activations.num_activations=1000", "activations.rows=first"],
+    "eval.max_val_samples=1e5": ["activations.num_activations=100000", "activations.rows=first"],
     "eval.temperature=0.7": ["sampling.temperature=0.7"],
     "eval.max_generation_batch_size=64": ["resources.batch_size=64"],
     "eval.num_positions=3": ["activations.positions_per_document=3"],
@@ -98,7 +98,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "eval.k_values=[1,2,4,8,16,32]": {"scoring.ks": (1, 2, 4, 8, 16, 32), "sampling.num_draws": 32},
     "eval.constant_k_mode=true": {"scoring.selection": "prefix"},
-    "eval.max_val_samples=100000": {"activations.num_activations": 100_000},
+    "eval.max_val_samples=100000": {"activations.num_activations": 100_000, "activations.rows": "first"},
     "eval.max_batches=5": {},
     "eval.temperature=0.9": {"sampling.temperature": 0.9},
     "eval.max_generation_batch_size=12": {"resources.batch_size": 12},
@@ -324,7 +324,8 @@ def test_a_file_of_the_old_shape_is_read(tmp_path: Path) -> None:
     path.write_text(OLD_FILE)
     settings, warnings = read_config(path)
     assert settings == {
-        "scoring.ks": [1, 2, 4], "sampling.num_draws": 4, "activations.num_activations": 100, "sampling.temperature": 1.0,
+        "scoring.ks": [1, 2, 4], "sampling.num_draws": 4, "activations.num_activations": 100, "activations.rows": "first",
+        "sampling.temperature": 1.0,
         "resources.batch_size": 32, "vector_cache": "vector_cache_gemma3", "export_json": "./eval_results/gemma3_quick.json",
     }  # fmt: skip
     assert [text.split()[0] for text in warnings] == [

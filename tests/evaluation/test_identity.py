@@ -211,7 +211,9 @@ def test_keys_of_a_pair_are_those_that_its_stored_results_have(tmp_path: Path) -
     text.write_text("".join(f'{{"text": "words of row {i} and some more of them"}}\n' for i in range(20)))
     cell = Cell(
         autoencoder=Autoencoder(av=str(pair / "nla-av"), ar=str(pair / "nla-ar"), dtype="float32"),
-        activations=Activations(model=str(pair / "base"), text=str(text), num_activations=10, min_position=2, dtype="float32"),
+        activations=Activations(
+            model=str(pair / "base"), text=str(text), num_activations=10, rows="first", min_position=2, dtype="float32"
+        ),
         sampling=Sampling(num_draws=4),
     )
     keys, prefix = cell_keys(cell), cell_keys(replace_at(cell, "scoring.selection", "prefix"))
@@ -233,7 +235,7 @@ def test_keys_of_a_checkpoint_are_those_that_its_stored_results_have(prompt: str
     [file] = case.glob("**/*.pt")
     cell = Cell(
         autoencoder=Autoencoder(checkpoint=str(file), base=str(case / "base"), dtype="float32"),
-        activations=Activations(text=str(text), num_activations=10, min_position=2, dtype="float32"),
+        activations=Activations(text=str(text), num_activations=10, rows="first", min_position=2, dtype="float32"),
         sampling=Sampling(num_draws=4),
     )
     keys = cell_keys(replace_at(cell, "autoencoder.encoder_prompt", prompt))

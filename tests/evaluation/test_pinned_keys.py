@@ -27,7 +27,7 @@ def pinned_cell(name: str, folder: Path) -> Cell:
     text = folder / "rows.jsonl"
     row = '{{"text": "row {} of a text that has a few words more", "document": "d{}"}}\n'
     text.write_text("".join(row.format(i, i // 2) for i in range(12)))
-    activations = Activations(text=str(text), num_activations=6, min_position=4)
+    activations = Activations(text=str(text), num_activations=6, rows="first", min_position=4)
     if (case := FIXTURES / "tae" / name).is_dir():
         [file] = case.glob("*.pt")
         return Cell(

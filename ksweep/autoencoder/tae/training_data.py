@@ -19,9 +19,9 @@ from ksweep.config.spec import Activations
 from ksweep.config.sweep import Sweep
 from ksweep.utils.errors import SpecError
 
-RULE = ("positions", "candidates", "min_position", "positions_per_document", "max_norm")
+RULE = ("rows", "positions", "candidates", "min_position", "positions_per_document", "max_norm")
 """Fields that choose the vectors of a text. A field that the config lacks has the reference's default."""
-REFERENCE_RULE = {"candidates": "not_padding", "min_position": 8}
+REFERENCE_RULE = {"rows": "first", "candidates": "not_padding", "min_position": 8}
 """Defaults of the reference that differ from those of `Activations`."""
 TEXT = ("text", "text_column", "text_split", "document_column", "vectors", "max_length")
 
