@@ -61,6 +61,7 @@ def _print_run(run: OutputRow, spec: OutputRow) -> None:
     # Blank names: a pair of a name and its value needs no heading.
     print_section("run", [{"": name, " ": _brief(name, run[name])} for name in SHOWN_RUN_COLUMNS if run[name] not in (None, [])])
     print_section("notes", run["notes"] or [])
+    print_section("from the model hub", [{"": spelling} for spelling in run["revisions"] or []])
     print_section("engine", [{"": name, " ": value} for name, value in (run["engine"] or {}).items()])
     print_section("spec", [{"": name, " ": value} for name, value in flatten(spec) if value is not None])
     if run["error_type"]:

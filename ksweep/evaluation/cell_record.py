@@ -80,6 +80,7 @@ def identity_fields(cell: Cell, keys: CellKeys) -> dict[str, Any]:
         "activations_key": keys.activations,
         "spec": _spec_fields(cell),
         "layer": keys.layer,
+        "revisions": keys.revisions,
     }
 
 

@@ -63,7 +63,8 @@ def cell_keys_from_dict(value: Mapping[str, Any]) -> CellKeys | None:
     """
     known = {f.name: value[f.name] for f in fields(CellKeys) if f.name in value}
     try:
-        return CellKeys(**known | {"notes": tuple(Note(**note) for note in known.get("notes", ()))})
+        notes = tuple(Note(**note) for note in known.get("notes", ()))
+        return CellKeys(**known | {"notes": notes, "revisions": tuple(known.get("revisions", ()))})
     except TypeError:
         return None
 

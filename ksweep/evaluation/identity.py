@@ -30,7 +30,7 @@ from ksweep.inference.backend import DEFAULT_ENGINE, engine_identity
 from ksweep.registry.scores import RECONSTRUCTION
 from ksweep.utils.errors import DataError, SpecError
 from ksweep.utils.fingerprint import fingerprint
-from ksweep.utils.hub import resolve
+from ksweep.utils.hub import noted_revisions, resolve
 from ksweep.utils.notes import Note
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ class CellKeys:
     identity: dict[str, Any]
     notes: tuple[Note, ...] = ()
     """Notes from the checks of checkpoints and activations."""
+    revisions: tuple[str, ...] = ()
+    """What comes from the model hub, with its commit: "owner/name@commit/folder"."""
     title: str = ""
     """Name of a cell that is shown alone: what the cells of its sweep share, then the label: "demo L20 temperature=0.8"."""
 
@@ -87,6 +89,13 @@ def cell_keys(cell: Cell) -> CellKeys:
     Raises:
         CheckpointError, DataError: a file is missing, is of another kind than stated, or does not fit the others.
     """
+    with noted_revisions() as revisions:
+        keys = _keys_of_content(cell)
+    return replace(keys, revisions=tuple(sorted(revisions)))
+
+
+def _keys_of_content(cell: Cell) -> CellKeys:
+    """Return the keys of a cell, whose computation digests every file that it names."""
     # 1. Inspect the checkpoints, and check that the activations fit them.
     family = family_of(cell.autoencoder)
     family.check_scoring(cell.scoring)

@@ -66,6 +66,8 @@ class RunRecord:
     sweep: str
     spec: Mapping[str, Any]
     """The cell as JSON."""
+    revisions: tuple[str, ...] = ()
+    """Checkpoints and models that come from the model hub, with their commits: "owner/name@commit/folder"."""
     resources: Mapping[str, Any] = field(default_factory=dict)
 
     status: Status
@@ -169,7 +171,7 @@ class RunRecord:
     def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
         """Build a record from a parsed record.json, ignoring keys that this version does not know."""
         values = {f.name: value[f.name] for f in fields(cls) if f.name in value}
-        values |= {name: tuple(values[name]) for name in ("argv", "tracebacks") if name in values}
+        values |= {name: tuple(values[name]) for name in ("argv", "tracebacks", "revisions") if name in values}
         # Earlier versions kept these fields of the engine among the packages.
         packages, engine = dict(values.get("packages", {})), dict(values.get("engine", {}))
         engine |= {name: packages.pop(name) for name in ("attention", "tf32", "cuda_graphs") if name in packages}

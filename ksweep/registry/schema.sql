@@ -73,6 +73,7 @@ CREATE TABLE runs (
     host VARCHAR,
     device VARCHAR,
     num_ranks INTEGER,
+    revisions VARCHAR[],
     git_commit VARCHAR,
     git_dirty BOOLEAN,
     argv VARCHAR[],
@@ -146,6 +147,7 @@ COMMENT ON COLUMN runs.tracebacks IS 'Report of each rank that did not finish: n
 COMMENT ON COLUMN runs.host IS 'Machine of rank 0; for a failed run, machine of the rank that failed first.';
 COMMENT ON COLUMN runs.device IS 'Name of the GPU, or cpu.';
 COMMENT ON COLUMN runs.num_ranks IS 'Processes that shared the work.';
+COMMENT ON COLUMN runs.revisions IS 'Checkpoints and models of the run that come from the model hub, with their commits: owner/name@commit/folder.';
 COMMENT ON COLUMN runs.git_commit IS 'Commit of the code that ran.';
 COMMENT ON COLUMN runs.git_dirty IS 'Whether its code differed from the commit: changed tracked files, or new ones that a job may import.';
 COMMENT ON COLUMN runs.argv IS 'Command line that started the sweep.';

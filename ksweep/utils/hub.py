@@ -6,16 +6,23 @@ import hashlib
 import logging
 import re
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.files import home, publish
+from ksweep.utils.hub_repository import SPELLING, HubSource, download, hub_readings, needed_files
 from ksweep.utils.planning_pass import once_per_pass
 
 log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+SNAPSHOT = re.compile(r"(?P<root>.*/models--(?P<repo>[^/]+--[^/]+)/snapshots/(?P<commit>[^/]+))(?:/(?P<folder>.+))?")
+"""A path in the cache of the hub."""
+LOCAL_FOLDERS_ABOVE = 2
 
 
 CONTENT_SUFFIXES = (".safetensors", ".bin", ".pt", ".json", ".yaml", ".model", ".txt", ".jinja", ".parquet", ".jsonl", ".arrow")
@@ -34,6 +41,8 @@ swapped (weights are then never tied again in this process; seen with transforme
 def resolve(source: str, what: str = "model") -> Path:
     """Return the local directory or file of a path or hub id. A hub id is downloaded first unless the hub cache has it.
 
+    A hub id is owner/name, with @revision, /folder or both behind it (docs/checkpoints.md).
+
     Raises:
         CheckpointError: the path does not exist, or the hub id cannot be downloaded.
     """
@@ -44,49 +53,96 @@ def resolve(source: str, what: str = "model") -> Path:
         raise CheckpointError(
             f"no {what} at {source!r} yet: `make demo-model` (python scripts/fetch_demo_model.py) puts the demo's base there"
         )
-    if source.startswith((".", "/", "~")) or not HUB_ID.match(source):
+    if source.startswith((".", "/", "~")) or _is_mistyped_path(source) or not hub_readings(source):
         raise CheckpointError(
-            f"no {what} at {source!r}: expected an existing path, or a hub id such as owner/name or owner/name@revision. "
+            f"no {what} at {source!r}: expected an existing path, or a hub id such as {SPELLING}. "
             "Check the spelling, and that a relative path starts from the current directory."
         )
-    return _hub_snapshot(source, what)
+    return download(source, what)
+
+
+def _is_mistyped_path(source: str) -> bool:
+    """Return whether a text of three or more parts begins with a directory that is here: owner/name/folder is one on the hub."""
+    first, *others = source.split("/")
+    return len(others) > 1 and "@" not in source and Path(first).is_dir()
 
 
 @once_per_pass
 def without_revision(source: str) -> str:
-    """Return a hub id without its revision; a path is returned as it is."""
-    is_hub_id = HUB_ID.match(source) is not None and not Path(source).exists()
-    return source.partition("@")[0] if is_hub_id else source
+    """Return a hub id without its revision: "owner/name", or "owner/name/folder"; a path is returned as it is."""
+    if "@" not in source or Path(source).exists():
+        return source
+    readings = hub_readings(source)
+    return str(replace(readings[0], revision=None)) if readings else source
 
 
-def _hub_snapshot(source: str, what: str) -> Path:
-    from huggingface_hub import snapshot_download  # heavy; only when a hub id is given
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def repository_root(path: Path) -> Path | None:
+    """Return the directory of the hub's cache that holds the whole repository of a path in it (`.../snapshots/<commit>`).
 
-    repo, _, revision = source.partition("@")
-    ignore = ["*.gguf", "*.onnx", "*.msgpack", "*.h5", "original/*"]
+    None for any other path.
+    """
+    match = SNAPSHOT.fullmatch(str(path))
+    return Path(match["root"]) if match else None
+
+
+def folders_upwards(path: Path) -> list[Path]:
+    """Return the folder of a checkpoint and those above it in which its sidecar may lie, nearest first.
+
+    `next((f / NAME for f in folders_upwards(path) if (f / NAME).is_file()), None)` finds a sidecar. In a repository of the hub
+    the last one is its root. Of a local path at most two are above it, as in `run/iter_000100/critic`; none is a home directory.
+
+    Args:
+        path: what `resolve` returned; of a file, its folder is the first.
+    """
+    folder = path.parent if path.is_file() else path
+    if (root := repository_root(path)) is not None:
+        return [f for f in (folder, *folder.parents) if f == root or root in f.parents]
+    above = [f for f in folder.parents[:LOCAL_FOLDERS_ABOVE] if f not in (Path.home(), Path(f.anchor))]
+    return [folder, *above]
+
+
+def hub_spelling(path: Path) -> str | None:
+    """Return where a path in the hub's cache comes from, as "owner/name@commit/folder"; None for any other path."""
+    match = SNAPSHOT.fullmatch(str(path))
+    return str(HubSource(match["repo"].replace("--", "/"), match["commit"], match["folder"] or "")) if match else None
+
+
+@contextmanager
+def noted_revisions() -> Iterator[set[str]]:
+    """Collect `hub_spelling` of everything from the hub whose content is digested in the context."""
+    revisions: set[str] = set()
+    token = _revisions.set(revisions)
     try:
-        return Path(snapshot_download(repo, revision=revision or None, ignore_patterns=ignore))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{what} {source!r} is neither a local path nor available from the model hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}). Check the spelling, log in for gated models (hf auth login), "
-            "or pass a local directory."
-        ) from error
+        yield revisions
+    finally:
+        _revisions.reset(token)
+
+
+_revisions: ContextVar[set[str] | None] = ContextVar("revisions", default=None)
 
 
 def content_digest(path: Path) -> str:
     """Return the SHA-256 over names and contents of a checkpoint's files, 32 hex digits. File digests are remembered on disk."""
+    if (revisions := _revisions.get()) is not None and (spelling := hub_spelling(path)) is not None:
+        revisions.add(spelling)
     if path.is_file():
         return _file_digest(path)[:32]
-    content = (
-        p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES and not DATASETS_CACHE.fullmatch(p.name)
-    )
-    files = sorted(p for p in content if ".cache" not in p.relative_to(path).parts)  # hub clients keep their metadata there
+    files = _content_files(path)
     if not files:
         raise CheckpointError(f"{path} holds no model files ({', '.join(CONTENT_SUFFIXES[:3])}, ...): is it the right directory?")
     lines = [f"{p.relative_to(path).as_posix()} {_file_digest(p)}" for p in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _content_files(path: Path) -> list[Path]:
+    """Return the files of a checkpoint or data set, sorted; in a hub repository without those of checkpoints in folders below."""
+    if repository_root(path) is not None:
+        there = (p for p in (*path.glob("*"), *path.glob("*/*")) if p.is_file())
+        return [path / name for name in needed_files(p.relative_to(path).as_posix() for p in there)]
+    content = (
+        p for p in path.rglob("*") if p.is_file() and p.suffix in CONTENT_SUFFIXES and not DATASETS_CACHE.fullmatch(p.name)
+    )
+    return sorted(p for p in content if ".cache" not in p.relative_to(path).parts)  # hub clients keep their metadata there
 
 
 def _file_digest(path: Path) -> str:

@@ -12,11 +12,13 @@ import yaml
 
 from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Sweep
 from ksweep.config.spec import replace_at
+from ksweep.evaluation.cell_record import identity_fields
 from ksweep.evaluation.identity import CellKeys, cell_keys, cell_label
 from ksweep.registry.earlier_draws import SplitKeys, split_identity
 from ksweep.utils.errors import DataError, RequestError, SpecError
 from ksweep.utils.fingerprint import fingerprint
 from tests.activations.helpers import passages, random_vectors, write_jsonl, write_vectors
+from tests.hub_server import HubRepository, serving_hub, use_hub
 from tests.tiny_models import TinyPair, edit_sidecar, edit_weights, make_pair
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -339,3 +341,30 @@ def test_pair_of_whitened_vectors_is_refused_before_anything_is_computed(cell: C
     edit_sidecar(av, extraction__norm="whitened_zca_v1")
     with pytest.raises(RequestError, match="norm='whitened_zca_v1'"):
         cell_keys(replace_at(cell, "autoencoder.av", str(av)))
+
+
+# --- checkpoints on the model hub ---
+
+
+def test_a_pair_in_folders_of_a_hub_repository_has_the_keys_of_its_local_copy_and_states_its_commits(
+    pair: TinyPair, cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"iter_0000400/av": pair.av, "iter_0000400/ar": pair.ar, "base": pair.base}
+    files = {f"{name}/{file.name}": file.read_bytes() for name, folder in folders.items() for file in folder.iterdir()}
+    files |= {"optim_latest.pt": b"", "iter_0000200/av/model.safetensors": b""}
+    with serving_hub() as hub:
+        hub.repositories["owner/nla"] = HubRepository({"v1": files})
+        use_hub(monkeypatch, hub.endpoint, str(tmp_path / "cache"))
+        with monkeypatch.context() as here:
+            here.chdir(tmp_path)
+            on_hub = replace(
+                cell,
+                autoencoder=Autoencoder(av="owner/nla@v1/iter_0000400/av", ar="owner/nla@v1/iter_0000400/ar"),
+                activations=replace(cell.activations, model="owner/nla@v1/base"),
+            )
+            keys, local = cell_keys(on_hub), cell_keys(cell)
+    assert not changed(keys, local) and local.revisions == ()
+    commit = HubRepository.commit(files)
+    assert keys.revisions == tuple(f"owner/nla@{commit}/{name}" for name in sorted(folders))
+    record = identity_fields(on_hub, keys)
+    assert record["revisions"] == keys.revisions

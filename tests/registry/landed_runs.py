@@ -45,6 +45,7 @@ def record_of(run_id: str, *, temperature: float = 0.7, num_draws: int = 4, minu
         "seconds": {"sampling": 210.5, "scoring": 14.25},
         "packages": {"torch": "2.13.0"},
         "argv": ("experiments/temp_sweep.py", "sampling.seed=0"),
+        "revisions": ("owner/nla-av@0f1e2d", "owner/nla-ar@3c4b5a"),
         "num_activations": 100,
         "num_documents": 40,
         "num_draws": num_draws,

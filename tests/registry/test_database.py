@@ -99,11 +99,11 @@ def test_run_row_carries_spec_times_counts_and_maps(root: Path) -> None:
     write_run(root, record_of("r1", temperature=0.7), curve_of())
     query = (
         "SELECT temperature, av, text_source, finished::VARCHAR, num_failed_draws, failures['cut off'], seconds['sampling'], "
-        "packages['torch'], argv[1], spec->>'$.sampling.temperature', resources->'$.tasks', layer, d_model FROM runs"
+        "packages['torch'], argv[1], spec->>'$.sampling.temperature', resources->'$.tasks', layer, d_model, revisions FROM runs"
     )
     assert rows(root, query) == [
         (0.7, "demo/av", "held_out.jsonl", "2026-11-22 12:00:00", 40, 30, 210.5, "2.13.0",
-         "experiments/temp_sweep.py", "0.7", "2", 20, None),
+         "experiments/temp_sweep.py", "0.7", "2", 20, None, ["owner/nla-av@0f1e2d", "owner/nla-ar@3c4b5a"]),
     ]  # fmt: skip
 
 
