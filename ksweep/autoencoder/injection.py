@@ -70,7 +70,9 @@ def injected(
         embeddings: what the embedding module makes of the prompts; rows are replaced in place.
     """
     if isinstance(injection, ReplaceEmbedding):
-        embeddings[:, position] = scaled(vectors.to(embeddings.device), injection.scale).to(embeddings)
+        vectors = vectors.to(embeddings.device)
+        rows = vectors.float() * injection.scale if injection.multiplies else scaled(vectors, injection.scale)
+        embeddings[:, position] = rows.to(embeddings)
         return Prompts(embeddings, position)
     edit = BlockEdit(blocks_of(model)[injection.block], "output", position, partial(added, vectors=vectors))
     return Prompts(embeddings, position, (edit,))

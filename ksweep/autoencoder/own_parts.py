@@ -20,13 +20,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
 from ksweep.autoencoder.base import ActivationFacts, Family
-from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, base_notes, check_pair, inspect_nla
+from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, base_notes, check_pair, inspect_half
 from ksweep.autoencoder.nla.family import ar_identity, av_identity, short_name_of, stated_training_norm
 from ksweep.autoencoder.nla.sidecar import NlaRole
 from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.config.spec import Autoencoder
 from ksweep.stats.fve import ScoringKind
-from ksweep.utils import hub
 from ksweep.utils.errors import CheckpointError, DataError, SpecError
 from ksweep.utils.imports import check_has, digest_of_named, is_dotted_name, load_named
 from ksweep.utils.notes import Note, notes_of
@@ -199,8 +198,7 @@ def half_of(autoencoder: Autoencoder, role: NlaRole) -> OwnPart | CheckpointInfo
     """
     source = getattr(autoencoder, role) or ""
     if not is_dotted_name(source):
-        path = hub.resolve(source, f"{role.upper()} checkpoint")
-        return inspect_nla(path, role, autoencoder.base, autoencoder.prompting)
+        return inspect_half(autoencoder, role)
     overrides = autoencoder.prompting.of_av if role == "av" else autoencoder.prompting.of_ar
     if overrides:
         raise SpecError(

@@ -26,7 +26,7 @@ OWN_GROUPINGS = ("all", "document", "role", "position", "norm")
 """Breakdowns that every run has, so that no column of a text may be shown under their names."""
 AR_FIELDS = ("ar", "ar_dtype", "encoder_prompt")
 """Fields of an autoencoder that its AV does not depend on."""
-AV_FIELDS = ("av", "dtype", "texts", "texts_column", "max_text_tokens", "kept_tokens")
+AV_FIELDS = ("av", "av_stack", "dtype", "texts", "texts_column", "max_text_tokens", "kept_tokens")
 """Fields that its AR does not depend on; `reconstructor_dtype` stands for the precision."""
 MOST_ACTIVATIONS = 1_000_000_000
 MOST_CELL_DRAWS = 1_000_000_000
@@ -40,6 +40,8 @@ LONGEST_TEXT = 10_000_000
 
 InjectionKind = Literal["replace_embedding", "add_after_block"]
 TextEnd = Literal["first", "last"]
+LayoutName = Literal["kitft", "easynla", "nla-at-home"]
+"""Trainers of NLA pairs, by whose rules a checkpoint is prompted and read (docs/layouts.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,19 @@ class Autoencoder:
     kept_tokens: TextEnd = "first"
     """Which tokens `max_text_tokens` keeps: the first or the last of a text."""
     base: str | None = None
-    """Base model (path or hub id) under PEFT adapters or a talkative autoencoder. None: the model that the checkpoint names."""
+    """Base model (path or hub id) under adapters, an AR that is a head alone, or a talkative autoencoder. None: the model that
+    the checkpoint names."""
+    layout: LayoutName | None = None
+    """Trainer by whose rules both halves of a pair are prompted and read (docs/layouts.md). None: recognised from their files."""
+    av_stack: tuple[str, ...] = ()
+    """What lies between `base` and the adapter `av`, first on the base: adapters that are applied before it, such as the SFT
+    adapter under one of RL; the first may be a directory of merged weights, which takes the place of the base. Files do not say
+    whether an adapter was trained on top of another or continues it."""
+    layer: int | None = None
+    """Layer of a pair that was trained for all layers; any other pair states its own."""
+    whitening: str | None = None
+    """Statistics file (.npz) of a pair that was trained on whitened activations. None: the file that its sidecar names, beside
+    it."""
     dtype: Dtype = "bfloat16"
     """Compute precision of AV and AR; errors are always computed in float32. In float32 draws do not depend on batch size or
     number of ranks. In bfloat16 rounding can change a draw when either changes (see Resources.batch_size)."""
@@ -165,6 +179,12 @@ class Autoencoder:
         if self.ar_dtype is not None:
             one_of("autoencoder.ar_dtype", self.ar_dtype, Dtype)
         one_of("autoencoder.encoder_prompt", self.encoder_prompt, EncoderPrompt)
+        stack = (self.av_stack,) if isinstance(self.av_stack, str) else tuple(self.av_stack)
+        object.__setattr__(self, "av_stack", stack)
+        if self.layout is not None:
+            one_of("autoencoder.layout", self.layout, LayoutName)
+        if self.layer is not None:
+            at_least("autoencoder.layer", self.layer, 0)
         self._check_texts()
         halves = (self.av or self.texts, self.ar)
         if (None in halves) == (self.checkpoint is None) or (self.checkpoint and (self.av or self.ar)):

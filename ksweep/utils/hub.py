@@ -121,13 +121,15 @@ def noted_revisions() -> Iterator[set[str]]:
 _revisions: ContextVar[set[str] | None] = ContextVar("revisions", default=None)
 
 
-def content_digest(path: Path) -> str:
+def content_digest(path: Path, with_subdirectories: bool = True) -> str:
     """Return the SHA-256 over names and contents of a checkpoint's files, 32 hex digits. File digests are remembered on disk."""
     if (revisions := _revisions.get()) is not None and (spelling := hub_spelling(path)) is not None:
         revisions.add(spelling)
     if path.is_file():
         return _file_digest(path)[:32]
     files = _content_files(path)
+    if not with_subdirectories:
+        files = [p for p in files if p.parent == path]
     if not files:
         raise CheckpointError(f"{path} holds no model files ({', '.join(CONTENT_SUFFIXES[:3])}, ...): is it the right directory?")
     lines = [f"{p.relative_to(path).as_posix()} {_file_digest(p)}" for p in files]

@@ -316,10 +316,10 @@ def test_av_of_a_trainer_that_injects_unnormalised_unless_it_says_otherwise_is_r
     assert f"training.method='{method}' and no training.injection_mode" in refused(pair / "nla-av", "av")
 
 
-def test_sidecar_of_a_data_set_is_called_so_and_not_another_directory(pair: Path) -> None:
-    edit_sidecar(pair / "nla-av", kind="nla_dataset", role=...)
-    message = refused(pair / "nla-av", "av")
-    assert "it is the sidecar of a data set" in message and "not supported yet" in message and "Pass the directory" not in message
+@pytest.mark.parametrize("changes", [{"role": ...}, {"schema_version": 1}], ids=["version 2", "a role"])
+def test_sidecar_of_a_data_set_with_keys_of_a_model_is_refused(changes: dict[str, Any], pair: Path) -> None:
+    edit_sidecar(pair / "nla-av", kind="nla_dataset", **changes)
+    assert "the sidecar of a data set, which EasyNLA copies beside a checkpoint, has no role" in refused(pair / "nla-av", "av")
 
 
 def test_every_sidecar_that_comes_with_the_library_is_read_without_a_note() -> None:

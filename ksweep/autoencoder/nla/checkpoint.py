@@ -13,11 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksweep.autoencoder.nla.layout import ar_prompting, av_prompting
-from ksweep.autoencoder.nla.sidecar import NlaRole, Sidecar, read_nla_sidecar
+from ksweep.autoencoder.nla.layout import ar_prompting, at_layer, av_prompting
+from ksweep.autoencoder.nla.sidecar import (
+    CONFIG_NAME,
+    FILE_NAME,
+    NlaRole,
+    Sidecar,
+    beside_or_above,
+    read_nla_sidecar,
+    sidecar_file,
+)
+from ksweep.autoencoder.nla.weight_files import Adapter, WeightFiles, check_head, find_weights
+from ksweep.autoencoder.nla.whitening import Whitening, check_same_space, find_statistics, read_statistics
 from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
 from ksweep.autoencoder.safetensors_header import check_attention, check_blocks, model_tensors
-from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, PromptingOverrides
+from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, Autoencoder, LayoutName, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
@@ -27,8 +37,6 @@ from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
 
-HEAD, ADAPTER, ADAPTER_CONFIG = "value_head.safetensors", "adapter_model.safetensors", "adapter_config.json"
-HEAD_DTYPES = ("F32", "BF16", "F16", "F64")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -46,13 +54,28 @@ class CheckpointInfo:
     """config.json of the model or, for an adapter, of its base; of a multimodal model the language model's part. Sizes are under
     their usual names."""
     base: Path | None
-    """Directory of an adapter's base model; None for full weights."""
+    """Directory of the model under adapters or a head; None for full weights."""
+    files: WeightFiles
+    """Where its adapters and its head are."""
     tensors: Mapping[str, Tensor]
-    """Headers of the weights (or adapter weights) in `path`, under their names in the files."""
+    """Headers of the weights (or of the last adapter), under their names in the files; empty where a head alone lies in
+    `path`."""
     prompting: AvPrompting | ArPrompting
     """How it is prompted and read: as its sidecar says, or as the spec overrides it."""
+    whitening: Path | None = None
+    """Statistics file of the transform that vectors went through before training; None for raw vectors."""
     notes: tuple[Note, ...] = ()
     """Accepted but unusual properties, to be shown with the numbers."""
+
+    @property
+    def layout(self) -> LayoutName:
+        """By whose rules it is prompted and read."""
+        return self.sidecar.layout
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """What is merged into `base`, in this order."""
+        return self.files.adapters
 
     @property
     def role(self) -> NlaRole:
@@ -78,8 +101,23 @@ class CheckpointInfo:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the checkpoint is a PEFT adapter over `base`."""
+        """Whether the checkpoint consists of adapters over `base`."""
+        return bool(self.adapters)
+
+    @property
+    def takes_part_of_base(self) -> bool:
+        """Whether blocks above those in use may lie in its weights: those of a base."""
         return self.base is not None
+
+    def read_whitening(self) -> Whitening | None:
+        """Return the transform of vectors before the AV; None for raw ones.
+
+        Raises:
+            CheckpointError: the statistics are not those that the sidecar states.
+        """
+        if self.whitening is None or self.sidecar.whitening is None:
+            return None
+        return read_statistics(self.whitening, self.sidecar.whitening, self.d_model)
 
     @property
     def weights(self) -> Path:
@@ -97,16 +135,36 @@ class CheckpointInfo:
         return self.role == "av" and "<think>" in _chat_template(self.tokenizer)
 
 
+def inspect_half(autoencoder: Autoencoder, role: NlaRole) -> CheckpointInfo:
+    """Return `inspect_nla` of the AV or AR that a spec names, with what the spec says of it."""
+    source = (autoencoder.av if role == "av" else autoencoder.ar) or ""
+    return inspect_nla(
+        hub.resolve(source, f"{role.upper()} checkpoint"), role, autoencoder.base, autoencoder.prompting,
+        layout=autoencoder.layout, stack=autoencoder.av_stack if role == "av" else (), layer=autoencoder.layer,
+        whitening=autoencoder.whitening,
+    )  # fmt: skip
+
+
 @once_per_pass
 def inspect_nla(
-    path: Path | str, expected_role: NlaRole, base: str | None = None, overrides: PromptingOverrides = AS_THE_CHECKPOINT_SAYS
+    path: Path | str,
+    expected_role: NlaRole,
+    base: str | None = None,
+    overrides: PromptingOverrides = AS_THE_CHECKPOINT_SAYS,
+    *,
+    layout: LayoutName | None = None,
+    stack: tuple[str, ...] = (),
+    layer: int | None = None,
+    whitening: str | None = None,
 ) -> CheckpointInfo:
     """Return what the sidecar, configuration and weight headers of an AV or AR directory say, once all are checked.
 
     Args:
         path: directory or hub id.
-        base: base model of an adapter, a path or hub id; None takes the one in adapter_config.json. Full weights ignore it.
+        base: base model under adapters or a head, a path or hub id; None takes the one that the checkpoint names. Full weights
+            ignore it.
         overrides: values of the prompting that replace the sidecar's.
+        layout, stack, layer, whitening: as the fields of `Autoencoder`; `stack` is that of an AV.
 
     Raises:
         CheckpointError: the message says what is wrong, what was expected and what to do.
@@ -118,27 +176,43 @@ def inspect_nla(
             f"{path} is a file; expected an {expected_role.upper()} directory with nla_meta.yaml. Give a talkative-autoencoder "
             ".pt file as autoencoder.checkpoint."
         )
-    sidecar = read_nla_sidecar(path, expected_role, overrides)
-    # 2. Find the base model of an adapter, and check width, kinds of blocks, depth and layer against config.json.
-    base_path = _base(path, base, sidecar) if (path / ADAPTER_CONFIG).exists() else None
+    sidecar = at_layer(read_nla_sidecar(path, expected_role, overrides, layout), layer, path)
+    # 2. Find its weights, and check width, kinds of blocks, depth and layer against config.json.
+    weights = find_weights(path, sidecar, expected_role, base, stack, sidecar.layer)
+    base_path = None if weights.base is None else _base(path, weights.base, base, sidecar)
     config = _config(base_path or path)
     _check_width(config, sidecar, base_path or path)
     depth = _positive(config, "num_hidden_layers", base_path or path)
     check_attention(config, base_path or path)
-    layer = _layer(sidecar, depth, path, is_adapter=base_path is not None)
+    layer = _layer(sidecar, depth, path, has_base=base_path is not None)
     num_layers = layer + 1 if expected_role == "ar" and layer is not None else depth
+    if weights.num_layers not in (None, num_layers):
+        raise CheckpointError(
+            f"AR {path}: ar_meta.json says {weights.num_layers} blocks, its sidecar layer {layer}, which needs {num_layers} (0 "
+            f"to {layer}). Use the files that were saved together."
+        )
     # 3. Check that every expected tensor is listed in the weight headers, and no other.
-    tensors = _adapter_tensors(path, num_layers) if base_path else model_tensors(path)
+    tensors: Mapping[str, Tensor] = {}
+    for adapter in weights.adapters:
+        # nla-at-home trains the AR's adapter on every block and reads it at block L; those above change nothing.
+        covered = depth if sidecar.layout == "nla-at-home" else num_layers
+        tensors = _adapter_tensors(adapter, covered)
     if base_path:
         check_blocks(model_tensors(base_path), config, base_path)
     else:
-        check_blocks(tensors, config, path)
-    if expected_role == "ar":
-        _check_head(path, sidecar.d_model)
+        check_blocks(tensors := model_tensors(path), config, path)
+    if weights.head is not None:
+        check_head(weights.head, sidecar.d_model)
     # 4. Fill in how it is prompted.
-    prompting = av_prompting(sidecar, overrides, depth) if expected_role == "av" else ar_prompting(sidecar, overrides)
-    notes = (*sidecar.notes, *_thinking_notes(prompting, path, _tokenizer_directory(path, base_path or path)))
-    return CheckpointInfo(path, sidecar, layer, num_layers, config, base_path, tensors, prompting, notes)
+    filled = (
+        av_prompting(sidecar, overrides, depth) if expected_role == "av" else ar_prompting(sidecar, overrides, weights, depth)
+    )
+    notes = (*sidecar.notes, *_thinking_notes(filled, path, _tokenizer_directory(path, base_path or path)))
+    statistics = None if sidecar.whitening is None else find_statistics(sidecar.whitening, path, whitening)
+    return CheckpointInfo(
+        path=path, sidecar=sidecar, layer=layer, num_layers=num_layers, config=config, base=base_path, files=weights,
+        tensors=tensors, prompting=filled, whitening=statistics, notes=notes,
+    )  # fmt: skip
 
 
 def check_pair(
@@ -170,24 +244,52 @@ def check_pair(
         ("base model", _hub_name(a.base_checkpoint), _hub_name(b.base_checkpoint)),
         ("base digest", a.base_digest, b.base_digest),
         ("digest of the base model", *_base_digests(av, ar)),
-        ("marker", a.marker, b.marker),
-        ("marker token id", a.marker_id, b.marker_id),
+        *(_markers(av, ar) if av.layout == ar.layout != "kitft" else ()),
     ):
         if av_value is not None and ar_value is not None and av_value != ar_value:
             raise CheckpointError(
                 f"AV {av.path} and AR {ar.path} do not belong together: {name} is {av_value!r} in the AV and {ar_value!r} in the "
                 "AR. Pass both halves of one pair."
             )
+    check_same_space(a.whitening, b.whitening)
     # 2. Compare the pair with the activations.
-    return _check_activations(av, ar, activations_layer, activations_d_model, activations_base)
+    notes = _marker_notes(av, ar) if av.layout == ar.layout == "kitft" else ()
+    return (*notes, *_check_activations(av, ar, activations_layer, activations_d_model, activations_base))
+
+
+def _markers(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[tuple[str, Any, Any], ...]:
+    a, b = av.sidecar, ar.sidecar
+    return (("marker", a.marker, b.marker), ("marker token id", a.marker_id, b.marker_id))
+
+
+def _marker_notes(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[Note, ...]:
+    """Return a note where the sidecars state different markers: the AR of another pair, which never sees one."""
+    different = [name for name, x, y in _markers(av, ar) if None not in (x, y) and x != y]
+    text = f"{av.path.name} and {ar.path.name} state different markers: they are of different pairs. The AR never sees one."
+    return (Note("checkpoint", text),) if different else ()
 
 
 def digest_nla(info: CheckpointInfo) -> str:
-    """Return the digest of a checkpoint's content, 32 hex digits; an adapter's digest covers its base model as well."""
-    digest = hub.content_digest(info.path)
-    if info.base is None:
-        return digest
-    return hashlib.sha256(f"{digest} over {hub.content_digest(info.base)}".encode()).hexdigest()[:32]
+    """Return the digest of a checkpoint's content, 32 hex digits, with all that lies under it: adapters and base model."""
+    digests = [_own_digest(info)]
+    digests += [hub.content_digest(adapter.directory) for adapter in reversed(info.adapters) if adapter.directory != info.path]
+    digests += [hub.content_digest(info.base)] if info.base is not None else []
+    if info.sidecar.whitening is not None:
+        digests.append(f"whitened {info.sidecar.whitening.sha256}")
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" over ".join(digests).encode()).hexdigest()[:32]
+
+
+def _own_digest(info: CheckpointInfo) -> str:
+    """Return the digest of a checkpoint's own files. In an EasyNLA run the sidecar may lie above, and other checkpoints below."""
+    if info.layout != "easynla":
+        return hub.content_digest(info.path)
+    above = [file for name in (FILE_NAME, CONFIG_NAME) if (file := _run_file(info.path, name)) and file.parent != info.path]
+    parts = [hub.content_digest(info.path, with_subdirectories=False), *map(hub.content_digest, above)]
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" beside ".join(parts).encode()).hexdigest()[:32]
+
+
+def _run_file(path: Path, name: str) -> Path | None:
+    return sidecar_file(path) if name == FILE_NAME else beside_or_above(path, name)
 
 
 def _check_activations(
@@ -208,37 +310,23 @@ def _check_activations(
 
 
 def _base_digests(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[str | None, str | None]:
-    """Return the digests of two adapters' bases; None and None where the bases are one directory or a half is no adapter."""
-    if av.base is None or ar.base is None or av.base == ar.base:
+    """Return the digests of two adapters' bases; None and None where they are one directory or one half does not lie on it."""
+    if av.files.base_is_merged or av.base is None or ar.base is None or av.base == ar.base:
         return None, None
     return hub.content_digest(av.base), hub.content_digest(ar.base)
 
 
-def _base(path: Path, base: str | None, sidecar: Sidecar) -> Path:
-    """Return the directory of an adapter's base model, once its weights match the sidecar's base_digest."""
-    # 1. Take the base's name from the argument or adapter_config.json.
-    if (path / "model.safetensors").exists() or (path / "model.safetensors.index.json").exists():
-        raise CheckpointError(
-            f"{path} holds both full weights and {ADAPTER_CONFIG}, so it is not clear which to load. Keep only one of them in "
-            "the directory."
-        )
-    config = files.read_json(path / ADAPTER_CONFIG, "adapter configuration")
-    source = base or config.get("base_model_name_or_path")
-    if not isinstance(source, str) or not source:
-        raise CheckpointError(
-            f"{path} is an adapter, and its {ADAPTER_CONFIG} names no base model. Set autoencoder.base to the base model's "
-            "path or hub id."
-        )
-    # 2. Find its directory.
+def _base(path: Path, source: str, stated: str | None, sidecar: Sidecar) -> Path:
+    """Return the directory of the base model under a checkpoint, once its weights match the sidecar's base_digest."""
     try:
         directory = hub.resolve(source, "base model")
     except CheckpointError as error:
-        where = "autoencoder.base" if base else f"base_model_name_or_path in {path / ADAPTER_CONFIG}"
+        where = "autoencoder.base" if source == stated else "the checkpoint's own files"
         raise CheckpointError(
-            f"{path} is an adapter over a base model that cannot be found (from {where}): {error} Set autoencoder.base to the "
-            "path or hub id of the base model."
+            f"{path} lies over a base model that cannot be found (from {where}): {error} Set autoencoder.base to the "
+            "path or hub id of the base model; if it was trained on top of another adapter or on merged weights, name that in "
+            "autoencoder.av_stack."
         ) from error
-    # 3. Compare its weights with the sidecar's digest.
     if sidecar.base_digest is not None:
         _check_base_digest(directory, sidecar.base_digest, path)
     return directory
@@ -295,17 +383,17 @@ def _check_width(config: Mapping[str, Any], sidecar: Sidecar, directory: Path) -
         )
 
 
-def _layer(sidecar: Sidecar, depth: int, path: Path, is_adapter: bool) -> int | None:
+def _layer(sidecar: Sidecar, depth: int, path: Path, has_base: bool) -> int | None:
     """Return L, once it fits the depth: exactly L + 1 blocks for an AR of full weights, at least L + 1 for every other model."""
     layer = sidecar.layer
     if sidecar.role == "ar" and layer is None:
-        if is_adapter:
+        if has_base:
             raise CheckpointError(
-                f"{path / 'nla_meta.yaml'} names no layer, so the number of base blocks that this AR adapter uses is unknown. "
+                f"{path / FILE_NAME} names no layer, so the number of base blocks that this AR adapter uses is unknown. "
                 "Add critic.extraction_layer_index."
             )
         return depth - 1
-    if layer is not None and sidecar.role == "ar" and not is_adapter and depth != layer + 1:
+    if layer is not None and sidecar.role == "ar" and not has_base and depth != layer + 1:
         raise CheckpointError(
             f"AR {path} has num_hidden_layers={depth} in config.json, but its sidecar says layer {layer}, which needs "
             f"{layer + 1} blocks (0 to {layer}). An error of one block halves the "
@@ -319,42 +407,22 @@ def _layer(sidecar: Sidecar, depth: int, path: Path, is_adapter: bool) -> int | 
     return layer
 
 
-def _adapter_tensors(path: Path, num_layers: int) -> dict[str, Tensor]:
-    if not (path / ADAPTER).exists():
+def _adapter_tensors(adapter: Adapter, num_layers: int) -> dict[str, Tensor]:
+    if not adapter.file.exists():
         raise CheckpointError(
-            f"{path} has {ADAPTER_CONFIG} but no {ADAPTER}: the adapter's weights are missing, or are saved as .bin. Download "
-            "them again, or save them as safetensors."
+            f"{adapter.directory} has {adapter.config_name} but no {adapter.file.name}: the adapter's weights are missing, or "
+            "are saved as .bin. Download them again, or save them as safetensors."
         )
-    tensors = read_header(path / ADAPTER)
+    tensors = read_header(adapter.file)
     unused = [name for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name)) and int(match[1]) >= num_layers]
     if unused or not tensors:
         raise CheckpointError(
-            f"{path / ADAPTER} holds {'weights of blocks that are not used: ' + some_of(unused) if unused else 'no tensors'}; "
+            f"{adapter.file} holds {'weights of blocks that are not used: ' + some_of(unused) if unused else 'no tensors'}; "
             f"expected adapter weights of blocks 0 to {num_layers - 1}. "
             "An AR adapter covers the first L + 1 blocks of its base. Check the layer in the sidecar, and that this is the file "
             "meant."
         )
     return tensors
-
-
-def _check_head(path: Path, d_model: int) -> None:
-    file = path / HEAD
-    if not file.exists():
-        raise CheckpointError(
-            f"{path} has no {HEAD}, the d x d map at the end of an AR. Download it again, and check that no AV or base model was "
-            "given as `ar`."
-        )
-    head = read_header(file)
-    if set(head) != {"weight"}:
-        raise CheckpointError(
-            f"{file} holds the tensors {some_of(head) or '(none)'}; expected exactly one, named weight (no bias). Save the head "
-            f"as {{'weight': W}}, or download it again."
-        )
-    if head["weight"].shape != (d_model, d_model) or head["weight"].dtype not in HEAD_DTYPES:
-        raise CheckpointError(
-            f"{file}: weight is {head['weight'].dtype} of shape {list(head['weight'].shape)}; expected floating point of shape "
-            f"[{d_model}, {d_model}]. The head is saved incompletely, or is of another model."
-        )
 
 
 def _hub_name(source: str | None) -> str | None:
@@ -456,6 +524,8 @@ def _chat_template(directory: Path) -> str:
 
 def _thinking_notes(prompting: AvPrompting | ArPrompting, path: Path, tokenizer: Path) -> tuple[Note, ...]:
     if isinstance(prompting, ArPrompting) or prompting.asks_for_thinking or "enable_thinking" in dict(prompting.chat_arguments):
+        return ()
+    if prompting.prompt_ids is not None or not prompting.is_chat:
         return ()
     if "enable_thinking" not in _chat_template(tokenizer):
         return ()

@@ -1,4 +1,4 @@
-"""The family of NLA pairs: two directories in the public layout."""
+"""The family of NLA pairs: two directories, an AV and an AR, in the layout of any of their trainers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.base import ActivationFacts, Family
-from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest_nla, inspect_nla
+from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest_nla, inspect_half
 from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.config.spec import Autoencoder, PromptingOverrides
 from ksweep.utils import files, hub
@@ -26,7 +26,7 @@ REPORT = "training_report.json"
 
 
 class NlaPair(Family):
-    """A pair of directories in the public NLA layout: an AV and an AR."""
+    """A pair of directories: an AV and an AR."""
 
     source_field = "autoencoder.av"
 
@@ -38,9 +38,7 @@ class NlaPair(Family):
     @cached_property
     def pair(self) -> tuple[CheckpointInfo, CheckpointInfo]:
         """AV and AR, each checked alone and against the other."""
-        spec = self.autoencoder
-        av = inspect_nla(hub.resolve(spec.av or "", "AV checkpoint"), "av", spec.base, spec.prompting)
-        ar = inspect_nla(hub.resolve(spec.ar or "", "AR checkpoint"), "ar", spec.base, spec.prompting)
+        av, ar = inspect_half(self.autoencoder, "av"), inspect_half(self.autoencoder, "ar")
         check_pair(av, ar)
         return av, ar
 
@@ -112,13 +110,15 @@ def av_identity(av: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, 
     """Return the AV's digest, and where they are not the usual ones the parser of explanations and the prompting."""
     # An AV that thinks gets its thoughts before the answer skipped.
     parser = {"parser": "after_thoughts"} if av.thinks else {}
-    return {"av": digest_nla(av)} | parser | ({"av_prompting": prompting.of_av} if prompting.of_av else {})
+    layout = {} if av.layout == "kitft" else {"av_layout": av.layout}  # keys from before there was a choice stay valid
+    return {"av": digest_nla(av)} | parser | layout | ({"av_prompting": prompting.of_av} if prompting.of_av else {})
 
 
 def ar_identity(ar: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, Any]:
     """Return the AR's digest, and where they are not the usual ones the BOS rule and the prompting."""
     bos = {"ar_bos": "once"} if text_gets_second_bos(ar.ar_prompting.template, ar.tokenizer) else {}
-    return {"ar": digest_nla(ar)} | bos | ({"ar_prompting": prompting.of_ar} if prompting.of_ar else {})
+    layout = {} if ar.layout == "kitft" else {"ar_layout": ar.layout}
+    return {"ar": digest_nla(ar)} | bos | layout | ({"ar_prompting": prompting.of_ar} if prompting.of_ar else {})
 
 
 def stated_training_norm(*infos: CheckpointInfo) -> float | None:

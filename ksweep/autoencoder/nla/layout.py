@@ -1,13 +1,62 @@
-"""Fill prompting records by layout: what a sidecar of the public NLA layout says, and the overrides of the spec."""
+"""Fill prompting records by layout: what a checkpoint's sidecar says, what its trainer did without saying, what the spec
+overrides.
+
+Sources: kitft/natural_language_autoencoders; asherps/EasyNLA at 4d72847 (injection.py, schema.py, utils/critic.py); anicka-net/
+nla-at-home at cc84bc1 (scripts/train_av.py, train_ar.py, train_universal_av.py). docs/layouts.md has the three side by side.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from ksweep.autoencoder.nla.sidecar import Sidecar
-from ksweep.autoencoder.prompting import AddAfterBlock, ArPrompting, AvPrompting, ReplaceEmbedding
-from ksweep.config.spec import PromptingOverrides
+from ksweep.autoencoder.nla.sidecar import OPEN_TAG, Sidecar
+from ksweep.autoencoder.nla.weight_files import WeightFiles
+from ksweep.autoencoder.prompting import (
+    DEPTH_FIELD,
+    MARKER_FIELD,
+    AddAfterBlock,
+    ArPrompting,
+    AvPrompting,
+    Injection,
+    ReplaceEmbedding,
+)
+from ksweep.config.spec import LayoutName, PromptingOverrides
 from ksweep.utils.errors import CheckpointError
+
+EASYNLA_BLOCK = 1
+"""EasyNLA adds the vector to the output of the second block."""
+LONGEST_AT_HOME = 512
+"""Tokens after which nla-at-home cuts the prompt of an AR that is read at a marker, and with it the marker."""
+DEPTHS = (4, 10, 17, 25, 32, 40, 47, 55, 63, 71, 80, 90, 96)
+"""Percentages that nla-at-home's pairs for all layers are told."""
+DEFAULTS: dict[LayoutName, AvPrompting] = {
+    "kitft": AvPrompting(injection=ReplaceEmbedding(1), template="", marker=""),
+    "easynla": AvPrompting(
+        injection=AddAfterBlock(EASYNLA_BLOCK), template="", marker="", empty_counts=True, skips_special_tokens=True
+    ),
+    "nla-at-home": AvPrompting(
+        injection=ReplaceEmbedding(1), template="", marker="", must_close=False, skips_special_tokens=True
+    ),
+}
+"""What each trainer did that no sidecar states."""
+
+
+def at_layer(sidecar: Sidecar, layer: int | None, path: Path) -> Sidecar:
+    """Return the sidecar of a pair for all layers at the layer that the spec states; any other unchanged.
+
+    Raises:
+        CheckpointError: the layer is missing, contradicts the sidecar, or lies below those of the training.
+    """
+    if layer is None and sidecar.is_universal and sidecar.layer is None:
+        raise CheckpointError(f"{path} was trained for all layers: set autoencoder.layer to the one that it is to be used at.")
+    if None not in (layer, sidecar.layer) and layer != sidecar.layer:
+        raise CheckpointError(f"autoencoder.layer={layer}, but {path} is of layer {sidecar.layer}. Leave it out.")
+    if layer is not None and layer < sidecar.min_layer:
+        raise CheckpointError(
+            f"autoencoder.layer={layer}, but {path} was trained for layers from {sidecar.min_layer} on. Choose one of those."
+        )
+    return sidecar if layer is None or not sidecar.is_universal else replace(sidecar, layer=layer)
 
 
 def av_prompting(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: int) -> AvPrompting:
@@ -17,21 +66,22 @@ def av_prompting(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: in
         CheckpointError: the AV has no block of the number after which the vector is to be added, or the closing tag is one of
             several stop tokens.
     """
-    assert sidecar.av_template is not None and sidecar.marker is not None and sidecar.injection_scale is not None
-    injection: ReplaceEmbedding | AddAfterBlock = ReplaceEmbedding(sidecar.injection_scale)
-    if overrides.injection_block is not None:
-        if overrides.injection_block >= num_blocks:
-            raise CheckpointError(
-                f"autoencoder.prompting.injection_block={overrides.injection_block}, but the AV has {num_blocks} blocks (0 to "
-                f"{num_blocks - 1}). Name the block after which the vector was added in training."
-            )
-        injection = AddAfterBlock(overrides.injection_block)
-    prompting = AvPrompting(
-        injection=injection, template=sidecar.av_template, marker=sidecar.marker, marker_id=sidecar.marker_id,
-        left_id=sidecar.left_id, right_id=sidecar.right_id, asks_for_thinking=sidecar.asks_for_thinking,
+    assert sidecar.av_template is not None and sidecar.marker is not None
+    prompting = replace(
+        DEFAULTS[sidecar.layout], injection=_injection(sidecar, overrides, num_blocks),
+        template=_at_depth(sidecar.av_template, sidecar, num_blocks), marker=sidecar.marker, marker_id=sidecar.marker_id,
+        left_id=sidecar.left_id, right_id=sidecar.right_id, asks_for_thinking=sidecar.asks_for_thinking, is_chat=sidecar.is_chat,
+        prompt_ids=sidecar.prompt_ids,
     )  # fmt: skip
+    if sidecar.layout == "nla-at-home" and OPEN_TAG.search(sidecar.av_template):
+        prompting = replace(prompting, opening_tag="", empty_counts=True)
     names = ("chat_arguments", "prefill", "opening_tag", "closing_tag", "stop_tokens")
-    prompting = replace(prompting, **{name: value for name in names if (value := getattr(overrides, name)) is not None})
+    stated = {name: value for name in names if (value := getattr(overrides, name)) is not None}
+    if stated.keys() & {"chat_arguments", "prefill"} or overrides.av_template or overrides.marker:
+        stated["prompt_ids"] = None
+    if "closing_tag" in stated:
+        stated["must_close"] = True
+    prompting = replace(prompting, **stated)
     stops = prompting.stop_tokens or ()
     if prompting.closing_tag in stops and len(stops) > 1:
         raise CheckpointError(
@@ -41,10 +91,54 @@ def av_prompting(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: in
     return prompting
 
 
-def ar_prompting(sidecar: Sidecar, overrides: PromptingOverrides) -> ArPrompting:
-    """Return the prompting of an AR whose sidecar has passed its checks."""
+def _injection(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: int) -> Injection:
+    """Return where the vector enters: as the spec says, else as the layout does."""
+    block = overrides.injection_block
+    if overrides.injection is None and sidecar.layout == "easynla":
+        block = EASYNLA_BLOCK
+    if block is None:
+        if sidecar.injection_scale is None:
+            raise CheckpointError(
+                "autoencoder.prompting.injection=replace_embedding needs the norm of the row, and the checkpoint states none: "
+                "set autoencoder.prompting.injection_scale"
+            )
+        return ReplaceEmbedding(sidecar.injection_scale, sidecar.multiplies)
+    if block >= num_blocks:
+        raise CheckpointError(
+            f"autoencoder.prompting.injection_block={block}, but the AV has {num_blocks} blocks (0 to {num_blocks - 1}). Name "
+            "the block after which the vector was added in training."
+        )
+    return AddAfterBlock(block)
+
+
+def _at_depth(template: str, sidecar: Sidecar, num_blocks: int) -> str:
+    """Return the template with the listed percentage that is nearest to the depth of the layer, the first of two."""
+    if DEPTH_FIELD not in template or sidecar.layer is None:
+        return template
+    depth = 100 * sidecar.layer / num_blocks
+    return template.replace(DEPTH_FIELD, str(min(DEPTHS, key=lambda percentage: abs(percentage - depth))))
+
+
+def ar_prompting(sidecar: Sidecar, overrides: PromptingOverrides, weights: WeightFiles, num_blocks: int) -> ArPrompting:
+    """Return the prompting of an AR whose sidecar has passed its checks.
+
+    Args:
+        weights: an AR of nla-at-home without a head is read at its marker.
+        num_blocks: blocks of the whole base.
+    """
     assert sidecar.ar_template is not None
     prompting = ArPrompting(template=sidecar.ar_template, suffix_ids=sidecar.suffix_ids)
+    if sidecar.layout == "easynla":
+        prompting = replace(prompting, special_tokens=False, normalises=True)
+    if sidecar.layout == "nla-at-home":
+        template = _at_depth(sidecar.ar_template, sidecar, num_blocks).replace(MARKER_FIELD, sidecar.marker or MARKER_FIELD)
+        prompting = replace(prompting, template=template, doubled_braces=False)
+        if weights.head is None:
+            prompting = replace(
+                prompting, special_tokens=False, marker=sidecar.marker, marker_id=sidecar.marker_id, longest=LONGEST_AT_HOME
+            )
+    if overrides.ar_template is not None:
+        prompting = replace(prompting, doubled_braces=True)
     if overrides.ar_special_tokens is not None:
         prompting = replace(prompting, special_tokens=overrides.ar_special_tokens)
-    return prompting if overrides.ar_readout is None else replace(prompting, readout=overrides.ar_readout)
+    return prompting if overrides.ar_readout is None else replace(prompting, readout=overrides.ar_readout, marker=None)

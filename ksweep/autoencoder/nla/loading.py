@@ -14,8 +14,10 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ksweep.autoencoder.nla.checkpoint import ADAPTER, HEAD, CheckpointInfo
+from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
+from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
 from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, WRAPPED, text_names
+from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, quiet
 from ksweep.inference.device_map import place_model
 from ksweep.utils.errors import CheckpointError
@@ -23,6 +25,7 @@ from ksweep.utils.text import some_of
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LM_HEADS = ("lm_head", "embed_out")
+LAYER_MEANS = "layer_means.pt"
 LARGEST_HEAD_WEIGHT = 1e4
 """Upper bound of a head's weights. Trained heads stay near the identity; incompletely saved public ones held 3e38 or NaN in half
 of their rows."""
@@ -46,9 +49,10 @@ def load_av_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
 
 
 def load_ar_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
-    """Load the AR's blocks 0 to L, without lm_head and with the final norm replaced by an Identity.
+    """Load the AR's blocks 0 to L, without lm_head.
 
-    So its last_hidden_state is the output of block L.
+    The final norm is replaced by an Identity, so that last_hidden_state is the output of block L, unless the AR was trained
+    with it.
 
     Raises:
         CheckpointError: the weights do not fit, or the architecture has no blocks or final norm under a known name.
@@ -66,29 +70,59 @@ def load_ar_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
             f"AR {info.path} is a {type(model).__name__}: expected {info.num_layers} blocks in .layers or .h, and a final norm "
             f"in .{', .'.join(FINAL_NORMS)}. Use a Qwen2, Llama or Gemma-3 text model."
         )
-    setattr(model, norm, torch.nn.Identity())
+    if not info.files.keeps_final_norm:
+        setattr(model, norm, torch.nn.Identity())
     return _ready(model, info, devices)
 
 
-def load_ar_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> torch.nn.Linear:
-    """Load the AR's value head W, without bias: reconstruction = W h.
+def load_ar_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> torch.nn.Linear | None:
+    """Load the AR's value head W, without bias: reconstruction = W h. Returns None for an AR that is read without one.
+
+    A head whose input is normalised first runs in float32 at least, as its trainer runs it.
 
     Raises:
         CheckpointError: a weight is not finite or implausibly large.
     """
-    weight = load_file(info.path / HEAD)["weight"]
+    if info.files.head is None:
+        return None
+    file, key = info.files.head.file, info.files.head.key
+    weight = load_file(file)[key]
     broken = ~(weight.abs() < LARGEST_HEAD_WEIGHT)  # NaN compares false
     if count := int(broken.sum()):
         row, column = broken.nonzero()[0].tolist()
         raise CheckpointError(
-            f"{info.path / HEAD}: {count} of {weight.numel()} weights are NaN, infinite or larger than "
+            f"{file}: {count} of {weight.numel()} weights are NaN, infinite or larger than "
             f"{LARGEST_HEAD_WEIGHT:g}, the first at [{row}, {column}] "
             f"({float(weight[row, column])}). The head was saved incompletely, a known fault of sharded saving. Get an intact "
             "file."
         )
-    head = torch.nn.Linear(info.d_model, info.d_model, bias=False, dtype=dtype)
+    own = torch.float32 if info.ar_prompting.normalises and dtype != torch.float64 else dtype
+    head = torch.nn.Linear(info.d_model, info.d_model, bias=False, dtype=own)
     head.weight.data.copy_(weight)
     return head.requires_grad_(False).to(device)
+
+
+def load_layer_mean(info: CheckpointInfo) -> torch.Tensor | None:
+    """Return the mean that an AR for all layers of nla-at-home was trained without, [d_model] float32; None for every other AR.
+
+    Raises:
+        CheckpointError: layer_means.pt is missing, or holds no such vector of the layer.
+    """
+    if not info.sidecar.subtracts_mean:
+        return None
+    file = info.path / LAYER_MEANS
+    if not file.exists():
+        raise CheckpointError(
+            f"AR {info.path} gives vectors less the mean of their layer (training.mean_subtract), and {LAYER_MEANS} is not "
+            "beside it. Copy the file that its trainer saved."
+        )
+    means = read_checkpoint(file)
+    mean = dict[Any, Any](means).get(info.layer)
+    if not isinstance(mean, torch.Tensor) or mean.shape != (info.d_model,) or not is_sane(mean):
+        raise CheckpointError(
+            f"{file} holds no finite vector of {info.d_model} numbers for layer {info.layer}. It is damaged, or of another AR."
+        )
+    return mean.float()
 
 
 def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype) -> Any:
@@ -126,7 +160,7 @@ def _check_report(info: CheckpointInfo, report: Mapping[str, Any], is_wrapped: b
     unused = norms | heads if info.role == "ar" else set()
     missing = set(report["missing_keys"]) - unused
     extra = {name for name in report["unexpected_keys"] if not (is_wrapped and NOT_TEXT.match(name))}
-    if info.is_adapter:
+    if info.takes_part_of_base:
         extra = {name for name in extra if not _is_above(name, info.num_layers)}
     extra -= unused
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]} - unused
@@ -144,34 +178,52 @@ def _is_above(name: str, num_layers: int) -> bool:
 
 
 def _merged(info: CheckpointInfo, dtype: torch.dtype) -> Any:
-    """Load an adapter's base, cut to the blocks in use, and merge the adapter into it.
+    """Load an adapter's base, cut to the blocks in use, and merge the adapters into it, one after the other.
 
     The sum is taken in float32 and rounded to `dtype` once, so that small updates are not rounded twice. Loading takes twice the
     memory of a bfloat16 model.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    # 1. Load the base and wrap it as adapter_config.json says.
     model = _load(info, AutoModelForCausalLM, torch.float32)
-    wrapped = PeftModel(model, PeftConfig.from_pretrained(str(info.path)))
-    # 2. Check the adapter's tensors by name, shape and content.
-    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    given = _adapter_state(load_file(info.path / ADAPTER))
-    _check_adapter(info, expected, given)
-    # 3. Merge them into the base, and round.
-    set_peft_model_state_dict(wrapped, given)
-    merged = wrapped.merge_and_unload(safe_merge=True)
-    for parameter in merged.parameters():  # .to(dtype) would round the rotary frequencies too
+    for adapter in info.adapters:
+        # 1. Wrap the model as the adapter's configuration says.
+        wrapped = PeftModel(model, _lora_config(adapter))
+        # 2. Check the adapter's tensors by name, shape and content.
+        expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        given = {name: tensor for name, tensor in _adapter_state(adapter).items() if not _is_above(name, info.num_layers)}
+        _check_adapter(info, adapter, expected, given)
+        # 3. Merge them into the model.
+        set_peft_model_state_dict(wrapped, given)
+        model = wrapped.merge_and_unload(safe_merge=True)
+    for parameter in model.parameters():  # .to(dtype) would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
-    return merged
+    return model
 
 
-def _adapter_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _lora_config(adapter: Adapter) -> Any:
+    from peft import LoraConfig, PeftConfig
+
+    if adapter.is_peft:
+        return PeftConfig.from_pretrained(str(adapter.directory))
+    return LoraConfig(task_type="CAUSAL_LM", **(adapter.lora or {}))
+
+
+def _adapter_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors under the names they have over a text-only causal LM, without those of vision parts.
 
     The adapter may have been trained over the backbone alone or over a multimodal wrapper.
     """
     prefix = "base_model.model."
+    state = load_file(adapter.file)
+    if (
+        not adapter.is_peft
+    ):  # EasyNLA saves the modules of its own class: backbone.model.layers.0.mlp.up_proj.lora_A.default.weight
+        state = {
+            name.replace("backbone.", prefix, 1).replace(".default.weight", ".weight"): tensor
+            for name, tensor in state.items()
+            if name != HEAD_KEY
+        }
     names = text_names(name.removeprefix(prefix) for name in state)
     whole = ("model.", "transformer.", "gpt_neox.", *(f"{head}." for head in LM_HEADS))
     full = (name if name.startswith(whole) else f"model.{name}" for name in names)
@@ -179,21 +231,29 @@ def _adapter_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {prefix + name: tensor for name, tensor in zip(full, kept, strict=True)}
 
 
-def _check_adapter(info: CheckpointInfo, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+def _check_adapter(
+    info: CheckpointInfo, adapter: Adapter, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> None:
     expected, given = _unprefixed(expected), _unprefixed(given)
     shapes = {name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape}
     broken = {name for name, tensor in given.items() if not is_sane(tensor)}
     faults = (
         ("lacks", expected.keys() - given.keys()),
         ("has unexpected", given.keys() - expected.keys()),
-        ("has, in another shape than adapter_config.json and the base imply,", shapes),
+        ("has, in another shape than its configuration and the base imply,", shapes),
         ("has NaN, infinite or absurdly large values in", broken),
     )
     if problems := [f"{fault} {some_of(names)}" for fault, names in faults if names]:
         raise CheckpointError(
-            f"the adapter {info.path / ADAPTER} does not fit its adapter_config.json over {info.base} ({info.num_layers} "
+            f"the adapter {adapter.file} does not fit its {adapter.config_name} over {info.base} ({info.num_layers} "
             f"blocks): it {'; it '.join(problems)}. "
             "An AR's adapter covers the first L + 1 blocks of its base. Use the adapter and base that belong together."
+        )
+
+    if info.layout != "kitft" and not any(bool(tensor.any()) for name, tensor in given.items() if "lora_B" in name):
+        raise CheckpointError(
+            f"{adapter.file}: every lora_B is zero, so the adapter changes nothing: it was saved before training, or its "
+            "weights were lost. Get the trained adapter."
         )
 
 

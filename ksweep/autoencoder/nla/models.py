@@ -18,7 +18,7 @@ import torch
 
 from ksweep.autoencoder.injection import check_vectors, injected
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, inspect_nla
-from ksweep.autoencoder.nla.loading import load_ar_head, load_ar_model, load_av_model, load_nla_tokenizer
+from ksweep.autoencoder.nla.loading import load_ar_head, load_ar_model, load_av_model, load_layer_mean, load_nla_tokenizer
 from ksweep.autoencoder.nla.prompts import ArPrompts, AvPrompt, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.nla.sidecar import NlaRole
 from ksweep.autoencoder.prompting import AddAfterBlock, ArPrompting, AvPrompting
@@ -89,7 +89,7 @@ def load_nla_reconstructor(
     head = load_ar_head(info, torch_dtype(dtype), devices[0])
     model = load_ar_model(info, torch_dtype(dtype), devices)
     prompts = ArPrompts(info, tokenizer, model.get_input_embeddings().num_embeddings)
-    return NlaReconstructor(info, info.ar_prompting, model, head, prompts)
+    return NlaReconstructor(info, info.ar_prompting, model, head, prompts, load_layer_mean(info))
 
 
 class NlaVerbalizer:
@@ -152,9 +152,11 @@ class NlaVerbalizer:
             )
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of sampled tokens up to the first stop token, including special tokens."""
+        """Return the text of sampled tokens up to the first stop token, with special tokens if the layout keeps them."""
         end = next((i for i, token in enumerate(token_ids) if token in self.stop_token_ids), len(token_ids))
-        text: str = self.tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(
+            list(token_ids[:end]), skip_special_tokens=self.prompting.skips_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     def parse(self, text: str, finish: FinishReason) -> tuple[str | None, ParseOutcome]:
@@ -164,7 +166,7 @@ class NlaVerbalizer:
         """
         prompting = self.prompting
         ended = prompting.closing_tag if finish == "stop" and prompting.closing_tag in (prompting.stop_tokens or ()) else ""
-        return parse_explanation(prompting.prefill + text + ended, finish, prompting.opening_tag, prompting.closing_tag)
+        return parse_explanation(prompting.prefill + text + ended, finish, prompting)
 
     @torch.inference_mode()
     def _prompts(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prompts:
@@ -180,13 +182,21 @@ class NlaReconstructor:
     """True, because the template's tokens surround even an empty text."""
 
     def __init__(
-        self, info: CheckpointInfo, prompting: ArPrompting, model: Any, head: torch.nn.Linear, prompts: ArPrompts
+        self,
+        info: CheckpointInfo,
+        prompting: ArPrompting,
+        model: Any,
+        head: torch.nn.Linear | None,
+        prompts: ArPrompts,
+        mean: torch.Tensor | None = None,
     ) -> None:
         """Combine the parts that `load_nla_reconstructor` loads."""
         self.info = info
         self.prompting = prompting
         self.model = model
         self.head = head
+        self.mean = mean
+        """[d_model] what is added to its output; None for an AR that gives whole vectors."""
         self.prompts = prompts
         self.d_model = info.d_model
         self._past: Any | None = None
@@ -216,8 +226,8 @@ class NlaReconstructor:
             num_cached = 0 if prefix is None else len(self.prompts.common)
             suffixes = [ids[i][num_cached:] for i in rows]
             for batch in length_batches(list(map(len, suffixes)), AR_BATCH_TOKENS, batch_size):
-                forward = partial(self._forward, prefix=prefix)
-                vectors = memory.run_in_halves(forward, [suffixes[i] for i in batch], self.model.device)
+                forward = partial(self._forward, prefix=prefix, num_cached=num_cached)
+                vectors = memory.run_in_halves(forward, [ids[rows[i]] for i in batch], self.model.device)
                 out[[rows[i] for i in batch]] = vectors
         # 3. Check the vectors, and return one for every text.
         if not torch.isfinite(out).all():
@@ -245,16 +255,28 @@ class NlaReconstructor:
         return self._past
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Sequence[int]], prefix: Any | None) -> Float[torch.Tensor, "text d_model"]:
-        """Return the reconstructions of prompts, or of their non-empty parts after `prefix`."""
-        width, device = max(map(len, rows)), self.model.device
+    def _forward(
+        self, prompts: Sequence[Sequence[int]], prefix: Any | None, num_cached: int
+    ) -> Float[torch.Tensor, "text d_model"]:
+        """Return the reconstructions of whole prompts, whose first `num_cached` tokens are in `prefix`."""
+        rows, device = [row[num_cached:] for row in prompts], self.model.device
+        width = max(map(len, rows))
         # No mask is needed: padding is at the end, and tokens of a causal model do not attend to later ones.
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         past = expand_prefix(prefix, len(rows))
         hidden = self.model(input_ids=ids, past_key_values=past, use_cache=past is not None).last_hidden_state
-        ends = torch.tensor([len(row) + self.prompting.readout for row in rows], device=hidden.device)
-        out: torch.Tensor = self.head(hidden[torch.arange(len(rows), device=hidden.device), ends])
-        return out.float().cpu()
+        ends = torch.tensor([self.prompts.read_position(row) - num_cached for row in prompts], device=hidden.device)
+        return self._read(hidden[torch.arange(len(rows), device=hidden.device), ends])
+
+    def _read(self, hidden: Float[torch.Tensor, "text d_model"]) -> Float[torch.Tensor, "text d_model"]:
+        """Return reconstructions of hidden states, float32 on the CPU."""
+        if self.prompting.normalises:
+            hidden = hidden.to(self.head.weight.dtype if self.head is not None else hidden.dtype)
+            norms = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).clamp_min(1e-12)
+            hidden = hidden * (self.d_model**0.5 / norms)
+        out = hidden if self.head is None else self.head(hidden)
+        out = out.float().cpu()
+        return out if self.mean is None else out + self.mean
 
 
 def _inspected(checkpoint: CheckpointInfo | Path | str, role: NlaRole, base: str | None) -> CheckpointInfo:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.sidecar import ENCLOSING_TAGS, opened_answer_tag
+from ksweep.autoencoder.prompting import AvPrompting, ReplaceEmbedding
 from ksweep.utils import files
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError, DataError
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from ksweep.autoencoder.base import ParseOutcome
     from ksweep.inference.prompts import FinishReason
 
+TAGGED = AvPrompting(injection=ReplaceEmbedding(1), template="", marker="")
+"""Prompting with the usual tags."""
 THOUGHTS = re.compile(r"\s*<think>(.*?)(?:</think>|$)", re.DOTALL)
 DRIFT = "The tokenizer is not the one that the checkpoint was trained with. Use the tokenizer files that were released with it."
 
 
-def parse_explanation(
-    text: str, finish: FinishReason, opening_tag: str = "<explanation>", closing_tag: str = "</explanation>"
-) -> tuple[str | None, ParseOutcome]:
+def parse_explanation(text: str, finish: FinishReason, prompting: AvPrompting = TAGGED) -> tuple[str | None, ParseOutcome]:
     """Return the stripped text between the first opening tag and the next closing tag and "ok", or None and the failure.
 
     An empty opening tag stands for the beginning of the answer, an empty closing tag for its end.
@@ -39,10 +40,11 @@ def parse_explanation(
     if thoughts := THOUGHTS.match(text):
         text = text[thoughts.end() :]
     # 2. Take what the first pair of tags encloses.
-    _, opened, rest = text.partition(opening_tag) if opening_tag else ("", True, text)
-    explanation, closed, _ = rest.partition(closing_tag) if closing_tag else (rest, True, "")
-    if opened and closed:
-        return (stripped, "ok") if (stripped := explanation.strip()) else (None, "empty")
+    opening, closing = prompting.opening_tag, prompting.closing_tag
+    _, opened, rest = text.partition(opening) if opening else ("", True, text)
+    explanation, closed, _ = rest.partition(closing) if closing else (rest, True, "")
+    if opened and (closed or not prompting.must_close):
+        return (stripped, "ok") if (stripped := explanation.strip()) or prompting.empty_counts else (None, "empty")
     # 3. Name the failure.
     if finish == "length":
         return None, "cut_off"
@@ -69,10 +71,19 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
     # 1. Check that the marker is the one token that the sidecar states.
     marker_id = _marker_id(info, tokenizer)
     # 2. Render the chat template, and check its default and its BOS.
+    if not prompting.is_chat:
+        if prompting.chat_arguments:
+            raise CheckpointError(
+                f"AV {info.path} was trained without a chat template: leave out autoencoder.prompting.chat_arguments."
+            )
+        ids = tokenizer.encode(prompting.message + prompting.prefill, add_special_tokens=False)
+        return AvPrompt(tuple(ids), _marker_position(info, ids, marker_id))
     message = [{"role": "user", "content": prompting.message}]
     arguments = dict(prompting.chat_arguments)
     _check_chat_arguments(info, tokenizer, arguments)
     ids = _chat_ids(info, tokenizer, message, **arguments)
+    if prompting.prompt_ids is not None:
+        ids = _stated_ids(info, tokenizer, message, ids)
     if (
         prompting.asks_for_thinking
         and "enable_thinking" not in arguments
@@ -89,6 +100,19 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
     ids = [*ids, *tokenizer.encode(prompting.prefill, add_special_tokens=False)] if prompting.prefill else ids
     # 4. Find the marker, and compare the tokens beside it.
     return AvPrompt(tuple(ids), _marker_position(info, ids, marker_id))
+
+
+def _stated_ids(info: CheckpointInfo, tokenizer: Any, message: list[dict[str, str]], ids: list[int]) -> list[int]:
+    """Return the rendering of the message that has the stated ids: the default one, or that without thinking, or with it."""
+    stated = list(info.av_prompting.prompt_ids or ())
+    for rendered in (ids, *(_chat_ids(info, tokenizer, message, enable_thinking=value) for value in (False, True))):
+        if rendered == stated:
+            return rendered
+    first = next((i for i, (a, b) in enumerate(zip(stated, ids, strict=False)) if a != b), min(len(stated), len(ids)))
+    raise CheckpointError(
+        f"AV {info.path}: its nla_config.json states a prompt of {len(stated)} tokens, and the chat template renders {len(ids)} "
+        f"tokens, which differ from token {first} on, with thinking on, off or by default. {DRIFT}"
+    )
 
 
 def _marker_id(info: CheckpointInfo, tokenizer: Any) -> int:
@@ -199,8 +223,14 @@ class ArPrompts:
         # A template that begins with BOS gets no second one.
         self._adds_special = info.ar_prompting.special_tokens and (self._bos is None or first != [self._bos])
         self._num_read = -info.ar_prompting.readout
+        self._marker_id = self._known_marker()
         self.common = _common_prefix(self.ids(["A", "zebra", "1", ""], check_suffix=False), self._num_read)
         """Tokens that most prompts begin with. A text may merge with the last of them, so each prompt must be compared."""
+        if self._marker_id is not None and self._marker_id in self.common:
+            raise CheckpointError(
+                f"AR {info.path}: its marker {info.ar_prompting.marker!r} stands before the text, so every text would be read "
+                "alike. Use the released template, with {injection_char} behind {explanation}."
+            )
         for probe in ("", "A probe."):
             self._check_specials(probe)
             self._check_suffix(probe, self.ids([probe], check_suffix=False)[0])
@@ -225,7 +255,37 @@ class ArPrompts:
                 self._check_suffix(text, row)
         return rows
 
+    def read_position(self, row: Sequence[int]) -> int:
+        """Return the index of the token that the AR is read at."""
+        return len(row) - self._num_read if self._marker_id is None else row.index(self._marker_id)
+
+    def _known_marker(self) -> int | None:
+        """Return the id of the token that the AR is read at, once it is the one that the sidecar states; None if there is
+        none."""
+        prompting = self._info.ar_prompting
+        if prompting.marker is None:
+            return None
+        ids = self._tokenizer.encode(prompting.marker, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] not in (prompting.marker_id, *(ids if prompting.marker_id is None else ())):
+            raise CheckpointError(
+                f"AR {self._info.path}: the marker {prompting.marker!r} is tokenized as {ids}; the sidecar says "
+                f"injection_token_id={prompting.marker_id}. {DRIFT}"
+            )
+        return int(ids[0])
+
     def _check_size(self, text: str, row: list[int]) -> None:
+        longest = self._info.ar_prompting.longest
+        if longest is not None and len(row) > longest:
+            raise DataError(
+                f"an explanation of {len(text)} characters ({text[:60]!r}...) makes an AR prompt of {len(row)} tokens; AR "
+                f"{self._info.path} was trained on {longest} at most, and cutting the prompt would remove the marker that it "
+                "is read at. Lower sampling.max_new_tokens."
+            )
+        if self._marker_id is not None and self._marker_id not in row:
+            raise CheckpointError(
+                f"AR {self._info.path}: the prompt of {text[:60]!r} does not hold its marker "
+                f"{self._info.ar_prompting.marker!r} as a token of its own, so there is no place to read it at. {DRIFT}"
+            )
         if self._limit is not None and len(row) > self._limit:
             raise DataError(
                 f"an explanation of {len(text)} characters ({text[:60]!r}...) makes an AR prompt of {len(row)} tokens; AR "

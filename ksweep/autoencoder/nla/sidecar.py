@@ -1,20 +1,25 @@
-"""Read `nla_meta.yaml`, the sidecar of an NLA checkpoint, in every published spelling. Nothing here imports torch.
+"""Read `nla_meta.yaml`, the sidecar of an NLA checkpoint, in every published spelling and layout. Nothing here imports torch.
 
-A key that is not understood raises an error with its name; `ksweep.utils.sidecar_keys` lists the keys that only inform.
+A key that is not understood raises an error with its name; `ksweep.utils.sidecar_keys` lists the keys that only inform. The three
+layouts are those of kitft/natural_language_autoencoders, of EasyNLA (and nanoNLA), and of anicka-net/nla-at-home; docs/layouts.md
+says how they differ.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from ksweep.autoencoder.prompting import MARKER_FIELD, TEXT_FIELD
-from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, PromptingOverrides
+from ksweep.autoencoder.nla.whitening import WhiteningStated, stated_whitening
+from ksweep.autoencoder.prompting import DEPTH_FIELD, MARKER_FIELD, TEXT_FIELD
+from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, LayoutName, PromptingOverrides
+from ksweep.utils import files
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.hub import folders_upwards
 from ksweep.utils.notes import Note
 from ksweep.utils.plain_values import has_lone_surrogate
 from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, requests, value_at
@@ -30,10 +35,32 @@ NLA_SIDECAR_KEYS = frozenset({
     "kind", "schema_version", "role", "d_model", "extraction.d_model", "hidden_size", "base_checkpoint", "base_digest",
     "base_model", "extraction.base_model", "extraction.injection_scale", "extraction.mse_scale", "tokens.injection_char",
     "tokens.injection_token_id", "tokens.injection_left_neighbor_id", "tokens.injection_right_neighbor_id",
-    "tokens.critic_suffix_ids", "training.activation_norm", *LAYER_KEYS, *TEMPLATE_KEYS["av"], *TEMPLATE_KEYS["ar"],
+    "tokens.critic_suffix_ids", "training.activation_norm", "extraction.norm", "extraction.whitening",
+    *LAYER_KEYS, *TEMPLATE_KEYS["av"], *TEMPLATE_KEYS["ar"],
 })  # fmt: skip
-AR_HEAD_FILES = ("value_head.safetensors", "ar_lora_value_head.safetensors")
+AR_LORA = "ar_lora_value_head.safetensors"
+"""EasyNLA's AR over a base: its LoRA and its head in one file."""
+AR_HEAD_FILES = ("value_head.safetensors", AR_LORA, "value_heads.safetensors")
 """Files that only an AR directory contains."""
+CONFIG_NAME = "nla_config.json"
+"""Beside or above an EasyNLA checkpoint: what its sidecar leaves open, the rendered prompt among it."""
+AT_HOME_METHODS = (
+    "lora_sft", "full_ft_sft", "grpo", "lora_sl", "value_head+frozen", "value_head+finetune",
+    "per_layer_value_heads+frozen_backbone",
+)  # fmt: skip
+"""Values of training.method in sidecars of nla-at-home, which never state a base model or tokens beside the marker."""
+AT_HOME_KEYS = frozenset({
+    "variant", "depth_percentages", "training.method", "training.injection_mode", "training.chat_template",
+    "training.mean_subtract", "training.min_layer",
+})  # fmt: skip
+CONFIG_KEYS = frozenset({
+    "base_model", "layer", "d_model", "injection_char", "injection_token_id", "injection", "actor_prompt_rendered",
+    "actor_prompt_ids", "critic_prompt_template", "ar_lora_r", "ar_num_layers", "lora_targets",
+})  # fmt: skip
+UNIVERSAL_AR_TEMPLATE = (
+    f"Summary of the following text from depth {DEPTH_FIELD}%: <text>{TEXT_FIELD}</text> <summary>{MARKER_FIELD}"
+)
+"""Prompt of nla-at-home's AR for all layers, which its sidecar does not state (train_universal_ar.py of cc84bc1)."""
 FIELD = re.compile(r"\{[\w\s-]*(?:[.\[!:][^{}]*)?\}|<<[\w\s-]+>>|\[\[[\w\s-]+\]\]|%\(\w+\)[sdfgr]")
 """A field of `str.format` or of another template syntax; braces around anything else (JSON, code) are text."""
 OPEN_TAG = re.compile(r"<[A-Za-z][\w-]*>\s*$")
@@ -43,9 +70,6 @@ ENCLOSING_TAGS = ("<explanation>", "<answer>")
 """Answer tags that an explanation may begin inside of, where the spec says so; behind the others stand thoughts."""
 MENTION = re.compile(r"\s*(?:xml\s+)?(?:tags?|elements?|brackets|markers?)\b|[.,;!?)`'\"]|\s+(?:and|or|to)\b", re.IGNORECASE)
 """What follows a tag that is only mentioned, as in "within <explanation> tags"."""
-WITHOUT_INJECTION_MODE = ("lora_sft", "full_ft_sft")
-"""Values of training.method that one trainer writes. Its first version injected vector x scale, unnormalised, into a prompt
-without chat template; only the absence of training.injection_mode and training.chat_template shows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +77,28 @@ class Sidecar:
     """A parsed nla_meta.yaml. None means that the sidecar does not state the value."""
 
     role: NlaRole
+    layout: LayoutName
     d_model: int
     layer: int | None
     """L: the block whose output was verbalized, 0-based."""
+    is_universal: bool
+    """Whether it was trained for all layers, and is told the depth of the one that it is used at."""
     base_checkpoint: str | None
     base_digest: str | None
     """"sha256:<hex>" of the base's model.safetensors. Only ksweep writes it, for adapters, which fit one set of weights."""
     injection_scale: float | None
-    """Norm of the injected row."""
+    """Norm of the injected row; where `multiplies` is set, the number that vectors are multiplied by."""
+    multiplies: bool
+    is_chat: bool
+    """Whether the AV's message goes through the chat template."""
+    prompt_ids: tuple[int, ...] | None
+    """Token ids of the AV's whole prompt."""
+    min_layer: int
+    """Lowest layer that it was trained for."""
+    subtracts_mean: bool
+    """Whether the AR gives vectors less the mean of their layer."""
+    whitening: WhiteningStated | None
+    """What is stated of the transform that vectors went through before training."""
     activation_norm: float | None
     """Median norm of the training vectors. Only ksweep writes it; no public sidecar has it."""
     mse_scale: float | None
@@ -84,26 +122,47 @@ class Sidecar:
         return self.av_template.replace(MARKER_FIELD, self.marker)
 
 
-def read_nla_sidecar(directory: Path, expected_role: NlaRole, overrides: PromptingOverrides = AS_THE_CHECKPOINT_SAYS) -> Sidecar:
-    """Return the parsed and checked `directory/nla_meta.yaml`, with the spec's marker, templates and scale in place of its own.
+def read_nla_sidecar(
+    directory: Path,
+    expected_role: NlaRole,
+    overrides: PromptingOverrides = AS_THE_CHECKPOINT_SAYS,
+    layout: LayoutName | None = None,
+) -> Sidecar:
+    """Return the parsed and checked sidecar of a checkpoint, with the spec's marker, templates and scale in place of its own.
+
+    Args:
+        directory: the checkpoint. The sidecar of an EasyNLA run may lie above it.
+        layout: by whose rules the sidecar is read; None recognises them.
 
     Raises:
         CheckpointError: the sidecar is missing, is not of an NLA model, has another role, or lacks a value that its role needs.
     """
     # 1. Read the YAML, and check that it describes an NLA model of the expected role.
-    path = directory / FILE_NAME
+    path = sidecar_file(directory) or directory / FILE_NAME
     meta = _read(path, directory, expected_role)
-    _check_kind(meta, path, expected_role)
+    layout = layout or recognised_layout(meta, directory)
+    _check_kind(meta, path, expected_role, layout)
     notes: list[Note] = []
-    role = _role(meta, path, expected_role, notes)
+    role = _role(meta, path, directory, expected_role, notes, layout)
+    config = _config_of_run(directory, meta, path) if layout == "easynla" else {}
     # 2. Refuse keys that could change a number and are not understood.
-    check_keys(meta, NLA_SIDECAR_KEYS, path, CheckpointError)
+    check_keys(meta, NLA_SIDECAR_KEYS | (AT_HOME_KEYS if layout == "nla-at-home" else set()), path, CheckpointError)
     # 3. Parse the values, each with a check of its type.
-    d_model = _d_model(meta, path, notes)
+    d_model = _d_model(meta, path, notes if layout == "kitft" else [])
+    is_universal = layout == "nla-at-home" and value_at(meta, "variant") == "universal"
+    mode = value_at(meta, "training.injection_mode")
     sidecar = Sidecar(
         role=role,
+        layout=layout,
         d_model=d_model,
         layer=read_layer(meta, path, CheckpointError),
+        is_universal=is_universal,
+        multiplies=layout == "nla-at-home" and role == "av" and mode is None,
+        is_chat=layout != "nla-at-home" or value_at(meta, "training.chat_template") is True,
+        prompt_ids=_ids(config, "actor_prompt_ids", path) if role == "av" else None,
+        min_layer=_whole(meta, "training.min_layer", path) or 0,
+        subtracts_mean=value_at(meta, "training.mean_subtract") is True,
+        whitening=stated_whitening(meta.get("extraction"), path),
         base_checkpoint=base_model(meta, path, CheckpointError, notes),
         base_digest=_text(meta, "base_digest", path),
         injection_scale=_scale(meta, "injection_scale", d_model, path, absent=None),
@@ -114,19 +173,82 @@ def read_nla_sidecar(directory: Path, expected_role: NlaRole, overrides: Prompti
         left_id=_whole(meta, "tokens.injection_left_neighbor_id", path),
         right_id=_whole(meta, "tokens.injection_right_neighbor_id", path),
         suffix_ids=_ids(meta, "tokens.critic_suffix_ids", path),
-        av_template=_template(meta, "av", path),
-        ar_template=_template(meta, "ar", path),
+        av_template=_template(meta, "av", path, is_universal),
+        ar_template=_template(meta, "ar", path, is_universal, has_marker=layout == "nla-at-home" and role == "ar"),
         asks_for_thinking=requests(meta, "enable_thinking"),
         notes=tuple(notes),
     )
+    if is_universal and role == "ar" and sidecar.ar_template is None and sidecar.marker is not None:
+        sidecar = replace(sidecar, ar_template=UNIVERSAL_AR_TEMPLATE)
     # 4. Put the spec's values in place of the sidecar's.
     sidecar = _overridden(sidecar, overrides)
     # 5. Check that the values this role needs are there and usable.
+    if layout == "easynla" and sidecar.layer is None:
+        _wrong(
+            path,
+            "extraction.layer_index",
+            None,
+            "the block whose output was verbalized: without it the depth of the AR is unknown",
+        )
     if role == "ar":
         _check_ar(sidecar, path)
         return sidecar
-    _check_injection(meta, path)
+    method = value_at(meta, "training.method")
+    if layout == "kitft" and mode is None and method in ("lora_sft", "full_ft_sft"):
+        raise CheckpointError(
+            f"{path} has training.method={method!r} and no training.injection_mode: the first version of nla-at-home multiplied "
+            "vectors by injection_scale instead of scaling them to that norm, without a chat template, but this sidecar states "
+            "a base model or tokens beside the marker as that trainer never did. Set autoencoder.layout=nla-at-home if it is "
+            "of that trainer."
+        )
+    if layout == "nla-at-home" and mode not in (None, "normalize"):
+        _wrong(path, "training.injection_mode", mode, "'normalize', or no such key where vectors were multiplied by the scale")
     return replace(sidecar, notes=(*notes, *_check_av(sidecar, path, overrides)))
+
+
+def sidecar_file(directory: Path) -> Path | None:
+    """Return the sidecar of a checkpoint: the one in its directory, else that of the training run above it; None without one."""
+    own = directory / FILE_NAME
+    if own.exists():
+        return own
+    above = beside_or_above(directory, FILE_NAME)
+    return above if above is not None and _is_of_data_set(above) else None
+
+
+def beside_or_above(directory: Path, name: str) -> Path | None:
+    """Return the nearest file of a name in a checkpoint's directory or those above it; None without one."""
+    return next((folder / name for folder in folders_upwards(directory) if (folder / name).is_file()), None)
+
+
+def _is_of_data_set(path: Path) -> bool:
+    meta = read_yaml(path, CheckpointError)
+    return isinstance(meta, dict) and meta.get("kind") == "nla_dataset"
+
+
+def recognised_layout(meta: Mapping[str, Any], directory: Path) -> LayoutName:
+    """Return the layout that a sidecar and the files beside it are of."""
+    if meta.get("kind") == "nla_dataset" or (directory / AR_LORA).exists():
+        return "easynla"
+    others = ("base_checkpoint", "base_model", "extraction.base_model", "tokens.injection_left_neighbor_id")
+    is_at_home = value_at(meta, "training.method") in AT_HOME_METHODS and not any(value_at(meta, key) for key in others)
+    return "nla-at-home" if is_at_home else "kitft"
+
+
+def _config_of_run(directory: Path, meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return nla_config.json of an EasyNLA run, once it agrees with the sidecar; empty without one."""
+    file = beside_or_above(directory, CONFIG_NAME)
+    if file is None:
+        return {}
+    config = files.read_json(file, "run configuration")
+    check_keys(config, CONFIG_KEYS, file, CheckpointError)
+    for key, dotted in (
+        ("layer", "extraction.layer_index"), ("d_model", "extraction.d_model"), ("injection_char", "tokens.injection_char"),
+        ("injection_token_id", "tokens.injection_token_id"), ("base_model", "extraction.base_model"),
+    ):  # fmt: skip
+        a, b = config.get(key), value_at(meta, dotted)
+        if None not in (a, b) and a != b:
+            raise CheckpointError(f"{file} has {key}={abbreviated(a)}, {path} has {dotted}={abbreviated(b)}. Make them equal.")
+    return config
 
 
 def _overridden(sidecar: Sidecar, overrides: PromptingOverrides) -> Sidecar:
@@ -138,13 +260,13 @@ def _overridden(sidecar: Sidecar, overrides: PromptingOverrides) -> Sidecar:
     if overrides.marker is not None:
         sidecar = replace(sidecar, marker=overrides.marker, marker_id=None, left_id=None, right_id=None)
     if overrides.av_template is not None:
-        _check_fields(overrides.av_template, "av", "autoencoder.prompting.av_template")
+        _check_fields(overrides.av_template, (MARKER_FIELD,), "autoencoder.prompting.av_template")
         sidecar = replace(sidecar, av_template=overrides.av_template, left_id=None, right_id=None)
     if overrides.ar_template is not None:
-        _check_fields(overrides.ar_template, "ar", "autoencoder.prompting.ar_template")
+        _check_fields(overrides.ar_template, (TEXT_FIELD,), "autoencoder.prompting.ar_template", unescapes=True)
         sidecar = replace(sidecar, ar_template=overrides.ar_template, suffix_ids=None)
     if overrides.injection_scale is not None:
-        sidecar = replace(sidecar, injection_scale=overrides.injection_scale)
+        sidecar = replace(sidecar, injection_scale=overrides.injection_scale, multiplies=False)
     return sidecar
 
 
@@ -161,18 +283,18 @@ def _read(path: Path, directory: Path, expected: NlaRole) -> dict[str, Any]:
     return meta
 
 
-def _check_kind(meta: Mapping[str, Any], path: Path, expected: NlaRole) -> None:
+def _check_kind(meta: Mapping[str, Any], path: Path, expected: NlaRole, layout: LayoutName) -> None:
     kind, version = meta.get("kind"), meta.get("schema_version")
-    if kind == "nla_dataset":
+    if kind == "nla_dataset" and (meta.get("role") is not None or version not in (None, 1)):
         raise CheckpointError(
-            f"{path} has kind='nla_dataset', expected 'nla_model': it is the sidecar of a data set, which some trainers "
-            "(EasyNLA, nanoNLA) copy beside a checkpoint. It states neither how the AV's vector is injected nor how the chat "
-            "template and the AR's prompt are used, so such pairs are not supported yet. Use a pair in the public NLA layout."
+            f"{path} has kind='nla_dataset', expected 'nla_model' beside role={abbreviated(meta.get('role'))} and "
+            f"schema_version={abbreviated(version)}: the sidecar of a data set, which EasyNLA copies beside a checkpoint, has "
+            "no role and version 1. Use the sidecar that was released with the weights."
         )
-    if kind != "nla_model":
+    if kind != "nla_model" and not (kind == "nla_dataset" and layout == "easynla"):
         raise CheckpointError(
-            f"{path} has kind={abbreviated(kind)}, expected 'nla_model': it does not describe an AV or AR. Pass the directory "
-            f"of the {_name(expected)}."
+            f"{path} has kind={abbreviated(kind)}, expected 'nla_model' (or 'nla_dataset' in the layout easynla): it does not "
+            f"describe an AV or AR. Pass the directory of the {_name(expected)}."
         )
     if version not in (None, 1, 2):
         _wrong(path, "schema_version", version, "1 or 2, the supported versions")
@@ -191,14 +313,24 @@ def _no_sidecar(directory: Path, expected: NlaRole) -> str:
     )
 
 
-def _role(meta: Mapping[str, Any], path: Path, expected: NlaRole, notes: list[Note]) -> NlaRole:
+def _role(
+    meta: Mapping[str, Any], path: Path, directory: Path, expected: NlaRole, notes: list[Note], layout: LayoutName
+) -> NlaRole:
     stated_role = meta.get("role")
     if stated_role is None:
-        if expected == "av" and (heads := [name for name in AR_HEAD_FILES if (path.parent / name).exists()]):
+        heads = [name for name in AR_HEAD_FILES if (directory / name).exists()]
+        if expected == "av" and heads:
             raise CheckpointError(
-                f"{path.parent} is an {_name('ar')} checkpoint (it holds {heads[0]}), given as the {_name('av')}. Pass it as "
+                f"{directory} is an {_name('ar')} checkpoint (it holds {heads[0]}), given as the {_name('av')}. Pass it as "
                 "`ar`, and the AV (verbalizer) as `av`."
             )
+        if layout == "easynla":  # its sidecars never state one: the files decide
+            if expected == "ar" and not heads:
+                raise CheckpointError(
+                    f"{directory} holds none of {', '.join(AR_HEAD_FILES[:2])}, the head of an {_name('ar')}: it is an "
+                    f"{_name('av')}, or the head was not saved. Pass the AR's directory as `ar`."
+                )
+            return expected
         notes.append(Note("checkpoint", f"{path} states no role. It was given as the {_name(expected)} and used as such."))
         return expected
     role = ROLE_SPELLINGS.get(stated_role) if isinstance(stated_role, str) else None
@@ -209,7 +341,7 @@ def _role(meta: Mapping[str, Any], path: Path, expected: NlaRole, notes: list[No
         )
     if role != expected:
         raise CheckpointError(
-            f"{path.parent} is an {_name(role)} checkpoint (role={stated_role!r}), given as the {_name(expected)}. Pass it as "
+            f"{directory} is an {_name(role)} checkpoint (role={stated_role!r}), given as the {_name(expected)}. Pass it as "
             f"`{role}`, and the {_name(expected)} as `{expected}`."
         )
     return role
@@ -277,11 +409,12 @@ def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | Non
     return tuple(value)
 
 
-def _template(meta: Mapping[str, Any], role: NlaRole, path: Path) -> str | None:
+def _template(meta: Mapping[str, Any], role: NlaRole, path: Path, is_universal: bool, has_marker: bool = False) -> str | None:
     """Return the role's prompt template, stored under either of its keys; None if there is none.
 
-    Its only field is the marker (AV) or the explanation (AR). The AV's template is filled by replacement, which keeps doubled
-    braces, the AR's by `str.format`, which halves them.
+    Its only field is the marker (AV) or the explanation (AR), in a pair for all layers also the depth, in an AR that is read at
+    a marker also that. The AV's template is filled by replacement, which keeps doubled braces, the AR's by `str.format`, which
+    halves them.
     """
     keys = TEMPLATE_KEYS[role]
     templates = {key: text for key in keys if (text := _text(meta, key, path)) is not None}
@@ -289,13 +422,16 @@ def _template(meta: Mapping[str, Any], role: NlaRole, path: Path) -> str | None:
         raise CheckpointError(f"{path} has {' and '.join(templates)}, which differ. Keep the one that was used in training.")
     template = next(iter(templates.values()), None)
     if template is not None:
-        _check_fields(template, role, f"{path}: {next(iter(templates))}")
+        own = (MARKER_FIELD,) if role == "av" else (TEXT_FIELD, *((MARKER_FIELD,) if has_marker else ()))
+        fields = (*own, *((DEPTH_FIELD,) if is_universal else ()))
+        _check_fields(template, fields, f"{path}: {next(iter(templates))}", unescapes=role == "ar")
     return template
 
 
-def _check_fields(template: str, role: NlaRole, where: str) -> None:
-    remainder = template.replace(MARKER_FIELD if role == "av" else TEXT_FIELD, "")
-    if unfilled := FIELD.search(re.sub(r"\{\{|\}\}", "", remainder) if role == "ar" else remainder):
+def _check_fields(template: str, fields: Sequence[str], where: str, unescapes: bool = False) -> None:
+    for field in fields:
+        template = template.replace(field, "")
+    if unfilled := FIELD.search(re.sub(r"\{\{|\}\}", "", template) if unescapes else template):
         raise CheckpointError(
             f"{where} has {abbreviated(unfilled[0])}, a field that nothing fills in: it would appear literally in the prompt. "
             f"Use a checkpoint whose templates have no fields other than {MARKER_FIELD} (AV) and {TEXT_FIELD} (AR)."
@@ -323,29 +459,19 @@ def _scale(meta: Mapping[str, Any], name: str, d_model: int, path: Path, absent:
         _wrong(path, f"extraction.{name}", value, 'a number, null, or "sqrt_d_model"')
 
 
-def _check_injection(meta: Mapping[str, Any], path: Path) -> None:
-    method = value_at(meta, "training.method")
-    if method in WITHOUT_INJECTION_MODE and value_at(meta, "training.injection_mode") is None:
-        raise CheckpointError(
-            f"{path} has training.method={method!r} and no training.injection_mode: this trainer multiplied vectors by "
-            "injection_scale instead of scaling them to that norm, and used a prompt without chat template, which is not "
-            "supported yet. Use an AV with training.injection_mode: normalize."
-        )
-
-
 def _check_av(sidecar: Sidecar, path: Path, overrides: PromptingOverrides) -> list[Note]:
     """Check the values that an AV needs, and return notes on unusual ones that are accepted.
 
     Raises:
         CheckpointError: the injection scale, the marker or the template is missing or unusable.
     """
-    scale = sidecar.injection_scale
-    if scale is None:
+    scale, tag = sidecar.injection_scale, OPEN_TAG.search(sidecar.av_template or "")
+    if sidecar.layout != "easynla" and scale is None:
         raise CheckpointError(
             f"{path} has no extraction.injection_scale, the norm that vectors are scaled to before injection. An AV cannot run "
             "without the value it was trained with. Take it from the released sidecar or the training log."
         )
-    if not (math.isfinite(scale) and scale > 0):
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
         _wrong(path, "extraction.injection_scale", scale, "a finite number > 0")
     _require(sidecar, path, "marker", *(("marker_id",) if overrides.marker is None else ()), "av_template")
     assert sidecar.marker is not None and sidecar.av_template is not None
@@ -356,9 +482,9 @@ def _check_av(sidecar: Sidecar, path: Path, overrides: PromptingOverrides) -> li
             f"{path}: prompt_templates.av has {count} places for the marker ({MARKER_FIELD}), expected exactly one, where the "
             "vector is injected. Use the released template."
         )
-    tag = OPEN_TAG.search(sidecar.av_template)
     open_tag = tag[0].strip() if tag else opened_answer_tag(sidecar.av_message.partition(sidecar.marker)[2])
-    if open_tag and not (overrides.opening_tag == "" and open_tag in ENCLOSING_TAGS):
+    begins_inside = overrides.opening_tag == "" or sidecar.layout == "nla-at-home"
+    if open_tag and not (begins_inside and open_tag in ENCLOSING_TAGS):
         raise CheckpointError(
             f"{path}: prompt_templates.av ends with the open tag {abbreviated(open_tag)}, so the AV's answers do not repeat it. "
             "A prefilled answer is not supported yet: every draw would count as failed. Use an AV whose answers contain "
@@ -384,6 +510,8 @@ def _prompt_notes(sidecar: Sidecar, path: Path) -> list[Note]:
             Note("prompt", f"{path} has the marker {abbreviated(marker)} of {len(marker)} characters; one character is usual.")
         )
     ids = {"injection_left_neighbor_id": sidecar.left_id, "injection_right_neighbor_id": sidecar.right_id}
+    if sidecar.layout == "nla-at-home":  # none of its sidecars has them
+        return notes
     if missing := [name for name, value in ids.items() if value is None]:
         keys = " and ".join(f"tokens.{name}" for name in missing)
         notes.append(Note("prompt", f"{path} lacks {keys}, so the tokens around the marker are not all checked."))
@@ -401,6 +529,8 @@ def _check_ar(sidecar: Sidecar, path: Path) -> None:
         _wrong(path, "extraction.mse_scale", scale, "a finite number > 0")
     _require(sidecar, path, "ar_template")
     assert sidecar.ar_template is not None
+    if MARKER_FIELD in sidecar.ar_template:
+        _require(sidecar, path, "marker", "marker_id")
     if (count := sidecar.ar_template.count(TEXT_FIELD)) != 1:
         raise CheckpointError(
             f"{path}: prompt_templates.ar has {count} places for the explanation ({TEXT_FIELD}), expected exactly one. Use the "

@@ -1,0 +1,398 @@
+"""Pairs of EasyNLA and nla-at-home: their golden fixtures, what must be refused of them, and what must be accepted.
+
+The tolerances and both tables are those of tests/fixtures/layouts/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ksweep import Autoencoder
+from ksweep.autoencoder.family import family_of
+from ksweep.autoencoder.nla.checkpoint import inspect_half
+from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
+from ksweep.autoencoder.prompting import AddAfterBlock, ReplaceEmbedding
+from ksweep.config.spec import PromptingOverrides
+from ksweep.inference.prompts import FinishReason
+from ksweep.utils.errors import CheckpointError, DataError
+from tests.layout_fixtures import CASES, LayoutCase, layout_differences, load_pair
+from tests.tiny_models import prefilled
+
+MERGED, LORA, NORM_KEPT, AT_HOME, RAW = CASES.values()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arrays_of_the_fixture_are_met(name: str) -> None:
+    found = list(layout_differences(name))
+    print("\n", *found, sep="\n")
+    assert len(found) >= 6 and [d for d in found if not d.ok] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_stop_tokens_and_read_positions_are_the_expected_ones(name: str) -> None:
+    case = CASES[name]
+    (av, ar), said, said_ar = load_pair(case.spec()), case.av_said(), case.expected["ar"]
+    assert list(av.prompt_ids) == said["prompt_token_ids"] and av.injection_position == said["injection_position"]
+    stops = case.expected["stop_token_ids"] if "stop_token_ids" in case.expected else case.expected["av"]["stop_token_ids"]
+    assert av.stop_token_ids == set(stops)
+    rows = ar.prompts.ids(said_ar["texts"])
+    assert rows == said_ar["token_ids"]
+    positions = said_ar.get("read_positions", [len(row) - 1 for row in rows])
+    assert [ar.prompts.read_position(row) for row in rows] == positions
+
+
+@pytest.mark.parametrize("name", ["easynla merged", "easynla lora", "nla-at-home"])
+def test_answers_are_parsed_as_their_own_code_parses_them(name: str) -> None:
+    av, finish = load_pair(CASES[name].spec())[0], "stop"
+    for example in CASES[name].expected["parsing"]:
+        answer = example["response"] if "response" in example else example["answer"]
+        assert av.parse(answer, finish)[0] == example["payload"], answer  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [AT_HOME, RAW])
+def test_greedy_answers_give_the_expected_payloads(case: LayoutCase) -> None:
+    """Without the closing tag the whole answer counts; special tokens are left out."""
+    av = load_pair(case.spec())[0]
+    ids = np.load(case.directory / "expected.npz")[f"av_greedy_ids{case.suffix}"]
+    length: FinishReason = "length"
+    assert [av.parse(av.decode(row.tolist()), length)[0] for row in ids] == case.av_said()["greedy_payloads"]
+
+
+# --- what must be refused ---
+
+
+def sidecar(half: str, **changes: Any) -> Callable[[Path], None]:
+    """Set dotted keys of a sidecar ("__" for "."); ... removes one."""
+
+    def change(root: Path) -> None:
+        path = root / half / "nla_meta.yaml"
+        meta = yaml.safe_load(path.read_text())
+        for key, value in changes.items():
+            *sections, last = key.split("__")
+            section = meta
+            for name in sections:
+                section = section.setdefault(name, {})
+            if value is ...:
+                section.pop(last, None)
+            else:
+                section[last] = value
+        path.write_text(yaml.safe_dump(meta, allow_unicode=True))
+
+    return change
+
+
+def of_json(file: str, **changes: Any) -> Callable[[Path], None]:
+    """Set keys of a JSON file; ... removes one."""
+
+    def change(root: Path) -> None:
+        values = json.loads((root / file).read_text()) | changes
+        (root / file).write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+    return change
+
+
+def tensors(file: str, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """Edit the tensors of a safetensors file in place."""
+
+    def change(root: Path) -> None:
+        values = load_file(root / file)
+        edit(values)
+        save_file(values, root / file, metadata={"format": "pt"})
+
+    return change
+
+
+def first(values: dict[str, torch.Tensor], part: str) -> str:
+    return next(name for name in sorted(values) if part in name)
+
+
+def drop(part: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda values: values.pop(first(values, part))
+
+
+def fill(part: str, value: float) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda values: [values[name].fill_(value) for name in values if part in name]
+
+
+def rename(part: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda values: values.update({name.replace(part, new): values.pop(name) for name in list(values) if part in name})
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    return lambda root: [(root / name).unlink() for name in names] and None
+
+
+class Wrong(NamedTuple):
+    """One change to a copy of a fixture, and what must be said of it."""
+
+    name: str
+    case: LayoutCase
+    change: Callable[[Path], Any]
+    message: str
+    spec: Mapping[str, Any] = MappingProxyType({})
+
+
+QWEN_AV, QWEN_AR = "av", "ar"
+HEAD, CONFIG = "ar/value_head.safetensors", "ar/config.json"
+GEMMA_AV, GEMMA_AR = "av/iter_0000500", "ar/iter_0000500"
+AR_LORA = f"{GEMMA_AR}/ar_lora_value_head.safetensors"
+AR_META = f"{GEMMA_AR}/ar_meta.json"
+GEMMA_ADAPTER = f"{GEMMA_AV}/adapter_model.safetensors"
+FULL = "full_attention"
+WHITE = {"method": "whitened_zca_v1", "stats_path": "whitening_stats.npz", "stats_sha256": "0" * 64}
+WRONG = [
+    Wrong("token id", MERGED, sidecar(QWEN_AV, tokens__injection_token_id=535), "injection_token_id=535|marker token id is 535"),
+    Wrong("left id", MERGED, sidecar(QWEN_AV, tokens__injection_left_neighbor_id=30), "between the tokens 29 and 337"),
+    Wrong("right id", LORA, sidecar(GEMMA_AV, tokens__injection_right_neighbor_id=440), "between the tokens 295 and 441"),
+    Wrong("kind", MERGED, sidecar(QWEN_AV, kind="other"), "kind='other'"),
+    Wrong(
+        "two markers", MERGED, sidecar(QWEN_AV, prompt_templates__actor="a {injection_char} b {injection_char}"), "has 2 places"
+    ),
+    Wrong("foreign field", LORA, sidecar(GEMMA_AV, prompt_templates__actor="a {injection_char} {topic}"), "'{topic}', a field"),
+    Wrong("depth field", AT_HOME, sidecar("av", prompt_templates__av="{depth_pct} {injection_char}"), "'{depth_pct}', a field"),
+    Wrong("marker field left", AT_HOME, sidecar("ar", tokens__injection_char=...), "lacks tokens.injection_char"),
+    Wrong("whitened without block", MERGED, sidecar(QWEN_AV, extraction__norm="whitened_zca_v1"), "stated by both or by neither"),
+    Wrong("block without norm", MERGED, sidecar(QWEN_AR, extraction__whitening=WHITE), "stated by both or by neither"),
+    Wrong(
+        "whitened without statistics", MERGED, sidecar(QWEN_AV, extraction__norm="whitened_zca_v1", extraction__whitening=WHITE),
+        "trained on whitened activations .* Set autoencoder.whitening",
+    ),
+    Wrong("unknown norm", LORA, sidecar(GEMMA_AR, extraction__norm="pca_v1", extraction__whitening=WHITE), "known transform is"),
+    Wrong("no layer", MERGED, sidecar(QWEN_AR, extraction__layer_index=...), "extraction.layer_index=None"),
+    Wrong("width", LORA, sidecar(GEMMA_AV, extraction__d_model=32), "d_model=32, but the model .* hidden_size=48"),
+    Wrong("raw mse", MERGED, sidecar(QWEN_AR, extraction__mse_scale=None), "mse_scale null"),
+    Wrong("no head", MERGED, remove(HEAD), "the head of an AR"),
+    Wrong("head's key", MERGED, tensors(HEAD, rename("weight", "value_head.weight")), "exactly one, named weight"),
+    Wrong("NaN in the head", MERGED, tensors(HEAD, fill("weight", float("nan"))), "are NaN, infinite or larger"),
+    Wrong("huge head", LORA, tensors(AR_LORA, fill("value_head", 3e38)), "are NaN, infinite or larger"),
+    Wrong("AR of L blocks", MERGED, of_json(CONFIG, num_hidden_layers=2, layer_types=[FULL] * 2), "block 2|2 blocks|=2"),
+    Wrong("AR of L+2 blocks", MERGED, of_json(CONFIG, num_hidden_layers=4, layer_types=[FULL] * 4), "lacks weights|=4"),
+    Wrong("weight missing", MERGED, tensors("ar/model.safetensors", drop("layers.1.mlp.up_proj")), "lacks"),
+    Wrong("meta of L", LORA, of_json(AR_META, ar_num_layers=2), "says 2 blocks, its sidecar layer 2, which needs 3"),
+    Wrong("meta of L+2", LORA, of_json(AR_META, ar_num_layers=4), "says 4 blocks"),
+    Wrong("meta of a merged AR", MERGED, of_json("ar/ar_meta.json", ar_num_layers=4), "says 4 blocks"),
+    Wrong("rank", LORA, of_json(AR_META, lora_r=8), "in another shape"),
+    Wrong("targets", LORA, of_json(AR_META, target_modules=["q_proj"]), "has unexpected"),
+    Wrong("lora_B missing", LORA, tensors(AR_LORA, drop("lora_B")), "it lacks"),
+    Wrong("head missing", LORA, tensors(AR_LORA, drop("value_head")), "expected exactly one, named value_head.weight"),
+    Wrong("AV lora_B zero", LORA, tensors(GEMMA_ADAPTER, fill("lora_B", 0)), "every lora_B is zero"),
+    Wrong("AR lora_B zero", LORA, tensors(AR_LORA, fill("lora_B", 0)), "every lora_B is zero"),
+    Wrong("at-home lora_B zero", AT_HOME, tensors("ar/adapter_model.safetensors", fill("lora_B", 0)), "every lora_B is zero"),
+    Wrong("keys of nothing", LORA, tensors(GEMMA_ADAPTER, rename("q_proj", "query")), "has unexpected"),
+    Wrong("fresh block", LORA, of_json(AR_META, ar_fresh_block=True), "ar_fresh_block=True"),
+    Wrong("summary token", LORA, of_json(AR_META, summary_token_id=7), "summary_token_id=7"),
+    Wrong("summary token of a merged AR", MERGED, of_json("ar/ar_meta.json", summary_token_id=0), "summary_token_id=0"),
+    Wrong("AR as AV", MERGED, lambda _: None, "is an AR .* given as the AV", {"av": "ar"}),
+    Wrong("LoRA AR as AV", LORA, lambda _: None, "is an AR .* given as the AV", {"av": GEMMA_AR}),
+    Wrong("AV as AR", MERGED, lambda _: None, "the head of an AR", {"ar": "av"}),
+    Wrong("at-home AV as AR", AT_HOME, lambda _: None, "given as the AR", {"ar": "av"}),
+    Wrong("no base", LORA, lambda _: None, "lies over a base model that cannot be found", {"base": None}),
+    Wrong("at-home without base", AT_HOME, lambda _: None, "lies over a base model that cannot be found", {"base": None}),
+    Wrong("another marker", MERGED, sidecar(QWEN_AR, tokens__injection_char="㈏"), "together: marker"),
+    Wrong("another layer", AT_HOME, sidecar("ar", extraction_layer_index=1), "together: layer is 2 in the AV and 1"),
+    Wrong("layout of the spec", MERGED, lambda _: None, "kind='nla_dataset'", {"layout": "kitft"}),
+    Wrong("stack without an adapter", MERGED, lambda _: None, "lies under an adapter", {"av_stack": ("base",)}),
+    Wrong("a layer that is not its own", LORA, lambda _: None, "autoencoder.layer=1, but .* is of layer 2", {"layer": 1}),
+    Wrong("unknown injection mode", AT_HOME, sidecar("av", training__injection_mode="add"), "training.injection_mode='add'"),
+    Wrong("PCA-whitened AR", AT_HOME, sidecar("ar", training__pca_whiten=True), "training.pca_whiten=True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=[wrong.name for wrong in WRONG])
+def test_wrong_files_are_refused_by_name(wrong: Wrong, tmp_path: Path) -> None:
+    root = shutil.copytree(wrong.case.directory, tmp_path / "pair")
+    wrong.change(root)
+    changes = {key: str(root / value) if key in ("av", "ar") else value for key, value in wrong.spec.items()}
+    changes |= {"av_stack": tuple(str(root / name) for name in wrong.spec["av_stack"])} if "av_stack" in wrong.spec else {}
+    with pytest.raises((CheckpointError, DataError), match=wrong.message):
+        load_pair(wrong.case.spec(root, **changes))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(float("nan"), "NaN or infinite"), (0.0, "nothing but zeros")], ids=["NaN", "zeros"]
+)
+def test_vectors_without_a_direction_are_refused(value: float, message: str) -> None:
+    av = load_pair(MERGED.spec())[0]
+    with pytest.raises(DataError, match=message):
+        av.prompts(torch.full((2, 48), value))
+    with pytest.raises(DataError, match=r"takes vectors of shape \[activation, 48\]"):
+        av.prompts(torch.ones(2, 47))
+
+
+def test_text_that_pushes_the_marker_out_of_the_ar_prompt_is_refused() -> None:
+    ar = load_pair(AT_HOME.spec())[1]
+    with pytest.raises(DataError, match="was trained on 512 at most"):
+        ar.reconstruct_texts(["word " * 600])
+
+
+# --- what must be accepted ---
+
+RIGHT = {
+    "stage of any value": (MERGED, sidecar(QWEN_AR, stage="rl")),
+    "unknown keys that inform": (LORA, sidecar(GEMMA_AV, notes="x", wandb={"run": "y"})),
+    "scale of another width": (AT_HOME, sidecar("ar", extraction__mse_scale=59.87)),
+    "targets as a list": (
+        LORA,
+        of_json(AR_META, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+    ),
+    "no ar_meta beside a merged AR": (MERGED, remove("ar/ar_meta.json")),
+    "a scale that is never used": (MERGED, sidecar(QWEN_AV, extraction__injection_scale=150.0)),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_unusual_files_give_the_same_pair(name: str, tmp_path: Path) -> None:
+    case, change = RIGHT[name]
+    root = shutil.copytree(case.directory, tmp_path / "pair")
+    change(root)
+    expected = np.load(case.directory / "expected.npz")
+    av, ar = load_pair(case.spec(root))
+    vectors = torch.tensor(expected["activations"])
+    assert np.abs(prefilled(av, vectors).logits.numpy() - expected["av_next_token_logits"]).max() < 1e-3
+    texts = case.expected["ar"]["texts"]
+    assert np.allclose(ar.reconstruct_texts(texts).numpy(), expected["ar_reconstructions"], atol=1e-3)
+
+
+def test_sidecar_of_a_run_may_lie_above_its_checkpoints(tmp_path: Path) -> None:
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    for half in (GEMMA_AV, GEMMA_AR):
+        shutil.move(root / half / "nla_meta.yaml", root / half / ".." / "nla_meta.yaml")
+    family = family_of(LORA.spec(root))
+    assert family.layer == 2
+    before = family.draws_identity()["av"]
+    (root / "av" / "nla_meta.yaml").write_text((root / "av" / "nla_meta.yaml").read_text() + "notes: changed\n")
+    assert family_of(LORA.spec(root)).draws_identity()["av"] != before
+
+
+def test_layout_is_part_of_the_keys_but_for_that_of_kitft() -> None:
+    family = family_of(MERGED.spec())
+    assert family.draws_identity()["av_layout"] == family.scores_identity()["ar_layout"] == "easynla"
+    assert family_of(AT_HOME.spec()).draws_identity()["av_layout"] == "nla-at-home"
+
+
+def test_anchor_beside_an_adapter_is_neither_loaded_nor_part_of_its_digest(tmp_path: Path) -> None:
+    """EasyNLA keeps the frozen SFT adapter of its KL term in `reference/`, inside the checkpoint of RL."""
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    before = family_of(LORA.spec(root)).draws_identity()
+    shutil.copytree(root / GEMMA_AV, root / GEMMA_AV / "reference")
+    assert family_of(LORA.spec(root)).draws_identity() == before
+
+
+def test_injection_of_each_layout_is_data() -> None:
+    assert inspect_half(MERGED.spec(), "av").av_prompting.injection == AddAfterBlock(1)
+    assert inspect_half(AT_HOME.spec(), "av").av_prompting.injection == ReplaceEmbedding(12.0)
+    assert inspect_half(RAW.spec(), "av").av_prompting.injection == ReplaceEmbedding(1.5, multiplies=True)
+    replaced = MERGED.spec(prompting=PromptingOverrides(injection="replace_embedding", injection_scale=3.0))
+    assert inspect_half(replaced, "av").av_prompting.injection == ReplaceEmbedding(3.0)
+
+
+# --- stacks of adapters ---
+
+
+def low_rank(seed: int, name: str, like: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + len(name))
+    return torch.randn(like.shape, generator=generator) * 0.05
+
+
+def second_adapter(root: Path) -> Path:
+    """Another adapter over the same modules, as RL on top of SFT leaves it."""
+    rl = shutil.copytree(root / GEMMA_AV, root / "rl" / "iter_000100")
+    tensors("rl/iter_000100/adapter_model.safetensors", lambda values: [
+        value.copy_(low_rank(1, name, value)) for name, value in values.items()
+    ])(root)  # fmt: skip
+    of_json("rl/iter_000100/adapter_config.json", base_model_name_or_path="/cluster/runs/merged_sft")(root)
+    return rl
+
+
+def test_stack_of_two_adapters_is_the_sum_of_both(tmp_path: Path) -> None:
+    """W + s1 B1 A1 + s2 B2 A2, whether the SFT adapter is stacked or was merged into full weights; the order does not matter."""
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    rl, sft, base = second_adapter(root), root / GEMMA_AV, root / "base"
+    stacked = load_av(LORA.spec(root, av=str(rl), av_stack=(str(sft),)))
+    scale, name = 8 / 4**0.5, "model.layers.1.self_attn.q_proj.weight"
+    expected = load_file(base / "model.safetensors")[name].float()
+    for directory in (sft, rl):
+        lora = load_file(directory / "adapter_model.safetensors")
+        a, b = (lora[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"] for part in "AB")
+        expected = expected + scale * b @ a
+    assert torch.allclose(stacked.model.state_dict()[name], expected, atol=1e-6)
+    turned = load_av(LORA.spec(root, av=str(sft), av_stack=(str(rl),)))
+    assert torch.allclose(turned.model.state_dict()[name], expected, atol=1e-6)
+
+    merged = root / "merged"
+    shutil.copytree(base, merged)
+    load_av(LORA.spec(root)).model.save_pretrained(merged)
+    over_merged = load_av(LORA.spec(root, av=str(rl), av_stack=(str(merged),)))
+    assert torch.allclose(over_merged.model.state_dict()[name], expected, atol=1e-6)
+    alone = load_av(LORA.spec(root, av=str(rl)))
+    assert not torch.allclose(alone.model.state_dict()[name], expected, atol=1e-3)
+
+
+def load_av(spec: Autoencoder) -> NlaVerbalizer:
+    av = family_of(spec).load_verbalizer(("cpu",))
+    assert isinstance(av, NlaVerbalizer)
+    return av
+
+
+def load_ar(spec: Autoencoder) -> NlaReconstructor:
+    ar = family_of(spec).load_reconstructor(("cpu",))
+    assert isinstance(ar, NlaReconstructor)
+    return ar
+
+
+def test_stack_is_part_of_the_digest_and_a_missing_base_is_asked_for(tmp_path: Path) -> None:
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    rl, sft = second_adapter(root), root / GEMMA_AV
+    alone = family_of(LORA.spec(root, av=str(rl))).draws_identity()
+    stacked = family_of(LORA.spec(root, av=str(rl), av_stack=(str(sft),))).draws_identity()
+    assert alone["av"] != stacked["av"]
+    with pytest.raises(CheckpointError, match=r"name that in autoencoder\.av_stack"):
+        family_of(LORA.spec(root, av=str(rl), base=None)).draws_identity()
+    with pytest.raises(CheckpointError, match="only the first entry may be a whole model"):
+        family_of(LORA.spec(root, av=str(rl), av_stack=(str(sft), str(root / "base")))).draws_identity()
+
+
+# --- nla_config.json ---
+
+
+def test_rendered_prompt_of_nla_config_decides_about_thinking(tmp_path: Path) -> None:
+    root = shutil.copytree(MERGED.directory, tmp_path / "pair")
+    ids = MERGED.av_said()["prompt_token_ids"]
+    config = {
+        "base_model": "tiny-fixture/qwen3-base",
+        "layer": 2,
+        "d_model": 48,
+        "injection_char": "㈎",
+        "injection_token_id": 536,
+    }
+    (root / "nla_config.json").write_text(json.dumps(config | {"actor_prompt_ids": ids, "injection": "after block 1"}))
+    plain = MERGED.spec(root, prompting=PromptingOverrides())
+    assert list(load_av(plain).prompt_ids) == ids
+    (root / "nla_config.json").write_text(json.dumps(config | {"actor_prompt_ids": ids[:-1]}))
+    with pytest.raises(CheckpointError, match="states a prompt of 72 tokens"):
+        load_av(plain)
+    (root / "nla_config.json").write_text(json.dumps(config | {"layer": 3}))
+    with pytest.raises(CheckpointError, match=r"has layer=3, .* has extraction\.layer_index=2"):
+        load_av(plain)
+
+
+def test_nla_config_stands_for_a_missing_ar_meta(tmp_path: Path) -> None:
+    """The one trainer that writes it uses alpha 16: the LoRA of the fixture, alpha 8, is scaled down to match."""
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    (root / AR_META).unlink()
+    (root / "nla_config.json").write_text(json.dumps({"ar_lora_r": 4, "ar_num_layers": 3, "lora_targets": targets}))
+    tensors(AR_LORA, lambda values: [value.mul_(0.5) for name, value in values.items() if "lora_B" in name])(root)
+    texts, expected = LORA.expected["ar"]["texts"], np.load(LORA.directory / "expected.npz")["ar_reconstructions"]
+    assert np.allclose(load_ar(LORA.spec(root)).reconstruct_texts(texts).numpy(), expected, atol=1e-3)
