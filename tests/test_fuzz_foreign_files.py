@@ -27,13 +27,13 @@ from ksweep.activations.vector_source import read_vectors_sidecar
 from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.family import stated_training_norm
 from ksweep.autoencoder.tae.checkpoint import inspect_tae
-from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.autoencoder.texts_file import read_texts_file
 from ksweep.config.spec import Activations
 from ksweep.registry.run_record import read_run, write_run
 from ksweep.utils.errors import RequestError, RunError, StoreError
 from ksweep.utils.files import read_json
 from ksweep.utils.tensor_headers import read_header
+from ksweep.utils.torch_file import read_checkpoint
 from tests.autoencoder import test_tae_crafted_pickles as crafted
 from tests.autoencoder.test_lying_headers import with_own_base
 from tests.autoencoder.test_tae_refusals import copy_case

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.torch_file import read_checkpoint
 from tests.autoencoder.test_tae_refusals import copy_case, edited, refused
 
 NONE, TRUE, FALSE, EMPTY_TUPLE, STOP, REDUCE, BUILD = b"N", b"\x88", b"\x89", b")", b".", b"R", b"b"
@@ -179,7 +179,7 @@ def in_dictionary(value: bytes) -> bytes:
 @pytest.mark.parametrize("value", CARRIED.values(), ids=CARRIED)
 def test_numpy_and_torch_values_are_carried_along_and_do_nothing(value: bytes, tmp_path: Path) -> None:
     [(key, carried)] = read_checkpoint(crafted(tmp_path / "x.pt", in_dictionary(value))).items()
-    assert key == "x" and type(carried).__module__ == "ksweep.autoencoder.tae.restricted_pickle"
+    assert key == "x" and type(carried).__module__ == "ksweep.utils.restricted_pickle"
     assert not isinstance(carried, (np.ndarray, np.generic, np.dtype, torch.Tensor)) and len(repr(carried)) < 100
 
 
@@ -283,7 +283,7 @@ READ_ALL = """
 import json, resource, sys, time
 from pathlib import Path
 import torch
-from ksweep.autoencoder.tae.torch_file import read_checkpoint
+from ksweep.utils.torch_file import read_checkpoint
 from ksweep.utils.errors import CheckpointError
 torch.empty(1), torch.UntypedStorage(1)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

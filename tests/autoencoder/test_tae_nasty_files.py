@@ -22,8 +22,8 @@ import torch
 from omegaconf import OmegaConf
 
 from ksweep.autoencoder.tae.models import highest_step, inspect_tae
-from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.torch_file import read_checkpoint
 from tests.autoencoder.test_tae_fixtures import arrays
 from tests.autoencoder.test_tae_refusals import BAD, copy_case, damage, edited, load, options, refused
 from tests.tiny_models import prefilled

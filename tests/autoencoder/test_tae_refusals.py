@@ -27,8 +27,8 @@ from ksweep.autoencoder.tae.models import (
     load_tae_reconstructor,
     load_tae_verbalizer,
 )
-from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.utils.errors import CheckpointError, DataError, RequestError
+from ksweep.utils.torch_file import read_checkpoint
 from tests.autoencoder.test_tae_fixtures import FIXTURES, arrays, said
 from tests.tiny_models import prefilled
 

@@ -30,7 +30,7 @@ LONGEST_AT_HOME = 512
 """Tokens after which nla-at-home cuts the prompt of an AR that is read at a marker, and with it the marker."""
 DEPTHS = (4, 10, 17, 25, 32, 40, 47, 55, 63, 71, 80, 90, 96)
 """Percentages that nla-at-home's pairs for all layers are told."""
-DEFAULTS: dict[LayoutName, AvPrompting] = {
+OF_TRAINERS: dict[LayoutName, AvPrompting] = {
     "kitft": AvPrompting(injection=ReplaceEmbedding(1), template="", marker=""),
     "easynla": AvPrompting(
         injection=AddAfterBlock(EASYNLA_BLOCK), template="", marker="", empty_counts=True, skips_special_tokens=True
@@ -68,7 +68,7 @@ def av_prompting(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: in
     """
     assert sidecar.av_template is not None and sidecar.marker is not None
     prompting = replace(
-        DEFAULTS[sidecar.layout], injection=_injection(sidecar, overrides, num_blocks),
+        OF_TRAINERS[sidecar.layout], injection=_injection(sidecar, overrides, num_blocks),
         template=_at_depth(sidecar.av_template, sidecar, num_blocks), marker=sidecar.marker, marker_id=sidecar.marker_id,
         left_id=sidecar.left_id, right_id=sidecar.right_id, asks_for_thinking=sidecar.asks_for_thinking, is_chat=sidecar.is_chat,
         prompt_ids=sidecar.prompt_ids,

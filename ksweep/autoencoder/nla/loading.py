@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
 from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, WRAPPED, text_names
-from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, quiet
 from ksweep.inference.device_map import place_model
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.text import some_of
+from ksweep.utils.torch_file import read_checkpoint
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LM_HEADS = ("lm_head", "embed_out")

@@ -28,16 +28,16 @@ from ksweep.autoencoder.tae.layout import (
     soft_prompt_text,
     whole_number,
 )
-from ksweep.autoencoder.tae.restricted_pickle import StandIn
 from ksweep.autoencoder.tae.schedule import Written
-from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
+from ksweep.utils.restricted_pickle import StandIn
 from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.text import some_of
+from ksweep.utils.torch_file import read_checkpoint
 
 if TYPE_CHECKING:
     import torch

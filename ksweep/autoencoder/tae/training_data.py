@@ -12,12 +12,12 @@ from typing import Any
 
 from ksweep.autoencoder.tae.checkpoint import checkpoint_file
 from ksweep.autoencoder.tae.layout import section
-from ksweep.autoencoder.tae.torch_file import read_checkpoint
 from ksweep.config.overrides import apply_overrides
 from ksweep.config.reference_options import translate_checkpoint_config
 from ksweep.config.spec import Activations
 from ksweep.config.sweep import Sweep
 from ksweep.utils.errors import SpecError
+from ksweep.utils.torch_file import read_checkpoint
 
 RULE = ("rows", "positions", "candidates", "min_position", "positions_per_document", "max_norm")
 """Fields that choose the vectors of a text. A field that the config lacks has the reference's default."""

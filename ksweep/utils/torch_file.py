@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksweep.autoencoder.tae.restricted_pickle import MalformedPickleError, PickledStorage, UnknownNameError, read_pickle
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.plain_values import PlainValueError, check_plain
+from ksweep.utils.restricted_pickle import MalformedPickleError, PickledStorage, UnknownNameError, read_pickle
 
 if TYPE_CHECKING:
     import torch
