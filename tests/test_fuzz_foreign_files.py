@@ -302,13 +302,15 @@ def test_headers_of_weights_with_other_values_and_bytes(tally: Tally, pair: Path
 
 def test_lines_of_json_with_other_values_and_bytes(tally: Tally, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    row = {"text": "a text", "row_id": "row:0", "position": 3, "document": "d", "explanation": "why"}
+    row: dict[str, Any] = {"text": "a text", "row_id": "row:0", "position": 3, "document": "d", "explanation": "why"}
+    row["messages"] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well"}]
 
     def trial(rng: random.Random) -> None:
         lines = [json.dumps(row), json.dumps(with_other_value(row, rng)), json.dumps(row)]
         data = "\n".join(lines).encode()
         path.write_bytes(data if rng.random() < 0.6 else mutated(data, rng))
         tally.read(lambda: list(read_documents(Activations(model="m", text=str(path), num_activations=1))))
+        tally.read(lambda: list(read_documents(Activations(model="m", text=str(path), text_column="messages"))))
         tally.read(read_texts_file, str(path), "explanation")
 
     fuzzed(250, trial)

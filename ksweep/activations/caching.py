@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ksweep.activations.chats import check_chats
 from ksweep.activations.datasets import text_begins_with_bos, text_identity
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
 from ksweep.activations.positions import rule_identity
@@ -320,6 +321,7 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
         "max_length": max_length,
         "dtype": activations.dtype,
     }
+    identity |= check_chats(activations, path)
     if text_begins_with_bos(activations, path):  # EXTRACTOR_VERSION 3 gave such text a second one
         identity["bos"] = "once"
     return identity

@@ -1,6 +1,7 @@
 """Read text as a stream of rows: paragraphs of a .txt file, JSONL, Parquet, a `datasets` directory or a hub dataset.
 
-The text column of a table holds texts, or lists of token ids made by a tokenizer before, padding included.
+The text column of a table holds texts, lists of token ids made by a tokenizer before, padding included, or conversations: lists
+of messages with `role` and `content` (or `from` and `value`, as ShareGPT has them).
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ from ksweep.utils.files import json_lines
 from ksweep.utils.hub import content_digest
 from ksweep.utils.imports import digest_of_named, is_dotted_name, load_named
 from ksweep.utils.plain_values import has_lone_surrogate
+from ksweep.utils.text import bounded_repr
 
 Format = Literal["txt", "jsonl", "parquet", "datasets", "hub", "own"]
 
+Holds = Literal["text", "token_ids", "messages"]
+
 TEXT_FIELD = "activations.text"
+
+MESSAGE_KEYS = (("role", "from"), ("content", "value"))
+"""Keys of a message, and what ShareGPT calls them."""
 
 HUB_DATASET = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 
@@ -41,11 +48,13 @@ class TextRow:
     text: str
     token_ids: tuple[int, ...] | None = None
     """Token ids of a pretokenised row, used unchanged, padding included; such a row has no text."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """Messages of a conversation, which has no text until the base model's chat template has written it."""
 
     @property
     def holds_something(self) -> bool:
         """Whether the row is neither null nor empty."""
-        return bool(self.token_ids or self.text.strip())
+        return bool(self.token_ids or self.messages or self.text.strip())
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ def text_identity(activations: Activations) -> dict[str, object]:
     first = first_row(activations)
     if first is not None and first.token_ids is not None:
         identity["holds"] = "token_ids"
+    if first is not None and first.messages is not None:
+        identity["holds"] = "messages"
     if kind == "own":
         return identity | {"name": source, "digest": digest_of_named(source, load_named(source, TEXT_FIELD), TEXT_FIELD)}
     return identity | {"digest": content_digest(_local(activations))}
@@ -231,26 +242,31 @@ def _own_rows(activations: Activations) -> Iterator[Mapping[str, Any]]:
 def _named(records: Iterable[Mapping[str, Any]], activations: Activations) -> Iterator[TextRow]:
     """Yield the records of a table as rows: text or token ids, document and row id from their columns."""
     prefix = _row_prefix(activations)
-    pretokenised, numbered = _begin(records, activations.text_column)
+    kind, numbered = _begin(records, activations.text_column)
     for index, record in numbered:
         value = _value(record, activations.text_column, "text_column", index, activations)
         where = f"row {index} of {activations.text}", f"in column {activations.text_column!r}"
         row_id = _row_id(record, prefix, index)
         document = _document(record, row_id, index, activations)
-        if pretokenised:
+        if kind == "token_ids":
             yield TextRow(index, row_id, document, "", _token_ids(value, *where))
+        elif kind == "messages":
+            yield TextRow(index, row_id, document, "", messages=_messages(value, *where))
         else:
             yield TextRow(index, row_id, document, _text(value, *where))
 
 
-def _begin(records: Iterable[Mapping[str, Any]], column: str) -> tuple[bool, Iterator[tuple[int, Mapping[str, Any]]]]:
-    """Return whether the column is pretokenised (its first value that is not null is a list), and all records, numbered."""
+def _begin(records: Iterable[Mapping[str, Any]], column: str) -> tuple[Holds, Iterator[tuple[int, Mapping[str, Any]]]]:
+    """Return what the column holds, by its first value that is neither null nor an empty list, and all records, numbered."""
     numbered, seen = enumerate(records), []
     for index, record in numbered:
         seen.append((index, record))
-        if record.get(column, "missing") is not None:
+        if record.get(column, "missing") not in (None, []):
             break
-    return bool(seen) and isinstance(seen[-1][1].get(column), list), chain(seen, numbered)
+    value = next((value for _, record in reversed(seen) if (value := record.get(column)) is not None), None)
+    if not isinstance(value, list):
+        return "text", chain(seen, numbered)
+    return "messages" if value and isinstance(value[0], Mapping) else "token_ids", chain(seen, numbered)
 
 
 def _text(value: Any, row: str, column: str) -> str:
@@ -278,6 +294,42 @@ def _token_ids(value: Any, row: str, column: str) -> tuple[int, ...]:
                 "ids, which are whole numbers, or text. Is activations.text_column the right one?"
             )
     return tuple(value)
+
+
+MESSAGE_ROLES = {"human": "user", "gpt": "assistant"}
+"""Names of ShareGPT for roles."""
+OTHER_MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+"""Keys beside role and content that chat templates write; all others (language, toxicity, ...) describe a message."""
+
+
+def _messages(value: Any, row: str, column: str) -> tuple[Mapping[str, Any], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise DataError(f"{row} has a {type(value).__name__} {column}, where earlier rows have conversations: make all alike")
+    return tuple(_message(message, f"message {i} of {row}", column) for i, message in enumerate(value))
+
+
+def _message(message: Any, which: str, column: str) -> Mapping[str, Any]:
+    """Return role, content and what else a template writes of a message.
+
+    Raises:
+        DataError: no role, or a content that is no text.
+    """
+    if not isinstance(message, Mapping):
+        raise DataError(f"{which} is a {type(message).__name__} {column}; expected {{'role': 'user', 'content': '...'}}")
+    role, content = (message.get(old) if message.get(new) is None else message[new] for new, old in MESSAGE_KEYS)
+    if isinstance(content, list) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+        content = "".join(part["text"] for part in content)
+    others = {key: message[key] for key in OTHER_MESSAGE_KEYS if message.get(key) is not None}
+    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and "tool_calls" in others)):
+        raise DataError(
+            f"{which} {column} has role {bounded_repr(role)} and a content of type {type(content).__name__}; expected texts: "
+            "{'role': 'user', 'content': '...'}, or {'from': 'human', 'value': '...'}. Pictures and sound are not read"
+        )
+    if has_lone_surrogate(content or ""):
+        raise DataError(f"{which} has half of a surrogate pair {column}, which is no character: correct or drop it")
+    return {"role": MESSAGE_ROLES.get(role, role), "content": content, **others}
 
 
 def _document(record: Mapping[str, Any], row_id: str, index: int, activations: Activations) -> str:

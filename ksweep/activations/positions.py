@@ -7,11 +7,20 @@ import math
 import random
 from collections.abc import Collection, Sequence
 
+from ksweep.activations.chat_roles import TokenRole
 from ksweep.config.spec import Activations
+
+SPEAKERS = ("user", "assistant", "system")
+"""Roles whose messages have an end; "other" is also what stands between messages."""
 
 
 def row_positions(
-    token_ids: Sequence[int], row_id: str, special_ids: Collection[int], activations: Activations, pad_id: int | None = None
+    token_ids: Sequence[int],
+    row_id: str,
+    special_ids: Collection[int],
+    activations: Activations,
+    pad_id: int | None = None,
+    roles: Sequence[TokenRole] | None = None,
 ) -> list[int]:
     """Return the token indices taken from a row, in order; empty if no token is allowed.
 
@@ -21,9 +30,15 @@ def row_positions(
 
     Args:
         pad_id: padding token at either end of the row; min_position counts from the first other token. None: no padding.
+        roles: role of each token, for rules that go by it.
     """
     rule = activations.positions
+    if rule == "prompt_end":
+        return [i for i in unpadded(token_ids, pad_id)[-1:] if i >= activations.min_position]
     candidates = _candidates(token_ids, special_ids, activations, pad_id)
+    if needs_roles(activations):
+        assert roles is not None, "the caller has the roles"
+        candidates = _of_roles(candidates, roles, activations)
     if rule == "last":
         return candidates[-1:]
     if rule == "midpoint":
@@ -34,11 +49,33 @@ def row_positions(
     return candidates
 
 
+def needs_roles(activations: Activations) -> bool:
+    """Return whether the rule goes by the roles of tokens."""
+    return bool(activations.roles) or activations.positions == "turn_ends"
+
+
+def _of_roles(candidates: Sequence[int], roles: Sequence[TokenRole], activations: Activations) -> list[int]:
+    """Return the candidates of the roles that are asked for; under turn_ends the last token of each message.
+
+    A message that the end of the row may have cut has no last token.
+    """
+    spoken = activations.roles or SPEAKERS
+    if activations.positions != "turn_ends":
+        return [i for i in candidates if roles[i] in spoken][:: _step(activations)]
+    is_cut = len(roles) >= activations.max_length
+    after = [*roles[1:], roles[-1] if is_cut else None] if roles else []
+    return [i for i in candidates if roles[i] in spoken and after[i] != roles[i]]
+
+
+def _step(activations: Activations) -> int:
+    return activations.stride if activations.positions == "stride" else 1
+
+
 def _candidates(
     token_ids: Sequence[int], special_ids: Collection[int], activations: Activations, pad_id: int | None
 ) -> list[int]:
     """Return the allowed indices; none in a row of padding alone, of which the reference takes position 0."""
-    step = activations.stride if activations.positions == "stride" else 1
+    step = 1 if activations.roles else _step(activations)
     inside = unpadded(token_ids, pad_id)
     if activations.candidates == "not_special":
         return [i for i in inside[activations.min_position :: step] if token_ids[i] not in special_ids]
@@ -69,6 +106,8 @@ def most_per_row(activations: Activations, max_length: int) -> int:
         "random": activations.positions_per_document,
         "all": span,
         "stride": math.ceil(span / activations.stride),
+        "turn_ends": span,
+        "prompt_end": 1,
     }
     return min(most[activations.positions], span)
 
@@ -80,6 +119,8 @@ def rule_identity(activations: Activations) -> dict[str, object]:
         rule["candidates"] = activations.candidates
     if activations.max_norm is not None:
         rule["max_norm"] = activations.max_norm
+    if activations.roles:
+        rule["roles"] = list(activations.roles)
     if activations.positions == "random":
         rule |= {"per_row": activations.positions_per_document, "seed": activations.seed}
     if activations.positions == "stride":

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ksweep.activations.chat_roles import count_roles
+from ksweep.activations.chat_roles import CHAT_FORMATS, TokenRole, count_roles
+from ksweep.activations.chats import ChatWriter
 from ksweep.activations.datasets import TextRow, first_row, text_format
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
-from ksweep.activations.positions import most_per_row, row_positions, unpadded
+from ksweep.activations.positions import most_per_row, needs_roles, row_positions, unpadded
 from ksweep.activations.row_order import ordered_rows
 from ksweep.activations.source import ActivationUnit, kept_rows, refuse_unusable, to_float32
 from ksweep.config.spec import Activations
@@ -37,6 +38,7 @@ class TextUnits:
         self.max_length = positions_limit(config, self.activations)
         self.rows_per_unit = rows_per_unit(self.activations, self.max_length)
         self._reader: BlockReader | None = None
+        self._chats: ChatWriter | None = None
         self._rows: Iterator[TextRow] = iter(())
         self._next_unit: int | None = None
         self._ahead: TextRow | None = None
@@ -66,7 +68,7 @@ class TextUnits:
         """Free the memory of the model."""
         if self._reader is not None:
             self._reader.close()
-        self._reader, self._next_unit = None, None
+        self._reader, self._chats, self._next_unit = None, None, None
 
     def units(self, indices: Iterable[int]) -> Iterator[tuple[int, ActivationUnit]]:
         """Yield the units, each computed when it is taken. The text is streamed; a lower index starts it again.
@@ -96,6 +98,35 @@ class TextUnits:
             if self._next_unit > index:
                 return rows, self._ahead is None
 
+    def _written(self, rows: Sequence[TextRow]) -> Sequence[TextRow]:
+        """Return the rows with the text of conversations, as the model's chat template writes them."""
+        if all(row.messages is None for row in rows):
+            if self.activations.positions == "prompt_end":
+                raise DataError(f"activations.positions=prompt_end is for conversations, and {self.activations.text} holds none")
+            return rows
+        if self._chats is None:
+            self._chats = ChatWriter(self.reader.tokenizer, self.activations, self.reader.path)
+        return [row if row.messages is None else self._chats.write(row) for row in rows]
+
+    def _roles(self, row: TextRow, ids: Sequence[int], pad_id: int | None) -> list[TokenRole] | None:
+        """Return the role of each token of a row: by the marks of its chat format or, in another, by where its messages stand.
+
+        Raises:
+            DataError: positions go by roles, and the roles of the row are not known.
+        """
+        template = self.reader.template
+        if self._chats is not None and row.messages and (template is None or CHAT_FORMATS[template].start not in row.text):
+            roles = self._chats.roles(row, ids)
+        else:
+            roles = self.reader.roles(ids, pad_id)
+        if roles is None and ids and needs_roles(self.activations):
+            raise DataError(
+                f"activations.{'roles' if self.activations.roles else 'positions=turn_ends'} goes by the roles of tokens, and "
+                f"those of row {row.index} of {self.activations.text} are not known: the tokenizer of {self.activations.model} "
+                "has no chat format that ksweep knows. Give conversations (a column of messages) to a model tuned to chat"
+            )
+        return roles
+
     def _tokens(self, rows: Sequence[TextRow]) -> tuple[list[list[int]], int | None]:
         """Return the token ids of rows and their padding id: None for texts; pretokenised rows are unchanged, padding and all."""
         self._refuse_mixed(rows)
@@ -111,7 +142,7 @@ class TextUnits:
 
     def _refuse_mixed(self, rows: Sequence[TextRow]) -> None:
         """Raise DataError if some rows begin with BOS and others do not: they are of two kinds, e.g. chats beside plain text."""
-        if self.reader.document_bos is None or self._first is None:
+        if self.reader.document_bos is None or self._first is None or self._first.messages is not None:
             return
         begins_with_bos = {row.index: self._begins_with_bos(row) for row in (self._first, *rows) if row.holds_something}
         with_bos, without = (
@@ -146,15 +177,17 @@ class TextUnits:
 
     def _unit(self, rows: Sequence[TextRow], is_last: bool) -> ActivationUnit:
         reader = self.reader
+        rows = self._written(rows)
         ids, pad_id = self._tokens(rows)
+        roles = [self._roles(row, i, pad_id) for row, i in zip(rows, ids, strict=True)]
         # The rule not_padding goes by token id in texts, too: it skips a padding token at the end of a text.
         ends = reader.pad_id if pad_id is None and self.activations.candidates == "not_padding" else pad_id
         positions = [
-            row_positions(i, row.row_id, reader.special_ids, self.activations, ends) for i, row in zip(ids, rows, strict=True)
+            row_positions(i, row.row_id, reader.special_ids, self.activations, ends, of_row) if row.holds_something else []
+            for i, row, of_row in zip(ids, rows, roles, strict=True)
         ]
         vectors = reader.begin(ids, positions, pad_id)  # a GPU computes while the CPU collects roles and windows
         places = [(r, p) for r, taken in enumerate(positions) for p in taken]
-        roles = [reader.roles(i, pad_id) for i in ids]
         starts = [unpadded(i, pad_id).start for i in ids]
         unit = ActivationUnit(
             vectors=vectors(),
@@ -167,7 +200,7 @@ class TextUnits:
             num_rows=len(rows),
             num_skipped=sum(not taken for taken in positions),
             is_last=is_last,
-            role_counts=None if reader.template is None else count_roles(role for of_row in roles for role in of_row or ()),
+            role_counts=None if None in roles else count_roles(role for of_row in roles for role in of_row or ()),
         )
         refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")
         return unit if self.activations.max_norm is None else without_long(unit, self.activations.max_norm)

@@ -54,22 +54,22 @@ class TextYield:
 def text_yield(activations: Activations) -> TextYield | None:
     """Return what a text gives: rows are read until they give `num_activations`, or the text or what a plan may read has ended.
 
-    None where that cannot be known while planning: a hub dataset, rows of token ids, a tokenizer without tokenizer.json.
+    None where that cannot be known while planning: hub datasets, rows of token ids or messages, no tokenizer.json.
 
     Raises:
         RequestError: an unreadable text or model configuration.
     """
     directory = resolve(activations.model or "", "base model")
     tokenize = _tokenizer(directory, _modified(directory / "tokenizer.json"))
-    if text_format(activations) == "hub" or tokenize is None or _is_pretokenised(activations):
+    if text_format(activations) == "hub" or tokenize is None or not _holds_text(activations):
         return None
     limit = positions_limit(text_config(directory), activations)
     return _count(read_documents(activations), _RowCounter(activations, limit, *tokenize))
 
 
-def _is_pretokenised(activations: Activations) -> bool:
+def _holds_text(activations: Activations) -> bool:
     first = first_row(activations)
-    return first is not None and first.token_ids is not None
+    return first is None or bool(first.text)
 
 
 @dataclass

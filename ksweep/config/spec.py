@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 RowRule = Literal["random", "first"]
-PositionRule = Literal["random", "midpoint", "last", "all", "stride"]
+PositionRule = Literal["random", "midpoint", "last", "all", "stride", "turn_ends", "prompt_end"]
+SpokenRole = Literal["user", "assistant", "system", "other"]
 Candidates = Literal["not_special", "not_padding"]
 SelectionRule = Literal["order_statistics", "prefix"]
 MeasuredBaseline = Literal["between_documents", "distance_from_mean"]
@@ -259,8 +260,14 @@ class Activations:
     hub dataset id, or "package.module:name" of a function that gives rows (docs/extending.md). Text that already begins with the
     model's BOS, as chat templates write it, gets no second BOS; either all rows begin with it or none."""
     text_column: str = "text"
-    """Column of texts, or of lists of token ids, which are used unchanged: padding (the tokenizer's pad id, else EOS) at either
+    """Column of texts; of conversations (lists of messages with role and content), which the base model's chat template writes,
+    with exactly one BOS; or of lists of token ids, which are used unchanged: padding (the tokenizer's pad id, else EOS) at either
     end is masked and skipped, positions are indices into the padded row, and min_position counts from the first real token."""
+    chat_arguments: Mapping[str, Any] | None = None
+    """Arguments of the base model's chat template for conversations, such as {enable_thinking: false, add_generation_prompt:
+    true}; it must know each of them. None: its defaults. Where a template writes today's date it gets 26 July 2024."""
+    system_prompt: str | None = None
+    """System message of conversations that have none of their own."""
     text_split: str = "train"
     """Split of a hub dataset or a `datasets` directory of several splits."""
     document_column: str | None = None
@@ -281,7 +288,11 @@ class Activations:
     of its positions, until there are as many. More can be added later: the first ones stay."""
     positions: PositionRule = "random"
     """Which allowed positions of a row are taken. random: `positions_per_document` of them, seeded by row. midpoint: the middle
-    one. last: the last one. all: every one. stride: every `stride`-th."""
+    one. last: the last one. all: every one. stride: every `stride`-th. turn_ends: the last token of each message. prompt_end: of
+    a conversation without its last answer the last token, at which the model begins to answer; also a special one."""
+    roles: tuple[SpokenRole, ...] = ()
+    """Allow only tokens of messages of these roles: ("assistant",). Of conversations, or of texts and token ids in a chat format
+    that is known (Gemma, ChatML, Llama 3, Harmony). Empty: every token."""
     candidates: Candidates = "not_special"
     """Which positions are allowed. not_special: indices from min_position on whose token is not special. not_padding (the rule of
     the talkative autoencoder): every real token from the min_position-th on, special ones included; a shorter row gives its
@@ -304,6 +315,7 @@ class Activations:
     def __post_init__(self) -> None:
         one_of("activations.rows", self.rows, RowRule)
         one_of("activations.positions", self.positions, PositionRule)
+        self._check_chat()
         one_of("activations.candidates", self.candidates, Candidates)
         one_of("activations.dtype", self.dtype, Dtype)
         if self.max_norm is not None and not (is_number(self.max_norm) and self.max_norm > 0):
@@ -334,6 +346,21 @@ class Activations:
         if self.candidates == "not_special" and self.min_position >= self.max_length:
             raise SpecError(
                 f"activations.min_position={self.min_position} leaves nothing of rows cut to max_length={self.max_length} tokens"
+            )
+
+    def _check_chat(self) -> None:
+        if self.chat_arguments is not None:  # sorted pairs, so that a spec can be hashed
+            pairs = sorted((str(name), value) for name, value in dict(self.chat_arguments).items())
+            if wrong := [name for name, value in pairs if not isinstance(value, (str, bool, int, float, type(None)))]:
+                raise SpecError(f"activations.chat_arguments.{wrong[0]} must be a text, a number, true or false")
+            object.__setattr__(self, "chat_arguments", tuple(pairs) or None)
+        roles = (self.roles,) if isinstance(self.roles, str) else tuple(self.roles)
+        for role in roles:
+            one_of("activations.roles", role, SpokenRole)
+        object.__setattr__(self, "roles", tuple(sorted(set(roles))))
+        if roles and self.positions == "prompt_end":
+            raise SpecError(
+                f"activations.roles={list(roles)} and positions=prompt_end, whose token is of no message: leave one out"
             )
 
 

@@ -1,0 +1,178 @@
+"""Conversations as rows: read lists of messages, and write them as the base model's own chat template does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from ksweep.activations.chat_roles import TokenRole
+from ksweep.activations.datasets import TextRow, first_row, text_format
+from ksweep.config.spec import Activations
+from ksweep.utils.bos_token import one_bos
+from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.files import read_json
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What a template that writes today's date gets: the default of Llama 3.1. Otherwise vectors would differ from day to day."""
+
+NOT_ARGUMENTS = frozenset({"messages", "tools", "documents", "bos_token", "eos_token", "chat_template", "strftime_now"})
+"""Variables of templates that are not the user's to state."""
+
+SPOKEN_ROLES: dict[str, TokenRole] = {
+    "user": "user", "assistant": "assistant", "model": "assistant", "system": "system", "developer": "system",
+}  # fmt: skip
+
+
+def check_chats(activations: Activations, directory: Path) -> dict[str, object]:
+    """Return the part of the identity that says how conversations are written; empty where the text holds none.
+
+    Raises:
+        DataError: settings for chats beside a text that holds none, or an argument that the template does not know.
+        CheckpointError: the base model has no chat template.
+    """
+    asked = {name: getattr(activations, name) for name in ("chat_arguments", "system_prompt")}
+    stated = [name for name, value in asked.items() if value is not None]
+    stated += ["positions=prompt_end"] if activations.positions == "prompt_end" else []
+    if text_format(activations) != "hub":  # whose rows are not read while planning
+        first = first_row(activations)
+        if first is None or first.messages is None:
+            if stated:
+                raise DataError(
+                    f"activations.{stated[0]} is for conversations, and column {activations.text_column!r} of {activations.text} "
+                    "holds none: set activations.text_column to a column of messages, or leave it out"
+                )
+            return {}
+        check_arguments(activations, template_text(directory), directory)
+    written = {name: value for name, value in asked.items() if value is not None}
+    return {"chat": {"date": TEMPLATE_DATE.isoformat(), **written}} if text_format(activations) != "hub" or stated else {}
+
+
+def check_arguments(activations: Activations, template: str, directory: Path) -> None:
+    """Check that there is a chat template, and that it uses every argument that the spec states.
+
+    Raises:
+        CheckpointError: there is none. DataError: an argument would change nothing.
+    """
+    if not template:
+        raise CheckpointError(
+            f"base model {directory} has no chat template, and {activations.text} holds conversations "
+            f"(column {activations.text_column!r}): take the model that was tuned to chat, or a column of text"
+        )
+    for name in dict(activations.chat_arguments or ()):
+        if name in NOT_ARGUMENTS or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise DataError(
+                f"activations.chat_arguments has {name!r}, which is no argument of the chat template of {directory}: leave it "
+                "out, or check the spelling"
+            )
+
+
+def template_text(directory: Path) -> str:
+    """Return the chat template of a model from its files; empty if there is none."""
+    if (file := directory / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    for path in (directory / "chat_template.json", directory / "tokenizer_config.json"):
+        if path.is_file() and (template := read_json(path, "tokenizer configuration").get("chat_template")):
+            return str(template)
+    return ""
+
+
+class ChatWriter:
+    """Writes conversations as the chat template of a tokenizer does."""
+
+    def __init__(self, tokenizer: Any, activations: Activations, directory: Path) -> None:
+        """Check the template and its arguments.
+
+        Raises:
+            CheckpointError, DataError: as `check_arguments`; and a template that computes the date.
+        """
+        self.tokenizer, self.activations = tokenizer, activations
+        check_arguments(activations, str(tokenizer.chat_template or ""), directory)
+        self.template = dated(str(tokenizer.chat_template), directory)
+
+    def write(self, row: TextRow) -> TextRow:
+        """Return the row with its conversation as text; under positions=prompt_end without the last answer.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        assert row.messages is not None
+        messages, arguments = self.messages(row), dict(self.activations.chat_arguments or ())
+        if self.activations.positions == "prompt_end":
+            arguments["add_generation_prompt"] = True
+        if not messages:
+            return replace(row, text="")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template, **arguments)
+        except Exception as error:  # templates raise what they like
+            raise DataError(
+                f"row {row.index} of {self.activations.text} does not fit the chat template of the base model: "
+                f"{str(error)[:300]} (roles: {', '.join(str(m['role']) for m in messages)[:200]})"
+            ) from error
+        return replace(row, text=str(text))
+
+    def roles(self, row: TextRow, ids: Sequence[int]) -> list[TokenRole] | None:
+        """Return the role of each token of a conversation that was written; None where its messages are not found in the text."""
+        if not self.tokenizer.is_fast:
+            return None
+        alone = one_bos(row.text, self.tokenizer)
+        encoded = self.tokenizer(alone, add_special_tokens=True, return_offsets_mapping=True)
+        roles = spoken_roles(alone, encoded["offset_mapping"], self.messages(row))
+        begin = next((i for i in (0, 1) if encoded["input_ids"][i : i + len(ids)] == list(ids)), None)
+        if roles is None or begin is None:  # 1: the tokenizer has put a second BOS there
+            return None
+        special = frozenset(self.tokenizer.all_special_ids)
+        return ["special" if i in special else role for i, role in zip(ids, roles[begin:], strict=False)]
+
+    def messages(self, row: TextRow) -> list[dict[str, Any]]:
+        """Return the messages that are written: the system prompt before those that have none, and of a prompt no last answer."""
+        messages = [dict(message) for message in row.messages or ()]
+        if self.activations.positions == "prompt_end":
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+        system = self.activations.system_prompt
+        if system is not None and messages and messages[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": system})
+        return messages
+
+
+def dated(template: str, directory: Path) -> str:
+    """Return the template with TEMPLATE_DATE in place of today's date.
+
+    Raises:
+        CheckpointError: the format of the date is not a literal.
+    """
+    calls = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+    template = calls.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
+    if "strftime_now(" in template:
+        raise CheckpointError(
+            f"the chat template of {directory} writes today's date in a way that cannot be fixed (strftime_now), so the same "
+            "request would give other vectors tomorrow: render the conversations to a column of text"
+        )
+    return template
+
+
+def spoken_roles(text: str, offsets: Sequence[tuple[int, int]], messages: Sequence[Mapping[str, Any]]) -> list[TokenRole] | None:
+    """Return the role of each token of a written conversation by where in it the messages stand; for formats of any kind.
+
+    What a template adds is "special", messages of other roles (tools) are "other".
+
+    Args:
+        offsets: the first character of each token and one past the last, as fast tokenizers say.
+    """
+    # 1. Find the messages one after the other: a template may trim them, and leaves out thoughts.
+    of_character: list[TokenRole] = ["special"] * len(text)
+    after = 0
+    for message in messages:
+        content = str(message.get("content") or "").strip()
+        parts = (content, content.rpartition("</think>")[2].strip())
+        start, part = next(((start, part) for part in parts if (start := text.find(part, after)) >= 0), (-1, ""))
+        if start < 0:
+            return None
+        after = start + len(part)
+        of_character[start:after] = [SPOKEN_ROLES.get(str(message["role"]), "other")] * len(part)
+    # 2. A token belongs to the message in which it ends: many begin with the space before.
+    return ["special" if start == end else of_character[end - 1] for start, end in offsets]

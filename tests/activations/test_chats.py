@@ -1,0 +1,202 @@
+"""Conversations through the base's own chat template: one BOS, positions by role, and roles that are landed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ksweep.activations import activations_key, ensure
+from ksweep.activations.chats import dated, spoken_roles
+from ksweep.activations.datasets import read_documents
+from ksweep.config.spec import Activations
+from ksweep.utils.errors import CheckpointError, DataError, SpecError
+from tests.activations.chats import MARKERS, make_chat_base
+from tests.activations.helpers import passages, spec
+from tests.tiny_models import make_base
+
+LAYER = 0
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if thinks is defined and not thinks %}<think></think>{% endif %}{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+PLAIN = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} {% endfor %}"
+"""A format whose marks ksweep does not know."""
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA, "gemma": PLAIN}
+
+
+def set_template(base: Path, template: str) -> Path:
+    (base / "chat_template.jinja").write_text(template)
+    return base
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("chat")
+    made = {form: make_chat_base(folder / form, form) for form in TEMPLATES}
+    return {form: set_template(path, TEMPLATES[form]) for form, path in made.items()}
+
+
+def talks(count: int = 6) -> list[list[dict[str, str]]]:
+    words = [text.rstrip(".") for text in passages(4 * count, low=4, high=9)]  # the tokenizer like Gemma's has no full stop
+    roles = ("user", "assistant", "user", "assistant")
+    return [[{"role": r, "content": words[4 * i + j]} for j, r in enumerate(roles)] for i in range(count)]
+
+
+def write(path: Path, conversations: list[Any], **columns: Any) -> Path:
+    rows = [{"conversation": talk, "conversation_hash": f"c{i}", **columns} for i, talk in enumerate(conversations)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def request(base: Path, text: Path, count: int, **fields: Any) -> Activations:
+    options = {"text_column": "conversation", "document_column": "conversation_hash", "min_position": 0}
+    return spec(base, text, count, **(options | fields))
+
+
+def token_ids(base: Path, messages: list[dict[str, str]], **arguments: Any) -> list[int]:
+    """What transformers itself gives a model that is to answer."""
+    found = AutoTokenizer.from_pretrained(base).apply_chat_template(messages, tokenize=True, return_dict=False, **arguments)
+    return list(found)
+
+
+@pytest.mark.parametrize("form", list(TEMPLATES))
+def test_tokens_are_those_of_the_models_own_template_with_one_bos(form: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base, conversations = bases[form], talks()
+    path = write(tmp_path / "chat.jsonl", conversations)
+    wanted = [token_ids(base, talk) for talk in conversations]
+    asked = request(base, path, sum(map(len, wanted)), positions="all", candidates="not_padding", max_length=512)
+    table = ensure(asked, LAYER, tmp_path / "cache")
+    assert table.column("token_id").tolist() == [i for ids in wanted for i in ids]
+    bos = AutoTokenizer.from_pretrained(base).bos_token_id
+    assert [ids.count(bos) for ids in wanted] == [0 if form == "chatml" else 1] * 6
+
+
+@pytest.mark.parametrize("form", list(TEMPLATES))
+def test_positions_by_role_are_tokens_of_messages_of_that_role(form: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base, conversations = bases[form], talks()
+    path = write(tmp_path / "chat.jsonl", conversations)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    # 1. The last token of each message ends it, and has its role.
+    ends = ensure(request(base, path, 24, positions="turn_ends", max_length=512), LAYER, tmp_path / "cache")
+    assert ends.column("role").tolist() == ["user", "assistant"] * 12
+    contents = [message["content"] for talk in conversations for message in talk]
+    assert all(window.endswith(content[-10:]) for window, content in zip(ends.column("window"), contents, strict=True))
+    # 2. Every token of the answers: together they spell them.
+    said = [m["content"] for talk in conversations for m in talk if m["role"] == "assistant"]
+    fields = {"positions": "all", "roles": ("assistant",), "max_length": 512}
+    with pytest.raises(DataError) as error:
+        ensure(request(base, path, 10_000, **fields), LAYER, tmp_path / "cache")
+    count = int(str(error.value).partition(" gives ")[2].split()[0])
+    every = ensure(request(base, path, count, **fields), LAYER, tmp_path / "cache")
+    assert set(every.column("role")) == {"assistant"}
+    spelled = tokenizer.decode(every.column("token_id").tolist())
+    assert "".join(spelled.split()) == "".join("".join(said).split())
+
+
+def test_prompt_end_is_where_the_model_begins_to_answer(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, conversations = bases["llama3"], talks(3)
+    table = ensure(
+        request(base, write(tmp_path / "chat.jsonl", conversations), 3, positions="prompt_end", max_length=512),
+        LAYER, tmp_path / "cache",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for i, talk in enumerate(conversations):
+        ids = token_ids(base, talk[:-1], add_generation_prompt=True)
+        with torch.inference_mode():
+            hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER + 1][0, -1]
+        assert table.column("position")[i] == len(ids) - 1
+        assert np.abs(table.vectors()[i] - hidden.numpy()).max() < 1e-4
+
+
+def test_every_format_of_file_and_of_message_gives_the_same_conversations(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    conversations = talks(3)
+    rows = {"conversation": conversations}
+    pq.write_table(pa.table(rows), tmp_path / "chat.parquet")
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    shared = [
+        [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"], "toxic": False} for m in talk]
+        for talk in conversations
+    ]
+    parts = [[m | {"content": [{"type": "text", "text": m["content"]}]} for m in talk] for talk in conversations]
+    paths = [write(tmp_path / "a.jsonl", conversations), write(tmp_path / "b.jsonl", shared), write(tmp_path / "c.jsonl", parts)]
+    for path in (*paths, tmp_path / "chat.parquet", tmp_path / "saved"):
+        read = list(read_documents(Activations(model="m", text=str(path), text_column="conversation")))
+        assert [list(map(dict, row.messages or ())) for row in read] == conversations
+
+
+def test_what_is_stated_of_the_template_is_written_and_in_the_key(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, talk = bases["chatml"], talks(1)[0][:1]
+    path, other = write(tmp_path / "chat.jsonl", [talk, talk]), {"thinks": False, "add_generation_prompt": True}
+    fields = {"positions": "all", "candidates": "not_padding", "rows": "first"}
+    asked = request(base, path, 2, chat_arguments=other, system_prompt="Be brief.", **fields)
+    ids = token_ids(base, [{"role": "system", "content": "Be brief."}, *talk], **other)
+    table = ensure(
+        request(base, path, len(ids), chat_arguments=other, system_prompt="Be brief.", **fields), LAYER, tmp_path / "c"
+    )
+    assert table.column("token_id").tolist() == ids and "system" in table.column("role")
+    assert asked == Activations(**{**asked.__dict__, "chat_arguments": [["thinks", False], ["add_generation_prompt", True]]})
+    changes: list[dict[str, Any]] = [{}, {"chat_arguments": other}, {"system_prompt": "Be brief."}, {"positions": "prompt_end"}]
+    assert len({activations_key(request(base, path, 2, **change), LAYER)[0] for change in changes}) == 4
+
+
+def test_what_cannot_be_written_is_refused_by_name(bases: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    chatml, path = bases["chatml"], write(tmp_path / "chat.jsonl", talks(2), text="plain words")
+
+    def refused(words: str, asked: Activations, error: type[Exception] = DataError) -> None:
+        with pytest.raises(error, match=words):
+            ensure(asked, LAYER, tmp_path / "cache")
+
+    unknown = request(chatml, path, 2, chat_arguments={"enable_thinking": False})
+    refused("'enable_thinking', which is no argument of the chat template", unknown)
+    refused("chat_arguments is for conversations", request(chatml, path, 2, text_column="text", chat_arguments={"thinks": False}))
+    refused("prompt_end is for conversations", request(chatml, path, 2, text_column="text", positions="prompt_end"))
+    refused("goes by the roles of tokens", request(base, path, 2, text_column="text", positions="turn_ends"))
+    bare = make_base(tmp_path / "bare", "llama", num_layers=2, d_model=16)
+    (bare / "chat_template.jinja").unlink()
+    refused("has no chat template", request(bare, path, 2), CheckpointError)
+    picture = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
+    refused("message 0 of row 1 .* has role 'user' and a content of type list", request(
+        chatml, write(tmp_path / "picture.jsonl", [talks(1)[0], picture]), 2
+    ))  # fmt: skip
+    strict = set_template(make_chat_base(tmp_path / "strict", "chatml"), "{{ raise_exception('Roles must alternate') }}" + CHATML)
+    refused(r"row 0 of .* does not fit the chat template .*Roles must alternate \(roles: user,", request(strict, path, 2))
+    with pytest.raises(SpecError, match="leave one out"):
+        request(chatml, path, 2, positions="prompt_end", roles=("user",))
+
+
+def test_roles_by_where_messages_stand_are_those_by_marks(bases: dict[str, Path]) -> None:
+    """The two ways of finding roles, on one conversation; between messages the marks of ChatML leave a break of nobody."""
+    from ksweep.activations.chat_roles import token_roles
+
+    tokenizer, talk = AutoTokenizer.from_pretrained(bases["chatml"]), talks(1)[0]
+    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    by_marks = token_roles(tokenizer.convert_ids_to_tokens(encoded["input_ids"]), "chatml", special=MARKERS["chatml"])
+    by_place = spoken_roles(text, encoded["offset_mapping"], talk)
+    assert by_place == ["special" if role == "other" else role for role in by_marks]
+    assert spoken_roles(text, encoded["offset_mapping"], [{"role": "user", "content": "never said"}]) is None
+    assert spoken_roles("ab", [(0, 1), (1, 2)], [{"role": "assistant", "content": "<think>x</think>b"}]) == [
+        "special",
+        "assistant",
+    ]
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:
+    assert dated("on {{ strftime_now('%d %b %Y') }}.", Path("b")) == "on {{ '26 Jul 2024' }}."
+    with pytest.raises(CheckpointError, match="today's date"):
+        dated("{{ strftime_now(form) }}", Path("b"))
