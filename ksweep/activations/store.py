@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -486,6 +486,32 @@ class ActivationTable:
         if len(self._open) > MOST_OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[index]
+
+
+class TransformedTable(ActivationTable):
+    """Activations whose vectors went through a transform, under a key of their own; their provenance is unchanged."""
+
+    def __init__(self, table: ActivationTable, key: str, transform: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Transform vectors when they are read; nothing is stored."""
+        self.__dict__.update(vars(table))
+        self.key, self._table, self._transform = key, table, transform
+
+    def vectors(self, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "activation d_model"]:
+        """Return transformed vectors of activations start..stop-1, float32."""
+        return self._transform(self._table.vectors(start, stop))
+
+    def take(self, indices: Sequence[int] | Int64[np.ndarray, " activation"]) -> Float32[np.ndarray, "activation d_model"]:
+        """Return the transformed vectors of any activations, in the given order, float32."""
+        return self._transform(self._table.take(indices))
+
+    def stored(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Yield transformed vectors of activations start..stop-1."""
+        yield self.vectors(start, stop)
+
+    def row(self, index: int) -> np.ndarray:
+        """Return one transformed vector."""
+        row: np.ndarray = self.take([index])[0]
+        return row
 
 
 def estimate_bytes(num_activations: int, d_model: int, dtype: str) -> int:

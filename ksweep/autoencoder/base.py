@@ -6,7 +6,7 @@ An AV (verbalizer) turns vectors into draws, an AR (reconstructor) turns explana
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -18,6 +18,7 @@ from ksweep.utils.errors import SpecError
 from ksweep.utils.notes import Note
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from jaxtyping import Float
 
@@ -212,6 +213,20 @@ class Family(ABC):
                 "reconstructions, which only a checkpoint has. Leave it out (0); the pair's FVE has its interval from "
                 "scoring.num_replicates"
             )
+
+    @property
+    def space(self) -> str | None:
+        """Name of the transform that activations go through before they are explained and compared; None for vectors as they
+        are."""
+        return None
+
+    def transform(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Return the transform of `space`, of arrays [activation, d_model].
+
+        Raises:
+            CheckpointError: its file is not the one that the autoencoder was trained with.
+        """
+        raise AssertionError(f"{type(self).__name__} takes activations as they are")
 
     def training_norm(self) -> float | None:
         """Return the median norm of the activations that it was trained on; None if its files do not state it."""

@@ -6,7 +6,7 @@ There is no AV. The texts of a file (`texts_file.py`) stand in place of its draw
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ from ksweep.utils.errors import SpecError
 from ksweep.utils.notes import Note, notes_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ksweep.autoencoder.base import Reconstructor, Verbalizer
 
 WORDS = "words"
@@ -115,6 +117,16 @@ class TextsForAr(GivenTexts):
         if stated := self.autoencoder.prompting.of_av:
             raise SpecError(f"autoencoder.prompting.{next(iter(stated))} is for an AV, and the texts are given: leave it out")
         return half_of(self.autoencoder, "ar")
+
+    @property
+    def space(self) -> str | None:
+        """Name and digest of the whitening that a checkpoint's AR was trained on; None for raw activations."""
+        return self.ar.space if isinstance(self.ar, CheckpointInfo) else None
+
+    def transform(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Return the whitening."""
+        assert isinstance(self.ar, CheckpointInfo)
+        return self.ar.read_whitening().apply
 
     @property
     def scoring_kind(self) -> ScoringKind:

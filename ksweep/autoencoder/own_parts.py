@@ -112,6 +112,11 @@ class OwnParts(Family):
         """Check layer and width as far as the halves state them, and the base model of a half that is a checkpoint."""
         for half, source in ((self.av, self.autoencoder.av), (self.ar, self.autoencoder.ar)):
             check_half(half, source or "", facts)
+            if isinstance(half, CheckpointInfo) and half.space is not None:
+                raise CheckpointError(
+                    f"{source} was trained on whitened activations, and the other half is your own class, which gets and gives "
+                    "raw ones: use both halves of the pair, or one trained on raw activations"
+                )
         if facts.model is None:
             return ()
         if isinstance(self.av, CheckpointInfo):

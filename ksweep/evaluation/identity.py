@@ -51,6 +51,7 @@ class CellKeys:
     """The keys and names of a cell, and the readable identities that the keys were hashed from."""
 
     activations: str
+    """Key of the activations that are explained and compared."""
     draws: str
     """Key of what the AV said. It does not depend on the AR."""
     scores: str
@@ -70,8 +71,12 @@ class CellKeys:
     title: str = ""
     """Name of a cell that is shown alone: what the cells of its sweep share, then the label: "demo L20 temperature=0.8"."""
 
+    stored_activations: str = ""
+    """Key under which they are in the activation store: that of the vectors before a transform."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.label)
+        object.__setattr__(self, "stored_activations", self.stored_activations or self.activations)
 
     @property
     def name(self) -> str:
@@ -105,7 +110,11 @@ def _keys_of_content(cell: Cell) -> CellKeys:
     notes = (*family.notes, *family.check_activations(facts))
     check_group_columns(cell.activations, columns_of_activations(cell, family))
     # 2. Hash what changes the activations, the draws, the numbers.
-    activations, activations_identity = activations_key(cell.activations, layer)
+    stored_activations, activations_identity = activations_key(cell.activations, layer)
+    activations = stored_activations
+    if family.space is not None:
+        activations = fingerprint({"activations": stored_activations, "space": family.space})
+        activations_identity = activations_identity | {"space": family.space}
     draws: dict[str, Any] = {
         "activations": activations,
         **family.draws_identity(),
@@ -128,9 +137,9 @@ def _keys_of_content(cell: Cell) -> CellKeys:
         "statistics_version": STATISTICS_VERSION,
     }
     return CellKeys(
-        activations=activations, draws=fingerprint(draws), scores=RECONSTRUCTION.key(scores), combined=combined_key,
-        cell=fingerprint(numbers), layer=layer, label=cell_label(cell, layer), notes=notes,
-        identity={"activations": activations_identity, "draws": draws, "scores": scores, "layer": layer},
+        activations=activations, stored_activations=stored_activations, draws=fingerprint(draws),
+        scores=RECONSTRUCTION.key(scores), combined=combined_key, cell=fingerprint(numbers), layer=layer, label=cell_label(cell,
+        layer), notes=notes, identity={"activations": activations_identity, "draws": draws, "scores": scores, "layer": layer},
     )  # fmt: skip
 
 

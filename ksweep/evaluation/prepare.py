@@ -89,6 +89,7 @@ def _identify(cell: Cell, context: RunContext) -> tuple[Cell, CellKeys]:
 
 def _extract_activations(cell: Cell, keys: CellKeys, context: RunContext, ranks: Ranks, clock: Clock) -> ActivationTable:
     from ksweep.activations.caching import ensure
+    from ksweep.activations.store import TransformedTable
 
     def progress(done: int, total: int) -> None:
         ranks.report("activations", done, total)
@@ -96,15 +97,17 @@ def _extract_activations(cell: Cell, keys: CellKeys, context: RunContext, ranks:
             raise Stopped(f"stopped with {done} of {total} activations extracted")
 
     with clock("activations"):
-        return ensure(
+        vectors = ensure(
             cell.activations, keys.layer, context.vector_cache, rank=ranks.rank, world_size=ranks.world_size,
             barrier=ranks.barrier, device=ranks.devices, progress=progress,
         )  # fmt: skip
+        if vectors.key != keys.stored_activations:
+            raise DataError(f"the text or the model of {keys.name} changed while its activations were extracted: run it again")
+        family = family_of(cell.autoencoder)
+        return vectors if family.space is None else TransformedTable(vectors, keys.activations, family.transform())
 
 
 def _check_activations(cell: Cell, keys: CellKeys, vectors: ActivationTable) -> None:
-    if vectors.key != keys.activations:
-        raise DataError(f"the text or the model of {keys.name} changed while its activations were extracted: run it again")
     if cell.scoring.baseline_kind == "between documents" and vectors.num_documents() < 2:
         raise one_document_error(cell, keys.name)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksweep.activations.caching import ensure
+from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Cell
 from ksweep.evaluation.cell_record import record_cell
 from ksweep.evaluation.cell_run import CellRun, CurrentCell
@@ -88,7 +89,9 @@ class CellRecorder:
         def activations(num: int) -> np.ndarray:
             """Return the first activations, also some beyond the cell's: parts of draws are scored whole."""
             wanted = replace(run.cell.activations, num_activations=num)
-            return ensure(wanted, run.keys.layer, self.context.vector_cache, device=self.ranks.devices).vectors()
+            vectors = ensure(wanted, run.keys.layer, self.context.vector_cache, device=self.ranks.devices).vectors()
+            family = family_of(run.cell.autoencoder)
+            return vectors if family.space is None else family.transform()(vectors)
 
         for name in run.cell.scoring.metrics:
             compute_metric(metric_named(name), self.context.registry, run.keys.draws, run.grid, activations)

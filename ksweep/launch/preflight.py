@@ -73,7 +73,7 @@ def _gather_facts(
     needed = plan_activations(cell.activations, keys.layer, Path(sweep.vector_cache))
     return CellFacts(
         cell_key=keys.cell,
-        activations_key=keys.activations,
+        activations_key=keys.stored_activations,
         label=keys.label,
         title=keys.title,
         keys=keys,

@@ -158,7 +158,7 @@ COMMENT ON COLUMN runs.resources IS 'Where and how the run was requested to exec
 COMMENT ON COLUMN runs.cell_key IS 'Key of the cell: hash of everything that changes its numbers.';
 COMMENT ON COLUMN runs.draws_key IS 'Key of the draws, shared by cells that differ only in AR, counts and scoring; name of a directory under registry/draws. In runs of earlier versions (scores_key is NULL) the key of draws and scores together.';
 COMMENT ON COLUMN runs.scores_key IS 'Key of what the draws are worth to the AR; name of a directory under registry/scores/<draws_key>. NULL in runs of earlier versions, whose parts hold draws and scores together.';
-COMMENT ON COLUMN runs.activations_key IS 'Key of the activations; name of a directory under vector_cache.';
+COMMENT ON COLUMN runs.activations_key IS 'Key of the activations; name of a directory under vector_cache, but for a whitened pair, whose activations are hashed from that name and the transform.';
 COMMENT ON COLUMN runs.interval_reach IS 'Factor by which intervals of this run are wider than the quantiles of their replicates, as few effective documents require: each end lies interval_reach times half the distance between the quantiles from the middle; see the macro interval_end. NULL for fewer than two documents and for runs recorded before replicates were kept.';
 
 CREATE TABLE run_curves (

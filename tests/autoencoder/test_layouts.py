@@ -24,6 +24,8 @@ from ksweep.autoencoder.nla.checkpoint import inspect_half
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
 from ksweep.autoencoder.prompting import AddAfterBlock, ReplaceEmbedding
 from ksweep.config.spec import PromptingOverrides
+from ksweep.inference.engine import BuiltinEngine, DecodingOptions, DrawBatch, Request
+from ksweep.inference.naive_engine import NaiveEngine
 from ksweep.inference.prompts import FinishReason
 from ksweep.utils.errors import CheckpointError, DataError
 from tests.layout_fixtures import CASES, LayoutCase, layout_differences, load_pair
@@ -396,3 +398,144 @@ def test_nla_config_stands_for_a_missing_ar_meta(tmp_path: Path) -> None:
     tensors(AR_LORA, lambda values: [value.mul_(0.5) for name, value in values.items() if "lora_B" in name])(root)
     texts, expected = LORA.expected["ar"]["texts"], np.load(LORA.directory / "expected.npz")["ar_reconstructions"]
     assert np.allclose(load_ar(LORA.spec(root)).reconstruct_texts(texts).numpy(), expected, atol=1e-3)
+
+
+# --- ARs of nla-at-home with heads, and pairs for all layers ---
+
+
+def plain_hidden(base: Path, ids: list[int], layer: int) -> torch.Tensor:
+    """The output of block `layer` at the last token, by plain transformers over the whole base."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        hidden: torch.Tensor = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1][0, -1]
+    return hidden
+
+
+def head_ar(root: Path, method: str, heads: Mapping[str, torch.Tensor], **changes: Any) -> Path:
+    """An AR of heads over the fixture's base, with nothing else in its directory."""
+    path = root / "heads"
+    path.mkdir()
+    shutil.copy(root / "ar" / "nla_meta.yaml", path)
+    single = list(heads) == ["weight"]
+    save_file(dict(heads), path / ("value_head.safetensors" if single else "value_heads.safetensors"))
+    template = "A description: <text>{explanation}</text> <vector>"
+    sidecar("heads", training__method=method, prompt_templates__ar=template, tokens=..., **changes)(root)
+    return path
+
+
+TEXT = "a few words about barges"
+
+
+def test_head_over_a_frozen_base_reads_the_last_token_without_normalising(tmp_path: Path) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    weight = torch.randn(48, 48, generator=torch.Generator().manual_seed(0))
+    path = head_ar(root, "value_head+frozen", {"weight": weight.bfloat16()})
+    ar = load_ar(AT_HOME.spec(root, ar=str(path)))
+    [ids] = ar.prompts.ids([TEXT])
+    expected = weight.bfloat16().float() @ plain_hidden(root / "base", ids, 2)
+    assert torch.allclose(ar.reconstruct_texts([TEXT])[0], expected, atol=1e-4)
+    with pytest.raises(CheckpointError, match=r"holds a head alone .* Set autoencoder\.base"):
+        inspect_half(AT_HOME.spec(root, ar=str(path), base=None), "ar")
+
+
+def test_head_beside_a_tuned_model_reads_that_model(tmp_path: Path) -> None:
+    """A tuned backbone in one file was taken for a frozen one by its trainer's own reader."""
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    path = head_ar(root, "value_head+finetune", {"weight": torch.eye(48)})
+    frozen = load_ar(AT_HOME.spec(root, ar=str(path))).reconstruct_texts([TEXT])
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(root / "base" / name, path)
+    config = json.loads((path / "config.json").read_text())
+    types = {"layer_types": config["layer_types"][:3]} if "layer_types" in config else {}
+    of_json("heads/config.json", num_hidden_layers=3, **types)(root)
+    weights = load_file(root / "base" / "model.safetensors")
+    unused = ("model.norm.weight", "lm_head.weight")
+    kept = {name: value for name, value in weights.items() if "layers.3." not in name and name not in unused}
+    kept["model.layers.0.mlp.down_proj.weight"] *= 2
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    tuned = load_ar(AT_HOME.spec(root, ar=str(path)))
+    assert tuned.info.base is None and not torch.allclose(tuned.reconstruct_texts([TEXT]), frozen, atol=1e-3)
+
+
+def universal(root: Path, **training: Any) -> None:
+    """Make AV and AR those of all layers, as train_universal_av.py and train_universal_ar.py write them."""
+    template = "At depth {depth_pct}%: <concept>{injection_char}</concept>\n\n<explanation>"
+    common = {"variant": "universal", "extraction_layer_index": ..., "n_layers": 4, "depth_percentages": [4, 10, 55, 96]}
+    sidecar("av", prompt_templates={"av": template}, **common)(root)
+    changes = {f"training__{name}": value for name, value in training.items()}
+    sidecar("ar", prompt_templates=..., **common, **changes)(root)
+
+
+@pytest.mark.parametrize(("layer", "percent"), [(0, 4), (1, 25), (2, 47), (3, 71)])
+def test_pair_for_all_layers_is_told_the_listed_depth_nearest_to_its_layer(layer: int, percent: int, tmp_path: Path) -> None:
+    """100 L / 4 blocks is 0, 25, 50, 75; of 47 and 55 the nearer to 50 is 47, of 71 and 80 the nearer to 75 is 71."""
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    universal(root)
+    family = family_of(AT_HOME.spec(root, layer=layer))
+    assert family.layer == layer
+    av, ar = inspect_half(family.autoencoder, "av"), inspect_half(family.autoencoder, "ar")
+    assert av.av_prompting.message.startswith(f"At depth {percent}%: <concept>㈎")
+    before = f"Summary of the following text from depth {percent}%: <text>"
+    assert ar.ar_prompting.affixes == (before, "</text> <summary>㈎") and ar.num_layers == layer + 1
+
+
+def test_pair_for_all_layers_needs_a_layer_that_it_was_trained_for(tmp_path: Path) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    universal(root, min_layer=2)
+    with pytest.raises(CheckpointError, match=r"trained for all layers: set autoencoder\.layer"):
+        family_of(AT_HOME.spec(root)).draws_identity()
+    with pytest.raises(CheckpointError, match="trained for layers from 2 on"):
+        family_of(AT_HOME.spec(root, layer=1)).scores_identity()
+
+
+def test_subtracted_mean_of_the_layer_is_added_to_what_the_ar_gives(tmp_path: Path) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    universal(root, mean_subtract=True)
+    spec = AT_HOME.spec(root, layer=2)
+    with pytest.raises(CheckpointError, match=r"layer_means\.pt is not beside it"):
+        load_ar(spec)
+    mean = torch.arange(48).float()
+    torch.save({1: mean * 2, 2: mean}, root / "ar" / "layer_means.pt")
+    with_mean = load_ar(spec).reconstruct_texts([TEXT])
+    sidecar("ar", training__mean_subtract=False)(root)
+    assert torch.allclose(with_mean, load_ar(spec).reconstruct_texts([TEXT]) + mean, atol=1e-5)
+    sidecar("ar", training__mean_subtract=True)(root)
+    torch.save({3: mean}, root / "ar" / "layer_means.pt")
+    with pytest.raises(CheckpointError, match="holds no finite vector of 48 numbers for layer 2"):
+        load_ar(spec)
+
+
+@pytest.mark.parametrize("key", ["value_head.{}.weight", "{}"])
+def test_one_head_of_many_is_that_of_the_layer(key: str, tmp_path: Path) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    universal(root)
+    generator = torch.Generator().manual_seed(0)
+    heads = {key.format(i): torch.randn(48, 48, generator=generator) for i in range(3)}
+    path = head_ar(root, "per_layer_value_heads+frozen_backbone", heads)
+    ar = load_ar(AT_HOME.spec(root, ar=str(path), layer=1))
+    [ids] = ar.prompts.ids([TEXT])
+    expected = heads[key.format(1)] @ plain_hidden(root / "base", ids, 1)
+    assert torch.allclose(ar.reconstruct_texts([TEXT])[0], expected, atol=1e-4)
+    with pytest.raises(CheckpointError, match="has no head of layer 3"):
+        load_ar(AT_HOME.spec(root, ar=str(path), layer=3))
+
+
+# --- drawing ---
+
+
+def test_draws_with_a_vector_behind_block_1_equal_those_of_the_naive_loop() -> None:
+    """Blocks 0 and 1 are shared by all prompts up to the marker; nothing is added while tokens follow."""
+    av = load_pair(MERGED.spec())[0]
+    vectors = torch.tensor(np.load(MERGED.directory / "expected.npz")["activations"])
+    requests = [Request(row=row, activation_key=row + 7, draw=k) for row in range(len(vectors)) for k in range(3)]
+    batch = DrawBatch(vectors=vectors, requests=requests, temperature=1.0, seed=0)
+    drawn = [
+        {
+            (d.request.row, d.request.draw): d.token_ids
+            for _, d in engine.generate(av, [batch], DecodingOptions(max_new_tokens=12))
+        }
+        for engine in (BuiltinEngine(), NaiveEngine())
+    ]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 18 and len(set(drawn[0].values())) > 9

@@ -24,7 +24,7 @@ from ksweep.autoencoder.nla.sidecar import (
     sidecar_file,
 )
 from ksweep.autoencoder.nla.weight_files import Adapter, WeightFiles, check_head, find_weights
-from ksweep.autoencoder.nla.whitening import Whitening, check_same_space, find_statistics, read_statistics
+from ksweep.autoencoder.nla.whitening import METHOD, Whitening, check_same_space, find_statistics, read_statistics
 from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
 from ksweep.autoencoder.safetensors_header import check_attention, check_blocks, model_tensors
 from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, Autoencoder, LayoutName, PromptingOverrides
@@ -109,14 +109,19 @@ class CheckpointInfo:
         """Whether blocks above those in use may lie in its weights: those of a base."""
         return self.base is not None
 
-    def read_whitening(self) -> Whitening | None:
-        """Return the transform of vectors before the AV; None for raw ones.
+    @property
+    def space(self) -> str | None:
+        """Name and digest of the whitening that it was trained on; None for raw activations."""
+        stated = self.sidecar.whitening
+        return None if stated is None else f"{METHOD} {stated.sha256}"
+
+    def read_whitening(self) -> Whitening:
+        """Return the transform of vectors before the AV.
 
         Raises:
             CheckpointError: the statistics are not those that the sidecar states.
         """
-        if self.whitening is None or self.sidecar.whitening is None:
-            return None
+        assert self.whitening is not None and self.sidecar.whitening is not None
         return read_statistics(self.whitening, self.sidecar.whitening, self.d_model)
 
     @property
@@ -209,6 +214,12 @@ def inspect_nla(
     )
     notes = (*sidecar.notes, *_thinking_notes(filled, path, _tokenizer_directory(path, base_path or path)))
     statistics = None if sidecar.whitening is None else find_statistics(sidecar.whitening, path, whitening)
+    if statistics is not None:
+        text = (
+            "AV and AR were trained on whitened activations. Vectors are whitened before they are explained and compared: errors, "
+            "baseline and FVE are not comparable with those of raw vectors."
+        )
+        notes = (*notes, Note("activations", text))
     return CheckpointInfo(
         path=path, sidecar=sidecar, layer=layer, num_layers=num_layers, config=config, base=base_path, files=weights,
         tensors=tensors, prompting=filled, whitening=statistics, notes=notes,

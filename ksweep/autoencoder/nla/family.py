@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from ksweep.utils.errors import RequestError
 from ksweep.utils.notes import Note, notes_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ksweep.autoencoder.base import Reconstructor, Verbalizer
 
 REPORT = "training_report.json"
@@ -75,6 +77,15 @@ class NlaPair(Family):
         if facts.model_directory is not None and notes:
             check_same_architecture(av, facts.model_directory, facts.source)
         return notes
+
+    @property
+    def space(self) -> str | None:
+        """Name and digest of the whitening that AV and AR were trained on; None for raw activations."""
+        return self.pair[0].space
+
+    def transform(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Return the whitening."""
+        return self.pair[0].read_whitening().apply
 
     def training_norm(self) -> float | None:
         """Return the norm from a sidecar, or from the training report beside the pair."""
