@@ -94,7 +94,8 @@ def _curve_rows(cell: MeasuredCell) -> Iterator[dict[str, Any]]:
         tails = stats.tails(best[:, i], shared.baseline)
         yield row | gains.get(row["k"], _NO_GAIN) | {
             "cell": cell.cell, "label": cell.label, "run_id": cell.run_id, "sweep": cell.sweep, "temperature": cell.temperature,
-            "metric": "fve", "baseline_kind": shared.baseline_kind, "note": shared.note, "few_subsets": bool(few[i]),
+            "step": cell.step, "metric": "fve", "baseline_kind": shared.baseline_kind, "note": shared.note,
+            "few_subsets": bool(few[i]),
             "band_low": finite(low[i]), "band_high": finite(high[i]),
             "tokens": float(tokens[i]), "fve_median": tails.fve_median, "fve_trimmed": tails.fve_trimmed,
             "worst_share": tails.worst_share,

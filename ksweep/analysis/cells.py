@@ -31,6 +31,8 @@ class MeasuredCell:
     label: str
     sweep: str
     temperature: float | None
+    step: int | None
+    """Training step of its checkpoints, as in `runs`."""
     activations_key: str
     draws_key: str
     scores_key: str | None
@@ -131,8 +133,8 @@ def load_cells(registry: Path | str, names: Sequence[str] = (), *, vector_cache:
     return [replace(cell, label=label) for cell, label in zip(cells, labels, strict=True)]
 
 
-_COLUMNS = """r.run_id, r.cell, r.label, r.sweep, r.temperature, r.activations_key, r.draws_key, r.scores_key, r.num_activations,
-              r.num_draws, r.baseline, r.baseline_kind, r.scoring_kind, r.spec"""
+_COLUMNS = """r.run_id, r.cell, r.label, r.sweep, r.temperature, step_in(r.label, r.step) AS step, r.activations_key, r.draws_key,
+              r.scores_key, r.num_activations, r.num_draws, r.baseline, r.baseline_kind, r.scoring_kind, r.spec"""
 _ALL = f"SELECT {_COLUMNS} FROM v_latest AS r WHERE draws_key IS NOT NULL ORDER BY r.finished, r.run_id"
 _NAMED = f"""
     WITH latest AS (SELECT run_id FROM v_latest), named AS (

@@ -30,7 +30,15 @@ if TYPE_CHECKING:
     import altair as alt
 
 ChartKind = Literal[
-    "fve_by_k", "fve_by_temperature", "compare", "chosen", "by_group", "error_distribution", "norm_distribution", "throughput"
+    "fve_by_k",
+    "fve_by_temperature",
+    "fve_by_step",
+    "compare",
+    "chosen",
+    "by_group",
+    "error_distribution",
+    "norm_distribution",
+    "throughput",
 ]
 
 

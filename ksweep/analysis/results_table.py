@@ -100,12 +100,14 @@ def _spread(values: list[int], most: int) -> list[int]:
 
 
 def write_charts(sweep: Sweep, curves: pa.Table, folder: Path) -> list[Path]:
-    """Write charts of FVE by K, and by temperature where it varies, as HTML, PNG and PDF; return their paths."""
+    """Write charts of FVE by K, and by temperature and step where these vary, as HTML, PNG and PDF; return their paths."""
     from ksweep.analysis import charts
 
     written = charts.save(charts.fve_by_k(curves, title=sweep.question or sweep.name), folder / "fve_by_k")
     if len(set(curves["temperature"].to_pylist())) > 1:
         written += charts.save(charts.fve_by_temperature(curves), folder / "fve_by_temperature")
+    if len(set(curves["step"].to_pylist()) - {None}) > 1:
+        written += charts.save(charts.fve_by_step(curves), folder / "fve_by_step")
     return written
 
 

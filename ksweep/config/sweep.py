@@ -13,6 +13,7 @@ from ksweep.config.resources import Resources
 from ksweep.config.spec import Autoencoder, Cell, TextEnd, replace_at
 from ksweep.config.validation import PLAIN_NAME, one_line, plain_name
 from ksweep.utils.cell_names import duplicate_names, short_names
+from ksweep.utils.checkpoint_series import steps_of
 from ksweep.utils.errors import SpecError
 
 PATHS = ("av", "ar", "checkpoint", "texts", "base", "model", "text", "vectors")
@@ -78,6 +79,9 @@ class Sweep:
         """Return what differs between the cells, one label each: "temperature=0.5", "ar=untrained"."""
         fields_of = _axis_names(list(self.axes))
         texts = {path: _axis_texts(fields_of[path], values) for path, values in self.axes.items()}
+        steps = {path: found for path, values in self.axes.items() if (found := _axis_steps(path, values)) is not None}
+        for path, of_path in steps.items():
+            texts[path] = [f"step={step}" if len(steps) == 1 else f"{fields_of[path]} step={step}" for step in of_path]
         if limits := self.axes.get("autoencoder.max_text_tokens"):
             kept = self.cell.autoencoder.kept_tokens
             texts["autoencoder.max_text_tokens"] = [token_limit_text(limit, kept) for limit in limits]
@@ -97,6 +101,19 @@ def _axis_names(paths: Sequence[str]) -> dict[str, str]:
     last = [path.rpartition(".")[2] for path in paths]
     again = duplicate_names(last)
     return {path: path if name in again else name for path, name in zip(paths, last, strict=True)}
+
+
+def _axis_steps(path: str, values: Sequence[Any]) -> list[int] | None:
+    """Return the steps of an axis of checkpoints that differ in nothing but their step; None of any other axis."""
+    if len(values) < 2:
+        return None
+    if path.rpartition(".")[2] in PATHS:
+        return steps_of(values) if all(isinstance(value, str) for value in values) else None
+    if not all(isinstance(value, Autoencoder) for value in values):
+        return None
+    varying = [f.name for f in fields(Autoencoder) if len({getattr(value, f.name) for value in values}) > 1]
+    steps = [_axis_steps(name, [getattr(value, name) for value in values]) for name in varying]
+    return steps[0] if steps and all(found == steps[0] for found in steps) else None
 
 
 def _axis_texts(name: str, values: Sequence[Any]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ksweep.analysis.results import Results, results_of_cells
 from ksweep.config.overrides import apply_overrides
+from ksweep.config.series import expand_series
 from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep, known_keys
 from ksweep.evaluation.identity import CellKeys, resolve_cells, sweep_keys
@@ -165,7 +166,8 @@ def resolve_sweep(sweep: Sweep) -> ResolvedSweep:
 
 
 def identify_cells(sweep: Sweep) -> ResolvedSweep:
-    """Resolve and identify every cell; the resources stay as they are."""
+    """Find the checkpoints of series, resolve and identify every cell; the resources stay as they are."""
+    sweep = expand_series(sweep)
     cells = resolve_cells(sweep.cells())
     keys = sweep_keys(sweep, cells)
     for note in notes_of(*keys):

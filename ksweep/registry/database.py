@@ -49,6 +49,7 @@ from ksweep.registry.part_checks import DamagedPart, damaged_parts
 from ksweep.registry.run_record import ACTIVATIONS_FILE, ACTIVATIONS_SCHEMA, LandedRun, LandingError, RunRecord, read_run
 from ksweep.registry.scores import LONG_SCHEMA, RECONSTRUCTION_SCHEMA
 from ksweep.stats.bootstrap import ASYMMETRY, interval_reach
+from ksweep.utils.checkpoint_series import step_of
 from ksweep.utils.errors import DiskFullError, RequestError, RunError, StoreError
 from ksweep.utils.files import LEFTOVER_AGE, READ_ONLY, flush_to_disk, locked, publish
 from ksweep.utils.fingerprint import canonical_json
@@ -585,6 +586,7 @@ def _run_row(run: LandedRun, schema: pa.Schema) -> pa.Table:
     row |= {column: _role_counts(getattr(record, name)) for column, name in ROLE_COLUMNS.items()}
     row |= {"spec": canonical_json(record.spec), "resources": canonical_json(record.resources)}
     row["notes"] = [asdict(note) for note in record.notes]
+    row["step"] = _step(record)
     row["interval_reach"] = _interval_reach(record)
     row["num_failed_draws"] = sum(record.failures.values()) if record.status == "finished" else None
     return pa.table([pa.array([row[f.name]], f.type) for f in schema], schema=schema)
@@ -609,6 +611,15 @@ def _sweep_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _typed(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Return rows with the types of a table, so that a wrong type raises here and not in the middle of an insert."""
     return pa.table([pa.array([row[f.name] for row in rows], f.type) for f in schema], schema=schema)
+
+
+def _step(record: RunRecord) -> int | None:
+    """Return the step in a run's label, or else the only one that the paths of its checkpoints state."""
+    if in_label := re.findall(r"(?:^|, )step=(\d+)(?=,|$)", record.label):
+        return int(in_label[0])
+    paths = (_at(record.spec, f"autoencoder.{name}") for name in ("av", "ar", "checkpoint"))
+    steps = {step_of(path) for path in paths if isinstance(path, str)} - {None}
+    return steps.pop() if len(steps) == 1 else None
 
 
 def _interval_reach(record: RunRecord) -> float | None:

@@ -140,7 +140,8 @@ _NAMED_RUNS = """(
     ) GROUP BY run_id
 )"""
 _CURVES = """
-    SELECT n.label, c.* EXCLUDE (label) FROM {runs} AS n JOIN curves AS c USING (run_id)
+    SELECT n.label, c.* EXCLUDE (label) REPLACE (step_in(n.label, c.step) AS step)
+    FROM {runs} AS n JOIN curves AS c USING (run_id)
     WHERE $metric IS NULL OR metric = $metric ORDER BY n.place, n.within, c.finished, c.run_id, c.k
 """
 _REFERENCE_CURVES = """
@@ -187,7 +188,8 @@ def curves_of(root: Path, labels: Mapping[str, str]) -> pa.Table:
         connection.register("wanted_cells", wanted)
         return connection.sql(
             """
-            SELECT w.wanted AS label, c.* EXCLUDE (label), r.tokens_per_second, r.distinct_text_fraction, r.cjk_fraction, r.notes
+            SELECT w.wanted AS label, c.* EXCLUDE (label) REPLACE (step_in(w.wanted, c.step) AS step), r.tokens_per_second,
+                   r.distinct_text_fraction, r.cjk_fraction, r.notes
             FROM wanted_cells AS w JOIN curves AS c USING (cell_key) JOIN runs AS r USING (run_id) ORDER BY w.place, c.k
             """
         ).to_arrow_table()

@@ -35,6 +35,7 @@ CREATE TABLE runs (
     ar VARCHAR,
     checkpoint VARCHAR,
     base VARCHAR,
+    step BIGINT,
     dtype VARCHAR,
     model VARCHAR,
     text_source VARCHAR,
@@ -109,6 +110,7 @@ COMMENT ON COLUMN runs.av IS 'Activation verbalizer (AV) as given: path or hub i
 COMMENT ON COLUMN runs.ar IS 'Activation reconstructor (AR) as given: path or hub id.';
 COMMENT ON COLUMN runs.checkpoint IS 'Talkative-autoencoder file or directory as given, used instead of av and ar. NULL for an NLA pair.';
 COMMENT ON COLUMN runs.base IS 'Base model of PEFT adapters or of a checkpoint as given; NULL means the base model that the checkpoint names.';
+COMMENT ON COLUMN runs.step IS 'Training step of the checkpoints: the one in the label (step=500) or else the only one that the paths of AV, AR or checkpoint state (iter_0000500).';
 COMMENT ON COLUMN runs.dtype IS 'Compute precision of AV and AR.';
 COMMENT ON COLUMN runs.model IS 'Language model that the activations come from, as given; NULL for ready-made vectors.';
 COMMENT ON COLUMN runs.text_source IS 'Text that the activations come from, as given: file, directory or hub id.';

@@ -10,7 +10,7 @@ COMMENT ON VIEW v_latest IS 'The newest finished run of each cell. Runs that dif
 CREATE VIEW curve_history AS
 SELECT runs.cell, runs.label, coalesce(c.metric, 'fve') AS metric, c.k, c.fve, c.fve_low, c.fve_high, c.band_low, c.band_high, c.level, c.error, c.cosine, c.shuffled_fve,
        c.fve_over_successes, c.failure_rate AS all_failed_rate, c.num_activations, c.num_documents, c.effective_documents, c.num_draws,
-       c.baseline, c.baseline_kind, runs.baseline_from_mean, (runs.spec->>'$.scoring.num_replicates')::INTEGER AS num_replicates, runs.temperature, runs.layer, runs.failure_rate, runs.cut_off_rate,
+       c.baseline, c.baseline_kind, runs.baseline_from_mean, (runs.spec->>'$.scoring.num_replicates')::INTEGER AS num_replicates, runs.temperature, runs.step, runs.layer, runs.failure_rate, runs.cut_off_rate,
        runs.sweep, runs.cell_key, runs.draws_key, runs.activations_key, c.run_id, runs.finished
 FROM run_curves AS c JOIN runs USING (run_id);
 COMMENT ON VIEW curve_history IS 'One row per finished run and K: every curve ever measured.';
@@ -56,7 +56,7 @@ WITH newest AS (
     FROM run_curves GROUP BY run_id
 )
 SELECT n.cell, n.label, n.status, c.num_runs, c.num_finished, c.num_failed, l.run_id, l.finished, e.k, e.fve, e.fve_low, e.fve_high,
-       n.temperature, n.layer, coalesce(l.num_activations, n.num_activations) AS num_activations, coalesce(l.num_draws, n.num_draws) AS num_draws,
+       n.temperature, n.step, n.layer, coalesce(l.num_activations, n.num_activations) AS num_activations, coalesce(l.num_draws, n.num_draws) AS num_draws,
        n.av, n.ar, n.checkpoint, n.model, n.text_source, n.vectors, c.sweeps, n.spec, n.cell_key, n.draws_key, n.scores_key, n.activations_key
 FROM newest AS n JOIN counted AS c USING (cell_key) LEFT JOIN v_latest AS l USING (cell_key) LEFT JOIN ends AS e ON e.run_id = l.run_id;
 COMMENT ON VIEW cells IS 'One row per cell that was ever run: its settings, how often it ran, and the last point of its newest finished curve.';
@@ -73,6 +73,10 @@ CREATE VIEW v_sweeps AS
 SELECT sweep, question, num_cells, asked, argv, git_commit, git_dirty, number, sweep_id FROM sweeps
 QUALIFY row_number() OVER (PARTITION BY sweep ORDER BY number DESC, asked DESC, sweep_id DESC) = 1;
 COMMENT ON VIEW v_sweeps IS 'The newest version of each sweep. Sweeps of ksweep versions that did not record them, and imported ones, are missing.';
+
+-- The training step that a label states; where it states none, another. The label of a cell depends on the sweep.
+CREATE MACRO step_in(label, otherwise) AS
+    coalesce(try_cast(nullif(regexp_extract(label, '(?:^|, )step=(\d+)(?:,|$)', 1), '') AS BIGINT), otherwise);
 
 CREATE VIEW v_sweep_cells AS
 WITH asked AS (
@@ -91,7 +95,8 @@ WITH asked AS (
     SELECT sweep, place, label, cell_key FROM asked
     UNION ALL SELECT sweep, row_number() OVER (PARTITION BY sweep ORDER BY finished, run_id) - 1, label, cell_key FROM unrecorded
 )
-SELECT m.sweep, m.place, m.label, coalesce(l.cell, n.cell) AS cell, coalesce(n.status, 'not run') AS status, l.run_id, l.finished, l.temperature, n.sweep AS run_by, m.cell_key
+SELECT m.sweep, m.place, m.label, coalesce(l.cell, n.cell) AS cell, coalesce(n.status, 'not run') AS status, l.run_id, l.finished, l.temperature,
+       step_in(m.label, l.step) AS step, n.sweep AS run_by, m.cell_key
 FROM members AS m LEFT JOIN newest AS n USING (cell_key) LEFT JOIN v_latest AS l USING (cell_key);
 COMMENT ON VIEW v_sweep_cells IS 'The cells of the newest version of each sweep, in its order, whichever sweep computed them; for sweeps that were not recorded, the cells of their runs.';
 COMMENT ON COLUMN v_sweep_cells.status IS 'How the newest run of the cell ended: finished, failed or stopped; not run: the cell has no run.';

@@ -171,6 +171,40 @@ def test_fve_by_temperature_refuses_a_line_through_two_cells_of_one_name() -> No
         charts.fve_by_temperature(table)
 
 
+def training_curve(steps: tuple[int, ...], **more: Any) -> pa.Table:
+    """Curves of a series of checkpoints, labelled by step; the column says another step, as of a run that another sweep made."""
+    tables = [curves((0.7,), **more).to_pylist() for _ in steps]
+    rows = [row | {"label": f"step={step}", "step": 7} for step, table in zip(steps, tables, strict=True) for row in table]
+    return pa.Table.from_pylist(rows)
+
+
+def test_fve_by_step_is_a_training_curve_at_one_draw_and_at_the_most() -> None:
+    table = training_curve((0, 50, 1000))
+    chart = charts.fve_by_step(table)
+    line = next(u for u in layers(chart) if mark(u) == "line")
+    assert line["encoding"]["x"]["field"] == "step" and line["encoding"]["x"]["axis"]["values"] == [0, 50, 1000]
+    assert line["encoding"]["color"]["scale"]["domain"] == [1, 16]
+    bars = next(u for u in layers(chart) if mark(u) == "rule")
+    assert (bars["encoding"]["y"]["field"], bars["encoding"]["y2"]["field"]) == ("fve_low", "fve_high")
+    assert "facet" not in chart.to_dict(), "all cells are of one group once the step is left out of their labels"
+
+
+def test_fve_by_step_takes_the_column_where_labels_say_no_step_and_refuses_two_cells_of_one() -> None:
+    rows = [row | {"label": f"demo, temperature={t}", "step": 50} for t in (0.4, 0.7) for row in curves((t,)).to_pylist()]
+    assert charts.fve_by_step(rows).to_dict()["facet"]["sort"] == ["demo temperature=0.4", "demo temperature=0.7"]
+    with pytest.raises(RequestError, match="no row of the table has a step and one of K"):
+        charts.fve_by_step([row | {"step": None} for row in rows])
+    with pytest.raises(RequestError, match="two cells named 'demo' share step 50"):
+        charts.fve_by_step([row | {"label": f"demo step={50:0{n}d}"} for n in (1, 2, 3) for row in rows[:1]])
+
+
+def test_cells_that_differ_in_their_step_have_colours_from_dark_to_light_in_the_order_of_the_steps() -> None:
+    found = charts.palette(["step=1000", "step=90", "step=500"])
+    assert list(found) == ["step=90", "step=500", "step=1000"] and found["step=90"] == charts.ORDERED[0]
+    assert found["step=1000"] == charts.ORDERED[-1]
+    assert charts.palette(["a, step=1", "b, step=2"])["a, step=1"] == charts.OKABE_ITO[0]
+
+
 @pytest.mark.slow
 def test_charts_take_a_duckdb_relation_and_thousands_of_rows() -> None:
     table = pa.concat_tables([curves((float(t),), num_draws=64) for t in range(100)])  # 6,400 rows; Altair's own limit is 5,000

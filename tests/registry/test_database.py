@@ -23,7 +23,7 @@ from ksweep.registry.database import connect, ingest_landings, rebuild_database
 from ksweep.registry.run_record import write_run
 from ksweep.utils.errors import RequestError
 from ksweep.utils.notes import Note
-from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of, signed
+from tests.registry.landed_runs import controls_of, curve_of, publish_draws, record_of, signed, spec_of
 
 TABLES = (
     "runs",
@@ -105,6 +105,24 @@ def test_run_row_carries_spec_times_counts_and_maps(root: Path) -> None:
         (0.7, "demo/av", "held_out.jsonl", "2026-11-22 12:00:00", 40, 30, 210.5, "2.13.0",
          "experiments/temp_sweep.py", "0.7", "2", 20, None, ["owner/nla-av@0f1e2d", "owner/nla-ar@3c4b5a"]),
     ]  # fmt: skip
+
+
+def test_the_step_of_a_run_is_that_of_its_label_or_the_only_one_of_its_paths(root: Path) -> None:
+    steps = {
+        ("temperature=0.7, step=500", "runs/iter_0000900/av", "demo/ar"): 500,
+        ("temperature=0.7", "runs/iter_0000900/av", "runs/iter_900/ar"): 900,
+        ("temperature=0.7", "demo/av", "owner/name@v1/iter_400"): 400,
+        ("temperature=0.7", None, "x_step9.pt"): 9,
+        ("temperature=0.7", "runs/iter_1/av", "runs/iter_2/ar"): None,
+        ("temperature=0.7", "demo/av", "demo/ar"): None,
+    }
+    for number, (label, av, ar) in enumerate(steps):
+        spec = spec_of(0.7, 4)
+        spec["autoencoder"] |= {"av": av, "ar": ar} if av else {"av": None, "ar": None, "checkpoint": ar}
+        write_run(root, record_of(f"r{number}", label=label, spec=spec), curve_of())
+    found = rows(root, "SELECT run_id, step FROM runs ORDER BY run_id")
+    assert found == [(f"r{number}", step) for number, step in enumerate(steps.values())]
+    assert rows(root, "SELECT DISTINCT step FROM curves WHERE run_id = 'r0'") == [(500,)]
 
 
 def test_v_temperature_places_temperatures_within_a_setting(root: Path) -> None:

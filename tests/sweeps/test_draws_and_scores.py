@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect
+from ksweep.analysis import charts
+from ksweep.analysis.cells import load_cells
 from ksweep.analysis.diff import diff_runs
 from ksweep.analysis.report.data import read_report_data
 from ksweep.autoencoder.nla.family import NlaPair
 from ksweep.evaluation.identity import cell_keys, resolve_cell
 from ksweep.registry.cell_draws import CellDraws
+from ksweep.registry.query import named_curves
+from tests.analysis.test_chart_kinds import rows_in
 from tests.stored_rows import make_earlier
 from tests.tiny_models import TinyPair, edit_weights
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
@@ -379,3 +383,25 @@ def test_a_registry_that_an_earlier_version_wrote_is_read_and_extended_also_by_a
     [(key,)] = ask(sweep, "SELECT DISTINCT draws_key FROM runs WHERE sweep = 'again'")
     stored = f"SELECT activation, draw, text FROM texts WHERE draws_key = '{key}' AND draw < 4 ORDER BY activation, draw"
     assert ask(sweep, stored) == texts
+
+
+def test_a_series_of_ars_scores_the_same_draws_and_is_a_training_curve_by_step(
+    finished: Sweep, pair: TinyPair, other_ar: str, no_av: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, source in (("iter_0000100", pair.ar), ("iter_0000020", other_ar)):
+        shutil.copytree(source, tmp_path / "runs" / step / "ar")
+    series = replace(finished, name="series")
+    assert run(series, f"autoencoder.ar={tmp_path}/runs/iter_*/ar") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step=")] == [
+        "step=20",
+        "step=100",
+    ]
+    found = ask(series, "SELECT label, step FROM v_sweep_cells WHERE sweep = 'series' ORDER BY place")
+    assert found == [("step=20", 20), ("step=100", 100)], "the second is a cell that the other sweep computed"
+    assert ask(series, "SELECT sum(num_draws_sampled), sum(num_draws_scored) FROM runs WHERE sweep = 'series'") == [(0, 320)]
+    with connect(series.registry) as connection:
+        points = rows_in(charts.fve_by_step(connection, sweep="series"))[0]
+    assert [(point["step"], point["k"]) for point in points] == [(20, 1), (20, 8), (100, 1), (100, 8)]
+    assert [curve.step for curve in load_cells(series.registry, ["series"])] == [20, 100]
+    assert set(named_curves(Path(series.registry), ["series"])["step"].to_pylist()) == {20, 100}
+    assert all(point["fve_low"] < point["fve"] < point["fve_high"] for point in points)

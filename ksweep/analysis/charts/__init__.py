@@ -7,12 +7,12 @@
 A chart queries a connection for what it shows (`sweep` narrows it down); tables, relations and lists of dicts need the columns
 of the view that the chart names. Labels keep the order in which they first appear; a label has the same colour in
 every chart that is given the same `colours`. The colours of Okabe and Ito are distinguishable with colour blindness; a
-scale runs from dark to light where only the temperature differs. Everything is aggregated before it reaches the chart: a
+scale runs from dark to light where only temperature or step differ. Everything is aggregated before it reaches the chart: a
 distribution over ten million draws is a few hundred rows in the browser.
 """
 
 from ksweep.analysis.charts.choosing import chosen
-from ksweep.analysis.charts.curves import compare, fve_by_k, fve_by_temperature
+from ksweep.analysis.charts.curves import compare, fve_by_k, fve_by_step, fve_by_temperature
 from ksweep.analysis.charts.distributions import by_group, error_distribution, norm_distribution
 from ksweep.analysis.charts.runs import progress, throughput
 from ksweep.analysis.charts.style import FVE, GREY, OKABE_ITO, ORDERED, WIDTH, K, palette, save
@@ -29,6 +29,7 @@ __all__ = [
     "compare",
     "error_distribution",
     "fve_by_k",
+    "fve_by_step",
     "fve_by_temperature",
     "norm_distribution",
     "palette",

@@ -1,4 +1,4 @@
-"""Charts of FVE by K and by temperature, and of differences between cells."""
+"""Charts of FVE by K, by temperature and by training step, and of differences between cells."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from ksweep.analysis.charts.style import (
     refuse_ties,
     rows_of,
     span,
+    step_in,
     value_of,
+    without_step,
     without_temperature,
 )
 from ksweep.stats.interval_text import interval_text
@@ -50,7 +52,7 @@ TOKENS = "Tokens sampled per activation (mean length of a draw times K)"
 LIGHT = 0.4
 """Opacity of what lies beyond K = N/2."""
 DODGE = 7
-"""Pixels between the error bars of neighbouring K at one temperature."""
+"""Pixels between the error bars of neighbouring K at one temperature or step."""
 
 
 def fve_by_k(
@@ -102,24 +104,48 @@ def fve_by_temperature(
         title: above the chart.
     """
     table = rows_of(query_table(source, CURVES_QUERY, sweep), ("label", "k", "fve", "temperature"), _USED)
-    rows = [r for r in table if r["temperature"] is not None]
-    chosen = sorted(set(ks)) if ks is not None else _powers_of_four(rows)
+    rows = [r | {"group": without_temperature(r["label"])} for r in table]
+    chosen = sorted(set(ks)) if ks is not None else _powers_of_four([r for r in rows if r["temperature"] is not None])
+    return _by_setting(rows, "temperature", chosen, "Sampling temperature", title or "FVE by sampling temperature")
+
+
+def fve_by_step(
+    source: Any, ks: Sequence[int] | None = None, *, sweep: str | None = None, title: str | None = None
+) -> alt.TopLevelMixin:
+    """Chart FVE against the training step of the checkpoints: a training curve with error bars per K; panels as for temperatures.
+
+    Args:
+        source: connection, relation or table.
+        ks: values of K to draw; None takes 1 and the largest that every step has.
+        sweep: with a connection, the sweep to show.
+        title: above the chart.
+    """
+    table = rows_of(query_table(source, CURVES_QUERY, sweep), ("label", "k", "fve", "step"), _USED)
+    # A cell that another sweep computed has the label of this one, which says the step that varies here.
+    rows = [r | {"step": step_in(r["label"], r["step"]), "group": without_step(r["label"])} for r in table]
+    chosen = sorted(set(ks)) if ks is not None else _ends(_common_ks(rows, "step"))
+    return _by_setting(rows, "step", chosen, "Training step of the checkpoints", title or "FVE by training step")
+
+
+def _by_setting(rows: Rows, setting: str, ks: Sequence[int], axis: str, heading: str) -> alt.TopLevelMixin:
+    """Chart FVE against a numeric column: a line with error bars per K, and a panel per group of rows."""
     # Error bars are of single K here, so the band over all K is dropped, and with it its line in the subtitle.
     nothing = {"band_low": None, "band_high": None}
-    rows = [{**r, **nothing, "group": without_temperature(r["label"]), "few": _few(r)} for r in rows if r["k"] in chosen]
+    rows = [{**r, **nothing, "few": _few(r)} for r in rows if r[setting] is not None and r["k"] in ks]
     rows = [r | {"interval": interval_text(r)} for r in rows]
     if not rows:
-        raise RequestError(f"no row of the table has a temperature and one of K = {list(chosen)}; name others with ks=")
-    _check_one_cell_per_point(rows)
+        raise RequestError(f"no row of the table has a {setting} and one of K = {list(ks)}; name others with ks=")
+    _check_one_cell_per_point(rows, setting)
     groups = list(dict.fromkeys(r["group"] for r in rows))
     colouring = ordinal_colour("k", "K", sorted({r["k"] for r in rows}))
-    chart = _temperature_lines(rows, colouring).properties(width=WIDTH if len(groups) == 1 else WIDTH * 0.6, height=HEIGHT)
+    width = WIDTH if len(groups) == 1 else WIDTH * 0.6
+    chart = _setting_lines(rows, setting, axis, colouring).properties(width=width, height=HEIGHT)
     if len(groups) > 1:
         columns = next(c for c in (3, 2, 1) if len(groups) % c == 0)  # an empty place would show axes of nothing
         chart = chart.facet(facet=alt.Facet("group:N", title=None, sort=groups), columns=columns, data=data(rows))
     else:
         chart = chart.properties(data=data(rows))
-    return finished(chart, title or "FVE by sampling temperature", _subtitle(rows, None))
+    return finished(chart, heading, _subtitle(rows, None))
 
 
 def compare(
@@ -192,7 +218,7 @@ def _turned(row: dict[str, Any], base: str) -> dict[str, Any]:
 
 
 _USED = (
-    "label", "metric", "k", "fve", "fve_low", "fve_high", "level", "temperature", "baseline", "baseline_kind",
+    "label", "metric", "k", "fve", "fve_low", "fve_high", "level", "temperature", "step", "baseline", "baseline_kind",
     "num_activations", "num_documents", "effective_documents", "num_draws", "num_replicates", "shuffled_fve", "few_subsets",
     "band_low", "band_high", "tokens",
 )  # fmt: skip
@@ -203,30 +229,39 @@ _COMPARED = (
 
 
 def _powers_of_four(rows: Rows) -> list[int]:
-    """Return the powers of four that every temperature has, and the largest K that all have."""
-    of_temperature: dict[float, set[int]] = {}
-    for r in rows:
-        of_temperature.setdefault(r["temperature"], set()).add(r["k"])
-    sampled = [ks for t, ks in of_temperature.items() if t > 0] or list(of_temperature.values())
-    common = set.intersection(*sampled) if sampled else set()
+    """Return the powers of four that every temperature has, and the largest K that all have; greedy has one draw."""
+    common = _common_ks([r for r in rows if r["temperature"] > 0] or rows, "temperature")
     return sorted(k for k in common if (_is_power_of_two(k) and k.bit_length() % 2) or k == max(common))
+
+
+def _common_ks(rows: Rows, setting: str) -> set[int]:
+    """Return the K that every value of a column has."""
+    of_value: dict[float, set[int]] = {}
+    for r in rows:
+        if r[setting] is not None:
+            of_value.setdefault(r[setting], set()).add(r["k"])
+    return set.intersection(*of_value.values()) if of_value else set()
+
+
+def _ends(ks: set[int]) -> list[int]:
+    return sorted({min(ks), max(ks)}) if ks else []
 
 
 def _is_power_of_two(k: int) -> bool:
     return k & (k - 1) == 0
 
 
-def _check_one_cell_per_point(rows: Rows) -> None:
-    """Raise RequestError where two cells of one panel share K and temperature.
+def _check_one_cell_per_point(rows: Rows, setting: str) -> None:
+    """Raise RequestError where two cells of one panel share K and the value of a column.
 
-    style.refuse_ties compares labels; these may differ in the temperature or key, which the name of a panel leaves out.
+    style.refuse_ties compares labels; these may differ in the value or key, which the name of a panel leaves out.
     """
     seen = set()
     for r in rows:
-        point = (r["group"], r["k"], r["temperature"])
+        point = (r["group"], r["k"], r[setting])
         if point in seen:
             raise RequestError(
-                f"two cells named {r['group'] or r['label']!r} share temperature {r['temperature']:g}: a line through both would "
+                f"two cells named {r['group'] or r['label']!r} share {setting} {r[setting]:g}: a line through both would "
                 "mean nothing. Give them labels that differ, or pass the rows of one of them."
             )
         seen.add(point)
@@ -380,12 +415,12 @@ def _crosses_zero(rows: Rows, controls: Rows) -> bool:
     return low < 0 < high
 
 
-def _temperature_lines(rows: Rows, colour: alt.Color) -> alt.LayerChart:
-    temperatures = sorted({r["temperature"] for r in rows})
-    margin = 0.06 * ((temperatures[-1] - temperatures[0]) or 1)
-    domain = [temperatures[0] - margin, temperatures[-1] + margin]
-    axis = alt.Axis(values=temperatures if len(temperatures) <= 12 else alt.Undefined, grid=False)
-    x = alt.X("temperature:Q", title="Sampling temperature", scale=alt.Scale(domain=domain, nice=False), axis=axis)
+def _setting_lines(rows: Rows, setting: str, title: str, colour: alt.Color) -> alt.LayerChart:
+    values = sorted({r[setting] for r in rows})
+    margin = 0.06 * ((values[-1] - values[0]) or 1)
+    domain = [values[0] - margin, values[-1] + margin]
+    axis = alt.Axis(values=values if len(values) <= 12 else alt.Undefined, grid=False, labelOverlap="greedy")
+    x = alt.X(f"{setting}:Q", title=title, scale=alt.Scale(domain=domain, nice=False), axis=axis)
     y = _y("fve", FVE)
     lighter = alt.Opacity("few:O", scale=alt.Scale(domain=[False, True], range=[1, LIGHT]), legend=None)
     layers: list[Any] = [_zero_line(FVE)] if _crosses_zero(rows, []) else []

@@ -205,17 +205,20 @@ def labels_of(rows: Rows) -> list[str]:
 
 
 def palette(labels: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each label, independent of their order: dark to light if only the temperature differs, else Okabe-Ito.
+    """Return a colour for each label, independent of their order: dark to light by temperature or step, else Okabe-Ito.
+
+    The scale from dark to light is for labels that differ in nothing but one of these.
 
     Pass the palette of a whole sweep as `colours` to every chart of it: a cell then has the same colour in all of them, also in
     those that show a few cells.
     """
     names = sorted(set(labels), key=natural)
-    temperatures = [_temperature(name) for name in names]
-    distinct = sorted({t for t in temperatures if t is not None})
-    if len({without_temperature(name) for name in names}) == 1 and len(distinct) == len(names) > 1:
-        scale = spread(len(distinct))
-        return {name: scale[distinct.index(t)] for name, t in zip(names, temperatures, strict=True) if t is not None}
+    for number_in, without in ((_temperature, without_temperature), (step_in, without_step)):
+        numbers = [number_in(name) for name in names]
+        distinct = sorted({n for n in numbers if n is not None})
+        if len({without(name) for name in names}) == 1 and len(distinct) == len(names) > 1:
+            scale = spread(len(distinct))
+            return {name: scale[distinct.index(n)] for name, n in zip(names, numbers, strict=True) if n is not None}
     return {name: OKABE_ITO[i % len(OKABE_ITO)] for i, name in enumerate(names)}
 
 
@@ -229,10 +232,24 @@ def _temperature(label: str) -> float | None:
     return float(match[1]) if match else None
 
 
+def step_in(label: str, default: int | None = None) -> int | None:
+    """Return the training step in a label, "step=500"; `default` where there is none."""
+    match = re.search(r"\bstep=(\d+)", label)
+    return int(match[1]) if match else default
+
+
 def without_temperature(label: str) -> str:
     """Return a label without its temperature: "layer=20" for "temperature=0.7, layer=20"."""
-    parts = [p for p in label.replace(",", " ").split() if not p.startswith(("temperature=", "T=", "@"))]
-    return " ".join(parts)
+    return _without(label, "temperature=", "T=")
+
+
+def without_step(label: str) -> str:
+    """Return a label without its training step: "layer=20" for "step=500, layer=20"."""
+    return _without(label, "step=")
+
+
+def _without(label: str, *names: str) -> str:
+    return " ".join(part for part in label.replace(",", " ").split() if not part.startswith((*names, "@")))
 
 
 def colour(labels: Sequence[str], colours: Colours | None, **legend_: Any) -> alt.Color:

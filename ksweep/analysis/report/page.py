@@ -94,6 +94,7 @@ def drawn(facts: ReportData) -> dict[str, Any]:
     by_name = {
         "fve_by_k": _try(lambda: charts.fve_by_k(curves, colours=colours)),
         "fve_by_temperature": _try(lambda: charts.fve_by_temperature(curves)) if _varies(curves, "temperature") else None,
+        "fve_by_step": _try(lambda: charts.fve_by_step(curves)) if _varies(curves, "step") else None,
         "equal_compute": _try(lambda: charts.fve_by_k(curves, axis="tokens", colours=colours)) if _costs(curves) else None,
         "differences": _try(lambda: charts.compare(_near(facts, few), reference=_reference(facts, best), colours=colours)),
         "groups_own": _try(lambda: charts.by_group(groups, against="own", colours=colours)),

@@ -1,0 +1,82 @@
+"""Series of checkpoints of one training: the step that a path states, and the paths that a pattern stands for."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from ksweep.utils.errors import CheckpointError
+from ksweep.utils.hub_repository import WEIGHTS, HubSource, hub_readings, listed, needed_files
+from ksweep.utils.text import natural_sorted, some_of
+
+STEP = re.compile(r"(?<![a-z])(?:iter(?:ation)?|(?:global_?)?step|checkpoint|ckpt)s?[_/-]?(\d+)(?![\d.]*\d)", re.IGNORECASE)
+"""The step in a path: iter_0000500, step400, checkpoint-300, checkpoints/200."""
+UNFINISHED = (".tmp", ".old", ".part", ".bak")
+"""Endings of directories that a training is writing, or has replaced."""
+
+
+def step_of(source: str) -> int | None:
+    """Return the training step that a path or hub id states, from its last part that states one; None if no part does."""
+    found = [match[1] for match in STEP.finditer(source)]
+    return int(found[-1]) if found else None
+
+
+def steps_of(sources: Sequence[str]) -> list[int] | None:
+    """Return the steps of checkpoints of one series: sources that differ in nothing but their step. None for any others."""
+    found = [list(STEP.finditer(source)) for source in sources]
+    if not all(found):
+        return None
+    steps = [int(matches[-1][1]) for matches in found]
+    frames = {source[: m[-1].start(1)] + "*" + source[m[-1].end(1) :] for source, m in zip(sources, found, strict=True)}
+    return steps if len(frames) == 1 and len(set(steps)) == len(steps) else None
+
+
+def is_pattern(source: str | None) -> bool:
+    """Return whether a source stands for several: it has *, ? or [...], and is not the name of something that is here."""
+    return source is not None and glob.has_magic(source) and not Path(source).exists()
+
+
+def members(pattern: str, what: str) -> list[str]:
+    """Return the paths or hub ids that a pattern stands for, by step: `runs/iter_*/av`, `owner/name@revision/iter_*`.
+
+    What is here is taken before what the hub has. Directories that a training is still writing (`*.tmp`, `*.part`) are left out.
+
+    Raises:
+        CheckpointError: nothing matches, or the hub cannot be asked.
+    """
+    here = [path for path in glob.glob(str(Path(pattern).expanduser())) if not _is_unfinished(path)]
+    found = here or _members_on_hub(pattern, what)
+    return sorted(natural_sorted(found), key=lambda source: (step_of(source) is None, step_of(source) or 0))
+
+
+def _members_on_hub(pattern: str, what: str) -> list[str]:
+    first = pattern.split("/")[0]
+    if pattern.startswith((".", "/", "~")) or Path(first).is_dir() or not hub_readings(pattern):
+        raise CheckpointError(
+            f"no {what} matches {pattern!r}: expected a pattern of existing paths (runs/iter_*/av) or of folders of a hub "
+            "repository (owner/name/iter_*/av, owner/name@revision/iter_*)"
+        )
+    place, names = listed(pattern, what)
+    every = {str(path) for name in names for path in (PurePosixPath(name), *PurePosixPath(name).parents)}
+    matching = [path for path in every if _matches(path, place.folder) and not _is_unfinished(path)]
+    whole = [path for path in matching if needed_files(names, path)]
+    if not whole:
+        folders = some_of({str(PurePosixPath(name).parent) for name in names if name.endswith(WEIGHTS)} - {"."}) or "none"
+        raise CheckpointError(
+            f"no {what} matches {pattern!r}: {len(matching)} folders of {place.repo} have such a name, and none of them holds a "
+            f"checkpoint itself. Its folders with weights: {folders}. Write a pattern of these."
+        )
+    return [str(HubSource(place.repo, place.revision, path)) for path in whole]
+
+
+def _is_unfinished(path: str) -> bool:
+    return any(part.endswith(UNFINISHED) for part in path.split("/"))
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Return whether a path matches part by part, as in a shell: * does not span a slash."""
+    parts, patterns = path.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
