@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,6 +52,8 @@ class Hub:
     num_breaks: int = 0
     """How often that happens, over all files."""
     refused_token: str | None = None
+    on_request: Callable[[], object] = lambda: None
+    """Called before each request is answered, and recorded."""
     endpoint: str = ""
 
     def asked_files(self) -> set[str]:
@@ -80,6 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         return
 
     def _answer(self, *, with_body: bool) -> None:
+        self.hub.on_request()
         path = unquote(urlsplit(self.path).path).strip("/")
         self.hub.requests.append((self.command, path))
         if self.hub.refused_token and self.headers.get("Authorization") == f"Bearer {self.hub.refused_token}":

@@ -14,6 +14,8 @@ from ksweep.utils.text import natural_sorted, some_of
 
 STEP = re.compile(r"(?<![a-z])(?:iter(?:ation)?|(?:global_?)?step|checkpoint|ckpt)s?[_/-]?(\d+)(?![\d.]*\d)", re.IGNORECASE)
 """The step in a path: iter_0000500, step400, checkpoint-300, checkpoints/200."""
+EPOCH = re.compile(r"epoch[_-]?\d+", re.IGNORECASE)
+"""What follows from the step: checkpoint_step900_epoch2_.pt."""
 UNFINISHED = (".tmp", ".old", ".part", ".bak")
 """Endings of directories that a training is writing, or has replaced."""
 
@@ -25,12 +27,13 @@ def step_of(source: str) -> int | None:
 
 
 def steps_of(sources: Sequence[str]) -> list[int] | None:
-    """Return the steps of checkpoints of one series: sources that differ in nothing but their step. None for any others."""
+    """Return the steps of checkpoints of one series: sources that differ in nothing but step and epoch. None for any others."""
     found = [list(STEP.finditer(source)) for source in sources]
     if not all(found):
         return None
     steps = [int(matches[-1][1]) for matches in found]
     frames = {source[: m[-1].start(1)] + "*" + source[m[-1].end(1) :] for source, m in zip(sources, found, strict=True)}
+    frames = {EPOCH.sub("epoch", frame) for frame in frames}
     return steps if len(frames) == 1 and len(set(steps)) == len(steps) else None
 
 

@@ -28,6 +28,7 @@ _SOURCE = re.compile(rf"(?P<repo>{_REPOSITORY})(?:@(?P<revision>[\w.-]+(?:/[^@/]
 _FOLDER_FIRST = re.compile(rf"({_REPOSITORY})/([^@]+)@([^@]+)")
 _ADDRESS = re.compile(rf"(?:https?://[^/]+/|hf://(?:models/)?)({_REPOSITORY})(?:/(?:tree|blob|resolve)/([^/]+)(/.+)?)?/?")
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 SPELLING = "owner/name, owner/name@revision, owner/name/folder or owner/name@revision/folder"
 
 SIDECARS = ("nla_meta.yaml", "nla_config.json", "*.npz")
@@ -127,7 +128,10 @@ def download(source: str, what: str) -> Path:
             raise CheckpointError(f"{what} {source!r}: {_nothing_there(place, names)}")
         exact = [glob.escape(name) for name in needed]
         snapshot = cached or Path(snapshot_download(place.repo, revision=place.revision, allow_patterns=exact))
-    if missing := [name for name in needed if not (snapshot / name).exists()]:
+    missing = [name for name in needed if not (snapshot / name).exists()]
+    if missing and cached is None:
+        raise CheckpointError(f"{what} {source!r} changed on the hub while it was downloaded: run the same command again.")
+    if missing:
         raise CheckpointError(
             f"{what} {source!r} is only partly in the hub's cache ({snapshot}), and the hub cannot be reached: {len(missing)} of "
             f"{len(needed)} files are missing ({some_of(missing)}). Run the same command where it can be reached (without "
@@ -185,6 +189,8 @@ def _listing(source: HubSource) -> tuple[list[str], Path | None]:
     """
     from huggingface_hub import HfApi, errors
 
+    if COMMIT.fullmatch(source.revision or "") and (names := _remembered_names(source.repo, source.revision)) is not None:
+        return names, None  # a commit does not change, so that a job with a pinned one needs no network
     try:
         siblings = HfApi().repo_info(source.repo, revision=source.revision).siblings
         return [file.rfilename for file in siblings or ()], None
@@ -211,12 +217,21 @@ def _cached_snapshot(source: HubSource) -> Path | None:
 
 def _cached_names(repo: str, snapshot: Path) -> list[str]:
     """Return the files that the snapshot has on the hub, as far as its client remembered them; else those that are there."""
+    there = (path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+    return list(there) if (names := _remembered_names(repo, snapshot.name)) is None else names
+
+
+def _remembered_names(repo: str, commit: str | None) -> list[str] | None:
+    """Return the files of a commit that the client listed before; None where it did not, or is of a version that forgets them."""
     try:
         from huggingface_hub import get_cached_repo_tree
-
-        return [file.path for file in get_cached_repo_tree(repo, revision=snapshot.name)]
-    except Exception:  # earlier versions of the client do not remember them, or not those of an earlier version
-        return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        return None
+    try:
+        return [file.path for file in get_cached_repo_tree(repo, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        return None
 
 
 # What to say

@@ -16,6 +16,7 @@ from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring,
 from ksweep.autoencoder.tae.checkpoint import inspect_tae
 from ksweep.autoencoder.tae.training_data import with_checkpoint_data
 from ksweep.config.overrides import apply_overrides, parse_overrides
+from ksweep.config.series import expand_series
 from ksweep.config.spec import replace_at
 from ksweep.evaluation.identity import cell_keys, cell_label, resolve_cell, resolve_cells
 from ksweep.utils.errors import CheckpointError, SpecError
@@ -204,6 +205,16 @@ def test_checkpoint_data_beside_a_text_of_ones_own_is_only_the_rule(sweep: Sweep
 
 
 @pytest.mark.slow
+def test_checkpoint_data_of_a_series_is_that_of_its_files(sweep: Sweep, alone: Callable[..., Path]) -> None:
+    path = alone()
+    shutil.copy(path, path.with_name("checkpoint_step20_epoch2_.pt"))
+    series = f"autoencoder.checkpoint={path.parent}/checkpoint_step*.pt"
+    assert data(sweep, series, "activations.text=t.txt") == data(
+        sweep, f"autoencoder.checkpoint={path}", "activations.text=t.txt"
+    )
+    assert expand_series(overridden(sweep, [series])).labels() == ["step=1", "step=20"]
+
+
 def test_checkpoint_data_through_a_whole_sweep(sweep: Sweep) -> None:
     text = sweep.cell.activations.text
     assert run(sweep, f"autoencoder.checkpoint={GEMMA3}", "--checkpoint-data", f"activations.text={text}") == 0

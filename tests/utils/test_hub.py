@@ -70,7 +70,9 @@ def test_a_revision_stands_before_the_folder_and_may_have_slashes(nla_hub: Hub, 
     assert (path / "tokenizer.json").read_bytes() == b"older iter_000400/av/tokenizer.json"
     commit = nla_hub.repositories["owner/nla"].commit_of(revision)
     assert hub.hub_spelling(path) == f"owner/nla@{commit}/iter_000400/av"
+    nla_hub.forget()
     assert hub.resolve(f"owner/nla@{commit}/iter_000400/av") == path, "what a record says can be typed"
+    assert not nla_hub.requests, "a commit does not change"
 
 
 def test_what_the_cache_has_is_not_downloaded_again(nla_hub: Hub) -> None:
@@ -83,6 +85,13 @@ def test_a_file_of_a_repository_can_be_named(nla_hub: Hub) -> None:
     path = hub.resolve(f"owner/nla@v1/{AV}/optimizer.pt", "talkative-autoencoder checkpoint")
     assert path.read_bytes() == b"older iter_000400/av/optimizer.pt"
     assert nla_hub.asked_files() == {"nla_meta.yaml", f"{AV}/optimizer.pt"}
+
+
+def test_a_branch_that_moves_during_the_download_is_said(nla_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = nla_hub.repositories["owner/nla"]
+    before, after = repository.revisions["main"], {"iter_000400/av/other.json": b""}
+    monkeypatch.setattr(nla_hub, "on_request", lambda: repository.revisions.update(main=after if nla_hub.requests else before))
+    assert "changed on the hub while it was downloaded: run the same command again" in refusal(f"owner/nla/{AV}")
 
 
 def test_of_several_formats_safetensors_are_needed_and_without_them_the_others() -> None:

@@ -14,6 +14,7 @@ from ksweep.autoencoder.tae.checkpoint import checkpoint_file
 from ksweep.autoencoder.tae.layout import section
 from ksweep.config.overrides import apply_overrides
 from ksweep.config.reference_options import translate_checkpoint_config
+from ksweep.config.series import expand_series
 from ksweep.config.spec import Activations
 from ksweep.config.sweep import Sweep
 from ksweep.utils.errors import SpecError
@@ -36,7 +37,7 @@ def with_checkpoint_data(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, An
     for key in ("activations", "activations.vectors"):
         if given.get(key) is not None:
             raise SpecError(f"--checkpoint-data and {key} both choose the activations: leave one of them out")
-    cells = apply_overrides(sweep, given).cells()
+    cells = expand_series(apply_overrides(sweep, given)).cells()
     data_of_cells = [_data(cell.autoencoder.checkpoint, given) for cell in cells]
     if any(data != data_of_cells[0] for data in data_of_cells):
         raise SpecError("--checkpoint-data: the checkpoints of this sweep were trained on different data; give one at a time")
