@@ -245,21 +245,41 @@ class _SameSource:
     """Check that the text or vector file still has the content that the key was made from: filling a store can take hours."""
 
     def __init__(self, activations: Activations, identity: dict[str, Any]) -> None:
-        self.path = Path(activations.vectors or activations.text or "").expanduser()
+        self.activations = activations
+        self.source = activations.vectors or activations.text or ""
         self.digest = identity.get("vectors") or identity.get("text", {}).get("digest")
         self._seen: list[tuple[str, int, int]] | None = None
 
     def __call__(self) -> None:
-        if self.digest is None or not self.path.exists():  # a hub data set has its commit; a file may go once read
+        files = self._files()
+        if self.digest is None or not files:  # a hub data set has its commit; a file may go once read
             return
-        files = [self.path] if self.path.is_file() else sorted(path for path in self.path.rglob("*") if path.is_file())
         now = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
-        if now != self._seen and content_digest(self.path) != self.digest:
+        if now != self._seen and self._content() != self.digest:
             raise DataError(
-                f"{self.path} has changed since this run began: the activations stored so far are of the old content, and none "
+                f"{self.source} has changed since this run began: the activations stored so far are of the old content, and none "
                 "of the new was mixed in. Run again to use it as it is now."
             )
         self._seen = now
+
+    def _files(self) -> list[Path]:
+        path = Path(self.source).expanduser()
+        if self.activations.vectors is not None and not path.is_file():
+            from ksweep.activations.vector_files import vector_paths
+
+            try:
+                return list(vector_paths(self.source))
+            except DataError:
+                return []
+        return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+    def _content(self) -> str:
+        if self.activations.vectors is None:
+            return content_digest(Path(self.source).expanduser())
+        from ksweep.activations.vector_files import open_vectors
+
+        with open_vectors(self.source, self.activations.vector_column) as file:
+            return file.digest()
 
 
 def _refuse_too_few(store: ActivationStore, activations: Activations) -> None:
@@ -293,7 +313,7 @@ def _source(activations: Activations, layer: int | None, device: Any) -> UnitSou
     if activations.vectors is not None:
         from ksweep.activations.vector_source import VectorUnits
 
-        return VectorUnits(activations.vectors, activations.document_column, activations.row_id_column)
+        return VectorUnits(activations)
     from ksweep.activations.text_source import TextUnits
 
     return TextUnits(activations, _layer(layer), device)
@@ -328,32 +348,35 @@ def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any
 
 
 def _vectors_identity(activations: Activations) -> dict[str, Any]:
-    from ksweep.activations.vector_source import (
-        DOCUMENT_COLUMNS,
-        VECTOR_ROWS_PER_UNIT,
-        document_column,
-        rows_by_activation,
-        vectors_shape,
-    )
+    from ksweep.activations.vector_files import VECTOR_COLUMN, open_vectors
+    from ksweep.activations.vector_source import DOCUMENT_COLUMNS, VECTOR_ROWS_PER_UNIT, document_column, rows_by_activation
 
-    path = Path(activations.vectors or "").expanduser()
-    rows, d_model = vectors_shape(path)
+    source, column = activations.vectors or "", activations.vector_column
+    with open_vectors(source, column) as file:
+        rows, unnamed = file.num_rows, activations.row_id_column is None
+        identity: dict[str, Any] = {
+            "kind": "vectors",
+            "extractor": {"version": EXTRACTOR_VERSION, "rows_per_unit": VECTOR_ROWS_PER_UNIT},
+            "vectors": file.digest(),
+            "d_model": file.d_model,
+        }
+        # What follows is left out where it is as in the public files, whose keys are those of earlier versions.
+        if file.column != VECTOR_COLUMN:
+            identity["vector_column"] = file.column
+        if not file.is_whole:
+            identity["range"] = [file.start, file.stop]
     if activations.row_id_column is not None:
-        rows = rows_by_activation(path, activations.row_id_column).num_activations
+        rows = rows_by_activation(source, activations.row_id_column, column).num_activations
+        identity["row_id_column"] = activations.row_id_column
     if rows < activations.num_activations:
         raise DataError(
-            f"activations.num_activations={activations.num_activations}, but {path} has {rows} "
-            f"{'rows' if activations.row_id_column is None else 'activations'}: "
-            f"set activations.num_activations={rows}, or take a larger file"
+            f"activations.num_activations={activations.num_activations}, but {source} has {rows} "
+            f"{'rows' if unnamed else 'activations'}: set activations.num_activations={rows}, or take a larger file"
         )
-    reader = {"version": EXTRACTOR_VERSION, "rows_per_unit": VECTOR_ROWS_PER_UNIT}
-    identity = {"kind": "vectors", "extractor": reader, "vectors": content_digest(path), "d_model": d_model}
-    documents = document_column(path, activations.document_column)
-    if documents not in (None, DOCUMENT_COLUMNS[0]):  # so that keys of the public columns hold
+    documents = document_column(source, activations.document_column, column)
+    if documents not in (None, DOCUMENT_COLUMNS[0]):
         identity["document_column"] = documents
-    if activations.row_id_column is not None:
-        identity["row_id_column"] = activations.row_id_column
-    return identity
+    return identity | rows_identity(activations)
 
 
 def _shape(activations: Activations) -> tuple[int, str]:
@@ -361,5 +384,5 @@ def _shape(activations: Activations) -> tuple[int, str]:
     if activations.vectors is not None:
         from ksweep.activations.vector_source import vectors_shape
 
-        return vectors_shape(activations.vectors)[1], "float32"
+        return vectors_shape(activations.vectors, activations.vector_column)[1], "float32"
     return int(text_config(resolve(activations.model or "", "base model"))["hidden_size"]), activations.dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ksweep.activations.datasets import rows_of_columns, text_format
@@ -65,22 +64,22 @@ def check_number_of_groups(column: str, values: Iterable[str | None], source: st
 def _rows(activations: Activations, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if activations.vectors is None:
         return rows_of_columns(activations, columns)
-    return _vector_rows(Path(activations.vectors).expanduser(), columns, activations.row_id_column)
+    return _vector_rows(activations, columns)
 
 
-def _vector_rows(path: Path, columns: Sequence[str], row_id_column: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _vector_rows(activations: Activations, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield row ids as `VectorUnits` gives them, with the columns; where one is missing, with the names of all."""
-    import pyarrow.parquet as pq
+    from ksweep.activations.vector_files import open_vectors
 
-    with pq.ParquetFile(path) as file:
-        present = file.schema_arrow.names
-        if {*columns} - {*present}:
-            yield "row:0", dict.fromkeys(present)
+    named = activations.row_id_column
+    with open_vectors(activations.vectors or "", activations.vector_column) as file:
+        if {*columns} - {*file.schema.names}:
+            yield "row:0", dict.fromkeys(file.names)
             return
-        index = 0
-        for batch in file.iter_batches(columns=list(dict.fromkeys([*columns, *([row_id_column] if row_id_column else [])]))):
-            for record in batch.to_pylist():
-                yield f"row:{index}" if row_id_column is None else str(record[row_id_column]), record
+        index = file.start
+        for table in file.batches([*columns, *([] if named is None else [named])]):
+            for record in table.to_pylist():
+                yield f"row:{index}" if named is None else str(record[named]), record
                 index += 1
 
 

@@ -31,7 +31,7 @@ def rows_identity(activations: Activations) -> dict[str, object]:
     """Return the part of the rule for rows that decides which activations there are; nothing for rows=first."""
     if activations.rows == "first":  # so that keys from before there was a choice hold
         return {}
-    pool = {"pool": POOL_ROWS} if text_format(activations) == "hub" else {}
+    pool = {"pool": POOL_ROWS} if activations.vectors is None and text_format(activations) == "hub" else {}
     return {"rows": {"rule": activations.rows, "seed": activations.seed, **pool}}
 
 
@@ -53,7 +53,7 @@ def ordered_rows(activations: Activations) -> Iterator[TextRow]:
 
 def _order_of(activations: Activations) -> Int64[np.ndarray, " row"]:
     """Return the indices of a local text's rows in the order of the seed; reads all of it."""
-    return _ascending(row_number(activations.seed, row.document, row.row_id) for row in read_documents(activations))
+    return ascending(row_number(activations.seed, row.document, row.row_id) for row in read_documents(activations))
 
 
 def row_number(seed: int, document: str, row_id: str) -> int:
@@ -61,14 +61,14 @@ def row_number(seed: int, document: str, row_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"rows|{seed}|{document}|{row_id}".encode()).digest()[:8])
 
 
-def _ascending(numbers: Iterable[int]) -> Int64[np.ndarray, " row"]:
+def ascending(numbers: Iterable[int]) -> Int64[np.ndarray, " row"]:
     """Return the indices of numbers in ascending order; of equal ones the earlier comes first."""
     return np.argsort(np.fromiter(numbers, dtype=np.uint64), kind="stable")
 
 
 def _in_pools(rows: Iterator[TextRow], seed: int) -> Iterator[TextRow]:
     while pool := list(islice(rows, POOL_ROWS)):
-        yield from (pool[i] for i in _ascending(row_number(seed, row.document, row.row_id) for row in pool))
+        yield from (pool[i] for i in ascending(row_number(seed, row.document, row.row_id) for row in pool))
 
 
 def _picked(activations: Activations, indices: Int64[np.ndarray, " row"]) -> Iterator[TextRow]:

@@ -1,4 +1,6 @@
-"""Read ready-made vectors: a Parquet file with an `activation_vector` column, as in the public NLA datasets (stage0_extract.py).
+"""Read ready-made vectors: as in the public NLA datasets (stage0_extract.py), whose Parquet files have the columns below.
+
+`ksweep.activations.vector_files` opens them, other formats and several parts included.
 
 activation_vector            FixedSizeList<float32>[d] (hand-made files: list of float or double)     required
 doc_id                       document, the cluster of the bootstrap; activations.document_column names another column
@@ -16,19 +18,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from ksweep.activations.row_order import ascending, row_number
 from ksweep.activations.source import WINDOW_CHARACTERS, ActivationUnit, kept_rows, refuse_unusable
+from ksweep.activations.vector_files import VECTOR_COLUMN, VectorFile, open_vectors, vector_paths, without_range
+from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note
-from ksweep.utils.parquet_rows import column_values, damage_refused
+from ksweep.utils.parquet_rows import column_values
 from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.sidecar_keys import (
     LAYER_KEYS,
@@ -43,9 +48,8 @@ from ksweep.utils.sidecar_keys import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32
+    from jaxtyping import Float32, Int64
 
-VECTOR_COLUMN = "activation_vector"
 POSITION_COLUMN = "n_raw_tokens"
 STATED_POSITION = "position"
 """Column of positions in exported draws, read where rows are named and there is no column n_raw_tokens."""
@@ -62,6 +66,8 @@ VECTORS_SIDECAR_KEYS = frozenset({
 ABOUT_PROMPTS = frozenset({"tokens", "prompt_templates"})
 """Sections that tell trainers how to build prompts; AV and AR have their own."""
 VECTOR_ROWS_PER_UNIT = 1024
+WINDOW_UNITS = 16
+"""Units of rows=random that are read in one pass and held in memory together."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,22 @@ def read_vectors_sidecar(vectors: str | Path) -> VectorsSidecar | None:
     Raises:
         DataError: a sidecar that is damaged, of another kind, of vectors that are not raw, or with an unknown key.
     """
-    path = Path(f"{Path(vectors).expanduser()}.nla_meta.yaml")
-    try:
-        meta = read_yaml(path, DataError)
-    except FileNotFoundError:
-        return None
+    # 1. Read the sidecar beside the file; else those of its parts, or that of their directory.
+    source = without_range(str(vectors))
+    beside = [Path(f"{Path(source).expanduser()}.nla_meta.yaml")]
+    if not beside[0].is_file() and not Path(source).expanduser().is_file():
+        with suppress(DataError):  # where there are none the vectors are refused
+            parts = vector_paths(source)
+            beside += [*(Path(f"{path}.nla_meta.yaml") for path in parts), parts[0].parent / "nla_meta.yaml"]
+    stated = [_read_sidecar(path) for path in beside if path.is_file()]
+    # 2. Those of several parts must agree.
+    if any(replace(other, notes=()) != replace(stated[0], notes=()) for other in stated):
+        raise DataError(f"the parts of {vectors} have sidecars that say different things: give parts of one extraction")
+    return stated[0] if stated else None
+
+
+def _read_sidecar(path: Path) -> VectorsSidecar:
+    meta = read_yaml(path, DataError)
     if not isinstance(meta, dict) or meta.get("kind") != "nla_dataset":
         kind = abbreviated(meta.get("kind")) if isinstance(meta, dict) else repr(type(meta).__name__)
         raise DataError(f"sidecar {path} is of kind {kind}; beside a file of vectors `kind: nla_dataset` is expected")
@@ -120,34 +137,34 @@ def _said_width(meta: dict[str, Any], path: Path) -> int | None:
     return next(iter(widths.values()), None)
 
 
-def vectors_shape(vectors: str | Path) -> tuple[int, int]:
-    """Return rows and width of a file of vectors, from its footer if the type has the width, else from the first row.
+def vectors_shape(vectors: str | Path, column: str | None = None) -> tuple[int, int]:
+    """Return rows and width of a file of vectors, from its header if that has the width, else from the first row.
 
     Raises:
-        DataError: no such file, not Parquet, no `activation_vector` column, another type, or no rows.
+        DataError: as `open_vectors`.
     """
-    with _open(vectors) as file:
-        return file.metadata.num_rows, _width(file, Path(vectors))
+    with open_vectors(vectors, column) as file:
+        return file.num_rows, file.d_model
 
 
-def vectors_say_positions(vectors: str | Path) -> bool:
+def vectors_say_positions(vectors: str | Path, column: str | None = None) -> bool:
     """Return whether a file of vectors has a column of positions.
 
     Raises:
-        DataError: no such file, or not Parquet.
+        DataError: as `open_vectors`.
     """
-    with _open(vectors) as file:
-        return POSITION_COLUMN in file.schema_arrow.names
+    with open_vectors(vectors, column) as file:
+        return POSITION_COLUMN in file.names
 
 
-def vectors_layer(vectors: str | Path) -> int | None:
+def vectors_layer(vectors: str | Path, column: str | None = None) -> int | None:
     """Return the layer of a file of vectors, from its sidecar or its column `activation_layer`; None if neither states it.
 
     Raises:
         DataError: the two disagree, or the rows are of several layers; and as `read_vectors_sidecar` and `vectors_shape`.
     """
     sidecar = read_vectors_sidecar(vectors)
-    in_sidecar, in_rows = None if sidecar is None else sidecar.layer, _layer_of_rows(vectors)
+    in_sidecar, in_rows = None if sidecar is None else sidecar.layer, _layer_of_rows(vectors, column)
     if None not in (in_sidecar, in_rows) and in_sidecar != in_rows:
         raise DataError(
             f"the sidecar of {vectors} says layer {in_sidecar} and its column {LAYER_COLUMN!r} says {in_rows}: the two are of "
@@ -156,12 +173,11 @@ def vectors_layer(vectors: str | Path) -> int | None:
     return in_rows if in_sidecar is None else in_sidecar
 
 
-def _layer_of_rows(vectors: str | Path) -> int | None:
-    with _open(vectors) as file:
-        if LAYER_COLUMN not in file.schema_arrow.names:
+def _layer_of_rows(vectors: str | Path, column: str | None) -> int | None:
+    with open_vectors(vectors, column) as file:
+        if LAYER_COLUMN not in file.names:
             return None
-        with damage_refused(vectors):
-            stated = pc.unique(file.read(columns=[LAYER_COLUMN]).column(0))
+        stated = pc.unique(file.table([LAYER_COLUMN]).column(0))
         layers = _whole_layers(column_values(stated, vectors, LAYER_COLUMN), vectors)
     if len(layers) > 1:
         raise DataError(
@@ -198,47 +214,61 @@ def _position(value: Any, before: int, row: int, vectors: str | Path, column: st
     return int(value) - before
 
 
-def document_column(vectors: str | Path, asked: str | None) -> str | None:
+def document_column(vectors: str | Path, asked: str | None, column: str | None = None) -> str | None:
     """Return the column that names the documents of a file of vectors; None if each row is its own document.
 
     Raises:
-        DataError: no such column, one of lists or structs, no such file, or not Parquet.
+        DataError: no such column, one of lists or structs; and as `open_vectors`.
     """
-    with _open(vectors) as file:
-        schema = file.schema_arrow
-    names = schema.names
+    with open_vectors(vectors, column) as file:
+        schema, names, vector = file.schema, file.names, file.column
     if asked is not None and asked not in names:
         raise DataError(
             f"{vectors} has no column {asked!r}; it has {', '.join(names)}. Set activations.document_column to the right one."
         )
-    if asked is not None and pa.types.is_nested(schema.field(asked).type):
+    if asked is not None and (asked == vector or pa.types.is_nested(schema.field(asked).type)):
+        kind = "vector" if asked == vector else schema.field(asked).type
         raise DataError(
-            f"column {asked!r} of {vectors} is of type {schema.field(asked).type}; expected text or numbers that name documents. "
+            f"column {asked!r} of {vectors} is of type {kind}; expected text or numbers that name documents. "
             "Set activations.document_column to such a column."
         )
     return asked if asked is not None else next((name for name in DOCUMENT_COLUMNS if name in names), None)
 
 
-def are_of_one_document(vectors: str | Path, asked: str | None, num_rows: int) -> bool:
-    """Return whether the first `num_rows` rows of a file of vectors are of a single document. Reads up to the second document.
+def are_of_one_document(activations: Activations) -> bool:
+    """Return whether the vectors that a request takes are of a single document; reads the names of documents.
 
     Raises:
         DataError: as `document_column`.
     """
-    column, seen, left = document_column(vectors, asked), set[str](), num_rows
-    if column is None:
-        return num_rows == 1
-    with _open(vectors) as file:
-        batches = file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[column])
-        while (batch := _next_batch(batches, Path(vectors))) is not None:
-            names = batch.column(0).slice(0, left)
-            seen.update(map(str, column_values(names.drop_null().unique(), vectors, column)))
-            if len(seen) > 1 or (names.null_count and left > 1):  # a row without a name is its own document
-                return False
-            left -= len(names)
-            if not left:
-                break
-    return True
+    vectors, column = activations.vectors or "", activations.vector_column
+    named = document_column(vectors, activations.document_column, column)
+    if named is None:
+        return activations.num_activations == 1
+    order = vector_order(activations)
+    with open_vectors(vectors, column) as file:
+        names = column_values(file.table([named]).column(0), vectors, named)
+    taken = [names[i] for i in (range(len(names)) if order is None else order.tolist())[: activations.num_activations]]
+    return len({str(name) for name in taken if name is not None} | {i for i, name in enumerate(taken) if name is None}) == 1
+
+
+def vector_order(activations: Activations) -> Int64[np.ndarray, " row"] | None:
+    """Return the rows of a file of vectors in the order in which they are taken; None: as they stand.
+
+    Raises:
+        DataError: as `document_column` and `rows_by_activation`.
+    """
+    if activations.rows == "first":
+        return None
+    vectors, column = activations.vectors or "", activations.vector_column
+    named = document_column(vectors, activations.document_column, column)
+    with open_vectors(vectors, column) as file:
+        row_ids = [f"row:{file.start + i}" for i in range(file.num_rows)]
+        documents = row_ids if named is None else column_values(file.table([named]).column(0), vectors, named)
+    if activations.row_id_column is not None:
+        row_ids = rows_by_activation(vectors, activations.row_id_column, column).row_ids
+    pairs = zip(documents, row_ids, strict=True)
+    return ascending(row_number(activations.seed, str(document or name), name) for document, name in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,19 +287,18 @@ class NamedRows:
 
 
 @once_per_pass
-def rows_by_activation(vectors: str | Path, column: str) -> NamedRows:
+def rows_by_activation(vectors: str | Path, column: str, vector_column: str | None = None) -> NamedRows:
     """Return the names of a file's rows: a column of row ids, and the position (`n_raw_tokens` - 1, or `position`) if known.
 
     Raises:
         DataError: no such column, or a row without a name.
     """
-    with _open(vectors) as file:
-        names = file.schema_arrow.names
+    with open_vectors(vectors, vector_column) as file:
+        names = file.names
         if column not in names:
             raise DataError(f"activations.row_id_column={column!r} is no column of {vectors}; it has {', '.join(names)}")
         position = next((name for name in (POSITION_COLUMN, STATED_POSITION) if name in names), None)
-        with damage_refused(vectors):
-            table = file.read(columns=[column, *([] if position is None else [position])])
+        table = file.table([column, *([] if position is None else [position])])
     if nulls := table[column].null_count:
         raise DataError(f"{nulls} rows of {vectors} have null in column {column!r}: every row needs the name of its activation")
     stated = [None] * len(table) if position is None else column_values(table[position], vectors, position)
@@ -287,21 +316,20 @@ class VectorUnits:
     dtype = "float32"
     most_per_unit = VECTOR_ROWS_PER_UNIT
 
-    def __init__(self, vectors: str | Path, documents: str | None = None, row_id_column: str | None = None) -> None:
-        """Read the footer, and the names of activations.
-
-        Args:
-            vectors: the file.
-            documents: column that names the documents. None: see `document_column`.
-            row_id_column: column that names activations; rows after the first of a name are left out.
+    def __init__(self, activations: Activations) -> None:
+        """Read what is beside the vectors: names of documents and activations, and the order in which they are taken.
 
         Raises:
-            DataError: as `vectors_shape` and `document_column`.
+            DataError: as `open_vectors`, `document_column` and `rows_by_activation`.
         """
-        self.path = Path(vectors).expanduser()
-        self.documents, self._asked = document_column(self.path, documents), documents is not None
-        self.num_rows, self.d_model = vectors_shape(self.path)
-        self.named = None if row_id_column is None else rows_by_activation(self.path, row_id_column)
+        self.source, self.column = activations.vectors or "", activations.vector_column
+        self.documents = document_column(self.source, activations.document_column, self.column)
+        self._asked = activations.document_column is not None
+        with open_vectors(self.source, self.column) as file:
+            self.num_rows, self.d_model, self.first_row = file.num_rows, file.d_model, file.start
+        named = activations.row_id_column
+        self.named = None if named is None else rows_by_activation(self.source, named, self.column)
+        self.order = vector_order(activations)
         self._is_checked = self.named is None
         self._tables: Iterator[pa.Table] = iter(())
         self._next_unit = -1
@@ -319,35 +347,62 @@ class VectorUnits:
         for index in indices:
             self._check_repeated()
             if not 0 <= self._next_unit <= index:
-                wanted = {VECTOR_COLUMN, *PROVENANCE_COLUMNS, self.documents}
-                self._tables, self._next_unit = (
-                    _tables(self.path, index * VECTOR_ROWS_PER_UNIT, VECTOR_ROWS_PER_UNIT, wanted),
-                    index,
-                )
+                self._tables, self._next_unit = self._from_unit(index), index
             while True:
                 table = next(self._tables)
                 self._next_unit += 1
                 if self._next_unit > index:
                     break
-            yield index, self._unit(table, index)
+            start = index * VECTOR_ROWS_PER_UNIT
+            rows = np.arange(start, start + len(table)) if self.order is None else self.order[start : start + len(table)]
+            yield index, self._unit(table, rows)
 
-    def _unit(self, table: pa.Table, index: int) -> ActivationUnit:
-        first, n = index * VECTOR_ROWS_PER_UNIT, len(table)
+    def _from_unit(self, index: int) -> Iterator[pa.Table]:
+        """Yield the table of each unit from one on, forever: the last one is short, later ones are empty."""
+        wanted = {VECTOR_COLUMN, *PROVENANCE_COLUMNS, *([] if self.documents is None else [self.documents])}
+        start, size = index * VECTOR_ROWS_PER_UNIT, VECTOR_ROWS_PER_UNIT
+        with open_vectors(self.source, self.column) as file:
+            held: pa.Table | None = None
+            if self.order is None:
+                for table in file.batches(wanted, start):
+                    held = table if held is None else pa.concat_tables([held, table])
+                    while len(held) >= size:
+                        yield held.slice(0, size)
+                        held = held.slice(size)
+            else:
+                while start < self.num_rows:
+                    window = self.order[start : start + WINDOW_UNITS * size]
+                    held, start = _picked(file, wanted, window), start + len(window)
+                    while len(held) >= size:
+                        yield held.slice(0, size)
+                        held = held.slice(size)
+            if held is None:
+                held = next(file.batches(wanted)).slice(0, 0)
+            yield held
+            while True:
+                yield held.slice(0, 0)
+
+    def _unit(self, table: pa.Table, numbers: np.ndarray) -> ActivationUnit:
+        """Return the unit of a table whose rows have these numbers in the range that is read."""
+        n, place, source = len(table), self.first_row + numbers, self.source
         wanted = [*PROVENANCE_COLUMNS, *([] if self.documents is None else [self.documents])]
         columns = {
-            name: column_values(table.column(name), self.path, name, first) if name in table.column_names else [None] * n
+            name: column_values(table.column(name), source, name, int(place[0]) if n else 0)
+            if name in table.column_names
+            else [None] * n
             for name in wanted
         }
         named = [None] * n if self.documents is None else columns[self.documents]
         if self._asked:
-            self._refuse_unnamed(named, first)
-        rows = [f"row:{first + i}" for i in range(n)]
+            self._refuse_unnamed(named, place)
+        rows = [f"row:{number}" for number in place]
         lengths = columns[POSITION_COLUMN]
-        positions = [_position(length, 1, first + i, self.path, POSITION_COLUMN) for i, length in enumerate(lengths)]
+        positions = [_position(length, 1, int(i), source, POSITION_COLUMN) for i, length in zip(place, lengths, strict=True)]
         if self.named is not None:
-            rows, positions = self.named.row_ids[first : first + n], self.named.positions[first : first + n]
+            rows, positions = ([values[i] for i in numbers] for values in (self.named.row_ids, self.named.positions))
+        where = f"{source} from row {place[0] if n else 0}"
         unit = ActivationUnit(
-            vectors=flat_vectors(table.column(VECTOR_COLUMN), self.d_model, f"{self.path} from row {first}"),
+            vectors=flat_vectors(table.column(VECTOR_COLUMN), self.d_model, where),
             row_ids=rows,
             documents=[row if document is None else str(document) for row, document in zip(rows, named, strict=True)],
             positions=positions,
@@ -356,12 +411,18 @@ class VectorUnits:
             roles=[None if role is None else str(role) for role in columns["role"]],
             num_rows=n,
             num_skipped=0,
-            is_last=first + n >= self.num_rows,
+            is_last=self._next_unit * VECTOR_ROWS_PER_UNIT >= self.num_rows,
         )
-        refuse_unusable(unit, str(self.path))
+        refuse_unusable(unit, source)
         if self.named is None:
             return unit
-        return kept_rows(unit, np.flatnonzero(self.named.first[first : first + n] == np.arange(first, first + n)))
+        return kept_rows(unit, np.flatnonzero(self._is_taken(numbers)))
+
+    def _is_taken(self, numbers: np.ndarray) -> np.ndarray:
+        """Return whether each row is the one that its activation is taken from: the first that has its name, in any order."""
+        assert self.named is not None
+        taken: np.ndarray = self.named.first[numbers] == numbers
+        return taken
 
     def _check_repeated(self) -> None:
         """Check once that all rows of an activation have the same vector. Reads the whole file.
@@ -372,26 +433,25 @@ class VectorUnits:
         if self._is_checked or self.named is None:
             return
         digests: list[bytes] = []
-        with _open(self.path) as file:
-            batches = file.iter_batches(batch_size=VECTOR_ROWS_PER_UNIT, columns=[VECTOR_COLUMN])
-            while (batch := _next_batch(batches, self.path)) is not None:
-                column = pa.chunked_array([batch.column(0)])
-                vectors = flat_vectors(column, self.d_model, f"{self.path} from row {len(digests)}")
+        with open_vectors(self.source, self.column) as file:
+            for table in file.batches([VECTOR_COLUMN]):
+                where = f"{self.source} from row {self.first_row + len(digests)}"
+                vectors = flat_vectors(table.column(VECTOR_COLUMN), self.d_model, where)
                 digests += [hashlib.blake2b(vector.tobytes(), digest_size=16).digest() for vector in vectors]
         for row, first in enumerate(self.named.first.tolist()):
             if digests[row] != digests[first]:
                 raise DataError(
-                    f"rows {first} and {row} of {self.path} are both of activation {self.named.row_ids[row]!r} and have "
+                    f"rows {first} and {row} of {self.source} are both of activation {self.named.row_ids[row]!r} and have "
                     "different vectors: give different activations different row ids or positions"
                 )
         self._is_checked = True
 
-    def _refuse_unnamed(self, named: list[Any], first: int) -> None:
+    def _refuse_unnamed(self, named: list[Any], place: np.ndarray) -> None:
         """Raise DataError if a row has null, NaN or empty text in the document column that the spec names."""
-        rows = [str(first + i) for i, name in enumerate(named) if name is None or name != name or str(name).strip() == ""]
+        rows = [str(i) for i, name in zip(place, named, strict=True) if name is None or name != name or str(name).strip() == ""]
         if rows:
             raise DataError(
-                f"{self.path} names no document in column {self.documents!r} of {len(rows)} rows ({', '.join(rows[:5])}"
+                f"{self.source} names no document in column {self.documents!r} of {len(rows)} rows ({', '.join(rows[:5])}"
                 f"{', ...' if len(rows) > 5 else ''}), and the bootstrap draws documents: fill them in, or drop those rows."
             )
 
@@ -429,74 +489,21 @@ def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[n
     return flat.reshape(len(column), d_model)
 
 
-def _tables(path: Path, start: int, rows: int, wanted: Collection[str | None]) -> Iterator[pa.Table]:
-    """Yield tables of `rows` rows from row `start` on, forever: the one at the end of the file is short, later ones are empty."""
-    with _open(path) as file:
-        groups, skip = _groups_from(file, start)
-        columns = [name for name in file.schema_arrow.names if name in wanted]
-        batches = file.iter_batches(batch_size=rows, row_groups=groups, columns=columns) if groups else iter(())
-        held = file.schema_arrow.empty_table().select(columns)
-        while True:
-            while len(held) < skip + rows and (batch := _next_batch(batches, path)) is not None:
-                held = pa.concat_tables([held, pa.Table.from_batches([batch]).cast(held.schema)])
-                dropped = min(skip, len(held))
-                held, skip = held.slice(dropped), skip - dropped
-            yield held.slice(0, rows)
-            held = held.slice(rows)
-
-
-def _next_batch(batches: Iterator[pa.RecordBatch], path: Path) -> pa.RecordBatch | None:
-    with damage_refused(path):
-        return next(batches, None)
-
-
-def _groups_from(file: pq.ParquetFile, start: int) -> tuple[list[int], int]:
-    """Return the row groups from that of row `start` on, and the number of rows before `start` in it."""
-    before = 0
-    for group in range(file.num_row_groups):
-        size = file.metadata.row_group(group).num_rows
-        if start < before + size:
-            return list(range(group, file.num_row_groups)), start - before
-        before += size
-    return [], 0
-
-
-def _open(vectors: str | Path) -> pq.ParquetFile:
-    path = Path(vectors).expanduser()
-    if not path.is_file():
-        raise DataError(
-            f"no file of vectors at {str(vectors)!r}: expected Parquet with a column {VECTOR_COLUMN!r}; check the path"
-        )
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file ({error}); is it whole?") from error
-    names = file.schema_arrow.names
-    if VECTOR_COLUMN not in names:
-        raise DataError(
-            f"{path} has no column {VECTOR_COLUMN!r}; it has {', '.join(names)}. Text goes to activations.text, not .vectors."
-        )
-    if file.metadata.num_rows == 0:
-        raise DataError(f"{path} has a column {VECTOR_COLUMN!r} but no rows")
-    return file
-
-
-def _width(file: pq.ParquetFile, path: Path) -> int:
-    kind = file.schema_arrow.field(VECTOR_COLUMN).type
-    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not is_list or not pa.types.is_floating(kind.value_type):
-        raise DataError(
-            f"column {VECTOR_COLUMN!r} of {path} is of type {kind}; expected FixedSizeList<float32>[d_model] or a list of floats"
-        )
-    if pa.types.is_fixed_size_list(kind):
-        return int(kind.list_size)
-    with damage_refused(path):
-        first: Any = next(file.iter_batches(batch_size=1, columns=[VECTOR_COLUMN])).column(0)[0].as_py()
-    if not first:
-        raise DataError(
-            f"row 0 of {VECTOR_COLUMN!r} in {path} is {'null' if first is None else 'empty'}; every row needs a vector"
-        )
-    return len(first)
+def _picked(file: VectorFile, columns: Collection[str], rows: Int64[np.ndarray, " row"]) -> pa.Table:
+    """Return rows of a file of vectors in the given order, from one pass through it."""
+    ascending_rows = np.sort(rows)
+    found, before = [], 0
+    for table in file.batches(columns, int(ascending_rows[0])):
+        start = int(ascending_rows[0]) + before
+        low, high = np.searchsorted(ascending_rows, [start, start + len(table)])
+        if low < high:
+            found.append(table.take(pa.array(ascending_rows[low:high] - start)))
+        before += len(table)
+        if high == len(rows):
+            break
+    place = np.empty(len(rows), dtype=np.int64)
+    place[np.argsort(rows, kind="stable")] = np.arange(len(rows))
+    return pa.concat_tables(found).take(pa.array(place))
 
 
 def _whole(meta: dict[str, Any], key: str, path: Path) -> int | None:

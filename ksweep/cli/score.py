@@ -78,13 +78,13 @@ def _activations(file: TextsFile, text: str | None, model: str | None, vectors: 
         )
     num_activations = max(2, len(file.texts))  # one has no variance to explain; key=value settings come later
     if text is not None or vectors is not None:
-        return Activations(text=text, model=model, vectors=vectors, num_activations=num_activations)
+        return Activations(text=text, model=model, vectors=vectors, num_activations=num_activations, rows="first")
     if file.path.suffix.lower() != ".parquet":
         raise SpecError(
             f"{file.path} has a column {VECTOR!r}, and vectors are read from Parquet alone: write the file as .parquet"
         )
     row_id = ROW_ID if ROW_ID in file.columns else None
-    return Activations(vectors=str(file.path), row_id_column=row_id, num_activations=num_activations)
+    return Activations(vectors=str(file.path), row_id_column=row_id, num_activations=num_activations, rows="first")
 
 
 def _truncation(truncate: str | None) -> tuple[tuple[int | None, ...], Any]:

@@ -249,8 +249,9 @@ def _activation_facts(activations: Activations) -> ActivationFacts:
             layer=activations.layer,
             d_model=text_config(directory)["hidden_size"],
         )
-    vectors, (_, width) = activations.vectors, vectors_shape(activations.vectors)
-    sidecar, layer = read_vectors_sidecar(vectors), vectors_layer(vectors)
+    vectors, column = activations.vectors, activations.vector_column
+    _, width = vectors_shape(vectors, column)
+    sidecar, layer = read_vectors_sidecar(vectors), vectors_layer(vectors, column)
     if sidecar is not None and sidecar.d_model not in (None, width):
         raise DataError(
             f"{vectors} holds vectors of {width} dimensions and its sidecar says {sidecar.d_model}: the two are of different "
@@ -260,7 +261,7 @@ def _activation_facts(activations: Activations) -> ActivationFacts:
         whose = "the sidecar of " if sidecar is not None and sidecar.layer is not None else ""
         raise SpecError(f"activations.layer={activations.layer}, but {whose}{vectors} says layer {layer}: leave it out")
     unknown = {"token": "the token that it was taken at"}  # no column of the public files is read as a token id
-    if not vectors_say_positions(vectors):
+    if not vectors_say_positions(vectors, column):
         unknown["position"] = f"its position (column {POSITION_COLUMN})"
     return ActivationFacts(
         source=vectors,

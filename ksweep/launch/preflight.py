@@ -98,7 +98,7 @@ def _check_several_documents(cell: Cell, keys: CellKeys) -> None:
     given = cell.activations
     if cell.scoring.baseline_kind != "between documents" or given.vectors is None or given.row_id_column:
         return
-    if are_of_one_document(given.vectors, given.document_column, given.num_activations):
+    if are_of_one_document(given):
         raise one_document_error(cell, keys.name)
 
 

@@ -37,10 +37,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the dictionary in a .pt file.
 
     Raises:
+        CheckpointError: as `read_torch_file`; or it holds something else.
+    """
+    value = read_torch_file(path)
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise CheckpointError(f"{path} holds a {kind}; expected the dictionary that the training run saved")
+    return value
+
+
+def read_torch_file(path: Path) -> Any:
+    """Return what a .pt file holds: plain values, containers and tensors.
+
+    Raises:
         CheckpointError: the file is incomplete or no torch file, its pickle needs more than tensors, containers and NumPy
             numbers, or it asks for more memory than a checkpoint needs.
     """
-    # 1. Refuse files that are no zip archive of a dictionary.
+    # 1. Refuse files that are no zip archive.
     if not _is_zip(path):
         raise CheckpointError(
             f"{path} is not a whole torch checkpoint: it has no zip directory at its end, so it was cut off in copying, has "
@@ -64,9 +77,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             struct.error, EOFError, LookupError, MemoryError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path} is not a whole torch checkpoint ({reason}). Copy or download it again.") from error
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise CheckpointError(f"{path} holds a {kind}; expected the dictionary that the training run saved")
     return value
 
 

@@ -47,8 +47,8 @@ def spec(model: Path, text: Path, count: int, **fields: Any) -> Activations:
     return Activations(model=str(model), text=str(text), num_activations=count, **(defaults | fields))
 
 
-def vector_spec(vectors: Path, count: int) -> Activations:
-    return Activations(vectors=str(vectors), num_activations=count)
+def vector_spec(vectors: Path, count: int, **fields: Any) -> Activations:
+    return Activations(vectors=str(vectors), num_activations=count, **({"rows": "first"} | fields))
 
 
 def shard_files(directory: Path) -> dict[str, bytes]:

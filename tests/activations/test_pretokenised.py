@@ -260,7 +260,7 @@ def test_splits_of_one_directory_are_kept_apart(base: Path, tmp_path: Path) -> N
         ([[5], [6, None]], r"row 1 of .* \(NoneType\) at index 1"),
         ([[5, True]], r"row 0 of .* with 'True' \(bool\) at index 1"),
         ([[[5, 6]]], r"row 0 of .* a list in column 'input_ids' with '\[5, 6\]' \(list\) at index 0"),
-        ([[{"role": "user", "content": "x"}]], r"row 0 of .* \(dict\) at index 0"),
+        ([[5], [{"role": "user", "content": "x"}]], r"row 1 of .* \(dict\) at index 0"),
         ([["a", "b"]], r"row 0 of .* with 'a' \(str\) at index 0"),
         ([[5], {"ids": [5]}], r"row 1 of .* has a dict in column 'input_ids'"),
         ([[5], [5, -100]], r"row 1 of .* \(column 'input_ids'\) has token id -100 at index 1, and the model knows 0 to \d+"),

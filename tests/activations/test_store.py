@@ -340,7 +340,7 @@ def test_rank_takes_over_from_one_that_is_gone(tmp_path: Path) -> None:
     from ksweep.activations.vector_source import VectorUnits
 
     vectors = random_vectors(3 * VECTOR_ROWS_PER_UNIT)
-    source = VectorUnits(write_vectors(tmp_path / "v.parquet", vectors))
+    source = VectorUnits(vector_spec(write_vectors(tmp_path / "v.parquet", vectors), 2))
     store = ActivationStore(tmp_path, "k", {})
     fill(store, source, len(vectors), rank=1, world_size=2, patience=0.1)  # rank 0 never comes
     assert np.array_equal(store.open(len(vectors)).vectors(), vectors)
@@ -350,7 +350,7 @@ FILLER = """
 import sys
 from ksweep.activations import ensure
 from ksweep.config.spec import Activations
-ensure(Activations(vectors=sys.argv[1], num_activations=int(sys.argv[3])), None, sys.argv[2])
+ensure(Activations(vectors=sys.argv[1], num_activations=int(sys.argv[3]), rows="first"), None, sys.argv[2])
 """
 
 

@@ -52,7 +52,7 @@ def test_only_the_units_asked_for_are_read(tmp_path: Path) -> None:
 
 def test_units_in_any_order_equal_units_in_order(tmp_path: Path) -> None:
     vectors = random_vectors(3 * VECTOR_ROWS_PER_UNIT + 5)
-    source = VectorUnits(write_vectors(tmp_path / "v.parquet", vectors))
+    source = VectorUnits(vector_spec(write_vectors(tmp_path / "v.parquet", vectors), 2))
     for index, unit in source.units([2, 0, 3, 1, 4]):
         assert np.array_equal(unit.vectors, vectors[index * VECTOR_ROWS_PER_UNIT : (index + 1) * VECTOR_ROWS_PER_UNIT])
         assert unit.is_last == (index >= 3)
@@ -127,7 +127,7 @@ def test_sidecar_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 def documents_of(path: Path, count: int, cache: Path, column: str | None = None) -> list[str]:
-    table = ensure(Activations(vectors=str(path), num_activations=count, document_column=column), None, cache)
+    table = ensure(Activations(vectors=str(path), num_activations=count, document_column=column, rows="first"), None, cache)
     return [str(document) for document in table.column("document")]
 
 
@@ -141,7 +141,7 @@ def test_whether_vectors_are_of_one_document_is_told_as_their_table_does(
     columns = {} if start is None else {"doc_id": start + [start[2]] * 1495 + [7 if start[2] == 4 else "7"] * 2}
     path = write_vectors(tmp_path / "v.parquet", random_vectors(1500), **columns)
     table = ensure(vector_spec(path, count), None, tmp_path / "cache")
-    assert are_of_one_document(path, None, count) == (table.num_documents() == 1)
+    assert are_of_one_document(vector_spec(path, count)) == (table.num_documents() == 1)
 
 
 def test_document_column_that_is_asked_for_names_the_documents(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_documents_are_part_of_the_key_where_they_are_others_than_doc_id(tmp_pat
 @pytest.mark.parametrize("act", [plan_activations, ensure])
 def test_document_column_that_is_missing_is_refused_with_those_there_are(act: Any, tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "v.parquet", random_vectors(3), doc_id=["a", "a", "b"])
-    request = Activations(vectors=str(path), num_activations=3, document_column="item_id")
+    request = Activations(vectors=str(path), num_activations=3, document_column="item_id", rows="first")
     with pytest.raises(DataError, match=r"no column 'item_id'; it has activation_vector, doc_id\. Set .*document_column"):
         act(request, None, tmp_path / "cache")
 

@@ -404,7 +404,7 @@ def test_cache_on_a_read_only_disk_is_read_all_the_same_and_damage_is_told(
         flip_a_byte(next((cache / keys["long"]).glob("shard-00001-*.arrow")))
     script = (
         "import sys; from ksweep.activations import ensure; from ksweep.config.spec import Activations\n"
-        "table = ensure(Activations(vectors=sys.argv[1], num_activations=2500), None, sys.argv[2])\n"
+        "table = ensure(Activations(vectors=sys.argv[1], num_activations=2500, rows='first'), None, sys.argv[2])\n"
         "print(table.vectors().shape)"
     )
     mounted = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'

@@ -119,7 +119,7 @@ def over_vectors(rows: list[dict[str, Any]], pair: TinyPair, folder: Path, **aut
         name="teacher",
         cell=Cell(
             autoencoder=Autoencoder(texts=str(path), ar=str(pair.ar), dtype="float32", **autoencoder),
-            activations=Activations(vectors=str(path), row_id_column="row_id", num_activations=NUM_ACTIVATIONS),
+            activations=Activations(vectors=str(path), row_id_column="row_id", num_activations=NUM_ACTIVATIONS, rows="first"),
             scoring=Scoring(num_replicates=50),
         ),
         resources=Resources(cluster="inprocess", gpus=0), registry=str(folder / "registry"), vector_cache=str(folder / "cache"),
@@ -222,7 +222,7 @@ def test_the_encoder_of_a_talkative_autoencoder_reads_the_tokens_of_given_texts(
     words = [" ".join(WORDS[i : i + 5]) for i in range(6)]
     path = write_rows(tmp_path / "texts.jsonl", [{"row_id": f"row:{i}", "text": text} for i, text in enumerate(words)])
     activations = Activations(
-        text=str(tmp_path / "text.jsonl"), num_activations=6, min_position=4, max_length=60, dtype="float32"
+        rows="first", text=str(tmp_path / "text.jsonl"), num_activations=6, min_position=4, max_length=60, dtype="float32"
     )
     results = ksweep.run(Sweep(
         name="encoder", resources=Resources(cluster="inprocess", gpus=0),

@@ -70,7 +70,7 @@ def publish_and_wait(*all):
     return shard
 store.ActivationStore.publish_unit = publish_and_wait
 time.sleep(max(0, float(start) - time.time()))
-ensure(Activations(vectors=vectors, num_activations=int(count)), None, root)
+ensure(Activations(vectors=vectors, num_activations=int(count), rows="first"), None, root)
 print(len(computed))
 """
 """Fills; after `most` units it waits and computes no more."""
@@ -510,7 +510,7 @@ from ksweep.utils.errors import RunError
 from ksweep.config.spec import Activations
 place, vectors, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 (place / "ballast").write_bytes(bytes(3_000_000))
-request = Activations(vectors=vectors, num_activations=count)
+request = Activations(vectors=vectors, num_activations=count, rows="first")
 try:
     ensure(request, None, place / "cache")
 except RunError as error:

@@ -256,7 +256,9 @@ def test_vectors_of_another_model_than_the_checkpoints_are_noted(base: str | Non
     said = {"kind": "nla_dataset", "extraction": {"base_model": base, "layer_index": info.layer}}
     Path(f"{vectors}.nla_meta.yaml").write_text(json.dumps(said))
     autoencoder = Autoencoder(checkpoint=str(checkpoint("gpt2_patch_all")))
-    keys = cell_keys(Cell(autoencoder=autoencoder, activations=Activations(vectors=str(vectors), num_activations=30)))
+    keys = cell_keys(
+        Cell(autoencoder=autoencoder, activations=Activations(vectors=str(vectors), num_activations=30, rows="first"))
+    )
     found = [note.text for note in keys.notes if note.about == "base model"]
     assert [text.startswith("Could not verify that someone/another is ") for text in found] == [True] * noted
 

@@ -16,6 +16,7 @@ from ksweep.activations.vector_source import VectorUnits, are_of_one_document, r
 from ksweep.autoencoder.texts_file import read_texts_file
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
+from tests.activations.helpers import vector_spec
 
 BAD_ROW = 5
 GOOD = [f"text {i}" for i in range(8)]
@@ -51,11 +52,13 @@ def of_document(path: Path, bad: Any) -> Any:
 
 
 def of_vectors(path: Path, bad: Any) -> Any:
-    return lambda: list(VectorUnits(write(path, activation_vector=vectors(), doc_id=bad)).units([0]))
+    return lambda: list(VectorUnits(vector_spec(write(path, activation_vector=vectors(), doc_id=bad), 8)).units([0]))
 
 
 def of_window(path: Path, bad: Any) -> Any:
-    return lambda: list(VectorUnits(write(path, activation_vector=vectors(), detokenized_text_truncated=bad)).units([0]))
+    return lambda: list(
+        VectorUnits(vector_spec(write(path, activation_vector=vectors(), detokenized_text_truncated=bad), 8)).units([0])
+    )
 
 
 def of_names(path: Path, bad: Any) -> Any:
@@ -63,7 +66,7 @@ def of_names(path: Path, bad: Any) -> Any:
 
 
 def of_one_document(path: Path, bad: Any) -> Any:
-    return lambda: are_of_one_document(write(path, activation_vector=vectors(), doc_id=bad), None, 8)
+    return lambda: are_of_one_document(vector_spec(write(path, activation_vector=vectors(), doc_id=bad), 8))
 
 
 def of_given_texts(path: Path, bad: Any) -> Any:
@@ -94,7 +97,7 @@ def test_parquet_with_damaged_pages_is_refused_with_its_file(reader: Callable[..
     footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     read = {
         of_text: documents,
-        of_vectors: lambda p: list(VectorUnits(p).units([0])),
+        of_vectors: lambda p: list(VectorUnits(vector_spec(p, 8)).units([0])),
         of_given_texts: lambda p: read_texts_file(str(p)),
     }
     for at in range(4, footer, 8):
@@ -120,7 +123,7 @@ def test_line_of_json_that_is_no_text_is_refused_with_file_and_line(line: bytes,
 @pytest.mark.parametrize("value", ["abc", "1", 2.5, float("inf"), -float("inf"), 1e300, True, "9" * 5000])
 def test_position_that_is_no_index_is_refused_with_its_row(value: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", activation_vector=vectors(), name=GOOD, n_raw_tokens=[value] * 8)
-    for read in (lambda: list(VectorUnits(path).units([0])), lambda: rows_by_activation(path, "name")):
+    for read in (lambda: list(VectorUnits(vector_spec(path, 8)).units([0])), lambda: rows_by_activation(path, "name")):
         with pytest.raises(DataError, match=r"row 0 of .*x\.parquet has .* in column 'n_raw_tokens'") as caught:
             read()
         assert len(str(caught.value)) < 500

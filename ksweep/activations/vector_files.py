@@ -1,0 +1,389 @@
+"""Open files of vectors: Parquet (one file, or several parts), .npy, .npz, .safetensors, .pt; whole, or a range of their rows.
+
+    with open_vectors("acts/part-*.parquet@[0:1000]", "act_L42") as file:
+        file.num_rows, file.d_model, file.names
+        file.table(["doc_id"])                    # columns beside the vectors, of all rows
+        file.batches(["doc_id", VECTOR_COLUMN])   # tables of some rows, one after the other
+
+An array or tensor can have a table of its rows beside it, `FILE.rows.parquet` or `FILE.rows.jsonl`, with the columns that a
+Parquet file of vectors has. Whatever the column or tensor is called, tables have it as VECTOR_COLUMN.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.files import json_lines
+from ksweep.utils.hub import content_digest
+from ksweep.utils.parquet_rows import damage_refused
+from ksweep.utils.plain_values import bounded_json
+from ksweep.utils.planning_pass import once_per_pass
+from ksweep.utils.tensor_headers import read_header
+from ksweep.utils.text import some_of
+from ksweep.utils.torch_file import read_torch_file
+
+VECTOR_COLUMN = "activation_vector"
+USUAL_NAMES = (VECTOR_COLUMN, "activations", "vectors", "W_dec")
+"""Names that need not be stated: the last is the decoder of a sparse autoencoder, which has a vector for each feature."""
+ARRAYS = (".npy", ".npz", ".safetensors", ".pt")
+FORMATS = ("Parquet (a file, a directory or pattern of parts, a hub data set)", *ARRAYS)
+ROW_TABLES = (".rows.parquet", ".rows.jsonl")
+BATCH_ROWS = 1024
+RANGE = re.compile(r"(?P<source>.+)@\[(?P<start>\d*):(?P<stop>\d*)\]")
+HUB_VECTORS = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+MOST_EXPANSION = 64
+"""A compressed array has at most so many times the bytes of its file."""
+
+
+@dataclass
+class VectorFile(AbstractContextManager["VectorFile"]):
+    """An open file of vectors, or several parts of one; a range of its rows."""
+
+    source: str
+    """As the user wrote it."""
+    paths: tuple[Path, ...]
+    column: str
+    """Name of the column or tensor in the file."""
+    start: int
+    stop: int
+    total: int
+    """Rows of the file."""
+    parts: list[pq.ParquetFile] = field(default_factory=list)
+    array: np.ndarray | None = None
+    rows: pa.Table | None = None
+    """Table of the rows of an array."""
+
+    def __exit__(self, *exception: object) -> None:
+        for part in self.parts:
+            part.close()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the range is all rows."""
+        return (self.start, self.stop) == (0, self.total)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of the range."""
+        return self.stop - self.start
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Columns besides the vectors."""
+        whole = self.parts[0].schema_arrow if self.parts else pa.schema([]) if self.rows is None else self.rows.schema
+        return pa.schema([field for field in whole if field.name != self.column or not self.parts])
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns, the vectors among them under the name that they have in the file."""
+        return [self.column, *self.schema.names]
+
+    @cached_property
+    def d_model(self) -> int:
+        """Width of the vectors.
+
+        Raises:
+            DataError: the first vector is null or empty.
+        """
+        if self.array is not None:
+            return int(self.array.shape[1])
+        kind = self.parts[0].schema_arrow.field(self.column).type
+        if pa.types.is_fixed_size_list(kind):
+            return int(kind.list_size)
+        with damage_refused(self.paths[0]):
+            first: Any = next(self.parts[0].iter_batches(batch_size=1, columns=[self.column])).column(0)[0].as_py()
+        if not first:
+            what = "null" if first is None else "empty"
+            raise DataError(f"row 0 of {self.column!r} in {self.source} is {what}; every row needs a vector")
+        return len(first)
+
+    def digest(self) -> str:
+        """Return what identifies the content: of one Parquet file its digest, else one over all parts and the table of rows."""
+        digests = [content_digest(path) for path in self.paths]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()[:32]
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        """Return columns besides the vectors, of all rows of the range."""
+        return pa.concat_tables(list(self.batches(columns))) if self.num_rows else self.schema.empty_table().select(columns)
+
+    def batches(self, columns: Collection[str], first: int = 0) -> Iterator[pa.Table]:
+        """Yield tables of consecutive rows, from row `first` of the range to its end.
+
+        Args:
+            columns: columns, and VECTOR_COLUMN for the vectors. Those that the file lacks are left out.
+        """
+        inside = [name for name in self.schema.names if name in columns and name != VECTOR_COLUMN]
+        row, left = self.start + first, self.num_rows - first
+        tables = self._of_array(inside, VECTOR_COLUMN in columns, row) if self.array is not None else self._of_parts(
+            [*inside, *([self.column] if VECTOR_COLUMN in columns else [])], row
+        )  # fmt: skip
+        for table in tables:
+            if left <= 0:
+                return
+            yield table.slice(0, left)
+            left -= len(table)
+        if left > 0:
+            raise DataError(f"{self.source} cannot be read to its end: it lacks {left} rows. Copy or write it again")
+
+    def _of_array(self, columns: list[str], with_vectors: bool, row: int) -> Iterator[pa.Table]:
+        assert self.array is not None
+        for start in range(row, len(self.array), BATCH_ROWS):
+            stop = min(start + BATCH_ROWS, len(self.array))
+            table = None if self.rows is None else self.rows.slice(start, stop - start).select(columns)
+            data = {name: table.column(name) for name in columns} if table is not None else {}
+            if with_vectors or not data:
+                data[VECTOR_COLUMN] = _lists(self.array[start:stop])
+            yield pa.table(data)
+
+    def _of_parts(self, columns: list[str], row: int) -> Iterator[pa.Table]:
+        """Yield tables of the parts, from a row on."""
+        before = 0
+        for path, part in zip(self.paths, self.parts, strict=True):
+            for group in range(part.num_row_groups):
+                size = part.metadata.row_group(group).num_rows
+                skip, before = max(0, row - before), before + size
+                if skip >= size:
+                    continue
+                batches = part.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
+                while (batch := _next_batch(batches, path)) is not None:
+                    table = pa.Table.from_batches([batch]).slice(skip)
+                    skip = max(0, skip - len(batch))
+                    if len(table):
+                        renamed = [VECTOR_COLUMN if name == self.column else name for name in table.column_names]
+                        yield table.rename_columns(renamed)
+
+
+def open_vectors(source: str | Path, column: str | None = None) -> VectorFile:
+    """Open a file of vectors, or several parts of one.
+
+    Args:
+        source: path, directory, pattern or hub data set; with `@[0:1000]` behind it a range of its rows.
+        column: column or tensor of the vectors. None: see `USUAL_NAMES`, or the only one that there is.
+
+    Raises:
+        DataError: nothing there, an unknown format, no such column, or no rows.
+    """
+    paths, start, stop = _located(str(source))
+    opened = _open_array(str(source), paths[0], column) if paths[0].suffix in ARRAYS else _open_parts(str(source), paths, column)
+    opened.start, opened.stop = start, opened.total if stop is None else min(stop, opened.total)
+    if opened.start >= opened.stop:
+        raise DataError(
+            f"{source} has a column {opened.column!r} but no rows"
+            + (f" from {start} to {stop}: it has {opened.total}" if opened.total else "")
+        )
+    return opened
+
+
+def vector_paths(source: str) -> tuple[Path, ...]:
+    """Return the files that a source names, the table of rows beside an array among them.
+
+    Raises:
+        DataError: there are none.
+    """
+    paths, _, _ = _located(source)
+    return (*paths, *_row_tables(paths[0])) if paths[0].suffix in ARRAYS else paths
+
+
+def without_range(source: str) -> str:
+    """Return what names the files of a source, without the range of rows behind it."""
+    match = RANGE.fullmatch(source)
+    return source if match is None or Path(source).expanduser().exists() else match["source"]
+
+
+def _located(source: str) -> tuple[tuple[Path, ...], int, int | None]:
+    """Return the files, the first row, and the end of the range if there is one."""
+    start, stop = 0, None
+    if (match := RANGE.fullmatch(source)) and not Path(source).expanduser().exists():
+        source, start, stop = match["source"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+    path = Path(source).expanduser()
+    if path.is_file():
+        return (path,), start, stop
+    if path.is_dir():
+        found = sorted(path.glob("*.parquet")) or sorted(path.rglob("*.parquet"))
+    else:
+        found = sorted(map(Path, glob.glob(str(path))))
+        if not found and HUB_VECTORS.fullmatch(source) and not path.parent.is_dir() and path.suffix not in (".parquet", *ARRAYS):
+            found = list(_hub_parts(source))
+    if not found:
+        raise DataError(
+            f"no file of vectors at {source!r}: expected {', '.join(FORMATS)}; check the path, and that a relative one starts "
+            "from the current directory"
+        )
+    return tuple(found), start, stop
+
+
+@once_per_pass
+def _hub_parts(source: str) -> tuple[Path, ...]:
+    """Download the Parquet files of a hub data set, of one configuration where it is named, and return their paths in order.
+
+    Raises:
+        DataError: the hub cannot be reached, or has none.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    match = HUB_VECTORS.fullmatch(source)
+    assert match
+    repo, config, revision = match["repo"], match["config"], match["revision"]
+    try:
+        commit = HfApi().dataset_info(repo, revision=revision).sha
+        names = sorted(
+            name for name in HfApi().list_repo_files(repo, repo_type="dataset", revision=commit) if name.endswith(".parquet")
+        )
+        wanted = [
+            name for name in names if config is None or config in Path(name).parts[:-1] or Path(name).name.startswith(config)
+        ]
+        paths = tuple(Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit)) for name in wanted)
+    except Exception as error:  # which HTTP library's errors come through depends on the hub client's version
+        raise DataError(
+            f"vectors {source!r} are neither a local path nor available from the hub ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:200]}). Check the spelling, log in for gated data sets (hf auth login), or "
+            "pass local files."
+        ) from error
+    if not paths:
+        raise DataError(
+            f"hub data set {source} has no Parquet files{'' if config is None else f' of {config!r}'}: {some_of(names)}"
+        )
+    return paths
+
+
+def _open_parts(source: str, paths: Sequence[Path], column: str | None) -> VectorFile:
+    parts: list[pq.ParquetFile] = []
+    for path in paths:
+        try:
+            parts.append(pq.ParquetFile(path))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path} is not a readable Parquet file ({error}); is it whole? Vectors may be {', '.join(FORMATS)}"
+            ) from error
+    first = parts[0].schema_arrow
+    lists = [entry.name for entry in first if _is_list_of_floats(entry.type)]
+    chosen = _chosen(source, column, lists, first.names)
+    kind = first.field(chosen).type
+    if chosen not in lists:
+        raise DataError(
+            f"column {chosen!r} of {source} is of type {kind}; expected FixedSizeList<float32>[d_model] or a list of floats"
+        )
+    for path, part in zip(paths, parts, strict=True):
+        if part.schema_arrow.remove_metadata() != first.remove_metadata():
+            raise DataError(f"{path} has other columns or types than {paths[0]}: give parts of one table")
+    total = sum(part.metadata.num_rows for part in parts)
+    return VectorFile(source, tuple(paths), chosen, 0, total, total, parts=parts)
+
+
+def _open_array(source: str, path: Path, column: str | None) -> VectorFile:
+    arrays = _arrays(path)
+    names = [name for name, array in arrays.items() if array.ndim == 2]
+    chosen = _chosen(source, column, names, list(arrays))
+    array = arrays[chosen]
+    if array.ndim != 2 or (array.dtype.kind != "f" and path.suffix != ".safetensors"):
+        raise DataError(f"{chosen!r} of {source} is an array {array.shape} of {array.dtype}; expected floats [row, d_model]")
+    tables = _row_tables(path)
+    rows = _row_table(tables[0]) if tables else None
+    if rows is not None and len(rows) != len(array):
+        raise DataError(
+            f"{tables[0]} has {len(rows)} rows and {chosen!r} of {path} has {len(array)}: one for each vector is needed"
+        )
+    return VectorFile(source, (path, *tables), chosen, 0, len(array), len(array), array=array, rows=rows)
+
+
+def _chosen(source: str, asked: str | None, fitting: Sequence[str], names: Sequence[str]) -> str:
+    """Return the name of the column or tensor of vectors."""
+    if asked is not None and asked in names:
+        return asked
+    usual = [name for name in USUAL_NAMES if name in names][:1]
+    found = [] if asked is not None else usual or (fitting if len(fitting) == 1 else [])
+    if not found:
+        what = f"no column {VECTOR_COLUMN!r}" if asked is None else f"no column or tensor {asked!r}"
+        several = f"; vectors are in {some_of(list(fitting))}: choose one with activations.vector_column" if fitting else ""
+        raise DataError(
+            f"{source} has {what}; it has {', '.join(map(str, names)) or 'none'}{several}. Text goes to "
+            "activations.text, not .vectors."
+        )
+    return found[0]
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays in a file by name, mapped from disk where that can be done; a single one is called VECTOR_COLUMN.
+
+    bfloat16 comes as uint16 bit patterns.
+    """
+    try:
+        if path.suffix == ".npy":
+            return {VECTOR_COLUMN: np.load(path, mmap_mode="r", allow_pickle=False)}
+        if path.suffix == ".npz":
+            return _npz(path)
+        if path.suffix == ".safetensors":
+            return _safetensors(path)
+        value = read_torch_file(path)
+        tensors = value if isinstance(value, dict) else {VECTOR_COLUMN: value}
+        return {str(name): _of_tensor(tensor) for name, tensor in tensors.items() if hasattr(tensor, "detach")}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, CheckpointError) as error:
+        raise DataError(f"{path} cannot be read as an array ({str(error)[:300]}); is it whole?") from error
+
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > MOST_EXPANSION * path.stat().st_size:
+            raise ValueError("what it holds is more than it can be")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files if arrays[name].ndim == 2 or len(arrays.files) == 1}
+
+
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
+    tensors = {name: tensor for name, tensor in read_header(path).items() if tensor.dtype in SAFETENSORS_DTYPES}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: Any = bounded_json(file.read(length))
+    return {
+        name: np.memmap(
+            path, SAFETENSORS_DTYPES[tensor.dtype], "r", 8 + length + header[name]["data_offsets"][0], tensor.shape
+        )
+        for name, tensor in tensors.items() if 0 not in tensor.shape
+    }  # fmt: skip
+
+
+def _of_tensor(tensor: Any) -> np.ndarray:
+    array: np.ndarray = tensor.detach().float().cpu().numpy()
+    return array
+
+
+def _lists(array: np.ndarray) -> pa.FixedSizeListArray:
+    values = (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+    flat = np.ascontiguousarray(values).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), array.shape[1])
+
+
+def _row_tables(path: Path) -> tuple[Path, ...]:
+    return tuple(table for ending in ROW_TABLES if (table := path.with_name(path.name + ending)).is_file())[:1]
+
+
+def _row_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path) if path.suffix == ".parquet" else pa.Table.from_pylist([dict(row) for row in json_lines(path)])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable table ({error}); is it whole?") from error
+
+
+def _is_list_of_floats(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(is_list and pa.types.is_floating(kind.value_type))
+
+
+def _next_batch(batches: Iterator[pa.RecordBatch], path: Path) -> pa.RecordBatch | None:
+    with damage_refused(path):
+        return next(batches, None)

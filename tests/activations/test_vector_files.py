@@ -1,0 +1,173 @@
+"""Vectors in every kind of file are the same activations; ranges, parts, names of columns and tensors."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ksweep.activations import activations_key, ensure
+from ksweep.activations.vector_files import open_vectors
+from ksweep.activations.vector_source import are_of_one_document, vectors_layer
+from ksweep.utils.errors import DataError
+from tests.activations.helpers import random_vectors, vector_spec, write_vectors
+
+VECTORS = random_vectors(30)
+DOCUMENTS = [f"d{i // 3}" for i in range(30)]
+
+
+def lists(kind: pa.DataType, values: np.ndarray = VECTORS) -> pa.Array:
+    return pa.array([row.tolist() for row in values.astype(kind.value_type.to_pandas_dtype())], kind)
+
+
+def parts(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(3):
+        piece = slice(10 * i, 10 * i + 10)
+        write_vectors(folder / f"part-{i}.parquet", VECTORS[piece], row_group_size=4, doc_id=DOCUMENTS[piece])
+    return folder
+
+
+def write(folder: Path, kind: str) -> tuple[str, str | None]:
+    """The vectors in a file of a kind: what names it, and which column or tensor to state."""
+    path = folder / f"v.{kind.partition(' ')[0]}"
+    if kind == "npy":
+        np.save(path, VECTORS.astype(np.float64))
+    elif kind == "npz":
+        np.savez(path, W_dec=VECTORS, W_enc=VECTORS.T, b_dec=VECTORS[0])
+    elif kind == "pt tensor":
+        torch.save(torch.tensor(VECTORS), path)
+    elif kind == "pt named":
+        torch.save({"acts": torch.tensor(VECTORS), "note": "hi"}, path)
+    elif kind == "safetensors":
+        save_file({"activations": torch.tensor(VECTORS), "b_dec": torch.zeros(8)}, path)
+    elif kind == "safetensors sae":
+        save_file({"W_enc": torch.tensor(VECTORS).T.contiguous(), "W_dec": torch.tensor(VECTORS)}, path)
+    elif kind == "parquet named":
+        pq.write_table(pa.table({"act_L42": lists(pa.list_(pa.float32(), 8)), "act_L62": lists(pa.list_(pa.float32()))}), path)
+        return str(path), "act_L42"
+    elif kind == "parquet only":
+        pq.write_table(pa.table({"resid": lists(pa.large_list(pa.float64())), "doc_id": DOCUMENTS}), path)
+    elif kind == "directory":
+        return str(parts(folder / "parts")), None
+    elif kind == "pattern":
+        parts(folder / "parts")
+        return str(folder / "parts" / "part-*.parquet"), None
+    return str(path), None
+
+
+KINDS = [
+    "npy", "npz", "pt tensor", "pt named", "safetensors", "safetensors sae", "parquet named", "parquet only",
+    "directory", "pattern",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", ["first", "random"])
+def test_vectors_of_every_kind_are_those_that_were_written(kind: str, rows: str, tmp_path: Path) -> None:
+    source, column = write(tmp_path, kind)
+    table = ensure(vector_spec(Path(source), 30, vector_column=column, rows=rows), None, tmp_path / "cache")
+    places = [int(row.removeprefix("row:")) for row in table.column("row_id")]
+    assert sorted(places) == list(range(30)) and (places == list(range(30))) == (rows == "first")
+    assert np.array_equal(table.vectors(), VECTORS[places])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_range_of_rows_keeps_their_names(kind: str, tmp_path: Path) -> None:
+    source, column = write(tmp_path, kind)
+    request = vector_spec(Path(f"{source}@[7:25]"), 18, vector_column=column)
+    table = ensure(request, None, tmp_path / "cache")
+    assert table.column("row_id").tolist() == [f"row:{i}" for i in range(7, 25)]
+    assert np.array_equal(table.vectors(), VECTORS[7:25])
+    with pytest.raises(DataError, match=r"num_activations=19, but .*@\[7:25\] has 18 rows"):
+        ensure(vector_spec(Path(f"{source}@[7:25]"), 19, vector_column=column), None, tmp_path / "cache")
+    whole = activations_key(vector_spec(Path(source), 2, vector_column=column), None)[0]
+    assert whole == activations_key(vector_spec(Path(f"{source}@[:99]"), 2, vector_column=column), None)[0] != table.key
+
+
+def test_half_and_brain_floats_are_their_exact_values(tmp_path: Path) -> None:
+    exact = {torch.float16: VECTORS.astype(np.float16), torch.bfloat16: torch.tensor(VECTORS).bfloat16().float().numpy()}
+    for dtype, values in exact.items():
+        save_file({"vectors": torch.tensor(VECTORS).to(dtype)}, tmp_path / "v.safetensors")
+        table = ensure(vector_spec(tmp_path / "v.safetensors", 30), None, tmp_path / str(dtype))
+        assert np.array_equal(table.vectors(), values.astype(np.float32))
+    pq.write_table(pa.table({"activation_vector": lists(pa.list_(pa.float16()))}), tmp_path / "v.parquet")
+    table = ensure(vector_spec(tmp_path / "v.parquet", 30), None, tmp_path / "half")
+    assert np.array_equal(table.vectors(), exact[torch.float16].astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_an_array_has_documents_positions_and_contexts_from_the_table_beside_it(kind: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", VECTORS)
+    columns: dict[str, list[Any]] = {
+        "doc_id": DOCUMENTS, "n_raw_tokens": [i + 1 for i in range(30)], "role": ["user"] * 30,
+        "detokenized_text_truncated": [f"text {i}" for i in range(30)], "activation_layer": [20] * 30,
+    }  # fmt: skip
+    if kind == "parquet":
+        pq.write_table(pa.table(columns), tmp_path / "v.npy.rows.parquet")
+    else:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        (tmp_path / "v.npy.rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    request = vector_spec(tmp_path / "v.npy", 30)
+    table = ensure(request, None, tmp_path / "cache")
+    assert table.column("document").tolist() == DOCUMENTS and table.column("position").tolist() == list(range(30))
+    assert (table.column("window")[7], table.column("role")[7], vectors_layer(tmp_path / "v.npy")) == ("text 7", "user", 20)
+    pq.write_table(pa.table({"doc_id": DOCUMENTS[:29]}), tmp_path / "v.npy.rows.parquet")
+    with pytest.raises(DataError, match=r"v\.npy\.rows\.parquet has 29 rows and .* has 30"):
+        ensure(request, None, tmp_path / "cache")
+
+
+def test_random_rows_over_several_units_are_a_sample_that_grows(tmp_path: Path) -> None:
+    vectors = random_vectors(5000, d_model=4)
+    path = write_vectors(tmp_path / "v.parquet", vectors, row_group_size=300, doc_id=[f"d{i // 50}" for i in range(5000)])
+    few, more = (ensure(vector_spec(path, n, rows="random"), None, tmp_path / "cache") for n in (200, 3000))
+    places = [int(row.removeprefix("row:")) for row in more.column("row_id")]
+    assert len(set(places)) == 3000 and np.array_equal(more.vectors(), vectors[places])
+    assert np.array_equal(few.vectors(), more.vectors()[:200])
+    assert few.num_documents() > 70  # of 100; the first 200 rows are of 4
+    assert more.column("document").tolist() == [f"d{i // 50}" for i in places]
+
+
+def test_named_activations_in_random_order_are_each_taken_once(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", VECTORS[[i // 2 for i in range(30)]], name=[f"n{i // 2}" for i in range(30)])
+    table = ensure(vector_spec(path, 15, rows="random", row_id_column="name"), None, tmp_path / "cache")
+    names = table.column("row_id").tolist()
+    assert sorted(names) == sorted(f"n{i}" for i in range(15)) and names != [f"n{i}" for i in range(15)]
+    assert np.array_equal(table.vectors(), VECTORS[[int(name[1:]) for name in names]])
+
+
+def test_one_document_is_told_of_the_rows_that_are_taken(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.parquet", VECTORS, doc_id=["one"] * 25 + ["two"] * 5)
+    assert are_of_one_document(vector_spec(path, 20)) and not are_of_one_document(vector_spec(path, 20, rows="random"))
+
+
+def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": lists(pa.list_(pa.float32())), "b": lists(pa.list_(pa.float32()))}), tmp_path / "two.parquet")
+    np.save(tmp_path / "ints.npy", np.arange(6).reshape(3, 2))
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "cut.npy").write_bytes((lambda b: (np.save(b, VECTORS), b.getvalue()[:300])[1])(io.BytesIO()))
+    (tmp_path / "empty").mkdir()
+    write_vectors(parts(tmp_path / "mixed") / "part-9.parquet", random_vectors(3, d_model=5), doc_id=["d"] * 3)
+    cases = {
+        "two.parquet": "vectors are in a, b: choose one with activations.vector_column",
+        "ints.npy": r"is an array \(3, 2\) of int64; expected floats",
+        "objects.npy": "cannot be read as an array",
+        "cut.npy": "cannot be read as an array",
+        "empty": "no file of vectors at",
+        "no-*.parquet": "no file of vectors at",
+        "mixed": "part-9.parquet has other columns or types than",
+        "two.parquet@[40:50]": "no rows from 40 to 50: it has 30|has no column",
+    }
+    for name, words in cases.items():
+        with pytest.raises(DataError, match=words):
+            open_vectors(tmp_path / name)
+    with pytest.raises(DataError, match=r"no column or tensor 'c'; it has a, b"):
+        open_vectors(tmp_path / "two.parquet", "c")
