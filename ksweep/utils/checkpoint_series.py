@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -39,7 +40,7 @@ def steps_of(sources: Sequence[str]) -> list[int] | None:
 
 def is_pattern(source: str | None) -> bool:
     """Return whether a source stands for several: it has *, ? or [...], and is not the name of something that is here."""
-    return source is not None and glob.has_magic(source) and not Path(source).exists()
+    return source is not None and glob.has_magic(source) and not os.path.lexists(source.replace("\0", ""))
 
 
 def members(pattern: str, what: str) -> list[str]:
@@ -50,7 +51,9 @@ def members(pattern: str, what: str) -> list[str]:
     Raises:
         CheckpointError: nothing matches, or the hub cannot be asked.
     """
-    here = [path for path in glob.glob(str(Path(pattern).expanduser())) if not _is_unfinished(path)]
+    if "\0" in pattern:  # glob does not take it
+        raise CheckpointError(f"no {what} matches {pattern!r}: a path has no null character")
+    here = [path for path in glob.glob(os.path.expanduser(pattern)) if not _is_unfinished(path)]
     found = here or _members_on_hub(pattern, what)
     return sorted(natural_sorted(found), key=lambda source: (step_of(source) is None, step_of(source) or 0))
 

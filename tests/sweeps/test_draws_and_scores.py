@@ -26,6 +26,7 @@ from ksweep.evaluation.identity import cell_keys, resolve_cell
 from ksweep.registry.cell_draws import CellDraws
 from ksweep.registry.query import named_curves
 from tests.analysis.test_chart_kinds import rows_in
+from tests.hub_server import HubRepository, serving_hub, use_hub
 from tests.stored_rows import make_earlier
 from tests.tiny_models import TinyPair, edit_weights
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
@@ -405,3 +406,20 @@ def test_a_series_of_ars_scores_the_same_draws_and_is_a_training_curve_by_step(
     assert [curve.step for curve in load_cells(series.registry, ["series"])] == [20, 100]
     assert set(named_curves(Path(series.registry), ["series"])["step"].to_pylist()) == {20, 100}
     assert all(point["fve_low"] < point["fve"] < point["fve_high"] for point in points)
+
+
+@pytest.mark.slow
+def test_a_series_in_a_hub_repository_runs_and_its_records_state_the_commits(
+    finished: Sweep, pair: TinyPair, other_ar: str, no_av: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"av": pair.av, "iter_0000020/ar": Path(other_ar), "iter_0000100/ar": pair.ar}
+    files = {f"{name}/{file.name}": file.read_bytes() for name, folder in folders.items() for file in folder.iterdir()}
+    with serving_hub() as hub:
+        hub.repositories["owner/nla"] = HubRepository({"v1": files | {"iter_0000100/optim_latest.pt": b""}})
+        use_hub(monkeypatch, hub.endpoint, str(tmp_path / "cache"))
+        series = replace(finished, name="on_hub")
+        assert run(series, "autoencoder.av=owner/nla@v1/av", "autoencoder.ar=owner/nla@v1/iter_*/ar", "sampling.seed=0") == 0
+        commit = hub.repositories["owner/nla"].commit_of("v1")
+        assert "value_head.safetensors" in str(hub.asked_files()) and hub.asked_files() <= files.keys()
+    found = ask(series, "SELECT label, step, revisions FROM runs WHERE sweep = 'on_hub' ORDER BY step")
+    assert found == [("step=20", 20, [f"owner/nla@{commit}/av", f"owner/nla@{commit}/iter_0000020/ar"])], "the other was there"
