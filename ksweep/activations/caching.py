@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ksweep.activations.base_model import locate_model
 from ksweep.activations.chats import check_chats
 from ksweep.activations.datasets import text_begins_with_bos, text_identity
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
@@ -25,7 +26,7 @@ from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError, RunError, SpecError
 from ksweep.utils.files import clear_leftovers
 from ksweep.utils.fingerprint import fingerprint
-from ksweep.utils.hub import content_digest, resolve
+from ksweep.utils.hub import content_digest
 from ksweep.utils.tensor_headers import check_headers
 
 log = logging.getLogger(__name__)
@@ -327,22 +328,23 @@ def _layer(layer: int | None) -> int:
 
 def _text_identity(activations: Activations, layer: int | None) -> dict[str, Any]:
     layer = _layer(layer)
-    path = resolve(activations.model or "", "base model")
-    max_length = positions_limit(text_config(path, layer), activations)
-    check_headers(path)
+    model = locate_model(activations)
+    max_length = positions_limit(text_config(model.weights, layer), activations)
+    for path in (model.weights, *([] if model.adapter is None else [model.adapter])):
+        check_headers(path)
     identity = {
         "kind": "text",
         "extractor": {"version": EXTRACTOR_VERSION, "rows_per_unit": rows_per_unit(activations, max_length)},
         "text": text_identity(activations),
-        "model": content_digest(path),
+        "model": model.digest(),
         "layer": layer,
         **rows_identity(activations),
         "positions": rule_identity(activations),
         "max_length": max_length,
         "dtype": activations.dtype,
     }
-    identity |= check_chats(activations, path)
-    if text_begins_with_bos(activations, path):  # EXTRACTOR_VERSION 3 gave such text a second one
+    identity |= check_chats(activations, model.tokenizer)
+    if text_begins_with_bos(activations, model.tokenizer):  # EXTRACTOR_VERSION 3 gave such text a second one
         identity["bos"] = "once"
     return identity
 
@@ -385,4 +387,4 @@ def _shape(activations: Activations) -> tuple[int, str]:
         from ksweep.activations.vector_source import vectors_shape
 
         return vectors_shape(activations.vectors, activations.vector_column)[1], "float32"
-    return int(text_config(resolve(activations.model or "", "base model"))["hidden_size"]), activations.dtype
+    return int(text_config(locate_model(activations).weights)["hidden_size"]), activations.dtype

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ksweep.activations.base_model import ADAPTER_WEIGHTS, BaseModel, adapter_config
 from ksweep.activations.chat_roles import TokenRole, detect_template, token_roles
 from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.activations.source import STORED_DTYPES, WINDOW_CHARACTERS
@@ -48,20 +49,23 @@ class _StopAfterLayer(Exception):
 class BlockReader:
     """The lower part of a causal language model, up to the output of block `layer`."""
 
-    def __init__(self, model: str, layer: int, dtype: str = "bfloat16", device: Devices = "cpu") -> None:
-        """Load embeddings and blocks 0..layer, or the whole backbone of an architecture that cannot be cut.
+    def __init__(self, model: str | BaseModel, layer: int, dtype: str = "bfloat16", device: Devices = "cpu") -> None:
+        """Load embeddings and blocks 0..layer, or the whole backbone of an architecture that cannot be cut, and its adapter.
 
         Raises:
             RequestError: the layer does not exist.
             CheckpointError: the model does not exist, or lacks weights.
         """
-        self.path = resolve(model, "base model")
+        files = model if isinstance(model, BaseModel) else BaseModel(resolve(model, "base model"))
+        self.path = files.weights
         self.layer = layer
         self.dtype = dtype
         devices = as_devices(device)
         self.device, self.spread = devices[0], len(devices) > 1
-        self.tokenizer = _load_tokenizer(self.path)
+        self.tokenizer = _load_tokenizer(files.tokenizer)
         backbone = _load_backbone(self.path, layer, getattr(torch, dtype))
+        if files.adapter is not None:
+            _put_adapter(backbone, files.adapter, layer)
         decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
         self.decoder = place_model(decoder.eval().requires_grad_(False), devices)
         self.block = _blocks(self.decoder, self.path, layer)[layer]
@@ -255,6 +259,47 @@ def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
         ) from error
     _refuse_random_weights(model, info, path)
     return model
+
+
+def _put_adapter(backbone: Any, directory: Path, layer: int) -> None:
+    """Put a LoRA adapter on a backbone in place; weights of blocks above `layer` and of the head are left out.
+
+    Raises:
+        CheckpointError: some of its weights belong nowhere, or none changes anything.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    # 1. Take the weights that are used. Adapters are saved for the model with its head, whose backbone is `model`.
+    weights = {
+        re.sub(r"^base_model\.model\.(model\.|transformer\.)?", "", k): v
+        for k, v in load_file(directory / ADAPTER_WEIGHTS).items()
+    }
+    above = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
+    used = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.startswith("lm_head") and not ((found := above.search(name)) and int(found[1]) > layer)
+    }
+    if not any(weight.any() for name, weight in used.items() if "lora_B" in name or "lora_embedding_B" in name):
+        raise CheckpointError(
+            f"{directory} changes nothing up to block {layer}: its lora_B are zero or missing there. Is it trained?"
+        )
+    # 2. Put them where they belong; every one must have a place.
+    adapter_config(directory)
+    config = LoraConfig.from_pretrained(str(directory))
+    config.modules_to_save, config.inference_mode = None, True
+    try:
+        inject_adapter_in_model(config, backbone)
+        result = set_peft_model_state_dict(backbone, used)
+    except Exception as error:  # peft raises what its parts raise
+        raise CheckpointError(f"{directory} does not fit the model under it ({str(error)[:300]}): is that its base?") from error
+    unfilled = [name for name in result.missing_keys if "lora_" in name]
+    if strange := [*result.unexpected_keys, *unfilled]:
+        raise CheckpointError(
+            f"{directory} does not fit the model under it: {len(strange)} of its weights have no place there or are "
+            f"missing, among them {', '.join(strange[:3])}. Set activations.adapter_base to its base"
+        )
 
 
 def _refuse_random_weights(model: Any, info: Mapping[str, Any], path: Path) -> None:

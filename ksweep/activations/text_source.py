@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ksweep.activations.base_model import locate_model
 from ksweep.activations.chat_roles import CHAT_FORMATS, TokenRole, count_roles
 from ksweep.activations.chats import ChatWriter
 from ksweep.activations.datasets import TextRow, first_row, text_format
@@ -17,7 +18,6 @@ from ksweep.activations.row_order import ordered_rows
 from ksweep.activations.source import ActivationUnit, kept_rows, refuse_unusable, to_float32
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
-from ksweep.utils.hub import resolve
 from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class TextUnits:
     """Device or devices that the model runs on: torch devices or their names."""
 
     def __post_init__(self) -> None:
-        config = text_config(resolve(self.activations.model or "", "base model"))
+        config = text_config(locate_model(self.activations).weights)
         self.max_length = positions_limit(config, self.activations)
         self.rows_per_unit = rows_per_unit(self.activations, self.max_length)
         self._reader: BlockReader | None = None
@@ -61,7 +61,7 @@ class TextUnits:
         if self._reader is None:
             from ksweep.activations.hidden_states import BlockReader  # torch: only when something has to be computed
 
-            self._reader = BlockReader(self.activations.model or "", self.layer, self.activations.dtype, self.device)
+            self._reader = BlockReader(locate_model(self.activations), self.layer, self.activations.dtype, self.device)
         return self._reader
 
     def close(self) -> None:

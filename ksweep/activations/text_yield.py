@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ksweep.activations.base_model import locate_model
 from ksweep.activations.datasets import TextRow, first_row, read_documents, text_format
 from ksweep.activations.model_config import positions_limit, text_config
 from ksweep.activations.positions import most_per_row, row_positions
 from ksweep.config.spec import Activations
-from ksweep.utils.hub import resolve
 from ksweep.utils.planning_pass import once_per_pass
 
 MOST_ROWS = 4096
@@ -59,11 +59,11 @@ def text_yield(activations: Activations) -> TextYield | None:
     Raises:
         RequestError: an unreadable text or model configuration.
     """
-    directory = resolve(activations.model or "", "base model")
-    tokenize = _tokenizer(directory, _modified(directory / "tokenizer.json"))
+    model = locate_model(activations)
+    tokenize = _tokenizer(model.tokenizer, _modified(model.tokenizer / "tokenizer.json"))
     if text_format(activations) == "hub" or tokenize is None or not _holds_text(activations):
         return None
-    limit = positions_limit(text_config(directory), activations)
+    limit = positions_limit(text_config(model.weights), activations)
     return _count(read_documents(activations), _RowCounter(activations, limit, *tokenize))
 
 

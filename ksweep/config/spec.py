@@ -252,7 +252,9 @@ class Activations:
 
     model: str | None = None
     """Base language model: path or hub id. None: the model that a talkative autoencoder names; `vectors` need none. A fine-tune
-    of the pair's base is noted in the run record; a model of another architecture or size is an error."""
+    of the pair's base, or a LoRA adapter over it, is noted in the run record; another architecture or size is an error."""
+    adapter_base: str | None = None
+    """Path or hub id of the model under `model`, if that is a LoRA adapter. None: the one that its adapter_config.json names."""
     layer: int | None = None
     """Block whose output is taken, 0-based (= hidden_states[layer + 1]). None: the layer that the autoencoder was trained on."""
     text: str | None = None

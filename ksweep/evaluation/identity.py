@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ksweep.activations.base_model import adapter_notes, locate_model
 from ksweep.activations.caching import activations_key
 from ksweep.activations.group_columns import check_group_columns
 from ksweep.activations.model_config import text_config
@@ -30,7 +31,7 @@ from ksweep.inference.backend import DEFAULT_ENGINE, engine_identity
 from ksweep.registry.scores import RECONSTRUCTION
 from ksweep.utils.errors import DataError, SpecError
 from ksweep.utils.fingerprint import fingerprint
-from ksweep.utils.hub import noted_revisions, resolve
+from ksweep.utils.hub import noted_revisions
 from ksweep.utils.notes import Note
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ def _keys_of_content(cell: Cell) -> CellKeys:
     facts = _activation_facts(cell.activations)
     layer = _layer(family, facts)
     notes = (*family.notes, *family.check_activations(facts))
+    if cell.activations.vectors is None:
+        notes += adapter_notes(locate_model(cell.activations))
     check_group_columns(cell.activations, columns_of_activations(cell, family))
     # 2. Hash what changes the activations, the draws, the numbers.
     stored_activations, activations_identity = activations_key(cell.activations, layer)
@@ -241,13 +244,13 @@ def _activation_facts(activations: Activations) -> ActivationFacts:
         SpecError, DataError: the spec or the sidecar contradicts the file of vectors.
     """
     if activations.vectors is None:
-        directory = resolve(activations.model or "", "base model")
+        model = locate_model(activations)
         return ActivationFacts(
             source=activations.model or "",
-            model=activations.model,
-            model_directory=directory,
+            model=activations.model if model.base is None else model.base,
+            model_directory=model.weights,
             layer=activations.layer,
-            d_model=text_config(directory)["hidden_size"],
+            d_model=text_config(model.weights)["hidden_size"],
         )
     vectors, column = activations.vectors, activations.vector_column
     _, width = vectors_shape(vectors, column)

@@ -1,0 +1,87 @@
+"""Activations of a LoRA adapter over the base: those of the merged model, noted, under a key of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ksweep import Autoencoder, Cell
+from ksweep.activations import activations_key, ensure, plan_activations
+from ksweep.evaluation.identity import cell_keys
+from ksweep.utils.errors import CheckpointError
+from tests.activations.helpers import passages, spec, write_jsonl
+from tests.tiny_models import TinyPair, make_pair, merge_adapters
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    return make_pair(tmp_path_factory.mktemp("pair"), "qwen2", adapters=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("text") / "rows.jsonl", passages(20, low=20))
+
+
+def adapter_of(pair: TinyPair, folder: Path, change: object = None, **config: object) -> Path:
+    """The AV's adapter as the fine-tune of the base that somebody else has made."""
+    folder.mkdir()
+    weights = load_file(pair.av / "adapter_model.safetensors")
+    save_file(
+        {name: change(name, w) if callable(change) else w for name, w in weights.items()}, folder / "adapter_model.safetensors"
+    )
+    stated = json.loads((pair.av / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(pair.base)} | config
+    (folder / "adapter_config.json").write_text(json.dumps(stated))
+    return folder
+
+
+def test_activations_of_an_adapter_are_those_of_the_merged_model(pair: TinyPair, text: Path, tmp_path: Path) -> None:
+    merged = merge_adapters(pair, tmp_path / "merged").av
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pair.base / name, merged / name)
+    tuned = spec(adapter_of(pair, tmp_path / "tuned"), text, 20)
+    tables = [
+        ensure(request, LAYER, tmp_path / "cache") for request in (tuned, spec(merged, text, 20), spec(pair.base, text, 20))
+    ]
+    assert len({table.key for table in tables}) == 3
+    assert [t.column("position").tolist() for t in tables[1:]] == [tables[0].column("position").tolist()] * 2
+    of_adapter, of_merged, of_base = (table.vectors() for table in tables)
+    assert np.abs(of_adapter - of_merged).max() < 1e-4 < 0.01 < np.abs(of_adapter - of_base).max()
+
+
+def test_that_activations_are_of_a_fine_tune_is_noted_with_the_run(pair: TinyPair, text: Path, tmp_path: Path) -> None:
+    tuned = adapter_of(pair, tmp_path / "tuned")
+    cell = Cell(autoencoder=Autoencoder(av=str(pair.av), ar=str(pair.ar), dtype="float32"), activations=spec(tuned, text, 10))
+    notes = [note.text for note in cell_keys(cell).notes if note.about == "base model"]
+    assert f"The activations come from {tuned}, a LoRA adapter over {pair.base}: a fine-tune of that model." in notes
+    plain = cell_keys(replace(cell, activations=spec(pair.base, text, 10)))
+    assert not any("LoRA adapter over" in note.text for note in plain.notes)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(pair: TinyPair, text: Path, tmp_path: Path) -> None:
+    def zero(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(weight) if "lora_B" in name else weight
+
+    cases = {
+        "zero": (adapter_of(pair, tmp_path / "zero", zero), "changes nothing up to block 1"),
+        "kind": (adapter_of(pair, tmp_path / "kind", peft_type="IA3"), "adapter of type 'IA3', expected LORA"),
+        "saved": (adapter_of(pair, tmp_path / "saved", modules_to_save=["embed_tokens"]), "replaces whole modules"),
+        "lost": (adapter_of(pair, tmp_path / "lost", base_model_name_or_path="/nowhere"), "Set activations.adapter_base"),
+        "unnamed": (adapter_of(pair, tmp_path / "unnamed", base_model_name_or_path=None), "names no base model"),
+        "targets": (adapter_of(pair, tmp_path / "targets", target_modules=["q_proj"]), "does not fit the model under it"),
+    }
+    for adapter, words in cases.values():
+        with pytest.raises(CheckpointError, match=words):
+            ensure(spec(adapter, text, 4), LAYER, tmp_path / "cache")
+    moved = spec(cases["lost"][0], text, 4, adapter_base=str(pair.base))
+    assert plan_activations(moved, LAYER, tmp_path / "cache").missing == 4
+    assert activations_key(moved, LAYER)[0] != activations_key(spec(pair.base, text, 4), LAYER)[0]
