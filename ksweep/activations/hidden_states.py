@@ -26,6 +26,7 @@ from ksweep.activations.source import STORED_DTYPES, WINDOW_CHARACTERS
 from ksweep.inference import memory
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices, place_model
+from ksweep.inference.model_parts import blocks_of
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.hub import MODEL_LOADING, resolve
@@ -36,10 +37,6 @@ EXTRACTOR_VERSION with it."""
 
 WINDOW_TOKENS = 100
 """Tokens decoded for a window: any tokenizer gives more than two characters per token on prose."""
-
-BLOCK_LISTS = ("layers", "h", "blocks", "block", "decoder.layers", "transformer.h", "transformer.blocks")
-"""Attributes in which decoders keep their blocks: Llama, Qwen, Gemma, Mistral | GPT-2, Falcon, BLOOM | MPT, DBRX | RWKV | OPT |
-others."""
 
 
 class _StopAfterLayer(Exception):
@@ -68,7 +65,7 @@ class BlockReader:
             _put_adapter(backbone, files.adapter, layer)
         decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
         self.decoder = place_model(decoder.eval().requires_grad_(False), devices)
-        self.block = _blocks(self.decoder, self.path, layer)[layer]
+        self.block = blocks_of(self.decoder)[layer]
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
         self.pad_id: int | None = self.tokenizer.pad_token_id
         # Pretokenised rows are padded with EOS if the tokenizer has no padding token (pretokenize_dataset.py of the reference).
@@ -135,6 +132,12 @@ class BlockReader:
         finally:
             hook.remove()
         assert taken, "the forward pass ended without reaching the block"
+        if taken[0].ndim != 3:
+            raise CheckpointError(
+                f"block {self.layer} of base model {self.path} puts out numbers of shape {list(taken[0].shape)}, expected [row, "
+                f"token, d_model]: a {type(self.decoder).__name__} keeps no single residual stream (Gemma-3n: four). Use another "
+                "base model."
+            )
         return taken[0].to(getattr(torch, self.dtype))
 
     def vectors(
@@ -324,20 +327,6 @@ def _refuse_random_weights(model: Any, info: Mapping[str, Any], path: Path) -> N
             f"base model {path} has {len(wrong)} weights of another shape than config.json says, among them "
             f"{', '.join(wrong[:3])}: do weights and config.json belong together?"
         )
-
-
-def _blocks(decoder: nn.Module, path: Path, layer: int) -> nn.ModuleList:
-    """Return the list of blocks of a decoder."""
-    modules = dict(decoder.named_modules())
-    for name in BLOCK_LISTS:
-        blocks = modules.get(name)
-        if isinstance(blocks, nn.ModuleList) and len(blocks) > layer:
-            return blocks
-    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
-    raise CheckpointError(
-        f"base model {path} ({type(decoder).__name__}) keeps its blocks in none of {', '.join(BLOCK_LISTS)} "
-        f"(its module lists: {', '.join(lists[:5]) or 'none'}): this architecture is not supported yet"
-    )
 
 
 class _quiet_transformers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from ksweep.utils.text import some_of
 WRAPPED = {r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)": "model.", r"^language_model\.lm_head\.": "lm_head."}
 """Names of the text model inside a multimodal wrapper (two spellings in use) -> its own names; given to transformers as well."""
 NOT_TEXT = re.compile(r"^(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|visual)\.")
-BLOCK_TENSOR = re.compile(r"^(.*\b(?:layers|h)\.)(\d+)\.(.+)$")
+BLOCK_TENSOR = re.compile(r"^(.*\b(?:layers|h|blocks)\.)(\d+)\.(.+)$")
+
+EXPERT_TENSOR = re.compile(r"^(.*\.experts\.)(\d+)(\..+)$")
 
 
 def model_tensors(directory: Path) -> dict[str, Tensor]:
@@ -72,59 +74,29 @@ def text_names(names: Iterable[str]) -> list[str]:
     return out
 
 
-def check_blocks(names: Iterable[str], config: Mapping[str, Any], where: Path) -> None:
-    """Check that blocks 0 to num_hidden_layers - 1 are there, none beyond, and that each holds what most blocks of its kind hold.
+def check_names(names: Iterable[str], where: Path) -> None:
+    """Check what can be told by the names of tensors alone: none is there under two spellings, and no expert lacks any.
 
-    Args:
-        names: tensors of the model.
-        config: as `ksweep.utils.model_sizes.language_model` gives it.
+    transformers puts the experts of a block into one tensor, and does not say which of them it misses.
 
     Raises:
-        CheckpointError: with the names that are missing or too many.
+        CheckpointError: with the names that are there twice, or missing.
     """
-    names, num_layers = text_names(names), int(config["num_hidden_layers"])
+    names = text_names(names)
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise CheckpointError(
             f"{where} holds the same tensors under two spellings: {some_of(twice)}. Remove the language_model. copies or the "
             "bare ones."
         )
-    blocks: dict[int, set[str]] = defaultdict(set)
-    prefix = "model.layers."
-    for name in names:
-        if match := BLOCK_TENSOR.match(name):
-            prefix = match[1]
-            blocks[int(match[2])].add(match[3])
-    if beyond := sorted(i for i in blocks if i >= num_layers):
+    experts: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for match in filter(None, map(EXPERT_TENSOR.match, names)):
+        experts[match[1], match[3]].add(int(match[2]))
+    count = 1 + max((max(numbers) for numbers in experts.values()), default=0)
+    if missing := [f"{block}{i}{part}" for (block, part), has in experts.items() for i in range(count) if i not in has]:
         raise CheckpointError(
-            f"{where} holds unexpected weights of block {beyond[0]}, e.g. {prefix}{beyond[0]}.{min(blocks[beyond[0]])}, but "
-            f"config.json says {num_layers} blocks (0 to {num_layers - 1}). "
-            "Weights and config.json are not of the same checkpoint."
+            f"{where} lacks {some_of(missing)}, of {count} experts in every block that has experts. Download the checkpoint "
+            "again."
         )
-    missing = [f"{prefix}{i}.{part}" for i, part in _missing_parts(blocks, block_types(config, num_layers))]
-    if missing or not blocks:
-        raise CheckpointError(
-            f"{where} lacks weights: {some_of(missing) or 'of every block'}; config.json says {num_layers} blocks. They would be "
-            "filled at random. Download the checkpoint again, or correct num_hidden_layers."
-        )
-
-
-def _missing_parts(blocks: Mapping[int, set[str]], types: Sequence[str]) -> list[tuple[int, str]]:
-    """Return (block, part) for each part that a block lacks and most of its kind have.
-
-    The kind of a block is how it mixes tokens, and whether it has experts.
-    """
-    kinds: dict[tuple[str, bool], list[int]] = defaultdict(list)
-    for i, block_type in enumerate(types):
-        if i in blocks:
-            kinds[block_type, any("expert" in part for part in blocks[i])].append(i)
-    missing = []
-    for alike in kinds.values():
-        counts = Counter(part for i in alike for part in blocks[i])
-        usual = {part for part, count in counts.items() if 2 * count > len(alike)}
-        missing += [(i, part) for i in alike for part in sorted(usual - blocks[i])]
-    absent = [i for i in range(len(types)) if i not in blocks]
-    common = sorted(set.intersection(*blocks.values())) if blocks else []
-    return sorted(missing + [(i, part) for i in absent for part in common])
 
 
 def check_attention(config: Mapping[str, Any], where: Path) -> None:

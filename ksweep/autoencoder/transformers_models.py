@@ -1,42 +1,90 @@
-"""Helpers of every family for transformers models: find and cut blocks, check weights, silence load reports."""
+"""Helpers of every family for transformers models: load or lay out, cut blocks, check weights, silence load reports."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from ksweep.autoencoder.safetensors_header import WRAPPED
+from ksweep.inference.model_parts import attention_for, blocks_of
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.hub import MODEL_LOADING
+from ksweep.utils.tensor_headers import Tensor
 
 LARGEST_WEIGHT = 1e9
 LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
 
-def blocks_of(model: Any) -> torch.nn.ModuleList:
-    """Return the blocks of a language model, first to last.
+TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+"""Dtypes of weights as safetensors spells them, and as torch does."""
+
+
+def load_or_lay_out(
+    auto: Any, directory: Path, config: Any, dtype: torch.dtype, headers: Mapping[str, Tensor] | None = None
+) -> tuple[Any, Mapping[str, Any]]:
+    """Return a model of a configuration with the weights of a directory, and transformers' report on missing and other tensors.
+
+    With `headers`, the same is done on the meta device with tensors of these names, shapes and dtypes: no weight is read and no
+    memory taken, and the report is the one that loading would give.
+
+    Args:
+        auto: AutoModelForCausalLM, or AutoModel for a backbone without head.
+        config: the language model's part, perhaps cut.
+        dtype: what weights are converted to.
+        headers: of the safetensors files in the directory.
+    """
+    with torch.device("meta"):
+        model_class = type(auto.from_config(config))
+    options: dict[str, Any] = {"pretrained_model_name_or_path": directory, "local_files_only": True}
+    if headers is not None:
+        options = {"pretrained_model_name_or_path": None, "device_map": "meta", "state_dict": on_meta(headers)}
+    model, report = model_class.from_pretrained(
+        **options,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention_for(model_class),
+        key_mapping=WRAPPED,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the report lists them by name
+    )
+    return model, report
+
+
+def on_meta(headers: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors without contents, as headers of safetensors files describe them.
 
     Raises:
-        CheckpointError: the model keeps its blocks under another name.
+        CheckpointError: a dtype that no model here has.
     """
-    decoder = model.get_decoder()
-    blocks = getattr(decoder, "layers", getattr(decoder, "h", None))
-    if not isinstance(blocks, torch.nn.ModuleList):
-        raise CheckpointError(
-            f"a {type(decoder).__name__} keeps its blocks neither in .layers nor in .h, where they are looked for. Use a "
-            "checkpoint over GPT-2, Gemma-2, Gemma-3, Qwen2 or Llama."
-        )
-    return blocks
+    if unknown := next(
+        (f"{name} ({tensor.dtype})" for name, tensor in headers.items() if tensor.dtype not in TORCH_DTYPES), None
+    ):
+        raise CheckpointError(f"tensor {unknown} has a dtype that cannot be loaded; expected one of {', '.join(TORCH_DTYPES)}")
+    return {
+        name: torch.empty(tensor.shape, dtype=getattr(torch, TORCH_DTYPES[tensor.dtype]), device="meta")
+        for name, tensor in headers.items()
+    }
 
 
 def cut_blocks(config: Any, num_layers: int) -> None:
-    """Lower num_hidden_layers, and cut every list that has one entry per block to match."""
+    """Lower num_hidden_layers, and cut every list that has one entry per block to match.
+
+    Blocks that share the keys of lower ones (Gemma-3n, Gemma-4) are counted from the top: those that are left stay shared.
+    """
     whole = config.num_hidden_layers
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        config.num_kv_shared_layers = max(0, num_layers - (whole - shared))
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == whole:
             setattr(config, name, value[:num_layers])
@@ -44,8 +92,8 @@ def cut_blocks(config: Any, num_layers: int) -> None:
 
 
 def is_sane(tensor: torch.Tensor) -> bool:
-    """Return whether every weight is finite and none is larger than `LARGEST_WEIGHT`."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    """Return whether every weight is finite and none is larger than `LARGEST_WEIGHT`; one without contents is sane."""
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())
     return bool((low > -LARGEST_WEIGHT) & (high < LARGEST_WEIGHT))  # NaN spreads, and compares false
@@ -78,4 +126,4 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     )
 
 
-__all__ = ["LIBRARY_ERRORS", "blocks_of", "cut_blocks", "is_sane", "quiet", "torch_dtype"]
+__all__ = ["LIBRARY_ERRORS", "blocks_of", "cut_blocks", "is_sane", "load_or_lay_out", "on_meta", "quiet", "torch_dtype"]

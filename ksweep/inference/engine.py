@@ -26,7 +26,7 @@ import torch
 
 from ksweep.inference import attention, cuda_graphs, gumbel_sampling, kv_cache, memory
 from ksweep.inference.backend import DEFAULT_ENGINE, engine_for
-from ksweep.inference.naive_engine import NaiveEngine
+from ksweep.inference.naive_engine import NaiveEngine, say_once
 from ksweep.inference.prefill import lacks_model, prefill, prefill_prefix, prompts_of
 from ksweep.inference.request import (
     DecodingOptions,
@@ -107,6 +107,8 @@ class BuiltinEngine:
         The next batch is taken only when slots would otherwise stay empty, so draws of several batches are in flight at once.
         """
         if not self._uses_slots(verbalizer, options.max_new_tokens):
+            model, length = type(verbalizer.model).__name__, verbalizer.prompt_length + options.max_new_tokens
+            say_once(f"drawing by the naive engine, which is slower: slots do not hold rows of {length} tokens of a {model}")
             return NaiveEngine().generate(verbalizer, batches, options)
         memory.keep_freed_memory(verbalizer.model.device)
         return until_stopped(_draw_in_slots(verbalizer, enumerate(batches), options))

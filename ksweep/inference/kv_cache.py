@@ -261,6 +261,17 @@ def bytes_per_slot(keys_and_values: Sequence[tuple[torch.Tensor, torch.Tensor]],
     return capacity * sum(per_token)
 
 
+def keeps_keys_and_values(cache: Any) -> bool:
+    """Return whether a transformers cache holds the keys and values of every token, or of a window, and nothing else.
+
+    Linear attention, convolutions and state spaces keep states that are overwritten: those cannot be continued for several rows
+    from one.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return cache is not None and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
 def expand_prefix(prefix: Any | None, count: int) -> Any | None:
     """Return a transformers cache of `count` rows that begin with the one row of `prefix`, which is copied only as they grow."""
     if prefix is None:

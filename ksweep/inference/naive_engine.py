@@ -3,6 +3,9 @@
 The prompt runs once per activation and its cache is copied for every draw. The rows of a group all have the same length, so there
 is no padding, no mask and no position to get wrong; rows that end leave, and are not replaced before the group is done.
 
+A model whose past is neither keys and values nor the states of linear attention runs the whole context again for every token
+(`_WholeContext`).
+
 Memory: each row holds its own copy of the prompt's keys and values, `batch_size` of them at most, beside one copy per
 activation of the group; transformers' DynamicCache holds one layer twice while it grows. Running out of memory halves the batch
 and continues, with draws as of another batch size: see `engine.BuiltinEngine`.
@@ -14,12 +17,14 @@ import copy
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
 from ksweep.inference import attention, gumbel_sampling, memory
-from ksweep.inference.prefill import Prefill, lacks_model, prefill, prompts_of
+from ksweep.inference.prefill import Prefill, editing_blocks, lacks_model, prefill, prompts_of
 from ksweep.inference.request import (
     DecodingOptions,
     Draw,
@@ -52,10 +57,7 @@ class NaiveEngine:
     identity: ClassVar[dict[str, str]] = {"engine": "naive", "version": "1", "noise": "keyed"}
 
     def supports(self, verbalizer: PromptedModel) -> str | None:
-        """Return why this engine cannot draw from an AV, or None if it can.
-
-        A cache that cannot be forked shows only once the first prompt has run; that raises RunError.
-        """
+        """Return why this engine cannot draw from an AV, or None if it can."""
         return lacks_model(verbalizer)
 
     def generate(
@@ -165,15 +167,39 @@ def _decode(
         tokens = sampled.token_ids
         if len(live) < MIN_LIVE_SHARE * len(draws):
             kept = torch.tensor(live, device=tokens.device)
-            _select(cache, kept)
+            cache = _select(cache, kept)
             tokens, keys = tokens[kept], keys[kept]
             draws, live = [draws[i] for i in live], list(range(len(live)))
         # 4. Run the model on the new tokens.
         logits = _next_logits(verbalizer.model, tokens, cache)
 
 
+@dataclass
+class _WholeContext:
+    """Stands in for the cache of a model whose past cannot be copied: prompts and tokens so far, which run whole at each step."""
+
+    verbalizer: PromptedModel
+    vectors: Float[torch.Tensor, "row d_model"]
+    token_ids: Int[torch.Tensor, "row token"]
+
+    def select(self, rows: Int[torch.Tensor, " row"]) -> _WholeContext:
+        """Return a context with these rows, which may repeat."""
+        return replace(self, vectors=self.vectors[rows.to(self.vectors.device)], token_ids=self.token_ids[rows])
+
+    def next_logits(self, tokens: Int[torch.Tensor, " row"]) -> Float[torch.Tensor, "row vocabulary"]:
+        """Append a token to every row, and return the logits behind it."""
+        self.token_ids = torch.cat([self.token_ids, tokens[:, None]], dim=1)
+        model, prompts = self.verbalizer.model, prompts_of(self.verbalizer, self.vectors)
+        texts = model.get_input_embeddings()(self.token_ids).to(prompts.embeddings)
+        with editing_blocks(prompts.edits):
+            output = model(inputs_embeds=torch.cat([prompts.embeddings, texts], dim=1), use_cache=False, logits_to_keep=1)
+        return cast("torch.Tensor", output.logits)[:, -1]
+
+
 def _next_logits(model: Any, tokens: Int[torch.Tensor, " row"], cache: Any) -> Float[torch.Tensor, "row vocabulary"]:
     """Return the logits after one more token per row; the cache grows in place. lm_head is fast: see `attention.next_logits`."""
+    if isinstance(cache, _WholeContext):
+        return cache.next_logits(tokens)
     output = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cast("torch.Tensor", output.logits)[:, -1]
 
@@ -181,42 +207,67 @@ def _next_logits(model: Any, tokens: Int[torch.Tensor, " row"], cache: Any) -> F
 def _prefill(verbalizer: PromptedModel, vectors: Float[torch.Tensor, "activation d_model"], prefill_batch_size: int) -> Prefill:
     """Run the prompt of every vector, `prefill_batch_size` at a time, and return them as one Prefill."""
     parts = [prefill(verbalizer.model, prompts_of(verbalizer, batch)) for batch in torch.split(vectors, prefill_batch_size)]
-    _check_cache(parts[0].cache)
-    if len(parts) == 1:
-        return parts[0]
-    for layers in zip(*(part.cache.layers for part in parts), strict=True):
-        layers[0].keys = torch.cat([layer.keys for layer in layers])
-        layers[0].values = torch.cat([layer.values for layer in layers])
+    logits = torch.cat([part.logits for part in parts])
+    if not can_be_copied(parts[0].cache):
+        say_once(f"the whole context runs again for every token: a {type(verbalizer.model).__name__} has no past that is copied")
+        no_tokens = torch.empty(len(vectors), 0, dtype=torch.long, device=logits.device)
+        return Prefill(_WholeContext(verbalizer, vectors, no_tokens), logits)
+    if len(parts) > 1:
+        for layers in zip(*(part.cache.layers for part in parts), strict=True):
+            _join(layers)
+    return Prefill(parts[0].cache, logits)
+
+
+@cache
+def say_once(remark: str) -> None:
+    """Log a remark as a warning, once in a process."""
+    log.warning(remark)
+
+
+def can_be_copied(past: Any) -> bool:
+    """Return whether `_fork` copies all that a transformers cache keeps: keys, values and the states of linear attention."""
+    from transformers import cache_utils
+
+    names = ("Dynamic", "DynamicSlidingWindow", "LinearAttention", "LinearAttentionAndFullAttention",
+             "LinearAttentionAndSlidingWindowAttention")  # fmt: skip
+    kinds = [getattr(cache_utils, f"{name}Layer") for name in names] + [cache_utils.DummyLayer]
+    return past is not None and all(type(layer) in kinds for layer in past.layers)
+
+
+def _join(layers: Sequence[Any]) -> None:
+    """Put the rows of several layers of one block into the first, and free them in the others."""
+    first = layers[0]
+    for name, value in list(vars(first).items()):
+        values = [getattr(layer, name) for layer in layers]
         for layer in layers[1:]:
-            layer.keys = layer.values = None
-    return Prefill(parts[0].cache, torch.cat([part.logits for part in parts]))
+            setattr(layer, name, None)
+        if isinstance(value, torch.Tensor) and value.ndim:
+            setattr(first, name, torch.cat(values))
+        elif isinstance(value, dict):  # number of a state -> the state
+            states = {key: [other[key] for other in values] for key in value}
+            setattr(first, name, {k: torch.cat(s) if isinstance(s[0], torch.Tensor) else s[0] for k, s in states.items()})
 
 
 def _fork(cache: Any, origin: Int[torch.Tensor, " row"]) -> Any:
     """Return a new cache whose row i is a copy of row origin[i]; `cache` is unchanged and can be forked again."""
+    if isinstance(cache, _WholeContext):
+        return cache.select(origin)
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
-    _select(forked, origin)
-    return forked
+    for layer in forked.layers:
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, dict):
+                setattr(layer, name, dict(value))
+    return _select(forked, origin)
 
 
-def _select(cache: Any, rows: Int[torch.Tensor, " row"]) -> None:
-    """Keep only these rows of every layer, in place, each on the device of its block."""
+def _select(cache: Any, rows: Int[torch.Tensor, " row"]) -> Any:
+    """Return the cache with these rows of every layer alone, in place, each on the device of its block."""
+    if isinstance(cache, _WholeContext):
+        return cache.select(rows)
     for layer in cache.layers:
-        layer.batch_select_indices(rows.to(layer.keys.device))
-
-
-def _check_cache(cache: Any) -> None:
-    """Raise RunError unless a fork copies all state: it would miss that of recurrent, quantised or static layers."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    supported = (DynamicLayer, DynamicSlidingWindowLayer)
-    others = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in supported})
-    if others:
-        raise RunError(
-            f"the verbalizer's model keeps its past in layers of type {', '.join(others)}; draws can be forked only where every "
-            "layer is full or sliding-window attention in a DynamicCache (Llama, Qwen2, Gemma-3, ...). Use an AV of that kind."
-        )
+        layer.reorder_cache(rows)
+    return cache
 
 
 def _next_group(waiting: deque[list[DrawInFlight]], batch_size: int) -> list[DrawInFlight]:

@@ -24,7 +24,7 @@ class Prefill:
     """The prompts of some activations after one forward pass; draws are forked from them."""
 
     cache: Any
-    """transformers Cache of the whole prompt, one row per activation."""
+    """transformers Cache of the whole prompt, one row per activation; None for a model that has none."""
     logits: Float[torch.Tensor, "activation vocabulary"]
     """Next-token logits after the prompt, float32."""
 
@@ -72,7 +72,7 @@ def prefill(model: Any, prompts: Prompts, prefix: Any | None = None) -> Prefill:
     rest = prompts.embeddings[:, num_cached:].contiguous()
     with editing_blocks(prompts.edits, num_cached):
         output = model(inputs_embeds=rest, past_key_values=expand_prefix(prefix, len(rest)), use_cache=True, logits_to_keep=1)
-    return Prefill(output.past_key_values, output.logits[:, -1].float())
+    return Prefill(getattr(output, "past_key_values", None), output.logits[:, -1].float())
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def editing_blocks(edits: Sequence[BlockEdit], num_cached: int = 0) -> Iterator[
     if any(count != 1 for count in num_calls):
         raise CheckpointError(
             f"blocks of the AV's base ran {sorted(set(num_calls))} times in one prefill, expected once each: its architecture "
-            "calls them in another way. Use a checkpoint over GPT-2, Gemma-2, Gemma-3, Qwen2 or Llama."
+            "calls them in another way. Use a checkpoint over another architecture (docs/families.md)."
         )
 
 

@@ -111,8 +111,8 @@ REFUSED = [
     Refusal("head_cut_off", "ar", cut_file("value_head.safetensors"), r"not a whole safetensors file.*cut off"),
     Refusal("ar_block_short", "ar", depth(-1), r"needs \d blocks"),
     Refusal("ar_block_more", "ar", depth(1), r"needs \d blocks"),
-    Refusal("av_depth_short", "av", depth(-1), r"unexpected weights of block"),
-    Refusal("av_depth_more", "av", depth(1), r"lacks weights"),
+    Refusal("av_depth_short", "av", depth(-1), r"has unexpected model\.layers\.[0-9]\."),
+    Refusal("av_depth_more", "av", depth(1), r"it lacks model\.layers\.[0-9]\."),
     Refusal("ar_layer_less_1", "ar", lambda p: shift_layers(p, -1), r"needs \d blocks"),
     Refusal(
         "ar_layers_disagree",
@@ -134,13 +134,19 @@ REFUSED = [
     Refusal("schema_version_3", "ar", side(schema_version=3), r"schema_version=3, expected 1 or 2"),
     Refusal("av_layer_beyond", "av", side(extraction_layer_index=9), r"is of layer 9"),
     Refusal("layer_no_number", "av", side(extraction_layer_index="two"), r"extraction_layer_index='two'"),
-    Refusal("av_lacks_tensor", "av", weights(lambda s: s.pop(UP)), rf"lacks weights: {UP}"),
-    Refusal("ar_lacks_tensor", "ar", weights(lambda s: s.pop(UP)), rf"lacks weights: {UP}"),
+    Refusal("av_lacks_tensor", "av", weights(lambda s: s.pop(UP)), rf"it lacks {UP}"),
+    Refusal("ar_lacks_tensor", "ar", weights(lambda s: s.pop(UP)), r"it lacks layers\.1\.mlp\.up_proj\.weight"),
     Refusal(
-        "av_extra_block", "av", weights(lambda s: s.update({UP.replace(".1.", ".6."): s[UP]})), r"unexpected weights of block 6"
+        "av_extra_block",
+        "av",
+        weights(lambda s: s.update({UP.replace(".1.", ".6."): s[UP]})),
+        r"has unexpected model\.layers\.6\.mlp",
     ),
     Refusal(
-        "ar_extra_block", "ar", weights(lambda s: s.update({UP.replace(".1.", ".4."): s[UP]})), r"unexpected weights of block 4"
+        "ar_extra_block",
+        "ar",
+        weights(lambda s: s.update({UP.replace(".1.", ".4."): s[UP]})),
+        r"has unexpected model\.layers\.4\.mlp",
     ),
     Refusal("two_spellings", "av", weights(lambda s: s.update({"language_model." + UP: s[UP]})), r"under two spellings"),
     Refusal("weights_cut_off", "av", cut_file("model.safetensors"), r"not a whole safetensors file.*cut off"),
@@ -486,7 +492,7 @@ def test_adapters_over_two_bases_do_not_belong_together(adapters: TinyPair, tmp_
         (lambda p: edit_sidecar(p.ar, extraction_layer_index=...), "names no layer"),
         (lambda p: (p.ar / "adapter_config.json").write_text("{}"), "names no base model"),
         (lambda p: (p.ar / "adapter_config.json").write_text("{"), "not valid JSON"),
-        (lambda p: edit_weights(p.base, change=lambda s: s.pop(UP)), "base lacks weights"),
+        (lambda p: edit_weights(p.base, change=lambda s: s.pop(UP)), rf"base do not fit .* lacks {UP}"),
     ],
 )
 def test_inspect_of_a_changed_adapter_says_what_is_wrong(adapters: TinyPair, change: Any, message: str) -> None:

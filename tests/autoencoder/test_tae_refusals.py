@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ksweep.autoencoder.tae.models import (
     Explanation,
@@ -365,10 +366,9 @@ def test_base_is_found_beside_the_file_or_where_the_caller_says(tmp_path: Path) 
 
 def test_width_of_another_base_is_refused_by_the_tensors_it_does_not_fit(tmp_path: Path) -> None:
     path = copy_case("gpt2_patch_all", tmp_path)
-    other = tmp_path / "other"
-    shutil.copytree(FIXTURES / "gpt2_patch_all" / "base", other)
-    config = json.loads((other / "config.json").read_text()) | {"n_embd": 64}
-    (other / "config.json").write_text(json.dumps(config))
+    config = AutoConfig.from_pretrained(FIXTURES / "gpt2_patch_all" / "base")
+    config.n_embd, other = 64, tmp_path / "other"
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
     with pytest.raises(CheckpointError, match=r"proj_weight \[4, 48, 48\] instead of \[4, 64, 64\]"):
         inspect_tae(path, base=str(other))
 

@@ -526,14 +526,21 @@ def test_logits_that_are_not_finite_are_refused_by_name(verbalizer, temperature)
         take(verbalizer, requests_for(range(6), range(2)), vectors=vectors, temperature=temperature)
 
 
-def test_a_cache_that_cannot_be_forked_is_refused(models, monkeypatch):
+def test_a_cache_that_cannot_be_copied_is_not_used(models, monkeypatch, caplog):
+    verbalizer, requests = TinyVerbalizer(models["llama"], STOPS), requests_for(range(3), range(3))
+    expected = texts(take(verbalizer, requests))
+
     def static(model, prompts):
-        return Prefill(StaticCache(config=model.config, max_cache_len=64), torch.zeros(len(prompts.embeddings), VOCABULARY))
+        return Prefill(StaticCache(config=model.config, max_cache_len=64), prefill(model, prompts).logits)
 
     monkeypatch.setattr(attention, "supports_slots", lambda model, length: False)
     monkeypatch.setattr(naive_engine, "prefill", static)
-    with pytest.raises(RunError, match="StaticLayer"):
-        take(TinyVerbalizer(models["llama"]), requests_for([0], [0]))
+    naive_engine.say_once.cache_clear()
+    assert texts(take(verbalizer, requests, batch_size=4, prefill_batch_size=2)) == expected
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "drawing by the naive engine, which is slower",
+        "the whole context runs again for every token",
+    ]
 
 
 def test_forking_leaves_the_prefilled_cache_as_it_was(models, monkeypatch):

@@ -26,7 +26,8 @@ from ksweep.autoencoder.nla.sidecar import (
 from ksweep.autoencoder.nla.weight_files import Adapter, WeightFiles, check_head, find_weights
 from ksweep.autoencoder.nla.whitening import METHOD, Whitening, check_same_space, find_statistics, read_statistics
 from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
-from ksweep.autoencoder.safetensors_header import check_attention, check_blocks, model_tensors
+from ksweep.autoencoder.safetensors_header import check_names, model_tensors
+from ksweep.autoencoder.weights_check import check_loadable
 from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, Autoencoder, LayoutName, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError, DataError
@@ -37,6 +38,7 @@ from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
 
+LOADER = "ksweep.autoencoder.nla.loading:check_on_meta"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -188,7 +190,6 @@ def inspect_nla(
     config = _config(base_path or path)
     _check_width(config, sidecar, base_path or path)
     depth = _positive(config, "num_hidden_layers", base_path or path)
-    check_attention(config, base_path or path)
     layer = _layer(sidecar, depth, path, has_base=base_path is not None)
     num_layers = layer + 1 if expected_role == "ar" and layer is not None else depth
     if weights.num_layers not in (None, num_layers):
@@ -196,16 +197,15 @@ def inspect_nla(
             f"AR {path}: ar_meta.json says {weights.num_layers} blocks, its sidecar layer {layer}, which needs {num_layers} (0 "
             f"to {layer}). Use the files that were saved together."
         )
-    # 3. Check that every expected tensor is listed in the weight headers, and no other.
+    # 3. Check the weight headers, as far as that needs no model.
     tensors: Mapping[str, Tensor] = {}
     for adapter in weights.adapters:
         # nla-at-home trains the AR's adapter on every block and reads it at block L; those above change nothing.
         covered = depth if sidecar.layout == "nla-at-home" else num_layers
         tensors = _adapter_tensors(adapter, covered)
-    if base_path:
-        check_blocks(model_tensors(base_path), config, base_path)
-    else:
-        check_blocks(tensors := model_tensors(path), config, path)
+    if base_path is None:
+        tensors = model_tensors(path)
+    check_names(tensors if base_path is None else model_tensors(base_path), base_path or path)
     if weights.head is not None:
         check_head(weights.head, sidecar.d_model)
     # 4. Fill in how it is prompted.
@@ -216,14 +216,18 @@ def inspect_nla(
     statistics = None if sidecar.whitening is None else find_statistics(sidecar.whitening, path, whitening)
     if statistics is not None:
         text = (
-            "AV and AR were trained on whitened activations. Vectors are whitened before they are explained and compared: errors, "
-            "baseline and FVE are not comparable with those of raw vectors."
+            "AV and AR were trained on whitened activations. Vectors are whitened before they are explained and compared: "
+            "errors, baseline and FVE are not comparable with those of raw vectors."
         )
         notes = (*notes, Note("activations", text))
-    return CheckpointInfo(
+    info = CheckpointInfo(
         path=path, sidecar=sidecar, layer=layer, num_layers=num_layers, config=config, base=base_path, files=weights,
         tensors=tensors, prompting=filled, whitening=statistics, notes=notes,
     )  # fmt: skip
+    # 5. Check that every tensor of its model is listed in the headers, and no other.
+    facts = (expected_role, num_layers, weights.keeps_final_norm, [adapter.configuration() for adapter in weights.adapters])
+    check_loadable(LOADER, info, info.weights, [read_header(adapter.file) for adapter in weights.adapters], facts)
+    return info
 
 
 def check_pair(

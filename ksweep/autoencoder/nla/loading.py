@@ -16,16 +16,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
-from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, WRAPPED, text_names
-from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, quiet
+from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, model_tensors, text_names
+from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, load_or_lay_out, on_meta, quiet
 from ksweep.inference.device_map import place_model
+from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.tensor_headers import read_header
 from ksweep.utils.text import some_of
 from ksweep.utils.torch_file import read_checkpoint
 
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LM_HEADS = ("lm_head", "embed_out")
 LAYER_MEANS = "layer_means.pt"
+BEHIND_BLOCKS = ("project_out", "altup_unembed_projections")
+"""Modules of OPT-350m and Gemma-3n without which what their last block puts out is no vector of the model's width."""
 LARGEST_HEAD_WEIGHT = 1e4
 """Upper bound of a head's weights. Trained heads stay near the identity; incompletely saved public ones held 3e38 or NaN in half
 of their rows."""
@@ -41,7 +44,7 @@ def load_nla_tokenizer(info: CheckpointInfo) -> Any:
 def load_av_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
     """Load the AV as a frozen transformers causal LM, with its adapter merged and no sampling values in its generation_config."""
     with quiet(), _explained(info, "its weights"):
-        model = _merged(info, dtype) if info.is_adapter else _load(info, AutoModelForCausalLM, dtype)
+        model = _av_model(info, dtype)
     model.generation_config = transformers.GenerationConfig()
     # logits_to_keep gives lm_head a strided [row, 1, d] slice; torch would run a batched product and copy the weights per row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))
@@ -55,24 +58,72 @@ def load_ar_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
     with it.
 
     Raises:
-        CheckpointError: the weights do not fit, or the architecture has no blocks or final norm under a known name.
+        CheckpointError: the weights do not fit, or the architecture has no blocks that can be found.
     """
     with quiet(), _explained(info, "its weights"):
-        if info.is_adapter:
-            causal = _merged(info, dtype)
-            model = getattr(causal, causal.base_model_prefix)
+        return _ready(_ar_model(info, dtype), info, devices)
+
+
+def check_on_meta(info: CheckpointInfo) -> None:
+    """Check that an AV or AR can be loaded, on the meta device: by its headers alone, before a job is submitted.
+
+    Raises:
+        CheckpointError: as loading would: weights are missing, unexpected or of another shape than the model's own, transformers
+            does not know or cannot run the architecture, or a package for quantised weights is not installed.
+    """
+    with quiet(), _explained(info, "its weights"):
+        if info.role == "ar":
+            _ar_model(info, torch.float32, lay_out=True)
         else:
-            model = _load(info, AutoModel, dtype)
-    norm = next((name for name in FINAL_NORMS if hasattr(model, name)), None)
-    blocks = getattr(model, "layers", getattr(model, "h", None))
-    if norm is None or blocks is None or len(blocks) != info.num_layers:
+            _av_model(info, torch.float32, lay_out=True)
+
+
+def _av_model(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> Any:
+    """Return the AV's causal LM; `lay_out` leaves it without contents.
+
+    Raises:
+        CheckpointError: a vector cannot take the place of a token's embedding.
+    """
+    # 1. Load it.
+    model = _merged(info, dtype, lay_out) if info.is_adapter else _load(info, AutoModelForCausalLM, dtype, lay_out)
+    # 2. Check that one embedding, as wide as the vectors, is all that a token brings.
+    blocks_of(model)
+    width = model.get_input_embeddings().embedding_dim
+    reasons = (
+        (width != info.d_model, f"its token embeddings are {width} wide, not {info.d_model}"),
+        (
+            getattr(decoder_of(model).config, "hidden_size_per_layer_input", None),
+            "each of its blocks reads a second embedding of every token, which a vector does not have",
+        ),
+    )
+    if reason := next((reason for holds, reason in reasons if holds), None):
         raise CheckpointError(
-            f"AR {info.path} is a {type(model).__name__}: expected {info.num_layers} blocks in .layers or .h, and a final norm "
-            f"in .{', .'.join(FINAL_NORMS)}. Use a Qwen2, Llama or Gemma-3 text model."
+            f"AV {info.path} is a {info.config.get('model_type')} model that vectors cannot be injected into: {reason}. Use "
+            "an AV over another model (docs/families.md)."
         )
-    if not info.files.keeps_final_norm:
-        setattr(model, norm, torch.nn.Identity())
-    return _ready(model, info, devices)
+    return model
+
+
+def _ar_model(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> Any:
+    """Return the AR's blocks without head, and with the final norm only if it was trained so; `lay_out` leaves out contents."""
+    # 1. Load the backbone.
+    if info.is_adapter:
+        causal = _merged(info, dtype, lay_out)
+        model = getattr(causal, causal.base_model_prefix)
+    else:
+        model = _load(info, AutoModel, dtype, lay_out)
+    # 2. Take what follows the last block away.
+    decoder, norm, depth = decoder_of(model), final_norm_of(model), len(blocks_of(model))
+    behind = next((name for name in BEHIND_BLOCKS if getattr(decoder, name, None) is not None), None)
+    if depth != info.num_layers or behind is not None:
+        raise CheckpointError(
+            f"AR {info.path} is a {type(model).__name__} of {depth} blocks{f' and {behind} behind them' if behind else ''}; "
+            f"expected {info.num_layers} blocks and nothing but a norm behind them. Use a pair over another model "
+            "(docs/families.md)."
+        )
+    if norm is not None and not info.files.keeps_final_norm:
+        setattr(decoder, norm, torch.nn.Identity())
+    return model
 
 
 def load_ar_head(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> torch.nn.Linear | None:
@@ -125,39 +176,28 @@ def load_layer_mean(info: CheckpointInfo) -> torch.Tensor | None:
     return mean.float()
 
 
-def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype) -> Any:
+def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype, lay_out: bool = False) -> Any:
     """Load full weights with transformers, cut to the blocks in use; problems that transformers reports are errors."""
     # 1. Take the language model's configuration, cut to the blocks in use.
     whole_config = AutoConfig.from_pretrained(info.weights)
     config = whole_config.get_text_config()
     if info.num_layers < config.num_hidden_layers:
         cut_blocks(config, info.num_layers)
-    # 2. Load the weights.
-    model, report = auto.from_pretrained(
-        info.weights,
-        config=config,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        key_mapping=WRAPPED,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that the report lists them by name
-        local_files_only=True,
-    )
+    # 2. Load the weights, or lay them out.
+    headers = model_tensors(info.weights) if lay_out else None
+    model, report = load_or_lay_out(auto, info.weights, config, dtype, headers)
     # 3. Refuse missing, unexpected and misshapen tensors.
-    _check_report(info, report, is_wrapped=config is not whole_config)
+    _check_report(info, model, report, is_wrapped=config is not whole_config)
     return model
 
 
-def _check_report(info: CheckpointInfo, report: Mapping[str, Any], is_wrapped: bool) -> None:
+def _check_report(info: CheckpointInfo, model: Any, report: Mapping[str, Any], is_wrapped: bool) -> None:
     """Check transformers' report on loading.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape; those that an AR never applies are ignored.
     """
-    prefixes = ("", "model.", "transformer.", "gpt_neox.")
-    norms = {f"{prefix}{name}.{part}" for prefix in prefixes for name in FINAL_NORMS for part in ("weight", "bias")}
-    heads = {f"{name}.{part}" for name in LM_HEADS for part in ("weight", "bias")}
-    unused = norms | heads if info.role == "ar" else set()
+    unused = _unused_by_ar(info, model) if info.role == "ar" else set()
     missing = set(report["missing_keys"]) - unused
     extra = {name for name in report["unexpected_keys"] if not (is_wrapped and NOT_TEXT.match(name))}
     if info.takes_part_of_base:
@@ -167,9 +207,19 @@ def _check_report(info: CheckpointInfo, report: Mapping[str, Any], is_wrapped: b
     faults = (("lacks", missing), ("has unexpected", extra), ("has, in another shape than config.json implies,", mismatched))
     if problems := [f"{fault} {some_of(names)}" for fault, names in faults if names]:
         raise CheckpointError(
-            f"the weights in {info.weights} do not fit its config.json: it {'; it '.join(problems)}. Missing weights "
-            "would be random, and unexpected ones ignored. Download the checkpoint again, or save it as config.json says."
+            f"the weights in {info.weights} do not fit its config.json ({info.num_layers} blocks): it {'; it '.join(problems)}. "
+            "Missing weights would be random, and unexpected ones ignored. Download the checkpoint again, or save it as "
+            "config.json says."
         )
+
+
+def _unused_by_ar(info: CheckpointInfo, model: Any) -> set[str]:
+    """Return the names of heads and of a final norm that is not applied, with and without the prefix that a causal LM gives."""
+    decoder, norm, backbone = decoder_of(model), final_norm_of(model), model.base_model_prefix
+    place = next((name for name, module in model.named_modules() if module is decoder), "")
+    norms = {f"{prefix}{norm}" for prefix in ("", f"{place}.", f"{backbone}.", f"{backbone}.{place}.")}
+    names = {*LM_HEADS, *(() if info.files.keeps_final_norm else norms)}
+    return {f"{name}.{part}" for name in names for part in ("weight", "bias")}
 
 
 def _is_above(name: str, num_layers: int) -> bool:
@@ -177,25 +227,31 @@ def _is_above(name: str, num_layers: int) -> bool:
     return match is not None and int(match[2]) >= num_layers
 
 
-def _merged(info: CheckpointInfo, dtype: torch.dtype) -> Any:
+def _merged(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> Any:
     """Load an adapter's base, cut to the blocks in use, and merge the adapters into it, one after the other.
+
+    `lay_out` only checks that they fit.
 
     The sum is taken in float32 and rounded to `dtype` once, so that small updates are not rounded twice. Loading takes twice the
     memory of a bfloat16 model.
     """
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    model = _load(info, AutoModelForCausalLM, torch.float32)
+    model = _load(info, AutoModelForCausalLM, torch.float32, lay_out)
+    backbone = model.base_model_prefix
     for adapter in info.adapters:
         # 1. Wrap the model as the adapter's configuration says.
         wrapped = PeftModel(model, _lora_config(adapter))
         # 2. Check the adapter's tensors by name, shape and content.
         expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        given = {name: tensor for name, tensor in _adapter_state(adapter).items() if not _is_above(name, info.num_layers)}
+        state = on_meta(read_header(adapter.file)) if lay_out else load_file(adapter.file)
+        named = _adapter_state(adapter, state, backbone)
+        given = {name: tensor for name, tensor in named.items() if not _is_above(name, info.num_layers)}
         _check_adapter(info, adapter, expected, given)
         # 3. Merge them into the model.
-        set_peft_model_state_dict(wrapped, given)
-        model = wrapped.merge_and_unload(safe_merge=True)
+        if not lay_out:
+            set_peft_model_state_dict(wrapped, given)
+        model = wrapped.merge_and_unload(safe_merge=not lay_out)
     for parameter in model.parameters():  # .to(dtype) would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
     return model
@@ -209,13 +265,16 @@ def _lora_config(adapter: Adapter) -> Any:
     return LoraConfig(task_type="CAUSAL_LM", **(adapter.lora or {}))
 
 
-def _adapter_state(adapter: Adapter) -> dict[str, torch.Tensor]:
+def _adapter_state(adapter: Adapter, state: Mapping[str, torch.Tensor], backbone: str) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors under the names they have over a text-only causal LM, without those of vision parts.
 
     The adapter may have been trained over the backbone alone or over a multimodal wrapper.
+
+    Args:
+        state: its tensors, as its file names them.
+        backbone: the causal LM's attribute that holds the model without head.
     """
     prefix = "base_model.model."
-    state = load_file(adapter.file)
     if (
         not adapter.is_peft
     ):  # EasyNLA saves the modules of its own class: backbone.model.layers.0.mlp.up_proj.lora_A.default.weight
@@ -225,8 +284,8 @@ def _adapter_state(adapter: Adapter) -> dict[str, torch.Tensor]:
             if name != HEAD_KEY
         }
     names = text_names(name.removeprefix(prefix) for name in state)
-    whole = ("model.", "transformer.", "gpt_neox.", *(f"{head}." for head in LM_HEADS))
-    full = (name if name.startswith(whole) else f"model.{name}" for name in names)
+    whole = (f"{backbone}.", *(f"{head}." for head in LM_HEADS))
+    full = (name if name.startswith(whole) else f"{backbone}.{name}" for name in names)
     kept = (tensor for name, tensor in state.items() if not NOT_TEXT.match(name.removeprefix(prefix)))
     return {prefix + name: tensor for name, tensor in zip(full, kept, strict=True)}
 
@@ -250,7 +309,8 @@ def _check_adapter(
             "An AR's adapter covers the first L + 1 blocks of its base. Use the adapter and base that belong together."
         )
 
-    if info.layout != "kitft" and not any(bool(tensor.any()) for name, tensor in given.items() if "lora_B" in name):
+    has_contents = not any(tensor.is_meta for tensor in given.values())
+    if has_contents and info.layout != "kitft" and not any(bool(t.any()) for name, t in given.items() if "lora_B" in name):
         raise CheckpointError(
             f"{adapter.file}: every lora_B is zero, so the adapter changes nothing: it was saved before training, or its "
             "weights were lost. Get the trained adapter."
@@ -286,12 +346,6 @@ def _explained(info: CheckpointInfo, what: str) -> Iterator[None]:
         raise
     except LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())[:400]
-        if "does not support an attention implementation" in reason:
-            raise CheckpointError(
-                f"{info.role.upper()} {info.path} is a {info.config.get('model_type')} model, which transformers "
-                f"{transformers.__version__} cannot run with sdpa attention. AVs and ARs run with it, so pairs over such models "
-                "are not supported yet. Use a pair over a Qwen2, Qwen3, Llama or Gemma-3 model."
-            ) from error
         raise CheckpointError(
             f"{info.role.upper()} {info.path}: {what} cannot be loaded by transformers {transformers.__version__} "
             f"({type(error).__name__}: {reason}). "

@@ -26,7 +26,7 @@ from ksweep.autoencoder.transformers_models import torch_dtype
 from ksweep.inference import memory
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices
-from ksweep.inference.kv_cache import expand_prefix
+from ksweep.inference.kv_cache import expand_prefix, keeps_keys_and_values
 from ksweep.inference.prefill import prefill
 from ksweep.inference.prompts import Prompts
 from ksweep.utils.errors import CheckpointError
@@ -200,6 +200,7 @@ class NlaReconstructor:
         self.prompts = prompts
         self.d_model = info.d_model
         self._past: Any | None = None
+        self._shares_template = True
 
     def reconstruct(
         self, explanations: Sequence[Explanation], batch_size: int = 64
@@ -240,18 +241,23 @@ class NlaReconstructor:
 
     def _groups(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any | None]]:
         """Yield the prompts that begin with the template's tokens, with their KV cache; then the others, with None."""
-        common = list(self.prompts.common)
+        common = list(self.prompts.common) if self._template() is not None else []
         begins_with_template = [bool(common) and list(row[: len(common)]) == common for row in ids]
         for shared in (True, False):
             if group := [i for i, begins in enumerate(begins_with_template) if begins is shared]:
                 yield group, self._template() if shared else None
 
     @torch.inference_mode()
-    def _template(self) -> Any:
-        """Return the KV cache of the template's tokens before the text, one row."""
-        if self._past is None:
+    def _template(self) -> Any | None:
+        """Return the KV cache of the template's tokens before the text, one row.
+
+        None if there are no such tokens, or the model keeps its past in another way than keys and values.
+        """
+        if self._past is None and self.prompts.common and self._shares_template:
             ids = torch.tensor([self.prompts.common], device=self.model.device)
-            self._past = self.model(input_ids=ids, use_cache=True).past_key_values
+            past = getattr(self.model(input_ids=ids, use_cache=True), "past_key_values", None)
+            self._shares_template = keeps_keys_and_values(past)
+            self._past = past if self._shares_template else None
         return self._past
 
     @torch.inference_mode()

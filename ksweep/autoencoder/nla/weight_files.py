@@ -37,6 +37,10 @@ class Adapter:
         """Whether it was saved by PEFT."""
         return self.lora is None
 
+    def configuration(self) -> Mapping[str, Any]:
+        """Return what rank, scale and targets are stated by."""
+        return files.read_json(self.directory / ADAPTER_CONFIG, "adapter configuration") if self.lora is None else self.lora
+
     @property
     def config_name(self) -> str:
         """Name of the file that states rank, scale and targets."""

@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, WRAPPED, text_names
-from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, blocks_of, cut_blocks, is_sane, quiet
+from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, model_tensors, text_names
+from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, blocks_of, cut_blocks, is_sane, load_or_lay_out, quiet
 from ksweep.inference.device_map import place_model
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.text import some_of
@@ -151,8 +151,17 @@ def _is_nonzero(tensor: torch.Tensor) -> bool:
     return bool(tensor.detach().flatten(1).any(dim=1).all() if tensor.ndim == 3 else tensor.detach().any())
 
 
-def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype) -> Any:
-    """Load a base model with transformers, cut to its first blocks.
+def check_base_on_meta(directory: Path) -> None:
+    """Check that a base model can be loaded, on the meta device: by its headers alone, before a job is submitted.
+
+    Raises:
+        CheckpointError: as loading would.
+    """
+    _load(AutoModelForCausalLM, directory, None, torch.float32, lay_out=True)
+
+
+def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype, lay_out: bool = False) -> Any:
+    """Load a base model with transformers, cut to its first blocks; `lay_out` leaves it without contents.
 
     Raises:
         CheckpointError: weights are missing (transformers would fill them at random), unexpected or of another shape.
@@ -162,17 +171,7 @@ def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype
         config = AutoConfig.from_pretrained(directory).get_text_config()
         if num_blocks is not None and num_blocks < config.num_hidden_layers:
             cut_blocks(config, num_blocks)
-        model, report = auto.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            # Only eager attention applies Gemma-2's soft-capping of attention logits.
-            attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa",
-            key_mapping=WRAPPED,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that the report lists them by name
-            local_files_only=True,
-        )
+        model, report = load_or_lay_out(auto, directory, config, dtype, model_tensors(directory) if lay_out else None)
     # 2. Refuse what transformers reports.
     depth, headless = len(blocks_of(model)), auto is AutoModel
     faults = (

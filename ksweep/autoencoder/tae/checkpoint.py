@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksweep.autoencoder.safetensors_header import check_attention, check_blocks, model_tensors
+from ksweep.autoencoder.safetensors_header import check_attention, check_names, model_tensors
 from ksweep.autoencoder.tae.layout import (
     DecoderLayout,
     EncoderLayout,
@@ -29,6 +29,7 @@ from ksweep.autoencoder.tae.layout import (
     whole_number,
 )
 from ksweep.autoencoder.tae.schedule import Written
+from ksweep.autoencoder.weights_check import check_loadable
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
@@ -278,8 +279,9 @@ def _model_config(directory: Path) -> dict[str, Any]:
     config = language_model(files.read_json(directory / "config.json", "model configuration"))
     for name in ("num_hidden_layers", "hidden_size"):
         whole_number(config, name, 1, LARGEST_SIZES[name], directory / "config.json", "a causal language model has it")
-    check_blocks(model_tensors(directory), config, directory)
+    check_names(model_tensors(directory), directory)
     check_attention(config, directory)
+    check_loadable("ksweep.autoencoder.tae.base_model:check_base_on_meta", directory, directory)
     return config
 
 
