@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 from ksweep import Activations, Autoencoder, Cell, Sweep
 from ksweep.autoencoder.family import family_of
+from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
 from ksweep.config.overrides import apply_overrides, parse_overrides
 from ksweep.config.spec import PromptingOverrides, cell_from_dict, replace_at
@@ -276,3 +279,22 @@ def test_overrides_come_from_arguments_files_axes_and_json(tmp_path: Path) -> No
     assert [cell.autoencoder.prompting.prefill for cell in axis.cells()] == ["a", "b"]
     assert replace_at(sweep().cell, "autoencoder.prompting.prefill", "a").autoencoder.prompting.prefill == "a"
     assert hash(by_argument) == hash(replace(by_argument))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "overrides"),
+    [
+        ("actor_reasoning_mode", "forced_final", {"prefill": "<|channel|>final<|message|>"}),
+        ("enable_thinking", False, {"chat_arguments": {"enable_thinking": False}}),
+        ("injection_mode", "add", {"injection": "add_after_block", "injection_block": 1}),
+    ],
+)
+def test_key_of_the_sidecar_is_refused_until_the_spec_states_what_it_asks_for(
+    key: str, value: Any, overrides: dict[str, Any], pair: TinyPair, tmp_path: Path
+) -> None:
+    path = shutil.copytree(pair.av, tmp_path / "av")
+    meta = yaml.safe_load((path / "nla_meta.yaml").read_text())
+    (path / "nla_meta.yaml").write_text(yaml.safe_dump(meta | {key: value}, allow_unicode=True))
+    with pytest.raises(CheckpointError, match=key):
+        inspect_nla(path, "av")
+    assert inspect_nla(path, "av", overrides=PromptingOverrides(**overrides)).role == "av"

@@ -57,6 +57,14 @@ CONFIG_KEYS = frozenset({
     "base_model", "layer", "d_model", "injection_char", "injection_token_id", "injection", "actor_prompt_rendered",
     "actor_prompt_ids", "critic_prompt_template", "ar_lora_r", "ar_num_layers", "lora_targets",
 })  # fmt: skip
+DECIDED_BY: Mapping[str, tuple[str, ...]] = {
+    "prefill": ("prefill", "assistant_prefill", "actor_prefill", "prompt_prefill", "reasoning_mode", "actor_reasoning_mode"),
+    "chat_arguments": (
+        "enable_thinking", "chat_template_kwargs", "chat_template_args", "chat_kwargs", "reasoning_mode", "actor_reasoning_mode",
+    ),
+    "injection": ("injection", "injection_mode", "injection_method", "injection_type", "injection_site", "injection_layer"),
+}  # fmt: skip
+"""Keys that say nothing any more once the spec states the field of `autoencoder.prompting`."""
 UNIVERSAL_AR_TEMPLATE = (
     f"Summary of the following text from depth {DEPTH_FIELD}%: <text>{TEXT_FIELD}</text> <summary>{MARKER_FIELD}"
 )
@@ -146,7 +154,9 @@ def read_nla_sidecar(
     role = _role(meta, path, directory, expected_role, notes, layout)
     config = _config_of_run(directory, meta, path) if layout == "easynla" else {}
     # 2. Refuse keys that could change a number and are not understood.
-    check_keys(meta, NLA_SIDECAR_KEYS | (AT_HOME_KEYS if layout == "nla-at-home" else set()), path, CheckpointError)
+    understood = NLA_SIDECAR_KEYS | (AT_HOME_KEYS if layout == "nla-at-home" else frozenset())
+    decided = frozenset(key for field, keys in DECIDED_BY.items() if getattr(overrides, field) is not None for key in keys)
+    check_keys(meta, understood, path, CheckpointError, informs=decided)
     # 3. Parse the values, each with a check of its type.
     d_model = _d_model(meta, path, notes if layout == "kitft" else [])
     is_universal = layout == "nla-at-home" and value_at(meta, "variant") == "universal"
