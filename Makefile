@@ -51,6 +51,7 @@ demo-model: .venv/.install
 .venv/.test: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,test]"
+	$(BIN)/python -m compileall -q ksweep tests  # else each of some hundred processes compiles them (0.6 s) where none may keep it
 	touch .venv/.install $@
 
 clean:

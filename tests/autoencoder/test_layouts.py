@@ -365,6 +365,12 @@ def test_stack_is_part_of_the_digest_and_a_missing_base_is_asked_for(tmp_path: P
         family_of(LORA.spec(root, av=str(rl), av_stack=(str(sft), str(root / "base")))).draws_identity()
 
 
+def test_ar_over_a_base_takes_that_of_the_adapter_beside_it(tmp_path: Path) -> None:
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    of_json(f"{GEMMA_AV}/adapter_config.json", base_model_name_or_path=str(root / "base"))(root)
+    assert inspect_half(LORA.spec(root), "ar").base == family_of(LORA.spec(root, base=None)).pair[1].base  # type: ignore[attr-defined]
+
+
 # --- nla_config.json ---
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest_nla, inspect_half
+from ksweep.autoencoder.nla.sidecar import AR_LORA
 from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.config.spec import Autoencoder, PromptingOverrides
 from ksweep.utils import files, hub
@@ -40,7 +42,8 @@ class NlaPair(Family):
     @cached_property
     def pair(self) -> tuple[CheckpointInfo, CheckpointInfo]:
         """AV and AR, each checked alone and against the other."""
-        av, ar = inspect_half(self.autoencoder, "av"), inspect_half(self.autoencoder, "ar")
+        av = inspect_half(self.autoencoder, "av")
+        ar = inspect_half(over_the_base_of(av, self.autoencoder), "ar")
         check_pair(av, ar)
         return av, ar
 
@@ -107,6 +110,16 @@ class NlaPair(Family):
         from ksweep.autoencoder.nla.models import load_nla_reconstructor
 
         return load_nla_reconstructor(self.pair[1], dtype=self.autoencoder.reconstructor_dtype, device=devices)
+
+
+def over_the_base_of(av: CheckpointInfo, spec: Autoencoder) -> Autoencoder:
+    """Return the spec with the base of the AV's adapter for an AR that names none which is there.
+
+    EasyNLA's AR over a base (`AR_LORA`) names it by hub id at most, where the adapter's configuration may name a directory.
+    """
+    if spec.base is not None or av.base is None or av.files.base_is_merged or not (hub.resolve(spec.ar or "") / AR_LORA).exists():
+        return spec
+    return replace(spec, base=str(av.base))
 
 
 def short_name_of(source: str) -> str:
