@@ -3,6 +3,9 @@
     python scripts/train_demo_pair.py                 # all stages, about 65 minutes on two cores; continues where it stopped
     python scripts/train_demo_pair.py --minutes 8     # every training stage shortened in proportion (42 is the full length)
     python scripts/train_demo_pair.py --rounds 1      # plus one round of the AV on the best of its own draws
+    python scripts/train_demo_pair.py --av ksweep/demo/av --passages 400 --vectors 900 --steps 60 --save-at 0,4,8,15,30,60
+                                                      # the AR alone, for an AV that is there already, kept at six stages; with
+                                                      # --no-report without the held-out FVE, and nothing in --out
 
 Stages; each writes one file in the work directory and is skipped if that file exists:
 
@@ -13,6 +16,9 @@ Stages; each writes one file in the work directory and is skipped if that file e
     ar-0       AR learns to reconstruct the vector from those draws and from the true text
     av-1, ...  AV learns (--rounds) the best of 6 of its own draws, as the AR scores them; then the AR again
     report     FVE against K and temperature on the held-out passages; export into ksweep/demo
+
+With --save-at, AV and AR are also kept as they were after these steps, in iter_0000020/av and iter_0000020/ar below `series` in
+the work directory: `autoencoder.ar='.../series/iter_*/ar'` makes them an axis.
 """
 
 from __future__ import annotations
@@ -72,6 +78,8 @@ class Settings:
     num_evaluated: int = 200
     report_temperatures: tuple[float, ...] = (0.3, 0.7, 1.0, 0.5, 1.3)
     max_new_tokens: int = 32
+    save_at: tuple[int, ...] = ()
+    """Steps of every training after which its state is kept as well."""
     seed: int = 0
 
 
@@ -202,6 +210,12 @@ def train_av(
     parameters = [p for p in model.parameters() if p.requires_grad]
     trainer = pair.Trainer(parameters, [rate] * len(parameters))
     clock = Clock(minutes, steps, out.with_suffix(".checkpoint"), trainer)
+
+    def save_stage(into: Path) -> None:
+        pair.save_adapter(model, into, pair.sidecar("av", prompt, digest(base), clock.reached(settings.av_batch)))
+        pair.load_tokenizer(base).save_pretrained(into)  # with the chat template of the demo
+
+    save_if_asked(clock, settings, out.parent / "series", "av", save_stage)
     rng = np.random.default_rng([settings.seed, dist.get_rank(), clock.step])
     mine = np.arange(dist.get_rank(), len(rows.length), dist.get_world_size())
     stream = pair.batches_of_one_length(rows.length[mine], settings.av_batch // dist.get_world_size(), rng)
@@ -211,14 +225,14 @@ def train_av(
         loss, per_token = pair.av_loss(av, prompt, rows.vector[batch], chosen_texts(rows, batch), whole=clock.step % 6 == 0)
         loss.backward()
         clock.tick()
+        save_if_asked(clock, settings, out.parent / "series", "av", save_stage)
         recent.append((float(per_token[:-1].mean()), float(per_token[-2])))
         if clock.step % 10 == 0:
             text, last = np.mean(recent[-20:], axis=0)
             say(f"{out.name} step {clock.step} ({clock.progress:.0%}): loss per text token {text:.2f}, last token {last:.2f}")
         if clock.step % 150 == 0:
             say(f"{out.name} step {clock.step} held out: {av_held_out(av, prompt, held_out)}")
-    reached = {"steps": clock.step, "examples": clock.step * settings.av_batch, "minutes": round(clock.spent / 60, 1)}
-    reached |= {"held_out_loss": av_held_out(av, prompt, held_out)}
+    reached = clock.reached(settings.av_batch) | {"held_out_loss": av_held_out(av, prompt, held_out)}
     save_in_place(out, lambda into: pair.save_adapter(model, into, pair.sidecar("av", prompt, digest(base), reached)))
     clock.forget()
     return reached
@@ -269,10 +283,22 @@ class Clock:
                 torch.save({"trainer": self.trainer.state(), **state}, part)
                 part.replace(self.checkpoint)
 
+    def reached(self, batch: int) -> dict[str, Any]:
+        """Return how far the training has come, for the sidecar."""
+        return {"steps": self.step, "examples": self.step * batch, "minutes": round(self.spent / 60, 1)}
+
     def forget(self) -> None:
         if dist.get_rank() == 0:
             self.checkpoint.unlink(missing_ok=True)
         dist.barrier()
+
+
+def save_if_asked(clock: Clock, settings: Settings, series: Path, role: str, write: Callable[[Path], None]) -> None:
+    """Keep the AV or AR as it is now, in `series`/iter_0000020/`role`, if this step is one of `settings.save_at`."""
+    if clock.step in settings.save_at:
+        out = series / f"iter_{clock.step:07d}" / role
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_in_place(out, write)
 
 
 def save_in_place(out: Path, write: Any) -> None:
@@ -379,6 +405,12 @@ def train_ar(
     parameters = [*adapters, ar.value_head.weight]
     trainer = pair.Trainer(parameters, [rate] * len(adapters) + [rate / 4])
     clock = Clock(minutes, steps, out.with_suffix(".checkpoint"), trainer)
+    prompt = pair.Prompt.of(tokenizer)
+
+    def save(into: Path) -> None:
+        pair.save_ar(ar, into, pair.sidecar("ar", prompt, digest(base), clock.reached(settings.ar_batch)))
+
+    save_if_asked(clock, settings, out.parent / "series", "ar", save)
     rng = np.random.default_rng([settings.seed, 1, dist.get_rank(), clock.step])
     size = settings.ar_batch // dist.get_world_size()
     order: list[int] = []
@@ -391,14 +423,13 @@ def train_ar(
         loss = pair.ar_error(predicted, rows.vector[[line["row"] for line in batch]]).mean()
         loss.backward()
         clock.tick()
+        save_if_asked(clock, settings, out.parent / "series", "ar", save)
         recent.append(float(loss.detach()))
         if clock.step % 20 == 0:
             say(f"{out.name} step {clock.step} ({clock.progress:.0%}): error {np.mean(recent[-20:]):.3f}")
-    reached = {"steps": clock.step, "examples": clock.step * settings.ar_batch, "minutes": round(clock.spent / 60, 1)}
-    prompt = pair.Prompt.of(tokenizer)
-    save_in_place(out, lambda into: pair.save_ar(ar, into, pair.sidecar("ar", prompt, digest(base), reached)))
+    save_in_place(out, save)
     clock.forget()
-    return reached
+    return clock.reached(settings.ar_batch)
 
 
 # ---- stage: a round of the AV on the best of its own draws
@@ -563,7 +594,7 @@ def subset(rows: Rows, keep: np.ndarray) -> Rows:
 def worker(rank: int, options: argparse.Namespace) -> None:
     """Run all stages after the activations as one of several workers, which go in step and share the rows of each stage."""
     torch.set_num_threads(1)
-    work, base, settings = options.work, options.base, Settings()
+    work, base, settings = options.work, options.base, settings_of(options)
     dist.init_process_group("gloo", init_method=f"file://{work}/store", rank=rank, world_size=options.workers)
     share = options.minutes / DEFAULT_MINUTES
     passage = np.load(work / "vectors.npz")["passage"]
@@ -586,7 +617,9 @@ def worker(rank: int, options: argparse.Namespace) -> None:
     def timed(minutes: float, rate: float) -> dict[str, Any]:
         return {"minutes": minutes * share, "steps": options.steps, "settings": settings, "rate": rate}
 
-    av = stage("av-0", lambda out: train_av(base, None, av_rows, held_out, out, **timed(settings.av_minutes, settings.av_rate)))
+    av = options.av or stage(
+        "av-0", lambda out: train_av(base, None, av_rows, held_out, out, **timed(settings.av_minutes, settings.av_rate))
+    )
     sampled = subset(ar_rows, np.arange(min(settings.num_sampled, len(ar_rows.length))))
     samples = stage("samples-0.jsonl", lambda out: write_samples(base, av, sampled, out, settings.temperatures, seed=10))
     ar = stage("ar-0", lambda out: train_ar(base, None, sampled, samples, out, **timed(settings.ar_minutes, settings.ar_rate)))
@@ -608,6 +641,8 @@ def worker(rank: int, options: argparse.Namespace) -> None:
                 base, ar, sampled, samples, out, **timed(settings.ar_minutes / 2, settings.ar_rate / 2)
             ),
         )
+    if options.no_report:
+        return
     report = finish(base, work, av, ar, held_out, settings, reached)
     export(base, av, ar, options.out, report)
 
@@ -646,11 +681,32 @@ def finish(
     return {"settings": asdict(settings), "stages": reached, "held_out": table}
 
 
+def steps_of(text: str) -> tuple[int, ...]:
+    """Return the steps of a list such as "0,10,20"."""
+    return tuple(int(step) for step in text.split(","))
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Return the settings with what the command line changes; an AV that is there already needs no passages of its own."""
+    num_passages = options.passages or Settings.num_passages
+    num_av_passages = 0 if options.av else min(Settings.num_av_passages, num_passages * 21 // 25)
+    return Settings(
+        num_passages=num_passages, num_av_passages=num_av_passages, num_sampled=options.vectors, save_at=options.save_at
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="of training in all; scales every stage")
     parser.add_argument("--steps", type=int, default=None, help="steps of every training stage, instead of minutes")
+    parser.add_argument("--av", type=Path, default=None, help="an AV that is there already; only the AR is trained")
+    parser.add_argument("--passages", type=int, default=None, help=f"of training text ({Settings.num_passages})")
+    parser.add_argument("--vectors", type=int, default=Settings.num_sampled, help="whose draws the AR learns from")
+    parser.add_argument(
+        "--save-at", type=steps_of, default=(), metavar="STEPS", help="also keep AV and AR after these steps, such as 0,10,20,40"
+    )
     parser.add_argument("--rounds", type=int, default=0, help="rounds of training the AV on the best of its own draws")
+    parser.add_argument("--no-report", action="store_true", help="only train: no held-out FVE, and nothing is written to --out")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; as many as free cores")
     parser.add_argument("--work", type=Path, default=HOME / "demo_training", help="where the stages leave their files")
     parser.add_argument("--base", type=Path, default=HOME / "models" / "smollm2-135m-instruct")
@@ -662,12 +718,13 @@ def main() -> None:
     if not (options.base / "model.safetensors").exists():
         subprocess.run([sys.executable, str(Path(__file__).with_name("fetch_demo_model.py"))], check=True)
     if not (options.work / "training.jsonl").exists():
-        prepare_texts(options.work, options.base, Settings())
+        prepare_texts(options.work, options.base, settings_of(options))
     if not (options.work / "vectors.npz").exists():
-        prepare_vectors(options.work, options.base, Settings())
+        prepare_vectors(options.work, options.base, settings_of(options))
     (options.work / "store").unlink(missing_ok=True)
     torch.multiprocessing.spawn(worker, args=(options,), nprocs=options.workers)
-    shutil.copy(options.work / "held_out.jsonl", options.out / "passages.jsonl")
+    if not options.no_report:
+        shutil.copy(options.work / "held_out.jsonl", options.out / "passages.jsonl")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ NOT_CODE = {
     ("README.md", "ksweep/        the library"): "a tree of directories",
     ("registry/README.md", "draws/<draws key>/part-*"): "a tree of directories",
     ("docs/activations.md", "activations.text=chat.jsonl"): "settings to choose from",
+    ("docs/layouts.md", "autoencoder.layout=easynla"): "settings to choose from",
     ("docs/architecture.md", "vector_cache/<key>/    manifest.json"): "a tree of directories",
 }
 """Blocks that are neither Python nor commands, by (page, first line)."""
@@ -143,6 +144,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     shutil.copytree(ROOT / "experiments", root / "experiments")
     shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("_demo", "*.py"))
     shutil.copytree(ROOT / "tests" / "fixtures" / "reference_json", root / "old_results")
+    for step in ("iter_0000100", "iter_0000200"):
+        shutil.copytree(pair.av, root / "runs" / step / "av")
+        shutil.copytree(pair.ar, root / "runs" / step / "ar")
     (root / "my_sweep.yaml").write_text("sampling: {num_draws: 4}\n")
     text = pair.base.parent / "text.jsonl"
     small = [
@@ -168,6 +172,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         "autoencoder.av=DIR": f"autoencoder.av={pair.av}", "autoencoder.ar=DIR": f"autoencoder.ar={pair.ar}",
         "activations.model=DIR": f"activations.model={pair.base}", "DIR": str(TAE.parent / "base"),
         "autoencoder.checkpoint=PATH.pt": f"autoencoder.checkpoint={TAE}",
+        "autoencoder.av=owner/name@main/iter_*/av": "autoencoder.av=runs/iter_*/av",
+        "autoencoder.ar=owner/name@main/iter_*/ar": "autoencoder.ar=runs/iter_*/ar",
         "+eval.checkpoint_path=PATH.pt": f"+eval.checkpoint_path={TAE}",
     }  # fmt: skip
     yield Project(root, tiny, tae, words)
@@ -201,7 +207,7 @@ def commands(line: str, words: dict[str, str]) -> list[list[str]]:
         if token == ";":
             parts.append([])
         elif token != "...":
-            parts[-1] += sorted(glob.glob(token)) if "*" in token and " " not in token else [words.get(token, token)]
+            parts[-1] += sorted(glob.glob(token)) if "*" in token and not {" ", "="} & set(token) else [words.get(token, token)]
     return parts
 
 
