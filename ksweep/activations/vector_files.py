@@ -15,7 +15,7 @@ import glob
 import hashlib
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep.utils.errors import CheckpointError, DataError
-from ksweep.utils.files import json_lines
+from ksweep.utils.files import json_lines, publish_output
 from ksweep.utils.hub import content_digest
 from ksweep.utils.parquet_rows import damage_refused
 from ksweep.utils.plain_values import bounded_json
@@ -37,7 +37,7 @@ from ksweep.utils.text import some_of
 from ksweep.utils.torch_file import read_torch_file
 
 VECTOR_COLUMN = "activation_vector"
-USUAL_NAMES = (VECTOR_COLUMN, "activations", "vectors", "W_dec")
+USUAL_NAMES = (VECTOR_COLUMN, "activations", "vectors", "reconstructions", "W_dec")
 """Names that need not be stated: the last is the decoder of a sparse autoencoder, which has a vector for each feature."""
 ARRAYS = (".npy", ".npz", ".safetensors", ".pt")
 FORMATS = ("Parquet (a file, a directory or pattern of parts, a hub data set)", *ARRAYS)
@@ -197,6 +197,22 @@ def vector_paths(source: str) -> tuple[Path, ...]:
     """
     paths, _, _ = _located(source)
     return (*paths, *_row_tables(paths[0])) if paths[0].suffix in ARRAYS else paths
+
+
+def write_vectors(path: Path, tensors: Mapping[str, np.ndarray], rows: pa.Table, metadata: Mapping[str, str]) -> Path:
+    """Write tensors [row, d_model] as a .safetensors file, and the table of their rows beside it; return where that is.
+
+    Raises:
+        RunError: one may not write there.
+    """
+    from safetensors.numpy import save
+
+    table, sink = path.with_name(path.name + ROW_TABLES[0]), pa.BufferOutputStream()
+    pq.write_table(rows, sink)
+    advice = "give a file in a directory where you may write"
+    publish_output(table, sink.getvalue().to_pybytes(), advice)
+    publish_output(path, save({name: np.ascontiguousarray(values) for name, values in tensors.items()}, dict(metadata)), advice)
+    return table
 
 
 def without_range(source: str) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from ksweep.cli.output import RegistryOption
 from ksweep.utils.console import remark, say, say_exactly
+from ksweep.utils.errors import RequestError
 
 
 def import_json_command(
@@ -34,12 +35,23 @@ def import_json_command(
 
 def export_command(
     run: Annotated[str, typer.Argument(help="Run id, or name of a cell, a label or a sweep of one cell (its newest run).")],
-    as_json: Annotated[bool, typer.Option("--json", help="In the reference sweep's JSON schema (the only format).")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="In the reference sweep's JSON schema (the default).")] = False,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(help="Write the reconstruction of each activation's best draw here (.safetensors), with a table of rows."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the AR reads the texts again: cpu, cuda:0, ...")] = "cpu",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; without, standard output.")] = None,
     registry: RegistryOption = Path("registry"),
 ) -> None:
-    """Write a run in the JSON schema of the reference sweep, and name the fields that mislead."""
+    """Write a run in the JSON schema of the reference sweep, or the reconstructions of its best draws as vectors."""
     from ksweep.registry.query import run_named
+
+    if vectors is not None:
+        if as_json or output is not None:
+            raise RequestError(f"--vectors {vectors} names its own file: leave out --json and --output")
+        _export_vectors(registry, run_named(registry, run), vectors, device)
+        return
     from ksweep.registry.tae_export import export_run, write_json
 
     document = export_run(registry, run_named(registry, run))
@@ -48,3 +60,21 @@ def export_command(
     else:
         write_json(output, document)
         say(output)
+
+
+def _export_vectors(registry: Path, run_id: str, path: Path, device: str) -> None:
+    """Write the reconstructions of a run's best draws, and say what they are."""
+    from ksweep.activations.vector_files import write_vectors
+    from ksweep.evaluation.best_reconstructions import best_reconstructions
+
+    if path.suffix != ".safetensors":
+        raise RequestError(f"--vectors {path} must end in .safetensors")
+    best = best_reconstructions(registry, run_id, (device,))
+    tensors = {"reconstructions": best.vectors} | ({} if best.scaled is None else {"scaled": best.scaled})
+    table = write_vectors(path, tensors, best.rows, {"run_id": run_id, "format": "pt"})
+    scaled = "scaled: with the norms of the activations" if best.scaled is not None else "norms of the activations are not known"
+    computed = "the AR read the texts again" if not best.num_stored else f"{best.num_stored} of them were stored"
+    say(f"{path}: {len(best.vectors)} reconstructions of best draws, as the AR gives them ({computed}); {scaled}")
+    say(f"{table}: their documents, positions, draws, explanations and errors")
+    if best.num_failed:
+        remark(f"{best.num_failed} activations are left out: all of their draws failed")

@@ -280,8 +280,8 @@ class Activations:
     such parts, a hub data set, a .npy, .npz, .safetensors or .pt array, each with `@[0:1000]` behind it for a range of its rows
     (docs/activations.md). A sidecar FILE.nla_meta.yaml must state raw vectors (norm: none) of the pair's layer."""
     vector_column: str | None = None
-    """Column or tensor of `vectors` that holds them. None: activation_vector, activations, vectors, W_dec (the decoder of a
-    sparse autoencoder), or the only one that can."""
+    """Column or tensor of `vectors` that holds them. None: activation_vector, activations, vectors, reconstructions, W_dec (the
+    decoder of a sparse autoencoder), or the only one that can."""
     row_id_column: str | None = None
     """Column of `vectors` that names each activation, for `autoencoder.texts`, groups and exports. Rows after the first of a name
     are left out: they hold further texts of the same activation. None: every row is an activation, named "row:0", "row:1", ..."""

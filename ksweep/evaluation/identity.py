@@ -123,11 +123,7 @@ def _keys_of_content(cell: Cell) -> CellKeys:
         **family.draws_identity(),
         **({} if family.draws_are_given else _sampling_identity(cell)),
     }
-    scores = {
-        **family.scores_identity(),
-        "dtype": cell.autoencoder.reconstructor_dtype,
-        "scorer_version": SCORER_VERSION,
-    }
+    scores = scores_identity(cell, family)
     combined = {"dtype": cell.autoencoder.dtype} | draws | family.scores_identity() | {"scorer_version": SCORER_VERSION}
     if cell.autoencoder.reconstructor_dtype != cell.autoencoder.dtype:  # keys from before this choice existed stay valid
         combined |= {"ar_dtype": cell.autoencoder.reconstructor_dtype}
@@ -144,6 +140,15 @@ def _keys_of_content(cell: Cell) -> CellKeys:
         scores=RECONSTRUCTION.key(scores), combined=combined_key, cell=fingerprint(numbers), layer=layer, label=cell_label(cell,
         layer), notes=notes, identity={"activations": activations_identity, "draws": draws, "scores": scores, "layer": layer},
     )  # fmt: skip
+
+
+def scores_identity(cell: Cell, family: Family) -> dict[str, Any]:
+    """Return what changes the scores of draws: the readable identity that their key is hashed from."""
+    return {
+        **family.scores_identity(),
+        "dtype": cell.autoencoder.reconstructor_dtype,
+        "scorer_version": SCORER_VERSION,
+    }
 
 
 def _sampling_identity(cell: Cell) -> dict[str, Any]:
