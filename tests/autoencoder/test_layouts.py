@@ -371,6 +371,20 @@ def test_ar_over_a_base_takes_that_of_the_adapter_beside_it(tmp_path: Path) -> N
     assert inspect_half(LORA.spec(root), "ar").base == family_of(LORA.spec(root, base=None)).pair[1].base  # type: ignore[attr-defined]
 
 
+def test_ar_without_a_tokenizer_takes_that_of_the_av_or_of_the_base(tmp_path: Path) -> None:
+    """`critic_latest` of an RL run: merged weights and head, nothing else."""
+    root = shutil.copytree(MERGED.directory, tmp_path / "pair")
+    for path in (root / "ar").iterdir():
+        if path.name not in ("config.json", "model.safetensors", "value_head.safetensors", "nla_meta.yaml"):
+            path.unlink()
+    texts, expected = MERGED.expected["ar"]["texts"], np.load(MERGED.directory / "expected.npz")["ar_reconstructions"]
+    beside = MERGED.spec(root, base=None)
+    assert np.allclose(load_ar(beside).reconstruct_texts(texts).numpy(), expected, atol=1e-3)
+    assert family_of(beside).scores_identity() == family_of(MERGED.spec(root)).scores_identity()
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        inspect_half(beside, "ar")
+
+
 # --- nla_config.json ---
 
 

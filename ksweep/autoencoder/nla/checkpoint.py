@@ -64,6 +64,8 @@ class CheckpointInfo:
     `path`."""
     prompting: AvPrompting | ArPrompting
     """How it is prompted and read: as its sidecar says, or as the spec overrides it."""
+    tokenizer: Path
+    """Directory with the tokenizer: the checkpoint's, its base's or, where neither has one, that of the spec's base."""
     whitening: Path | None = None
     """Statistics file of the transform that vectors went through before training; None for raw vectors."""
     notes: tuple[Note, ...] = ()
@@ -130,11 +132,6 @@ class CheckpointInfo:
     def weights(self) -> Path:
         """Directory with config.json and the full weights."""
         return self.base or self.path
-
-    @property
-    def tokenizer(self) -> Path:
-        """Directory with the tokenizer: the checkpoint's or its base's."""
-        return _tokenizer_directory(self.path, self.weights)
 
     @property
     def thinks(self) -> bool:
@@ -212,7 +209,8 @@ def inspect_nla(
     filled = (
         av_prompting(sidecar, overrides, depth) if expected_role == "av" else ar_prompting(sidecar, overrides, weights, depth)
     )
-    notes = (*sidecar.notes, *_thinking_notes(filled, path, _tokenizer_directory(path, base_path or path)))
+    tokenizer = _tokenizer_directory(path, base_path or path, base)
+    notes = (*sidecar.notes, *_thinking_notes(filled, path, tokenizer))
     statistics = None if sidecar.whitening is None else find_statistics(sidecar.whitening, path, whitening)
     if statistics is not None:
         text = (
@@ -222,7 +220,7 @@ def inspect_nla(
         notes = (*notes, Note("activations", text))
     info = CheckpointInfo(
         path=path, sidecar=sidecar, layer=layer, num_layers=num_layers, config=config, base=base_path, files=weights,
-        tensors=tensors, prompting=filled, whitening=statistics, notes=notes,
+        tensors=tensors, prompting=filled, tokenizer=tokenizer, whitening=statistics, notes=notes,
     )  # fmt: skip
     # 5. Check that every tensor of its model is listed in the headers, and no other.
     facts = (expected_role, num_layers, weights.keeps_final_norm, [adapter.configuration() for adapter in weights.adapters])
@@ -289,6 +287,9 @@ def digest_nla(info: CheckpointInfo) -> str:
     digests = [_own_digest(info)]
     digests += [hub.content_digest(adapter.directory) for adapter in reversed(info.adapters) if adapter.directory != info.path]
     digests += [hub.content_digest(info.base)] if info.base is not None else []
+    if info.tokenizer not in (info.path, info.weights):
+        names = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        digests += [hub.content_digest(info.tokenizer / name) for name in names if (info.tokenizer / name).exists()]
     if info.sidecar.whitening is not None:
         digests.append(f"whitened {info.sidecar.whitening.sha256}")
     return digests[0] if len(digests) == 1 else hashlib.sha256(" over ".join(digests).encode()).hexdigest()[:32]
@@ -524,8 +525,20 @@ def check_same_architecture(av: CheckpointInfo, directory: Path, source: str) ->
             )
 
 
-def _tokenizer_directory(path: Path, weights: Path) -> Path:
-    return path if any((path / name).exists() for name in TOKENIZER_FILES) else weights
+def _tokenizer_directory(path: Path, weights: Path, base: str | None) -> Path:
+    """Return the first directory with a tokenizer: the checkpoint's, that of its weights, the spec's base.
+
+    Raises:
+        CheckpointError: none has one, as beside an AR that EasyNLA's RL saves (`critic_latest`).
+    """
+    places = [path, *([weights] if weights != path else []), *([hub.resolve(base, "base model")] if base else [])]
+    for place in places:
+        if any((place / name).exists() for name in TOKENIZER_FILES):
+            return place
+    raise CheckpointError(
+        f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}), nor does its base. Copy the tokenizer files that were "
+        "released with it, or set autoencoder.base to the base model that has them."
+    )
 
 
 def _chat_template(directory: Path) -> str:

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.base import ActivationFacts, Family
-from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, check_pair, check_same_architecture, digest_nla, inspect_half
+from ksweep.autoencoder.nla.checkpoint import (
+    TOKENIZER_FILES,
+    CheckpointInfo,
+    check_pair,
+    check_same_architecture,
+    digest_nla,
+    inspect_half,
+)
 from ksweep.autoencoder.nla.sidecar import AR_LORA
+from ksweep.autoencoder.nla.weight_files import ADAPTER_CONFIG
 from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.config.spec import Autoencoder, PromptingOverrides
 from ksweep.utils import files, hub
@@ -113,13 +121,18 @@ class NlaPair(Family):
 
 
 def over_the_base_of(av: CheckpointInfo, spec: Autoencoder) -> Autoencoder:
-    """Return the spec with the base of the AV's adapter for an AR that names none which is there.
+    """Return the spec with the AV's base, or its tokenizer, for an AR that has none and names none.
 
-    EasyNLA's AR over a base (`AR_LORA`) names it by hub id at most, where the adapter's configuration may name a directory.
+    EasyNLA's AR over a base (`AR_LORA`) names it by hub id at most, where the adapter's configuration may name a directory; its
+    merged AR of an RL run comes without a tokenizer.
     """
-    if spec.base is not None or av.base is None or av.files.base_is_merged or not (hub.resolve(spec.ar or "") / AR_LORA).exists():
+    if spec.base is not None:
         return spec
-    return replace(spec, base=str(av.base))
+    ar = hub.resolve(spec.ar or "", "AR checkpoint")
+    if (ar / AR_LORA).exists():
+        return spec if av.base is None or av.files.base_is_merged else replace(spec, base=str(av.base))
+    has_tokenizer = (ar / ADAPTER_CONFIG).exists() or any((ar / name).exists() for name in TOKENIZER_FILES)
+    return spec if has_tokenizer else replace(spec, base=str(av.tokenizer))
 
 
 def short_name_of(source: str) -> str:
