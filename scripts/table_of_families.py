@@ -28,6 +28,12 @@ architecture, in float32, against transformers {version} with eager attention, w
 Other architectures of transformers are not refused: the launcher builds the model on the meta device, compares names and shapes
 of its weights with the files, and says what it cannot find. Trained checkpoints were run only where the README says so.
 
+Weights may be stored quantised: FP8 (compressed-tensors, fine-grained as DeepSeek-V3's), MXFP4 (gpt-oss; its loading is
+transformers' own and not among our tests) and 4-bit bitsandbytes, the first and the last with their package installed. They are
+computed back to `autoencoder.dtype` while they are loaded, on any device: so they take the memory of plain weights, adapters
+merge into them, and no kernel rounds once more. Other methods, and packages that are missing, are refused before a job is
+submitted.
+
 | family | `model_type` | AV | AR | base | engine |
 |---|---|---|---|---|---|
 """

@@ -27,6 +27,7 @@ from ksweep.inference import memory
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices, place_model
 from ksweep.inference.model_parts import blocks_of
+from ksweep.inference.quantized_weights import ask_for_plain_weights, with_plain_weights
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.hub import MODEL_LOADING, resolve
@@ -249,6 +250,7 @@ def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
         cut_to_blocks(config.get_text_config(), layer + 1)
+        method = ask_for_plain_weights(config, config, path)
         with _quiet_transformers(), MODEL_LOADING:
             model, info = AutoModel.from_pretrained(
                 path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -261,7 +263,7 @@ def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
             "expected a transformers causal language model with all its weight files"
         ) from error
     _refuse_random_weights(model, info, path)
-    return model
+    return with_plain_weights(model, method, dtype)
 
 
 def _put_adapter(backbone: Any, directory: Path, layer: int) -> None:

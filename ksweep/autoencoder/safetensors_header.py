@@ -116,6 +116,6 @@ def check_attention(config: Mapping[str, Any], where: Path) -> None:
 
 
 def bytes_of_weights(model: Path, dtype: str) -> int:
-    """Return the memory that all weights of a model take in a dtype, from the headers of its files."""
-    num_weights = sum(math.prod(tensor.shape) for tensor in model_tensors(model).values())
+    """Return the memory that all weights of a model take in a dtype, from the headers of its files; bytes hold two of 4 bits."""
+    num_weights = sum(math.prod(tensor.shape) * (1 + (tensor.dtype == "U8")) for tensor in model_tensors(model).values())
     return (4 if dtype == "float32" else 2) * num_weights

@@ -14,6 +14,7 @@ import transformers
 
 from ksweep.autoencoder.safetensors_header import WRAPPED
 from ksweep.inference.model_parts import attention_for, blocks_of
+from ksweep.inference.quantized_weights import BITSANDBYTES, ask_for_plain_weights, unpacked, with_plain_weights
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.hub import MODEL_LOADING
 from ksweep.utils.tensor_headers import Tensor
@@ -31,7 +32,7 @@ TORCH_DTYPES = {
 
 
 def load_or_lay_out(
-    auto: Any, directory: Path, config: Any, dtype: torch.dtype, headers: Mapping[str, Tensor] | None = None
+    auto: Any, directory: Path, config: Any, whole_config: Any, dtype: torch.dtype, headers: Mapping[str, Tensor] | None = None
 ) -> tuple[Any, Mapping[str, Any]]:
     """Return a model of a configuration with the weights of a directory, and transformers' report on missing and other tensors.
 
@@ -40,15 +41,23 @@ def load_or_lay_out(
 
     Args:
         auto: AutoModelForCausalLM, or AutoModel for a backbone without head.
-        config: the language model's part, perhaps cut.
+        config: the language model's part of `whole_config`, perhaps cut.
         dtype: what weights are converted to.
         headers: of the safetensors files in the directory.
     """
+    # 1. Take the model's class, and how its weights are stored.
+    method = ask_for_plain_weights(config, whole_config, directory)
     with torch.device("meta"):
-        model_class = type(auto.from_config(config))
+        empty = auto.from_config(config)
     options: dict[str, Any] = {"pretrained_model_name_or_path": directory, "local_files_only": True}
     if headers is not None:
-        options = {"pretrained_model_name_or_path": None, "device_map": "meta", "state_dict": on_meta(headers)}
+        tensors = on_meta(headers)
+        if method == BITSANDBYTES:
+            del config.quantization_config
+            tensors, method = unpacked(tensors, _own_shapes(empty)), None
+        options = {"pretrained_model_name_or_path": None, "device_map": "meta", "state_dict": tensors}
+    # 2. Load the weights, or lay them out.
+    model_class = type(empty)
     model, report = model_class.from_pretrained(
         **options,
         config=config,
@@ -58,7 +67,13 @@ def load_or_lay_out(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that the report lists them by name
     )
-    return model, report
+    return with_plain_weights(model, method, dtype), report
+
+
+def _own_shapes(model: Any) -> dict[str, torch.Size]:
+    """Return the shapes of a model's tensors, by their names in it and, for a backbone, in its causal LM."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return {f"{model.base_model_prefix}.{name}": shape for name, shape in shapes.items()} | shapes
 
 
 def on_meta(headers: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:

@@ -185,7 +185,7 @@ def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype, lay_out: bool = F
         cut_blocks(config, info.num_layers)
     # 2. Load the weights, or lay them out.
     headers = model_tensors(info.weights) if lay_out else None
-    model, report = load_or_lay_out(auto, info.weights, config, dtype, headers)
+    model, report = load_or_lay_out(auto, info.weights, config, whole_config, dtype, headers)
     # 3. Refuse missing, unexpected and misshapen tensors.
     _check_report(info, model, report, is_wrapped=config is not whole_config)
     return model
@@ -240,12 +240,14 @@ def _merged(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> 
     model = _load(info, AutoModelForCausalLM, torch.float32, lay_out)
     backbone = model.base_model_prefix
     for adapter in info.adapters:
+        state = on_meta(read_header(adapter.file)) if lay_out else load_file(adapter.file)
+        named = _adapter_state(adapter, state, backbone)
         # 1. Wrap the model as the adapter's configuration says.
+        _untie(model, named)
         wrapped = PeftModel(model, _lora_config(adapter))
         # 2. Check the adapter's tensors by name, shape and content.
         expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        state = on_meta(read_header(adapter.file)) if lay_out else load_file(adapter.file)
-        named = _adapter_state(adapter, state, backbone)
+        expected |= _embedding_copies(wrapped, expected, named)
         given = {name: tensor for name, tensor in named.items() if not _is_above(name, info.num_layers)}
         _check_adapter(info, adapter, expected, given)
         # 3. Merge them into the model.
@@ -255,6 +257,25 @@ def _merged(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> 
     for parameter in model.parameters():  # .to(dtype) would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _untie(model: Any, adapter: Mapping[str, torch.Tensor]) -> None:
+    """Give the head a weight of its own where it shares that of the token embeddings and an adapter changes one of the two."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = tuple(f"base_model.model.{name}." for name, module in model.named_modules() if module in (embedding, head))
+    if head.weight is embedding.weight and any(name.startswith(names) for name in adapter):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def _embedding_copies(
+    wrapped: Any, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the base weights of embeddings and heads that PEFT saves beside an adapter of theirs, where a file holds them."""
+    own = wrapped.state_dict()
+    adapted = {name.partition(".lora_")[0] for name in expected}
+    copies = {f"{name}.base_layer.weight" for name in adapted}
+    return {name: own[name] for name in copies & given.keys() & own.keys()}
 
 
 def _lora_config(adapter: Adapter) -> Any:

@@ -168,10 +168,13 @@ def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype
     """
     # 1. Load the weights.
     with quiet(), _explained(directory):
-        config = AutoConfig.from_pretrained(directory).get_text_config()
+        whole_config = AutoConfig.from_pretrained(directory)
+        config = whole_config.get_text_config()
         if num_blocks is not None and num_blocks < config.num_hidden_layers:
             cut_blocks(config, num_blocks)
-        model, report = load_or_lay_out(auto, directory, config, dtype, model_tensors(directory) if lay_out else None)
+        model, report = load_or_lay_out(
+            auto, directory, config, whole_config, dtype, model_tensors(directory) if lay_out else None
+        )
     # 2. Refuse what transformers reports.
     depth, headless = len(blocks_of(model)), auto is AutoModel
     faults = (
