@@ -19,11 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from ksweep.activations.datasets import read_documents
-from ksweep.activations.vector_source import read_vectors_sidecar
+from ksweep.activations.vector_source import VectorUnits, read_vectors_sidecar
 from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.family import stated_training_norm
 from ksweep.autoencoder.tae.checkpoint import inspect_tae
@@ -314,6 +317,26 @@ def test_lines_of_json_with_other_values_and_bytes(tally: Tally, tmp_path: Path)
         tally.read(read_texts_file, str(path), "explanation")
 
     fuzzed(250, trial)
+
+
+@pytest.mark.parametrize("ending", ["npy", "npz", "safetensors", "pt"])
+def test_arrays_of_vectors_with_changed_bytes(tally: Tally, tmp_path: Path, ending: str) -> None:
+    path, values = tmp_path / f"v.{ending}", np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    if ending == "npy":
+        np.save(path, values)
+    elif ending == "npz":
+        np.savez_compressed(path, W_dec=values, b_dec=values[0])
+    elif ending == "safetensors":
+        save_file({"W_dec": torch.tensor(values), "b_dec": torch.tensor(values[0])}, path)
+    else:
+        torch.save({"W_dec": torch.tensor(values)}, path)
+    good = path.read_bytes()
+
+    def trial(rng: random.Random) -> None:
+        path.write_bytes(mutated(good, rng))
+        tally.read(lambda: list(VectorUnits(Activations(vectors=str(path), num_activations=2)).units([0])))
+
+    fuzzed(120, trial)
 
 
 def test_run_records_with_other_values_and_bytes(tally: Tally, tmp_path: Path) -> None:

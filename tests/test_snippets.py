@@ -46,7 +46,6 @@ NOT_CODE = {
     ("README.md", "ksweep/        the library"): "a tree of directories",
     ("registry/README.md", "draws/<draws key>/part-*"): "a tree of directories",
     ("docs/activations.md", "activations.text=chat.jsonl"): "settings to choose from",
-    ("docs/layouts.md", "autoencoder.layout=easynla"): "settings to choose from",
     ("docs/architecture.md", "vector_cache/<key>/    manifest.json"): "a tree of directories",
 }
 """Blocks that are neither Python nor commands, by (page, first line)."""

@@ -171,3 +171,38 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
             open_vectors(tmp_path / name)
     with pytest.raises(DataError, match=r"no column or tensor 'c'; it has a, b"):
         open_vectors(tmp_path / "two.parquet", "c")
+
+
+def test_a_hub_data_set_is_its_parquet_files_at_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folder, asked = parts(tmp_path / "hub"), []
+    names = ["README.md", "data/train-0.parquet", "data/train-1.parquet", "data/test-0.parquet"]
+    files = dict(
+        zip(["data/test-0.parquet", "data/train-0.parquet", "data/train-1.parquet"], sorted(folder.iterdir()), strict=True)
+    )
+
+    class Api:
+        def dataset_info(self, repo: str, revision: str | None) -> Any:
+            return type("Info", (), {"sha": f"{repo} at {revision}"})
+
+        def list_repo_files(self, repo: str, *, repo_type: str, revision: str) -> list[str]:
+            assert (repo, repo_type, revision) == ("owner/acts", "dataset", "owner/acts at v1")
+            return names
+
+    def download(repo: str, name: str, *, repo_type: str, revision: str) -> str:
+        asked.append(name)
+        return str(files[name])
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    with open_vectors("owner/acts@v1") as file:
+        assert file.num_rows == 30
+    asked.clear()
+    with open_vectors("owner/acts:train@v1@[5:]") as file:
+        table = pa.concat_tables(file.batches(["activation_vector", "doc_id"]))
+    assert asked == ["data/train-0.parquet", "data/train-1.parquet"]
+    assert np.array_equal(np.stack(table["activation_vector"].to_numpy()), VECTORS[15:30])
+    with pytest.raises(DataError, match=r"has no Parquet files of 'validation': data/test-0\.parquet"):
+        open_vectors("owner/acts:validation@v1")
