@@ -35,7 +35,7 @@ class HubRepository:
     @staticmethod
     def commit(files: dict[str, bytes]) -> str:
         """Return the commit with these files."""
-        return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        return hashlib.sha1(repr([(name, _etag(content)) for name, content in sorted(files.items())]).encode()).hexdigest()
 
 
 @dataclass

@@ -159,7 +159,7 @@ def _located(source: str, what: str) -> tuple[HubSource, list[str], Path | None]
     for reading in readings:
         with suppress(RevisionNotFoundError):
             return reading, *_listing(reading)
-    repo, revisions = readings[0].repo, " or ".join(repr(reading.revision) for reading in readings)
+    repo, revisions = readings[0].repo, " or ".join(repr(reading.revision or "main") for reading in readings)
     raise CheckpointError(
         f"{what} {source!r}: repository {repo} of the model hub has no revision {revisions}. Give a branch, tag or commit of "
         f"{_page(repo)}, as owner/name@revision or owner/name@revision/folder."

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect
+from ksweep import Activations, Autoencoder, Cell, Resources, Sampling, Scoring, Sweep, connect, results
 from ksweep.analysis import charts
 from ksweep.analysis.cells import load_cells
 from ksweep.analysis.diff import diff_runs
@@ -386,6 +386,7 @@ def test_a_registry_that_an_earlier_version_wrote_is_read_and_extended_also_by_a
     assert ask(sweep, stored) == texts
 
 
+@pytest.mark.slow
 def test_a_series_of_ars_scores_the_same_draws_and_is_a_training_curve_by_step(
     finished: Sweep, pair: TinyPair, other_ar: str, no_av: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,7 +405,8 @@ def test_a_series_of_ars_scores_the_same_draws_and_is_a_training_curve_by_step(
         points = rows_in(charts.fve_by_step(connection, sweep="series"))[0]
     assert [(point["step"], point["k"]) for point in points] == [(20, 1), (20, 8), (100, 1), (100, 8)]
     assert [curve.step for curve in load_cells(series.registry, ["series"])] == [20, 100]
-    assert set(named_curves(Path(series.registry), ["series"])["step"].to_pylist()) == {20, 100}
+    of_python, of_sql = results("series", series.registry).curves, named_curves(Path(series.registry), ["series"])
+    assert set(of_python["step"].to_pylist()) == set(of_sql["step"].to_pylist()) == {20, 100}
     assert all(point["fve_low"] < point["fve"] < point["fve_high"] for point in points)
 
 

@@ -168,6 +168,8 @@ def test_a_folder_without_a_checkpoint_is_told_where_some_are(nla_hub: Hub) -> N
 def test_a_revision_that_is_not_there_is_said(nla_hub: Hub) -> None:
     assert "repository owner/nla of the model hub has no revision 'v2'" in refusal("owner/nla@v2")
     assert "has no revision 'v2' or 'v2/av'" in refusal("owner/nla@v2/av")
+    del nla_hub.repositories["owner/nla"].revisions["main"]
+    assert "has no revision 'main'" in refusal("owner/nla/iter_000400/av")
 
 
 def test_a_repository_that_is_not_there_or_private_is_said(nla_hub: Hub) -> None:
