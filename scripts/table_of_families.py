@@ -18,7 +18,9 @@ What AVs, ARs and the models that activations come from can be built on. Every r
 architecture, in float32, against transformers {version} with eager attention, whole prompts and no cache:
 
 * **AV**: sampled draws have the log probabilities that one pass over prompt and text gives their tokens;
-* **AR**: reconstructions are the value head's map of the last block's output at the last token, each prompt alone;
+* **AR**: reconstructions are the value head's map of the last block's output at the last token, each prompt alone; and the first
+  blocks of a whole model, which an adapter or a head alone is used over, put out what they do in it (refused where a row says *of
+  full weights alone*);
 * **base**: activations are the block's output in the whole model, at every token of rows of unlike length;
 * **engine**: what `sampling.engine=builtin` draws with: *slots* (prompts shared, continuous batching), or where a model cannot be
   kept in slots the naive engine, which is slower and takes the same draws. Models with a sliding window leave slots for texts
@@ -47,6 +49,7 @@ def main() -> None:
     from tests.tiny_families import FAMILIES, check_family
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     rows = []
     for family in FAMILIES:
         with tempfile.TemporaryDirectory() as directory:

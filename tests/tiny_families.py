@@ -18,13 +18,14 @@ import torch
 import transformers as hf
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_nla_reconstructor, load_nla_verbalizer
+from ksweep.autoencoder.transformers_models import cut_blocks, load_or_lay_out, quiet
 from ksweep.inference import attention
 from ksweep.inference.engine import Request, draw
-from ksweep.inference.model_parts import decoder_of, final_norm_of
+from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of
 from ksweep.inference.naive_engine import can_be_copied
 from ksweep.utils.errors import CheckpointError
 from tests.tiny_models import AR_TEMPLATE, AV_TEMPLATE, prefilled, save_tokenizer
@@ -100,7 +101,8 @@ FAMILIES: dict[str, Callable[[int, int], Any]] = {
     ),
     "Gemma 4 E2B, E4B": lambda n, v: hf.Gemma4TextConfig(
         **GROUPED, **mixed(n, "sliding_attention", "full_attention"), sliding_window=16, num_hidden_layers=n, vocab_size=v,
-        vocab_size_per_layer_input=v, hidden_size_per_layer_input=8, num_kv_shared_layers=0, global_head_dim=8,
+        vocab_size_per_layer_input=v, hidden_size_per_layer_input=8, num_kv_shared_layers=max(0, n - 2),
+        global_head_dim=8,
     ),
     "Gemma 4 26B-A4B": lambda n, v: hf.Gemma4TextConfig(
         **GROUPED, **mixed(n, "sliding_attention", "full_attention"), sliding_window=16, num_hidden_layers=n, vocab_size=v,
@@ -278,6 +280,29 @@ def check_ar(pair: FamilyPair) -> NlaReconstructor:
 
 
 @torch.inference_mode()
+def check_cut(pair: FamilyPair) -> bool:
+    """The first blocks of a base, as an AR's adapter or head alone uses them, put out what they do in the whole model.
+
+    Returns False where ksweep refuses to cut a model.
+    """
+    whole_config, plain = AutoConfig.from_pretrained(pair.av), plain_model(pair.av)
+    try:
+        cut_blocks(config := AutoConfig.from_pretrained(pair.av), pair.layer + 1)
+    except CheckpointError:
+        return False
+    with quiet():
+        model, _ = load_or_lay_out(AutoModel, pair.av, config, whole_config, torch.float32)
+    assert len(blocks_of(model)) == pair.layer + 1
+    if norm := final_norm_of(model):
+        setattr(decoder_of(model), norm, torch.nn.Identity())
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    with block_output(plain, pair.layer) as outputs:
+        plain(input_ids=ids, use_cache=False)
+    assert torch.allclose(model(input_ids=ids, use_cache=False).last_hidden_state, outputs[0], **CLOSE)
+    return True
+
+
+@torch.inference_mode()
 def check_base(pair: FamilyPair) -> None:
     """Activations are the outputs of the block in the whole model, at every token, for rows of unlike length in one batch."""
     reader, plain = BlockReader(str(pair.av), pair.layer, dtype="float32"), plain_model(pair.av)
@@ -300,8 +325,9 @@ def check_family(directory: Path, family: str) -> Row:
             results[part] = str(error).replace(f" {directory}/av", "").replace(f" {directory}/ar", "")
     reasons = tuple(f"{family}, {part}: {result}" for part, result in results.items() if isinstance(result, str))
     av, ar, base = ("no" if isinstance(result, str) else "yes" for result in results.values())
-    if ar == "yes" and results["AR"]._past is None:
-        ar = "yes, prompts run whole"
+    if ar == "yes":
+        whole = () if results["AR"]._past is not None else ("prompts run whole",)
+        ar = ", ".join(("yes", *whole, *(() if check_cut(pair) else ("of full weights alone",))))
     engine = engine_of(results["AV"]) if av == "yes" else "–"
     return Row(family, FAMILIES[family](4, 8).model_type, av, ar, base, engine, reasons)
 

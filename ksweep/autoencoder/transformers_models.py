@@ -95,11 +95,15 @@ def on_meta(headers: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
 def cut_blocks(config: Any, num_layers: int) -> None:
     """Lower num_hidden_layers, and cut every list that has one entry per block to match.
 
-    Blocks that share the keys of lower ones (Gemma-3n, Gemma-4) are counted from the top: those that are left stay shared.
+    Raises:
+        CheckpointError: tables of embeddings for every block would have to be cut as well (Gemma-3n, Gemma-4 E2B and E4B).
     """
     whole = config.num_hidden_layers
-    if shared := getattr(config, "num_kv_shared_layers", None):
-        config.num_kv_shared_layers = max(0, num_layers - (whole - shared))
+    if getattr(config, "hidden_size_per_layer_input", None):
+        raise CheckpointError(
+            f"the first {num_layers} of {whole} blocks of a {config.model_type} model with embeddings for every block cannot be "
+            "used alone, as adapters and heads over a base need them. Use an AR of full weights, saved with its blocks alone."
+        )
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == whole:
             setattr(config, name, value[:num_layers])
