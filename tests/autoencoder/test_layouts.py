@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ksweep import Autoencoder
 from ksweep.autoencoder.family import family_of
-from ksweep.autoencoder.nla.checkpoint import inspect_half
+from ksweep.autoencoder.nla.checkpoint import inspect_half, inspect_nla
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
 from ksweep.autoencoder.prompting import AddAfterBlock, ReplaceEmbedding
 from ksweep.config.spec import PromptingOverrides
@@ -29,9 +29,10 @@ from ksweep.inference.naive_engine import NaiveEngine
 from ksweep.inference.prompts import FinishReason
 from ksweep.utils.errors import CheckpointError, DataError
 from tests.layout_fixtures import CASES, LayoutCase, layout_differences, load_pair
-from tests.tiny_models import prefilled
+from tests.tiny_models import FIXTURES, prefilled
 
 MERGED, LORA, NORM_KEPT, AT_HOME, RAW = CASES.values()
+KITFT = FIXTURES / "qwen2_text"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -482,23 +483,41 @@ def test_head_beside_a_tuned_model_reads_that_model(tmp_path: Path) -> None:
 def universal(root: Path, **training: Any) -> None:
     """Make AV and AR those of all layers, as train_universal_av.py and train_universal_ar.py write them."""
     template = "At depth {depth_pct}%: <concept>{injection_char}</concept>\n\n<explanation>"
-    common = {"variant": "universal", "extraction_layer_index": ..., "n_layers": 4, "depth_percentages": [4, 10, 55, 96]}
+    common = {"variant": "universal", "extraction_layer_index": ..., "n_layers": 4}
     sidecar("av", prompt_templates={"av": template}, **common)(root)
     changes = {f"training__{name}": value for name, value in training.items()}
     sidecar("ar", prompt_templates=..., **common, **changes)(root)
 
 
-@pytest.mark.parametrize(("layer", "percent"), [(0, 4), (1, 25), (2, 47), (3, 71)])
-def test_pair_for_all_layers_is_told_the_listed_depth_nearest_to_its_layer(layer: int, percent: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("listed", "layer", "percent"),
+    [(..., 0, 4), (..., 1, 25), (..., 2, 47), (..., 3, 71), ([10, 40, 70], 2, 40), ([70, 30], 2, 70)],
+)
+def test_pair_for_all_layers_is_told_the_listed_depth_nearest_to_its_layer(
+    listed: Any, layer: int, percent: int, tmp_path: Path
+) -> None:
     """100 L / 4 blocks is 0, 25, 50, 75; of 47 and 55 the nearer to 50 is 47, of 71 and 80 the nearer to 75 is 71."""
     root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
     universal(root)
+    for half in ("av", "ar"):
+        sidecar(half, depth_percentages=listed)(root)
     family = family_of(AT_HOME.spec(root, layer=layer))
     assert family.layer == layer
     av, ar = inspect_half(family.autoencoder, "av"), inspect_half(family.autoencoder, "ar")
     assert av.av_prompting.message.startswith(f"At depth {percent}%: <concept>㈎")
     before = f"Summary of the following text from depth {percent}%: <text>"
     assert ar.ar_prompting.affixes == (before, "</text> <summary>㈎") and ar.num_layers == layer + 1
+
+
+def test_depth_is_filled_into_the_template_of_any_layout(tmp_path: Path) -> None:
+    av = shutil.copytree(KITFT / "nla-av", tmp_path / "av")
+    template = "From depth {depth_pct}%: <concept>{injection_char}</concept> Answer within <explanation> tags."
+    sidecar("av", variant="universal", depth_percentages=[10, 40, 70], prompt_templates__av=template)(tmp_path)
+    assert inspect_nla(av, "av").av_prompting.message.startswith("From depth ")
+    assert "{" not in inspect_nla(av, "av").av_prompting.message
+    sidecar("av", variant="matryoshka")(tmp_path)
+    with pytest.raises(CheckpointError, match="variant='matryoshka'"):
+        inspect_nla(av, "av")
 
 
 def test_pair_for_all_layers_needs_a_layer_that_it_was_trained_for(tmp_path: Path) -> None:

@@ -28,8 +28,6 @@ EASYNLA_BLOCK = 1
 """EasyNLA adds the vector to the output of the second block."""
 LONGEST_AT_HOME = 512
 """Tokens after which nla-at-home cuts the prompt of an AR that is read at a marker, and with it the marker."""
-DEPTHS = (4, 10, 17, 25, 32, 40, 47, 55, 63, 71, 80, 90, 96)
-"""Percentages that nla-at-home's pairs for all layers are told."""
 OF_TRAINERS: dict[LayoutName, AvPrompting] = {
     "kitft": AvPrompting(injection=ReplaceEmbedding(1), template="", marker=""),
     "easynla": AvPrompting(
@@ -116,7 +114,7 @@ def _at_depth(template: str, sidecar: Sidecar, num_blocks: int) -> str:
     if DEPTH_FIELD not in template or sidecar.layer is None:
         return template
     depth = 100 * sidecar.layer / num_blocks
-    return template.replace(DEPTH_FIELD, str(min(DEPTHS, key=lambda percentage: abs(percentage - depth))))
+    return template.replace(DEPTH_FIELD, str(min(sidecar.depths, key=lambda percentage: abs(percentage - depth))))
 
 
 def ar_prompting(sidecar: Sidecar, overrides: PromptingOverrides, weights: WeightFiles, num_blocks: int) -> ArPrompting:
@@ -127,11 +125,11 @@ def ar_prompting(sidecar: Sidecar, overrides: PromptingOverrides, weights: Weigh
         num_blocks: blocks of the whole base.
     """
     assert sidecar.ar_template is not None
-    prompting = ArPrompting(template=sidecar.ar_template, suffix_ids=sidecar.suffix_ids)
+    prompting = ArPrompting(template=_at_depth(sidecar.ar_template, sidecar, num_blocks), suffix_ids=sidecar.suffix_ids)
     if sidecar.layout == "easynla":
         prompting = replace(prompting, special_tokens=False, normalises=True)
     if sidecar.layout == "nla-at-home":
-        template = _at_depth(sidecar.ar_template, sidecar, num_blocks).replace(MARKER_FIELD, sidecar.marker or MARKER_FIELD)
+        template = prompting.template.replace(MARKER_FIELD, sidecar.marker or MARKER_FIELD)
         prompting = replace(prompting, template=template, doubled_braces=False)
         if weights.head is None:
             prompting = replace(

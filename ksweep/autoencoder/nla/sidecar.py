@@ -22,7 +22,17 @@ from ksweep.utils.errors import CheckpointError
 from ksweep.utils.hub import folders_upwards
 from ksweep.utils.notes import Note
 from ksweep.utils.plain_values import has_lone_surrogate
-from ksweep.utils.sidecar_keys import LAYER_KEYS, abbreviated, base_model, check_keys, read_layer, read_yaml, requests, value_at
+from ksweep.utils.sidecar_keys import (
+    LAYER_KEYS,
+    abbreviated,
+    base_model,
+    check_keys,
+    is_done,
+    read_layer,
+    read_yaml,
+    requests,
+    value_at,
+)
 
 NlaRole = Literal["av", "ar"]
 FILE_NAME = "nla_meta.yaml"
@@ -50,9 +60,10 @@ AT_HOME_METHODS = (
 )  # fmt: skip
 """Values of training.method in sidecars of nla-at-home, which never state a base model or tokens beside the marker."""
 AT_HOME_KEYS = frozenset({
-    "variant", "depth_percentages", "training.method", "training.injection_mode", "training.chat_template",
+    "training.method", "training.injection_mode", "training.chat_template",
     "training.mean_subtract", "training.min_layer",
 })  # fmt: skip
+DEPTH_KEYS = frozenset({"variant", "depth_percentages"})
 CONFIG_KEYS = frozenset({
     "base_model", "layer", "d_model", "injection_char", "injection_token_id", "injection", "actor_prompt_rendered",
     "actor_prompt_ids", "critic_prompt_template", "ar_lora_r", "ar_num_layers", "lora_targets",
@@ -65,6 +76,8 @@ DECIDED_BY: Mapping[str, tuple[str, ...]] = {
     "injection": ("injection", "injection_mode", "injection_method", "injection_type", "injection_site", "injection_layer"),
 }  # fmt: skip
 """Keys that say nothing any more once the spec states the field of `autoencoder.prompting`."""
+DEPTHS = (4, 10, 17, 25, 32, 40, 47, 55, 63, 71, 80, 90, 96)
+"""Percentages that nla-at-home's pairs for all layers are told, where the sidecar lists none."""
 UNIVERSAL_AR_TEMPLATE = (
     f"Summary of the following text from depth {DEPTH_FIELD}%: <text>{TEXT_FIELD}</text> <summary>{MARKER_FIELD}"
 )
@@ -91,6 +104,8 @@ class Sidecar:
     """L: the block whose output was verbalized, 0-based."""
     is_universal: bool
     """Whether it was trained for all layers, and is told the depth of the one that it is used at."""
+    depths: tuple[int, ...]
+    """Depths that it may be told, in percent of the model."""
     base_checkpoint: str | None
     base_digest: str | None
     """"sha256:<hex>" of the base's model.safetensors. Only ksweep writes it, for adapters, which fit one set of weights."""
@@ -154,12 +169,17 @@ def read_nla_sidecar(
     role = _role(meta, path, directory, expected_role, notes, layout)
     config = _config_of_run(directory, meta, path) if layout == "easynla" else {}
     # 2. Refuse keys that could change a number and are not understood.
+    is_told_depth = any(DEPTH_FIELD in str(value_at(meta, key)) for key in TEMPLATE_KEYS[role])
     understood = NLA_SIDECAR_KEYS | (AT_HOME_KEYS if layout == "nla-at-home" else frozenset())
+    understood |= DEPTH_KEYS if is_told_depth or layout == "nla-at-home" else frozenset()
     decided = frozenset(key for field, keys in DECIDED_BY.items() if getattr(overrides, field) is not None for key in keys)
     check_keys(meta, understood, path, CheckpointError, informs=decided)
     # 3. Parse the values, each with a check of its type.
     d_model = _d_model(meta, path, notes if layout == "kitft" else [])
-    is_universal = layout == "nla-at-home" and value_at(meta, "variant") == "universal"
+    variant = value_at(meta, "variant")
+    is_universal = variant == "universal"
+    if not (is_universal or variant is None or is_done("variant", variant)):
+        _wrong(path, "variant", variant, "'universal', or none: another could be prompted in another way")
     mode = value_at(meta, "training.injection_mode")
     sidecar = Sidecar(
         role=role,
@@ -167,6 +187,7 @@ def read_nla_sidecar(
         d_model=d_model,
         layer=read_layer(meta, path, CheckpointError),
         is_universal=is_universal,
+        depths=_ids(meta, "depth_percentages", path) or DEPTHS,
         multiplies=layout == "nla-at-home" and role == "av" and mode is None,
         is_chat=layout != "nla-at-home" or value_at(meta, "training.chat_template") is True,
         prompt_ids=_ids(config, "actor_prompt_ids", path) if role == "av" else None,
@@ -188,7 +209,7 @@ def read_nla_sidecar(
         asks_for_thinking=requests(meta, "enable_thinking"),
         notes=tuple(notes),
     )
-    if is_universal and role == "ar" and sidecar.ar_template is None and sidecar.marker is not None:
+    if is_universal and layout == "nla-at-home" and role == "ar" and sidecar.ar_template is None and sidecar.marker is not None:
         sidecar = replace(sidecar, ar_template=UNIVERSAL_AR_TEMPLATE)
     # 4. Put the spec's values in place of the sidecar's.
     sidecar = _overridden(sidecar, overrides)
