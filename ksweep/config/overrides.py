@@ -183,11 +183,15 @@ def _split(argument: str) -> tuple[str, Any]:
     return key.strip().lstrip("+"), parsed["value"]
 
 
+FIRST_OF_ITS_NAME = {"layer": "activations.layer"}
+"""Short keys that mean what they meant before a second field was called so."""
+
+
 def _resolve(key: str) -> str:
     keys = known_keys()
     if key in keys or key in SPEC_GROUPS:
         return key
-    ends = [k for k in keys if k.rpartition(".")[2] == key]
+    ends = [FIRST_OF_ITS_NAME[key]] if key in FIRST_OF_ITS_NAME else [k for k in keys if k.rpartition(".")[2] == key]
     if len(ends) == 1:
         return ends[0]
     if ends:

@@ -111,6 +111,7 @@ def test_a_list_for_a_single_value_makes_a_new_axis(sweep: Sweep) -> None:
 
 def test_short_keys_are_found_and_ambiguous_ones_are_refused(sweep: Sweep) -> None:
     assert overridden(sweep, ["cluster=inprocess"]).resources == Resources(cluster="inprocess")
+    assert overridden(sweep, ["layer=3"]).cell.activations.layer == 3  # as before autoencoder.layer came
     with pytest.raises(SpecError, match=r"'seed' could be activations.seed or sampling.seed or scoring.seed"):
         overridden(sweep, ["seed=1"])
 

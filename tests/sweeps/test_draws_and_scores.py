@@ -361,7 +361,9 @@ def test_a_registry_that_an_earlier_version_wrote_is_read_and_extended_also_by_a
         name="earlier",
         cell=Cell(
             autoencoder=Autoencoder(checkpoint=str(file), base=str(case / "base"), dtype="float32"),
-            activations=Activations(text="rows.jsonl", num_activations=8, min_position=4, max_length=100, dtype="float32"),
+            activations=Activations(
+                text="rows.jsonl", num_activations=8, rows="first", min_position=4, max_length=100, dtype="float32"
+            ),
             sampling=Sampling(num_draws=4), scoring=Scoring(num_replicates=50),
         ),
         axes={"sampling.temperature": (0.7, 1.0)}, resources=Resources(cluster="inprocess", gpus=0),
