@@ -254,8 +254,10 @@ def check_av(pair: FamilyPair) -> NlaVerbalizer:
     av, plain = load_nla_verbalizer(pair.av, dtype="float32"), plain_model(pair.av)
     vectors = torch.randn(2, D, generator=torch.Generator().manual_seed(5))
     requests = [Request(row=i, activation_key=i, draw=k) for i in range(2) for k in range(3)]
-    draws = list(draw(av, vectors, requests, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, seed=0, prefill_batch_size=1))
-    assert len(draws) == len(requests)
+    draws = []
+    for sizes in ({"prefill_batch_size": 1}, {"batch_size": 2}):  # prompts run apart and joined; one prompt is continued twice
+        draws += draw(av, vectors, requests, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, seed=0, **sizes)
+    assert len(draws) == 2 * len(requests)
     assert len({found.token_ids for found in draws}) > 1
     for found in draws:
         embeds = plain.get_input_embeddings()(torch.tensor([[*av.prompt_ids, *found.token_ids]])).clone()
