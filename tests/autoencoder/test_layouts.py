@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ksweep import Autoencoder
+from ksweep import Autoencoder, stats
 from ksweep.autoencoder.family import family_of
 from ksweep.autoencoder.nla.checkpoint import inspect_half, inspect_nla
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
@@ -27,6 +27,7 @@ from ksweep.config.spec import PromptingOverrides
 from ksweep.inference.engine import BuiltinEngine, DecodingOptions, DrawBatch, Request
 from ksweep.inference.naive_engine import NaiveEngine
 from ksweep.inference.prompts import FinishReason
+from ksweep.stats.fve import mean_distance_baseline
 from ksweep.utils.errors import CheckpointError, DataError
 from tests.layout_fixtures import CASES, LayoutCase, layout_differences, load_pair
 from tests.tiny_models import FIXTURES, prefilled
@@ -61,6 +62,19 @@ def test_answers_are_parsed_as_their_own_code_parses_them(name: str) -> None:
     for example in CASES[name].expected["parsing"]:
         answer = example["response"] if "response" in example else example["answer"]
         assert av.parse(answer, finish)[0] == example["payload"], answer  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [MERGED, LORA])
+def test_fve_of_all_pairs_is_theirs_and_their_own_evaluation_reads_higher(case: LayoutCase) -> None:
+    """Their evaluation leaves out pairs with 2(1 - cos) >= 2; ksweep counts every draw."""
+    said, arrays = case.expected["fve"], np.load(case.directory / "expected.npz")
+    reconstructions = load_ar(case.spec()).reconstruct_texts(case.expected["ar"]["texts"][:6]).numpy()
+    errors = stats.reconstruction_errors(reconstructions, arrays["activations"], "normalised")
+    baseline = mean_distance_baseline(arrays["activations"])
+    assert np.allclose(errors, said["diagonal_mse"], atol=1e-5)
+    assert baseline.value == pytest.approx(said["baseline_raw_mean"], abs=1e-5)
+    assert stats.fve(errors, baseline) == pytest.approx(said["fve_all"], abs=1e-5)
+    assert stats.fve(errors[errors < 2], baseline) == pytest.approx(said["fve_valid_only"], abs=1e-5) and said["valid"] == 5
 
 
 @pytest.mark.parametrize("case", [AT_HOME, RAW])
