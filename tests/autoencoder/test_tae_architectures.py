@@ -337,6 +337,7 @@ def loaded(tiny: Tiny, directory: Path) -> tuple[TaeInfo, TaeVerbalizer, TaeReco
     return info, av, load_tae_reconstructor(info, dtype="float32", sharing=av)
 
 
+@pytest.mark.heavy(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3", "gemma3_multimodal", "qwen2", "llama"])
 def test_every_way_of_patching_equals_a_slow_recomputation(family: str, tmp_path: Path) -> None:

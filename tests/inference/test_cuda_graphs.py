@@ -111,6 +111,7 @@ def expected(monkeypatch):
     return drawn
 
 
+@pytest.mark.heavy(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2_capped", "gemma3_wide", "gpt2"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), pytest.param(0.5, 0.6, marks=pytest.mark.slow)])

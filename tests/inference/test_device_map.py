@@ -103,6 +103,7 @@ def devices_of(model: Any) -> set[str]:
     return {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
 
 
+@pytest.mark.heavy(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "adapters"), [("qwen2", False), ("llama", True), ("gemma3", False), ("gemma3_multimodal", False)]
@@ -119,6 +120,7 @@ def test_an_nla_pair_over_two_devices_says_and_reads_the_same(family: Any, adapt
         assert av2.model.get_output_embeddings().weight is av2.model.get_input_embeddings().weight
 
 
+@pytest.mark.heavy(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",

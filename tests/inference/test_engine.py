@@ -199,6 +199,7 @@ def test_gemma3_window_is_shorter_than_the_prompt_and_still_exact(models):
     assert_is_naive(ours, verbalizer, temperature=0.0, max_new_tokens=3 * WINDOW)
 
 
+@pytest.mark.heavy(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_texts_are_identical_at_every_batch_size(models, family):
@@ -397,6 +398,7 @@ def test_no_more_rows_are_made_than_draws_are_expected(verbalizer):
     assert taken == [0], "the next batch of 20 draws is left to ranks that have none"
 
 
+@pytest.mark.heavy(9)
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["slots"], indirect=True)
 @pytest.mark.parametrize("family", IN_SLOTS)

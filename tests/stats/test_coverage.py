@@ -29,6 +29,7 @@ def simulated(tmp_path_factory):
     return coverage
 
 
+@pytest.mark.heavy(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_documents", "sizes"),
