@@ -75,4 +75,4 @@ def injected(
         embeddings[:, position] = rows.to(embeddings)
         return Prompts(embeddings, position)
     edit = BlockEdit(blocks_of(model)[injection.block], "output", position, partial(added, vectors=vectors))
-    return Prompts(embeddings, position, (edit,))
+    return Prompts(embeddings, position, (edit,), embeddings_are_equal=True)

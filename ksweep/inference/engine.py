@@ -222,7 +222,7 @@ class _SlotDecoder:
         prompts, model = prompts_of(self.verbalizer, vectors), self.verbalizer.model
         if self.prefix is None:
             self.prefix = prefill_prefix(model, prompts)
-        run, shared = prefill(model, prompts, self.prefix), prompts.shared_length
+        run, shared = prefill(model, prompts, self.prefix, shares_first_blocks=True), prompts.shared_length
         own = [(layer.keys[:, :, shared:], layer.values[:, :, shared:]) for layer in run.cache.layers]
         return PromptQueue(own, run.logits, self.verbalizer.prompt_length - shared, deque(enumerate(activations)))
 

@@ -37,6 +37,8 @@ class Prompts:
     """Number of leading tokens that the prompts of all vectors have in common; fewer than there are tokens."""
     edits: tuple[BlockEdit, ...] = ()
     """Changes inside the model that come on top; empty unless the AV says `edits_blocks`."""
+    embeddings_are_equal: bool = False
+    """Whether all rows of `embeddings` are one prompt, so that up to the first edited block the rows are one as well."""
 
 
 class PromptedModel(Protocol):

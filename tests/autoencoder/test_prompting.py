@@ -20,6 +20,7 @@ from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
 from ksweep.config.overrides import apply_overrides, parse_overrides
 from ksweep.config.spec import PromptingOverrides, cell_from_dict, replace_at
+from ksweep.inference.model_parts import blocks_of
 from ksweep.inference.prefill import prefill, prefill_prefix
 from ksweep.utils.errors import CheckpointError, RequestError, SpecError
 from tests.tiny_models import TinyPair, make_pair, prefilled
@@ -174,6 +175,35 @@ def test_added_vector_gives_the_same_prompt_behind_a_shared_prefix(pair: TinyPai
     whole, behind = prefill(av.model, prompts), prefill(av.model, prompts, prefill_prefix(av.model, prompts))
     assert torch.allclose(whole.logits, behind.logits, atol=1e-4)
     assert (whole.logits - prefilled(verbalizer(pair), vectors).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3"])
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("behind_prefix", [True, False])
+def test_blocks_before_the_vector_run_once_for_all_prompts(family: Any, block: int, behind_prefix: bool, tmp_path: Path) -> None:
+    """The same logits, keys and values as with every row passing through every block."""
+    made = make_pair(tmp_path, family)
+    av = verbalizer(made, injection="add_after_block", injection_block=block)
+    vectors = torch.randn(5, made.d_model, generator=torch.Generator().manual_seed(1))
+    prompts = av.prompts(vectors)
+    prefix = prefill_prefix(av.model, prompts) if behind_prefix else None
+    rows: list[int] = []
+    hooks = [each.register_forward_hook(lambda *seen: rows.append(len(hidden_of(seen[-1])))) for each in blocks_of(av.model)]
+    plain = prefill(av.model, prompts, prefix)
+    shared = prefill(av.model, prompts, prefix, shares_first_blocks=True)
+    for hook in hooks:
+        hook.remove()
+    # The hook of a test sees what the last shared block puts out before it is handed to every row.
+    assert rows == [5] * len(hooks) + [1] * (block + 1) + [5] * (len(hooks) - block - 1)
+    assert torch.allclose(plain.logits, shared.logits, atol=1e-5)
+    for a, b in zip(plain.cache.layers, shared.cache.layers, strict=True):
+        assert a.keys.shape == b.keys.shape
+        assert torch.allclose(a.keys, b.keys, atol=1e-5) and torch.allclose(a.values, b.values, atol=1e-5)
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 # The AR
