@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import one_bos
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.files import read_json
-
-TEMPLATE_DATE = date(2024, 7, 26)
-"""What a template that writes today's date gets: the default of Llama 3.1. Otherwise vectors would differ from day to day."""
+from ksweep.utils.template_date import TEMPLATE_DATE, dated
 
 NOT_ARGUMENTS = frozenset({"messages", "tools", "documents", "bos_token", "eos_token", "chat_template", "strftime_now"})
 """Variables of templates that are not the user's to state."""
@@ -137,22 +134,6 @@ class ChatWriter:
         if system is not None and messages and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": system})
         return messages
-
-
-def dated(template: str, directory: Path) -> str:
-    """Return the template with TEMPLATE_DATE in place of today's date.
-
-    Raises:
-        CheckpointError: the format of the date is not a literal.
-    """
-    calls = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-    template = calls.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
-    if "strftime_now(" in template:
-        raise CheckpointError(
-            f"the chat template of {directory} writes today's date in a way that cannot be fixed (strftime_now), so the same "
-            "request would give other vectors tomorrow: render the conversations to a column of text"
-        )
-    return template
 
 
 def spoken_roles(text: str, offsets: Sequence[tuple[int, int]], messages: Sequence[Mapping[str, Any]]) -> list[TokenRole] | None:

@@ -52,6 +52,8 @@ class AvPrompting:
     """Arguments of the chat template by name."""
     prompt_ids: tuple[int, ...] | None = None
     """Token ids of the whole rendered prompt."""
+    prompt_text: str | None = None
+    """The whole rendered prompt, where its ids are not stated."""
     asks_for_thinking: bool = False
     """Whether enable_thinking must be the chat template's default."""
     prefill: str = ""

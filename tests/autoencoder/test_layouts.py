@@ -210,6 +210,11 @@ WRONG = [
     Wrong("fresh block", LORA, of_json(AR_META, ar_fresh_block=True), "ar_fresh_block=True"),
     Wrong("summary token", LORA, of_json(AR_META, summary_token_id=7), "summary_token_id=7"),
     Wrong("summary token of a merged AR", MERGED, of_json("ar/ar_meta.json", summary_token_id=0), "summary_token_id=0"),
+    Wrong("unknown key of a LoRA", LORA, of_json(AR_META, read_position="mean"), "has read_position='mean'"),
+    Wrong("no rsLoRA", LORA, of_json(AR_META, use_rslora=False), "has use_rslora=False"),
+    Wrong("a final norm of neither kind", LORA, of_json(AR_META, final_norm_stripped=1), "final_norm_stripped=1, expected true"),
+    Wrong("a flag that is text", AT_HOME, sidecar("av", training__chat_template="true"), "chat_template='true', expected"),
+    Wrong("a flag that is a number", AT_HOME, sidecar("ar", training__mean_subtract=1), "training.mean_subtract=1, expected"),
     Wrong("AR as AV", MERGED, lambda _: None, "is an AR .* given as the AV", {"av": "ar"}),
     Wrong("LoRA AR as AV", LORA, lambda _: None, "is an AR .* given as the AV", {"av": GEMMA_AR}),
     Wrong("AV as AR", MERGED, lambda _: None, "the head of an AR", {"ar": "av"}),
@@ -400,6 +405,26 @@ def test_ar_without_a_tokenizer_takes_that_of_the_av_or_of_the_base(tmp_path: Pa
         inspect_half(beside, "ar")
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_what_is_taken_from_the_base_is_in_the_digest(name: str, tmp_path: Path) -> None:
+    root = shutil.copytree(MERGED.directory, tmp_path / "pair")
+    for path in (root / "av").iterdir():
+        if "token" in path.name or path.name in ("chat_template.jinja", "merges.txt", "vocab.json"):
+            path.unlink()
+    before = family_of(MERGED.spec(root)).draws_identity()
+    with (root / "base" / name).open("a") as file:
+        file.write(" ")
+    assert family_of(MERGED.spec(root)).draws_identity() != before
+
+
+def test_prompt_of_a_template_that_writes_the_date_is_the_same_tomorrow(tmp_path: Path) -> None:
+    root = shutil.copytree(MERGED.directory, tmp_path / "pair")
+    template = root / "av" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}\n" + template.read_text())
+    av = load_av(MERGED.spec(root))
+    assert av.tokenizer.decode(av.prompt_ids).startswith("26 Jul 2024")
+
+
 # --- nla_config.json ---
 
 
@@ -422,6 +447,19 @@ def test_rendered_prompt_of_nla_config_decides_about_thinking(tmp_path: Path) ->
     (root / "nla_config.json").write_text(json.dumps(config | {"layer": 3}))
     with pytest.raises(CheckpointError, match=r"has layer=3, .* has extraction\.layer_index=2"):
         load_av(plain)
+
+
+def test_rendered_text_of_nla_config_stands_for_its_ids(tmp_path: Path) -> None:
+    root = shutil.copytree(MERGED.directory, tmp_path / "pair")
+    said, plain = MERGED.av_said(), MERGED.spec(root, prompting=PromptingOverrides())
+    config = {"actor_prompt_rendered": said["prompt_text"], "injection": "output of the second block, norm-matched"}
+    (root / "nla_config.json").write_text(json.dumps(config))
+    av = load_av(plain)
+    assert list(av.prompt_ids) == said["prompt_token_ids"]
+    assert any("describes the injection as 'output of the second block" in note.text for note in av.info.notes)
+    (root / "nla_config.json").write_text(json.dumps({"critic_prompt_template": "Another: {explanation}"}))
+    with pytest.raises(CheckpointError, match="has critic_prompt_template='Another"):
+        load_ar(plain)
 
 
 def test_nla_config_stands_for_a_missing_ar_meta(tmp_path: Path) -> None:
@@ -521,6 +559,14 @@ def test_pair_for_all_layers_is_told_the_listed_depth_nearest_to_its_layer(
     assert av.av_prompting.message.startswith(f"At depth {percent}%: <concept>㈎")
     before = f"Summary of the following text from depth {percent}%: <text>"
     assert ar.ar_prompting.affixes == (before, "</text> <summary>㈎") and ar.num_layers == layer + 1
+
+
+def test_layer_of_a_pair_for_all_layers_is_in_the_keys_of_draws_and_scores(tmp_path: Path) -> None:
+    """Over ready-made vectors nothing else tells one layer from another."""
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    universal(root)
+    first, second = (family_of(AT_HOME.spec(root, layer=layer)) for layer in (1, 2))
+    assert first.draws_identity() != second.draws_identity() and first.scores_identity() != second.scores_identity()
 
 
 def test_depth_is_filled_into_the_template_of_any_layout(tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
 
 LOADER = "ksweep.autoencoder.nla.loading:check_on_meta"
+BESIDE_TOKENIZERS = (
+    "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates",
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -210,9 +214,10 @@ def inspect_nla(
         av_prompting(sidecar, overrides, depth) if expected_role == "av" else ar_prompting(sidecar, overrides, weights, depth)
     )
     tokenizer = _tokenizer_directory(path, base_path or path, base)
-    notes = (*sidecar.notes, *_thinking_notes(filled, path, tokenizer))
+    notes = (*sidecar.notes, *weights.notes, *_thinking_notes(filled, path, tokenizer))
     statistics = None if sidecar.whitening is None else find_statistics(sidecar.whitening, path, whitening)
-    if statistics is not None:
+    if statistics is not None and sidecar.whitening is not None:
+        read_statistics(statistics, sidecar.whitening, sidecar.d_model)  # so that others are refused before a job is submitted
         text = (
             "AV and AR were trained on whitened activations. Vectors are whitened before they are explained and compared: "
             "errors, baseline and FVE are not comparable with those of raw vectors."
@@ -288,7 +293,7 @@ def digest_nla(info: CheckpointInfo) -> str:
     digests += [hub.content_digest(adapter.directory) for adapter in reversed(info.adapters) if adapter.directory != info.path]
     digests += [hub.content_digest(info.base)] if info.base is not None else []
     if info.tokenizer not in (info.path, info.weights):
-        names = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        names = (*TOKENIZER_FILES, *BESIDE_TOKENIZERS)
         digests += [hub.content_digest(info.tokenizer / name) for name in names if (info.tokenizer / name).exists()]
     if info.sidecar.whitening is not None:
         digests.append(f"whitened {info.sidecar.whitening.sha256}")
@@ -553,7 +558,7 @@ def _chat_template(directory: Path) -> str:
 def _thinking_notes(prompting: AvPrompting | ArPrompting, path: Path, tokenizer: Path) -> tuple[Note, ...]:
     if isinstance(prompting, ArPrompting) or prompting.asks_for_thinking or "enable_thinking" in dict(prompting.chat_arguments):
         return ()
-    if prompting.prompt_ids is not None or not prompting.is_chat:
+    if prompting.prompt_ids is not None or prompting.prompt_text is not None or not prompting.is_chat:
         return ()
     if "enable_thinking" not in _chat_template(tokenizer):
         return ()

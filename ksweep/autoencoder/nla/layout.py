@@ -69,14 +69,14 @@ def av_prompting(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: in
         OF_TRAINERS[sidecar.layout], injection=_injection(sidecar, overrides, num_blocks),
         template=_at_depth(sidecar.av_template, sidecar, num_blocks), marker=sidecar.marker, marker_id=sidecar.marker_id,
         left_id=sidecar.left_id, right_id=sidecar.right_id, asks_for_thinking=sidecar.asks_for_thinking, is_chat=sidecar.is_chat,
-        prompt_ids=sidecar.prompt_ids,
+        prompt_ids=sidecar.prompt_ids, prompt_text=sidecar.prompt_text,
     )  # fmt: skip
     if sidecar.layout == "nla-at-home" and OPEN_TAG.search(sidecar.av_template):
         prompting = replace(prompting, opening_tag="", empty_counts=True)
     names = ("chat_arguments", "prefill", "opening_tag", "closing_tag", "stop_tokens")
     stated = {name: value for name in names if (value := getattr(overrides, name)) is not None}
     if stated.keys() & {"chat_arguments", "prefill"} or overrides.av_template or overrides.marker:
-        stated["prompt_ids"] = None
+        stated["prompt_ids"] = stated["prompt_text"] = None
     if "closing_tag" in stated:
         stated["must_close"] = True
     prompting = replace(prompting, **stated)

@@ -17,6 +17,7 @@ from ksweep.autoencoder.prompting import AvPrompting, ReplaceEmbedding
 from ksweep.utils import files
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.template_date import dated
 
 if TYPE_CHECKING:
     from ksweep.autoencoder.base import ParseOutcome
@@ -82,7 +83,7 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
     arguments = dict(prompting.chat_arguments)
     _check_chat_arguments(info, tokenizer, arguments)
     ids = _chat_ids(info, tokenizer, message, **arguments)
-    if prompting.prompt_ids is not None:
+    if prompting.prompt_ids is not None or prompting.prompt_text is not None:
         ids = _stated_ids(info, tokenizer, message, ids)
     if (
         prompting.asks_for_thinking
@@ -104,7 +105,8 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
 
 def _stated_ids(info: CheckpointInfo, tokenizer: Any, message: list[dict[str, str]], ids: list[int]) -> list[int]:
     """Return the rendering of the message that has the stated ids: the default one, or that without thinking, or with it."""
-    stated = list(info.av_prompting.prompt_ids or ())
+    prompting = info.av_prompting
+    stated = list(prompting.prompt_ids or tokenizer.encode(prompting.prompt_text, add_special_tokens=False))
     for rendered in (ids, *(_chat_ids(info, tokenizer, message, enable_thinking=value) for value in (False, True))):
         if rendered == stated:
             return rendered
@@ -343,8 +345,8 @@ def _check_end(info: CheckpointInfo, after_marker: str) -> None:
     if tag and not (prompting.opening_tag == "" and tag in ENCLOSING_TAGS):
         raise CheckpointError(
             f"AV {info.path}: its chat template ends the prompt with the open tag {tag}, so the answer begins inside that tag. "
-            "This is not supported yet: explanations would be missed, or thoughts taken for explanations. Use an AV whose "
-            "answers contain <explanation>...</explanation>."
+            "Explanations would be missed, or thoughts taken for explanations. Say that answers begin inside the tag "
+            "(autoencoder.prompting.opening_tag=''), or use an AV whose answers contain <explanation>...</explanation>."
         )
 
 
@@ -353,9 +355,11 @@ def _chat_ids(info: CheckpointInfo, tokenizer: Any, messages: list[dict[str, str
         raise CheckpointError(
             f"AV {info.path}: its tokenizer has no chat template to build the prompt with. Add the released chat_template.jinja."
         )
+    template = tokenizer.chat_template
+    fixed = {"chat_template": dated(template, info.tokenizer)} if isinstance(template, str) else {}
     # By default transformers 5 returns a BatchEncoding, and iterating over that yields its keys.
     ids: list[int] = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=False, **arguments
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False, **(fixed | arguments)
     )
     return ids
 

@@ -116,6 +116,8 @@ class Sidecar:
     """Whether the AV's message goes through the chat template."""
     prompt_ids: tuple[int, ...] | None
     """Token ids of the AV's whole prompt."""
+    prompt_text: str | None
+    """The AV's whole prompt, where its ids are not stated."""
     min_layer: int
     """Lowest layer that it was trained for."""
     subtracts_mean: bool
@@ -167,7 +169,7 @@ def read_nla_sidecar(
     _check_kind(meta, path, expected_role, layout)
     notes: list[Note] = []
     role = _role(meta, path, directory, expected_role, notes, layout)
-    config = _config_of_run(directory, meta, path) if layout == "easynla" else {}
+    config = _config_of_run(directory, meta, path, notes) if layout == "easynla" else {}
     # 2. Refuse keys that could change a number and are not understood.
     is_told_depth = any(DEPTH_FIELD in str(value_at(meta, key)) for key in TEMPLATE_KEYS[role])
     understood = NLA_SIDECAR_KEYS | (AT_HOME_KEYS if layout == "nla-at-home" else frozenset())
@@ -187,12 +189,13 @@ def read_nla_sidecar(
         d_model=d_model,
         layer=read_layer(meta, path, CheckpointError),
         is_universal=is_universal,
-        depths=_ids(meta, "depth_percentages", path) or DEPTHS,
+        depths=_ids(meta, "depth_percentages", path, "a list of whole numbers, percentages") or DEPTHS,
         multiplies=layout == "nla-at-home" and role == "av" and mode is None,
-        is_chat=layout != "nla-at-home" or value_at(meta, "training.chat_template") is True,
+        is_chat=layout != "nla-at-home" or _flag(meta, "training.chat_template", path),
         prompt_ids=_ids(config, "actor_prompt_ids", path) if role == "av" else None,
+        prompt_text=_text(config, "actor_prompt_rendered", path) if role == "av" else None,
         min_layer=_whole(meta, "training.min_layer", path) or 0,
-        subtracts_mean=value_at(meta, "training.mean_subtract") is True,
+        subtracts_mean=_flag(meta, "training.mean_subtract", path),
         whitening=stated_whitening(meta.get("extraction"), path),
         base_checkpoint=base_model(meta, path, CheckpointError, notes),
         base_digest=_text(meta, "base_digest", path),
@@ -265,13 +268,23 @@ def recognised_layout(meta: Mapping[str, Any], directory: Path) -> LayoutName:
     return "nla-at-home" if is_at_home else "kitft"
 
 
-def _config_of_run(directory: Path, meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return nla_config.json of an EasyNLA run, once it agrees with the sidecar; empty without one."""
+def _config_of_run(directory: Path, meta: Mapping[str, Any], path: Path, notes: list[Note]) -> dict[str, Any]:
+    """Return nla_config.json of an EasyNLA run, once it agrees with the sidecar; empty without one.
+
+    What it says of the injection is a sentence of any wording, which is noted.
+    """
     file = beside_or_above(directory, CONFIG_NAME)
     if file is None:
         return {}
     config = files.read_json(file, "run configuration")
     check_keys(config, CONFIG_KEYS, file, CheckpointError)
+    templates = {value_at(meta, key) for key in TEMPLATE_KEYS["ar"]} - {None}
+    stated = config.get("critic_prompt_template")
+    if templates and stated not in (None, *templates):
+        raise CheckpointError(
+            f"{file} has critic_prompt_template={abbreviated(stated)}, {path} {abbreviated(next(iter(templates)))}. Keep the "
+            "one that was used in training."
+        )
     for key, dotted in (
         ("layer", "extraction.layer_index"), ("d_model", "extraction.d_model"), ("injection_char", "tokens.injection_char"),
         ("injection_token_id", "tokens.injection_token_id"), ("base_model", "extraction.base_model"),
@@ -279,6 +292,9 @@ def _config_of_run(directory: Path, meta: Mapping[str, Any], path: Path) -> dict
         a, b = config.get(key), value_at(meta, dotted)
         if None not in (a, b) and a != b:
             raise CheckpointError(f"{file} has {key}={abbreviated(a)}, {path} has {dotted}={abbreviated(b)}. Make them equal.")
+    if (sentence := config.get("injection")) is not None:
+        text = f"{file} describes the injection as {abbreviated(sentence)}. The vector is added to the output of block 1."
+        notes.append(Note("prompt", text))
     return config
 
 
@@ -422,6 +438,13 @@ def _whole(meta: Mapping[str, Any], key: str, path: Path, minimum: int = 0) -> i
     return value
 
 
+def _flag(meta: Mapping[str, Any], key: str, path: Path) -> bool:
+    value = value_at(meta, key)
+    if value not in (None, True, False) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        _wrong(path, key, value, "true or false")
+    return value is True
+
+
 def _positive(meta: Mapping[str, Any], key: str, path: Path) -> float | None:
     value = value_at(meta, key)
     if value is None:
@@ -431,12 +454,12 @@ def _positive(meta: Mapping[str, Any], key: str, path: Path) -> float | None:
     return float(value)
 
 
-def _ids(meta: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...] | None:
+def _ids(meta: Mapping[str, Any], key: str, path: Path, what: str = "a list of token ids") -> tuple[int, ...] | None:
     value = value_at(meta, key)
     if value is None:
         return None
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
-        _wrong(path, key, value, "a list of token ids")
+        _wrong(path, key, value, what)
     return tuple(value)
 
 
@@ -465,7 +488,8 @@ def _check_fields(template: str, fields: Sequence[str], where: str, unescapes: b
     if unfilled := FIELD.search(re.sub(r"\{\{|\}\}", "", template) if unescapes else template):
         raise CheckpointError(
             f"{where} has {abbreviated(unfilled[0])}, a field that nothing fills in: it would appear literally in the prompt. "
-            f"Use a checkpoint whose templates have no fields other than {MARKER_FIELD} (AV) and {TEXT_FIELD} (AR)."
+            f"Use a checkpoint whose templates have no fields other than {MARKER_FIELD} (AV) and {TEXT_FIELD} (AR), and with "
+            f"variant: universal {DEPTH_FIELD}."
         )
 
 
@@ -518,8 +542,8 @@ def _check_av(sidecar: Sidecar, path: Path, overrides: PromptingOverrides) -> li
     if open_tag and not (begins_inside and open_tag in ENCLOSING_TAGS):
         raise CheckpointError(
             f"{path}: prompt_templates.av ends with the open tag {abbreviated(open_tag)}, so the AV's answers do not repeat it. "
-            "A prefilled answer is not supported yet: every draw would count as failed. Use an AV whose answers contain "
-            "<explanation>...</explanation>, or say that they begin inside the tag (autoencoder.prompting.opening_tag='')."
+            "Every draw would count as failed. Say that answers begin inside the tag (autoencoder.prompting.opening_tag=''), "
+            "or use an AV whose answers contain <explanation>...</explanation>."
         )
     return _prompt_notes(sidecar, path)
 

@@ -10,7 +10,8 @@ from typing import Any
 from ksweep.autoencoder.nla.sidecar import AR_LORA, CONFIG_NAME, NlaRole, Sidecar, beside_or_above
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
-from ksweep.utils.sidecar_keys import abbreviated
+from ksweep.utils.notes import Note
+from ksweep.utils.sidecar_keys import abbreviated, check_keys
 from ksweep.utils.tensor_headers import read_header
 from ksweep.utils.text import some_of
 
@@ -18,6 +19,10 @@ HEAD, HEADS, ADAPTER, ADAPTER_CONFIG = (
     "value_head.safetensors", "value_heads.safetensors", "adapter_model.safetensors", "adapter_config.json",
 )  # fmt: skip
 AR_META = "ar_meta.json"
+AR_META_KEYS = frozenset({
+    "ar_num_layers", "lora_r", "lora_alpha", "quant", "target_modules", "final_norm_stripped", "ar_fresh_block",
+    "summary_token_id", "n_slots",
+})  # fmt: skip
 HEAD_DTYPES = ("F32", "BF16", "F16", "F64")
 HEAD_KEY = "value_head.weight"
 
@@ -69,6 +74,7 @@ class WeightFiles:
     """Whether the final norm of the base is applied to the output of block L before the head."""
     num_layers: int | None = None
     """Blocks of an AR by its own files; None where they do not say."""
+    notes: tuple[Note, ...] = ()
     base_is_merged: bool = False
     """Whether `base` holds other adapters already, so that it is not the base of the pair's other half."""
 
@@ -150,15 +156,15 @@ def _easynla_lora(path: Path, sidecar: Sidecar, base: str | None) -> WeightFiles
 
     The scale is alpha / sqrt(r), which is not recorded (scripts/train_sft.py of asherps/EasyNLA at 4d72847).
     """
-    meta = _lora_meta(path)
-    _refuse_variants(meta, path)
+    meta, where = _lora_meta(path)
+    _check_meta(meta, where)
     if _holds_model(path) or (path / ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{path} holds {AR_LORA} beside other weights, so it is not clear which to load. Keep one of them.")
-    num_layers, rank, alpha = (_whole(meta, key, path) for key in ("ar_num_layers", "lora_r", "lora_alpha"))
+    num_layers, rank, alpha = (_whole(meta, key, where) for key in ("ar_num_layers", "lora_r", "lora_alpha"))
     targets = meta.get("target_modules")
     if not (isinstance(targets, str) or (isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets))):
         raise CheckpointError(
-            f"{path}: {AR_META} has target_modules={abbreviated(targets)}, expected a list of names or a pattern. Use the file "
+            f"{where} has target_modules={abbreviated(targets)}, expected a list of names or a pattern. Use the file "
             "that was saved with the adapter."
         )
     source = base or sidecar.base_checkpoint
@@ -167,37 +173,57 @@ def _easynla_lora(path: Path, sidecar: Sidecar, base: str | None) -> WeightFiles
     lora = {"r": rank, "lora_alpha": alpha, "use_rslora": True, "target_modules": targets, "lora_dropout": 0.0, "bias": "none"}
     return WeightFiles(
         source, (Adapter(path, path / AR_LORA, lora),), Head(path / AR_LORA, HEAD_KEY),
-        keeps_final_norm=meta.get("final_norm_stripped") is not True, num_layers=num_layers,
+        keeps_final_norm=meta.get("final_norm_stripped") is not True, num_layers=num_layers, notes=_quant_notes(meta, where),
     )  # fmt: skip
 
 
-def _lora_meta(path: Path) -> Mapping[str, Any]:
+def _lora_meta(path: Path) -> tuple[Mapping[str, Any], Path]:
+    """Return what is stated of a LoRA, and the file that states it."""
     if (path / AR_META).exists():
-        return files.read_json(path / AR_META, "AR configuration")
+        return files.read_json(path / AR_META, "AR configuration"), path / AR_META
     file = beside_or_above(path, CONFIG_NAME)
     config = {} if file is None else files.read_json(file, "run configuration")
-    if "ar_lora_r" not in config:
+    if file is None or "ar_lora_r" not in config:
         raise CheckpointError(
             f"{path} has {AR_LORA}, but neither {AR_META} nor a {CONFIG_NAME} with ar_lora_r, so rank and targets of the LoRA "
             "are unknown. Copy the file that was saved beside it."
         )
     # gereon's trainer, the one writer of this file, strips the final norm and uses alpha 16.
-    return {
+    meta = {
         "ar_num_layers": config.get("ar_num_layers"), "lora_r": config["ar_lora_r"], "lora_alpha": 16,
         "target_modules": config.get("lora_targets"), "final_norm_stripped": True,
     }  # fmt: skip
+    return meta, file
 
 
-def _refuse_variants(meta: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError for ARs of other trainers that use the same files for another computation."""
+def _quant_notes(meta: Mapping[str, Any], where: Path) -> tuple[Note, ...]:
+    quant = meta.get("quant")
+    if quant in (None, "none"):
+        return ()
+    text = f"{where} says quant={abbreviated(quant)}: the AR was trained over a quantised base, and is used over the stated one."
+    return (Note("checkpoint", text),)
+
+
+def _check_meta(meta: Mapping[str, Any], where: Path) -> None:
+    """Raise CheckpointError for ARs of other trainers that use the same files for another computation, and for unknown keys."""
     for key in ("ar_fresh_block", "summary_token_id", "n_slots"):
         value = meta.get(key)
         if value is None or value is False or (key == "n_slots" and value == 1):
             continue
         raise CheckpointError(
-            f"{path}: {AR_META} has {key}={abbreviated(value)}: an AR with an extra block, a summary token or several heads "
-            "is not supported. Use an AR without it."
+            f"{where} has {key}={abbreviated(value)}: an AR with an extra block, a summary token or several heads is not "
+            "supported. Use an AR without it."
         )
+    if not isinstance(meta.get("final_norm_stripped", False), bool):
+        raise CheckpointError(
+            f"{where} has final_norm_stripped={abbreviated(meta['final_norm_stripped'])}, expected true or false."
+        )
+    check_keys(
+        {key: value for key, value in meta.items() if key != "use_rslora" or value is not True},
+        AR_META_KEYS,
+        where,
+        CheckpointError,
+    )
 
 
 def _meta_layers(path: Path, sidecar: Sidecar) -> int | None:
@@ -205,16 +231,15 @@ def _meta_layers(path: Path, sidecar: Sidecar) -> int | None:
     if sidecar.layout != "easynla" or not (path / AR_META).exists():
         return None
     meta = files.read_json(path / AR_META, "AR configuration")
-    _refuse_variants(meta, path)
-    return None if meta.get("ar_num_layers") is None else _whole(meta, "ar_num_layers", path)
+    _check_meta(meta, path / AR_META)
+    return None if meta.get("ar_num_layers") is None else _whole(meta, "ar_num_layers", path / AR_META)
 
 
-def _whole(meta: Mapping[str, Any], key: str, path: Path) -> int:
+def _whole(meta: Mapping[str, Any], key: str, where: Path) -> int:
     value = meta.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise CheckpointError(
-            f"{path}: {AR_META} has {key}={abbreviated(value)}, expected a whole number >= 1. Use the file that was saved with "
-            "the adapter."
+            f"{where} has {key}={abbreviated(value)}, expected a whole number >= 1. Use the file that was saved with the adapter."
         )
     return value
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 METHOD = "whitened_zca_v1"
 STATISTICS = "whitening_stats.npz"
-LARGEST_FILE = 4 << 30
 KEYS = frozenset({
     "method", "stats_path", "stats_sha256", "shrinkage", "floor_quantile", "n_samples", "source", "base_model", "layer_index",
 })  # fmt: skip
@@ -124,18 +123,18 @@ def read_statistics(path: Path, stated: WhiteningStated, d_model: int) -> Whiten
     import numpy as np
 
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        with np.load(path, allow_pickle=False) as arrays:
-            mean, w = (np.ascontiguousarray(arrays[name], dtype="<f8") for name in ("mean", "w"))
+        shapes = [_shape_in(path, name) for name in ("mean", "w")]
+        if shapes == [(d_model,), (d_model, d_model)]:
+            with np.load(path, allow_pickle=False) as arrays:
+                mean, w = (np.ascontiguousarray(arrays[name], dtype="<f8") for name in ("mean", "w"))
     except Exception as error:  # whatever a damaged archive raises
         raise CheckpointError(
             f"{path} cannot be read as statistics of a whitening ({type(error).__name__}: {str(error)[:200]}); expected an .npz "
             "with the arrays mean and w. Copy it again."
         ) from error
-    if mean.shape != (d_model,) or w.shape != (d_model, d_model):
+    if shapes != [(d_model,), (d_model, d_model)]:
         raise CheckpointError(
-            f"{path}: mean has shape {list(mean.shape)}, w {list(w.shape)}; expected [{d_model}] and [{d_model}, {d_model}]. "
+            f"{path}: mean has shape {list(shapes[0])}, w {list(shapes[1])}; expected [{d_model}] and [{d_model}, {d_model}]. "
             "They are of another model."
         )
     digest = hashlib.sha256(mean.tobytes() + w.tobytes()).hexdigest()
@@ -147,6 +146,24 @@ def read_statistics(path: Path, stated: WhiteningStated, d_model: int) -> Whiten
     if not (np.isfinite(mean).all() and np.isfinite(w).all()):
         raise CheckpointError(f"{path}: mean or w has NaN or infinite values. Copy it again.")
     return Whitening(mean, w, digest)
+
+
+def _shape_in(path: Path, name: str) -> tuple[int, ...]:
+    """Return the shape of an array in an .npz by its header: a small archive can hold arrays of any size.
+
+    Raises:
+        Whatever zipfile and NumPy raise of a damaged archive; ValueError for an array of other things than numbers.
+    """
+    import zipfile
+
+    from numpy.lib import format as npy
+
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+        shape, _, dtype = read_header(file)
+    if dtype.kind != "f":
+        raise ValueError(f"{name} holds {dtype}, no floating-point numbers")
+    return tuple(shape)
 
 
 def check_same_space(av: WhiteningStated | None, ar: WhiteningStated | None) -> None:
