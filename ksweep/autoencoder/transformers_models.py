@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from ksweep.autoencoder.safetensors_header import WRAPPED
 from ksweep.inference.model_parts import attention_for, blocks_of
@@ -20,8 +21,11 @@ from ksweep.utils.hub import MODEL_LOADING
 from ksweep.utils.tensor_headers import Tensor
 
 LARGEST_WEIGHT = 1e9
-LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
-
+LIBRARY_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, AssertionError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers, torch and peft raise of files that are not as they should be; the last of a config.json's values."""
 
 TORCH_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",

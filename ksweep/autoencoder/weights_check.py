@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.autoencoder.safetensors_header import model_tensors
-from ksweep.utils.files import home, publish
+from ksweep.utils.errors import CheckpointError
+from ksweep.utils.files import home, publish, read_json
 from ksweep.utils.heavy_calls import call_heavy
+from ksweep.utils.model_sizes import implausible_size
+from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.tensor_headers import Tensor
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,11 @@ def check_loadable(
         sorted((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
         for tensors in (model_tensors(weights), *adapters)
     ]
+    if (size := implausible_size(read_json(weights / "config.json", "model configuration"))) is not None:
+        raise CheckpointError(
+            f"{weights / 'config.json'} has {size[0]}={abbreviated(size[1])}, more than any model has. Check that it is the "
+            "configuration of these weights, or download it again."
+        )
     config = (weights / "config.json").read_text(encoding="utf-8", errors="replace")
     question = json.dumps([CHECK_VERSION, _versions(), function, config, headers, facts])
     key = hashlib.sha256(question.encode()).hexdigest()

@@ -13,6 +13,9 @@ SIZE_NAMES = {
 """The usual name, and those of GPT-2, MPT and others."""
 LARGEST_SIZES = {"num_hidden_layers": 10_000, "hidden_size": 1 << 20}
 """Sizes beyond those of any model, for which lists of blocks would fill the memory."""
+LARGEST_BY_WORD = {"expert": 1 << 14, "layer": 10_000, "head": 1 << 20, "dim": 1 << 24, "size": 1 << 26, "rank": 1 << 24}
+"""Largest whole number under a key with this word in it; tables and lists of so many entries are made of them, also where no
+weight is read. Vocabularies have 10^5 to 10^6 entries, experts are at most some hundred."""
 BLOCK_TYPES = ("layer_types", "layers_block_type", "block_types")
 
 
@@ -25,6 +28,18 @@ def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
         if size is not None:
             model[name] = size
     return model
+
+
+def implausible_size(config: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the first size in a config.json that is beyond those of any model, with its key; None where all are plausible."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (found := implausible_size(value)) is not None:
+            return found
+        for number in value if isinstance(value, list) else [value]:
+            limits = [limit for word, limit in LARGEST_BY_WORD.items() if word in str(key)]
+            if limits and isinstance(number, int) and not isinstance(number, bool) and abs(number) > max(limits):
+                return str(key), number
+    return None
 
 
 def block_types(config: Mapping[str, Any], num_blocks: int) -> list[str]:

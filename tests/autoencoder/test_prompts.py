@@ -72,7 +72,8 @@ def test_prompt_that_the_chat_template_ends_with_an_open_tag_is_refused(
     tag: str, behind: str, originals: dict[str, TinyPair], tmp_path: Path
 ) -> None:
     path = av_with_chat(originals, tmp_path, "{{- '" + tag + "\\n" + behind + "' }}")
-    with pytest.raises(CheckpointError, match=rf"ends the prompt with the open tag {tag}.* not supported yet"):
+    remedy = {"<explanation>": "opening_tag=''", "<think>": "enable_thinking: false"}[tag]
+    with pytest.raises(CheckpointError, match=rf"ends the prompt with the open tag {tag}.*{remedy}"):
         load_nla_verbalizer(path, dtype="float32")
 
 

@@ -343,10 +343,15 @@ def _check_end(info: CheckpointInfo, after_marker: str) -> None:
     message = prompting.message.partition(prompting.marker)[2].strip()
     tag = opened_answer_tag(after_marker.rpartition(message)[2] if message else after_marker)
     if tag and not (prompting.opening_tag == "" and tag in ENCLOSING_TAGS):
+        remedy = (
+            "Explanations would be missed: say that answers begin inside the tag (autoencoder.prompting.opening_tag='')"
+            if tag in ENCLOSING_TAGS
+            else "Thoughts would be taken for explanations: render it with thinking off, if the AV was trained so "
+            "(autoencoder.prompting.chat_arguments={enable_thinking: false}), or with the answer begun (prefill)"
+        )
         raise CheckpointError(
             f"AV {info.path}: its chat template ends the prompt with the open tag {tag}, so the answer begins inside that tag. "
-            "Explanations would be missed, or thoughts taken for explanations. Say that answers begin inside the tag "
-            "(autoencoder.prompting.opening_tag=''), or use an AV whose answers contain <explanation>...</explanation>."
+            f"{remedy}."
         )
 
 
