@@ -8,7 +8,7 @@ from typing import Any
 
 from ksweep.config.spec import Autoencoder, replace_at
 from ksweep.config.sweep import Sweep
-from ksweep.utils.checkpoint_series import is_pattern, members, step_of
+from ksweep.utils.checkpoint_series import is_pattern, members, step_in_series
 from ksweep.utils.errors import SpecError
 from ksweep.utils.text import some_of
 
@@ -76,7 +76,7 @@ def _by_step(name: str, pattern: str, sources: list[str]) -> dict[int, str]:
     """
     out: dict[int, str] = {}
     for source in sources:
-        step = step_of(source)
+        step = step_in_series(source)
         if step is None or step in out:
             why = "states no step (iter_0000500, step500, checkpoint-500)" if step is None else f"has the step of {out[step]}"
             raise SpecError(

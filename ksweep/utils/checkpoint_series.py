@@ -13,8 +13,11 @@ from ksweep.utils.errors import CheckpointError
 from ksweep.utils.hub_repository import WEIGHTS, HubSource, hub_readings, listed, needed_files
 from ksweep.utils.text import natural_sorted, some_of
 
-STEP = re.compile(r"(?<![a-z])(?:iter(?:ation)?|(?:global_?)?step|checkpoint|ckpt)s?[_/-]?(\d+)(?![\d.]*\d)", re.IGNORECASE)
-"""The step in a path: iter_0000500, step400, checkpoint-300, checkpoints/200."""
+_STEP = r"(?:iter(?:ation)?|(?:global_?)?step|checkpoint|ckpt)s?[_/-]?(\d+)"
+STEP = re.compile(rf"(?<![a-z]){_STEP}(?=[/_@.-]|$)(?![\d.]*\d)", re.IGNORECASE)
+"""A step anywhere in one of a series' paths: iter_0000500, step400, checkpoint-300, checkpoints/200, a_step100_b."""
+_LAST_IN_PART = re.compile(rf"(?:^|[/@_.-]){_STEP}(?:[_-]epoch[_-]?\d+_?)?(?P<suffix>(?:\.[a-z]\w*)*)(?=/|$)", re.IGNORECASE)
+"""A step that is a part of a path, or ends one: av_step400, x_step900.pt. In `step3-7b-av` it is the name of a model."""
 EPOCH = re.compile(r"epoch[_-]?\d+", re.IGNORECASE)
 """What follows from the step: checkpoint_step900_epoch2_.pt."""
 UNFINISHED = (".tmp", ".old", ".part", ".bak")
@@ -22,8 +25,24 @@ UNFINISHED = (".tmp", ".old", ".part", ".bak")
 
 
 def step_of(source: str) -> int | None:
-    """Return the training step that a path or hub id states, from its last part that states one; None if no part does."""
-    found = [match[1] for match in STEP.finditer(source)]
+    """Return the training step that a path or hub id states, from its last part that is or ends in one; None if no part does.
+
+    In `owner/name` of a hub id, and in the first two parts of a path that could be one, a step after other words is part of a
+    name (`owner/model-iter3`).
+    """
+    found = [match[1] for match in _LAST_IN_PART.finditer(source) if not _is_in_name(match)]
+    return int(found[-1]) if found else None
+
+
+def _is_in_name(match: re.Match[str]) -> bool:
+    source, before = match.string, match.string[: match.start()]
+    is_hub_id = "/" in source and not source.startswith((".", "/", "~"))
+    return is_hub_id and match[0][0] in "_.-" and not match["suffix"] and "@" not in before and before.count("/") < 2
+
+
+def step_in_series(source: str) -> int | None:
+    """Return the last step in a path or hub id that a pattern has found, wherever it stands in a part; None if there is none."""
+    found = STEP.findall(source)
     return int(found[-1]) if found else None
 
 
@@ -55,7 +74,7 @@ def members(pattern: str, what: str) -> list[str]:
         raise CheckpointError(f"no {what} matches {pattern!r}: a path has no null character")
     here = [path for path in glob.glob(os.path.expanduser(pattern)) if not _is_unfinished(path)]
     found = here or _members_on_hub(pattern, what)
-    return sorted(natural_sorted(found), key=lambda source: (step_of(source) is None, step_of(source) or 0))
+    return sorted(natural_sorted(found), key=lambda source: (step_in_series(source) is None, step_in_series(source) or 0))
 
 
 def _members_on_hub(pattern: str, what: str) -> list[str]:

@@ -14,24 +14,34 @@ import select
 import subprocess
 import sys
 from contextlib import suppress
-from typing import Any, BinaryIO
+from threading import Lock
+from typing import Any, BinaryIO, NoReturn
+
+from ksweep.utils.errors import CheckpointError
 
 HEAVY_PACKAGE = "transformers"
 IDLE_SECONDS = 30.0
 """After which a child without questions ends."""
+ANSWER_SECONDS = 600.0
+"""After which a child that does not answer is given up; loading its packages takes minutes where the disk is slow."""
 
 _child: subprocess.Popen[bytes] | None = None
+_lock = Lock()
+"""One question at a time: answers have no names."""
 
 
 def call_heavy(function: str, argument: Any) -> Any:
     """Return what the function "package.module:name" returns for an argument; both can be pickled.
 
     Raises:
-        ChildProcessError: the child process ended without an answer. Whatever the function raises.
+        ChildProcessError: the child process ended without an answer, or gave none in `ANSWER_SECONDS`.
+        CheckpointError: what the function returned or raised cannot be sent; the message is that of what it raised.
+        Whatever else the function raises.
     """
     if HEAVY_PACKAGE in sys.modules:
         return _call(function, argument)
-    answer = _ask(function, argument)
+    with _lock:
+        answer = _ask(function, argument)
     if isinstance(answer, BaseException):
         raise answer
     return answer
@@ -54,14 +64,31 @@ def _ask(function: str, argument: Any) -> Any:
                 stderr=subprocess.DEVNULL,
             )
         assert _child.stdin is not None and _child.stdout is not None
-        with suppress(BrokenPipeError, EOFError):
+        with suppress(BrokenPipeError, EOFError, pickle.UnpicklingError):  # the last: it was killed in the middle of an answer
             pickle.dump((function, argument), _child.stdin)
             _child.stdin.flush()
+            if not select.select([_child.stdout], [], [], ANSWER_SECONDS)[0]:
+                _give_up()
             return pickle.load(_child.stdout)
         code, _child = _child.wait(), None
         if attempt:
             raise ChildProcessError(f"the process that was to load {HEAVY_PACKAGE} ended with exit status {code}")
     raise AssertionError
+
+
+def _give_up() -> NoReturn:
+    """End a child that does not answer.
+
+    Raises:
+        ChildProcessError: always.
+    """
+    global _child
+    assert _child is not None
+    _child.kill()
+    with suppress(subprocess.TimeoutExpired):  # one that waits for a disk that is gone does not end
+        _child.wait(5)
+    _child = None
+    raise ChildProcessError(f"the process that was to load {HEAVY_PACKAGE} has not answered in {ANSWER_SECONDS:g} s")
 
 
 def _answer(questions: BinaryIO, answers: BinaryIO) -> None:
@@ -75,8 +102,17 @@ def _answer(questions: BinaryIO, answers: BinaryIO) -> None:
             answer = _call(function, argument)
         except Exception as error:
             answer = error
-        pickle.dump(answer, answers)
+        answers.write(_sendable(answer))
         answers.flush()
+
+
+def _sendable(answer: Any) -> bytes:
+    """Return an answer in pickled form, or an error with its text where it cannot be pickled and read again."""
+    try:
+        pickle.loads(sent := pickle.dumps(answer))
+    except Exception as error:  # objects raise what they like
+        return pickle.dumps(CheckpointError(str(answer if isinstance(answer, Exception) else error)))
+    return sent
 
 
 def main() -> None:

@@ -54,6 +54,19 @@ def make(here: Path, steps: Iterable[object], *halves: str) -> None:
         ("step1.5/av", None),
         ("stepwise/av", None),
         ("kilter_3/av", None),
+        ("runs/v2/av_step400", 400),
+        ("runs/iter_5/lora.v2/av-iter_6", 6),
+        ("owner/nla-iter3@main/iter_400/av", 400),
+        ("owner/nla@exp-step7", 7),
+        ("x_step900.pt", 900),
+        ("stepfun/step3-7b-av", None),
+        ("qwen-step3-av", None),
+        ("runs/x/qwen-step3-av", None),
+        ("owner/model-iter3", None),
+        ("owner/model-iter3/av", None),
+        ("owner/step3@main/av", None),
+        ("runs/steps_10k", None),
+        ("runs/step_1e3", None),
     ],
 )
 def test_the_step_that_a_path_states(path: str, step: int | None) -> None:
@@ -64,6 +77,8 @@ def test_steps_are_of_paths_that_differ_in_nothing_else() -> None:
     assert steps_of(["runs/iter_90/av", "runs/iter_0100/av"]) == [90, 100]
     assert steps_of(["a/step1/ar", "b/step1/ar"]) is None and steps_of(["a/step1/ar", "b/step2/ar"]) is None
     assert steps_of(["a/step1", "a/final"]) is None
+    assert steps_of(["owner/nla-step100-av", "owner/nla-step200-av"]) == [100, 200]
+    assert steps_of(["a/steps_1k", "a/steps_2k"]) is None
 
 
 def test_a_series_of_one_half_is_an_axis_by_step_with_the_steps_as_labels(here: Path) -> None:
@@ -80,6 +95,14 @@ def test_series_of_both_halves_vary_together(here: Path) -> None:
     sweep = expand_series(sweep_of(av="runs/iter_*/av", ar="runs/iter_*/ar"))
     assert pairs(sweep) == [(f"runs/iter_{step}/av", f"runs/iter_{step}/ar") for step in (20, 300, 1000)]
     assert sweep.labels() == ["step=20", "step=300", "step=1000"]
+
+
+def test_a_step_in_the_middle_of_names_orders_and_pairs_a_series(here: Path) -> None:
+    for name in ("iter_90_av", "iter_100_av", "iter_90_ar", "iter_100_ar"):
+        (here / "runs" / name).mkdir(parents=True)
+    sweep = expand_series(sweep_of(av="runs/iter_*_av", ar="runs/iter_*_ar"))
+    assert pairs(sweep) == [(f"runs/iter_{step}_av", f"runs/iter_{step}_ar") for step in (90, 100)]
+    assert sweep.labels() == ["step=90", "step=100"]
 
 
 def test_a_step_that_one_half_lacks_is_named(here: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 SCRIPT = """
 import errno, os, sys
@@ -47,3 +49,80 @@ def test_child_without_questions_ends() -> None:
     script = "import ksweep.utils.heavy_calls as calls, sys; calls.IDLE_SECONDS = 0.2; sys.argv = ['x']; calls.main()"
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.wait(timeout=60) == 0
+
+
+FUNCTIONS = """
+import os, pickle, threading
+
+def count(log):
+    with open(log, "a") as file:
+        file.write("asked ")
+
+def locked(log):
+    count(log)
+    error = ValueError("this checkpoint is odd")
+    error.lock = threading.Lock()
+    raise error
+
+class OfTwo(Exception):
+    def __init__(self, what, why):
+        super().__init__(f"{what} {why}")
+
+def of_two(log):
+    count(log)
+    raise OfTwo("this one", "too")
+
+def truncated(fd):
+    os.write(fd, pickle.dumps("x" * 100)[:50])
+    os._exit(9)
+"""
+
+ODD_ANSWERS = """
+import os
+from ksweep.utils import heavy_calls
+from ksweep.utils.heavy_calls import call_heavy
+
+def said(function, argument):
+    try:
+        return call_heavy(function, argument)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+call_heavy("os.path:basename", "/a")
+first = heavy_calls._child
+print(said("functions:locked", "log"), said("functions:of_two", "log"), open("log").read(), first is heavy_calls._child, sep="|")
+pipes = f"/proc/{first.pid}/fd/"
+[answers] = [int(fd) for fd in os.listdir(pipes) if os.stat(pipes + fd).st_ino == os.fstat(first.stdout.fileno()).st_ino]
+print(said("functions:truncated", answers))
+heavy_calls.ANSWER_SECONDS = 0.3
+print(said("time:sleep", 60))
+heavy_calls.ANSWER_SECONDS = 600
+print(said("os.path:basename", "/b/c"))
+"""
+
+
+def test_answers_that_cannot_be_sent_or_read_or_do_not_come_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, "-c", ODD_ANSWERS], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=50)
+    assert run.stdout.splitlines() == [
+        "CheckpointError: this checkpoint is odd|CheckpointError: this one too|asked asked |True",
+        "ChildProcessError: the process that was to load transformers ended with exit status 9",
+        "ChildProcessError: the process that was to load transformers has not answered in 0.3 s",
+        "c",
+    ], run.stderr
+
+
+THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from ksweep.utils.heavy_calls import call_heavy
+
+with ThreadPoolExecutor(8) as pool:
+    names = [str(i) for i in range(400)]
+    print(list(pool.map(lambda name: call_heavy("os.path:basename", "/" + name), names)) == names)
+"""
+
+
+def test_threads_get_their_own_answers() -> None:
+    run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=50)
+    assert run.stdout == "True\n", run.stderr
