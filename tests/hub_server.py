@@ -43,6 +43,7 @@ class Hub:
     """Repositories, what was asked of them, and how the server misbehaves."""
 
     repositories: dict[str, HubRepository] = field(default_factory=dict)
+    """By owner/name; data sets by datasets/owner/name."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of each request."""
     sent: list[tuple[str, int, int]] = field(default_factory=list)
@@ -87,9 +88,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path))
         if self.hub.refused_token and self.headers.get("Authorization") == f"Bearer {self.hub.refused_token}":
             return self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
-        is_api = path.startswith("api/models/")
-        owner, name, *rest = path.removeprefix("api/models/").split("/")
-        repository = self.hub.repositories.get(f"{owner}/{name}")
+        is_api = path.startswith("api/")
+        place = path.removeprefix("api/models/")
+        place = place.removeprefix("api/") if place.startswith("api/datasets/") else place
+        prefix = "datasets/" if place.startswith("datasets/") else ""
+        owner, name, *rest = place.removeprefix(prefix).split("/")
+        repository = self.hub.repositories.get(f"{prefix}{owner}/{name}")
         if repository is None:
             return self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
         kind, where = (rest[0], "/".join(rest[1:])) if rest else ("revision", "main")

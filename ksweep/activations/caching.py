@@ -53,7 +53,7 @@ class ActivationPlan:
     bytes_needed: int
     """Bytes on disk for the missing activations. Whole units are computed, so up to a unit more is written."""
     text_yield: str = ""
-    """What is to be known of a text whose rows do not all give activations."""
+    """Note on rows that yield no activations."""
 
 
 def activations_key(activations: Activations, layer: int | None) -> tuple[str, dict[str, Any]]:

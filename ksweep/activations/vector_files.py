@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,12 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ksweep.activations.hub_vectors import HUB_VECTORS, SIDECAR, hub_parts
 from ksweep.utils.errors import DataError
 from ksweep.utils.files import json_lines, publish_output
 from ksweep.utils.hub import content_digest
 from ksweep.utils.parquet_rows import damage_refused
 from ksweep.utils.plain_values import bounded_json
-from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.tensor_headers import read_header
 from ksweep.utils.text import some_of
 from ksweep.utils.torch_file import read_torch_file
@@ -44,10 +45,11 @@ FORMATS = ("Parquet (a file, a directory or pattern of parts, a hub data set)", 
 ROW_TABLES = (".rows.parquet", ".rows.jsonl")
 BATCH_ROWS = 1024
 RANGE = re.compile(r"(?P<source>.+)@\[(?P<start>\d*):(?P<stop>\d*)\]")
-HUB_VECTORS = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-MOST_EXPANSION = 64
-"""A compressed array has at most so many times the bytes of its file."""
+FLOATS = (2, 4, 8)
+"""Bytes of a number in an array; NumPy's long double differs from machine to machine."""
+MOST_UNPACKED_BYTES = 2**34
+"""Arrays of a .npz are unpacked in memory; those of the other formats are mapped from disk."""
 
 
 @dataclass
@@ -193,10 +195,24 @@ def vector_paths(source: str) -> tuple[Path, ...]:
     """Return the files that a source names, the table of rows beside an array among them.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or several arrays.
     """
     paths, _, _ = _located(source)
     return (*paths, *_row_tables(paths[0])) if paths[0].suffix in ARRAYS else paths
+
+
+def vector_sidecars(source: str) -> list[Path]:
+    """Return the sidecars of the files that a source names: beside each, and in the folders from its own up to the named one.
+
+    Raises:
+        DataError: as `vector_paths`.
+    """
+    folder, paths = _found(without_range(source))
+    beside = [Path(f"{path}.{SIDECAR}") for path in paths]
+    if Path(without_range(source)).expanduser().is_file():
+        return [path for path in beside if path.is_file()]
+    inside = {above for path in paths for above in path.parents if above == path.parent or folder in (above, *above.parents)}
+    return [path for path in (*beside, *(above / SIDECAR for above in sorted(inside))) if path.is_file()]
 
 
 def write_vectors(path: Path, tensors: Mapping[str, np.ndarray], rows: pa.Table, metadata: Mapping[str, str]) -> Path:
@@ -223,58 +239,40 @@ def without_range(source: str) -> str:
 
 def _located(source: str) -> tuple[tuple[Path, ...], int, int | None]:
     """Return the files, the first row, and the end of the range if there is one."""
-    start, stop = 0, None
-    if (match := RANGE.fullmatch(source)) and not Path(source).expanduser().exists():
-        source, start, stop = match["source"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+    start, stop, files = 0, None, without_range(source)
+    if files != source and (match := RANGE.fullmatch(source)):
+        start, stop = int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+    return _found(files)[1], start, stop
+
+
+def _found(source: str) -> tuple[Path | None, tuple[Path, ...]]:
+    """Return the directory or data set that a source without range names, if it names one, and its files in order."""
     path = Path(source).expanduser()
     if path.is_file():
-        return (path,), start, stop
+        return None, (path,)
     if path.is_dir():
-        found = sorted(path.glob("*.parquet")) or sorted(path.rglob("*.parquet"))
+        folder, found = path, sorted(path.glob("*.parquet")) or sorted(path.rglob("*.parquet"))
     else:
-        found = sorted(map(Path, glob.glob(str(path))))
+        folder, found = None, _without_row_tables(sorted(map(Path, glob.glob(str(path)))))
         if not found and HUB_VECTORS.fullmatch(source) and not path.parent.is_dir() and path.suffix not in (".parquet", *ARRAYS):
-            found = list(_hub_parts(source))
+            return hub_parts(source)
     if not found:
         raise DataError(
             f"no file of vectors at {source!r}: expected {', '.join(FORMATS)}; check the path, and that a relative one starts "
             "from the current directory"
         )
-    return tuple(found), start, stop
-
-
-@once_per_pass
-def _hub_parts(source: str) -> tuple[Path, ...]:
-    """Download the Parquet files of a hub data set, of one configuration where it is named, and return their paths in order.
-
-    Raises:
-        DataError: the hub cannot be reached, or has none.
-    """
-    from huggingface_hub import HfApi, hf_hub_download
-
-    match = HUB_VECTORS.fullmatch(source)
-    assert match
-    repo, config, revision = match["repo"], match["config"], match["revision"]
-    try:
-        commit = HfApi().dataset_info(repo, revision=revision).sha
-        names = sorted(
-            name for name in HfApi().list_repo_files(repo, repo_type="dataset", revision=commit) if name.endswith(".parquet")
-        )
-        wanted = [
-            name for name in names if config is None or config in Path(name).parts[:-1] or Path(name).name.startswith(config)
-        ]
-        paths = tuple(Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit)) for name in wanted)
-    except Exception as error:  # which HTTP library's errors come through depends on the hub client's version
+    if len(found) > 1 and (array := next((file for file in found if file.suffix in ARRAYS), None)):
         raise DataError(
-            f"vectors {source!r} are neither a local path nor available from the hub ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:200]}). Check the spelling, log in for gated data sets (hf auth login), or "
-            "pass local files."
-        ) from error
-    if not paths:
-        raise DataError(
-            f"hub data set {source} has no Parquet files{'' if config is None else f' of {config!r}'}: {some_of(names)}"
+            f"{source} is {len(found)} files, an array among them ({array.name}), and only Parquet files are read as parts of "
+            "one table: name one file, or write the arrays as one"
         )
-    return paths
+    return folder, tuple(found)
+
+
+def _without_row_tables(paths: Sequence[Path]) -> list[Path]:
+    """Return paths without the tables and sidecars that lie beside others of them."""
+    beside = {f"{path}{ending}" for path in paths for ending in (*ROW_TABLES, f".{SIDECAR}")}
+    return [path for path in paths if str(path) not in beside and path.name != SIDECAR]
 
 
 def _open_parts(source: str, paths: Sequence[Path], column: str | None) -> VectorFile:
@@ -306,8 +304,12 @@ def _open_array(source: str, path: Path, column: str | None) -> VectorFile:
     names = [name for name, array in arrays.items() if array.ndim == 2]
     chosen = _chosen(source, column, names, list(arrays))
     array = arrays[chosen]
-    if array.ndim != 2 or (array.dtype.kind != "f" and path.suffix != ".safetensors"):
-        raise DataError(f"{chosen!r} of {source} is an array {array.shape} of {array.dtype}; expected floats [row, d_model]")
+    is_float = array.dtype.kind == "f" and array.dtype.itemsize in FLOATS
+    if array.ndim != 2 or array.shape[1] == 0 or not (is_float or path.suffix == ".safetensors"):
+        raise DataError(
+            f"{chosen!r} of {source} is an array {array.shape} of {array.dtype}; "
+            "expected floats of 16, 32 or 64 bits, [row, d_model]"
+        )
     tables = _row_tables(path)
     rows = _row_table(tables[0]) if tables else None
     if rows is not None and len(rows) != len(array):
@@ -348,16 +350,39 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         value = read_torch_file(path)
         tensors = value if isinstance(value, dict) else {VECTOR_COLUMN: value}
         return {str(name): _of_tensor(tensor) for name, tensor in tensors.items() if hasattr(tensor, "detach")}
+    except DataError:
+        raise
     except Exception as error:  # NumPy and zipfile raise whatever a damaged file happens to cause
         raise DataError(f"{path} cannot be read as an array ({str(error)[:300]}); is it whole?") from error
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays [row, d_model] of an archive, or its only one; their headers say beforehand what they take."""
+    out, left = {}, MOST_UNPACKED_BYTES
     with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > MOST_EXPANSION * path.stat().st_size:
-            raise ValueError("what it holds is more than it can be")
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files if arrays[name].ndim == 2 or len(arrays.files) == 1}
+        entries = [entry for entry in archive.namelist() if entry.endswith(".npy")]
+        for entry in entries:
+            with archive.open(entry) as file:
+                shape, dtype = _npy_header(file)
+            left -= (size := math.prod(shape) * dtype.itemsize)
+            if len(shape) != 2 and len(entries) > 1:
+                left += size
+                continue
+            if left < 0:
+                raise DataError(
+                    f"{path} holds arrays of more than {MOST_UNPACKED_BYTES:,} bytes ({entry}: {size:,}), which would all be "
+                    "unpacked in memory: save them as .npy or .safetensors, which are read from disk"
+                )
+            with archive.open(entry) as file:
+                out[entry.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+    return out
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -380,7 +405,7 @@ def _of_tensor(tensor: Any) -> np.ndarray:
 
 def _lists(array: np.ndarray) -> pa.FixedSizeListArray:
     values = (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
-    flat = np.ascontiguousarray(values).reshape(-1)
+    flat = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), array.shape[1])
 
 

@@ -27,9 +27,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ksweep.activations.hub_vectors import SIDECAR
 from ksweep.activations.row_order import ascending, row_number
 from ksweep.activations.source import WINDOW_CHARACTERS, ActivationUnit, kept_rows, refuse_unusable
-from ksweep.activations.vector_files import VECTOR_COLUMN, VectorFile, open_vectors, vector_paths, without_range
+from ksweep.activations.vector_files import VECTOR_COLUMN, VectorFile, open_vectors, vector_sidecars, without_range
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note
@@ -88,14 +89,13 @@ def read_vectors_sidecar(vectors: str | Path) -> VectorsSidecar | None:
     Raises:
         DataError: a sidecar that is damaged, of another kind, of vectors that are not raw, or with an unknown key.
     """
-    # 1. Read the sidecar beside the file; else those of its parts, or that of their directory.
-    source = without_range(str(vectors))
-    beside = [Path(f"{Path(source).expanduser()}.nla_meta.yaml")]
-    if not beside[0].is_file() and not Path(source).expanduser().is_file():
+    # 1. Read the sidecar beside the file; else those of its parts, and of their folders.
+    beside = Path(f"{Path(without_range(str(vectors))).expanduser()}.{SIDECAR}")
+    found = [beside] if beside.is_file() else []
+    if not found:
         with suppress(DataError):  # where there are none the vectors are refused
-            parts = vector_paths(source)
-            beside += [*(Path(f"{path}.nla_meta.yaml") for path in parts), parts[0].parent / "nla_meta.yaml"]
-    stated = [_read_sidecar(path) for path in beside if path.is_file()]
+            found = vector_sidecars(str(vectors))
+    stated = [_read_sidecar(path) for path in found]
     # 2. Those of several parts must agree.
     if any(replace(other, notes=()) != replace(stated[0], notes=()) for other in stated):
         raise DataError(f"the parts of {vectors} have sidecars that say different things: give parts of one extraction")

@@ -49,7 +49,7 @@ class CellFacts:
     title: str = ""
     """Name of the cell where it stands alone; empty: its label."""
     text_yield: str = ""
-    """What is to be known of a text whose rows do not all give activations."""
+    """Note on rows that yield no activations."""
     keys: CellKeys | None = None
     """Resolved identity of the cell, for its job's job.json."""
 
@@ -74,7 +74,7 @@ class Step:
     draws_to_score: int = 0
     """Draws that exist and lack scores by this cell's AR. Those to sample are scored as they are drawn, and not counted here."""
     text_yield: str = ""
-    """What is to be known of a text whose rows do not all give activations."""
+    """Note on rows that yield no activations."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import errno
 import glob
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.planning_pass import once_per_pass
@@ -52,6 +52,7 @@ class HubSource:
     """Branch, tag or commit; None is the default branch."""
     folder: str
     """Relative to the root, which is ""."""
+    repo_type: Literal["model", "dataset"] = "model"
 
     def __str__(self) -> str:
         return self.repo + f"@{self.revision}" * (self.revision is not None) + f"/{self.folder}" * bool(self.folder)
@@ -119,25 +120,51 @@ def download(source: str, what: str) -> Path:
     Raises:
         CheckpointError: it cannot be had; the message says what to do.
     """
-    from huggingface_hub import snapshot_download
-
     with _explained(source, what):
         place, names, cached = _located(source, what)
         needed = needed_files(names, place.folder)
         if not needed:
             raise CheckpointError(f"{what} {source!r}: {_nothing_there(place, names)}")
-        exact = [glob.escape(name) for name in needed]
-        snapshot = cached or Path(snapshot_download(place.repo, revision=place.revision, allow_patterns=exact))
+        snapshot = cached or _snapshot(place, needed)
+    _refuse_incomplete(f"{what} {source!r}", snapshot, needed, is_cached=cached is not None)
+    return snapshot / place.folder
+
+
+def download_dataset(place: HubSource, what: str, choose: Callable[[list[str]], list[str]]) -> tuple[Path, list[str]]:
+    """Return the local folder of a data set on the hub, and which of its files are there; as `download` does.
+
+    Args:
+        choose: returns the files that are needed, from all files of the data set. What it raises is passed on.
+
+    Raises:
+        CheckpointError: it cannot be had; the message says what to do.
+    """
+    with _explained(str(place), what, place):
+        names, cached = _listing(place)
+    needed = choose(names)
+    with _explained(str(place), what, place):
+        snapshot = cached or _snapshot(place, needed)
+    _refuse_incomplete(f"{what} {str(place)!r}", snapshot, needed, is_cached=cached is not None)
+    return snapshot, needed
+
+
+def _snapshot(place: HubSource, needed: Iterable[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    exact = [glob.escape(name) for name in needed]
+    return Path(snapshot_download(place.repo, repo_type=place.repo_type, revision=place.revision, allow_patterns=exact))
+
+
+def _refuse_incomplete(what: str, snapshot: Path, needed: Sequence[str], *, is_cached: bool) -> None:
     missing = [name for name in needed if not (snapshot / name).exists()]
-    if missing and cached is None:
-        raise CheckpointError(f"{what} {source!r} changed on the hub while it was downloaded: run the same command again.")
+    if missing and not is_cached:
+        raise CheckpointError(f"{what} changed on the hub while it was downloaded: run the same command again.")
     if missing:
         raise CheckpointError(
-            f"{what} {source!r} is only partly in the hub's cache ({snapshot}), and the hub cannot be reached: {len(missing)} of "
+            f"{what} is only partly in the hub's cache ({snapshot}), and the hub cannot be reached: {len(missing)} of "
             f"{len(needed)} files are missing ({some_of(missing)}). Run the same command where it can be reached (without "
             "HF_HUB_OFFLINE): what is there is kept, and the download goes on."
         )
-    return snapshot / place.folder
 
 
 def listed(source: str, what: str) -> tuple[HubSource, list[str]]:
@@ -159,15 +186,15 @@ def _located(source: str, what: str) -> tuple[HubSource, list[str], Path | None]
     for reading in readings:
         with suppress(RevisionNotFoundError):
             return reading, *_listing(reading)
-    repo, revisions = readings[0].repo, " or ".join(repr(reading.revision or "main") for reading in readings)
+    revisions = " or ".join(repr(reading.revision or "main") for reading in readings)
     raise CheckpointError(
-        f"{what} {source!r}: repository {repo} of the model hub has no revision {revisions}. Give a branch, tag or commit of "
-        f"{_page(repo)}, as owner/name@revision or owner/name@revision/folder."
+        f"{what} {source!r}: repository {readings[0].repo} of the model hub has no revision {revisions}. Give a branch, tag or "
+        f"commit of {_page(readings[0])}, as owner/name@revision or owner/name@revision/folder."
     )
 
 
 @contextmanager
-def _explained(source: str, what: str) -> Iterator[None]:
+def _explained(source: str, what: str, place: HubSource | None = None) -> Iterator[None]:
     """Turn what the hub's client raises into a CheckpointError; a full or failing disk stays what it is."""
     from huggingface_hub import errors
 
@@ -176,7 +203,7 @@ def _explained(source: str, what: str) -> Iterator[None]:
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError) or getattr(error, "errno", None) in _OF_THE_DISK:
             raise
-        reason = _reason(error, hub_readings(source)[0])
+        reason = _reason(error, place or hub_readings(source)[0])
         text = f"{what} {source!r} is neither a local path nor available from the model hub: {reason}"
         raise CheckpointError(text) from error
 
@@ -189,10 +216,10 @@ def _listing(source: HubSource) -> tuple[list[str], Path | None]:
     """
     from huggingface_hub import HfApi, errors
 
-    if COMMIT.fullmatch(source.revision or "") and (names := _remembered_names(source.repo, source.revision)) is not None:
+    if COMMIT.fullmatch(source.revision or "") and (names := _remembered_names(source, source.revision)) is not None:
         return names, None  # a commit does not change, so that a job with a pinned one needs no network
     try:
-        siblings = HfApi().repo_info(source.repo, revision=source.revision).siblings
+        siblings = HfApi().repo_info(source.repo, repo_type=source.repo_type, revision=source.revision).siblings
         return [file.rfilename for file in siblings or ()], None
     except errors.RevisionNotFoundError:
         raise
@@ -202,7 +229,7 @@ def _listing(source: HubSource) -> tuple[list[str], Path | None]:
             raise
         if not isinstance(error, errors.OfflineModeIsEnabled):
             log.warning("the model hub does not answer (%s): %s is taken from its cache, %s", _brief(error), source, cached)
-        return _cached_names(source.repo, cached), cached
+        return _cached_names(source, cached), cached
 
 
 def _cached_snapshot(source: HubSource) -> Path | None:
@@ -210,18 +237,22 @@ def _cached_snapshot(source: HubSource) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source.repo, revision=source.revision, local_files_only=True, allow_patterns=[]))
+        return Path(
+            snapshot_download(
+                source.repo, repo_type=source.repo_type, revision=source.revision, local_files_only=True, allow_patterns=[]
+            )
+        )
     except LocalEntryNotFoundError:
         return None
 
 
-def _cached_names(repo: str, snapshot: Path) -> list[str]:
+def _cached_names(source: HubSource, snapshot: Path) -> list[str]:
     """Return the files that the snapshot has on the hub, as far as its client remembered them; else those that are there."""
     there = (path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
-    return list(there) if (names := _remembered_names(repo, snapshot.name)) is None else names
+    return list(there) if (names := _remembered_names(source, snapshot.name)) is None else names
 
 
-def _remembered_names(repo: str, commit: str | None) -> list[str] | None:
+def _remembered_names(source: HubSource, commit: str | None) -> list[str] | None:
     """Return the files of a commit that the client listed before; None where it did not, or is of a version that forgets them."""
     try:
         from huggingface_hub import get_cached_repo_tree
@@ -229,7 +260,7 @@ def _remembered_names(repo: str, commit: str | None) -> list[str] | None:
     except ImportError:
         return None
     try:
-        return [file.path for file in get_cached_repo_tree(repo, revision=commit)]
+        return [file.path for file in get_cached_repo_tree(source.repo, repo_type=source.repo_type, revision=commit)]
     except CachedRepoTreeNotFoundError:
         return None
 
@@ -244,25 +275,27 @@ def _reason(error: Exception, source: HubSource) -> str:
     """Return why a repository cannot be had, and what to do."""
     from huggingface_hub import constants, errors
 
-    repo, place = source.repo, f"--include '{source.folder}/*' " if source.folder else ""
-    local = "or pass a local directory"
+    repo, kind = source.repo, "--repo-type dataset " if source.repo_type == "dataset" else ""
+    place = f"--include '{source.folder}/*' " if source.folder else ""
+    local = "or pass a local directory" if not kind else "or pass local files"
     status = getattr(getattr(error, "response", None), "status_code", None)
     chain = [error, error.__cause__, error.__context__]
     if any(isinstance(e, errors.GatedRepoError) for e in chain):
         return (
-            f"{repo} is gated. Accept its conditions at {_page(repo)}, log in with that account (hf auth login, or HF_TOKEN), "
+            f"{repo} is gated. Accept its conditions at {_page(source)}, log in with that account (hf auth login, or HF_TOKEN), "
             f"wait for its owners if they approve each request; {local}."
         )
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or (status == 401 and not _refuses_token(error)):
         return (
             f"there is no repository {repo}, or it is private and you are not logged in as somebody who may read it. Check the "
-            f"spelling at {_page(repo)}, log in (hf auth login, or HF_TOKEN), {local}."
+            f"spelling at {_page(source)}, log in (hf auth login, or HF_TOKEN), {local}."
         )
     if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain) or constants.HF_HUB_OFFLINE:
         revision = f"--revision {source.revision} " if source.revision else ""
         return (
             f"HF_HUB_OFFLINE is set, and {source} is not in the cache ({constants.HF_HUB_CACHE}). Unset it, or download where "
-            f"there is a network (hf download {repo} {revision}{place}--cache-dir DIR) and set HF_HUB_CACHE to DIR; {local}."
+            f"there is a network (hf download {repo} {kind}{revision}{place}--cache-dir DIR) and set HF_HUB_CACHE to DIR; "
+            f"{local}."
         )
     if status in (401, 403):
         return (
@@ -293,10 +326,10 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:200]}"
 
 
-def _page(repo: str) -> str:
+def _page(source: HubSource) -> str:
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT}/{repo}"
+    return f"{constants.ENDPOINT}/{'datasets/' * (source.repo_type == 'dataset')}{source.repo}"
 
 
 def _nothing_there(source: HubSource, names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from ksweep.activations import activations_key, ensure
-from ksweep.activations.vector_files import open_vectors
+from ksweep.activations.vector_files import open_vectors, vector_paths
 from ksweep.activations.vector_source import are_of_one_document, vectors_layer
 from ksweep.utils.errors import DataError
 from tests.activations.helpers import random_vectors, vector_spec, write_vectors
+from tests.hub_server import Hub, HubRepository, serving_hub, use_hub
 
 VECTORS = random_vectors(30)
 DOCUMENTS = [f"d{i // 3}" for i in range(30)]
@@ -173,36 +175,82 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
         open_vectors(tmp_path / "two.parquet", "c")
 
 
-def test_a_hub_data_set_is_its_parquet_files_at_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+@pytest.fixture
+def data_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Data set owner/acts at v1: vectors of split test, of train in two parts, of one with a longer name; sidecars."""
+    test, first, second = (path.read_bytes() for path in sorted(parts(tmp_path / "hub").iterdir()))
+    layer = b"kind: nla_dataset\nextraction:\n  layer_index: 20\n"
+    files = {
+        "README.md": b"", "data/test-0.parquet": test, "data/train-0.parquet": first, "data/train-1.parquet": second,
+        "data/train_long-0.parquet": test, "data/train-0.parquet.nla_meta.yaml": layer, "nla_meta.yaml": b"# all\n" + layer,
+    }  # fmt: skip
+    with serving_hub() as hub:
+        hub.repositories["datasets/owner/acts"] = HubRepository({"v1": files, "main": {"a/0000.parquet": test}})
+        use_hub(monkeypatch, hub.endpoint, str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        yield hub
 
-    folder, asked = parts(tmp_path / "hub"), []
-    names = ["README.md", "data/train-0.parquet", "data/train-1.parquet", "data/test-0.parquet"]
-    files = dict(
-        zip(["data/test-0.parquet", "data/train-0.parquet", "data/train-1.parquet"], sorted(folder.iterdir()), strict=True)
-    )
 
-    class Api:
-        def dataset_info(self, repo: str, revision: str | None) -> Any:
-            return type("Info", (), {"sha": f"{repo} at {revision}"})
-
-        def list_repo_files(self, repo: str, *, repo_type: str, revision: str) -> list[str]:
-            assert (repo, repo_type, revision) == ("owner/acts", "dataset", "owner/acts at v1")
-            return names
-
-    def download(repo: str, name: str, *, repo_type: str, revision: str) -> str:
-        asked.append(name)
-        return str(files[name])
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.chdir(tmp_path)
-    with open_vectors("owner/acts@v1") as file:
-        assert file.num_rows == 30
-    asked.clear()
+def test_a_split_of_a_hub_data_set_is_its_parquet_files_with_their_sidecars(data_hub: Hub) -> None:
     with open_vectors("owner/acts:train@v1@[5:]") as file:
         table = pa.concat_tables(file.batches(["activation_vector", "doc_id"]))
-    assert asked == ["data/train-0.parquet", "data/train-1.parquet"]
+    assert data_hub.asked_files() == {
+        "data/train-0.parquet", "data/train-1.parquet", "data/train-0.parquet.nla_meta.yaml", "nla_meta.yaml"
+    }  # fmt: skip
     assert np.array_equal(np.stack(table["activation_vector"].to_numpy()), VECTORS[15:30])
+    assert vectors_layer("owner/acts:train@v1@[5:]") == vectors_layer("owner/acts:data/test@v1") == 20
+    with open_vectors("owner/acts") as file:
+        assert file.num_rows == 10
+
+
+def test_splits_of_a_hub_data_set_are_not_mixed(data_hub: Hub) -> None:
+    with pytest.raises(DataError, match=r"has 3 splits \(data/test, data/train, data/train_long\).*as owner/name:data/test"):
+        open_vectors("owner/acts@v1")
     with pytest.raises(DataError, match=r"has no Parquet files of 'validation': data/test-0\.parquet"):
         open_vectors("owner/acts:validation@v1")
+    with pytest.raises(DataError, match=r"'owner/acts@v9'.*404"):
+        open_vectors("owner/acts@v9")
+
+
+def test_a_hub_that_does_not_answer_leaves_the_vectors_in_its_cache(
+    data_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_vectors("owner/acts:train@v1").__exit__()
+    use_hub(monkeypatch, "http://127.0.0.1:1", str(tmp_path / "cache"))
+    with open_vectors("owner/acts:train@v1") as file:
+        assert file.num_rows == 20
+    with pytest.raises(DataError, match="is only partly in the hub's cache"):
+        open_vectors("owner/acts:test@v1")
+
+
+def test_several_arrays_are_not_read_as_one(tmp_path: Path) -> None:
+    np.save(tmp_path / "a0.npy", VECTORS[:5])
+    pq.write_table(pa.table({"doc_id": DOCUMENTS[:5]}), tmp_path / "a0.npy.rows.parquet")
+    with open_vectors(tmp_path / "a*") as file:
+        assert file.num_rows == 5 and file.names == ["activation_vector", "doc_id"]
+    np.save(tmp_path / "a1.npy", VECTORS[:7])
+    write_vectors(tmp_path / "b0.parquet", VECTORS)
+    for pattern in ("a*.npy", "[ab]0*"):
+        for read in (open_vectors, vector_paths):
+            with pytest.raises(DataError, match=r"is 2 files, an array among them \(a0\.npy\)"):
+                read(f"{tmp_path}/{pattern}")
+
+
+def test_floats_of_either_byte_order_are_read_and_other_arrays_refused(tmp_path: Path) -> None:
+    for dtype in ("<f2", ">f2", ">f4", ">f8"):
+        np.save(tmp_path / "v.npy", VECTORS.astype(dtype))
+        table = ensure(vector_spec(tmp_path / "v.npy", 30), None, tmp_path / dtype)
+        assert np.array_equal(table.vectors(), VECTORS.astype(dtype).astype(np.float32))
+    for array in (VECTORS.astype(np.longdouble), VECTORS[:, :0]):
+        np.save(tmp_path / "v.npy", array)
+        with pytest.raises(DataError, match="expected floats of 16, 32 or 64 bits"):
+            open_vectors(tmp_path / "v.npy")
+
+
+def test_an_archive_may_be_small_and_is_measured_by_its_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "v.npz", vectors=np.ones((4096, 64), np.float32), b_dec=np.zeros(10_000))
+    with open_vectors(tmp_path / "v.npz") as file:  # 64 times smaller than what it holds
+        assert (file.num_rows, file.d_model) == (4096, 64)
+    monkeypatch.setattr("ksweep.activations.vector_files.MOST_UNPACKED_BYTES", 4096 * 64 * 4 - 1)
+    with pytest.raises(DataError, match=r"more than 1,048,575 bytes \(vectors\.npy: 1,048,576\).*save them as \.npy"):
+        open_vectors(tmp_path / "v.npz")
