@@ -107,8 +107,7 @@ class BuiltinEngine:
         The next batch is taken only when slots would otherwise stay empty, so draws of several batches are in flight at once.
         """
         if not self._uses_slots(verbalizer, options.max_new_tokens):
-            model, length = type(verbalizer.model).__name__, verbalizer.prompt_length + options.max_new_tokens
-            say_once(f"drawing by the naive engine, which is slower: slots do not hold rows of {length} tokens of a {model}")
+            say_once(f"drawing by the naive engine, which is slower: {_why_no_slots(verbalizer, options.max_new_tokens)}")
             return NaiveEngine().generate(verbalizer, batches, options)
         memory.keep_freed_memory(verbalizer.model.device)
         return until_stopped(_draw_in_slots(verbalizer, enumerate(batches), options))
@@ -127,6 +126,16 @@ class BuiltinEngine:
     @staticmethod
     def _uses_slots(verbalizer: PromptedModel, max_new_tokens: int) -> bool:
         return attention.supports_slots(verbalizer.model, verbalizer.prompt_length + max_new_tokens)
+
+
+def _why_no_slots(verbalizer: PromptedModel, max_new_tokens: int) -> str:
+    model, length = type(verbalizer.model).__name__, verbalizer.prompt_length + max_new_tokens
+    if not attention.supports_slots(verbalizer.model, 1):
+        return f"the built-in engine has no fast path for {model}. The draws are the same; nothing has to be changed"
+    return (
+        f"prompt and explanation may have {length} tokens ({max_new_tokens} of them new), more than the sliding window of "
+        f"{model}. A smaller sampling.max_new_tokens would be faster"
+    )
 
 
 # The decorator leaves inference mode at every yield; a `with` around a yield would put the caller into it as well.

@@ -34,13 +34,28 @@ SPELLING = "owner/name, owner/name@revision, owner/name/folder or owner/name@rev
 SIDECARS = ("nla_meta.yaml", "nla_config.json", "*.npz")
 """Files above a checkpoint's folder that may say how it is used; the last are transforms of whitened activations."""
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".json", ".yaml", ".model", ".txt", ".jinja", ".npz", ".tiktoken")
-"""Files of a folder that can change what a model computes. README, licence, pictures, logs, GGUF and ONNX are none."""
+"""Files of a folder that can change what a model computes. README, licence, pictures, logs, GGUF and ONNX cannot."""
 WEIGHTS = (".safetensors", ".bin", ".pt")
 FOLDERS_OF_TEMPLATES = ("additional_chat_templates",)
 NEVER_NEEDED = ("optim*", "scheduler.*", "rng_state*", "training_args.bin", "run_config*", "trainer_state.json")
 """What training leaves behind beside the weights."""
-OTHER_FORMATS = ("*.bin", "consolidated*.safetensors", "consolidated*.pt", "*.bin.index.json", "consolidated*.index.json")
-"""The same weights once more, where a folder has them as transformers' safetensors."""
+REPETITIONS = (
+    (
+        ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model*.bin", "model*.bin", "*model.bin.index*.json", "consolidated*.safetensors", "consolidated*.pt",
+         "consolidated*.index.json"),
+    ),
+    (("adapter_model.safetensors",), ("adapter_model.bin",)),
+    (
+        ("model.safetensors", "model-?????-of-?????.safetensors"),
+        ("model.*.safetensors", "model-*.*.safetensors", "model.safetensors.index.*.json"),
+    ),
+    (
+        ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin"),
+        ("pytorch_model.*.bin", "pytorch_model-*.*.bin", "pytorch_model.bin.index.*.json"),
+    ),
+)  # fmt: skip
+"""Where a folder has one of the first, the second are the same weights once more: other formats, and variants (model.fp16)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ def needed_files(names: Iterable[str], folder: str = "") -> list[str]:
     """Return the files of a repository that the checkpoint in one of its folders needs, sorted.
 
     These are the folder's own files, without those of its folders (other checkpoints), and the sidecars above it. Of several
-    formats of the weights only safetensors are taken.
+    formats of the same weights only safetensors are taken, and no variants (`model.fp16.safetensors`) beside them.
 
     Args:
         names: every file of the repository, relative to its root.
@@ -101,8 +116,9 @@ def needed_files(names: Iterable[str], folder: str = "") -> list[str]:
         return sorted(map(str, {place, *above}))
     places = (place, *(place / name for name in FOLDERS_OF_TEMPLATES))
     own = [path for path in paths if path.parent in places and path.suffix in MODEL_SUFFIXES and not _matches(path, NEVER_NEEDED)]
-    if any(path.suffix == ".safetensors" and not _matches(path, OTHER_FORMATS) for path in own):
-        own = [path for path in own if not _matches(path, OTHER_FORMATS)]
+    for kept, repeated in REPETITIONS:
+        if any(_matches(path, kept) for path in own):
+            own = [path for path in own if not _matches(path, repeated)]
     return sorted(map(str, {*own, *above})) if own else []
 
 

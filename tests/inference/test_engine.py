@@ -538,11 +538,22 @@ def test_a_cache_that_cannot_be_copied_is_not_used(models, monkeypatch, caplog):
     monkeypatch.setattr(attention, "supports_slots", lambda model, length: False)
     monkeypatch.setattr(naive_engine, "prefill", static)
     naive_engine.say_once.cache_clear()
+    caplog.clear()
     assert texts(take(verbalizer, requests, batch_size=4, prefill_batch_size=2)) == expected
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         "drawing by the naive engine, which is slower",
         "the whole context runs again for every token",
     ]
+
+
+@pytest.mark.parametrize(
+    ("window", "why"), [(0, "has no fast path for LlamaForCausalLM"), (1, "more than the sliding window of Llama")]
+)
+def test_why_the_naive_engine_draws_is_said(models, monkeypatch, caplog, window, why):
+    monkeypatch.setattr(attention, "supports_slots", lambda model, length: length <= window)
+    naive_engine.say_once.cache_clear()
+    take(TinyVerbalizer(models["llama"], STOPS), requests_for(range(1), range(1)))
+    assert why in caplog.text and "which is slower" in caplog.text
 
 
 def test_forking_leaves_the_prefilled_cache_as_it_was(models, monkeypatch):

@@ -103,6 +103,31 @@ def test_of_several_formats_safetensors_are_needed_and_without_them_the_others()
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        ("config.json value_head.safetensors pytorch_model.bin", ""),
+        ("config.json value_head.safetensors pytorch_model.bin model.safetensors", "pytorch_model.bin"),
+        ("adapter_config.json adapter_model.bin value_head.safetensors", ""),
+        ("adapter_config.json adapter_model.bin adapter_model.safetensors", "adapter_model.bin"),
+        ("adapter_model.bin model.safetensors pytorch_model.bin", "pytorch_model.bin"),
+        ("adapter_model.safetensors pytorch_model.bin value_head.bin", ""),
+        ("model.safetensors value_head.bin", ""),
+        ("model.fp16.safetensors model.safetensors", "model.fp16.safetensors"),
+        ("model-00001-of-00002.safetensors model-00001-of-00002.fp16.safetensors", "model-00001-of-00002.fp16.safetensors"),
+        ("model.fp16-00001-of-00002.safetensors model-00001-of-00001.safetensors", "model.fp16-00001-of-00002.safetensors"),
+        ("model.safetensors model.safetensors.index.fp16.json", "model.safetensors.index.fp16.json"),
+        ("pytorch_model.bin pytorch_model.fp16.bin", "pytorch_model.fp16.bin"),
+        ("model.fp16.safetensors pytorch_model.bin", ""),
+        ("model.00-of-01.safetensors model.safetensors.index.json", ""),
+        ("pytorch_model-00001-of-00001.bin pytorch_model.bin.index.json", ""),
+        ("model-00001-of-00001.safetensors pytorch_model.bin.index.json", "pytorch_model.bin.index.json"),
+    ],
+)
+def test_weights_are_left_out_only_beside_the_same_weights_in_another_format(names: str, left_out: str) -> None:
+    assert needed_files(names.split()) == sorted(set(names.split()) - set(left_out.split()))
+
+
 # --- sidecars and digests ---
 
 
