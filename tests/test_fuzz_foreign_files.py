@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from ksweep.activations.datasets import read_documents
 from ksweep.activations.vector_source import VectorUnits, read_vectors_sidecar
+from ksweep.autoencoder.family import family_of
 from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.family import stated_training_norm
 from ksweep.autoencoder.tae.checkpoint import inspect_tae
@@ -40,12 +41,14 @@ from ksweep.utils.torch_file import read_checkpoint
 from tests.autoencoder import test_tae_crafted_pickles as crafted
 from tests.autoencoder.test_lying_headers import with_own_base
 from tests.autoencoder.test_tae_refusals import copy_case
+from tests.layout_fixtures import CASES
 from tests.registry.landed_runs import controls_of, curve_of, record_of, signed
 from tests.tiny_models import FIXTURES
 from tests.utils.test_tensor_headers import header_of, with_header
 
 pytestmark = [pytest.mark.slow, pytest.mark.trials, pytest.mark.timeout(7200)]
 
+LORA = CASES["easynla lora"]
 TRIALS = int(os.environ.get("KSWEEP_TRIALS", "1"))
 MOST_GROWTH = 160 << 20
 """Bytes that reading any number of these files may add to the memory of the process; 48 MB of them are a pickle's budget."""
@@ -280,6 +283,24 @@ def test_json_files_of_a_pair_with_other_values_and_bytes(name: str, tally: Tall
         other = json.dumps(with_other_value(json.loads(good), rng)).encode() if rng.random() < 0.7 else mutated(good, rng)
         with changed(path, other):
             tally.read(inspect)
+
+    fuzzed(100, trial)
+
+
+def test_json_files_of_an_easynla_pair_with_other_values_and_bytes(tally: Tally, tmp_path: Path) -> None:
+    """ar_meta.json, nla_config.json and the adapter's configuration."""
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    (root / "nla_config.json").write_text(json.dumps({"layer": 2, "d_model": 48, "actor_prompt_ids": [1, 2], "injection": "x"}))
+    names = (f"{LORA.ar}/ar_meta.json", "nla_config.json", f"{LORA.av}/adapter_config.json")
+    good = {name: (root / name).read_bytes() for name in names}
+
+    def trial(rng: random.Random) -> None:
+        name = rng.choice(names)
+        other = (
+            json.dumps(with_other_value(json.loads(good[name]), rng)).encode() if rng.random() < 0.7 else mutated(good[name], rng)
+        )
+        with changed(root / name, other):
+            tally.read(lambda: family_of(LORA.spec(root)).draws_identity())
 
     fuzzed(100, trial)
 
