@@ -131,9 +131,9 @@ class Autoencoder:
     """An activation verbalizer (AV) and the reconstructor (AR) trained with it: a public NLA pair, or a talkative autoencoder."""
 
     av: str | None = None
-    """Activation verbalizer: a directory in the public NLA layout, a hub id ("owner/name", "owner/name@revision/folder":
-    docs/checkpoints.md), or "package.module:name" of a class of your own (docs/extending.md). An unknown key in its sidecar
-    nla_meta.yaml is an error that names the key (docs/sidecars.md)."""
+    """Activation verbalizer: a directory of a pair of kitft, EasyNLA or nla-at-home (docs/layouts.md), a hub id ("owner/name",
+    "owner/name@revision/folder": docs/checkpoints.md), or "package.module:name" of a class of your own (docs/extending.md). An
+    unknown key in its sidecar nla_meta.yaml is an error that names the key (docs/sidecars.md)."""
     ar: str | None = None
     """Activation reconstructor: a directory, a hub id or a class of your own, as for `av`; the two may be mixed."""
     checkpoint: str | None = None
