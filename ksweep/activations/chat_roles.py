@@ -15,11 +15,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 TokenRole = Literal["user", "assistant", "system", "special", "other", "pad"]
 TOKEN_ROLES: tuple[TokenRole, ...] = get_args(TokenRole)
 Template = Literal["gemma", "chatml", "llama3", "harmony"]
+
+
+class SpokenTokens(NamedTuple):
+    """Who says each token of a row."""
+
+    roles: list[TokenRole]
+    messages: list[int | None]
+    """Number of the message that the token is in, special tokens inside it included; None outside of messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +108,19 @@ def token_roles(
         special: tokens that are special wherever they stand, besides those of the format.
         pad: the padding token: a run of it at either end is "pad"; inside it is a token like any other (GPT-2 pads with EOS).
     """
+    return spoken_tokens(tokens, template, special=special, pad=pad).roles
+
+
+def spoken_tokens(
+    tokens: Sequence[str], template: Template | None, *, special: Collection[str] = (), pad: str | None = None
+) -> SpokenTokens:
+    """Return the role of each token, and the message that it is in; arguments as of `token_roles`."""
     first, last = _without_padding(tokens, pad)
     reader = _Reader(CHAT_FORMATS[template] if template else None, frozenset(special))
-    read: list[TokenRole] = [reader.role(token) for token in tokens[first:last]]
-    before: list[TokenRole] = ["pad"] * first
-    after: list[TokenRole] = ["pad"] * (len(tokens) - last)
-    return before + read + after
+    read: list[tuple[TokenRole, int | None]] = [(reader.role(token), reader.message) for token in tokens[first:last]]
+    padding: tuple[TokenRole, None] = ("pad", None)
+    row = [padding] * first + read + [padding] * (len(tokens) - last)
+    return SpokenTokens([role for role, _ in row], [message for _, message in row])
 
 
 def count_roles(roles: Iterable[TokenRole]) -> dict[str, int]:
@@ -133,6 +148,10 @@ class _Reader:
     """The role's name, if a marker inside the header has ended it."""
     fresh: bool = False
     """Whether the header has just ended and no message token came since."""
+    count: int = 0
+    """Messages so far."""
+    message: int | None = None
+    """Number of the message that the last token is in."""
 
     def role(self, token: str) -> TokenRole:
         """Return the role of the next token."""
@@ -151,13 +170,13 @@ class _Reader:
 
     def _marker(self, token: str, form: ChatFormat) -> None:
         if token == form.start:
-            self.speaker, self.header, self.name = "other", "", None
+            self.speaker, self.header, self.name, self.message = "other", "", None, None
         elif token in form.header_ends:
             self._speak(form)
         elif token in form.name_ends:
             self.name = self.name if self.name is not None else self.header
         elif token in form.ends:
-            self.speaker, self.header = "other", None
+            self.speaker, self.header, self.message = "other", None, None
 
     def _header_text(self, text: str, form: ChatFormat) -> None:
         assert self.header is not None
@@ -170,6 +189,7 @@ class _Reader:
         words = (self.name if self.name is not None else self.header or "").split()
         self.speaker = form.names.get(words[0], "other") if words else "other"
         self.header, self.name, self.fresh = None, None, True
+        self.message, self.count = self.count, self.count + 1
 
     def _message_token(self, token: str, form: ChatFormat) -> TokenRole:
         fresh, self.fresh = self.fresh, False

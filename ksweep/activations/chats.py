@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ksweep.activations.chat_roles import TokenRole
+from ksweep.activations.chat_roles import SpokenTokens, TokenRole
 from ksweep.activations.datasets import TextRow, first_row, text_format
 from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import one_bos
@@ -97,32 +97,41 @@ class ChatWriter:
             DataError: the template refuses the conversation.
         """
         assert row.messages is not None
-        messages, arguments = self.messages(row), dict(self.activations.chat_arguments or ())
-        if self.activations.positions == "prompt_end":
-            arguments["add_generation_prompt"] = True
+        messages = self.messages(row)
         if not messages:
             return replace(row, text="")
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template, **arguments)
+            text = self._text(messages)
         except Exception as error:  # templates raise what they like
             raise DataError(
                 f"row {row.index} of {self.activations.text} does not fit the chat template of the base model: "
                 f"{str(error)[:300]} (roles: {', '.join(str(m['role']) for m in messages)[:200]})"
             ) from error
-        return replace(row, text=str(text))
+        return replace(row, text=text)
 
-    def roles(self, row: TextRow, ids: Sequence[int]) -> list[TokenRole] | None:
-        """Return the role of each token of a conversation that was written; None where its messages are not found in the text."""
+    def _text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        arguments = dict(self.activations.chat_arguments or ())
+        if self.activations.positions == "prompt_end":
+            arguments["add_generation_prompt"] = True
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template, **arguments))
+
+    def spoken(self, row: TextRow, ids: Sequence[int]) -> SpokenTokens | None:
+        """Return who says each token of a conversation that was written; None where its messages are not found in the text."""
         if not self.tokenizer.is_fast:
             return None
-        alone = one_bos(row.text, self.tokenizer)
+        alone, messages = one_bos(row.text, self.tokenizer), self.messages(row)
+        places = message_places(alone, messages, lambda others: one_bos(self._text(others), self.tokenizer))
         encoded = self.tokenizer(alone, add_special_tokens=True, return_offsets_mapping=True)
-        roles = spoken_roles(alone, encoded["offset_mapping"], self.messages(row))
         begin = next((i for i in (0, 1) if encoded["input_ids"][i : i + len(ids)] == list(ids)), None)
-        if roles is None or begin is None:  # 1: the tokenizer has put a second BOS there
+        if places is None or begin is None:  # 1: the tokenizer has put a second BOS there
             return None
+        numbers = tokens_at(places, encoded["offset_mapping"][begin : begin + len(ids)])
         special = frozenset(self.tokenizer.all_special_ids)
-        return ["special" if i in special else role for i, role in zip(ids, roles[begin:], strict=False)]
+        roles: list[TokenRole] = [
+            "special" if number is None or i in special else SPOKEN_ROLES.get(str(messages[number]["role"]), "other")
+            for i, number in zip(ids, numbers, strict=True)
+        ]
+        return SpokenTokens(roles, numbers)
 
     def messages(self, row: TextRow) -> list[dict[str, Any]]:
         """Return the messages that are written: the system prompt before those that have none, and of a prompt no last answer."""
@@ -136,24 +145,58 @@ class ChatWriter:
         return messages
 
 
-def spoken_roles(text: str, offsets: Sequence[tuple[int, int]], messages: Sequence[Mapping[str, Any]]) -> list[TokenRole] | None:
-    """Return the role of each token of a written conversation by where in it the messages stand; for formats of any kind.
+def message_places(
+    text: str, messages: Sequence[Mapping[str, Any]], write: Callable[[list[dict[str, Any]]], str]
+) -> list[tuple[int, int]] | None:
+    """Return where in a written conversation each message stands, as first character and one past the last; for any format.
 
-    What a template adds is "special", messages of other roles (tools) are "other".
+    The same conversation is written with a mark in place of each message: what stands around the marks is the format. None where
+    it does not stand around the messages themselves, or where a message is written more than once.
+    """
+    contents = [str(message.get("content") or "") for message in messages]
+    marks = [f"\ue000{k}\ue001" for k in range(len(messages))]  # of Unicode's private use: no letter, no space
+    for pattern in ("", r".*</think>\s*"):  # 1. a message as a whole; 2. what follows the thoughts, which templates move or drop
+        heads = [match[0] if (match := re.match(pattern, content, re.DOTALL)) else "" for content in contents]
+        changed = [{**m, "content": head + mark} for m, head, mark in zip(messages, heads, marks, strict=True)]
+        try:
+            written = write(changed)
+        except Exception:  # templates raise what they like
+            return None
+        said = [content.removeprefix(head) for content, head in zip(contents, heads, strict=True)]
+        if (places := _between(text, written, marks, said)) is not None:
+            return places
+    return None
+
+
+def _between(text: str, written: str, marks: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Return where contents stand in a text that is like `written` with them in place of the marks, trimmed or not."""
+    if any(written.count(mark) > 1 for mark in marks):
+        return None
+    order = sorted((at, k) for k, mark in enumerate(marks) if (at := written.find(mark)) >= 0)
+    places, after, at = [(0, 0)] * len(marks), 0, 0
+    ends = [*(start for start, _ in order[1:]), len(written)]
+    for (start, k), end in zip(order, ends, strict=True):
+        if not text.startswith(written[after:start], at):
+            return None
+        at, after = at + start - after, start + len(marks[k])
+        content, behind = contents[k], written[after:end]
+        forms = (content, content.lstrip(), content.rstrip(), content.strip())
+        fitting = [len(form) for form in forms if text.startswith(form + behind, at)]
+        if not fitting:
+            return None
+        places[k] = (at, at + max(fitting))
+        at = places[k][1]
+    return places if text[at:] == written[after:] else None
+
+
+def tokens_at(places: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
+    """Return the number of the message that each token ends in, as many begin with the space before; None between messages.
 
     Args:
+        places: as `message_places` returns them.
         offsets: the first character of each token and one past the last, as fast tokenizers say.
     """
-    # 1. Find the messages one after the other: a template may trim them, and leaves out thoughts.
-    of_character: list[TokenRole] = ["special"] * len(text)
-    after = 0
-    for message in messages:
-        content = str(message.get("content") or "").strip()
-        parts = (content, content.rpartition("</think>")[2].strip())
-        start, part = next(((start, part) for part in parts if (start := text.find(part, after)) >= 0), (-1, ""))
-        if start < 0:
-            return None
-        after = start + len(part)
-        of_character[start:after] = [SPOKEN_ROLES.get(str(message["role"]), "other")] * len(part)
-    # 2. A token belongs to the message in which it ends: many begin with the space before.
-    return ["special" if start == end else of_character[end - 1] for start, end in offsets]
+    return [
+        None if start == end else next((k for k, (first, stop) in enumerate(places) if first < end <= stop), None)
+        for start, end in offsets
+    ]

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ksweep.activations.base_model import ADAPTER_WEIGHTS, BaseModel, adapter_config
-from ksweep.activations.chat_roles import TokenRole, detect_template, token_roles
+from ksweep.activations.chat_roles import SpokenTokens, detect_template, spoken_tokens
 from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.activations.source import STORED_DTYPES, WINDOW_CHARACTERS
 from ksweep.inference import memory
@@ -202,14 +202,14 @@ class BlockReader:
             gc.collect()  # spread models refer to themselves in cycles; others are freed already, and a collection takes 0.25 s
         memory.release_cached_memory(self.device)
 
-    def roles(self, token_ids: Sequence[int], pad_id: int | None = None) -> list[TokenRole] | None:
-        """Return the role of each token of a row; None if the tokenizer has no tokens of a known chat template."""
+    def spoken(self, token_ids: Sequence[int], pad_id: int | None = None) -> SpokenTokens | None:
+        """Return who says each token of a row; None if the tokenizer has no tokens of a known chat template."""
         if self.template is None:
             return None
         # There can be more embeddings than tokens; an id without a token has no name.
         tokens = [token or "" for token in self.tokenizer.convert_ids_to_tokens(list(token_ids))]
         pad = None if pad_id is None else self.tokenizer.convert_ids_to_tokens(pad_id)
-        return token_roles(tokens, self.template, special=self.tokenizer.all_special_tokens, pad=pad)
+        return spoken_tokens(tokens, self.template, special=self.tokenizer.all_special_tokens, pad=pad)
 
     def window(self, token_ids: Sequence[int], position: int) -> str:
         """Return the end of the text up to and including a position, for display."""

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Collection, Sequence
 
-from ksweep.activations.chat_roles import TokenRole
+from ksweep.activations.chat_roles import SpokenTokens
 from ksweep.config.spec import Activations
 
 SPEAKERS = ("user", "assistant", "system")
@@ -20,7 +20,7 @@ def row_positions(
     special_ids: Collection[int],
     activations: Activations,
     pad_id: int | None = None,
-    roles: Sequence[TokenRole] | None = None,
+    spoken: SpokenTokens | None = None,
 ) -> list[int]:
     """Return the token indices taken from a row, in order; empty if no token is allowed.
 
@@ -30,15 +30,15 @@ def row_positions(
 
     Args:
         pad_id: padding token at either end of the row; min_position counts from the first other token. None: no padding.
-        roles: role of each token, for rules that go by it.
+        spoken: who says each token, for rules that go by it.
     """
     rule = activations.positions
     if rule == "prompt_end":
         return [i for i in unpadded(token_ids, pad_id)[-1:] if i >= activations.min_position]
     candidates = _candidates(token_ids, special_ids, activations, pad_id)
     if needs_roles(activations):
-        assert roles is not None, "the caller has the roles"
-        candidates = _of_roles(candidates, roles, activations)
+        assert spoken is not None, "the caller has the roles"
+        candidates = _of_roles(candidates, spoken, activations)
     if rule == "last":
         return candidates[-1:]
     if rule == "midpoint":
@@ -54,17 +54,17 @@ def needs_roles(activations: Activations) -> bool:
     return bool(activations.roles) or activations.positions == "turn_ends"
 
 
-def _of_roles(candidates: Sequence[int], roles: Sequence[TokenRole], activations: Activations) -> list[int]:
-    """Return the candidates of the roles that are asked for; under turn_ends the last token of each message.
+def _of_roles(candidates: Sequence[int], spoken: SpokenTokens, activations: Activations) -> list[int]:
+    """Return the candidates of the roles that are asked for; under turn_ends the last one of each message.
 
     A message that the end of the row may have cut has no last token.
     """
-    spoken = activations.roles or SPEAKERS
+    roles, messages = spoken
+    of_roles = [i for i in candidates if roles[i] in (activations.roles or SPEAKERS)]
     if activations.positions != "turn_ends":
-        return [i for i in candidates if roles[i] in spoken][:: _step(activations)]
-    is_cut = len(roles) >= activations.max_length
-    after = [*roles[1:], roles[-1] if is_cut else None] if roles else []
-    return [i for i in candidates if roles[i] in spoken and after[i] != roles[i]]
+        return of_roles[:: _step(activations)]
+    cut = messages[-1] if len(messages) >= activations.max_length else None
+    return list({messages[i]: i for i in of_roles if messages[i] not in (None, cut)}.values())
 
 
 def _step(activations: Activations) -> int:
@@ -121,6 +121,8 @@ def rule_identity(activations: Activations) -> dict[str, object]:
         rule["max_norm"] = activations.max_norm
     if activations.roles:
         rule["roles"] = list(activations.roles)
+    if needs_roles(activations):  # before, by the role of each token alone
+        rule["spoken"] = "by message"
     if activations.positions == "random":
         rule |= {"per_row": activations.positions_per_document, "seed": activations.seed}
     if activations.positions == "stride":

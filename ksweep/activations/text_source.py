@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ksweep.activations.base_model import locate_model
-from ksweep.activations.chat_roles import CHAT_FORMATS, TokenRole, count_roles
+from ksweep.activations.chat_roles import CHAT_FORMATS, SpokenTokens, count_roles
 from ksweep.activations.chats import ChatWriter
 from ksweep.activations.datasets import TextRow, first_row, text_format
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
@@ -108,24 +108,24 @@ class TextUnits:
             self._chats = ChatWriter(self.reader.tokenizer, self.activations, self.reader.path)
         return [row if row.messages is None else self._chats.write(row) for row in rows]
 
-    def _roles(self, row: TextRow, ids: Sequence[int], pad_id: int | None) -> list[TokenRole] | None:
-        """Return the role of each token of a row: by the marks of its chat format or, in another, by where its messages stand.
+    def _spoken(self, row: TextRow, ids: Sequence[int], pad_id: int | None) -> SpokenTokens | None:
+        """Return who says each token of a row: by the marks of its chat format or, in another, by where its messages stand.
 
         Raises:
             DataError: positions go by roles, and the roles of the row are not known.
         """
         template = self.reader.template
         if self._chats is not None and row.messages and (template is None or CHAT_FORMATS[template].start not in row.text):
-            roles = self._chats.roles(row, ids)
+            spoken = self._chats.spoken(row, ids)
         else:
-            roles = self.reader.roles(ids, pad_id)
-        if roles is None and ids and needs_roles(self.activations):
+            spoken = self.reader.spoken(ids, pad_id)
+        if spoken is None and ids and needs_roles(self.activations):
             raise DataError(
                 f"activations.{'roles' if self.activations.roles else 'positions=turn_ends'} goes by the roles of tokens, and "
                 f"those of row {row.index} of {self.activations.text} are not known: the tokenizer of {self.activations.model} "
                 "has no chat format that ksweep knows. Give conversations (a column of messages) to a model tuned to chat"
             )
-        return roles
+        return spoken
 
     def _tokens(self, rows: Sequence[TextRow]) -> tuple[list[list[int]], int | None]:
         """Return the token ids of rows and their padding id: None for texts; pretokenised rows are unchanged, padding and all."""
@@ -179,12 +179,14 @@ class TextUnits:
         reader = self.reader
         rows = self._written(rows)
         ids, pad_id = self._tokens(rows)
-        roles = [self._roles(row, i, pad_id) for row, i in zip(rows, ids, strict=True)]
+        spoken = [self._spoken(row, i, pad_id) for row, i in zip(rows, ids, strict=True)]
+        roles = [None if of_row is None else of_row.roles for of_row in spoken]
+        rule = replace(self.activations, max_length=self.max_length)  # the model's context may end before
         # The rule not_padding goes by token id in texts, too: it skips a padding token at the end of a text.
         ends = reader.pad_id if pad_id is None and self.activations.candidates == "not_padding" else pad_id
         positions = [
-            row_positions(i, row.row_id, reader.special_ids, self.activations, ends, of_row) if row.holds_something else []
-            for i, row, of_row in zip(ids, rows, roles, strict=True)
+            row_positions(i, row.row_id, reader.special_ids, rule, ends, of_row) if row.holds_something else []
+            for i, row, of_row in zip(ids, rows, spoken, strict=True)
         ]
         vectors = reader.begin(ids, positions, pad_id)  # a GPU computes while the CPU collects roles and windows
         places = [(r, p) for r, taken in enumerate(positions) for p in taken]

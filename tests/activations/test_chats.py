@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ksweep.activations import activations_key, ensure
-from ksweep.activations.chats import dated, spoken_roles
+from ksweep.activations.chats import dated, message_places, tokens_at
 from ksweep.activations.datasets import read_documents
+from ksweep.activations.positions import row_positions
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import CheckpointError, DataError, SpecError
 from tests.activations.chats import MARKERS, make_chat_base
@@ -180,20 +182,62 @@ def test_what_cannot_be_written_is_refused_by_name(bases: dict[str, Path], base:
 
 
 def test_roles_by_where_messages_stand_are_those_by_marks(bases: dict[str, Path]) -> None:
-    """The two ways of finding roles, on one conversation; between messages the marks of ChatML leave a break of nobody."""
-    from ksweep.activations.chat_roles import token_roles
+    """The two ways of finding who speaks, on one conversation."""
+    from ksweep.activations.chat_roles import spoken_tokens
 
     tokenizer, talk = AutoTokenizer.from_pretrained(bases["chatml"]), talks(1)[0]
     text = tokenizer.apply_chat_template(talk, tokenize=False)
     encoded = tokenizer(text, return_offsets_mapping=True)
-    by_marks = token_roles(tokenizer.convert_ids_to_tokens(encoded["input_ids"]), "chatml", special=MARKERS["chatml"])
-    by_place = spoken_roles(text, encoded["offset_mapping"], talk)
-    assert by_place == ["special" if role == "other" else role for role in by_marks]
-    assert spoken_roles(text, encoded["offset_mapping"], [{"role": "user", "content": "never said"}]) is None
-    assert spoken_roles("ab", [(0, 1), (1, 2)], [{"role": "assistant", "content": "<think>x</think>b"}]) == [
-        "special",
-        "assistant",
-    ]
+    roles, by_marks = spoken_tokens(tokenizer.convert_ids_to_tokens(encoded["input_ids"]), "chatml", special=MARKERS["chatml"])
+    places = message_places(text, talk, lambda other: tokenizer.apply_chat_template(other, tokenize=False))
+    assert places is not None
+    by_place = tokens_at(places, encoded["offset_mapping"])
+    assert by_place == [m if role in ("user", "assistant") else None for m, role in zip(by_marks, roles, strict=True)]
+    assert {0, 1, 2, 3, None} == set(by_place)
+
+
+def plain(messages: list[dict[str, Any]]) -> str:
+    """A format of words alone: a default system prompt, names of roles, messages trimmed and without thoughts."""
+    spoken = [f"{m['role']}: {m['content'].rpartition('</think>')[2].strip()}\n" for m in messages]
+    return "You are a helpful assistant.\n" + "".join(spoken)
+
+
+def said(*messages: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def test_messages_are_found_where_the_template_puts_them_and_not_where_their_words_stand_first() -> None:
+    talk = said(
+        ("user", "help"), ("assistant", "<think>help</think> user "), ("user", "user"), ("user", ""), ("user", "assistant")
+    )
+    text = plain(talk)
+    places = message_places(text, talk, plain)
+    assert places is not None
+    assert [text[first:stop] for first, stop in places] == ["help", "user", "user", "", "assistant"]
+    assert [text[:first].rpartition("\n")[2] for first, _ in places] == [f"{m['role']}: " for m in talk]
+
+
+def test_messages_that_a_template_changes_or_says_twice_are_not_found() -> None:
+    talk = said(("user", "help me"))
+    assert message_places(plain(talk).replace("help me", "help"), talk, plain) is None
+    assert message_places(plain(talk).upper(), talk, lambda other: plain(other).upper()) is None
+    assert message_places(plain(talk) * 2, talk, lambda other: plain(other) * 2) is None
+    assert message_places(plain(talk), talk, lambda other: other[5]["content"]) is None  # it raises
+
+
+def test_a_turn_ends_where_its_message_does() -> None:
+    from ksweep.activations.chat_roles import SpokenTokens, spoken_tokens
+
+    rule = Activations(model="m", text="t", positions="turn_ends", min_position=0, max_length=99)
+    message = ["<|im_start|>", "user", "\n", "see", "<img>"]
+    tokens = [*message, "this", "<|im_end|>", "\n", *message, "<|im_end|>"]
+    spoken = spoken_tokens(tokens, "chatml", special=["<img>"])
+    ids = [1 if token.startswith("<") else 9 for token in tokens]
+    assert row_positions(ids, "r", {1}, rule, spoken=spoken) == [5, 11]  # special tokens inside a message end none
+    cut = replace(rule, max_length=13)
+    assert row_positions(ids[:13], "r", {1}, cut, spoken=SpokenTokens(spoken.roles[:13], spoken.messages[:13])) == [5]
+    beside = SpokenTokens(["user", "user", "user", "assistant"], [0, 0, 1, 2])  # two messages of one role, nothing between
+    assert row_positions([9] * 4, "r", {1}, rule, spoken=beside) == [1, 2, 3]
 
 
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:
