@@ -21,7 +21,7 @@ from ksweep.activations.positions import rule_identity
 from ksweep.activations.row_order import rows_identity
 from ksweep.activations.source import UnitSource
 from ksweep.activations.store import ActivationStore, ActivationTable, estimate_bytes
-from ksweep.activations.text_yield import text_yield
+from ksweep.activations.text_yield import not_counted, text_yield
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError, RunError, SpecError
 from ksweep.utils.files import clear_leftovers
@@ -53,7 +53,7 @@ class ActivationPlan:
     bytes_needed: int
     """Bytes on disk for the missing activations. Whole units are computed, so up to a unit more is written."""
     text_yield: str = ""
-    """Note on rows that yield no activations."""
+    """Note on rows that yield no activations, or that the text was not counted."""
 
 
 def activations_key(activations: Activations, layer: int | None) -> tuple[str, dict[str, Any]]:
@@ -94,7 +94,7 @@ def plan_activations(activations: Activations, layer: int | None, root: str | Pa
 
 
 def _text_yield(activations: Activations) -> str:
-    """Return what is to be known of a text whose rows do not all give activations.
+    """Return what is to be known of a text whose rows do not all give activations, or were not counted.
 
     Raises:
         DataError: the text gives too few, as the run would find.
@@ -102,7 +102,7 @@ def _text_yield(activations: Activations) -> str:
     found = text_yield(activations)
     if found is not None and found.is_whole and found.at_most < activations.num_activations:
         raise _too_few(activations, found.rows, found.skipped, found.activations)
-    return "" if found is None else found.sentence(activations)
+    return not_counted(activations) if found is None else found.sentence(activations)
 
 
 def ensure(

@@ -54,22 +54,36 @@ class TextYield:
 def text_yield(activations: Activations) -> TextYield | None:
     """Return what a text gives: rows are read until they give `num_activations`, or the text or what a plan may read has ended.
 
-    None where that cannot be known while planning: hub datasets, rows of token ids or messages, no tokenizer.json.
+    None where that cannot be known while planning, which `not_counted` explains.
 
     Raises:
         RequestError: an unreadable text or model configuration.
     """
     model = locate_model(activations)
     tokenize = _tokenizer(model.tokenizer, _modified(model.tokenizer / "tokenizer.json"))
-    if text_format(activations) == "hub" or tokenize is None or not _holds_text(activations):
+    if tokenize is None or _uncounted(activations):
         return None
     limit = positions_limit(text_config(model.weights), activations)
     return _count(read_documents(activations), _RowCounter(activations, limit, *tokenize))
 
 
-def _holds_text(activations: Activations) -> bool:
+def not_counted(activations: Activations) -> str:
+    """Return what a plan says of a text for which `text_yield` returns None."""
+    why = _uncounted(activations) or "the base model has no readable tokenizer.json"
+    return (
+        f"{activations.text}: the plan did not count the activations that it gives ({why}); if they are fewer than "
+        f"{activations.num_activations:,}, the run ends with an error that says how many there are"
+    )
+
+
+def _uncounted(activations: Activations) -> str:
+    """Return why rows of this kind are not counted; empty for rows of text."""
+    if text_format(activations) == "hub":
+        return "rows of the hub are read by the run"
     first = first_row(activations)
-    return first is None or bool(first.text)
+    if first is None or first.text:
+        return ""
+    return "conversations are written by the run" if first.messages else "rows of token ids are read by the run"
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,26 @@ def test_a_plan_reads_no_more_rows_than_it_needs_and_says_what_a_longer_text_giv
     said = plan_activations(spec(base, text, 150), LAYER, tmp_path).text_yield
     assert said == f"{text}: 7 of the first 64 rows have no allowed position; 150 activations need about 168 rows"
     assert plan_activations(spec(base, write_jsonl(tmp_path / "all.jsonl", passages(300)), 150), LAYER, tmp_path).text_yield == ""
+
+
+def test_a_plan_says_which_texts_it_did_not_count(base: Path, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "How long is a piece of string?"}]
+    files: dict[str, list[dict[str, Any]]] = {
+        "rows of token ids are read by the run": [{"held": [5, 6, 7, 8, 9, 10]}],
+        "conversations are written by the run": [{"held": talk}],
+        "no readable tokenizer.json": [{"held": "No."}],
+    }
+    for number, (why, rows) in enumerate(files.items()):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        model = base
+        if "tokenizer.json" in why:
+            model = Path(shutil.copytree(base, tmp_path / "base"))
+            (model / "tokenizer.json").write_text("{}")
+        said = plan_activations(spec(model, path, 1500, text_column="held"), LAYER, tmp_path).text_yield
+        assert said.startswith(f"{path}: the plan did not count the activations that it gives (") and why in said
+        assert "fewer than 1,500" in said
+    of_hub = spec(base, Path("owner/texts"), 7)
+    assert (
+        text_yield.not_counted(of_hub).startswith("owner/texts: the plan did not count") and text_yield.text_yield(of_hub) is None
+    )
