@@ -129,12 +129,8 @@ class VectorFile(AbstractContextManager["VectorFile"]):
         Args:
             columns: columns, and VECTOR_COLUMN for the vectors. Those that the file lacks are left out.
         """
-        inside = [name for name in self.schema.names if name in columns and name != VECTOR_COLUMN]
-        row, left = self.start + first, self.num_rows - first
-        tables = self._of_array(inside, VECTOR_COLUMN in columns, row) if self.array is not None else self._of_parts(
-            [*inside, *([self.column] if VECTOR_COLUMN in columns else [])], row
-        )  # fmt: skip
-        for table in tables:
+        left, tables = self.num_rows - first, self._tables(columns, self.start + first)
+        for _, table in tables:
             if left <= 0:
                 return
             yield table.slice(0, left)
@@ -142,32 +138,55 @@ class VectorFile(AbstractContextManager["VectorFile"]):
         if left > 0:
             raise DataError(f"{self.source} cannot be read to its end: it lacks {left} rows. Copy or write it again")
 
-    def _of_array(self, columns: list[str], with_vectors: bool, row: int) -> Iterator[pa.Table]:
+    def rows_at(self, columns: Collection[str], rows: np.ndarray) -> Iterator[pa.Table]:
+        """Yield tables of the rows at ascending places of the range; row groups of a Parquet file without any are not read."""
+        places = rows + self.start
+        for start, table in self._tables(columns, int(places[0]), places):
+            low, high = np.searchsorted(places, [start, start + len(table)])
+            if low < high:
+                yield table.take(pa.array(places[low:high] - start))
+            if high == len(places):
+                return
+        raise DataError(f"{self.source} cannot be read to row {places[-1]}. Copy or write it again")
+
+    def _tables(self, columns: Collection[str], row: int, wanted: np.ndarray | None = None) -> Iterator[tuple[int, pa.Table]]:
+        """Yield tables from a row on, with their first row; those without wanted rows may be left out."""
+        inside = [name for name in self.schema.names if name in columns and name != VECTOR_COLUMN]
+        if self.array is not None:
+            yield from self._of_array(inside, VECTOR_COLUMN in columns, row, wanted)
+        else:
+            yield from self._of_parts([*inside, *([self.column] if VECTOR_COLUMN in columns else [])], row, wanted)
+
+    def _of_array(
+        self, columns: list[str], with_vectors: bool, row: int, wanted: np.ndarray | None
+    ) -> Iterator[tuple[int, pa.Table]]:
         assert self.array is not None
         for start in range(row, len(self.array), BATCH_ROWS):
             stop = min(start + BATCH_ROWS, len(self.array))
+            if not _has_some(wanted, start, stop):
+                continue
             table = None if self.rows is None else self.rows.slice(start, stop - start).select(columns)
             data = {name: table.column(name) for name in columns} if table is not None else {}
             if with_vectors or not data:
                 data[VECTOR_COLUMN] = _lists(self.array[start:stop])
-            yield pa.table(data)
+            yield start, pa.table(data)
 
-    def _of_parts(self, columns: list[str], row: int) -> Iterator[pa.Table]:
-        """Yield tables of the parts, from a row on."""
+    def _of_parts(self, columns: list[str], row: int, wanted: np.ndarray | None) -> Iterator[tuple[int, pa.Table]]:
         before = 0
         for path, part in zip(self.paths, self.parts, strict=True):
             for group in range(part.num_row_groups):
                 size = part.metadata.row_group(group).num_rows
-                skip, before = max(0, row - before), before + size
-                if skip >= size:
+                start, skip, before = before, max(0, row - before), before + size
+                if skip >= size or not _has_some(wanted, start, before):
                     continue
                 batches = part.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
                 while (batch := _next_batch(batches, path)) is not None:
                     table = pa.Table.from_batches([batch]).slice(skip)
+                    first, start = start + len(batch) - len(table), start + len(batch)
                     skip = max(0, skip - len(batch))
                     if len(table):
                         renamed = [VECTOR_COLUMN if name == self.column else name for name in table.column_names]
-                        yield table.rename_columns(renamed)
+                        yield first, table.rename_columns(renamed)
 
 
 def open_vectors(source: str | Path, column: str | None = None) -> VectorFile:
@@ -418,6 +437,10 @@ def _row_table(path: Path) -> pa.Table:
         return pq.read_table(path) if path.suffix == ".parquet" else pa.Table.from_pylist([dict(row) for row in json_lines(path)])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable table ({error}); is it whole?") from error
+
+
+def _has_some(wanted: np.ndarray | None, start: int, stop: int) -> bool:
+    return wanted is None or bool(np.diff(np.searchsorted(wanted, [start, stop]))[0])
 
 
 def _is_list_of_floats(kind: pa.DataType) -> bool:

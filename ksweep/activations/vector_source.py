@@ -20,6 +20,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,11 +246,34 @@ def are_of_one_document(activations: Activations) -> bool:
     named = document_column(vectors, activations.document_column, column)
     if named is None:
         return activations.num_activations == 1
-    order = vector_order(activations)
     with open_vectors(vectors, column) as file:
-        names = column_values(file.table([named]).column(0), vectors, named)
-    taken = [names[i] for i in (range(len(names)) if order is None else order.tolist())[: activations.num_activations]]
-    return len({str(name) for name in taken if name is not None} | {i for i, name in enumerate(taken) if name is None}) == 1
+        count, is_random = (
+            activations.num_activations,
+            activations.rows == "random" and activations.num_activations < file.num_rows,
+        )
+        names = _names_of_documents(file, named)
+        if not is_random:
+            return _is_one(islice(names, count))
+        taken = list(names)
+    return _is_one(taken[i] for i in _order(activations)[:count].tolist())
+
+
+def _names_of_documents(file: VectorFile, column: str) -> Iterator[Any]:
+    """Yield the values of the column of documents as they are read."""
+    row = 0
+    for table in file.batches([column]):
+        yield from column_values(table.column(column), file.source, column, file.start + row)
+        row += len(table)
+
+
+def _is_one(names: Iterable[Any]) -> bool:
+    """Return whether there is one name; each null names a document of its own. Stops at the second."""
+    seen: set[str | int] = set()
+    for row, name in enumerate(names):
+        seen.add(row if name is None else str(name))
+        if len(seen) > 1:
+            return False
+    return len(seen) == 1
 
 
 def vector_order(activations: Activations) -> Int64[np.ndarray, " row"] | None:
@@ -258,17 +282,26 @@ def vector_order(activations: Activations) -> Int64[np.ndarray, " row"] | None:
     Raises:
         DataError: as `document_column` and `rows_by_activation`.
     """
-    if activations.rows == "first":
-        return None
-    vectors, column = activations.vectors or "", activations.vector_column
-    named = document_column(vectors, activations.document_column, column)
+    return None if activations.rows == "first" else _order(activations)
+
+
+def _order(activations: Activations) -> Int64[np.ndarray, " row"]:
+    """Return the order of rows=random, which is the same for any number of activations."""
+    named, column = activations.row_id_column, activations.vector_column
+    return _order_by_seed(activations.vectors or "", column, activations.document_column, named, activations.seed)
+
+
+@once_per_pass
+def _order_by_seed(
+    vectors: str, column: str | None, document: str | None, row_id: str | None, seed: int
+) -> Int64[np.ndarray, " row"]:
+    named = document_column(vectors, document, column)
     with open_vectors(vectors, column) as file:
         row_ids = [f"row:{file.start + i}" for i in range(file.num_rows)]
-        documents = row_ids if named is None else column_values(file.table([named]).column(0), vectors, named)
-    if activations.row_id_column is not None:
-        row_ids = rows_by_activation(vectors, activations.row_id_column, column).row_ids
-    pairs = zip(documents, row_ids, strict=True)
-    return ascending(row_number(activations.seed, str(document or name), name) for document, name in pairs)
+        documents = row_ids if named is None else list(_names_of_documents(file, named))
+    if row_id is not None:
+        row_ids = rows_by_activation(vectors, row_id, column).row_ids
+    return ascending(row_number(seed, str(of or name), name) for of, name in zip(documents, row_ids, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +357,7 @@ class VectorUnits:
         """
         self.source, self.column = activations.vectors or "", activations.vector_column
         self.documents = document_column(self.source, activations.document_column, self.column)
-        self._asked = activations.document_column is not None
+        self._asked, self._num_activations = activations.document_column is not None, activations.num_activations
         with open_vectors(self.source, self.column) as file:
             self.num_rows, self.d_model, self.first_row = file.num_rows, file.d_model, file.start
         named = activations.row_id_column
@@ -371,7 +404,7 @@ class VectorUnits:
                         held = held.slice(size)
             else:
                 while start < self.num_rows:
-                    window = self.order[start : start + WINDOW_UNITS * size]
+                    window = self.order[start : start + self._window_rows(start)]
                     held, start = _picked(file, wanted, window), start + len(window)
                     while len(held) >= size:
                         yield held.slice(0, size)
@@ -381,6 +414,12 @@ class VectorUnits:
             yield held
             while True:
                 yield held.slice(0, 0)
+
+    def _window_rows(self, start: int) -> int:
+        """Return how many rows are read together: no more units than the request takes, where a row is an activation."""
+        missing = -(-(self._num_activations - start) // VECTOR_ROWS_PER_UNIT)
+        units = WINDOW_UNITS if self.named is not None else max(1, min(WINDOW_UNITS, missing))
+        return units * VECTOR_ROWS_PER_UNIT
 
     def _unit(self, table: pa.Table, numbers: np.ndarray) -> ActivationUnit:
         """Return the unit of a table whose rows have these numbers in the range that is read."""
@@ -491,19 +530,9 @@ def flat_vectors(column: pa.ChunkedArray, d_model: int, where: str) -> Float32[n
 
 def _picked(file: VectorFile, columns: Collection[str], rows: Int64[np.ndarray, " row"]) -> pa.Table:
     """Return rows of a file of vectors in the given order, from one pass through it."""
-    ascending_rows = np.sort(rows)
-    found, before = [], 0
-    for table in file.batches(columns, int(ascending_rows[0])):
-        start = int(ascending_rows[0]) + before
-        low, high = np.searchsorted(ascending_rows, [start, start + len(table)])
-        if low < high:
-            found.append(table.take(pa.array(ascending_rows[low:high] - start)))
-        before += len(table)
-        if high == len(rows):
-            break
     place = np.empty(len(rows), dtype=np.int64)
     place[np.argsort(rows, kind="stable")] = np.arange(len(rows))
-    return pa.concat_tables(found).take(pa.array(place))
+    return pa.concat_tables(list(file.rows_at(columns, np.sort(rows)))).take(pa.array(place))
 
 
 def _whole(meta: dict[str, Any], key: str, path: Path) -> int | None:

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from ksweep.activations import activations_key, ensure
-from ksweep.activations.vector_files import open_vectors, vector_paths
-from ksweep.activations.vector_source import are_of_one_document, vectors_layer
+from ksweep.activations.row_order import row_number
+from ksweep.activations.vector_files import VectorFile, open_vectors, vector_paths
+from ksweep.activations.vector_source import VectorUnits, are_of_one_document, vectors_layer
 from ksweep.utils.errors import DataError
+from ksweep.utils.planning_pass import planning_pass
 from tests.activations.helpers import random_vectors, vector_spec, write_vectors
 from tests.hub_server import Hub, HubRepository, serving_hub, use_hub
 
@@ -149,6 +151,44 @@ def test_named_activations_in_random_order_are_each_taken_once(tmp_path: Path) -
 def test_one_document_is_told_of_the_rows_that_are_taken(tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "v.parquet", VECTORS, doc_id=["one"] * 25 + ["two"] * 5)
     assert are_of_one_document(vector_spec(path, 20)) and not are_of_one_document(vector_spec(path, 20, rows="random"))
+
+
+@pytest.mark.parametrize(("file", "rows_read", "most"), [("parquet", 7 + 10 + 10, 10 * 1024), ("npy", 3 * 1024, 30_000)])
+def test_of_random_rows_no_more_units_and_row_groups_are_read_than_are_taken(
+    file: str, rows_read: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, path = random_vectors(30_000, d_model=2), tmp_path / f"v.{file}"
+    if file == "npy":
+        np.save(path, vectors)
+    else:
+        write_vectors(path, vectors, row_group_size=10)
+    read: list[int] = []
+    tables = VectorFile._tables
+
+    def counted(*arguments: Any) -> Iterator[tuple[int, pa.Table]]:
+        for first, table in tables(*arguments):
+            read.append(len(table))
+            yield first, table
+
+    with open_vectors(f"{path}@[100:25000]") as whole:
+        order = np.array([3, 4, 20_000, 24_899])
+        monkeypatch.setattr(VectorFile, "_tables", counted)
+        found = pa.concat_tables(whole.rows_at(["activation_vector"], order))
+    assert np.array_equal(np.stack(found["activation_vector"].to_numpy()), vectors[order + 100])
+    assert sum(read) == rows_read
+    read.clear()
+    next(VectorUnits(vector_spec(path, 5, rows="random")).units([0]))
+    assert sum(read) <= most  # one unit of 1,024 random rows, which are in at most as many row groups of 10
+
+
+def test_the_order_of_random_rows_is_computed_once_for_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, hashed = write_vectors(tmp_path / "v.parquet", VECTORS, doc_id=["one"] * 15 + ["two"] * 15), []
+    monkeypatch.setattr("ksweep.activations.vector_source.row_number", lambda *a: (hashed.append(a), row_number(*a))[1])
+    with planning_pass():
+        told = [are_of_one_document(vector_spec(path, n, rows="random")) for n in (1, 2, 10, 29)]
+        assert told[0] and not told[3] and len(hashed) == 30
+    hashed.clear()
+    assert not are_of_one_document(vector_spec(path, 30, rows="random")) and not hashed  # all rows: in any order
 
 
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
