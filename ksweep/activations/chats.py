@@ -12,8 +12,8 @@ from ksweep.activations.chat_roles import SpokenTokens, TokenRole
 from ksweep.activations.datasets import TextRow, first_row, text_format
 from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import one_bos
+from ksweep.utils.chat_template import chat_template_text
 from ksweep.utils.errors import CheckpointError, DataError
-from ksweep.utils.files import read_json
 from ksweep.utils.template_date import TEMPLATE_DATE, dated
 
 NOT_ARGUMENTS = frozenset({"messages", "tools", "documents", "bos_token", "eos_token", "chat_template", "strftime_now"})
@@ -43,7 +43,7 @@ def check_chats(activations: Activations, directory: Path) -> dict[str, object]:
                     "holds none: set activations.text_column to a column of messages, or leave it out"
                 )
             return {}
-        check_arguments(activations, template_text(directory), directory)
+        check_arguments(activations, chat_template_text(directory), directory)
     written = {name: value for name, value in asked.items() if value is not None}
     return {"chat": {"date": TEMPLATE_DATE.isoformat(), **written}} if text_format(activations) != "hub" or stated else {}
 
@@ -65,16 +65,6 @@ def check_arguments(activations: Activations, template: str, directory: Path) ->
                 f"activations.chat_arguments has {name!r}, which is no argument of the chat template of {directory}: leave it "
                 "out, or check the spelling"
             )
-
-
-def template_text(directory: Path) -> str:
-    """Return the chat template of a model from its files; empty if there is none."""
-    if (file := directory / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
-    for path in (directory / "chat_template.json", directory / "tokenizer_config.json"):
-        if path.is_file() and (template := read_json(path, "tokenizer configuration").get("chat_template")):
-            return str(template)
-    return ""
 
 
 class ChatWriter:

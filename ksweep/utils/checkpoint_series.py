@@ -65,7 +65,7 @@ def is_pattern(source: str | None) -> bool:
 def members(pattern: str, what: str) -> list[str]:
     """Return the paths or hub ids that a pattern stands for, by step: `runs/iter_*/av`, `owner/name@revision/iter_*`.
 
-    What is here is taken before what the hub has. Directories that a training is still writing (`*.tmp`, `*.part`) are left out.
+    Local paths come before the hub. Directories that a training is still writing (`*.tmp`, `*.part`) are left out.
 
     Raises:
         CheckpointError: nothing matches, or the hub cannot be asked.

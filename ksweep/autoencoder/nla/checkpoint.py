@@ -30,6 +30,7 @@ from ksweep.autoencoder.safetensors_header import check_names, model_tensors
 from ksweep.autoencoder.weights_check import check_loadable
 from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, Autoencoder, LayoutName, PromptingOverrides
 from ksweep.utils import files, hub
+from ksweep.utils.chat_template import chat_template_text
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
 from ksweep.utils.notes import Note
@@ -140,7 +141,7 @@ class CheckpointInfo:
     @property
     def thinks(self) -> bool:
         """Whether the AV's chat template allows thoughts before the answer."""
-        return self.role == "av" and "<think>" in _chat_template(self.tokenizer)
+        return self.role == "av" and "<think>" in chat_template_text(self.tokenizer)
 
 
 def inspect_half(autoencoder: Autoencoder, role: NlaRole) -> CheckpointInfo:
@@ -546,21 +547,12 @@ def _tokenizer_directory(path: Path, weights: Path, base: str | None) -> Path:
     )
 
 
-def _chat_template(directory: Path) -> str:
-    """Return the chat template's text from any of a tokenizer's files; empty if there is none."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
-    paths = [directory / name for name in ("tokenizer_config.json", "chat_template.json") if (directory / name).is_file()]
-    return " ".join(str(files.read_json(path, "tokenizer configuration").get("chat_template") or "") for path in paths)
-
-
 def _thinking_notes(prompting: AvPrompting | ArPrompting, path: Path, tokenizer: Path) -> tuple[Note, ...]:
     if isinstance(prompting, ArPrompting) or prompting.asks_for_thinking or "enable_thinking" in dict(prompting.chat_arguments):
         return ()
     if prompting.prompt_ids is not None or prompting.prompt_text is not None or not prompting.is_chat:
         return ()
-    if "enable_thinking" not in _chat_template(tokenizer):
+    if "enable_thinking" not in chat_template_text(tokenizer):
         return ()
     text = (
         f"The chat template of {path} can be rendered with thinking on or off (enable_thinking), and the sidecar does not say "
