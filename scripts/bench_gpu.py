@@ -239,6 +239,9 @@ class RandomPrompts:
     def ids(self, texts: list[str]) -> list[list[int]]:
         return [list(self.common) + self._text(int(text)) for text in texts]
 
+    def read_position(self, row: list[int]) -> int:
+        return len(row) - 1
+
     def _text(self, seed: int) -> list[int]:
         generator = np.random.default_rng(seed)
         return generator.integers(0, 500, generator.integers(TEXT - TEXT // 4, TEXT + TEXT // 4 + 1)).tolist()
