@@ -59,11 +59,16 @@ def test_architecture_that_transformers_does_not_know_is_refused_before_loading(
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "intermediate_size"])
-def test_absurd_size_in_config_is_refused_without_taking_memory(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(50_000_000, r"in another shape than config\.json implies"), (10**12, "=1000000000000, more than any model has")],
+    ids=["large", "absurd"],
+)
+def test_wrong_size_in_config_is_refused_without_taking_memory(size: int, message: str, name: str, tmp_path: Path) -> None:
     av = make_family_pair(tmp_path, "Llama").av
     config = json.loads((av / "config.json").read_text())
-    (av / "config.json").write_text(json.dumps(config | {name: 10**12}))
-    with pytest.raises(CheckpointError, match=r"in another shape than config\.json implies"):
+    (av / "config.json").write_text(json.dumps(config | {name: size}))
+    with pytest.raises(CheckpointError, match=message):
         inspect_nla(av, "av")
 
 

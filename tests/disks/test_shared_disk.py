@@ -143,7 +143,8 @@ def test_a_host_that_is_switched_off_leaves_what_another_carries_on(place: Share
     [(code, error)] = ends([place.start("host-1", "--delay", "0.5", "--seed", "1")])
     assert code == 0 and "Traceback" not in error, error
     assert len(parts) < 12
-    assert_as_alone(place, alone)
+    # A file that the first host was writing when it was killed stays until it is an hour old: it may be another's.
+    assert_as_alone(place, alone, can_remove=False)
 
 
 def test_a_slow_disk_changes_nothing(place: SharedPlace, alone: Sweep) -> None:
