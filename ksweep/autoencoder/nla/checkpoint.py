@@ -40,6 +40,10 @@ from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
 
 LOADER = "ksweep.autoencoder.nla.loading:check_on_meta"
+WHITENED = (
+    "AV and AR were trained on whitened activations. Vectors are whitened before they are explained and compared: errors, "
+    "baseline and FVE are not comparable with those of raw vectors."
+)
 BESIDE_TOKENIZERS = (
     "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates",
@@ -114,11 +118,6 @@ class CheckpointInfo:
         return bool(self.adapters)
 
     @property
-    def takes_part_of_base(self) -> bool:
-        """Whether blocks above those in use may lie in its weights: those of a base."""
-        return self.base is not None
-
-    @property
     def space(self) -> str | None:
         """Name and digest of the whitening that it was trained on; None for raw activations."""
         stated = self.sidecar.whitening
@@ -152,6 +151,22 @@ def inspect_half(autoencoder: Autoencoder, role: NlaRole) -> CheckpointInfo:
         layout=autoencoder.layout, stack=autoencoder.av_stack if role == "av" else (), layer=autoencoder.layer,
         whitening=autoencoder.whitening,
     )  # fmt: skip
+
+
+def _checked_headers(path: Path, base: Path | None, weights: WeightFiles, covered: int) -> Mapping[str, Tensor]:
+    """Return the headers of the weights or of the last adapter, once their names are sound; empty where a head alone lies there.
+
+    Args:
+        covered: blocks that an adapter may have weights of. nla-at-home trains an AR's adapter on every block and reads it at
+            block L; those above change nothing.
+    """
+    tensors: Mapping[str, Tensor] = {}
+    for adapter in weights.adapters:
+        tensors = _adapter_tensors(adapter, covered)
+    if base is None:
+        tensors = model_tensors(path)
+    check_names(tensors if base is None else model_tensors(base), base or path)
+    return tensors
 
 
 @once_per_pass
@@ -200,14 +215,7 @@ def inspect_nla(
             f"to {layer}). Use the files that were saved together."
         )
     # 3. Check the weight headers, as far as that needs no model.
-    tensors: Mapping[str, Tensor] = {}
-    for adapter in weights.adapters:
-        # nla-at-home trains the AR's adapter on every block and reads it at block L; those above change nothing.
-        covered = depth if sidecar.layout == "nla-at-home" else num_layers
-        tensors = _adapter_tensors(adapter, covered)
-    if base_path is None:
-        tensors = model_tensors(path)
-    check_names(tensors if base_path is None else model_tensors(base_path), base_path or path)
+    tensors = _checked_headers(path, base_path, weights, depth if sidecar.layout == "nla-at-home" else num_layers)
     if weights.head is not None:
         check_head(weights.head, sidecar.d_model)
     # 4. Fill in how it is prompted.
@@ -216,14 +224,11 @@ def inspect_nla(
     )
     tokenizer = _tokenizer_directory(path, base_path or path, base)
     notes = (*sidecar.notes, *weights.notes, *_thinking_notes(filled, path, tokenizer))
-    statistics = None if sidecar.whitening is None else find_statistics(sidecar.whitening, path, whitening)
-    if statistics is not None and sidecar.whitening is not None:
+    statistics = None
+    if sidecar.whitening is not None:
+        statistics = find_statistics(sidecar.whitening, path, whitening)
         read_statistics(statistics, sidecar.whitening, sidecar.d_model)  # so that others are refused before a job is submitted
-        text = (
-            "AV and AR were trained on whitened activations. Vectors are whitened before they are explained and compared: "
-            "errors, baseline and FVE are not comparable with those of raw vectors."
-        )
-        notes = (*notes, Note("activations", text))
+        notes = (*notes, Note("activations", WHITENED))
     info = CheckpointInfo(
         path=path, sidecar=sidecar, layer=layer, num_layers=num_layers, config=config, base=base_path, files=weights,
         tensors=tensors, prompting=filled, tokenizer=tokenizer, whitening=statistics, notes=notes,

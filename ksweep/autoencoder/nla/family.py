@@ -147,32 +147,22 @@ def av_identity(av: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, 
     """Return the AV's digest, and where they are not the usual ones the parser of explanations and the prompting."""
     # An AV that thinks gets its thoughts before the answer skipped.
     parser = {"parser": "after_thoughts"} if av.thinks else {}
-    layout = {} if av.layout == "kitft" else {"av_layout": av.layout}  # keys from before there was a choice stay valid
-    return (
-        {"av": digest_nla(av)}
-        | parser
-        | layout
-        | _chosen_layer(av, "av_layer")
-        | ({"av_prompting": prompting.of_av} if prompting.of_av else {})
-    )
+    return {"av": digest_nla(av)} | parser | _choices(av) | ({"av_prompting": prompting.of_av} if prompting.of_av else {})
 
 
 def ar_identity(ar: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, Any]:
     """Return the AR's digest, and where they are not the usual ones the BOS rule and the prompting."""
     bos = {"ar_bos": "once"} if text_gets_second_bos(ar.ar_prompting.template, ar.tokenizer) else {}
-    layout = {} if ar.layout == "kitft" else {"ar_layout": ar.layout}
-    return (
-        {"ar": digest_nla(ar)}
-        | bos
-        | layout
-        | _chosen_layer(ar, "ar_layer")
-        | ({"ar_prompting": prompting.of_ar} if prompting.of_ar else {})
-    )
+    return {"ar": digest_nla(ar)} | bos | _choices(ar) | ({"ar_prompting": prompting.of_ar} if prompting.of_ar else {})
 
 
-def _chosen_layer(info: CheckpointInfo, name: str) -> dict[str, Any]:
-    """Return the layer of a half that was trained for all: it changes the prompt or the block that is read, and no file."""
-    return {name: info.layer} if info.sidecar.is_universal else {}
+def _choices(info: CheckpointInfo) -> dict[str, Any]:
+    """Return what changes a half's prompt or reading and is in no file: its layout, and the layer of one for all layers.
+
+    Keys from before there was a choice stay valid: kitft's layout adds nothing.
+    """
+    layout = {} if info.layout == "kitft" else {f"{info.role}_layout": info.layout}
+    return layout | ({f"{info.role}_layer": info.layer} if info.sidecar.is_universal else {})
 
 
 def stated_training_norm(*infos: CheckpointInfo) -> float | None:

@@ -200,7 +200,7 @@ def _check_report(info: CheckpointInfo, model: Any, report: Mapping[str, Any], i
     unused = _unused_by_ar(info, model) if info.role == "ar" else set()
     missing = set(report["missing_keys"]) - unused
     extra = {name for name in report["unexpected_keys"] if not (is_wrapped and NOT_TEXT.match(name))}
-    if info.takes_part_of_base:
+    if info.base is not None:  # whose upper blocks may be left out
         extra = {name for name in extra if not _is_above(name, info.num_layers)}
     extra -= unused
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]} - unused

@@ -171,12 +171,30 @@ def read_nla_sidecar(
     role = _role(meta, path, directory, expected_role, notes, layout)
     config = _config_of_run(directory, meta, path, notes) if layout == "easynla" else {}
     # 2. Refuse keys that could change a number and are not understood.
-    is_told_depth = any(DEPTH_FIELD in str(value_at(meta, key)) for key in TEMPLATE_KEYS[role])
-    understood = NLA_SIDECAR_KEYS | (AT_HOME_KEYS if layout == "nla-at-home" else frozenset())
-    understood |= DEPTH_KEYS if is_told_depth or layout == "nla-at-home" else frozenset()
     decided = frozenset(key for field, keys in DECIDED_BY.items() if getattr(overrides, field) is not None for key in keys)
-    check_keys(meta, understood, path, CheckpointError, informs=decided)
-    # 3. Parse the values, each with a check of its type.
+    check_keys(meta, _understood_keys(meta, role, layout), path, CheckpointError, informs=decided)
+    # 3. Parse the values, each with a check of its type, and put the spec's in their place.
+    sidecar = _overridden(_parsed(meta, config, path, role, layout, notes), overrides)
+    # 4. Check that the values this role needs are there and usable.
+    more = _check_values(sidecar, meta, path, overrides)
+    return replace(sidecar, notes=(*sidecar.notes, *more))
+
+
+def _understood_keys(meta: Mapping[str, Any], role: NlaRole, layout: LayoutName) -> frozenset[str]:
+    """Return the keys that are read of a sidecar of this role and layout."""
+    is_at_home = layout == "nla-at-home"
+    is_told_depth = any(DEPTH_FIELD in str(value_at(meta, key)) for key in TEMPLATE_KEYS[role])
+    return (
+        NLA_SIDECAR_KEYS
+        | (AT_HOME_KEYS if is_at_home else frozenset())
+        | (DEPTH_KEYS if is_told_depth or is_at_home else frozenset())
+    )
+
+
+def _parsed(
+    meta: Mapping[str, Any], config: Mapping[str, Any], path: Path, role: NlaRole, layout: LayoutName, notes: list[Note]
+) -> Sidecar:
+    """Return the values of a sidecar and of its run's configuration; notes are added to `notes`."""
     d_model = _d_model(meta, path, notes if layout == "kitft" else [])
     variant = value_at(meta, "variant")
     is_universal = variant == "universal"
@@ -214,30 +232,36 @@ def read_nla_sidecar(
     )
     if is_universal and layout == "nla-at-home" and role == "ar" and sidecar.ar_template is None and sidecar.marker is not None:
         sidecar = replace(sidecar, ar_template=UNIVERSAL_AR_TEMPLATE)
-    # 4. Put the spec's values in place of the sidecar's.
-    sidecar = _overridden(sidecar, overrides)
-    # 5. Check that the values this role needs are there and usable.
-    if layout == "easynla" and sidecar.layer is None:
+    return sidecar
+
+
+def _check_values(sidecar: Sidecar, meta: Mapping[str, Any], path: Path, overrides: PromptingOverrides) -> list[Note]:
+    """Check that the values that a role needs are there and usable, and return notes on unusual ones.
+
+    Raises:
+        CheckpointError: one is missing, or could not have been used in training.
+    """
+    if sidecar.layout == "easynla" and sidecar.layer is None:
         _wrong(
             path,
             "extraction.layer_index",
             None,
             "the block whose output was verbalized: without it the depth of the AR is unknown",
         )
-    if role == "ar":
+    if sidecar.role == "ar":
         _check_ar(sidecar, path)
-        return sidecar
-    method = value_at(meta, "training.method")
-    if layout == "kitft" and mode is None and method in ("lora_sft", "full_ft_sft"):
+        return []
+    mode, method = value_at(meta, "training.injection_mode"), value_at(meta, "training.method")
+    if sidecar.layout == "kitft" and mode is None and method in ("lora_sft", "full_ft_sft"):
         raise CheckpointError(
             f"{path} has training.method={method!r} and no training.injection_mode: the first version of nla-at-home multiplied "
             "vectors by injection_scale instead of scaling them to that norm, without a chat template, but this sidecar states "
             "a base model or tokens beside the marker as that trainer never did. Set autoencoder.layout=nla-at-home if it is "
             "of that trainer."
         )
-    if layout == "nla-at-home" and mode not in (None, "normalize"):
+    if sidecar.layout == "nla-at-home" and mode not in (None, "normalize"):
         _wrong(path, "training.injection_mode", mode, "'normalize', or no such key where vectors were multiplied by the scale")
-    return replace(sidecar, notes=(*notes, *_check_av(sidecar, path, overrides)))
+    return _check_av(sidecar, path, overrides)
 
 
 def sidecar_file(directory: Path) -> Path | None:
