@@ -7,6 +7,7 @@
     asked-to-end              `ksweep cancel`, or Ctrl-C twice: the job is not put back into the queue
     attempt-*/rank-*.json     rank: heartbeat (process, node, GPU, phase, done / total, current cell)
     attempt-*/rank-*.lock     rank: locked for as long as it lives, where the file system has locks
+    attempt-*/meeting-point.json    rank 0: host and port at which the ranks of this start meet
     attempt-*/ended-*.json    rank: outcome (finished, failed or stopped, class, message, traceback, result)
     attempt-*/requeued.json   rank 0: why this start was put back into the queue, and at which point of the work
     controller.json           launcher: submitit's process that starts the ranks of a job on this machine

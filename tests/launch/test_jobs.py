@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from fnmatch import fnmatch
 from pathlib import Path
@@ -60,6 +61,17 @@ def test_two_ranks_take_each_number_once_and_both_finish(tmp_path: Path) -> None
     results = {e.rank: e.result for e in submitted.job.outcomes()}
     assert sorted(results[0] + results[1]) == list(range(40))
     assert results[0] and results[1], "one rank did all the work"
+
+
+@pytest.mark.slow
+def test_ranks_meet_at_a_port_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that all know beforehand is in use now and then: by another job of the node, or by anybody's connection."""
+    (tmp_path / "out").mkdir()
+    with socket.create_server(("", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        submitted = start(tmp_path, "count", 2, folder=str(tmp_path / "out"), total=40)
+        ending = end(submitted, 2)
+    assert ending.state == "finished", (ending, submitted.job.log_tail())
 
 
 @pytest.mark.parametrize(("gpus", "per_model", "ranks"), [(8, 1, 8), (8, 2, 4), (8, 8, 1), (6, 3, 2)])

@@ -217,6 +217,13 @@ def ended(job: Job, seconds: float = 120) -> status.JobStatus:
     return until(f"an end of job {job.slurm_id()}", look, seconds)  # type: ignore[no-any-return]
 
 
+def finished(job: Job) -> bool:
+    """Whether a job ends as finished; what it said if it does not."""
+    found = ended(job)
+    assert found.state == "finished", f"{found}\n{job.log_tail()}"
+    return True
+
+
 def process_of(job: Job, rank: int) -> psutil.Process:
     """The process of a rank, whatever PID it has on its node."""
     folder = str((job.read_note("slurm") or {})["folder"])

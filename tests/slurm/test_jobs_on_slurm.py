@@ -16,7 +16,7 @@ from ksweep.launch import code_snapshot, status
 from ksweep.launch.job import Job, create_job
 from ksweep.launch.slurm import commands, sbatch
 from ksweep.utils.errors import SpecError
-from tests.slurm.bed import ANYWHERE, NODES, ROOT, Bed, ended, only, slurm, until
+from tests.slurm.bed import ANYWHERE, NODES, ROOT, Bed, ended, finished, only, slurm, until
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def deaf_one(resources: Resources, shared: Path) -> Iterator[Job]:
 
 def test_one_gpu_and_all_that_goes_with_it_are_what_was_asked_for(resources: Resources, shared: Path) -> None:
     [gpu] = start(shared, "where", replace(resources, gpus=1, cpus_per_gpu=3, job_name="probe", setup="export FROM_SETUP=yes"))
-    assert ended(gpu).state == "finished"
+    assert finished(gpu)
     [told] = results(gpu)
     assert (told["world_size"], told["setup"], told["name"], told["cpus"]) == (1, "yes", "probe", "3")
     assert len(told["gpus"].split(",")) == 1
@@ -71,9 +71,9 @@ def test_every_rank_has_a_gpu_of_its_own_whatever_the_nodes_call_them(bed: Bed, 
     [beside] = start(shared, "until_told", replace(resources, extra=there), folder=str(shared / "gpus"))
     until("the job beside it", lambda: (shared / "gpus" / "begun").exists())
     [job] = start(shared, "where", replace(resources, gpus=2, nodes=2, extra=only("gpu[8-9]")))
-    assert ended(job).state == "finished"
+    assert finished(job)
     (shared / "gpus" / "end").touch()
-    assert ended(beside).state == "finished"
+    assert finished(beside)
     told, [held] = results(job), results(beside)
     assert [(r["rank"], r["world_size"]) for r in told] == [(i, 4) for i in range(4)]
     assert [r["host"] for r in told] == ["gpu8", "gpu8", "gpu9", "gpu9"] and held["host"] == "gpu8"
@@ -92,7 +92,7 @@ def test_every_rank_has_a_gpu_of_its_own_whatever_the_nodes_call_them(bed: Bed, 
 
 def test_a_whole_node_is_given_with_all_its_memory(resources: Resources, shared: Path) -> None:
     [job] = start(shared, "where", replace(resources, exclusive=True, mem_gb=None, extra=only("gpu9")))
-    assert ended(job).state == "finished"
+    assert finished(job)
     # Slurm gives all CPUs and GPUs of an exclusive node, but of its memory only what is asked for; the bed's have 512,000 MiB.
     assert "cpu=64,mem=500G" in slurm("scontrol", "show", "job", str(job.slurm_id()))
 
@@ -118,7 +118,7 @@ def test_a_job_put_back_by_hand_goes_on_where_it_was(resources: Resources, share
     [job] = start(shared, "units", resources, folder=str(folder), total=12, seconds=0.5)
     until("a few units", lambda: len(list(folder.iterdir())) > 3)
     slurm("scontrol", "requeue", str(job.slurm_id()))
-    assert ended(job).state == "finished"
+    assert finished(job)
     assert job.attempt() == 1
     done_by = [path.read_text().split() for path in sorted(folder.iterdir())]
     assert len(done_by) == 12 and sum(map(len, done_by)) <= 13, done_by  # at most the unit at hand is done twice
@@ -163,7 +163,7 @@ def test_a_job_runs_the_code_as_it_was_submitted(tmp_path: Path, resources: Reso
 
 
 def test_a_unit_longer_than_the_grace_time_is_killed_and_the_job_comes_back(deaf_one: Job) -> None:
-    assert ended(deaf_one).state == "finished"
+    assert finished(deaf_one)
     assert deaf_one.attempt() == 1 and [e.result for e in deaf_one.outcomes()] == ["begun-1"]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -14,6 +14,8 @@ from ksweep.utils.errors import RunError
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
 """Ranks may wait long for another's last work unit; the heartbeat thread, not the collective, notices a dead rank."""
+MEETING_POINT = "meeting-point"
+"""Note of a start: host and port at which rank 0 serves the process group's store."""
 
 
 @dataclass
@@ -101,12 +103,35 @@ def join_process_group(heartbeat: HeartbeatThread, gpus: int, gpus_per_model: in
     from submitit.helpers import TorchDistributedEnvironment
 
     # Each rank sees all GPUs of its node and takes its own by number; with gpus=0 it must not be handed one.
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    # Processes of an earlier start may still hold its port.
-    os.environ["MASTER_PORT"] = str(20000 + (int(os.environ["MASTER_PORT"]) - 20000 + 97 * heartbeat.attempt) % 40000)
+    variables = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    store = _meet(heartbeat, variables.master_addr)
     # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://", timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl", store=store, rank=heartbeat.rank, world_size=heartbeat.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )  # fmt: skip
     return ProcessGroup(heartbeat, devices, dist.distributed_c10d._get_default_store())
+
+
+def _meet(heartbeat: HeartbeatThread, host: str) -> Any:
+    """Return the process group's store: rank 0 serves it at a port that is free, and writes which one into the start's directory.
+
+    A port that all ranks know beforehand (submitit derives one between 20000 and 60000 from the job's id) may be in use on the
+    node of rank 0: by another job, by an earlier start, or from 32768 on by anybody's connection.
+    """
+    from torch.distributed import TCPStore
+
+    job, start = heartbeat.job, heartbeat.attempt
+    if heartbeat.rank == 0:
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
+        job.write_note(MEETING_POINT, {"host": host, "port": store.port}, start)
+        return store
+    heartbeat.waiting = True
+    # On NFS a name that was missing is remembered as missing until this node changes the directory: its heartbeats do.
+    while (found := job.read_note(MEETING_POINT, start)) is None:
+        time.sleep(0.1)
+    heartbeat.waiting = False
+    return TCPStore(found["host"], found["port"], is_master=False, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
 
 
 def leave_process_group(group: ProcessGroup) -> None:
