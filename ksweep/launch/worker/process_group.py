@@ -119,7 +119,7 @@ def _meet(heartbeat: HeartbeatThread, host: str) -> Any:
     A port that all ranks know beforehand (submitit derives one between 20000 and 60000 from the job's id) may be in use on the
     node of rank 0: by another job, by an earlier start, or from 32768 on by anybody's connection.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     job, start = heartbeat.job, heartbeat.attempt
     if heartbeat.rank == 0:
