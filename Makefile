@@ -8,7 +8,8 @@ BIN := .venv/bin
 # One thread a worker: the tests' models are so small that threads would mostly wait for one another.
 # A worker more than cores: tests also wait, for processes and for disks.
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
+# Half of what a worker takes to begin is pytest's rewriting of assertions, which it keeps for the next run where Python may write.
+PARALLEL := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: sweep test test-all quick check install demo-model clean
 
