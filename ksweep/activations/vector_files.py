@@ -15,9 +15,8 @@ import glob
 import hashlib
 import math
 import re
-import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +30,10 @@ from ksweep.activations.hub_vectors import HUB_VECTORS, SIDECAR, hub_parts
 from ksweep.utils.errors import DataError
 from ksweep.utils.files import json_lines, publish_output
 from ksweep.utils.hub import content_digest
+from ksweep.utils.npz_files import npz_headers, read_npz_array
 from ksweep.utils.parquet_rows import damage_refused
 from ksweep.utils.plain_values import bounded_json
-from ksweep.utils.tensor_headers import read_header
+from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
 from ksweep.utils.torch_file import read_torch_file
 
@@ -43,6 +43,7 @@ USUAL_NAMES = (VECTOR_COLUMN, "activations", "vectors", "reconstructions", "W_de
 ARRAYS = (".npy", ".npz", ".safetensors", ".pt")
 FORMATS = ("Parquet (a file, a directory or pattern of parts, a hub data set)", *ARRAYS)
 ROW_TABLES = (".rows.parquet", ".rows.jsonl")
+BESIDE_ARRAYS = tuple(array + table for array in ARRAYS for table in ROW_TABLES)
 BATCH_ROWS = 1024
 RANGE = re.compile(r"(?P<source>.+)@\[(?P<start>\d*):(?P<stop>\d*)\]")
 SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -50,6 +51,18 @@ FLOATS = (2, 4, 8)
 """Bytes of a number in an array; NumPy's long double differs from machine to machine."""
 MOST_UNPACKED_BYTES = 2**34
 """Arrays of a .npz are unpacked in memory; those of the other formats are mapped from disk."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array or tensor in a file: what the file says of it, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    is_float: bool
+    """Whether its numbers are floats of 16, 32 or 64 bits."""
+    read: Callable[[], np.ndarray]
+    """Returns its numbers, mapped from disk where that can be done; bfloat16 as uint16 bit patterns."""
 
 
 @dataclass
@@ -66,7 +79,7 @@ class VectorFile(AbstractContextManager["VectorFile"]):
     total: int
     """Rows of the file."""
     parts: list[pq.ParquetFile] = field(default_factory=list)
-    array: np.ndarray | None = None
+    stored: StoredArray | None = None
     rows: pa.Table | None = None
     """Table of the rows of an array."""
 
@@ -96,14 +109,21 @@ class VectorFile(AbstractContextManager["VectorFile"]):
         return [self.column, *self.schema.names]
 
     @cached_property
+    def array(self) -> np.ndarray:
+        """The numbers of an array [row, d_model]."""
+        assert self.stored is not None
+        with _damage_of_array_refused(self.paths[0]):
+            return self.stored.read()
+
+    @cached_property
     def d_model(self) -> int:
         """Width of the vectors.
 
         Raises:
             DataError: the first vector is null or empty.
         """
-        if self.array is not None:
-            return int(self.array.shape[1])
+        if self.stored is not None:
+            return self.stored.shape[1]
         kind = self.parts[0].schema_arrow.field(self.column).type
         if pa.types.is_fixed_size_list(kind):
             return int(kind.list_size)
@@ -152,7 +172,7 @@ class VectorFile(AbstractContextManager["VectorFile"]):
     def _tables(self, columns: Collection[str], row: int, wanted: np.ndarray | None = None) -> Iterator[tuple[int, pa.Table]]:
         """Yield tables from a row on, with their first row; those without wanted rows may be left out."""
         inside = [name for name in self.schema.names if name in columns and name != VECTOR_COLUMN]
-        if self.array is not None:
+        if self.stored is not None:
             yield from self._of_array(inside, VECTOR_COLUMN in columns, row, wanted)
         else:
             yield from self._of_parts([*inside, *([self.column] if VECTOR_COLUMN in columns else [])], row, wanted)
@@ -160,9 +180,8 @@ class VectorFile(AbstractContextManager["VectorFile"]):
     def _of_array(
         self, columns: list[str], with_vectors: bool, row: int, wanted: np.ndarray | None
     ) -> Iterator[tuple[int, pa.Table]]:
-        assert self.array is not None
-        for start in range(row, len(self.array), BATCH_ROWS):
-            stop = min(start + BATCH_ROWS, len(self.array))
+        for start in range(row, self.total, BATCH_ROWS):
+            stop = min(start + BATCH_ROWS, self.total)
             if not _has_some(wanted, start, stop):
                 continue
             table = None if self.rows is None else self.rows.slice(start, stop - start).select(columns)
@@ -252,8 +271,11 @@ def write_vectors(path: Path, tensors: Mapping[str, np.ndarray], rows: pa.Table,
 
 def without_range(source: str) -> str:
     """Return what names the files of a source, without the range of rows behind it."""
-    match = RANGE.fullmatch(source)
-    return source if match is None or Path(source).expanduser().exists() else match["source"]
+    if "@[" not in source or Path(source).expanduser().exists():
+        return source
+    if (match := RANGE.fullmatch(source)) is None:
+        raise DataError(f"{source}: expected a range of rows as @[START:STOP], counted from 0; either may be left out")
+    return match["source"]
 
 
 def _located(source: str) -> tuple[tuple[Path, ...], int, int | None]:
@@ -270,7 +292,9 @@ def _found(source: str) -> tuple[Path | None, tuple[Path, ...]]:
     if path.is_file():
         return None, (path,)
     if path.is_dir():
-        folder, found = path, sorted(path.glob("*.parquet")) or sorted(path.rglob("*.parquet"))
+        inside = (_without_row_tables(sorted(files)) for files in (path.glob("*.parquet"), path.rglob("*.parquet")))
+        arrays = (file for file in sorted(path.iterdir()) if file.suffix in ARRAYS)
+        folder, found = path, next(filter(None, inside), None) or list(arrays)
     else:
         folder, found = None, _without_row_tables(sorted(map(Path, glob.glob(str(path)))))
         if not found and HUB_VECTORS.fullmatch(source) and not path.parent.is_dir() and path.suffix not in (".parquet", *ARRAYS):
@@ -289,9 +313,8 @@ def _found(source: str) -> tuple[Path | None, tuple[Path, ...]]:
 
 
 def _without_row_tables(paths: Sequence[Path]) -> list[Path]:
-    """Return paths without the tables and sidecars that lie beside others of them."""
-    beside = {f"{path}{ending}" for path in paths for ending in (*ROW_TABLES, f".{SIDECAR}")}
-    return [path for path in paths if str(path) not in beside and path.name != SIDECAR]
+    """Return paths without the tables and sidecars that lie beside others."""
+    return [path for path in paths if not path.name.endswith((*BESIDE_ARRAYS, f".{SIDECAR}")) and path.name != SIDECAR]
 
 
 def _open_parts(source: str, paths: Sequence[Path], column: str | None) -> VectorFile:
@@ -320,22 +343,25 @@ def _open_parts(source: str, paths: Sequence[Path], column: str | None) -> Vecto
 
 def _open_array(source: str, path: Path, column: str | None) -> VectorFile:
     arrays = _arrays(path)
-    names = [name for name, array in arrays.items() if array.ndim == 2]
+    names = [name for name, stored in arrays.items() if len(stored.shape) == 2 and stored.is_float]
     chosen = _chosen(source, column, names, list(arrays))
-    array = arrays[chosen]
-    is_float = array.dtype.kind == "f" and array.dtype.itemsize in FLOATS
-    if array.ndim != 2 or array.shape[1] == 0 or not (is_float or path.suffix == ".safetensors"):
+    stored = arrays[chosen]
+    if chosen not in names or stored.shape[1] == 0:
         raise DataError(
-            f"{chosen!r} of {source} is an array {array.shape} of {array.dtype}; "
+            f"{chosen!r} of {source} is an array {stored.shape} of {stored.dtype}; "
             "expected floats of 16, 32 or 64 bits, [row, d_model]"
+        )
+    if path.suffix == ".npz" and (size := math.prod(stored.shape) * np.dtype(stored.dtype).itemsize) > MOST_UNPACKED_BYTES:
+        raise DataError(
+            f"{chosen!r} of {path} takes {size:,} bytes of memory when it is unpacked (at most {MOST_UNPACKED_BYTES:,}): save it "
+            "as .npy or .safetensors, which are read from disk"
         )
     tables = _row_tables(path)
     rows = _row_table(tables[0]) if tables else None
-    if rows is not None and len(rows) != len(array):
-        raise DataError(
-            f"{tables[0]} has {len(rows)} rows and {chosen!r} of {path} has {len(array)}: one for each vector is needed"
-        )
-    return VectorFile(source, (path, *tables), chosen, 0, len(array), len(array), array=array, rows=rows)
+    total = stored.shape[0]
+    if rows is not None and len(rows) != total:
+        raise DataError(f"{tables[0]} has {len(rows)} rows and {chosen!r} of {path} has {total}: one for each vector is needed")
+    return VectorFile(source, (path, *tables), chosen, 0, total, total, stored=stored, rows=rows)
 
 
 def _chosen(source: str, asked: str | None, fitting: Sequence[str], names: Sequence[str]) -> str:
@@ -354,72 +380,58 @@ def _chosen(source: str, asked: str | None, fitting: Sequence[str], names: Seque
     return found[0]
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays in a file by name, mapped from disk where that can be done; a single one is called VECTOR_COLUMN.
-
-    bfloat16 comes as uint16 bit patterns.
-    """
-    try:
+def _arrays(path: Path) -> dict[str, StoredArray]:
+    """Return the arrays in a file by name; a single one is called VECTOR_COLUMN."""
+    with _damage_of_array_refused(path):
         if path.suffix == ".npy":
-            return {VECTOR_COLUMN: np.load(path, mmap_mode="r", allow_pickle=False)}
+            return {VECTOR_COLUMN: _stored(np.load(path, mmap_mode="r", allow_pickle=False))}
         if path.suffix == ".npz":
-            return _npz(path)
+            return {name: _of_npz(path, name, *header) for name, header in npz_headers(path).items()}
         if path.suffix == ".safetensors":
-            return _safetensors(path)
+            return {name: _of_safetensors(path, name, tensor) for name, tensor in read_header(path).items()}
         value = read_torch_file(path)
         tensors = value if isinstance(value, dict) else {VECTOR_COLUMN: value}
         return {str(name): _of_tensor(tensor) for name, tensor in tensors.items() if hasattr(tensor, "detach")}
+
+
+@contextmanager
+def _damage_of_array_refused(path: Path) -> Iterator[None]:
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:  # NumPy and zipfile raise whatever a damaged file happens to cause
         raise DataError(f"{path} cannot be read as an array ({str(error)[:300]}); is it whole?") from error
 
 
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays [row, d_model] of an archive, or its only one; their headers say beforehand what they take."""
-    out, left = {}, MOST_UNPACKED_BYTES
-    with zipfile.ZipFile(path) as archive:
-        entries = [entry for entry in archive.namelist() if entry.endswith(".npy")]
-        for entry in entries:
-            with archive.open(entry) as file:
-                shape, dtype = _npy_header(file)
-            left -= (size := math.prod(shape) * dtype.itemsize)
-            if len(shape) != 2 and len(entries) > 1:
-                left += size
-                continue
-            if left < 0:
-                raise DataError(
-                    f"{path} holds arrays of more than {MOST_UNPACKED_BYTES:,} bytes ({entry}: {size:,}), which would all be "
-                    "unpacked in memory: save them as .npy or .safetensors, which are read from disk"
-                )
-            with archive.open(entry) as file:
-                out[entry.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
-    return out
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" and dtype.itemsize in FLOATS
 
 
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return shape, dtype
+def _stored(array: np.ndarray) -> StoredArray:
+    return StoredArray(array.shape, str(array.dtype), _is_float(array.dtype), lambda: array)
 
 
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    tensors = {name: tensor for name, tensor in read_header(path).items() if tensor.dtype in SAFETENSORS_DTYPES}
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: Any = bounded_json(file.read(length))
-    return {
-        name: np.memmap(
-            path, SAFETENSORS_DTYPES[tensor.dtype], "r", 8 + length + header[name]["data_offsets"][0], tensor.shape
-        )
-        for name, tensor in tensors.items() if 0 not in tensor.shape
-    }  # fmt: skip
+def _of_npz(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StoredArray:
+    return StoredArray(shape, str(dtype), _is_float(dtype), lambda: read_npz_array(path, name))
 
 
-def _of_tensor(tensor: Any) -> np.ndarray:
-    array: np.ndarray = tensor.detach().float().cpu().numpy()
-    return array
+def _of_safetensors(path: Path, name: str, tensor: Tensor) -> StoredArray:
+    def mapped() -> np.ndarray:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: Any = bounded_json(file.read(length))
+        begin = 8 + length + header[name]["data_offsets"][0]
+        return np.memmap(path, SAFETENSORS_DTYPES[tensor.dtype], "r", begin, tensor.shape)
+
+    is_float = tensor.dtype in SAFETENSORS_DTYPES and 0 not in tensor.shape
+    return StoredArray(tensor.shape, tensor.dtype, is_float, mapped)
+
+
+def _of_tensor(tensor: Any) -> StoredArray:
+    name = str(tensor.dtype).removeprefix("torch.")
+    is_float = name in ("float16", "bfloat16", "float32", "float64")
+    return StoredArray(tuple(tensor.shape), name, is_float, lambda: tensor.detach().float().cpu().numpy())
 
 
 def _lists(array: np.ndarray) -> pa.FixedSizeListArray:
@@ -434,9 +446,22 @@ def _row_tables(path: Path) -> tuple[Path, ...]:
 
 def _row_table(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path) if path.suffix == ".parquet" else pa.Table.from_pylist([dict(row) for row in json_lines(path)])
+        if path.suffix == ".parquet":
+            return pq.read_table(path)
+        return _table_of_lines(path, [dict(row) for row in json_lines(path)])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable table ({error}); is it whole?") from error
+
+
+def _table_of_lines(path: Path, rows: list[dict[str, Any]]) -> pa.Table:
+    """Return a table with a column for each key that any row has."""
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except pa.ArrowException as error:
+            raise DataError(f"{name!r} of {path} is of several types ({error}): give every row the same type, or null") from error
+    return pa.table(columns)
 
 
 def _has_some(wanted: np.ndarray | None, start: int, stop: int) -> bool:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ksweep.activations import activations_key, ensure
+from ksweep.activations import activations_key, ensure, vector_files
 from ksweep.activations.row_order import row_number
-from ksweep.activations.vector_files import VectorFile, open_vectors, vector_paths
+from ksweep.activations.vector_files import VECTOR_COLUMN, VectorFile, open_vectors, vector_paths
 from ksweep.activations.vector_source import VectorUnits, are_of_one_document, vectors_layer
 from ksweep.utils.errors import DataError
+from ksweep.utils.npz_files import read_npz_array
 from ksweep.utils.planning_pass import planning_pass
 from tests.activations.helpers import random_vectors, vector_spec, write_vectors
 from tests.hub_server import Hub, HubRepository, serving_hub, use_hub
@@ -206,6 +207,8 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
         "empty": "no file of vectors at",
         "no-*.parquet": "no file of vectors at",
         "mixed": "part-9.parquet has other columns or types than",
+        "two.parquet@[-5:]": r"expected a range of rows as @\[START:STOP\], counted from 0",
+        "two.parquet@[0:10:2]": r"expected a range of rows as @\[START:STOP\]",
         "two.parquet@[40:50]": "no rows from 40 to 50: it has 30|has no column",
     }
     for name, words in cases.items():
@@ -288,9 +291,40 @@ def test_floats_of_either_byte_order_are_read_and_other_arrays_refused(tmp_path:
 
 
 def test_an_archive_may_be_small_and_is_measured_by_its_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.savez_compressed(tmp_path / "v.npz", vectors=np.ones((4096, 64), np.float32), b_dec=np.zeros(10_000))
+    np.savez_compressed(tmp_path / "v.npz", vectors=np.ones((4096, 64), np.float32), W_enc=np.zeros((64, 10_000)))
+    unpacked = []
+    monkeypatch.setattr(vector_files, "read_npz_array", lambda path, name: (unpacked.append(name), read_npz_array(path, name))[1])
     with open_vectors(tmp_path / "v.npz") as file:  # 64 times smaller than what it holds
-        assert (file.num_rows, file.d_model) == (4096, 64)
-    monkeypatch.setattr("ksweep.activations.vector_files.MOST_UNPACKED_BYTES", 4096 * 64 * 4 - 1)
-    with pytest.raises(DataError, match=r"more than 1,048,575 bytes \(vectors\.npy: 1,048,576\).*save them as \.npy"):
+        assert (file.num_rows, file.d_model, unpacked) == (4096, 64, [])
+        assert sum(table.num_rows for table in file.batches([VECTOR_COLUMN])) == 4096 and unpacked == ["vectors"]
+    monkeypatch.setattr(vector_files, "MOST_UNPACKED_BYTES", 4096 * 64 * 4 - 1)
+    with pytest.raises(DataError, match=r"takes 1,048,576 bytes of memory .* \(at most 1,048,575\): save it as \.npy"):
         open_vectors(tmp_path / "v.npz")
+
+
+def test_tensors_that_are_no_floats_are_no_vectors(tmp_path: Path) -> None:
+    torch.save({"acts": torch.ones(4, 3), "input_ids": torch.ones(4, 3, dtype=torch.int64)}, tmp_path / "both.pt")
+    with open_vectors(tmp_path / "both.pt") as file:
+        assert file.column == "acts"
+    for kind in (torch.int64, torch.bool, torch.complex64):
+        torch.save(torch.ones(4, 3).to(kind), tmp_path / "one.pt")
+        with pytest.raises(DataError, match=rf"of {str(kind).removeprefix('torch.')}; expected floats"):
+            open_vectors(tmp_path / "one.pt")
+
+
+def test_lines_beside_an_array_may_have_different_keys(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", VECTORS[:3])
+    lines = tmp_path / "v.npy.rows.jsonl"
+    lines.write_text('{"n": 5}\n{"n": 6, "doc_id": "a"}\n{"doc_id": "b"}\n')
+    with open_vectors(tmp_path / "v.npy") as file:
+        assert file.table(["n", "doc_id"]).to_pydict() == {"n": [5, 6, None], "doc_id": [None, "a", "b"]}
+    lines.write_text('{"n": 5}\n{"n": "six"}\n{}\n')
+    with pytest.raises(DataError, match=r"'n' of .*v\.npy\.rows\.jsonl is of several types"):
+        open_vectors(tmp_path / "v.npy")
+
+
+def test_a_directory_with_an_array_and_its_table_is_that_array(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", VECTORS[:3])
+    pq.write_table(pa.table({"doc_id": ["a", "b", "c"]}), tmp_path / "v.npy.rows.parquet")
+    with open_vectors(tmp_path) as file:
+        assert file.num_rows == 3 and file.names == ["activation_vector", "doc_id"]

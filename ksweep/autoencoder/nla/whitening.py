@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.hub import folders_upwards
+from ksweep.utils.npz_files import npz_headers, read_npz_array
 from ksweep.utils.sidecar_keys import abbreviated, is_done
 
 if TYPE_CHECKING:
@@ -123,10 +124,12 @@ def read_statistics(path: Path, stated: WhiteningStated, d_model: int) -> Whiten
     import numpy as np
 
     try:
-        shapes = [_shape_in(path, name) for name in ("mean", "w")]
+        headers = npz_headers(path)
+        shapes = [headers[name][0] for name in ("mean", "w")]
+        if not all(headers[name][1].kind == "f" for name in ("mean", "w")):
+            raise ValueError("mean and w are not floating-point numbers")
         if shapes == [(d_model,), (d_model, d_model)]:
-            with np.load(path, allow_pickle=False) as arrays:
-                mean, w = (np.ascontiguousarray(arrays[name], dtype="<f8") for name in ("mean", "w"))
+            mean, w = (np.ascontiguousarray(read_npz_array(path, name), dtype="<f8") for name in ("mean", "w"))
     except Exception as error:  # whatever a damaged archive raises
         raise CheckpointError(
             f"{path} cannot be read as statistics of a whitening ({type(error).__name__}: {str(error)[:200]}); expected an .npz "
@@ -146,24 +149,6 @@ def read_statistics(path: Path, stated: WhiteningStated, d_model: int) -> Whiten
     if not (np.isfinite(mean).all() and np.isfinite(w).all()):
         raise CheckpointError(f"{path}: mean or w has NaN or infinite values. Copy it again.")
     return Whitening(mean, w, digest)
-
-
-def _shape_in(path: Path, name: str) -> tuple[int, ...]:
-    """Return the shape of an array in an .npz by its header: a small archive can hold arrays of any size.
-
-    Raises:
-        Whatever zipfile and NumPy raise of a damaged archive; ValueError for an array of other things than numbers.
-    """
-    import zipfile
-
-    from numpy.lib import format as npy
-
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
-        shape, _, dtype = read_header(file)
-    if dtype.kind != "f":
-        raise ValueError(f"{name} holds {dtype}, no floating-point numbers")
-    return tuple(shape)
 
 
 def check_same_space(av: WhiteningStated | None, ar: WhiteningStated | None) -> None:
