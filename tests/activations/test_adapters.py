@@ -44,6 +44,7 @@ def adapter_of(pair: TinyPair, folder: Path, change: object = None, **config: ob
     return folder
 
 
+@pytest.mark.slow
 def test_activations_of_an_adapter_are_those_of_the_merged_model(pair: TinyPair, text: Path, tmp_path: Path) -> None:
     merged = merge_adapters(pair, tmp_path / "merged").av
     for name in ("tokenizer.json", "tokenizer_config.json"):

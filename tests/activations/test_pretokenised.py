@@ -75,6 +75,7 @@ def test_reference_activations_are_met_from_a_pretokenised_table(case: str, kind
     assert [token[place] for place in places] == arrays["current_token_ids"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("at", range(3))
 def test_reference_bounds_are_met_through_the_store(case: str, at: int, tmp_path: Path) -> None:
@@ -130,6 +131,7 @@ def padded(rows: list[list[int]], pad: int, side: str) -> list[list[int]]:
     return [fill + row if side == "left" else row + fill for row, fill in zip(rows, filler, strict=True)]
 
 
+@pytest.mark.slow
 def test_rows_of_ids_give_what_the_text_they_were_made_of_gives(base: Path, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "t.jsonl", passages(80))
     ids = AutoTokenizer.from_pretrained(base)(passages(80))["input_ids"]
@@ -145,6 +147,7 @@ def test_rows_of_ids_give_what_the_text_they_were_made_of_gives(base: Path, tmp_
             assert table.column(name).tolist() == of_text.column(name).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gemma3_multimodal"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_left_padding_changes_nothing_but_the_index_where_positions_are_relative(family: Any, dtype: str, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_a_stream_from_the_hub_is_put_in_order_pool_by_pool(monkeypatch: pytest.
     assert pools != sorted(pools)
 
 
+@pytest.mark.slow
 def test_more_activations_keep_the_first_and_all_are_those_of_rows_first(base: Path, text: Path, tmp_path: Path) -> None:
     few, more = (ensure(spec(base, text, n, rows="random"), LAYER, tmp_path / "cache") for n in (30, 100))
     whole, first = (ensure(spec(base, text, 180, rows=rule), LAYER, tmp_path / "cache") for rule in ("random", "first"))

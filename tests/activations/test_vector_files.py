@@ -154,6 +154,7 @@ def test_one_document_is_told_of_the_rows_that_are_taken(tmp_path: Path) -> None
     assert are_of_one_document(vector_spec(path, 20)) and not are_of_one_document(vector_spec(path, 20, rows="random"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "rows_read", "most"), [("parquet", 7 + 10 + 10, 10 * 1024), ("npy", 3 * 1024, 30_000)])
 def test_of_random_rows_no_more_units_and_row_groups_are_read_than_are_taken(
     file: str, rows_read: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

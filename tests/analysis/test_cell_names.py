@@ -202,6 +202,7 @@ def test_runs_of_one_cell_stay_one_row_of_speeds() -> None:
 # --- comparisons keep their reference ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["ar=other", None])
 def test_a_comparison_is_drawn_against_its_own_reference(two: Sweep, reference: str | None) -> None:
     cells = load_cells(two.registry, ["checkpoints"])

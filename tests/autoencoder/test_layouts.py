@@ -337,6 +337,7 @@ def second_adapter(root: Path) -> Path:
     return rl
 
 
+@pytest.mark.slow
 def test_stack_of_two_adapters_is_the_sum_of_both(tmp_path: Path) -> None:
     """W + s1 B1 A1 + s2 B2 A2, whether the SFT adapter is stacked or was merged into full weights; the order does not matter."""
     root = shutil.copytree(LORA.directory, tmp_path / "pair")

@@ -142,6 +142,7 @@ def test_an_ar_that_runs_out_of_memory_goes_on_with_fewer_texts_at_once(pair: Ti
     assert torch.allclose(ar.reconstruct_texts(texts), expected, **ROUNDED) and failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_multimodal"])
 def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, family, adapters=True)
@@ -158,6 +159,7 @@ def test_adapters_change_what_their_base_computes(family: Family, tmp_path: Path
     assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prefix", ["base_model.model.", "base_model.model.language_model.model.", "base_model.model.model.language_model."]
 )
@@ -237,6 +239,7 @@ def test_decode_leaves_out_the_stop_token_and_what_follows(tmp_path: Path) -> No
     assert av.decode([]) == "" and av.decode([538]) == "<|im_start|>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 @pytest.mark.parametrize("adapters", [False, True])
 def test_talking_pair_is_drawn_parsed_and_reconstructed(family: Family, adapters: bool, tmp_path: Path) -> None:

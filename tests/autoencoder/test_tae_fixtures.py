@@ -152,6 +152,7 @@ def test_sampler_draws_t_text_tokens_greedily_as_the_reference_did_in_any_batch(
         assert {d.finish for d in found} == {"length"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_draws_do_not_depend_on_batches_and_score_as_their_tokens(case: str) -> None:
     """Sampled tokens over a forked cache have the log probability of one pass over the prompt and all of them."""

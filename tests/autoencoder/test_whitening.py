@@ -44,6 +44,7 @@ def pair(tmp_path: Path) -> tuple[Path, Cell]:
     return tmp_path, replace(cell, autoencoder=replace(cell.autoencoder, av=str(tmp_path / "av"), ar=str(tmp_path / "ar")))
 
 
+@pytest.mark.slow
 def test_errors_baseline_and_keys_are_those_of_whitened_vectors(pair: tuple[Path, Cell]) -> None:
     """By hand: activations are whitened, then compared with what the AR makes of the texts, and with one another."""
     root, cell = pair
@@ -85,6 +86,7 @@ def test_statistics_of_the_spec_are_taken_and_must_be_those_stated(pair: tuple[P
         family_of(replace(cell.autoencoder, whitening=str(root / "nothing.npz"))).draws_identity()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "message"),
     [

@@ -359,6 +359,7 @@ def test_filler_whose_directory_is_removed_begins_anew_and_ends_whole(cache: Pat
     assert np.array_equal(store.open(5).vectors(), random_vectors(5))
 
 
+@pytest.mark.slow
 def test_removal_that_is_killed_leaves_no_half_key(
     cache: Path, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch, filled: tuple[Path, dict[str, str]]
 ) -> None:

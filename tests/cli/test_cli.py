@@ -43,6 +43,7 @@ def objects(out: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
+@pytest.mark.slow
 def test_sql_prints_a_table_without_escape_codes(ksweep: Command) -> None:
     code, out, err = ksweep("sql", "select k, fve from curves where temperature = 0.7 and k in (1, 4) order by k")
     assert (code, err) == (0, "") and "\x1b" not in out
@@ -195,6 +196,7 @@ def test_a_result_file_that_no_reader_can_take_is_refused_in_a_sentence(
     assert code == 2 and words in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_runs_that_do_not_say_over_which_activations_they_ran_are_not_paired(command: Command, registry: Path) -> None:
     for name, temperature in (("r0", 0.5), ("r1", 1.0)):
         write_run(registry, record_of(name, temperature=temperature), curve_of(), controls_of())

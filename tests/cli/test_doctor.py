@@ -17,6 +17,7 @@ from ksweep.registry.run_record import write_run
 from tests.registry.landed_runs import curve_of, record_of
 
 
+@pytest.mark.slow
 def test_the_engine_passes_its_self_test() -> None:
     assert failures("cpu") == []
 

@@ -85,6 +85,7 @@ READS: dict[str, Callable[[Real, Path], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READS)
 @pytest.mark.usefixtures("no_slurm_job")
 def test_a_command_that_reads_changes_no_file_but_the_index(real: Real, copied: Path, command: Command, name: str) -> None:

@@ -83,6 +83,7 @@ def test_show_tells_spec_curve_controls_groups_and_what_it_said(ksweep: Command,
     assert len(told["examples"]) == 15
 
 
+@pytest.mark.slow
 def test_show_of_a_failed_run_tells_the_error(ksweep: Command, real: Real) -> None:
     [row] = [json.loads(line) for line in ksweep("sql", "from v_failures", "--json")[1].splitlines()]
     code, out, _ = ksweep("show", row["run_id"])

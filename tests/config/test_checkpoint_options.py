@@ -215,6 +215,7 @@ def test_checkpoint_data_of_a_series_is_that_of_its_files(sweep: Sweep, alone: C
     assert expand_series(overridden(sweep, [series])).labels() == ["step=1", "step=20"]
 
 
+@pytest.mark.slow
 def test_checkpoint_data_through_a_whole_sweep(sweep: Sweep) -> None:
     text = sweep.cell.activations.text
     assert run(sweep, f"autoencoder.checkpoint={GEMMA3}", "--checkpoint-data", f"activations.text={text}") == 0

@@ -116,6 +116,7 @@ def assert_sql_equals_python(registry: Path, grid: tuple[int, int]) -> None:
         np.testing.assert_equal([NAN if value is None else value for value in in_sql], values[name])
 
 
+@pytest.mark.slow
 def test_sql_has_every_score_of_a_draw_and_says_what_it_measures(registry: Path) -> None:
     compute_metric(TextMetric(), registry, "draws", (2, 3), no_vectors)
     assert_sql_equals_python(registry, (2, 3))

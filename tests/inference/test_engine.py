@@ -455,6 +455,7 @@ class OutOfMemoryModel:
         return self.model(**kw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("from_length", [0, len(PROMPT) + 5])
 def test_out_of_memory_halves_the_batch_and_changes_no_draw(models, caplog, from_length, on_cpu):

@@ -84,6 +84,7 @@ def test_a_rank_refuses_a_checkpoint_that_changed_after_planning(sweep: Sweep, p
         run_job(job.spec()["argument"], Solo())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys_written", [True, False])
 def test_a_failed_job_whose_checkpoint_has_moved_is_recorded(sweep: Sweep, pair: TinyPair, *, keys_written: bool) -> None:
     job, [keys] = planned_job(sweep)
@@ -99,6 +100,7 @@ def test_a_failed_job_whose_checkpoint_has_moved_is_recorded(sweep: Sweep, pair:
     assert found == ("failed", "bug", keys.cell, keys.label, keys.name, *stored)
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_three_cells_inspects_each_checkpoint_once(
     sweep: Sweep, pair: TinyPair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

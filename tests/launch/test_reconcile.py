@@ -194,6 +194,7 @@ def write_log(job: Job, rank: int, text: str) -> None:
         file.write(text)
 
 
+@pytest.mark.slow
 def test_each_start_of_a_requeued_job_has_its_ranks_its_lines_and_its_reason(sweep: Sweep) -> None:
     job, key = job_of(sweep), job_of(sweep).spec()["cells"][1]["key"]
     for start, why in enumerate(("preempted", "time limit")):
@@ -235,6 +236,7 @@ def test_each_start_of_a_requeued_job_has_its_ranks_its_lines_and_its_reason(swe
     assert found == [(0.7, 2, 2, "gpu2", "H100", "abc", 1500.0, 1600.0, "OutOfMemoryError")], "recorded on the cell it was at"
 
 
+@pytest.mark.slow
 def test_a_job_that_only_wrote_to_its_log_has_a_row_for_each_rank(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(sweep, cluster="slurm")
     job.write_note("slurm", {"id": "7", "folder": str(logs(sweep)), "tag": "x"})
@@ -279,6 +281,7 @@ def test_a_rank_that_does_not_end_is_waited_for_a_few_seconds(sweep: Sweep, monk
     assert ask(sweep, "SELECT status, error_class FROM attempts ORDER BY rank") == [("failed", "bug"), ("gone", None)]
 
 
+@pytest.mark.slow
 def test_a_job_that_has_come_back_meanwhile_is_not_finalized(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ksweep.launch.reconcile.FINAL_RECORD_GRACE_SECONDS", 0.5)
     job = job_of(sweep)
@@ -313,6 +316,7 @@ def test_a_rank_on_a_machine_with_another_clock_is_not_taken_for_dead(sweep: Swe
     assert finalize_if_ended(job, status.job_status(job)), "nothing has come since"
 
 
+@pytest.mark.slow
 def test_two_that_find_the_same_job_leave_one_run_and_one_file(sweep: Sweep) -> None:
     job = job_of(sweep)
     job.write_outcome(Outcome(rank=0, status="failed", kind="bug", message="x"))
@@ -324,6 +328,7 @@ def test_two_that_find_the_same_job_leave_one_run_and_one_file(sweep: Sweep) -> 
     assert ask(sweep, "SELECT count(*) FROM attempts") == [(2,)] and ask(sweep, "SELECT count(*) FROM quarantine") == [(0,)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_has_gone_does_not_keep_a_job_from_being_finalized(sweep: Sweep, tmp_path: Path) -> None:
     moved = shutil.copytree(sweep.cell.autoencoder.av, tmp_path / "av")  # type: ignore[arg-type]
     other = replace(sweep, cell=replace(sweep.cell, autoencoder=replace(sweep.cell.autoencoder, av=str(moved))))
@@ -336,6 +341,7 @@ def test_a_checkpoint_that_has_gone_does_not_keep_a_job_from_being_finalized(swe
     assert job.final_status() is not None and ask(sweep, "SELECT error_class FROM attempts WHERE rank = 0") == [("bug",)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", [{}, {"registry": "here", "sweep": "tiny"}, {"registry": "here", "cells": []}])
 def test_a_job_without_cells_is_finalized_with_its_attempts_alone(sweep: Sweep, argument: dict[str, Any]) -> None:
     given = argument | ({"registry": sweep.registry} if "registry" in argument else {})
@@ -347,6 +353,7 @@ def test_a_job_without_cells_is_finalized_with_its_attempts_alone(sweep: Sweep, 
     assert ask(sweep, "SELECT count(*) FROM runs") == [(0,)]
 
 
+@pytest.mark.slow
 def test_a_torn_heartbeat_of_an_earlier_start_does_not_keep_a_job_from_being_finalized(sweep: Sweep) -> None:
     job = job_of(sweep, ranks=1)
     job.write_heartbeat(beat_of(0))

@@ -48,6 +48,7 @@ def logs(sweep: Sweep) -> Path:
     return Path(sweep.registry).parent / "logs"
 
 
+@pytest.mark.slow
 def test_of_commands_that_claim_the_same_cells_at_one_moment_one_gets_them(sweep: Sweep) -> None:
     Path(sweep.registry).mkdir()
     plan = planned(identify_cells(sweep))
@@ -70,6 +71,7 @@ def test_of_commands_that_claim_the_same_cells_at_one_moment_one_gets_them(sweep
     assert set(survey_jobs(logs(sweep)).live_job_by_cell) == claimed
 
 
+@pytest.mark.slow
 def test_cells_that_another_command_has_begun_are_waited_for_and_planned_anew(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

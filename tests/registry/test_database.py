@@ -84,6 +84,7 @@ def test_rebuild_equals_step_by_step_ingest_row_for_row(root: Path) -> None:
     assert everything(root) == step_by_step
 
 
+@pytest.mark.slow
 def test_curves_show_one_row_per_cell_and_k_of_the_newest_finished_run(root: Path) -> None:
     write_run(root, record_of("old", minutes=0), curve_of(0.30))
     write_run(root, record_of("new", minutes=5), curve_of(0.50))
@@ -245,6 +246,7 @@ def test_unreadable_database_is_built_again(root: Path, content: bytes) -> None:
     assert report.num_runs == 3 and report.rebuilt is not None and "could not be read" in report.rebuilt
 
 
+@pytest.mark.slow
 def test_database_of_another_schema_is_built_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     land_three(root)
     ingest_landings(root)
@@ -328,6 +330,7 @@ def test_killed_ingester_leaves_no_lock_and_nothing_in_the_registry(root: Path, 
     assert list(root.glob(".ksweep.duckdb.*")) == [new]
 
 
+@pytest.mark.slow
 def test_ingesters_that_do_not_see_one_anothers_locks_add_no_row_twice_and_stop_nobody(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +443,7 @@ def test_draws_are_found_again_after_the_registry_moved(root: Path) -> None:
     assert rows(moved, "SELECT count(*) FROM runs") == [(3,)]
 
 
+@pytest.mark.slow
 def test_every_table_view_and_column_has_a_comment(root: Path) -> None:
     bare = (
         "SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = 'ksweep' AND comment IS NULL "

@@ -65,6 +65,7 @@ BAD_LANDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BAD_LANDINGS)
 def test_a_bad_landing_is_quarantined_by_name_and_stops_no_other_reader(
     root: Path, what: str, caplog: pytest.LogCaptureFixture
@@ -98,6 +99,7 @@ EMPTY_PARTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EMPTY_PARTS)
 def test_a_damaged_part_without_rows_is_written_again_and_said(root: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     land(root, "good")
@@ -120,6 +122,7 @@ def test_a_damaged_part_without_rows_is_written_again_and_said(root: Path, name:
         assert connection.execute("SELECT count(*) FROM chosen_curves").fetchall() == [(0,)]
 
 
+@pytest.mark.slow
 def test_a_block_that_flips_in_the_database_is_noticed_rebuilt_and_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     land(root, "a", "b")
     ingest_landings(root)
@@ -134,6 +137,7 @@ def test_a_block_that_flips_in_the_database_is_noticed_rebuilt_and_said(root: Pa
         assert f"{file} is built again from the registry's files" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_database_that_another_program_has_changed_is_not_copied_into_the_next(root: Path) -> None:
     land(root, "a")
     ingest_landings(root)
@@ -145,6 +149,7 @@ def test_a_database_that_another_program_has_changed_is_not_copied_into_the_next
         assert connection.execute("SELECT max(fve) FROM run_curves").fetchone() == (pytest.approx(0.33),)
 
 
+@pytest.mark.slow
 def test_a_write_ahead_log_of_a_killed_program_is_removed_and_the_database_readable_by_all(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -166,6 +171,7 @@ def test_a_write_ahead_log_of_a_killed_program_is_removed_and_the_database_reada
     assert not (root / "ksweep.duckdb.wal").exists()
 
 
+@pytest.mark.slow
 def test_a_database_of_an_earlier_version_without_a_digest_is_read_and_only_built_again_with_new_runs(root: Path) -> None:
     land(root, "a")
     ingest_landings(root)

@@ -34,6 +34,7 @@ def filled(root: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_named_curves_come_in_the_order_of_the_names_whether_cell_label_sweep_or_run(filled: Path) -> None:
     both = named_curves(filled, ["own", OLD[1]])
     assert list(dict.fromkeys(both["label"].to_pylist())) == ["own", OLD[1]]

@@ -78,6 +78,7 @@ def test_rows_of_a_part_with_a_flipped_bit_are_left_out_and_the_part_is_named(
     assert answer(tmp_path) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [(b"cosine", b"cosinm"), (b"text", b"uext"), (b"row_id", b"row_ie")])
 def test_a_part_with_a_renamed_column_is_left_out(tmp_path: Path, old: bytes, new: bytes) -> None:
     store = stored(tmp_path)
@@ -102,6 +103,7 @@ def test_a_part_under_another_key_is_left_out(tmp_path: Path) -> None:
     assert "written for" in min(check_parts(tmp_path)).reason
 
 
+@pytest.mark.slow
 def test_a_part_that_is_cut_or_empty_does_not_keep_sql_from_reading_the_others(tmp_path: Path) -> None:
     store = stored(tmp_path, draws_key="0")  # before draws/_schema in the order of names
     whole = answer(tmp_path)
@@ -333,6 +335,7 @@ def test_the_list_of_checked_parts_does_not_grow_with_every_check(tmp_path: Path
     assert (tmp_path / CHECKED).read_bytes().count(b"\n") < 20
 
 
+@pytest.mark.slow
 def test_a_database_that_cannot_be_brought_up_to_date_is_read_without_what_is_damaged_by_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def land_three(root: Path) -> None:
         write_run(root, record_of(f"r{i}", temperature=temperature), curve_of(0.3 + 0.1 * i), landed_controls())
 
 
+@pytest.mark.slow
 def test_finished_runs_name_the_newest_and_are_empty_without_a_registry(root: Path, tmp_path: Path) -> None:
     assert finished_runs(tmp_path / "nowhere") == {} == finished_runs(root)
     write_run(root, record_of("old", minutes=0), curve_of())

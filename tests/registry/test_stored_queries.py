@@ -87,6 +87,7 @@ def test_best_temperature_is_that_of_the_largest_fve_with_its_lead(real: Real) -
         assert (row["num_temperatures"], row["num_activations"], row["num_documents"]) == (3, 40, len(set(real.documents())))
 
 
+@pytest.mark.slow
 def test_growth_with_k_is_the_mean_over_every_choice_of_k_draws(real: Real) -> None:
     rows = answer(real, "growth_with_k")
     assert [(row["temperature"], row["k"]) for row in sorted(rows, key=lambda r: (r["temperature"], r["k"]))] == [
@@ -297,6 +298,7 @@ def test_questions_run_in_the_duckdb_command_as_they_are(real: Real) -> None:
     assert len(json.loads(done.stdout)) == 12
 
 
+@pytest.mark.slow
 def test_chosen_against_oracle_has_the_curve_itself_where_the_reported_error_chooses(real: Real, tmp_path: Path) -> None:
     copy = replace(real, root=Path(shutil.copytree(real.root, tmp_path / "registry")))
     record_chosen(copy.root, chosen_curves(load_cells(copy.root, ["tiny"]), "error", "error"))

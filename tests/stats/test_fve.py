@@ -111,6 +111,7 @@ def test_errors_of_many_draws_broadcast_against_their_activation():
     assert errors[3, 2] == pytest.approx(reconstruction_errors(draws[3, 2], vectors[3]))
 
 
+@pytest.mark.slow
 def test_baseline_over_several_chunks_equals_the_definition():
     vectors = np.random.default_rng(0).normal(size=(90, 100_000)).astype(np.float32) + 0.3  # 41 rows a chunk
     scaled = unit_scaled(vectors)
@@ -234,6 +235,7 @@ def test_baseline_between_documents_far_from_the_origin_keeps_its_digits():
     np.testing.assert_allclose(far.distances, near.distances, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_baseline_between_documents_of_a_memory_map_over_several_chunks_equals_the_definition(tmp_path):
     generator = np.random.default_rng(9)
     np.save(tmp_path / "vectors.npy", generator.normal(size=(90, 100_000)).astype(np.float32) + 0.3)  # 41 rows a chunk

@@ -161,6 +161,7 @@ def test_exported_explanations_scored_again_give_the_curve_of_the_sweep_that_dre
     assert "computed 0 of 1 cells" in capsys.readouterr().out, "the same texts in another file are the same cell"
 
 
+@pytest.mark.slow
 def test_fve_is_that_of_texts_reconstructed_with_transformers(
     rows: list[dict[str, Any]], vectors: np.ndarray, pair: TinyPair, tmp_path: Path
 ) -> None:
@@ -241,6 +242,7 @@ def test_the_encoder_of_a_talkative_autoencoder_reads_the_tokens_of_given_texts(
         assert row["error"] == pytest.approx(float(np.mean((vector - table.row(i)) ** 2)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_ar_of_ones_own_reads_given_texts_and_its_tokens_are_words(
     rows: list[dict[str, Any]], vectors: np.ndarray, pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +306,7 @@ def test_different_vectors_of_one_activation_are_refused_by_their_rows(
         ksweep.run(over_vectors([*rows[:13], rows[13] | {"activation_vector": other}, *rows[14:]], pair, tmp_path))
 
 
+@pytest.mark.slow
 def test_groups_are_columns_of_the_texts(rows: list[dict[str, Any]], pair: TinyPair, tmp_path: Path) -> None:
     sweep = over_vectors(rows, pair, tmp_path)
     sweep = replace(sweep, cell=replace(sweep.cell, scoring=replace(sweep.cell.scoring, groups=("language",))))

@@ -149,6 +149,7 @@ def test_the_curve_of_a_checkpoint_is_the_raw_fve_of_its_stored_draws(undisturbe
     assert controls["mean_vector"] == pytest.approx(1 - from_mean / baseline, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_explanation_of_a_checkpoint_has_its_length_and_none_fails(undisturbed: Runs, case: str) -> None:
     sweep = undisturbed(case).sweep

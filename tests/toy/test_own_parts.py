@@ -67,6 +67,7 @@ def test_example_is_short() -> None:
     assert all(len(block.splitlines()) <= 36 for block in blocks)
 
 
+@pytest.mark.slow
 def test_own_av_ar_text_and_groups_run_end_to_end(pair: TinyPair, parts: Path, tmp_path: Path) -> None:
     own = sweep(pair, tmp_path, "my_parts:FirstInputAv", "my_parts:WordsAr", "my_parts:rows", groups=("language",))
     assert run(own) == 0
@@ -104,6 +105,7 @@ def test_own_half_beside_a_checkpoint(pair: TinyPair, parts: Path, tmp_path: Pat
     assert ask(mixed, "select status, num_draws_sampled from runs") == [("finished", 80)]
 
 
+@pytest.mark.slow
 def test_groups_average_to_the_whole_and_are_those_of_the_text(pair: TinyPair, parts: Path, tmp_path: Path) -> None:
     grouped = sweep(pair, tmp_path, str(pair.av), str(pair.ar), "my_parts:rows", groups=("language",))
     assert run(grouped) == 0

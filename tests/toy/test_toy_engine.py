@@ -45,6 +45,7 @@ def test_a_sweep_over_engines_draws_with_each_and_keeps_their_draws_apart(
     assert load_engine(TABLE).batches_pulled == pulled > 0  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_an_engine_that_leaves_out_a_draw_fails_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = Sweep(
         name="forgetful", cell=tiny_cell(talking_pair(tmp_path, num_rows=30), num_replicates=50),

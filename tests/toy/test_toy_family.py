@@ -36,6 +36,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_toy_family_is_planned_drawn_scored_and_recorded(toy: Sweep) -> None:
     assert run(toy) == 0
     [row] = ask(toy, "select cell, layer, scoring_kind, num_activations, num_draws, baseline, status from runs")
