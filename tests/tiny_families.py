@@ -22,11 +22,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_nla_reconstructor, load_nla_verbalizer
-from ksweep.autoencoder.transformers_models import cut_blocks, load_or_lay_out, quiet
 from ksweep.inference import attention
 from ksweep.inference.engine import Request, draw
 from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of
 from ksweep.inference.naive_engine import can_be_copied
+from ksweep.inference.transformers_models import cut_blocks, load_or_lay_out, quiet
 from ksweep.utils.errors import CheckpointError
 from tests.tiny_models import AR_TEMPLATE, AV_TEMPLATE, prefilled, save_tokenizer
 

@@ -16,7 +16,6 @@ from ksweep.autoencoder.base import ActivationFacts, CutText, Family
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, base_notes
 from ksweep.autoencoder.nla.family import stated_training_norm
 from ksweep.autoencoder.own_parts import OwnPart, ar_half_identity, check_half, half_of, load_ar_half, scoring_kind_of
-from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.autoencoder.tae.family import TaeFile
 from ksweep.autoencoder.texts_file import TextsFile, read_texts_file
 from ksweep.config.spec import Autoencoder, Sampling
@@ -24,6 +23,7 @@ from ksweep.stats.fve import ScoringKind
 from ksweep.utils import hub
 from ksweep.utils.errors import SpecError
 from ksweep.utils.notes import Note, notes_of
+from ksweep.utils.safetensors_header import bytes_of_weights
 
 if TYPE_CHECKING:
     import numpy as np

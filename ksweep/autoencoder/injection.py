@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ksweep.autoencoder.prompting import Injection, ReplaceEmbedding
-from ksweep.autoencoder.transformers_models import blocks_of
 from ksweep.inference.prompts import BlockEdit, Prompts
+from ksweep.inference.transformers_models import blocks_of
 from ksweep.utils.errors import DataError
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, base_notes, check_pair, inspect_half
 from ksweep.autoencoder.nla.family import ar_identity, av_identity, short_name_of, stated_training_norm
 from ksweep.autoencoder.nla.sidecar import NlaRole
-from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.config.spec import Autoencoder
 from ksweep.stats.fve import ScoringKind
 from ksweep.utils.errors import CheckpointError, DataError, SpecError
 from ksweep.utils.imports import check_has, digest_of_named, is_dotted_name, load_named
 from ksweep.utils.notes import Note, notes_of
+from ksweep.utils.safetensors_header import bytes_of_weights
 
 if TYPE_CHECKING:
     from ksweep.autoencoder.base import Reconstructor, Verbalizer

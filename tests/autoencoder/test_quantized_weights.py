@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
-from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.safetensors_header import bytes_of_weights
 from tests.tiny_models import Family, TinyPair, edit_weights, make_pair, prefilled
 
 UP = "model.layers.1.mlp.up_proj.weight"

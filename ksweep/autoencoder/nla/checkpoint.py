@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from ksweep.autoencoder.nla.sidecar import (
 from ksweep.autoencoder.nla.weight_files import Adapter, WeightFiles, check_head, find_weights
 from ksweep.autoencoder.nla.whitening import METHOD, Whitening, check_same_space, find_statistics, read_statistics
 from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
-from ksweep.autoencoder.safetensors_header import check_names, model_tensors
-from ksweep.autoencoder.weights_check import check_loadable
 from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, Autoencoder, LayoutName, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.chat_template import chat_template_text
@@ -35,9 +33,11 @@ from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
+from ksweep.utils.safetensors_header import check_names, model_tensors
 from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
+from ksweep.utils.weights_check import check_loadable, headers_of
 
 LOADER = "ksweep.autoencoder.nla.loading:check_on_meta"
 WHITENED = (
@@ -234,9 +234,12 @@ def inspect_nla(
         tensors=tensors, prompting=filled, tokenizer=tokenizer, whitening=statistics, notes=notes,
     )  # fmt: skip
     # 5. Check that every tensor of its model is listed in the headers, and no other.
-    facts = (expected_role, num_layers, weights.keeps_final_norm, [adapter.configuration() for adapter in weights.adapters])
-    check_loadable(LOADER, info, info.weights, [read_header(adapter.file) for adapter in weights.adapters], facts)
-    return info
+    headers = headers_of(info.weights, [read_header(adapter.file) for adapter in weights.adapters])
+    stated = [adapter.configuration() for adapter in weights.adapters]
+    unchecked = check_loadable(
+        LOADER, info, info.weights, (*headers, expected_role, num_layers, weights.keeps_final_norm, stated)
+    )
+    return replace(info, notes=(*notes, *unchecked))
 
 
 def check_pair(

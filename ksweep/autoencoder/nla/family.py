@@ -21,12 +21,12 @@ from ksweep.autoencoder.nla.checkpoint import (
 )
 from ksweep.autoencoder.nla.sidecar import AR_LORA
 from ksweep.autoencoder.nla.weight_files import ADAPTER_CONFIG
-from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.config.spec import Autoencoder, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import RequestError
 from ksweep.utils.notes import Note, notes_of
+from ksweep.utils.safetensors_header import bytes_of_weights
 
 if TYPE_CHECKING:
     import numpy as np

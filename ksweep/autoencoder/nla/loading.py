@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
-from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, model_tensors, text_names
-from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, load_or_lay_out, on_meta, quiet
 from ksweep.inference.device_map import place_model
 from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of
+from ksweep.inference.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, load_or_lay_out, on_meta, quiet
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.safetensors_header import BLOCK_TENSOR, NOT_TEXT, model_tensors, text_names
 from ksweep.utils.tensor_headers import read_header
 from ksweep.utils.text import some_of
 from ksweep.utils.torch_file import read_checkpoint

@@ -22,13 +22,13 @@ from ksweep.autoencoder.nla.loading import load_ar_head, load_ar_model, load_av_
 from ksweep.autoencoder.nla.prompts import ArPrompts, AvPrompt, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.nla.sidecar import NlaRole
 from ksweep.autoencoder.prompting import AddAfterBlock, ArPrompting, AvPrompting
-from ksweep.autoencoder.transformers_models import torch_dtype
 from ksweep.inference import memory
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices
 from ksweep.inference.kv_cache import expand_prefix, keeps_keys_and_values
 from ksweep.inference.prefill import prefill
 from ksweep.inference.prompts import Prompts
+from ksweep.inference.transformers_models import torch_dtype
 from ksweep.utils.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ksweep.autoencoder.safetensors_header import BLOCK_TENSOR, NOT_TEXT, model_tensors, text_names
-from ksweep.autoencoder.transformers_models import LIBRARY_ERRORS, blocks_of, cut_blocks, is_sane, load_or_lay_out, quiet
 from ksweep.inference.device_map import place_model
+from ksweep.inference.transformers_models import LIBRARY_ERRORS, blocks_of, cut_blocks, is_sane, load_or_lay_out, quiet
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.safetensors_header import BLOCK_TENSOR, NOT_TEXT, model_tensors, text_names
 from ksweep.utils.text import some_of
 
 if TYPE_CHECKING:

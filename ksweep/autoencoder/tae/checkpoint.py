@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksweep.autoencoder.safetensors_header import check_attention, check_names, model_tensors
 from ksweep.autoencoder.tae.layout import (
     DecoderLayout,
     EncoderLayout,
@@ -29,16 +28,17 @@ from ksweep.autoencoder.tae.layout import (
     whole_number,
 )
 from ksweep.autoencoder.tae.schedule import Written
-from ksweep.autoencoder.weights_check import check_loadable
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.restricted_pickle import StandIn
+from ksweep.utils.safetensors_header import check_attention, check_names, model_tensors
 from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.text import some_of
 from ksweep.utils.torch_file import read_checkpoint
+from ksweep.utils.weights_check import check_loadable, headers_of
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
     config = section(checkpoint, "config", f"{path} holds no training configuration")
     # 2. Find the base model, and check the options against it.
     directory = _base(config, base, path)
-    model = _model_config(directory)
+    model, unchecked = _model_config(directory)
     depth = model["num_hidden_layers"]
     layer = whole_number(config, "layer_l", 0, depth - 1, path, f"the base {directory} has {depth} blocks")
     num_tokens = whole_number(config, "t_text", 1, None, path, "an explanation has at least one token")
@@ -132,7 +132,7 @@ def inspect_tae(path: Path | str, *, base: str | None = None, activations_base: 
         model_config=model,
         soft_prompt_text=soft_prompt_text(config),
         states=states,
-        notes=notes,
+        notes=(*notes, *unchecked),
     )
 
 
@@ -274,15 +274,16 @@ def _source(name: str, path: Path) -> str:
     return str(beside) if beside.is_dir() else BARE_NAMES.get(name, name)
 
 
-def _model_config(directory: Path) -> dict[str, Any]:
-    """Return config.json of the language model under the usual names, once its weight files are complete."""
+def _model_config(directory: Path) -> tuple[dict[str, Any], tuple[Note, ...]]:
+    """Return config.json of the language model under the usual names, once its weight files are complete, and notes on that."""
     config = language_model(files.read_json(directory / "config.json", "model configuration"))
     for name in ("num_hidden_layers", "hidden_size"):
         whole_number(config, name, 1, LARGEST_SIZES[name], directory / "config.json", "a causal language model has it")
     check_names(model_tensors(directory), directory)
     check_attention(config, directory)
-    check_loadable("ksweep.autoencoder.tae.base_model:check_base_on_meta", directory, directory)
-    return config
+    return config, check_loadable(
+        "ksweep.autoencoder.tae.base_model:check_base_on_meta", directory, directory, headers_of(directory)
+    )
 
 
 def _check_positions(

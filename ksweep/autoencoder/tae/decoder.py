@@ -21,8 +21,8 @@ from ksweep.autoencoder.injection import check_vectors
 from ksweep.autoencoder.tae.base_model import check_contents, embedding_scale, is_identity
 from ksweep.autoencoder.tae.checkpoint import TaeInfo
 from ksweep.autoencoder.tae.layout import BASE
-from ksweep.autoencoder.transformers_models import blocks_of
 from ksweep.inference.prompts import BlockEdit, Prompts
+from ksweep.inference.transformers_models import blocks_of
 from ksweep.utils.errors import DataError
 from ksweep.utils.notes import Note
 

@@ -23,9 +23,9 @@ from ksweep.autoencoder.tae.base_model import check_contents, embedding_scale, e
 from ksweep.autoencoder.tae.checkpoint import TaeInfo, soft_prompt_sides
 from ksweep.autoencoder.tae.decoder import position_rows
 from ksweep.autoencoder.tae.layout import BASE
-from ksweep.autoencoder.transformers_models import blocks_of
 from ksweep.inference import memory
 from ksweep.inference.kv_cache import expand_prefix
+from ksweep.inference.transformers_models import blocks_of
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.notes import Note
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.nla.checkpoint import base_notes
-from ksweep.autoencoder.safetensors_header import bytes_of_weights
 from ksweep.autoencoder.tae.checkpoint import TaeInfo, digest_tae, inspect_tae, soft_prompt_sides
 from ksweep.config.spec import Autoencoder
 from ksweep.utils import hub
 from ksweep.utils.errors import DataError, SpecError
 from ksweep.utils.notes import Note, notes_of
+from ksweep.utils.safetensors_header import bytes_of_weights
 
 if TYPE_CHECKING:
     from ksweep.autoencoder.base import Reconstructor, Verbalizer

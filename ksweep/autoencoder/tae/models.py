@@ -22,8 +22,8 @@ from ksweep.autoencoder.tae.checkpoint import TaeInfo, digest_tae, highest_step,
 from ksweep.autoencoder.tae.decoder import TaeVerbalizer
 from ksweep.autoencoder.tae.encoder import BEFORE_BLOCKS, TaeReconstructor, text_prompt
 from ksweep.autoencoder.tae.layout import base_state
-from ksweep.autoencoder.transformers_models import torch_dtype
 from ksweep.inference.device_map import Devices, as_devices
+from ksweep.inference.transformers_models import torch_dtype
 
 if TYPE_CHECKING:
     from ksweep.config.spec import EncoderPrompt

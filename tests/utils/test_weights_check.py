@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ksweep.autoencoder import weights_check
 from ksweep.autoencoder.nla.checkpoint import inspect_nla
+from ksweep.utils import weights_check
 from ksweep.utils.errors import CheckpointError
 from tests.tiny_models import TinyPair, edit_weights, make_pair
 
@@ -59,15 +59,16 @@ def test_remembered_answer_that_is_damaged_is_asked_for_again(pair: TinyPair, mo
     assert len(asked) == 1
 
 
-def test_planning_goes_on_where_no_process_can_check(
-    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_planning_goes_on_where_no_process_can_check_and_notes_what_was_not_checked(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(function: str, argument: object) -> None:
         raise ChildProcessError("the process that was to load transformers ended with exit status -9")
 
     monkeypatch.setattr(weights_check, "call_heavy", killed)
-    assert inspect_nla(pair.av, "av").num_layers == 3
-    assert "could not be checked before a job is submitted" in caplog.text
+    [note] = inspect_nla(pair.av, "av").notes
+    assert note.about == "checkpoint" and f"Whether the weights of {pair.av} are all there" in note.text
+    assert note.text.endswith("the process that was to load transformers ended with exit status -9.")
     assert not list((Path(pair.av).parent / "home").glob("loadable/*"))
 
 
@@ -83,7 +84,7 @@ try:
     inspect_nla(damaged, "ar")
 except CheckpointError as error:
     print(error)
-print(child is heavy_calls._child, child.poll(), "torch" in sys.modules, "transformers" in sys.modules)
+print(child is heavy_calls._child, child.process.poll(), "torch" in sys.modules, "transformers" in sys.modules)
 """
 
 

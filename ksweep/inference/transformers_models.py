@@ -13,11 +13,11 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from ksweep.autoencoder.safetensors_header import WRAPPED
 from ksweep.inference.model_parts import attention_for, blocks_of
 from ksweep.inference.quantized_weights import BITSANDBYTES, ask_for_plain_weights, unpacked, with_plain_weights
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.hub import MODEL_LOADING
+from ksweep.utils.safetensors_header import WRAPPED
 from ksweep.utils.tensor_headers import Tensor
 
 LARGEST_WEIGHT = 1e9
