@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.config.spec import Activations
-from ksweep.utils.errors import CheckpointError
+from ksweep.utils.errors import CheckpointError, SpecError
 from ksweep.utils.files import read_json
 from ksweep.utils.hub import content_digest, resolve
 from ksweep.utils.notes import Note
@@ -45,9 +45,15 @@ def locate_model(activations: Activations) -> BaseModel:
 
     Raises:
         CheckpointError: the model, or the base under an adapter, cannot be found; or an adapter of another kind.
+        SpecError: a base under an adapter is stated for a model that is no adapter.
     """
     path = resolve(activations.model or "", "base model")
     if not path.is_dir() or not (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file():
+        if activations.adapter_base not in (None, activations.model):  # a sweep over a base and adapters of it names it, too
+            raise SpecError(
+                f"activations.adapter_base={activations.adapter_base} is the base under a LoRA adapter, and activations.model="
+                f"{activations.model} is none (no {ADAPTER_CONFIG}): leave it out"
+            )
         return BaseModel(path)
     config = adapter_config(path)
     base = activations.adapter_base or config.get("base_model_name_or_path")

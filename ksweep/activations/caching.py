@@ -17,7 +17,7 @@ from ksweep.activations.base_model import locate_model
 from ksweep.activations.chats import check_chats
 from ksweep.activations.datasets import text_begins_with_bos, text_identity
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
-from ksweep.activations.positions import rule_identity
+from ksweep.activations.positions import asks_for_roles, rule_identity
 from ksweep.activations.row_order import rows_identity
 from ksweep.activations.source import UnitSource
 from ksweep.activations.store import ActivationStore, ActivationTable, estimate_bytes
@@ -301,6 +301,13 @@ def _too_few(activations: Activations, rows: int, skipped: int, num_available: i
     more = {"random": "raise activations.positions_per_document, ", "last": "set activations.positions=random or all, "}
     low = activations.min_position
     advice = f"lower activations.min_position (now {low}: rows of fewer tokens give none), or give more text"
+    if by_roles := asks_for_roles(activations):
+        advice += (
+            f". activations.{by_roles} takes tokens of messages alone: the roles of the text may have other names, or it may be "
+            "in no chat format"
+        )
+    if activations.positions in ("turn_ends", "prompt_end"):
+        advice += f". A row of max_length={activations.max_length} tokens may have been cut, and its end is not taken"
     asked = f"activations.num_activations={activations.num_activations}, but"
     if num_available == 0:
         return DataError(f"{asked} no row of {activations.text} ({rows} rows) has an allowed position: {advice}.")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ksweep.activations.chat_roles import SpokenTokens, TokenRole
+from ksweep.activations.chat_roles import CHAT_FORMATS, SpokenTokens, TokenRole, detect_template
 from ksweep.activations.datasets import TextRow, first_row, text_format
+from ksweep.activations.positions import asks_for_roles, needs_roles
 from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import one_bos
-from ksweep.utils.chat_template import chat_template_text
+from ksweep.utils.chat_template import chat_template_text, default_template, has_several_templates
 from ksweep.utils.errors import CheckpointError, DataError
-from ksweep.utils.template_date import TEMPLATE_DATE, dated
+from ksweep.utils.template_date import TEMPLATE_DATE, dated, was_misdated
 
+FILES_OF_TOKENS = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+"""Files that name the tokens of a tokenizer."""
 NOT_ARGUMENTS = frozenset({"messages", "tools", "documents", "bos_token", "eos_token", "chat_template", "strftime_now"})
 """Variables of templates that are not the user's to state."""
 
@@ -29,23 +33,65 @@ def check_chats(activations: Activations, directory: Path) -> dict[str, object]:
 
     Raises:
         DataError: settings for chats beside a text that holds none, or an argument that the template does not know.
-        CheckpointError: the base model has no chat template.
+        CheckpointError: the base model has no chat template, or one that computes the date.
     """
     asked = {name: getattr(activations, name) for name in ("chat_arguments", "system_prompt")}
     stated = [name for name, value in asked.items() if value is not None]
     stated += ["positions=prompt_end"] if activations.positions == "prompt_end" else []
-    if text_format(activations) != "hub":  # whose rows are not read while planning
-        first = first_row(activations)
-        if first is None or first.messages is None:
-            if stated:
-                raise DataError(
-                    f"activations.{stated[0]} is for conversations, and column {activations.text_column!r} of {activations.text} "
-                    "holds none: set activations.text_column to a column of messages, or leave it out"
-                )
-            return {}
-        check_arguments(activations, chat_template_text(directory), directory)
+    is_hub = text_format(activations) == "hub"  # whose rows are not read while planning
+    first = None if is_hub else first_row(activations)
+    if not is_hub and (first is None or first.messages is None):
+        if stated:
+            raise DataError(
+                f"activations.{stated[0]} is for conversations, and column {activations.text_column!r} of {activations.text} "
+                "holds none: set activations.text_column to a column of messages, or leave it out"
+            )
+        _check_known_format(activations, directory)
+        return {}
+    template = chat_template_text(directory)
+    if stated or not is_hub:
+        check_arguments(activations, template, directory)
+        dated(template, directory)
     written = {name: value for name, value in asked.items() if value is not None}
-    return {"chat": {"date": TEMPLATE_DATE.isoformat(), **written}} if text_format(activations) != "hub" or stated else {}
+    date = {"date": TEMPLATE_DATE.isoformat()} if stated or not is_hub else {}
+    chat = {**date, **_mended(template, directory), **written}
+    return {"chat": chat} if chat else {}
+
+
+def _mended(template: str, directory: Path) -> dict[str, object]:
+    """Return what sets keys apart from those of earlier versions, which wrote conversations of such a base in another way."""
+    mended: dict[str, object] = {}
+    if has_several_templates(directory):  # before, the text of all of them was taken for one
+        mended["template"] = "default"
+    if was_misdated(template):
+        mended["template_date"] = "as formatted"
+    return mended
+
+
+def _check_known_format(activations: Activations, directory: Path) -> None:
+    """Check that a tokenizer may know a chat format, where positions in texts or token ids go by roles.
+
+    Raises:
+        DataError: none of its files names the tokens of one.
+    """
+    files = [path for name in FILES_OF_TOKENS if (path := directory / name).is_file()]
+    if not needs_roles(activations) or not (directory / FILES_OF_TOKENS[0]).is_file():
+        return
+    named = "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+    marks = {mark for form in CHAT_FORMATS.values() for mark in (form.start, *form.header_ends)}
+    if detect_template({mark for mark in marks if json.dumps(mark) in named}) is None:
+        raise DataError(
+            f"activations.{asks_for_roles(activations)} goes by the roles of tokens, and {activations.text} holds no "
+            f"conversations in column {activations.text_column!r}: {no_known_format(activations.model)}"
+        )
+
+
+def no_known_format(model: str | None) -> str:
+    """Return what to do where a tokenizer does not tell the roles of tokens."""
+    return (
+        f"the tokenizer of {model} has no chat format that ksweep knows. Give conversations (a column of messages) to a model "
+        "tuned to chat"
+    )
 
 
 def check_arguments(activations: Activations, template: str, directory: Path) -> None:
@@ -56,7 +102,7 @@ def check_arguments(activations: Activations, template: str, directory: Path) ->
     """
     if not template:
         raise CheckpointError(
-            f"base model {directory} has no chat template, and {activations.text} holds conversations "
+            f"base model {directory} has no chat template to write conversations of {activations.text} with "
             f"(column {activations.text_column!r}): take the model that was tuned to chat, or a column of text"
         )
     for name in dict(activations.chat_arguments or ()):
@@ -77,8 +123,9 @@ class ChatWriter:
             CheckpointError, DataError: as `check_arguments`; and a template that computes the date.
         """
         self.tokenizer, self.activations = tokenizer, activations
-        check_arguments(activations, str(tokenizer.chat_template or ""), directory)
-        self.template = dated(str(tokenizer.chat_template), directory)
+        template = default_template(tokenizer.chat_template)
+        check_arguments(activations, template, directory)
+        self.template = dated(template, directory)
 
     def write(self, row: TextRow) -> TextRow:
         """Return the row with its conversation as text; under positions=prompt_end without the last answer.

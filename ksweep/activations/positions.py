@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 
 from ksweep.activations.chat_roles import SpokenTokens
 from ksweep.config.spec import Activations
+from ksweep.utils.errors import DataError
 
 SPEAKERS = ("user", "assistant", "system")
 """Roles whose messages have an end; "other" is also what stands between messages."""
@@ -28,16 +29,23 @@ def row_positions(
     drawing order, not ascending, from a generator seeded by (seed, row id), so independent of other rows. Without replacement: a
     row with fewer candidates than positions_per_document gives all of them (the reference draws some twice).
 
+    Under "prompt_end" a row that may have been cut, of max_length tokens, has no end; nor has its last message under "turn_ends".
+
     Args:
         pad_id: padding token at either end of the row; min_position counts from the first other token. None: no padding.
         spoken: who says each token, for rules that go by it.
+
+    Raises:
+        DataError: the rule goes by the roles of tokens, and `spoken` is None.
     """
     rule = activations.positions
     if rule == "prompt_end":
-        return [i for i in unpadded(token_ids, pad_id)[-1:] if i >= activations.min_position]
+        is_cut = len(token_ids) >= activations.max_length
+        return [] if is_cut else [i for i in unpadded(token_ids, pad_id)[-1:] if i >= activations.min_position]
     candidates = _candidates(token_ids, special_ids, activations, pad_id)
     if needs_roles(activations):
-        assert spoken is not None, "the caller has the roles"
+        if spoken is None:
+            raise DataError(f"activations.{asks_for_roles(activations)} goes by the roles of tokens, and those are not known")
         candidates = _of_roles(candidates, spoken, activations)
     if rule == "last":
         return candidates[-1:]
@@ -51,7 +59,12 @@ def row_positions(
 
 def needs_roles(activations: Activations) -> bool:
     """Return whether the rule goes by the roles of tokens."""
-    return bool(activations.roles) or activations.positions == "turn_ends"
+    return bool(asks_for_roles(activations))
+
+
+def asks_for_roles(activations: Activations) -> str:
+    """Return the setting by which the rule goes by the roles of tokens; empty if none does."""
+    return "roles" if activations.roles else "positions=turn_ends" if activations.positions == "turn_ends" else ""
 
 
 def _of_roles(candidates: Sequence[int], spoken: SpokenTokens, activations: Activations) -> list[int]:
@@ -123,6 +136,8 @@ def rule_identity(activations: Activations) -> dict[str, object]:
         rule["roles"] = list(activations.roles)
     if needs_roles(activations):  # before, by the role of each token alone
         rule["spoken"] = "by message"
+    if activations.positions == "prompt_end":  # before, rows that max_length cut had their last token taken
+        rule["cut"] = "skipped"
     if activations.positions == "random":
         rule |= {"per_row": activations.positions_per_document, "seed": activations.seed}
     if activations.positions == "stride":

@@ -10,10 +10,10 @@ import numpy as np
 
 from ksweep.activations.base_model import locate_model
 from ksweep.activations.chat_roles import CHAT_FORMATS, SpokenTokens, count_roles
-from ksweep.activations.chats import ChatWriter
+from ksweep.activations.chats import ChatWriter, no_known_format
 from ksweep.activations.datasets import TextRow, first_row, text_format
 from ksweep.activations.model_config import positions_limit, rows_per_unit, text_config
-from ksweep.activations.positions import most_per_row, needs_roles, row_positions, unpadded
+from ksweep.activations.positions import asks_for_roles, most_per_row, needs_roles, row_positions, unpadded
 from ksweep.activations.row_order import ordered_rows
 from ksweep.activations.source import ActivationUnit, kept_rows, refuse_unusable, to_float32
 from ksweep.config.spec import Activations
@@ -121,9 +121,8 @@ class TextUnits:
             spoken = self.reader.spoken(ids, pad_id)
         if spoken is None and ids and needs_roles(self.activations):
             raise DataError(
-                f"activations.{'roles' if self.activations.roles else 'positions=turn_ends'} goes by the roles of tokens, and "
-                f"those of row {row.index} of {self.activations.text} are not known: the tokenizer of {self.activations.model} "
-                "has no chat format that ksweep knows. Give conversations (a column of messages) to a model tuned to chat"
+                f"activations.{asks_for_roles(self.activations)} goes by the roles of tokens, and those of row {row.index} of "
+                f"{self.activations.text} are not known: {no_known_format(self.activations.model)}"
             )
         return spoken
 

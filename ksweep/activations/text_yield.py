@@ -12,7 +12,7 @@ from typing import Any
 from ksweep.activations.base_model import locate_model
 from ksweep.activations.datasets import TextRow, first_row, read_documents, text_format
 from ksweep.activations.model_config import positions_limit, text_config
-from ksweep.activations.positions import most_per_row, row_positions
+from ksweep.activations.positions import most_per_row, needs_roles, row_positions
 from ksweep.config.spec import Activations
 from ksweep.utils.planning_pass import once_per_pass
 
@@ -81,9 +81,9 @@ def _uncounted(activations: Activations) -> str:
     if text_format(activations) == "hub":
         return "rows of the hub are read by the run"
     first = first_row(activations)
-    if first is None or first.text:
-        return ""
-    return "conversations are written by the run" if first.messages else "rows of token ids are read by the run"
+    if first is not None and not first.text:
+        return "conversations are written by the run" if first.messages else "rows of token ids are read by the run"
+    return "who says each token is found by the run" if needs_roles(activations) else ""
 
 
 @dataclass

@@ -29,6 +29,10 @@ AR_FIELDS = ("ar", "ar_dtype", "encoder_prompt")
 """Fields of an autoencoder that its AV does not depend on."""
 AV_FIELDS = ("av", "av_stack", "dtype", "texts", "texts_column", "max_text_tokens", "kept_tokens")
 """Fields that its AR does not depend on; `reconstructor_dtype` stands for the precision."""
+OF_TEXTS = ("max_norm", "roles", "chat_arguments", "system_prompt", "adapter_base")
+"""Fields of activations that say how texts become activations, and do nothing to ready-made vectors."""
+OF_VECTORS = ("vector_column", "row_id_column")
+"""Fields of activations that say how ready-made vectors are read."""
 MOST_ACTIVATIONS = 1_000_000_000
 MOST_CELL_DRAWS = 1_000_000_000
 """Most draws of a cell, over all its activations: planning holds a byte for each."""
@@ -326,16 +330,7 @@ class Activations:
         one_of("activations.dtype", self.dtype, Dtype)
         if self.max_norm is not None and not (is_number(self.max_norm) and self.max_norm > 0):
             raise SpecError(f"activations.max_norm={bounded_repr(self.max_norm)} must be a number > 0, or None to keep all")
-        if self.max_norm is not None and self.vectors is not None:
-            raise SpecError(
-                "activations.max_norm leaves out activations extracted from text, and activations.vectors are ready-made: "
-                "filter the file, or leave max_norm out"
-            )
-        if self.row_id_column is not None and self.vectors is None:
-            raise SpecError(
-                f"activations.row_id_column={self.row_id_column!r} is a column of ready-made vectors; a text's rows are named by "
-                "its column row_id. Leave it out, or set activations.vectors"
-            )
+        self._check_source()
         at_least("activations.num_activations", self.num_activations, 1, MOST_ACTIVATIONS)
         at_least("activations.positions_per_document", self.positions_per_document, 1)
         at_least("activations.min_position", self.min_position, 0)
@@ -354,6 +349,23 @@ class Activations:
                 f"activations.min_position={self.min_position} leaves nothing of rows cut to max_length={self.max_length} tokens"
             )
 
+    def _check_source(self) -> None:
+        """Refuse settings of texts beside vectors and of vectors beside a text; model and text give way to vectors."""
+        if self.vectors is not None:
+            chosen = [name for name in OF_TEXTS if getattr(self, name) not in (None, ())]
+            chosen += [f"positions={self.positions}"] if self.positions in ("turn_ends", "prompt_end") else []
+            if chosen:
+                raise SpecError(
+                    f"activations.{chosen[0]} is for activations extracted from text, and activations.vectors={self.vectors} are "
+                    "ready-made: choose rows of the file (@[0:1000]) or write others, and leave it out"
+                )
+        elif chosen := [name for name in OF_VECTORS if getattr(self, name) is not None]:
+            named = " (a text's rows are named by its column row_id)" if chosen[0] == "row_id_column" else ""
+            raise SpecError(
+                f"activations.{chosen[0]}={getattr(self, chosen[0])!r} is a column of ready-made vectors{named}: leave it "
+                "out, or set activations.vectors"
+            )
+
     def _check_chat(self) -> None:
         if self.chat_arguments is not None:  # sorted pairs, so that a spec can be hashed
             pairs = sorted((str(name), value) for name, value in dict(self.chat_arguments).items())
@@ -367,6 +379,12 @@ class Activations:
         if roles and self.positions == "prompt_end":
             raise SpecError(
                 f"activations.roles={list(roles)} and positions=prompt_end, whose token is of no message: leave one out"
+            )
+        begins = dict(self.chat_arguments or ()).get("add_generation_prompt", True)
+        if begins is not True and self.positions == "prompt_end":
+            raise SpecError(
+                f"activations.chat_arguments has add_generation_prompt={begins!r}, and positions=prompt_end takes the end of the "
+                "generation prompt: leave one out"
             )
 
 

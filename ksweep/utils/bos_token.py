@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ksweep.utils.chat_template import default_template
 from ksweep.utils.plain_values import bounded_json
 
 
@@ -21,7 +22,7 @@ def puts_bos(tokenizer: Any) -> bool:
 
 def marks_turns(tokenizer: Any) -> bool:
     """Return whether the token called BOS opens every turn of a chat, as <|im_start|> of SmolLM2 does."""
-    if not tokenizer.chat_template:
+    if not default_template(tokenizer.chat_template):
         return False
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     ids: list[int] = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)

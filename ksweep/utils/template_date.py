@@ -11,18 +11,33 @@ from ksweep.utils.errors import CheckpointError
 TEMPLATE_DATE = date(2024, 7, 26)
 """What a template that writes today's date gets: the default of Llama 3.1. Otherwise vectors would differ from day to day."""
 
+CALL = re.compile(
+    r"""\bstrftime_now(?P<space>\s*)\(\s*(?P<quote>['"])(?P<form>(?:\\.|(?!(?P=quote)).)*)(?P=quote)\s*\)""", re.DOTALL
+)
+
 
 def dated(template: str, directory: Path) -> str:
     """Return the template with TEMPLATE_DATE in place of today's date.
 
     Raises:
-        CheckpointError: the format of the date is not a literal.
+        CheckpointError: the date is written other than by a call with its format. transformers hands no function of ours to a
+            template, so such a one cannot be kept from today's date.
     """
-    calls = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-    template = calls.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
-    if "strftime_now(" in template:
+    fixed = CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(_as_jinja_reads(call["form"]))), template)
+    # A template may ask whether there is a date, and mention it in a comment.
+    if re.search(r"\bstrftime_now\b(?!\s+is\s+(?:not\s+)?defined\b)", re.sub(r"\{#.*?#\}", "", fixed, flags=re.DOTALL)):
         raise CheckpointError(
             f"the chat template of {directory} writes today's date in a way that cannot be fixed (strftime_now), so the same "
             "request would give other vectors tomorrow: render the conversations to a column of text"
         )
-    return template
+    return fixed
+
+
+def was_misdated(template: str) -> bool:
+    """Return whether earlier versions left the date in a template as it was, or took escapes in its format for letters."""
+    return any(call["space"] or "\\" in call["form"] for call in CALL.finditer(template))
+
+
+def _as_jinja_reads(literal: str) -> str:
+    """Return the text that a literal of a template stands for (`Lexer.wrap` of Jinja)."""
+    return literal.encode("ascii", "backslashreplace").decode("unicode-escape", "replace")

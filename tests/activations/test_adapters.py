@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ksweep import Autoencoder, Cell
 from ksweep.activations import activations_key, ensure, plan_activations
 from ksweep.evaluation.identity import cell_keys
-from ksweep.utils.errors import CheckpointError
+from ksweep.utils.errors import CheckpointError, SpecError
 from tests.activations.helpers import passages, spec, write_jsonl
 from tests.tiny_models import TinyPair, make_pair, merge_adapters
 
@@ -85,4 +85,7 @@ def test_an_adapter_that_does_not_fit_is_refused(pair: TinyPair, text: Path, tmp
             ensure(spec(adapter, text, 4), LAYER, tmp_path / "cache")
     moved = spec(cases["lost"][0], text, 4, adapter_base=str(pair.base))
     assert plan_activations(moved, LAYER, tmp_path / "cache").missing == 4
+    with pytest.raises(SpecError, match=r"and activations.model=.* is none"):
+        plan_activations(spec(pair.base, text, 4, adapter_base="other"), LAYER, tmp_path / "cache")
+    plan_activations(spec(pair.base, text, 4, adapter_base=str(pair.base)), LAYER, tmp_path / "cache")  # beside adapters of it
     assert activations_key(moved, LAYER)[0] != activations_key(spec(pair.base, text, 4), LAYER)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from ksweep.activations import activations_key, ensure
-from ksweep.activations.chats import dated, message_places, tokens_at
+from ksweep.activations import activations_key, ensure, plan_activations
+from ksweep.activations.chats import check_chats, dated, message_places, tokens_at
 from ksweep.activations.datasets import read_documents
 from ksweep.activations.positions import row_positions
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import CheckpointError, DataError, SpecError
+from ksweep.utils.template_date import was_misdated
 from tests.activations.chats import MARKERS, make_chat_base
-from tests.activations.helpers import passages, spec
+from tests.activations.helpers import passages, spec, write_jsonl
 from tests.tiny_models import make_base
 
 LAYER = 0
@@ -152,6 +155,11 @@ def test_what_is_stated_of_the_template_is_written_and_in_the_key(bases: dict[st
     )
     assert table.column("token_id").tolist() == ids and "system" in table.column("role")
     assert asked == Activations(**{**asked.__dict__, "chat_arguments": [["thinks", False], ["add_generation_prompt", True]]})
+    assert activations_key(asked, LAYER)[1]["chat"] == {
+        "date": "2024-07-26",
+        "chat_arguments": asked.chat_arguments,
+        "system_prompt": "Be brief.",
+    }
     changes: list[dict[str, Any]] = [{}, {"chat_arguments": other}, {"system_prompt": "Be brief."}, {"positions": "prompt_end"}]
     assert len({activations_key(request(base, path, 2, **change), LAYER)[0] for change in changes}) == 4
 
@@ -177,8 +185,13 @@ def test_what_cannot_be_written_is_refused_by_name(bases: dict[str, Path], base:
     ))  # fmt: skip
     strict = set_template(make_chat_base(tmp_path / "strict", "chatml"), "{{ raise_exception('Roles must alternate') }}" + CHATML)
     refused(r"row 0 of .* does not fit the chat template .*Roles must alternate \(roles: user,", request(strict, path, 2))
-    with pytest.raises(SpecError, match="leave one out"):
-        request(chatml, path, 2, positions="prompt_end", roles=("user",))
+    for fields in ({"roles": ("user",)}, {"chat_arguments": {"add_generation_prompt": False}}):
+        with pytest.raises(SpecError, match=r"positions=prompt_end.*leave one out"):
+            request(chatml, path, 2, positions="prompt_end", **fields)
+    with pytest.raises(DataError, match="'enabel_thinking', which is no argument"):  # of a hub data set no row is read for that
+        check_chats(request(chatml, Path("owner/chats"), 2, chat_arguments={"enabel_thinking": False}), chatml)
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        check_chats(request(bare, Path("owner/chats"), 2, positions="prompt_end"), bare)
 
 
 def test_roles_by_where_messages_stand_are_those_by_marks(bases: dict[str, Path]) -> None:
@@ -240,7 +253,60 @@ def test_a_turn_ends_where_its_message_does() -> None:
     assert row_positions([9] * 4, "r", {1}, rule, spoken=beside) == [1, 2, 3]
 
 
-def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:
-    assert dated("on {{ strftime_now('%d %b %Y') }}.", Path("b")) == "on {{ '26 Jul 2024' }}."
-    with pytest.raises(CheckpointError, match="today's date"):
-        dated("{{ strftime_now(form) }}", Path("b"))
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("on {{ strftime_now('%d %b %Y') }}.", "on 26 Jul 2024."),
+        ('{% if strftime_now is defined %}{{ strftime_now ( "%Y" ) }}{% endif %}{# strftime_now #}', "2024"),
+        (r"{{ strftime_now('%Y\n') }}{{ strftime_now('it\'s %y') }}", "2024\nit's 24"),
+        ("{{ strftime_now(form) }}", None),
+        ("{% set f = strftime_now %}{{ f('%Y') }}", None),
+    ],
+)
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(template: str, written: str | None) -> None:
+    if written is None:
+        with pytest.raises(CheckpointError, match="today's date"):
+            dated(template, Path("b"))
+    else:
+        [text], _ = render_jinja_template([[]], chat_template=dated(template, Path("b")))
+        assert text == written
+    assert was_misdated(template) == (" (" in template or "\\" in template)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_of_several_templates_the_one_named_default_writes(in_files: bool, bases: dict[str, Path], tmp_path: Path) -> None:
+    base, path = Path(shutil.copytree(bases["chatml"], tmp_path / "base")), write(tmp_path / "chat.jsonl", talks(2))
+    fields = {"positions": "all", "candidates": "not_padding", "max_length": 512}
+    _, before = activations_key(request(base, path, 2, **fields), LAYER)
+    if in_files:
+        (base / "additional_chat_templates").mkdir()
+        (base / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    else:
+        (base / "chat_template.jinja").unlink()
+        named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
+        config = base / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": named}))
+    wanted = [i for talk in talks(2) for i in token_ids(base, talk)]
+    asked = request(base, path, len(wanted), **fields)
+    assert ensure(asked, LAYER, tmp_path / "cache").column("token_id").tolist() == wanted
+    assert activations_key(asked, LAYER)[1]["chat"] == before["chat"] | {"template": "default"}
+
+
+@pytest.mark.parametrize("rule", [{"positions": "turn_ends"}, {"positions": "all", "roles": ("assistant",)}])
+def test_roles_in_texts_that_are_written_as_chats_are_planned_and_found_and_in_others_refused(
+    rule: dict[str, Any], bases: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in talks(1)[0])
+    asked = spec(bases["chatml"], write_jsonl(tmp_path / "t.jsonl", [text, text]), 4, min_position=0, max_length=512, **rule)
+    assert "who says each token is found by the run" in plan_activations(asked, LAYER, tmp_path / "c").text_yield
+    assert "assistant" in ensure(asked, LAYER, tmp_path / "c").column("role")
+    plain = replace(asked, text=str(write_jsonl(tmp_path / "plain.jsonl", passages(4))), num_activations=2)
+    with pytest.raises(DataError, match=r"allowed position: .* takes tokens of messages alone.* no chat format"):
+        ensure(plain, LAYER, tmp_path / "c")
+    with pytest.raises(DataError, match=r"goes by the roles of tokens, and .* holds no conversations"):
+        plan_activations(replace(plain, model=str(base)), LAYER, tmp_path / "c")
+
+
+def test_a_prompt_that_was_cut_has_no_end() -> None:
+    rule = Activations(model="m", text="t", positions="prompt_end", min_position=0, max_length=12)
+    assert [row_positions([9] * count, "r", {1}, rule) for count in (11, 12)] == [[10], []]

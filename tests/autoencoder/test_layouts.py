@@ -418,12 +418,19 @@ def test_what_is_taken_from_the_base_is_in_the_digest(name: str, tmp_path: Path)
     assert family_of(MERGED.spec(root)).draws_identity() != before
 
 
-def test_prompt_of_a_template_that_writes_the_date_is_the_same_tomorrow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_prompt_of_a_template_that_writes_the_date_is_the_same_tomorrow(named: bool, tmp_path: Path) -> None:
     root = shutil.copytree(MERGED.directory, tmp_path / "pair")
-    template = root / "av" / "chat_template.jinja"
-    template.write_text("{{ strftime_now('%d %b %Y') }}\n" + template.read_text())
+    template, config = root / "av" / "chat_template.jinja", root / "av" / "tokenizer_config.json"
+    text = "{{ strftime_now('%d %b %Y') }}\n" + template.read_text()
+    template.write_text(text)
+    if named:  # as one of several
+        template.unlink()
+        both = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": text}]
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": both}))
     av = load_av(MERGED.spec(root))
     assert av.tokenizer.decode(av.prompt_ids).startswith("26 Jul 2024")
+    assert ("av_template_date" in family_of(MERGED.spec(root)).draws_identity()) is named
 
 
 # --- nla_config.json ---

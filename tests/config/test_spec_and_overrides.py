@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
@@ -65,6 +65,29 @@ def test_a_spec_that_cannot_mean_anything_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(SpecError, match=words):
         replace_at(sweep.cell, *change)
+
+
+@pytest.mark.parametrize(
+    ("named", "fields"),
+    [
+        ("max_norm", {"max_norm": 3.0}),
+        ("roles", {"roles": ("user",)}),
+        ("chat_arguments", {"chat_arguments": {"enable_thinking": False}}),
+        ("system_prompt", {"system_prompt": ""}),
+        ("adapter_base", {"adapter_base": "b"}),
+        ("positions=turn_ends", {"positions": "turn_ends"}),
+        ("positions=prompt_end", {"positions": "prompt_end"}),
+    ],
+)
+def test_settings_of_texts_are_refused_beside_vectors_and_those_of_vectors_beside_texts(
+    named: str, fields: dict[str, Any]
+) -> None:
+    assert Activations(model="m", text="t", **fields).vectors is None
+    with pytest.raises(SpecError, match=f"activations.{named} is for activations extracted from text"):
+        Activations(vectors="v.parquet", **fields)
+    assert Activations(vectors="v.parquet", model="m", text="t", min_position=3).vectors  # which give way to vectors
+    with pytest.raises(SpecError, match="vector_column='act' is a column of ready-made vectors"):
+        Activations(model="m", text="t", vector_column="act")
 
 
 def test_cells_are_the_product_of_the_axes_in_order_without_duplicates(sweep: Sweep) -> None:

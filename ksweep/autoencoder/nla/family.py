@@ -24,9 +24,11 @@ from ksweep.autoencoder.nla.weight_files import ADAPTER_CONFIG
 from ksweep.config.spec import Autoencoder, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.bos_token import text_gets_second_bos
+from ksweep.utils.chat_template import chat_template_text, has_several_templates
 from ksweep.utils.errors import RequestError
 from ksweep.utils.notes import Note, notes_of
 from ksweep.utils.safetensors_header import bytes_of_weights
+from ksweep.utils.template_date import TEMPLATE_DATE, was_misdated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,7 +149,16 @@ def av_identity(av: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, 
     """Return the AV's digest, and where they are not the usual ones the parser of explanations and the prompting."""
     # An AV that thinks gets its thoughts before the answer skipped.
     parser = {"parser": "after_thoughts"} if av.thinks else {}
-    return {"av": digest_nla(av)} | parser | _choices(av) | ({"av_prompting": prompting.of_av} if prompting.of_av else {})
+    identity = {"av": digest_nla(av)} | parser | _choices(av) | _date_of_template(av)
+    return identity | ({"av_prompting": prompting.of_av} if prompting.of_av else {})
+
+
+def _date_of_template(av: CheckpointInfo) -> dict[str, Any]:
+    """Return the date that the chat template gets, if earlier versions gave it that of the day, or took escapes for letters."""
+    if not av.av_prompting.is_chat or "strftime_now" not in (template := chat_template_text(av.tokenizer)):
+        return {}
+    is_new = has_several_templates(av.tokenizer) or was_misdated(template)
+    return {"av_template_date": TEMPLATE_DATE.isoformat()} if is_new else {}
 
 
 def ar_identity(ar: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, Any]:

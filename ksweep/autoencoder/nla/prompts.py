@@ -16,6 +16,7 @@ from ksweep.autoencoder.nla.sidecar import ENCLOSING_TAGS, opened_answer_tag
 from ksweep.autoencoder.prompting import AvPrompting, ReplaceEmbedding
 from ksweep.utils import files
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
+from ksweep.utils.chat_template import default_template
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.template_date import dated
 
@@ -140,7 +141,7 @@ def _check_chat_arguments(info: CheckpointInfo, tokenizer: Any, arguments: Mappi
     """Raise CheckpointError for an argument that the chat template does not use, which would silently change nothing."""
     own = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
     for name in arguments:
-        if name in own or not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+        if name in own or not re.search(rf"\b{re.escape(name)}\b", default_template(tokenizer.chat_template)):
             raise CheckpointError(
                 f"AV {info.path}: autoencoder.prompting.chat_arguments has {name!r}, which is no argument of its chat template. "
                 "Leave it out, or check the spelling."
@@ -356,12 +357,11 @@ def _check_end(info: CheckpointInfo, after_marker: str) -> None:
 
 
 def _chat_ids(info: CheckpointInfo, tokenizer: Any, messages: list[dict[str, str]], **arguments: Any) -> list[int]:
-    if not tokenizer.chat_template:
+    if not (template := default_template(tokenizer.chat_template)):
         raise CheckpointError(
             f"AV {info.path}: its tokenizer has no chat template to build the prompt with. Add the released chat_template.jinja."
         )
-    template = tokenizer.chat_template
-    fixed = {"chat_template": dated(template, info.tokenizer)} if isinstance(template, str) else {}
+    fixed = {"chat_template": dated(template, info.tokenizer)}
     # By default transformers 5 returns a BatchEncoding, and iterating over that yields its keys.
     ids: list[int] = tokenizer.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=False, **(fixed | arguments)
@@ -370,7 +370,7 @@ def _chat_ids(info: CheckpointInfo, tokenizer: Any, messages: list[dict[str, str
 
 
 def _check_chat_bos(info: CheckpointInfo, tokenizer: Any, ids: list[int]) -> None:
-    bos, writes_bos = tokenizer.bos_token_id, "bos_token" in str(tokenizer.chat_template)
+    bos, writes_bos = tokenizer.bos_token_id, "bos_token" in default_template(tokenizer.chat_template)
     if bos is not None and ids[:2] == [bos, bos]:
         raise CheckpointError(
             f"AV {info.path}: the prompt starts with two BOS tokens ({tokenizer.bos_token!r}). Use the chat template and "
