@@ -1,7 +1,7 @@
 # make sweep   installs into .venv, fetches the demo's base model, runs experiments/temp_sweep.py
 # make quick   the same .venv with the test extra: the everyday part of the tests, two cases of each parametrised one
-# make test    style, types, which room imports which, and all tests but those on a real Slurm and the long kill trials
-# make test-all  make test, the kill trials, and beside them the tests on a real Slurm; what CI runs
+# make test    style, types, which room imports which, and all tests but those on a real Slurm and the long trials
+# make test-all  make test, the long trials, and beside them the tests on a real Slurm; what CI runs
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,7 +27,7 @@ test-all: .venv/.test
 	$(BIN)/python tests/side_by_side.py "$(BIN)/python -m pytest -m slurm" 'make test TESTS="not slurm"'
 
 quick: .venv/.test
-	$(PARALLEL) -m "not slow" --cases 2
+	$(PARALLEL) -m "not slow and not trials" --cases 2
 
 check: .venv/.test
 	$(BIN)/ruff check .

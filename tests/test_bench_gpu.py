@@ -26,6 +26,7 @@ def test_bench_gpu_without_a_gpu_says_so_and_measures_nothing() -> None:
     assert "no GPU is visible" in (said := bench()) and "tokens/s" not in said
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_bench_gpu_tiny_reports_drawing_against_both_ceilings_scoring_and_extraction() -> None:
     said = bench("--tiny", "--repeats", "1", "--dtype", "float32")

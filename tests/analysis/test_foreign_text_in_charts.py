@@ -121,6 +121,7 @@ def everywhere() -> Any:
     return alt.vconcat(bars, own).properties(title=alt.TitleParams([odd, odd], subtitle=[odd]))
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_no_character_in_a_chart_ends_the_process(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", DRAW, str(tmp_path / "odd")], capture_output=True, text=True, check=False)

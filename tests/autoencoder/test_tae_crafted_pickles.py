@@ -303,6 +303,7 @@ print(json.dumps([outcomes, peak_kib() - before]))
 """
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory by /proc")
 def test_nothing_crafted_needs_more_than_96_megabytes(tmp_path: Path) -> None:

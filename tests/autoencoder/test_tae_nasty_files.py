@@ -404,6 +404,7 @@ def test_a_file_of_optimiser_state_alone_is_not_the_latest_checkpoint(tmp_path: 
     assert highest_step(path.parent) == path
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_a_quarter_of_a_gigabyte_of_optimiser_state_costs_no_memory(tmp_path: Path) -> None:
     """In a process of its own, so that the peak is that of loading alone."""

@@ -342,6 +342,7 @@ def report(cases: dict[str, list[Case]], wrong: list[str]) -> None:
     assert not wrong, f"{len(wrong)} of {counts.total()}:\n" + "\n".join(wrong)
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_malformed_settings_of_a_sweep_end_in_a_sentence(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell = tiny_cell(talking_pair(inside / "tiny", num_rows=30), num_replicates=10)
@@ -357,6 +358,7 @@ def test_malformed_settings_of_a_sweep_end_in_a_sentence(inside: Path, capsys: p
         report(SWEEP_CASES, wrong)
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_malformed_commands_end_in_a_sentence(
     inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -126,6 +126,7 @@ QUESTIONS = (
 )  # fmt: skip
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.parametrize("terminal", [False, True], ids=["in a pipe", "on a terminal"])
 def test_no_command_writes_a_control_character(

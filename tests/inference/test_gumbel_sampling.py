@@ -123,6 +123,7 @@ def brute_force_nucleus(p, top_p):
     return kept
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("vocabulary", "temperature", "top_p"),
@@ -154,6 +155,7 @@ def test_sample_from_equal_logits_treats_a_short_last_block_fairly():
     assert g_test_p_value(tokens, np.full(vocabulary, 1 / vocabulary)) > ALPHA
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", [("draw", 1), ("step", 1), ("seed", 1), ("activation", 1)])
 def test_tokens_of_neighbours_are_independent(pair):

@@ -107,6 +107,7 @@ def faults(keep: bool) -> tuple[bool, int]:
     return bool(kept), count
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library that is asked is glibc")
 def test_what_is_freed_is_kept_for_the_next_use() -> None:

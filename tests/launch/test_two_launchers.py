@@ -128,6 +128,7 @@ sweep_main({sweep!r}, ["--no-charts"])
 """
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_python")
 @pytest.mark.parametrize("killed", [False, True])

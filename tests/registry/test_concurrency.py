@@ -54,6 +54,7 @@ def test_twenty_ranks_publishing_while_two_read_one_ingests_and_one_reports_lose
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_a_reader_that_holds_the_file_keeps_its_snapshot_while_thirty_ingests_go_on(root: Path) -> None:
     write_run(root, record_of("first"), curve_of())
@@ -75,6 +76,7 @@ def test_a_reader_that_holds_the_file_keeps_its_snapshot_while_thirty_ingests_go
     assert reader.returncode == 0
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_an_ingester_killed_at_any_moment_leaves_a_good_database(root: Path, tmp_path: Path) -> None:
     chance, num_kills, before = random.Random(0), 10, 0

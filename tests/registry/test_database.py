@@ -289,6 +289,7 @@ def _land_some(root: Path, process: int) -> None:
         write_run(root, record_of(f"p{process}-{i}", temperature=0.1 + process), curve_of(), controls_of())
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_ten_processes_landing_while_two_ingest_lose_nothing(root: Path) -> None:
     context = multiprocessing.get_context("fork")

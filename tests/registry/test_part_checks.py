@@ -54,6 +54,7 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["draws", "scores"])
 def test_rows_of_a_part_with_a_flipped_bit_are_left_out_and_the_part_is_named(
@@ -225,6 +226,7 @@ def others(tmp_path: Path) -> list[Path]:
     return [sorted(tmp_path.glob(pattern))[-1] for pattern in patterns]
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.parametrize("view", range(3))
 def test_flips_in_the_files_of_the_other_views_leave_out_their_rows_and_stop_nobody(

@@ -22,6 +22,7 @@ from tests.stats.test_bootstrap import sample, true_fve
 KS = [1, 2, 4, 8, 16]
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.parametrize("num_documents", [12, 60])
 def test_band_covers_the_whole_curve_as_often_as_it_says_and_pointwise_intervals_less(num_documents):
@@ -37,6 +38,7 @@ def test_band_covers_the_whole_curve_as_often_as_it_says_and_pointwise_intervals
     assert pointwise < whole
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_band_of_loosely_related_points_covers_where_pointwise_intervals_do_not():
     # Ten means of independent columns: pointwise intervals hold together only 0.95^10 = 60 % of the time.

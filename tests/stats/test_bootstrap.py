@@ -50,6 +50,7 @@ def covered(curve, truth):
     return (curve.fve_low <= truth) & (truth <= curve.fve_high)
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_intervals_over_documents_cover_the_truth_and_over_activations_do_not():
     generator, num_simulations = np.random.default_rng(0), 1500  # Monte-Carlo error 0.56 %
@@ -69,6 +70,7 @@ def test_intervals_over_documents_cover_the_truth_and_over_activations_do_not():
     assert (coverage["clusters ignored"] < 0.87).all(), coverage
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_intervals_from_eight_documents_are_widened_enough_to_cover():
     generator, hits, plain_hits = np.random.default_rng(1), 0, 0

@@ -29,6 +29,7 @@ def simulated(tmp_path_factory):
     return coverage
 
 
+@pytest.mark.trials
 @pytest.mark.heavy(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_intervals_and_bands_cover_and_with_uneven_documents_the_old_ones_do_not
         assert (new[:, :3] > old[:, :3]).all()  # cells
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_fve_against_the_baseline_between_documents_is_not_biased_and_against_the_distance_from_the_mean_is(simulated):
     found = simulated(20, "uneven")

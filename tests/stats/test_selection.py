@@ -18,6 +18,7 @@ def settings(generator, means, num_documents=40, per_document=2, num_draws=4, sp
     return documents, errors * np.array(means)[:, None, None]
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_held_out_best_is_unbiased_where_the_naive_maximum_promises_too_much():
     # Eight settings that are all equally good: whatever is chosen is worth 1 - 0.5.
@@ -34,6 +35,7 @@ def test_held_out_best_is_unbiased_where_the_naive_maximum_promises_too_much():
     assert covered / num_simulations > 0.95, covered / num_simulations  # with the choices held fixed 0.88
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_interval_of_the_held_out_best_covers_as_often_as_it_says_where_one_setting_is_clearly_best():
     generator, covered = np.random.default_rng(5), 0
@@ -44,6 +46,7 @@ def test_interval_of_the_held_out_best_covers_as_often_as_it_says_where_one_sett
     assert 0.925 < covered / 1000 < 0.97, covered
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_held_out_best_is_worth_what_the_choice_is_worth_where_settings_differ():
     generator, means, honest, worth = np.random.default_rng(1), [0.5, 0.52, 0.54, 0.56], [], []

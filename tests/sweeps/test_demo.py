@@ -15,6 +15,7 @@ from ksweep.config.presets import DEMO, demo_model
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.trials
 @pytest.mark.demo
 @pytest.mark.slow
 def test_the_demo_pair_explains_held_out_text_far_above_every_control(tmp_path: Path) -> None:

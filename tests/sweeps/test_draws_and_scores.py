@@ -318,6 +318,7 @@ def test_a_registry_of_an_earlier_version_reads_as_before(finished: Sweep) -> No
     assert run(finished, "sampling.temperature=0.7", "--dry-run") == 0 and len(ask(finished, "FROM runs")) == 2
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 @pytest.mark.parametrize("named_by", ["identity.json", "its key alone"])
 def test_a_registry_of_an_earlier_version_is_extended_without_computing_anything_again(
@@ -347,6 +348,7 @@ def test_a_registry_of_an_earlier_version_is_extended_without_computing_anything
         assert_equal_curves(sweep, alone)
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_a_registry_that_an_earlier_version_wrote_is_read_and_extended_also_by_another_reading_of_the_ar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

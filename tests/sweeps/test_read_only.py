@@ -105,6 +105,7 @@ def read_only_answers(place: Path, how: str) -> Answers:
     return answers
 
 
+@pytest.mark.trials
 @pytest.mark.heavy(1)
 @pytest.mark.parametrize(("how", "index"), [("disk", "gone"), ("permissions", "up to date")])
 def test_every_command_over_a_finished_sweep_works_without_writing_there(place: Path, how: str, index: str) -> None:

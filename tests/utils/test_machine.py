@@ -236,6 +236,7 @@ def placed(sweep: Sweep, place: Path, **resources: object) -> Sweep:
 DRAWS = "SELECT activation, draw, token_ids FROM draws ORDER BY ALL"
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_a_sweep_has_a_rank_a_core_says_so_in_its_record_and_draws_the_same(
     sweep: Sweep, tmp_path: Path, cores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -250,6 +251,7 @@ def test_a_sweep_has_a_rank_a_core_says_so_in_its_record_and_draws_the_same(
     assert ask(many, DRAWS) == ask(alone, DRAWS)
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_jobs_of_a_sweep_side_by_side_have_no_more_threads_than_there_are_cores(
     sweep: Sweep, tmp_path: Path, cores: pytest.MonkeyPatch
@@ -260,6 +262,7 @@ def test_jobs_of_a_sweep_side_by_side_have_no_more_threads_than_there_are_cores(
     assert ask(two, "SELECT num_ranks, engine['threads'] FROM runs") == [(1, "1")] * 2
 
 
+@pytest.mark.trials
 @pytest.mark.slow
 def test_a_run_in_the_users_own_process_lets_its_threads_sleep(sweep: Sweep, tmp_path: Path) -> None:
     own = placed(sweep, tmp_path, cluster="inprocess")
