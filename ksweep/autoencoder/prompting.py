@@ -51,7 +51,7 @@ class AvPrompting:
     chat_arguments: tuple[tuple[str, Any], ...] = ()
     """Arguments of the chat template by name."""
     prompt_ids: tuple[int, ...] | None = None
-    """Token ids of the whole rendered prompt."""
+    """Token ids of the whole rendered prompt; `prefill` may follow it."""
     prompt_text: str | None = None
     """The whole rendered prompt, where its ids are not stated."""
     asks_for_thinking: bool = False
@@ -70,6 +70,11 @@ class AvPrompting:
     """Whether special tokens are left out of the answer's text."""
     stop_tokens: tuple[str, ...] | None = None
     """Tokens that end an answer; None: the end-of-sequence tokens of the model."""
+
+    @property
+    def states_prompt(self) -> bool:
+        """Whether the whole rendered prompt is stated."""
+        return self.prompt_ids is not None or self.prompt_text is not None
 
     @property
     def message(self) -> str:

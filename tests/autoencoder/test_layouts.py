@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from ksweep import Autoencoder, stats
 from ksweep.autoencoder.family import family_of
 from ksweep.autoencoder.nla.checkpoint import inspect_half, inspect_nla
+from ksweep.autoencoder.nla.loading import load_nla_tokenizer
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
 from ksweep.autoencoder.prompting import AddAfterBlock, ReplaceEmbedding
 from ksweep.config.spec import PromptingOverrides
@@ -457,6 +458,22 @@ def test_rendered_prompt_of_nla_config_decides_about_thinking(tmp_path: Path) ->
         load_av(plain)
 
 
+def test_prefill_follows_the_prompt_that_nla_config_states(tmp_path: Path) -> None:
+    """The ids still say that thinking is off, whether the beginning of the answer is among them or not."""
+    root = shutil.copytree(MERGED.directory, tmp_path / "pair")
+    ids, spec = MERGED.av_said()["prompt_token_ids"], MERGED.spec(root, prompting=PromptingOverrides(prefill="- "))
+    before = family_of(spec).draws_identity()
+    begun = load_nla_tokenizer(inspect_half(spec, "av")).encode("- ", add_special_tokens=False)
+    for stated in (ids, [*ids, *begun]):
+        (root / "nla_config.json").write_text(json.dumps({"actor_prompt_ids": stated}))
+        av = load_av(spec)
+        assert list(av.prompt_ids) == [*ids, *begun] and not any("enable_thinking" in note.text for note in av.info.notes)
+    assert family_of(spec).draws_identity().keys() - before.keys() == {"av_prompt"}
+    (root / "nla_config.json").write_text(json.dumps({"actor_prompt_ids": []}))
+    with pytest.raises(CheckpointError, match=r"actor_prompt_ids=\[\], expected a list of token ids"):
+        inspect_half(spec, "av")
+
+
 def test_rendered_text_of_nla_config_stands_for_its_ids(tmp_path: Path) -> None:
     root = shutil.copytree(MERGED.directory, tmp_path / "pair")
     said, plain = MERGED.av_said(), MERGED.spec(root, prompting=PromptingOverrides())
@@ -595,6 +612,9 @@ def test_pair_for_all_layers_needs_a_layer_that_it_was_trained_for(tmp_path: Pat
         family_of(AT_HOME.spec(root)).draws_identity()
     with pytest.raises(CheckpointError, match="trained for layers from 2 on"):
         family_of(AT_HOME.spec(root, layer=1)).scores_identity()
+    sidecar("ar", extraction_layer_index=1)(root)
+    with pytest.raises(CheckpointError, match="from 2 on, and its sidecar states 1"):
+        inspect_half(AT_HOME.spec(root), "ar")
 
 
 def test_subtracted_mean_of_the_layer_is_added_to_what_the_ar_gives(tmp_path: Path) -> None:

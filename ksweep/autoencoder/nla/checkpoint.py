@@ -558,7 +558,7 @@ def _tokenizer_directory(path: Path, weights: Path, base: str | None) -> Path:
 def _thinking_notes(prompting: AvPrompting | ArPrompting, path: Path, tokenizer: Path) -> tuple[Note, ...]:
     if isinstance(prompting, ArPrompting) or prompting.asks_for_thinking or "enable_thinking" in dict(prompting.chat_arguments):
         return ()
-    if prompting.prompt_ids is not None or prompting.prompt_text is not None or not prompting.is_chat:
+    if prompting.states_prompt or not prompting.is_chat:
         return ()
     if "enable_thinking" not in chat_template_text(tokenizer):
         return ()

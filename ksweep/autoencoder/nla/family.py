@@ -149,7 +149,9 @@ def av_identity(av: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, 
     """Return the AV's digest, and where they are not the usual ones the parser of explanations and the prompting."""
     # An AV that thinks gets its thoughts before the answer skipped.
     parser = {"parser": "after_thoughts"} if av.thinks else {}
-    identity = {"av": digest_nla(av)} | parser | _choices(av) | _date_of_template(av)
+    # Behind a prefill the prompt that the run's configuration states was once replaced by the chat template's default.
+    begun = {"av_prompt": "as stated, then the prefill"} if prompting.prefill and av.av_prompting.states_prompt else {}
+    identity = {"av": digest_nla(av)} | parser | begun | _choices(av) | _date_of_template(av)
     return identity | ({"av_prompting": prompting.of_av} if prompting.of_av else {})
 
 

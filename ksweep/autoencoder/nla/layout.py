@@ -50,10 +50,10 @@ def at_layer(sidecar: Sidecar, layer: int | None, path: Path) -> Sidecar:
         raise CheckpointError(f"{path} was trained for all layers: set autoencoder.layer to the one that it is to be used at.")
     if None not in (layer, sidecar.layer) and layer != sidecar.layer:
         raise CheckpointError(f"autoencoder.layer={layer}, but {path} is of layer {sidecar.layer}. Leave it out.")
-    if layer is not None and layer < sidecar.min_layer:
-        raise CheckpointError(
-            f"autoencoder.layer={layer}, but {path} was trained for layers from {sidecar.min_layer} on. Choose one of those."
-        )
+    used = sidecar.layer if layer is None else layer
+    if used is not None and used < sidecar.min_layer:
+        where = "its sidecar states" if layer is None else "autoencoder.layer is"
+        raise CheckpointError(f"{path} was trained for layers from {sidecar.min_layer} on, and {where} {used}. Use one of those.")
     return sidecar if layer is None or not sidecar.is_universal else replace(sidecar, layer=layer)
 
 
@@ -75,7 +75,7 @@ def av_prompting(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: in
         prompting = replace(prompting, opening_tag="", empty_counts=True)
     names = ("chat_arguments", "prefill", "opening_tag", "closing_tag", "stop_tokens")
     stated = {name: value for name in names if (value := getattr(overrides, name)) is not None}
-    if stated.keys() & {"chat_arguments", "prefill"} or overrides.av_template or overrides.marker:
+    if "chat_arguments" in stated or overrides.av_template or overrides.marker:
         stated["prompt_ids"] = stated["prompt_text"] = None
     if "closing_tag" in stated:
         stated["must_close"] = True

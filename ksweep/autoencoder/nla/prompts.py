@@ -84,7 +84,7 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
     arguments = dict(prompting.chat_arguments)
     _check_chat_arguments(info, tokenizer, arguments)
     ids = _chat_ids(info, tokenizer, message, **arguments)
-    if prompting.prompt_ids is not None or prompting.prompt_text is not None:
+    if prompting.states_prompt:
         ids = _stated_ids(info, tokenizer, message, ids)
     if (
         prompting.asks_for_thinking
@@ -105,11 +105,16 @@ def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
 
 
 def _stated_ids(info: CheckpointInfo, tokenizer: Any, message: list[dict[str, str]], ids: list[int]) -> list[int]:
-    """Return the rendering of the message that has the stated ids: the default one, or that without thinking, or with it."""
+    """Return the rendering of the message that has the stated ids: the default one, or that without thinking, or with it.
+
+    The stated ids may end in the beginning of the answer that the spec states too (`prefill`); it is left out.
+    """
     prompting = info.av_prompting
-    stated = list(prompting.prompt_ids or tokenizer.encode(prompting.prompt_text, add_special_tokens=False))
+    ids_of_text = [] if prompting.prompt_text is None else tokenizer.encode(prompting.prompt_text, add_special_tokens=False)
+    stated = ids_of_text if prompting.prompt_ids is None else list(prompting.prompt_ids)
+    begun = tokenizer.encode(prompting.prefill, add_special_tokens=False) if prompting.prefill else []
     for rendered in (ids, *(_chat_ids(info, tokenizer, message, enable_thinking=value) for value in (False, True))):
-        if rendered == stated:
+        if stated in (rendered, [*rendered, *begun]):
             return rendered
     first = next((i for i, (a, b) in enumerate(zip(stated, ids, strict=False)) if a != b), min(len(stated), len(ids)))
     raise CheckpointError(

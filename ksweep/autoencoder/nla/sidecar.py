@@ -482,7 +482,8 @@ def _ids(meta: Mapping[str, Any], key: str, path: Path, what: str = "a list of t
     value = value_at(meta, key)
     if value is None:
         return None
-    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
+    is_list = isinstance(value, list) and all(type(i) is int and 0 <= i < 2**31 for i in value)
+    if not is_list or (key == "actor_prompt_ids" and not value):  # no prompt is empty; the other lists may be
         _wrong(path, key, value, what)
     return tuple(value)
 
