@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from ksweep.activations.messages import is_conversation, messages_identity, read_messages
 from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import DataError
@@ -21,7 +22,6 @@ from ksweep.utils.files import json_lines
 from ksweep.utils.hub import content_digest
 from ksweep.utils.imports import digest_of_named, is_dotted_name, load_named
 from ksweep.utils.plain_values import has_lone_surrogate
-from ksweep.utils.text import bounded_repr
 
 Format = Literal["txt", "jsonl", "parquet", "datasets", "hub", "own"]
 
@@ -29,8 +29,8 @@ Holds = Literal["text", "token_ids", "messages"]
 
 TEXT_FIELD = "activations.text"
 
-MESSAGE_KEYS = (("role", "from"), ("content", "value"))
-"""Keys of a message, and what ShareGPT calls them."""
+JSON_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+"""Beginning of a conversation that was written as JSON, or as Python prints it."""
 
 HUB_DATASET = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 
@@ -110,6 +110,7 @@ def text_identity(activations: Activations) -> dict[str, object]:
         identity["holds"] = "token_ids"
     if first is not None and first.messages is not None:
         identity["holds"] = "messages"
+        identity |= messages_identity(_first_value(activations))
     if kind == "own":
         return identity | {"name": source, "digest": digest_of_named(source, load_named(source, TEXT_FIELD), TEXT_FIELD)}
     return identity | {"digest": content_digest(_local(activations))}
@@ -242,31 +243,53 @@ def _own_rows(activations: Activations) -> Iterator[Mapping[str, Any]]:
 def _named(records: Iterable[Mapping[str, Any]], activations: Activations) -> Iterator[TextRow]:
     """Yield the records of a table as rows: text or token ids, document and row id from their columns."""
     prefix = _row_prefix(activations)
-    kind, numbered = _begin(records, activations.text_column)
+    kind, numbered = _begin(records, activations)
     for index, record in numbered:
         value = _value(record, activations.text_column, "text_column", index, activations)
+        value = None if _is_empty(value) and not (kind == "text" and isinstance(value, str)) else value
         where = f"row {index} of {activations.text}", f"in column {activations.text_column!r}"
         row_id = _row_id(record, prefix, index)
         document = _document(record, row_id, index, activations)
         if kind == "token_ids":
             yield TextRow(index, row_id, document, "", _token_ids(value, *where))
         elif kind == "messages":
-            yield TextRow(index, row_id, document, "", messages=_messages(value, *where))
+            yield TextRow(index, row_id, document, "", messages=read_messages(value, *where))
         else:
             yield TextRow(index, row_id, document, _text(value, *where))
 
 
-def _begin(records: Iterable[Mapping[str, Any]], column: str) -> tuple[Holds, Iterator[tuple[int, Mapping[str, Any]]]]:
-    """Return what the column holds, by its first value that is neither null nor an empty list, and all records, numbered."""
-    numbered, seen = enumerate(records), []
+def _begin(
+    records: Iterable[Mapping[str, Any]], activations: Activations
+) -> tuple[Holds, Iterator[tuple[int, Mapping[str, Any]]]]:
+    """Return what the column holds, by its first value that is not empty, and all records, numbered.
+
+    Raises:
+        DataError: a conversation that was written as JSON, and would be taken for plain text.
+    """
+    numbered, seen, column = enumerate(records), [], activations.text_column
     for index, record in numbered:
         seen.append((index, record))
-        if record.get(column, "missing") not in (None, []):
+        if not _is_empty(record.get(column, "missing")):
             break
-    value = next((value for _, record in reversed(seen) if (value := record.get(column)) is not None), None)
-    if not isinstance(value, list):
-        return "text", chain(seen, numbered)
-    return "messages" if value and isinstance(value[0], Mapping) else "token_ids", chain(seen, numbered)
+    value = seen[-1][1].get(column) if seen else None
+    if isinstance(value, str) and JSON_CONVERSATION.match(value):
+        raise DataError(
+            f"row {seen[-1][0]} of {activations.text} has a conversation written as JSON in column {column!r}, which would be "
+            "taken for plain text: read it (json.loads) and save it as a list of messages, or do so in a text source of your own "
+            "(docs/extending.md)"
+        )
+    kind: Holds = "messages" if is_conversation(value) else "token_ids" if isinstance(value, list) else "text"
+    return kind, chain(seen, numbered)
+
+
+def _is_empty(value: Any) -> bool:
+    return not value.strip() if isinstance(value, str) else value is None or value in ([], {})
+
+
+def _first_value(activations: Activations) -> Any:
+    """Return the first value of the text column, as it stands there, that is not empty."""
+    values = (record.get(activations.text_column) for record in _records(activations))
+    return next((value for value in values if not _is_empty(value)), None)
 
 
 def _text(value: Any, row: str, column: str) -> str:
@@ -294,42 +317,6 @@ def _token_ids(value: Any, row: str, column: str) -> tuple[int, ...]:
                 "ids, which are whole numbers, or text. Is activations.text_column the right one?"
             )
     return tuple(value)
-
-
-MESSAGE_ROLES = {"human": "user", "gpt": "assistant"}
-"""Names of ShareGPT for roles."""
-OTHER_MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""Keys beside role and content that chat templates write; all others (language, toxicity, ...) describe a message."""
-
-
-def _messages(value: Any, row: str, column: str) -> tuple[Mapping[str, Any], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise DataError(f"{row} has a {type(value).__name__} {column}, where earlier rows have conversations: make all alike")
-    return tuple(_message(message, f"message {i} of {row}", column) for i, message in enumerate(value))
-
-
-def _message(message: Any, which: str, column: str) -> Mapping[str, Any]:
-    """Return role, content and what else a template writes of a message.
-
-    Raises:
-        DataError: no role, or a content that is no text.
-    """
-    if not isinstance(message, Mapping):
-        raise DataError(f"{which} is a {type(message).__name__} {column}; expected {{'role': 'user', 'content': '...'}}")
-    role, content = (message.get(old) if message.get(new) is None else message[new] for new, old in MESSAGE_KEYS)
-    if isinstance(content, list) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-        content = "".join(part["text"] for part in content)
-    others = {key: message[key] for key in OTHER_MESSAGE_KEYS if message.get(key) is not None}
-    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and "tool_calls" in others)):
-        raise DataError(
-            f"{which} {column} has role {bounded_repr(role)} and a content of type {type(content).__name__}; expected texts: "
-            "{'role': 'user', 'content': '...'}, or {'from': 'human', 'value': '...'}. Pictures and sound are not read"
-        )
-    if has_lone_surrogate(content or ""):
-        raise DataError(f"{which} has half of a surrogate pair {column}, which is no character: correct or drop it")
-    return {"role": MESSAGE_ROLES.get(role, role), "content": content, **others}
 
 
 def _document(record: Mapping[str, Any], row_id: str, index: int, activations: Activations) -> str:

@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ksweep.activations import activations_key, ensure, plan_activations
 from ksweep.activations.chats import check_chats, dated, message_places, tokens_at
-from ksweep.activations.datasets import read_documents
+from ksweep.activations.datasets import read_documents, text_identity
 from ksweep.activations.positions import row_positions
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import CheckpointError, DataError, SpecError
@@ -138,10 +138,79 @@ def test_every_format_of_file_and_of_message_gives_the_same_conversations(tmp_pa
         for talk in conversations
     ]
     parts = [[m | {"content": [{"type": "text", "text": m["content"]}]} for m in talk] for talk in conversations]
-    paths = [write(tmp_path / "a.jsonl", conversations), write(tmp_path / "b.jsonl", shared), write(tmp_path / "c.jsonl", parts)]
+    beside: list[Any] = [{key: [m[key] for m in talk] for key in ("role", "content")} for talk in conversations]
+    named = [[m | {"role": {"user": " Human", "assistant": "ChatGPT"}[m["role"]]} for m in talk] for talk in conversations]
+    forms = [conversations, shared, parts, beside, named, ["", *conversations], [[], *conversations]]
+    paths = [write(tmp_path / f"{i}.jsonl", form) for i, form in enumerate(forms)]
     for path in (*paths, tmp_path / "chat.parquet", tmp_path / "saved"):
         read = list(read_documents(Activations(model="m", text=str(path), text_column="conversation")))
-        assert [list(map(dict, row.messages or ())) for row in read] == conversations
+        assert [list(map(dict, row.messages)) for row in read if row.messages] == conversations
+
+
+CALL = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
+
+
+def test_calls_of_tools_are_those_of_every_format_of_file(tmp_path: Path) -> None:
+    asks = [{"role": "user", "content": "hi", "tool_calls": []}, {"role": "assistant", "tool_calls": [CALL]}]
+    other = [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": {"c": 2}}}}]}]
+    pq.write_table(pa.table({"conversation": [asks, other]}), tmp_path / "chat.parquet")
+    read = [
+        [
+            list(map(dict, row.messages or ()))
+            for row in read_documents(Activations(model="m", text=str(path), text_column="conversation"))
+        ]
+        for path in (write(tmp_path / "chat.jsonl", [asks, other]), tmp_path / "chat.parquet")
+    ]
+    wanted = [[{"role": "user", "content": "hi"}, asks[1] | {"content": None}], [other[0] | {"content": None}]]
+    assert read == [wanted, wanted]
+
+
+@pytest.mark.parametrize(
+    ("messages", "changes"),
+    [
+        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], {}),
+        ([{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}], {}),
+        ([{"role": "Human", "content": "a"}], {"roles": "by name"}),
+        ([{"from": "human", "value": "a"}], {"roles": "by name"}),
+        ([{"role": "user", "content": "a", "tool_calls": None}], {"tool_calls": "without nulls"}),
+    ],
+)
+def test_keys_change_for_conversations_that_were_read_in_another_way(
+    messages: list[dict[str, Any]], changes: dict[str, str], tmp_path: Path
+) -> None:
+    identity = text_identity(
+        Activations(model="m", text=str(write(tmp_path / "c.jsonl", [messages])), text_column="conversation")
+    )
+    before = {"format", "document_column", "column", "holds", "digest"}
+    assert {name: value for name, value in identity.items() if name not in before} == changes
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "narrator", "content": "a"}, "role 'narrator', which is none of human, .*assistant.*: rename it"),
+        ({"role": "user", "content": [{"type": "image", "text": ""}, {"type": "text", "text": "a"}]}, "part of type 'image'"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "x"}}]}, "has image_url"),
+        ({"role": "user", "content": "a", "images": ["x"]}, "has images .*pictures and sound are not read"),
+        ({"role": "assistant", "content": "a", "function_call": {"name": "f"}}, "has function_call .*write it so"),
+        ({"role": "assistant", "content": "a", "tool_calls": "[]"}, "tool_calls of type str"),
+    ],
+)
+def test_what_would_be_lost_of_a_message_is_refused_by_name(message: dict[str, Any], words: str, tmp_path: Path) -> None:
+    empty = {"images": [], "audio": None, "function_call": {"name": None}}
+    path = write(tmp_path / "chat.jsonl", [[{"role": "user", "content": "hi"} | empty, message]])
+    with pytest.raises(DataError, match=f"message 1 of row 0 of .*{words}"):
+        list(read_documents(Activations(model="m", text=str(path), text_column="conversation")))
+
+
+def test_a_conversation_written_as_json_is_no_plain_text(tmp_path: Path) -> None:
+    for number, written in enumerate((json.dumps(talks(1)[0]), str(talks(1)[0]))):
+        path = write(tmp_path / f"{number}.jsonl", ["", written])
+        with pytest.raises(DataError, match=r"row 1 of .* has a conversation written as JSON .*json\.loads"):
+            list(read_documents(Activations(model="m", text=str(path), text_column="conversation")))
+    listed = write(tmp_path / "lists.jsonl", [{"role": ["user"], "content": ["a", "b"]}])
+    with pytest.raises(DataError, match=r"lists of \[1, 2\] entries \(role, content\)"):
+        list(read_documents(Activations(model="m", text=str(listed), text_column="conversation")))
 
 
 def test_what_is_stated_of_the_template_is_written_and_in_the_key(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -180,7 +249,7 @@ def test_what_cannot_be_written_is_refused_by_name(bases: dict[str, Path], base:
     (bare / "chat_template.jinja").unlink()
     refused("has no chat template", request(bare, path, 2), CheckpointError)
     picture = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
-    refused("message 0 of row 1 .* has role 'user' and a content of type list", request(
+    refused("message 0 of row 1 .* has a content with a part of type 'image'", request(
         chatml, write(tmp_path / "picture.jsonl", [talks(1)[0], picture]), 2
     ))  # fmt: skip
     strict = set_template(make_chat_base(tmp_path / "strict", "chatml"), "{{ raise_exception('Roles must alternate') }}" + CHATML)
