@@ -12,6 +12,7 @@ from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Autoencoder, Sampling
 from ksweep.evaluation.identity import CellKeys
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.fingerprint import canonical_json
 from ksweep.utils.machine import WAIT_POLICY
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Models:
         """
         self.devices, self.planned = devices, planned or {}
         self._families: dict[Autoencoder, Family] = {}
+        self._ars: dict[Autoencoder, tuple[Any, ...]] = {}
         self._av: Verbalizer | None = None
         self._ar: Reconstructor | None = None
         self._av_values: tuple[Any, ...] = ()
@@ -39,7 +41,7 @@ class Models:
         """Return the AV on the devices, loading it if necessary."""
         if self._av is None or self._av_values != autoencoder.av_values:
             self.release_verbalizer()
-            if self._ar_values != autoencoder.ar_values:
+            if self._ar is not None and self._ar_values != self._values_of_ar(autoencoder):
                 self.release_reconstructor()
             self._av = self._family_of(autoencoder).load_verbalizer(self.devices)
             self._av_values = autoencoder.av_values
@@ -47,13 +49,20 @@ class Models:
 
     def reconstructor(self, autoencoder: Autoencoder) -> Reconstructor:
         """Return the AR on the devices, loading it if necessary; where its family can, it shares the loaded AV's model."""
-        if self._ar is None or self._ar_values != autoencoder.ar_values:
+        if self._ar is None or self._ar_values != self._values_of_ar(autoencoder):
             self.release_reconstructor()
             if self._av_values != autoencoder.av_values:
                 self.release_verbalizer()
             self._ar = self._family_of(autoencoder).load_reconstructor(self.devices, self._av)
-            self._ar_values = autoencoder.ar_values
+            self._ar_values = self._values_of_ar(autoencoder)
         return self._ar
+
+    def _values_of_ar(self, autoencoder: Autoencoder) -> tuple[Any, ...]:
+        """Return the spec's values for its AR, and the identity of its files: a pair's AR may take the base of the AV."""
+        if autoencoder not in self._ars:
+            identity = self._family_of(autoencoder).scores_identity()
+            self._ars[autoencoder] = (*autoencoder.ar_values, canonical_json(identity))
+        return self._ars[autoencoder]
 
     def _family_of(self, autoencoder: Autoencoder) -> Family:
         """Return the autoencoder's family, after checking that its files are those that were planned."""

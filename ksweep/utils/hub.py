@@ -85,6 +85,17 @@ def repository_root(path: Path) -> Path | None:
     return Path(match["root"]) if match else None
 
 
+def is_named_after(hub_id: str, path: Path) -> bool:
+    """Return whether a directory is named after a model, as .../NAME or as the hub's .../models--OWNER--NAME/snapshots/REVISION.
+
+    Parent directories are not compared: training outputs often lie below a directory with the base's name.
+    """
+    name, parts = hub_id.partition("@")[0].rpartition("/")[2].lower(), path.absolute().parts
+    if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].lower().rpartition("--")[2] == name
+    return path.absolute().name.lower() == name
+
+
 def folders_upwards(path: Path) -> list[Path]:
     """Return the folder of a checkpoint and those above it in which its sidecar may lie, nearest first.
 

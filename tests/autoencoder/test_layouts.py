@@ -19,12 +19,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ksweep import Autoencoder, stats
+from ksweep.autoencoder.base import ActivationFacts
 from ksweep.autoencoder.family import family_of
 from ksweep.autoencoder.nla.checkpoint import inspect_half, inspect_nla
 from ksweep.autoencoder.nla.loading import load_nla_tokenizer
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
 from ksweep.autoencoder.prompting import AddAfterBlock, ReplaceEmbedding
 from ksweep.config.spec import PromptingOverrides
+from ksweep.evaluation.models import Models
 from ksweep.inference.engine import BuiltinEngine, DecodingOptions, DrawBatch, Request
 from ksweep.inference.naive_engine import NaiveEngine
 from ksweep.inference.prompts import FinishReason
@@ -391,6 +393,70 @@ def test_ar_over_a_base_takes_that_of_the_adapter_beside_it(tmp_path: Path) -> N
     root = shutil.copytree(LORA.directory, tmp_path / "pair")
     of_json(f"{GEMMA_AV}/adapter_config.json", base_model_name_or_path=str(root / "base"))(root)
     assert inspect_half(LORA.spec(root), "ar").base == family_of(LORA.spec(root, base=None)).pair[1].base  # type: ignore[attr-defined]
+
+
+def test_ar_over_a_base_takes_the_one_that_its_own_sidecar_names(tmp_path: Path) -> None:
+    """The AV's adapter of RL may lie over a merged SFT model, which its directory's sidecar says or does not say."""
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    merged = shutil.copytree(root / "base", root / "merged")
+    tensors("merged/model.safetensors", fill("layers.1.mlp", 0.01))(root)
+    of_json(f"{GEMMA_AV}/adapter_config.json", base_model_name_or_path=str(merged))(root)
+    sidecar(GEMMA_AR, extraction__base_model=str(root / "base"))(root)
+    sidecar(GEMMA_AV, extraction__base_model=str(root / "base"))(root)
+    spec, facts = LORA.spec(root, base=None), ActivationFacts(source="v", model=None, model_directory=None, layer=2, d_model=48)
+    family = family_of(spec)
+    assert family.scores_identity() == family_of(LORA.spec(root)).scores_identity()
+    assert any("whose weights differ" in note.text for note in family.check_activations(facts))
+    shutil.copy(root / GEMMA_AV / "nla_meta.yaml", merged)
+    assert family_of(spec).scores_identity() == family.scores_identity()
+    assert not any("whose weights differ" in note.text for note in family_of(spec).check_activations(facts))
+    with pytest.raises(CheckpointError, match=r"merged, which is an AV by its nla_meta.yaml. Set autoencoder.base"):
+        family_of(LORA.spec(root, base=str(merged))).scores_identity()
+
+
+def test_ars_over_the_bases_of_two_avs_are_two_models(tmp_path: Path) -> None:
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    shutil.copytree(root / "base", root / "base2")
+    tensors("base2/model.safetensors", fill("layers.1.mlp", 0.01))(root)
+    shutil.copytree(root / GEMMA_AV, root / "av2")
+    of_json(f"{GEMMA_AV}/adapter_config.json", base_model_name_or_path=str(root / "base"))(root)
+    of_json("av2/adapter_config.json", base_model_name_or_path=str(root / "base2"))(root)
+    models, first, second = Models(("cpu",)), LORA.spec(root, base=None), LORA.spec(root, base=None, av=str(root / "av2"))
+    ar = models.reconstructor(first)
+    assert models.reconstructor(first) is ar and models.reconstructor(second) is not ar
+
+
+def test_head_alone_never_lies_over_the_av(tmp_path: Path) -> None:
+    """Beside an AV of full weights, which has a tokenizer where the head has none."""
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    path = head_ar(root, "value_head+frozen", {"weight": torch.eye(48)})
+    shutil.copytree(root / "base", root / "full")
+    shutil.copy(root / "av" / "nla_meta.yaml", root / "full")
+    sidecar("full", training__method="full_ft_sft")(root)
+    of_json("av/adapter_config.json", base_model_name_or_path=str(root / "base"))(root)
+    for av in ("full", "av"):
+        with pytest.raises(CheckpointError, match=r"holds a head alone .* Set autoencoder\.base"):
+            family_of(AT_HOME.spec(root, av=str(root / av), ar=str(path), base=None)).scores_identity()
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_marker_of_an_ar_with_a_head_is_not_compared(has_head: bool, tmp_path: Path) -> None:
+    """Its trainer writes one marker for all models, and the AR never sees it."""
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    path = head_ar(root, "value_head+frozen", {"weight": torch.eye(48)}) if has_head else root / "ar"
+    sidecar(path.name, tokens={"injection_char": "㈏", "injection_token_id": 535})(root)
+    family = family_of(AT_HOME.spec(root, ar=str(path)))
+    if has_head:
+        assert family.scores_identity()
+    else:
+        with pytest.raises(CheckpointError, match="together: marker"):
+            family.scores_identity()
+
+
+def test_marker_of_the_spec_is_that_of_the_av_alone() -> None:
+    spec = AT_HOME.spec(prompting=PromptingOverrides(marker="㈎"))
+    av, ar = family_of(spec).pair  # type: ignore[attr-defined]
+    assert av.sidecar.marker_id is None and ar.ar_prompting.marker_id == 536
 
 
 def test_ar_without_a_tokenizer_takes_that_of_the_av_or_of_the_base(tmp_path: Path) -> None:

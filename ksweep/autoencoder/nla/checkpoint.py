@@ -20,6 +20,7 @@ from ksweep.autoencoder.nla.sidecar import (
     NlaRole,
     Sidecar,
     beside_or_above,
+    is_av,
     read_nla_sidecar,
     sidecar_file,
 )
@@ -143,13 +144,18 @@ class CheckpointInfo:
         return self.role == "av" and "<think>" in chat_template_text(self.tokenizer)
 
 
-def inspect_half(autoencoder: Autoencoder, role: NlaRole) -> CheckpointInfo:
-    """Return `inspect_nla` of the AV or AR that a spec names, with what the spec says of it."""
+def inspect_half(autoencoder: Autoencoder, role: NlaRole, beside: CheckpointInfo | None = None) -> CheckpointInfo:
+    """Return `inspect_nla` of the AV or AR that a spec names, with what the spec says of it.
+
+    Args:
+        beside: the pair's AV, which lends its AR what that lacks.
+    """
     source = (autoencoder.av if role == "av" else autoencoder.ar) or ""
+    base = None if beside is None or beside.base is None or beside.files.base_is_merged else str(beside.base)
     return inspect_nla(
         hub.resolve(source, f"{role.upper()} checkpoint"), role, autoencoder.base, autoencoder.prompting,
         layout=autoencoder.layout, stack=autoencoder.av_stack if role == "av" else (), layer=autoencoder.layer,
-        whitening=autoencoder.whitening,
+        whitening=autoencoder.whitening, lent_base=base, lent_tokenizer=None if beside is None else beside.tokenizer,
     )  # fmt: skip
 
 
@@ -180,6 +186,8 @@ def inspect_nla(
     stack: tuple[str, ...] = (),
     layer: int | None = None,
     whitening: str | None = None,
+    lent_base: str | None = None,
+    lent_tokenizer: Path | None = None,
 ) -> CheckpointInfo:
     """Return what the sidecar, configuration and weight headers of an AV or AR directory say, once all are checked.
 
@@ -189,6 +197,8 @@ def inspect_nla(
             ignore it.
         overrides: values of the prompting that replace the sidecar's.
         layout, stack, layer, whitening: as the fields of `Autoencoder`; `stack` is that of an AV.
+        lent_base: base of the AV, for EasyNLA's LoRA of an AR, whose sidecar names a hub id at most.
+        lent_tokenizer: directory with the AV's tokenizer, for an AR of full weights that has none.
 
     Raises:
         CheckpointError: the message says what is wrong, what was expected and what to do.
@@ -202,8 +212,12 @@ def inspect_nla(
         )
     sidecar = at_layer(read_nla_sidecar(path, expected_role, overrides, layout), layer, path)
     # 2. Find its weights, and check width, kinds of blocks, depth and layer against config.json.
-    weights = find_weights(path, sidecar, expected_role, base, stack, sidecar.layer)
+    weights = find_weights(path, sidecar, expected_role, base, stack, sidecar.layer, lent_base)
     base_path = None if weights.base is None else _base(path, weights.base, base, sidecar)
+    if expected_role == "ar" and weights.base is not None and weights.base in (base, lent_base):
+        _refuse_av_as_base(path, base_path or path)
+    if expected_role == "av" and base_path is not None and is_av(base_path):
+        weights = replace(weights, base_is_merged=True)
     config = _config(base_path or path)
     _check_width(config, sidecar, base_path or path)
     depth = _positive(config, "num_hidden_layers", base_path or path)
@@ -222,7 +236,7 @@ def inspect_nla(
     filled = (
         av_prompting(sidecar, overrides, depth) if expected_role == "av" else ar_prompting(sidecar, overrides, weights, depth)
     )
-    tokenizer = _tokenizer_directory(path, base_path or path, base)
+    tokenizer = _tokenizer_directory(path, base_path or path, base, lent_tokenizer if base_path is None else None)
     notes = (*sidecar.notes, *weights.notes, *_thinking_notes(filled, path, tokenizer))
     statistics = None
     if sidecar.whitening is not None:
@@ -270,8 +284,8 @@ def check_pair(
         ("layer", av.layer, ar.layer),
         ("base model", _hub_name(a.base_checkpoint), _hub_name(b.base_checkpoint)),
         ("base digest", a.base_digest, b.base_digest),
-        ("digest of the base model", *_base_digests(av, ar)),
-        *(_markers(av, ar) if av.layout == ar.layout != "kitft" else ()),
+        ("digest of the base model", *(_base_digests(av, ar) if {av.layout, ar.layout} != {"easynla"} else (None, None))),
+        *(_markers(av, ar) if _must_share_marker(av, ar) else ()),
     ):
         if av_value is not None and ar_value is not None and av_value != ar_value:
             raise CheckpointError(
@@ -281,7 +295,18 @@ def check_pair(
     check_same_space(a.whitening, b.whitening)
     # 2. Compare the pair with the activations.
     notes = _marker_notes(av, ar) if av.layout == ar.layout == "kitft" else ()
-    return (*notes, *_check_activations(av, ar, activations_layer, activations_d_model, activations_base))
+    return (*notes, *_stack_notes(av, ar), *_check_activations(av, ar, activations_layer, activations_d_model, activations_base))
+
+
+def _must_share_marker(av: CheckpointInfo, ar: CheckpointInfo) -> bool:
+    """Return whether different markers mean different pairs.
+
+    They do not where the spec states the AV's, nor in an AR of nla-at-home with a head, which never sees one: its trainer writes
+    one marker for every model (train_ar_truncated.py).
+    """
+    if av.layout != ar.layout or av.layout == "kitft" or av.sidecar.marker_id is None:
+        return False
+    return av.layout == "easynla" or ar.ar_prompting.marker is not None
 
 
 def _markers(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[tuple[str, Any, Any], ...]:
@@ -346,6 +371,16 @@ def _base_digests(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[str | None, s
     return hub.content_digest(av.base), hub.content_digest(ar.base)
 
 
+def _stack_notes(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[Note, ...]:
+    """Return a note where the two adapters of an EasyNLA pair name different bases: its RL may start from a merged SFT model."""
+    first, second = _base_digests(av, ar) if {av.layout, ar.layout} == {"easynla"} else (None, None)
+    text = (
+        f"The AV's adapter lies over {av.base}, the AR over {ar.base}, whose weights differ: the AV's is a merged model, or one "
+        "of the two is wrong. autoencoder.av_stack or autoencoder.base says which."
+    )
+    return (Note("base model", text),) if first != second else ()
+
+
 def _base(path: Path, source: str, stated: str | None, sidecar: Sidecar) -> Path:
     """Return the directory of the base model under a checkpoint, once its weights match the sidecar's base_digest."""
     try:
@@ -360,6 +395,15 @@ def _base(path: Path, source: str, stated: str | None, sidecar: Sidecar) -> Path
     if sidecar.base_digest is not None:
         _check_base_digest(directory, sidecar.base_digest, path)
     return directory
+
+
+def _refuse_av_as_base(path: Path, base: Path) -> None:
+    """Raise CheckpointError where the base that an AR does not name itself is an AV by the sidecar in its directory."""
+    if is_av(base):
+        raise CheckpointError(
+            f"AR {path} would lie over {base}, which is an AV by its {FILE_NAME}. Set autoencoder.base to the plain base model; "
+            f"where the AV's adapter was trained on top of that AV, set autoencoder.av_stack=[{base}]."
+        )
 
 
 def _check_base_digest(base: Path, expected: str, path: Path) -> None:
@@ -477,7 +521,7 @@ def base_notes(source: str, trained_on: str | None, whose: str) -> tuple[Note, .
     source_id, trained_id = _hub_name(source), _hub_name(trained_on)
     if source_id and trained_on and Path(trained_on).is_dir():
         text = f"Could not verify that {source} is {trained_on}, the model that {whose} was trained on."
-        return () if _is_named(source, Path(trained_on)) else (Note("base model", text),)
+        return () if hub.is_named_after(source, Path(trained_on)) else (Note("base model", text),)
     if (
         source_id is None or trained_id is None or source_id.split("/")[1] == trained_id.split("/")[1]
     ):  # a mirror has another owner
@@ -505,21 +549,10 @@ def _check_base_directory(av: CheckpointInfo, ar: CheckpointInfo, path: Path, so
         return (Note("base model", f"{text} It has the same architecture and sizes, so it may be a fine-tune."),)
     # 3. Otherwise compare the names.
     base = av.sidecar.base_checkpoint or "the pair's base model"
-    if (av.base is not None and av.base == path.resolve()) or _is_named(base, path):
+    if (av.base is not None and av.base == path.resolve()) or hub.is_named_after(base, path):
         return ()
     text = f"Could not verify that {source} is {base}: it has the same architecture and sizes, but its name does not say so."
     return (Note("base model", text),)
-
-
-def _is_named(hub_id: str, path: Path) -> bool:
-    """Return whether a directory is named after a model, as .../NAME or as the hub's .../models--OWNER--NAME/snapshots/REVISION.
-
-    Parent directories are not compared: training outputs often lie below a directory with the base's name.
-    """
-    name, parts = hub_id.partition("@")[0].rpartition("/")[2].lower(), path.absolute().parts
-    if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        return parts[-3].lower().rpartition("--")[2] == name
-    return path.absolute().name.lower() == name
 
 
 def check_same_architecture(av: CheckpointInfo, directory: Path, source: str) -> None:
@@ -539,13 +572,18 @@ def check_same_architecture(av: CheckpointInfo, directory: Path, source: str) ->
             )
 
 
-def _tokenizer_directory(path: Path, weights: Path, base: str | None) -> Path:
-    """Return the first directory with a tokenizer: the checkpoint's, that of its weights, the spec's base.
+def _tokenizer_directory(path: Path, weights: Path, base: str | None, lent: Path | None) -> Path:
+    """Return the first directory with a tokenizer: the checkpoint's, that of its weights, the spec's base, `lent`.
 
     Raises:
         CheckpointError: none has one, as beside an AR that EasyNLA's RL saves (`critic_latest`).
     """
-    places = [path, *([weights] if weights != path else []), *([hub.resolve(base, "base model")] if base else [])]
+    places = [
+        path,
+        *([weights] if weights != path else []),
+        *([hub.resolve(base, "base model")] if base else []),
+        *([lent] if lent else []),
+    ]
     for place in places:
         if any((place / name).exists() for name in TOKENIZER_FILES):
             return place

@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.nla.checkpoint import (
-    TOKENIZER_FILES,
     CheckpointInfo,
     check_pair,
     check_same_architecture,
     digest_nla,
     inspect_half,
 )
-from ksweep.autoencoder.nla.sidecar import AR_LORA
-from ksweep.autoencoder.nla.weight_files import ADAPTER_CONFIG
 from ksweep.config.spec import Autoencoder, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.bos_token import text_gets_second_bos
@@ -53,7 +49,7 @@ class NlaPair(Family):
     def pair(self) -> tuple[CheckpointInfo, CheckpointInfo]:
         """AV and AR, each checked alone and against the other."""
         av = inspect_half(self.autoencoder, "av")
-        ar = inspect_half(over_the_base_of(av, self.autoencoder), "ar")
+        ar = inspect_half(self.autoencoder, "ar", beside=av)
         check_pair(av, ar)
         return av, ar
 
@@ -120,21 +116,6 @@ class NlaPair(Family):
         from ksweep.autoencoder.nla.models import load_nla_reconstructor
 
         return load_nla_reconstructor(self.pair[1], dtype=self.autoencoder.reconstructor_dtype, device=devices)
-
-
-def over_the_base_of(av: CheckpointInfo, spec: Autoencoder) -> Autoencoder:
-    """Return the spec with the AV's base, or its tokenizer, for an AR that has none and names none.
-
-    EasyNLA's AR over a base (`AR_LORA`) names it by hub id at most, where the adapter's configuration may name a directory; its
-    merged AR of an RL run comes without a tokenizer.
-    """
-    if spec.base is not None:
-        return spec
-    ar = hub.resolve(spec.ar or "", "AR checkpoint")
-    if (ar / AR_LORA).exists():
-        return spec if av.base is None or av.files.base_is_merged else replace(spec, base=str(av.base))
-    has_tokenizer = (ar / ADAPTER_CONFIG).exists() or any((ar / name).exists() for name in TOKENIZER_FILES)
-    return spec if has_tokenizer else replace(spec, base=str(av.tokenizer))
 
 
 def short_name_of(source: str) -> str:

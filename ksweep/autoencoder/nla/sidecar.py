@@ -283,6 +283,18 @@ def _is_of_data_set(path: Path) -> bool:
     return isinstance(meta, dict) and meta.get("kind") == "nla_dataset"
 
 
+def is_av(directory: Path) -> bool:
+    """Return whether the sidecar in a directory says that it is an AV; where it states no role, the files decide."""
+    file = directory / FILE_NAME
+    meta = read_yaml(file, CheckpointError) if file.is_file() else None
+    if not isinstance(meta, dict):
+        return False
+    role = meta.get("role")
+    if role is not None:
+        return isinstance(role, str) and ROLE_SPELLINGS.get(role) == "av"
+    return not any((directory / name).exists() for name in AR_HEAD_FILES)
+
+
 def recognised_layout(meta: Mapping[str, Any], directory: Path) -> LayoutName:
     """Return the layout that a sidecar and the files beside it are of."""
     if meta.get("kind") == "nla_dataset" or (directory / AR_LORA).exists():
@@ -328,7 +340,7 @@ def _overridden(sidecar: Sidecar, overrides: PromptingOverrides) -> Sidecar:
     Raises:
         CheckpointError: a template has a field that nothing fills in.
     """
-    if overrides.marker is not None:
+    if overrides.marker is not None and sidecar.role == "av":
         sidecar = replace(sidecar, marker=overrides.marker, marker_id=None, left_id=None, right_id=None)
     if overrides.av_template is not None:
         _check_fields(overrides.av_template, (MARKER_FIELD,), "autoencoder.prompting.av_template")

@@ -80,7 +80,13 @@ class WeightFiles:
 
 
 def find_weights(
-    path: Path, sidecar: Sidecar, role: NlaRole, base: str | None, stack: Sequence[str], layer: int | None
+    path: Path,
+    sidecar: Sidecar,
+    role: NlaRole,
+    base: str | None,
+    stack: Sequence[str],
+    layer: int | None,
+    lent: str | None = None,
 ) -> WeightFiles:
     """Return where the weights of a checkpoint are, once its files are of one kind.
 
@@ -88,6 +94,7 @@ def find_weights(
         base: the base model that the spec states.
         stack: what the spec puts between the base and an AV's adapter (`Autoencoder.av_stack`).
         layer: L, which chooses the head of an AR for all layers.
+        lent: base of the AV, for an AR of EasyNLA.
 
     Raises:
         CheckpointError: two kinds of weights lie in one directory, or what a kind needs is missing.
@@ -95,7 +102,7 @@ def find_weights(
     if role == "av":
         return _av_weights(path, base, stack)
     if (path / AR_LORA).exists():
-        return _easynla_lora(path, sidecar, base)
+        return _easynla_lora(path, sidecar, base, lent)
     if (path / HEADS).exists():
         return _all_heads(path, base, layer)
     if (path / ADAPTER_CONFIG).exists():
@@ -151,7 +158,7 @@ def _named_base(directory: Path) -> str:
     return source
 
 
-def _easynla_lora(path: Path, sidecar: Sidecar, base: str | None) -> WeightFiles:
+def _easynla_lora(path: Path, sidecar: Sidecar, base: str | None, lent: str | None) -> WeightFiles:
     """Return EasyNLA's LoRA and head over a base; rank and targets are in ar_meta.json or in the run's nla_config.json.
 
     The scale is alpha / sqrt(r), which is not recorded (scripts/train_sft.py of asherps/EasyNLA at 4d72847).
@@ -167,14 +174,28 @@ def _easynla_lora(path: Path, sidecar: Sidecar, base: str | None) -> WeightFiles
             f"{where} has target_modules={abbreviated(targets)}, expected a list of names or a pattern. Use the file "
             "that was saved with the adapter."
         )
-    source = base or sidecar.base_checkpoint
-    if source is None:
-        raise CheckpointError(f"{path} is a LoRA over a base model that its sidecar does not name. Set autoencoder.base.")
+    source = base or _base_of_lora(path, sidecar, lent)
     lora = {"r": rank, "lora_alpha": alpha, "use_rslora": True, "target_modules": targets, "lora_dropout": 0.0, "bias": "none"}
     return WeightFiles(
         source, (Adapter(path, path / AR_LORA, lora),), Head(path / AR_LORA, HEAD_KEY),
         keeps_final_norm=meta.get("final_norm_stripped") is not True, num_layers=num_layers, notes=_quant_notes(meta, where),
     )  # fmt: skip
+
+
+def _base_of_lora(path: Path, sidecar: Sidecar, lent: str | None) -> str:
+    """Return the base that the sidecar of an EasyNLA AR names; the AV's, if that is named so, or the other cannot be had."""
+    stated = sidecar.base_checkpoint
+    if stated is None and lent is None:
+        raise CheckpointError(f"{path} is a LoRA over a base model that its sidecar does not name. Set autoencoder.base.")
+    if stated is None or lent is None:
+        return stated or lent or ""
+    if not Path(stated).expanduser().exists() and hub.is_named_after(stated, Path(lent)):
+        return lent
+    try:
+        hub.resolve(stated, "base model")
+    except CheckpointError:
+        return lent
+    return stated
 
 
 def _lora_meta(path: Path) -> tuple[Mapping[str, Any], Path]:
