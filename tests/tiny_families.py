@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from ksweep.activations.base_model import BaseModel, check_model
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer, load_nla_reconstructor, load_nla_verbalizer
 from ksweep.inference import attention
@@ -306,7 +307,11 @@ def check_cut(pair: FamilyPair) -> bool:
 
 @torch.inference_mode()
 def check_base(pair: FamilyPair) -> None:
-    """Activations are the outputs of the block in the whole model, at every token, for rows of unlike length in one batch."""
+    """Activations are the outputs of the block in the whole model, at every token, for rows of unlike length in one batch.
+
+    What can be loaded is found fit before.
+    """
+    assert check_model(BaseModel(pair.av), pair.layer) == ()
     reader, plain = BlockReader(str(pair.av), pair.layer, dtype="float32"), plain_model(pair.av)
     rows = reader.tokenize(TEXTS[::2], 64)
     found = reader.outputs(rows)

@@ -12,7 +12,9 @@ from ksweep.utils.errors import CheckpointError, SpecError
 from ksweep.utils.files import read_json
 from ksweep.utils.hub import content_digest, resolve
 from ksweep.utils.notes import Note
+from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.text import some_of
+from ksweep.utils.weights_check import check_loadable
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -92,3 +94,15 @@ def adapter_notes(model: BaseModel) -> tuple[Note, ...]:
         return ()
     text = f"The activations come from {model.adapter}, a LoRA adapter over {model.base}: a fine-tune of that model."
     return (Note("base model", text),)
+
+
+@once_per_pass
+def check_model(model: BaseModel, layer: int) -> tuple[Note, ...]:
+    """Check, before a job, that activations of a layer can be computed; a note if that cannot be told here (`check_loadable`).
+
+    Raises:
+        CheckpointError: weights are missing or of another shape, an architecture or quantisation that cannot be loaded, an
+            adapter that does not fit its base or changes nothing, or no usable tokenizer.
+    """
+    function = "ksweep.activations.lower_blocks:check_lower_blocks"
+    return check_loadable(function, (model, layer), model.weights, (model.digest(), layer))

@@ -9,28 +9,25 @@ truncation).
 from __future__ import annotations
 
 import gc
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ksweep.activations.base_model import ADAPTER_WEIGHTS, BaseModel, adapter_config
+from ksweep.activations.base_model import BaseModel
 from ksweep.activations.chat_roles import SpokenTokens, detect_template, spoken_tokens
-from ksweep.activations.model_config import cut_to_blocks, text_config
+from ksweep.activations.lower_blocks import load_decoder, load_model_tokenizer
 from ksweep.activations.source import STORED_DTYPES, WINDOW_CHARACTERS
 from ksweep.inference import memory
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices, place_model
 from ksweep.inference.model_parts import blocks_of
-from ksweep.inference.quantized_weights import ask_for_plain_weights, with_plain_weights
 from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
-from ksweep.utils.errors import CheckpointError, RequestError
-from ksweep.utils.hub import MODEL_LOADING, resolve
+from ksweep.utils.errors import CheckpointError
+from ksweep.utils.hub import resolve
 
 EXTRACTION_BATCH_TOKENS = 16_384
 """Padded tokens in a forward pass. Another value batches rows differently, which changes the last bits of the vectors: raise
@@ -60,11 +57,8 @@ class BlockReader:
         self.dtype = dtype
         devices = as_devices(device)
         self.device, self.spread = devices[0], len(devices) > 1
-        self.tokenizer = _load_tokenizer(files.tokenizer)
-        backbone = _load_backbone(self.path, layer, getattr(torch, dtype))
-        if files.adapter is not None:
-            _put_adapter(backbone, files.adapter, layer)
-        decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
+        self.tokenizer = load_model_tokenizer(files.tokenizer)
+        decoder = load_decoder(files, layer, getattr(torch, dtype))
         self.decoder = place_model(decoder.eval().requires_grad_(False), devices)
         self.block = blocks_of(self.decoder)[layer]
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
@@ -228,119 +222,3 @@ def _async_copy(vectors: torch.Tensor) -> torch.Tensor:
 def _stored(host: torch.Tensor) -> np.ndarray:
     """Return vectors as a NumPy array in the stored dtype, bit for bit."""
     return host.view(torch.int16).numpy().view(np.uint16) if host.dtype == torch.bfloat16 else host.numpy()
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises whatever the damaged file happens to cause
-        raise CheckpointError(f"base model {path} has no usable tokenizer ({type(error).__name__}: {error})") from error
-    # Gemma's is "left" by default; positions are indices from the left.
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return tokenizer
-
-
-def _load_backbone(path: Path, layer: int, dtype: torch.dtype) -> Any:
-    """Load the model without its head, and without the blocks above `layer` where that is safe. No weight in use is random."""
-    from transformers import AutoConfig, AutoModel
-
-    text_config(path, layer)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        cut_to_blocks(config.get_text_config(), layer + 1)
-        method = ask_for_plain_weights(config, config, path)
-        with _quiet_transformers(), MODEL_LOADING:
-            model, info = AutoModel.from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except RequestError:
-        raise
-    except Exception as error:  # as above
-        raise CheckpointError(
-            f"base model {path} cannot be loaded ({type(error).__name__}: {str(error)[:500]}): "
-            "expected a transformers causal language model with all its weight files"
-        ) from error
-    _refuse_random_weights(model, info, path)
-    return with_plain_weights(model, method, dtype)
-
-
-def _put_adapter(backbone: Any, directory: Path, layer: int) -> None:
-    """Put a LoRA adapter on a backbone in place; weights of blocks above `layer` and of the head are left out.
-
-    Raises:
-        CheckpointError: some of its weights belong nowhere, or none changes anything.
-    """
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    # 1. Take the weights that are used. Adapters are saved for the model with its head, whose backbone is `model`.
-    weights = {
-        re.sub(r"^base_model\.model\.(model\.|transformer\.)?", "", k): v
-        for k, v in load_file(directory / ADAPTER_WEIGHTS).items()
-    }
-    above = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
-    used = {
-        name: weight
-        for name, weight in weights.items()
-        if not name.startswith("lm_head") and not ((found := above.search(name)) and int(found[1]) > layer)
-    }
-    if not any(weight.any() for name, weight in used.items() if "lora_B" in name or "lora_embedding_B" in name):
-        raise CheckpointError(
-            f"{directory} changes nothing up to block {layer}: its lora_B are zero or missing there. Is it trained?"
-        )
-    # 2. Put them where they belong; every one must have a place.
-    adapter_config(directory)
-    config = LoraConfig.from_pretrained(str(directory))
-    config.modules_to_save, config.inference_mode = None, True
-    try:
-        inject_adapter_in_model(config, backbone)
-        result = set_peft_model_state_dict(backbone, used)
-    except Exception as error:  # peft raises what its parts raise
-        raise CheckpointError(f"{directory} does not fit the model under it ({str(error)[:300]}): is that its base?") from error
-    unfilled = [name for name in result.missing_keys if "lora_" in name]
-    if strange := [*result.unexpected_keys, *unfilled]:
-        raise CheckpointError(
-            f"{directory} does not fit the model under it: {len(strange)} of its weights have no place there or are "
-            f"missing, among them {', '.join(strange[:3])}. Set activations.adapter_base to its base"
-        )
-
-
-def _refuse_random_weights(model: Any, info: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError for a weight that transformers filled at random: absent from the files, or of another shape there.
-
-    Unused weights may be absent: the final norm, and the vision tower of a multimodal wrapper.
-    """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-
-    def used(keys: Iterable[str]) -> list[str]:
-        inside = [key.removeprefix(prefix).lstrip(".") for key in keys if key.startswith(prefix)]
-        return sorted(key for key in inside if not re.match(r"(norm|final_layernorm|final_layer_norm|ln_f)\.", key))
-
-    if missing := used(info["missing_keys"]):
-        raise CheckpointError(
-            f"base model {path} lacks {len(missing)} weights, among them {', '.join(missing[:3])}: "
-            "they would be random. Is a weight file missing, or is this an adapter or a checkpoint of another architecture?"
-        )
-    if wrong := used(key for key, *_ in info["mismatched_keys"]):
-        raise CheckpointError(
-            f"base model {path} has {len(wrong)} weights of another shape than config.json says, among them "
-            f"{', '.join(wrong[:3])}: do weights and config.json belong together?"
-        )
-
-
-class _quiet_transformers:
-    """Silences the report on weights of the blocks that are left out on purpose."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self.logging, self.verbosity = hf_logging, hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        self.logging.set_verbosity(self.verbosity)
-        self.logging.enable_progress_bar()

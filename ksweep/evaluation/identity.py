@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ksweep.activations.base_model import adapter_notes, locate_model
+from ksweep.activations.base_model import adapter_notes, check_model, locate_model
 from ksweep.activations.caching import activations_key
 from ksweep.activations.group_columns import check_group_columns
 from ksweep.activations.model_config import text_config
@@ -109,12 +109,13 @@ def _keys_of_content(cell: Cell) -> CellKeys:
     facts = _activation_facts(cell.activations)
     layer = _layer(family, facts)
     notes = (*family.notes, *family.check_activations(facts))
-    if cell.activations.vectors is None:
-        notes += adapter_notes(locate_model(cell.activations))
     check_group_columns(cell.activations, columns_of_activations(cell, family))
     # 2. Hash what changes the activations, the draws, the numbers.
     stored_activations, activations_identity = activations_key(cell.activations, layer)
     activations = stored_activations
+    if cell.activations.vectors is None:
+        model = locate_model(cell.activations)
+        notes += (*adapter_notes(model), *check_model(model, layer))
     if family.space is not None:
         activations = fingerprint({"activations": stored_activations, "space": family.space})
         activations_identity = activations_identity | {"space": family.space}

@@ -55,11 +55,7 @@ def load_or_lay_out(
         empty = auto.from_config(config)
     options: dict[str, Any] = {"pretrained_model_name_or_path": directory, "local_files_only": True}
     if headers is not None:
-        tensors = on_meta(headers)
-        if method == BITSANDBYTES:
-            del config.quantization_config
-            tensors, method = unpacked(tensors, _own_shapes(empty)), None
-        options = {"pretrained_model_name_or_path": None, "device_map": "meta", "state_dict": tensors}
+        options, method = options_to_lay_out(empty, config, method, on_meta(headers))
     # 2. Load the weights, or lay them out.
     model_class = type(empty)
     model, report = model_class.from_pretrained(
@@ -74,10 +70,27 @@ def load_or_lay_out(
     return with_plain_weights(model, method, dtype), report
 
 
+def options_to_lay_out(
+    empty: Any, config: Any, method: str | None, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], str | None]:
+    """Return the arguments of `from_pretrained` that take weights from tensors without contents, and how these are stored.
+
+    Args:
+        empty: the model on the meta device.
+        config: its configuration, which is changed.
+        method: how the weights are stored, as `ask_for_plain_weights` returns it.
+    """
+    if method == BITSANDBYTES:
+        del config.quantization_config
+        tensors, method = unpacked(tensors, _own_shapes(empty)), None
+    return {"pretrained_model_name_or_path": None, "device_map": "meta", "state_dict": dict(tensors)}, method
+
+
 def _own_shapes(model: Any) -> dict[str, torch.Size]:
-    """Return the shapes of a model's tensors, by their names in it and, for a backbone, in its causal LM."""
+    """Return the shapes of a model's tensors, by their names in it, in its causal LM, and in earlier multimodal ones."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return {f"{model.base_model_prefix}.{name}": shape for name, shape in shapes.items()} | shapes
+    earlier = {name.replace("language_model.", "language_model.model.", 1): shape for name, shape in shapes.items()}
+    return {f"{model.base_model_prefix}.{name}": shape for name, shape in shapes.items()} | earlier | shapes
 
 
 def on_meta(headers: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
@@ -149,4 +162,14 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     )
 
 
-__all__ = ["LIBRARY_ERRORS", "blocks_of", "cut_blocks", "is_sane", "load_or_lay_out", "on_meta", "quiet", "torch_dtype"]
+__all__ = [
+    "LIBRARY_ERRORS",
+    "blocks_of",
+    "cut_blocks",
+    "is_sane",
+    "load_or_lay_out",
+    "on_meta",
+    "options_to_lay_out",
+    "quiet",
+    "torch_dtype",
+]

@@ -1,4 +1,4 @@
-"""Activations of a LoRA adapter over the base: those of the merged model, noted, under a key of their own."""
+"""Activations of a LoRA adapter over the base: those of the adapted model, noted, under a key of their own."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ksweep import Autoencoder, Cell
 from ksweep.activations import activations_key, ensure, plan_activations
+from ksweep.activations.base_model import BaseModel, check_model, locate_model
+from ksweep.activations.hidden_states import BlockReader
 from ksweep.evaluation.identity import cell_keys
 from ksweep.utils.errors import CheckpointError, SpecError
 from tests.activations.helpers import passages, spec, write_jsonl
-from tests.tiny_models import TinyPair, make_pair, merge_adapters
+from tests.tiny_families import block_output, save_family_model
+from tests.tiny_models import TinyPair, make_base, make_pair, merge_adapters
 
 LAYER = 1
+IDS = [[5, 6, 7, 8, 9, 10]]
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +84,66 @@ def test_an_adapter_that_does_not_fit_is_refused(pair: TinyPair, text: Path, tmp
         "saved": (adapter_of(pair, tmp_path / "saved", modules_to_save=["embed_tokens"]), "replaces whole modules"),
         "lost": (adapter_of(pair, tmp_path / "lost", base_model_name_or_path="/nowhere"), "Set activations.adapter_base"),
         "unnamed": (adapter_of(pair, tmp_path / "unnamed", base_model_name_or_path=None), "names no base model"),
-        "targets": (adapter_of(pair, tmp_path / "targets", target_modules=["q_proj"]), "does not fit the model under it"),
+        "targets": (adapter_of(pair, tmp_path / "targets", target_modules=["q_proj"]), "have no place there"),
+        "more": (
+            adapter_of(pair, tmp_path / "more", target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]),
+            r"puts an adapter on modules for which adapter_model.safetensors has no weights \(4, among them .*\.0\..*k_proj",
+        ),
     }
     for adapter, words in cases.values():
+        request = spec(adapter, text, 4)
         with pytest.raises(CheckpointError, match=words):
-            ensure(spec(adapter, text, 4), LAYER, tmp_path / "cache")
+            check_model(locate_model(request), LAYER)
+        with pytest.raises(CheckpointError, match=words):
+            ensure(request, LAYER, tmp_path / "cache")
     moved = spec(cases["lost"][0], text, 4, adapter_base=str(pair.base))
     assert plan_activations(moved, LAYER, tmp_path / "cache").missing == 4
     with pytest.raises(SpecError, match=r"and activations.model=.* is none"):
         plan_activations(spec(pair.base, text, 4, adapter_base="other"), LAYER, tmp_path / "cache")
     plan_activations(spec(pair.base, text, 4, adapter_base=str(pair.base)), LAYER, tmp_path / "cache")  # beside adapters of it
     assert activations_key(moved, LAYER)[0] != activations_key(spec(pair.base, text, 4), LAYER)[0]
+
+
+def tuned(base: Path, folder: Path, targets: str | list[str]) -> tuple[BaseModel, torch.Tensor]:
+    """An adapter of random numbers that peft saves over a base, and what block 0 of the two puts out for IDS."""
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=targets)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(str(folder))
+    with block_output(model.base_model.model, 0) as outputs, torch.inference_mode():
+        model(input_ids=torch.tensor(IDS))
+    return BaseModel(base, folder, str(base)), outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("SmolLM3", ["q_proj", "down_proj"]),  # whose blocks above L stay
+        ("OPT", ["q_proj", "fc1"]),
+        ("GPT-NeoX, Pythia", ["query_key_value"]),
+        ("Qwen3", r"model\.layers\.\d+\.self_attn\.[qv]_proj"),
+        ("Falcon", [f"transformer.h.{i}.self_attention.dense" for i in range(3)]),
+    ],
+)
+def test_an_adapter_of_every_family_gives_what_peft_gives(family: str, targets: str | list[str], tmp_path: Path) -> None:
+    save_family_model(tmp_path / "base", family, num_layers=3, seed=1)
+    files, expected = tuned(tmp_path / "base", tmp_path / "adapter", targets)
+    assert check_model(files, 0) == ()
+    found, plain = (BlockReader(model, 0, "float32").outputs(IDS) for model in (files, str(files.weights)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=0.01)
+
+
+def test_an_adapter_over_the_text_part_of_a_multimodal_base_is_taken(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "gemma3_multimodal")
+    text_config = AutoConfig.from_pretrained(base).get_text_config()
+    text_config.architectures = None
+    AutoModelForCausalLM.from_config(text_config).save_pretrained(tmp_path / "text")
+    weights = {f"language_model.{name}": w for name, w in load_file(tmp_path / "text" / "model.safetensors").items()}
+    save_file(load_file(base / "model.safetensors") | weights, base / "model.safetensors")
+    files, expected = tuned(tmp_path / "text", tmp_path / "adapter", r"model\.layers\.\d+\.mlp\.up_proj")
+    over = replace(files, weights=base)
+    assert check_model(over, 0) == ()
+    torch.testing.assert_close(BlockReader(over, 0, "float32").outputs(IDS), expected, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ksweep.activations.base_model import BaseModel, check_model
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla.checkpoint import inspect_nla
 from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
@@ -101,6 +102,7 @@ def test_quantised_pair_and_base_equal_plain_ones_of_the_same_numbers(method: st
         load_nla_reconstructor(pair.ar, dtype="float32").reconstruct_texts(["a few words"]) for pair in (stored, plain)
     )
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert check_model(BaseModel(stored.av), 1) == ()
     readers = [BlockReader(str(pair.av), 1, dtype="float32") for pair in (stored, plain)]
     found, expected = (reader.outputs([[5, 6, 7]]) for reader in readers)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
