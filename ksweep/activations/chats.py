@@ -13,7 +13,7 @@ from ksweep.activations.chat_roles import CHAT_FORMATS, SpokenTokens, TokenRole,
 from ksweep.activations.datasets import TextRow, first_row, text_format
 from ksweep.activations.positions import asks_for_roles, needs_roles
 from ksweep.config.spec import Activations
-from ksweep.utils.bos_token import one_bos
+from ksweep.utils.bos_token import may_put_behind, one_bos
 from ksweep.utils.chat_template import chat_template_text, default_template, has_several_templates
 from ksweep.utils.errors import CheckpointError, DataError
 from ksweep.utils.template_date import TEMPLATE_DATE, dated, was_misdated
@@ -65,6 +65,8 @@ def _mended(template: str, directory: Path) -> dict[str, object]:
         mended["template"] = "default"
     if was_misdated(template):
         mended["template_date"] = "as formatted"
+    if may_put_behind(directory):  # before, an end-of-sequence token stood behind each conversation
+        mended["end"] = "as written"
     return mended
 
 

@@ -25,7 +25,7 @@ from ksweep.inference import memory
 from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices, place_model
 from ksweep.inference.model_parts import blocks_of
-from ksweep.utils.bos_token import document_bos, one_bos, puts_bos
+from ksweep.utils.bos_token import count_put_behind, document_bos, one_bos, puts_bos
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.hub import resolve
 
@@ -68,15 +68,21 @@ class BlockReader:
         self.template = detect_template(self.tokenizer.get_vocab())
         self.puts_bos = puts_bos(self.tokenizer)
         self.document_bos = document_bos(self.tokenizer)
+        self.num_behind = count_put_behind(self.tokenizer)
 
-    def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str], max_length: int, *, are_chats: bool = False) -> list[list[int]]:
         """Return token ids with the model's own special tokens (Gemma, Llama: BOS), cut on the right.
 
         A text that already begins with BOS, as chat templates write it, gets no second BOS. If the tokenizer adds none, the text
         is tokenized unchanged.
+
+        Args:
+            are_chats: the texts are what the chat template wrote, behind which nothing is put.
         """
         if not texts:
             return []
+        if are_chats and self.num_behind:
+            return [ids[: -self.num_behind] for ids in self.tokenize(texts, max_length + self.num_behind)]
         alone = [one_bos(text, self.tokenizer) if self.puts_bos and self.text_begins_with_bos(text) else text for text in texts]
         encoded = self.tokenizer(alone, add_special_tokens=True, truncation=True, max_length=max_length)
         rows = [list(ids) for ids in encoded["input_ids"]]

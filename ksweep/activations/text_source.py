@@ -131,7 +131,8 @@ class TextUnits:
         self._refuse_mixed(rows)
         given = [row.token_ids for row in rows if row.token_ids is not None]
         if not given:
-            return self.reader.tokenize([row.text for row in rows], self.max_length), None
+            are_chats = any(row.messages is not None for row in rows)
+            return self.reader.tokenize([row.text for row in rows], self.max_length, are_chats=are_chats), None
         pad_id, num_embeddings = self.reader.filler_id, self.reader.num_embeddings
         for row, ids in zip(rows, given, strict=True):
             where = f"row {row.index} of {self.activations.text} (column {self.activations.text_column!r})"

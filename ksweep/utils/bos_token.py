@@ -1,10 +1,11 @@
-"""The beginning-of-sequence token (BOS): who puts it before a text, and how it is kept from standing there twice.
+"""The tokens that a tokenizer puts around a text: who puts the beginning-of-sequence token (BOS) there, and how often.
 
 A chat template writes it into the text, and a tokenizer may then add a second one, which changes every vector behind it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ def puts_bos(tokenizer: Any) -> bool:
     bos: int | None = tokenizer.bos_token_id
     begins: list[int] = tokenizer.encode("x")[:1]
     return bool(bos is not None and begins == [bos])
+
+
+def count_put_behind(tokenizer: Any) -> int:
+    """Return how many tokens the tokenizer itself puts behind a text: 1 where it is an end-of-sequence token."""
+    return _count_behind(lambda text, special: list(tokenizer.encode(text, add_special_tokens=special)))
+
+
+def _count_behind(encode: Callable[[str, bool], list[int]]) -> int:
+    for text in ("x", "a", "\n"):  # of which small tokenizers may have no token
+        ids, plain = encode(text, True), encode(text, False)
+        if plain and (begin := next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), None)) is not None:
+            return len(ids) - begin - len(plain)
+    return 0
 
 
 def marks_turns(tokenizer: Any) -> bool:
@@ -61,15 +75,23 @@ def text_gets_second_bos(text: str, directory: Path) -> bool:
     if any(named) and not any(name and begin.startswith(name) for name in named):
         return False  # plain text: no tokenizer need be loaded
     path = directory / "tokenizer.json"
-    put = _put_before_texts(path, path.stat().st_mtime_ns) if path.is_file() else None
+    put = _put_around_texts(path, path.stat().st_mtime_ns) if path.is_file() else None
     if put is None or config.get("add_bos_token") is True:
         return any(name and begin.startswith(name) for name in named)
-    return bool(put) and begin.startswith(put)
+    return bool(put[0]) and begin.startswith(put[0])
+
+
+def may_put_behind(directory: Path) -> bool:
+    """Return whether the tokenizer in a directory puts a token behind texts, as its files say; the loaded one may not do so."""
+    path = directory / "tokenizer.json"
+    put = _put_around_texts(path, path.stat().st_mtime_ns) if path.is_file() else None
+    return _read(directory / "tokenizer_config.json").get("add_eos_token") is True or (put is not None and put[1])
 
 
 @cache
-def _put_before_texts(path: Path, _modified: int) -> str | None:
-    """Return the token that a tokenizer.json puts before a text, "" for none; None if tokenizers cannot read it."""
+def _put_around_texts(path: Path, _modified: int) -> tuple[str, bool] | None:
+    """Return the token that a tokenizer.json puts before a text, "" for none, and whether it puts one behind; None if tokenizers
+    cannot read it."""
     from tokenizers import Tokenizer
 
     try:
@@ -77,7 +99,8 @@ def _put_before_texts(path: Path, _modified: int) -> str | None:
     except Exception:  # the library raises a bare Exception
         return None
     ids, plain = tokenizer.encode("x").ids, tokenizer.encode("x", add_special_tokens=False).ids
-    return "" if ids[:1] == plain[:1] else str(tokenizer.id_to_token(ids[0]))
+    behind = _count_behind(lambda text, special: list(tokenizer.encode(text, add_special_tokens=special).ids))
+    return "" if ids[:1] == plain[:1] else str(tokenizer.id_to_token(ids[0])), behind > 0
 
 
 def _content(token: Any) -> str | None:

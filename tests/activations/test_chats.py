@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -23,7 +25,7 @@ from ksweep.activations.positions import row_positions
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import CheckpointError, DataError, SpecError
 from ksweep.utils.template_date import was_misdated
-from tests.activations.chats import MARKERS, make_chat_base
+from tests.activations.chats import BOS, MARKERS, make_chat_base
 from tests.activations.helpers import passages, spec, write_jsonl
 from tests.tiny_models import make_base
 
@@ -359,6 +361,30 @@ def test_of_several_templates_the_one_named_default_writes(in_files: bool, bases
     asked = request(base, path, len(wanted), **fields)
     assert ensure(asked, LAYER, tmp_path / "cache").column("token_id").tolist() == wanted
     assert activations_key(asked, LAYER)[1]["chat"] == before["chat"] | {"template": "default"}
+
+
+@pytest.mark.parametrize("form", list(TEMPLATES))
+def test_nothing_stands_behind_a_conversation_where_the_tokenizer_ends_texts(
+    form: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base, talk = Path(shutil.copytree(bases[form], tmp_path / "base")), talks(1)[0]
+    path, eos = write(tmp_path / "chat.jsonl", [talk, talk]), MARKERS[form][-1]
+    _, before = activations_key(request(base, path, 2), LAYER)
+    ends = Tokenizer.from_file(str(base / "tokenizer.json"))
+    around = f"{BOS[form]} $A {eos}" if form in BOS else f"$A {eos}"
+    tokens = [(token, ends.token_to_id(token)) for token in around.split() if token != "$A"]
+    ends.post_processor = TemplateProcessing(single=around, special_tokens=tokens)
+    ends.save(str(base / "tokenizer.json"))
+    assert AutoTokenizer.from_pretrained(base)("the")["input_ids"][-1] == ends.token_to_id(eos)
+    wanted = token_ids(base, talk)
+    for cut in (0, 3):  # whole, and cut
+        taken = wanted[: len(wanted) - cut]
+        fields = {"positions": "all", "candidates": "not_padding", "max_length": len(taken)}
+        table = ensure(request(base, path, len(taken), **fields), LAYER, tmp_path / "cache")
+        assert table.column("token_id").tolist() == taken
+    at = ensure(request(base, path, 2, positions="prompt_end", max_length=512), LAYER, tmp_path / "cache").column("position")
+    assert at.tolist() == [len(token_ids(base, talk[:-1], add_generation_prompt=True)) - 1] * 2
+    assert activations_key(request(base, path, 2), LAYER)[1]["chat"] == before["chat"] | {"end": "as written"}
 
 
 @pytest.mark.parametrize("rule", [{"positions": "turn_ends"}, {"positions": "all", "roles": ("assistant",)}])
