@@ -19,7 +19,7 @@ from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import DataError
 from ksweep.utils.files import json_lines
-from ksweep.utils.hub import content_digest
+from ksweep.utils.hub import content_digest, note_revision
 from ksweep.utils.imports import digest_of_named, is_dotted_name, load_named
 from ksweep.utils.plain_values import has_lone_surrogate
 
@@ -32,7 +32,7 @@ TEXT_FIELD = "activations.text"
 JSON_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 """Beginning of a conversation that was written as JSON, or as Python prints it."""
 
-HUB_DATASET = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
+HUB_DATASET = re.compile(r"^(?:datasets/)?(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def text_identity(activations: Activations) -> dict[str, object]:
         identity["column"] = activations.text_column
     if kind == "hub":
         hub = hub_dataset(activations.text or "")
+        note_revision(f"datasets/{hub.repo}@{hub.revision}")
         return identity | {"hub": hub.repo, "config": hub.config, "revision": hub.revision, "split": activations.text_split}
     if kind == "datasets":
         identity["split"] = activations.text_split

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ksweep.activations.hub_vectors import HUB_VECTORS, SIDECAR, hub_parts
+from ksweep.activations.hub_vectors import HUB_VECTORS, SIDECAR, are_parts, by_split, count_other_things, hub_parts
 from ksweep.utils.errors import DataError
 from ksweep.utils.files import json_lines, publish_output
 from ksweep.utils.hub import content_digest
@@ -295,6 +295,7 @@ def _found(source: str) -> tuple[Path | None, tuple[Path, ...]]:
         inside = (_without_row_tables(sorted(files)) for files in (path.glob("*.parquet"), path.rglob("*.parquet")))
         arrays = (file for file in sorted(path.iterdir()) if file.suffix in ARRAYS)
         folder, found = path, next(filter(None, inside), None) or list(arrays)
+        _refuse_other_numbers(path, found)
     else:
         folder, found = None, _without_row_tables(sorted(map(Path, glob.glob(str(path)))))
         if not found and HUB_VECTORS.fullmatch(source) and not path.parent.is_dir() and path.suffix not in (".parquet", *ARRAYS):
@@ -310,6 +311,18 @@ def _found(source: str) -> tuple[Path | None, tuple[Path, ...]]:
             "one table: name one file, or write the arrays as one"
         )
     return folder, tuple(found)
+
+
+def _refuse_other_numbers(folder: Path, paths: Sequence[Path]) -> None:
+    """Raise DataError for files in a directory whose names differ in a number that counts layers or steps, not parts."""
+    names = [path.relative_to(folder).as_posix() for path in paths if path.suffix not in ARRAYS]
+    splits = [names] if count_other_things(names) else by_split(names).values()
+    if others := next((split for split in splits if split and not are_parts(split)), None):
+        pattern = folder / "/".join(["*"] * others[0].count("/") + ["*.parquet"])
+        raise DataError(
+            f"{folder} holds {some_of(others)}, whose numbers are not those of the parts of one table (from 0 or 1 on without a "
+            f"gap, or -00000-of-00002): name one of them, or a pattern if they are parts all the same ({pattern})"
+        )
 
 
 def _without_row_tables(paths: Sequence[Path]) -> list[Path]:

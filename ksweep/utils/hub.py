@@ -20,7 +20,9 @@ from ksweep.utils.planning_pass import once_per_pass
 log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
-SNAPSHOT = re.compile(r"(?P<root>.*/models--(?P<repo>[^/]+--[^/]+)/snapshots/(?P<commit>[^/]+))(?:/(?P<folder>.+))?")
+SNAPSHOT = re.compile(
+    r"(?P<root>.*/(?P<kind>models|datasets)--(?P<repo>[^/]+--[^/]+)/snapshots/(?P<commit>[^/]+))(?:/(?P<folder>.+))?"
+)
 """A path in the cache of the hub."""
 LOCAL_FOLDERS_ABOVE = 2
 
@@ -77,12 +79,12 @@ def without_revision(source: str) -> str:
 
 
 def repository_root(path: Path) -> Path | None:
-    """Return the directory of the hub's cache that holds the whole repository of a path in it (`.../snapshots/<commit>`).
+    """Return the directory of the hub's cache that holds the whole repository of a model in it (`.../snapshots/<commit>`).
 
     None for any other path.
     """
     match = SNAPSHOT.fullmatch(str(path))
-    return Path(match["root"]) if match else None
+    return Path(match["root"]) if match and match["kind"] == "models" else None
 
 
 def is_named_after(hub_id: str, path: Path) -> bool:
@@ -113,14 +115,20 @@ def folders_upwards(path: Path) -> list[Path]:
 
 
 def hub_spelling(path: Path) -> str | None:
-    """Return where a path in the hub's cache comes from, as "owner/name@commit/folder"; None for any other path."""
+    """Return where a path in the hub's cache comes from: "owner/name@commit/folder" of a model, "datasets/owner/name@commit".
+
+    None for any other path.
+    """
     match = SNAPSHOT.fullmatch(str(path))
-    return str(HubSource(match["repo"].replace("--", "/"), match["commit"], match["folder"] or "")) if match else None
+    if match is None:
+        return None
+    repo, is_model = match["repo"].replace("--", "/"), match["kind"] == "models"
+    return str(HubSource(repo, match["commit"], match["folder"] or "")) if is_model else f"datasets/{repo}@{match['commit']}"
 
 
 @contextmanager
 def noted_revisions() -> Iterator[set[str]]:
-    """Collect `hub_spelling` of everything from the hub whose content is digested in the context."""
+    """Collect `hub_spelling` of everything from the hub whose content is digested, or noted, in the context."""
     revisions: set[str] = set()
     token = _revisions.set(revisions)
     try:
@@ -132,10 +140,15 @@ def noted_revisions() -> Iterator[set[str]]:
 _revisions: ContextVar[set[str] | None] = ContextVar("revisions", default=None)
 
 
+def note_revision(spelling: str | None) -> None:
+    """Add the spelling of something from the hub to the `noted_revisions` of the context; None adds nothing."""
+    if (revisions := _revisions.get()) is not None and spelling is not None:
+        revisions.add(spelling)
+
+
 def content_digest(path: Path, with_subdirectories: bool = True) -> str:
     """Return the SHA-256 over names and contents of a checkpoint's files, 32 hex digits. File digests are remembered on disk."""
-    if (revisions := _revisions.get()) is not None and (spelling := hub_spelling(path)) is not None:
-        revisions.add(spelling)
+    note_revision(hub_spelling(path))
     if path.is_file():
         return _file_digest(path)[:32]
     files = _content_files(path)

@@ -13,6 +13,7 @@ import pytest
 from ksweep.activations.datasets import hub_dataset, read_documents, text_format, text_identity
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
+from ksweep.utils.hub import noted_revisions
 from tests.activations.helpers import write_jsonl
 
 TEXTS = ["First row.\nIts second line.", "Zweite Zeile – ü.", "third"]
@@ -123,6 +124,10 @@ def test_identity_of_text_is_its_content_and_not_its_path(tmp_path: Path) -> Non
 def test_hub_dataset_at_a_full_commit_needs_no_hub() -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     found = hub_dataset(f"owner/name:config@{commit}")
+    assert hub_dataset(f"datasets/owner/name:config@{commit}") == found, "as a record spells it"
+    with noted_revisions() as revisions:
+        text_identity(request(f"owner/name:config@{commit}"))
+    assert revisions == {f"datasets/owner/name@{commit}"}
     assert (found.repo, found.config, found.revision) == ("owner/name", "config", commit)
     identity = text_identity(request(f"owner/name:config@{commit}"))
     assert identity["revision"] == commit and identity["split"] == "train"

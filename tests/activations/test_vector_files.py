@@ -20,6 +20,8 @@ from ksweep.activations.row_order import row_number
 from ksweep.activations.vector_files import VECTOR_COLUMN, VectorFile, open_vectors, vector_paths
 from ksweep.activations.vector_source import VectorUnits, are_of_one_document, vectors_layer
 from ksweep.utils.errors import DataError
+from ksweep.utils.files import publish
+from ksweep.utils.hub import noted_revisions
 from ksweep.utils.npz_files import read_npz_array
 from ksweep.utils.planning_pass import planning_pass
 from tests.activations.helpers import random_vectors, vector_spec, write_vectors
@@ -199,7 +201,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     (tmp_path / "cut.npy").write_bytes((lambda b: (np.save(b, VECTORS), b.getvalue()[:300])[1])(io.BytesIO()))
     (tmp_path / "empty").mkdir()
-    write_vectors(parts(tmp_path / "mixed") / "part-9.parquet", random_vectors(3, d_model=5), doc_id=["d"] * 3)
+    write_vectors(parts(tmp_path / "mixed") / "part-3.parquet", random_vectors(3, d_model=5), doc_id=["d"] * 3)
     cases = {
         "two.parquet": "vectors are in a, b: choose one with activations.vector_column",
         "ints.npy": r"is an array \(3, 2\) of int64; expected floats",
@@ -207,7 +209,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
         "cut.npy": "cannot be read as an array",
         "empty": "no file of vectors at",
         "no-*.parquet": "no file of vectors at",
-        "mixed": "part-9.parquet has other columns or types than",
+        "mixed": "part-3.parquet has other columns or types than",
         "two.parquet@[-5:]": r"expected a range of rows as @\[START:STOP\], counted from 0",
         "two.parquet@[0:10:2]": r"expected a range of rows as @\[START:STOP\]",
         "two.parquet@[40:50]": "no rows from 40 to 50: it has 30|has no column",
@@ -254,6 +256,56 @@ def test_splits_of_a_hub_data_set_are_not_mixed(data_hub: Hub) -> None:
         open_vectors("owner/acts:validation@v1")
     with pytest.raises(DataError, match=r"'owner/acts@v9'.*404"):
         open_vectors("owner/acts@v9")
+
+
+@pytest.mark.parametrize(
+    ("names", "are_one"),
+    [
+        ("acts-0 acts-1 acts-2", True),
+        ("0001 0002", True),
+        ("train-00003-of-00005 train-00004-of-00005", True),
+        ("part-00000-a1b2-c000.snappy part-00001-ffee-c000.snappy", True),
+        ("layer_20 layer_42", False),
+        ("layer-20 layer-21", False),
+        ("layer_0 layer_1", False),
+        ("acts-L0 acts-L1", False),
+        ("layer20/0000 layer21/0000", False),
+        ("step_100 step_200", False),
+        ("acts-20 acts-42", False),
+        ("acts-2 acts-3", False),
+        ("train-00000-of-00002 train-00000-of-00003", False),
+        ("acts acts-0", False),
+    ],
+)
+def test_numbers_tell_parts_apart_only_where_they_count_parts(data_hub: Hub, tmp_path: Path, names: str, are_one: bool) -> None:
+    files = {f"{name}.parquet": (tmp_path / "hub" / f"part-{i}.parquet").read_bytes() for i, name in enumerate(names.split())}
+    data_hub.repositories["datasets/owner/acts"].revisions["main"] = files
+    for name, content in files.items():
+        publish(tmp_path / "here" / name, content)
+    for source in (str(tmp_path / "here"), "owner/acts"):
+        if are_one:
+            assert len(vector_paths(source)) == len(files)
+        else:
+            with pytest.raises(DataError, match=r"name it|name one of them"):
+                vector_paths(source)
+    last = names.split()[-1]
+    assert [str(path).endswith(f"{last}.parquet") for path in vector_paths(f"owner/acts:{last}")] == [True], "one file"
+    assert len(vector_paths(f"{tmp_path}/here/{'*/' * last.count('/')}*.parquet")) == len(files)
+
+
+def test_a_branch_that_moves_changes_nothing_within_a_process_and_its_commit_is_noted(data_hub: Hub, tmp_path: Path) -> None:
+    repository, many = data_hub.repositories["datasets/owner/acts"], 5000
+    big = write_vectors(tmp_path / "big.parquet", random_vectors(many))
+    repository.revisions["main"] = files = {"train-0.parquet": big.read_bytes()}
+    with noted_revisions() as revisions:
+        key, _ = activations_key(vector_spec(Path("owner/acts"), many), None)
+    assert revisions == {spelled := f"datasets/owner/acts@{HubRepository.commit(files)}"}
+    repository.revisions["main"] = {"train-0.parquet": b"another"}
+    asked = len(data_hub.requests)
+    table = ensure(vector_spec(Path("owner/acts"), many), None, tmp_path / "cache of vectors")
+    assert table.key == key and len(table.vectors()) == many and len(data_hub.requests) == asked
+    repository.revisions["then"] = files
+    assert activations_key(vector_spec(Path(spelled), many), None)[0] == key, "what a record says can be typed"
 
 
 def test_a_hub_that_does_not_answer_leaves_the_vectors_in_its_cache(
