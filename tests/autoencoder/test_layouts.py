@@ -153,6 +153,10 @@ def remove(*names: str) -> Callable[[Path], None]:
     return lambda root: [(root / name).unlink() for name in names] and None
 
 
+def several(*changes: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    return lambda root: [change(root) for change in changes]
+
+
 class Wrong(NamedTuple):
     """One change to a copy of a fixture, and what must be said of it."""
 
@@ -230,6 +234,11 @@ WRONG = [
     Wrong("stack without an adapter", MERGED, lambda _: None, "lies under an adapter", {"av_stack": ("base",)}),
     Wrong("a layer that is not its own", LORA, lambda _: None, "autoencoder.layer=1, but .* is of layer 2", {"layer": 1}),
     Wrong("unknown injection mode", AT_HOME, sidecar("av", training__injection_mode="add"), "training.injection_mode='add'"),
+    Wrong(
+        "layout of another trainer", LORA,
+        several(sidecar(GEMMA_AR, kind="nla_model"), sidecar(GEMMA_AV, kind="nla_model", extraction__injection_scale=8.0)),
+        "which EasyNLA alone writes", {"layout": "kitft"},
+    ),
     Wrong("PCA-whitened AR", AT_HOME, sidecar("ar", training__pca_whiten=True), "training.pca_whiten=True"),
 ]  # fmt: skip
 
@@ -271,6 +280,7 @@ RIGHT = {
         LORA,
         of_json(AR_META, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
     ),
+    "a whole number as JSON may have it": (LORA, of_json(AR_META, lora_alpha=8.0)),
     "no ar_meta beside a merged AR": (MERGED, remove("ar/ar_meta.json")),
     "a scale that is never used": (MERGED, sidecar(QWEN_AV, extraction__injection_scale=150.0)),
 }
@@ -607,8 +617,9 @@ def test_head_over_a_frozen_base_reads_the_last_token_without_normalising(tmp_pa
 def test_head_beside_a_tuned_model_reads_that_model(tmp_path: Path) -> None:
     """A tuned backbone in one file was taken for a frozen one by its trainer's own reader."""
     root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
-    path = head_ar(root, "value_head+finetune", {"weight": torch.eye(48)})
+    path = head_ar(root, "value_head+frozen", {"weight": torch.eye(48)})
     frozen = load_ar(AT_HOME.spec(root, ar=str(path))).reconstruct_texts([TEXT])
+    sidecar("heads", training__method="value_head+finetune", training__backbone_layers=3)(root)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(root / "base" / name, path)
     config = json.loads((path / "config.json").read_text())
@@ -621,6 +632,49 @@ def test_head_beside_a_tuned_model_reads_that_model(tmp_path: Path) -> None:
     save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
     tuned = load_ar(AT_HOME.spec(root, ar=str(path)))
     assert tuned.info.base is None and not torch.allclose(tuned.reconstruct_texts([TEXT]), frozen, atol=1e-3)
+
+
+def copy_to(source: str, *targets: str) -> Callable[[Path], None]:
+    return lambda root: [shutil.copy(root / source, root / target) for target in targets] and None
+
+
+FROZEN, TUNED, LORA_SL, ALL_LAYERS = (
+    "value_head+frozen", "value_head+finetune", "lora_sl", "per_layer_value_heads+frozen_backbone",
+)  # fmt: skip
+WEIGHTS, HEADS = "model.safetensors", "value_heads.safetensors"
+FILES = [
+    (TUNED, (), "leaves value_head.safetensors and a tuned model .* but it lacks a tuned model .* Download it again"),
+    (TUNED, (copy_to(f"base/{WEIGHTS}", "heads/pytorch_model.bin"),), "lacks a tuned model .* Save its weights as safetensors"),
+    (LORA_SL, (copy_to("ar/adapter_config.json", "heads"),), "also holds value_head.safetensors"),
+    (FROZEN, (copy_to("ar/adapter_config.json", "heads"), remove("heads/value_head.safetensors")), "lacks value_head.safetenso"),
+    (ALL_LAYERS, (), "lacks value_heads.safetensors and also holds value_head.safetensors"),
+    (None, (copy_to(f"base/{WEIGHTS}", "heads"), copy_to("heads/value_head.safetensors", f"heads/{HEADS}")),
+     "value_heads.safetensors beside a whole model"),
+    (FROZEN, (sidecar("heads", training__backbone_layers=4),), "training.backbone_layers=4, expected L . 1 with the stated L of 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "changes", "message"), FILES)
+def test_files_of_an_ar_are_those_of_its_training_method(
+    method: Any, changes: tuple[Callable[[Path], None], ...], message: str, tmp_path: Path
+) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    path = head_ar(root, method, {"weight": torch.eye(48)})
+    for change in changes:
+        change(root)
+    with pytest.raises(CheckpointError, match=message):
+        inspect_half(AT_HOME.spec(root, ar=str(path), layout="nla-at-home"), "ar")
+
+
+@pytest.mark.parametrize("changes", [{"tokens": ...}, {"prompt_templates__ar": "A text: <text>{explanation}</text> <vector>"}])
+def test_ar_without_a_head_needs_a_marker_to_be_read_at(changes: dict[str, Any], tmp_path: Path) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    sidecar("ar", **{"prompt_templates__ar": "Of <text>{explanation}</text>"} | changes)(root)
+    with pytest.raises(
+        CheckpointError, match="has no head, so it is read at the marker of its prompt, and its sidecar gives none"
+    ):
+        inspect_half(AT_HOME.spec(root), "ar")
+    assert inspect_half(AT_HOME.spec(root, prompting=PromptingOverrides(ar_readout=-1)), "ar").ar_prompting.marker is None
 
 
 def universal(root: Path, **training: Any) -> None:
@@ -650,6 +704,53 @@ def test_pair_for_all_layers_is_told_the_listed_depth_nearest_to_its_layer(
     assert av.av_prompting.message.startswith(f"At depth {percent}%: <concept>㈎")
     before = f"Summary of the following text from depth {percent}%: <text>"
     assert ar.ar_prompting.affixes == (before, "</text> <summary>㈎") and ar.num_layers == layer + 1
+
+
+@pytest.mark.parametrize(("stated", "percent"), [({"n_layers": 4}, 47), ({"n_layers": 8}, 25), ({}, 47)])
+def test_cut_ar_is_told_the_depth_in_the_whole_model(stated: dict[str, int], percent: int, tmp_path: Path) -> None:
+    """3 of 4 blocks, L = 2: 100 L / 4 is 50, of 8 blocks 25; without n_layers the AV's 4 blocks count."""
+    root = shutil.copytree(KITFT, tmp_path / "pair")
+    before = family_of(Autoencoder(av=str(root / "nla-av"), ar=str(root / "nla-ar"))).scores_identity()
+    template = "Depth {depth_pct}% <text>{explanation}</text>"
+    sidecar("nla-ar", variant="universal", prompt_templates__ar=template, tokens__critic_suffix_ids=..., **stated)(root)
+    spec = Autoencoder(av=str(root / "nla-av"), ar=str(root / "nla-ar"))
+    if stated.get("n_layers") == 8:
+        with pytest.raises(CheckpointError, match="n_layers=8, but its model has 4 blocks"):
+            family_of(spec).scores_identity()
+        assert "Depth 25%" in inspect_half(spec, "ar").ar_prompting.template
+        return
+    pair = family_of(spec).pair  # type: ignore[attr-defined]
+    assert f"Depth {percent}%" in pair[1].ar_prompting.template
+    assert family_of(spec).scores_identity()["ar_depth"] == percent and "ar_depth" not in before
+    if not stated:
+        with pytest.raises(CheckpointError, match=r"holds its first 3 blocks alone\. Add n_layers"):
+            inspect_half(spec, "ar")
+
+
+def test_number_of_blocks_of_a_pair_for_all_layers_is_that_of_its_base(tmp_path: Path) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    universal(root)
+    for half in ("av", "ar"):
+        sidecar(half, n_layers=40)(root)
+        with pytest.raises(CheckpointError, match="n_layers=40, but its model has 4 blocks"):
+            inspect_half(AT_HOME.spec(root, layer=2), half)  # type: ignore[arg-type]
+
+
+def test_heads_for_all_layers_take_the_layer_of_the_spec_without_a_variant(tmp_path: Path) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    path = head_ar(root, ALL_LAYERS, {f"value_head.{i}.weight": torch.eye(48) for i in range(3)}, extraction_layer_index=...)
+    family = family_of(AT_HOME.spec(root, ar=str(path), layer=2))
+    assert family.layer == 2 and family.scores_identity()["ar_layer"] == 2
+    assert inspect_half(AT_HOME.spec(root, ar=str(path), layer=1), "ar").layer == 1
+    with pytest.raises(CheckpointError, match=r"trained for all layers: set autoencoder\.layer"):
+        inspect_half(AT_HOME.spec(root, ar=str(path)), "ar")
+
+
+def test_layer_of_the_spec_is_not_another_than_that_of_the_depth(tmp_path: Path) -> None:
+    root = shutil.copytree(KITFT, tmp_path / "pair")
+    sidecar("nla-ar", **dict.fromkeys(("extraction_layer_index", "critic", "extraction__layer_index"), ...))(root)
+    with pytest.raises(CheckpointError, match=r"autoencoder\.layer=1, but .* is of layer 2 by its depth"):
+        inspect_nla(root / "nla-ar", "ar", layer=1)
 
 
 def test_layer_of_a_pair_for_all_layers_is_in_the_keys_of_draws_and_scores(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ksweep.autoencoder.nla.layout import ar_prompting, at_layer, av_prompting
+from ksweep.autoencoder.nla.layout import ar_prompting, at_layer, av_prompting, depth_of_model
 from ksweep.autoencoder.nla.sidecar import (
     CONFIG_NAME,
     FILE_NAME,
@@ -72,6 +72,8 @@ class CheckpointInfo:
     tensors: Mapping[str, Tensor]
     """Headers of the weights (or of the last adapter), under their names in the files; empty where a head alone lies in
     `path`."""
+    model_depth: int
+    """Number of blocks of the whole model, which a half for all layers is told its layer's share of."""
     prompting: AvPrompting | ArPrompting
     """How it is prompted and read: as its sidecar says, or as the spec overrides it."""
     tokenizer: Path
@@ -156,6 +158,7 @@ def inspect_half(autoencoder: Autoencoder, role: NlaRole, beside: CheckpointInfo
         hub.resolve(source, f"{role.upper()} checkpoint"), role, autoencoder.base, autoencoder.prompting,
         layout=autoencoder.layout, stack=autoencoder.av_stack if role == "av" else (), layer=autoencoder.layer,
         whitening=autoencoder.whitening, lent_base=base, lent_tokenizer=None if beside is None else beside.tokenizer,
+        lent_depth=None if beside is None else beside.num_layers,
     )  # fmt: skip
 
 
@@ -188,6 +191,7 @@ def inspect_nla(
     whitening: str | None = None,
     lent_base: str | None = None,
     lent_tokenizer: Path | None = None,
+    lent_depth: int | None = None,
 ) -> CheckpointInfo:
     """Return what the sidecar, configuration and weight headers of an AV or AR directory say, once all are checked.
 
@@ -199,6 +203,7 @@ def inspect_nla(
         layout, stack, layer, whitening: as the fields of `Autoencoder`; `stack` is that of an AV.
         lent_base: base of the AV, for EasyNLA's LoRA of an AR, whose sidecar names a hub id at most.
         lent_tokenizer: directory with the AV's tokenizer, for an AR of full weights that has none.
+        lent_depth: blocks of the AV, for an AR of full weights that is told the depth of its layer.
 
     Raises:
         CheckpointError: the message says what is wrong, what was expected and what to do.
@@ -221,7 +226,9 @@ def inspect_nla(
     config = _config(base_path or path)
     _check_width(config, sidecar, base_path or path)
     depth = _positive(config, "num_hidden_layers", base_path or path)
-    layer = _layer(sidecar, depth, path, has_base=base_path is not None)
+    stated_layer, layer = layer, _layer(sidecar, depth, path, has_base=base_path is not None)
+    if None not in (stated_layer, layer) and stated_layer != layer:
+        raise CheckpointError(f"autoencoder.layer={stated_layer}, but {path} is of layer {layer} by its depth. Leave it out.")
     num_layers = layer + 1 if expected_role == "ar" and layer is not None else depth
     if weights.num_layers not in (None, num_layers):
         raise CheckpointError(
@@ -233,9 +240,13 @@ def inspect_nla(
     if weights.head is not None:
         check_head(weights.head, sidecar.d_model)
     # 4. Fill in how it is prompted.
+    is_cut = expected_role == "ar" and base_path is None
+    whole = depth_of_model(sidecar, depth, is_cut, lent_depth, path)
     filled = (
-        av_prompting(sidecar, overrides, depth) if expected_role == "av" else ar_prompting(sidecar, overrides, weights, depth)
+        av_prompting(sidecar, overrides, depth) if expected_role == "av" else ar_prompting(sidecar, overrides, weights, whole)
     )
+    if isinstance(filled, ArPrompting) and weights.head is None and overrides.ar_readout is None:
+        _check_read_at_marker(path, filled)
     tokenizer = _tokenizer_directory(path, base_path or path, base, lent_tokenizer if base_path is None else None)
     notes = (*sidecar.notes, *weights.notes, *_thinking_notes(filled, path, tokenizer))
     statistics = None
@@ -245,7 +256,7 @@ def inspect_nla(
         notes = (*notes, Note("activations", WHITENED))
     info = CheckpointInfo(
         path=path, sidecar=sidecar, layer=layer, num_layers=num_layers, config=config, base=base_path, files=weights,
-        tensors=tensors, prompting=filled, tokenizer=tokenizer, whitening=statistics, notes=notes,
+        tensors=tensors, prompting=filled, model_depth=whole, tokenizer=tokenizer, whitening=statistics, notes=notes,
     )  # fmt: skip
     # 5. Check that every tensor of its model is listed in the headers, and no other.
     headers = headers_of(info.weights, [read_header(adapter.file) for adapter in weights.adapters])
@@ -395,6 +406,17 @@ def _base(path: Path, source: str, stated: str | None, sidecar: Sidecar) -> Path
     if sidecar.base_digest is not None:
         _check_base_digest(directory, sidecar.base_digest, path)
     return directory
+
+
+def _check_read_at_marker(path: Path, prompting: ArPrompting) -> None:
+    """Raise CheckpointError unless an AR without a head has a marker in its prompt, where it is read."""
+    if prompting.marker is None or prompting.marker_id is None or prompting.marker not in prompting.template:
+        raise CheckpointError(
+            f"AR {path} has no head, so it is read at the marker of its prompt, and its sidecar gives none: "
+            f"tokens.injection_char={prompting.marker!r}, injection_token_id={prompting.marker_id}, prompt "
+            f"{abbreviated(prompting.template)}. Use the released sidecar, or state the token that is read "
+            "(autoencoder.prompting.ar_readout)."
+        )
 
 
 def _refuse_av_as_base(path: Path, base: Path) -> None:

@@ -17,6 +17,8 @@ from ksweep.autoencoder.nla.checkpoint import (
     digest_nla,
     inspect_half,
 )
+from ksweep.autoencoder.nla.layout import told_depth
+from ksweep.autoencoder.prompting import DEPTH_FIELD
 from ksweep.config.spec import Autoencoder, PromptingOverrides
 from ksweep.utils import files, hub
 from ksweep.utils.bos_token import text_gets_second_bos
@@ -156,7 +158,15 @@ def _choices(info: CheckpointInfo) -> dict[str, Any]:
     Keys from before there was a choice stay valid: kitft's layout adds nothing.
     """
     layout = {} if info.layout == "kitft" else {f"{info.role}_layout": info.layout}
-    return layout | ({f"{info.role}_layer": info.layer} if info.sidecar.is_universal else {})
+    return layout | ({f"{info.role}_layer": info.layer} if info.sidecar.is_universal else {}) | _told_depth(info)
+
+
+def _told_depth(info: CheckpointInfo) -> dict[str, Any]:
+    """Return the depth that an AR is told, if earlier versions told it another: its layer's share of its own cut model."""
+    if info.role == "av" or info.base is not None or DEPTH_FIELD not in (info.sidecar.ar_template or ""):
+        return {}
+    told = told_depth(info.sidecar, info.model_depth)
+    return {"ar_depth": told} if told != told_depth(info.sidecar, info.num_layers) else {}
 
 
 def stated_training_norm(*infos: CheckpointInfo) -> float | None:

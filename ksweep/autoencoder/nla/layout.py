@@ -57,6 +57,32 @@ def at_layer(sidecar: Sidecar, layer: int | None, path: Path) -> Sidecar:
     return sidecar if layer is None or not sidecar.is_universal else replace(sidecar, layer=layer)
 
 
+def depth_of_model(sidecar: Sidecar, num_blocks: int, is_cut: bool, lent: int | None, path: Path) -> int:
+    """Return the number of blocks of the whole model, of which a half for all layers is told its layer's share.
+
+    Args:
+        num_blocks: blocks of the half's own model, or of its base.
+        is_cut: whether those are the first blocks alone, as in an AR of full weights.
+        lent: blocks of the AV beside an AR; None if unknown.
+
+    Raises:
+        CheckpointError: n_layers is not that number, or is missing in a cut AR that has no AV beside it.
+    """
+    stated, template = sidecar.model_depth, sidecar.ar_template if sidecar.role == "ar" else sidecar.av_template
+    whole = lent if is_cut else num_blocks
+    if stated is not None and (stated < num_blocks or whole not in (None, stated)):
+        raise CheckpointError(
+            f"{path} says n_layers={stated}, but its model has {num_blocks if whole is None else whole} blocks. Sidecar and "
+            "model are of different checkpoints, or the base is another model."
+        )
+    if is_cut and sidecar.is_universal and (stated or lent) is None and DEPTH_FIELD in (template or ""):
+        raise CheckpointError(
+            f"AR {path} is told the depth of its layer in percent of the model, and holds its first {num_blocks} blocks alone. "
+            "Add n_layers, the number of blocks of the whole model, to its sidecar."
+        )
+    return stated or whole or num_blocks
+
+
 def av_prompting(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: int) -> AvPrompting:
     """Return the prompting of an AV whose sidecar has passed its checks.
 
@@ -110,11 +136,15 @@ def _injection(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: int)
 
 
 def _at_depth(template: str, sidecar: Sidecar, num_blocks: int) -> str:
-    """Return the template with the listed percentage that is nearest to the depth of the layer, the first of two."""
-    if DEPTH_FIELD not in template or sidecar.layer is None:
-        return template
+    """Return the template with the depth that the half is told."""
+    return template if sidecar.layer is None else template.replace(DEPTH_FIELD, str(told_depth(sidecar, num_blocks)))
+
+
+def told_depth(sidecar: Sidecar, num_blocks: int) -> int:
+    """Return the listed percentage that is nearest to the depth of the layer in a model of so many blocks, the first of two."""
+    assert sidecar.layer is not None
     depth = 100 * sidecar.layer / num_blocks
-    return template.replace(DEPTH_FIELD, str(min(sidecar.depths, key=lambda percentage: abs(percentage - depth))))
+    return min(sidecar.depths, key=lambda percentage: abs(percentage - depth))
 
 
 def ar_prompting(sidecar: Sidecar, overrides: PromptingOverrides, weights: WeightFiles, num_blocks: int) -> ArPrompting:

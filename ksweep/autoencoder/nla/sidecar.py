@@ -50,7 +50,9 @@ NLA_SIDECAR_KEYS = frozenset({
 })  # fmt: skip
 AR_LORA = "ar_lora_value_head.safetensors"
 """EasyNLA's AR over a base: its LoRA and its head in one file."""
-AR_HEAD_FILES = ("value_head.safetensors", AR_LORA, "value_heads.safetensors")
+HEADS = "value_heads.safetensors"
+"""Heads of an AR for all layers."""
+AR_HEAD_FILES = ("value_head.safetensors", AR_LORA, HEADS)
 """Files that only an AR directory contains."""
 CONFIG_NAME = "nla_config.json"
 """Beside or above an EasyNLA checkpoint: what its sidecar leaves open, the rendered prompt among it."""
@@ -61,7 +63,7 @@ AT_HOME_METHODS = (
 """Values of training.method in sidecars of nla-at-home, which never state a base model or tokens beside the marker."""
 AT_HOME_KEYS = frozenset({
     "training.method", "training.injection_mode", "training.chat_template",
-    "training.mean_subtract", "training.min_layer",
+    "training.mean_subtract", "training.min_layer", "training.backbone_layers",
 })  # fmt: skip
 DEPTH_KEYS = frozenset({"variant", "depth_percentages"})
 CONFIG_KEYS = frozenset({
@@ -106,6 +108,10 @@ class Sidecar:
     """Whether it was trained for all layers, and is told the depth of the one that it is used at."""
     depths: tuple[int, ...]
     """Depths that it may be told, in percent of the model."""
+    model_depth: int | None
+    """Blocks of the model that one for all layers was trained for."""
+    method: str | None
+    """How nla-at-home trained it, which says which files it has."""
     base_checkpoint: str | None
     base_digest: str | None
     """"sha256:<hex>" of the base's model.safetensors. Only ksweep writes it, for adapters, which fit one set of weights."""
@@ -175,6 +181,8 @@ def read_nla_sidecar(
     check_keys(meta, _understood_keys(meta, role, layout), path, CheckpointError, informs=decided)
     # 3. Parse the values, each with a check of its type, and put the spec's in their place.
     sidecar = _overridden(_parsed(meta, config, path, role, layout, notes), overrides)
+    if role == "ar" and sidecar.layer is None and (directory / HEADS).exists():
+        sidecar = replace(sidecar, is_universal=True)
     # 4. Check that the values this role needs are there and usable.
     more = _check_values(sidecar, meta, path, overrides)
     return replace(sidecar, notes=(*sidecar.notes, *more))
@@ -208,6 +216,8 @@ def _parsed(
         layer=read_layer(meta, path, CheckpointError),
         is_universal=is_universal,
         depths=_ids(meta, "depth_percentages", path, "a list of whole numbers, percentages") or DEPTHS,
+        model_depth=_whole(meta, "n_layers", path, minimum=1) if is_universal else None,
+        method=_text(meta, "training.method", path) if layout == "nla-at-home" else None,
         multiplies=layout == "nla-at-home" and role == "av" and mode is None,
         is_chat=layout != "nla-at-home" or _flag(meta, "training.chat_template", path),
         prompt_ids=_ids(config, "actor_prompt_ids", path) if role == "av" else None,
@@ -250,6 +260,9 @@ def _check_values(sidecar: Sidecar, meta: Mapping[str, Any], path: Path, overrid
         )
     if sidecar.role == "ar":
         _check_ar(sidecar, path)
+        blocks = _whole(meta, "training.backbone_layers", path) if sidecar.layout == "nla-at-home" else None
+        if None not in (blocks, sidecar.layer) and blocks != sidecar.layer + 1:  # type: ignore[operator]
+            _wrong(path, "training.backbone_layers", blocks, f"L + 1 with the stated L of {sidecar.layer}: blocks 0 to L")
         return []
     mode, method = value_at(meta, "training.injection_mode"), value_at(meta, "training.method")
     if sidecar.layout == "kitft" and mode is None and method in ("lora_sft", "full_ft_sft"):

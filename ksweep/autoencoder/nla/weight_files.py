@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksweep.autoencoder.nla.sidecar import AR_LORA, CONFIG_NAME, NlaRole, Sidecar, beside_or_above
+from ksweep.autoencoder.nla.sidecar import AR_LORA, CONFIG_NAME, HEADS, NlaRole, Sidecar, beside_or_above
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.notes import Note
@@ -15,9 +15,19 @@ from ksweep.utils.sidecar_keys import abbreviated, check_keys
 from ksweep.utils.tensor_headers import read_header
 from ksweep.utils.text import some_of
 
-HEAD, HEADS, ADAPTER, ADAPTER_CONFIG = (
-    "value_head.safetensors", "value_heads.safetensors", "adapter_model.safetensors", "adapter_config.json",
-)  # fmt: skip
+HEAD, ADAPTER, ADAPTER_CONFIG = "value_head.safetensors", "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_KIND, MODEL_KIND = f"an adapter ({ADAPTER_CONFIG})", "a whole model (model.safetensors)"
+TUNED_KIND = f"a tuned model (model.safetensors or {ADAPTER_CONFIG})"
+FILES_OF_METHODS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "lora_sl": ((ADAPTER_KIND,), (HEAD, MODEL_KIND)),
+    "value_head+frozen": ((HEAD,), (HEADS, ADAPTER_KIND)),
+    "value_head+finetune": ((HEAD, TUNED_KIND), (HEADS,)),
+    "per_layer_value_heads+frozen_backbone": ((HEADS,), (HEAD, MODEL_KIND)),
+}
+"""What an AR of nla-at-home has by its training.method, and what it does not have.
+
+A published AR for all layers (phi4-universal-ar-v2) has heads beside an adapter.
+"""
 AR_META = "ar_meta.json"
 AR_META_KEYS = frozenset({
     "ar_num_layers", "lora_r", "lora_alpha", "quant", "target_modules", "final_norm_stripped", "ar_fresh_block",
@@ -101,6 +111,10 @@ def find_weights(
     """
     if role == "av":
         return _av_weights(path, base, stack)
+    if sidecar.layout == "nla-at-home":
+        _check_files_of_method(path, sidecar.method)
+    if (path / AR_LORA).exists() and sidecar.layout != "easynla":
+        raise CheckpointError(f"{path} holds {AR_LORA}, which EasyNLA alone writes: leave autoencoder.layout out.")
     if (path / AR_LORA).exists():
         return _easynla_lora(path, sidecar, base, lent)
     if (path / HEADS).exists():
@@ -117,6 +131,24 @@ def find_weights(
             )
         return WeightFiles(base, head=Head(path / HEAD, "weight"))
     return WeightFiles(None, head=Head(path / HEAD, "weight"), num_layers=_meta_layers(path, sidecar))
+
+
+def _check_files_of_method(path: Path, method: str | None) -> None:
+    """Raise CheckpointError where the files of an AR of nla-at-home are not those that its training method leaves."""
+    needed, foreign = FILES_OF_METHODS.get(method or "", ((), ()))
+    is_there = {name: (path / name).exists() for name in (HEAD, HEADS)}
+    is_there |= {ADAPTER_KIND: (path / ADAPTER_CONFIG).exists(), MODEL_KIND: _holds_model(path)}
+    is_there |= {TUNED_KIND: is_there[ADAPTER_KIND] or is_there[MODEL_KIND]}
+    faults = [f"lacks {kind}" for kind in needed if not is_there[kind]]
+    faults += [f"also holds {kind}" for kind in foreign if is_there[kind]]
+    if not faults:
+        return
+    is_bin = not is_there[TUNED_KIND] and next(path.glob("pytorch_model*.bin"), None) is not None
+    raise CheckpointError(
+        f"AR {path} has training.method={method!r}, which leaves {' and '.join(needed)}, but it {' and '.join(faults)}: it would "
+        "be read in another way than it was trained. "
+        f"{'Save its weights as safetensors.' if is_bin else 'Download it again, without files of other ARs.'}"
+    )
 
 
 def _av_weights(path: Path, base: str | None, stack: Sequence[str]) -> WeightFiles:
@@ -258,6 +290,8 @@ def _meta_layers(path: Path, sidecar: Sidecar) -> int | None:
 
 def _whole(meta: Mapping[str, Any], key: str, where: Path) -> int:
     value = meta.get(key)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise CheckpointError(
             f"{where} has {key}={abbreviated(value)}, expected a whole number >= 1. Use the file that was saved with the adapter."
@@ -267,6 +301,11 @@ def _whole(meta: Mapping[str, Any], key: str, where: Path) -> int:
 
 def _all_heads(path: Path, base: str | None, layer: int | None) -> WeightFiles:
     """Return the head of layer L among those of an AR for all layers, over its base or an adapter beside it."""
+    if _holds_model(path):
+        raise CheckpointError(
+            f"{path} holds {HEADS} beside {MODEL_KIND}, so it is not clear what the heads lie over. Keep the heads alone, and "
+            "set autoencoder.base to the model."
+        )
     heads = read_header(path / HEADS)
     names = {name for name in (f"value_head.{layer}.weight", f"value_head.{layer}", f"{layer}") if name in heads}
     if len(names) != 1:
