@@ -11,6 +11,7 @@ from ksweep.config.spec import Activations
 from ksweep.utils.errors import CheckpointError, SpecError
 from ksweep.utils.files import read_json
 from ksweep.utils.hub import content_digest, resolve
+from ksweep.utils.lora_config import check_lora_config, named_base
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
 from ksweep.utils.text import some_of
@@ -58,8 +59,8 @@ def locate_model(activations: Activations) -> BaseModel:
             )
         return BaseModel(path)
     config = adapter_config(path)
-    base = activations.adapter_base or config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    base = activations.adapter_base or named_base(config, path / ADAPTER_CONFIG)
+    if base is None:
         raise CheckpointError(
             f"{path} is an adapter that names no base model: set activations.adapter_base to its path or hub id"
         )
@@ -80,6 +81,7 @@ def adapter_config(path: Path) -> dict[str, Any]:
     config = read_json(path / ADAPTER_CONFIG, "adapter configuration")
     if str(config.get("peft_type", "")).upper() != "LORA":
         raise CheckpointError(f"{path} is an adapter of type {config.get('peft_type')!r}, expected LORA: merge it into its base")
+    check_lora_config(config, path / ADAPTER_CONFIG)
     replaced = [name for name in config.get("modules_to_save") or () if name != "lm_head"]  # type: ignore[attr-defined]
     if replaced:
         raise CheckpointError(f"{path} replaces whole modules ({some_of(map(str, replaced))}): merge it into its base")

@@ -24,7 +24,7 @@ from ksweep.activations.store import ActivationStore, ActivationTable, estimate_
 from ksweep.activations.text_yield import not_counted, text_yield
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError, RunError, SpecError
-from ksweep.utils.files import clear_leftovers
+from ksweep.utils.files import clear_leftovers, named_path
 from ksweep.utils.fingerprint import fingerprint
 from ksweep.utils.hub import content_digest
 from ksweep.utils.tensor_headers import check_headers
@@ -264,7 +264,7 @@ class _SameSource:
         self._seen = now
 
     def _files(self) -> list[Path]:
-        path = Path(self.source).expanduser()
+        path = named_path(self.source, DataError)
         if self.activations.vectors is not None and not path.is_file():
             from ksweep.activations.vector_files import vector_paths
 

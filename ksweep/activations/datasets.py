@@ -18,7 +18,7 @@ from ksweep.activations.messages import is_conversation, messages_identity, read
 from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.errors import DataError
-from ksweep.utils.files import json_lines
+from ksweep.utils.files import json_lines, named_path
 from ksweep.utils.hub import content_digest, note_revision
 from ksweep.utils.imports import digest_of_named, is_dotted_name, load_named
 from ksweep.utils.plain_values import has_lone_surrogate
@@ -169,7 +169,7 @@ def _file_format(path: Path) -> Format:
 
 
 def _local(activations: Activations) -> Path:
-    return Path(activations.text or "").expanduser()
+    return named_path(activations.text or "", DataError)
 
 
 def _rows(activations: Activations) -> Iterator[TextRow]:

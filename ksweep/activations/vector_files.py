@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from ksweep.activations.hub_vectors import HUB_VECTORS, SIDECAR, are_parts, by_split, count_other_things, hub_parts
 from ksweep.utils.errors import DataError
-from ksweep.utils.files import json_lines, publish_output
+from ksweep.utils.files import json_lines, named_path, publish_output
 from ksweep.utils.hub import content_digest
 from ksweep.utils.npz_files import npz_headers, read_npz_array
 from ksweep.utils.parquet_rows import damage_refused
@@ -247,7 +247,7 @@ def vector_sidecars(source: str) -> list[Path]:
     """
     folder, paths = _found(without_range(source))
     beside = [Path(f"{path}.{SIDECAR}") for path in paths]
-    if Path(without_range(source)).expanduser().is_file():
+    if named_path(without_range(source), DataError).is_file():
         return [path for path in beside if path.is_file()]
     inside = {above for path in paths for above in path.parents if above == path.parent or folder in (above, *above.parents)}
     return [path for path in (*beside, *(above / SIDECAR for above in sorted(inside))) if path.is_file()]
@@ -271,7 +271,7 @@ def write_vectors(path: Path, tensors: Mapping[str, np.ndarray], rows: pa.Table,
 
 def without_range(source: str) -> str:
     """Return what names the files of a source, without the range of rows behind it."""
-    if "@[" not in source or Path(source).expanduser().exists():
+    if "@[" not in source or named_path(source, DataError).exists():
         return source
     if (match := RANGE.fullmatch(source)) is None:
         raise DataError(f"{source}: expected a range of rows as @[START:STOP], counted from 0; either may be left out")
@@ -288,7 +288,7 @@ def _located(source: str) -> tuple[tuple[Path, ...], int, int | None]:
 
 def _found(source: str) -> tuple[Path | None, tuple[Path, ...]]:
     """Return the directory or data set that a source without range names, if it names one, and its files in order."""
-    path = Path(source).expanduser()
+    path = named_path(source, DataError)
     if path.is_file():
         return None, (path,)
     if path.is_dir():

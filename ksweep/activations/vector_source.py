@@ -34,6 +34,7 @@ from ksweep.activations.source import WINDOW_CHARACTERS, ActivationUnit, kept_ro
 from ksweep.activations.vector_files import VECTOR_COLUMN, VectorFile, open_vectors, vector_sidecars, without_range
 from ksweep.config.spec import Activations
 from ksweep.utils.errors import DataError
+from ksweep.utils.files import named_path
 from ksweep.utils.notes import Note
 from ksweep.utils.parquet_rows import column_values
 from ksweep.utils.planning_pass import once_per_pass
@@ -91,7 +92,7 @@ def read_vectors_sidecar(vectors: str | Path) -> VectorsSidecar | None:
         DataError: a sidecar that is damaged, of another kind, of vectors that are not raw, or with an unknown key.
     """
     # 1. Read the sidecar beside the file; else those of its parts, and of their folders.
-    beside = Path(f"{Path(without_range(str(vectors))).expanduser()}.{SIDECAR}")
+    beside = Path(f"{named_path(without_range(str(vectors)), DataError)}.{SIDECAR}")
     found = [beside] if beside.is_file() else []
     if not found:
         with suppress(DataError):  # where there are none the vectors are refused

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksweep.utils.errors import DataError
-from ksweep.utils.files import json_lines
+from ksweep.utils.files import json_lines, named_path
 from ksweep.utils.parquet_rows import parquet_rows
 from ksweep.utils.sidecar_keys import abbreviated
 
@@ -98,7 +98,7 @@ def read_texts_file(source: str, column: str | None = None) -> TextsFile:
     Raises:
         DataError: no such file, another format, a missing column, a row without a name, or no rows.
     """
-    path = Path(source).expanduser()
+    path = named_path(source, DataError)
     if not path.is_file():
         raise DataError(
             f"no file of texts at {source!r}: expected .jsonl or .parquet with the columns {ROW_ID} and {TEXT_COLUMNS[1]}; check "

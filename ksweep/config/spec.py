@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from ksweep.config.validation import LARGEST_SEED, at_least, is_number, is_seed, one_of
+from ksweep.config.validation import LARGEST_SEED, at_least, is_number, is_seed, list_of_texts, one_of, sorted_pairs
 from ksweep.utils.errors import SpecError
 from ksweep.utils.fingerprint import canonical_json
 from ksweep.utils.text import bounded_repr
@@ -83,10 +83,12 @@ class PromptingOverrides:
 
     def __post_init__(self) -> None:
         if self.chat_arguments is not None:  # sorted pairs, so that a spec can be hashed
-            pairs = sorted(dict(self.chat_arguments).items())
-            object.__setattr__(self, "chat_arguments", tuple((str(name), value) for name, value in pairs) or None)
+            object.__setattr__(self, "chat_arguments", sorted_pairs("autoencoder.prompting.chat_arguments", self.chat_arguments))
         if self.stop_tokens is not None:
-            object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens) or None)
+            object.__setattr__(self, "stop_tokens", list_of_texts("autoencoder.prompting.stop_tokens", self.stop_tokens) or None)
+        for name in ("av_template", "marker", "prefill", "opening_tag", "closing_tag", "ar_template"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, str):
+                raise SpecError(f"autoencoder.prompting.{name}={bounded_repr(value)} must be text")
         if self.injection is not None:
             one_of("autoencoder.prompting.injection", self.injection, InjectionKind)
         if (self.injection == "add_after_block") != (self.injection_block is not None):
@@ -108,6 +110,9 @@ class PromptingOverrides:
                 f"autoencoder.prompting.ar_readout={bounded_repr(self.ar_readout)} must be a whole number < 0: -1 is the last "
                 "token"
             )
+
+    def __hash__(self) -> int:  # arguments of a chat template may be lists, which have no hash
+        return hash(canonical_json(self._stated()))
 
     @property
     def of_av(self) -> dict[str, Any]:
@@ -184,8 +189,7 @@ class Autoencoder:
         if self.ar_dtype is not None:
             one_of("autoencoder.ar_dtype", self.ar_dtype, Dtype)
         one_of("autoencoder.encoder_prompt", self.encoder_prompt, EncoderPrompt)
-        stack = (self.av_stack,) if isinstance(self.av_stack, str) else tuple(self.av_stack)
-        object.__setattr__(self, "av_stack", stack)
+        object.__setattr__(self, "av_stack", list_of_texts("autoencoder.av_stack", self.av_stack))
         if self.layout is not None:
             one_of("autoencoder.layout", self.layout, LayoutName)
         if self.layer is not None:
@@ -368,11 +372,11 @@ class Activations:
 
     def _check_chat(self) -> None:
         if self.chat_arguments is not None:  # sorted pairs, so that a spec can be hashed
-            pairs = sorted((str(name), value) for name, value in dict(self.chat_arguments).items())
-            if wrong := [name for name, value in pairs if not isinstance(value, (str, bool, int, float, type(None)))]:
+            pairs = sorted_pairs("activations.chat_arguments", self.chat_arguments)
+            if wrong := [name for name, value in pairs or () if not isinstance(value, (str, bool, int, float, type(None)))]:
                 raise SpecError(f"activations.chat_arguments.{wrong[0]} must be a text, a number, true or false")
-            object.__setattr__(self, "chat_arguments", tuple(pairs) or None)
-        roles = (self.roles,) if isinstance(self.roles, str) else tuple(self.roles)
+            object.__setattr__(self, "chat_arguments", pairs)
+        roles = list_of_texts("activations.roles", self.roles)
         for role in roles:
             one_of("activations.roles", role, SpokenRole)
         object.__setattr__(self, "roles", tuple(sorted(set(roles))))
@@ -465,8 +469,8 @@ class Scoring:
             for k in self.ks:
                 at_least("scoring.ks", k, 1)
             object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))
-        object.__setattr__(self, "groups", tuple(dict.fromkeys(self.groups)))
-        object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
+        object.__setattr__(self, "groups", tuple(dict.fromkeys(list_of_texts("scoring.groups", self.groups))))
+        object.__setattr__(self, "metrics", tuple(dict.fromkeys(list_of_texts("scoring.metrics", self.metrics))))
         if taken := [name for name in self.groups if name in OWN_GROUPINGS]:
             raise SpecError(
                 f"scoring.groups has {taken[0]!r}, which is a breakdown of every run ({', '.join(OWN_GROUPINGS)}): give the "

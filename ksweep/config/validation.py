@@ -43,6 +43,23 @@ def one_of(name: str, value: object, options: Any) -> None:
         raise SpecError(f"{name}={bounded_repr(value)} is not one of {', '.join(map(str, valid))}")
 
 
+def list_of_texts(name: str, value: object) -> tuple[str, ...]:
+    """Return a text or a list of texts as a tuple. Raises SpecError for anything else."""
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise SpecError(f"{name}={bounded_repr(value)} must be a list of texts; [] for none")
+    return tuple(texts)
+
+
+def sorted_pairs(name: str, value: object) -> tuple[tuple[str, Any], ...] | None:
+    """Return arguments by name as pairs in the order of their names; None for none. Raises SpecError for anything else."""
+    try:
+        pairs = dict(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise SpecError(f"{name}={bounded_repr(value)} must be values by name, such as {{enable_thinking: false}}") from None
+    return tuple(sorted(((str(key), entry) for key, entry in pairs.items()), key=lambda pair: pair[0])) or None
+
+
 def at_least(name: str, value: int, low: int, high: int = LARGEST_NUMBER) -> None:
     """Raise SpecError unless a value is a whole number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from ksweep.utils.tensor_headers import Tensor
 LARGEST_WEIGHT = 1e9
 LIBRARY_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, AssertionError,
-    StrictDataclassError,
+    StrictDataclassError, re.error,
 )  # fmt: skip
 """What transformers, torch and peft raise of files that are not as they should be; the last of a config.json's values."""
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.utils.console import remark
-from ksweep.utils.errors import CheckpointError, DataError, RunError
+from ksweep.utils.errors import CheckpointError, DataError, RequestError, RunError
 from ksweep.utils.plain_values import PlainValueError, bounded_json, bounded_json_row
+from ksweep.utils.text import bounded_repr
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -36,6 +37,23 @@ LARGEST_JSON, LARGEST_LINE = 32 << 20, 64 << 20
 """Bytes of a JSON file of somebody else, and of a line of .jsonl. The weight index of the largest public models has 15 MB."""
 
 LOCAL_FILE_SYSTEMS = ("ext", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "f2fs", "apfs", "hfs", "ramfs", "rootfs", "vfat", "ntfs")
+
+
+def named_path(source: str | Path, refuse: type[RequestError] = CheckpointError) -> Path:
+    """Return the path that a text of a user or of a file names, with ~ replaced by the home directory.
+
+    Raises:
+        The error of `refuse`: no file can have such a name, as one of 300 letters, or one in the home directory of nobody.
+    """
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except PermissionError:
+        return path
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise refuse(f"{bounded_repr(source)} cannot name a file ({reason}). Check the spelling.") from error
+    return path
 
 
 def home() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ksweep.utils.errors import CheckpointError
-from ksweep.utils.files import home, publish
+from ksweep.utils.files import home, named_path, publish
 from ksweep.utils.hub_repository import SPELLING, HubSource, download, hub_readings, needed_files
 from ksweep.utils.planning_pass import once_per_pass
 
@@ -48,7 +49,7 @@ def resolve(source: str, what: str = "model") -> Path:
     Raises:
         CheckpointError: the path does not exist, or the hub id cannot be downloaded.
     """
-    path = Path(source).expanduser()
+    path = named_path(source)
     if path.exists():
         return path.resolve()
     if home() in path.parents:
@@ -72,7 +73,7 @@ def _is_mistyped_path(source: str) -> bool:
 @once_per_pass
 def without_revision(source: str) -> str:
     """Return a hub id without its revision: "owner/name", or "owner/name/folder"; a path is returned as it is."""
-    if "@" not in source or Path(source).exists():
+    if "@" not in source or os.path.exists(source):
         return source
     readings = hub_readings(source)
     return str(replace(readings[0], revision=None)) if readings else source

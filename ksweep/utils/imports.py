@@ -18,7 +18,7 @@ DOTTED_NAME = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A
 
 def is_dotted_name(source: str | None) -> bool:
     """Return whether a text has the form "package.module:name"; paths and hub ids do not."""
-    return source is not None and DOTTED_NAME.fullmatch(source) is not None and not Path(source).exists()
+    return source is not None and DOTTED_NAME.fullmatch(source) is not None and not os.path.exists(source)
 
 
 def load_named(source: str, field: str, expected: Sequence[str] = ()) -> Any:

@@ -83,11 +83,7 @@ def check_names(names: Iterable[str], where: Path) -> None:
         CheckpointError: with the names that are there twice, or missing.
     """
     names = text_names(names)
-    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise CheckpointError(
-            f"{where} holds the same tensors under two spellings: {some_of(twice)}. Remove the language_model. copies or the "
-            "bare ones."
-        )
+    check_spellings(names, where)
     experts: dict[tuple[str, str], set[int]] = defaultdict(set)
     for match in filter(None, map(EXPERT_TENSOR.match, names)):
         experts[match[1], match[3]].add(int(match[2]))
@@ -96,6 +92,15 @@ def check_names(names: Iterable[str], where: Path) -> None:
         raise CheckpointError(
             f"{where} lacks {some_of(missing)}, of {count} experts in every block that has experts. Download the checkpoint "
             "again."
+        )
+
+
+def check_spellings(names: Iterable[str], where: Path) -> None:
+    """Raise CheckpointError if a name is there twice, once all are those of the text model: one of the two tensors would win."""
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise CheckpointError(
+            f"{where} holds the same tensors under two spellings: {some_of(twice)}. Keep one of them, without language_model. or "
+            ".default. in its name."
         )
 
 

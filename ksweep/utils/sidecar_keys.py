@@ -47,6 +47,8 @@ LAYER_KEYS = (
 """Dotted keys under which a sidecar states the layer L."""
 LAYER_NAMES = frozenset({"extraction_layer_index", "extraction_layer", "layer_index", "layer_idx", "layer"})
 """Key names that state L in any section, except `layer` below `RESULTS`: results may be of any layer."""
+OF_WHITENING = "extraction.whitening.layer_index"
+"""Layer of the vectors that a whitening was made from (syvb/EasyNLA)."""
 RESULTS = frozenset({"baseline", "eval", "evaluation", "fve", "loss", "losses", "metrics", "results", "scores"})
 """Sections and keys of measured results."""
 BASE_KEYS = ("base_checkpoint", "base_model", "extraction.base_model")
@@ -281,6 +283,8 @@ def read_layer(meta: Mapping[str, Any], path: Path, refuse: Refuse) -> int | Non
     """
     layers = {key: value for key in LAYER_KEYS if (value := value_at(meta, key)) is not None}
     layers |= {key: value for key, value in _nested(meta) if value is not None and _is_layer(key)}
+    if layers.get(OF_WHITENING) == -1:  # its writer's word for none
+        del layers[OF_WHITENING]
     for key, value in layers.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
             raise refuse(

@@ -149,6 +149,16 @@ def rename(part: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     return lambda values: values.update({name.replace(part, new): values.pop(name) for name in list(values) if part in name})
 
 
+def twice(values: dict[str, torch.Tensor]) -> None:
+    name = first(values, "lora_B.default")
+    values[name.replace(".default", "")] = values[name] + 1
+
+
+def of_wrapper(values: dict[str, torch.Tensor]) -> None:
+    name = first(values, "lora_B")
+    values[name.replace("model.model.layers", "model.model.language_model.layers")] = values[name] + 1
+
+
 def remove(*names: str) -> Callable[[Path], None]:
     return lambda root: [(root / name).unlink() for name in names] and None
 
@@ -173,6 +183,7 @@ GEMMA_AV, GEMMA_AR = "av/iter_0000500", "ar/iter_0000500"
 AR_LORA = f"{GEMMA_AR}/ar_lora_value_head.safetensors"
 AR_META = f"{GEMMA_AR}/ar_meta.json"
 GEMMA_ADAPTER = f"{GEMMA_AV}/adapter_model.safetensors"
+GEMMA_CONFIG = f"{GEMMA_AV}/adapter_config.json"
 FULL = "full_attention"
 WHITE = {"method": "whitened_zca_v1", "stats_path": "whitening_stats.npz", "stats_sha256": "0" * 64}
 WRONG = [
@@ -207,6 +218,13 @@ WRONG = [
     Wrong("meta of L+2", LORA, of_json(AR_META, ar_num_layers=4), "says 4 blocks"),
     Wrong("meta of a merged AR", MERGED, of_json("ar/ar_meta.json", ar_num_layers=4), "says 4 blocks"),
     Wrong("rank", LORA, of_json(AR_META, lora_r=8), "in another shape"),
+    Wrong("a rank of millions", LORA, of_json(GEMMA_CONFIG, r=3_000_000), "says rank 3000000"),
+    Wrong("targets that are no pattern", LORA, of_json(AR_META, target_modules="("), "which is no pattern"),
+    Wrong("scale of no module", LORA, of_json(GEMMA_CONFIG, alpha_pattern={"model.language_model.x": 1}), "alpha_pattern has"),
+    Wrong("a flag of PEFT that is text", LORA, of_json(GEMMA_CONFIG, use_rslora="false"), "use_rslora='false', expected true or"),
+    Wrong("key that PEFT does not know", AT_HOME, of_json("ar/adapter_config.json", gate=0.5), "has gate=0.5"),
+    Wrong("two names of one tensor", LORA, tensors(AR_LORA, twice), "under two spellings: model.*lora_B"),
+    Wrong("two spellings", LORA, tensors(GEMMA_ADAPTER, of_wrapper), "under two spellings: model.layers.*lora_B"),
     Wrong("targets", LORA, of_json(AR_META, target_modules=["q_proj"]), "has unexpected"),
     Wrong("lora_B missing", LORA, tensors(AR_LORA, drop("lora_B")), "it lacks"),
     Wrong("head missing", LORA, tensors(AR_LORA, drop("value_head")), "expected exactly one, named value_head.weight"),

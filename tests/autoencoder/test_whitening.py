@@ -14,6 +14,8 @@ from ksweep import Resources, Sweep
 from ksweep.activations import ensure
 from ksweep.autoencoder.base import Explanation
 from ksweep.autoencoder.family import family_of
+from ksweep.autoencoder.nla.checkpoint import inspect_half
+from ksweep.autoencoder.nla.whitening import WhiteningStated, find_statistics
 from ksweep.config.spec import Cell
 from ksweep.utils.errors import CheckpointError, DataError
 from tests.autoencoder.test_layouts import sidecar
@@ -84,6 +86,30 @@ def test_statistics_of_the_spec_are_taken_and_must_be_those_stated(pair: tuple[P
         family_of(replace(cell.autoencoder, whitening=str(root / "others.npz"))).draws_identity()
     with pytest.raises(CheckpointError, match="there is no such file"):
         family_of(replace(cell.autoencoder, whitening=str(root / "nothing.npz"))).draws_identity()
+
+
+def test_statistics_of_another_pair_beside_the_checkpoint_do_not_hide_its_own(pair: tuple[Path, Cell]) -> None:
+    root, cell = pair
+    *_, sha256 = statistics(root / "whitening_stats.npz", 32)
+    whitened(root, sha256, layer_index=-1)
+    statistics(root / "av" / "whitening_stats.npz", 32, seed=1)
+    family = family_of(cell.autoencoder)
+    assert inspect_half(family.autoencoder, "av").whitening == root / "whitening_stats.npz"
+    statistics(root / "whitening_stats.npz", 32, seed=2)
+    with pytest.raises(CheckpointError, match=r"av/whitening_stats\.npz: mean and w have sha256"):
+        inspect_half(family.autoencoder, "av")
+    whitened(root, sha256, layer_index=3)
+    with pytest.raises(CheckpointError, match=r"names different layers: .*extraction\.whitening\.layer_index=3"):
+        inspect_half(family.autoencoder, "av")
+
+
+@pytest.mark.parametrize(("factor", "message"), [(0.0, "nothing but zeros"), (1e39, "infinite numbers")])
+def test_transform_that_leaves_no_vector_is_refused_while_planning(factor: float, message: str, tmp_path: Path) -> None:
+    mean, w = np.ones(8), np.eye(8) * factor
+    np.savez(tmp_path / "w.npz", mean=mean, w=w)
+    stated = WhiteningStated(None, hashlib.sha256(mean.tobytes() + w.tobytes()).hexdigest())
+    with pytest.raises(CheckpointError, match=f"w makes {message} of a vector"):
+        find_statistics(stated, tmp_path, str(tmp_path / "w.npz"), 8)
 
 
 @pytest.mark.slow

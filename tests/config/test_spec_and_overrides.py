@@ -57,6 +57,15 @@ def sweep() -> Sweep:
         (("scoring.reference_replicates", 10**10), "reference_replicates=10000000000 is too large"),
         (("activations.num_activations", 10**8), "1,600,000,000 draws, and a cell holds at most 1,000,000,000"),
         (("sampling.temperature", 10**400), r"temperature=10\*\*399 or more must be a finite number"),
+        (("autoencoder.av_stack", None), "av_stack=None must be a list of texts"),
+        (("autoencoder.av_stack", (5,)), r"av_stack=\(5,\) must be a list of texts"),
+        (("autoencoder.prompting.stop_tokens", 5), "stop_tokens=5 must be a list of texts"),
+        (("autoencoder.prompting.chat_arguments", 5), "chat_arguments=5 must be values by name"),
+        (("autoencoder.prompting.prefill", ["- "]), r"prefill=\['- '\] must be text"),
+        (("activations.roles", None), "roles=None must be a list of texts"),
+        (("activations.chat_arguments", "a"), "chat_arguments='a' must be values by name"),
+        (("scoring.groups", 5), "groups=5 must be a list of texts"),
+        (("scoring.metrics", None), "metrics=None must be a list of texts"),
         (("sampling.max_new_tokens", 10**5000), r"max_new_tokens=10\*\*\d+ or more is too large"),
     ],
 )
@@ -65,6 +74,12 @@ def test_a_spec_that_cannot_mean_anything_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(SpecError, match=words):
         replace_at(sweep.cell, *change)
+
+
+def test_spec_with_lists_among_chat_arguments_can_be_hashed() -> None:
+    """A planning pass asks once of each spec."""
+    one, other = (Autoencoder(av="a", ar="b", prompting={"chat_arguments": {"tools": [value]}}) for value in (1, 2))  # type: ignore[arg-type]
+    assert len({one, other, replace(one)}) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,19 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ksweep import Activations, Autoencoder
+from ksweep.activations.datasets import text_format
+from ksweep.activations.vector_files import vector_paths
+from ksweep.activations.vector_source import read_vectors_sidecar
+from ksweep.autoencoder.family import family_of
+from ksweep.autoencoder.nla.whitening import WhiteningStated, find_statistics
 from ksweep.utils import files, hub
-from ksweep.utils.errors import CheckpointError
+from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.files import locked
 
 
@@ -196,3 +202,23 @@ def test_locked_where_the_file_system_has_no_locks_goes_on_with_a_warning(
             assert not held
     [record] = caplog.records
     assert f"{tmp_path} cannot be locked ({os.strerror(number)})" in record.message
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nosuchuser/x"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        hub.resolve,
+        lambda name: family_of(Autoencoder(checkpoint=name)).located,
+        lambda name: family_of(Autoencoder(av=name, ar=name)).draws_identity(),
+        lambda name: family_of(Autoencoder(texts=name, ar="ar")).draws_identity(),
+        lambda name: text_format(Activations(model="m", text=name)),
+        lambda name: vector_paths(name),
+        lambda name: read_vectors_sidecar(name),
+        lambda name: find_statistics(WhiteningStated(None, "0" * 64), Path("."), name, 32),
+    ],
+    ids=["model", "talkative", "pair", "texts", "text", "vectors", "sidecar", "whitening"],
+)
+def test_name_that_no_file_can_have_is_refused_in_a_sentence(use: Callable[[str], object], name: str) -> None:
+    with pytest.raises(RequestError, match="cannot name a file"):
+        use(name)

@@ -7,6 +7,7 @@ a tokenizer run when a rank loads the model (`loading.py`, `prompts.py`).
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -251,8 +252,7 @@ def inspect_nla(
     notes = (*sidecar.notes, *weights.notes, *_thinking_notes(filled, path, tokenizer))
     statistics = None
     if sidecar.whitening is not None:
-        statistics = find_statistics(sidecar.whitening, path, whitening)
-        read_statistics(statistics, sidecar.whitening, sidecar.d_model)  # so that others are refused before a job is submitted
+        statistics = find_statistics(sidecar.whitening, path, whitening, sidecar.d_model)
         notes = (*notes, Note("activations", WHITENED))
     info = CheckpointInfo(
         path=path, sidecar=sidecar, layer=layer, num_layers=num_layers, config=config, base=base_path, files=weights,
@@ -529,7 +529,7 @@ def _hub_name(source: str | None) -> str | None:
 
 
 def _check_activations_base(av: CheckpointInfo, ar: CheckpointInfo, source: str) -> tuple[Note, ...]:
-    path = Path(source).expanduser()
+    path = files.named_path(source)
     if path.exists():
         return _check_base_directory(av, ar, path, source)
     return next((notes for info in (av, ar) if (notes := base_notes(source, info.sidecar.base_checkpoint, "the pair"))), ())
@@ -541,7 +541,7 @@ def base_notes(source: str, trained_on: str | None, whose: str) -> tuple[Note, .
     A `source` that is a local path is not compared.
     """
     source_id, trained_id = _hub_name(source), _hub_name(trained_on)
-    if source_id and trained_on and Path(trained_on).is_dir():
+    if source_id and trained_on and os.path.isdir(trained_on):
         text = f"Could not verify that {source} is {trained_on}, the model that {whose} was trained on."
         return () if hub.is_named_after(source, Path(trained_on)) else (Note("base model", text),)
     if (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -124,7 +125,7 @@ def short_name_of(source: str) -> str:
     """Return the hub name of an AV without -av, or the name of the directory that holds av/."""
     path = Path(hub.without_revision(source))
     if path.name.lower() in ("av", "nla-av", "actor", "ar", "nla-ar", "critic"):
-        return path.resolve().parent.name if path.exists() else path.parent.name
+        return path.resolve().parent.name if os.path.exists(path) else path.parent.name
     return re.sub(r"^nla-|[-_]a[vr]$", "", path.name, flags=re.IGNORECASE) or path.name
 
 

@@ -5,7 +5,7 @@ Missing, unexpected and non-finite weights are errors here; transformers would o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +17,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
 from ksweep.inference.device_map import place_model
+from ksweep.inference.lora import lora_over
 from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of
 from ksweep.inference.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, load_or_lay_out, on_meta, quiet
 from ksweep.utils.errors import CheckpointError
-from ksweep.utils.safetensors_header import BLOCK_TENSOR, NOT_TEXT, model_tensors, text_names
+from ksweep.utils.safetensors_header import BLOCK_TENSOR, NOT_TEXT, check_spellings, model_tensors, text_names
 from ksweep.utils.tensor_headers import read_header
 from ksweep.utils.text import some_of
 from ksweep.utils.torch_file import read_checkpoint
 
 LM_HEADS = ("lm_head", "embed_out")
 LAYER_MEANS = "layer_means.pt"
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of every module."""
 BEHIND_BLOCKS = ("project_out", "altup_unembed_projections")
 """Modules of OPT-350m and Gemma-3n without which what their last block puts out is no vector of the model's width."""
 LARGEST_HEAD_WEIGHT = 1e4
@@ -241,10 +244,11 @@ def _merged(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> 
     backbone = model.base_model_prefix
     for adapter in info.adapters:
         state = on_meta(read_header(adapter.file)) if lay_out else load_file(adapter.file)
-        named = _adapter_state(adapter, state, backbone)
+        names = _own_names(adapter, state, backbone)
+        named = {PREFIX + own: state[name] for own, name in names.items()}
         # 1. Wrap the model as the adapter's configuration says.
         _untie(model, named)
-        wrapped = PeftModel(model, _lora_config(adapter))
+        wrapped = PeftModel(model, _lora_config(adapter, model, names, named, info.num_layers))
         # 2. Check the adapter's tensors by name, shape and content.
         expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         expected |= _embedding_copies(wrapped, expected, named)
@@ -262,7 +266,7 @@ def _merged(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> 
 def _untie(model: Any, adapter: Mapping[str, torch.Tensor]) -> None:
     """Give the head a weight of its own where it shares that of the token embeddings and an adapter changes one of the two."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = tuple(f"base_model.model.{name}." for name, module in model.named_modules() if module in (embedding, head))
+    names = tuple(f"{PREFIX}{name}." for name, module in model.named_modules() if module in (embedding, head))
     if head.weight is embedding.weight and any(name.startswith(names) for name in adapter):
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
@@ -278,37 +282,44 @@ def _embedding_copies(
     return {name: own[name] for name in copies & given.keys() & own.keys()}
 
 
-def _lora_config(adapter: Adapter) -> Any:
-    from peft import LoraConfig, PeftConfig
+def _lora_config(
+    adapter: Adapter, model: Any, names: Mapping[str, str], named: Mapping[str, torch.Tensor], num_layers: int
+) -> Any:
+    """Return peft's configuration of an adapter over a model, once ranks and modules are those of its tensors."""
+    parts = [(own.partition(".lora_"), name.removeprefix(PREFIX).partition(".lora_")[0]) for own, name in names.items()]
+    ranks = {
+        module: named[f"{PREFIX}{module}.lora_{tensor}"].shape[0]
+        for (module, _, tensor), _ in parts
+        if tensor in ("A.weight", "embedding_A") and not _is_above(f"{module}.", num_layers)
+    }
+    spelled = {module: theirs for (module, lora, _), theirs in parts if lora}
+    return lora_over(model, adapter.configuration(), ranks, spelled, adapter.directory / adapter.config_name)
 
-    if adapter.is_peft:
-        return PeftConfig.from_pretrained(str(adapter.directory))
-    return LoraConfig(task_type="CAUSAL_LM", **(adapter.lora or {}))
 
+def _own_names(adapter: Adapter, names: Iterable[str], backbone: str) -> dict[str, str]:
+    """Return the name in an adapter's file of each of its tensors, by the name that it has over a text-only causal LM.
 
-def _adapter_state(adapter: Adapter, state: Mapping[str, torch.Tensor], backbone: str) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors under the names they have over a text-only causal LM, without those of vision parts.
-
-    The adapter may have been trained over the backbone alone or over a multimodal wrapper.
+    The adapter may have been trained over the backbone alone or over a multimodal wrapper, whose vision parts are left out.
 
     Args:
-        state: its tensors, as its file names them.
+        names: as its file has them.
         backbone: the causal LM's attribute that holds the model without head.
+
+    Raises:
+        CheckpointError: two tensors are the same one.
     """
-    prefix = "base_model.model."
-    if (
-        not adapter.is_peft
-    ):  # EasyNLA saves the modules of its own class: backbone.model.layers.0.mlp.up_proj.lora_A.default.weight
-        state = {
-            name.replace("backbone.", prefix, 1).replace(".default.weight", ".weight"): tensor
-            for name, tensor in state.items()
-            if name != HEAD_KEY
-        }
-    names = text_names(name.removeprefix(prefix) for name in state)
+
+    def plain(name: str) -> str:
+        if adapter.is_peft:
+            return name.removeprefix(PREFIX)
+        # EasyNLA saves the modules of its own class: backbone.model.layers.0.mlp.up_proj.lora_A.default.weight
+        return name.removeprefix("backbone.").replace(".default.weight", ".weight")
+
     whole = (f"{backbone}.", *(f"{head}." for head in LM_HEADS))
-    full = (name if name.startswith(whole) else f"{backbone}.{name}" for name in names)
-    kept = (tensor for name, tensor in state.items() if not NOT_TEXT.match(name.removeprefix(prefix)))
-    return {prefix + name: tensor for name, tensor in zip(full, kept, strict=True)}
+    pairs = [(text, name) for name in names if adapter.is_peft or name != HEAD_KEY for text in text_names([plain(name)])]
+    full = [(text if text.startswith(whole) else f"{backbone}.{text}", name) for text, name in pairs]
+    check_spellings([text for text, _ in full], adapter.file)
+    return dict(full)
 
 
 def _check_adapter(
@@ -339,7 +350,7 @@ def _check_adapter(
 
 
 def _unprefixed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 
 def _ready(model: Any, info: CheckpointInfo, devices: Sequence[torch.device]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from ksweep.autoencoder.nla.sidecar import AR_LORA, CONFIG_NAME, HEADS, NlaRole, Sidecar, beside_or_above
 from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
+from ksweep.utils.lora_config import check_lora_config, named_base
 from ksweep.utils.notes import Note
 from ksweep.utils.sidecar_keys import abbreviated, check_keys
 from ksweep.utils.tensor_headers import read_header
@@ -177,12 +178,15 @@ def _peft(directory: Path) -> Adapter:
             f"{directory} holds both full weights and {ADAPTER_CONFIG}, so it is not clear which to load. Keep only one of "
             "them in the directory."
         )
-    return Adapter(directory, directory / ADAPTER)
+    adapter = Adapter(directory, directory / ADAPTER)
+    check_lora_config(adapter.configuration(), directory / ADAPTER_CONFIG)
+    return adapter
 
 
 def _named_base(directory: Path) -> str:
-    source = files.read_json(directory / ADAPTER_CONFIG, "adapter configuration").get("base_model_name_or_path")
-    if not isinstance(source, str) or not source:
+    where = directory / ADAPTER_CONFIG
+    source = named_base(files.read_json(where, "adapter configuration"), where)
+    if source is None:
         raise CheckpointError(
             f"{directory} is an adapter, and its {ADAPTER_CONFIG} names no base model. Set autoencoder.base to the base model's "
             "path or hub id."

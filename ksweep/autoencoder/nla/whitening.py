@@ -8,12 +8,14 @@ and FVE are those of x': they are not comparable with those of raw vectors.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.files import named_path
 from ksweep.utils.hub import folders_upwards
 from ksweep.utils.npz_files import npz_headers, read_npz_array
 from ksweep.utils.sidecar_keys import abbreviated, is_done
@@ -91,27 +93,40 @@ def stated_whitening(extraction: Any, path: Path) -> WhiteningStated | None:
     return WhiteningStated(stats_path if isinstance(stats_path, str) else None, sha256.lower())
 
 
-def find_statistics(stated: WhiteningStated, directory: Path, given: str | None) -> Path:
-    """Return the statistics file of a pair: the one that the spec gives, else the one beside or above the checkpoint.
+def find_statistics(stated: WhiteningStated, directory: Path, given: str | None, d_model: int) -> Path:
+    """Return the statistics file of a pair, once read: the one that the spec gives, else one beside or above the checkpoint.
 
     Raises:
-        CheckpointError: there is none. Raw vectors would be taken for whitened ones.
+        CheckpointError: there is none, or only others. Raw vectors would be taken for whitened ones.
     """
+    # 1. Take the one that the spec gives.
     if given is not None:
-        if not (path := Path(given).expanduser()).is_file():
+        if not (path := named_path(given)).is_file():
             raise CheckpointError(
                 f"autoencoder.whitening={given}: there is no such file. Give the statistics (.npz) of the pair."
             )
+        read_statistics(path, stated, d_model)
         return path
+    # 2. Else try those beside and above the checkpoint: a nearer file of the same name may be of another pair.
     name = Path(stated.stats_path or STATISTICS).name
-    for place in folders_upwards(directory):
-        for candidate in dict.fromkeys((name, STATISTICS)):
-            if (place / candidate).is_file():
-                return place / candidate
+    names = dict.fromkeys((name, STATISTICS))
+    others: list[CheckpointError] = []
+    for candidate in (place / name for place in folders_upwards(directory) for name in names):
+        if not os.path.isfile(candidate):  # False also for a name that no file can have
+            continue
+        try:
+            read_statistics(candidate, stated, d_model)
+        except CheckpointError as error:
+            others.append(error)
+        else:
+            return candidate
+    # 3. Say what is wrong with the nearest.
+    if others:
+        raise others[0]
     raise CheckpointError(
         f"{directory} was trained on whitened activations ({METHOD}, statistics with sha256 {stated.sha256[:16]}...), and "
-        f"{name} is neither beside nor above it, so that raw activations cannot be whitened. Set autoencoder.whitening to the "
-        "file."
+        f"{abbreviated(name)[1:-1]} is neither beside nor above it, so that raw activations cannot be whitened. Set "
+        "autoencoder.whitening to the file."
     )
 
 
@@ -148,7 +163,15 @@ def read_statistics(path: Path, stated: WhiteningStated, d_model: int) -> Whiten
         )
     if not (np.isfinite(mean).all() and np.isfinite(w).all()):
         raise CheckpointError(f"{path}: mean or w has NaN or infinite values. Copy it again.")
-    return Whitening(mean, w, digest)
+    transform = Whitening(mean, w, digest)
+    with np.errstate(over="ignore", invalid="ignore"):
+        probe = transform.apply(mean + np.random.default_rng(0).normal(size=(1, d_model)))
+    if not (np.isfinite(probe).all() and probe.any()):
+        raise CheckpointError(
+            f"{path}: w makes {'infinite numbers' if probe.any() else 'nothing but zeros'} of a vector, as no whitening does. "
+            "Copy it again, or use the statistics that the pair was trained with."
+        )
+    return transform
 
 
 def check_same_space(av: WhiteningStated | None, ar: WhiteningStated | None) -> None:

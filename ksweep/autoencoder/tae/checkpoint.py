@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import operator
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -264,14 +265,14 @@ def _activations_model(config: Mapping[str, Any], activations_base: str | None, 
     if activations_base is None and (name is None or name == decoder_name):
         return str(directory)
     source = activations_base if activations_base is not None else _source(str(name), path)
-    local = Path(source).expanduser()
+    local = files.named_path(source)
     return str(local.resolve()) if local.exists() else source
 
 
 def _source(name: str, path: Path) -> str:
     """Return the path or hub id of a model in a training configuration; a directory beside the checkpoint is preferred."""
     beside = path.parent / name
-    return str(beside) if beside.is_dir() else BARE_NAMES.get(name, name)
+    return str(beside) if os.path.isdir(beside) else BARE_NAMES.get(name, name)
 
 
 def _model_config(directory: Path) -> tuple[dict[str, Any], tuple[Note, ...]]:

@@ -14,6 +14,7 @@ from ksweep.autoencoder.tae.checkpoint import TaeInfo, digest_tae, inspect_tae, 
 from ksweep.config.spec import Autoencoder
 from ksweep.utils import hub
 from ksweep.utils.errors import DataError, SpecError
+from ksweep.utils.files import named_path
 from ksweep.utils.notes import Note, notes_of
 from ksweep.utils.safetensors_header import bytes_of_weights
 
@@ -59,7 +60,7 @@ class TaeFile(Family):
     @property
     def located(self) -> Autoencoder:
         """The spec with a directory replaced by its current file: training may write a later one before the job starts."""
-        if Path(self.autoencoder.checkpoint or "").expanduser().is_dir():
+        if named_path(self.autoencoder.checkpoint or "").is_dir():
             return replace(self.autoencoder, checkpoint=str(self.info.path))
         return self.autoencoder
 

@@ -18,6 +18,7 @@ from ksweep.config.series import expand_series
 from ksweep.config.spec import Activations
 from ksweep.config.sweep import Sweep
 from ksweep.utils.errors import SpecError
+from ksweep.utils.files import named_path
 from ksweep.utils.torch_file import read_checkpoint
 
 RULE = ("rows", "positions", "candidates", "min_position", "positions_per_document", "max_norm")
@@ -72,7 +73,7 @@ def _text(trained_on: str | None, checkpoint: Path) -> str:
         raise SpecError(
             f"{checkpoint} was not trained on pretokenised text (its config lacks dataset.on_the_fly.pretokenized_path): {advice}"
         )
-    for path in (Path(trained_on).expanduser(), checkpoint.parent / trained_on):
+    for path in (named_path(trained_on), checkpoint.parent / trained_on):
         if path.exists():
             return str(path)
     raise SpecError(f"{checkpoint} was trained on {trained_on}, which is not on this machine: copy it there, or {advice}")
