@@ -14,10 +14,9 @@ from ksweep.utils.hub import content_digest, resolve
 from ksweep.utils.lora_config import check_lora_config, named_base
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
+from ksweep.utils.safetensors_header import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ksweep.utils.text import some_of
 from ksweep.utils.weights_check import check_loadable
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ksweep.activations.base_model import ADAPTER_WEIGHTS, BaseModel, adapter_config
+from ksweep.activations.base_model import BaseModel, adapter_config
 from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.inference.model_parts import blocks_of, decoder_of
 from ksweep.inference.quantized_weights import ask_for_plain_weights, with_plain_weights
 from ksweep.inference.transformers_models import on_meta, options_to_lay_out, quiet
 from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.files import read_json
-from ksweep.utils.safetensors_header import model_tensors
+from ksweep.utils.safetensors_header import ADAPTER_CONFIG, ADAPTER_WEIGHTS, model_tensors
 from ksweep.utils.text import some_of
 
 BLOCK = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
@@ -179,7 +179,7 @@ def _put_adapter(backbone: Any, directory: Path, layer: int, lay_out: bool) -> N
         )
     if unfilled := [name for name in result.missing_keys if "lora_" in name and is_used(name)]:
         raise CheckpointError(
-            f"{directory} does not fit the model under it: adapter_config.json puts an adapter on modules for which "
+            f"{directory} does not fit the model under it: {ADAPTER_CONFIG} puts an adapter on modules for which "
             f"{ADAPTER_WEIGHTS} has no weights ({len(unfilled)}, among them {some_of(unfilled)}). Is the file whole, and "
             "activations.adapter_base its base?"
         )

@@ -618,7 +618,8 @@ def _step(record: RunRecord) -> int | None:
     if in_label := re.findall(r"(?:^|, )step=(\d+)(?=,|$)", record.label):
         return int(in_label[0])
     paths = (_at(record.spec, f"autoencoder.{name}") for name in ("av", "ar", "checkpoint"))
-    steps = {step_of(path) for path in paths if isinstance(path, str)} - {None}
+    repositories = {spelling.partition("@")[0] for spelling in record.revisions}
+    steps = {step_of(path, repositories) for path in paths if isinstance(path, str)} - {None}
     return steps.pop() if len(steps) == 1 else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -18,19 +18,22 @@ STEP = re.compile(rf"(?<![a-z]){_STEP}(?=[/_@.-]|$)(?![\d.]*\d)", re.IGNORECASE)
 """A step anywhere in one of a series' paths: iter_0000500, step400, checkpoint-300, checkpoints/200, a_step100_b."""
 _LAST_IN_PART = re.compile(rf"(?:^|[/@_.-]){_STEP}(?:[_-]epoch[_-]?\d+_?)?(?P<suffix>(?:\.[a-z]\w*)*)(?=/|$)", re.IGNORECASE)
 """A step that is a part of a path, or ends one: av_step400, x_step900.pt. In `step3-7b-av` it is the name of a model."""
+_REPOSITORY = re.compile(r"[^/@]+/[^/@]+")
 EPOCH = re.compile(r"epoch[_-]?\d+", re.IGNORECASE)
 """What follows from the step: checkpoint_step900_epoch2_.pt."""
 UNFINISHED = (".tmp", ".old", ".part", ".bak")
 """Endings of directories that a training is writing, or has replaced."""
 
 
-def step_of(source: str) -> int | None:
+def step_of(source: str, repositories: Collection[str] = ()) -> int | None:
     """Return the training step that a path or hub id states, from its last part that is or ends in one; None if no part does.
 
     In `owner/name` of a hub id, and in the first two parts of a path that could be one, a step after other words is part of a
-    name (`owner/model-iter3`).
+    name (`owner/model-iter3`). In those of `repositories`, which are known to be of the hub, every step is (`owner/step3`).
     """
-    found = [match[1] for match in _LAST_IN_PART.finditer(source) if not _is_in_name(match)]
+    match = _REPOSITORY.match(source)
+    behind = source[match.end() :] if match is not None and match[0] in repositories else source
+    found = [match[1] for match in _LAST_IN_PART.finditer(behind) if not _is_in_name(match)]
     return int(found[-1]) if found else None
 
 
@@ -65,7 +68,8 @@ def is_pattern(source: str | None) -> bool:
 def members(pattern: str, what: str) -> list[str]:
     """Return the paths or hub ids that a pattern stands for, by step: `runs/iter_*/av`, `owner/name@revision/iter_*`.
 
-    Local paths come before the hub. Directories that a training is still writing (`*.tmp`, `*.part`) are left out.
+    Local paths come before the hub. Directories that a training is still writing (`*.tmp`, `*.part`) are left out, and files
+    beside them (`iter_0000500.log`); only a talkative autoencoder's checkpoint may be a file.
 
     Raises:
         CheckpointError: nothing matches, or the hub cannot be asked.
@@ -73,7 +77,13 @@ def members(pattern: str, what: str) -> list[str]:
     if "\0" in pattern:  # glob does not take it
         raise CheckpointError(f"no {what} matches {pattern!r}: a path has no null character")
     here = [path for path in glob.glob(os.path.expanduser(pattern)) if not _is_unfinished(path)]
-    found = here or _members_on_hub(pattern, what)
+    checkpoints = [path for path in here if os.path.isdir(path) or (what == "checkpoint" and path.endswith(".pt"))]
+    if here and not checkpoints:
+        raise CheckpointError(
+            f"no {what} matches {pattern!r}, only files do ({some_of(here)}): an AV and an AR are directories, a checkpoint may "
+            "be a .pt file too. Write a pattern of these"
+        )
+    found = checkpoints or _members_on_hub(pattern, what)
     return sorted(natural_sorted(found), key=lambda source: (step_in_series(source) is None, step_in_series(source) or 0))
 
 

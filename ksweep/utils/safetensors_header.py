@@ -21,6 +21,9 @@ WRAPPED = {r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)": "model.", r"
 NOT_TEXT = re.compile(r"^(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|visual)\.")
 BLOCK_TENSOR = re.compile(r"^(.*\b(?:layers|h|blocks)\.)(\d+)\.(.+)$")
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""Files of a LoRA adapter that PEFT has saved."""
 EXPERT_TENSOR = re.compile(r"^(.*\.experts\.)(\d+)(\..+)$")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,12 @@ def test_the_step_that_a_path_states(path: str, step: int | None) -> None:
     assert step_of(path) == step
 
 
+def test_what_names_a_repository_of_the_hub_is_no_step() -> None:
+    assert step_of("owner/step3") == 3, "a path like runs/step3"
+    sources = ("owner/step3", "owner/step3/av", "owner/step3@main", "owner/step3@v1/iter_400/av", "owner/step3/iter_400")
+    assert [step_of(source, {"owner/step3"}) for source in sources] == [None, None, None, 400, 400]
+
+
 def test_steps_are_of_paths_that_differ_in_nothing_else() -> None:
     assert steps_of(["runs/iter_90/av", "runs/iter_0100/av"]) == [90, 100]
     assert steps_of(["a/step1/ar", "b/step1/ar"]) is None and steps_of(["a/step1/ar", "b/step2/ar"]) is None
@@ -88,6 +95,20 @@ def test_a_series_of_one_half_is_an_axis_by_step_with_the_steps_as_labels(here: 
     assert sweep.axes["autoencoder.ar"] == tuple(ars)
     assert sweep.labels()[:3] == ["temperature=0.5, step=50", "temperature=0.5, step=900", "temperature=0.5, step=1000"]
     assert expand_series(sweep) is sweep, "nothing is left to expand"
+
+
+def test_files_beside_the_directories_of_a_series_are_no_checkpoints_of_it(here: Path) -> None:
+    make(here, (100, 200), "av")
+    for name in ("iter_100.log", "iter_300", "iter_900.pt"):
+        (here / "runs" / name).touch()
+    found = ["runs/iter_100", "runs/iter_200"]
+    assert expand_series(sweep_of(av="runs/iter_*")).axes == {"autoencoder.av": tuple(found)}
+    files = Autoencoder(checkpoint="runs/iter_*")
+    assert expand_series(replace(sweep_of(), cell=Cell(autoencoder=files, activations=ACTIVATIONS))).axes == {
+        "autoencoder.checkpoint": (*found, "runs/iter_900.pt")
+    }
+    with pytest.raises(CheckpointError, match=r"no AV matches .*, only files do \(runs/iter_100\.log, runs/iter_900\.pt\)"):
+        expand_series(sweep_of(av="runs/*.*"))
 
 
 def test_series_of_both_halves_vary_together(here: Path) -> None:

@@ -116,11 +116,13 @@ def test_the_step_of_a_run_is_that_of_its_label_or_the_only_one_of_its_paths(roo
         ("temperature=0.7", None, "x_step9.pt"): 9,
         ("temperature=0.7", "runs/iter_1/av", "runs/iter_2/ar"): None,
         ("temperature=0.7", "demo/av", "demo/ar"): None,
+        ("temperature=0.7", "owner/step3", "demo/ar"): None,  # a repository, by the record's revisions
+        ("temperature=0.7", "runs/step3", "demo/ar"): 3,
     }
     for number, (label, av, ar) in enumerate(steps):
         spec = spec_of(0.7, 4)
         spec["autoencoder"] |= {"av": av, "ar": ar} if av else {"av": None, "ar": None, "checkpoint": ar}
-        write_run(root, record_of(f"r{number}", label=label, spec=spec), curve_of())
+        write_run(root, record_of(f"r{number}", label=label, spec=spec, revisions=("owner/step3@0f1e2d",)), curve_of())
     found = rows(root, "SELECT run_id, step FROM runs ORDER BY run_id")
     assert found == [(f"r{number}", step) for number, step in enumerate(steps.values())]
     assert rows(root, "SELECT DISTINCT step FROM curves WHERE run_id = 'r0'") == [(500,)]

@@ -12,11 +12,12 @@ from ksweep.utils import files, hub
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.lora_config import check_lora_config, named_base
 from ksweep.utils.notes import Note
+from ksweep.utils.safetensors_header import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ksweep.utils.sidecar_keys import abbreviated, check_keys
 from ksweep.utils.tensor_headers import read_header
 from ksweep.utils.text import some_of
 
-HEAD, ADAPTER, ADAPTER_CONFIG = "value_head.safetensors", "adapter_model.safetensors", "adapter_config.json"
+HEAD = "value_head.safetensors"
 ADAPTER_KIND, MODEL_KIND = f"an adapter ({ADAPTER_CONFIG})", "a whole model (model.safetensors)"
 TUNED_KIND = f"a tuned model (model.safetensors or {ADAPTER_CONFIG})"
 FILES_OF_METHODS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -178,7 +179,7 @@ def _peft(directory: Path) -> Adapter:
             f"{directory} holds both full weights and {ADAPTER_CONFIG}, so it is not clear which to load. Keep only one of "
             "them in the directory."
         )
-    adapter = Adapter(directory, directory / ADAPTER)
+    adapter = Adapter(directory, directory / ADAPTER_WEIGHTS)
     check_lora_config(adapter.configuration(), directory / ADAPTER_CONFIG)
     return adapter
 
