@@ -15,7 +15,15 @@ from ksweep.activations.base_model import BaseModel, adapter_config
 from ksweep.activations.model_config import cut_to_blocks, text_config
 from ksweep.inference.model_parts import blocks_of, decoder_of
 from ksweep.inference.quantized_weights import ask_for_plain_weights, with_plain_weights
-from ksweep.inference.transformers_models import on_meta, options_to_lay_out, quiet
+from ksweep.inference.transformers_models import (
+    OWN_CODE,
+    no_foreign_code,
+    on_meta,
+    options_to_lay_out,
+    quiet,
+    read_model_config,
+    read_tokenizer,
+)
 from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.files import read_json
 from ksweep.utils.safetensors_header import ADAPTER_CONFIG, ADAPTER_WEIGHTS, model_tensors
@@ -58,10 +66,10 @@ def load_model_tokenizer(path: Path) -> Any:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = read_tokenizer(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever the damaged file happens to cause
         raise CheckpointError(f"base model {path} has no usable tokenizer ({type(error).__name__}: {error})") from error
     # Gemma's is "left" by default; positions are indices from the left.
@@ -71,22 +79,22 @@ def load_model_tokenizer(path: Path) -> Any:
 
 def _load_backbone(path: Path, layer: int, dtype: torch.dtype, lay_out: bool) -> Any:
     """Load the model without its head, and without the blocks above `layer` where that is safe. No weight in use is random."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     text_config(path, layer)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = read_model_config(path)
         cut_to_blocks(config.get_text_config(), layer + 1)
         method = ask_for_plain_weights(config, config, path)
         load: Any = AutoModel
         options: dict[str, Any] = {"pretrained_model_name_or_path": path}
-        with quiet():
+        with quiet(), no_foreign_code(path):
             if lay_out:
                 with torch.device("meta"):
-                    load = type(empty := AutoModel.from_config(config))
+                    load = type(empty := AutoModel.from_config(config, **OWN_CODE))
                 options, method = options_to_lay_out(empty, config, method, _tensors(path))
             model, info = load.from_pretrained(
-                **options, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                **options, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **OWN_CODE
             )
     except RequestError:
         raise
@@ -202,6 +210,6 @@ def _as_trained(backbone: Any, names: Iterable[str]) -> nn.Module:
     if not any(name.startswith(f"{backbone.base_model_prefix}.") for name in names):
         return backbone  # type: ignore[no-any-return]
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(backbone.config)
+        whole = AutoModelForCausalLM.from_config(backbone.config, **OWN_CODE)
     setattr(whole, backbone.base_model_prefix, backbone)
     return whole  # type: ignore[no-any-return]

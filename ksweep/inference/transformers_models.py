@@ -22,6 +22,8 @@ from ksweep.utils.safetensors_header import WRAPPED
 from ksweep.utils.tensor_headers import Tensor
 
 LARGEST_WEIGHT = 1e9
+OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""What every loader of transformers gets: it runs its own code alone."""
 LIBRARY_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, AssertionError,
     StrictDataclassError, re.error,
@@ -34,6 +36,44 @@ TORCH_DTYPES = {
     "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 """Dtypes of weights as safetensors spells them, and as torch does."""
+
+
+def read_model_config(directory: Path) -> Any:
+    """Return the configuration in a directory, of a class of transformers' own.
+
+    Raises:
+        CheckpointError: its model is one of program code that lies beside it, which is never run.
+    """
+    with no_foreign_code(directory):
+        return transformers.AutoConfig.from_pretrained(directory, **OWN_CODE)
+
+
+def read_tokenizer(directory: Path, config: Any = None) -> Any:
+    """Return the tokenizer in a directory, of a class of transformers' own; raises as `read_model_config`.
+
+    Args:
+        config: of the model that it is of; None reads the one beside it.
+    """
+    with no_foreign_code(directory):
+        return transformers.AutoTokenizer.from_pretrained(directory, config=config, local_files_only=True, **OWN_CODE)
+
+
+@contextmanager
+def no_foreign_code(directory: Path) -> Iterator[None]:
+    """Say of a model whose files want program code of their own to be run (`auto_map`) that it is not.
+
+    Without `OWN_CODE` transformers asks on the terminal, and advises an option that ksweep does not have.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{directory} wants program code of its own to be run (auto_map in its config.json or tokenizer_config.json), which "
+            f"ksweep never does, and transformers {transformers.__version__} does not know its architecture without. Use a model "
+            "that transformers knows, or the same one converted to it."
+        ) from error
 
 
 def load_or_lay_out(
@@ -52,8 +92,8 @@ def load_or_lay_out(
     """
     # 1. Take the model's class, and how its weights are stored.
     method = ask_for_plain_weights(config, whole_config, directory)
-    with torch.device("meta"):
-        empty = auto.from_config(config)
+    with torch.device("meta"), no_foreign_code(directory):
+        empty = auto.from_config(config, **OWN_CODE)
     options: dict[str, Any] = {"pretrained_model_name_or_path": directory, "local_files_only": True}
     if headers is not None:
         options, method = options_to_lay_out(empty, config, method, on_meta(headers))
@@ -67,6 +107,7 @@ def load_or_lay_out(
         key_mapping=WRAPPED,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that the report lists them by name
+        **OWN_CODE,
     )
     return with_plain_weights(model, method, dtype), report
 

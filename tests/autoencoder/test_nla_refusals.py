@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from ksweep.activations.base_model import BaseModel
+from ksweep.activations.lower_blocks import check_lower_blocks
 from ksweep.autoencoder.nla import checkpoint
 from ksweep.autoencoder.nla.models import load_nla_reconstructor, load_nla_verbalizer
 from ksweep.utils.errors import CheckpointError, DataError
@@ -221,6 +223,35 @@ def test_chat_template_without_bos_is_accepted(originals: Path, tmp_path: Path) 
     path = Path(shutil.copytree(originals / "llama" / "nla-av", tmp_path / "nla-av"))
     chat_template(lambda t: t.replace("{{ bos_token }}", ""))(path)
     assert 537 not in load(path, "av").prompt_ids
+
+
+# --- program code beside a model ---
+
+CODE = {"AutoConfig": "own.C", "AutoModel": "own.M", "AutoModelForCausalLM": "own.M"}
+CODE_OF_TOKENIZER = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.T", "own.T"]}}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [("config.json", {"model_type": "own", "auto_map": CODE}), ("tokenizer_config.json", CODE_OF_TOKENIZER)],
+)
+def test_code_beside_a_model_is_neither_run_nor_asked_about(
+    file: str, changes: Any, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask "Do you wish to run the custom code? [y/N]", and advise an option that ksweep does not have."""
+    path = Path(shutil.copytree(originals / "llama" / "nla-av", tmp_path / "av"))
+    (path / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()")
+    tokenizer(lambda c: c.update(changes), file)(path)
+    monkeypatch.setattr("builtins.input", lambda _question: "y")
+    uses: tuple[Callable[[], object], ...] = (
+        lambda: load(path, "av"),
+        lambda: check_lower_blocks((BaseModel(path), 1)),
+    )
+    for use in uses:
+        with pytest.raises(CheckpointError, match="wants program code of its own to be run") as error:
+            use()
+        assert str(path) in str(error.value) and "trust_remote_code" not in str(error.value)
+    assert not (tmp_path / "was_run").exists()
 
 
 # --- vectors ---

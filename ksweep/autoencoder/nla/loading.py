@@ -12,14 +12,23 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
 from ksweep.inference.device_map import place_model
 from ksweep.inference.lora import lora_over
 from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of
-from ksweep.inference.transformers_models import LIBRARY_ERRORS, cut_blocks, is_sane, load_or_lay_out, on_meta, quiet
+from ksweep.inference.transformers_models import (
+    LIBRARY_ERRORS,
+    cut_blocks,
+    is_sane,
+    load_or_lay_out,
+    on_meta,
+    quiet,
+    read_model_config,
+    read_tokenizer,
+)
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.safetensors_header import BLOCK_TENSOR, NOT_TEXT, check_spellings, model_tensors, text_names
 from ksweep.utils.tensor_headers import read_header
@@ -40,8 +49,8 @@ of their rows."""
 def load_nla_tokenizer(info: CheckpointInfo) -> Any:
     """Load the checkpoint's own tokenizer, or its base's."""
     with quiet(), _explained(info, "its tokenizer"):
-        config = AutoConfig.from_pretrained(info.weights)  # an adapter's directory may hold a tokenizer and no config.json
-        return AutoTokenizer.from_pretrained(info.tokenizer, config=config)
+        config = read_model_config(info.weights)  # an adapter's directory may hold a tokenizer and no config.json
+        return read_tokenizer(info.tokenizer, config)
 
 
 def load_av_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
@@ -182,7 +191,7 @@ def load_layer_mean(info: CheckpointInfo) -> torch.Tensor | None:
 def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype, lay_out: bool = False) -> Any:
     """Load full weights with transformers, cut to the blocks in use; problems that transformers reports are errors."""
     # 1. Take the language model's configuration, cut to the blocks in use.
-    whole_config = AutoConfig.from_pretrained(info.weights)
+    whole_config = read_model_config(info.weights)
     config = whole_config.get_text_config()
     if info.num_layers < config.num_hidden_layers:
         cut_blocks(config, info.num_layers)

@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 
 from ksweep.inference.device_map import place_model
-from ksweep.inference.transformers_models import LIBRARY_ERRORS, blocks_of, cut_blocks, is_sane, load_or_lay_out, quiet
+from ksweep.inference.transformers_models import (
+    LIBRARY_ERRORS,
+    blocks_of,
+    cut_blocks,
+    is_sane,
+    load_or_lay_out,
+    quiet,
+    read_model_config,
+    read_tokenizer,
+)
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.safetensors_header import BLOCK_TENSOR, NOT_TEXT, model_tensors, text_names
 from ksweep.utils.text import some_of
@@ -168,7 +177,7 @@ def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype
     """
     # 1. Load the weights.
     with quiet(), _explained(directory):
-        whole_config = AutoConfig.from_pretrained(directory)
+        whole_config = read_model_config(directory)
         config = whole_config.get_text_config()
         if num_blocks is not None and num_blocks < config.num_hidden_layers:
             cut_blocks(config, num_blocks)
@@ -243,4 +252,4 @@ def _explained(directory: Path) -> Iterator[None]:
 def load_base_tokenizer(directory: Path) -> Any:
     """Load the base model's own tokenizer, which decodes sampled tokens."""
     with quiet(), _explained(directory):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return read_tokenizer(directory)
