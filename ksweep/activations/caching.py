@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ksweep.utils.errors import DataError, RunError, SpecError
 from ksweep.utils.files import clear_leftovers, named_path
 from ksweep.utils.fingerprint import fingerprint
 from ksweep.utils.hub import content_digest
+from ksweep.utils.notes import Note, load_notes, save_notes
 from ksweep.utils.tensor_headers import check_headers
 
 log = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ class _Filler:
         """
         for index, unit in self.source.units(unit for unit in units if not self.store.has(unit)):
             self.check()
+            save_notes(self.store.directory, unit.notes)
             shard, first = self.store.publish_unit(index, unit, self.source.dtype)
             self._report()
             if shard.is_last or not first:
@@ -293,10 +295,11 @@ def _refuse_too_few(store: ActivationStore, activations: Activations) -> None:
             f"{store.directory} lost shards while it was being filled: {num_available} of {activations.num_activations} "
             "activations are there. Is someone else removing files? Run again to have the rest computed."
         )
-    raise _too_few(activations, sum(s.source_rows for s in shards), sum(s.skipped_rows for s in shards), num_available)
+    notes = load_notes(store.directory)
+    raise _too_few(activations, sum(s.source_rows for s in shards), sum(s.skipped_rows for s in shards), num_available, notes)
 
 
-def _too_few(activations: Activations, rows: int, skipped: int, num_available: int) -> DataError:
+def _too_few(activations: Activations, rows: int, skipped: int, num_available: int, notes: Sequence[Note] = ()) -> DataError:
     """Return the error for a text whose rows, some of them skipped, give too few activations."""
     more = {"random": "raise activations.positions_per_document, ", "last": "set activations.positions=random or all, "}
     low = activations.min_position
@@ -306,6 +309,7 @@ def _too_few(activations: Activations, rows: int, skipped: int, num_available: i
             f". activations.{by_roles} takes tokens of messages alone: the roles of the text may have other names, or it may be "
             "in no chat format"
         )
+    advice += "".join(f". {note.text}" for note in notes[:3])
     if activations.positions in ("turn_ends", "prompt_end"):
         advice += f". A row of max_length={activations.max_length} tokens may have been cut, and its end is not taken"
     asked = f"activations.num_activations={activations.num_activations}, but"

@@ -16,6 +16,7 @@ from ksweep.config.spec import Activations
 from ksweep.utils.bos_token import may_put_behind, one_bos
 from ksweep.utils.chat_template import chat_template_text, default_template, has_several_templates
 from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.notes import Note
 from ksweep.utils.template_date import TEMPLATE_DATE, dated, was_misdated
 
 FILES_OF_TOKENS = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
@@ -115,6 +116,11 @@ def check_arguments(activations: Activations, template: str, directory: Path) ->
             )
 
 
+MOST_NOTES = 10
+MANY_REFUSED = 64
+"""Conversations, none of which a template accepts, after which it is taken to fit none of a text."""
+
+
 class ChatWriter:
     """Writes conversations as the chat template of a tokenizer does."""
 
@@ -128,25 +134,37 @@ class ChatWriter:
         template = default_template(tokenizer.chat_template)
         check_arguments(activations, template, directory)
         self.template = dated(template, directory)
+        self.notes: set[Note] = set()
+        """What the template said of conversations that it refused."""
+        self._num_written = self._num_refused = 0
 
     def write(self, row: TextRow) -> TextRow:
-        """Return the row with its conversation as text; under positions=prompt_end without the last answer.
+        """Return the row with its conversation as text, empty if the template refuses it; then a note says what it said.
+
+        Under positions=prompt_end a conversation has no last answer; one that is nothing else is empty.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template has refused MANY_REFUSED conversations, and accepted none.
         """
-        assert row.messages is not None
-        messages = self.messages(row)
-        if not messages:
-            return replace(row, text="")
+        text, messages = "", self.messages(row)
         try:
-            text = self._text(messages)
+            text = self._text(messages) if messages else ""
         except Exception as error:  # templates raise what they like
+            self._refused(row, messages, error)
+        self._num_written += bool(text)
+        return replace(row, text=text, messages=row.messages if text else ())
+
+    def _refused(self, row: TextRow, messages: Sequence[Mapping[str, Any]], error: Exception) -> None:
+        self._num_refused += 1
+        text = f"Conversations of {self.activations.text} that the base model's chat template refuses give no activations"
+        if len(self.notes) < MOST_NOTES:  # a template may say what stands in the conversation
+            self.notes.add(Note("text", f"{text}: {str(error)[:200]}"))
+        if self._num_refused >= MANY_REFUSED and not self._num_written:
             raise DataError(
-                f"row {row.index} of {self.activations.text} does not fit the chat template of the base model: "
-                f"{str(error)[:300]} (roles: {', '.join(str(m['role']) for m in messages)[:200]})"
+                f"{self.activations.text} does not fit the chat template of the base model, which refuses its first "
+                f"{self._num_refused} conversations. Of row {row.index} it says: {str(error)[:300]} "
+                f"(roles: {', '.join(str(m['role']) for m in messages)[:200]})"
             ) from error
-        return replace(row, text=text)
 
     def _text(self, messages: Sequence[Mapping[str, Any]]) -> str:
         arguments = dict(self.activations.chat_arguments or ())

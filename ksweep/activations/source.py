@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ksweep.utils.errors import DataError
+from ksweep.utils.notes import Note
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int64, UInt16
@@ -52,6 +53,8 @@ class ActivationUnit:
     """Those of them that gave no activation: empty, or without an allowed position."""
     is_last: bool
     """Whether the source ends with this unit."""
+    notes: tuple[Note, ...] = ()
+    """What is to be known of the rows that were read so far."""
     role_counts: dict[str, int] | None = None
     """Tokens of each role, of "pad" and in "total", in all source rows that were read; None without a known chat template."""
 

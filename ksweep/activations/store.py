@@ -36,6 +36,7 @@ import xxhash
 from ksweep.activations.source import STORED_DTYPES, ActivationUnit, norms_of, to_float32, unit_keys
 from ksweep.utils.errors import DiskFullError, RunError, StoreError
 from ksweep.utils.files import READ_ONLY, publish, publish_once
+from ksweep.utils.notes import Note, load_notes
 from ksweep.utils.version import VERSION
 
 if TYPE_CHECKING:
@@ -388,6 +389,11 @@ class ActivationTable:
 
     def __len__(self) -> int:
         return self._num
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Notes that were saved when the activations were computed."""
+        return load_notes(self.directory)
 
     def vectors(self, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "activation d_model"]:
         """Return vectors of activations start..stop-1 as float32, the exact stored values."""

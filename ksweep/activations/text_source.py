@@ -202,6 +202,7 @@ class TextUnits:
             num_rows=len(rows),
             num_skipped=sum(not taken for taken in positions),
             is_last=is_last,
+            notes=() if self._chats is None else tuple(sorted(self._chats.notes, key=lambda note: note.text)),
             role_counts=None if None in roles else count_roles(role for of_row in roles for role in of_row or ()),
         )
         refuse_unusable(unit, f"{self.activations.text} (layer {self.layer} of {self.activations.model})")

@@ -40,14 +40,27 @@ class TextYield:
     """Whether these are all rows of the text."""
 
     def sentence(self, activations: Activations) -> str:
-        """Return what a plan says of rows that give nothing; empty where all give something."""
-        if not self.skipped or self.is_whole:
+        """Return what a plan says of rows that give nothing, and of a text whose end it has not seen; else empty."""
+        if self.is_whole:
             return ""
-        estimated = activations.num_activations * self.rows / max(1, self.activations)
-        return (
-            f"{activations.text}: {self.skipped:,} of the first {self.rows:,} rows have no allowed position; "
-            f"{activations.num_activations:,} activations need about {estimated:,.0f} rows"
-        )
+        said = [unseen_end(activations)]
+        if self.skipped:
+            estimated = activations.num_activations * self.rows / max(1, self.activations)
+            said.append(
+                f"{activations.text}: {self.skipped:,} of the first {self.rows:,} rows have no allowed position; "
+                f"{activations.num_activations:,} activations need about {estimated:,.0f} rows"
+            )
+        return "; ".join(filter(None, said))
+
+
+def unseen_end(activations: Activations) -> str:
+    """Return what a plan says of a text source of the user's whose end it has not seen; empty if that does not matter."""
+    if activations.rows != "random" or text_format(activations) != "own":
+        return ""
+    return (
+        f"{activations.text}: rows=random reads it to its end before the first activation; of one without an end take "
+        "activations.rows=first"
+    )
 
 
 @once_per_pass
@@ -70,10 +83,11 @@ def text_yield(activations: Activations) -> TextYield | None:
 def not_counted(activations: Activations) -> str:
     """Return what a plan says of a text for which `text_yield` returns None."""
     why = _uncounted(activations) or "the base model has no readable tokenizer.json"
-    return (
+    said = (
         f"{activations.text}: the plan did not count the activations that it gives ({why}); if they are fewer than "
         f"{activations.num_activations:,}, the run ends with an error that says how many there are"
     )
+    return "; ".join(filter(None, (said, unseen_end(activations))))
 
 
 def _uncounted(activations: Activations) -> str:

@@ -49,7 +49,7 @@ def prepare_cell(cell: Cell, earlier: Sequence[CellRun], context: RunContext, ra
     # 2. Extract its activations, together with the other ranks.
     vectors = _extract_activations(cell, keys, context, ranks, clock)
     _check_activations(cell, keys, vectors)
-    notes = (*keys.notes, *_norm_notes(cell, vectors))
+    notes = (*keys.notes, *vectors.notes, *_norm_notes(cell, vectors))
     # 3. Set damaged files aside, so that their draws count as missing, and take over draws of earlier versions and given texts.
     store = CellDraws(context.registry, keys.draws, keys.scores, keys.combined)
     grid = (len(vectors), cell.sampling.effective_num_draws)

@@ -255,7 +255,11 @@ def test_what_cannot_be_written_is_refused_by_name(bases: dict[str, Path], base:
         chatml, write(tmp_path / "picture.jsonl", [talks(1)[0], picture]), 2
     ))  # fmt: skip
     strict = set_template(make_chat_base(tmp_path / "strict", "chatml"), "{{ raise_exception('Roles must alternate') }}" + CHATML)
-    refused(r"row 0 of .* does not fit the chat template .*Roles must alternate \(roles: user,", request(strict, path, 2))
+    refused("no row of .* has an allowed position: .*chat template refuses .*: Roles must alternate", request(strict, path, 2))
+    many = write(tmp_path / "many.jsonl", talks(70))
+    refused(
+        r"refuses its first 64 conversations\. Of row 63 it says: Roles must alternate \(roles: user,", request(strict, many, 2)
+    )
     for fields in ({"roles": ("user",)}, {"chat_arguments": {"add_generation_prompt": False}}):
         with pytest.raises(SpecError, match=r"positions=prompt_end.*leave one out"):
             request(chatml, path, 2, positions="prompt_end", **fields)
@@ -361,6 +365,23 @@ def test_of_several_templates_the_one_named_default_writes(in_files: bool, bases
     asked = request(base, path, len(wanted), **fields)
     assert ensure(asked, LAYER, tmp_path / "cache").column("token_id").tolist() == wanted
     assert activations_key(asked, LAYER)[1]["chat"] == before["chat"] | {"template": "default"}
+
+
+def test_conversations_that_a_template_refuses_are_skipped_with_what_it_says(bases: dict[str, Path], tmp_path: Path) -> None:
+    says = "{% if messages[0].role == 'system' %}{{ raise_exception('No system turn') }}{% endif %}"
+    base = set_template(Path(shutil.copytree(bases["llama3"], tmp_path / "base")), says + LLAMA)
+    talk = talks(1)[0]
+    refused, unasked = [{"role": "system", "content": "Be brief."}, *talk], [{"role": "assistant", "content": "Hello."}]
+    path = write(tmp_path / "chat.jsonl", [refused, talk, unasked, refused, talk])
+    table = ensure(request(base, path, 2, positions="prompt_end", max_length=512), LAYER, tmp_path / "c")
+    assert table.column("row_id").tolist() == ["row:1", "row:4"]
+    assert [(note.about, note.text) for note in table.notes] == [
+        ("text", f"Conversations of {path} that the base model's chat template refuses give no activations: No system turn")
+    ]
+    with pytest.raises(
+        DataError, match=r"gives 2 \(5 rows, 3 of them without an allowed position\): .*refuses .*: No system turn"
+    ):
+        ensure(request(base, path, 3, positions="prompt_end", max_length=512), LAYER, tmp_path / "c")
 
 
 @pytest.mark.parametrize("form", list(TEMPLATES))

@@ -53,7 +53,9 @@ def test_a_plan_reads_no_more_rows_than_it_needs_and_says_what_a_longer_text_giv
     assert plan_activations(spec(base, write_jsonl(tmp_path / "all.jsonl", passages(300)), 150), LAYER, tmp_path).text_yield == ""
 
 
-def test_a_plan_says_which_texts_it_did_not_count(base: Path, tmp_path: Path) -> None:
+def test_a_plan_says_which_texts_it_did_not_count_or_see_the_end_of(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     talk = [{"role": "user", "content": "How long is a piece of string?"}]
     files: dict[str, list[dict[str, Any]]] = {
         "rows of token ids are read by the run": [{"held": [5, 6, 7, 8, 9, 10]}],
@@ -70,6 +72,14 @@ def test_a_plan_says_which_texts_it_did_not_count(base: Path, tmp_path: Path) ->
         said = plan_activations(spec(model, path, 1500, text_column="held"), LAYER, tmp_path).text_yield
         assert said.startswith(f"{path}: the plan did not count the activations that it gives (") and why in said
         assert "fewer than 1,500" in said
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "endless_rows.py").write_text(
+        "def rows():\n    while True:\n        yield 'the river canal lock keeper wrote ' * 4\n"
+    )
+    for rows, says in (("random", True), ("first", False)):
+        endless = spec(base, Path("endless_rows:rows"), 7, rows=rows)
+        said = plan_activations(endless, LAYER, tmp_path).text_yield
+        assert ("endless_rows:rows: rows=random reads it to its end before the first activation" in said) is says
     of_hub = spec(base, Path("owner/texts"), 7)
     assert (
         text_yield.not_counted(of_hub).startswith("owner/texts: the plan did not count") and text_yield.text_yield(of_hub) is None

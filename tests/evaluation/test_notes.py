@@ -108,12 +108,14 @@ def test_a_note_lands_with_each_run_and_stands_in_table_show_and_page(
     assert run(sweep) == 0
     assert notes_in(sweep) == [[], []] and "note on" not in capsys.readouterr().out
     edit_sidecar(pair.av, training__activation_norm=2 * median_norm(sweep))
+    for path in Path(sweep.vector_cache).iterdir():  # as if it had been found while activations were computed
+        save_notes(path, [Note("text", "Some rows were left out")])
     assert run(sweep) == 0
     said = "have a median norm of"
     out = capsys.readouterr().out
     assert out.count("note on norms: The activations of") == 1 and said in " ".join(out.split())
     of_second = notes_in(sweep)[2:]
-    assert [[note["about"] for note in notes] for notes in of_second] == [["norms"], ["norms"]]
+    assert [[note["about"] for note in notes] for notes in of_second] == [["text", "norms"], ["text", "norms"]]
     records = [json.loads(path.read_text()) for path in sorted(Path(sweep.registry).glob("landing/*/record.json"))]
     assert [record["notes"] for record in records[2:]] == of_second
     monkeypatch.setattr("sys.argv", ["ksweep", "show", records[-1]["run_id"], "--registry", sweep.registry])
@@ -121,7 +123,7 @@ def test_a_note_lands_with_each_run_and_stands_in_table_show_and_page(
         main()
     assert said in " ".join(capsys.readouterr().out.split())
     page = write_report(Path(sweep.registry), "noted").read_text()
-    assert page.count(f"Note on norms: {of_second[0][0]['text'][:20]}") == 1
+    assert page.count(f"Note on norms: {of_second[0][1]['text'][:20]}") == 1
 
 
 @pytest.mark.slow
