@@ -27,8 +27,9 @@ architecture, in float32, against transformers {version} with eager attention, w
   longer than it. Linear attention, convolutions and state spaces keep states that cannot be continued for several texts at once:
   there an AR's prompts run whole, without the shared template.
 
-Other architectures of transformers are not refused: the launcher builds AV, AR and base (with its adapter) on the meta device, compares
-names and shapes of the weights with the files, and says what it cannot find. Trained checkpoints were run only where the README says so.
+Other architectures of transformers are not refused: the launcher builds AV, AR and base (with its adapter) on the meta device,
+compares names and shapes of the weights with the files, and says what it cannot find. Trained checkpoints were run only where the
+README says so.
 
 Weights may be stored quantised: FP8 (compressed-tensors, fine-grained as DeepSeek-V3's), MXFP4 (gpt-oss; its loading is
 transformers' own and not among our tests) and 4-bit bitsandbytes, the first and the last with their package installed. They are

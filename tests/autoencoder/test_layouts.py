@@ -668,7 +668,7 @@ FILES = [
     (ALL_LAYERS, (), "lacks value_heads.safetensors and also holds value_head.safetensors"),
     (None, (copy_to(f"base/{WEIGHTS}", "heads"), copy_to("heads/value_head.safetensors", f"heads/{HEADS}")),
      "value_heads.safetensors beside a whole model"),
-    (FROZEN, (sidecar("heads", training__backbone_layers=4),), "training.backbone_layers=4, expected L . 1 with the stated L of 2"),
+    (FROZEN, (sidecar("heads", training__backbone_layers=4),), "training.backbone_layers=4, expected L . 1 with the stated L"),
 ]  # fmt: skip
 
 
