@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ksweep.activations.base_model import BaseModel, adapter_config
 from ksweep.activations.model_config import cut_to_blocks, text_config
+from ksweep.inference.lora import PREFIX, lora_over
 from ksweep.inference.model_parts import blocks_of, decoder_of
 from ksweep.inference.quantized_weights import ask_for_plain_weights, with_plain_weights
 from ksweep.inference.transformers_models import (
@@ -26,7 +26,7 @@ from ksweep.inference.transformers_models import (
 )
 from ksweep.utils.errors import CheckpointError, RequestError
 from ksweep.utils.files import read_json
-from ksweep.utils.safetensors_header import ADAPTER_CONFIG, ADAPTER_WEIGHTS, model_tensors
+from ksweep.utils.safetensors_header import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_spellings, model_tensors, text_names
 from ksweep.utils.text import some_of
 
 BLOCK = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
@@ -150,12 +150,12 @@ def _refuse_random_weights(model: Any, info: Mapping[str, Any], path: Path) -> N
 
 
 def _put_adapter(backbone: Any, directory: Path, layer: int, lay_out: bool) -> None:
-    """Put a LoRA adapter on a backbone in place; weights of blocks above `layer` and of the head are left out.
+    """Put a LoRA adapter on a backbone in place; weights of blocks above `layer`, of the head and of vision parts are left out.
 
     Raises:
         CheckpointError: some of its weights belong nowhere or are missing, or none changes anything.
     """
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     def is_used(name: str) -> bool:
@@ -163,53 +163,47 @@ def _put_adapter(backbone: Any, directory: Path, layer: int, lay_out: bool) -> N
         return not name.startswith(("lm_head", "embed_out")) and (block is None or int(block[1]) <= layer)
 
     # 1. Take the weights that are used.
-    weights = {_present_name(name): weight for name, weight in load_file(directory / ADAPTER_WEIGHTS).items()}
-    used = {name: weight for name, weight in weights.items() if is_used(name)}
+    stored = load_file(directory / ADAPTER_WEIGHTS)
+    model = decoder_of(backbone) if backbone.config is not backbone.config.get_text_config() else backbone
+    names = _own_names(stored, model.base_model_prefix, directory)
+    used = {own: stored[name] for own, name in names.items() if is_used(own)}
     if not any(weight.any() for name, weight in used.items() if "lora_B" in name or "lora_embedding_B" in name):
         raise CheckpointError(
             f"{directory} changes nothing up to block {layer}: its lora_B are zero or missing there. Is it trained?"
         )
-    # 2. Put them where they belong, among modules that have the names of training.
-    adapter_config(directory)
-    config = LoraConfig.from_pretrained(str(directory))
+    # 2. Put them on the modules that its configuration means, by their names here.
+    modules = dict(model.named_modules())
+    parts = [(own.partition(".lora_"), name.partition(".lora_")[0].removeprefix(PREFIX)) for own, name in names.items()]
+    ranks = {
+        module: stored[names[f"{module}.lora_{tensor}"]].shape[0]
+        for (module, _, tensor), _ in parts
+        if tensor in ("A.weight", "embedding_A") and (is_used(f"{module}.") or module in modules)
+    }
+    spelled = {module: theirs for (module, lora, _), theirs in parts if lora}
+    config = lora_over(model, adapter_config(directory), ranks, spelled, directory / ADAPTER_CONFIG)
     config.modules_to_save, config.inference_mode = None, True
     try:
-        trained = _as_trained(backbone, used)
-        inject_adapter_in_model(config, trained, low_cpu_mem_usage=lay_out)
-        result = set_peft_model_state_dict(trained, used, low_cpu_mem_usage=lay_out)
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=lay_out)
+        result = set_peft_model_state_dict(model, used, low_cpu_mem_usage=lay_out)
     except Exception as error:  # peft raises what its parts raise
         raise CheckpointError(f"{directory} does not fit the model under it ({str(error)[:300]}): is that its base?") from error
     # 3. Every one must have a place, and every place up to `layer` one.
-    if strange := result.unexpected_keys:
+    if strange := [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name and is_used(name))]:
         raise CheckpointError(
-            f"{directory} does not fit the model under it: {len(strange)} of its weights have no place there, among them "
-            f"{some_of(strange)}. Set activations.adapter_base to its base"
-        )
-    if unfilled := [name for name in result.missing_keys if "lora_" in name and is_used(name)]:
-        raise CheckpointError(
-            f"{directory} does not fit the model under it: {ADAPTER_CONFIG} puts an adapter on modules for which "
-            f"{ADAPTER_WEIGHTS} has no weights ({len(unfilled)}, among them {some_of(unfilled)}). Is the file whole, and "
-            "activations.adapter_base its base?"
+            f"{directory} does not fit the model under it: {len(strange)} of its weights have no place there or are missing, "
+            f"among them {some_of(strange)}. Set activations.adapter_base to its base, or get the whole file"
         )
 
 
-def _present_name(name: str) -> str:
-    """Return the name of an adapter's weight without PEFT's prefix, and as transformers now names parts of a multimodal model."""
-    return re.sub(r"^language_model\.model\.", "model.language_model.", name.removeprefix("base_model.model."))
+def _own_names(names: Iterable[str], prefix: str, directory: Path) -> dict[str, str]:
+    """Return the name in an adapter's file of each of its weights, by the name that it has over the backbone alone.
 
+    The adapter may have been trained over a backbone, a model with a head, or a multimodal one.
 
-def _as_trained(backbone: Any, names: Iterable[str]) -> nn.Module:
-    """Return the model that an adapter was trained over, by the names of its weights, around the backbone that is there.
-
-    Its own head has no contents. It is a language model alone or in a multimodal one, or a backbone.
+    Args:
+        names: as its file has them.
+        prefix: attribute of the model with a head that holds the backbone.
     """
-    from transformers import AutoModelForCausalLM
-
-    if backbone.config is not backbone.config.get_text_config() and not any("language_model." in name for name in names):
-        backbone = decoder_of(backbone)
-    if not any(name.startswith(f"{backbone.base_model_prefix}.") for name in names):
-        return backbone  # type: ignore[no-any-return]
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(backbone.config, **OWN_CODE)
-    setattr(whole, backbone.base_model_prefix, backbone)
-    return whole  # type: ignore[no-any-return]
+    pairs = [(text.removeprefix(f"{prefix}."), name) for name in names for text in text_names([name.removeprefix(PREFIX)])]
+    check_spellings([text for text, _ in pairs], directory / ADAPTER_WEIGHTS)
+    return dict(pairs)

@@ -22,6 +22,8 @@ from ksweep.utils.errors import CheckpointError
 from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.text import some_of
 
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of modules in its files."""
 PATTERN_SECONDS = 20.0
 """After which a pattern is given up; those in use take milliseconds."""
 CHOOSES_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
 from ksweep.inference.device_map import place_model
-from ksweep.inference.lora import lora_over
+from ksweep.inference.lora import PREFIX, lora_over
 from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of
 from ksweep.inference.transformers_models import (
     LIBRARY_ERRORS,
@@ -37,8 +37,6 @@ from ksweep.utils.torch_file import read_checkpoint
 
 LM_HEADS = ("lm_head", "embed_out")
 LAYER_MEANS = "layer_means.pt"
-PREFIX = "base_model.model."
-"""What PEFT puts before the name of every module."""
 BEHIND_BLOCKS = ("project_out", "altup_unembed_projections")
 """Modules of OPT-350m and Gemma-3n without which what their last block puts out is no vector of the model's width."""
 LARGEST_HEAD_WEIGHT = 1e4
