@@ -303,7 +303,8 @@ class Activations:
     positions: PositionRule = "random"
     """Which allowed positions of a row are taken. random: `positions_per_document` of them, seeded by row. midpoint: the middle
     one. last: the last one. all: every one. stride: every `stride`-th. turn_ends: the last token of each message. prompt_end: of
-    a conversation without its last answer the last token, at which the model begins to answer; also a special one."""
+    a conversation without its last answer the last token, at which the model begins to answer; also a special one. The last two
+    take nothing of what max_length may have cut: of a row of so many tokens no prompt, and not the last message."""
     roles: tuple[SpokenRole, ...] = ()
     """Allow only tokens of messages of these roles: ("assistant",). Of conversations, or of texts and token ids in a chat format
     that is known (Gemma, ChatML, Llama 3, Harmony). Empty: every token."""
@@ -361,7 +362,7 @@ class Activations:
             if chosen:
                 raise SpecError(
                     f"activations.{chosen[0]} is for activations extracted from text, and activations.vectors={self.vectors} are "
-                    "ready-made: choose rows of the file (@[0:1000]) or write others, and leave it out"
+                    "ready-made: leave it out, and choose vectors by the file or a range of it (@[0:1000])"
                 )
         elif chosen := [name for name in OF_VECTORS if getattr(self, name) is not None]:
             named = " (a text's rows are named by its column row_id)" if chosen[0] == "row_id_column" else ""
