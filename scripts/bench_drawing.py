@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_common import NATURAL_LIMIT, add_prompt_tokens, alternate, held_out, load_pair, parser, rate, report
+from bench_common import add_prompt_tokens, alternate, held_out, load_pair, parser, rate, report
 from transformers import GenerationConfig
 
 from ksweep.autoencoder.injection import scaled
@@ -30,7 +30,6 @@ from ksweep.autoencoder.prompting import ReplaceEmbedding
 from ksweep.inference import attention as slots
 from ksweep.inference.engine import Request, draw
 
-FIXED = 32
 TRIED = (16, 32, 64, 128, 256, 512)
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm")
 """Those of the model's weights; batched ones are attention's."""
@@ -57,6 +56,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--activations", type=int, default=64)
     options.add_argument("--draws", type=int, nargs="+", default=[16, 64])
     options.add_argument("--lengths", nargs="+", choices=("fixed", "natural"), default=["fixed", "natural"])
+    options.add_argument("--tokens", type=int, default=32, help="of a text of fixed length; half of the most of a natural one")
     add_prompt_tokens(options)
     options.add_argument("--temperature", type=float, default=1.0)
     options.add_argument("--batch-size", type=int, default=None, help="ours; what memory allows without")
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
 def natural_lengths(av: NlaVerbalizer, vectors: torch.Tensor, options: argparse.Namespace) -> str:
     """How long the texts are that the AV writes, over four of each activation, and how many it ends itself as it should."""
     drawn = list(
-        draw(av, vectors, requests(len(vectors), 4), temperature=options.temperature, max_new_tokens=NATURAL_LIMIT, seed=0)
+        draw(av, vectors, requests(len(vectors), 4), temperature=options.temperature, max_new_tokens=2 * options.tokens, seed=0)
     )
     lengths = sorted(len(one.token_ids) for one in drawn)
     ended = sum(one.finish == "stop" for one in drawn) / len(drawn)
@@ -89,7 +89,7 @@ def compare(av: NlaVerbalizer, vectors: torch.Tensor, k: int, fixed: bool, optio
         "ours": lambda: ours(av, vectors, k, fixed, options),
     }
     rates = alternate({name: rate(side) for name, side in sides.items()}, options.repeats)
-    title = f"{len(vectors)} activations x {k} draws, " + (f"{FIXED} tokens each" if fixed else "natural lengths")
+    title = f"{len(vectors)} activations x {k} draws, " + (f"{options.tokens} tokens each" if fixed else "natural lengths")
     for against in list(sides)[:2]:
         report(title, "useful tokens/s", rates, against)
 
@@ -100,7 +100,7 @@ def ours(av: NlaVerbalizer, vectors: torch.Tensor, k: int, fixed: bool, options:
     try:
         drawn = draw(
             av, vectors, requests(len(vectors), k), temperature=options.temperature,
-            max_new_tokens=FIXED if fixed else NATURAL_LIMIT, seed=0, batch_size=options.batch_size,
+            max_new_tokens=options.tokens if fixed else 2 * options.tokens, seed=0, batch_size=options.batch_size,
         )  # fmt: skip
         return sum(len(one.token_ids) for one in drawn)
     finally:
@@ -112,8 +112,8 @@ def generated(av: NlaVerbalizer, vectors: torch.Tensor, k: int, batch_size: int,
     """Useful tokens of generate() over as many batches as hold `options.generated` rows."""
     stops = sorted(av.stop_token_ids)
     config = GenerationConfig(
-        do_sample=True, temperature=options.temperature, max_new_tokens=FIXED if fixed else NATURAL_LIMIT, top_k=0,
-        eos_token_id=None if fixed else stops, pad_token_id=stops[0],
+        do_sample=True, temperature=options.temperature, max_new_tokens=options.tokens if fixed else 2 * options.tokens,
+        top_k=0, eos_token_id=None if fixed else stops, pad_token_id=stops[0],
     )  # fmt: skip
     useful = done = 0
     for rows in torch.split(torch.arange(len(vectors)).repeat_interleave(k), batch_size):

@@ -5,10 +5,10 @@
     python scripts/bench_gpu.py --tiny                       # the same code over a model of a few kB, on a CPU too
 
 Weights are random, in the exact shape of the released AV, AR and base model: nothing is downloaded, and a product of random
-numbers takes as long as any other. Prompts are 90 tokens long, texts 32, or of natural lengths: each token is the last one with
-probability 1/32. The other side of drawing is generate(inputs_embeds) as the reference sweep uses it: the 16 copies of one vector
-as a batch. The same draws without CUDA graphs stand beside ours; graphs are recorded anew for each stream of draws, for every
-number of rows that comes up often, of which there are many with natural lengths.
+numbers takes as long as any other. Prompts are 125 tokens long, texts 128, or of natural lengths: each token is the last one
+with probability 1/128. The other side of drawing is generate(inputs_embeds) as the reference sweep uses it: the 16 copies of
+one vector as a batch. The same draws without CUDA graphs stand beside ours; graphs are recorded anew for each stream of draws,
+for every number of rows that comes up often, of which there are many with natural lengths.
 
 Two ceilings, with the peaks measured on the spot. A step cannot be shorter than reading every weight once takes at the rate of a
 large copy, nor than the products of its rows take at the rate of a large bfloat16 product. The bound at a number of rows is the
@@ -36,15 +36,15 @@ from ksweep.autoencoder.nla.models import NlaReconstructor, NlaVerbalizer
 from ksweep.autoencoder.nla.prompts import AvPrompt
 from ksweep.autoencoder.prompting import ArPrompting, AvPrompting, ReplaceEmbedding
 from ksweep.inference import cuda_graphs
+from ksweep.inference.model_parts import keep_head_input_contiguous
 
 LAYER = 20
 COPIES = 16
-ONE_IN = 32
-"""Each token of which the number is a multiple of this ends a text of natural length; random weights hardly prefer any."""
-FILLS = 8
+FILLS = 4
 """Times that every slot is filled in a round; once in a tiny one."""
-PROMPT, INJECTED_AT = 90, 60
-TEMPLATE, TEXT = 10, 32
+PROMPT, INJECTED_AT = 125, 111
+"""Tokens of the released Qwen AV's prompt, and the place of the vector."""
+TEMPLATE, TEXT = 10, 140
 """Tokens of the AR's prompt before a text, and of a text with what comes after it."""
 
 
@@ -66,16 +66,19 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--draws", type=int, nargs="+", default=[64, 128, 256, 512], help="draws in flight")
+    options.add_argument("--draws", type=int, nargs="+", default=[64, 256, 768], help="draws in flight")
+    options.add_argument("--tokens", type=int, default=128, help="of a text of fixed length; half of the most of a natural one")
     options.add_argument("--activations", type=int, default=128)
     options.add_argument("--generated", type=int, default=64, help="rows that generate() is timed over in a round")
     options.add_argument("--texts", type=int, default=2048)
     options.add_argument("--passages", type=int, default=256)
     options.add_argument("--temperature", type=float, default=1.0)
+    options.add_argument("--layers", type=int, help="blocks of the AV; without, as many as the model has")
     options.add_argument("--tiny", action="store_true", help="a model of a few kB, on the CPU where there is no GPU")
     options = options.parse_args()
     if options.tiny:
         options.draws, options.activations, options.generated, options.texts, options.passages = [8, 16], 4, 8, 16, 2
+        options.tokens = 32
     return options
 
 
@@ -113,7 +116,7 @@ def made(kind: type, options: argparse.Namespace, num_layers: int | None = None)
 def measured_peaks(options: argparse.Namespace) -> tuple[float, float]:
     """Bytes and floating point operations a second: the best of some large copies, and of some large products."""
     dtype, size = getattr(torch, options.dtype), 256 if options.tiny else 8192
-    source = torch.zeros(size * size, dtype=dtype, device=options.device)
+    source = torch.randn(size * size, dtype=dtype, device=options.device)  # zeros are copied faster than data
     target = torch.empty_like(source)
     left, right = (torch.randn(size, size, dtype=dtype, device=options.device) for _ in range(2))
     copied = 2 * source.nbytes / best(lambda: target.copy_(source), options)
@@ -154,9 +157,7 @@ def peak_memory(options: argparse.Namespace) -> str:
 def report_drawing(options: argparse.Namespace, bandwidth: float, flops: float) -> None:
     av = verbalizer(options)
     vectors = torch.randn(options.activations, av.d_model)
-    weights = sum(p.nbytes for name, p in av.model.named_parameters() if "embed_tokens" not in name)
-    products = sum(p.numel() for name, p in av.model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
-    print(f"\ndrawing, {PROMPT} tokens of prompt; weights {weights / 1e9:.2f} GB")
+    print(f"\ndrawing, {PROMPT} tokens of prompt")
     for fixed in (True, False):
         sides: dict[str, Callable[[], float]] = {
             "generate()": rate(lambda fixed=fixed: generated(av, vectors, COPIES, COPIES, fixed, options))
@@ -169,16 +170,23 @@ def report_drawing(options: argparse.Namespace, bandwidth: float, flops: float) 
                 at_once[name] = n
         peak_memory(options)
         rates = alternate(sides, options.repeats)
-        lengths = "32 tokens each" if fixed else "natural lengths"
+        lengths = f"{options.tokens} tokens each" if fixed else "natural lengths"
         print(f"\n{lengths}; memory at peak {peak_memory(options)}; CUDA graphs {cuda_graphs.cuda_graphs_state(av.model)}")
         print("| | tokens/s, median (lowest to highest) | against generate() | bound, tokens/s | of the bound |")
         print("|---|---|---|---|---|")
         for name, values in rates.items():
-            bound = at_once[name] / max(weights / bandwidth, 2 * products * at_once[name] / flops)
+            bound = rate_bound(av.model, at_once[name], bandwidth, flops)
             ratios = [one / other for one, other in zip(values, rates["generate()"], strict=True)]
             share = [one / bound for one in values]
             columns = spread(values, ",.0f"), spread(ratios, ".2f"), f"{bound:,.0f}", spread(share, ".1%")
             print(f"| {name} | {' | '.join(columns)} |", flush=True)
+
+
+def rate_bound(model: Any, rows: int, bandwidth: float, flops: float) -> float:
+    """Tokens a second that no step of so many rows can pass: every weight is read once, every row multiplied with it."""
+    used = [p for name, p in model.named_parameters() if "embed_tokens" not in name]
+    products = sum(p.numel() for p in used if p.ndim == 2)
+    return rows / max(sum(p.nbytes for p in used) / bandwidth, 2 * products * rows / flops)
 
 
 def drawn(
@@ -213,8 +221,10 @@ def report_extraction(options: argparse.Namespace) -> None:
 
 
 def verbalizer(options: argparse.Namespace) -> NlaVerbalizer:
-    model = made(Qwen2ForCausalLM, options)
-    ends = frozenset(range(0, model.config.vocab_size, ONE_IN))
+    model = made(Qwen2ForCausalLM, options, options.layers)
+    # Random weights hardly prefer a token: each that is a multiple of this many ends a text.
+    ends = frozenset(range(0, model.config.vocab_size, options.tokens))
+    keep_head_input_contiguous(model)
     prompting = AvPrompting(injection=ReplaceEmbedding(model.config.hidden_size**0.5), template="{injection_char}", marker="x")
     prompt = AvPrompt(tuple(range(1, PROMPT + 1)), INJECTED_AT)
     return NlaVerbalizer(info(model), prompting, model, None, prompt, ends)

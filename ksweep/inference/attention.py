@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 ATTENTION = "ksweep_slots"
 
+HAS_FLOAT32_RESULTS = hasattr(torch.ops.aten.bmm, "dtype") and torch.version.hip is None
+"""Whether this torch (2.8 or newer, for CUDA) multiplies bfloat16 with float32 results; others need copies in float32."""
+
 ARCHITECTURES = frozenset({"gemma2", "gemma3", "gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 """Models whose attention is what `slot_attention` computes: softmax of scaled, perhaps capped scores over the whole past."""
 
@@ -46,21 +49,22 @@ def slot_attention(
     scaling = head_dim**-0.5 if scaling is None else scaling
     # 1. Scores, of each row with its own slot and of all rows with the shared prompt.
     grouped = query.reshape(n * key_heads, group, head_dim)
-    scores = torch.bmm(grouped.to(past.keys.dtype), past.keys.flatten(0, 1).transpose(1, 2)).view(n, key_heads, group, width)
+    scores = float32_product(grouped.to(past.keys.dtype), past.keys.flatten(0, 1).transpose(1, 2))
+    scores = scores.view(n, key_heads, group, width)
     if past.shared_keys is not None:
         scores = torch.cat([_shared_scores(query, past.shared_keys), scores], dim=-1)
     # 2. Weights: one softmax over both.
-    scores = scores.float().mul_(scaling)
+    scores = scores.mul_(scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores[..., -width:].masked_fill_(past.mask[:, None, None], float("-inf"))
     weights = scores.softmax(-1).to(past.values.dtype)
     # 3. Weighted values, again in two products.
     own_weights = weights[..., -width:].reshape(n * key_heads, group, width)
-    out = torch.bmm(own_weights, past.values.flatten(0, 1)).view(n, key_heads, group, -1)
+    out = float32_product(own_weights, past.values.flatten(0, 1)).view(n, key_heads, group, -1)
     if past.shared_values is not None:
         shared_weights = weights[..., :-width].transpose(0, 1).reshape(key_heads, n * group, -1)
-        out = out + torch.bmm(shared_weights, past.shared_values).view(key_heads, n, group, -1).transpose(0, 1)
+        out = out + float32_product(shared_weights, past.shared_values).view(key_heads, n, group, -1).transpose(0, 1)
     return out.to(query.dtype).reshape(n, 1, heads, -1), None
 
 
@@ -70,8 +74,23 @@ def _shared_scores(query: torch.Tensor, shared_keys: torch.Tensor) -> Float[torc
     key_heads = len(shared_keys)
     group = heads // key_heads
     by_key_head = query.to(shared_keys.dtype).view(n, key_heads, group, head_dim).transpose(0, 1)
-    scores = torch.bmm(by_key_head.reshape(key_heads, n * group, head_dim), shared_keys)
+    scores = float32_product(by_key_head.reshape(key_heads, n * group, head_dim), shared_keys)
     return scores.view(key_heads, n, group, -1).transpose(0, 1)
+
+
+def float32_product(
+    first: Float[torch.Tensor, "batch i j"], second: Float[torch.Tensor, "batch j k"]
+) -> Float[torch.Tensor, "batch i k"]:
+    """Multiply matrices of one dtype; the results are float32 where a product of bfloat16 or float16 would be rounded to these.
+
+    Rounded to bfloat16, scores of a standard deviation of 4 put weights off by 5 %, and attention by several times as much as
+    torch's fused kernels are (scripts/gpu/attention_error.py).
+    """
+    if first.dtype not in (torch.bfloat16, torch.float16):
+        return torch.bmm(first, second)
+    if first.device.type == "cuda" and HAS_FLOAT32_RESULTS:
+        return torch.bmm(first, second, out_dtype=torch.float32)
+    return torch.bmm(first.float(), second.float())
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

@@ -62,3 +62,11 @@ def attention_for(model_class: type[Any]) -> str:
     Gemma-2 caps its scores and gpt-oss has sinks, which only their eager attention computes.
     """
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+
+
+def keep_head_input_contiguous(model: Any) -> None:
+    """Let a causal LM copy what it gives to its head where that is a slice, as `logits_to_keep` makes of several tokens.
+
+    Of a strided [row, 1, d_model] torch would run a batched product and copy the weights for every row.
+    """
+    model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))

@@ -79,9 +79,9 @@ class TinyVerbalizer:
     prefill_sizes: list[int] = field(default_factory=list)
 
     def embeddings(self, vectors, tail=()):
-        ids = torch.tensor([*PROMPT, *tail])
+        ids = torch.tensor([*PROMPT, *tail], device=self.model.device)
         embedded = self.model.get_input_embeddings()(ids).repeat(len(vectors), 1, 1)
-        embedded[:, MARKER] = vectors
+        embedded[:, MARKER] = vectors.to(embedded)
         return embedded
 
     prompt_length = len(PROMPT)
@@ -162,7 +162,7 @@ def assert_is_naive(ours, verbalizer, *, temperature, top_p=1.0, max_new_tokens=
     exact = TinyVerbalizer(copy.deepcopy(verbalizer.model).double(), verbalizer.stop_token_ids)
     keys = gumbel_sampling.draw_keys(seed, 9 * [ours.request.activation_key], 9 * [ours.request.draw])
     vector, tokens = VECTORS[ours.request.row : ours.request.row + 1].double(), list(ours.token_ids)
-    logits = exact.model(inputs_embeds=exact.embeddings(vector, tokens[:-1]), use_cache=False).logits[0, len(PROMPT) - 1 :]
+    logits = exact.model(inputs_embeds=exact.embeddings(vector, tokens[:-1]), use_cache=False).logits[0, len(PROMPT) - 1 :].cpu()
     off = ROUNDING * (2 * torch.rand(len(tokens), 9, VOCABULARY, generator=torch.Generator().manual_seed(0)) - 1)
     off[:, 0] = 0.0
     near = (logits[:, None] + off).float().flatten(0, 1)
@@ -248,7 +248,7 @@ def test_first_tokens_follow_the_models_distribution(verbalizer):
     drawn = take(verbalizer, requests_for([3], range(4000)), temperature=1.3, max_new_tokens=1)
     with torch.inference_mode():
         logits = prefill(verbalizer.model, verbalizer.prompts(VECTORS[3:4])).logits[0]
-        p = torch.softmax(logits.double() / 1.3, -1).numpy()
+        p = torch.softmax(logits.double() / 1.3, -1).cpu().numpy()
     counts = np.bincount([d.token_ids[0] for d in drawn.values()], minlength=VOCABULARY)
     common = p * 4000 > 5
     observed, expected = np.append(counts[common], counts[~common].sum()), np.append(p[common], p[~common].sum()) * 4000

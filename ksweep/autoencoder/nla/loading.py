@@ -18,7 +18,7 @@ from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
 from ksweep.inference.device_map import place_model
 from ksweep.inference.lora import PREFIX, lora_over
-from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of
+from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of, keep_head_input_contiguous
 from ksweep.inference.transformers_models import (
     LIBRARY_ERRORS,
     cut_blocks,
@@ -56,8 +56,7 @@ def load_av_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
     with quiet(), _explained(info, "its weights"):
         model = _av_model(info, dtype)
     model.generation_config = transformers.GenerationConfig()
-    # logits_to_keep gives lm_head a strided [row, 1, d] slice; torch would run a batched product and copy the weights per row.
-    model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))
+    keep_head_input_contiguous(model)
     return _ready(model, info, devices)
 
 

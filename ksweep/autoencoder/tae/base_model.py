@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ksweep.inference.device_map import place_model
+from ksweep.inference.model_parts import keep_head_input_contiguous
 from ksweep.inference.transformers_models import (
     LIBRARY_ERRORS,
     blocks_of,
@@ -48,8 +49,7 @@ def load_decoder_model(
     if getattr(model.config, "final_logit_softcapping", None) is not None:
         model.config.final_logit_softcapping = None
     model.generation_config = transformers.GenerationConfig()
-    # logits_to_keep gives lm_head a strided [row, 1, d] slice; torch would run a batched product and copy the weights per row.
-    model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))
+    keep_head_input_contiguous(model)
     return _ready(model, directory, devices)
 
 
