@@ -136,7 +136,7 @@ class BlockReader:
         if taken[0].ndim != 3:
             raise CheckpointError(
                 f"block {self.layer} of base model {self.path} puts out numbers of shape {list(taken[0].shape)}, expected [row, "
-                f"token, d_model]: a {type(self.decoder).__name__} keeps no single residual stream (Gemma-3n: four). Use another "
+                f"token, d_model]: a {type(self.decoder).__name__} keeps no single residual stream. Use another "
                 "base model."
             )
         return taken[0].to(getattr(torch, self.dtype))

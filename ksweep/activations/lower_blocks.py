@@ -46,7 +46,13 @@ def load_decoder(files: BaseModel, layer: int, dtype: torch.dtype, lay_out: bool
     backbone = _load_backbone(files.weights, layer, dtype, lay_out)
     if files.adapter is not None:
         _put_adapter(backbone, files.adapter, layer, lay_out)
-    return decoder_of(backbone)
+    decoder = decoder_of(backbone)
+    if (streams := getattr(decoder.config.get_text_config(), "altup_num_inputs", 1)) > 1:
+        raise CheckpointError(
+            f"base model {files.weights} is a {type(decoder).__name__}, whose blocks put out {streams} streams where others have "
+            "one residual stream. Use another base model."
+        )
+    return decoder
 
 
 def check_lower_blocks(question: tuple[BaseModel, int]) -> None:
