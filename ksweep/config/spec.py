@@ -410,8 +410,9 @@ class Sampling:
     """Draw k of an activation depends on this seed, the activation and k alone; in float32 also bit for bit on any number of
     ranks."""
     engine: str = "builtin"
-    """What samples from the AV. builtin: prompts run once, draws share what they have in common. naive: its slow oracle. Or an
-    engine of one's own, "package.module:name" (CONTRIBUTING.md)."""
+    """What samples from the AV. builtin: prompts run once, draws share what they have in common. naive: its slow oracle.
+    vllm: for NLA pairs, also such as need several GPUs (docs/engines.md). Or an engine of one's own, "package.module:name"
+    (CONTRIBUTING.md)."""
 
     def __post_init__(self) -> None:
         if not (is_number(self.temperature) and self.temperature >= 0):

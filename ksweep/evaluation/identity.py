@@ -27,7 +27,7 @@ from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Activations, Cell, Sampling
 from ksweep.config.sweep import Sweep, token_limit_text
 from ksweep.evaluation.metrics import metric_keys
-from ksweep.inference.backend import DEFAULT_ENGINE, engine_identity
+from ksweep.inference.backend import DEFAULT_ENGINE, engine_identity, planned_refusal
 from ksweep.registry.scores import RECONSTRUCTION
 from ksweep.utils.errors import DataError, SpecError
 from ksweep.utils.fingerprint import fingerprint
@@ -106,6 +106,7 @@ def _keys_of_content(cell: Cell) -> CellKeys:
     family = family_of(cell.autoencoder)
     family.check_scoring(cell.scoring)
     cell = _resolve(cell, family)
+    _check_engine(cell, family)
     facts = _activation_facts(cell.activations)
     layer = _layer(family, facts)
     notes = (*family.notes, *family.check_activations(facts))
@@ -165,6 +166,22 @@ def _sampling_identity(cell: Cell) -> dict[str, Any]:
     }
     engine = engine_identity(sampling.engine)
     return identity | ({"engine": engine} if engine else {})
+
+
+def _check_engine(cell: Cell, family: Family) -> None:
+    """Check that the engine draws such texts from the AV, as far as it can say before the AV is loaded.
+
+    Raises:
+        SpecError: it does not.
+    """
+    sampling = cell.sampling
+    if family.draws_are_given:
+        return
+    if reason := planned_refusal(sampling.engine, family.planned_av(), temperature=sampling.temperature):
+        raise SpecError(
+            f"sampling.engine={sampling.engine} does not draw these texts from {family.autoencoder.source}: {reason}. Leave "
+            "sampling.engine out: the built-in engine draws them."
+        )
 
 
 def _layer(family: Family, facts: ActivationFacts) -> int:

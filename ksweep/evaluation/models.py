@@ -11,6 +11,7 @@ from ksweep.autoencoder.base import Family
 from ksweep.autoencoder.family import family_of
 from ksweep.config.spec import Autoencoder, Sampling
 from ksweep.evaluation.identity import CellKeys
+from ksweep.inference.backend import DEFAULT_ENGINE, load_engine, loads_weights
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.fingerprint import canonical_json
 from ksweep.utils.machine import WAIT_POLICY
@@ -35,16 +36,20 @@ class Models:
         self._av: Verbalizer | None = None
         self._ar: Reconstructor | None = None
         self._av_values: tuple[Any, ...] = ()
+        self._av_in_files = False
+        """Whether the AV was loaded without the model, for an engine that loads it itself."""
         self._ar_values: tuple[Any, ...] = ()
 
-    def verbalizer(self, autoencoder: Autoencoder) -> Verbalizer:
-        """Return the AV on the devices, loading it if necessary."""
-        if self._av is None or self._av_values != autoencoder.av_values:
+    def verbalizer(self, autoencoder: Autoencoder, engine: str = DEFAULT_ENGINE) -> Verbalizer:
+        """Return the AV on the devices, as an engine takes it, loading it if necessary."""
+        in_files = loads_weights(engine)
+        if self._av is None or (self._av_values, self._av_in_files) != (autoencoder.av_values, in_files):
             self.release_verbalizer()
             if self._ar is not None and self._ar_values != self._values_of_ar(autoencoder):
                 self.release_reconstructor()
-            self._av = self._family_of(autoencoder).load_verbalizer(self.devices)
-            self._av_values = autoencoder.av_values
+            family = self._family_of(autoencoder)
+            self._av = family.load_prompter(self.devices) if in_files else family.load_verbalizer(self.devices)
+            self._av_values, self._av_in_files = autoencoder.av_values, in_files
         return self._av
 
     def reconstructor(self, autoencoder: Autoencoder) -> Reconstructor:
@@ -89,8 +94,6 @@ class Models:
         """Return how this rank's AV computes such texts, for the run record; empty where the AV was not loaded."""
         if self._av is None:
             return {}
-        from ksweep.inference.backend import load_engine
-
         engine = load_engine(sampling.engine)
         threads = threads_in_use() if self.devices[0] == "cpu" else {}
         return {**engine.identity, **threads, **engine.numerics(self._av, sampling.max_new_tokens)}

@@ -125,7 +125,7 @@ def load_for_drawing(runs: Sequence[CellRun], ranks: Ranks, models: Models, curr
     if not missing:
         return {}
     with _loading(missing[0], ranks, current):
-        av = models.verbalizer(missing[0].cell.autoencoder)
+        av = models.verbalizer(missing[0].cell.autoencoder, missing[0].cell.sampling.engine)
     if ranks.rank == 0:
         for run in missing:
             run.store.draws.keep_notes(notes_of(av))

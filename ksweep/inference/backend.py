@@ -10,7 +10,7 @@ from ksweep.utils.errors import RequestError, SpecError
 from ksweep.utils.imports import check_has, is_dotted_name, load_named
 
 if TYPE_CHECKING:
-    from ksweep.inference.prompts import PromptedModel
+    from ksweep.inference.prompts import PlannedAv, PromptedModel
     from ksweep.inference.request import DecodingOptions, Draw, DrawBatch
 
 DEFAULT_ENGINE = "builtin"
@@ -19,12 +19,18 @@ DEFAULT_ENGINE = "builtin"
 ENGINES = {
     DEFAULT_ENGINE: "ksweep.inference.engine:BuiltinEngine",
     "naive": "ksweep.inference.naive_engine:NaiveEngine",
+    "vllm": "ksweep.inference.vllm_engine:VllmEngine",
 }
 """Names of engines for `sampling.engine`; any other is named as "package.module:name"."""
 
 
 class Engine(Protocol):
-    """Samples draws from AVs. One instance serves all streams of a process, and several streams may run in turns."""
+    """Samples draws from AVs. One instance serves all streams of a process, and several streams may run in turns.
+
+    An engine may also have `loads_weights = True`, if it loads the weights of AVs itself from files (`prompts.ModelFiles`), and a
+    method `refuses(av, temperature=...)`, which says of a `prompts.PlannedAv` (None: an AV that is not in such files) why it will
+    not draw such texts from it, or None.
+    """
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -79,6 +85,18 @@ def load_engine(name: str) -> Engine:
 def engine_identity(name: str) -> dict[str, str]:
     """Return what the keys of draws hold of an engine; nothing is imported for the built-in one, which adds nothing."""
     return {} if name == DEFAULT_ENGINE else dict(load_engine(name).identity)
+
+
+def loads_weights(name: str) -> bool:
+    """Return whether an engine loads the weights of AVs itself; nothing is imported for the built-in one."""
+    return name != DEFAULT_ENGINE and bool(getattr(load_engine(name), "loads_weights", False))
+
+
+def planned_refusal(name: str, av: PlannedAv | None, *, temperature: float) -> str | None:
+    """Return why an engine will not draw such texts from an AV that is not loaded yet, or None if it knows no reason."""
+    refuses = None if name == DEFAULT_ENGINE else getattr(load_engine(name), "refuses", None)
+    reason: str | None = None if refuses is None else refuses(av, temperature=temperature)
+    return reason
 
 
 def engine_for(name: str, verbalizer: PromptedModel) -> Engine:

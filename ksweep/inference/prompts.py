@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -41,11 +42,33 @@ class Prompts:
     """Whether all rows of `embeddings` are one prompt, so that up to the first edited block the rows are one as well."""
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """A causal LM in files: the attribute `files` of an AV that was loaded for an engine with `loads_weights`."""
+
+    directory: Path
+    """config.json and plain safetensors of the language model alone."""
+    dtype: str
+    """Compute precision: "bfloat16", "float16" or "float32"."""
+    devices: tuple[str, ...]
+    """Torch devices of the rank, over which it is spread."""
+
+
+@dataclass(frozen=True)
+class PlannedAv:
+    """What is known of an AV in files before a job is submitted."""
+
+    model_type: str
+    """Its language model, as config.json has it: "qwen2", "gemma3_text"."""
+    edits_blocks: bool
+    """Whether vectors enter behind a block, and not as embeddings."""
+
+
 class PromptedModel(Protocol):
     """A model that continues a prompt with a vector in it: the part of an AV that engines use."""
 
     model: Any
-    """transformers causal LM that continues the prompt token by token; engines that run no torch model do not use it."""
+    """transformers causal LM that continues the prompt token by token; None where an engine loads it itself (`ModelFiles`)."""
     stop_token_ids: frozenset[int]
     """Tokens that end a text; empty where all texts have one length."""
     prompt_length: int

@@ -155,7 +155,7 @@ def append_tokens(draws: Sequence[DrawInFlight], indices: Iterable[int], sampled
     tokens, log_probabilities = torch.stack([sampled.token_ids.double(), sampled.log_probabilities.double()]).tolist()
     for i in indices:
         if not math.isfinite(log_probabilities[i]):
-            raise NotFiniteError(_not_finite_message(draws[i].request, len(draws[i].token_ids)))
+            raise NotFiniteError(not_finite_message(draws[i].request, len(draws[i].token_ids)))
         draws[i].token_ids.append(int(tokens[i]))
         draws[i].log_probability += log_probabilities[i]
 
@@ -181,7 +181,8 @@ def group_by_activation(batch_number: int, batch: DrawBatch, indices: Iterable[i
     return list(groups.values())
 
 
-def _not_finite_message(request: Request, step: int) -> str:
+def not_finite_message(request: Request, step: int) -> str:
+    """Return the message for logits that are not finite at a token of a draw."""
     return (
         f"the verbalizer's logits are not finite for draw {request.draw} of the activation in row {request.row} "
         f"(key {request.activation_key}), at token {step}; nothing was sampled from them. Check that vector for NaN or extreme "

@@ -202,6 +202,37 @@ def test_label_says_pair_layer_temperature_and_top_p_where_it_cuts(cell: Cell) -
     assert cell_label(replace_at(cell, "sampling.engine", "my.engines:Fast"), 20) == "qwen L20 T=0.7 engine=Fast"
 
 
+def test_vllm_is_in_the_draws_key_of_its_own_cells_with_its_version(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for version in ("0.32.0", "0.33.0"):
+        monkeypatch.setattr("ksweep.inference.vllm_engine.vllm_version", lambda version=version: version)
+        keys.append(cell_keys(replace_at(cell, "sampling.engine", "vllm")))
+    before = cell_keys(cell)
+    assert changed(before, keys[0]) == changed(*keys) == {"draws", "combined", "cell"}
+    assert keys[0].identity["draws"] == before.identity["draws"] | {
+        "engine": {"engine": "vllm", "version": "1", "vllm": "0.32.0", "noise": "a seed for each draw"}
+    }
+
+
+def test_what_vllm_cannot_draw_is_refused_with_the_keys(cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ksweep.inference.vllm_engine.vllm_version", lambda: "0.32.0")
+    cell = replace_at(cell, "sampling.engine", "vllm")
+    [tae] = (FIXTURES / "tae" / "gpt2_patch_all").glob("**/*.pt")
+    easynla = FIXTURES / "layouts" / "easynla_qwen3_merged"
+    for changes, reason in (
+        ({"sampling.temperature": 0.005}, "vLLM takes temperature=0.005 for 0.01"),
+        ({"autoencoder": Autoencoder(checkpoint=str(tae), base=str(tae.parent / "base"))}, "only the AV of an NLA pair has"),
+        ({"autoencoder": Autoencoder(av=str(easynla / "av"), ar=str(easynla / "ar"))}, "added behind a block"),
+        (
+            {"autoencoder": Autoencoder(av="tests.toy.family:ToyVerbalizer", ar=cell.autoencoder.ar)},
+            "only the AV of an NLA pair has",
+        ),
+    ):
+        for field, value in changes.items():
+            with pytest.raises(SpecError, match=f"sampling.engine=vllm does not draw .*{reason}.*built-in engine draws them"):
+                cell_keys(replace_at(cell, field, value))
+
+
 def test_name_of_a_cell_is_its_label_and_the_start_of_its_key(cell: Cell) -> None:
     keys = cell_keys(cell)
     assert keys.name == f"{keys.label} @{keys.cell[:8]}"

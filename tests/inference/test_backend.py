@@ -82,7 +82,7 @@ def test_a_model_whose_graphs_differ_leaves_recording_to_the_other_models(models
 def test_engines_load_once_by_name_and_the_builtin_one_adds_nothing_to_keys() -> None:
     assert isinstance(load_engine("builtin"), BuiltinEngine) and isinstance(load_engine("naive"), NaiveEngine)
     assert load_engine("builtin") is load_engine("builtin")
-    assert engine_identity("builtin") == {} and set(ENGINES) == {"builtin", "naive"}
+    assert engine_identity("builtin") == {} and set(ENGINES) == {"builtin", "naive", "vllm"}
     assert engine_identity("naive")["engine"] == "naive"
     assert engine_identity(TABLE) == {"engine": "table", "version": "1", "noise": "none"}
 
@@ -95,7 +95,7 @@ def test_the_keys_of_the_builtin_engine_need_no_torch() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("vllm", "neither one of builtin, naive nor a dotted name"),
+        ("sglang", "neither one of builtin, naive, vllm nor a dotted name"),
         ("no_such_module:Engine", "no module"),
         ("tests.toy.engine:Nameless", "its identity is empty"),
         ("tests.toy.engine:Unfinished", "has no identity, supports, numerics"),

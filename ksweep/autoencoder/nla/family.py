@@ -19,8 +19,9 @@ from ksweep.autoencoder.nla.checkpoint import (
     inspect_half,
 )
 from ksweep.autoencoder.nla.layout import told_depth
-from ksweep.autoencoder.prompting import DEPTH_FIELD
+from ksweep.autoencoder.prompting import DEPTH_FIELD, AddAfterBlock
 from ksweep.config.spec import Autoencoder, PromptingOverrides
+from ksweep.inference.prompts import PlannedAv
 from ksweep.utils import files, hub
 from ksweep.utils.bos_token import text_gets_second_bos
 from ksweep.utils.chat_template import chat_template_text, has_several_templates
@@ -114,6 +115,16 @@ class NlaPair(Family):
 
         return load_nla_verbalizer(self.pair[0], dtype=self.autoencoder.dtype, device=devices)
 
+    def planned_av(self) -> PlannedAv:
+        """Return `planned_av` of the AV."""
+        return planned_av(self.pair[0])
+
+    def load_prompter(self, devices: Sequence[str]) -> Verbalizer:
+        """Load the AV of the pair without its blocks."""
+        from ksweep.autoencoder.nla.models import load_nla_prompter
+
+        return load_nla_prompter(self.pair[0], dtype=self.autoencoder.dtype, devices=devices)
+
     def load_reconstructor(self, devices: Sequence[str], verbalizer: Verbalizer | None = None) -> Reconstructor:
         """Load the AR of the pair; it shares no weights with the AV."""
         from ksweep.autoencoder.nla.models import load_nla_reconstructor
@@ -151,6 +162,14 @@ def ar_identity(ar: CheckpointInfo, prompting: PromptingOverrides) -> dict[str, 
     """Return the AR's digest, and where they are not the usual ones the BOS rule and the prompting."""
     bos = {"ar_bos": "once"} if text_gets_second_bos(ar.ar_prompting.template, ar.tokenizer) else {}
     return {"ar": digest_nla(ar)} | bos | _choices(ar) | ({"ar_prompting": prompting.of_ar} if prompting.of_ar else {})
+
+
+def planned_av(av: CheckpointInfo) -> PlannedAv:
+    """Return what an engine that loads an AV's files may ask of them before it does."""
+    return PlannedAv(
+        model_type=str(av.config.get("model_type")),
+        edits_blocks=isinstance(av.av_prompting.injection, AddAfterBlock),
+    )
 
 
 def _choices(info: CheckpointInfo) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -28,6 +30,7 @@ from ksweep.inference.transformers_models import (
     quiet,
     read_model_config,
     read_tokenizer,
+    torch_dtype,
 )
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.safetensors_header import BLOCK_TENSOR, NOT_TEXT, check_spellings, model_tensors, text_names
@@ -58,6 +61,27 @@ def load_av_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
     model.generation_config = transformers.GenerationConfig()
     keep_head_input_contiguous(model)
     return _ready(model, info, devices)
+
+
+def save_av_model(info: CheckpointInfo, dtype: str, directory: Path) -> None:
+    """Write the AV's language model as plain safetensors with its config.json, its adapters merged, as `load_av_model` has it."""
+    model = load_av_model(info, torch_dtype(dtype), [torch.device("cpu")])
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    # Not the model's own save_pretrained: it gives the tensors back the names that they had in a multimodal wrapper.
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    save_torch_state_dict(state, directory)
+
+
+def load_embeddings(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Load the module that embeds the tokens of a causal LM, whose other weights are read for one block at most."""
+    with quiet():
+        config = read_model_config(directory).get_text_config()
+        cut_blocks(config, 1)
+        model, _ = load_or_lay_out(AutoModel, directory, config, config, dtype, None)
+    embeddings: torch.nn.Module = model.get_input_embeddings().requires_grad_(False)
+    return embeddings
 
 
 def load_ar_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:

@@ -18,7 +18,15 @@ import torch
 
 from ksweep.autoencoder.injection import check_vectors, injected
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo, inspect_nla
-from ksweep.autoencoder.nla.loading import load_ar_head, load_ar_model, load_av_model, load_layer_mean, load_nla_tokenizer
+from ksweep.autoencoder.nla.loading import (
+    load_ar_head,
+    load_ar_model,
+    load_av_model,
+    load_embeddings,
+    load_layer_mean,
+    load_nla_tokenizer,
+)
+from ksweep.autoencoder.nla.plain_weights import plain_directory
 from ksweep.autoencoder.nla.prompts import ArPrompts, AvPrompt, av_prompt, parse_explanation, stop_token_ids
 from ksweep.autoencoder.nla.sidecar import NlaRole
 from ksweep.autoencoder.prompting import AddAfterBlock, ArPrompting, AvPrompting
@@ -27,7 +35,7 @@ from ksweep.inference.batching import length_batches
 from ksweep.inference.device_map import Devices, as_devices
 from ksweep.inference.kv_cache import expand_prefix, keeps_keys_and_values
 from ksweep.inference.prefill import prefill
-from ksweep.inference.prompts import Prompts
+from ksweep.inference.prompts import ModelFiles, Prompts
 from ksweep.inference.transformers_models import torch_dtype
 from ksweep.utils.errors import CheckpointError
 
@@ -66,13 +74,20 @@ def load_nla_verbalizer(
     tokenizer = load_nla_tokenizer(info)
     prompt, stops = av_prompt(info, tokenizer), stop_token_ids(info, tokenizer)
     model = load_av_model(info, torch_dtype(dtype), as_devices(device))
-    rows = model.get_input_embeddings().num_embeddings
-    if max(prompt.ids) >= rows:
-        raise CheckpointError(
-            f"AV {info.path}: its prompt holds token {max(prompt.ids)}, but the model has {rows} embedding rows. Tokenizer and "
-            "weights are of different models."
-        )
     return NlaVerbalizer(info, info.av_prompting, model, tokenizer, prompt, stops)
+
+
+def load_nla_prompter(info: CheckpointInfo, *, dtype: str, devices: Sequence[str]) -> NlaVerbalizer:
+    """Load the part of an AV that makes prompts and reads texts, for an engine that loads its blocks from `files`.
+
+    Raises:
+        CheckpointError, DiskFullError: as `load_nla_verbalizer`; there is no room for a merged copy of its weights.
+    """
+    tokenizer = load_nla_tokenizer(info)
+    prompt, stops = av_prompt(info, tokenizer), stop_token_ids(info, tokenizer)
+    files = ModelFiles(plain_directory(info, dtype), dtype, tuple(devices))
+    embeddings = load_embeddings(files.directory, torch_dtype(dtype))
+    return NlaVerbalizer(info, info.av_prompting, None, tokenizer, prompt, stops, embeddings=embeddings, files=files)
 
 
 def load_nla_reconstructor(
@@ -96,12 +111,33 @@ class NlaVerbalizer:
     """An AV, which maps vectors to texts. Implements `base.Verbalizer`."""
 
     def __init__(
-        self, info: CheckpointInfo, prompting: AvPrompting, model: Any, tokenizer: Any, prompt: AvPrompt, stops: frozenset[int]
+        self,
+        info: CheckpointInfo,
+        prompting: AvPrompting,
+        model: Any,
+        tokenizer: Any,
+        prompt: AvPrompt,
+        stops: frozenset[int],
+        *,
+        embeddings: Any = None,
+        files: ModelFiles | None = None,
     ) -> None:
-        """Combine the parts that `load_nla_verbalizer` loads."""
+        """Combine the parts that are loaded: `model`, or its `embeddings` and `files` for an engine that loads the rest.
+
+        Raises:
+            CheckpointError: the prompt has a token without embedding.
+        """
+        embeddings = model.get_input_embeddings() if embeddings is None else embeddings
+        if max(prompt.ids) >= embeddings.num_embeddings:
+            raise CheckpointError(
+                f"AV {info.path}: its prompt holds token {max(prompt.ids)}, but the model has {embeddings.num_embeddings} "
+                "embedding rows. Tokenizer and weights are of different models."
+            )
         self.info = info
         self.prompting = prompting
         self.model = model
+        self.files = files
+        self.embeddings = embeddings
         self.tokenizer = tokenizer
         self.d_model = info.d_model
         self.prompt_ids = prompt.ids
@@ -120,12 +156,14 @@ class NlaVerbalizer:
     def prompts(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prompts:
         """Return the prompt with each vector injected; the first call also runs the differential check.
 
+        Without `model` the engine that loads `files` has to run that check.
+
         Raises:
             DataError: a vector is not finite, all zero, or of another width.
             CheckpointError: the AV does not read its vector.
         """
         check_vectors(vectors, self.d_model)
-        if len(vectors) and not self._checked:
+        if len(vectors) and self.model is not None and not self._checked:
             self.differential_check(vectors[0])
             self._checked = True
         return self._prompts(vectors)
@@ -170,8 +208,8 @@ class NlaVerbalizer:
 
     @torch.inference_mode()
     def _prompts(self, vectors: Float[torch.Tensor, "activation d_model"]) -> Prompts:
-        ids = torch.tensor([self.prompt_ids], device=self.model.device)
-        embeddings = self.model.get_input_embeddings()(ids).repeat(len(vectors), 1, 1)
+        ids = torch.tensor([self.prompt_ids], device=self.embeddings.weight.device)
+        embeddings = self.embeddings(ids).repeat(len(vectors), 1, 1)
         return injected(self.prompting.injection, self.model, embeddings, vectors, self.injection_position)
 
 
