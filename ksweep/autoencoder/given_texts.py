@@ -116,6 +116,8 @@ class TextsForAr(GivenTexts):
         """The AR: the user's own, or an inspected checkpoint."""
         if stated := self.autoencoder.prompting.of_av:
             raise SpecError(f"autoencoder.prompting.{next(iter(stated))} is for an AV, and the texts are given: leave it out")
+        if option := self.autoencoder.without_effect("av_stack"):
+            raise SpecError(f"{option} is for an AV, and the texts are given: leave it out")
         return half_of(self.autoencoder, "ar")
 
     @property

@@ -216,6 +216,8 @@ def half_of(autoencoder: Autoencoder, role: NlaRole) -> OwnPart | CheckpointInfo
     source = getattr(autoencoder, role) or ""
     if not is_dotted_name(source):
         return inspect_half(autoencoder, role)
+    if option := autoencoder.without_effect(*(("av_stack",) if role == "av" else ())):
+        raise SpecError(f"{option} is for a checkpoint, and autoencoder.av={source} is your own: leave it out")
     overrides = autoencoder.prompting.of_av if role == "av" else autoencoder.prompting.of_ar
     if overrides:
         raise SpecError(

@@ -194,6 +194,8 @@ class Autoencoder:
             one_of("autoencoder.layout", self.layout, LayoutName)
         if self.layer is not None:
             at_least("autoencoder.layer", self.layer, 0)
+        if self.whitening is not None and not isinstance(self.whitening, str):
+            raise SpecError(f"autoencoder.whitening={bounded_repr(self.whitening)} must be the path of a file (.npz)")
         self._check_texts()
         halves = (self.av or self.texts, self.ar)
         if (None in halves) == (self.checkpoint is None) or (self.checkpoint and (self.av or self.ar)):
@@ -225,6 +227,13 @@ class Autoencoder:
                 f"autoencoder.texts_column={self.texts_column!r} and max_text_tokens={self.max_text_tokens!r} are of given "
                 "texts: set autoencoder.texts, or leave them out (sampling.max_new_tokens limits the draws of an AV)"
             )
+
+    def without_effect(self, *names: str) -> str | None:
+        """Return the first of these fields that is set, as `name=value`; None if each has its default."""
+        values = {name: getattr(self, name) for name in names}
+        return next(
+            (f"autoencoder.{name}={bounded_repr(value)}" for name, value in values.items() if value not in (None, ())), None
+        )
 
     @property
     def source(self) -> str:

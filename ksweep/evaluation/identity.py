@@ -43,6 +43,10 @@ SCORER_VERSION = 1
 STATISTICS_VERSION = 2
 """Raised whenever the same errors would give other numbers: 2 measures the baseline between documents, and intervals use the
 effective number of documents. Draws are kept; only the statistics of a cell are computed again."""
+ROUNDED = (
+    "Activations are stored in {} and whitened then, which amplifies their rounding in directions of small variance: "
+    "activations.dtype=float32 leaves it out."
+)
 FIRST_SCORING_FIELDS = ("ks", "baseline", "failed_error", "level", "num_replicates", "seed")
 """Fields that every cell key holds; those added later are left out at their defaults, so that earlier keys stay valid."""
 
@@ -118,6 +122,8 @@ def _keys_of_content(cell: Cell) -> CellKeys:
         model = locate_model(cell.activations)
         notes += (*adapter_notes(model), *check_model(model, layer))
     if family.space is not None:
+        if cell.activations.vectors is None and cell.activations.dtype != "float32":
+            notes = (*notes, Note("activations", ROUNDED.format(cell.activations.dtype)))
         activations = fingerprint({"activations": stored_activations, "space": family.space})
         activations_identity = activations_identity | {"space": family.space}
     draws: dict[str, Any] = {

@@ -7,10 +7,11 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ksweep.utils.errors import CheckpointError
@@ -147,14 +148,19 @@ def note_revision(spelling: str | None) -> None:
         revisions.add(spelling)
 
 
-def content_digest(path: Path, with_subdirectories: bool = True) -> str:
-    """Return the SHA-256 over names and contents of a checkpoint's files, 32 hex digits. File digests are remembered on disk."""
+def content_digest(path: Path, with_subdirectories: bool = True, leave_out: Sequence[str] = ()) -> str:
+    """Return the SHA-256 over names and contents of a checkpoint's files, 32 hex digits. File digests are remembered on disk.
+
+    Args:
+        leave_out: patterns of names of files that do not count, such as `NEVER_NEEDED`.
+    """
     note_revision(hub_spelling(path))
     if path.is_file():
         return _file_digest(path)[:32]
     files = _content_files(path)
     if not with_subdirectories:
         files = [p for p in files if p.parent == path]
+    files = [p for p in files if not any(fnmatchcase(p.name, pattern) for pattern in leave_out)]
     if not files:
         raise CheckpointError(f"{path} holds no model files ({', '.join(CONTENT_SUFFIXES[:3])}, ...): is it the right directory?")
     lines = [f"{p.relative_to(path).as_posix()} {_file_digest(p)}" for p in files]

@@ -6,6 +6,7 @@ The tolerances and both tables are those of tests/fixtures/layouts/README.md.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from tests.layout_fixtures import CASES, LayoutCase, layout_differences, load_pa
 from tests.tiny_models import FIXTURES, prefilled
 
 MERGED, LORA, NORM_KEPT, AT_HOME, RAW = CASES.values()
+GEMMA_AV, GEMMA_AR = "av/iter_0000500", "ar/iter_0000500"
 KITFT = FIXTURES / "qwen2_text"
 
 
@@ -167,6 +169,41 @@ def several(*changes: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return lambda root: [change(root) for change in changes]
 
 
+def swapped_tokens(half: str) -> Callable[[Path], None]:
+    """Give two letters each other's ids."""
+
+    def change(root: Path) -> None:
+        path = root / half / "tokenizer.json"
+        values = json.loads(path.read_text())
+        vocabulary = values["model"]["vocab"]
+        vocabulary["B"], vocabulary["C"] = vocabulary["C"], vocabulary["B"]
+        path.write_text(json.dumps(values))
+
+    return change
+
+
+def turned_merges(half: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = root / half / "tokenizer.json"
+        values = json.loads(path.read_text())
+        values["model"]["merges"].reverse()
+        path.write_text(json.dumps(values))
+
+    return change
+
+
+def run_config(**values: Any) -> Callable[[Path], Any]:
+    """Write the nla_config.json of a run."""
+    return lambda root: (
+        (root / "av" / "nla_config.json").write_text(json.dumps(values))
+        and shutil.copy(root / "av" / "nla_config.json", root / "ar")
+    )
+
+
+def copied_av(name: str) -> Callable[[Path], Any]:
+    return lambda root: shutil.copytree(root / GEMMA_AV, root / name)
+
+
 class Wrong(NamedTuple):
     """One change to a copy of a fixture, and what must be said of it."""
 
@@ -179,7 +216,6 @@ class Wrong(NamedTuple):
 
 QWEN_AV, QWEN_AR = "av", "ar"
 HEAD, CONFIG = "ar/value_head.safetensors", "ar/config.json"
-GEMMA_AV, GEMMA_AR = "av/iter_0000500", "ar/iter_0000500"
 AR_LORA = f"{GEMMA_AR}/ar_lora_value_head.safetensors"
 AR_META = f"{GEMMA_AR}/ar_meta.json"
 GEMMA_ADAPTER = f"{GEMMA_AV}/adapter_model.safetensors"
@@ -256,6 +292,32 @@ WRONG = [
         "layout of another trainer", LORA,
         several(sidecar(GEMMA_AR, kind="nla_model"), sidecar(GEMMA_AV, kind="nla_model", extraction__injection_scale=8.0)),
         "which EasyNLA alone writes", {"layout": "kitft"},
+    ),
+    Wrong("tokenizer of another model", MERGED, swapped_tokens("ar"), "tokenizers of AV and AR differ in B, C"),
+    Wrong("tokenizer with other merges", AT_HOME, turned_merges("ar"), "tokenizers of AV and AR differ in .*order of merges"),
+    Wrong("whitening of a raw pair", MERGED, lambda _: None, "was trained on raw activations", {"whitening": "x.npz"}),
+    Wrong(
+        "a scale that EasyNLA has not", LORA, lambda _: None, "injection_scale=5, but the vector is added to the output of block",
+        {"prompting": PromptingOverrides(injection_scale=5)},
+    ),
+    Wrong("the AV in its own stack", LORA, lambda _: None, "would be applied twice", {"av_stack": (GEMMA_AV,)}),
+    Wrong("the AR in the stack", AT_HOME, lambda _: None, "ar is an AR. Name what", {"av_stack": ("ar",)}),
+    Wrong(
+        "another layer in the stack", LORA, several(copied_av("sft"), sidecar("sft", extraction__layer_index=1)),
+        "layer is 1 in .*sft, 2 in", {"av_stack": ("sft",)},
+    ),
+    Wrong("rank of the run", LORA, run_config(ar_lora_r=64), "has ar_lora_r=64, .* has lora_r=4"),
+    Wrong(
+        "targets of the run", LORA, several(of_json(AR_META, target_modules=["q_proj"]), run_config(lora_targets=["x"])),
+        r"has lora_targets=\['x'\], .* target_modules="),
+    Wrong("blocks of the run", MERGED, run_config(ar_num_layers=9), "has ar_num_layers=9, .* layer 2, which needs L . 1"),
+    Wrong("injection as a mapping", LORA, run_config(injection={"mode": "replace"}), "expected a sentence"),
+    Wrong("injection of another way", LORA, run_config(injection="replace the embedding row, scale 150"), "expected a sentence"),
+    Wrong("rendered prompt of no text", LORA, run_config(actor_prompt_rendered=5), "nla_config.json has actor_prompt_rendered=5"),
+    Wrong(
+        "rendered prompt of other ids", MERGED,
+        run_config(actor_prompt_ids=MERGED.av_said()["prompt_token_ids"], actor_prompt_rendered="foo"),
+        "which differ. The tokenizer", {"prompting": PromptingOverrides()},
     ),
     Wrong("PCA-whitened AR", AT_HOME, sidecar("ar", training__pca_whiten=True), "training.pca_whiten=True"),
 ]  # fmt: skip
@@ -340,6 +402,60 @@ def test_anchor_beside_an_adapter_is_neither_loaded_nor_part_of_its_digest(tmp_p
     before = family_of(LORA.spec(root)).draws_identity()
     shutil.copytree(root / GEMMA_AV, root / GEMMA_AV / "reference")
     assert family_of(LORA.spec(root)).draws_identity() == before
+
+
+@pytest.mark.parametrize("case", [LORA, AT_HOME])
+def test_what_training_leaves_beside_an_adapter_is_not_part_of_its_digest(case: LayoutCase, tmp_path: Path) -> None:
+    """The hub never downloads it; and what lies below an entry of a stack is another checkpoint."""
+    root = shutil.copytree(case.directory, tmp_path / "pair")
+    shutil.copytree(root / case.av, root / "sft")
+    spec = case.spec(root, av_stack=(str(root / "sft"),))
+    family = family_of(spec)
+    before = family.draws_identity(), family.scores_identity()
+    for directory in (case.av, case.ar, "sft"):
+        for name in ("optim_latest.pt", "run_config.yaml"):
+            (root / directory / name).write_text("state: 1")
+    for name in ("critic", "reference"):
+        shutil.copytree(root / case.av, root / "sft" / name)
+    assert (family_of(spec).draws_identity(), family_of(spec).scores_identity()) == before
+
+
+def test_halves_of_two_layouts_are_noted_with_the_field_that_states_one(tmp_path: Path) -> None:
+    root = shutil.copytree(LORA.directory, tmp_path / "pair")
+    sidecar(GEMMA_AV, kind="nla_model", extraction__injection_scale=150.0)(root)
+    family = family_of(LORA.spec(root))
+    facts = ActivationFacts(source="v", model=None, model_directory=None, layer=2, d_model=48)
+    [note] = [note.text for note in family.check_activations(facts) if "autoencoder.layout" in note.text]
+    assert "av/iter_0000500 is read by the rules of kitft" in note and "by those of easynla" in note
+
+
+OF_OTHERS = {
+    "a merged AR with its ar_meta.json": (MERGED, "ar", {"kind": "nla_model"}, {}, "ar_meta.json, .*autoencoder.layout=easynla"),
+    "a prompt that begins the answer": (
+        RAW, "av", {"training__method": "my_sft"}, {"prompting": PromptingOverrides(opening_tag="")},
+        "prompt ends in <explanation>.* set autoencoder.layout=nla-at-home",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_files_that_speak_for_another_layout_are_noted(name: str, tmp_path: Path) -> None:
+    case, role, changes, stated, message = OF_OTHERS[name]
+    root = shutil.copytree(case.directory, tmp_path / "pair")
+    half = getattr(case, role)
+    sidecar(half, **changes)(root)
+    info = inspect_half(case.spec(root, **stated), role)  # type: ignore[arg-type]
+    assert info.layout == "kitft" and any(re.search(message, note.text) for note in info.notes)
+    named = inspect_half(case.spec(root, **stated, layout="nla-at-home" if case is RAW else "easynla"), role)  # type: ignore[arg-type]
+    assert not any(re.search(message, note.text) for note in named.notes)
+
+
+@pytest.mark.parametrize("role", ["av", "ar"])
+def test_refusals_of_files_of_nla_at_home_name_their_layout(role: str, tmp_path: Path) -> None:
+    root = shutil.copytree(AT_HOME.directory, tmp_path / "pair")
+    sidecar(role, training__method="my_method")(root)
+    with pytest.raises(CheckpointError, match=r"set autoencoder\.layout=nla-at-home"):
+        inspect_half(AT_HOME.spec(root), role)  # type: ignore[arg-type]
 
 
 def test_injection_of_each_layout_is_data() -> None:

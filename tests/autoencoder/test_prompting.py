@@ -23,7 +23,7 @@ from ksweep.config.spec import PromptingOverrides, cell_from_dict, replace_at
 from ksweep.inference.model_parts import blocks_of
 from ksweep.inference.prefill import prefill, prefill_prefix
 from ksweep.utils.errors import CheckpointError, RequestError, SpecError
-from tests.tiny_models import TinyPair, make_pair, prefilled
+from tests.tiny_models import FIXTURES, TinyPair, make_pair, prefilled
 
 THINKING_CHAT = (
     "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -277,12 +277,31 @@ def test_override_that_contradicts_itself_is_refused(overrides: dict[str, Any]) 
         PromptingOverrides(**overrides)
 
 
-def test_talkative_autoencoder_takes_no_overrides() -> None:
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"layout": "easynla"},
+        {"layer": 2},
+        {"av_stack": ("x",)},
+        {"whitening": "x"},
+        {"prompting": PromptingOverrides(prefill="x")},
+    ],
+    ids=str,
+)
+def test_talkative_autoencoder_takes_no_field_of_pairs(field: dict[str, Any]) -> None:
     folder = Path(__file__).parents[1] / "fixtures" / "tae" / "gpt2_patch_all"
     [file] = folder.glob("*.pt")
-    spec = Autoencoder(checkpoint=str(file), prompting=PromptingOverrides(prefill="x"))
-    with pytest.raises(RequestError, match=r"autoencoder\.prompting\.prefill"):
+    spec = Autoencoder(checkpoint=str(file), **field)
+    with pytest.raises(RequestError, match=rf"autoencoder\.{next(iter(field))}.* is for NLA pairs"):
         _ = family_of(spec).layer
+
+
+def test_given_texts_and_raw_files_take_no_option_without_effect(tmp_path: Path) -> None:
+    spec = Autoencoder(texts="x.jsonl", ar=str(FIXTURES / "qwen2_text" / "nla-ar"), av_stack=("x",))
+    with pytest.raises(SpecError, match=r"autoencoder\.av_stack=\('x',\) is for an AV, and the texts are given"):
+        _ = family_of(spec).layer
+    with pytest.raises(SpecError, match=r"autoencoder\.whitening=5 must be the path"):
+        Autoencoder(av="av", ar="ar", whitening=5)  # type: ignore[arg-type]
 
 
 # The spec

@@ -17,6 +17,7 @@ from ksweep.autoencoder.family import family_of
 from ksweep.autoencoder.nla.checkpoint import inspect_half
 from ksweep.autoencoder.nla.whitening import WhiteningStated, find_statistics
 from ksweep.config.spec import Cell
+from ksweep.evaluation.identity import cell_keys
 from ksweep.utils.errors import CheckpointError, DataError
 from tests.autoencoder.test_layouts import sidecar
 from tests.tiny_sweeps import ask, run, talking_pair, tiny_cell
@@ -71,6 +72,16 @@ def test_errors_baseline_and_keys_are_those_of_whitened_vectors(pair: tuple[Path
     out = family_of(cell.autoencoder).load_reconstructor(("cpu",)).reconstruct([Explanation(text) for _, _, text in rows]).numpy()
     cosines = (out / np.linalg.norm(out, axis=1, keepdims=True) * unit[[activation for activation, _, _ in rows]]).sum(axis=1)
     assert len(rows) == 40 and np.allclose([error for _, error, _ in rows], 2 - 2 * cosines, atol=1e-4)
+
+
+def test_rounding_of_activations_before_they_are_whitened_is_noted(pair: tuple[Path, Cell]) -> None:
+    root, cell = pair
+    *_, sha256 = statistics(root / "whitening_stats.npz", 32)
+    whitened(root, sha256)
+    for dtype, count in (("bfloat16", 1), ("float32", 0)):
+        keys = cell_keys(replace(cell, activations=replace(cell.activations, dtype=dtype)))  # type: ignore[arg-type]
+        assert sum("amplifies their rounding" in note.text for note in keys.notes) == count
+        assert any("groups by norm, are those of the raw vectors" in note.text for note in keys.notes)
 
 
 def test_statistics_of_the_spec_are_taken_and_must_be_those_stated(pair: tuple[Path, Cell]) -> None:

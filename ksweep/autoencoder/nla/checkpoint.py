@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ksweep.autoencoder.nla.layout import ar_prompting, at_layer, av_prompting, depth_of_model
+from ksweep.autoencoder.nla.same_tokens import check_same_tokens
 from ksweep.autoencoder.nla.sidecar import (
     CONFIG_NAME,
     FILE_NAME,
     NlaRole,
     Sidecar,
     beside_or_above,
+    check_stack,
     is_av,
     read_nla_sidecar,
     sidecar_file,
@@ -32,6 +34,7 @@ from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, Autoencoder, LayoutName, 
 from ksweep.utils import files, hub
 from ksweep.utils.chat_template import chat_template_text
 from ksweep.utils.errors import CheckpointError, DataError
+from ksweep.utils.hub_repository import NEVER_NEEDED
 from ksweep.utils.model_sizes import LARGEST_SIZES, language_model
 from ksweep.utils.notes import Note
 from ksweep.utils.planning_pass import once_per_pass
@@ -44,7 +47,7 @@ from ksweep.utils.weights_check import check_loadable, headers_of
 LOADER = "ksweep.autoencoder.nla.loading:check_on_meta"
 WHITENED = (
     "AV and AR were trained on whitened activations. Vectors are whitened before they are explained and compared: errors, "
-    "baseline and FVE are not comparable with those of raw vectors."
+    "baseline and FVE are not comparable with those of raw vectors. Norms, and groups by norm, are those of the raw vectors."
 )
 BESIDE_TOKENIZERS = (
     "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -217,11 +220,15 @@ def inspect_nla(
             ".pt file as autoencoder.checkpoint."
         )
     sidecar = at_layer(read_nla_sidecar(path, expected_role, overrides, layout), layer, path)
+    if whitening is not None and sidecar.whitening is None:
+        raise CheckpointError(f"autoencoder.whitening={whitening}, but {path} was trained on raw activations. Leave it out.")
     # 2. Find its weights, and check width, kinds of blocks, depth and layer against config.json.
     weights = find_weights(path, sidecar, expected_role, base, stack, sidecar.layer, lent_base)
     base_path = None if weights.base is None else _base(path, weights.base, base, sidecar)
-    if expected_role == "ar" and weights.base is not None and weights.base in (base, lent_base):
+    if expected_role == "ar" and weights.base is not None and (weights.base == base or sidecar.layout != "kitft"):
         _refuse_av_as_base(path, base_path or path)
+    if stack:
+        check_stack(path, sidecar, [hub.resolve(source, "adapter of autoencoder.av_stack") for source in stack], overrides)
     if expected_role == "av" and base_path is not None and is_av(base_path):
         weights = replace(weights, base_is_merged=True)
     config = _config(base_path or path)
@@ -306,7 +313,18 @@ def check_pair(
     check_same_space(a.whitening, b.whitening)
     # 2. Compare the pair with the activations.
     notes = _marker_notes(av, ar) if av.layout == ar.layout == "kitft" else ()
+    if {av.layout, ar.layout} != {"kitft"}:
+        notes = (*notes, *_layout_notes(av, ar), *check_same_tokens(av.tokenizer, ar.tokenizer))
     return (*notes, *_stack_notes(av, ar), *_check_activations(av, ar, activations_layer, activations_d_model, activations_base))
+
+
+def _layout_notes(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[Note, ...]:
+    """Return a note where the halves are read by the rules of two trainers, as an AR that judges another group's AV is."""
+    text = (
+        f"{av.path} is read by the rules of {av.layout}, {ar.path} by those of {ar.layout}. If they are one pair, say whose: "
+        "autoencoder.layout (docs/layouts.md)."
+    )
+    return (Note("checkpoint", text),) if av.layout != ar.layout else ()
 
 
 def _must_share_marker(av: CheckpointInfo, ar: CheckpointInfo) -> bool:
@@ -335,8 +353,10 @@ def _marker_notes(av: CheckpointInfo, ar: CheckpointInfo) -> tuple[Note, ...]:
 def digest_nla(info: CheckpointInfo) -> str:
     """Return the digest of a checkpoint's content, 32 hex digits, with all that lies under it: adapters and base model."""
     digests = [_own_digest(info)]
-    digests += [hub.content_digest(adapter.directory) for adapter in reversed(info.adapters) if adapter.directory != info.path]
-    digests += [hub.content_digest(info.base)] if info.base is not None else []
+    below = [adapter.directory for adapter in reversed(info.adapters) if adapter.directory != info.path]
+    digests += [hub.content_digest(directory, *_leaves_out(info)) for directory in below]
+    in_base = info.layout == "kitft" or not info.files.base_is_merged
+    digests += [hub.content_digest(info.base, in_base)] if info.base is not None else []
     if info.tokenizer not in (info.path, info.weights):
         names = (*TOKENIZER_FILES, *BESIDE_TOKENIZERS)
         digests += [hub.content_digest(info.tokenizer / name) for name in names if (info.tokenizer / name).exists()]
@@ -345,12 +365,21 @@ def digest_nla(info: CheckpointInfo) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256(" over ".join(digests).encode()).hexdigest()[:32]
 
 
+def _leaves_out(info: CheckpointInfo) -> tuple[bool, tuple[str, ...]]:
+    """Return whether digests of adapters cover subdirectories, and which files they do not: other checkpoints, the optimiser's.
+
+    Keys of kitft's layout from before these were left out stay valid.
+    """
+    return (True, ()) if info.layout == "kitft" else (False, NEVER_NEEDED)
+
+
 def _own_digest(info: CheckpointInfo) -> str:
     """Return the digest of a checkpoint's own files. In an EasyNLA run the sidecar may lie above, and other checkpoints below."""
     if info.layout != "easynla":
-        return hub.content_digest(info.path)
+        leaves_out = () if info.layout == "kitft" else NEVER_NEEDED
+        return hub.content_digest(info.path, leave_out=leaves_out)
     above = [file for name in (FILE_NAME, CONFIG_NAME) if (file := _run_file(info.path, name)) and file.parent != info.path]
-    parts = [hub.content_digest(info.path, with_subdirectories=False), *map(hub.content_digest, above)]
+    parts = [hub.content_digest(info.path, *_leaves_out(info)), *map(hub.content_digest, above)]
     return parts[0] if len(parts) == 1 else hashlib.sha256(" beside ".join(parts).encode()).hexdigest()[:32]
 
 

@@ -127,6 +127,12 @@ def _injection(sidecar: Sidecar, overrides: PromptingOverrides, num_blocks: int)
                 "set autoencoder.prompting.injection_scale"
             )
         return ReplaceEmbedding(sidecar.injection_scale, sidecar.multiplies)
+    if overrides.injection_scale is not None:
+        raise CheckpointError(
+            f"autoencoder.prompting.injection_scale={overrides.injection_scale:g}, but the vector is added to the output of "
+            f"block {block}, scaled to its norm, as EasyNLA does. Leave it out, or set "
+            "autoencoder.prompting.injection=replace_embedding."
+        )
     if block >= num_blocks:
         raise CheckpointError(
             f"autoencoder.prompting.injection_block={block}, but the AV has {num_blocks} blocks (0 to {num_blocks - 1}). Name "

@@ -111,6 +111,11 @@ def _stated_ids(info: CheckpointInfo, tokenizer: Any, message: list[dict[str, st
     """
     prompting = info.av_prompting
     ids_of_text = [] if prompting.prompt_text is None else tokenizer.encode(prompting.prompt_text, add_special_tokens=False)
+    if None not in (prompting.prompt_ids, prompting.prompt_text) and list(prompting.prompt_ids or ()) != ids_of_text:
+        raise CheckpointError(
+            f"AV {info.path}: its nla_config.json states a prompt of {len(prompting.prompt_ids or ())} tokens (actor_prompt_ids) "
+            f"and one of {len(ids_of_text)} (actor_prompt_rendered), which differ. {DRIFT}"
+        )
     stated = ids_of_text if prompting.prompt_ids is None else list(prompting.prompt_ids)
     begun = tokenizer.encode(prompting.prefill, add_special_tokens=False) if prompting.prefill else []
     for rendered in (ids, *(_chat_ids(info, tokenizer, message, enable_thinking=value) for value in (False, True))):

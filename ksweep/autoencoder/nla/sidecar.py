@@ -70,6 +70,8 @@ CONFIG_KEYS = frozenset({
     "base_model", "layer", "d_model", "injection_char", "injection_token_id", "injection", "actor_prompt_rendered",
     "actor_prompt_ids", "critic_prompt_template", "ar_lora_r", "ar_num_layers", "lora_targets",
 })  # fmt: skip
+REPLACES, ADDS = re.compile(r"replac|embedding row", re.IGNORECASE), re.compile(r"\badd|norm.?match|\+", re.IGNORECASE)
+"""Words on how a vector enters a prompt; the known file has "additive norm-matched (Karvonen) at block-1 output"."""
 DECIDED_BY: Mapping[str, tuple[str, ...]] = {
     "prefill": ("prefill", "assistant_prefill", "actor_prefill", "prompt_prefill", "reasoning_mode", "actor_reasoning_mode"),
     "chat_arguments": (
@@ -87,6 +89,7 @@ UNIVERSAL_AR_TEMPLATE = (
 FIELD = re.compile(r"\{[\w\s-]*(?:[.\[!:][^{}]*)?\}|<<[\w\s-]+>>|\[\[[\w\s-]+\]\]|%\(\w+\)[sdfgr]")
 """A field of `str.format` or of another template syntax; braces around anything else (JSON, code) are text."""
 OPEN_TAG = re.compile(r"<[A-Za-z][\w-]*>\s*$")
+AR_OF_AT_HOME = "; an AR of nla-at-home is read at its marker: set autoencoder.layout=nla-at-home"
 ANSWER_TAG = re.compile(r"<(explanation|answer|think|thinking|thought|reasoning)>")
 """A tag that opens an answer, or thoughts before it."""
 ENCLOSING_TAGS = ("<explanation>", "<answer>")
@@ -171,15 +174,17 @@ def read_nla_sidecar(
     # 1. Read the YAML, and check that it describes an NLA model of the expected role.
     path = sidecar_file(directory) or directory / FILE_NAME
     meta = _read(path, directory, expected_role)
-    layout = layout or recognised_layout(meta, directory)
+    is_recognised, layout = layout is None, layout or recognised_layout(meta, directory)
     _check_kind(meta, path, expected_role, layout)
     notes: list[Note] = []
     role = _role(meta, path, directory, expected_role, notes, layout)
-    config = _config_of_run(directory, meta, path, notes) if layout == "easynla" else {}
+    config = _config_of_run(directory, meta, path, notes, overrides) if layout == "easynla" else {}
     # 2. Refuse keys that could change a number and are not understood.
     decided = frozenset(key for field, keys in DECIDED_BY.items() if getattr(overrides, field) is not None for key in keys)
     check_keys(meta, _understood_keys(meta, role, layout), path, CheckpointError, informs=decided)
     # 3. Parse the values, each with a check of its type, and put the spec's in their place.
+    if is_recognised and layout == "kitft":
+        notes += _notes_on_layout(directory, meta, role)
     sidecar = _overridden(_parsed(meta, config, path, role, layout, notes), overrides)
     if role == "ar" and sidecar.layer is None and (directory / HEADS).exists():
         sidecar = replace(sidecar, is_universal=True)
@@ -308,6 +313,36 @@ def is_av(directory: Path) -> bool:
     return not any((directory / name).exists() for name in AR_HEAD_FILES)
 
 
+def check_stack(path: Path, sidecar: Sidecar, below: Sequence[Path], overrides: PromptingOverrides) -> None:
+    """Check what lies under an AV's adapter, as far as it has sidecars.
+
+    Raises:
+        CheckpointError: a directory is there twice, is an AR, or is of another width, layer or marker.
+    """
+    for i, entry in enumerate(below):
+        if entry in (path, *below[:i]):
+            raise CheckpointError(
+                f"autoencoder.av_stack: {entry} would be applied twice. Name each part once, the AV in av alone."
+            )
+        file = sidecar_file(entry) or entry / FILE_NAME
+        read = read_yaml(file, CheckpointError) if file.is_file() else None
+        meta = read if isinstance(read, dict) else {}
+        role = meta.get("role")
+        if (isinstance(role, str) and ROLE_SPELLINGS.get(role) == "ar") or any((entry / name).exists() for name in AR_HEAD_FILES):
+            raise CheckpointError(f"autoencoder.av_stack: {entry} is an AR. Name what the AV's adapter was trained on top of.")
+        width = _whole(meta, "d_model", file) or _whole(meta, "extraction.d_model", file)
+        marker = sidecar.marker if overrides.marker is None else None
+        for name, expected, stated in (
+            ("d_model", sidecar.d_model, width), ("layer", sidecar.layer, read_layer(meta, file, CheckpointError)),
+            ("marker", marker, _text(meta, "tokens.injection_char", file)),
+        ):  # fmt: skip
+            if None not in (expected, stated) and expected != stated:
+                raise CheckpointError(
+                    f"autoencoder.av_stack: {name} is {stated!r} in {entry}, {expected!r} in {path}, which lies on it. Name what "
+                    "the AV's adapter was trained on top of."
+                )
+
+
 def recognised_layout(meta: Mapping[str, Any], directory: Path) -> LayoutName:
     """Return the layout that a sidecar and the files beside it are of."""
     if meta.get("kind") == "nla_dataset" or (directory / AR_LORA).exists():
@@ -317,10 +352,26 @@ def recognised_layout(meta: Mapping[str, Any], directory: Path) -> LayoutName:
     return "nla-at-home" if is_at_home else "kitft"
 
 
-def _config_of_run(directory: Path, meta: Mapping[str, Any], path: Path, notes: list[Note]) -> dict[str, Any]:
+def _notes_on_layout(directory: Path, meta: Mapping[str, Any], role: NlaRole) -> list[Note]:
+    """Return notes on what speaks for another layout than kitft's, by whose rules a checkpoint is read if none is recognised."""
+    easynla = ["ar_meta.json"] if role == "ar" and (directory / "ar_meta.json").exists() else []
+    easynla += [CONFIG_NAME] if beside_or_above(directory, CONFIG_NAME) else []
+    template = next((text for key in TEMPLATE_KEYS[role] if isinstance(text := value_at(meta, key), str)), "")
+    signs = [("easynla", f"{name}, which EasyNLA writes, lies beside or above it") for name in easynla[:1]]
+    if role == "av" and template.rstrip().endswith(ENCLOSING_TAGS[0]):
+        signs.append(("nla-at-home", "its prompt ends in <explanation>, as nla-at-home's do"))
+    return [
+        Note("checkpoint", f"{directory} is read by kitft's rules, but {why}: if it is of {name}, set autoencoder.layout={name}.")
+        for name, why in signs
+    ]
+
+
+def _config_of_run(
+    directory: Path, meta: Mapping[str, Any], path: Path, notes: list[Note], overrides: PromptingOverrides
+) -> dict[str, Any]:
     """Return nla_config.json of an EasyNLA run, once it agrees with the sidecar; empty without one.
 
-    What it says of the injection is a sentence of any wording, which is noted.
+    What it says of the injection is a sentence of any wording, which is noted unless it speaks of another way than EasyNLA's.
     """
     file = beside_or_above(directory, CONFIG_NAME)
     if file is None:
@@ -341,7 +392,18 @@ def _config_of_run(directory: Path, meta: Mapping[str, Any], path: Path, notes: 
         a, b = config.get(key), value_at(meta, dotted)
         if None not in (a, b) and a != b:
             raise CheckpointError(f"{file} has {key}={abbreviated(a)}, {path} has {dotted}={abbreviated(b)}. Make them equal.")
+    _ids(config, "actor_prompt_ids", file)
+    _text(config, "actor_prompt_rendered", file)
+    layer, blocks = read_layer(meta, path, CheckpointError), _whole(config, "ar_num_layers", file)
+    if None not in (layer, blocks) and blocks != layer + 1:  # type: ignore[operator]
+        raise CheckpointError(f"{file} has ar_num_layers={blocks}, {path} layer {layer}, which needs L + 1. Make them agree.")
     if (sentence := config.get("injection")) is not None:
+        replaces = isinstance(sentence, str) and REPLACES.search(sentence) and not ADDS.search(sentence)
+        if overrides.injection is None and (replaces or not isinstance(sentence, str)):
+            raise CheckpointError(
+                f"{file} has injection={abbreviated(sentence)}, expected a sentence on a vector that is added to the output of "
+                "block 1, as EasyNLA does. Say how it enters: autoencoder.prompting.injection."
+            )
         text = f"{file} describes the injection as {abbreviated(sentence)}. The vector is added to the output of block 1."
         notes.append(Note("prompt", text))
     return config
@@ -539,7 +601,7 @@ def _check_fields(template: str, fields: Sequence[str], where: str, unescapes: b
         raise CheckpointError(
             f"{where} has {abbreviated(unfilled[0])}, a field that nothing fills in: it would appear literally in the prompt. "
             f"Use a checkpoint whose templates have no fields other than {MARKER_FIELD} (AV) and {TEXT_FIELD} (AR), and with "
-            f"variant: universal {DEPTH_FIELD}."
+            f"variant: universal {DEPTH_FIELD}{AR_OF_AT_HOME if unfilled[0] == MARKER_FIELD and TEXT_FIELD in fields else ''}."
         )
 
 
@@ -592,8 +654,9 @@ def _check_av(sidecar: Sidecar, path: Path, overrides: PromptingOverrides) -> li
     if open_tag and not (begins_inside and open_tag in ENCLOSING_TAGS):
         raise CheckpointError(
             f"{path}: prompt_templates.av ends with the open tag {abbreviated(open_tag)}, so the AV's answers do not repeat it. "
-            "Every draw would count as failed. Say that answers begin inside the tag (autoencoder.prompting.opening_tag=''), "
-            "or use an AV whose answers contain <explanation>...</explanation>."
+            "Every draw would count as failed. If it is of nla-at-home, set autoencoder.layout=nla-at-home; else say that "
+            "answers begin inside the tag (autoencoder.prompting.opening_tag=''), or use an AV whose answers contain "
+            "<explanation>...</explanation>."
         )
     return _prompt_notes(sidecar, path)
 

@@ -132,6 +132,11 @@ def find_weights(
                 "files names. Set autoencoder.base to the base model's path or hub id."
             )
         return WeightFiles(base, head=Head(path / HEAD, "weight"))
+    if (path / HEAD).exists() and not _holds_model(path) and not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path} holds a head alone ({HEAD}), and no model that it belongs to. If it is an AR of nla-at-home, set "
+            "autoencoder.layout=nla-at-home and autoencoder.base; else download the AR's weights."
+        )
     return WeightFiles(None, head=Head(path / HEAD, "weight"), num_layers=_meta_layers(path, sidecar))
 
 
@@ -205,6 +210,7 @@ def _easynla_lora(path: Path, sidecar: Sidecar, base: str | None, lent: str | No
     if _holds_model(path) or (path / ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{path} holds {AR_LORA} beside other weights, so it is not clear which to load. Keep one of them.")
     num_layers, rank, alpha = (_whole(meta, key, where) for key in ("ar_num_layers", "lora_r", "lora_alpha"))
+    _check_config_of_lora(path, meta, where)
     targets = meta.get("target_modules")
     if not (isinstance(targets, str) or (isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets))):
         raise CheckpointError(
@@ -252,6 +258,22 @@ def _lora_meta(path: Path) -> tuple[Mapping[str, Any], Path]:
         "target_modules": config.get("lora_targets"), "final_norm_stripped": True,
     }  # fmt: skip
     return meta, file
+
+
+def _check_config_of_lora(path: Path, meta: Mapping[str, Any], where: Path) -> None:
+    """Raise CheckpointError where the run's nla_config.json states another rank or other targets than ar_meta.json."""
+    file = beside_or_above(path, CONFIG_NAME)
+    config = {} if file is None or file == where else files.read_json(file, "run configuration")
+    for key, name in (("ar_lora_r", "lora_r"), ("lora_targets", "target_modules")):
+        a, b = config.get(key), meta.get(name)
+        if isinstance(a, list) and isinstance(b, list):
+            a, b = sorted(map(str, a)), sorted(map(str, b))
+        comparable = a is not None and (isinstance(a, list) == isinstance(b, list))  # a pattern and a list may say the same
+        if comparable and a != b:
+            raise CheckpointError(
+                f"{file} has {key}={abbreviated(config[key])}, {where} has {name}={abbreviated(meta.get(name))}. Keep the one "
+                "that the AR was trained with."
+            )
 
 
 def _quant_notes(meta: Mapping[str, Any], where: Path) -> tuple[Note, ...]:

@@ -46,6 +46,8 @@ class TaeFile(Family):
                 f"autoencoder.prompting.{next(iter(stated))} is for NLA pairs, and {info.path} is a talkative autoencoder, whose "
                 "prompts are trained and in the file. Leave it out."
             )
+        if option := self.autoencoder.without_effect("layout", "av_stack", "layer", "whitening"):
+            raise SpecError(f"{option} is for NLA pairs, and {info.path} is a talkative autoencoder. Leave it out.")
         if self.autoencoder.encoder_prompt == "text":
             soft_prompt_sides(info)  # raises before a job is submitted
         return info
