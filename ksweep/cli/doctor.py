@@ -116,9 +116,18 @@ def _packages() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import torch
 
+    from ksweep.launch import gpu_support, hardware
+
     if not torch.cuda.is_available():
-        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        yield Finding("gpu", "note", f"torch can use none ({built}): runs use the CPU")
+        problem = gpu_support.gpu_problem(gpu_support.torch_build(), gpu_support.gpu_driver())
+        if number := hardware.visible_gpus():
+            reason = problem or "torch does not say why: try `nvidia-smi`"
+            yield Finding(
+                "gpu", "bad", f"{_number(number, 'GPU')} here, of which torch can use none: {reason}. gpus=0 runs without"
+            )
+        else:
+            built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+            yield Finding("gpu", "note", f"there is none that this process sees (torch is built {built}): runs use the CPU")
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

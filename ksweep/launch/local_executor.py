@@ -22,7 +22,8 @@ from ksweep.launch.liveness import ProcessIdentity, identity_in, is_in_this_tabl
 from ksweep.launch.rank_records import process_record
 from ksweep.launch.slurm import sbatch
 from ksweep.launch.status import LIVE_STATES, JobStatus, job_status
-from ksweep.launch.worker import main, process_group
+from ksweep.launch.worker import main
+from ksweep.launch.worker.devices import gpus_of_rank
 from ksweep.utils import machine
 from ksweep.utils.errors import SpecError
 
@@ -87,7 +88,7 @@ def start_local_job(
         side_by_side: number of such jobs that run at once and share the cores.
     """
     if resolve_cluster(resources) == "inprocess":
-        devices = process_group.gpus_of_rank(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
+        devices = gpus_of_rank(0, resources.gpus_per_model) if num_gpus(resources) else ("cpu",)
         main.run_in_process(job, devices, on_report)
         return LocalJob(job, None)
     executor = _executor(job.path, resources, name, gpus)

@@ -22,6 +22,7 @@ from ksweep.config.spec import Cell
 from ksweep.config.sweep import Sweep, known_keys
 from ksweep.evaluation.identity import CellKeys, resolve_cells, sweep_keys
 from ksweep.launch import hardware, local_executor, plan_table, run_locally, run_on_slurm
+from ksweep.launch.gpu_support import check_local_gpus
 from ksweep.launch.job import Job, logs_directory
 from ksweep.launch.job_spec import MissingCells, create_job_for_cells, group_by_av
 from ksweep.launch.plan import Step
@@ -298,9 +299,11 @@ def planned(resolved: ResolvedSweep, survey: JobSurvey | None = None, retry: Seq
 
 
 def _before_start(plan: SweepPlan) -> None:
-    """Check that there is room, and record the question, even if other sweeps have computed every cell."""
+    """Check disks and GPUs, and record the question, even if other sweeps have computed every cell."""
     sweep = plan.resolved.sweep
     check_disk_space(sweep, list(plan.steps))
+    if plan.missing:
+        check_local_gpus(sweep.resources)
     cells = [(key.cell, key.label) for key in plan.resolved.keys]
     sweeps.write_sweep_record(sweep.registry, sweeps.make_sweep_record(sweep.name, sweep.question, cells))
 

@@ -24,7 +24,7 @@ from transformers import Qwen2Config
 
 from ksweep.inference import cuda_graphs
 from ksweep.launch import hardware
-from ksweep.launch.worker.process_group import device_text, gpu_ids_text
+from ksweep.launch.worker.devices import device_text, gpu_ids_text
 
 OPTIONAL = ("peft", "accelerate", "submitit", "omegaconf", "duckdb", "altair", "flashinfer", "flash_attn", "vllm", "kernels")
 MEMORY_LIMITS = (16.0, 4.0, 3.0, 2.5, 2.0, 1.6)

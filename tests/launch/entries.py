@@ -79,7 +79,7 @@ def gpus_of_this_rank(gpus_per_model: int) -> list[str]:
     """The numbers that the GPUs of a rank have for the machine; called by submitit itself."""
     import submitit
 
-    from ksweep.launch.worker.process_group import gpus_of_rank
+    from ksweep.launch.worker.devices import gpus_of_rank
 
     seen = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     own = gpus_of_rank(submitit.JobEnvironment().local_rank, gpus_per_model)

@@ -21,7 +21,7 @@ from ksweep.launch.plan import RETRIED_FREELY
 from ksweep.launch.rank_records import Heartbeat, Outcome, is_alive
 from ksweep.launch.reconcile import finalize
 from ksweep.launch.status import JobStatus
-from ksweep.launch.worker.process_group import gpus_of_rank
+from ksweep.launch.worker.devices import gpus_of_rank
 from ksweep.utils.errors import SpecError
 from tests.launch.entries import gpus_of_this_rank
 

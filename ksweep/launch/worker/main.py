@@ -20,6 +20,7 @@ from ksweep.evaluation.distributed import Ranks, Solo, Stopped
 from ksweep.launch.job import Job
 from ksweep.launch.rank_records import Outcome
 from ksweep.launch.worker import process_group
+from ksweep.launch.worker.devices import device_text, gpu_ids_text
 from ksweep.launch.worker.heartbeat import HEARTBEAT_SECONDS, PEER_OUTCOME_GRACE_SECONDS, UNIT_GRACE_SECONDS, HeartbeatThread
 from ksweep.launch.worker.requeue import fail_if_stuck, requeue_job
 from ksweep.utils import machine
@@ -115,9 +116,7 @@ def run_in_process(job: Job, devices: tuple[str, ...], on_report: Callable[..., 
     # torch's OpenMP runtime reads how threads wait when it is loaded; set later, the run record would be wrong.
     added = {} if "torch" in sys.modules else machine.wait_environment()
     heartbeat = HeartbeatThread(job, 0, 1)  # without its thread: a watchdog must not end a notebook
-    heartbeat.latest = replace(
-        heartbeat.latest, device=process_group.device_text(devices), gpu=process_group.gpu_ids_text(devices)
-    )
+    heartbeat.latest = replace(heartbeat.latest, device=device_text(devices), gpu=gpu_ids_text(devices))
     solo = Solo(
         devices=devices,
         device_name=heartbeat.latest.device,

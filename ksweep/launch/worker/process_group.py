@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
+from ksweep.launch.worker.devices import check_devices_are_own, device_text, gpu_ids_text, rank_devices
 from ksweep.launch.worker.heartbeat import HeartbeatThread
-from ksweep.utils.errors import RunError
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
 """Ranks may wait long for another's last work unit; the heartbeat thread, not the collective, notices a dead rank."""
@@ -94,8 +93,7 @@ class ProcessGroup:
 
 def join_process_group(heartbeat: HeartbeatThread, gpus: int, gpus_per_model: int, environment: Any) -> ProcessGroup:
     """Join the process group of the job on this rank's devices."""
-    devices = _devices(environment, gpus, gpus_per_model)
-    device = devices[0]
+    devices = rank_devices(environment, gpus, gpus_per_model)
     heartbeat.latest = replace(heartbeat.latest, device=device_text(devices), gpu=gpu_ids_text(devices))
     if environment.num_tasks == 1:
         return ProcessGroup(heartbeat, devices)
@@ -105,11 +103,10 @@ def join_process_group(heartbeat: HeartbeatThread, gpus: int, gpus_per_model: in
     # Each rank sees all GPUs of its node and takes its own by number; with gpus=0 it must not be handed one.
     variables = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     store = _meet(heartbeat, variables.master_addr)
-    # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores.
-    dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl", store=store, rank=heartbeat.rank, world_size=heartbeat.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )  # fmt: skip
+    check_devices_are_own(store, devices)
+    # gloo carries barriers on CPUs as on GPUs: no tensor ever travels between ranks, results meet in the stores. NCCL would take
+    # memory and a spinning kernel of each GPU, and fail in containers with little shared memory.
+    dist.init_process_group("gloo", store=store, rank=heartbeat.rank, world_size=heartbeat.world_size, timeout=COLLECTIVE_TIMEOUT)
     return ProcessGroup(heartbeat, devices, dist.distributed_c10d._get_default_store())
 
 
@@ -140,42 +137,3 @@ def leave_process_group(group: ProcessGroup) -> None:
         import torch.distributed as dist
 
         dist.destroy_process_group()
-
-
-def _devices(environment: Any, gpus: int, per_model: int) -> tuple[str, ...]:
-    if gpus == 0:
-        return ("cpu",)
-    import torch
-
-    if (there := torch.cuda.device_count()) < gpus:
-        raise RunError(f"the job was given {gpus} GPUs, torch sees {there}: is this torch built for CUDA, and the driver loaded?")
-    devices = gpus_of_rank(environment.local_rank, per_model)
-    torch.cuda.set_device(devices[0])  # barriers go over this one
-    return devices
-
-
-def gpus_of_rank(local_rank: int, per_model: int) -> tuple[str, ...]:
-    """Return the GPUs of a rank among those that its job sees on the node: consecutive numbers, in the order of the ranks."""
-    return tuple(f"cuda:{local_rank * per_model + i}" for i in range(per_model))
-
-
-def device_text(devices: tuple[str, ...]) -> str:
-    """Return a human-readable name of torch devices: number and name of the GPUs, or the kind of processor."""
-    if not devices[0].startswith("cuda"):
-        return f"cpu ({platform.machine()})"
-    import torch
-
-    several = f"{len(devices)} x " if len(devices) > 1 else ""
-    return several + str(torch.cuda.get_device_name(devices[0]))
-
-
-def gpu_ids_text(devices: tuple[str, ...]) -> str:
-    """Return the UUIDs of GPUs as nvidia-smi -L shows them, to find a card that fails repeatedly; empty for a processor."""
-    return ", ".join(_card(device) for device in devices if device.startswith("cuda"))
-
-
-def _card(device: str) -> str:
-    import torch
-
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return f"{device} GPU-{str(uuid).removeprefix('GPU-')}" if uuid else device
