@@ -26,7 +26,7 @@ from ksweep.utils.safetensors_header import model_tensors
 from ksweep.utils.sidecar_keys import abbreviated
 from ksweep.utils.tensor_headers import Tensor
 
-CHECK_VERSION = 2
+CHECK_VERSION = 3
 """Raised when the check becomes stricter: what earlier versions found whole is then checked again."""
 DEPENDS_ON = ("transformers", "peft", "torch", "compressed-tensors", "bitsandbytes")
 """Packages that what can be loaded depends on."""

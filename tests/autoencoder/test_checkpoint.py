@@ -43,6 +43,12 @@ def side(**changes: Any) -> Callable[[Path], None]:
     return lambda path: edit_sidecar(path, **changes)
 
 
+def special_marker(path: Path) -> None:
+    """A special token of each tokenizer that no prompt holds."""
+    marker, token_id = ("<mask>", 4) if "gemma" in path.parent.name else ("<|endoftext|>", 537)
+    edit_sidecar(path, tokens__injection_char=marker, tokens__injection_token_id=token_id)
+
+
 def weights(change: Callable[[dict[str, torch.Tensor]], Any], file: str = "model.safetensors") -> Callable[[Path], None]:
     return lambda path: edit_weights(path, change=change, file=file)
 
@@ -214,7 +220,7 @@ ACCEPTED = {
         side(tokens__injection_left_neighbor_id=..., tokens__injection_right_neighbor_id=...),
     ),
     "one_neighbour_id": ("av", side(tokens__injection_left_neighbor_id=...)),
-    "marker_of_many_characters": ("av", side(tokens__injection_char="<|im_end|>", tokens__injection_token_id=539)),
+    "marker_of_many_characters": ("av", special_marker),
     "role_actor": ("av", side(role="actor")),
     "role_critic": ("ar", side(role="critic")),
     "ar_scale_null": ("ar", side(extraction__injection_scale=None)),
@@ -246,7 +252,7 @@ NOTED = {  # of those above, what is noted of each
     "ar_d_model_under_extraction": ("checkpoint", "d_model under `extraction` only"),
     "no_neighbour_ids": ("prompt", "lacks tokens.injection_left_neighbor_id and tokens.injection_right_neighbor_id"),
     "one_neighbour_id": ("prompt", "lacks tokens.injection_left_neighbor_id,"),
-    "marker_of_many_characters": ("prompt", "has the marker '<|im_end|>' of 10 characters"),
+    "marker_of_many_characters": ("prompt", "has the marker '<|endoftext|>' of 13 characters"),
 }
 
 

@@ -342,6 +342,8 @@ def test_key_of_the_sidecar_is_refused_until_the_spec_states_what_it_asks_for(
     key: str, value: Any, overrides: dict[str, Any], pair: TinyPair, tmp_path: Path
 ) -> None:
     path = shutil.copytree(pair.av, tmp_path / "av")
+    with (path / "chat_template.jinja").open("a") as template:
+        template.write("{%- if enable_thinking is defined %}{%- endif %}")
     meta = yaml.safe_load((path / "nla_meta.yaml").read_text())
     (path / "nla_meta.yaml").write_text(yaml.safe_dump(meta | {key: value}, allow_unicode=True))
     with pytest.raises(CheckpointError, match=key):

@@ -35,12 +35,12 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyPair]:
 
 def av_with_chat(originals: dict[str, TinyPair], tmp_path: Path, begin: str) -> Path:
     path = Path(shutil.copytree(originals["qwen2"].av, tmp_path / "nla-av"))
+    prompting = inspect_nla(path, "av").av_prompting
     (path / "chat_template.jinja").write_text(CHAT.replace("BEGIN", begin))
     tokenizer = AutoTokenizer.from_pretrained(path)
-    said = inspect_nla(path, "av").sidecar
-    message = [{"role": "user", "content": inspect_nla(path, "av").av_prompting.message}]
+    message = [{"role": "user", "content": prompting.message}]
     ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    at = ids.index(said.marker_id)
+    at = ids.index(prompting.marker_id)
     edit_sidecar(path, tokens__injection_left_neighbor_id=ids[at - 1], tokens__injection_right_neighbor_id=ids[at + 1])
     return path
 

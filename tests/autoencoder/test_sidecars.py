@@ -275,7 +275,8 @@ def test_field_left_over_in_a_template_is_refused_by_name(role: Role, key: str, 
 
 def test_braces_that_are_no_field_stay_text(pair: Path) -> None:
     edit_sidecar(pair / "nla-av", prompt_templates__av='Answer as {"text": "..."}: <c>{injection_char}</c> [1] <a> {"}')
-    edit_sidecar(pair / "nla-ar", prompt_templates__ar='{{"depth": 1}} {{x}} <text>{explanation}</text>')
+    template = '{{"depth": 1}} {{x}} <text>{explanation}</text>'
+    edit_sidecar(pair / "nla-ar", prompt_templates__ar=template, tokens__critic_suffix_ids=...)
     assert inspect_nla(pair / "nla-av", "av").av_prompting.message.startswith('Answer as {"text": "..."}')
     before, after = inspect_nla(pair / "nla-ar", "ar").ar_prompting.affixes
     expected = '{{"depth": 1}} {{x}} <text>{explanation}</text>'.format(explanation="EXPLANATION")

@@ -27,7 +27,7 @@ from ksweep.autoencoder.nla.sidecar import (
     read_nla_sidecar,
     sidecar_file,
 )
-from ksweep.autoencoder.nla.weight_files import Adapter, WeightFiles, check_head, find_weights
+from ksweep.autoencoder.nla.weight_files import LAYER_MEANS, Adapter, WeightFiles, check_head, find_weights
 from ksweep.autoencoder.nla.whitening import METHOD, Whitening, check_same_space, find_statistics, read_statistics
 from ksweep.autoencoder.prompting import ArPrompting, AvPrompting
 from ksweep.config.spec import AS_THE_CHECKPOINT_SAYS, Autoencoder, LayoutName, PromptingOverrides
@@ -44,7 +44,7 @@ from ksweep.utils.tensor_headers import Tensor, read_header
 from ksweep.utils.text import some_of
 from ksweep.utils.weights_check import check_loadable, headers_of
 
-LOADER = "ksweep.autoencoder.nla.loading:check_on_meta"
+LOADER = "ksweep.autoencoder.nla.loading_check:check_loading"
 WHITENED = (
     "AV and AR were trained on whitened activations. Vectors are whitened before they are explained and compared: errors, "
     "baseline and FVE are not comparable with those of raw vectors. Norms, and groups by norm, are those of the raw vectors."
@@ -269,9 +269,20 @@ def inspect_nla(
     headers = headers_of(info.weights, [read_header(adapter.file) for adapter in weights.adapters])
     stated = [adapter.configuration() for adapter in weights.adapters]
     unchecked = check_loadable(
-        LOADER, info, info.weights, (*headers, expected_role, num_layers, weights.keeps_final_norm, stated)
+        LOADER, info, info.weights, (*headers, expected_role, num_layers, weights.keeps_final_norm, stated, _read_whole(info))
     )
     return replace(info, notes=(*notes, *unchecked))
+
+
+def _read_whole(info: CheckpointInfo) -> list[Any]:
+    """Return what the check of a half depends on beside the headers of weights: its prompting, and files that it reads whole."""
+    small = [info.tokenizer / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZERS)]
+    for place in (info.path, info.weights):
+        small += [place / name for name in ("config.json", "generation_config.json", LAYER_MEANS)]
+    small += [adapter.file for adapter in info.adapters] + ([info.files.head.file] if info.files.head is not None else [])
+    with hub.noted_revisions():  # apart: a record names whole checkpoints
+        digests = [(path.name, hub.content_digest(path)) for path in small if path.exists()]
+    return [repr(info.prompting), info.layout, info.layer, info.sidecar.subtracts_mean, digests]
 
 
 def check_pair(

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
-from ksweep.autoencoder.nla.weight_files import HEAD_KEY, Adapter
+from ksweep.autoencoder.nla.weight_files import HEAD_KEY, LAYER_MEANS, Adapter
 from ksweep.inference.device_map import place_model
 from ksweep.inference.lora import PREFIX, lora_over
 from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of, keep_head_input_contiguous
@@ -39,7 +40,6 @@ from ksweep.utils.text import some_of
 from ksweep.utils.torch_file import read_checkpoint
 
 LM_HEADS = ("lm_head", "embed_out")
-LAYER_MEANS = "layer_means.pt"
 BEHIND_BLOCKS = ("project_out", "altup_unembed_projections")
 """Modules of OPT-350m and Gemma-3n without which what their last block puts out is no vector of the model's width."""
 LARGEST_HEAD_WEIGHT = 1e4
@@ -97,18 +97,14 @@ def load_ar_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
         return _ready(_ar_model(info, dtype), info, devices)
 
 
-def check_on_meta(info: CheckpointInfo) -> None:
-    """Check that an AV or AR can be loaded, on the meta device: by its headers alone, before a job is submitted.
+def lay_out_model(info: CheckpointInfo) -> Any:
+    """Return the model of an AV or AR on the meta device, without contents: by its headers alone.
 
     Raises:
-        CheckpointError: as loading would: weights are missing, unexpected or of another shape than the model's own, transformers
-            does not know or cannot run the architecture, or a package for quantised weights is not installed.
+        CheckpointError: as loading would.
     """
     with quiet(), _explained(info, "its weights"):
-        if info.role == "ar":
-            _ar_model(info, torch.float32, lay_out=True)
-        else:
-            _av_model(info, torch.float32, lay_out=True)
+        return (_ar_model if info.role == "ar" else _av_model)(info, torch.float32, lay_out=True)
 
 
 def _av_model(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> Any:
@@ -284,6 +280,7 @@ def _merged(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> 
         expected |= _embedding_copies(wrapped, expected, named)
         given = {name: tensor for name, tensor in named.items() if not _is_above(name, info.num_layers)}
         _check_adapter(info, adapter, expected, given)
+        _check_trained(info, adapter, [name for own, name in names.items() if PREFIX + own in given])
         # 3. Merge them into the model.
         if not lay_out:
             set_peft_model_state_dict(wrapped, given)
@@ -371,8 +368,13 @@ def _check_adapter(
             "An AR's adapter covers the first L + 1 blocks of its base. Use the adapter and base that belong together."
         )
 
-    has_contents = not any(tensor.is_meta for tensor in given.values())
-    if has_contents and info.layout != "kitft" and not any(bool(t.any()) for name, t in given.items() if "lora_B" in name):
+
+def _check_trained(info: CheckpointInfo, adapter: Adapter, names: Iterable[str]) -> None:
+    """Check that some of these tensors of an adapter's file change something; only those that must be are read."""
+    seconds = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
+    with safe_open(adapter.file, "pt") as file:
+        changes = any(file.get_tensor(name).any() for name in seconds)
+    if info.layout != "kitft" and not changes:
         raise CheckpointError(
             f"{adapter.file}: every lora_B is zero, so the adapter changes nothing: it was saved before training, or its "
             "weights were lost. Get the trained adapter."

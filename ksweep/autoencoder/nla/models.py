@@ -27,7 +27,7 @@ from ksweep.autoencoder.nla.loading import (
     load_nla_tokenizer,
 )
 from ksweep.autoencoder.nla.plain_weights import plain_directory
-from ksweep.autoencoder.nla.prompts import ArPrompts, AvPrompt, av_prompt, parse_explanation, stop_token_ids
+from ksweep.autoencoder.nla.prompts import ArPrompts, AvPrompt, av_prompt, check_embedded, parse_explanation, stop_token_ids
 from ksweep.autoencoder.nla.sidecar import NlaRole
 from ksweep.autoencoder.prompting import AddAfterBlock, ArPrompting, AvPrompting
 from ksweep.inference import memory
@@ -128,11 +128,7 @@ class NlaVerbalizer:
             CheckpointError: the prompt has a token without embedding.
         """
         embeddings = model.get_input_embeddings() if embeddings is None else embeddings
-        if max(prompt.ids) >= embeddings.num_embeddings:
-            raise CheckpointError(
-                f"AV {info.path}: its prompt holds token {max(prompt.ids)}, but the model has {embeddings.num_embeddings} "
-                "embedding rows. Tokenizer and weights are of different models."
-            )
+        check_embedded(info, prompt, embeddings.num_embeddings)
         self.info = info
         self.prompting = prompting
         self.model = model

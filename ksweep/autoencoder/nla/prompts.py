@@ -62,6 +62,15 @@ class AvPrompt:
     """Index of the marker, whose embedding row is replaced."""
 
 
+def check_embedded(info: CheckpointInfo, prompt: AvPrompt, num_embeddings: int) -> None:
+    """Raise CheckpointError if the AV has no embedding row for a token of its prompt."""
+    if max(prompt.ids) >= num_embeddings:
+        raise CheckpointError(
+            f"AV {info.path}: its prompt holds token {max(prompt.ids)}, but the model has {num_embeddings} embedding rows. "
+            "Tokenizer and weights are of different models."
+        )
+
+
 def av_prompt(info: CheckpointInfo, tokenizer: Any) -> AvPrompt:
     """Return the AV's message in its chat template, once the marker and the tokens beside it match the sidecar.
 

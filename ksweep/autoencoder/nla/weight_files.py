@@ -37,6 +37,8 @@ AR_META_KEYS = frozenset({
 })  # fmt: skip
 HEAD_DTYPES = ("F32", "BF16", "F16", "F64")
 HEAD_KEY = "value_head.weight"
+LAYER_MEANS = "layer_means.pt"
+"""Beside an AR of nla-at-home that gives vectors less the mean of their layer."""
 
 
 @dataclass(frozen=True)
