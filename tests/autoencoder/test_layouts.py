@@ -765,6 +765,11 @@ def test_head_beside_a_tuned_model_reads_that_model(tmp_path: Path) -> None:
     kept = {name: value for name, value in weights.items() if "layers.3." not in name and name not in unused}
     kept["model.layers.0.mlp.down_proj.weight"] *= 2
     save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    assert inspect_half(AT_HOME.spec(root, ar=str(path)), "ar").notes == ()
+    sidecar("heads", training__method="value_head+frozen")(root)
+    [note] = inspect_half(AT_HOME.spec(root, ar=str(path)), "ar").notes
+    assert "trained over a frozen base (value_head+frozen), and holds a whole model" in note.text
+    sidecar("heads", training__method="value_head+finetune")(root)
     tuned = load_ar(AT_HOME.spec(root, ar=str(path)))
     assert tuned.info.base is None and not torch.allclose(tuned.reconstruct_texts([TEXT]), frozen, atol=1e-3)
 
@@ -780,6 +785,7 @@ WEIGHTS, HEADS = "model.safetensors", "value_heads.safetensors"
 FILES = [
     (TUNED, (), "leaves value_head.safetensors and a tuned model .* but it lacks a tuned model .* Download it again"),
     (TUNED, (copy_to(f"base/{WEIGHTS}", "heads/pytorch_model.bin"),), "lacks a tuned model .* Save its weights as safetensors"),
+    (FROZEN, (copy_to(f"base/{WEIGHTS}", "heads/pytorch_model.bin"),), "holds a model as .bin, which would not be read"),
     (LORA_SL, (copy_to("ar/adapter_config.json", "heads"),), "also holds value_head.safetensors"),
     (FROZEN, (copy_to("ar/adapter_config.json", "heads"), remove("heads/value_head.safetensors")), "lacks value_head.safetenso"),
     (ALL_LAYERS, (), "lacks value_heads.safetensors and also holds value_head.safetensors"),

@@ -187,6 +187,8 @@ def test_prompting_of_an_own_part_is_refused(pair: TinyPair, parts: Path, tmp_pa
     cell = sweep(pair, tmp_path, "my_parts:FirstInputAv", str(pair.ar)).cell
     with pytest.raises(SpecError, match=r"autoencoder\.prompting\.prefill is for checkpoints"):
         cell_keys(replace_at(cell, "autoencoder.prompting", PromptingOverrides(prefill="x")))
+    with pytest.raises(SpecError, match=r"autoencoder\.av_stack=\('x',\) is for a checkpoint"):
+        cell_keys(replace_at(cell, "autoencoder.av_stack", ("x",)))
 
 
 @pytest.mark.parametrize("name", ["role", "position", "norm", "document", "all"])

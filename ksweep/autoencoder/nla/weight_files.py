@@ -30,6 +30,9 @@ FILES_OF_METHODS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 A published AR for all layers (phi4-universal-ar-v2) has heads beside an adapter.
 """
+FROZEN_BESIDE_MODEL = (
+    "says that its head was trained over a frozen base (value_head+frozen), and holds a whole model, which is the one used."
+)
 AR_META = "ar_meta.json"
 AR_META_KEYS = frozenset({
     "ar_num_layers", "lora_r", "lora_alpha", "quant", "target_modules", "final_norm_stripped", "ar_fresh_block",
@@ -139,7 +142,8 @@ def find_weights(
             f"{path} holds a head alone ({HEAD}), and no model that it belongs to. If it is an AR of nla-at-home, set "
             "autoencoder.layout=nla-at-home and autoencoder.base; else download the AR's weights."
         )
-    return WeightFiles(None, head=Head(path / HEAD, "weight"), num_layers=_meta_layers(path, sidecar))
+    notes = (Note("checkpoint", f"{path} {FROZEN_BESIDE_MODEL}"),) if sidecar.method == "value_head+frozen" else ()
+    return WeightFiles(None, head=Head(path / HEAD, "weight"), num_layers=_meta_layers(path, sidecar), notes=notes)
 
 
 def _check_files_of_method(path: Path, method: str | None) -> None:
@@ -150,12 +154,14 @@ def _check_files_of_method(path: Path, method: str | None) -> None:
     is_there |= {TUNED_KIND: is_there[ADAPTER_KIND] or is_there[MODEL_KIND]}
     faults = [f"lacks {kind}" for kind in needed if not is_there[kind]]
     faults += [f"also holds {kind}" for kind in foreign if is_there[kind]]
-    if not faults:
+    is_bin = not is_there[MODEL_KIND] and next(path.glob("pytorch_model*.bin"), None) is not None
+    if not (faults or is_bin):
         return
-    is_bin = not is_there[TUNED_KIND] and next(path.glob("pytorch_model*.bin"), None) is not None
+    faults += ["holds a model as .bin, which would not be read"] if is_bin else []
+    leaves = f", which leaves {' and '.join(needed)}" if needed else ""
     raise CheckpointError(
-        f"AR {path} has training.method={method!r}, which leaves {' and '.join(needed)}, but it {' and '.join(faults)}: it would "
-        "be read in another way than it was trained. "
+        f"AR {path} has training.method={method!r}{leaves}, but it {' and '.join(faults)}: it would be read in another way than "
+        "it was trained. "
         f"{'Save its weights as safetensors.' if is_bin else 'Download it again, without files of other ARs.'}"
     )
 
