@@ -24,7 +24,7 @@ from ksweep.utils.text import some_of
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of modules in its files."""
-PATTERN_SECONDS = 20.0
+PATTERN_SECONDS = 5.0
 """After which a pattern is given up; those in use take milliseconds."""
 CHOOSES_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 ADAPTED = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd, transformers.pytorch_utils.Conv1D)

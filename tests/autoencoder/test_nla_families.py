@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,11 @@ def test_adapter_keys_of_backbone_and_wrapper_mean_the_same(prefix: str, tmp_pat
             state[name.replace("base_model.model.model.", prefix, 1)] = state.pop(name)
 
     edit_weights(pair.av, change=rename, file="adapter_model.safetensors")
+    assert torch.equal(prefilled(load_nla_verbalizer(pair.av, dtype="float32"), vectors()).logits, before)
+    # A pattern of the wrapper's names, as its trainer wrote it.
+    config = json.loads((pair.av / "adapter_config.json").read_text())
+    pattern = re.escape(prefix.removeprefix("base_model.model.")) + r"layers\.\d+\..*(q_proj|v_proj|o_proj|up_proj)"
+    (pair.av / "adapter_config.json").write_text(json.dumps(config | {"target_modules": pattern}))
     assert torch.equal(prefilled(load_nla_verbalizer(pair.av, dtype="float32"), vectors()).logits, before)
 
 

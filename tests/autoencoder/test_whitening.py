@@ -102,7 +102,7 @@ def test_statistics_of_the_spec_are_taken_and_must_be_those_stated(pair: tuple[P
 def test_statistics_of_another_pair_beside_the_checkpoint_do_not_hide_its_own(pair: tuple[Path, Cell]) -> None:
     root, cell = pair
     *_, sha256 = statistics(root / "whitening_stats.npz", 32)
-    whitened(root, sha256, layer_index=-1)
+    whitened(root, sha256, layer_index=-1, stats_path=f"/cluster/{'x' * 300}.npz")
     statistics(root / "av" / "whitening_stats.npz", 32, seed=1)
     family = family_of(cell.autoencoder)
     assert inspect_half(family.autoencoder, "av").whitening == root / "whitening_stats.npz"
