@@ -772,6 +772,15 @@ def test_head_beside_a_tuned_model_reads_that_model(tmp_path: Path) -> None:
     sidecar("heads", training__method="value_head+finetune")(root)
     tuned = load_ar(AT_HOME.spec(root, ar=str(path)))
     assert tuned.info.base is None and not torch.allclose(tuned.reconstruct_texts([TEXT]), frozen, atol=1e-3)
+    # Its trainer cuts the model and leaves the depth of the base in config.json (train_ar_truncated.py).
+    (path / "config.json").write_text(json.dumps(config))
+    uncut = load_ar(AT_HOME.spec(root, ar=str(path)))
+    assert torch.equal(uncut.reconstruct_texts([TEXT]), tuned.reconstruct_texts([TEXT]))
+    save_file(
+        kept | {"model.layers.3.mlp.up_proj.weight": weights["model.layers.3.mlp.up_proj.weight"]}, path / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"unexpected .*layers\.3\.mlp\.up_proj"):
+        inspect_half(AT_HOME.spec(root, ar=str(path)), "ar")
 
 
 def copy_to(source: str, *targets: str) -> Callable[[Path], None]:

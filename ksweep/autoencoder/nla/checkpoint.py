@@ -520,8 +520,11 @@ def _check_width(config: Mapping[str, Any], sidecar: Sidecar, directory: Path) -
 
 
 def _layer(sidecar: Sidecar, depth: int, path: Path, has_base: bool) -> int | None:
-    """Return L, once it fits the depth: exactly L + 1 blocks for an AR of full weights, at least L + 1 for every other model."""
-    layer = sidecar.layer
+    """Return L, once it fits the depth: exactly L + 1 blocks for an AR of full weights, at least L + 1 for every other model.
+
+    nla-at-home's trainer leaves the base's depth in the config.json of an AR that it has cut: there the files tell its blocks.
+    """
+    layer, depth_is_exact = sidecar.layer, sidecar.layout != "nla-at-home"
     if sidecar.role == "ar" and layer is None:
         if has_base:
             raise CheckpointError(
@@ -529,7 +532,7 @@ def _layer(sidecar: Sidecar, depth: int, path: Path, has_base: bool) -> int | No
                 "Add critic.extraction_layer_index."
             )
         return depth - 1
-    if layer is not None and sidecar.role == "ar" and not has_base and depth != layer + 1:
+    if layer is not None and sidecar.role == "ar" and not has_base and depth_is_exact and depth != layer + 1:
         raise CheckpointError(
             f"AR {path} has num_hidden_layers={depth} in config.json, but its sidecar says layer {layer}, which needs "
             f"{layer + 1} blocks (0 to {layer}). An error of one block halves the "
