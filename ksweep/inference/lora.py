@@ -76,7 +76,8 @@ def lora_over(model: Any, config: Mapping[str, Any], ranks: Mapping[str, int], s
             f"the file {'; it '.join(problems)}. Use the configuration, weights and base that belong together."
         )
     # 3. Name each of them, with its rank and its scale.
-    own = {"target_modules": sorted(ranks), "rank_pattern": _grouped(ranks), "alpha_pattern": _grouped(alphas)}
+    others = {"rank_pattern": (ranks, stated.get("r")), "alpha_pattern": (alphas, stated.get("lora_alpha"))}
+    own = {"target_modules": sorted(ranks)} | {key: _grouped(values, usual) for key, (values, usual) in others.items()}
     return LoraConfig(**{key: value for key, value in stated.items() if key not in CHOOSES_MODULES} | own)
 
 
@@ -103,11 +104,12 @@ def _by_module(
     return {m: next((value for key, value in values.items() if patterns.ends(key, m)), usual) for m in modules}
 
 
-def _grouped(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one pattern for all modules of each value: as PEFT compiles them, one for each would take seconds."""
+def _grouped(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """Return one pattern for all modules of each unusual value: as PEFT compiles them, one for each would take seconds."""
     names: dict[Any, list[str]] = defaultdict(list)
     for module, value in sorted(values.items()):
-        names[value].append(re.escape(module))
+        if value != usual:
+            names[value].append(re.escape(module))
     return {"|".join(modules): value for value, modules in names.items()}
 
 
