@@ -258,8 +258,8 @@ class _SlotDecoder:
         draws, counts = [draw for _, group in taken for draw in group], [len(group) for _, group in taken]
         prompt_of = torch.tensor([prompt for prompt, _ in taken], device=device)
         keys = noise_keys(draws, device)
-        sampled = self._sampler(draws, counts, keys, 0)(prompts.logits[prompt_of])
-        ended, going_on = self._append(draws, sampled)
+        sampler = self._sampler(draws, counts, keys, 0)
+        sampled, ended, going_on = self._append(draws, partial(sampler, prompts.logits[prompt_of]))
         yield from ended
         if not going_on:
             return 0
@@ -288,13 +288,11 @@ class _SlotDecoder:
     def _step(self) -> Iterator[tuple[DrawInFlight, FinishReason]]:
         """Sample one more token of every draw. Yields the draws that end with it."""
         self.options.raise_if_stopping()
-        # 1. Sample from each slot's logits, once for every draw in it.
+        # 1. Sample from each slot's logits, once for every draw in it, and find the draws that end.
         steps = torch.tensor([len(draw.token_ids) for draw in self.draws], device=self.tokens.device)
         sampler = self._sampler(self.draws, self.counts, self.keys, steps)
-        sampled = sampler(self._next_logits())
-        # 2. Append the tokens and find the draws that end.
-        ended, going_on = self._append(self.draws, sampled)
-        # 3. Free the slots of those that ended, and fork slots whose draws took different tokens.
+        sampled, ended, going_on = self._append(self.draws, partial(sampler, self._next_logits()))
+        # 2. Free the slots of those that ended, and fork slots whose draws took different tokens.
         groups = group_by_text(self.draws, self.counts, going_on)
         if len(going_on) == len(groups) == len(self.draws) == len(self.counts):
             self.tokens = sampled.token_ids  # nothing was shared and nothing ended: every draw keeps its slot
@@ -314,7 +312,7 @@ class _SlotDecoder:
 
     def _sampler(
         self, draws: list[DrawInFlight], counts: list[int], keys: torch.Tensor, step: int | torch.Tensor
-    ) -> Callable[[torch.Tensor], gumbel_sampling.Sample]:
+    ) -> Callable[..., gumbel_sampling.Sample]:
         """Return a function from logits, one row per slot, to a token of every draw.
 
         It is made before the logits are computed, so that its inputs are copied to the device first: a copy waits for all that
@@ -328,10 +326,10 @@ class _SlotDecoder:
         )  # fmt: skip
 
     def _append(
-        self, draws: list[DrawInFlight], sampled: gumbel_sampling.Sample
-    ) -> tuple[list[tuple[DrawInFlight, FinishReason]], list[int]]:
-        """Append a token to each draw. Returns the draws that end with it, and the indices of those that go on."""
-        append_tokens(draws, range(len(draws)), sampled)
+        self, draws: list[DrawInFlight], sample: Callable[..., gumbel_sampling.Sample]
+    ) -> tuple[gumbel_sampling.Sample, list[tuple[DrawInFlight, FinishReason]], list[int]]:
+        """Append a token to each draw. Returns the tokens, the draws that end with them, and the indices of those that go on."""
+        sampled = append_tokens(draws, range(len(draws)), sample)
         self.options.on_step(len(draws))
         ended, going_on = [], []
         for i, draw in enumerate(draws):
@@ -340,4 +338,4 @@ class _SlotDecoder:
                 going_on.append(i)
             else:
                 ended.append((draw, finish))
-        return ended, going_on
+        return sampled, ended, going_on

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 TOKENS_PER_BLOCK = 256
 """Part of the noise's definition, like the seed: another value gives other (equally good) draws. Never chosen from the batch,
@@ -30,6 +30,12 @@ UNIFORM_BITS = 23
 """(n + 1/2) / 2^23 is exact in float32 and lies strictly inside (0, 1); with 24 bits the largest rounds to 1.0: infinite
 noise. Tokens below 2^-23 of their block, and blocks below 2^-23 of the row, are drawn less often than their weight says:
 together they hold less than (256 + blocks) 2^-23, some 1e-4 at the very most and in practice nothing."""
+
+UNDECIDED = -1
+"""The token of a key whose row must be sampled again, with waits: its nucleus has more than `CANDIDATES_WITHOUT_WAIT` tokens."""
+CANDIDATES_WITHOUT_WAIT = 4096
+"""Largest weights among which the edge of a nucleus is sought where the host does not wait for the answer. On a GPU finding them
+takes about as long as finding 64 does, sorting a whole vocabulary several times as long (an estimate)."""
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -53,7 +59,7 @@ class Sample:
     """One token per key."""
 
     token_ids: Int[torch.Tensor, " key"]
-    """int64; meaningless where the row's logits are not finite."""
+    """int64; meaningless where the row's logits are not finite, and perhaps `UNDECIDED` where the host did not wait."""
     log_probabilities: Float[torch.Tensor, " key"]
     """float32: the model's own log probability of the token, at temperature 1 and without top_p, whatever it was drawn with, so
     that temperatures can be compared. NaN exactly where the logits contain NaN or +inf, or nothing but -inf."""
@@ -92,18 +98,21 @@ def sample(
     temperature: float | Float[torch.Tensor, " row"],
     top_p: float = 1.0,
     shared_rows: SharedRows | None = None,
+    may_wait: bool | None = None,
 ) -> Sample:
     """Sample one token per key from softmax(logits / temperature), cut to the nucleus of top_p.
 
-    At temperature 0 the largest logit is taken, the lowest token id on ties, and neither noise nor top_p is used. The host is
-    not synchronised with, except for top_p < 1 (see `nucleus`).
+    At temperature 0 the largest logit is taken, the lowest token id on ties, and neither noise nor top_p is used.
 
     Args:
         keys: from `step_keys`.
         temperature: one for all rows, or one per row.
         shared_rows: which keys sample from which row; None: each from its own. What does not depend on the key is computed once
             per row.
+        may_wait: whether the host may wait for the device, as it has to for some nuclei (see `nucleus`); without, keys of these
+            are `UNDECIDED`. None: it may on a CPU, where there is nothing to wait for.
     """
+    may_wait = logits.device.type == "cpu" if may_wait is None else may_wait
     size = _rows_per_chunk(logits)
     parts, first_key = [], 0
     for start in range(0, len(logits), size):
@@ -112,20 +121,23 @@ def sample(
         last_key = first_key + (len(logits[chunk]) if shared_rows is None else sum(shared_rows.counts[chunk]))
         chunk_keys = slice(first_key, last_key)
         origin = None if shared_rows is None else shared_rows.origin[chunk_keys] - start
-        parts.append(_sample_rows(logits[chunk].float(), keys[chunk_keys], chunk_temperature, top_p, origin))
+        parts.append(_sample_rows(logits[chunk].float(), keys[chunk_keys], chunk_temperature, top_p, origin, may_wait))
         first_key = last_key
     return Sample(torch.cat([tokens for tokens, _ in parts]), torch.cat([log_p for _, log_p in parts]))
 
 
-def nucleus(weights: Float[torch.Tensor, "row vocabulary"], top_p: float) -> Float[torch.Tensor, "row vocabulary"]:
+def nucleus(
+    weights: Float[torch.Tensor, "row vocabulary"], top_p: float, may_wait: bool = True
+) -> Float[torch.Tensor, "row vocabulary"]:
     """Return normalised weights with those outside the nucleus set to 0 (top-p, Holtzman et al. 2020, arXiv 1904.09751).
 
     The nucleus is the smallest set of most probable tokens whose probabilities sum to at least top_p; among equally probable
     tokens the lower ids come first, so at the edge exactly as many of them stay as are needed. Sums are taken in float64 over
     float32 probabilities. The edge is found among the 64 largest weights, and for rows where these do not reach top_p among 8
-    times as many, and so on: sorting everything costs 40 times as much. Each such round synchronises with the host once.
+    times as many, and so on: sorting everything costs 40 times as much on a CPU. Each such round is a wait of the host. Without
+    waits it is sought among `CANDIDATES_WITHOUT_WAIT` weights, and a row whose nucleus is larger becomes 0 everywhere.
     """
-    edge, kept_at_edge = _nucleus_edge(weights, top_p, 64)
+    edge, kept_at_edge = _nucleus_edge(weights, top_p, 64 if may_wait else CANDIDATES_WITHOUT_WAIT, may_wait)
     at_edge = weights == edge[:, None]
     keep = (weights > edge[:, None]) | (at_edge & (at_edge.cumsum(-1, dtype=torch.int32) <= kept_at_edge[:, None]))
     return weights * keep
@@ -163,21 +175,45 @@ def _sample_rows(
     temperature: float | Float[torch.Tensor, " row"],
     top_p: float,
     origin: Int[torch.Tensor, " key"] | None,
+    may_wait: bool,
 ) -> tuple[Int[torch.Tensor, " key"], Float[torch.Tensor, " key"]]:
     if isinstance(temperature, torch.Tensor):
         # Rows at temperature 0 are sampled slightly above it, so that the division is defined, and then replaced.
         weights = _probabilities(logits, temperature.clamp(min=1e-30)[:, None])
-        tokens = two_level_argmax(nucleus(weights, top_p) if top_p < 1 else weights, keys, origin)
+        tokens, undecided = _tokens_of_nucleus(weights, keys, top_p, origin, may_wait)
         tokens = torch.where(_per_key(temperature == 0, origin), _per_key(logits.argmax(-1), origin), tokens)
-        return tokens, _log_probabilities(logits, tokens, origin)
+        undecided = None if undecided is None else undecided & _per_key(temperature != 0, origin)
+        return _marked(tokens, undecided), _log_probabilities(logits, tokens, origin)
     if temperature == 0:
         tokens = _per_key(logits.argmax(-1), origin)
         return tokens, _log_probabilities(logits, tokens, origin)
     weights = _probabilities(logits, temperature)
-    tokens = two_level_argmax(nucleus(weights, top_p) if top_p < 1 else weights, keys, origin)
+    tokens, undecided = _tokens_of_nucleus(weights, keys, top_p, origin, may_wait)
     if temperature == 1:  # the weights are the model's own probabilities: one pass over the vocabulary less
-        return tokens, _gather(weights, tokens[:, None], origin).squeeze(1).log()
-    return tokens, _log_probabilities(logits, tokens, origin)
+        log_probabilities = _gather(weights, tokens[:, None], origin).squeeze(1).log()
+    else:
+        log_probabilities = _log_probabilities(logits, tokens, origin)
+    return _marked(tokens, undecided), log_probabilities
+
+
+def _tokens_of_nucleus(
+    weights: Float[torch.Tensor, "row vocabulary"],
+    keys: Int[torch.Tensor, " key"],
+    top_p: float,
+    origin: Int[torch.Tensor, " key"] | None,
+    may_wait: bool,
+) -> tuple[Int[torch.Tensor, " key"], Bool[torch.Tensor, " key"] | None]:
+    """Draw a token id per key from the nucleus, and say which keys' nuclei could not be told without a wait."""
+    if top_p >= 1:
+        return two_level_argmax(weights, keys, origin), None
+    kept = nucleus(weights, top_p, may_wait)
+    tokens = two_level_argmax(kept, keys, origin)
+    # Of weights that are all 0 some token is drawn; of others none whose weight is 0.
+    return tokens, None if may_wait else _gather(kept, tokens[:, None], origin).squeeze(1) == 0
+
+
+def _marked(tokens: Int[torch.Tensor, " key"], undecided: Bool[torch.Tensor, " key"] | None) -> Int[torch.Tensor, " key"]:
+    return tokens if undecided is None else tokens.masked_fill(undecided, UNDECIDED)
 
 
 def _probabilities(
@@ -213,9 +249,12 @@ def _block_sums(weights: Float[torch.Tensor, "row vocabulary"]) -> Float[torch.T
 
 
 def _nucleus_edge(
-    weights: Float[torch.Tensor, "row vocabulary"], top_p: float, candidates: int
+    weights: Float[torch.Tensor, "row vocabulary"], top_p: float, candidates: int, may_wait: bool
 ) -> tuple[Float[torch.Tensor, " row"], Int[torch.Tensor, " row"]]:
-    """Return the smallest weight in each row's nucleus, and how many tokens of exactly that weight belong to it."""
+    """Return the smallest weight in each row's nucleus, and how many tokens of exactly that weight belong to it.
+
+    Where the candidates do not hold it and the host may not wait, it is infinite.
+    """
     candidates = min(candidates, weights.shape[1])
     largest = weights.topk(candidates).values  # its values are sorted and reproducible; its choice of ids among ties is neither
     size = (largest.double().cumsum(-1) < top_p).sum(-1) + 1
@@ -224,8 +263,12 @@ def _nucleus_edge(
     kept_at_edge = last.squeeze(1) + 1 - (largest > edge).sum(-1)
     edge = edge.squeeze(1)
     too_few = size > candidates
-    if candidates < weights.shape[1] and bool(too_few.any()):
-        edge[too_few], kept_at_edge[too_few] = _nucleus_edge(weights[too_few], top_p, 8 * candidates)
+    if candidates == weights.shape[1]:
+        return edge, kept_at_edge
+    if not may_wait:
+        return edge.masked_fill(too_few, float("inf")), kept_at_edge
+    if bool(too_few.any()):
+        edge[too_few], kept_at_edge[too_few] = _nucleus_edge(weights[too_few], top_p, 8 * candidates, may_wait)
     return edge, kept_at_edge
 
 

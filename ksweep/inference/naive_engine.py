@@ -18,7 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -147,10 +147,11 @@ def _decode(
     for step in range(options.max_new_tokens):
         options.raise_if_stopping()
         # 1. Sample a token of every row, ended ones included; only live ones get theirs.
-        sampled = gumbel_sampling.sample(
-            logits, gumbel_sampling.step_keys(keys, step), temperature=batch.temperature, top_p=options.top_p
-        )
-        append_tokens(draws, live, sampled)
+        sample = partial(
+            gumbel_sampling.sample, logits, gumbel_sampling.step_keys(keys, step), temperature=batch.temperature,
+            top_p=options.top_p,
+        )  # fmt: skip
+        sampled = append_tokens(draws, live, sample)
         options.on_step(len(live))
         # 2. Yield the draws that end.
         going_on = []

@@ -144,20 +144,35 @@ def until_stopped(draws: Iterator[tuple[int, Draw]]) -> Iterator[tuple[int, Draw
         return
 
 
-def append_tokens(draws: Sequence[DrawInFlight], indices: Iterable[int], sampled: gumbel_sampling.Sample) -> None:
-    """Append a step's tokens to the draws at `indices`, in the step's one transfer to the host.
+def append_tokens(
+    draws: Sequence[DrawInFlight], indices: Iterable[int], sample: Callable[..., gumbel_sampling.Sample]
+) -> gumbel_sampling.Sample:
+    """Sample a step's tokens and append them to the draws at `indices`. Returns the sample.
 
-    float64 holds token ids and float32 exactly.
+    Args:
+        sample: `gumbel_sampling.sample` of the step's logits. It is called without waits of the host for the device; in the rare
+            step in which a nucleus could not be told so, which the step's one transfer shows, it is called again with waits.
 
     Raises:
         NotFiniteError: logits were NaN or infinite.
     """
-    tokens, log_probabilities = torch.stack([sampled.token_ids.double(), sampled.log_probabilities.double()]).tolist()
+    sampled = sample()
+    tokens, log_probabilities = _on_host(sampled)
+    if gumbel_sampling.UNDECIDED in tokens:
+        sampled = sample(may_wait=True)
+        tokens, log_probabilities = _on_host(sampled)
     for i in indices:
         if not math.isfinite(log_probabilities[i]):
             raise NotFiniteError(not_finite_message(draws[i].request, len(draws[i].token_ids)))
         draws[i].token_ids.append(int(tokens[i]))
         draws[i].log_probability += log_probabilities[i]
+    return sampled
+
+
+def _on_host(sampled: gumbel_sampling.Sample) -> list[list[float]]:
+    """Return tokens and log probabilities, in one transfer: float64 holds token ids and float32 exactly."""
+    together: list[list[float]] = torch.stack([sampled.token_ids.double(), sampled.log_probabilities.double()]).tolist()
+    return together
 
 
 def finish_reason(draw: DrawInFlight, stop_token_ids: frozenset[int], max_new_tokens: int) -> FinishReason | None:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -212,7 +213,7 @@ def counted_launches() -> Iterator[LaunchCount]:
         patch.object(attention, "next_logits", count.counted("model's step (in the graph)", attention.next_logits)),
         patch.object(kv_cache.KVCache, "select", count.counted("moves of rows", kv_cache.KVCache.select)),
         patch.object(kv_cache.KVCache, "begin_step", count.counted("model's step (in the graph)", kv_cache.KVCache.begin_step)),
-        patch.object(gumbel_sampling, "sample", count.counted("sampling", gumbel_sampling.sample)),
+        patch.object(gumbel_sampling, "sample", count.counted("sampling", partial(gumbel_sampling.sample, may_wait=False))),
         patch.object(gumbel_sampling, "step_keys", count.counted("keys of the step", gumbel_sampling.step_keys)),
         patch.object(decoder, "_refill", _counted_generator(count, "prompts and first tokens", decoder._refill)),
         count,

@@ -189,6 +189,21 @@ def test_draws_equal_the_naive_loop(models, family, temperature, top_p):
         assert len({d.token_ids for d in drawn.values()}) > (2 if temperature == 0 else 8)  # the vectors and the draws matter
 
 
+def test_nuclei_that_are_not_told_without_a_wait_are_sampled_again_and_change_no_draw(verbalizer, monkeypatch):
+    options = {"temperature": 0.5, "top_p": 0.8}
+    reference, asked = texts(take(verbalizer, requests_for(range(3), range(4)), **options)), []
+    sample = gumbel_sampling.sample
+
+    def as_on_a_gpu(*args, may_wait=False, **kw):
+        asked.append(may_wait)
+        return sample(*args, may_wait=may_wait, **kw)
+
+    monkeypatch.setattr(gumbel_sampling, "sample", as_on_a_gpu)
+    monkeypatch.setattr(gumbel_sampling, "CANDIDATES_WITHOUT_WAIT", 20)
+    assert texts(take(verbalizer, requests_for(range(3), range(4)), **options)) == reference
+    assert 0 < sum(asked) < len(asked) / 2
+
+
 def test_gemma3_window_is_shorter_than_the_prompt_and_still_exact(models):
     verbalizer = TinyVerbalizer(models["gemma3"])
     with torch.inference_mode():

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as sps
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ksweep.inference import gumbel_sampling
 
@@ -272,6 +273,35 @@ def test_nucleus_of_equal_probabilities_keeps_just_as_many_of_the_lowest_ids_as_
     assert kept.tolist() == [1 / 8] * 4 + [0.0] * 4
     kept = gumbel_sampling.nucleus(torch.tensor([[0.125, 0.5, 0.125, 0.125, 0.125]]), 0.75)[0]
     assert kept.tolist() == [0.125, 0.5, 0.125, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("candidates", [8, 4096])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, torch.tensor([0.7, 0.0, 1.4]).repeat(30)])
+def test_without_waits_tokens_are_the_same_but_for_large_nuclei(monkeypatch, candidates, temperature):
+    monkeypatch.setattr(gumbel_sampling, "CANDIDATES_WITHOUT_WAIT", candidates)
+    logits = torch.randn(90, 700, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 9, 90)[:, None]
+    options = {"temperature": temperature, "top_p": 0.9}
+    waited = gumbel_sampling.sample(logits, keys_of_draws(90), may_wait=True, **options)
+    at_once = gumbel_sampling.sample(logits, keys_of_draws(90), may_wait=False, **options)
+    t = torch.as_tensor(temperature).expand(90)
+    p = torch.softmax(logits.double() / t.clamp(min=1e-9)[:, None], -1)
+    nucleus_size = (p.sort(descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
+    undecided = (nucleus_size > candidates) & (t > 0)
+    assert torch.equal(at_once.token_ids == gumbel_sampling.UNDECIDED, undecided)
+    assert undecided.any() == (candidates == 8) and not undecided.all()
+    for before, after in ((waited.token_ids, at_once.token_ids), (waited.log_probabilities, at_once.log_probabilities)):
+        assert torch.equal(before[~undecided], after[~undecided])
+
+
+@pytest.mark.slow
+def test_a_nucleus_is_told_without_looking_at_a_value_on_the_host():
+    """Fake tensors have no values: an operation that asks for one raises."""
+    with FakeTensorMode():
+        logits, keys = torch.empty(3, 9000), torch.empty(3, dtype=torch.long)
+        for temperature in (1.0, torch.empty(3)):
+            gumbel_sampling.sample(logits, keys, temperature=temperature, top_p=0.9, may_wait=False)
+        with pytest.raises(DataDependentOutputException):
+            gumbel_sampling.sample(logits, keys, temperature=1.0, top_p=0.9, may_wait=True)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
