@@ -10,8 +10,9 @@ in use writes to the first place of a free slot, where the next draw will begin.
 
 The first steps of a shape run as usual. Before its graph is used, the graph must reproduce the logits of a step that ran beside
 it, after being recorded with other tokens and lengths and with NaN where it must write. If a graph does not, recording ends for
-its model; if one cannot be recorded, it ends for this process. A warning says so, and drawing continues without it. Slots have
-their full capacity from the start, so that the memory that graphs point to never moves.
+its model; if one cannot be recorded, it ends for this process; if memory does not suffice, for this stream of draws. A warning
+says so, and drawing continues without it. Slots have their full capacity from the start, so that the memory that graphs point to
+never moves.
 """
 
 from __future__ import annotations
@@ -49,12 +50,22 @@ REPLAY_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e
 """Largest difference between the logits of a replay and of the step itself, as a share of the largest logit. The kernels are the
 same: the check is for a step recorded only in part and for addresses that have moved."""
 
+ROOM_SHARE = 0.8
+"""Largest share of the free memory that a step may take if it is to be recorded; blocks of memory never fit without gaps."""
+
 _failed_recording: list[str] = []
 """Why recording has ended in this process, if it has: after a failed recording torch's allocator is not as it was before, whoever
 records next. Nothing but recording depends on it."""
 
 _differing: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 """How the graphs of a model differed from its steps, for models whose recording has ended."""
+
+_times_out_of_memory: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""How many streams of a model's draws ran out of memory while they recorded."""
+
+MOST_TIMES_OUT_OF_MEMORY = 3
+"""Streams of a model that may do so before none records any more: each may lose the memory of a graph that was begun (torch frees
+it only from pull request 190308 on)."""
 
 
 class Replayable(Protocol):
@@ -77,12 +88,17 @@ def supports_cuda_graphs(model: Any) -> bool:
 
 def cuda_graphs_state(model: Any) -> str:
     """Return "on", "off", or why recording was given up, for the run record."""
-    problem = recording_problem(model)
-    return f"given up: {problem}" if problem else "on" if supports_cuda_graphs(model) else "off"
+    if problem := recording_problem(model):
+        return f"given up: {problem}"
+    times = _times_out_of_memory.get(model, 0)
+    on = f"on, out of memory in {times} streams" if times else "on"
+    return on if supports_cuda_graphs(model) else "off"
 
 
 def recording_problem(model: Any) -> str | None:
     """Return why a model's steps are no longer recorded, None if nothing has gone wrong."""
+    if _times_out_of_memory.get(model, 0) >= MOST_TIMES_OUT_OF_MEMORY:
+        return f"out of memory in {MOST_TIMES_OUT_OF_MEMORY} streams of draws"
     return next(iter(_failed_recording), None) or _differing.get(model)
 
 
@@ -96,8 +112,9 @@ def cuda_recorder(device: torch.device) -> Recorder:
 
     def record(step: Callable[[], None]) -> Replayable:
         with torch.cuda.device(device), _garbage_collection_off():
-            # A step that waits for the device fails here already: an error while recording would corrupt torch's allocator.
-            with _synchronisation_forbidden():
+            # A step that waits for the device, or for which there is no room, fails here already: an error while recording would
+            # corrupt torch's allocator.
+            with _synchronisation_forbidden(), _room_for_another(device):
                 step()
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
@@ -121,6 +138,21 @@ def _garbage_collection_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def _room_for_another(device: torch.device) -> Iterator[None]:
+    """Check that what is allocated inside could be allocated once more: a graph has memory of its own.
+
+    Raises:
+        torch.OutOfMemoryError: it could not.
+    """
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield
+    needed, free = torch.cuda.max_memory_allocated(device) - before, memory.free_device_bytes(device) or 0
+    if needed > ROOM_SHARE * free:
+        raise torch.OutOfMemoryError(f"a step takes {needed / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free for its graph")
 
 
 @contextmanager
@@ -161,6 +193,8 @@ class RecordedSteps:
         """[slot, vocabulary]: every graph writes its logits here."""
         self._recorded: dict[tuple[int, int], Replayable] = {}
         self._uses: Counter[tuple[int, int]] = Counter()
+        self._has_room = True
+        """Whether recording has not run out of memory yet."""
 
     def logits(self, tokens: Int[torch.Tensor, " row"]) -> Float[torch.Tensor, "row vocabulary"]:
         """Return the logits after each row's last token and write its keys and values to its slot.
@@ -179,7 +213,7 @@ class RecordedSteps:
             self._recorded[shape].replay()
         else:
             self._step(*shape)
-            if self._uses[shape] >= USES_BEFORE_RECORDING and not recording_problem(self._model):
+            if self._has_room and self._uses[shape] >= USES_BEFORE_RECORDING and not recording_problem(self._model):
                 self._try_to_record(shape)
         self._uses[shape] += 1
         self._cache.end_step()
@@ -213,8 +247,11 @@ class RecordedSteps:
                 _differing[self._model] = problem
         except RuntimeError as failure:
             # Of a failed capture the last error says only that it failed; the one before says why.
-            problem = str(failure.__context__ or failure).strip().split("\n")[0]
-            _failed_recording.append(problem)
+            reason = failure.__context__ or failure
+            problem = str(reason).strip().split("\n")[0]
+            self._has_room = not (memory.is_out_of_memory(reason) or memory.is_out_of_memory(failure))
+            if self._has_room:
+                _failed_recording.append(problem)
         if problem is not None:
             self._give_up(problem)
             self._step(*shape)
@@ -244,8 +281,13 @@ class RecordedSteps:
         return f"a graph's logits differ by {difference:.2g} from those of the step, of which the largest is {largest:.2g}"
 
     def _give_up(self, problem: str) -> None:
-        log.warning("decoding steps are not recorded as CUDA graphs, which makes drawing slower: %s", problem)
-        self._recorded.clear()
+        """End recording; graphs are kept where it was memory that did not suffice for another."""
+        if self._has_room:
+            log.warning("decoding steps are not recorded as CUDA graphs, which makes drawing slower: %s", problem)
+            self._recorded.clear()
+        else:
+            log.warning("no more decoding steps are recorded as CUDA graphs in this stream, which makes it slower: %s", problem)
+            _times_out_of_memory[self._model] = _times_out_of_memory.get(self._model, 0) + 1
         memory.release_cached_memory(self._model.device)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -95,6 +95,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "cuda_recorder", lambda device: made)
     monkeypatch.setattr(cuda_graphs, "_failed_recording", [])
     monkeypatch.setattr(cuda_graphs, "_differing", WeakKeyDictionary())
+    monkeypatch.setattr(cuda_graphs, "_times_out_of_memory", WeakKeyDictionary())
     monkeypatch.setattr(cuda_graphs, "USES_BEFORE_RECORDING", 2)  # these runs are short
     return made
 
@@ -314,16 +315,62 @@ def test_a_pad_token_does_not_have_gpt2_look_for_padding(models, recorder, monke
     assert looked == [] and recorder.replays and model.config.pad_token_id == 3
 
 
-def test_out_of_memory_while_recording_ends_recording_and_not_the_batch(models, recorder, expected, caplog):  # noqa: F811
+def _out_of_memory(tape: Tape) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
+
+
+def _out_of_memory_in_a_capture(tape: Tape) -> None:
+    """As torch raises it: the capture's end says only that it was invalidated."""
+    try:
+        _out_of_memory(tape)
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("fail", [_out_of_memory, _out_of_memory_in_a_capture])
+def test_out_of_memory_while_recording_ends_recording_in_this_stream_alone(models, recorder, expected, caplog, fail):  # noqa: F811
     """Graphs have memory of their own, kept from the rest; without them there is room for as many rows as before."""
-
-    def fail(tape: Tape) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
-
     recorder.spoil = fail
     verbalizer, requests = TinyVerbalizer(models["llama"], STOPS), requests_for(range(6), range(6))
-    assert texts(take(verbalizer, requests, max_new_tokens=40)) == expected(verbalizer, requests, max_new_tokens=40)
-    assert "a test says so" in caplog.text and "draws at once" not in caplog.text and recorder.replays == 0
+    wanted = expected(verbalizer, requests, max_new_tokens=40)
+    assert texts(take(verbalizer, requests, max_new_tokens=40)) == wanted
+    assert caplog.text.count("a test says so") == 1 and "draws at once" not in caplog.text and recorder.replays == 0
+    assert cuda_graphs.recording_problem(verbalizer.model) is None
+    recorder.spoil = None
+    assert texts(take(verbalizer, requests, max_new_tokens=40)) == wanted and recorder.replays > 0
+    # After three such streams of a model it is given up: each may have lost memory.
+    recorder.spoil = fail
+    for _ in range(2):
+        take(verbalizer, requests, max_new_tokens=40)
+    assert cuda_graphs.cuda_graphs_state(verbalizer.model) == "given up: out of memory in 3 streams of draws"
+    assert cuda_graphs.recording_problem(models["qwen2"]) is None
+
+
+def test_out_of_memory_while_recording_leaves_the_graphs_that_are_there(models, recorder, expected, monkeypatch):  # noqa: F811
+    verbalizer, requests = TinyVerbalizer(models["llama"], STOPS), requests_for(range(6), range(12))
+    options = {"max_new_tokens": 40, "batch_size": 16}
+    give_up, left = cuda_graphs.RecordedSteps._give_up, []
+
+    def watched(self, problem):
+        give_up(self, problem)
+        left.append(len(self._recorded))
+
+    monkeypatch.setattr(cuda_graphs.RecordedSteps, "_give_up", watched)
+    recorder.spoil = lambda tape: _out_of_memory(tape) if recorder.tapes else None
+    assert texts(take(verbalizer, requests, **options)) == expected(verbalizer, requests, **options)
+    assert left == [1]
+
+
+@pytest.mark.parametrize(("free", "room"), [(1000, True), (124, False)])
+def test_a_step_without_room_for_a_graph_is_not_begun_to_be_recorded(monkeypatch, free, room):
+    """An error while a graph is recorded costs memory until the process ends."""
+    allocated = iter([5_000])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(cuda_graphs.memory, "free_device_bytes", lambda device: free)
+    with nullcontext() if room else pytest.raises(torch.OutOfMemoryError), cuda_graphs._room_for_another(torch.device("cpu")):
+        pass
 
 
 @pytest.mark.slow
@@ -393,6 +440,7 @@ class CudaOfOneThread:
         self.captured: list[tuple[Any, ...]] = []
         for name in ("graph_pool_handle", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, lambda name=name: name)
+        monkeypatch.setattr(cuda_graphs, "_room_for_another", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
