@@ -16,10 +16,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-CROSSING = {aten.copy_.default, aten._copy_from.default}
+CROSSING = {aten.copy_.default, aten._copy_from.default, torch.Tensor.copy_}
 BY_PYTHON = {
     getattr(torch.Tensor, name)
-    for name in ("__getitem__", "__setitem__", "contiguous", "tolist", "item", "__float__", "__int__", "__bool__")
+    for name in ("__getitem__", "__setitem__", "contiguous", "tolist", "item", "__float__", "__int__", "__bool__", "copy_")
 }
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default} | {
     torch.Tensor.__getitem__,
@@ -45,6 +45,8 @@ class Elsewhere(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in BY_PYTHON:  # torch's own would look for a driver
             return _run(func, args, kwargs or {})
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]  # torch's own would leave `inner` as it is
+            args[0].inner = args[1].inner
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

@@ -58,7 +58,7 @@ class BlockReader:
         devices = as_devices(device)
         self.device, self.spread = devices[0], len(devices) > 1
         self.tokenizer = load_model_tokenizer(files.tokenizer)
-        decoder = load_decoder(files, layer, getattr(torch, dtype))
+        decoder = load_decoder(files, layer, getattr(torch, dtype), devices)
         self.decoder = place_model(decoder.eval().requires_grad_(False), devices)
         self.block = blocks_of(self.decoder)[layer]
         self.special_ids = frozenset(self.tokenizer.all_special_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from ksweep.activations.base_model import BaseModel, adapter_config
 from ksweep.activations.model_config import cut_to_blocks, text_config
+from ksweep.inference.device_map import streaming_options
 from ksweep.inference.lora import PREFIX, lora_over
 from ksweep.inference.model_parts import blocks_of, decoder_of
 from ksweep.inference.quantized_weights import ask_for_plain_weights, with_plain_weights
@@ -33,19 +34,19 @@ BLOCK = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def load_decoder(files: BaseModel, layer: int, dtype: torch.dtype, lay_out: bool = False) -> Any:
+def load_decoder(files: BaseModel, layer: int, dtype: torch.dtype, devices: Sequence[torch.device] | None) -> Any:
     """Return the module that runs blocks 0 to `layer`, with its adapter; the whole decoder of an architecture that cannot be cut.
 
     Args:
-        lay_out: leave it on the meta device, without contents.
+        devices: that it is for; a single GPU gets the weights straight from the files. None: it is left without contents.
 
     Raises:
         RequestError: the layer does not exist.
         CheckpointError: the model lacks weights, cannot be loaded, or its adapter does not fit it.
     """
-    backbone = _load_backbone(files.weights, layer, dtype, lay_out)
+    backbone = _load_backbone(files.weights, layer, dtype, devices)
     if files.adapter is not None:
-        _put_adapter(backbone, files.adapter, layer, lay_out)
+        _put_adapter(backbone, files.adapter, layer, devices is None)
     decoder = decoder_of(backbone)
     if (streams := getattr(decoder.config.get_text_config(), "altup_num_inputs", 1)) > 1:
         raise CheckpointError(
@@ -63,7 +64,7 @@ def check_lower_blocks(question: tuple[BaseModel, int]) -> None:
     """
     files, layer = question
     load_model_tokenizer(files.tokenizer)
-    blocks_of(load_decoder(files, layer, torch.float32, lay_out=True))
+    blocks_of(load_decoder(files, layer, torch.float32, None))
 
 
 def load_model_tokenizer(path: Path) -> Any:
@@ -83,7 +84,7 @@ def load_model_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _load_backbone(path: Path, layer: int, dtype: torch.dtype, lay_out: bool) -> Any:
+def _load_backbone(path: Path, layer: int, dtype: torch.dtype, devices: Sequence[torch.device] | None) -> Any:
     """Load the model without its head, and without the blocks above `layer` where that is safe. No weight in use is random."""
     from transformers import AutoModel
 
@@ -95,7 +96,9 @@ def _load_backbone(path: Path, layer: int, dtype: torch.dtype, lay_out: bool) ->
         load: Any = AutoModel
         options: dict[str, Any] = {"pretrained_model_name_or_path": path}
         with quiet(), no_foreign_code(path):
-            if lay_out:
+            if devices is not None:
+                options |= streaming_options(devices) if method is None else {}
+            else:
                 with torch.device("meta"):
                     load = type(empty := AutoModel.from_config(config, **OWN_CODE))
                 options, method = options_to_lay_out(empty, config, method, _tensors(path))

@@ -28,6 +28,19 @@ def as_devices(devices: Devices) -> tuple[torch.device, ...]:
     return tuple(torch.device(name) for name in names)
 
 
+def streaming_options(devices: Sequence[torch.device], num_bytes: int = 0) -> dict[str, Any]:
+    """Return the options with which `from_pretrained` reads weights file by file straight onto their device.
+
+    Eight ranks of a node would otherwise hold eight whole models in its memory at once. There are none for a CPU, which is where
+    weights are read to anyway; for several devices, over which a whole model is spread; and for a device with less room than
+    `num_bytes`.
+    """
+    [device, *others] = devices
+    if others or device.type == "cpu" or num_bytes > WEIGHTS_SHARE * _free_bytes(device):
+        return {}
+    return {"device_map": {"": str(device)}}
+
+
 def place_model(model: Any, devices: Sequence[torch.device]) -> Any:
     """Move a frozen model to its device, or spread its blocks over several, and return it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
+from ksweep.inference.device_map import place_model
 from ksweep.inference.model_parts import attention_for, blocks_of
 from ksweep.inference.quantized_weights import BITSANDBYTES, ask_for_plain_weights, unpacked, with_plain_weights
 from ksweep.utils.errors import CheckpointError
 from ksweep.utils.hub import MODEL_LOADING
 from ksweep.utils.safetensors_header import WRAPPED
 from ksweep.utils.tensor_headers import Tensor
+from ksweep.utils.text import some_of
 
 LARGEST_WEIGHT = 1e9
 OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -77,7 +79,13 @@ def no_foreign_code(directory: Path) -> Iterator[None]:
 
 
 def load_or_lay_out(
-    auto: Any, directory: Path, config: Any, whole_config: Any, dtype: torch.dtype, headers: Mapping[str, Tensor] | None = None
+    auto: Any,
+    directory: Path,
+    config: Any,
+    whole_config: Any,
+    dtype: torch.dtype,
+    headers: Mapping[str, Tensor] | None = None,
+    streaming: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Mapping[str, Any]]:
     """Return a model of a configuration with the weights of a directory, and transformers' report on missing and other tensors.
 
@@ -89,12 +97,14 @@ def load_or_lay_out(
         config: the language model's part of `whole_config`, perhaps cut.
         dtype: what weights are converted to.
         headers: of the safetensors files in the directory.
+        streaming: `streaming_options` of the devices; weights that are stored quantised are read to the host all the same.
     """
     # 1. Take the model's class, and how its weights are stored.
     method = ask_for_plain_weights(config, whole_config, directory)
     with torch.device("meta"), no_foreign_code(directory):
         empty = auto.from_config(config, **OWN_CODE)
     options: dict[str, Any] = {"pretrained_model_name_or_path": directory, "local_files_only": True}
+    options |= streaming or {} if method is None else {}
     if headers is not None:
         options, method = options_to_lay_out(empty, config, method, on_meta(headers))
     # 2. Load the weights, or lay them out.
@@ -169,6 +179,21 @@ def cut_blocks(config: Any, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
 
 
+def placed(model: Any, devices: Sequence[torch.device], name: str) -> Any:
+    """Return a model frozen, in evaluation mode and on its devices, where its weights are looked at.
+
+    Raises:
+        CheckpointError: a weight is not finite or implausibly large.
+    """
+    model = place_model(model.requires_grad_(False).eval(), devices)
+    if broken := [parameter for parameter, weights in model.named_parameters() if not is_sane(weights)]:
+        raise CheckpointError(
+            f"{name} has NaN, infinite or absurdly large weights (as {model.dtype}) in {some_of(broken)}. Get intact weights; do "
+            "not load bfloat16 weights as float16, which overflows."
+        )
+    return model
+
+
 def is_sane(tensor: torch.Tensor) -> bool:
     """Return whether every weight is finite and none is larger than `LARGEST_WEIGHT`; one without contents is sane."""
     if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
@@ -212,6 +237,7 @@ __all__ = [
     "load_or_lay_out",
     "on_meta",
     "options_to_lay_out",
+    "placed",
     "quiet",
     "torch_dtype",
 ]

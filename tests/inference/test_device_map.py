@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ksweep.activations.hidden_states import BlockReader
 from ksweep.autoencoder.nla import models as nla
@@ -118,6 +118,54 @@ def test_an_nla_pair_over_two_devices_says_and_reads_the_same(family: Any, adapt
         assert drawn(av2) == texts and torch.equal(ar2.reconstruct_texts(TEXTS), vectors)
     if av.model.config.tie_word_embeddings:
         assert av2.model.get_output_embeddings().weight is av2.model.get_input_embeddings().weight
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Where transformers was asked to read weights to; in this thread, as the pretended devices are."""
+    asked: list[Any] = []
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def noted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device_map") != "meta":  # an adapter is laid out there first
+            asked.append(kwargs.get("device_map"))
+        return load(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(noted))
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    return asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_weights_of_an_nla_pair_are_read_straight_to_its_gpu(
+    tmp_path: Path, streamed: list[Any], monkeypatch: pytest.MonkeyPatch, adapters: bool
+) -> None:
+    pair = make_pair(tmp_path, "llama", layer=3, num_layers=5, adapters=adapters, talks=True)
+    av, ar = of_pair(pair, "cpu")
+    texts, vectors = drawn(av), ar.reconstruct_texts(TEXTS)
+    assert streamed == [None, None]
+    with PretendDevices():
+        av2, ar2 = of_pair(pair, TWO[0])
+        assert streamed[2:] == [{"": "maia:0"}] * 2 and devices_of(av2.model) == devices_of(ar2.model) == {"maia:0"}
+        assert drawn(av2) == texts and torch.equal(ar2.reconstruct_texts(TEXTS), vectors)
+        # Where a model in float32, to merge an adapter into, does not fit on the GPU, it is read to the host.
+        monkeypatch.setattr(device_map, "_free_bytes", lambda device: 1000)
+        of_pair(pair, TWO[0])
+        assert streamed[4:] == [None, None]
+
+
+def test_weights_of_a_talkative_autoencoder_and_of_a_base_are_read_straight_to_their_gpu(
+    tmp_path: Path, streamed: list[Any]
+) -> None:
+    info = tae.inspect_tae(architectures.make(tmp_path, architectures.CASES["llama, first 2, nothing left"]))
+    base = make_base(tmp_path / "a base", "qwen2", num_layers=3)
+    with PretendDevices():
+        av = tae.load_tae_verbalizer(info, dtype="float32", device=TWO[0])
+        ar = tae.load_tae_reconstructor(info, dtype="float32", device=TWO[0])
+        reader = BlockReader(str(base), 1, "float32", TWO[0])
+        assert devices_of(av.model) == devices_of(ar.model) == devices_of(reader.decoder) == {"maia:0"}
+    assert streamed == [{"": "maia:0"}] * 3
 
 
 @pytest.mark.heavy(3)

@@ -5,6 +5,7 @@ Missing, unexpected and non-finite weights are errors here; transformers would o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.weight_files import HEAD_KEY, LAYER_MEANS, Adapter
-from ksweep.inference.device_map import place_model
+from ksweep.inference import memory
+from ksweep.inference.device_map import streaming_options
 from ksweep.inference.lora import PREFIX, lora_over
 from ksweep.inference.model_parts import blocks_of, decoder_of, final_norm_of, keep_head_input_contiguous
 from ksweep.inference.transformers_models import (
@@ -28,6 +30,7 @@ from ksweep.inference.transformers_models import (
     is_sane,
     load_or_lay_out,
     on_meta,
+    placed,
     quiet,
     read_model_config,
     read_tokenizer,
@@ -57,10 +60,10 @@ def load_nla_tokenizer(info: CheckpointInfo) -> Any:
 def load_av_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device]) -> Any:
     """Load the AV as a frozen transformers causal LM, with its adapter merged and no sampling values in its generation_config."""
     with quiet(), _explained(info, "its weights"):
-        model = _av_model(info, dtype)
+        model = _av_model(info, dtype, devices)
     model.generation_config = transformers.GenerationConfig()
     keep_head_input_contiguous(model)
-    return _ready(model, info, devices)
+    return placed(model, devices, f"AV {info.path}")
 
 
 def save_av_model(info: CheckpointInfo, dtype: str, directory: Path) -> None:
@@ -94,7 +97,7 @@ def load_ar_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[to
         CheckpointError: the weights do not fit, or the architecture has no blocks that can be found.
     """
     with quiet(), _explained(info, "its weights"):
-        return _ready(_ar_model(info, dtype), info, devices)
+        return placed(_ar_model(info, dtype, devices), devices, f"AR {info.path}")
 
 
 def lay_out_model(info: CheckpointInfo) -> Any:
@@ -104,17 +107,17 @@ def lay_out_model(info: CheckpointInfo) -> Any:
         CheckpointError: as loading would.
     """
     with quiet(), _explained(info, "its weights"):
-        return (_ar_model if info.role == "ar" else _av_model)(info, torch.float32, lay_out=True)
+        return (_ar_model if info.role == "ar" else _av_model)(info, torch.float32, None)
 
 
-def _av_model(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> Any:
-    """Return the AV's causal LM; `lay_out` leaves it without contents.
+def _av_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device] | None) -> Any:
+    """Return the AV's causal LM; without `devices` it is left without contents.
 
     Raises:
         CheckpointError: a vector cannot take the place of a token's embedding.
     """
     # 1. Load it.
-    model = _merged(info, dtype, lay_out) if info.is_adapter else _load(info, AutoModelForCausalLM, dtype, lay_out)
+    model = _merged(info, dtype, devices) if info.is_adapter else _load(info, AutoModelForCausalLM, dtype, devices)
     # 2. Check that one embedding, as wide as the vectors, is all that a token brings.
     blocks_of(model)
     width = model.get_input_embeddings().embedding_dim
@@ -133,14 +136,14 @@ def _av_model(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -
     return model
 
 
-def _ar_model(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> Any:
-    """Return the AR's blocks without head, and with the final norm only if it was trained so; `lay_out` leaves out contents."""
+def _ar_model(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device] | None) -> Any:
+    """Return the AR's blocks without head, and with the final norm only if it was trained so; contents as for `_av_model`."""
     # 1. Load the backbone.
     if info.is_adapter:
-        causal = _merged(info, dtype, lay_out)
+        causal = _merged(info, dtype, devices)
         model = getattr(causal, causal.base_model_prefix)
     else:
-        model = _load(info, AutoModel, dtype, lay_out)
+        model = _load(info, AutoModel, dtype, devices)
     # 2. Take what follows the last block away.
     decoder, norm, depth = decoder_of(model), final_norm_of(model), len(blocks_of(model))
     behind = next((name for name in BEHIND_BLOCKS if getattr(decoder, name, None) is not None), None)
@@ -205,16 +208,21 @@ def load_layer_mean(info: CheckpointInfo) -> torch.Tensor | None:
     return mean.float()
 
 
-def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype, lay_out: bool = False) -> Any:
-    """Load full weights with transformers, cut to the blocks in use; problems that transformers reports are errors."""
+def _load(info: CheckpointInfo, auto: Any, dtype: torch.dtype, devices: Sequence[torch.device] | None) -> Any:
+    """Load full weights with transformers, cut to the blocks in use; problems that transformers reports are errors.
+
+    Without `devices` they are left without contents; otherwise they go straight to a GPU that has room for them.
+    """
     # 1. Take the language model's configuration, cut to the blocks in use.
     whole_config = read_model_config(info.weights)
     config = whole_config.get_text_config()
     if info.num_layers < config.num_hidden_layers:
         cut_blocks(config, info.num_layers)
     # 2. Load the weights, or lay them out.
-    headers = model_tensors(info.weights) if lay_out else None
-    model, report = load_or_lay_out(auto, info.weights, config, whole_config, dtype, headers)
+    headers = model_tensors(info.weights)
+    num_bytes = dtype.itemsize * sum(math.prod(header.shape) for header in headers.values())
+    given = (headers, None) if devices is None else (None, streaming_options(devices, num_bytes))
+    model, report = load_or_lay_out(auto, info.weights, config, whole_config, dtype, *given)
     # 3. Refuse missing, unexpected and misshapen tensors.
     _check_report(info, model, report, is_wrapped=config is not whole_config)
     return model
@@ -256,17 +264,18 @@ def _is_above(name: str, num_layers: int) -> bool:
     return match is not None and int(match[2]) >= num_layers
 
 
-def _merged(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> Any:
+def _merged(info: CheckpointInfo, dtype: torch.dtype, devices: Sequence[torch.device] | None) -> Any:
     """Load an adapter's base, cut to the blocks in use, and merge the adapters into it, one after the other.
 
-    `lay_out` only checks that they fit.
+    Without `devices` this only checks that they fit.
 
     The sum is taken in float32 and rounded to `dtype` once, so that small updates are not rounded twice. Loading takes twice the
-    memory of a bfloat16 model.
+    memory of a bfloat16 model, of the GPU if it has that much.
     """
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    model = _load(info, AutoModelForCausalLM, torch.float32, lay_out)
+    lay_out = devices is None
+    model = _load(info, AutoModelForCausalLM, torch.float32, devices)
     backbone = model.base_model_prefix
     for adapter in info.adapters:
         state = on_meta(read_header(adapter.file)) if lay_out else load_file(adapter.file)
@@ -287,6 +296,8 @@ def _merged(info: CheckpointInfo, dtype: torch.dtype, lay_out: bool = False) -> 
         model = wrapped.merge_and_unload(safe_merge=not lay_out)
     for parameter in model.parameters():  # .to(dtype) would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
+    if not lay_out and model.device.type == "cuda":
+        memory.release_cached_memory(model.device)
     return model
 
 
@@ -383,22 +394,6 @@ def _check_trained(info: CheckpointInfo, adapter: Adapter, names: Iterable[str])
 
 def _unprefixed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-
-
-def _ready(model: Any, info: CheckpointInfo, devices: Sequence[torch.device]) -> Any:
-    """Return the model frozen, in evaluation mode and on its devices.
-
-    Raises:
-        CheckpointError: a weight is not finite or implausibly large.
-    """
-    model = place_model(model.requires_grad_(False).eval(), devices)
-    broken = [name for name, parameter in model.named_parameters() if not is_sane(parameter)]
-    if broken:
-        raise CheckpointError(
-            f"{info.role.upper()} {info.path} has NaN, infinite or absurdly large weights (as {model.dtype}) in "
-            f"{some_of(broken)}. Get an intact checkpoint; do not load bfloat16 weights as float16, which overflows."
-        )
-    return model
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
-from ksweep.inference.device_map import place_model
+from ksweep.inference.device_map import streaming_options
 from ksweep.inference.model_parts import keep_head_input_contiguous
 from ksweep.inference.transformers_models import (
     LIBRARY_ERRORS,
@@ -21,6 +21,7 @@ from ksweep.inference.transformers_models import (
     cut_blocks,
     is_sane,
     load_or_lay_out,
+    placed,
     quiet,
     read_model_config,
     read_tokenizer,
@@ -44,13 +45,13 @@ def load_decoder_model(
 
     Final logit soft-capping is off, as it was in training (Gemma-2); soft-capping of attention is that of the base.
     """
-    model = _load(AutoModelForCausalLM, directory, None, dtype)
+    model = _load(AutoModelForCausalLM, directory, None, dtype, devices)
     replace_weights(model, stored, path, "decoder")
     if getattr(model.config, "final_logit_softcapping", None) is not None:
         model.config.final_logit_softcapping = None
     model.generation_config = transformers.GenerationConfig()
     keep_head_input_contiguous(model)
-    return _ready(model, directory, devices)
+    return placed(model, devices, f"the model over {directory}")
 
 
 def load_encoder_model(
@@ -65,11 +66,11 @@ def load_encoder_model(
 
     These are the model's own unless the checkpoint stores base weights for the encoder.
     """
-    model = _load(AutoModel, directory, num_blocks, dtype)
+    model = _load(AutoModel, directory, num_blocks, dtype, devices)
     table = model.get_input_embeddings().weight
     base_table = table.detach().clone() if stored else table
     replace_weights(model, stored, path, "encoder")
-    return _ready(model, directory, devices), base_table.detach().to(devices[0])
+    return placed(model, devices, f"the model over {directory}"), base_table.detach().to(devices[0])
 
 
 def embedding_scale(model: Any) -> Float[torch.Tensor, ""]:
@@ -166,11 +167,13 @@ def check_base_on_meta(directory: Path) -> None:
     Raises:
         CheckpointError: as loading would.
     """
-    _load(AutoModelForCausalLM, directory, None, torch.float32, lay_out=True)
+    _load(AutoModelForCausalLM, directory, None, torch.float32)
 
 
-def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype, lay_out: bool = False) -> Any:
-    """Load a base model with transformers, cut to its first blocks; `lay_out` leaves it without contents.
+def _load(
+    auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype, devices: Sequence[torch.device] | None = None
+) -> Any:
+    """Load a base model with transformers, cut to its first blocks; without `devices` it is left without contents.
 
     Raises:
         CheckpointError: weights are missing (transformers would fill them at random), unexpected or of another shape.
@@ -181,9 +184,8 @@ def _load(auto: Any, directory: Path, num_blocks: int | None, dtype: torch.dtype
         config = whole_config.get_text_config()
         if num_blocks is not None and num_blocks < config.num_hidden_layers:
             cut_blocks(config, num_blocks)
-        model, report = load_or_lay_out(
-            auto, directory, config, whole_config, dtype, model_tensors(directory) if lay_out else None
-        )
+        headers, streaming = (model_tensors(directory), None) if devices is None else (None, streaming_options(devices))
+        model, report = load_or_lay_out(auto, directory, config, whole_config, dtype, headers, streaming)
     # 2. Refuse what transformers reports.
     depth, headless = len(blocks_of(model)), auto is AutoModel
     faults = (
@@ -218,20 +220,6 @@ def _unused(name: str, depth: int, headless: bool) -> bool:
 def _tied(name: str, model: Any) -> bool:
     """Return whether a stored weight is the head's copy of the token embeddings, which the model shares."""
     return name == "lm_head.weight" and model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def _ready(model: Any, directory: Path, devices: Sequence[torch.device]) -> Any:
-    """Return the model frozen, in evaluation mode and on its devices.
-
-    Raises:
-        CheckpointError: a weight is not finite or implausibly large.
-    """
-    if broken := [name for name, parameter in model.named_parameters() if not is_sane(parameter)]:
-        raise CheckpointError(
-            f"the model over {directory} has NaN, infinite or absurdly large weights (as {model.dtype}) in {some_of(broken)}. "
-            "Get intact weights; do not load bfloat16 weights as float16, which overflows."
-        )
-    return place_model(model.requires_grad_(False).eval(), devices)
 
 
 @contextmanager
