@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from ksweep.utils.safetensors_header import bytes_of_weights
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -24,11 +28,12 @@ def scripts() -> SimpleNamespace:
         import attention_error
         import check
         import host_cost
+        import large_models
         import launches
         import roofline
     finally:
         sys.path[:] = before
-    modules: list[ModuleType] = [attention_error, check, host_cost, launches, roofline]
+    modules: list[ModuleType] = [attention_error, check, host_cost, large_models, launches, roofline]
     return SimpleNamespace(**{module.__name__: module for module in modules})
 
 
@@ -97,3 +102,40 @@ def test_roofline_bound_is_weights_read_once_at_few_rows_and_products_at_many(sc
     assert shape.multiplied == 7_070_285_824
     bound = {rows: scripts.roofline.line("7B", shape, h200, rows).split("|")[4].strip() for rows in (64, 768)}
     assert bound == {64: "19,462", 768: "55,868"}
+
+
+def test_page_on_large_models_has_the_tables_of_the_script(scripts: SimpleNamespace) -> None:
+    page = scripts.large_models.PAGE.read_text()
+    for pair in scripts.large_models.PAIRS:
+        assert f"\n{scripts.large_models.table(pair)}\n" in page, "python scripts/gpu/large_models.py writes them"
+
+
+@pytest.mark.parametrize("name", ["Llama-3.3-70B", "Gemma-3-27B"])
+def test_sizes_of_large_pairs_are_those_that_a_rank_reads_from_the_headers_of_such_files(
+    scripts: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    """Files of the shapes that transformers gives such models, with nothing in them."""
+    [pair] = (pair for pair in scripts.large_models.PAIRS if pair.name == name)
+    shape = pair.shape
+    sizes = {
+        "hidden_size": shape.width, "intermediate_size": shape.inner, "num_hidden_layers": shape.layers,
+        "head_dim": shape.head_dim, "num_attention_heads": shape.heads, "num_key_value_heads": shape.key_heads,
+        "vocab_size": shape.vocabulary,
+    }  # fmt: skip
+    build = {"Llama-3.3-70B": (LlamaForCausalLM, LlamaConfig), "Gemma-3-27B": (Gemma3ForCausalLM, Gemma3TextConfig)}[name]
+    with torch.device("meta"):
+        model = build[0](build[1](**sizes, tie_word_embeddings=pair.shares_embeddings))
+    header: dict[str, object] = {}
+    end = 0
+    for tensor, parameter in model.named_parameters():
+        begin, end = end, end + 2 * parameter.numel()
+        header[tensor] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert bytes_of_weights(tmp_path, "bfloat16") == pytest.approx(pair.av_bytes, rel=1e-4)
+    head = 2 * shape.width**2 - (0 if pair.shares_embeddings else 2 * shape.vocabulary * shape.width)  # the AR's own, no lm_head
+    assert bytes_of_weights(tmp_path, "bfloat16", pair.layer + 1) + head == pytest.approx(pair.ar_bytes, rel=1e-4)
+    per_token = 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
+    assert shape.bytes_per_token == per_token

@@ -236,6 +236,10 @@ class Family(ABC):
     def weight_bytes(self) -> int:
         """Return an upper bound of the memory of AV and AR in a process that has loaded both."""
 
+    def half_bytes(self) -> tuple[int, int]:
+        """Return the memory of the AV's weights and of the AR's; of what a family does not tell apart, half each."""
+        return self.weight_bytes() // 2, self.weight_bytes() // 2
+
     def reconstruction_bytes(self) -> int:
         """Return the bytes of each reconstruction that is stored with its draw; 0 if none is stored."""
         return 0

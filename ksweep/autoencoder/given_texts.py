@@ -164,7 +164,11 @@ class TextsForAr(GivenTexts):
         """Return the size of the AR's weights."""
         if isinstance(self.ar, OwnPart):
             return self.ar.number("weight_bytes") or 0
-        return bytes_of_weights(self.ar.weights, self.autoencoder.reconstructor_dtype)
+        return bytes_of_weights(self.ar.weights, self.autoencoder.reconstructor_dtype, self.ar.num_layers)
+
+    def half_bytes(self) -> tuple[int, int]:
+        """Return the size of the AR's weights: there is no AV."""
+        return 0, self.weight_bytes()
 
     @property
     def tokenizer_directory(self) -> Path | None:
@@ -216,6 +220,10 @@ class TextsForEncoder(GivenTexts, TaeFile):
     def weight_bytes(self) -> int:
         """Return the size of the encoder's weights."""
         return bytes_of_weights(self.info.base, self.autoencoder.reconstructor_dtype)
+
+    def half_bytes(self) -> tuple[int, int]:
+        """Return the size of the encoder's weights: there is no AV."""
+        return 0, self.weight_bytes()
 
 
 def digest_of_tokenizer(directory: Path) -> str:

@@ -131,8 +131,16 @@ class OwnParts(Family):
 
     def weight_bytes(self) -> int:
         """Return the size of a checkpoint's weights, and what the user's parts state."""
-        own = sum(half.number("weight_bytes") or 0 for half in (self.av, self.ar) if isinstance(half, OwnPart))
-        return own + sum(bytes_of_weights(info.weights, self.autoencoder.dtype) for info in self._checkpoints)
+        return sum(self.half_bytes())
+
+    def half_bytes(self) -> tuple[int, int]:
+        """Return the same of AV and AR."""
+        dtype = self.autoencoder.dtype
+        av, ar = (
+            (half.number("weight_bytes") or 0) if isinstance(half, OwnPart) else bytes_of_weights(half.weights, dtype)
+            for half in (self.av, self.ar)
+        )
+        return av, ar
 
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
         """Make the user's AV, or load the checkpoint."""

@@ -93,9 +93,9 @@ class Resources:
     autoencoder.dtype=float32 the draws are the same, bit for bit, for every batch size and number of ranks. In bfloat16 another
     batch size rounds differently and flips near ties: 15, 17 and 29 % of the demo pair's draws had other tokens at temperatures
     0.4, 0.8 and 1.2 (on a CPU). Stored draws are never drawn again; the run record says how they were drawn (runs.engine)."""
-    phases: bool = False
-    """Whether a rank first takes all draws with the AV alone, then frees it, loads the AR and scores: for an AV and an AR that do
-    not fit into memory together. The numbers are the same."""
+    phases: bool | None = None
+    """Whether a rank first takes all draws with the AV alone, then frees it, loads the AR and scores. None: where the two do not
+    fit into a GPU's memory together. The numbers are the same."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further sbatch options, passed through, e.g. {"reservation": "nightly"}."""
 

@@ -20,8 +20,8 @@ class RunContext:
     vector_cache: Path
     batch_size: int | None = None
     """Draws in flight; None: as many as memory allows."""
-    phases: bool = False
-    """Whether all draws are taken before the AR is loaded and scores them."""
+    phases: bool | None = False
+    """Whether all draws are taken before the AR is loaded and scores them; None: where the two do not fit on the GPUs."""
     sweep: str = ""
     resources: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from ksweep.evaluation.cell_run import CellRun, CurrentCell
 from ksweep.evaluation.context import RunContext
 from ksweep.evaluation.distributed import Ranks
 from ksweep.evaluation.draw_loop import DrawLoop
+from ksweep.evaluation.memory_plan import draws_before_scoring
 from ksweep.evaluation.models import Models
 from ksweep.evaluation.prepare import load_for_drawing, load_for_scoring, prepare_cell
 from ksweep.evaluation.recording import CellRecorder
@@ -81,10 +82,11 @@ def evaluate(
         recorder.record_completed()
         # 3. Load AV and AR, as far as something is missing. In phases the AR is loaded when the AV has been freed.
         unscored = [run for run in runs if run.num_unscored]
-        if context.phases and any(run.units for run in runs):
+        phases = draws_before_scoring(runs, context.phases, ranks, stream)
+        if phases and any(run.units for run in runs):
             models.release_reconstructor()  # of an earlier stream, or of step 2
         drawing = load_for_drawing(runs, ranks, models, current)
-        scoring = {} if context.phases and drawing else load_for_scoring(unscored, context, ranks, models, current)
+        scoring = {} if phases and drawing else load_for_scoring(unscored, context, ranks, models, current)
         # 4. Score draws that exist already; record a cell as soon as all its draws are visible with their scores.
         for _ in score_loop.run(scoring, f"scores before drawing/{stream}"):
             recorder.record_completed()
@@ -95,13 +97,13 @@ def evaluate(
         with shared_clock("waiting"):
             ranks.barrier()
         # 7. Score what is drawn and not scored: everything in phases, else what other jobs have drawn meanwhile.
-        if context.phases and drawing:
+        if phases and drawing:
             recorder.numerics = models.numerics(runs[0].cell.sampling)
             drawing.clear()
             loop.forget_models()
             models.release_verbalizer()
             scoring = load_for_scoring(unscored, context, ranks, models, current)
-        if drawing or context.phases:
+        if drawing or phases:
             for _ in score_loop.run(scoring, f"scores after drawing/{stream}"):
                 recorder.record_completed()
         with shared_clock("waiting"):

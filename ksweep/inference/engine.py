@@ -138,6 +138,15 @@ def _why_no_slots(verbalizer: PromptedModel, max_new_tokens: int) -> str:
     )
 
 
+def _slots_in_memory(prompts: PromptQueue, capacity: int) -> Iterator[int]:
+    """Yield how many slots the free memory of each device holds, where that is known; keys and values lie with their blocks."""
+    for device in {keys.device for keys, _ in prompts.keys_and_values} | {prompts.logits.device}:
+        if (free_bytes := memory.free_device_bytes(device)) is not None:
+            held = [(keys, values) for keys, values in prompts.keys_and_values if keys.device == device]
+            logits = prompts.logits[0].nbytes if device == prompts.logits.device else 0
+            yield int(MEMORY_SHARE * free_bytes / (kv_cache.bytes_per_slot(held, capacity) + logits))
+
+
 # The decorator leaves inference mode at every yield; a `with` around a yield would put the caller into it as well.
 @torch.inference_mode()
 def _draw_in_slots(
@@ -240,10 +249,8 @@ class _SlotDecoder:
         if self.cache is not None:
             return
         capacity = prompts.length + self.options.max_new_tokens
-        free_bytes = None if self.options.batch_size is not None else memory.free_device_bytes(prompts.logits.device)
-        if free_bytes is not None:
-            per_slot = kv_cache.bytes_per_slot(prompts.keys_and_values, capacity) + prompts.logits[0].nbytes
-            self.num_slots = max(1, min(self.num_slots, int(MEMORY_SHARE * free_bytes / per_slot)))
+        if self.options.batch_size is None:
+            self.num_slots = max(1, min([self.num_slots, *_slots_in_memory(prompts, capacity)]))
         self.options.on_batch_sizes(self.num_slots, self.prefill_batch_size)
         self.cache = kv_cache.KVCache(self.prefix, len(prompts.keys_and_values), self.num_slots, capacity)
         model = self.verbalizer.model

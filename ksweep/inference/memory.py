@@ -38,6 +38,13 @@ def release_cached_memory(device: torch.device) -> None:
         libc.malloc_trim(0)
 
 
+def total_device_bytes(devices: Sequence[str]) -> list[int] | None:
+    """Return the memory of each GPU, used or not; None for a CPU."""
+    if not devices[0].startswith("cuda"):
+        return None
+    return [int(torch.cuda.get_device_properties(device).total_memory) for device in devices]
+
+
 def free_device_bytes(device: torch.device) -> int | None:
     """Return the bytes that this rank can still allocate on a device, on a CPU its share of them; None where that is unknown."""
     if device.type == "cuda":

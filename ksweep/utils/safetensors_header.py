@@ -123,7 +123,16 @@ def check_attention(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def bytes_of_weights(model: Path, dtype: str) -> int:
-    """Return the memory that all weights of a model take in a dtype, from the headers of its files; bytes hold two of 4 bits."""
-    num_weights = sum(math.prod(tensor.shape) * (1 + (tensor.dtype == "U8")) for tensor in model_tensors(model).values())
+def bytes_of_weights(model: Path, dtype: str, num_blocks: int | None = None) -> int:
+    """Return the memory that the weights of a language model take in a dtype, from the headers of its files.
+
+    Bytes hold two of 4 bits. Vision parts are not counted, nor are blocks from `num_blocks` on.
+    """
+    used = [tensor for name, tensor in model_tensors(model).items() if not (NOT_TEXT.match(name) or _is_above(name, num_blocks))]
+    num_weights = sum(math.prod(tensor.shape) * (1 + (tensor.dtype == "U8")) for tensor in used)
     return (4 if dtype == "float32" else 2) * num_weights
+
+
+def _is_above(name: str, num_blocks: int | None) -> bool:
+    block = BLOCK_TENSOR.match(name)
+    return num_blocks is not None and block is not None and int(block[2]) >= num_blocks

@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers import (
     StaticCache,
 )
 
-from ksweep.inference import attention, gumbel_sampling, memory, naive_engine
+from ksweep.inference import attention, engine, gumbel_sampling, memory, naive_engine
 from ksweep.inference.backend import load_engine
 from ksweep.inference.engine import DecodingOptions, DrawBatch, Request, draw
 from ksweep.inference.naive_engine import MIN_LIVE_SHARE
@@ -502,6 +503,18 @@ def test_rows_at_once_are_as_many_as_free_memory_holds_unless_their_number_is_gi
     free, _ = rows_of_each_step(verbalizer, requests, max_new_tokens=tokens)
     given, _ = rows_of_each_step(verbalizer, requests, max_new_tokens=tokens, batch_size=30)
     assert max(free) == 10 and 25 < max(given) <= 30
+
+
+def test_rows_at_once_are_those_that_every_device_of_a_spread_model_has_memory_for(monkeypatch):
+    """One block on the first device, where the logits are too, and three on the second."""
+    capacity, numbers = 10, 2 * 4  # key heads x their width
+    pair = {name: torch.empty(1, 2, 3, 4, device=name) for name in ("cpu", "meta")}
+    held = [(pair[name], pair[name]) for name in ("cpu", "meta", "meta", "meta")]
+    prompts = SimpleNamespace(keys_and_values=held, logits=torch.empty(1, 100))
+    slots = {"cpu": 2 * 4 * numbers * capacity + 4 * 100, "meta": 3 * 2 * 4 * numbers * capacity}
+    free = {"cpu": 2 * 7 * slots["cpu"], "meta": 2 * 5 * slots["meta"] + 5}
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: free[device.type])
+    assert sorted(engine._slots_in_memory(prompts, capacity)) == [5, 7]
 
 
 def test_out_of_memory_with_a_single_row_says_what_to_do(models):

@@ -105,9 +105,16 @@ class NlaPair(Family):
         return stated_training_norm(*self.pair)
 
     def weight_bytes(self) -> int:
-        """Return the size of all weights of both; an AR adapter's base counts whole, although its upper blocks are not loaded."""
-        dtypes = (self.autoencoder.dtype, self.autoencoder.reconstructor_dtype)
-        return sum(bytes_of_weights(info.weights, dtype) for info, dtype in zip(self.pair, dtypes, strict=True))
+        """Return the size of the weights of both."""
+        return sum(self.half_bytes())
+
+    def half_bytes(self) -> tuple[int, int]:
+        """Return the sizes of the AV and of the AR, whose upper blocks are not loaded from a base."""
+        av, ar = self.pair
+        return (
+            bytes_of_weights(av.weights, self.autoencoder.dtype, av.num_layers),
+            bytes_of_weights(ar.weights, self.autoencoder.reconstructor_dtype, ar.num_layers),
+        )
 
     def load_verbalizer(self, devices: Sequence[str]) -> Verbalizer:
         """Load the AV of the pair."""

@@ -124,8 +124,12 @@ class TaeFile(Family):
 
     def weight_bytes(self) -> int:
         """Return twice the size of the base: decoder and encoder may each have weights of their own."""
-        dtypes = (self.autoencoder.dtype, self.autoencoder.reconstructor_dtype)
-        return sum(bytes_of_weights(self.info.base, dtype) for dtype in dtypes)
+        return sum(self.half_bytes())
+
+    def half_bytes(self) -> tuple[int, int]:
+        """Return the sizes of the decoder and of the encoder."""
+        encoder = self.autoencoder.reconstructor_dtype
+        return bytes_of_weights(self.info.base, self.autoencoder.dtype), bytes_of_weights(self.info.base, encoder)
 
     def reconstruction_bytes(self) -> int:
         """Return the size of a float32 vector: the reference system's metrics need the reconstructions themselves."""
