@@ -160,6 +160,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         assert experiment("temp_sweep", *tiny, "sampling.num_draws=4", "sampling.max_new_tokens=20", "--no-charts") == 0
         assert experiment("k_sweep", *tae, f"autoencoder.checkpoint={TAE}", "--no-charts") == 0
         judge_draws(root)
+        with pytest.MonkeyPatch.context() as patch:  # the commands are shared out among processes: none may need another
+            ksweep(["import-json", *sorted(glob.glob("old_results/*.json"))], parsed_only=False, monkeypatch=patch)
     finally:
         os.chdir(before)
     with connect(root / "registry") as connection:
