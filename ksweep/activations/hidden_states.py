@@ -180,10 +180,10 @@ class BlockReader:
 
     def _taken(self, rows: Sequence[tuple[list[int], Sequence[int]]], pad_id: int | None) -> torch.Tensor:
         """Return the vectors of rows that fit in memory together, [activation, d_model], on the device of the block."""
-        hidden = self.outputs([ids for ids, _ in rows], pad_id)
         places = [(row, position) for row, (_, taken) in enumerate(rows) for position in taken]
-        row, position = torch.tensor(places, device=hidden.device).unbind(1)
-        return hidden[row, position]
+        # Before the forward pass: a copy to a GPU waits for all that the GPU was given before it.
+        row, position = torch.tensor(places, device=next(self.block.parameters()).device).unbind(1)
+        return self.outputs([ids for ids, _ in rows], pad_id)[row, position]
 
     @property
     def num_embeddings(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from ksweep.activations import ensure
@@ -166,6 +167,34 @@ def test_bfloat16_is_kept_bit_for_bit(base: Path) -> None:
     expected = reader.outputs(ids[:1])[0]
     assert expected.dtype == torch.bfloat16 and stored.dtype == np.uint16
     assert np.array_equal(to_float32(stored), expected.float().numpy())
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forward_pass_is_followed_by_nothing_that_a_gpu_would_wait_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host to a GPU waits for all before it, and so would the tokens of the next batch."""
+    reader = BlockReader(str(base), 1, "float32")
+    outputs = reader.outputs
+    with torch.inference_mode(), _Operations() as operations:
+
+        def noted(*args: Any) -> torch.Tensor:
+            hidden = outputs(*args)
+            operations.names.clear()
+            return hidden
+
+        monkeypatch.setattr(reader, "outputs", noted)
+        reader._taken([([3, 4, 5], [0, 2]), ([6, 7], [1])], None)
+        assert operations.names == ["index"]
 
 
 def test_bfloat16_batch_against_single_differs_by_rounding_only(base: Path) -> None:
