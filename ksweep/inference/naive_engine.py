@@ -230,8 +230,8 @@ def can_be_copied(past: Any) -> bool:
     from transformers import cache_utils
 
     names = ("Dynamic", "DynamicSlidingWindow", "LinearAttention", "LinearAttentionAndFullAttention",
-             "LinearAttentionAndSlidingWindowAttention")  # fmt: skip
-    kinds = [getattr(cache_utils, f"{name}Layer") for name in names] + [cache_utils.DummyLayer]
+             "LinearAttentionAndSlidingWindowAttention", "Dummy")  # fmt: skip
+    kinds = [getattr(cache_utils, f"{name}Layer", None) for name in names]  # transformers before 5.20 has no DummyLayer
     return past is not None and all(type(layer) in kinds for layer in past.layers)
 
 

@@ -113,7 +113,7 @@ def load_or_lay_out(
         **options,
         config=config,
         dtype=dtype,
-        attn_implementation=attention_for(model_class),
+        attn_implementation=attention_for(model_class, config),
         key_mapping=WRAPPED,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that the report lists them by name

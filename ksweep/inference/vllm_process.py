@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from ksweep.utils.errors import RunError
@@ -27,11 +30,17 @@ if TYPE_CHECKING:
 
 GPU_MEMORY_SHARE = 0.85
 """Of the memory that is free on the fullest GPU of a rank, where the AR lies already; the rest is for what scoring needs."""
-CPU_CACHE_BYTES = 1 << 30
-"""Memory for keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
+CPU_CACHE_BYTES = 4 << 30
+"""Most memory for keys and values on a CPU, where it is no more than a quarter of what is free and VLLM_CPU_KVCACHE_SPACE does
+not say otherwise."""
 CPU_BLOCK = 32
 """Tokens of a block of the prefix cache on a CPU, where vLLM would take 128, longer than most prompts; its attention there takes
 multiples of 32. On a GPU vLLM's own choice of 16 stays."""
+STEP_TOKENS = 8192
+"""Most tokens of a step, or as many as one text may have: prompts are never split over steps, where a draw's generator would have
+to be set back, which vLLM 0.32 cannot do on a CPU."""
+SIGNALS_OF_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Sent to every process of a job when its ranks are to stop; a rank then ends this one itself."""
 END_SECONDS = 20.0
 """After which a process that was asked to end is killed."""
 
@@ -98,7 +107,7 @@ class VllmProcess:
         command = [sys.executable, "-c", f"from {__name__} import serve_rank; serve_rank()", str(its.fileno())]
         with its:
             self._process = subprocess.Popen(
-                command, pass_fds=[its.fileno()], env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=sys.stderr
+                command, pass_fds=[its.fileno()], env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=2
             )
         self._connection = Connection(ours.detach())
         self._num_requested = 0
@@ -166,12 +175,15 @@ class VllmProcess:
         except (EOFError, OSError) as error:
             raise self._ended() from error
         if isinstance(message, _Failure):
-            raise RunError(
-                f"vLLM failed ({message.text}). The rank's log has its own output; sampling.engine=builtin draws without vLLM"
-            )
+            raise message.as_error()
         return message
 
     def _ended(self) -> RunError:
+        """Return the error for a process that has ended: what it says itself, or else its exit status."""
+        with suppress(EOFError, OSError):
+            while not isinstance(message := pickle.loads(self._connection.recv_bytes()), _Failure):
+                pass
+            return message.as_error()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
         return RunError(
@@ -183,6 +195,11 @@ class VllmProcess:
 @dataclass(frozen=True)
 class _Failure:
     text: str
+
+    def as_error(self) -> RunError:
+        return RunError(
+            f"vLLM failed ({self.text}). The rank's log has its own output; sampling.engine=builtin draws without vLLM"
+        )
 
 
 def gpu_environment(devices: Sequence[str], visible: str | None) -> dict[str, str]:
@@ -199,12 +216,13 @@ def gpu_environment(devices: Sequence[str], visible: str | None) -> dict[str, st
 
 def cpu_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables for vLLM on a CPU, without those that are set already: the threads stay where the rank's are."""
-    wanted = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu"}
-    return {name: value for name, value in wanted.items() if name not in environment}
+    return {} if "VLLM_CPU_OMP_THREADS_BIND" in environment else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def serve_rank() -> None:
     """Serve the rank that started this process, at the connection whose file descriptor it has passed."""
+    for number in SIGNALS_OF_RANKS:
+        signal.signal(number, signal.SIG_IGN)
     connection, status = Connection(int(sys.argv[1])), 0
     try:
         _serve(connection)
@@ -224,10 +242,14 @@ def _serve(connection: Connection) -> None:
     settings = pickle.loads(connection.recv_bytes())
     engine = _start(settings)
     connection.send_bytes(pickle.dumps(_facts(engine, settings)))
+    messages: SimpleQueue[Any] = SimpleQueue()
+    Thread(target=_collect, args=(connection, messages), daemon=True).start()
     while True:
         # 1. Take what the rank has sent; wait for it where nothing is in flight.
-        while connection.poll(0 if engine.has_unfinished_requests() else None):
-            message = pickle.loads(connection.recv_bytes())
+        while not messages.empty() or not engine.has_unfinished_requests():
+            message = messages.get()
+            if message is None:
+                return
             if isinstance(message, DrawRequest):
                 _add(engine, message)
             else:
@@ -238,10 +260,21 @@ def _serve(connection: Connection) -> None:
             connection.send_bytes(pickle.dumps(finished))
 
 
+def _collect(connection: Connection, messages: SimpleQueue[Any]) -> None:
+    """Put what the rank sends into a queue, and None at its end: a rank that sends must not wait for one that does not read."""
+    with suppress(EOFError, OSError):
+        while True:
+            messages.put(pickle.loads(connection.recv_bytes()))
+    messages.put(None)
+
+
 def _start(settings: VllmSettings) -> Any:
     """Return an LLMEngine of vLLM that takes embeddings, in this process; with several GPUs its workers are children."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch
     from vllm import EngineArgs, LLMEngine
+
+    from ksweep.inference import memory
 
     on_device: dict[str, Any] = {}
     if settings.num_gpus:
@@ -249,12 +282,12 @@ def _start(settings: VllmSettings) -> Any:
     else:
         on_device = {"enforce_eager": True, "block_size": CPU_BLOCK}
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            on_device["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+            on_device["kv_cache_memory_bytes"] = min(CPU_CACHE_BYTES, (memory.free_device_bytes(torch.device("cpu")) or 0) // 4)
     arguments = EngineArgs(
         model=str(settings.directory), dtype=settings.dtype, max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs, skip_tokenizer_init=True, enable_prompt_embeds=True, enable_prefix_caching=True,
         load_format="safetensors", generation_config="vllm", logprobs_mode="raw_logprobs", disable_log_stats=True, seed=0,
-        use_tqdm_on_load=False,
+        use_tqdm_on_load=False, enable_chunked_prefill=False, max_num_batched_tokens=max(STEP_TOKENS, settings.max_model_len),
         **on_device,
     )  # fmt: skip
     return LLMEngine.from_engine_args(arguments)
@@ -269,11 +302,12 @@ def _gpu_memory_share(num_gpus: int) -> float:
 
 
 def _facts(engine: Any, settings: VllmSettings) -> dict[str, str]:
+    """Return how vLLM runs, for the run record: what gives other noise or other rounding."""
     config = engine.vllm_config
     return {
         "dtype": settings.dtype, "vllm_device": "cuda" if settings.num_gpus else "cpu",
+        "vllm_model_runner": "v2" if config.use_v2_model_runner else "v1",
         "tensor_parallel_size": str(max(1, settings.num_gpus)), "prefix_block": str(config.cache_config.block_size),
-        "draws_at_once": str(config.scheduler_config.max_num_seqs),
     }  # fmt: skip
 
 

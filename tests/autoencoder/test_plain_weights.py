@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,15 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
 def test_full_weights_of_a_language_model_are_used_where_they_are(tmp_path: Path, home: Path, family: Family) -> None:
     info = av_of(tmp_path, family, adapters=False)
     assert plain_directory(info, "float32") == info.path and not (home / "merged").exists()
+
+
+@pytest.mark.parametrize("classes", [None, ["Qwen2ForSequenceClassification"], ["Qwen2Model"]])
+def test_full_weights_that_are_not_said_to_be_a_causal_lm_are_copied(tmp_path: Path, classes: list[str] | None) -> None:
+    pair = make_pair(tmp_path, "qwen2")
+    config = json.loads((pair.av / "config.json").read_text())
+    (pair.av / "config.json").write_text(json.dumps(config | {"architectures": classes}))
+    directory = plain_directory(inspect_nla(pair.av, "av"), "float32")
+    assert directory != pair.av and json.loads((directory / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
 
 
 @pytest.mark.parametrize(("family", "adapters"), COPIED)
@@ -109,11 +119,26 @@ def test_a_writer_that_died_leaves_nothing_that_is_used(tmp_path: Path, home: Pa
     assert len(merged_copies()) == 1 and not list((home / "merged").glob(".*.part"))
 
 
+def test_another_process_may_be_faster_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = av_of(tmp_path, "qwen2", adapters=True)
+    save = loading.save_av_model
+
+    def slowly(*arguments: Any) -> None:
+        save(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "save_av_model", save)
+            plain_weights._write_copy(info, "float32", directory, is_alone=False)
+
+    directory = plain_directory(info, "float32")
+    shutil.rmtree(directory)
+    monkeypatch.setattr(loading, "save_av_model", slowly)
+    assert plain_directory(info, "float32") == directory and len(merged_copies()) == 1
+    assert not list(directory.parent.glob(".*.part"))
+
+
 def test_without_room_nothing_is_written(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = av_of(tmp_path, "qwen2", adapters=True)
-    monkeypatch.setattr(
-        plain_weights.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("Usage", (), {"free": 10})
-    )
+    monkeypatch.setattr(plain_weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(DiskFullError, match="KSWEEP_HOME to a larger disk"):
         plain_directory(info, "float32")
     assert not list((home / "merged").glob("*/"))

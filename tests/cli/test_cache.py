@@ -420,3 +420,21 @@ def test_cache_on_a_read_only_disk_is_read_all_the_same_and_damage_is_told(
         assert "StoreError: shard 1 of" in done.stderr and "cannot be set aside (Read-only file system): ask" in done.stderr
     else:
         assert (done.returncode, done.stdout) == (0, "(2500, 8)\n"), done.stderr
+
+
+def test_merged_copies_are_listed_and_removed_by_age(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSWEEP_HOME", str(tmp_path))
+    for name, days in (("new", 1), ("old", 40)):
+        (tmp_path / "merged" / name).mkdir(parents=True)
+        (tmp_path / "merged" / name / "model.safetensors").write_bytes(b"12345")
+        said = {"av": f"/runs/{name}/av", "dtype": "bfloat16", "files": {"model.safetensors": 5}}
+        (tmp_path / "merged" / name / "merged.json").write_text(json.dumps(said))
+        age(tmp_path / "merged" / name, days * DAY)
+    listed = [json.loads(line) for line in command("cache", "merged", "--json")[1].splitlines()]
+    assert [(row["av"], row["dtype"], row["bytes"]) for row in listed] == [
+        ("/runs/new/av", "bfloat16", 5), ("/runs/old/av", "bfloat16", 5),
+    ]  # fmt: skip
+    assert "/runs/new/av" not in command("cache", "merged", "--older-than", "30d")[1]
+    code, _, said_last = command("cache", "merged", "--older-than", "30d", "--remove")
+    assert code == 0 and "freed 5 B" in said_last
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["new"]

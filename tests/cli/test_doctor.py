@@ -47,7 +47,9 @@ def test_doctor_names_a_landing_that_is_not_believed_and_exits_with_one(
     bad = [finding for finding in findings if finding["state"] == "bad"]
     assert ended.value.code == 1 and [finding["subject"] for finding in bad] == ["registry"]
     assert "r1/curve.parquet is not what was written" in bad[0]["said"]
-    assert {"machine", "packages", "vector cache", "disk", "engine on cpu"} <= {finding["subject"] for finding in findings}
+    assert {"machine", "packages", "vector cache", "disk", "engine on cpu", "engine vllm"} <= {
+        finding["subject"] for finding in findings
+    }
 
 
 @pytest.mark.slow

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, cache_utils
 
 from ksweep.inference import cuda_graphs
 from ksweep.inference.backend import ENGINES, engine_for, engine_identity, load_engine
 from ksweep.inference.engine import BuiltinEngine, DecodingOptions, draw
-from ksweep.inference.naive_engine import NaiveEngine
+from ksweep.inference.model_parts import attention_for
+from ksweep.inference.naive_engine import NaiveEngine, can_be_copied
 from ksweep.inference.prefill import prefill, prefill_prefix
 from ksweep.inference.prompts import BlockEdit, Prompts
 from ksweep.utils.errors import CheckpointError, RequestError, SpecError
@@ -113,6 +115,20 @@ def test_an_engine_says_which_avs_it_cannot_draw_from(models: Any) -> None:  # n
         engine_for(TABLE, edited)
     with pytest.raises(RequestError, match="naive cannot draw from this AV: it has no causal LM"):
         engine_for("naive", TinyVerbalizer(None, STOPS))
+
+
+def test_a_past_is_copied_where_transformers_has_not_every_kind_of_it(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Before 5.20 it has no DummyLayer."""
+    past = prefill(models["llama"], TinyVerbalizer(models["llama"]).prompts(VECTORS)).cache
+    monkeypatch.delattr(cache_utils, "DummyLayer")
+    assert can_be_copied(past) and not can_be_copied(None)
+
+
+def test_scores_that_a_model_caps_are_never_left_to_attention_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 5.20 transformers says of Gemma-2 that it supports sdpa, which then computes uncapped scores."""
+    monkeypatch.setattr(Gemma2ForCausalLM, "_supports_sdpa", True)
+    assert attention_for(Gemma2ForCausalLM, Gemma2Config(attn_logit_softcapping=50.0)) == "eager"
+    assert attention_for(Gemma2ForCausalLM, Gemma2Config(attn_logit_softcapping=None)) == "sdpa"
 
 
 def test_prompts_that_are_not_as_long_as_the_av_says_are_refused(models: Any) -> None:  # noqa: F811

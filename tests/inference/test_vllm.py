@@ -20,9 +20,10 @@ from ksweep.autoencoder.nla.models import NlaVerbalizer, load_nla_prompter, load
 from ksweep.inference.backend import load_engine
 from ksweep.inference.engine import Draw, Request, draw
 from ksweep.inference.vllm_engine import MODEL_TYPES
+from ksweep.inference.vllm_process import STEP_TOKENS
 from ksweep.utils.errors import RunError
 from tests import tiny_families
-from tests.tiny_models import make_pair
+from tests.tiny_models import TinyPair, edit_weights, make_pair
 
 pytestmark = [
     pytest.mark.vllm,
@@ -32,9 +33,24 @@ pytestmark = [
 D = 128
 """Four heads of 32: vLLM's attention on a CPU has no smaller ones."""
 VECTORS = torch.randn(6, D, generator=torch.Generator().manual_seed(1))
-MODEL_TYPE_OF = {"Qwen2, Qwen2.5": "qwen2", "Llama": "llama"}
-CLOSE = 2e-4
-"""Sums of up to 16 log probabilities in float32, whose logits other kernels sum in another order."""
+MODEL_TYPE_OF = {
+    "Qwen2, Qwen2.5": "qwen2", "Qwen3": "qwen3", "Llama": "llama", "Mistral": "mistral", "Gemma 1": "gemma", "Gemma 2": "gemma2",
+    "Gemma 3": "gemma3_text", "Granite": "granite", "Phi-3, Phi-4": "phi3", "OLMo 2": "olmo2",
+}  # fmt: skip
+CLOSE = 16 * 4e-5
+"""Of sums over 16 tokens: float32 logits of up to 20, 2^-24 of that for each of some 30 roundings one after the other."""
+
+
+def wide_talking_pair(folder: Path) -> TinyPair:
+    """Adapters whose AV stops in half of its texts within 16 tokens; so wide, it would seldom stop without another head."""
+
+    def stop_often(state: dict[str, torch.Tensor]) -> None:
+        state["lm_head.weight"][:, 4:] *= 0.5
+        state["lm_head.weight"][-1, 2] *= 6  # the closing tag, behind a word
+
+    pair = make_pair(folder, "qwen2", adapters=True, talks=True, d_model=D)
+    edit_weights(pair.base, change=stop_often)
+    return pair
 
 
 def both(av: Path) -> tuple[NlaVerbalizer, NlaVerbalizer]:
@@ -79,7 +95,10 @@ def test_texts_and_log_probabilities_are_those_of_the_built_in_engine(
     for name in ("COMMON", "GROUPED"):
         sizes = getattr(tiny_families, name)
         monkeypatch.setattr(tiny_families, name, sizes | {"hidden_size": D} | ({"head_dim": 32} if "head_dim" in sizes else {}))
-    whole, light = both(tiny_families.make_family_pair(tmp_path, family).av)
+    av = tiny_families.make_family_pair(tmp_path, family).av
+    if family.startswith("Gemma"):  # its embeddings are its head too: as large as these they would repeat the last token for ever
+        edit_weights(av, change=lambda state: state["model.embed_tokens.weight"].mul_(0.02))
+    whole, light = both(av)
     assert whole.info.config["model_type"] == MODEL_TYPE_OF[family]
     # 1. Greedy texts are equal, and their log probabilities.
     asked = requests(range(6), [0])
@@ -97,7 +116,7 @@ def test_texts_and_log_probabilities_are_those_of_the_built_in_engine(
 
 def test_what_a_draw_depends_on(tmp_path: Path) -> None:
     """On the engine itself, with its prefix cache: one process draws everything here."""
-    whole, light = both(make_pair(tmp_path, "qwen2", adapters=True, talks=True, d_model=D).av)
+    whole, light = both(wide_talking_pair(tmp_path).av)
     everything = drawn(light, requests(range(6), range(8)))
     # 1. Other vectors and other k give other texts; both kinds of end occur.
     assert len(set(texts(everything).values())) > 40
@@ -122,10 +141,15 @@ def test_what_a_draw_depends_on(tmp_path: Path) -> None:
     # 4. The adapter is in the weights: log probabilities are those of the merged model.
     for key in [(0, 0), (3, 5)]:
         assert everything[key].log_probability == pytest.approx(log_probability(whole, everything[key]), abs=CLOSE)
-    # 5. If its process dies in the middle, the draws end with its exit status.
-    process = load_engine("vllm")._processes[light]  # type: ignore[attr-defined]
+    # 5. More prompts than fit into one step of vLLM.
+    many = [Request(i % 6, activation_key=i, draw=0) for i in range(600)]
+    assert 600 * light.prompt_length > 2 * STEP_TOKENS
+    assert len({d.request.activation_key for d in draw(light, VECTORS, many, engine="vllm", temperature=1.0, max_new_tokens=2,
+                                                       seed=7)}) == 600  # fmt: skip
+    # 6. If its process dies in the middle, the draws end with its exit status.
     stream = draw(light, VECTORS, requests(range(6), range(8)), engine="vllm", temperature=1.0, max_new_tokens=200, seed=7)
     next(stream)
+    process = load_engine("vllm")._processes[light]  # type: ignore[attr-defined]
     os.kill(process._process.pid, signal.SIGKILL)
     with pytest.raises(RunError, match="process of vLLM ended with exit status -9"):
         list(stream)

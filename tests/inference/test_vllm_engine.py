@@ -182,6 +182,17 @@ def test_a_stop_request_cancels_what_is_in_flight(started: list[Scripted]) -> No
     assert len(found) == 2 and sorted(started[0].cancelled) == [3, 4, 5, 6, 7, 8]
 
 
+def test_a_worker_that_the_stop_signal_has_ended_is_no_failure(started: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: Any) -> list[FinishedDraw]:
+        raise RunError("the process of vLLM ended")
+
+    monkeypatch.setattr(Scripted, "take", lambda self, ids, _: [self.open.pop(min(ids))] if len(self.requests) <= 3 else ended())
+    stops = iter([False, True])
+    assert drawn(VllmEngine(), [batch(range(2), range(4))], should_stop=lambda: next(stops)) == []
+    with pytest.raises(RunError, match="process of vLLM ended"):
+        drawn(VllmEngine(), [batch(range(2), range(4))])
+
+
 def test_a_stream_that_is_dropped_cancels_and_another_goes_on_in_the_same_process(started: list[Scripted]) -> None:
     engine, av = VllmEngine(), Prompter()
     stream = engine.generate(av, [batch(range(2), range(2))], DecodingOptions(max_new_tokens=LENGTH))
@@ -305,9 +316,10 @@ def test_the_process_sees_the_gpus_of_its_rank_and_no_others(
 
 def test_on_a_cpu_what_the_user_has_set_stays() -> None:
     assert settings_for(FILES, 10).num_gpus == 0
-    assert environment_for(("cpu",), {})["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert environment_for(("cpu",), {"VLLM_CPU_OMP_THREADS_BIND": "auto", "VLLM_LOGGING_LEVEL": "DEBUG"}) == {
-        "VLLM_TARGET_DEVICE": "cpu"
+    defaults = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    assert environment_for(("cpu",), {}) == defaults
+    assert environment_for(("cpu",), {"VLLM_CPU_OMP_THREADS_BIND": "auto", "VLLM_NO_USAGE_STATS": "0"}) == {
+        "VLLM_LOGGING_LEVEL": "ERROR"
     }
 
 

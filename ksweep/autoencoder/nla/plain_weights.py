@@ -57,9 +57,9 @@ def plain_directory(info: CheckpointInfo, dtype: str) -> Path:
         return info.weights
     directory = home() / "merged" / fingerprint({"av": digest_nla(info), "dtype": dtype, "version": COPY_VERSION})
     if not _is_whole(directory):
-        with locked(directory.parent / "lock", "another rank or job that merges an AV", aloud=True):
+        with locked(directory.parent / "lock", "another rank or job that merges an AV", aloud=True) as is_alone:
             if not _is_whole(directory):
-                _write_copy(info, dtype, directory)
+                _write_copy(info, dtype, directory, is_alone)
     with suppress(OSError):
         os.utime(directory / COPY_MARKER)
     return directory
@@ -68,8 +68,10 @@ def plain_directory(info: CheckpointInfo, dtype: str) -> Path:
 def is_plain(info: CheckpointInfo) -> bool:
     """Return whether an AV's own directory holds plain weights of a causal LM under their usual names."""
     config = read_json(info.weights / "config.json", "model configuration")
-    is_wrapped = "text_config" in config or not all(name.startswith(PLAIN_NAMES) for name in info.tensors)
-    return not (info.is_adapter or is_wrapped or "quantization_config" in config)
+    classes = config.get("architectures")
+    is_causal_lm = isinstance(classes, list) and len(classes) == 1 and str(classes[0]).endswith("ForCausalLM")
+    has_plain_names = all(name.startswith(PLAIN_NAMES) for name in info.tensors)
+    return not info.is_adapter and is_causal_lm and has_plain_names and not {"text_config", "quantization_config"} & config.keys()
 
 
 def merged_copies() -> list[MergedCopy]:
@@ -98,13 +100,17 @@ def _is_whole(directory: Path) -> bool:
     return False
 
 
-def _write_copy(info: CheckpointInfo, dtype: str, directory: Path) -> None:
-    """Write an AV's merged weights beside their place, and rename them into it; what killed processes left there is removed."""
+def _write_copy(info: CheckpointInfo, dtype: str, directory: Path, is_alone: bool) -> None:
+    """Write an AV's merged weights beside their place, and rename them into it.
+
+    Args:
+        is_alone: whether no living process writes copies, so that what killed ones left can be removed.
+    """
     from ksweep.autoencoder.nla.loading import save_av_model
 
-    # 1. Clear what is not whole, and check that there is room. The lock is held: no living process writes there.
-    for left in (*_left_behind(directory.parent), *([directory] if directory.exists() else [])):
-        shutil.rmtree(left)
+    # 1. Clear what is not whole, and check that there is room.
+    for left in (*(_left_behind(directory.parent) if is_alone else ()), *([directory] if directory.exists() else [])):
+        shutil.rmtree(left, ignore_errors=True)
     needed, free = bytes_of_weights(info.weights, dtype), shutil.disk_usage(directory.parent).free
     if needed > free:
         raise DiskFullError(
@@ -122,8 +128,13 @@ def _write_copy(info: CheckpointInfo, dtype: str, directory: Path) -> None:
         "files": {path.name: path.stat().st_size for path in written},
     }  # fmt: skip
     publish(part / COPY_MARKER, json.dumps(said, indent=2).encode())
-    # 3. Give it its name.
-    part.rename(directory)
+    # 3. Give it its name, unless another process has been faster where there are no locks.
+    try:
+        part.rename(directory)
+    except OSError:
+        if not _is_whole(directory):
+            raise
+        shutil.rmtree(part, ignore_errors=True)
     flush_to_disk(directory.parent)
 
 

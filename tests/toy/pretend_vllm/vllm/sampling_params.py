@@ -1,0 +1,5 @@
+"""As much of vLLM's module as is imported."""
+
+from types import SimpleNamespace
+
+RequestOutputKind = SimpleNamespace(FINAL_ONLY=2)
