@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ksweep.autoencoder.nla.checkpoint import CheckpointInfo
 from ksweep.autoencoder.nla.loading import lay_out_model, load_ar_head, load_layer_mean, load_nla_tokenizer
 from ksweep.autoencoder.nla.prompts import ArPrompts, av_prompt, check_embedded, stop_token_ids
+from ksweep.utils.errors import CheckpointError, RequestError
 
 
 def check_loading(info: CheckpointInfo) -> None:
@@ -19,10 +22,24 @@ def check_loading(info: CheckpointInfo) -> None:
     """
     model = lay_out_model(info)
     tokenizer, num_embeddings = load_nla_tokenizer(info), model.get_input_embeddings().num_embeddings
+    try:
+        _check_prompts(info, tokenizer, num_embeddings)
+    except RequestError:
+        raise
+    except Exception as error:  # a tokenizer takes settings as they come, and fails in its own way when it is used
+        raise CheckpointError(
+            f"the tokenizer in {info.tokenizer} cannot be used ({type(error).__name__}: {str(error)[:300]}). Compare "
+            "tokenizer_config.json and tokenizer.json with those of the base model, or download them again."
+        ) from error
+    if info.role == "av":
+        return
+    load_ar_head(info, torch.float32, torch.device("cpu"))
+    load_layer_mean(info)
+
+
+def _check_prompts(info: CheckpointInfo, tokenizer: Any, num_embeddings: int) -> None:
     if info.role == "av":
         check_embedded(info, av_prompt(info, tokenizer), num_embeddings)
         stop_token_ids(info, tokenizer)
-        return
-    ArPrompts(info, tokenizer, num_embeddings)
-    load_ar_head(info, torch.float32, torch.device("cpu"))
-    load_layer_mean(info)
+    else:
+        ArPrompts(info, tokenizer, num_embeddings)
